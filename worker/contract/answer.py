@@ -1,0 +1,190 @@
+"""A whole answer, put together from the entries of its log: the one place that knows how a log is read."""
+
+from collections.abc import Iterable
+from typing import Self
+
+import msgspec
+
+from worker.contract.entries import (
+    JSON,
+    Claimed,
+    Delta,
+    Entry,
+    Failed,
+    Object,
+    Opened,
+    Restarted,
+    Resumed,
+    Started,
+    Terminal,
+)
+from worker.contract.ids import EntryId
+
+
+class Choice(msgspec.Struct):
+    """One of the `n` answers of a request."""
+
+    index: int = 0
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[Object] = msgspec.field(default_factory=list)
+    finish_reason: str = ""
+    stop_reason: JSON = None
+    logprobs: JSON = None
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    extra: Object = msgspec.field(default_factory=dict)
+
+    def add(self, delta: Delta) -> None:
+        """Take one more delta of this choice."""
+        self.content += delta.content
+        self.reasoning += delta.reasoning
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.stop_reason = self.stop_reason if delta.stop_reason is None else delta.stop_reason
+        self.token_ids += delta.token_ids
+        self.logprobs = _joined(self.logprobs, delta.logprobs)
+        self.extra |= delta.extra
+        for piece in delta.tool_calls:
+            _add_tool_call(self.tool_calls, piece)
+
+    def message(self) -> Object:
+        """The choice as the `message` of a chat completion."""
+        message: Object = {"role": "assistant", "content": self.content or (None if self.tool_calls else "")}
+        if self.reasoning:
+            message["reasoning"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {name: value for name, value in call.items() if name != "index"} for call in self.tool_calls
+            ]
+        return message
+
+
+class Answer:
+    """What the entries read so far amount to. Feed it with `add`; it is whole when `end` is there."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.attempt = 0
+        self.started: Started | Claimed | None = None
+        self.opened: Opened | None = None
+        self.end: Terminal | None = None
+        self._deltas: list[Delta] = []
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> Self:
+        """Take the next entry of the log."""
+        match entry:
+            case Delta():
+                self._deltas.append(entry)
+            case Started() | Claimed():
+                self.attempt, self.started = entry.id.attempt, entry
+            case Opened():
+                self.opened = entry
+            case Restarted():
+                self._deltas.clear()
+            case Resumed():
+                kept = EntryId.parse(entry.after)
+                self._deltas = [delta for delta in self._deltas if delta.id <= kept]
+            case Terminal():
+                self.end = entry
+        return self
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer has been written."""
+        return bool(self._deltas)
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The choices in the order of their index; each is put together anew."""
+        choices: dict[int, Choice] = {}
+        for delta in self._deltas:
+            choices.setdefault(delta.index, Choice(index=delta.index)).add(delta)
+        return [choices[index] for index in sorted(choices)]
+
+    @property
+    def text(self) -> str:
+        """The content of the first choice."""
+        return "".join(delta.content for delta in self._deltas if delta.index == 0)
+
+    @property
+    def outcome(self) -> str:
+        """`done`, `error`, `cancelled`; or nothing while it goes on."""
+        return self.end.type if self.end else ""
+
+    @property
+    def usage(self) -> Object:
+        """The tokens that were used, as vLLM counts them; empty where it did not say."""
+        return self.end.usage if self.end else {}
+
+    @property
+    def error(self) -> str:
+        """What went wrong, in a sentence with its code; or nothing."""
+        return f"{self.end.message} ({self.end.code})" if isinstance(self.end, Failed) else ""
+
+    def completion(self) -> Object:
+        """The answer in the shape of an OpenAI chat completion that was not streamed."""
+        opened = self.opened
+        choices: list[JSON] = []
+        for choice in self.choices:
+            shown: Object = {
+                "index": choice.index,
+                "message": choice.message(),
+                "finish_reason": choice.finish_reason or None,
+                "stop_reason": choice.stop_reason,
+                "logprobs": choice.logprobs,
+            }
+            if choice.token_ids:
+                shown["token_ids"] = list(choice.token_ids)
+            choices.append(shown)
+        return {
+            "id": opened.response_id if opened else "",
+            "object": "chat.completion",
+            "created": opened.created if opened else 0,
+            "model": opened.model if opened else "",
+            "choices": choices,
+            "usage": self.usage or None,
+        }
+
+
+def _joined(whole: JSON, piece: JSON) -> JSON:
+    """Logprobs come as an object of lists, each with the part of this chunk."""
+    if not isinstance(whole, dict) or not isinstance(piece, dict):
+        return whole if piece is None else piece
+    joined = dict(whole)
+    for name, value in piece.items():
+        before = joined.get(name)
+        joined[name] = before + value if isinstance(before, list) and isinstance(value, list) else value
+    return joined
+
+
+def _add_tool_call(calls: list[Object], piece: Object) -> None:
+    """Add a piece to the call that it belongs to; the first piece has the id and the name, later ones arguments."""
+    call = _call_of(calls, piece)
+    if call is None:
+        call = {}
+        calls.append(call)
+    for name, value in piece.items():
+        before = call.get(name)
+        if name == "function" and isinstance(value, dict) and isinstance(before, dict):
+            _add_function(before, value)
+        elif value is not None:
+            call[name] = dict(value) if isinstance(value, dict) else value
+
+
+def _call_of(calls: list[Object], piece: Object) -> Object | None:
+    index = piece.get("index")
+    if index is not None:
+        return next((call for call in calls if call.get("index") == index), None)
+    # Servers that leave the index out begin a call with an id of its own.
+    if not calls or piece.get("id") not in (None, calls[-1].get("id")):
+        return None
+    return calls[-1]
+
+
+def _add_function(function: Object, piece: Object) -> None:
+    for name, value in piece.items():
+        before = function.get(name)
+        if name == "arguments" and isinstance(before, str) and isinstance(value, str):
+            function[name] = before + value
+        elif value is not None:
+            function[name] = value

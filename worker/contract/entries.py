@@ -1,0 +1,227 @@
+"""The entries of a token log, typed: how they are read from Redis fields and written to them.
+
+A field that is JSON on the wire is a Python value here; a field that is not there is its default.
+Readers pass over types and fields that they do not know (`Unknown`), so that the contract can grow.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, TypeAlias
+
+import msgspec
+
+from worker.contract.ids import SEAL, EntryId
+
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+Object: TypeAlias = dict[str, JSON]
+Fields: TypeAlias = dict[str, str]
+"""An entry as it goes to Redis: field names and values, text in both."""
+
+
+class BadEntry(ValueError):
+    """An entry of a known type holds a field that cannot be read."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What every entry has: its id, and the name of its type."""
+
+    type: ClassVar[str] = ""
+    id: EntryId
+
+
+class Queued(Entry, frozen=True, kw_only=True):
+    """The client has enqueued the request: no worker has it yet."""
+
+    type: ClassVar[str] = "queued"
+    v: int = 1
+    digest: str = ""
+
+
+class Started(Entry, frozen=True, kw_only=True):
+    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms."""
+
+    type: ClassVar[str] = "started"
+    v: int = 1
+    queue: str = ""
+    job: str = ""
+    worker: str = ""
+    owner: str = ""
+    time: int = 0
+
+
+class Claimed(Entry, frozen=True, kw_only=True):
+    """An owner took the request over: it fences every earlier attempt."""
+
+    type: ClassVar[str] = "claimed"
+    queue: str = ""
+    job: str = ""
+    worker: str = ""
+    owner: str = ""
+    time: int = 0
+    reason: str = ""
+
+
+class Resumed(Entry, frozen=True, kw_only=True):
+    """The text goes on where it stopped. Token ids and logprobs of former attempts beyond `after` are void."""
+
+    type: ClassVar[str] = "resumed"
+    after: str = ""
+
+
+class Restarted(Entry, frozen=True, kw_only=True):
+    """What came before is void: the answer begins again."""
+
+    type: ClassVar[str] = "restarted"
+
+
+class Opened(Entry, frozen=True, kw_only=True):
+    """What is the same in every chunk of vLLM's answer. It may come again; the latest holds."""
+
+    type: ClassVar[str] = "opened"
+    response_id: str = ""
+    model: str = ""
+    created: int = 0
+    role: str = ""
+    prompt_tokens: int | None = None
+    prompt_digest: str = ""
+    extra: Object = msgspec.field(default_factory=dict)
+
+
+class Delta(Entry, frozen=True, kw_only=True):
+    """What one chunk added to one choice."""
+
+    type: ClassVar[str] = "delta"
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[Object] = msgspec.field(default_factory=list)
+    index: int = 0
+    finish_reason: str = ""
+    stop_reason: JSON = None
+    logprobs: JSON = None
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    extra: Object = msgspec.field(default_factory=dict)
+
+
+class Terminal(Entry, frozen=True, kw_only=True):
+    """The seal: how the request ended. `timings` are in milliseconds."""
+
+    attempt: int = 0
+    finish_reason: str = ""
+    usage: Object = msgspec.field(default_factory=dict)
+    model: str = ""
+    timings: Object = msgspec.field(default_factory=dict)
+    extra: Object = msgspec.field(default_factory=dict)
+
+
+class Done(Terminal, frozen=True, kw_only=True):
+    """The answer is whole."""
+
+    type: ClassVar[str] = "done"
+
+
+class Failed(Terminal, frozen=True, kw_only=True):
+    """The answer could not be had: `code` is for programs, `message` for people."""
+
+    type: ClassVar[str] = "error"
+    code: str = ""
+    message: str = ""
+
+
+class Cancelled(Terminal, frozen=True, kw_only=True):
+    """Somebody cancelled the request."""
+
+    type: ClassVar[str] = "cancelled"
+
+
+class Unknown(Entry, frozen=True, kw_only=True):
+    """An entry of a type that this version does not know. At the seal's id it still ends the log."""
+
+    name: str = ""
+    fields: Fields = msgspec.field(default_factory=dict)
+
+
+_Reader: TypeAlias = Callable[[str], object]
+_READERS: dict[str, _Reader] = {
+    "v": int,
+    "time": int,
+    "index": int,
+    "created": int,
+    "attempt": int,
+    "prompt_tokens": int,
+    "usage": msgspec.json.Decoder(dict).decode,
+    "timings": msgspec.json.Decoder(dict).decode,
+    "extra": msgspec.json.Decoder(dict).decode,
+    "tool_calls": msgspec.json.Decoder(list[dict[str, Any]]).decode,
+    "token_ids": msgspec.json.Decoder(list[int]).decode,
+    "logprobs": msgspec.json.decode,
+    "stop_reason": msgspec.json.decode,
+}
+_KNOWN = (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled)
+_BLANK: dict[type[Entry], Entry] = {kind: kind(id=SEAL) for kind in _KNOWN}
+_TYPES: dict[str, tuple[type[Entry], dict[str, _Reader]]] = {
+    kind.type: (kind, {name: _READERS.get(name, str) for name in kind.__struct_fields__ if name != "id"})
+    for kind in _KNOWN
+}
+
+
+def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> Entry:
+    """Read an entry as Redis (bytes) or the feed (text) gives it.
+
+    Raises:
+        BadEntry: when a field of a known type cannot be read; it names the entry and the field.
+    """
+    where = EntryId.parse(entry_id)
+    texts = {_text(name): _text(value) for name, value in fields.items()}
+    name = texts.pop("type", "")
+    known = _TYPES.get(name)
+    if known is None:
+        return Unknown(id=where, name=name, fields=texts)
+    kind, readers = known
+    values: dict[str, object] = {}
+    for field, text in texts.items():
+        reader = readers.get(field)
+        if reader is None:
+            continue
+        try:
+            values[field] = reader(text)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise BadEntry(f"entry {where} ({name}): field {field} cannot be read: {error}") from error
+    return kind(id=where, **values)
+
+
+def is_terminal(entry: Entry) -> bool:
+    """Whether the log ends with this entry."""
+    return entry.id == SEAL
+
+
+def to_fields(entry: Entry) -> Fields:
+    """The entry as Redis fields: its type, and of the rest what is not the default."""
+    texts = {
+        name: value if isinstance(value, str) and name not in _READERS else to_json(value)
+        for name, value in _values(entry)
+    }
+    return {"type": entry.type, **texts}
+
+
+def as_dict(entry: Entry) -> Object:
+    """The entry as one JSON object, id and type first: what `--json` prints."""
+    if isinstance(entry, Unknown):
+        return {"id": str(entry.id), "type": entry.name, **entry.fields}
+    return {"id": str(entry.id), "type": entry.type, **dict(_values(entry))}
+
+
+def to_json(value: object) -> str:
+    """A value as compact JSON text."""
+    return msgspec.json.encode(value).decode()
+
+
+def _values(entry: Entry) -> Iterator[tuple[str, Any]]:
+    blank = _BLANK[type(entry)]
+    for name in entry.__struct_fields__:
+        value = getattr(entry, name)
+        # The version is always said, though 1 is the default.
+        if name == "v" or (name != "id" and value != getattr(blank, name)):
+            yield name, value
+
+
+def _text(raw: str | bytes) -> str:
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw

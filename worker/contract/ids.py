@@ -1,0 +1,54 @@
+"""The ids of a token log: `<attempt>-<n>`, and what Redis's order of ids makes of them."""
+
+import re
+import uuid
+from typing import NamedTuple, Self
+
+VERSION = 1
+"""The version of the wire contract that this package speaks."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_LAST = 2**64 - 1
+
+
+class EntryId(NamedTuple):
+    """The id of an entry. Attempts count from 1, `n` from 0 within the attempt; ids order as in Redis."""
+
+    attempt: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.n}"
+
+    @classmethod
+    def parse(cls, raw: str | bytes) -> Self:
+        """Read an id as Redis writes it; a bare number has n = 0, as in Redis.
+
+        Raises:
+            ValueError: when it is no stream id.
+        """
+        text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else raw
+        first, _, second = text.partition("-")
+        if not (first.isdecimal() and (not second or second.isdecimal())):
+            raise ValueError(f"{text!r} is no id of a log entry: give one such as 1-0, as it stood in the log")
+        return cls(int(first), int(second or 0))
+
+
+BEFORE_ALL = EntryId(0, 0)
+"""Less than every entry's id: reading after it gives the whole log."""
+
+QUEUED = EntryId(0, 1)
+"""The entry that the client writes before the job."""
+
+SEAL = EntryId(_LAST, _LAST)
+"""The terminal entry: the greatest id there is, so Redis itself refuses whatever would follow."""
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a text can name a request: 1 to 128 characters of `A-Za-z0-9_-`."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def new_request_id() -> str:
+    """A fresh request id: 32 hexadecimal digits."""
+    return uuid.uuid4().hex

@@ -1,0 +1,165 @@
+"""A job: what a service asks for, as it stands in a job stream."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from worker.contract.entries import Fields, Object, to_json
+from worker.contract.ids import VERSION, is_request_id
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""The default limit of a job's `request`, in bytes."""
+
+RawFields: TypeAlias = Mapping[bytes, bytes]
+
+_FORBIDDEN = ("kv_transfer_params", "ec_transfer_params")
+"""Fields that steer vLLM's own machinery between replicas: never a job's business."""
+
+
+class InvalidJob(ValueError):
+    """A job that cannot be run. `code` is for programs, the text for people."""
+
+    def __init__(self, message: str, code: str = "invalid_job") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A job that validates. `deadline` is Unix ms by Redis's clock, `retention` seconds."""
+
+    id: str
+    request: Object
+    deadline: int | None = None
+    retention: int | None = None
+    fallbacks: tuple[str, ...] = ()
+    tenant: str = ""
+    traceparent: str = ""
+
+    def to_fields(self) -> Fields:
+        """The job as it is added to a job stream."""
+        fields = {"v": str(VERSION), "id": self.id, "request": to_json(self.request)}
+        if self.deadline is not None:
+            fields["deadline"] = str(self.deadline)
+        if self.retention is not None:
+            fields["retention"] = str(self.retention)
+        if self.fallbacks:
+            fields["fallbacks"] = to_json(self.fallbacks)
+        if self.tenant:
+            fields["tenant"] = self.tenant
+        if self.traceparent:
+            fields["traceparent"] = self.traceparent
+        return fields
+
+
+def request_id_of(fields: RawFields) -> str:
+    """The job's id: all that is needed to find its log.
+
+    Raises:
+        InvalidJob: when there is none that can be used.
+    """
+    raw = fields.get(b"id")
+    if raw is None:
+        raise InvalidJob("the job has no id: add a field `id` of 1 to 128 characters of A-Za-z0-9_-")
+    text = raw.decode("utf-8", "replace")
+    if not is_request_id(text):
+        raise InvalidJob(f"the job's id {text[:140]!r} cannot be used: it must be 1 to 128 characters of A-Za-z0-9_-")
+    return text
+
+
+def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> Job:
+    """Read a job from the fields of its stream entry. Fields that are not in the contract are passed over.
+
+    Raises:
+        InvalidJob: with what is wrong and how to mend it.
+    """
+    version = _text(fields, "v") or str(VERSION)
+    if version != str(VERSION):
+        raise InvalidJob(f"the job's v is {version!r}: this worker speaks version {VERSION} of the contract")
+    fallbacks = _strings(_text(fields, "fallbacks"))
+    return Job(
+        id=request_id_of(fields),
+        request=_request(fields, max_request_bytes),
+        deadline=_whole(fields, "deadline", "a time in Unix milliseconds"),
+        retention=_whole(fields, "retention", "a number of seconds"),
+        fallbacks=fallbacks,
+        tenant=_text(fields, "tenant"),
+        traceparent=_text(fields, "traceparent"),
+    )
+
+
+def check_request(request: object) -> Object:
+    """Check what holds for every chat request, whatever the model; the rest is vLLM's to judge.
+
+    Raises:
+        InvalidJob: with what is wrong.
+    """
+    if not isinstance(request, dict):
+        raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
+    messages = request.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidJob('the request has no messages: give a list such as [{"role": "user", "content": "Hello"}]')
+    forbidden = [name for name in _FORBIDDEN if name in request]
+    if forbidden:
+        raise InvalidJob(f"the request sets {', '.join(forbidden)}: only the worker may set this")
+    n = request.get("n")
+    if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+        raise InvalidJob(f"the request's n is {to_json(n)[:40]}: it must be a whole number from 1")
+    options = request.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise InvalidJob("the request's stream_options is not a JSON object")
+    return request
+
+
+def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
+    """What tells two requests under one id apart.
+
+    The first 32 hex digits of SHA-256 over the request as compact JSON with sorted keys; further models to
+    fall back to are part of what is asked, so a list of them follows it when there is one.
+    """
+    asked = msgspec.json.encode(request, order="deterministic")
+    if fallbacks:
+        asked += msgspec.json.encode(list(fallbacks))
+    return hashlib.sha256(asked).hexdigest()[:32]
+
+
+def _request(fields: RawFields, limit: int) -> Object:
+    raw = fields.get(b"request")
+    if raw is None:
+        raise InvalidJob("the job has no request: add a field `request` with the JSON of a chat completion")
+    if len(raw) > limit:
+        raise InvalidJob(
+            f"the request has {len(raw)} bytes, above the limit of {limit} (WORKER_MAX_REQUEST_BYTES)",
+            code="job_too_large",
+        )
+    try:
+        request = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidJob(f"the request is not JSON: {error}") from error
+    return check_request(request)
+
+
+def _text(fields: RawFields, name: str) -> str:
+    try:
+        return fields.get(name.encode(), b"").decode()
+    except UnicodeDecodeError as error:
+        raise InvalidJob(f"the job's {name} is not UTF-8") from error
+
+
+def _whole(fields: RawFields, name: str, what: str) -> int | None:
+    text = _text(fields, name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**53):
+        raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {what}")
+    return int(text)
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    try:
+        return tuple(msgspec.json.decode(text, type=list[str]))
+    except msgspec.DecodeError as error:
+        raise InvalidJob(f"the job's fallbacks is not a JSON list of model names: {error}") from error

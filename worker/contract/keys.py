@@ -1,0 +1,47 @@
+"""The names of every key and channel in Redis, all under one prefix."""
+
+from dataclasses import dataclass
+
+GROUP = "workers"
+"""The one consumer group of every job stream."""
+
+DEFAULT_QUEUE = "default"
+"""The queue that lives in the job stream without a suffix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one installation; several share a Redis by having different prefixes."""
+
+    prefix: str = "chat"
+
+    def jobs(self, queue: str = DEFAULT_QUEUE) -> str:
+        """The stream of waiting jobs of a queue."""
+        return f"{self.prefix}:jobs" if queue == DEFAULT_QUEUE else f"{self.prefix}:jobs:{queue}"
+
+    def tokens(self, request_id: str) -> str:
+        """The token log of a request. The braces put it and its tombstone into one cluster slot."""
+        return f"{self.prefix}:tokens:{{{request_id}}}"
+
+    def ended(self, request_id: str) -> str:
+        """The tombstone of a request: its outcome, kept longer than the log."""
+        return f"{self.prefix}:ended:{{{request_id}}}"
+
+    def feed(self, request_id: str) -> str:
+        """The pub/sub channel that carries the log's entries as they are accepted."""
+        return f"{self.prefix}:feed:{{{request_id}}}"
+
+    @property
+    def lifecycle(self) -> str:
+        """The capped stream of what started and what finished."""
+        return f"{self.prefix}:lifecycle"
+
+    @property
+    def dead(self) -> str:
+        """The capped stream of buried jobs."""
+        return f"{self.prefix}:dead"
+
+    @property
+    def workers(self) -> str:
+        """The hash with one field for each live worker."""
+        return f"{self.prefix}:workers"

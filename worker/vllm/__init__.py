@@ -1,0 +1,1 @@
+"""All that speaks to vLLM; nothing in here knows of Redis."""

@@ -1,0 +1,236 @@
+"""Chunks of a chat completion into entries of the log, without I/O, losing nothing that the server said.
+
+What the entries need as text is decoded; the rest stays the JSON that came (`msgspec.Raw`), byte for byte.
+The shapes are those of vLLM 0.32.0 and of other OpenAI-compatible servers: choices or a delta that are missing or
+null, null content, an empty finish_reason, `reasoning_content` for `reasoning`, and a `message` in place of a delta.
+"""
+
+import hashlib
+import json
+from typing import TypeAlias
+
+import msgspec
+from msgspec import Raw
+
+from worker.contract.entries import Fields, Object
+from worker.vllm.errors import UpstreamError, from_event, malformed, truncated
+
+_RawObject: TypeAlias = dict[str, Raw]
+
+_decode_object = msgspec.json.Decoder(_RawObject).decode
+_decode_choices = msgspec.json.Decoder(list[_RawObject | None] | None).decode
+_decode_delta = msgspec.json.Decoder(_RawObject | None).decode
+_decode_ids = msgspec.json.Decoder(list[int]).decode
+_decode_calls = msgspec.json.Decoder(list[_RawObject]).decode
+_decode = msgspec.json.decode
+_encode = msgspec.json.encode
+
+_CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"})
+_CHOICE_FIELDS = frozenset({"index", "delta", "message", "finish_reason", "stop_reason", "logprobs", "token_ids"})
+_DELTA_FIELDS = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
+_NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
+_BROKEN_OFF = frozenset({"abort", "error"})
+
+
+class ChunkParser:
+    """Turns the events of one answer into log entries, and knows whether the answer is whole.
+
+    Args:
+        n: how many choices the request asks for.
+        keep_prompt_ids: whether the request itself asked for `return_token_ids`, so that the prompt's are kept.
+        keep_usage: whether it asked for `continuous_usage_stats`, so that each delta keeps the usage.
+    """
+
+    def __init__(self, *, n: int = 1, keep_prompt_ids: bool = False, keep_usage: bool = False) -> None:
+        self.done = False
+        self.usage: Object = {}
+        self.finish_reason = ""
+        self._n = n
+        self._keep_prompt_ids = keep_prompt_ids
+        self._keep_usage = keep_usage
+        self._seen: set[int] = set()
+        self._finished: set[int] = set()
+        self._broken_off = ""
+        self._head: Fields = {}
+        self._chunk_extra: dict[str, bytes] = {}
+        self._unsaid: _RawObject = {}
+
+    @property
+    def model(self) -> str:
+        """The model that answers, as the server calls it; empty before its first chunk."""
+        return self._head.get("model", "")
+
+    @property
+    def extra(self) -> Object:
+        """What chunks without a choice said beside the usage, for the terminal entry."""
+        return _decode(_encode(self._unsaid), type=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice has finished. After `[DONE]` those that came count: some servers pass over `n`."""
+        wanted = self._seen if self.done and self._seen else self._seen | set(range(self._n))
+        return wanted <= self._finished
+
+    def check_complete(self) -> None:
+        """At the end of the stream.
+
+        Raises:
+            UpstreamError: when the answer is not whole; `[DONE]` alone does not make it so.
+        """
+        if self._broken_off:
+            raise UpstreamError(
+                "upstream_aborted", f"vLLM broke the answer off ({self._broken_off})", status=200, retryable=True
+            )
+        if not self.complete:
+            raise truncated("the stream ended before the answer had a finish_reason")
+
+    def parse(self, data: bytes) -> list[Fields]:
+        """The log entries of one event's data: perhaps an `opened`, then a `delta` for each choice that says something.
+
+        Raises:
+            UpstreamError: for an error event, and for data that is no chunk.
+        """
+        if self.done or not data:
+            return []
+        if data == b"[DONE]":
+            self.done = True
+            return []
+        try:
+            return self._entries(_object(data))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise malformed(f"the stream holds what is no chunk of a completion: {error}") from error
+
+    def _entries(self, chunk: _RawObject) -> list[Fields]:
+        _raise_error_in(chunk)
+        choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
+        deltas = [_decode_delta(choice.get("delta", choice.get("message", b"null"))) or {} for choice in choices]
+        self._take_usage(chunk, of_choices=bool(choices))
+        self._take_extra(chunk)
+        entries = self._opened(chunk, deltas)
+        for choice, delta in zip(choices, deltas, strict=True):
+            fields = self._delta(choice, delta)
+            if len(fields) > 1 + ("index" in fields):
+                entries.append(fields)
+        return entries
+
+    def _take_usage(self, chunk: _RawObject, *, of_choices: bool) -> None:
+        usage = chunk.get("usage")
+        if usage is None or not _says(usage):
+            return
+        self.usage = _decode(usage, type=dict)
+        if self._keep_usage and of_choices:
+            self._unsaid["usage"] = usage
+
+    def _take_extra(self, chunk: _RawObject) -> None:
+        """Keep what the chunk holds beyond the known fields, once for as long as it stays the same."""
+        if chunk.keys() <= _CHUNK_FIELDS:
+            return
+        for name in chunk.keys() - _CHUNK_FIELDS:
+            value = bytes(chunk[name])
+            if value not in _NOTHING and self._chunk_extra.get(name) != value:
+                self._chunk_extra[name] = value
+                self._unsaid[name] = chunk[name]
+
+    def _opened(self, chunk: _RawObject, deltas: list[_RawObject]) -> list[Fields]:
+        """The `opened` entry, when something that should be the same in every chunk is new."""
+        head = dict(self._head) or {"type": "opened"}
+        for name, field in (("id", "response_id"), ("model", "model"), ("created", "created")):
+            if (raw := chunk.get(name)) is not None and _says(raw):
+                head[field] = _plain(raw)
+        for delta in deltas:
+            if (raw := delta.get("role")) is not None and _says(raw):
+                head["role"] = _plain(raw)
+        prompt = chunk.get("prompt_token_ids")
+        if prompt is not None and _says(prompt):
+            ids = _decode_ids(prompt)
+            head["prompt_tokens"] = str(len(ids))
+            head["prompt_digest"] = hashlib.sha256(_encode(ids)).hexdigest()[:16]
+            if self._keep_prompt_ids:
+                self._unsaid["prompt_token_ids"] = prompt
+        if head == self._head or len(head) == 1:
+            return []
+        self._head = head
+        return [head | self._extra_field()]
+
+    def _delta(self, choice: _RawObject, delta: _RawObject) -> Fields:
+        """The `delta` entry of one choice: only what it says, and nothing of what it says left out."""
+        fields: Fields = {"type": "delta"}
+        extra = {name: raw for name, raw in choice.items() if name not in _CHOICE_FIELDS and _says(raw)}
+        unread = {name: raw for name, raw in delta.items() if name not in _DELTA_FIELDS and _says(raw)}
+        for name, field in (("content", "content"), ("reasoning", "reasoning"), ("reasoning_content", "reasoning")):
+            if (raw := delta.get(name)) is None or not _says(raw):
+                continue
+            text = _decode(raw)
+            if isinstance(text, str) and fields.get(field, text) == text:
+                fields[field] = text
+            else:
+                unread[name] = raw
+        if (raw := delta.get("tool_calls")) is not None and _says(raw):
+            _decode_calls(raw)  # readers rely on a list of objects
+            fields["tool_calls"] = bytes(raw).decode()
+        index = _decode(choice.get("index", b"0"), type=int | None) or 0
+        if index:
+            fields["index"] = str(index)
+        self._seen.add(index)
+        self._take_end(choice, index, fields)
+        if (raw := choice.get("logprobs")) is not None and _says(raw):
+            fields["logprobs"] = bytes(raw).decode()
+        if (raw := choice.get("token_ids")) is not None and _says(raw):
+            fields["token_ids"] = _encode(_decode_ids(raw)).decode()
+        if unread:
+            extra["delta"] = Raw(_encode(unread))
+        if extra or (self._unsaid and len(fields) > 1 + ("index" in fields)):
+            fields |= self._extra_field(extra)
+        return fields
+
+    def _take_end(self, choice: _RawObject, index: int, fields: Fields) -> None:
+        if (raw := choice.get("finish_reason")) is not None and _says(raw):
+            reason = _decode(raw, type=str)
+            if reason in _BROKEN_OFF:
+                self._broken_off = reason
+            else:
+                fields["finish_reason"] = reason
+                self._finished.add(index)
+                self.finish_reason = reason if index == 0 else self.finish_reason or reason
+        if (raw := choice.get("stop_reason")) is not None and bytes(raw) != b"null":
+            fields["stop_reason"] = bytes(raw).decode()
+
+    def _extra_field(self, extra: _RawObject | None = None) -> Fields:
+        """`extra` with what is new at the level of the chunk: in `opened` as it is, in a delta under `chunk`."""
+        shown, self._unsaid = self._unsaid, {}
+        if extra is not None:
+            shown = extra | {"chunk": Raw(_encode(shown))} if shown else extra
+        return {"extra": _encode(shown).decode()} if shown else {}
+
+
+def _object(data: bytes) -> _RawObject:
+    """The chunk's fields, undecoded. Bytes that are no UTF-8 and halves of surrogate pairs become replacement marks."""
+    try:
+        if not data.isascii():
+            data.decode()
+        return _decode_object(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            value = json.loads(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            raise malformed(f"the stream holds what is no JSON: {data[:100]!r}") from None
+        return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _raise_error_in(chunk: _RawObject) -> None:
+    error = chunk.get("error")
+    if error is not None and _says(error):
+        raise from_event(_decode(error))
+    # Older servers send the error itself: {"object": "error", "message": …}.
+    if "choices" not in chunk and bytes(chunk.get("object", b"")) == b'"error"':
+        raise from_event(_decode(_encode(chunk)))
+
+
+def _says(raw: Raw) -> bool:
+    return bytes(raw) not in _NOTHING
+
+
+def _plain(raw: Raw) -> str:
+    """A value as the text of a field: a string without its quotes, anything else as JSON."""
+    text = bytes(raw).decode()
+    return _decode(raw, type=str) if text.startswith('"') else text

@@ -1,0 +1,95 @@
+"""Server-sent events without I/O: bytes in as they arrive, the data of whole events out.
+
+The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream": lines end at CR, LF or CRLF
+and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
+colon is dropped, several data lines are joined by LF, a BOM at the start is passed over, and an event that the end
+of the stream cuts off is dropped. Fields other than `data` carry nothing in a stream of completions.
+"""
+
+_BOM = b"\xef\xbb\xbf"
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+"""Room for the first chunk of a prompt of a million tokens, whose ids stand in it."""
+
+
+class EventTooLarge(ValueError):
+    """An event, or a line that does not end, is above the limit."""
+
+
+class SSEDecoder:
+    """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
+
+    __slots__ = ("_after_cr", "_data", "_max", "_pending", "_size", "_start")
+
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self._max = max_event_bytes
+        self._start: bytes | None = b""  # the bytes so far that may be a BOM; None once that is settled
+        self._after_cr = False  # the last read ended in CR, so an LF that comes next belongs to it
+        self._pending: list[bytes] = []  # pieces of a line whose end has not come
+        self._data: list[bytes] = []  # data lines of an event whose end has not come
+        self._size = 0  # bytes in these two
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The data of every event that this chunk completes, in order.
+
+        Raises:
+            EventTooLarge: when an unfinished or finished event is above the limit.
+        """
+        if self._start is not None:
+            chunk = self._without_bom(chunk)
+        if self._after_cr and chunk:
+            self._after_cr = False
+            if chunk[0] == 0x0A:
+                chunk = chunk[1:]
+        if b"\r" in chunk:
+            self._after_cr = chunk[-1] == 0x0D
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if b"\n" not in chunk:
+            if chunk:
+                self._pending.append(chunk)
+                self._grow(len(chunk))
+            return []
+        lines = chunk.split(b"\n")
+        if self._pending:
+            self._pending.append(lines[0])
+            lines[0] = b"".join(self._pending)
+            self._pending.clear()
+        rest = lines.pop()
+        events = self._events(lines)
+        if rest:
+            self._pending.append(rest)
+        self._size = len(rest) + sum(map(len, self._data))
+        self._grow(0)
+        return events
+
+    def _events(self, lines: list[bytes]) -> list[bytes]:
+        events = []
+        data = self._data
+        for line in lines:
+            if not line:
+                if data:
+                    event = data[0] if len(data) == 1 else b"\n".join(data)
+                    data.clear()
+                    if len(event) > self._max:
+                        raise self._too_large()
+                    events.append(event)
+            elif line.startswith(b"data:"):
+                data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line == b"data":
+                data.append(b"")
+        return events
+
+    def _without_bom(self, chunk: bytes) -> bytes:
+        start = (self._start or b"") + chunk
+        if len(start) < len(_BOM) and _BOM.startswith(start):
+            self._start = start
+            return b""
+        self._start = None
+        return start.removeprefix(_BOM)
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        if self._size > self._max:
+            raise self._too_large()
+
+    def _too_large(self) -> EventTooLarge:
+        return EventTooLarge(f"an event of the stream is larger than {self._max} bytes")

@@ -1,0 +1,131 @@
+"""The token stream of one answer, read from a vLLM server: the one place that holds an open HTTP response.
+
+Its limits are on silence: from the request to the first event (a long queue at vLLM is silence after 200), and from
+one data event to the next. Keep-alive comments do not count, since a vLLM that is being shut down sends them on.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import httpx
+
+from worker.contract.entries import Object, to_json
+from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated
+from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
+
+_MAX_ERROR_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long vLLM may be silent, in seconds."""
+
+    connect: float = 5.0
+    first_token: float = 120.0
+    gap: float = 30.0
+
+
+class ChatStream:
+    """The events of an answer, as they arrive."""
+
+    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes], limits: Limits, first_by: float) -> None:
+        self._response = response
+        self._chunks = chunks
+        self._limits = limits
+        self._first_by: float | None = first_by
+        self._decoder = SSEDecoder()
+
+    async def read(self) -> list[bytes]:
+        """The data of the next events, at least one; nothing at the end of the stream.
+
+        Raises:
+            UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
+        """
+        until = self._first_by or asyncio.get_running_loop().time() + self._limits.gap
+        try:
+            async with asyncio.timeout_at(until):
+                async for chunk in self._chunks:
+                    if events := self._decoder.feed(chunk):
+                        self._first_by = None
+                        return events
+        except TimeoutError:
+            raise _silence(self._limits, begun=self._first_by is None) from None
+        except EventTooLarge as error:
+            raise malformed(str(error)) from None
+        except httpx.HTTPError as error:
+            raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
+        return []
+
+    async def aclose(self) -> None:
+        """Close the answer; a vLLM that is not done with it stops at once."""
+        await self._response.aclose()
+
+
+async def open_stream(client: httpx.AsyncClient, url: str, body: Object, limits: Limits) -> ChatStream:
+    """Post a chat completion and give its stream, which the caller closes.
+
+    Raises:
+        UpstreamError: when there is no stream: no connection, a status other than 200, or a page in its place.
+    """
+    first_by = asyncio.get_running_loop().time() + limits.first_token
+    request = client.build_request(
+        "POST", url, content=to_json(body), headers={"content-type": "application/json", "accept-encoding": "identity"}
+    )
+    try:
+        async with asyncio.timeout_at(first_by):
+            response = await client.send(request, stream=True)
+    except TimeoutError:
+        raise _silence(limits, begun=False) from None
+    except httpx.HTTPError as error:
+        raise UpstreamError("upstream_unreachable", f"cannot reach {url}: {_why(error)}", retryable=True) from None
+    try:
+        return ChatStream(response, await _events_of(response, limits), limits, first_by)
+    except BaseException:
+        await response.aclose()
+        raise
+
+
+async def _events_of(response: httpx.Response, limits: Limits) -> AsyncIterator[bytes]:
+    """The body as a stream of events, also where the server answered with a whole completion as JSON."""
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if response.status_code == 200 and kind not in {"application/json", "text/html"}:
+        return response.aiter_bytes()
+    body = await _body(response, limits, MAX_EVENT_BYTES if response.status_code == 200 else _MAX_ERROR_BYTES)
+    if response.status_code != 200:
+        raise from_response(response.status_code, body, response.headers)
+    if kind == "text/html":
+        raise UpstreamError(
+            "not_a_stream", f"a page came in place of a stream: {message_of(body.decode('utf-8', 'replace')[:200])}",
+            status=200, retryable=True,
+        )  # fmt: skip
+    return _as_events(body)
+
+
+async def _as_events(body: bytes) -> AsyncIterator[bytes]:
+    yield b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
+
+
+async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
+    """The body, cut at `most` bytes."""
+    body = b""
+    try:
+        async with asyncio.timeout(limits.gap):
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) >= most:
+                    break
+    except (httpx.HTTPError, TimeoutError) as error:
+        if not body:
+            raise truncated(f"the answer with status {response.status_code} broke off: {_why(error)}") from None
+    return body[:most]
+
+
+def _silence(limits: Limits, *, begun: bool) -> UpstreamError:
+    if begun:
+        return UpstreamError("gap_timeout", f"vLLM sent nothing for {limits.gap:g} s mid-stream", retryable=True)
+    return UpstreamError("first_token_timeout", f"vLLM sent no token within {limits.first_token:g} s", retryable=True)
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__

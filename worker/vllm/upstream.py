@@ -1,0 +1,127 @@
+"""The vLLM servers that this worker may use: which one takes a request, and what each is known not to understand."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence, Set
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import msgspec
+
+from worker.contract.entries import Object
+from worker.vllm.errors import UpstreamError, from_response
+from worker.vllm.stream import ChatStream, Limits, open_stream
+
+_OPTIONAL = ("return_token_ids", "stream_options")
+"""What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
+
+_FEW_SECONDS = 5.0
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """One server. `url` is its base, without `/v1`."""
+
+    url: str
+    in_flight: int = 0
+    without: set[str] = field(default_factory=set)
+
+
+class Upstream:
+    """All servers together. One HTTP client serves them, with no limit on connections but the worker's slots."""
+
+    def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
+        self.endpoints = [Endpoint(base_url(url)) for url in urls]
+        self._limits = limits
+        self._client = httpx.AsyncClient(
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(None, connect=limits.connect),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15),
+        )
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+    def choose(self, *, other_than: Endpoint | None = None) -> Endpoint:
+        """The server with the fewest requests of ours in flight; another one than the last, where there is one."""
+        rest = [endpoint for endpoint in self.endpoints if endpoint is not other_than]
+        return min(rest or self.endpoints, key=lambda endpoint: endpoint.in_flight)
+
+    @asynccontextmanager
+    async def stream(self, endpoint: Endpoint, request: Object) -> AsyncIterator[ChatStream]:
+        """The token stream of a request; leaving the context closes it.
+
+        Raises:
+            UpstreamError: when the server does not give one.
+        """
+        endpoint.in_flight += 1
+        try:
+            stream = await self._open(endpoint, request)
+            try:
+                yield stream
+            finally:
+                await stream.aclose()
+        finally:
+            endpoint.in_flight -= 1
+
+    async def _open(self, endpoint: Endpoint, request: Object) -> ChatStream:
+        while True:
+            without = frozenset(endpoint.without)
+            try:
+                return await open_stream(
+                    self._client, f"{endpoint.url}/v1/chat/completions", body_for(request, without), self._limits
+                )
+            except UpstreamError as error:
+                refused = {name for name in _OPTIONAL if _names(error, name)} - without
+                if not refused:
+                    raise
+                endpoint.without |= refused
+
+    async def models(self, endpoint: Endpoint) -> list[str]:
+        """The names of the models that a server serves.
+
+        Raises:
+            UpstreamError: when it does not say.
+        """
+        url = f"{endpoint.url}/v1/models"
+        try:
+            async with asyncio.timeout(_FEW_SECONDS):
+                response = await self._client.get(url)
+        except (httpx.HTTPError, TimeoutError) as error:
+            why = str(error) or type(error).__name__
+            raise UpstreamError("upstream_unreachable", f"cannot reach {url}: {why}", retryable=True) from None
+        if response.status_code != 200:
+            raise from_response(response.status_code, response.content, response.headers)
+        try:
+            return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+def base_url(url: str) -> str:
+    """The server's base: given with or without `/v1` and a slash at the end."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def body_for(request: Object, without: Set[str]) -> Object:
+    """The request as it is sent: streamed, and with what the worker wants to know beside what the job asks."""
+    body: Object = {**request, "stream": True}
+    if "return_token_ids" not in without:
+        body["return_token_ids"] = True
+    if "stream_options" not in without:
+        asked = request.get("stream_options")
+        body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
+    return body
+
+
+def _names(error: UpstreamError, field_name: str) -> bool:
+    return error.status in {400, 422} and field_name in error.message
