@@ -1,7 +1,8 @@
 """The vLLM servers that this worker may use: which one takes a request, and what each is known not to understand."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence, Set
+from collections.abc import AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -112,7 +113,7 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def body_for(request: Object, without: Set[str]) -> Object:
+def body_for(request: Object, without: AbstractSet[str]) -> Object:
     """The request as it is sent: streamed, and with what the worker wants to know beside what the job asks."""
     body: Object = {**request, "stream": True}
     if "return_token_ids" not in without:

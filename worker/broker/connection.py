@@ -1,0 +1,112 @@
+"""Connections to Redis: which clients there are, why, and what counts as a passing fault."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias, TypeVar
+
+import structlog
+from redis import exceptions
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+_T = TypeVar("_T")
+ConnectHook: TypeAlias = Callable[[AbstractConnection], Awaitable[None]]
+
+_log = structlog.get_logger()
+
+COMMAND_TIMEOUT = 5.0
+"""Seconds until a command without a reply counts as lost."""
+
+_MAX_CONNECTIONS = 64
+_NO_LIMIT = 2**31
+_TRANSIENT = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.BusyLoadingError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+    OSError,
+)
+_TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "UNBLOCKED", "OOM ")
+
+
+def command_client(url: str, *, on_connect: ConnectHook | None = None, connections: int = _MAX_CONNECTIONS) -> Redis:
+    """A client that sends each command once.
+
+    redis-py 8 repeats a command whose reply was lost up to ten times by itself: a plain XADD is then there twice, and
+    a repeated MULTI answers `equal or smaller` for what it has written. What to repeat is decided by who knows.
+    Callers wait for a free connection; more than that many commands at once do not fail.
+    """
+    return Redis.from_pool(_pool(url, socket_timeout=COMMAND_TIMEOUT, connections=connections, on_connect=on_connect))
+
+
+def blocking_client(url: str, block: float) -> Redis:
+    """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones."""
+    return Redis.from_pool(_pool(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether Redis may answer the same command well in a moment: no connection, a failover, memory that is full."""
+    if isinstance(error, _TRANSIENT):
+        return not isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError)
+    return isinstance(error, exceptions.ResponseError) and str(error).startswith(_TRANSIENT_WORDS)
+
+
+class Backoff:
+    """Growing pauses with jitter, in seconds; it says what is wrong once, then every half minute."""
+
+    def __init__(self, what: str, *, first: float = 0.05, most: float = 2.0) -> None:
+        self._what = what
+        self._first = self._pause = first
+        self._most = most
+        self._said = float("-inf")
+
+    async def wait(self, error: BaseException) -> None:
+        """Pause after a failure."""
+        now = asyncio.get_running_loop().time()
+        if now - self._said > 30:
+            self._said = now
+            _log.warning(self._what, error=str(error) or type(error).__name__)
+        await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
+        self._pause = min(self._pause * 2, self._most)
+
+    def reset(self) -> None:
+        """After a success: begin small again, and speak again at the next failure."""
+        self._pause, self._said = self._first, float("-inf")
+
+
+async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Future[object] | None = None) -> _T:
+    """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
+
+    Raises:
+        Exception: what the operation raised, when it is no passing fault or there is no more time.
+    """
+    backoff = Backoff("redis_unavailable")
+    while True:
+        try:
+            return await operation()
+        except Exception as error:
+            if not is_transient(error) or (give_up is not None and give_up.done()):
+                raise
+            await backoff.wait(error)
+
+
+def _pool(
+    url: str, *, socket_timeout: float, connections: int, on_connect: ConnectHook | None = None
+) -> BlockingConnectionPool:
+    return BlockingConnectionPool.from_url(
+        url,
+        protocol=2,  # the replies of 3 have other shapes, and nothing of it is needed
+        retry=Retry(NoBackoff(), 0),
+        socket_connect_timeout=COMMAND_TIMEOUT,
+        socket_timeout=socket_timeout,
+        max_connections=connections,
+        timeout=None,
+        redis_connect_func=on_connect,
+    )

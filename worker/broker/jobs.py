@@ -1,0 +1,187 @@
+"""The job streams: reading through the consumer group, leases, acknowledgement and trimming.
+
+A lease is the idle time of the entry in the group's pending list. Whoever reads, claims or renews an entry sets it to
+zero; whoever finds it longer than a lease may take the entry over.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from worker.contract.ids import EntryId
+from worker.contract.keys import GROUP, Keys
+
+_log = structlog.get_logger()
+
+_Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A job as the group handed it over. `queue` and `id` (of the stream's entry) name it together."""
+
+    queue: str
+    id: str
+    fields: Mapping[bytes, bytes]
+
+    @property
+    def enqueued(self) -> int:
+        """When the job was added, in Unix ms by Redis's clock."""
+        return EntryId.parse(self.id).attempt
+
+
+class JobQueue:
+    """One worker's view of the job streams. `consumer` is unique to the process; `lease` is in seconds."""
+
+    def __init__(self, commands: Redis, blocking: Redis, keys: Keys, consumer: str, lease: float) -> None:
+        self._commands = commands
+        self._blocking = blocking
+        self._keys = keys
+        self._consumer = consumer
+        self._lease_ms = int(lease * 1000)
+        self._cursors: dict[str, str] = {}
+
+    async def ensure_group(self, queue: str) -> None:
+        """Make the stream and its group where they are missing. From 0: jobs added before the group count too."""
+        try:
+            await self._commands.xgroup_create(self._keys.jobs(queue), GROUP, id="0", mkstream=True)
+        except ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    async def read(self, queue: str, count: int, block_ms: int) -> list[Delivery]:
+        """Take up to `count` new jobs, waiting up to `block_ms` for the first. The lease counts from the call."""
+        try:
+            reply = await self._blocking.xreadgroup(
+                GROUP, self._consumer, {self._keys.jobs(queue): ">"}, count=count, block=block_ms
+            )
+        except ResponseError as error:
+            if not await self._mend_group(queue, error):
+                raise
+            return []
+        streams = cast("list[tuple[bytes, list[_Message]]]", reply)
+        return [delivery for _, messages in streams for delivery in _deliveries(queue, messages)]
+
+    async def take_expired(self, queue: str, count: int) -> list[Delivery]:
+        """Take over up to `count` jobs whose lease has run out.
+
+        The cursor goes on where the last call stopped: from the start each time, a few live entries at the front
+        would hide the expired ones behind them for ever.
+        """
+        try:
+            reply = await self._commands.xautoclaim(
+                self._keys.jobs(queue),
+                GROUP,
+                self._consumer,
+                self._lease_ms,
+                self._cursors.get(queue, "0-0"),
+                count=count,
+            )
+        except ResponseError as error:
+            if not await self._mend_group(queue, error):
+                raise
+            return []
+        cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
+        self._cursors[queue] = cursor.decode()
+        return _deliveries(queue, messages)
+
+    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool]:
+        """Renew leases, each given with the seconds since its own last renewal; false where it is ours no more.
+
+        XCLAIM only takes an entry that is idle for longer than a thief's can be: a thief has reset it since. With 0
+        long after the last renewal it would steal the entry back.
+        """
+        pipe = self._commands.pipeline(transaction=False)
+        for delivery, age in leases:
+            pipe.xclaim(
+                self._keys.jobs(delivery.queue),
+                GROUP,
+                self._consumer,
+                max(0, int(age * 1000) - self._lease_ms // 2),
+                [delivery.id],
+                justid=True,
+            )
+        replies = await pipe.execute(raise_on_error=False)
+        return [not isinstance(reply, Exception) and bool(reply) for reply in replies]
+
+    async def hand_over(self, delivery: Delivery, age: float) -> None:
+        """Let another worker take a running job at once, without counting against the job."""
+        pending = await self._commands.xpending_range(
+            self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, consumername=self._consumer
+        )
+        if pending:
+            await self._commands.xclaim(
+                self._keys.jobs(delivery.queue),
+                GROUP,
+                self._consumer,
+                max(0, int(age * 1000) - self._lease_ms // 2),
+                [delivery.id],
+                idle=2 * self._lease_ms,
+                # The taker's XAUTOCLAIM adds one again.
+                retrycount=max(0, int(pending[0]["times_delivered"]) - 1),
+                justid=True,
+            )
+
+    async def holds(self, delivery: Delivery) -> bool:
+        """Whether the group still counts this job as ours."""
+        return bool(
+            await self._commands.xpending_range(
+                self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, consumername=self._consumer
+            )
+        )
+
+    async def is_live(self, queue: str, job: str) -> bool:
+        """Whether a job is still to be done: pending with some worker, or not read yet."""
+        key = self._keys.jobs(queue)
+        if await self._commands.xpending_range(key, GROUP, job, job, 1):
+            return True
+        unread = [
+            group for group in await self._groups(key) if EntryId.parse(group["last-delivered-id"]) < EntryId.parse(job)
+        ]
+        return bool(unread and await self._commands.xrange(key, job, job))
+
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """The job is done with."""
+        await self._commands.xack(self._keys.jobs(delivery.queue), GROUP, delivery.id)
+
+    async def trim(self, queue: str) -> None:
+        """Drop what every worker has done with, never what is pending or unread.
+
+        Last delivered is read before the oldest pending: the other way round, a job that is delivered in between
+        would be neither, and be trimmed. XDEL is never used: it hides the lag that autoscalers read.
+        """
+        key = self._keys.jobs(queue)
+        for group in await self._groups(key):
+            delivered = EntryId.parse(group["last-delivered-id"])
+            oldest = (await self._commands.xpending(key, GROUP))["min"]
+            below = min(delivered, EntryId.parse(oldest)) if oldest else delivered
+            await self._commands.xtrim(key, minid=str(below), approximate=False)
+
+    async def leave(self, queues: Iterable[str]) -> None:
+        """Remove this consumer where it has nothing pending; with pending entries they would be lost."""
+        for queue in queues:
+            key = self._keys.jobs(queue)
+            for consumer in await self._commands.xinfo_consumers(key, GROUP):
+                if consumer["name"] == self._consumer.encode() and not consumer["pending"]:
+                    await self._commands.xgroup_delconsumer(key, GROUP, self._consumer)
+
+    async def _groups(self, key: str) -> list[dict[str, bytes]]:
+        groups = await self._commands.xinfo_groups(key)
+        return [group for group in groups if group["name"] == GROUP.encode()]
+
+    async def _mend_group(self, queue: str, error: ResponseError) -> bool:
+        """Make a group that vanished (FLUSHALL, a failover) again; whether that was the trouble."""
+        if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+            return False
+        _log.warning("group_made_again", queue=queue)
+        await self.ensure_group(queue)
+        return True
+
+
+def _deliveries(queue: str, messages: Iterable[_Message]) -> list[Delivery]:
+    """Entries that 6.2 gives as nil were trimmed while pending: there is nothing left to run."""
+    return [Delivery(queue, entry_id.decode(), fields) for entry_id, fields in messages if entry_id and fields]

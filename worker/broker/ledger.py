@@ -1,0 +1,62 @@
+"""What is kept beside the logs: the lifecycle stream, the dead letters and the line of each worker."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import msgspec
+from redis.asyncio import Redis
+
+from worker.broker.jobs import Delivery
+from worker.contract.entries import Fields, to_json
+from worker.contract.keys import Keys
+from worker.contract.records import DEAD_FIELD_BYTES, DeadLetter, Lifecycle, WorkerLine
+
+_LIFECYCLE_LENGTH = 100_000
+_DEAD_LENGTH = 10_000
+
+
+class Ledger:
+    """Writes the records that are not the log of one request."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+
+    async def lifecycle(self, line: Lifecycle) -> None:
+        """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
+        await _add(self._redis, self._keys.lifecycle, line.to_fields(), _LIFECYCLE_LENGTH)
+
+    async def bury(self, delivery: Delivery, reason: str, time: int) -> None:
+        """Put a job among the dead letters, once: a job that is there already is not put there again."""
+        since = f"{delivery.enqueued}-0"
+        for _, fields in await self._redis.xrange(self._keys.dead, since) or ():
+            seen = cast("Mapping[bytes, bytes]", fields)
+            if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
+                return
+        letter = DeadLetter(
+            reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=_readable(delivery.fields)
+        )
+        await _add(self._redis, self._keys.dead, letter.to_fields(), _DEAD_LENGTH)
+
+    async def beat(self, line: WorkerLine, stale_after: float) -> None:
+        """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds."""
+        await self._redis.hset(self._keys.workers, line.name, to_json(line))
+        for name, raw in (await self._redis.hgetall(self._keys.workers)).items():
+            beat = msgspec.json.decode(raw, type=WorkerLine).beat
+            if line.beat - beat > stale_after * 1000:
+                await self._redis.hdel(self._keys.workers, name)
+
+    async def leave(self, worker: str) -> None:
+        """Remove a worker's line."""
+        await self._redis.hdel(self._keys.workers, worker)
+
+
+def _readable(fields: Mapping[bytes, bytes]) -> Fields:
+    return {
+        name.decode("utf-8", "replace"): value[:DEAD_FIELD_BYTES].decode("utf-8", "replace")
+        for name, value in fields.items()
+    }
+
+
+async def _add(redis: Redis, key: str, fields: Fields, length: int) -> None:
+    await redis.xadd(key, fields, maxlen=length, approximate=True)  # type: ignore[arg-type]  # dict is invariant

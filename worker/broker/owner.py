@@ -1,0 +1,235 @@
+"""How a process comes to own the log of a request, goes on under a later attempt, and seals it.
+
+Every decision is read from the log itself, under a WATCH where two keys must agree, so each of these may be repeated
+after a lost reply: what is already there is found and taken for what it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from redis.exceptions import ResponseError, WatchError
+
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.log import LogFenced, TokenLog, loss
+from worker.broker.publisher import Publisher
+from worker.contract.entries import (
+    Claimed,
+    Entry,
+    Fields,
+    Restarted,
+    Started,
+    Terminal,
+    parse,
+    to_fields,
+    to_json,
+)
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from worker.contract.keys import Keys
+from worker.contract.records import Tombstone
+
+_RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """The log is ours to write. `history` is what earlier attempts wrote; empty at the first."""
+
+    log: TokenLog
+    history: list[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The request has ended: `end` is its terminal entry, or nothing when only the tombstone is left."""
+
+    end: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Another job of the same request id is at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotOurs:
+    """Another worker holds the job by now: nothing is to be done, not even an acknowledgement."""
+
+
+Taken: TypeAlias = Owned | Ended | Duplicate | NotOurs
+
+
+class Owner:
+    """What this process does with the logs of requests. `nonce` tells it from every other process, and life of one."""
+
+    def __init__(
+        self, redis: Redis, keys: Keys, jobs: JobQueue, publisher: Publisher, *, worker: str, nonce: str,
+        now: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._redis = redis
+        self._keys = keys
+        self._jobs = jobs
+        self._publisher = publisher
+        self._worker = worker
+        self._nonce = nonce
+        self._now = now
+
+    async def take(self, request_id: str, delivery: Delivery, expire_at: int) -> Taken:
+        """Come to own the log of a delivered job, or find why not. `expire_at` (Unix ms) is the log's end unsealed."""
+        key = self._keys.tokens(request_id)
+        while True:
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(key, self._keys.ended(request_id))
+                tail = await _tail(pipe, key)
+                if tail is not None and tail.id == SEAL:
+                    return Ended(tail)
+                if await pipe.exists(self._keys.ended(request_id)):
+                    return Ended(None)
+                if tail is None or tail.id.attempt == 0:
+                    if await self._start(pipe, key, delivery, expire_at):
+                        return await self._owned(request_id, key, 1)
+                    continue
+                attempt = tail.id.attempt
+                holder = await _entry(pipe, key, EntryId(attempt, 0))
+            if tail.id.n == 0 and self._wrote(holder, delivery):
+                return await self._owned(request_id, key, attempt)  # our own entry, whose reply was lost
+            if (refusal := await self._refusal(holder, delivery)) is not None:
+                return refusal
+            if await self._claim(key, attempt + 1, delivery, "takeover"):
+                return await self._owned(request_id, key, attempt + 1)
+
+    async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
+        """Why a log that was begun is not ours to take over, or nothing when it is."""
+        if isinstance(holder, Started | Claimed) and (holder.queue, holder.job) != (delivery.queue, delivery.id):
+            # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
+            return Duplicate() if await self._jobs.is_live(holder.queue, holder.job) else None
+        return None if await self._jobs.holds(delivery) else NotOurs()
+
+    async def advance(self, log: TokenLog, delivery: Delivery, reason: str, *, restart: bool) -> None:
+        """Go on under the next attempt of one's own log; `restart` makes what was written void.
+
+        Raises:
+            LogLost: when the log is no longer ours.
+        """
+        attempt = log.attempt + 1
+        if not await self._claim(log.key, attempt, delivery, reason):
+            async with self._redis.pipeline() as pipe:
+                tail = await _tail(pipe, log.key)
+                lost = loss(tail.id if tail else None, attempt, EntryId(attempt, 0))
+                if lost is not None:
+                    raise lost
+                if not self._wrote(await _entry(pipe, log.key, EntryId(attempt, 0)), delivery):
+                    raise LogFenced(f"attempt {attempt} has begun")
+        log.begin_attempt(attempt)
+        if restart:
+            log.append(to_fields(Restarted(id=BEFORE_ALL)))
+
+    async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
+        """Write the terminal entry with expiry and tombstone, all at once; gives the one that stands.
+
+        The seal's id is above every attempt's, so it has a fence of its own: the log is watched while its last entry
+        is compared with what this owner has written. `retention` and `remember` are seconds.
+
+        Raises:
+            LogLost: when the log is no longer ours.
+        """
+        await log.drained()
+        ended = self._keys.ended(log.request_id)
+        while True:
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(log.key)
+                tail = await _tail(pipe, log.key)
+                if tail is not None and tail.id == SEAL:
+                    return tail
+                lost = loss(tail.id if tail else None, log.attempt, log.accepted)
+                if lost is not None:
+                    raise lost
+                _multi(pipe)
+                _xadd(pipe, log.key, SEAL, to_fields(end), create=False)
+                pipe.expire(log.key, retention)
+                pipe.set(ended, to_json(tombstone), ex=remember)
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue  # written after all with a lost reply, or cancelled meanwhile: look again
+            return parse(str(SEAL), to_fields(end))
+
+    async def confirm(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
+        """Before the acknowledgement: is the seal still there? Gives expiry and tombstone where they are missing.
+
+        A log that is gone altogether has nothing left to confirm. False when it is there without a seal, as after a
+        failover that lost it.
+        """
+        key = self._keys.tokens(request_id)
+        pipe = self._redis.pipeline()
+        pipe.xrevrange(key, count=1)
+        pipe.expire(key, retention)
+        pipe.set(self._keys.ended(request_id), to_json(tombstone), ex=remember, nx=True)
+        tail = cast("list[_RawEntry]", (await pipe.execute())[0])
+        return not tail or EntryId.parse(tail[0][0]) == SEAL
+
+    async def read(self, request_id: str) -> list[Entry]:
+        """The whole log."""
+        raw = cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id)))
+        return [parse(entry_id, fields) for entry_id, fields in raw]
+
+    async def _owned(self, request_id: str, key: str, attempt: int) -> Owned:
+        log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
+        history = [entry for entry in await self.read(request_id) if entry.id.attempt < attempt]
+        return Owned(log, history)
+
+    async def _start(self, pipe: Pipeline, key: str, delivery: Delivery, expire_at: int) -> bool:
+        _multi(pipe)
+        started = Started(
+            id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
+            time=self._now(),
+        )  # fmt: skip
+        _xadd(pipe, key, started.id, to_fields(started), create=True)
+        pipe.pexpireat(key, expire_at)
+        try:
+            await pipe.execute()
+        except WatchError:
+            return False
+        return True
+
+    async def _claim(self, key: str, attempt: int, delivery: Delivery, reason: str) -> bool:
+        """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused: look again."""
+        claimed = Claimed(
+            id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
+            time=self._now(), reason=reason,
+        )  # fmt: skip
+        pipe = self._redis.pipeline(transaction=False)
+        _xadd(pipe, key, claimed.id, to_fields(claimed), create=False)
+        try:
+            (written,) = await pipe.execute()
+        except ResponseError as error:
+            if "equal or smaller" in str(error) or "exhausted the last" in str(error):
+                return False
+            raise
+        return written is not None
+
+    def _wrote(self, entry: Entry | None, delivery: Delivery) -> bool:
+        return (
+            isinstance(entry, Started | Claimed)
+            and (entry.owner, entry.queue, entry.job) == (self._nonce, delivery.queue, delivery.id)
+        )  # fmt: skip
+
+
+def _multi(pipe: Pipeline) -> None:
+    pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
+
+
+def _xadd(pipe: Pipeline, key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> None:
+    pipe.xadd(key, fields, id=str(entry_id), nomkstream=not create)  # type: ignore[arg-type]  # dict is invariant
+
+
+async def _tail(pipe: Pipeline, key: str) -> Entry | None:
+    raw = cast("list[_RawEntry]", await pipe.xrevrange(key, count=1))
+    return parse(*raw[0]) if raw else None
+
+
+async def _entry(pipe: Pipeline, key: str, entry_id: EntryId) -> Entry | None:
+    raw = cast("list[_RawEntry]", await pipe.xrange(key, str(entry_id), str(entry_id)))
+    return parse(*raw[0]) if raw else None

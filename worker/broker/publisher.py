@@ -1,0 +1,182 @@
+"""The publisher: one for the process, it writes what all logs have appended, a MULTI at a time.
+
+One flush is on its way at a time, and whatever is appended meanwhile goes with the next: so a stream never has two
+unanswered batches, and the busier the worker, the larger its batches. A flush is one MULTI: Redis takes all of it or
+nothing, so that a refusal leaves no hole. The connection is the publisher's own. It is never made anew behind its
+back: after a loss every log's end is read first, since a failover may have dropped what had been acknowledged.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+
+from worker.broker.connection import Backoff, command_client, is_transient
+from worker.broker.log import LogDiverged, LogGone, LogRefused, TokenLog
+from worker.contract.entries import Fields, to_json
+from worker.contract.ids import EntryId
+
+_log = structlog.get_logger()
+
+_Batch: TypeAlias = list[tuple[TokenLog, list[tuple[EntryId, Fields]]]]
+
+_MAX_ENTRIES_OF_A_LOG = 256
+_MAX_ENTRIES = 2048
+
+
+class Publisher:
+    """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
+
+    def __init__(self, url: str) -> None:
+        self._redis: Redis = command_client(url, on_connect=self._on_connect, connections=1)
+        self._logs: set[TokenLog] = set()
+        self._dirty: dict[TokenLog, None] = {}
+        self._feed: dict[str, list[tuple[EntryId, Fields]]] = {}
+        self._look = True  # before the first write, so that connecting has one place
+        self._looking = False
+        self._work = asyncio.Event()
+        self._backoff = Backoff("log_write_failed")
+
+    def attach(self, log: TokenLog) -> None:
+        """Watch over a log that this process has begun to own."""
+        self._logs.add(log)
+
+    def detach(self, log: TokenLog) -> None:
+        """The process is done with a log."""
+        self._logs.discard(log)
+        self._dirty.pop(log, None)
+
+    def wake(self, log: TokenLog) -> None:
+        """A log has entries to write."""
+        self._dirty[log] = None
+        self._work.set()
+
+    def announce(self, channel: str, entries: Iterable[tuple[EntryId, Fields]]) -> None:
+        """Tell the feed of entries that Redis has accepted. The feed is only speed: it may be lost."""
+        self._feed.setdefault(channel, []).extend(entries)
+        self._work.set()
+
+    def look(self) -> None:
+        """Read every log's end soon: a log that was sealed or fenced while nothing was appended shows it there."""
+        self._look = True
+        self._work.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            batch, feed = self._collect()
+            try:
+                if self._look:
+                    await self._look_at_logs()
+                elif batch or feed:
+                    self._take_replies(batch, await self._write(batch, feed))
+                self._backoff.reset()
+            except (RedisError, OSError) as error:
+                await self._recover(error)
+            if self._dirty or self._feed or self._look:
+                self._work.set()
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._redis.aclose()
+
+    def _collect(self) -> tuple[_Batch, dict[str, list[tuple[EntryId, Fields]]]]:
+        """The next flush. Logs that do not fit wait their turn at the end of the line."""
+        if self._look:
+            return [], {}
+        batch: _Batch = []
+        room = _MAX_ENTRIES
+        for log in list(self._dirty):
+            if room <= 0:
+                break
+            del self._dirty[log]
+            entries = log.batch(min(room, _MAX_ENTRIES_OF_A_LOG))
+            if entries:
+                batch.append((log, entries))
+                room -= len(entries)
+        feed, self._feed = self._feed, {}
+        return batch, feed
+
+    async def _write(self, batch: _Batch, feed: dict[str, list[tuple[EntryId, Fields]]]) -> list[object]:
+        pipe = self._redis.pipeline(transaction=True)
+        for log, entries in batch:
+            for entry_id, fields in entries:
+                pipe.xadd(log.key, fields, id=str(entry_id), nomkstream=True)  # type: ignore[arg-type]  # invariant dict
+        for channel, accepted in feed.items():
+            pipe.publish(channel, to_json([[str(entry_id), fields] for entry_id, fields in accepted]))
+        return await pipe.execute(raise_on_error=False)
+
+    def _take_replies(self, batch: _Batch, replies: list[object]) -> None:
+        answers = iter(replies)
+        for log, entries in batch:
+            verdicts = [next(answers) for _ in entries]
+            good = next((n for n, verdict in enumerate(verdicts) if not isinstance(verdict, bytes)), len(verdicts))
+            if good:
+                self._accept(log, entries[good - 1][0])
+            if good < len(verdicts):
+                self._judge(log, verdicts[good:])
+            elif log.batch(1):
+                self._dirty[log] = None
+
+    def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
+        """Redis refused an entry, the first of these: find out what its id ran into."""
+        text = str(verdicts[0])
+        if verdicts[0] is None:
+            log.lose(LogGone("the log is not there any more"))
+        elif any(isinstance(verdict, bytes) for verdict in verdicts):
+            log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
+        elif "equal or smaller" in text or "exhausted the last" in text:
+            self.look()
+        else:
+            log.lose(LogRefused(text))
+
+    def _accept(self, log: TokenLog, upto: EntryId) -> None:
+        accepted = log.take_accepted(upto)
+        if accepted:
+            self.announce(log.feed, accepted)
+
+    async def _look_at_logs(self) -> None:
+        """Read the end of every log and draw the conclusions. Nothing is in flight meanwhile."""
+        logs = [log for log in self._logs if not log.lost.done()]
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.ping()
+        for log in logs:
+            pipe.xrevrange(log.key, count=1)
+        self._looking = True
+        try:
+            _, *replies = await pipe.execute(raise_on_error=False)
+        finally:
+            self._looking = False
+        self._look = False
+        for log, reply in zip(logs, replies, strict=True):
+            self._reconcile(log, reply)
+
+    def _reconcile(self, log: TokenLog, reply: object) -> None:
+        if isinstance(reply, ResponseError) and is_transient(reply):
+            raise reply
+        if not isinstance(reply, list):
+            log.lose(LogRefused(str(reply)))
+            return
+        accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
+        if accepted:
+            self.announce(log.feed, accepted)
+        if log.batch(1):
+            self._dirty[log] = None
+
+    async def _recover(self, error: BaseException) -> None:
+        """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
+        await self._backoff.wait(error)
+        await self._redis.connection_pool.disconnect(inuse_connections=True)
+        self._look = True
+
+    async def _on_connect(self, connection: AbstractConnection) -> None:
+        if not self._looking:
+            raise RedisConnectionError("the connection was lost: the logs are read before anything is written again")
+        await connection.on_connect()
