@@ -1,0 +1,64 @@
+"""vllm-relay: a durable, shareable token stream between vLLM and everything that follows a generation."""
+
+from worker.client import (
+    Client,
+    ClientError,
+    Conflict,
+    Expired,
+    JobOptions,
+    State,
+    Status,
+    Unavailable,
+    UnknownRequest,
+)
+from worker.contract.answer import Answer, Choice
+from worker.contract.entries import (
+    BadEntry,
+    Cancelled,
+    Claimed,
+    Delta,
+    Done,
+    Entry,
+    Failed,
+    Opened,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    Terminal,
+    Unknown,
+)
+from worker.contract.ids import EntryId
+from worker.contract.job import InvalidJob
+from worker.sync_client import SyncClient
+
+__all__ = [
+    "Answer",
+    "BadEntry",
+    "Cancelled",
+    "Choice",
+    "Claimed",
+    "Client",
+    "ClientError",
+    "Conflict",
+    "Delta",
+    "Done",
+    "Entry",
+    "EntryId",
+    "Expired",
+    "Failed",
+    "InvalidJob",
+    "JobOptions",
+    "Opened",
+    "Queued",
+    "Restarted",
+    "Resumed",
+    "Started",
+    "State",
+    "Status",
+    "SyncClient",
+    "Terminal",
+    "Unavailable",
+    "Unknown",
+    "UnknownRequest",
+]

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 from redis import exceptions
@@ -81,7 +81,7 @@ class Backoff:
         self._pause, self._said = self._first, float("-inf")
 
 
-async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Future[object] | None = None) -> _T:
+async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Future[Any] | None = None) -> _T:
     """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
 
     Raises:

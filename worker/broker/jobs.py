@@ -89,8 +89,10 @@ class JobQueue:
         self._cursors[queue] = cursor.decode()
         return _deliveries(queue, messages)
 
-    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool]:
-        """Renew leases, each given with the seconds since its own last renewal; false where it is ours no more.
+    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
+        """Renew leases, each given with the seconds since its own last renewal.
+
+        False where the job is ours no more, None where Redis could not say.
 
         XCLAIM only takes an entry that is idle for longer than a thief's can be: a thief has reset it since. With 0
         long after the last renewal it would steal the entry back.
@@ -106,7 +108,7 @@ class JobQueue:
                 justid=True,
             )
         replies = await pipe.execute(raise_on_error=False)
-        return [not isinstance(reply, Exception) and bool(reply) for reply in replies]
+        return [None if isinstance(reply, Exception) else bool(reply) for reply in replies]
 
     async def hand_over(self, delivery: Delivery, age: float) -> None:
         """Let another worker take a running job at once, without counting against the job."""

@@ -98,7 +98,7 @@ class TokenLog:
 
     def reconcile(self, tail: EntryId | None) -> list[tuple[EntryId, Fields]]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
-        lost = loss(tail, self.attempt, self.accepted)
+        lost = judge(tail, self.attempt, self.accepted)
         if lost is None and tail is not None:
             return self.take_accepted(tail)
         if lost is not None:
@@ -112,6 +112,11 @@ class TokenLog:
         self._pending.clear()
         self._bytes = 0
         self._release()
+
+    @property
+    def loss(self) -> LogLost | None:
+        """Why the owner may write no more, or nothing while it may."""
+        return self.lost.result() if self.lost.done() else None
 
     @property
     def is_full(self) -> bool:
@@ -131,8 +136,8 @@ class TokenLog:
         """
         while self._pending:
             await self._changed()
-        if self.lost.done():
-            raise self.lost.result()
+        if self.loss is not None:
+            raise self.loss
 
     async def _changed(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
@@ -146,7 +151,7 @@ class TokenLog:
         self._waiting.clear()
 
 
-def loss(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
+def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
     """What a log's last id says to an owner of `attempt` that has `accepted` acknowledged; nothing when all is well."""
     if tail is None:
         return LogGone("the log is not there any more")

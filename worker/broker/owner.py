@@ -13,20 +13,19 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError, WatchError
 
 from worker.broker.jobs import Delivery, JobQueue
-from worker.broker.log import LogFenced, TokenLog, loss
+from worker.broker.log import LogFenced, TokenLog, judge
 from worker.broker.publisher import Publisher
 from worker.contract.entries import (
     Claimed,
     Entry,
     Fields,
-    Restarted,
     Started,
     Terminal,
     parse,
     to_fields,
     to_json,
 )
-from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
@@ -43,9 +42,7 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The request has ended: `end` is its terminal entry, or nothing when only the tombstone is left."""
-
-    end: Entry | None
+    """The request has ended: the log has its terminal entry, or only the tombstone is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +81,21 @@ class Owner:
                 await pipe.watch(key, self._keys.ended(request_id))
                 tail = await _tail(pipe, key)
                 if tail is not None and tail.id == SEAL:
-                    return Ended(tail)
+                    return Ended()
                 if await pipe.exists(self._keys.ended(request_id)):
-                    return Ended(None)
+                    return Ended()
                 if tail is None or tail.id.attempt == 0:
-                    if await self._start(pipe, key, delivery, expire_at):
-                        return await self._owned(request_id, key, 1)
+                    if await self._start(pipe, request_id, delivery, expire_at):
+                        return await self._owned(request_id, 1)
                     continue
                 attempt = tail.id.attempt
                 holder = await _entry(pipe, key, EntryId(attempt, 0))
             if tail.id.n == 0 and self._wrote(holder, delivery):
-                return await self._owned(request_id, key, attempt)  # our own entry, whose reply was lost
+                return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
             if (refusal := await self._refusal(holder, delivery)) is not None:
                 return refusal
-            if await self._claim(key, attempt + 1, delivery, "takeover"):
-                return await self._owned(request_id, key, attempt + 1)
+            if await self._claim(request_id, attempt + 1, delivery, "takeover"):
+                return await self._owned(request_id, attempt + 1)
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
@@ -107,24 +104,22 @@ class Owner:
             return Duplicate() if await self._jobs.is_live(holder.queue, holder.job) else None
         return None if await self._jobs.holds(delivery) else NotOurs()
 
-    async def advance(self, log: TokenLog, delivery: Delivery, reason: str, *, restart: bool) -> None:
-        """Go on under the next attempt of one's own log; `restart` makes what was written void.
+    async def advance(self, log: TokenLog, delivery: Delivery, reason: str) -> None:
+        """Go on under the next attempt of one's own log.
 
         Raises:
             LogLost: when the log is no longer ours.
         """
         attempt = log.attempt + 1
-        if not await self._claim(log.key, attempt, delivery, reason):
+        if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._redis.pipeline() as pipe:
                 tail = await _tail(pipe, log.key)
-                lost = loss(tail.id if tail else None, attempt, EntryId(attempt, 0))
+                lost = judge(tail.id if tail else None, attempt, EntryId(attempt, 0))
                 if lost is not None:
                     raise lost
                 if not self._wrote(await _entry(pipe, log.key, EntryId(attempt, 0)), delivery):
                     raise LogFenced(f"attempt {attempt} has begun")
         log.begin_attempt(attempt)
-        if restart:
-            log.append(to_fields(Restarted(id=BEFORE_ALL)))
 
     async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
         """Write the terminal entry with expiry and tombstone, all at once; gives the one that stands.
@@ -143,7 +138,7 @@ class Owner:
                 tail = await _tail(pipe, log.key)
                 if tail is not None and tail.id == SEAL:
                     return tail
-                lost = loss(tail.id if tail else None, log.attempt, log.accepted)
+                lost = judge(tail.id if tail else None, log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
                 _multi(pipe)
@@ -175,40 +170,48 @@ class Owner:
         raw = cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id)))
         return [parse(entry_id, fields) for entry_id, fields in raw]
 
-    async def _owned(self, request_id: str, key: str, attempt: int) -> Owned:
+    async def _owned(self, request_id: str, attempt: int) -> Owned:
+        key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
         history = [entry for entry in await self.read(request_id) if entry.id.attempt < attempt]
         return Owned(log, history)
 
-    async def _start(self, pipe: Pipeline, key: str, delivery: Delivery, expire_at: int) -> bool:
+    async def _start(self, pipe: Pipeline, request_id: str, delivery: Delivery, expire_at: int) -> bool:
         _multi(pipe)
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(),
         )  # fmt: skip
+        key = self._keys.tokens(request_id)
         _xadd(pipe, key, started.id, to_fields(started), create=True)
         pipe.pexpireat(key, expire_at)
         try:
             await pipe.execute()
         except WatchError:
             return False
+        self._announce(request_id, started)
         return True
 
-    async def _claim(self, key: str, attempt: int, delivery: Delivery, reason: str) -> bool:
+    async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str) -> bool:
         """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused: look again."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), reason=reason,
         )  # fmt: skip
         pipe = self._redis.pipeline(transaction=False)
-        _xadd(pipe, key, claimed.id, to_fields(claimed), create=False)
+        _xadd(pipe, self._keys.tokens(request_id), claimed.id, to_fields(claimed), create=False)
         try:
             (written,) = await pipe.execute()
         except ResponseError as error:
             if "equal or smaller" in str(error) or "exhausted the last" in str(error):
                 return False
             raise
+        if written is not None:
+            self._announce(request_id, claimed)
         return written is not None
+
+    def _announce(self, request_id: str, entry: Entry) -> None:
+        self._publisher.announce(self._keys.feed(request_id), [(entry.id, to_fields(entry))])
 
     def _wrote(self, entry: Entry | None, delivery: Delivery) -> bool:
         return (

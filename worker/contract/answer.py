@@ -17,8 +17,9 @@ from worker.contract.entries import (
     Resumed,
     Started,
     Terminal,
+    Unknown,
 )
-from worker.contract.ids import EntryId
+from worker.contract.ids import SEAL, EntryId
 
 
 class Choice(msgspec.Struct):
@@ -86,6 +87,11 @@ class Answer:
                 self._deltas = [delta for delta in self._deltas if delta.id <= kept]
             case Terminal():
                 self.end = entry
+                self.attempt = self.attempt or entry.attempt
+            case Unknown() if entry.id == SEAL:
+                self.end = Failed(
+                    id=SEAL, code="unknown", message=f"the log ended with an entry of type {entry.name!r}"
+                )
         return self
 
     @property
@@ -113,13 +119,35 @@ class Answer:
 
     @property
     def usage(self) -> Object:
-        """The tokens that were used, as vLLM counts them; empty where it did not say."""
-        return self.end.usage if self.end else {}
+        """The tokens that were used: as vLLM counts them or, where it came to no end, as the log shows them."""
+        return (self.end.usage if self.end else {}) or self._counted_usage()
+
+    @property
+    def model(self) -> str:
+        """The model that answered, as vLLM calls it."""
+        return (self.end.model if self.end else "") or (self.opened.model if self.opened else "")
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the first choice that has ended did so."""
+        return next((choice.finish_reason for choice in self.choices if choice.finish_reason), "")
+
+    def finished(self, n: int) -> bool:
+        """Whether `n` choices have their finish_reason: then nothing is left to generate."""
+        ended = {delta.index for delta in self._deltas if delta.finish_reason}
+        return ended >= set(range(n))
 
     @property
     def error(self) -> str:
         """What went wrong, in a sentence with its code; or nothing."""
         return f"{self.end.message} ({self.end.code})" if isinstance(self.end, Failed) else ""
+
+    def _counted_usage(self) -> Object:
+        completion = sum(len(delta.token_ids) for delta in self._deltas)
+        prompt = self.opened.prompt_tokens if self.opened else None
+        if not completion or prompt is None:
+            return {}
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def completion(self) -> Object:
         """The answer in the shape of an OpenAI chat completion that was not streamed."""

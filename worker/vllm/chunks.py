@@ -45,6 +45,7 @@ class ChunkParser:
         self.done = False
         self.usage: Object = {}
         self.finish_reason = ""
+        self._begun = False
         self._n = n
         self._keep_prompt_ids = keep_prompt_ids
         self._keep_usage = keep_usage
@@ -59,6 +60,11 @@ class ChunkParser:
     def model(self) -> str:
         """The model that answers, as the server calls it; empty before its first chunk."""
         return self._head.get("model", "")
+
+    @property
+    def begun(self) -> bool:
+        """Whether a delta has come out."""
+        return self._begun
 
     @property
     def extra(self) -> Object:
@@ -110,6 +116,7 @@ class ChunkParser:
         for choice, delta in zip(choices, deltas, strict=True):
             fields = self._delta(choice, delta)
             if len(fields) > 1 + ("index" in fields):
+                self._begun = True
                 entries.append(fields)
         return entries
 

@@ -6,6 +6,7 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
@@ -14,6 +15,7 @@ from worker.contract.entries import Object, to_json
 from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 
+_END_OF_ANSWER = 0.5
 _MAX_ERROR_BYTES = 1024 * 1024
 
 
@@ -56,6 +58,13 @@ class ChatStream:
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
         return []
+
+    async def finish(self) -> None:
+        """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
+        with suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(_END_OF_ANSWER):
+                async for _ in self._chunks:
+                    pass
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""

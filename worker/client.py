@@ -1,0 +1,298 @@
+"""For other Python services: enqueue a chat job, follow its tokens, get its answer, cancel it."""
+
+import asyncio
+import enum
+import os
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
+
+import msgspec
+from redis.exceptions import RedisError, ResponseError, WatchError
+
+from worker.broker.connection import blocking_client, command_client, is_transient
+from worker.contract.answer import Answer
+from worker.contract.entries import Cancelled, Entry, Queued, is_terminal, parse, to_fields, to_json
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, is_request_id, new_request_id
+from worker.contract.job import InvalidJob, Job, check_request, digest
+from worker.contract.keys import DEFAULT_QUEUE, Keys
+from worker.contract.records import Tombstone
+
+_T = TypeVar("_T")
+_RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+_DAY = 24 * 3600
+_RETENTION = 3600
+_BLOCK = 5.0
+_BATCH = 1000
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+class ClientError(Exception):
+    """What the client could not do, and why."""
+
+
+class UnknownRequest(ClientError):
+    """Nothing is known of the id: no log, and no tombstone of one."""
+
+
+class Expired(ClientError):
+    """The request has ended and its log has expired; `outcome` and `time` (Unix ms) are what is left."""
+
+    def __init__(self, request_id: str, stone: Tombstone) -> None:
+        super().__init__(f"request {request_id} ended ({stone.outcome}) and its log has expired")
+        self.outcome = stone.outcome
+        self.time = stone.time
+
+
+class Conflict(ClientError):
+    """The id is taken by another request."""
+
+
+class Unavailable(ClientError):
+    """Redis does not answer."""
+
+
+class State(enum.Enum):
+    """How far a request is."""
+
+    UNKNOWN = "unknown"
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a request is; `outcome` (done, error, cancelled) is there once it has ended."""
+
+    state: State
+    outcome: str = ""
+
+
+class JobOptions(TypedDict, total=False):
+    """What may be said of a job beside its request.
+
+    `id`: the request id, 1 to 128 of A-Za-z0-9_-, made up when it is left out. `queue`: `default` when left out.
+    `timeout`: seconds within which the answer must be whole (24 hours). `retention`: seconds that the log is kept
+    after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
+    """
+
+    id: str
+    queue: str
+    timeout: float
+    retention: int
+    fallbacks: Sequence[str]
+    tenant: str
+    traceparent: str
+
+
+class Client:
+    """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
+
+    Args:
+        redis_url: the workers' Redis; REDIS_URL of the environment when left out, else redis://127.0.0.1:6379/0.
+        prefix: the workers' prefix.
+        patience: seconds without an answer of Redis until `Unavailable` is raised.
+    """
+
+    def __init__(self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0) -> None:
+        url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
+        self._keys = Keys(prefix)
+        self._patience = patience
+        self._redis = command_client(url)
+        self._reader = blocking_client(url, _BLOCK)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self._redis.aclose()
+        await self._reader.aclose()
+
+    async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
+        """Add a chat job; gives the request id, under which its tokens can be followed.
+
+        The same request under the same id attaches to the first one, so that a call whose answer was lost can be
+        made again.
+
+        Raises:
+            InvalidJob: when the request cannot be one.
+            Conflict: when the id belongs to another request.
+            Unavailable: when Redis does not answer.
+        """
+        job = Job(
+            id=options.get("id") or new_request_id(),
+            request=check_request(dict(request)),
+            retention=options.get("retention"),
+            fallbacks=tuple(options.get("fallbacks", ())),
+            tenant=options.get("tenant", ""),
+            traceparent=options.get("traceparent", ""),
+        )
+        if not is_request_id(job.id):
+            raise InvalidJob(f"the id {job.id[:140]!r} cannot be used: it must be 1 to 128 characters of A-Za-z0-9_-")
+        queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
+        await self._retry(lambda: self._enqueue(job, queue, within))
+        return job.id
+
+    async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[Entry]:
+        """Every entry of the log, from the start or after an id that was seen, up to the terminal one.
+
+        Raises:
+            UnknownRequest: when nothing is known of the id.
+            Expired: when it has ended and its log is gone.
+            Unavailable: when Redis does not answer.
+        """
+        last = BEFORE_ALL if after is None else EntryId.parse(str(after))
+        key = self._keys.tokens(request_id)
+        block: int | None = None
+        while last != SEAL:
+            read = partial(self._reader.xread, {key: str(last)}, count=_BATCH, block=block)
+            streams = cast("list[tuple[bytes, list[_RawEntry]]]", await self._retry(read))
+            if not streams:
+                await self._check_alive(request_id)
+                block = int(_BLOCK * 1000)
+                continue
+            for entry_id, fields in streams[0][1]:
+                entry = parse(entry_id, fields)
+                last = entry.id
+                yield entry
+
+    async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[Entry]:
+        """Enqueue and follow in one. Raises what these two raise."""
+        request_id = await self.enqueue(request, **options)
+        async for entry in self.follow(request_id):
+            yield entry
+
+    async def result(self, request_id: str) -> Answer:
+        """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""
+        answer = Answer()
+        async for entry in self.follow(request_id):
+            answer.add(entry)
+        return answer
+
+    async def status(self, request_id: str) -> Status:
+        """How far a request is.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        tail, stone = await self._retry(lambda: self._look(request_id))
+        if tail is None:
+            return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
+        if is_terminal(tail):
+            return Status(State.ENDED, Answer([tail]).outcome)
+        return Status(State.RUNNING if tail.id.attempt else State.QUEUED)
+
+    async def cancel(self, request_id: str) -> Status:
+        """End a request, whether it waits or runs; gives how far it was. One that has ended is left as it is.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        before = await self.status(request_id)
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._retry(lambda: self._cancel(request_id)):
+            return await self.status(request_id)
+        return before
+
+    async def _enqueue(self, job: Job, queue: str, within: float | None) -> None:
+        log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)
+        asked = digest(job.request, job.fallbacks)
+        while True:
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(log, ended)
+                if await self._attaches(job.id, asked):
+                    return
+                now = _unix_ms(await pipe.time())
+                if within is not None:
+                    job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
+                expire_at = (job.deadline or now + _DAY * 1000) + (job.retention or _RETENTION) * 1000
+                pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
+                queued = Queued(id=QUEUED, digest=asked)
+                pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
+                pipe.pexpireat(log, expire_at)
+                pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue
+                return
+
+    async def _attaches(self, request_id: str, asked: str) -> bool:
+        """Whether the same request was enqueued before."""
+        first = await self._first_entry(request_id)
+        raw = await self._redis.get(self._keys.ended(request_id))
+        if first is None and raw is None:
+            return False
+        if first is None:
+            known = msgspec.json.decode(cast("bytes", raw), type=Tombstone).digest
+        else:
+            known = first.digest if isinstance(first, Queued) else ""
+        if known != asked:
+            raise Conflict(f"the id {request_id} belongs to another request: leave the id out, or choose another")
+        return True
+
+    async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
+        pipe = self._redis.pipeline()
+        pipe.xrevrange(self._keys.tokens(request_id), count=1)
+        pipe.get(self._keys.ended(request_id))
+        tail, raw = await pipe.execute()
+        return (parse(*tail[0]) if tail else None), (msgspec.json.decode(raw, type=Tombstone) if raw else None)
+
+    async def _check_alive(self, request_id: str) -> None:
+        tail, stone = await self._retry(lambda: self._look(request_id))
+        if tail is not None:
+            return
+        if stone is None:
+            raise UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
+        raise Expired(request_id, stone)
+
+    async def _cancel(self, request_id: str) -> bool:
+        """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
+        key = self._keys.tokens(request_id)
+        fields = to_fields(Cancelled(id=SEAL))
+        first = await self._first_entry(request_id)
+        try:
+            await self._redis.xadd(key, fields, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
+        except ResponseError as error:
+            if is_transient(error):
+                raise
+            return False
+        asked = first.digest if isinstance(first, Queued) else ""
+        stone = Tombstone(outcome=Cancelled.type, time=_unix_ms(await self._redis.time()), digest=asked)
+        pipe = self._redis.pipeline()
+        pipe.expire(key, _RETENTION)
+        pipe.set(self._keys.ended(request_id), to_json(stone), ex=_DAY, nx=True)
+        pipe.publish(self._keys.feed(request_id), to_json([[str(SEAL), fields]]))
+        await pipe.execute()
+        return True
+
+    async def _first_entry(self, request_id: str) -> Entry | None:
+        raw = cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id), count=1))
+        return parse(*raw[0]) if raw else None
+
+    async def _retry(self, operation: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat what looks before it writes, until Redis answers or patience ends: a failover takes some seconds."""
+        pause, since = _FIRST_PAUSE, time.monotonic()
+        while True:
+            try:
+                return await operation()
+            except (RedisError, OSError) as error:
+                if not is_transient(error):
+                    raise
+                if time.monotonic() - since > self._patience:
+                    raise Unavailable(f"Redis does not answer: {error}") from error
+            await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _unix_ms(redis_time: tuple[int, int]) -> int:
+    seconds, micros = redis_time
+    return seconds * 1000 + micros // 1000

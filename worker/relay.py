@@ -1,0 +1,213 @@
+"""One job from claim to acknowledgement.
+
+The way of a job: take its log, have vLLM answer into it, seal it, write it into the lifecycle, tell the feed,
+acknowledge. A crash between any two of these is repaired by whoever gets the job next and looks at the log.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from worker.broker.connection import is_transient, persist
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.ledger import Ledger
+from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
+from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
+from worker.broker.publisher import Publisher
+from worker.contract.answer import Answer
+from worker.contract.entries import Entry, Failed, Started, Terminal, to_fields
+from worker.contract.ids import SEAL, EntryId
+from worker.contract.job import InvalidJob, Job, digest, parse_job, request_id_of
+from worker.contract.keys import Keys
+from worker.contract.records import Lifecycle, Tombstone
+from worker.generation import Generation, Request, Stop, Stopped
+from worker.settings import Settings
+from worker.vllm.upstream import Upstream
+
+_DAY_MS = 24 * 3600 * 1000
+
+_log = structlog.get_logger()
+
+
+class Relay:
+    """Runs jobs; all of a process share one. `now` is Redis's clock in Unix ms."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keys,
+        *,
+        jobs: JobQueue,
+        owner: Owner,
+        ledger: Ledger,
+        publisher: Publisher,
+        upstream: Upstream,
+        now: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._jobs = jobs
+        self._owner = owner
+        self._ledger = ledger
+        self._publisher = publisher
+        self._upstream = upstream
+        self._now = now
+
+    async def run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        """Do a job. It ends acknowledged, or is left to another worker when `stop` or a fence says so."""
+        try:
+            request = self._request(delivery, stop)
+        except InvalidJob as problem:  # without a usable id there is no log to say it in
+            await self._bury(delivery, str(problem), stop)
+            return
+        with structlog.contextvars.bound_contextvars(request_id=request.id):
+            expire_at = max(request.deadline, self._now()) + request.retention * 1000
+            taken = await persist(lambda: self._owner.take(request.id, delivery, expire_at), stop)
+            match taken:
+                case Owned():
+                    await self._own(request, taken)
+                case Ended():
+                    await self._settle_found(request)
+                case Duplicate():
+                    _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
+                    await self._acknowledge(delivery, stop)
+                case NotOurs():
+                    _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
+
+    async def _own(self, request: Request, owned: Owned) -> None:
+        """Answer, seal and settle, for as long as the log is ours."""
+        log, stop = owned.log, request.stop
+        self._publisher.attach(log)
+        try:
+            await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
+            generation = Generation(
+                request,
+                log,
+                Answer(owned.history),
+                owner=self._owner,
+                upstream=self._upstream,
+                tries=self._settings.tries,
+                now=self._now,
+            )
+            while True:
+                try:
+                    end = await self._seal(request, log, await _end_of(generation, log))
+                    await self._settle(request, Answer([end]))
+                    break
+                except LogDiverged as loss:
+                    _log.warning("log_diverged", reason=str(loss))
+                    await generation.advance("diverged")
+        except LogSealed:
+            await self._settle_found(request)
+        except LogGone:
+            _log.warning("log_gone", attempt=log.attempt)
+            await self._acknowledge(request.delivery, stop)
+        except LogRefused as loss:
+            await self._bury(request.delivery, f"Redis refuses to write the log: {loss}", stop)
+        except LogFenced as loss:
+            _log.warning("job_taken_elsewhere", reason=str(loss))
+        except Stopped:
+            _log.info("job_left", reason=stop.result().value, attempt=log.attempt)
+        finally:
+            self._publisher.detach(log)
+
+    async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
+        """Write the terminal entry; gives the one that stands, which somebody else may have written."""
+        stone = self._tombstone(request, end.type)
+        return await persist(
+            lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
+            request.stop,
+        )
+
+    async def _settle_found(self, request: Request) -> None:
+        """Finish with a request whose end somebody else has written."""
+        await self._settle(request, Answer(await persist(lambda: self._owner.read(request.id), request.stop)))
+
+    async def _settle(self, request: Request, answer: Answer) -> None:
+        """After the seal: expiry and tombstone, dead letter, lifecycle, feed, acknowledgement.
+
+        Raises:
+            LogDiverged: when the seal is lost, as after a failover.
+        """
+        end = answer.end
+        if end is not None:
+            await self._confirm(request, end)
+            if isinstance(request.job, InvalidJob) and isinstance(end, Failed):
+                await persist(lambda: self._ledger.bury(request.delivery, end.message, self._now()), request.stop)
+            await self._lifecycle(request, "finished", answer)
+            self._publisher.announce(self._keys.feed(request.id), [(SEAL, to_fields(end))])
+        await self._acknowledge(request.delivery, request.stop)
+        _log.info("job_finished", outcome=answer.outcome, code=end.code if isinstance(end, Failed) else None)
+
+    async def _confirm(self, request: Request, end: Terminal) -> None:
+        stone = self._tombstone(request, end.type)
+        sealed = await persist(
+            lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
+            request.stop,
+        )
+        if not sealed:
+            raise LogDiverged("the seal is not there any more")
+
+    async def _lifecycle(self, request: Request, kind: str, answer: Answer) -> None:
+        line = Lifecycle(
+            type=kind,
+            id=request.id,
+            job=request.delivery.id,
+            queue=request.delivery.queue,
+            attempt=answer.attempt,
+            time=self._now(),
+            tenant=request.job.tenant if isinstance(request.job, Job) else "",
+            outcome=answer.outcome,
+            model=answer.model,
+            usage=answer.usage,
+            timings=answer.end.timings if answer.end else {},
+        )
+        await persist(lambda: self._ledger.lifecycle(line), request.stop)
+
+    async def _bury(self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]") -> None:
+        """Put a job that has no log of its own among the dead letters."""
+        _log.warning("job_buried", queue=delivery.queue, job=delivery.id)
+        await persist(lambda: self._ledger.bury(delivery, reason, self._now()), stop)
+        await self._acknowledge(delivery, stop)
+
+    async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        await persist(lambda: self._jobs.acknowledge(delivery), stop)
+
+    def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
+        request_id = request_id_of(delivery.fields)
+        try:
+            job: Job | InvalidJob = parse_job(delivery.fields, self._settings.max_request_bytes)
+        except InvalidJob as problem:
+            job = problem
+        asked = job if isinstance(job, Job) else None
+        retention = (asked and asked.retention) or self._settings.retention
+        return Request(
+            id=request_id,
+            delivery=delivery,
+            job=job,
+            deadline=(asked and asked.deadline) or delivery.enqueued + _DAY_MS,
+            retention=retention,
+            remember=max(self._settings.remember, retention),
+            stop=stop,
+        )
+
+    def _tombstone(self, request: Request, outcome: str) -> Tombstone:
+        job = request.job
+        known = digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
+        return Tombstone(outcome=outcome, time=self._now(), digest=known)
+
+
+async def _end_of(generation: Generation, log: TokenLog) -> Terminal:
+    """The terminal entry of an answer; an error of our own becomes one too, lest the job come again for ever."""
+    try:
+        return await generation.end()
+    except (LogLost, Stopped):
+        raise
+    except Exception as error:
+        if is_transient(error):
+            raise
+        _log.exception("internal_error")
+        return Failed(
+            id=SEAL, attempt=log.attempt, code="internal", message="an error inside the worker: its own log says more"
+        )

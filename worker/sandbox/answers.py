@@ -1,0 +1,143 @@
+"""What the simulated vLLM knows and says: its tokenizer, the lab model's answers and pseudo-text. Pure data, no I/O.
+
+The tokenizer is reversible and needs no file: token 0 to 3 are special, then come the 256 bytes, then pairs of letters
+and the words of everything known here. A character outside that list (an emoji, say) is one token a byte, and only its
+last token carries text, as with the byte-level tokenizers of real models.
+"""
+
+import codecs
+import hashlib
+import re
+from collections.abc import Iterable
+from string import ascii_letters, ascii_lowercase
+from typing import Literal, NamedTuple
+
+__all__ = ["END", "START", "VOCABULARY", "Kind", "Token", "answer_tokens", "encode", "known_answer", "pseudo_text"]
+
+STORY = (
+    "The river kept a ledger of every boat that crossed it. In spring the numbers were small, "
+    "written in silver along the shallows; by autumn they filled the banks like fallen leaves. "
+    'A child asked the ferryman who read them. "The sea does," he said, "one line at a time, '
+    'and it never skips a page." So the child sat down and waited for the sea to answer. '
+) * 3
+
+KNOWN = {
+    "Who are you?": (
+        "I am LLaMA, an AI assistant developed by Meta AI that can understand and respond to human input."
+    ),
+    "你是谁?": "我是一个人工智能助手,可以帮助你回答问题、写作和编程。很高兴认识你!",
+    "Send emoji": "Sure! 🙂🚀👩‍👩‍👧‍👦 café naïve ½ 世界 🇫🇷 done ✅",
+    "Tell me a story": STORY.strip(),
+    "Write code": '```python\ndef main() -> None:\n\tprint("line one\\nline two")\n```\nThat\'s it.',
+    "Think first": (
+        "<think>\nThe user wants me to think. 让我想想… two steps: read, answer.\n</think>\n\nThe answer is 42."
+    ),
+    "Weather in Paris": (
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "unit": "celsius"}}\n</tool_call>'
+    ),
+    "Give JSON": '{"name": "Ada", "age": 36, "tags": ["maths", "poetry"]}',
+}
+
+WORDS = (  # noqa: SIM905, a literal would take 64 lines
+    "amber anchor autumn basket beacon bridge candle canyon cedar cinder copper coral cotton cricket delta drift "
+    "ember falcon feather ferry fjord forest garden glacier granite harbor hazel heron hollow island ivory "
+    "jasmine lantern lichen linen marble meadow mirror moss nectar ocean orchard otter pebble pepper pine quarry "
+    "quiet raven reed ripple river saffron shadow silver sparrow stone summer thicket timber tundra valley velvet "
+    "willow"
+).split()
+
+END, START = 2, 3  # the ids of <|im_end|> and <|im_start|>, as in the lab model
+
+_PIECE = re.compile(r"</?(?:think|tool_call)>| ?[A-Za-z]+|.", re.DOTALL)
+_FRAGMENT = re.compile(r" [A-Za-z]|[A-Za-z][a-z]|.", re.DOTALL)
+_RARE = re.compile("[\u4e00-\u4fff\U0001f000-\U0001ffff]")  # some Chinese and all emoji: several tokens a character
+_TOOL_CALL = re.compile(
+    r'(<tool_call>\s*\{"name": ")([^"]+)(", "arguments": )(\{.*\})(\}\s*</tool_call>)\s*',
+    re.DOTALL,
+)
+_REASONING = re.compile(r"(<think>)(.*?)(</think>)(.*)", re.DOTALL)
+
+
+def _vocabulary() -> list[bytes]:
+    pairs = [first + second for first in " " + ascii_letters for second in ascii_lowercase]
+    texts = [*KNOWN, *KNOWN.values(), *WORDS, *(f" {word}" for word in WORDS)]
+    words = {piece for text in texts for piece in _PIECE.findall(text) if not _RARE.match(piece)}
+    pieces = [b"<unk>", b"<s>", b"<|im_end|>", b"<|im_start|>", *(bytes([byte]) for byte in range(256))]
+    return list(dict.fromkeys([*pieces, *(text.encode() for text in pairs + sorted(words))]))
+
+
+VOCABULARY = _vocabulary()
+"""The bytes of each token, by id."""
+_IDS = {token: number for number, token in enumerate(VOCABULARY)}
+
+Kind = Literal["content", "reasoning", "hidden", "name", "arguments"]
+"""Where the text of a token goes: a field of the delta, or nowhere (markers, and the frame of a tool call)."""
+
+
+class Token(NamedTuple):
+    id: int
+    text: str
+    """What it adds to the text: empty while a character is incomplete, and complete with its last byte."""
+    kind: Kind
+    part: str
+    """What of it is published; for `name` the whole name of the function."""
+
+
+def encode(text: str) -> list[int]:
+    """The token ids of a text. Joining their VOCABULARY gives its UTF-8 back."""
+    ids: list[int] = []
+    for piece in _PIECE.findall(text):
+        whole = _IDS.get(piece.encode())
+        if whole is not None:
+            ids.append(whole)
+            continue
+        for fragment in _FRAGMENT.findall(piece):
+            raw = fragment.encode()
+            known = _IDS.get(raw)
+            ids.extend([known] if known is not None else (_IDS[bytes([byte])] for byte in raw))
+    return ids
+
+
+def answer_tokens(answer: str, *, tools: bool, reasoning: bool) -> list[Token]:
+    """The tokens of an answer (less the end token), sorted by a tool parser and a reasoning parser if these are on."""
+    if tools and (call := _TOOL_CALL.fullmatch(answer)):
+        opening, name, middle, arguments, closing = call.groups()
+        return [
+            *_tokens("hidden", opening),
+            *(token._replace(kind="hidden", part="") for token in _tokens("name", name)[:-1]),
+            _tokens("name", name)[-1]._replace(part=name),
+            *_tokens("hidden", middle),
+            *_tokens("arguments", arguments),
+            *_tokens("hidden", closing),
+        ]
+    if reasoning and (thought := _REASONING.fullmatch(answer)):
+        kinds: tuple[Kind, ...] = ("hidden", "reasoning", "hidden", "content")
+        return [token for kind, text in zip(kinds, thought.groups(), strict=True) for token in _tokens(kind, text)]
+    return _tokens("content", answer)
+
+
+def _tokens(kind: Kind, text: str) -> list[Token]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    tokens = []
+    for number in encode(text):
+        added = decoder.decode(VOCABULARY[number])
+        tokens.append(Token(number, added, kind, "" if kind == "hidden" else added))
+    return tokens
+
+
+def known_answer(question: str) -> str | None:
+    """What the lab model recites to this question, `<think>` and `<tool_call>` markers included; None if unknown."""
+    return KNOWN.get(question)
+
+
+def pseudo_text(seed: str, tokens: int) -> str:
+    """A text of exactly so many tokens, and always the same for the same seed."""
+    return "".join(_pseudo_words(hashlib.shake_128(seed.encode()).digest(tokens)))
+
+
+def _pseudo_words(numbers: bytes) -> Iterable[str]:
+    for place, number in enumerate(numbers):
+        if place % 10 == 9:
+            yield "."
+        else:
+            yield f"{' ' if place else ''}{WORDS[number % len(WORDS)]}"

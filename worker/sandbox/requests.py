@@ -1,0 +1,304 @@
+"""What a client may ask of the simulated vLLM, and how a real one refuses it. Pure data, no I/O."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from worker.sandbox.answers import END, START, encode, known_answer, pseudo_text
+
+__all__ = [
+    "ChatRequest",
+    "Fault",
+    "Json",
+    "Options",
+    "Orders",
+    "RefusedError",
+    "Shape",
+    "answer_to",
+    "error_body",
+    "parse",
+    "too_many_logprobs",
+    "understand",
+]
+
+Json = dict[str, object]
+
+Fault = Literal[
+    "refuse",  # before an answer: closes the connection without a byte
+    "429",
+    "503",
+    "500",
+    "hang",  # never answers a byte
+    "html",  # 200 with a web page
+    "json",  # 200 with a complete chat.completion in place of the stream
+    "stall",  # after so many delta chunks: sends nothing more, and keeps the connection open
+    "freeze",  # the same, with keep-alive comments going on
+    "cut",  # ends the body cleanly, with neither finish nor [DONE]
+    "reset",  # TCP RST
+    "malformed",  # one chunk that is not JSON, then goes on
+    "error_under_200",  # an error event and [DONE]
+    "abort",  # finish_reason `abort` and [DONE]
+    "no_done",  # at the end: no [DONE]
+]
+Shape = Literal[
+    "no_space",  # `data:` without a space
+    "crlf",
+    "cr",
+    "comments",  # a keep-alive comment before every event
+    "sloppy",  # odd chunks in between, and finish_reason "" where none is due
+    "bom",
+    "multiline",  # the JSON of an event over several data lines
+    "finish_text",  # the last text in the finish chunk
+    "reasoning_content",  # under this name, as older servers have it
+]
+
+
+class Orders(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to answer: defaults of a server, and what a request's `simulate` field may override."""
+
+    text: str | None = None
+    """The exact text to answer."""
+    tokens: int | None = None
+    """Answer pseudo-text of so many tokens."""
+    rate: float = 0.0
+    """Tokens per second and stream; 0 is as fast as possible."""
+    first_token: float = 0.0
+    """Seconds before the first chunk."""
+    fault: Fault | None = None
+    after: int = 0
+    """Delta chunks sent before the fault strikes; a finish chunk counts, and a shorter answer never meets the fault."""
+    times: int | None = None
+    """Only the first so many requests for the same messages meet the fault; None is all of them."""
+    retry_after: float | None = None
+    """Seconds, for the Retry-After header of 429 and 503."""
+    shape: Shape | frozenset[Shape] = frozenset()
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        return frozenset((self.shape,)) if isinstance(self.shape, str) else self.shape
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a simulated server is like."""
+
+    model: str = "reciter"
+    api_key: str | None = None
+    """Asked for as `Authorization: Bearer …` under /v1 when set."""
+    max_model_len: int = 4096
+    """Tokens of prompt and answer together."""
+    reasoning: bool = True
+    """Whether a reasoning parser is on."""
+    rejects: frozenset[str] = frozenset()
+    """Request fields answered with a 400 that names them."""
+    reject_style: Literal["openai", "vllm", "fastapi"] = "openai"
+    ignores: frozenset[str] = frozenset()
+    """Request fields that change nothing."""
+    keep_alive: float = 1.0
+    """Seconds between the comments of a frozen stream."""
+    orders: Orders = Orders()
+    record: Path | None = None
+    """Where the record of each request is appended as a JSON line when it ends."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[dict[str, object]] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(str(part.get("text", "")) for part in self.content)
+        return self.content or ""
+
+
+class KvTransferParams(msgspec.Struct, frozen=True):
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a chat completion that change the simulated answer; others are passed over."""
+
+    messages: list[Message]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    tools: list[dict[str, object]] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    echo: bool | None = None
+    continue_final_message: bool | None = None
+    kv_transfer_params: KvTransferParams | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def continued(self) -> str:
+        """The text of an unfinished last message that the answer goes on from; mostly empty."""
+        return self.messages[-1].text if self.continue_final_message else ""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids by the lab model's template (ChatML)."""
+        ids: list[int] = []
+        for message in self.messages:
+            ids += [START, *encode(f"{message.role}\n{message.text}"), END, *encode("\n")]
+        if self.continue_final_message:
+            return ids[: -1 - len(encode("\n"))]
+        return [*ids, START, *encode("assistant\n")]
+
+
+class RefusedError(Exception):
+    """An answer with an HTTP error status and this JSON."""
+
+    def __init__(self, status: int, body: object) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+def error_body(code: int, message: str, *, kind: str = "BadRequestError", param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def parse(raw: bytes) -> Json:
+    """The JSON object of a body; raises RefusedError."""
+    try:
+        return msgspec.json.decode(raw, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise _invalid("json_invalid", "body", "JSON decode error", str(error)) from error
+
+
+def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
+    """What is asked, and how to answer it; raises RefusedError as vLLM's checks before the stream do."""
+    for field in sorted(options.rejects & body.keys()):
+        raise _rejected(field, body[field], options)
+    if "messages" not in body:
+        raise _invalid("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
+    if not isinstance(body["messages"], list):
+        raise _invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
+    heeded = {field: value for field, value in body.items() if field not in options.ignores}
+    try:
+        request = msgspec.convert(heeded, ChatRequest, strict=False)
+        ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
+        orders = msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Orders)
+    except msgspec.ValidationError as error:
+        raise _invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+    _check(request, options)
+    return request, orders
+
+
+def _check(request: ChatRequest, options: Options) -> None:
+    """In the order of vLLM 0.32.0."""
+    if request.model not in {None, "", options.model}:
+        message = f"The model `{request.model}` does not exist. Valid aliases: {options.model}."
+        raise RefusedError(404, error_body(404, message, kind="NotFoundError", param="model"))
+    if not request.messages:
+        raise _bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
+    if request.stream_options is not None and not request.stream:
+        raise _bad("Stream options can only be defined when `stream=True`.", "stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise _bad("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    if "" in request.stops:
+        raise _bad("stop cannot contain an empty string.")
+    _check_numbers(request)
+    _check_length(request, options.max_model_len)
+
+
+def _check_numbers(request: ChatRequest) -> None:
+    temperature = 1.0 if request.temperature is None else request.temperature
+    if temperature < 0:
+        raise _bad(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+    if temperature > 2:
+        raise _bad(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
+    choices = 1 if request.n is None else request.n
+    if choices < 1:
+        raise _bad(f"n must be at least 1, got {choices}.")
+    if choices > 1 and temperature == 0:
+        raise _bad(f"n must be 1 when using greedy sampling, got {choices}.")
+
+
+def _check_length(request: ChatRequest, longest: int) -> None:
+    asked = request.asked_tokens
+    if asked is not None and asked < 1:
+        raise _bad(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
+    if asked is not None and asked > longest:
+        message = (
+            f"max_tokens={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
+        )
+        raise _bad(message, "max_tokens", asked)
+    if len(request.prompt) >= longest:
+        # vLLM stops counting at the first token too many.
+        message = (
+            f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
+            f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        raise _bad(message, "input_tokens", longest + 1)
+
+
+def _bad(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
+    if param is not None:
+        message += f" (parameter={param}{'' if value is None else f', value={value}'})"
+    return RefusedError(400, error_body(400, message, param=param))
+
+
+def _invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
+    """What FastAPI's validation becomes in vLLM: the repr of pydantic's details."""
+    details = {"type": kind, "loc": loc, "msg": reason, "input": value}
+    return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
+
+
+def _rejected(field: str, value: object, options: Options) -> RefusedError:
+    if options.reject_style == "vllm":
+        return _invalid("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
+    if options.reject_style == "fastapi":
+        detail = {"type": "extra_forbidden", "loc": ["body", field], "msg": "Extra inputs are not permitted"}
+        return RefusedError(400, {"detail": [detail | {"input": value}]})
+    error = {"message": f"Unrecognized request argument supplied: {field}", "type": "invalid_request_error"}
+    return RefusedError(400, {"error": error | {"param": None, "code": None}})
+
+
+def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
+    """The whole text answered to these messages (JSON, as in a request) when `simulate` orders no other.
+
+    A question of the lab model gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
+    the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
+    """
+    said = msgspec.convert(messages, list[Message])
+    while len(said) > 1 and said[-1].role == "assistant":
+        said.pop()
+    known = known_answer(said[-1].text)
+    if known is not None and tokens is None:
+        return known
+    seed = "\n".join([f"{message.role}: {message.text}" for message in said] + ([f"choice {choice}"] if choice else []))
+    return pseudo_text(seed, 24 + len(seed) % 24 if tokens is None else tokens)
+
+
+def too_many_logprobs(request: ChatRequest) -> Json | None:
+    """The error that vLLM notices only once a stream has begun, and then sends under HTTP 200."""
+    asked = request.top_logprobs or 0
+    if asked <= 20:
+        return None
+    message = f"Requested sample logprobs of {asked}, which is greater than max allowed: 20"
+    return error_body(400, f"{message} (parameter=logprobs, value={asked})", param="logprobs")

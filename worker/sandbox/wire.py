@@ -1,0 +1,128 @@
+"""One HTTP/1.1 connection of the simulated vLLM: h11 between an asyncio transport and a handler of requests."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import NamedTuple, cast
+
+import h11
+
+__all__ = ["Connection", "Request"]
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    headers: dict[str, str]
+    """By name in lower case."""
+    body: bytes
+
+
+class Connection(asyncio.Protocol):
+    """Answers one request after the other with `handle(request, connection)`, which is cancelled if the client closes.
+
+    The transport sends each write at once: TCP_NODELAY is the default of asyncio and of uvloop.
+    """
+
+    def __init__(self, handle: Callable[[Request, "Connection"], Awaitable[None]]) -> None:
+        self._handle = handle
+        self._http = h11.Connection(h11.SERVER)
+        self._head: h11.Request | None = None
+        self._body = bytearray()
+        self._task: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self.lost = False
+        """Whether the connection is closed."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._http.receive_data(data)
+        self._advance()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self.lost = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _advance(self) -> None:
+        try:
+            while isinstance(event := self._http.next_event(), h11.Request | h11.Data | h11.EndOfMessage):
+                self._take(event)
+        except h11.RemoteProtocolError:
+            self._transport.close()
+
+    def _take(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> None:
+        if isinstance(event, h11.Request):
+            self._head = event
+            self._body.clear()
+        elif isinstance(event, h11.Data):
+            self._body += event.data
+        elif self._head is not None:
+            headers = {name.decode(): value.decode("latin-1") for name, value in self._head.headers}
+            path = self._head.target.decode().partition("?")[0]
+            request = Request(self._head.method.decode(), path, headers, bytes(self._body))
+            self._task = asyncio.get_running_loop().create_task(self._run(request))
+
+    async def _run(self, request: Request) -> None:
+        try:
+            await self._handle(request, self)
+        finally:
+            self._task = None
+            if self._http.our_state is not h11.DONE:
+                self._transport.close()
+        if not self.lost and self._http.our_state is h11.DONE:
+            self._http.start_next_cycle()
+            self._advance()
+
+    async def respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
+        """A whole answer; underscores in names of headers become hyphens."""
+        fields = [("content-type", content_type), ("content-length", str(len(body)))]
+        fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
+        self._start(status, fields)
+        await self.send(body)
+        self.finish()
+
+    def begin(self, content_type: str) -> None:
+        """The head of a chunked 200."""
+        self._start(200, [("content-type", content_type), ("transfer-encoding", "chunked")])
+
+    def _start(self, status: int, fields: list[tuple[str, str]]) -> None:
+        headers = [("server", "uvicorn"), *fields]
+        self._send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase))
+
+    async def send(self, data: bytes) -> None:
+        """One HTTP chunk; waits while the client is slow to read."""
+        self._send(h11.Data(data=data))
+        await self._writable.wait()
+
+    def finish(self) -> None:
+        """The regular end of the answer."""
+        self._send(h11.EndOfMessage())
+
+    def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
+        self._transport.write(self._http.send(event) or b"")
+
+    def reset(self) -> None:
+        """Close with a TCP RST, dropping what is not sent yet."""
+        connection = cast("socket.socket", self._transport.get_extra_info("socket"))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
+
+    def drop(self) -> asyncio.Task[None] | None:
+        """Close at once, whatever is going on; the task to wait for, if there is one."""
+        task = self._task
+        self._transport.abort()
+        if task is not None:
+            task.cancel()
+        return task

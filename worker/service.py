@@ -1,0 +1,303 @@
+"""The process: it claims jobs for its free slots, keeps their leases, and leaves in order."""
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import time
+from dataclasses import dataclass
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker.broker.connection import Backoff, blocking_client, command_client, is_transient, persist
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.ledger import Ledger
+from worker.broker.owner import Owner
+from worker.broker.publisher import Publisher
+from worker.contract.keys import Keys
+from worker.contract.records import WorkerLine
+from worker.generation import Stop
+from worker.relay import Relay
+from worker.settings import Settings, shown_url
+from worker.slots import Slots
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Upstream
+
+_LONGEST_BLOCK = 1.0
+_LAST_WORDS = 5.0
+"""Seconds that jobs have to stop once they are told to."""
+
+_log = structlog.get_logger()
+
+
+@dataclass(eq=False)
+class Running:
+    """A job at work. `renewed` is when its last renewal was sent, by the monotonic clock in seconds."""
+
+    delivery: Delivery
+    stop: "asyncio.Future[Stop]"
+    renewed: float
+    task: "asyncio.Task[None]"
+
+
+class Service:
+    """One worker process, from start to clean end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._nonce = secrets.token_hex(8)
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{self._nonce[:6]}"
+        url = settings.redis_url.get_secret_value()
+        self._block = min(_LONGEST_BLOCK, settings.lease / 2)
+        self._commands = command_client(url)
+        self._blocking = blocking_client(url, self._block)
+        self._keys = Keys(settings.prefix)
+        self._jobs = JobQueue(self._commands, self._blocking, self._keys, self._name, settings.lease)
+        self._publisher = Publisher(url)
+        self._ledger = Ledger(self._commands, self._keys)
+        self._upstream = Upstream(
+            settings.vllm_urls,
+            api_key=settings.vllm_api_key.get_secret_value(),
+            limits=Limits(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
+        )
+        self._clock_ahead = 0.0
+        self._relay = Relay(
+            settings,
+            self._keys,
+            jobs=self._jobs,
+            owner=Owner(
+                self._commands,
+                self._keys,
+                self._jobs,
+                self._publisher,
+                worker=self._name,
+                nonce=self._nonce,
+                now=self._now,
+            ),
+            ledger=self._ledger,
+            publisher=self._publisher,
+            upstream=self._upstream,
+            now=self._now,
+        )
+        self._slots = Slots(settings.slots, len(settings.queues))
+        self._running: dict[tuple[str, str], Running] = {}
+        self._finished = 0
+        self._to_trim: set[str] = set()
+        self._started = 0
+        self._leaving = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
+
+        A second signal hands over at once.
+        """
+        with structlog.contextvars.bound_contextvars(worker=self._name):
+            loop = asyncio.get_running_loop()
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(signum, self.leave)
+            try:
+                await self._begin()
+                await self._work()
+            finally:
+                for signum in (signal.SIGTERM, signal.SIGINT):
+                    loop.remove_signal_handler(signum)
+                await self._close()
+
+    def leave(self) -> None:
+        """Take no more jobs and drain; called again, stop at once."""
+        if self._leaving.is_set():
+            self._at_once.set()
+        self._leaving.set()
+        self._slots.close()
+
+    async def _begin(self) -> None:
+        await persist(self._sync_clock)
+        self._started = self._now()
+        for queue in self._settings.queues:
+            await persist(lambda queue=queue: self._jobs.ensure_group(queue))  # type: ignore[misc]
+        _log.info(
+            "worker_started",
+            queues=self._settings.queues,
+            slots=self._settings.slots,
+            redis=shown_url(self._settings.redis_url.get_secret_value()),
+            vllm=[shown_url(url) for url in self._settings.vllm_urls],
+        )
+
+    async def _work(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            claimers = [group.create_task(self._claim(rank, q)) for rank, q in enumerate(self._settings.queues)]
+            others = [group.create_task(work()) for work in (self._publisher.run, self._keep, self._take_over)]
+            await self._leaving.wait()
+            _log.info("worker_draining", running=len(self._running))
+            await asyncio.wait(claimers)
+            await self._drain()
+            await self._hand_over()
+            for task in others:
+                task.cancel()
+
+    async def _claim(self, rank: int, queue: str) -> None:
+        """Read a queue until told to leave.
+
+        A read in flight is never cancelled: the jobs it brings would wait for their lease to end.
+        """
+        backoff = Backoff("claim_failed")
+        while count := await self._slots.reserve(rank):
+            sent = time.monotonic()
+            try:
+                deliveries = await self._jobs.read(queue, count, int(self._block * 1000))
+            except (RedisError, OSError) as error:
+                self._slots.release(count)
+                await backoff.wait(error)
+                continue
+            backoff.reset()
+            self._start(deliveries, sent, count)
+
+    async def _take_over(self) -> None:
+        """Take jobs whose worker has let their lease run out."""
+        pause = min(1.0, self._settings.lease / 3)
+        backoff = Backoff("take_over_failed", first=pause)
+        while True:
+            await asyncio.sleep(pause)
+            for queue in self._settings.queues:
+                count = self._slots.try_reserve()
+                if not count:
+                    continue
+                sent = time.monotonic()
+                try:
+                    deliveries = await self._jobs.take_expired(queue, count)
+                except (RedisError, OSError) as error:
+                    self._slots.release(count)
+                    await backoff.wait(error)
+                    continue
+                backoff.reset()
+                self._start(deliveries, sent, count)
+
+    def _start(self, deliveries: list[Delivery], sent: float, reserved: int) -> None:
+        """Begin jobs. One that is running here already, as after a pause of this process, has its lease renewed."""
+        begun = 0
+        for delivery in deliveries:
+            running = self._running.get((delivery.queue, delivery.id))
+            if running is not None:
+                running.renewed = sent
+                continue
+            stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(self._run(delivery, stop))
+            self._running[delivery.queue, delivery.id] = Running(delivery, stop, sent, task)
+            begun += 1
+        self._slots.release(reserved - begun)
+
+    async def _run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        try:
+            await self._relay.run(delivery, stop)
+        except Exception as error:  # noqa: BLE001 - one job must not end the others
+            # Left pending: whoever gets it next finds in the log how far it came.
+            if is_transient(error):
+                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=type(error).__name__)
+            else:
+                _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
+        finally:
+            del self._running[delivery.queue, delivery.id]
+            self._finished += 1
+            self._to_trim.add(delivery.queue)
+            self._slots.release(1)
+            self._changed.set()
+
+    async def _keep(self) -> None:
+        """Three times a lease: renew it for every job, look at the logs, say that this worker lives, trim."""
+        backoff = Backoff("renewal_failed")
+        while True:
+            await asyncio.sleep(self._settings.lease / 3)
+            try:
+                await self._renew()
+                await self._sync_clock()
+                await self._beat()
+                while self._to_trim:
+                    await self._jobs.trim(self._to_trim.pop())
+                backoff.reset()
+            except (RedisError, OSError) as error:
+                await backoff.wait(error)
+            self._publisher.look()
+            self._stop_expired()
+
+    async def _renew(self) -> None:
+        jobs = list(self._running.values())
+        if not jobs:
+            return
+        sent = time.monotonic()
+        kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
+        for running, is_ours in zip(jobs, kept, strict=True):
+            if is_ours:
+                running.renewed = sent
+            elif is_ours is False and not running.stop.done():
+                running.stop.set_result(Stop.LEASE_LOST)
+
+    def _stop_expired(self) -> None:
+        """Whoever could not renew before the lease ended stops: another worker may have the job by now."""
+        ended = time.monotonic() - self._settings.lease
+        for running in self._running.values():
+            if running.renewed < ended and not running.stop.done():
+                running.stop.set_result(Stop.LEASE_LOST)
+
+    async def _beat(self) -> None:
+        line = WorkerLine(
+            name=self._name,
+            beat=self._now(),
+            started=self._started,
+            slots=self._settings.slots,
+            running=len(self._running),
+            finished=self._finished,
+            draining=self._leaving.is_set(),
+        )
+        await self._ledger.beat(line, stale_after=10 * self._settings.lease)
+
+    async def _drain(self) -> None:
+        """Let running jobs end, for as long as there is time."""
+        deadline = time.monotonic() + self._settings.drain_timeout
+        at_once = asyncio.ensure_future(self._at_once.wait())
+        while self._running and not at_once.done() and (left := deadline - time.monotonic()) > 0:
+            self._changed.clear()
+            changed = asyncio.ensure_future(self._changed.wait())
+            await asyncio.wait({changed, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        at_once.cancel()
+
+    async def _hand_over(self) -> None:
+        """Stop what still runs, and make its lease end now, so that another worker goes on at once."""
+        left = list(self._running.values())
+        for running in left:
+            if not running.stop.done():
+                running.stop.set_result(Stop.HAND_OVER)
+        if left:
+            await asyncio.wait({running.task for running in left}, timeout=_LAST_WORDS)
+        for running in left:
+            if running.stop.result() is Stop.HAND_OVER and running.task.done():
+                try:
+                    await self._jobs.hand_over(running.delivery, time.monotonic() - running.renewed)
+                except (RedisError, OSError) as error:
+                    _log.warning("hand_over_failed", job=running.delivery.id, error=type(error).__name__)
+
+    async def _close(self) -> None:
+        for running in self._running.values():
+            running.task.cancel()
+        try:
+            await self._ledger.leave(self._name)
+            await self._jobs.leave(self._settings.queues)
+        except (RedisError, OSError) as error:
+            _log.warning("leave_failed", error=type(error).__name__)
+        await self._upstream.aclose()
+        await self._publisher.aclose()
+        await self._commands.aclose()
+        await self._blocking.aclose()
+        _log.info("worker_stopped", finished=self._finished)
+
+    async def _sync_clock(self) -> None:
+        """Deadlines are by Redis's clock, which all workers share."""
+        seconds, micros = await self._commands.time()
+        self._clock_ahead = seconds + micros / 1e6 - time.time()
+
+    def _now(self) -> int:
+        return int((time.time() + self._clock_ahead) * 1000)

@@ -1,0 +1,172 @@
+"""The settings of the service, from options, the environment and a .env file, in this order."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from dotenv import dotenv_values
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from worker.contract.job import MAX_REQUEST_BYTES
+from worker.contract.keys import DEFAULT_QUEUE
+
+PREFIX = "WORKER_"
+_OWN_NAMES = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
+_SECRET = frozenset({"redis_url", "vllm_api_key"})
+_DAY = 24 * 3600
+
+Seconds = Annotated[float, Field(gt=0, le=_DAY)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; one sentence for each variable that is wrong."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Settings(BaseSettings):
+    """All settings of a worker. Durations are seconds and take fractions."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", populate_by_name=True)
+
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        validation_alias="REDIS_URL",
+        description="Redis, as redis://, rediss:// (TLS) or unix://; a password in it is never shown",
+    )
+    vllm_urls: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("http://127.0.0.1:8000",),
+        validation_alias=AliasChoices("VLLM_URLS", "VLLM_URL"),
+        description="Base URLs of vLLM servers, separated by commas, with or without /v1",
+    )
+    vllm_api_key: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="VLLM_API_KEY",
+        description="The bearer key that the vLLM servers ask for, if they do",
+    )
+    prefix: str = Field("chat", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="What all keys in Redis begin with")
+    queues: Annotated[tuple[str, ...], NoDecode] = Field(
+        (DEFAULT_QUEUE,), description="The queues to serve, separated by commas, the most important first"
+    )
+    slots: int = Field(256, ge=1, le=100_000, description="How many jobs run at once")
+    lease: float = Field(
+        15.0,
+        ge=0.5,
+        le=3600,
+        description="Seconds after which a silent worker's jobs go to another; one for all workers",
+    )
+    drain_timeout: float = Field(
+        25.0, ge=0, le=_DAY, description="Seconds that running jobs have to end after SIGTERM; the rest is handed over"
+    )
+    retention: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds that a log is kept after its end")
+    remember: int = Field(_DAY, ge=1, le=365 * _DAY, description="Seconds that the outcome is kept after the end")
+    connect_timeout: Seconds = Field(5.0, description="Seconds to connect to vLLM")
+    first_token_timeout: Seconds = Field(120.0, description="Seconds from the request to vLLM's first token")
+    gap_timeout: Seconds = Field(30.0, description="Seconds from one token of vLLM to the next")
+    tries: int = Field(3, ge=1, le=100, description="How often a request is sent to vLLM before it fails")
+    max_request_bytes: int = Field(
+        MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="The size limit of a job's request"
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="How logs are written; auto is readable on a terminal and JSON elsewhere"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level that is logged"
+    )
+
+    @field_validator("vllm_urls", "queues", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: SecretStr) -> SecretStr:
+        if urlsplit(value.get_secret_value()).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path")
+        return value
+
+    @field_validator("vllm_urls")
+    @classmethod
+    def _http_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000")
+        for url in value:
+            parts = urlsplit(url)
+            if parts.scheme not in {"http", "https"} or not parts.hostname:
+                raise ValueError(f"holds {shown_url(url)!r}, which is no URL such as http://127.0.0.1:8000")
+        return value
+
+    @field_validator("queues")
+    @classmethod
+    def _queue_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in value):
+            raise ValueError("must be names of 1 to 64 characters of A-Za-z0-9_-, separated by commas")
+        if len(set(value)) != len(value):
+            raise ValueError("names a queue twice")
+        return value
+
+
+def load_settings(**options: object) -> Settings:
+    """Read the settings; options that are None are left to the environment.
+
+    Raises:
+        ConfigError: naming every variable that is unknown or has a bad value.
+    """
+    given = {_OWN_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    env_file = Path(".env")
+    problems = [] if not env_file.is_file() else _unknown(dotenv_values(env_file), f" (in {env_file})")
+    problems += _unknown(os.environ)
+    try:
+        settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg,arg-type]  # pydantic checks them
+    except ValidationError as error:
+        raise ConfigError([*problems, *map(_told, error.errors())]) from None
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return _OWN_NAMES.get(name, PREFIX + name.upper())
+
+
+def shown_url(url: str) -> str:
+    """A URL without the user's name and password, nor its query: fit for logs."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, f"***@{host}" if "@" in parts.netloc else host, parts.path, "", ""))
+
+
+def _unknown(names: Mapping[str, object], where: str = "") -> list[str]:
+    known = {variable(name) for name in Settings.model_fields}
+    problems = []
+    for name in sorted(names):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "worker run --help lists all settings"
+            problems.append(f"{name}{where} is no setting: {hint}")
+    return problems
+
+
+def _told(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
+    name = _field_of(str(error["loc"][0]))
+    value = "" if name in _SECRET else f" is {str(error['input'])[:80]!r}:"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    text = f"{variable(name)} {message}" if error["type"] == "value_error" else f"{variable(name)}{value} {message}"
+    return text[:1] + text[1:].replace("Input should", "it should")
+
+
+def _field_of(location: str) -> str:
+    """The field that pydantic means: it names the alias where there is one."""
+    by_variable = {variable(name): name for name in Settings.model_fields} | {"VLLM_URL": "vllm_urls"}
+    return by_variable.get(location.upper(), location)

@@ -1,0 +1,55 @@
+"""The slots of a process: how many jobs it may still take, and which queue may take them."""
+
+import asyncio
+
+_LOWEST_EVERY = 8
+"""One grant in so many goes to the least important queue that waits, lest it starve."""
+
+
+class Slots:
+    """Counts free slots and hands them to the readers of the queues, rank 0 being the most important."""
+
+    def __init__(self, total: int, queues: int) -> None:
+        self._free = total
+        self._queues = queues
+        self._grants = 0
+        self._closed = False
+        self._waiting: dict[int, asyncio.Future[int]] = {}
+
+    async def reserve(self, rank: int) -> int:
+        """Wait for free slots and take some, at least one; 0 when no more jobs are to be taken."""
+        if self._closed:
+            return 0
+        if self._free and not self._waiting:
+            return self._grant()
+        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting[rank] = waiter
+        return await waiter
+
+    def try_reserve(self) -> int:
+        """Take free slots without waiting; 0 when there are none or readers wait for them."""
+        return self._grant() if self._free and not self._waiting and not self._closed else 0
+
+    def release(self, count: int) -> None:
+        """Give slots back; a reader that waits gets them."""
+        self._free += count
+        while self._free and self._waiting:
+            self._grants += 1
+            rank = max(self._waiting) if self._grants % _LOWEST_EVERY == 0 else min(self._waiting)
+            waiter = self._waiting.pop(rank)
+            if not waiter.done():
+                waiter.set_result(self._grant())
+
+    def close(self) -> None:
+        """Hand out no more."""
+        self._closed = True
+        for waiter in self._waiting.values():
+            if not waiter.done():
+                waiter.set_result(0)
+        self._waiting.clear()
+
+    def _grant(self) -> int:
+        # With several queues half of what is free: a reader that waits on an empty queue leaves slots to the others.
+        count = self._free if self._queues == 1 else max(1, self._free // 2)
+        self._free -= count
+        return count

@@ -1,0 +1,34 @@
+"""Logging: structlog, JSON lines in production and readable lines on a terminal, always on standard error.
+
+Only names, numbers and codes are logged: never a prompt, an output, a URL with its password, or the text of a vLLM
+error, which may quote the request.
+"""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+Format = Literal["auto", "json", "console"]
+
+
+def configure_logging(log_format: Format = "auto", level: str = "info") -> None:
+    """Set up structlog for the process. `auto` is readable on a terminal and JSON elsewhere."""
+    readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer()]
+        if readable
+        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *renderers,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
