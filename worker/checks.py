@@ -1,0 +1,129 @@
+"""What `worker check` looks at: the settings, Redis and every vLLM server, and how to mend what is wrong."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from worker.broker.connection import command_client
+from worker.contract.entries import Object
+from worker.contract.keys import GROUP, Keys
+from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
+from worker.vllm.errors import UpstreamError
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Endpoint, Upstream
+
+_OLDEST = (6, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `level` is ok, warning or error; `mend` says what to do."""
+
+    level: str
+    subject: str
+    text: str
+    mend: str = ""
+
+    def as_dict(self) -> Object:
+        """For `--json`."""
+        return {"level": self.level, "subject": self.subject, "text": self.text, "mend": self.mend}
+
+
+async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
+    """Look at everything, one finding at a time."""
+    try:
+        settings = load_settings(**options)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Finding("error", "settings", problem, "worker run --help lists all settings with their meaning")
+        return
+    yield Finding("ok", "settings", "every setting is known and has a good value")
+    async for finding in _check_redis(settings):
+        yield finding
+    upstream = Upstream(
+        settings.vllm_urls,
+        api_key=settings.vllm_api_key.get_secret_value(),
+        limits=Limits(connect=settings.connect_timeout),
+    )
+    try:
+        for endpoint in upstream.endpoints:
+            yield await _check_vllm(upstream, endpoint)
+    finally:
+        await upstream.aclose()
+
+
+async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
+    url = settings.redis_url.get_secret_value()
+    where = f"Redis {shown_url(url)}"
+    redis = command_client(url)
+    try:
+        info = await redis.info()
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            yield Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
+            return
+        yield Finding("ok", where, f"version {version} answers")
+        for finding in _storage_findings(where, info):
+            yield finding
+        for queue in settings.queues:
+            yield await _check_queue(redis, Keys(settings.prefix), queue)
+    except (RedisError, OSError) as error:
+        yield Finding("error", where, str(error), f"start Redis there, or set {variable('redis_url')}")
+    finally:
+        await redis.aclose()
+
+
+def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
+    findings = []
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        findings.append(
+            Finding(
+                "warning", where, f"maxmemory-policy is {policy}: Redis may drop a log that is being written",
+                "set maxmemory-policy to noeviction",
+            )
+        )  # fmt: skip
+    if not info.get("aof_enabled") and info.get("role") == "master":
+        findings.append(
+            Finding(
+                "warning", where, "the append-only file is off: a restart of Redis loses waiting jobs and logs",
+                "set appendonly to yes",
+            )
+        )  # fmt: skip
+    return findings
+
+
+async def _check_queue(redis: Redis, keys: Keys, queue: str) -> Finding:
+    key = keys.jobs(queue)
+    kind = cast("bytes", await redis.type(key))
+    if kind == b"none":
+        return Finding("ok", f"queue {queue}", "no job has been added yet")
+    if kind != b"stream":
+        return Finding(
+            "error",
+            f"queue {queue}",
+            f"the key {key} is a {kind.decode()}, not a stream",
+            "choose another WORKER_PREFIX",
+        )
+    groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
+    group = groups.get(GROUP.encode())
+    length = await redis.xlen(key)
+    pending = group["pending"] if group else 0
+    return Finding("ok", f"queue {queue}", f"{length} entries, {pending} of them with a worker")
+
+
+async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:
+    where = f"vLLM {shown_url(endpoint.url)}"
+    try:
+        models = await upstream.models(endpoint)
+    except UpstreamError as error:
+        mend = (
+            f"set {variable('vllm_api_key')} to the key that the server was started with"
+            if error.code == "unauthorized"
+            else f"start vLLM there, or set {variable('vllm_urls')}"
+        )
+        return Finding("error", where, error.message, mend)
+    return Finding("ok", where, f"serves {', '.join(models) or 'no model'}")

@@ -1,0 +1,272 @@
+"""The command `worker`: every subcommand, its options and its exit status."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from typing import IO, Any, NoReturn, TypeVar
+
+import click
+import msgspec
+from redis.exceptions import RedisError
+
+from worker.client import Client, ClientError, JobOptions, State
+from worker.console import Printer
+from worker.contract.entries import Object, to_json
+from worker.contract.job import InvalidJob
+from worker.settings import ConfigError, Settings, load_settings, variable
+from worker.telemetry.logs import configure_logging
+
+_F = TypeVar("_F", bound=Callable[..., object])
+_CLIENT_OPTIONS = ("redis_url", "prefix")
+
+
+class _Commands(click.Group):
+    """Turns a user's mistake into a sentence and an exit status, in one place."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, ClientError, InvalidJob, RedisError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise click.ClickException(str(error) or type(error).__name__) from None
+
+
+@click.group(cls=_Commands, epilog="Try it: worker demo", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vllm-relay")
+def main() -> None:
+    """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
+
+
+def _settings_options(*names: str) -> Callable[[_F], _F]:
+    """An option for each setting; its value goes to the settings as text, and is judged there with the rest."""
+
+    def add(command: _F) -> _F:
+        for name in reversed(names or tuple(Settings.model_fields)):
+            field = Settings.model_fields[name]
+            secret = "SecretStr" in repr(field.annotation)
+            shown = "" if secret else f"  [default: {_shown(field.get_default())}]"
+            command = click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                metavar="TEXT",
+                help=f"{field.description} ({variable(name)}){shown}",
+            )(command)
+        return command
+
+    return add
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+
+
+@main.command(epilog="Example: VLLM_URLS=http://127.0.0.1:8000 worker run --slots 64")
+@_settings_options()
+def run(**options: object) -> None:
+    """Take jobs and relay their tokens, until SIGTERM."""
+    from worker.service import Service  # noqa: PLC0415 - clients need not load it
+
+    settings = load_settings(**options)
+    configure_logging(settings.log_format, settings.log_level)
+    _run(lambda: Service(settings).run())
+
+
+@main.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
+@click.argument("prompt", required=False)
+@click.option("--request", "source", type=click.File("rb"), help="A JSON chat completion request; - is standard input.")
+@click.option("--model", help="The model to ask, when it is not in the request.")
+@click.option("--max-tokens", type=int, help="How long the answer may become.")
+@click.option("--id", "request_id", help="The request id; made up when left out.")
+@click.option("--queue", default="default", show_default=True, help="The queue to add the job to.")
+@click.option("--timeout", type=float, help="Seconds within which the answer must be whole.")
+@click.option("--retention", type=int, help="Seconds that the log is kept after its end.")
+@click.option("--follow", is_flag=True, help="Print the answer as it comes.")
+@_json_option
+@_settings_options(*_CLIENT_OPTIONS)
+def enqueue(
+    prompt: str | None,
+    source: IO[bytes] | None, model: str | None, max_tokens: int | None, request_id: str | None, queue: str,
+    timeout: float | None, retention: int | None, follow: bool, as_json: bool, **settings: object,
+) -> None:  # fmt: skip
+    """Add a chat job: a PROMPT, or a whole request as JSON. Prints the request id."""
+    request = _request(prompt, source.read() if source else None)
+    request |= {name: value for name, value in (("model", model), ("max_tokens", max_tokens)) if value is not None}
+    options: JobOptions = {"queue": queue}
+    if request_id is not None:
+        options["id"] = request_id
+    if timeout is not None:
+        options["timeout"] = timeout
+    if retention is not None:
+        options["retention"] = retention
+
+    async def add_and_follow() -> bool:
+        async with _client(settings) as client:
+            added = await client.enqueue(request, **options)
+            if not follow:
+                click.echo(to_json({"id": added}) if as_json else added)
+                return True
+            click.echo(f"· request {added}", err=True)
+            return await _print(client, added, None, as_json=as_json)
+
+    _exit(_run(add_and_follow))
+
+
+@main.command(epilog="Example: worker follow 3f0c… --json")
+@click.argument("request_id", metavar="ID")
+@click.option("--after", help="Go on after this entry id, such as 1-5.")
+@_json_option
+@_settings_options(*_CLIENT_OPTIONS)
+def follow(request_id: str, after: str | None, as_json: bool, **settings: object) -> None:
+    """Print a request's answer from its start, and as it comes. Exit status 0 only if it is whole."""
+
+    async def print_it() -> bool:
+        async with _client(settings) as client:
+            return await _print(client, request_id, after, as_json=as_json)
+
+    _exit(_run(print_it))
+
+
+@main.command(epilog="Example: worker cancel 3f0c…")
+@click.argument("request_id", metavar="ID")
+@_json_option
+@_settings_options(*_CLIENT_OPTIONS)
+def cancel(request_id: str, as_json: bool, **settings: object) -> None:
+    """End a request, whether it waits or runs."""
+
+    async def end_it() -> None:
+        async with _client(settings) as client:
+            before = await client.cancel(request_id)
+        ended = before.state in (State.ENDED, State.EXPIRED)
+        said = {
+            State.ENDED: f"it had ended before: {before.outcome}",
+            State.EXPIRED: f"it had ended before: {before.outcome}",
+            State.UNKNOWN: "cancelled; nothing was known of it: if its job comes, it will not run",
+        }.get(before.state, f"cancelled; it was {before.state.value}")
+        click.echo(to_json({"id": request_id, "cancelled": not ended, "was": before.state.value}) if as_json else said)
+
+    _run(end_it)
+
+
+@main.command(epilog="Example: worker check --vllm-urls http://127.0.0.1:8000")
+@_json_option
+@_settings_options()
+def check(as_json: bool, **options: object) -> None:
+    """Look at the settings, Redis and every vLLM server. Exit status 1 if a worker could not work."""
+    from worker.checks import check as look  # noqa: PLC0415 - clients need not load it
+
+    async def report() -> bool:
+        well = True
+        marks = {"ok": click.style("ok     ", fg="green"), "warning": click.style("warning", fg="yellow")}
+        async for finding in look(options):
+            well = well and finding.level != "error"
+            if as_json:
+                click.echo(to_json(finding.as_dict()))
+                continue
+            mark = marks.get(finding.level, click.style("error  ", fg="red"))
+            click.echo(f"{mark} {finding.subject}: {finding.text}" + (f" → {finding.mend}" if finding.mend else ""))
+        return well
+
+    _exit(_run(report))
+
+
+@main.command(epilog="Example: worker demo --vllm-url http://127.0.0.1:8000")
+@click.option("--redis-url", help="Use this Redis in place of an embedded one.")
+@click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
+@_json_option
+def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
+    """See it work: a Redis, a simulated vLLM, two workers, and followers of one stream, one of them late."""
+    try:
+        from worker.sandbox.demo import DemoFailed, run_demo  # noqa: PLC0415 - of the extra `demo`
+        from worker.sandbox.redis import NoRedis  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        _needs_extra(error)
+
+    def tell(line: str, data: Object) -> None:
+        click.echo(to_json(data) if as_json else line)
+
+    try:
+        _run(lambda: run_demo(tell, redis_url, vllm_url))
+    except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
+        cause: Exception = error
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        raise click.ClickException(str(cause) or "the demo took too long") from error
+
+
+@main.command(epilog="Example: worker simulate --port 8000 --rate 50 --fault stall --after 20")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--model", default="reciter", show_default=True, help="The name of the model.")
+@click.option("--api-key", help="Ask for this bearer key.")
+@click.option("--rate", default=50.0, show_default=True, help="Tokens per second and stream; 0 is without a pause.")
+@click.option("--first-token", default=0.0, show_default=True, help="Seconds before the first token.")
+@click.option("--fault", help="What goes wrong, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
+@click.option("--after", default=0, show_default=True, help="Delta chunks before the fault.")
+@click.option("--times", type=int, help="Only the first so many tries of a request meet the fault.")
+@click.option("--retry-after", type=float, help="Seconds, for the Retry-After header of 429 and 503.")
+def simulate(host: str, port: int, model: str, api_key: str | None, **orders: object) -> None:
+    """A vLLM that is none: it answers as the real one does, at the speed and with the faults that you order."""
+    try:
+        from worker.sandbox.simulator import Options, Orders, serve_forever  # noqa: PLC0415 - of the extra `demo`
+    except ModuleNotFoundError as error:
+        _needs_extra(error)
+    try:
+        ordered = msgspec.convert(orders, Orders)
+    except msgspec.ValidationError as error:
+        raise click.UsageError(str(error)) from None
+    options = Options(model=model, api_key=api_key, orders=ordered)
+
+    def ready(url: str) -> None:
+        click.echo(f"a simulated vLLM listens on {url}", err=True)
+
+    _run(lambda: serve_forever(options, host=host, port=port, ready=ready))
+
+
+_T = TypeVar("_T")
+
+
+def _run(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    if sys.platform == "win32":
+        return asyncio.run(make())
+    import uvloop  # noqa: PLC0415 - not there on Windows
+
+    return uvloop.run(make())
+
+
+def _exit(well: bool) -> None:
+    if not well:
+        raise click.exceptions.Exit(1)
+
+
+def _client(options: dict[str, object]) -> Client:
+    settings = load_settings(**options)
+    return Client(settings.redis_url.get_secret_value(), prefix=settings.prefix)
+
+
+async def _print(client: Client, request_id: str, after: str | None, *, as_json: bool) -> bool:
+    printer = Printer(as_json=as_json)
+    async for entry in client.follow(request_id, after=after):
+        printer.show(entry)
+    return printer.answer.outcome == "done"
+
+
+def _request(prompt: str | None, source: bytes | None) -> Object:
+    if (prompt is None) == (source is None):
+        raise click.UsageError("give either a PROMPT or --request FILE")
+    if source is None:
+        return {"messages": [{"role": "user", "content": prompt}]}
+    try:
+        request = msgspec.json.decode(source)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"the request is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise click.UsageError("the request is not a JSON object")
+    return request
+
+
+def _needs_extra(error: ModuleNotFoundError) -> NoReturn:
+    raise click.ClickException(f"{error.name} is missing: pip install 'vllm-relay[demo]'") from None

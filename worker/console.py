@@ -1,0 +1,64 @@
+"""How entries look on a terminal: the text as it comes on standard output, everything about it on standard error."""
+
+import click
+
+from worker.contract.answer import Answer
+from worker.contract.entries import Claimed, Delta, Entry, Failed, Queued, Restarted, Resumed, Started, as_dict, to_json
+
+
+class Printer:
+    """Prints a log as it is followed. With `as_json` each entry is one line of JSON, and nothing else is printed."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.answer = Answer()
+        self._json = as_json
+        self._open_line = False
+
+    def show(self, entry: Entry) -> None:
+        """Print the next entry."""
+        self.answer.add(entry)
+        if self._json:
+            click.echo(to_json(as_dict(entry)))
+            return
+        match entry:
+            case Delta(index=0):
+                if entry.reasoning:
+                    click.secho(entry.reasoning, nl=False, err=True, dim=True)
+                if entry.content:
+                    click.echo(entry.content, nl=False)
+                    self._open_line = not entry.content.endswith("\n")
+            case Queued():
+                self._note("waiting for a worker")
+            case Started() | Claimed():
+                self._note(f"taken by {entry.worker}")
+            case Restarted():
+                self._note("the answer starts again: what stands above is void")
+            case Resumed():
+                self._note("the answer goes on")
+        if self.answer.end is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        """What a stream of text cannot show: tool calls, further choices, and how it ended."""
+        self._end_line()
+        for choice in self.answer.choices:
+            if choice.index:
+                click.echo(f"[{choice.index}] {choice.content}")
+            for call in choice.tool_calls:
+                click.echo(to_json(call))
+        end = self.answer.end
+        if isinstance(end, Failed):
+            click.secho(f"error: {self.answer.error}", err=True, fg="red")
+        elif end is not None:
+            used = self.answer.usage.get("completion_tokens")
+            tokens = f", {used} tokens" if used else ""
+            self._note(f"{self.answer.outcome}{tokens}")
+
+    def _note(self, text: str) -> None:
+        self._end_line()
+        click.secho(f"· {text}", err=True, dim=True)
+
+    def _end_line(self) -> None:
+        if self._open_line:
+            click.echo()
+            self._open_line = False
