@@ -6,6 +6,7 @@ import secrets
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -88,6 +89,7 @@ class Service:
         self._started = 0
         self._leaving = asyncio.Event()
         self._at_once = asyncio.Event()
+        self._over = asyncio.Event()
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -130,14 +132,15 @@ class Service:
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:
             claimers = [group.create_task(self._claim(rank, q)) for rank, q in enumerate(self._settings.queues)]
-            others = [group.create_task(work()) for work in (self._publisher.run, self._keep, self._take_over)]
+            for work in (self._publisher.run, self._keep, self._take_over):
+                group.create_task(work())
             await self._leaving.wait()
             _log.info("worker_draining", running=len(self._running))
             await asyncio.wait(claimers)
             await self._drain()
             await self._hand_over()
-            for task in others:
-                task.cancel()
+            self._over.set()
+            self._publisher.leave()
 
     async def _claim(self, rank: int, queue: str) -> None:
         """Read a queue until told to leave.
@@ -160,8 +163,7 @@ class Service:
         """Take jobs whose worker has let their lease run out."""
         pause = min(1.0, self._settings.lease / 3)
         backoff = Backoff("take_over_failed", first=pause)
-        while True:
-            await asyncio.sleep(pause)
+        while await self._rest(pause):
             for queue in self._settings.queues:
                 count = self._slots.try_reserve()
                 if not count:
@@ -209,8 +211,7 @@ class Service:
     async def _keep(self) -> None:
         """Three times a lease: renew it for every job, look at the logs, say that this worker lives, trim."""
         backoff = Backoff("renewal_failed")
-        while True:
-            await asyncio.sleep(self._settings.lease / 3)
+        while await self._rest(self._settings.lease / 3):
             try:
                 await self._renew()
                 await self._sync_clock()
@@ -222,6 +223,13 @@ class Service:
                 await backoff.wait(error)
             self._publisher.look()
             self._stop_expired()
+
+    async def _rest(self, seconds: float) -> bool:
+        """Pause; false when all is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        return not self._over.is_set()
 
     async def _renew(self) -> None:
         jobs = list(self._running.values())

@@ -39,6 +39,7 @@ class Publisher:
         self._feed: dict[str, list[tuple[EntryId, Fields]]] = {}
         self._look = True  # before the first write, so that connecting has one place
         self._looking = False
+        self._leaving = False
         self._work = asyncio.Event()
         self._backoff = Backoff("log_write_failed")
 
@@ -67,8 +68,11 @@ class Publisher:
         self._work.set()
 
     async def run(self) -> None:
-        """Write until cancelled."""
-        while True:
+        """Write until `leave` is called and nothing is left to write.
+
+        It is never cancelled: redis-py 8.1 was seen to swallow a cancellation while it connects.
+        """
+        while not self._leaving or self._work.is_set():
             await self._work.wait()
             self._work.clear()
             batch, feed = self._collect()
@@ -79,9 +83,16 @@ class Publisher:
                     self._take_replies(batch, await self._write(batch, feed))
                 self._backoff.reset()
             except (RedisError, OSError) as error:
+                if self._leaving:
+                    return
                 await self._recover(error)
             if self._dirty or self._feed or self._look:
                 self._work.set()
+
+    def leave(self) -> None:
+        """Come to an end: write what there is, then return from `run`."""
+        self._leaving = True
+        self._work.set()
 
     async def aclose(self) -> None:
         """Close the connection."""

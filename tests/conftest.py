@@ -1,0 +1,161 @@
+"""What every test may ask for: a real Redis, a simulated vLLM, workers and clients; and what none may leave behind."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import cast
+
+import psutil
+import pytest
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.sandbox.redis import EmbeddedRedis, find_servers, start_redis, version_of
+from worker.sandbox.simulator import Options, Simulator
+from worker.service import Service
+from worker.settings import load_settings
+from worker.telemetry.logs import configure_logging
+
+_MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--redis-server", type=Path, help="the redis-server to test with; the first one at hand otherwise")
+
+
+def _server(config: pytest.Config) -> Path | None:
+    given = config.getoption("--redis-server")
+    return given if isinstance(given, Path) else next(iter(find_servers()), None)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    server = _server(config)
+    return f"redis-server: {version_of(server)} ({server})" if server else "redis-server: none at hand"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The settings of whoever runs the tests are not theirs."""
+    for name in list(os.environ):
+        if name.startswith(("WORKER_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> None:
+    configure_logging("json", "error")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    """Fails a test that leaves a process behind."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert not left, f"processes left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def redis_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
+    """One Redis for the whole run."""
+    server = _server(request.config)
+    if server is None:
+        pytest.fail("no redis-server at hand: install one, or pip install -e '.[dev]'")
+    with (
+        start_redis(server, "--enable-debug-command", "local") if _knows_debug(server) else start_redis(server) as redis
+    ):
+        yield redis
+
+
+def _knows_debug(server: Path) -> bool:
+    return not version_of(server).startswith("6.")
+
+
+@pytest.fixture
+def redis_url(redis_server: EmbeddedRedis) -> Iterator[str]:
+    """The Redis, empty; fails a test that leaves a key without an expiry, the few lasting ones aside."""
+    with BlockingRedis.from_url(redis_server.url, protocol=2) as redis:
+        redis.flushall()
+        yield redis_server.url
+        keys = [key for key in redis.scan_iter(count=10_000) if not key.startswith(_MAY_STAY)]
+        lasting = [key for key in keys if redis.ttl(key) == -1]
+        redis.flushall()
+    assert not lasting, f"keys without expiry: {lasting}"
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis_url, protocol=2) as client:
+        yield client
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    async with Client(redis_url, patience=5) as client:
+        yield client
+
+
+StartSimulator = Callable[..., Awaitable[Simulator]]
+
+
+@pytest.fixture
+async def start_simulator() -> AsyncIterator[StartSimulator]:
+    """Starts simulated vLLM servers, which end with the test."""
+    async with AsyncExitStack() as stack:
+
+        async def start(options: Options | None = None, port: int = 0) -> Simulator:
+            return await stack.enter_async_context(Simulator(options, port=port))
+
+        yield start
+
+
+@pytest.fixture
+async def simulator(start_simulator: StartSimulator) -> Simulator:
+    return await start_simulator()
+
+
+StartWorker = Callable[..., Awaitable[Service]]
+
+
+@pytest.fixture
+async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartWorker]:
+    """Starts workers in the test's own process, which leave in order when it ends."""
+    monkeypatch.setattr("worker.service._LONGEST_BLOCK", 0.1)  # a worker leaves when its last read has come back
+    started: list[tuple[Service, asyncio.Task[None]]] = []
+
+    async def start(*vllm: Simulator, **settings: object) -> Service:
+        given: dict[str, object] = {"lease": 2, "drain_timeout": 2, "gap_timeout": 5, "first_token_timeout": 5}
+        urls = ",".join(server.url for server in vllm)
+        service = Service(load_settings(**(given | {"redis_url": redis_url, "vllm_urls": urls} | settings)))
+        started.append((service, asyncio.create_task(service.run())))
+        return service
+
+    yield start
+    for service, _ in started:
+        service.leave()
+    await asyncio.gather(*(task for _, task in started))
+
+
+@pytest.fixture
+async def worker(start_worker: StartWorker, simulator: Simulator) -> Service:
+    """One worker before one simulated vLLM."""
+    return await start_worker(simulator)
+
+
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
+    """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
+    async with asyncio.timeout(within):
+        while not await condition():  # noqa: ASYNC110 - what is waited for is in another process
+            await asyncio.sleep(0.01)
+
+
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+async def stream(redis: Redis, key: str) -> Entries:
+    """All entries of a stream, oldest first."""
+    return cast("Entries", await redis.xrange(key))
