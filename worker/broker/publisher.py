@@ -141,10 +141,10 @@ class Publisher:
         text = str(verdicts[0])
         if verdicts[0] is None:
             log.lose(LogGone("the log is not there any more"))
+        elif "equal or smaller" in text or "exhausted the last" in text:
+            self.look()  # written already, fenced or sealed: the log's end tells which
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
             log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
-        elif "equal or smaller" in text or "exhausted the last" in text:
-            self.look()
         else:
             log.lose(LogRefused(text))
 
@@ -160,12 +160,11 @@ class Publisher:
         pipe.ping()
         for log in logs:
             pipe.xrevrange(log.key, count=1)
-        self._looking = True
+        self._looking, self._look = True, False  # a look that is asked for meanwhile is one more
         try:
             _, *replies = await pipe.execute(raise_on_error=False)
         finally:
             self._looking = False
-        self._look = False
         for log, reply in zip(logs, replies, strict=True):
             self._reconcile(log, reply)
 

@@ -1,0 +1,180 @@
+"""The job streams: leases that are compared before they are set, a cursor that is kept, trimming that loses nothing."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import cast
+
+import pytest
+from redis.asyncio import Redis
+
+from worker.broker.connection import blocking_client, command_client
+from worker.broker.jobs import Delivery, JobQueue
+from worker.contract.keys import GROUP, Keys
+
+LEASE = 0.5
+
+
+class Group:
+    """Several consumers of one group."""
+
+    def __init__(self, url: str) -> None:
+        self.commands = command_client(url)
+        self.blocking = blocking_client(url, 1)
+
+    def consumer(self, name: str, lease: float = LEASE) -> JobQueue:
+        return JobQueue(self.commands, self.blocking, Keys(), name, lease)
+
+
+@pytest.fixture
+async def group(redis_url: str) -> AsyncIterator[Group]:
+    group = Group(redis_url)
+    await group.consumer("maker").ensure_group("default")
+    yield group
+    await group.commands.aclose()
+    await group.blocking.aclose()
+
+
+async def add(redis: Redis, count: int) -> list[str]:
+    return [str(cast("bytes", await redis.xadd("chat:jobs", {"id": f"j{n}"})), "ascii") for n in range(count)]
+
+
+async def expired(redis: Redis, entry: str, idle: int = int(LEASE * 1000) + 1) -> None:
+    """Make a lease look as if it had run out."""
+    owner = await owner_of(redis, entry)
+    await redis.xclaim("chat:jobs", GROUP, owner, 0, [entry], idle=idle, justid=True)
+
+
+async def owner_of(redis: Redis, entry: str) -> bytes:
+    return cast("bytes", (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["consumer"])
+
+
+async def test_jobs_come_once_and_in_order(group: Group, redis: Redis) -> None:
+    ids = await add(redis, 5)
+    one, two = group.consumer("one"), group.consumer("two")
+    first = await one.read("default", 3, 100)
+    rest = await two.read("default", 10, 100)
+    assert [delivery.id for delivery in first + rest] == ids
+    assert await one.read("default", 1, 10) == []
+
+
+async def test_the_jobs_that_were_added_before_the_group_count_too(redis_url: str, redis: Redis) -> None:
+    await add(redis, 2)
+    group = Group(redis_url)
+    jobs = group.consumer("one")
+    assert await jobs.read("default", 10, 10) == [], "the group is made at the first read that misses it"
+    assert len(await jobs.read("default", 10, 10)) == 2
+    await group.commands.aclose()
+    await group.blocking.aclose()
+
+
+async def test_fields_that_are_no_utf8_come_as_they_are(group: Group, redis: Redis) -> None:
+    await redis.xadd("chat:jobs", {b"id": b"\xff\xfe"})
+    (delivery,) = await group.consumer("one").read("default", 1, 100)
+    assert delivery.fields == {b"id": b"\xff\xfe"}
+
+
+async def test_only_a_lease_that_has_run_out_is_taken(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    await group.consumer("one").read("default", 1, 100)
+    assert await group.consumer("two").take_expired("default", 10) == []
+    await expired(redis, entry)
+    (taken,) = await group.consumer("two").take_expired("default", 10)
+    assert taken.id == entry
+    assert await owner_of(redis, entry) == b"two"
+
+
+async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one, two = group.consumer("one"), group.consumer("two")
+    (delivery,) = await one.read("default", 1, 100)
+    assert await one.renew([(delivery, LEASE / 3)]) == [True]
+
+    await expired(redis, entry)
+    assert await two.take_expired("default", 1)
+    assert await one.renew([(delivery, LEASE * 2)]) == [False], "min-idle 0 would steal it back"
+    assert await owner_of(redis, entry) == b"two"
+
+
+async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one = group.consumer("one")
+    (delivery,) = await one.read("default", 1, 100)
+    for _ in range(3):
+        await one.renew([(delivery, 0)])
+    assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
+
+
+async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one, two = group.consumer("one"), group.consumer("two")
+    (delivery,) = await one.read("default", 1, 100)
+    await one.hand_over(delivery, 0)
+    (taken,) = await two.take_expired("default", 1)
+    assert taken == delivery
+    assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
+
+
+async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one, two = group.consumer("one"), group.consumer("two")
+    (delivery,) = await one.read("default", 1, 100)
+    await expired(redis, entry)
+    await two.take_expired("default", 1)
+    await one.hand_over(delivery, LEASE * 3)
+    assert await group.consumer("three").take_expired("default", 1) == []
+
+
+async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, redis: Redis) -> None:
+    """XAUTOCLAIM looks at ten times COUNT entries a call: without the kept cursor it would never come this far."""
+    ids = await add(redis, 60)
+    await group.consumer("one", lease=30).read("default", 60, 100)
+    await expired(redis, ids[-1], idle=31_000)
+    two = group.consumer("two", lease=30)
+    found: list[Delivery] = []
+    for _ in range(60):
+        found += await two.take_expired("default", 1)
+    assert [delivery.id for delivery in found] == [ids[-1]]
+
+
+async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Redis) -> None:
+    ids = await add(redis, 6)
+    one = group.consumer("one")
+    taken = await one.read("default", 4, 100)
+    for delivery in (taken[0], taken[1], taken[3]):
+        await one.acknowledge(delivery)
+    await one.trim("default")
+    assert [entry.decode() for entry, _ in await redis.xrange("chat:jobs")] == ids[2:]  # type: ignore[union-attr]
+    await one.acknowledge(taken[2])
+    await one.trim("default")
+    assert [entry.decode() for entry, _ in await redis.xrange("chat:jobs")] == ids[3:]  # type: ignore[union-attr]
+    assert len(await one.read("default", 10, 100)) == 2
+
+
+async def test_a_job_is_live_while_it_is_unread_or_pending(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one = group.consumer("one")
+    assert await one.is_live("default", entry)
+    (delivery,) = await one.read("default", 1, 100)
+    assert await one.is_live("default", entry)
+    assert await one.holds(delivery)
+    await one.acknowledge(delivery)
+    assert not await one.is_live("default", entry)
+    assert not await one.holds(delivery)
+    assert not await one.is_live("default", "1-1")
+
+
+async def test_a_consumer_leaves_only_with_nothing_pending(group: Group, redis: Redis) -> None:
+    await add(redis, 1)
+    one = group.consumer("one")
+    (delivery,) = await one.read("default", 1, 100)
+    await one.leave(["default"])
+    assert await one.holds(delivery)
+    await one.acknowledge(delivery)
+    await one.leave(["default"])
+    assert await redis.xinfo_consumers("chat:jobs", GROUP) == []
+
+
+async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
+    reading = asyncio.create_task(group.consumer("one").read("default", 1, 900))
+    (entry,) = await add(redis, 1)
+    assert [delivery.id for delivery in await reading] == [entry]

@@ -1,0 +1,375 @@
+"""The rules that keep a token log true, each on a real Redis: fencing, idempotence, one seal, no holes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from conftest import eventually, stream
+from redis.asyncio import Redis
+
+from worker.broker.connection import blocking_client, command_client
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
+from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
+from worker.broker.publisher import Publisher
+from worker.contract.entries import Cancelled, Done, Failed, parse
+from worker.contract.ids import SEAL, EntryId
+from worker.contract.keys import Keys
+from worker.contract.records import Tombstone
+
+KEY = "chat:tokens:{r}"
+FAR = 4_000_000_000_000
+STONE = Tombstone(outcome="done", time=1)
+
+
+class Process:
+    """What one worker process has of the broker."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name = name
+        self.commands = command_client(url)
+        self.blocking = blocking_client(url, 1)
+        self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
+        self.publisher = Publisher(url)
+        self.owner = Owner(
+            self.commands, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
+        )  # fmt: skip
+
+    async def claim(self) -> Delivery:
+        (delivery,) = await self.jobs.read("default", 1, 500)
+        return delivery
+
+    async def take(self, delivery: Delivery) -> TokenLog:
+        taken = await self.owner.take("r", delivery, FAR)
+        assert isinstance(taken, Owned)
+        self.publisher.attach(taken.log)
+        return taken.log
+
+    async def seal(self, log: TokenLog, outcome: str = "done") -> str:
+        end = Done(id=SEAL, attempt=log.attempt) if outcome == "done" else Failed(id=SEAL, code=outcome)
+        standing = await self.owner.seal(log, end, STONE, retention=60, remember=120)
+        return standing.type
+
+
+@asynccontextmanager
+async def process(url: str, name: str) -> AsyncIterator[Process]:
+    it = Process(url, name)
+    writing = asyncio.create_task(it.publisher.run())
+    try:
+        yield it
+    finally:
+        it.publisher.leave()
+        await writing
+        await it.publisher.aclose()
+        await it.commands.aclose()
+        await it.blocking.aclose()
+
+
+@pytest.fixture
+async def one(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "one") as it:
+        await it.jobs.ensure_group("default")
+        yield it
+
+
+@pytest.fixture
+async def two(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "two") as it:
+        yield it
+
+
+@pytest.fixture
+async def delivery(one: Process, redis: Redis) -> Delivery:
+    await redis.xadd("chat:jobs", {"id": "r"})
+    return await one.claim()
+
+
+async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
+    """The job's lease has run out, and another process has it."""
+    await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
+    (taken,) = await two.jobs.take_expired("default", 1)
+    return taken
+
+
+async def texts(redis: Redis) -> list[str]:
+    return [f"{i.decode()}:{f.get(b'content', f[b'type']).decode()}" for i, f in await stream(redis, KEY)]
+
+
+def delta(text: str) -> dict[str, str]:
+    return {"type": "delta", "content": text}
+
+
+async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    for text in "abc":
+        log.append(delta(text))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c"]
+    assert log.accepted == EntryId(1, 3)
+
+
+async def test_what_is_appended_while_a_flush_is_out_goes_with_the_next(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    for number in range(2000):
+        log.append(delta(str(number)))
+        if number % 100 == 0:
+            await asyncio.sleep(0)
+    await log.drained()
+    assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(2000)]
+
+
+async def test_a_former_owner_can_write_no_more_after_a_take_over(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    old = await one.take(delivery)
+    old.append(delta("kept"))
+    await old.drained()
+    new = await two.take(await stolen(redis, two, delivery))
+    old.append(delta("too late"))
+    with pytest.raises(LogFenced):
+        await old.drained()
+    new.append(delta("new"))
+    await new.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:kept", "2-0:claimed", "2-1:new"]
+
+
+async def test_a_former_owner_cannot_seal_the_log_of_the_new_one(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """The seal's id is above every attempt's: only its own fence holds it back."""
+    old = await one.take(delivery)
+    await two.take(await stolen(redis, two, delivery))
+    with pytest.raises(LogFenced):
+        await one.seal(old)
+    assert (await texts(redis))[-1] == "2-0:claimed"
+
+
+async def test_there_is_one_seal_whoever_comes_first(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    assert await one.seal(log) == Cancelled.type, "the one that stands is told"
+    assert (await texts(redis))[-1] == f"{SEAL}:cancelled"
+    await redis.expire(KEY, 60)
+
+
+async def test_sealing_again_after_a_lost_reply_finds_the_seal(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    assert await one.seal(log) == "done"
+    assert await one.seal(log, "late") == "done"
+    assert 0 < await redis.ttl(KEY) <= 60
+    assert 60 < await redis.ttl("chat:ended:{r}") <= 120
+
+
+async def test_a_cancelled_log_refuses_deltas(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    log.append(delta("late"))
+    with pytest.raises(LogSealed):
+        await log.drained()
+    await redis.expire(KEY, 60)
+
+
+async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    one.publisher.look()
+    assert isinstance(await asyncio.wait_for(log.lost, 5), LogSealed)
+    await redis.expire(KEY, 60)
+
+
+async def test_a_log_that_is_gone_is_not_made_again(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    await redis.delete(KEY)
+    log.append(delta("into nothing"))
+    with pytest.raises(LogGone):
+        await log.drained()
+    assert not await redis.exists(KEY)
+
+
+async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await redis.delete(KEY)
+    await redis.set(KEY, "x", ex=60)
+    log.append(delta("refused"))
+    with pytest.raises(LogRefused):
+        await log.drained()
+
+
+async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    for number in range(300):
+        log.append(delta(str(number)))
+        if number % 50 == 49:
+            await redis.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(0)
+    await log.drained()
+    assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(300)]
+
+
+async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
+    """As after a lost reply: the entries are there, and Redis answers `equal or smaller`."""
+    log = await one.take(delivery)
+    for number, text in enumerate("abc", 1):
+        await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
+    for text in "abcd":
+        log.append(delta(text))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
+
+
+async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    log.append(delta("before"))
+    await log.drained()
+    await redis.config_set("maxmemory", "1")
+    try:
+        for number in range(10):
+            log.append(delta(str(number)))
+        await asyncio.sleep(0)
+        waiting = asyncio.create_task(log.drained())
+        one.publisher.look()
+        done, _ = await asyncio.wait({waiting}, timeout=0.1)
+        assert not done
+        assert len(await stream(redis, KEY)) == 2
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await waiting
+    assert [text.split(":")[1] for text in await texts(redis)] == ["started", "before", *map(str, range(10))]
+
+
+async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    for text in "ab":
+        log.append(delta(text))
+    await log.drained()
+    (_, started), *_ = await stream(redis, KEY)
+    await redis.delete(KEY)  # what a replica had that was behind
+    await redis.xadd(KEY, started, id="1-0")  # type: ignore[arg-type]  # dict is invariant
+    await redis.pexpireat(KEY, FAR)
+    one.publisher.look()
+    assert isinstance(await asyncio.wait_for(log.lost, 5), LogDiverged)
+    await one.owner.advance(log, delivery, "diverged")
+    log.append(delta("again"))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:again"]
+
+
+async def test_of_two_that_take_over_at_once_one_wins(
+    redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await one.take(delivery)
+    taken = await stolen(redis, two, delivery)
+    async with process(redis_url, "three") as three:
+        outcomes = await asyncio.gather(two.owner.take("r", taken, FAR), three.owner.take("r", taken, FAR))
+    assert [type(outcome) for outcome in outcomes] == [Owned, NotOurs]
+    assert await texts(redis) == ["1-0:started", "2-0:claimed"]
+
+
+async def test_a_take_over_reads_what_was_written_before(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    old = await one.take(delivery)
+    old.append(delta("half"))
+    await old.drained()
+    taken = await two.owner.take("r", await stolen(redis, two, delivery), FAR)
+    assert isinstance(taken, Owned)
+    assert [entry.type for entry in taken.history] == ["started", "delta"]
+
+
+async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    first, second = [await one.owner.take("r", delivery, FAR) for _ in range(2)]
+    assert isinstance(first, Owned)
+    assert isinstance(second, Owned)
+    assert second.log.attempt == 1
+    assert await texts(redis) == ["1-0:started"]
+
+
+async def test_a_duplicate_waits_for_no_run_while_the_first_is_live_and_takes_over_when_it_is_gone(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await one.take(delivery)
+    await redis.xadd("chat:jobs", {"id": "r"})
+    duplicate = await two.claim()
+    assert isinstance(await two.owner.take("r", duplicate, FAR), Duplicate)
+    await one.jobs.acknowledge(delivery)  # gone without a seal
+    assert isinstance(await two.owner.take("r", duplicate, FAR), Owned)
+
+
+async def test_a_tombstone_keeps_a_late_job_from_running(one: Process, delivery: Delivery, redis: Redis) -> None:
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    assert isinstance(await one.owner.take("r", delivery, FAR), Ended)
+    assert not await redis.exists(KEY)
+
+
+async def test_confirming_gives_what_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    assert await one.owner.confirm("r", STONE, retention=60, remember=120)
+    assert 0 < await redis.ttl(KEY) <= 60
+    assert 0 < await redis.ttl("chat:ended:{r}") <= 120
+
+
+async def test_confirming_tells_when_a_failover_lost_the_seal(one: Process, delivery: Delivery) -> None:
+    await one.take(delivery)
+    assert not await one.owner.confirm("r", STONE, retention=60, remember=120)
+
+
+async def test_the_feed_never_carries_what_was_refused(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    async with redis.pubsub() as feed:
+        await feed.subscribe("chat:feed:{r}")
+        old = await one.take(delivery)
+        new = await two.take(await stolen(redis, two, delivery))
+        old.append(delta("refused"))
+        with pytest.raises(LogFenced):
+            await old.drained()
+        new.append(delta("last"))
+        heard = b""
+        async for message in feed.listen():
+            heard += message["data"] if message["type"] == "message" else b""
+            if b"last" in heard:
+                break
+    assert b"refused" not in heard
+
+
+async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    await redis.config_set("maxmemory", "1")
+    try:
+        while not log.is_full:
+            log.append(delta("x" * 10_000))
+        room = asyncio.create_task(log.room())
+        done, _ = await asyncio.wait({room}, timeout=0.05)
+        assert not done
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await asyncio.wait_for(room, 10)
+    await log.drained()
+
+
+async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = await one.take(delivery)
+    log.append({"type": "delta", "content": "\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "stop_reason": '"x"'})
+    await log.drained()
+
+    async def there() -> bool:
+        return len(await stream(redis, KEY)) == 2
+
+    await eventually(there)
+    entry = parse(*(await stream(redis, KEY))[1])
+    assert (entry.content, entry.stop_reason) == ("\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "x")  # type: ignore[attr-defined]
