@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -159,3 +161,32 @@ Entries = list[tuple[bytes, dict[bytes, bytes]]]
 async def stream(redis: Redis, key: str) -> Entries:
     """All entries of a stream, oldest first."""
     return cast("Entries", await redis.xrange(key))
+
+
+StartProcess = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
+    """Starts workers as processes of their own, which get SIGTERM when the test ends."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*vllm: Simulator, **settings: object) -> "subprocess.Popen[bytes]":
+        given = {"lease": 2, "drain_timeout": 2, "log_format": "json"} | settings
+        own = {f"WORKER_{name.upper()}": str(value) for name, value in given.items()}
+        own |= {"REDIS_URL": redis_url, "VLLM_URLS": ",".join(server.url for server in vllm)}
+        root = Path(__file__).parents[1]
+        with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker", "run"],
+                env=os.environ | own | {"PYTHONPATH": str(root)},
+                stderr=log,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.wait(timeout=20)

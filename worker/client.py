@@ -11,6 +11,8 @@ from functools import partial
 from typing import Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.connection import blocking_client, command_client, is_transient
@@ -208,7 +210,7 @@ class Client:
         while True:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(log, ended)
-                if await self._attaches(job.id, asked):
+                if await self._attaches(pipe, job.id, asked):
                     return
                 now = _unix_ms(await pipe.time())
                 if within is not None:
@@ -225,10 +227,10 @@ class Client:
                     continue
                 return
 
-    async def _attaches(self, request_id: str, asked: str) -> bool:
-        """Whether the same request was enqueued before."""
-        first = await self._first_entry(request_id)
-        raw = await self._redis.get(self._keys.ended(request_id))
+    async def _attaches(self, pipe: Pipeline, request_id: str, asked: str) -> bool:
+        """Whether the same request was enqueued before, read on the connection that watches its keys."""
+        first = await self._first_entry(pipe, request_id)
+        raw = await pipe.get(self._keys.ended(request_id))
         if first is None and raw is None:
             return False
         if first is None:
@@ -258,7 +260,7 @@ class Client:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
         key = self._keys.tokens(request_id)
         fields = to_fields(Cancelled(id=SEAL))
-        first = await self._first_entry(request_id)
+        first = await self._first_entry(self._redis, request_id)
         try:
             await self._redis.xadd(key, fields, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
         except ResponseError as error:
@@ -274,8 +276,8 @@ class Client:
         await pipe.execute()
         return True
 
-    async def _first_entry(self, request_id: str) -> Entry | None:
-        raw = cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id), count=1))
+    async def _first_entry(self, redis: Redis, request_id: str) -> Entry | None:
+        raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=1))
         return parse(*raw[0]) if raw else None
 
     async def _retry(self, operation: Callable[[], Awaitable[_T]]) -> _T:

@@ -27,6 +27,7 @@ from worker.vllm.stream import Limits
 from worker.vllm.upstream import Upstream
 
 _LONGEST_BLOCK = 1.0
+_BEFORE_ALL_QUEUES = -1
 _LAST_WORDS = 5.0
 """Seconds that jobs have to stop once they are told to."""
 
@@ -82,7 +83,7 @@ class Service:
             upstream=self._upstream,
             now=self._now,
         )
-        self._slots = Slots(settings.slots, len(settings.queues))
+        self._slots = Slots(settings.slots)
         self._running: dict[tuple[str, str], Running] = {}
         self._finished = 0
         self._to_trim: set[str] = set()
@@ -165,9 +166,9 @@ class Service:
         backoff = Backoff("take_over_failed", first=pause)
         while await self._rest(pause):
             for queue in self._settings.queues:
-                count = self._slots.try_reserve()
+                count = await self._slots.reserve(_BEFORE_ALL_QUEUES)
                 if not count:
-                    continue
+                    return
                 sent = time.monotonic()
                 try:
                     deliveries = await self._jobs.take_expired(queue, count)

@@ -7,11 +7,10 @@ _LOWEST_EVERY = 8
 
 
 class Slots:
-    """Counts free slots and hands them to the readers of the queues, rank 0 being the most important."""
+    """Counts free slots and hands them to whoever takes jobs; a lower rank is more important."""
 
-    def __init__(self, total: int, queues: int) -> None:
+    def __init__(self, total: int) -> None:
         self._free = total
-        self._queues = queues
         self._grants = 0
         self._closed = False
         self._waiting: dict[int, asyncio.Future[int]] = {}
@@ -25,10 +24,6 @@ class Slots:
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting[rank] = waiter
         return await waiter
-
-    def try_reserve(self) -> int:
-        """Take free slots without waiting; 0 when there are none or readers wait for them."""
-        return self._grant() if self._free and not self._waiting and not self._closed else 0
 
     def release(self, count: int) -> None:
         """Give slots back; a reader that waits gets them."""
@@ -49,7 +44,7 @@ class Slots:
         self._waiting.clear()
 
     def _grant(self) -> int:
-        # With several queues half of what is free: a reader that waits on an empty queue leaves slots to the others.
-        count = self._free if self._queues == 1 else max(1, self._free // 2)
+        # Half of what is free: a reader that waits on an empty queue leaves slots to the others.
+        count = max(1, self._free // 2)
         self._free -= count
         return count

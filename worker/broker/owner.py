@@ -84,13 +84,15 @@ class Owner:
                     return Ended()
                 if await pipe.exists(self._keys.ended(request_id)):
                     return Ended()
-                if tail is None or tail.id.attempt == 0:
-                    if await self._start(pipe, request_id, delivery, expire_at):
-                        return await self._owned(request_id, 1)
+                attempt = tail.id.attempt if tail else 0
+                if attempt == 0 and not await self._start(pipe, request_id, delivery, expire_at):
                     continue
-                attempt = tail.id.attempt
-                holder = await _entry(pipe, key, EntryId(attempt, 0))
-            if tail.id.n == 0 and self._wrote(holder, delivery):
+                holder = await _entry(pipe, key, EntryId(attempt, 0)) if attempt else None
+            # The connection is given back before more is asked: callers that each hold one and wait for a second
+            # would wait for ever.
+            if attempt == 0:
+                return await self._owned(request_id, 1)
+            if tail is not None and tail.id.n == 0 and self._wrote(holder, delivery):
                 return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
             if (refusal := await self._refusal(holder, delivery)) is not None:
                 return refusal

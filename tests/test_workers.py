@@ -1,0 +1,136 @@
+"""Several worker processes on one Redis: they share the work, and take over from one another."""
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+from conftest import StartProcess, StartSimulator, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Delta, Entry
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Options, Orders
+
+JOBS = 200
+
+
+def ask(content: str, **more: object) -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
+
+
+def expected(content: str) -> str:
+    return answer_to([{"role": "user", "content": content}])
+
+
+async def log_of(redis: Redis, request_id: str) -> list[Entry]:
+    return [parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}")]
+
+
+async def nothing_pending(redis: Redis) -> bool:
+    groups = await redis.xinfo_groups("chat:jobs")
+    return bool(groups) and all(not group["pending"] for group in groups)
+
+
+@pytest.mark.timeout(120)
+async def test_two_workers_and_two_hundred_jobs_at_once(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    for _ in range(2):
+        # As many slots as half of the jobs, so that both take their share; time enough for two busy cores.
+        start_process(simulator, slots=JOBS // 2, lease=15)
+    questions = [f"question {number}" for number in range(JOBS)]
+    ids = await asyncio.gather(*(client.enqueue(ask(question)) for question in questions))
+    answers = await asyncio.gather(*map(client.result, ids))
+    assert [answer.text for answer in answers] == [expected(question) for question in questions]
+
+    await eventually(lambda: nothing_pending(redis))
+    workers: Counter[str] = Counter()
+    for request_id in ids:
+        entries = await log_of(redis, request_id)
+        assert [str(entry.id) for entry in entries] == ["0-1", *(f"1-{n}" for n in range(len(entries) - 2)), str(SEAL)]
+        assert [entry.type for entry in entries if entry.id == SEAL] == ["done"]
+        started = Answer(entries).started
+        assert started is not None
+        workers[started.worker] += 1
+    assert len(workers) == 2, "both took part"
+    finished = Counter(
+        fields[b"id"] for _, fields in await stream(redis, "chat:lifecycle") if fields[b"type"] == b"finished"
+    )
+    assert finished == {request_id.encode(): 1 for request_id in ids}
+    assert len(simulator.served) == JOBS
+
+
+async def test_the_job_of_a_killed_worker_goes_to_another_visibly(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    first = start_process(simulator, lease=1)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 10):
+            first.kill()
+            first.wait()
+            start_process(simulator, lease=1)
+    assert [entry.type for entry in entries if entry.id.n == 0 or entry.type == "restarted"] == [
+        "started",
+        "claimed",
+        "restarted",
+    ]
+    assert Answer(entries).text == expected("Tell me a story")
+    assert Answer(entries).outcome == "done"
+    await eventually(lambda: nothing_pending(redis))
+
+
+async def test_a_worker_that_is_told_to_leave_lets_its_jobs_end(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    process = start_process(simulator, drain_timeout=20)
+    request_id = await client.enqueue(ask("Who are you?"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id.n == 3:
+            process.terminate()
+    assert Answer(entries).outcome == "done"
+    assert Answer(entries).attempt == 1
+    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert await redis.hgetall("chat:workers") == {}
+    assert await redis.xinfo_consumers("chat:jobs", "workers") == []
+
+
+async def test_what_does_not_end_in_time_is_handed_over_at_once(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    # With leases of a minute only a hand-over lets the second worker go on within the time of this test.
+    first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 5):
+            start_process(simulator, lease=60)
+            first.terminate()
+    assert await asyncio.to_thread(first.wait, 10) == 0
+    assert Answer(entries).text == expected("Tell me a story")
+    assert Answer(entries).attempt == 2
+    await eventually(lambda: nothing_pending(redis))
+
+
+async def test_a_worker_shows_itself_in_the_hash_of_workers(
+    redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    start_process(await start_simulator(), lease=0.5, slots=7)
+
+    async def shown() -> bool:
+        lines = [json.loads(line) for line in (await redis.hgetall("chat:workers")).values()]
+        return [line["slots"] for line in lines] == [7]
+
+    await eventually(shown)
