@@ -12,6 +12,9 @@ from worker.contract.ids import VERSION, is_request_id
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """The default limit of a job's `request`, in bytes."""
 
+MAX_RETENTION = 30 * 24 * 3600
+"""The longest that a job may have its log kept, in seconds."""
+
 RawFields: TypeAlias = Mapping[bytes, bytes]
 
 _FORBIDDEN = ("kv_transfer_params", "ec_transfer_params")
@@ -82,7 +85,7 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
         id=request_id_of(fields),
         request=_request(fields, max_request_bytes),
         deadline=_whole(fields, "deadline", "a time in Unix milliseconds"),
-        retention=_whole(fields, "retention", "a number of seconds"),
+        retention=_whole(fields, "retention", f"a number of seconds up to {MAX_RETENTION}", MAX_RETENTION),
         fallbacks=fallbacks,
         tenant=_text(fields, "tenant"),
         traceparent=_text(fields, "traceparent"),
@@ -147,11 +150,11 @@ def _text(fields: RawFields, name: str) -> str:
         raise InvalidJob(f"the job's {name} is not UTF-8") from error
 
 
-def _whole(fields: RawFields, name: str, what: str) -> int | None:
+def _whole(fields: RawFields, name: str, what: str, most: int = 2**53) -> int | None:
     text = _text(fields, name)
     if not text:
         return None
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**53):
+    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and 0 < int(text) <= most):
         raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {what}")
     return int(text)
 
