@@ -71,7 +71,7 @@ async def test_the_redis_cli_lines_enqueue_follow_and_cancel(redis_url: str, red
     await run(enqueue)
 
     async def remembered() -> object:
-        return b"cancelled" in (await redis.get("chat:ended:{demo-1}") or b"")  # type: ignore[operator]  # bytes
+        return b"cancelled" in (await redis.get("chat:ended:{demo-1}") or b"")
 
     await eventually(remembered)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 class Settings(BaseSettings):
     """All settings of a worker. Durations are seconds and take fractions."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
@@ -91,7 +91,8 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: SecretStr) -> SecretStr:
-        if urlsplit(value.get_secret_value()).scheme not in {"redis", "rediss", "unix"}:
+        url = value.get_secret_value()
+        if not url.startswith(("redis://", "rediss://", "unix://")) or not _splits(url):
             raise ValueError("must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path")
         return value
 
@@ -101,10 +102,17 @@ class Settings(BaseSettings):
         if not value:
             raise ValueError("is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000")
         for url in value:
-            parts = urlsplit(url)
-            if parts.scheme not in {"http", "https"} or not parts.hostname:
+            if not _splits(url) or urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
                 raise ValueError(f"holds {shown_url(url)!r}, which is no URL such as http://127.0.0.1:8000")
         return value
+
+    @field_validator("vllm_api_key")
+    @classmethod
+    def _header_value(cls, value: SecretStr) -> SecretStr:
+        key = value.get_secret_value().strip()  # a secret that comes from a file often ends in a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("holds characters that cannot stand in an HTTP header")
+        return SecretStr(key)
 
     @field_validator("queues")
     @classmethod
@@ -124,7 +132,10 @@ def load_settings(**options: object) -> Settings:
     """
     given = {_OWN_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     env_file = Path(".env")
-    problems = [] if not env_file.is_file() else _unknown(dotenv_values(env_file), f" (in {env_file})")
+    try:
+        problems = _unknown(dotenv_values(env_file), f" (in {env_file})") if env_file.is_file() else []
+    except UnicodeDecodeError:
+        raise ConfigError([f"{env_file} is not UTF-8: save it as UTF-8"]) from None
     problems += _unknown(os.environ)
     try:
         settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg,arg-type]  # pydantic checks them
@@ -141,10 +152,22 @@ def variable(name: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """A URL without the user's name and password, nor its query: fit for logs."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, f"***@{host}" if "@" in parts.netloc else host, parts.path, "", ""))
+    """A URL without the user's name and password, nor its query: fit for logs.
+
+    It is not taken apart as a URL, for what is shown as wrong may be none, and holds the password all the same.
+    """
+    scheme = re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]*://)?", url)
+    start = scheme.group() if scheme else ""
+    _, user, place = url.removeprefix(start).rpartition("@")
+    return f"{start}{user and '***@'}{re.split('[?#]', place)[0]}"
+
+
+def _splits(url: str) -> bool:
+    """Whether a URL can be taken apart, its port included. The error that says why not may quote the password."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _unknown(names: Mapping[str, object], where: str = "") -> list[str]:

@@ -135,7 +135,8 @@ class Answer:
     def finished(self, n: int) -> bool:
         """Whether `n` choices have their finish_reason: then nothing is left to generate."""
         ended = {delta.index for delta in self._deltas if delta.finish_reason}
-        return ended >= set(range(n))
+        # Stops at the first that lacks: a job may ask for any `n`.
+        return all(index in ended for index in range(n))
 
     @property
     def error(self) -> str:

@@ -183,7 +183,7 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
             continue
         try:
             values[field] = reader(text)
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise BadEntry(f"entry {where} ({name}): field {field} cannot be read: {error}") from error
     return kind(id=where, **values)
 
@@ -205,7 +205,8 @@ def to_fields(entry: Entry) -> Fields:
 def as_dict(entry: Entry) -> Object:
     """The entry as one JSON object, id and type first: what `--json` prints."""
     if isinstance(entry, Unknown):
-        return {"id": str(entry.id), "type": entry.name, **entry.fields}
+        named: Object = {"id": str(entry.id), "type": entry.name}
+        return named | entry.fields | named
     return {"id": str(entry.id), "type": entry.type, **dict(_values(entry))}
 
 

@@ -150,11 +150,12 @@ def _text(fields: RawFields, name: str) -> str:
         raise InvalidJob(f"the job's {name} is not UTF-8") from error
 
 
-def _whole(fields: RawFields, name: str, what: str, most: int = 2**53) -> int | None:
+def _whole(fields: RawFields, name: str, what: str, most: int = 2**53 - 1) -> int | None:
     text = _text(fields, name)
     if not text:
         return None
-    if not (text.isascii() and text.isdecimal() and len(text) <= 16 and 0 < int(text) <= most):
+    # Python refuses to convert thousands of digits, with an error that is no InvalidJob.
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) <= most):
         raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {what}")
     return int(text)
 

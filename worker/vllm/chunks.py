@@ -26,8 +26,9 @@ _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 _CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"})
-_CHOICE_FIELDS = frozenset({"index", "delta", "message", "finish_reason", "stop_reason", "logprobs", "token_ids"})
+_CHOICE_FIELDS = frozenset({"index", "delta", "finish_reason", "stop_reason", "logprobs", "token_ids"})
 _DELTA_FIELDS = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
+_NULL = Raw(b"null")
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _BROKEN_OFF = frozenset({"abort", "error"})
 
@@ -74,8 +75,10 @@ class ChunkParser:
     @property
     def complete(self) -> bool:
         """Whether every choice has finished. After `[DONE]` those that came count: some servers pass over `n`."""
-        wanted = self._seen if self.done and self._seen else self._seen | set(range(self._n))
-        return wanted <= self._finished
+        if not self._seen <= self._finished:
+            return False
+        # Stops at the first that lacks: a job may ask for any `n`.
+        return bool(self.done and self._seen) or all(index in self._finished for index in range(self._n))
 
     def check_complete(self) -> None:
         """At the end of the stream.
@@ -103,13 +106,13 @@ class ChunkParser:
             return []
         try:
             return self._entries(_object(data))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise malformed(f"the stream holds what is no chunk of a completion: {error}") from error
 
     def _entries(self, chunk: _RawObject) -> list[Fields]:
         _raise_error_in(chunk)
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
-        deltas = [_decode_delta(choice.get("delta", choice.get("message", b"null"))) or {} for choice in choices]
+        deltas = [_delta_of(choice) for choice in choices]
         self._take_usage(chunk, of_choices=bool(choices))
         self._take_extra(chunk)
         entries = self._opened(chunk, deltas)
@@ -133,17 +136,26 @@ class ChunkParser:
         if chunk.keys() <= _CHUNK_FIELDS:
             return
         for name in chunk.keys() - _CHUNK_FIELDS:
-            value = bytes(chunk[name])
-            if value not in _NOTHING and self._chunk_extra.get(name) != value:
-                self._chunk_extra[name] = value
-                self._unsaid[name] = chunk[name]
+            self._keep(name, chunk[name])
+
+    def _keep(self, name: str, raw: Raw) -> None:
+        value = bytes(raw)
+        if value not in _NOTHING and self._chunk_extra.get(name) != value:
+            self._chunk_extra[name] = value
+            self._unsaid[name] = raw
 
     def _opened(self, chunk: _RawObject, deltas: list[_RawObject]) -> list[Fields]:
         """The `opened` entry, when something that should be the same in every chunk is new."""
         head = dict(self._head) or {"type": "opened"}
-        for name, field in (("id", "response_id"), ("model", "model"), ("created", "created")):
+        for name, field in (("id", "response_id"), ("model", "model")):
             if (raw := chunk.get(name)) is not None and _says(raw):
                 head[field] = _plain(raw)
+        if (raw := chunk.get("created")) is not None and _says(raw):
+            created = _plain(raw)
+            if created.isdecimal():
+                head["created"] = created
+            else:  # a fraction or a date: readers rely on a whole number
+                self._keep("created", raw)
         for delta in deltas:
             if (raw := delta.get("role")) is not None and _says(raw):
                 head["role"] = _plain(raw)
@@ -211,17 +223,29 @@ class ChunkParser:
 
 
 def _object(data: bytes) -> _RawObject:
-    """The chunk's fields, undecoded. Bytes that are no UTF-8 and halves of surrogate pairs become replacement marks."""
+    """The chunk's fields, undecoded.
+
+    Bytes that are no UTF-8 and halves of surrogate pairs become replacement marks, and the NaN and Infinity that
+    servers in Python write into logprobs become null: no other reader of the log could decode them.
+    """
     try:
         if not data.isascii():
             data.decode()
         return _decode_object(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         try:
-            value = json.loads(data.decode("utf-8", "replace"))
+            value = json.loads(data.decode("utf-8", "replace"), parse_constant=lambda _: None)
         except (ValueError, RecursionError):
             raise malformed(f"the stream holds what is no JSON: {data[:100]!r}") from None
         return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _delta_of(choice: _RawObject) -> _RawObject:
+    """What a choice adds: its `delta` or, where that says nothing, the `message` of an answer that is no stream.
+
+    A message that is taken leaves the choice; one beside a delta stays, as a field like others that are not known.
+    """
+    return _decode_delta(choice.get("delta", _NULL)) or _decode_delta(choice.pop("message", _NULL)) or {}
 
 
 def _raise_error_in(chunk: _RawObject) -> None:

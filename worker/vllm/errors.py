@@ -40,7 +40,9 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
 def from_event(error: object) -> UpstreamError:
     """The error inside an event of a stream that began with 200: `{"error": …}`, an object or a string."""
     code = error.get("code") if isinstance(error, dict) else None
-    status = code if isinstance(code, int) else int(code) if isinstance(code, str) and code.isdecimal() else 500
+    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
+        code = int(code)
+    status = code if isinstance(code, int) else 500
     return classify(status, message_of(error) or "the server sent an error without a message", param=_param_of(error))
 
 
@@ -98,7 +100,7 @@ def _param_of(error: object) -> str:
 def _decoded(body: bytes) -> object:
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

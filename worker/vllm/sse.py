@@ -18,7 +18,7 @@ class EventTooLarge(ValueError):
 class SSEDecoder:
     """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
 
-    __slots__ = ("_after_cr", "_data", "_max", "_pending", "_size", "_start")
+    __slots__ = ("_after_cr", "_data", "_held", "_max", "_pending", "_size", "_start")
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes
@@ -26,7 +26,8 @@ class SSEDecoder:
         self._after_cr = False  # the last read ended in CR, so an LF that comes next belongs to it
         self._pending: list[bytes] = []  # pieces of a line whose end has not come
         self._data: list[bytes] = []  # data lines of an event whose end has not come
-        self._size = 0  # bytes in these two
+        self._size = 0  # bytes in the pieces
+        self._held = 0  # bytes in the data lines, each with its end: empty ones take room too
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of every event that this chunk completes, in order.
@@ -57,8 +58,8 @@ class SSEDecoder:
         events = self._events(lines)
         if rest:
             self._pending.append(rest)
-        self._size = len(rest) + sum(map(len, self._data))
-        self._grow(0)
+        self._size = 0
+        self._grow(len(rest))
         return events
 
     def _events(self, lines: list[bytes]) -> list[bytes]:
@@ -69,13 +70,16 @@ class SSEDecoder:
                 if data:
                     event = data[0] if len(data) == 1 else b"\n".join(data)
                     data.clear()
+                    self._held = 0
                     if len(event) > self._max:
                         raise self._too_large()
                     events.append(event)
             elif line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self._held += len(data[-1]) + 1
             elif line == b"data":
                 data.append(b"")
+                self._held += 1
         return events
 
     def _without_bom(self, chunk: bytes) -> bytes:
@@ -88,7 +92,7 @@ class SSEDecoder:
 
     def _grow(self, size: int) -> None:
         self._size += size
-        if self._size > self._max:
+        if self._size + self._held > self._max + 1:  # the end of an event's last line is no part of it
             raise self._too_large()
 
     def _too_large(self) -> EventTooLarge:

@@ -112,7 +112,7 @@ async def _events_of(response: httpx.Response, limits: Limits) -> AsyncIterator[
 
 
 async def _as_events(body: bytes) -> AsyncIterator[bytes]:
-    yield b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\n"
+    yield b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n"
 
 
 async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:

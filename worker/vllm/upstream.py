@@ -67,17 +67,25 @@ class Upstream:
             endpoint.in_flight -= 1
 
     async def _open(self, endpoint: Endpoint, request: Object) -> ChatStream:
+        """Open the stream, without what the server does not know.
+
+        A field is held to be unknown only once the same request was taken without it, and never for a request that
+        has it of its own: a bad job, or one whose text quotes such a name in an error, must not cost the others theirs.
+        """
+        without = set(endpoint.without)
         while True:
-            without = frozenset(endpoint.without)
             try:
-                return await open_stream(
+                stream = await open_stream(
                     self._client, f"{endpoint.url}/v1/chat/completions", body_for(request, without), self._limits
                 )
             except UpstreamError as error:
-                refused = {name for name in _OPTIONAL if _names(error, name)} - without
+                refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
                     raise
-                endpoint.without |= refused
+                without |= refused
+            else:
+                endpoint.without |= without
+                return stream
 
     async def models(self, endpoint: Endpoint) -> list[str]:
         """The names of the models that a server serves.

@@ -1,0 +1,318 @@
+"""An answer put together from the entries of its log, in every way in which a log can go."""
+
+from typing import Any
+
+import pytest
+
+from worker.contract.answer import Answer
+from worker.contract.entries import (
+    Cancelled,
+    Claimed,
+    Delta,
+    Done,
+    Entry,
+    Failed,
+    Opened,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    Unknown,
+)
+from worker.contract.ids import QUEUED, SEAL, EntryId
+
+OPENED = Opened(id=EntryId(1, 1), response_id="chatcmpl-1", model="reciter", created=7, role="assistant")
+
+
+def delta(n: int = 2, attempt: int = 1, **fields: Any) -> Delta:  # noqa: ANN401
+    return Delta(id=EntryId(attempt, n), **fields)
+
+
+def answer(*entries: Entry) -> Answer:
+    return Answer([Queued(id=QUEUED), Started(id=EntryId(1, 0), owner="o1"), *entries])
+
+
+def calls(*pieces: Any) -> list[Any]:  # noqa: ANN401
+    """The tool calls that these pieces, one an entry, come to."""
+    made: list[Any] = answer(*(delta(n, tool_calls=[piece]) for n, piece in enumerate(pieces, 2))).choices[0].tool_calls
+    return made
+
+
+def test_an_empty_log_is_an_answer_that_has_not_begun() -> None:
+    empty = Answer()
+    assert (empty.text, empty.choices, empty.usage, empty.model, empty.outcome) == ("", [], {}, "", "")
+    assert (empty.begun, empty.attempt, empty.error, empty.finish_reason) == (False, 0, "", "")
+    assert (empty.started, empty.opened, empty.end) == (None, None, None)
+
+
+def test_a_plain_answer() -> None:
+    usage: Any = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    whole = answer(
+        OPENED,
+        delta(2, content="Hel"),
+        delta(3, reasoning="hm", content="lo"),
+        delta(4, finish_reason="stop", stop_reason="END"),
+    )
+    assert (whole.outcome, whole.finished(1), whole.begun) == ("", True, True)
+    whole.add(Done(id=SEAL, attempt=1, finish_reason="stop", usage=usage, model="reciter-final"))
+    assert (whole.text, whole.outcome, whole.usage, whole.model) == ("Hello", "done", usage, "reciter-final")
+    assert (whole.finish_reason, whole.attempt, whole.error) == ("stop", 1, "")
+    choice = whole.choices[0]
+    assert (choice.content, choice.reasoning, choice.finish_reason, choice.stop_reason) == (
+        "Hello",
+        "hm",
+        "stop",
+        "END",
+    )
+    assert whole.started == Started(id=EntryId(1, 0), owner="o1")
+
+
+def test_choices_are_kept_apart_and_in_order() -> None:
+    both = answer(
+        delta(2, index=1, content="b", token_ids=[7]),
+        delta(3, content="a", token_ids=[1]),
+        delta(4, index=1, content="B", finish_reason="length"),
+        delta(5, content="A"),
+    )
+    assert [(choice.index, choice.content, choice.token_ids) for choice in both.choices] == [
+        (0, "aA", [1]),
+        (1, "bB", [7]),
+    ]
+    assert (both.text, both.finish_reason) == ("aA", "length")
+    assert (both.finished(1), both.finished(2)) == (False, False)
+    both.add(delta(6, finish_reason="stop"))
+    assert (both.finished(1), both.finished(2), both.finished(3)) == (True, True, False)
+    assert both.finish_reason == "stop"
+
+
+def test_whether_so_many_choices_have_finished_is_settled_at_once_for_any_number() -> None:
+    assert not answer(delta(2, finish_reason="stop")).finished(10**18)
+
+
+# Tool calls
+
+
+def test_tool_calls_with_an_index_are_put_together() -> None:
+    made = calls(
+        {"index": 0, "id": "c0", "type": "function", "function": {"name": "f"}},
+        {"index": 0, "function": {"arguments": '{"a'}},
+        {"index": 1, "id": "c1", "type": "function", "function": {"name": "g", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '":1}'}},
+        {"index": 1, "id": None, "function": {"name": None, "arguments": "{}"}},
+    )
+    assert made == [
+        {"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
+        {"index": 1, "id": "c1", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+    ]
+
+
+def test_tool_calls_without_an_index_begin_with_an_id_of_their_own() -> None:
+    made = calls(
+        {"id": "c0", "function": {"name": "f", "arguments": "{"}},
+        {"function": {"arguments": "}"}},
+        {"id": "c1", "function": {"name": "g", "arguments": "["}},
+        {"id": "c1", "function": {"arguments": "]"}},
+    )
+    assert made == [
+        {"id": "c0", "function": {"name": "f", "arguments": "{}"}},
+        {"id": "c1", "function": {"name": "g", "arguments": "[]"}},
+    ]
+
+
+def test_several_tool_calls_may_come_in_one_entry() -> None:
+    pieces: Any = [{"index": n, "id": f"c{n}", "function": {"name": "f", "arguments": "{}"}} for n in range(2)]
+    assert answer(delta(tool_calls=pieces)).choices[0].tool_calls == pieces
+
+
+def test_reading_an_answer_twice_does_not_change_what_was_read() -> None:
+    first: Any = {"index": 0, "id": "c0", "function": {"name": "f", "arguments": "{"}}
+    log = answer(delta(2, tool_calls=[first]), delta(3, tool_calls=[{"index": 0, "function": {"arguments": "}"}}]))
+    assert log.choices == log.choices
+    assert first == {"index": 0, "id": "c0", "function": {"name": "f", "arguments": "{"}}
+
+
+# Logprobs, token ids and the rest
+
+
+def test_logprobs_are_joined() -> None:
+    pieces: list[Any] = [
+        {"content": [{"token": "a"}], "refusal": None},
+        None,
+        {"content": [{"token": "b"}, {"token": "c"}]},
+        {"content": None, "refusal": [{"token": "r"}]},
+        {"refusal": [{"token": "s"}]},
+    ]
+    joined = answer(*(delta(n, logprobs=piece) for n, piece in enumerate(pieces[:3], 2))).choices[0].logprobs
+    assert joined == {"content": [{"token": "a"}, {"token": "b"}, {"token": "c"}], "refusal": None}
+    joined = answer(*(delta(n, logprobs=piece) for n, piece in enumerate(pieces[3:], 2))).choices[0].logprobs
+    assert joined == {"content": None, "refusal": [{"token": "r"}, {"token": "s"}]}
+
+
+def test_a_stop_reason_of_zero_is_one() -> None:
+    assert answer(delta(2, stop_reason=0), delta(3)).choices[0].stop_reason == 0
+
+
+def test_extra_fields_are_kept_and_the_latest_holds() -> None:
+    log = answer(delta(2, extra={"a": 1, "b": 1}), delta(3, extra={"b": 2}))
+    assert log.choices[0].extra == {"a": 1, "b": 2}
+
+
+def test_the_usage_of_an_answer_without_end_is_counted_from_its_token_ids() -> None:
+    opened = Opened(id=EntryId(1, 1), prompt_tokens=5)
+    log = answer(opened, delta(2, token_ids=[1, 2]), delta(3, index=1, token_ids=[3]))
+    assert log.usage == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    log.add(Cancelled(id=SEAL))
+    assert log.usage == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert answer(opened).usage == {}
+    assert answer(OPENED, delta(2, token_ids=[1])).usage == {}
+    assert answer(delta(2, token_ids=[1])).usage == {}
+
+
+# Attempts
+
+
+def test_restarted_makes_what_came_before_void() -> None:
+    log = answer(
+        OPENED,
+        delta(2, content="old", finish_reason="stop", token_ids=[1]),
+        Claimed(id=EntryId(2, 0), owner="o2", reason="lease expired"),
+        Restarted(id=EntryId(2, 1)),
+    )
+    assert (log.text, log.begun, log.attempt, log.finished(1), log.choices) == ("", False, 2, False, [])
+    assert log.started == Claimed(id=EntryId(2, 0), owner="o2", reason="lease expired")
+    assert log.add(delta(2, attempt=2, content="new")).text == "new"
+
+
+def test_resumed_keeps_what_it_names_and_drops_what_came_after() -> None:
+    log = answer(
+        Opened(id=EntryId(1, 1), prompt_tokens=5),
+        delta(2, content="a", token_ids=[1]),
+        delta(3, token_ids=[2]),
+        delta(4, token_ids=[3]),
+        Claimed(id=EntryId(2, 0)),
+        Resumed(id=EntryId(2, 1), after="1-2"),
+        delta(2, attempt=2, content="b", token_ids=[2, 3]),
+        delta(3, attempt=2, token_ids=[4]),
+    )
+    assert (log.text, log.choices[0].token_ids) == ("ab", [1, 2, 3, 4])
+    assert log.usage["completion_tokens"] == 4
+    # A second resume, which keeps only what the first had kept.
+    log.add(Claimed(id=EntryId(3, 0))).add(Resumed(id=EntryId(3, 1), after="1-2"))
+    assert (log.text, log.choices[0].token_ids, log.attempt) == ("a", [1], 3)
+    log.add(delta(2, attempt=3, content="c", token_ids=[9]))
+    assert (log.text, log.choices[0].token_ids) == ("ac", [1, 9])
+
+
+def test_resumed_after_an_entry_of_the_second_attempt_keeps_the_first_as_well() -> None:
+    log = answer(
+        delta(2, content="a"),
+        Claimed(id=EntryId(2, 0)),
+        Resumed(id=EntryId(2, 1), after="1-2"),
+        delta(2, attempt=2, content="b"),
+        delta(3, attempt=2, token_ids=[4]),
+        Claimed(id=EntryId(3, 0)),
+        Resumed(id=EntryId(3, 1), after="2-2"),
+    )
+    assert (log.text, log.choices[0].token_ids) == ("ab", [])
+
+
+def test_a_claim_before_any_delta_changes_the_attempt_alone() -> None:
+    log = answer(OPENED, Claimed(id=EntryId(2, 0), owner="o2"))
+    assert (log.attempt, log.begun, log.opened) == (2, False, OPENED)
+    assert log.add(delta(1, attempt=2, content="a")).text == "a"
+
+
+def test_the_latest_opened_holds() -> None:
+    log = answer(OPENED, delta(content="a"))
+    log.add(Opened(id=EntryId(2, 2), response_id="chatcmpl-2", model="other", prompt_tokens=9))
+    assert log.opened is not None
+    assert (log.opened.response_id, log.model, log.text) == ("chatcmpl-2", "other", "a")
+
+
+# Ends
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "error"),
+    [
+        (Done(id=SEAL, attempt=1), "done", ""),
+        (Failed(id=SEAL, attempt=1, code="deadline", message="too late"), "error", "too late (deadline)"),
+        (Cancelled(id=SEAL), "cancelled", ""),
+    ],
+)
+def test_each_way_to_end(end: Entry, outcome: str, error: str) -> None:
+    log = answer(delta(content="a"), end)
+    assert (log.outcome, log.error, log.end, log.text, log.attempt) == (outcome, error, end, "a", 1)
+
+
+def test_an_end_without_a_beginning_says_its_attempt() -> None:
+    assert Answer([Failed(id=SEAL, attempt=3, code="buried")]).attempt == 3
+    assert Answer([Cancelled(id=SEAL)]).attempt == 0
+
+
+def test_a_seal_of_another_type_still_ends_the_log() -> None:
+    log = answer(delta(content="a"), Unknown(id=SEAL, name="suspended"))
+    assert log.outcome == "error"
+    assert log.error == "the log ended with an entry of type 'suspended' (unknown)"
+
+
+def test_entries_of_other_types_are_passed_over() -> None:
+    log = answer(delta(content="a"), Unknown(id=EntryId(1, 3), name="paused"), delta(4, content="b"))
+    assert (log.text, log.end) == ("ab", None)
+
+
+# The shape of a completion
+
+
+def test_an_answer_has_the_shape_of_a_chat_completion() -> None:
+    usage: Any = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    log = answer(
+        OPENED,
+        delta(2, content="Hi", reasoning="hm", token_ids=[1, 2], logprobs={"content": []}),
+        delta(3, finish_reason="stop", stop_reason=9),
+        Done(id=SEAL, usage=usage),
+    )
+    assert log.completion() == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 7,
+        "model": "reciter",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hi", "reasoning": "hm"},
+                "finish_reason": "stop",
+                "stop_reason": 9,
+                "logprobs": {"content": []},
+                "token_ids": [1, 2],
+            }
+        ],
+        "usage": usage,
+    }
+
+
+def test_a_completion_of_tool_calls_has_no_content_and_no_index_in_its_calls() -> None:
+    call: Any = {"index": 0, "id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    shown: Any = answer(OPENED, delta(tool_calls=[call], finish_reason="tool_calls")).completion()
+    assert shown["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c0", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    assert "token_ids" not in shown["choices"][0]
+
+
+def test_a_completion_that_came_to_nothing_is_empty_and_no_error() -> None:
+    shown = Answer([Cancelled(id=SEAL)]).completion()
+    assert shown == {
+        "id": "",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "",
+        "choices": [],
+        "usage": None,
+    }
+    stopped: Any = answer(delta(finish_reason="", content="a")).completion()
+    assert stopped["choices"][0]["finish_reason"] is None
+    ended: Any = answer(delta(finish_reason="stop")).completion()
+    assert ended["choices"][0]["message"]["content"] == ""

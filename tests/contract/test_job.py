@@ -1,0 +1,194 @@
+"""Jobs: what validates, what each bad job is told, and the digest that tells two requests apart."""
+
+import hashlib
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.contract.job import MAX_REQUEST_BYTES, InvalidJob, Job, check_request, digest, parse_job, request_id_of
+
+ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+GOOD = {b"id": b"r1", b"request": msgspec.json.encode(ASKED)}
+
+
+def with_request(**fields: object) -> dict[bytes, bytes]:
+    return GOOD | {b"request": msgspec.json.encode(ASKED | fields)}
+
+
+def told(fields: dict[bytes, bytes], max_request_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
+    """The code and the message of a job that does not validate."""
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(fields, max_request_bytes)
+    return caught.value.code, str(caught.value)
+
+
+def test_the_least_job_is_an_id_and_a_request() -> None:
+    assert parse_job(GOOD) == Job(id="r1", request=ASKED)
+
+
+def test_a_job_says_what_it_wants() -> None:
+    fields = GOOD | {
+        b"v": b"1",
+        b"deadline": b"1767225600000",
+        b"retention": b"60",
+        b"fallbacks": b'["small","tiny"]',
+        b"tenant": "büro".encode(),
+        b"traceparent": b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        b"later": b"\xff",
+    }
+    assert parse_job(fields) == Job(
+        id="r1",
+        request=ASKED,
+        deadline=1767225600000,
+        retention=60,
+        fallbacks=("small", "tiny"),
+        tenant="büro",
+        traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    )
+
+
+_TEXT = st.text(st.sampled_from('ab-"\\{}é世🙂'), max_size=5)
+
+
+_NAME = st.text(st.sampled_from("abcXYZ019_-"), min_size=1, max_size=128)
+_TIME = st.none() | st.integers(1, 2**53 - 1)
+
+
+@settings(deadline=None)
+@given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _TIME, st.lists(_TEXT, max_size=3), _TEXT)
+def test_a_job_is_read_back_from_its_fields(
+    name: str, more: dict[str, Any], deadline: int | None, retention: int | None, fallbacks: list[str], tenant: str
+) -> None:
+    job = Job(
+        id=name,
+        request=ASKED | more,
+        deadline=deadline,
+        retention=retention,
+        fallbacks=tuple(fallbacks),
+        tenant=tenant,
+        traceparent=tenant[::-1],
+    )
+    assert parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}) == job
+
+
+def test_the_fields_of_a_job_are_those_that_it_has() -> None:
+    request = '{"model":"m","messages":[{"role":"user","content":"Hello"}]}'
+    assert Job(id="r1", request=ASKED).to_fields() == {"v": "1", "id": "r1", "request": request}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({b"request": b"{}"}, "the job has no id: add a field `id` of 1 to 128 characters of A-Za-z0-9_-"),
+        ({}, "the job has no id: add"),
+        (GOOD | {b"id": b""}, "the job's id '' cannot be used: it must be 1 to 128 characters of A-Za-z0-9_-"),
+        (GOOD | {b"id": b"a b"}, "the job's id 'a b' cannot be used"),
+        (GOOD | {b"id": b"\xff"}, "the job's id '\ufffd' cannot be used"),
+        (GOOD | {b"id": b"x" * 129}, "cannot be used"),
+        ({b"id": b"r1"}, "the job has no request: add a field `request` with the JSON of a chat completion"),
+        (GOOD | {b"request": b""}, "the request is not JSON: "),
+        (GOOD | {b"request": b"{bad"}, "the request is not JSON: "),
+        (GOOD | {b"request": b'{"messages":["\xff"]}'}, "the request is not JSON: "),
+        (GOOD | {b"request": b'{"messages":["\\ud83d"]}'}, "the request is not JSON: "),
+        (GOOD | {b"request": b"[" * 100_000}, "the request is not JSON: "),
+        (GOOD | {b"request": b"[]"}, "the request is not a JSON object: give the body of an OpenAI chat completion"),
+        (GOOD | {b"request": b"null"}, "the request is not a JSON object"),
+        (GOOD | {b"request": b"{}"}, 'the request has no messages: give a list such as [{"role": "user", "content"'),
+        (with_request(messages=[]), "the request has no messages"),
+        (with_request(messages="Hello"), "the request has no messages"),
+        (with_request(kv_transfer_params=None), "the request sets kv_transfer_params: only the worker may set this"),
+        (with_request(kv_transfer_params={}, ec_transfer_params={}), "sets kv_transfer_params, ec_transfer_params: "),
+        (with_request(n=0), "the request's n is 0: it must be a whole number from 1"),
+        (with_request(n=True), "the request's n is true: it must be"),
+        (with_request(n="2"), 'the request\'s n is "2": it must be'),
+        (with_request(n=1.5), "the request's n is 1.5: it must be"),
+        (with_request(stream_options=[]), "the request's stream_options is not a JSON object"),
+        (GOOD | {b"v": b"2"}, "the job's v is '2': this worker speaks version 1 of the contract"),
+        (GOOD | {b"v": b"\xff"}, "the job's v is not UTF-8"),
+        (GOOD | {b"deadline": b"soon"}, "the job's deadline is 'soon': it must be a time in Unix milliseconds"),
+        (GOOD | {b"deadline": b"0"}, "the job's deadline is '0': it must be"),
+        (GOOD | {b"deadline": b"-1"}, "the job's deadline is '-1': it must be"),
+        (GOOD | {b"deadline": b"1e3"}, "the job's deadline is '1e3': it must be"),
+        (GOOD | {b"deadline": "\uff11".encode()}, "the job's deadline is '\uff11': it must be"),
+        (GOOD | {b"deadline": str(2**53).encode()}, "the job's deadline is '9007199254740992': it must be"),
+        (GOOD | {b"retention": b"1.5"}, "the job's retention is '1.5': it must be a number of seconds"),
+        (GOOD | {b"fallbacks": b"small"}, "the job's fallbacks is not a JSON list of model names: "),
+        (GOOD | {b"fallbacks": b"[1]"}, "the job's fallbacks is not a JSON list of model names: "),
+        (GOOD | {b"fallbacks": b"{}"}, "the job's fallbacks is not a JSON list of model names: "),
+        (GOOD | {b"tenant": b"\xff"}, "the job's tenant is not UTF-8"),
+        (GOOD | {b"traceparent": b"\xff"}, "the job's traceparent is not UTF-8"),
+    ],
+)
+def test_a_bad_job_is_told_what_is_wrong(fields: dict[bytes, bytes], message: str) -> None:
+    code, text = told(fields)
+    assert message in text
+    assert code == "invalid_job"
+    assert len(text) < 300
+
+
+def test_a_number_of_many_digits_is_refused_like_others() -> None:
+    code, text = told(GOOD | {b"deadline": b"9" * 5000})
+    assert (code, len(text) < 200) == ("invalid_job", True)
+
+
+@pytest.mark.parametrize("name", [b"v", b"deadline", b"retention", b"fallbacks", b"tenant", b"traceparent"])
+def test_an_empty_field_is_one_that_is_not_there(name: bytes) -> None:
+    assert parse_job(GOOD | {name: b""}) == parse_job(GOOD)
+
+
+@pytest.mark.parametrize("fields", [{"n": 3}, {"n": None}, {"stream_options": None}, {"stream_options": {}}, {"x": 1}])
+def test_what_is_for_vllm_to_judge_is_let_through(fields: dict[str, object]) -> None:
+    assert parse_job(with_request(**fields)).request == ASKED | fields
+    assert check_request(ASKED | fields) == ASKED | fields
+
+
+def test_the_limit_of_a_request_counts_its_bytes() -> None:
+    size = len(GOOD[b"request"])
+    assert parse_job(GOOD, size).id == "r1"
+    code, text = told(GOOD, size - 1)
+    assert code == "job_too_large"
+    assert text == f"the request has {size} bytes, above the limit of {size - 1} (WORKER_MAX_REQUEST_BYTES)"
+
+
+def test_the_default_limit_is_four_mebibytes() -> None:
+    assert told(GOOD | {b"request": b" " * (4 * 1024 * 1024 + 1)})[0] == "job_too_large"
+
+
+def test_the_id_is_found_in_a_job_that_is_bad_otherwise() -> None:
+    assert request_id_of({b"id": b"r1", b"request": b"{bad", b"v": b"7"}) == "r1"
+
+
+def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
+    one = {"model": "m", "messages": [{"role": "user", "content": "é"}], "top_k": 5}
+    other = {"top_k": 5, "messages": [{"content": "é", "role": "user"}], "model": "m"}
+    assert digest(one) == digest(other)
+    # Clients in other languages compute it too.
+    plainly = hashlib.sha256('{"a":[1,"é"],"b":1}'.encode()).hexdigest()[:32]
+    assert digest({"b": 1, "a": [1, "é"]}) == plainly
+    with_fallbacks = hashlib.sha256('{"a":[1,"é"],"b":1}["x","y"]'.encode()).hexdigest()[:32]
+    assert digest({"b": 1, "a": [1, "é"]}, ["x", "y"]) == with_fallbacks
+
+
+_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | _TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(_TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(_TEXT, _VALUE), st.dictionaries(_TEXT, _VALUE))
+def test_the_digest_tells_requests_apart(one: dict[str, object], other: dict[str, object]) -> None:
+    same = msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
+    assert (digest(one) == digest(other)) == same
+    assert digest(dict(reversed(one.items()))) == digest(one)
+
+
+def test_the_digest_counts_the_models_to_fall_back_to() -> None:
+    made = {digest(ASKED), digest(ASKED, ["a"]), digest(ASKED, ["b"]), digest(ASKED, ["a", "b"]), digest(ASKED, ["ab"])}
+    assert len(made) == 5
+    assert digest(ASKED, ()) == digest(ASKED)
+    assert all(len(text) == 32 and int(text, 16) >= 0 for text in made)

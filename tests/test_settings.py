@@ -1,0 +1,285 @@
+"""Settings from options, the environment and .env: which holds, what is wrong with them, and what is not shown."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker.settings import PREFIX, ConfigError, Settings, load_settings, shown_url, variable
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No .env, and none of the variables that may be set where the tests run."""
+    for name in list(os.environ):
+        if name.upper().startswith((PREFIX, "REDIS_", "VLLM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:
+    """What is wrong with these variables, a sentence each."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return problems_of({})
+
+
+def problems_of(options: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(**options)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return list(caught.value.problems)
+
+
+# Where settings come from
+
+
+def test_without_any_setting_the_defaults_hold() -> None:
+    settings = load_settings()
+    assert settings.redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
+    assert settings.vllm_urls == ("http://127.0.0.1:8000",)
+    assert settings.vllm_api_key.get_secret_value() == ""
+    assert (settings.prefix, settings.queues, settings.slots) == ("chat", ("default",), 256)
+    assert (settings.lease, settings.drain_timeout, settings.retention, settings.remember) == (15, 25, 3600, 86400)
+    assert (settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout) == (5, 120, 30)
+    assert (settings.tries, settings.max_request_bytes) == (3, 4 * 1024 * 1024)
+    assert (settings.log_format, settings.log_level) == ("auto", "info")
+
+
+def test_the_environment_sets_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "REDIS_URL": "rediss://:secret@redis:6380/1",
+        "VLLM_URLS": "http://a:1, https://b:2/v1 ,",
+        "VLLM_API_KEY": "key",
+        "WORKER_PREFIX": "test",
+        "WORKER_QUEUES": "fast, slow",
+        "WORKER_SLOTS": "7",
+        "WORKER_LEASE": "2.5",
+        "worker_log_level": "debug",
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.redis_url.get_secret_value() == "rediss://:secret@redis:6380/1"
+    assert settings.vllm_urls == ("http://a:1", "https://b:2/v1")
+    assert settings.vllm_api_key.get_secret_value() == "key"
+    assert (settings.prefix, settings.queues, settings.slots) == ("test", ("fast", "slow"), 7)
+    assert (settings.lease, settings.log_level) == (2.5, "debug")
+
+
+def test_options_come_before_the_environment_and_that_before_dotenv(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text(
+        "WORKER_SLOTS=1\nWORKER_TRIES=1\nWORKER_LEASE=1\nVLLM_URLS=http://dotenv:1\nREDIS_URL=redis://dotenv\n"
+        "OTHER_PROGRAM=x\n"
+    )
+    monkeypatch.setenv("WORKER_SLOTS", "2")
+    monkeypatch.setenv("WORKER_TRIES", "2")
+    monkeypatch.setenv("VLLM_URL", "http://environment:1")
+    settings = load_settings(slots=3, tries=None, redis_url="redis://option")
+    assert (settings.slots, settings.tries, settings.lease) == (3, 2, 1)
+    assert settings.vllm_urls == ("http://environment:1",)
+    assert settings.redis_url.get_secret_value() == "redis://option"
+
+
+@pytest.mark.parametrize("name", ["VLLM_URL", "VLLM_URLS"])
+def test_vllm_servers_have_two_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "http://a:1,http://b:1/v1")
+    assert load_settings().vllm_urls == ("http://a:1", "http://b:1/v1")
+    assert load_settings(vllm_urls="http://option:1").vllm_urls == ("http://option:1",)
+    assert load_settings(vllm_urls=("http://x:1", "http://y:1")).vllm_urls == ("http://x:1", "http://y:1")
+
+
+def test_of_both_names_the_plural_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_URL", "http://one:1")
+    monkeypatch.setenv("VLLM_URLS", "http://many:1")
+    assert load_settings().vllm_urls == ("http://many:1",)
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = load_settings()
+    for name in ("WORKER_SLOTS", "REDIS_URL", "VLLM_URLS", "WORKER_QUEUES"):
+        monkeypatch.setenv(name, "")
+    assert load_settings() == defaults
+
+
+def test_every_setting_has_a_variable_and_a_description() -> None:
+    own = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
+    for name, field in Settings.model_fields.items():
+        assert variable(name) == own.get(name, f"WORKER_{name.upper()}")
+        assert field.description
+
+
+# What is wrong
+
+
+def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = problems(
+        monkeypatch,
+        REDIS_URL="http://redis",
+        VLLM_URLS="localhost:8000",
+        WORKER_PREFIX="a b",
+        WORKER_SLOTS="0",
+        WORKER_SLOT="4",
+        WORKER_LEASE="soon",
+        WORKER_QUEUES="a,a",
+        WORKER_LOG_LEVEL="loud",
+        WORKER_TRIES="1.5",
+    )
+    assert sorted(told) == [
+        "REDIS_URL must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path",
+        "VLLM_URLS holds 'localhost:8000', which is no URL such as http://127.0.0.1:8000",
+        "WORKER_LEASE is 'soon': it should be a valid number, unable to parse string as a number",
+        "WORKER_LOG_LEVEL is 'loud': it should be 'debug', 'info', 'warning' or 'error'",
+        "WORKER_PREFIX is 'a b': String should match pattern '^[A-Za-z0-9_.:-]{1,64}$'",
+        "WORKER_QUEUES names a queue twice",
+        "WORKER_SLOT is no setting: did you mean WORKER_SLOTS?",
+        "WORKER_SLOTS is '0': it should be greater than or equal to 1",
+        "WORKER_TRIES is '1.5': it should be a valid integer, unable to parse string as an integer",
+    ]
+
+
+def test_a_bad_option_is_told_by_the_same_name() -> None:
+    told = problems_of({"slots": 0, "vllm_urls": "", "redis_url": "x"})
+    assert sorted(told) == [
+        "REDIS_URL must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path",
+        "VLLM_URLS is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000",
+        "WORKER_SLOTS is '0': it should be greater than or equal to 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("WORKER_SLOT", "did you mean WORKER_SLOTS?"),
+        ("WORKER_QUEUE", "did you mean WORKER_QUEUES?"),
+        ("worker_leese", "did you mean WORKER_LEASE?"),
+        ("WORKER_REDIS_URL", "did you mean REDIS_URL?"),
+        ("WORKER_VLLM_URLS", "did you mean VLLM_URLS?"),
+        ("WORKER_XYZZY_PLUGH_42", "worker run --help lists all settings"),
+    ],
+)
+def test_an_unknown_variable_comes_with_a_hint(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
+    assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is no setting: {hint}"
+
+
+def test_an_unknown_variable_in_dotenv_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("WORKER_SLOTZ=4\nSLOTZ=4\n")
+    assert problems(monkeypatch) == ["WORKER_SLOTZ (in .env) is no setting: did you mean WORKER_SLOTS?"]
+
+
+def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_LOGGING_LEVEL", "REDIS_PASSWORD", "WORKERS", "SLOTS"):
+        monkeypatch.setenv(name, "x")
+    assert load_settings().slots == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORKER_GAP_TIMEOUT", "0"),
+        ("WORKER_GAP_TIMEOUT", "-1"),
+        ("WORKER_GAP_TIMEOUT", "nan"),
+        ("WORKER_GAP_TIMEOUT", "inf"),
+        ("WORKER_LEASE", "0.1"),
+        ("WORKER_DRAIN_TIMEOUT", "-1"),
+        ("WORKER_RETENTION", "0"),
+        ("WORKER_SLOTS", "1000000"),
+        ("WORKER_MAX_REQUEST_BYTES", "10"),
+        ("WORKER_LOG_FORMAT", "xml"),
+        ("WORKER_QUEUES", ","),
+        ("WORKER_QUEUES", "a b"),
+        ("WORKER_QUEUES", "a:b"),
+        ("WORKER_QUEUES", "x" * 65),
+        ("WORKER_PREFIX", "{chat}"),
+        ("VLLM_URLS", ","),
+        ("VLLM_URLS", "ftp://host"),
+        ("VLLM_URLS", "http://"),
+        ("VLLM_URLS", "http://good:1,bad"),
+        ("VLLM_URLS", "http://[::1"),
+        ("VLLM_URLS", "http://host:port"),
+        ("VLLM_URLS", "http://host:99999"),
+        ("REDIS_URL", "127.0.0.1:6379"),
+        ("REDIS_URL", "redis:127.0.0.1"),
+        ("REDIS_URL", "redis://host:port"),
+        ("VLLM_API_KEY", "a\nb"),
+        ("VLLM_API_KEY", "clé"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    (told,) = problems(monkeypatch, **{name: value})
+    assert told.startswith(f"{name} ")
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://u:p@h:6380/2?protocol=3", "unix:///run/redis.sock"])
+def test_each_kind_of_redis_url_is_taken(url: str) -> None:
+    assert load_settings(redis_url=url).redis_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://u:p@h/llm/v1", "http://[::1]:8000"])
+def test_each_kind_of_vllm_url_is_taken(url: str) -> None:
+    assert load_settings(vllm_urls=url).vllm_urls == (url,)
+
+
+# Secrets
+
+
+def test_a_key_from_a_file_may_end_in_a_newline() -> None:
+    assert load_settings(vllm_api_key=" key\n").vllm_api_key.get_secret_value() == "key"
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = load_settings(redis_url="redis://:hunter2@h", vllm_api_key="hunter2")
+    for text in (str(settings), repr(settings), settings.model_dump_json()):
+        assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REDIS_URL", "http://:hunter2@h"),
+        ("REDIS_URL", "redis://:hunter2@h:port"),
+        ("REDIS_URL", "redis://:hunter2[@h"),
+        ("REDIS_URL", "redis://:hunter2\u2100@h"),
+        ("REDIS_URL", ":hunter2@h"),
+        ("VLLM_API_KEY", "hunter2\nhunter2"),
+        ("VLLM_API_KEY", "hunter2é"),
+        ("VLLM_URLS", "ftp://user:hunter2@h"),
+        ("VLLM_URLS", "user:hunter2@h:80"),
+        ("VLLM_URLS", "http://user:hunter2@h:port"),
+        ("VLLM_URLS", "http://user:hunter2\u2100@h"),
+        ("VLLM_URLS", "http://user:hunter2[@h"),
+        ("VLLM_URLS", "http://user:hunter2/@h:port"),
+        ("VLLM_URLS", "http://h:port?key=hunter2"),
+    ],
+)
+def test_what_is_wrong_with_a_secret_does_not_tell_it(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert "hunter2" not in repr(caught.value)
+    assert caught.value.problems[0].startswith(name)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://h:8000/v1", "http://h:8000/v1"),
+        ("https://user:pass@h:8000/v1?key=x#y", "https://***@h:8000/v1"),
+        ("http://user@h", "http://***@h"),
+        ("redis://:pass@h:6379/0", "redis://***@h:6379/0"),
+        ("redis://:p@ss@h", "redis://***@h"),
+        ("http://u:p/a?s#s@h/x", "http://***@h/x"),
+        ("http://u:p@[::1]:8000", "http://***@[::1]:8000"),
+        ("http://u:p@[::1", "http://***@[::1"),
+        ("user:pass@h:80", "***@h:80"),
+        ("http://u:p://s@h", "http://***@h"),
+        ("u:p://s@h", "***@h"),
+        ("h:80?key=x", "h:80"),
+        ("", ""),
+    ],
+)
+def test_a_url_is_shown_without_what_is_secret_in_it(url: str, shown: str) -> None:
+    assert shown_url(url) == shown

@@ -1,0 +1,628 @@
+"""Chunks into entries: whole recorded answers against a plain reading, other servers' shapes, and chunks at random."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.contract import entries
+from worker.contract.answer import Answer
+from worker.contract.entries import Delta, Entry, Fields, Opened
+from worker.contract.ids import EntryId
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.errors import UpstreamError
+from worker.vllm.sse import SSEDecoder
+
+TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
+INDEX: dict[str, dict[str, Any]] = json.loads((TRANSCRIPTS / "index.json").read_bytes())
+WHOLE = [name for name, entry in INDEX.items() if entry["events"] > 2 and name != "engine_death_mid_stream"]
+
+Object = dict[str, Any]
+
+
+def recorded(name: str) -> bytes:
+    return (TRANSCRIPTS / f"{name}.body").read_bytes()
+
+
+def request_of(name: str) -> Object:
+    request: Object = json.loads((TRANSCRIPTS / f"{name}.request.json").read_bytes())
+    return request
+
+
+def parser_for(name: str) -> ChunkParser:
+    request = request_of(name)
+    return ChunkParser(
+        n=request.get("n", 1),
+        keep_prompt_ids=request.get("return_token_ids", False),
+        keep_usage=request.get("stream_options", {}).get("continuous_usage_stats", False),
+    )
+
+
+def payloads(body: bytes) -> list[bytes]:
+    return [event.removeprefix(b"data: ") for event in body.split(b"\n\n") if event]
+
+
+def plainly(body: bytes) -> list[Object]:
+    return [json.loads(payload) for payload in payloads(body) if payload != b"[DONE]"]
+
+
+def fields_of(parser: ChunkParser, pieces: Iterable[bytes]) -> list[Fields]:
+    decoder = SSEDecoder()
+    return [fields for piece in pieces for event in decoder.feed(piece) for fields in parser.parse(event)]
+
+
+def read(fields: Iterable[Fields]) -> list[Entry]:
+    """The entries as a reader of the log has them: numbered, through bytes."""
+    raw = ({name.encode(): value.encode() for name, value in one.items()} for one in fields)
+    return [entries.parse(str(EntryId(1, n)), one) for n, one in enumerate(raw, 1)]
+
+
+def parsed(*chunks: object, n: int = 1, done: bool = True) -> tuple[ChunkParser, list[Entry]]:
+    """What these chunks come to: JSON values, or the bytes of an event's data."""
+    parser = ChunkParser(n=n)
+    events = [chunk if isinstance(chunk, bytes) else msgspec.json.encode(chunk) for chunk in chunks]
+    fields = [fields for event in [*events, b"[DONE]"][: None if done else -1] for fields in parser.parse(event)]
+    return parser, read(fields)
+
+
+def chunk(delta: object, finish_reason: str | None = None, **choice: object) -> Object:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "reciter"}
+    return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason} | choice]}
+
+
+def only_delta(*chunks: object) -> Delta:
+    deltas = [entry for entry in parsed(*chunks)[1] if isinstance(entry, Delta)]
+    assert len(deltas) == 1
+    return deltas[0]
+
+
+def error_of(*chunks: object, n: int = 1, done: bool = True) -> UpstreamError:
+    with pytest.raises(UpstreamError) as caught:
+        parsed(*chunks, n=n, done=done)[0].check_complete()
+    return caught.value
+
+
+# Recorded answers
+
+
+def pieces_of(chunks: list[Object], index: int) -> list[Object]:
+    return [choice for one in chunks for choice in one["choices"] if choice["index"] == index]
+
+
+def calls_in(pieces: list[Object]) -> list[Object]:
+    """The tool calls of a choice, as OpenAI's clients put them together."""
+    calls: dict[int, Object] = {}
+    for piece in (call for choice in pieces for call in choice["delta"].get("tool_calls") or []):
+        call = calls.setdefault(piece["index"], {"index": piece["index"], "function": {"arguments": ""}})
+        call |= {name: piece[name] for name in ("id", "type") if name in piece}
+        if "name" in piece["function"]:
+            call["function"]["name"] = piece["function"]["name"]
+        call["function"]["arguments"] += piece["function"].get("arguments", "")
+    return list(calls.values())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_entries_of_a_recorded_answer_say_what_its_chunks_say(name: str) -> None:
+    body, parser = recorded(name), parser_for(name)
+    chunks = plainly(body)
+    answer = Answer(read(fields_of(parser, [body])))
+    parser.check_complete()
+    assert [choice.index for choice in answer.choices] == list(range(request_of(name).get("n", 1)))
+    for choice in answer.choices:
+        pieces = pieces_of(chunks, choice.index)
+        assert choice.content == "".join(piece["delta"].get("content") or "" for piece in pieces)
+        assert choice.reasoning == "".join(piece["delta"].get("reasoning") or "" for piece in pieces)
+        assert choice.tool_calls == calls_in(pieces)
+        assert choice.token_ids == [number for piece in pieces for number in piece.get("token_ids") or []]
+        logprobs = [one for piece in pieces if piece["logprobs"] for one in piece["logprobs"]["content"]]
+        assert choice.logprobs == ({"content": logprobs} if logprobs else None)
+        assert choice.finish_reason == pieces[-1]["finish_reason"]
+        assert choice.stop_reason == pieces[-1]["stop_reason"]
+    usages = [one["usage"] for one in chunks if one.get("usage")]
+    assert parser.usage == (usages[-1] if usages else {})
+    assert parser.finish_reason == answer.finish_reason == pieces_of(chunks, 0)[-1]["finish_reason"]
+    assert (parser.done, parser.begun, parser.model) == (True, True, "reciter")
+    opened = answer.opened
+    assert opened is not None
+    first = chunks[0]
+    assert (opened.response_id, opened.created, opened.model) == (first["id"], first["created"], first["model"])
+    assert opened.role == "assistant"
+    ids = first["prompt_token_ids"]
+    assert opened.prompt_tokens == (len(ids) if ids else None)
+    digest = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()[:16]
+    assert opened.prompt_digest == (digest if ids else "")
+
+
+def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every value that says something, with the keys that lead to it; a list counts as one value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, (*path, name))
+    elif value not in (None, "", []):
+        yield path, value
+
+
+def where_it_went(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where a log has a value of a chunk: the type of the entry, and the keys that lead to it there."""
+    match path:
+        case ("id",):
+            return ("opened", "response_id")
+        case ("created" | "model",):
+            return ("opened", *path)
+        case ("delta", "role"):
+            return ("opened", "role")
+        case ("delta", "reasoning_content"):
+            return ("delta", "reasoning")
+        case ("delta", "content" | "reasoning" | "tool_calls"):
+            return path
+        case ("finish_reason" | "stop_reason" | "logprobs" | "token_ids", *_):
+            return ("delta", *path)
+        case ("delta", *rest):
+            return ("delta", "extra", "delta", *rest)
+        case _:
+            return ("extra", *path)
+
+
+def what_is_said(one: Object, choice: Object) -> Iterator[tuple[tuple[str, ...], object]]:
+    """The values of a chunk with one choice or none that have to be found again."""
+    known = {"choices", "object"}
+    yield from leaves({name: value for name, value in one.items() if name not in known})
+    yield from leaves({name: value for name, value in choice.items() if name != "index"})
+
+
+def found(wanted: tuple[str, ...], told: list[Any]) -> list[object]:
+    """What the log holds at these keys; `extra` may stand in an entry, in an extra's `chunk`, or at the end."""
+    if wanted[0] != "extra":
+        return [value for one in told for path, value in leaves({one["type"]: one}) if path == wanted]
+    tails = {wanted, ("extra", "chunk", *wanted[1:])}
+    return [value for one in told for path, value in leaves(one) if path in tails]
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "engine_death_mid_stream"])
+def test_nothing_that_a_recorded_answer_says_is_lost(name: str) -> None:
+    parser = parser_for(name)
+    said = [one for one in plainly(recorded(name)) if "error" not in one]
+    opened: list[Any] = []
+    unsettled = []
+    for one in said:
+        told: list[Any] = [entries.as_dict(entry) for entry in read(parser.parse(json.dumps(one).encode()))]
+        opened += [entry for entry in told if entry["type"] == "opened"]
+        for choice in one["choices"] or [{}]:
+            for path, value in what_is_said(one, choice):
+                wanted = where_it_went(path)
+                if wanted[0] == "delta" and wanted[:2] != ("delta", "extra"):
+                    assert value in found(wanted, told), path
+                elif wanted[0] == "opened":
+                    assert found(wanted, opened)[-1] == value, path
+                else:
+                    unsettled.append((path, wanted, value))
+        # What is said beside the choices comes with the next entry, or with the end.
+        now = [*told, {"extra": dict(parser.extra)}, {"extra": {"usage": dict(parser.usage)}}]
+        seen = [*opened, *now]
+        for path, wanted, value in unsettled:
+            if path != ("prompt_token_ids",) or request_of(name).get("return_token_ids"):
+                assert value in found(wanted, seen), path
+        unsettled.clear()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_entries_are_the_same_however_the_bytes_are_cut(name: str) -> None:
+    body = recorded(name)
+    whole = fields_of(parser_for(name), [body])
+    for size in (1, 7, 64, 1000):
+        assert fields_of(parser_for(name), (body[at : at + size] for at in range(0, len(body), size))) == whole
+
+
+@pytest.mark.parametrize("name", ["length", "logprobs", "tool_call_auto", "n2"])
+def test_the_entries_are_the_same_at_every_cut(name: str) -> None:
+    body = recorded(name)
+    body = body[: body.index(b"\n\n", 1200) + 2]
+    whole = fields_of(parser_for(name), [body])
+    assert len(whole) > 2
+    for cut in range(len(body)):
+        assert fields_of(parser_for(name), [body[:cut], body[cut:]]) == whole
+
+
+def test_what_stays_the_same_is_said_once() -> None:
+    told = fields_of(parser_for("plain"), [recorded("plain")])
+    assert [fields["type"] for fields in told[:2]] == ["opened", "delta"]
+    assert told[1] == {"type": "delta", "content": "I"}
+    assert sum(fields["type"] == "opened" for fields in told) == 1
+
+
+def test_the_usage_of_each_chunk_is_kept_where_it_was_asked_for() -> None:
+    body = recorded("continuous_usage_token_ids")
+    told = read(fields_of(parser_for("continuous_usage_token_ids"), [body]))
+    kept = [entry.extra["chunk"] for entry in told if isinstance(entry, Delta)]
+    said = [one["usage"] for one in plainly(body) if one["choices"][:1] and "role" not in one["choices"][0]["delta"]]
+    assert [json.loads(json.dumps(one))["usage"] for one in kept] == said
+    assert all("usage" not in str(fields) for fields in fields_of(ChunkParser(), [body]))
+
+
+def test_prompt_ids_are_kept_where_they_were_asked_for_and_else_their_digest_alone() -> None:
+    body = recorded("chinese_token_ids")
+    ids = plainly(body)[0]["prompt_token_ids"]
+    kept = read(fields_of(parser_for("chinese_token_ids"), [body]))[0]
+    assert isinstance(kept, Opened)
+    assert kept.extra == {"prompt_token_ids": ids}
+    plain = read(fields_of(ChunkParser(), [body]))[0]
+    assert isinstance(plain, Opened)
+    assert (plain.extra, plain.prompt_tokens, plain.prompt_digest) == ({}, len(ids), kept.prompt_digest)
+
+
+def test_an_engine_that_dies_is_an_error_after_the_text_so_far() -> None:
+    parser = parser_for("engine_death_mid_stream")
+    *events, last, _ = payloads(recorded("engine_death_mid_stream"))
+    told = [fields for event in events for fields in parser.parse(event)]
+    with pytest.raises(UpstreamError, match="EngineCore encountered an issue") as caught:
+        parser.parse(last)
+    assert (caught.value.code, caught.value.status, caught.value.retryable) == ("upstream_error", 500, True)
+    assert Answer(read(told)).text.startswith("The river kept a ledger")
+    assert not parser.complete
+
+
+# The end of an answer
+
+
+def test_done_without_a_finish_reason_is_no_success() -> None:
+    error = error_of(chunk({"content": "a"}))
+    assert (error.code, error.retryable) == ("upstream_truncated", True)
+    assert error_of().code == "upstream_truncated"
+
+
+def test_a_finish_reason_without_done_is_success() -> None:
+    parser, _ = parsed(chunk({"content": "a"}), chunk({}, "stop"), done=False)
+    parser.check_complete()
+    assert (parser.complete, parser.done, parser.finish_reason) == (True, False, "stop")
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) -> None:
+    told = parsed(chunk({"content": "a"}), chunk({"content": "b"}, reason))
+    assert Answer(told[1]).text == "ab"
+    assert Answer(told[1]).finish_reason == ""
+    error = error_of(chunk({"content": "a"}), chunk({}, reason))
+    assert (error.code, error.retryable) == ("upstream_aborted", True)
+    assert reason in error.message
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_every_choice_must_finish(done: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    both = [chunk({"content": "a"}, index=0), chunk({"content": "b"}, index=1)]
+    assert error_of(*both, chunk({}, "stop", index=0), n=2, done=done).code == "upstream_truncated"
+    parser, told = parsed(*both, chunk({}, "length", index=1), chunk({}, "stop", index=0), n=2, done=done)
+    parser.check_complete()
+    assert parser.finish_reason == "stop"
+    assert [choice.finish_reason for choice in Answer(told).choices] == ["stop", "length"]
+
+
+def test_a_server_that_passes_over_n_is_whole_after_done_alone() -> None:
+    parser, _ = parsed(chunk({"content": "a"}, "stop"), n=2)
+    parser.check_complete()
+    assert error_of(chunk({"content": "a"}, "stop"), n=2, done=False).code == "upstream_truncated"
+
+
+def test_an_n_without_bounds_costs_nothing() -> None:
+    parser, told = parsed(chunk({"content": "a"}, "stop"), n=2**62, done=False)
+    assert not parser.complete
+    assert not Answer(told).finished(2**62)
+
+
+def test_what_follows_done_is_passed_over() -> None:
+    parser, told = parsed(chunk({"content": "a"}, "stop"), b"[DONE]", chunk({"content": "more"}), b"{not json")
+    assert Answer(told).text == "a"
+    parser.check_complete()
+
+
+def test_data_without_a_byte_is_passed_over() -> None:
+    assert parsed(b"", chunk({"content": "a"}, "stop"), b"")[1] == parsed(chunk({"content": "a"}, "stop"))[1]
+
+
+# Shapes of other servers
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {},
+        {"choices": []},
+        {"choices": None},
+        {"choices": [None]},
+        {"choices": [{}]},
+        {"choices": [{"index": 0}]},
+        {"choices": [{"index": 0, "delta": None}]},
+        {"choices": [{"index": 3, "delta": {}, "finish_reason": None}]},
+        {"choices": [{"delta": {"content": None, "tool_calls": None, "reasoning": None}, "finish_reason": ""}]},
+        {"choices": [{"delta": {"content": "", "tool_calls": [], "refusal": None}, "logprobs": None, "token_ids": []}]},
+        {"error": None, "choices": []},
+        {"error": "", "usage": None, "x": None, "y": {}, "z": []},
+    ],
+)
+def test_a_chunk_that_says_nothing_is_no_entry(nothing: Object) -> None:
+    parser, told = parsed(nothing)
+    assert (told, parser.begun, parser.usage, parser.extra) == ([], False, {}, {})
+
+
+def test_an_index_that_lacks_or_is_null_is_the_first() -> None:
+    told = parsed({"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"index": None, "delta": {"content": "b"}}]})
+    assert Answer(told[1]).text == "ab"
+
+
+def test_text_may_come_in_the_finish_chunk_and_in_the_role_chunk() -> None:
+    parser, told = parsed(chunk({"role": "assistant", "content": "a"}), chunk({"content": "b"}, "stop"))
+    assert Answer(told).text == "ab"
+    assert isinstance(told[-1], Delta)
+    assert (told[-1].content, told[-1].finish_reason) == ("b", "stop")
+    parser.check_complete()
+
+
+def test_a_role_in_every_chunk_is_said_once() -> None:
+    told = parsed(*(chunk({"role": "assistant", "content": text}) for text in "abc"))[1]
+    assert [entry.type for entry in told] == ["opened", "delta", "delta", "delta"]
+
+
+def test_a_head_that_changes_is_said_again() -> None:
+    told = parsed(chunk({"content": "a"}), chunk({"content": "b"}) | {"model": "other"})[1]
+    assert [entry.model for entry in told if isinstance(entry, Opened)] == ["reciter", "other"]
+
+
+@pytest.mark.parametrize("delta", [{"reasoning_content": "why"}, {"reasoning": "why", "reasoning_content": "why"}])
+def test_reasoning_has_two_names(delta: Object) -> None:
+    entry = only_delta(chunk(delta))
+    assert (entry.reasoning, entry.content, entry.extra) == ("why", "", {})
+
+
+def test_two_reasonings_that_differ_are_both_kept() -> None:
+    entry = only_delta(chunk({"reasoning": "one", "reasoning_content": "two"}))
+    assert (entry.reasoning, entry.extra) == ("one", {"delta": {"reasoning_content": "two"}})
+
+
+def test_content_that_is_no_text_is_kept_aside() -> None:
+    parts = [{"type": "text", "text": "a"}]
+    entry = only_delta(chunk({"content": parts}))
+    assert (entry.content, entry.extra) == ("", {"delta": {"content": parts}})
+
+
+@pytest.mark.parametrize("beside", [{}, {"delta": None}, {"delta": {}}])
+def test_a_message_may_stand_for_the_delta(beside: Object) -> None:
+    whole = {"choices": [{"message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"} | beside]}
+    parser, told = parsed(whole, done=False)
+    assert (Answer(told).text, Answer(told).finish_reason) == ("a", "stop")
+    parser.check_complete()
+
+
+def test_a_message_beside_a_delta_is_kept_aside() -> None:
+    entry = only_delta(chunk({"content": "a"}, message={"content": "all so far: a"}))
+    assert (entry.content, entry.extra) == ("a", {"message": {"content": "all so far: a"}})
+
+
+def test_tool_calls_without_an_index_are_put_together() -> None:
+    first = {"id": "call-1", "type": "function", "function": {"name": "f", "arguments": '{"a'}}
+    pieces = [[first], [{"function": {"arguments": '":1}'}}], [{"id": "call-2", "function": {"name": "g"}}]]
+    choice = Answer(parsed(*(chunk({"tool_calls": piece}) for piece in pieces))[1]).choices[0]
+    assert [call["function"] for call in choice.tool_calls] == [{"name": "f", "arguments": '{"a":1}'}, {"name": "g"}]
+
+
+def test_separators_inside_the_text_stay() -> None:
+    text = "a\u2028b\u2029c\u0085d\x0be"
+    assert only_delta(chunk({"content": text})).content == text
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_mark() -> None:
+    entry = only_delta(rb'{"choices":[{"delta":{"content":"a\ud83d"},"logprobs":{"content":[{"token":"\ude42"}]}}]}')
+    assert (entry.content, entry.logprobs) == ("a?", {"content": [{"token": "?"}]})
+    assert only_delta(rb'{"choices":[{"delta":{"content":"\ud83d\ude42"}}]}').content == "🙂"
+    assert only_delta(rb'{"choices":[{"delta":{"content":"a"},"odd":"\ud83d"}]}').extra == {"odd": "?"}
+
+
+def test_bytes_that_are_no_utf8_become_replacement_marks() -> None:
+    entry = only_delta(b'{"choices":[{"delta":{"content":"a\xff\xe4\xb8"},"odd":"\xfe"}]}')
+    assert (entry.content, entry.extra) == ("a\ufffd\ufffd", {"odd": "\ufffd"})
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity"])
+def test_numbers_that_json_does_not_know_become_null(value: bytes) -> None:
+    entry = only_delta(b'{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[{"logprob":%b}]}}]}' % value)
+    assert (entry.content, entry.logprobs) == ("a", {"content": [{"logprob": None}]})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"choices":[{"index":0,"del',
+        b"not json",
+        b" ",
+        b'{"choices":[{"delta":{"content":"a line\nfeed"}}]}',
+        b"<html>",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"17",
+        b'{"choices":{}}',
+        b'{"choices":"a"}',
+        b'{"choices":["a"]}',
+        b'{"choices":[{"delta":"a"}]}',
+        b'{"choices":[{"delta":{"tool_calls":{}x}}]}',
+        b'{"choices":[{"delta":{"tool_calls":"x"}}]}',
+        b'{"choices":[{"index":"first"}]}',
+        b'{"choices":[{"token_ids":["a"]}]}',
+        b'{"choices":[{"finish_reason":7}]}',
+        b'{"usage":7}',
+        b'{"choices":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"odd":' + b"[" * 100_000,
+    ],
+)
+def test_what_is_no_chunk_is_an_error_worth_a_retry(data: bytes) -> None:
+    error = error_of(data)
+    assert (error.code, error.retryable, error.status) == ("upstream_malformed", True, 0)
+    assert len(error.message) < 300
+
+
+@pytest.mark.parametrize("created", [1.5, "yesterday", 1e300, -1])
+def test_a_time_that_is_no_whole_number_is_kept_aside(created: object) -> None:
+    told = parsed(*[chunk({"content": "a"}) | {"created": created}] * 2)[1]
+    opened = told[0]
+    assert isinstance(opened, Opened)
+    assert (opened.created, opened.extra) == (0, {"created": created})
+    assert [entry.type for entry in told] == ["opened", "delta", "delta"]
+
+
+@pytest.mark.parametrize(
+    ("event", "code", "status", "message"),
+    [
+        ({"error": "out of memory"}, "upstream_error", 500, "out of memory"),
+        ({"error": {"message": "bad top_k", "code": 400}}, "invalid_request", 400, "bad top_k"),
+        ({"error": {"message": "slow down", "code": "429"}}, "rate_limited", 429, "slow down"),
+        ({"error": {"message": "no", "code": "9" * 5000}}, "upstream_error", 500, "no"),
+        ({"error": {"code": 503}}, "upstream_unavailable", 503, "the server sent an error without a message"),
+        ({"error": ["a", "b"]}, "upstream_error", 500, '["a","b"]'),
+        ({"error": True}, "upstream_error", 500, "the server sent an error without a message"),
+        ({"object": "error", "message": "bad", "code": 400}, "invalid_request", 400, "bad"),
+        ({"choices": [], "error": {"message": "late", "code": 500}}, "upstream_error", 500, "late"),
+    ],
+)
+def test_an_error_event_is_an_error_in_each_of_its_shapes(event: Object, code: str, status: int, message: str) -> None:
+    error = error_of(chunk({"content": "a"}), event)
+    assert (error.code, error.status, error.message) == (code, status, message)
+    assert error.retryable == (status >= 429)
+
+
+def test_fields_of_other_names_are_kept_at_every_level() -> None:
+    told = parsed(
+        chunk({"content": "a", "audio": {"id": "x"}}, odd=[1]) | {"system_fingerprint": "f", "service_tier": "fast"},
+        chunk({"content": "b"}) | {"system_fingerprint": "f", "service_tier": "slow"},
+    )[1]
+    opened, first, second = told
+    assert isinstance(opened, Opened)
+    assert isinstance(first, Delta)
+    assert isinstance(second, Delta)
+    assert opened.extra == {"system_fingerprint": "f", "service_tier": "fast"}
+    assert first.extra == {"odd": [1], "delta": {"audio": {"id": "x"}}}
+    assert second.extra == {"chunk": {"service_tier": "slow"}}
+
+
+def test_a_choice_of_unknown_fields_alone_is_an_entry() -> None:
+    assert only_delta({"choices": [{"delta": {}, "odd": 0}]}).extra == {"odd": 0}
+    assert only_delta({"choices": [{"delta": {"refusal": "no"}}]}).extra == {"delta": {"refusal": "no"}}
+
+
+def test_what_chunks_without_a_choice_say_is_left_for_the_end() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    last = {"choices": [], "usage": usage, "system_fingerprint": "f", "timings": {"ms": 1}}
+    parser, told = parsed(chunk({"content": "a"}, "stop"), last)
+    assert [entry.type for entry in told] == ["opened", "delta"]
+    assert (parser.usage, parser.extra) == (usage, {"system_fingerprint": "f", "timings": {"ms": 1}})
+
+
+def test_an_answer_over_several_lines_is_read_as_one_on_one_line() -> None:
+    one = chunk({"content": "a", "tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}, "stop", odd={"x": [1]})
+    assert parsed(json.dumps(one, indent=2).encode())[1] == parsed(one)[1]
+
+
+# Chunks at random
+
+_CHARACTERS = st.sampled_from('ab {}"\\/\n\r\0\x7f\u0085\u2028\ufeffé世🙂')
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(_CHARACTERS, max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+    max_leaves=4,
+)
+_TEXT = st.none() | st.text(_CHARACTERS, max_size=6)
+_NAMES = ["id", "created", "model", "object", "usage", "choices", "error", "prompt_token_ids", "odd"]
+_WELL = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": st.none() | st.integers(0, 2),
+        "delta": st.none()
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                "role": st.none() | st.sampled_from(["assistant", ""]),
+                "content": _TEXT,
+                "reasoning": _TEXT,
+                "tool_calls": st.none() | st.lists(st.fixed_dictionaries({"index": st.integers(0, 1)}), max_size=2),
+                "odd": _JSON,
+            },
+        ),
+        "finish_reason": st.sampled_from([None, "", "stop", "length"]),
+        "stop_reason": st.none() | st.integers(0, 9) | _TEXT,
+        "logprobs": st.none() | st.fixed_dictionaries({"content": st.lists(_JSON, max_size=2)}),
+        "token_ids": st.none() | st.lists(st.integers(0, 2**31), max_size=3),
+        "odd": _JSON,
+    },
+)
+_CHUNK = st.fixed_dictionaries(
+    {"id": st.just("chatcmpl-1")},
+    optional={
+        "choices": st.none() | st.lists(st.none() | _WELL, max_size=3),
+        "created": _JSON,
+        "usage": st.none() | st.dictionaries(st.sampled_from("abc"), st.integers(0, 9), max_size=2),
+        "odd": _JSON,
+    },
+)
+_ODD = st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4) | st.fixed_dictionaries(
+    {
+        "choices": st.lists(
+            st.dictionaries(
+                st.sampled_from(["index", "delta", "message", "finish_reason", "stop_reason", "logprobs", "token_ids"]),
+                _JSON | st.dictionaries(st.sampled_from(["role", "content", "reasoning", "tool_calls"]), _JSON),
+                max_size=4,
+            ),
+            max_size=2,
+        )
+    }
+)
+
+
+@settings(deadline=None)
+@given(st.lists(_CHUNK, max_size=5), st.booleans())
+def test_any_chunks_in_good_shape_give_all_their_text(chunks: list[Object], escaped: bool) -> None:  # noqa: FBT001
+    answer = Answer(parsed(*(json.dumps(one, ensure_ascii=escaped).encode() for one in chunks))[1])
+    said: dict[int, Object] = {}
+    for choice in (choice for one in chunks for choice in one.get("choices") or [] if choice):
+        so_far = said.setdefault(choice.get("index") or 0, {"content": "", "reasoning": "", "ids": []})
+        delta = choice.get("delta") or {}
+        so_far["content"] += delta.get("content") or ""
+        so_far["reasoning"] += delta.get("reasoning") or ""
+        so_far["ids"] += choice.get("token_ids") or []
+    told = {choice.index: choice for choice in answer.choices}
+    for index, wanted in said.items():
+        if index in told:
+            assert told[index].content == wanted["content"]
+            assert told[index].reasoning == wanted["reasoning"]
+            assert told[index].token_ids == wanted["ids"]
+        else:
+            assert wanted == {"content": "", "reasoning": "", "ids": []}
+
+
+@settings(deadline=None)
+@given(st.lists(_ODD, max_size=3))
+def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[Object]) -> None:
+    parser = ChunkParser()
+    error = None
+    for one in chunks:
+        try:
+            told = read(parser.parse(msgspec.json.encode(one)))
+        except UpstreamError as caught:
+            error = caught
+            break
+        assert all(isinstance(entry, Opened | Delta) for entry in told)
+    assert error is None or (error.code.startswith("upstream_") and error.message)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=40) | st.text('[]{}":,0.eE+-ntru\\\x00', max_size=40).map(str.encode))
+def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
+    told: list[Fields] = []
+    code = "upstream_malformed"
+    try:
+        told = ChunkParser().parse(data)
+    except UpstreamError as error:
+        code = error.code
+    assert (told, code) == ([], "upstream_malformed")

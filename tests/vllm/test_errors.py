@@ -1,0 +1,198 @@
+"""What the server's errors are taken for: those that a real vLLM sent, and the shapes of others and of proxies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from worker.vllm.errors import UpstreamError, classify, from_event, from_response, malformed, message_of, truncated
+
+TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
+INDEX: dict[str, dict[str, Any]] = json.loads((TRANSCRIPTS / "index.json").read_bytes())
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+def summary(error: UpstreamError) -> tuple[str, int, bool]:
+    return error.code, error.status, error.retryable
+
+
+def from_body(status: int, body: object, **headers: str) -> UpstreamError:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return from_response(status, raw, httpx.Headers({name.replace("_", "-"): text for name, text in headers.items()}))
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "retryable", "message"),
+    [
+        ("error_404_model", "model_not_found", False, "The model `nope` does not exist. Valid aliases: reciter."),
+        ("error_400_context", "context_length_exceeded", False, "This model's maximum context length is 4096 tokens."),
+        ("error_400_params", "invalid_request", False, "temperature must be non-negative, got -3.0."),
+        ("error_400_max_tokens", "invalid_request", False, "max_tokens=100000 cannot be greater than max_model_len"),
+        ("error_400_messages", "invalid_request", False, "1 validation error:\n  {'type': 'list_type'"),
+        ("error_401_auth", "unauthorized", False, "Unauthorized"),
+        ("error_500_engine_dead", "upstream_error", True, DEAD),
+    ],
+)
+def test_a_recorded_refusal(name: str, code: str, retryable: bool, message: str) -> None:  # noqa: FBT001
+    error = from_response(INDEX[name]["status"], (TRANSCRIPTS / f"{name}.body").read_bytes(), {})
+    assert summary(error) == (code, INDEX[name]["status"], retryable)
+    assert error.message.startswith(message)
+    assert str(error) == error.message
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "status", "retryable", "message"),
+    [
+        ("error_400_top_logprobs", "invalid_request", 400, False, "Requested sample logprobs of 500"),
+        ("engine_death_mid_stream", "upstream_error", 500, True, DEAD),
+    ],
+)
+def test_a_recorded_error_under_status_200_is_classified_by_its_own_code(
+    name: str,
+    code: str,
+    status: int,
+    retryable: bool,  # noqa: FBT001
+    message: str,
+) -> None:
+    body = (TRANSCRIPTS / f"{name}.body").read_bytes()
+    events = [json.loads(event[6:]) for event in body.split(b"\n\n") if event.startswith(b'data: {"error"')]
+    error = from_event(events[0]["error"])
+    assert summary(error) == (code, status, retryable)
+    assert error.message.startswith(message)
+
+
+def test_every_recorded_error_is_among_these() -> None:
+    assert {name for name in INDEX if name.startswith("error_")} == {
+        "error_400_context",
+        "error_400_max_tokens",
+        "error_400_messages",
+        "error_400_params",
+        "error_400_top_logprobs",
+        "error_401_auth",
+        "error_404_model",
+        "error_500_engine_dead",
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "retryable"),
+    [
+        (302, "upstream_error", False),
+        (400, "invalid_request", False),
+        (401, "unauthorized", False),
+        (403, "unauthorized", False),
+        (404, "not_found", False),
+        (405, "invalid_request", False),
+        (408, "upstream_unavailable", True),
+        (409, "upstream_unavailable", True),
+        (413, "invalid_request", False),
+        (422, "invalid_request", False),
+        (425, "upstream_unavailable", True),
+        (429, "rate_limited", True),
+        (500, "upstream_error", True),
+        (502, "upstream_unavailable", True),
+        (503, "upstream_unavailable", True),
+        (504, "upstream_unavailable", True),
+        (529, "upstream_unavailable", True),
+    ],
+)
+def test_what_each_status_means(status: int, code: str, retryable: bool) -> None:  # noqa: FBT001
+    assert summary(classify(status, "something")) == (code, status, retryable)
+    assert summary(from_event({"code": status, "message": "something"})) == (code, status, retryable)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": "busy"}, "busy"),
+        ("busy", "busy"),
+        ({"error": {"message": "busy"}}, "busy"),
+        ({"error": {"error": {"detail": "busy"}}}, "busy"),
+        ({"message": "busy"}, "busy"),
+        ({"object": "error", "message": "busy", "code": 400}, "busy"),
+        ({"detail": "busy"}, "busy"),
+        ({"detail": [{"loc": ["body", "x"], "msg": "no"}]}, '[{"loc":["body","x"],"msg":"no"}]'),
+        ({"error": {"message": None, "detail": "busy"}}, "busy"),
+        ({"error": "", "message": "busy"}, "busy"),
+        ({"error": {}}, '{"error": {}}'),
+        ({"reason": "busy"}, '{"reason": "busy"}'),
+        ([], "[]"),
+        (17, "17"),
+        (b"busy, come  again\n", "busy, come again"),
+        (b"\xff busy", "\ufffd busy"),
+        (b"", "HTTP 422 with an empty body"),
+        (b" \n", "HTTP 422 with an empty body"),
+        (b"{not json", "{not json"),
+    ],
+)
+def test_the_message_of_each_shape_of_body(body: object, message: str) -> None:
+    assert from_body(422, body).message == message
+
+
+def test_a_page_of_a_proxy_is_cut_short() -> None:
+    page = b"<html>\n<head><title>502 Bad Gateway</title></head>\n<body>" + b"<hr>" * 500 + b"</body></html>"
+    error = from_body(502, page)
+    assert summary(error) == ("upstream_unavailable", 502, True)
+    assert error.message.startswith("<html> <head><title>502 Bad Gateway</title></head> <body><hr>")
+    assert (len(error.message), error.message[-1]) == (501, "…")
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error":' * 100_000, b'{"error":' * 400 + b"1" + b"}" * 400])
+def test_a_body_of_great_depth_is_an_error_like_others(body: bytes) -> None:
+    assert summary(from_body(500, body)) == ("upstream_error", 500, True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "too long", "param": "input_tokens", "code": 400}},
+        {"error": {"message": "This model's maximum context length is 8192 tokens. However …"}},
+        {"message": "too long", "param": "input_tokens"},
+        {"detail": "code: context_length_exceeded"},
+    ],
+)
+def test_a_prompt_that_is_too_long_has_a_code_of_its_own(body: object) -> None:
+    assert summary(from_body(400, body)) == ("context_length_exceeded", 400, False)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("0", 0.0), ("", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("-1", None)],
+)
+def test_retry_after_is_kept_in_seconds(value: str, seconds: float | None) -> None:
+    assert from_body(429, {"error": "busy"}, Retry_After=value).retry_after == seconds
+
+
+def test_without_retry_after_there_is_none() -> None:
+    assert from_body(503, {"error": "busy"}).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        ("busy", 500),
+        ({"message": "busy"}, 500),
+        ({"message": "busy", "code": None}, 500),
+        ({"message": "busy", "code": "server_error"}, 500),
+        ({"message": "busy", "code": 503}, 503),
+        ({"message": "busy", "code": "503"}, 503),
+        ({"message": "busy", "code": "5" * 5000}, 500),
+        ({"message": "busy", "code": "٥٠٣"}, 503),
+    ],
+)
+def test_the_code_of_an_event_is_its_status(error: object, status: int) -> None:
+    assert (from_event(error).status, from_event(error).message) == (status, "busy")
+
+
+def test_an_event_without_a_message_says_so() -> None:
+    errors: list[object] = [None, {}, [], 7, {"code": 500}, {"message": {}}]
+    for error in errors:
+        assert from_event(error).message == "the server sent an error without a message"
+        assert message_of(error) == ""
+
+
+def test_a_stream_that_breaks_is_worth_a_retry() -> None:
+    assert summary(truncated("cut")) == ("upstream_truncated", 0, True)
+    assert summary(malformed("odd")) == ("upstream_malformed", 0, True)

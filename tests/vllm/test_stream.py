@@ -1,0 +1,591 @@
+"""Streams from a server: every way in which they break, how long silence may last, and what servers refuse."""
+
+import asyncio
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from worker.contract import entries
+from worker.contract.answer import Answer
+from worker.contract.entries import Object
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.wire import Connection
+from worker.vllm import stream as stream_module
+from worker.vllm import upstream as upstream_module
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.errors import UpstreamError
+from worker.vllm.sse import SSEDecoder
+from worker.vllm.stream import Limits, open_stream
+from worker.vllm.upstream import Upstream, base_url, body_for
+
+PATIENT = Limits(connect=5, first_token=10, gap=10)
+WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
+REQUEST: Object = {"model": "reciter", "messages": WHO}
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+
+
+def asking(**simulate: object) -> Object:
+    request: dict[str, Any] = {**REQUEST, "simulate": simulate}
+    return request
+
+
+class Counting(Simulator):
+    """Counts the connections that it was asked for."""
+
+    accepted = 0
+
+    def _accept(self) -> Connection:
+        self.accepted += 1
+        return super()._accept()
+
+
+@asynccontextmanager
+async def serving(
+    options: Options | None = None, limits: Limits = PATIENT, **settings: str
+) -> AsyncIterator[tuple[Counting, Upstream]]:
+    async with Counting(options) as simulator, reaching(simulator.url, limits=limits, **settings) as upstream:
+        yield simulator, upstream
+
+
+@asynccontextmanager
+async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
+    upstream = Upstream(urls, api_key=api_key, limits=limits)
+    try:
+        yield upstream
+    finally:
+        await upstream.aclose()
+
+
+@asynccontextmanager
+async def sending(*pieces: bytes, then_close: bool = True, again: bytes = b"") -> AsyncIterator[str]:
+    """A server that answers each request with these bytes, whatever they are, and then perhaps `again` for ever."""
+    over = asyncio.Event()
+    tasks = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        try:
+            await write(reader, writer)
+        finally:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def write(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if found := re.search(rb"content-length: (\d+)", head):  # what is left unread would turn the close into a reset
+            await reader.readexactly(int(found[1]))
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+        while again and not over.is_set() and not writer.is_closing():
+            writer.write(again)
+            await asyncio.sleep(0.005)
+        if not then_close:
+            await over.wait()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        over.set()
+        server.close()
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+
+async def ask(upstream: Upstream, request: Object | None = None) -> tuple[Answer, ChunkParser]:
+    """The whole answer, read as the service reads it."""
+    parser, answer = ChunkParser(), Answer()
+    async with upstream.stream(upstream.endpoints[0], request or REQUEST) as stream:
+        while not parser.done and (events := await stream.read()):
+            for event in events:
+                for fields in parser.parse(event):
+                    answer.add(entries.parse("1-1", fields))
+        await stream.finish()
+    parser.check_complete()
+    return answer, parser
+
+
+async def error_of(upstream: Upstream, request: Object | None = None) -> UpstreamError:
+    with pytest.raises(UpstreamError) as caught:
+        await ask(upstream, request)
+    assert upstream.endpoints[0].in_flight == 0
+    return caught.value
+
+
+async def error_of_server(*pieces: bytes, limits: Limits = PATIENT, **settings: Any) -> UpstreamError:  # noqa: ANN401
+    async with sending(*pieces, **settings) as url, reaching(url, limits=limits) as upstream:
+        return await error_of(upstream)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110, a record has no event to wait for
+            await asyncio.sleep(0.001)
+
+
+def chunked(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
+# Whole answers
+
+
+async def test_an_answer_comes_whole() -> None:
+    async with serving() as (simulator, upstream):
+        answer, parser = await ask(upstream)
+        request = simulator.served[-1].request
+    assert (answer.text, answer.finish_reason, parser.done) == (answer_to(WHO), "stop", True)
+    assert request == {**REQUEST, "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True}}
+    assert parser.usage["completion_tokens"] == len(answer.choices[0].token_ids)
+    assert answer.opened is not None
+    assert answer.opened.prompt_tokens == parser.usage["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["no_space", "crlf", "cr", "comments", "sloppy", "bom", "multiline", "finish_text", "reasoning_content"],
+)
+async def test_an_answer_comes_whole_in_the_shapes_of_other_servers(shape: str) -> None:
+    thinking: list[Any] = [{"role": "user", "content": "Think first"}]
+    async with serving() as (_, upstream):
+        plain, _ = await ask(upstream, {**asking(), "messages": thinking})
+        shaped, _ = await ask(upstream, {**asking(shape=shape), "messages": thinking})
+    assert plain.choices[0].reasoning.startswith("\nThe user wants me to think.")
+    for name in ("content", "reasoning", "token_ids", "finish_reason"):
+        assert getattr(shaped.choices[0], name) == getattr(plain.choices[0], name)
+
+
+async def test_a_completion_that_is_no_stream_is_read_as_one() -> None:
+    async with serving() as (simulator, upstream):
+        answer, parser = await ask(upstream, asking(fault="json"))
+        assert (answer.text, answer.finish_reason) == (answer_to(WHO), "stop")
+        assert parser.usage["completion_tokens"] == len(answer.choices[0].token_ids)
+        await ask(upstream)
+        assert simulator.accepted == 1
+
+
+async def test_a_completion_over_several_lines_is_read_as_well() -> None:
+    body = b'{\r\n "choices": [\n  {"message": {"content": "a\\nb"},\r "finish_reason": "stop"}\n ]\n}\n'
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json; charset=utf-8\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with sending(head + body) as url, reaching(url) as upstream:
+        assert (await ask(upstream))[0].text == "a\nb"
+
+
+@pytest.mark.parametrize("kind", [b"content-type: text/plain\r\n", b"content-type: Text/Event-Stream\r\n", b""])
+async def test_a_stream_need_not_be_called_one(kind: bytes) -> None:
+    event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+    async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as upstream:
+        assert (await ask(upstream))[0].text == "a"
+
+
+async def test_the_key_is_sent() -> None:
+    async with serving(Options(api_key="secret"), api_key="secret") as (_, upstream):
+        assert (await ask(upstream))[0].text == answer_to(WHO)
+    async with serving(Options(api_key="secret"), api_key="wrong") as (_, upstream):
+        error = await error_of(upstream)
+        assert (error.code, error.retryable, error.message) == ("unauthorized", False, "Unauthorized")
+
+
+async def test_many_streams_go_at_once() -> None:
+    async with serving() as (simulator, upstream):
+        answers = await asyncio.gather(*(ask(upstream, asking(tokens=20, rate=200)) for _ in range(100)))
+        assert {answer.text for answer, _ in answers} == {answer_to(WHO, tokens=20)}
+        assert simulator.accepted == 100
+        assert upstream.endpoints[0].in_flight == 0
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "status", "retryable"),
+    [
+        ("refuse", "upstream_unreachable", 0, True),
+        ("429", "rate_limited", 429, True),
+        ("503", "upstream_unavailable", 503, True),
+        ("500", "upstream_error", 500, True),
+        ("html", "not_a_stream", 200, True),
+        ("cut", "upstream_truncated", 0, True),
+        ("reset", "upstream_truncated", 0, True),
+        ("malformed", "upstream_malformed", 0, True),
+        ("error_under_200", "upstream_error", 500, True),
+        ("abort", "upstream_aborted", 200, True),
+    ],
+)
+async def test_each_fault_has_its_code(fault: str, code: str, status: int, retryable: bool) -> None:  # noqa: FBT001
+    async with serving() as (simulator, upstream):
+        # Paced, so that what was sent before a reset is read before it.
+        error = await error_of(upstream, asking(fault=fault, after=3, rate=500))
+        assert simulator.served[-1].fault == fault
+        assert (error.code, error.status, error.retryable) == (code, status, retryable)
+        assert error.message
+        # The server is as good as before.
+        assert (await ask(upstream))[0].text == answer_to(WHO)
+
+
+async def test_a_missing_done_is_no_fault() -> None:
+    async with serving() as (_, upstream):
+        answer, parser = await ask(upstream, asking(fault="no_done"))
+    assert (answer.text, parser.done, parser.complete) == (answer_to(WHO), False, True)
+
+
+async def test_the_time_that_a_server_asks_for_is_told() -> None:
+    async with serving() as (_, upstream):
+        assert (await error_of(upstream, asking(fault="429", retry_after=7))).retry_after == 7
+        assert (await error_of(upstream, asking(fault="429"))).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"model": "nope"}, "model_not_found"),
+        ({"temperature": -3.0}, "invalid_request"),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "context_length_exceeded"),
+        ({"logprobs": True, "top_logprobs": 500}, "invalid_request"),
+    ],
+)
+async def test_a_bad_request_is_not_worth_a_retry(fields: dict[str, Any], code: str) -> None:
+    async with serving() as (simulator, upstream):
+        error = await error_of(upstream, {**REQUEST, **fields})
+        assert (error.code, error.retryable) == (code, False)
+        assert len(simulator.served) == 1
+
+
+async def test_a_server_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    async with reaching(url) as upstream:
+        error = await error_of(upstream)
+    assert (error.code, error.status, error.retryable) == ("upstream_unreachable", 0, True)
+    assert error.message.startswith(f"cannot reach {url}/v1/chat/completions: ")
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\ncontent-le"])
+async def test_a_server_that_does_not_speak_http(answer: bytes) -> None:
+    assert (await error_of_server(answer)).code == "upstream_unreachable"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HEAD + b"content-length: 1000\r\n\r\ndata: {}\n\n",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunked(b"data: {}\n\n"),
+        HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunked(b"data: {}\n\n") + b"what is this\r\n",
+        HEAD + b"content-encoding: gzip\r\n\r\ndata: {}\n\n",
+        JSON_HEAD,
+        b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1000\r\n\r\n",
+    ],
+)
+async def test_an_answer_that_breaks_off_or_cannot_be_read(answer: bytes) -> None:
+    error = await error_of_server(answer)
+    assert (error.code, error.retryable) == ("upstream_truncated", True)
+    assert error.message
+
+
+async def test_a_completion_cut_short_is_no_completion() -> None:
+    assert (await error_of_server(JSON_HEAD + b'{"choices":[{"mess')).code == "upstream_malformed"
+
+
+async def test_an_error_page_cut_short_is_an_error_of_its_status() -> None:
+    error = await error_of_server(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 1000\r\n\r\n<html>no gateway")
+    assert (error.code, error.status, error.message) == ("upstream_unavailable", 502, "<html>no gateway")
+
+
+async def test_an_error_page_without_end_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "_MAX_ERROR_BYTES", 100)
+    head = b"HTTP/1.1 503 Service Unavailable\r\n\r\n"
+    error = await error_of_server(head, again=b"busy ")
+    assert (error.code, error.message) == ("upstream_unavailable", " ".join(["busy"] * 20))
+
+
+async def test_an_event_without_end_is_malformed() -> None:
+    async with sending(HEAD + b"\r\ndata: ", again=b"x" * 100) as url, httpx.AsyncClient() as client:
+        stream = await open_stream(client, url, REQUEST, PATIENT)
+        stream._decoder = SSEDecoder(max_event_bytes=1000)
+        with pytest.raises(UpstreamError, match="larger than 1000 bytes") as caught:
+            await stream.read()
+        await stream.aclose()
+    assert (caught.value.code, caught.value.retryable) == ("upstream_malformed", True)
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    error = await error_of_server(b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n")
+    assert (error.code, error.status, error.retryable) == ("upstream_error", 302, False)
+
+
+# Silence
+
+SHORT_FIRST = Limits(first_token=0.1, gap=10)
+SHORT_GAP = Limits(first_token=10, gap=0.1)
+
+
+async def test_no_answer_at_all_is_a_late_first_token() -> None:
+    async with serving(limits=SHORT_FIRST) as (simulator, upstream):
+        error = await error_of(upstream, asking(fault="hang"))
+        assert (error.code, error.retryable) == ("first_token_timeout", True)
+        assert error.message == "vLLM sent no token within 0.1 s"
+        await until(lambda: simulator.served[-1].closed_early)
+
+
+@pytest.mark.parametrize("again", [b"", b": keep-alive\n\n", b"data: {"])
+async def test_what_is_no_whole_event_is_no_first_token(again: bytes) -> None:
+    error = await error_of_server(HEAD + b"\r\n", limits=SHORT_FIRST, then_close=False, again=again)
+    assert error.code == "first_token_timeout"
+
+
+async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
+    """Not from the head of the answer: vLLM sends it at once, and the silence of its queue comes after."""
+    loop = asyncio.get_running_loop()
+    async with sending(HEAD + b"\r\n", then_close=False) as url, httpx.AsyncClient() as client:
+        asked = loop.time()
+        stream = await open_stream(client, url, REQUEST, PATIENT)
+        assert stream._first_by is not None
+        assert asked + 10 <= stream._first_by < loop.time() + 10
+        stream._first_by = asked
+        with pytest.raises(UpstreamError, match="within 10 s"):
+            await stream.read()
+        await stream.aclose()
+
+
+async def test_a_gap_mid_stream() -> None:
+    async with serving(limits=SHORT_GAP) as (simulator, upstream):
+        error = await error_of(upstream, asking(fault="stall", after=3))
+        assert (error.code, error.retryable) == ("gap_timeout", True)
+        assert error.message == "vLLM sent nothing for 0.1 s mid-stream"
+        await until(lambda: simulator.served[-1].closed_early)
+
+
+async def test_comments_do_not_fill_a_gap() -> None:
+    async with serving(Options(keep_alive=0.005), SHORT_GAP) as (simulator, upstream):
+        assert (await error_of(upstream, asking(fault="freeze", after=3))).code == "gap_timeout"
+        await until(lambda: simulator.served[-1].closed_early)
+
+
+async def test_the_gap_is_between_events_and_not_for_the_whole_answer() -> None:
+    async with serving(limits=Limits(first_token=0.1, gap=0.1)) as (_, upstream):
+        answer, _ = await ask(upstream, asking(tokens=20, rate=100))
+    assert answer.text == answer_to(WHO, tokens=20)
+
+
+async def test_a_completion_that_stops_half_way_does_not_hang() -> None:
+    error = await error_of_server(JSON_HEAD, limits=SHORT_GAP, then_close=False)
+    assert (error.code, error.retryable) == ("upstream_truncated", True)
+
+
+# Closing
+
+
+async def test_leaving_the_stream_closes_the_connection() -> None:
+    async with serving() as (simulator, upstream):
+        async with upstream.stream(upstream.endpoints[0], asking(tokens=4000, rate=50)) as stream:
+            assert await stream.read()
+            assert upstream.endpoints[0].in_flight == 1
+        assert upstream.endpoints[0].in_flight == 0
+        await until(lambda: simulator.served[-1].closed_early)
+        assert simulator.served[-1].chunks < 200
+
+
+@pytest.mark.parametrize("fault", ["stall", "hang"])
+async def test_being_cancelled_closes_the_connection(fault: str) -> None:
+    async with serving() as (simulator, upstream):
+        task = asyncio.create_task(ask(upstream, asking(fault=fault, after=2)))
+        await until(lambda: bool(simulator.served) and simulator.served[-1].fault == fault)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: simulator.served[-1].closed_early)
+        assert upstream.endpoints[0].in_flight == 0
+
+
+async def test_the_connection_serves_again_after_a_whole_stream() -> None:
+    async with serving() as (simulator, upstream):
+        for _ in range(3):
+            await ask(upstream)
+        assert (len(simulator.served), simulator.accepted) == (3, 1)
+
+
+async def test_the_connection_serves_again_after_a_refusal() -> None:
+    async with serving() as (simulator, upstream):
+        await error_of(upstream, asking(fault="503"))
+        await ask(upstream)
+        assert simulator.accepted == 1
+
+
+async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "_END_OF_ANSWER", 0.05)
+    event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as upstream:
+        async with asyncio.timeout(5):
+            assert (await ask(upstream))[0].text == "a"
+
+
+# Servers that do not know what the worker adds
+
+BOTH = frozenset({"return_token_ids", "stream_options"})
+STYLES = ["openai", "vllm", "fastapi"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("fields", [{"return_token_ids"}, {"stream_options"}, BOTH])
+async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Iterable[str]) -> None:  # noqa: ANN401
+    rejects = frozenset(fields)
+    async with serving(Options(rejects=rejects, reject_style=style)) as (simulator, upstream):
+        for _ in range(2):
+            assert (await ask(upstream))[0].text == answer_to(WHO)
+        assert [served.status for served in simulator.served] == [400] * len(rejects) + [200, 200]
+        assert BOTH - simulator.served[-1].request.keys() == rejects
+        assert upstream.endpoints[0].without == rejects
+
+
+async def test_a_field_that_a_server_ignores_does_no_harm() -> None:
+    async with serving(Options(ignores=BOTH)) as (simulator, upstream):
+        answer, parser = await ask(upstream)
+        assert (answer.text, parser.usage, answer.choices[0].token_ids) == (answer_to(WHO), {}, [])
+        assert len(simulator.served) == 1
+
+
+@pytest.mark.parametrize("style", STYLES)
+async def test_many_requests_may_find_out_at_the_same_time(style: Any) -> None:  # noqa: ANN401
+    async with serving(Options(rejects=BOTH, reject_style=style)) as (simulator, upstream):
+        answers = await asyncio.gather(*(ask(upstream) for _ in range(30)))
+        assert {answer.text for answer, _ in answers} == {answer_to(WHO)}
+        sent = len(simulator.served)
+        await ask(upstream)
+        assert len(simulator.served) == sent + 1
+
+
+async def test_what_one_server_refuses_is_still_sent_to_another() -> None:
+    async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as upstream:
+        await ask(upstream)
+        assert [endpoint.without for endpoint in upstream.endpoints] == [BOTH, set()]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("fields", [{"return_token_ids": True}, {"stream_options": {"include_usage": True}}])
+async def test_who_asks_for_a_field_gets_the_refusal(style: Any, fields: dict[str, Any]) -> None:  # noqa: ANN401
+    name = next(iter(fields))
+    async with serving(Options(rejects=frozenset(fields), reject_style=style)) as (simulator, upstream):
+        error = await error_of(upstream, {**REQUEST, **fields})
+        assert (error.code, error.retryable, len(simulator.served)) == ("invalid_request", False, 1)
+        assert name in error.message
+        # Others find out on their own, and it is the same for whoever asks for the field later.
+        await ask(upstream)
+        assert (await error_of(upstream, {**REQUEST, **fields})).code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": "tell me about return_token_ids and stream_options"},
+        {"stream_options": {"continuous_usage_stats": "return_token_ids"}},
+    ],
+)
+async def test_one_bad_request_does_not_cost_the_others_their_token_ids(fields: dict[str, Any]) -> None:
+    async with serving() as (simulator, upstream):
+        error = await error_of(upstream, {**REQUEST, **fields})
+        assert (error.code, error.status) == ("invalid_request", 400)
+        answer, parser = await ask(upstream)
+        assert answer.choices[0].token_ids
+        assert parser.usage
+        assert simulator.served[-1].request.keys() >= BOTH
+
+
+# The request, and the choice of a server
+
+
+def test_what_a_request_asks_for_itself_is_sent_on() -> None:
+    own: Object = {"top_k": 5, "stream": False, "stream_options": {"continuous_usage_stats": True}}
+    body = body_for(own, frozenset())
+    options = {"continuous_usage_stats": True, "include_usage": True}
+    assert body == {"top_k": 5, "stream": True, "return_token_ids": True, "stream_options": options}
+    assert own == {"top_k": 5, "stream": False, "stream_options": {"continuous_usage_stats": True}}
+    assert body_for({"stream_options": None}, frozenset())["stream_options"] == {"include_usage": True}
+    assert body_for({}, BOTH) == {"stream": True}
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/", "http://a:1//"])
+def test_a_server_may_be_given_with_or_without_v1(url: str) -> None:
+    assert base_url(url) == "http://a:1"
+    assert base_url(url.replace("a:1", "a:1/llm")) == "http://a:1/llm"
+
+
+async def test_the_server_with_the_fewest_requests_is_chosen() -> None:
+    async with reaching("http://a:1", "http://b:1", "http://c:1") as upstream:
+        first, second, third = upstream.endpoints
+        assert upstream.choose() is first
+        first.in_flight, second.in_flight, third.in_flight = 2, 1, 3
+        assert upstream.choose() is second
+        assert upstream.choose(other_than=second) is first
+        assert upstream.choose(other_than=first) is second
+    async with reaching("http://a:1") as upstream:
+        assert upstream.choose(other_than=upstream.endpoints[0]) is upstream.endpoints[0]
+
+
+async def test_requests_spread_over_the_servers() -> None:
+    async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as upstream:
+
+        async def hold(gate: Awaitable[object]) -> None:
+            async with upstream.stream(upstream.choose(), asking(fault="stall")) as stream:
+                await stream.read()
+                await gate
+
+        gate = asyncio.Event()
+        held = [asyncio.create_task(hold(gate.wait())) for _ in range(6)]
+        await until(lambda: sum(endpoint.in_flight for endpoint in upstream.endpoints) == 6)
+        await until(lambda: len(one.served) == len(two.served) == 3)
+        gate.set()
+        await asyncio.gather(*held)
+        assert [endpoint.in_flight for endpoint in upstream.endpoints] == [0, 0]
+
+
+# The list of models
+
+
+async def test_the_models_of_a_server() -> None:
+    async with serving(Options(model="tiny", api_key="k"), api_key="k") as (_, upstream):
+        assert await upstream.models(upstream.endpoints[0]) == ["tiny"]
+
+
+async def models_error(upstream: Upstream) -> UpstreamError:
+    with pytest.raises(UpstreamError) as caught:
+        await upstream.models(upstream.endpoints[0])
+    return caught.value
+
+
+async def test_a_server_that_wants_a_key_lists_nothing_without() -> None:
+    async with serving(Options(api_key="k")) as (_, upstream):
+        assert (await models_error(upstream)).code == "unauthorized"
+
+
+@pytest.mark.parametrize("body", [b"<html></html>", b"[]", b'{"data":null}', b'{"data":[{}]}', b"\xff", b""])
+async def test_what_is_no_list_of_models(body: bytes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    async with sending(answer) as url, reaching(url) as upstream:
+        error = await models_error(upstream)
+    assert (error.code, error.retryable) == ("not_a_stream", False)
+
+
+async def test_models_of_a_server_that_is_not_there_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "_FEW_SECONDS", 0.1)
+    async with sending(then_close=False) as url, reaching(url) as upstream:
+        error = await models_error(upstream)
+    assert (error.code, error.message) == ("upstream_unreachable", f"cannot reach {url}/v1/models: TimeoutError")
+    async with reaching(url) as upstream:
+        error = await models_error(upstream)
+    assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+async def test_orders_of_a_server_hold_for_every_request() -> None:
+    async with serving(Options(orders=Orders(fault="503", times=1))) as (_, upstream):
+        assert (await error_of(upstream)).code == "upstream_unavailable"
+        assert (await ask(upstream))[0].text == answer_to(WHO)
