@@ -1,6 +1,7 @@
 """Settings from options, the environment and .env: which holds, what is wrong with them, and what is not shown."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,31 @@ def test_of_both_names_the_plural_holds(monkeypatch: pytest.MonkeyPatch) -> None
     assert load_settings().vllm_urls == ("http://many:1",)
 
 
-def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = load_settings()
-    for name in ("WORKER_SLOTS", "REDIS_URL", "VLLM_URLS", "WORKER_QUEUES"):
-        monkeypatch.setenv(name, "")
-    assert load_settings() == defaults
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("VLLM_URLS", "VLLM_URLS is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000"),
+        ("REDIS_URL", "REDIS_URL must be a URL"),
+        ("WORKER_SLOTS", "WORKER_SLOTS is ''"),
+        ("WORKER_QUEUES", "WORKER_QUEUES must be names"),
+    ],
+)
+def test_an_empty_variable_is_said(monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_settings()
+
+
+def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert load_settings().vllm_api_key.get_secret_value() == ""
+
+
+def test_an_env_file_that_is_not_text_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_bytes(b"WORKER_SLOTS=\xff")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_settings()
 
 
 def test_every_setting_has_a_variable_and_a_description() -> None:

@@ -2,8 +2,8 @@
 
 import asyncio
 
-_LOWEST_EVERY = 8
-"""One grant in so many goes to the least important queue that waits, lest it starve."""
+_OLDEST_EVERY = 8
+"""One grant in so many goes to whoever has waited longest, lest the less important starve."""
 
 
 class Slots:
@@ -30,7 +30,7 @@ class Slots:
         self._free += count
         while self._free and self._waiting:
             self._grants += 1
-            rank = max(self._waiting) if self._grants % _LOWEST_EVERY == 0 else min(self._waiting)
+            rank = next(iter(self._waiting)) if self._grants % _OLDEST_EVERY == 0 else min(self._waiting)
             waiter = self._waiting.pop(rank)
             if not waiter.done():
                 waiter.set_result(self._grant())

@@ -55,10 +55,11 @@ _TEXT = st.text(st.sampled_from('ab-"\\{}é世🙂'), max_size=5)
 
 _NAME = st.text(st.sampled_from("abcXYZ019_-"), min_size=1, max_size=128)
 _TIME = st.none() | st.integers(1, 2**53 - 1)
+_SPAN = st.none() | st.integers(1, 30 * 24 * 3600)
 
 
 @settings(deadline=None)
-@given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _TIME, st.lists(_TEXT, max_size=3), _TEXT)
+@given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _SPAN, st.lists(_TEXT, max_size=3), _TEXT)
 def test_a_job_is_read_back_from_its_fields(
     name: str, more: dict[str, Any], deadline: int | None, retention: int | None, fallbacks: list[str], tenant: str
 ) -> None:
@@ -114,6 +115,7 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (GOOD | {b"deadline": b"1e3"}, "the job's deadline is '1e3': it must be"),
         (GOOD | {b"deadline": "\uff11".encode()}, "the job's deadline is '\uff11': it must be"),
         (GOOD | {b"deadline": str(2**53).encode()}, "the job's deadline is '9007199254740992': it must be"),
+        (GOOD | {b"retention": b"2592001"}, "a number of seconds up to 2592000"),
         (GOOD | {b"retention": b"1.5"}, "the job's retention is '1.5': it must be a number of seconds"),
         (GOOD | {b"fallbacks": b"small"}, "the job's fallbacks is not a JSON list of model names: "),
         (GOOD | {b"fallbacks": b"[1]"}, "the job's fallbacks is not a JSON list of model names: "),
