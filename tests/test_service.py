@@ -399,3 +399,19 @@ async def test_a_group_that_vanishes_is_made_again(client: Client, redis: Redis)
     await redis.flushall()
     answer = await client.result(await client.enqueue(ask("after the flood")))
     assert answer.outcome == "done"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redis: Redis) -> None:
+    slow = ask(simulate={"rate": 40})
+    request_id = await client.enqueue(slow)
+    await redis.xadd("chat:jobs", {"id": request_id, "request": "{"})
+    assert (await client.result(request_id)).text == answer_to(ask()["messages"])
+    await redis.xadd("chat:jobs", {"id": request_id, "request": "{}"})
+
+    async def buried() -> bool:
+        return await redis.xlen("chat:dead") == 2
+
+    await eventually(buried)
+    await settled(redis)
+    assert (await client.result(request_id)).outcome == "done"

@@ -71,7 +71,7 @@ class Relay:
                     await self._settle_found(request)
                 case Duplicate():
                     _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
-                    await self._acknowledge(delivery, stop)
+                    await self._done_with(request)
                 case NotOurs():
                     _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
@@ -102,7 +102,7 @@ class Relay:
             await self._settle_found(request)
         except LogGone:
             _log.warning("log_gone", attempt=log.attempt)
-            await self._acknowledge(request.delivery, stop)
+            await self._done_with(request)
         except LogRefused as loss:
             await self._bury(request.delivery, f"Redis refuses to write the log: {loss}", stop)
         except LogFenced as loss:
@@ -125,7 +125,7 @@ class Relay:
         await self._settle(request, Answer(await persist(lambda: self._owner.read(request.id), request.stop)))
 
     async def _settle(self, request: Request, answer: Answer) -> None:
-        """After the seal: expiry and tombstone, dead letter, lifecycle, feed, acknowledgement.
+        """After the seal: expiry and tombstone, lifecycle, feed, acknowledgement.
 
         Raises:
             LogDiverged: when the seal is lost, as after a failover.
@@ -133,11 +133,9 @@ class Relay:
         end = answer.end
         if end is not None:
             await self._confirm(request, end)
-            if isinstance(request.job, InvalidJob) and isinstance(end, Failed):
-                await persist(lambda: self._ledger.bury(request.delivery, end.message, self._now()), request.stop)
             await self._lifecycle(request, "finished", answer)
             self._publisher.announce(self._keys.feed(request.id), [(SEAL, to_fields(end))])
-        await self._acknowledge(request.delivery, request.stop)
+        await self._done_with(request)
         _log.info("job_finished", outcome=answer.outcome, code=end.code if isinstance(end, Failed) else None)
 
     async def _confirm(self, request: Request, end: Terminal) -> None:
@@ -165,8 +163,15 @@ class Relay:
         )
         await persist(lambda: self._ledger.lifecycle(line), request.stop)
 
+    async def _done_with(self, request: Request) -> None:
+        """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
+        if isinstance(request.job, InvalidJob):
+            await self._bury(request.delivery, str(request.job), request.stop)
+        else:
+            await self._acknowledge(request.delivery, request.stop)
+
     async def _bury(self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]") -> None:
-        """Put a job that has no log of its own among the dead letters."""
+        """Put a job among the dead letters, and acknowledge it."""
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id)
         await persist(lambda: self._ledger.bury(delivery, reason, self._now()), stop)
         await self._acknowledge(delivery, stop)

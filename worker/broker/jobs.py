@@ -22,11 +22,15 @@ _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A job as the group handed it over. `queue` and `id` (of the stream's entry) name it together."""
+    """A job as the group handed it over. `queue` and `id` (of the stream's entry) name it together.
+
+    `again` says that another worker had it before.
+    """
 
     queue: str
     id: str
     fields: Mapping[bytes, bytes]
+    again: bool = False
 
     @property
     def enqueued(self) -> int:
@@ -87,7 +91,7 @@ class JobQueue:
             return []
         cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
         self._cursors[queue] = cursor.decode()
-        return _deliveries(queue, messages)
+        return _deliveries(queue, messages, again=True)
 
     async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Renew leases, each given with the seconds since its own last renewal.
@@ -184,6 +188,6 @@ class JobQueue:
         return True
 
 
-def _deliveries(queue: str, messages: Iterable[_Message]) -> list[Delivery]:
+def _deliveries(queue: str, messages: Iterable[_Message], *, again: bool = False) -> list[Delivery]:
     """Entries that 6.2 gives as nil were trimmed while pending: there is nothing left to run."""
-    return [Delivery(queue, entry_id.decode(), fields) for entry_id, fields in messages if entry_id and fields]
+    return [Delivery(queue, entry_id.decode(), fields, again) for entry_id, fields in messages if entry_id and fields]

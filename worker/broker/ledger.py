@@ -13,6 +13,7 @@ from worker.contract.records import DEAD_FIELD_BYTES, DeadLetter, Lifecycle, Wor
 
 _LIFECYCLE_LENGTH = 100_000
 _DEAD_LENGTH = 10_000
+_LATEST = 50
 
 
 class Ledger:
@@ -27,9 +28,13 @@ class Ledger:
         await _add(self._redis, self._keys.lifecycle, line.to_fields(), _LIFECYCLE_LENGTH)
 
     async def bury(self, delivery: Delivery, reason: str, time: int) -> None:
-        """Put a job among the dead letters, once: a job that is there already is not put there again."""
-        since = f"{delivery.enqueued}-0"
-        for _, fields in await self._redis.xrange(self._keys.dead, since) or ():
+        """Put a job among the dead letters, once: a job that is there already is not put there again.
+
+        All letters since the job was added are looked at only when another worker had the job before; otherwise the
+        latest, for the case that this is repeated after a lost reply.
+        """
+        count = None if delivery.again else _LATEST
+        for _, fields in await self._redis.xrevrange(self._keys.dead, min=f"{delivery.enqueued}-0", count=count) or ():
             seen = cast("Mapping[bytes, bytes]", fields)
             if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
                 return

@@ -9,6 +9,7 @@ import sys
 from typing import Literal
 
 import structlog
+from structlog.tracebacks import ExceptionDictTransformer
 
 Format = Literal["auto", "json", "console"]
 
@@ -16,10 +17,12 @@ Format = Literal["auto", "json", "console"]
 def configure_logging(log_format: Format = "auto", level: str = "info") -> None:
     """Set up structlog for the process. `auto` is readable on a terminal and JSON elsewhere."""
     readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    # Tracebacks without the values of variables, which structlog shows by default: they hold prompts and outputs.
+    tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     renderers: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if readable
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [tracebacks, structlog.processors.JSONRenderer()]
     )
     structlog.configure(
         processors=[

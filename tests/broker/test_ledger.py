@@ -1,0 +1,61 @@
+"""What is kept beside the logs. Plain commands only, so that fakeredis serves."""
+
+import json
+
+import pytest
+from conftest import stream
+from fakeredis import FakeAsyncRedis
+from redis.asyncio import Redis
+
+from worker.broker.jobs import Delivery
+from worker.broker.ledger import Ledger
+from worker.contract.keys import Keys
+from worker.contract.records import DEAD_FIELD_BYTES, Lifecycle, WorkerLine
+
+JOB = Delivery("default", "5-1", {b"id": b"\xff", b"request": b"x" * (DEAD_FIELD_BYTES + 1)})
+
+
+@pytest.fixture
+def fake() -> Redis:
+    return FakeAsyncRedis(version=(6, 2))
+
+
+@pytest.fixture
+def ledger(fake: Redis) -> Ledger:
+    return Ledger(fake, Keys())
+
+
+def line(name: str, beat: int) -> WorkerLine:
+    return WorkerLine(name=name, beat=beat, started=0, slots=1, running=0, finished=0)
+
+
+async def test_a_job_is_buried_once_ready_to_be_put_back(ledger: Ledger, fake: Redis) -> None:
+    for _ in range(2):
+        await ledger.bury(JOB, "no id", 7)
+    ((_, letter),) = await stream(fake, "chat:dead")
+    fields = json.loads(letter.pop(b"fields"))
+    assert letter == {b"reason": b"no id", b"queue": b"default", b"job": b"5-1", b"time": b"7"}
+    assert fields == {"id": "\ufffd", "request": "x" * DEAD_FIELD_BYTES}
+
+
+async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger, fake: Redis) -> None:
+    await ledger.bury(JOB, "no id", 7)
+    await ledger.bury(Delivery("high", JOB.id, JOB.fields), "no id", 7)
+    assert len(await stream(fake, "chat:dead")) == 2
+
+
+async def test_a_lifecycle_line_leaves_out_what_is_empty(ledger: Ledger, fake: Redis) -> None:
+    await ledger.lifecycle(Lifecycle(type="started", id="r", job="5-1", queue="default", attempt=1, time=9))
+    ((_, fields),) = await stream(fake, "chat:lifecycle")
+    assert fields == {
+        b"type": b"started", b"id": b"r", b"job": b"5-1", b"queue": b"default", b"attempt": b"1", b"time": b"9",
+    }  # fmt: skip
+
+
+async def test_stale_workers_are_dropped_and_a_leaving_one_takes_its_line_along(ledger: Ledger, fake: Redis) -> None:
+    await ledger.beat(line("old", 1_000), stale_after=10)
+    await ledger.beat(line("recent", 8_000), stale_after=10)
+    await ledger.beat(line("me", 12_000), stale_after=10)
+    assert set(await fake.hgetall("chat:workers")) == {b"recent", b"me"}
+    await ledger.leave("me")
+    assert set(await fake.hgetall("chat:workers")) == {b"recent"}
