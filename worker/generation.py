@@ -134,7 +134,7 @@ class Generation:
                     wait = min(error.retry_after or pause, _LONGEST_PAUSE)
                     pause *= 2
                     await self._guarded(asyncio.sleep(wait * random.uniform(0.75, 1.25)))  # noqa: S311 - jitter
-                    if self._first_delta is not None:
+                    if parser.begun:
                         await self.advance(error.code)
                     continue
                 # It broke after the last finish_reason: nothing of the answer is missing.

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
+from redis.exceptions import ResponseError
 
 from worker.broker.connection import is_transient, persist
 from worker.broker.jobs import Delivery, JobQueue
@@ -63,7 +64,13 @@ class Relay:
             return
         with structlog.contextvars.bound_contextvars(request_id=request.id):
             expire_at = max(request.deadline, self._now()) + request.retention * 1000
-            taken = await persist(lambda: self._owner.take(request.id, delivery, expire_at), stop)
+            try:
+                taken = await persist(lambda: self._owner.take(request.id, delivery, expire_at), stop)
+            except ResponseError as refusal:
+                if is_transient(refusal):
+                    raise
+                await self._bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
+                return
             match taken:
                 case Owned():
                     await self._own(request, taken)

@@ -6,8 +6,10 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from redis.exceptions import RedisError
@@ -149,16 +151,9 @@ class Service:
         A read in flight is never cancelled: the jobs it brings would wait for their lease to end.
         """
         backoff = Backoff("claim_failed")
-        while count := await self._slots.reserve(rank):
-            sent = time.monotonic()
-            try:
-                deliveries = await self._jobs.read(queue, count, int(self._block * 1000))
-            except (RedisError, OSError) as error:
-                self._slots.release(count)
-                await backoff.wait(error)
-                continue
-            backoff.reset()
-            self._start(deliveries, sent, count)
+        block_ms = int(self._block * 1000)
+        while await self._fill(rank, backoff, lambda count: self._jobs.read(queue, count, block_ms)):
+            pass
 
     async def _take_over(self) -> None:
         """Take jobs whose worker has let their lease run out."""
@@ -166,18 +161,23 @@ class Service:
         backoff = Backoff("take_over_failed", first=pause)
         while await self._rest(pause):
             for queue in self._settings.queues:
-                count = await self._slots.reserve(_BEFORE_ALL_QUEUES)
-                if not count:
-                    return
-                sent = time.monotonic()
-                try:
-                    deliveries = await self._jobs.take_expired(queue, count)
-                except (RedisError, OSError) as error:
-                    self._slots.release(count)
-                    await backoff.wait(error)
-                    continue
-                backoff.reset()
-                self._start(deliveries, sent, count)
+                await self._fill(_BEFORE_ALL_QUEUES, backoff, partial(self._jobs.take_expired, queue))
+
+    async def _fill(self, rank: int, backoff: Backoff, take: Callable[[int], Awaitable[list[Delivery]]]) -> bool:
+        """Wait for free slots and take jobs for them, once; false when no more are to be taken."""
+        count = await self._slots.reserve(rank)
+        if not count:
+            return False
+        sent = time.monotonic()
+        try:
+            deliveries = await take(count)
+        except (RedisError, OSError) as error:
+            self._slots.release(count)
+            await backoff.wait(error)
+        else:
+            backoff.reset()
+            self._start(deliveries, sent, count)
+        return True
 
     def _start(self, deliveries: list[Delivery], sent: float, reserved: int) -> None:
         """Begin jobs. One that is running here already, as after a pause of this process, has its lease renewed."""

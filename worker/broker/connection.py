@@ -59,7 +59,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 class Backoff:
-    """Growing pauses with jitter, in seconds; it says what is wrong once, then every half minute."""
+    """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends."""
 
     def __init__(self, what: str, *, first: float = 0.05, most: float = 2.0) -> None:
         self._what = what
@@ -78,6 +78,8 @@ class Backoff:
 
     def reset(self) -> None:
         """After a success: begin small again, and speak again at the next failure."""
+        if self._said > float("-inf"):
+            _log.info("recovered", after=self._what)
         self._pause, self._said = self._first, float("-inf")
 
 
