@@ -180,7 +180,8 @@ class Relay:
     async def _bury(self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]") -> None:
         """Put a job among the dead letters, and acknowledge it."""
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id)
-        await persist(lambda: self._ledger.bury(delivery, reason, self._now()), stop)
+        largest = self._settings.max_request_bytes
+        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), largest), stop)
         await self._acknowledge(delivery, stop)
 
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:

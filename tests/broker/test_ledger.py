@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 from worker.broker.jobs import Delivery
 from worker.broker.ledger import Ledger
 from worker.contract.keys import Keys
-from worker.contract.records import DEAD_FIELD_BYTES, Lifecycle, WorkerLine
+from worker.contract.records import Lifecycle, WorkerLine
 
-JOB = Delivery("default", "5-1", {b"id": b"\xff", b"request": b"x" * (DEAD_FIELD_BYTES + 1)})
+JOB = Delivery("default", "5-1", {b"id": b"\xff", b"request": b"x" * 3000})
 
 
 @pytest.fixture
@@ -31,16 +31,22 @@ def line(name: str, beat: int) -> WorkerLine:
 
 async def test_a_job_is_buried_once_ready_to_be_put_back(ledger: Ledger, fake: Redis) -> None:
     for _ in range(2):
-        await ledger.bury(JOB, "no id", 7)
+        await ledger.bury(JOB, "no id", 7, 5000)
     ((_, letter),) = await stream(fake, "chat:dead")
     fields = json.loads(letter.pop(b"fields"))
     assert letter == {b"reason": b"no id", b"queue": b"default", b"job": b"5-1", b"time": b"7"}
-    assert fields == {"id": "\ufffd", "request": "x" * DEAD_FIELD_BYTES}
+    assert fields == {"id": "\ufffd", "request": "x" * 3000}
+
+
+async def test_a_field_above_the_limit_is_cut(ledger: Ledger, fake: Redis) -> None:
+    await ledger.bury(JOB, "too large", 7, largest=2999)
+    ((_, letter),) = await stream(fake, "chat:dead")
+    assert len(json.loads(letter[b"fields"])["request"]) == 1024
 
 
 async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger, fake: Redis) -> None:
-    await ledger.bury(JOB, "no id", 7)
-    await ledger.bury(Delivery("high", JOB.id, JOB.fields), "no id", 7)
+    await ledger.bury(JOB, "no id", 7, 5000)
+    await ledger.bury(Delivery("high", JOB.id, JOB.fields), "no id", 7, 5000)
     assert len(await stream(fake, "chat:dead")) == 2
 
 

@@ -9,11 +9,12 @@ from redis.asyncio import Redis
 from worker.broker.jobs import Delivery
 from worker.contract.entries import Fields, to_json
 from worker.contract.keys import Keys
-from worker.contract.records import DEAD_FIELD_BYTES, DeadLetter, Lifecycle, WorkerLine
+from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
 
 _LIFECYCLE_LENGTH = 100_000
 _DEAD_LENGTH = 10_000
 _LATEST = 50
+_CUT = 1024
 
 
 class Ledger:
@@ -27,8 +28,10 @@ class Ledger:
         """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
         await _add(self._redis, self._keys.lifecycle, line.to_fields(), _LIFECYCLE_LENGTH)
 
-    async def bury(self, delivery: Delivery, reason: str, time: int) -> None:
+    async def bury(self, delivery: Delivery, reason: str, time: int, largest: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.
+
+        It is kept as it was, ready to be put back, but for fields of more than `largest` bytes, which are cut.
 
         All letters since the job was added are looked at only when another worker had the job before; otherwise the
         latest, for the case that this is repeated after a lost reply.
@@ -39,7 +42,7 @@ class Ledger:
             if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
                 return
         letter = DeadLetter(
-            reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=_readable(delivery.fields)
+            reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=_readable(delivery.fields, largest)
         )
         await _add(self._redis, self._keys.dead, letter.to_fields(), _DEAD_LENGTH)
 
@@ -56,9 +59,9 @@ class Ledger:
         await self._redis.hdel(self._keys.workers, worker)
 
 
-def _readable(fields: Mapping[bytes, bytes]) -> Fields:
+def _readable(fields: Mapping[bytes, bytes], largest: int) -> Fields:
     return {
-        name.decode("utf-8", "replace"): value[:DEAD_FIELD_BYTES].decode("utf-8", "replace")
+        name.decode("utf-8", "replace"): (value if len(value) <= largest else value[:_CUT]).decode("utf-8", "replace")
         for name, value in fields.items()
     }
 

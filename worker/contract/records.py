@@ -4,9 +4,6 @@ import msgspec
 
 from worker.contract.entries import Fields, Object, to_json
 
-DEAD_FIELD_BYTES = 64 * 1024
-"""A buried job's field is cut at this length when the job was over the size limit."""
-
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is left of a request when its log has expired. `time` is Unix ms."""
