@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 
-from worker.broker.connection import command_client
+from worker.broker.connection import OLDEST, command_client
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
@@ -15,7 +15,7 @@ from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Endpoint, Upstream
 
-_OLDEST = (6, 2)
+_REFUSED = "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     try:
         info = await redis.info()
         version = str(info.get("redis_version", "0"))
-        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             yield Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
             return
         yield Finding("ok", where, f"version {version} answers")
@@ -71,7 +71,9 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
         for queue in settings.queues:
             yield await _check_queue(redis, Keys(settings.prefix), queue)
     except (RedisError, OSError) as error:
-        yield Finding("error", where, str(error), f"start Redis there, or set {variable('redis_url')}")
+        refused = isinstance(error, AuthenticationError)
+        mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
+        yield Finding("error", where, str(error) or type(error).__name__, mend)
     finally:
         await redis.aclose()
 
@@ -112,7 +114,7 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str) -> Finding:
     group = groups.get(GROUP.encode())
     length = await redis.xlen(key)
     pending = group["pending"] if group else 0
-    return Finding("ok", f"queue {queue}", f"{length} entries, {pending} of them with a worker")
+    return Finding("ok", f"queue {queue}", f"entries: {length}; of them with a worker: {pending}")
 
 
 async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:

@@ -1,23 +1,30 @@
 """The command `worker`: every subcommand, its options and its exit status."""
 
 import asyncio
+import signal
 import sys
-from collections.abc import Callable, Coroutine
-from typing import IO, Any, NoReturn, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from importlib import metadata
+from typing import IO, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 import msgspec
+from pydantic import SecretStr
 from redis.exceptions import RedisError
 
-from worker.client import Client, ClientError, JobOptions, State
+from worker.client import Client, ClientError, JobOptions, State, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
+from worker.contract.ids import EntryId, is_request_id
 from worker.contract.job import InvalidJob
-from worker.settings import ConfigError, Settings, load_settings, variable
+from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
 from worker.telemetry.logs import configure_logging
 
 _F = TypeVar("_F", bound=Callable[..., object])
 _CLIENT_OPTIONS = ("redis_url", "prefix")
+_PATIENCE = 10.0
+"""Seconds that a command waits for Redis: enough for a failover, not so long that somebody wonders."""
 
 
 class _Commands(click.Group):
@@ -26,14 +33,33 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (ConfigError, ClientError, InvalidJob, RedisError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
+        except BrokenPipeError:  # as in `worker follow … | head`; click ends the process quietly
+            raise
+        except (ConfigError, InvalidJob) as error:
+            raise _Misused(str(error)) from None
+        except RedisError as error:
+            raise click.ClickException(f"Redis says: {str(error) or type(error).__name__}") from None
+        except (ClientError, OSError) as error:
             raise click.ClickException(str(error) or type(error).__name__) from None
 
 
+class _Misused(click.ClickException):
+    """A setting, an option or a request that cannot be: trying again does not help, hence a status of its own."""
+
+    exit_code = 2
+
+
+def _version(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    if asked:
+        try:
+            click.echo(f"vllm-relay {metadata.version('vllm-relay')}")
+        except metadata.PackageNotFoundError:
+            click.echo("vllm-relay (not installed: run from its source)")
+        ctx.exit()
+
+
 @click.group(cls=_Commands, epilog="Try it: worker demo", context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="vllm-relay")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def main() -> None:
     """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
 
@@ -45,11 +71,11 @@ def _settings_options(*names: str) -> Callable[[_F], _F]:
         for name in reversed(names or tuple(Settings.model_fields)):
             field = Settings.model_fields[name]
             secret = "SecretStr" in repr(field.annotation)
-            shown = "" if secret else f"  [default: {_shown(field.get_default())}]"
+            shown = "" if secret and not name.endswith("_url") else f"  [default: {_shown(field.get_default())}]"
             command = click.option(
                 f"--{name.replace('_', '-')}",
                 name,
-                metavar="TEXT",
+                metavar=_kind(name, field.annotation),
                 help=f"{field.description} ({variable(name)}){shown}",
             )(command)
         return command
@@ -58,9 +84,40 @@ def _settings_options(*names: str) -> Callable[[_F], _F]:
 
 
 def _shown(default: object) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    if isinstance(default, SecretStr):
+        return default.get_secret_value()
+    return (
+        ",".join(map(str, default))
+        if isinstance(default, tuple)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
 
 
+def _kind(name: str, annotation: object) -> str:
+    """What stands for the value in the help."""
+    if get_origin(annotation) is Literal:
+        return f"[{'|'.join(get_args(annotation))}]"
+    if annotation is float:
+        return "SECONDS"
+    return "INTEGER" if annotation is int else name.rpartition("_")[2].upper()
+
+
+def _check_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not is_request_id(value):
+        raise click.BadParameter("a request id is 1 to 128 characters of A-Za-z0-9_-")
+    return value
+
+
+def _check_after(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> EntryId | None:
+    try:
+        return None if value is None else EntryId.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+_request_id = click.argument("request_id", metavar="ID", callback=_check_id)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 
 
@@ -116,11 +173,11 @@ def enqueue(
 
 
 @main.command(epilog="Example: worker follow 3f0c… --json")
-@click.argument("request_id", metavar="ID")
-@click.option("--after", help="Go on after this entry id, such as 1-5.")
+@_request_id
+@click.option("--after", metavar="ENTRY", callback=_check_after, help="Go on after this entry id, such as 1-5.")
 @_json_option
 @_settings_options(*_CLIENT_OPTIONS)
-def follow(request_id: str, after: str | None, as_json: bool, **settings: object) -> None:
+def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: object) -> None:
     """Print a request's answer from its start, and as it comes. Exit status 0 only if it is whole."""
 
     async def print_it() -> bool:
@@ -131,7 +188,7 @@ def follow(request_id: str, after: str | None, as_json: bool, **settings: object
 
 
 @main.command(epilog="Example: worker cancel 3f0c…")
-@click.argument("request_id", metavar="ID")
+@_request_id
 @_json_option
 @_settings_options(*_CLIENT_OPTIONS)
 def cancel(request_id: str, as_json: bool, **settings: object) -> None:
@@ -173,7 +230,10 @@ def check(as_json: bool, **options: object) -> None:
     _exit(_run(report))
 
 
-@main.command(epilog="Example: worker demo --vllm-url http://127.0.0.1:8000")
+@main.command(
+    short_help="See it work, with nothing but this command.",
+    epilog="Example: worker demo --vllm-url http://127.0.0.1:8000",
+)
 @click.option("--redis-url", help="Use this Redis in place of an embedded one.")
 @click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
 @_json_option
@@ -189,41 +249,56 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
         click.echo(to_json(data) if as_json else line)
 
     try:
-        _run(lambda: run_demo(tell, redis_url, vllm_url))
+        _run(lambda: _until_stopped(run_demo(tell, redis_url, vllm_url)))
     except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):
             cause = cause.exceptions[0]
+        if isinstance(cause, BrokenPipeError):
+            raise cause from None
         raise click.ClickException(str(cause) or "the demo took too long") from error
 
 
-@main.command(epilog="Example: worker simulate --port 8000 --rate 50 --fault stall --after 20")
+@main.command(
+    short_help="Serve a simulated vLLM, with speeds and faults to order.",
+    epilog="Example: worker simulate --port 8000 --rate 50 --fault stall --after 20",
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), show_default=True, help="0 takes a free one.")
 @click.option("--model", default="reciter", show_default=True, help="The name of the model.")
 @click.option("--api-key", help="Ask for this bearer key.")
-@click.option("--rate", default=50.0, show_default=True, help="Tokens per second and stream; 0 is without a pause.")
-@click.option("--first-token", default=0.0, show_default=True, help="Seconds before the first token.")
+@click.option(
+    "--rate",
+    default=50.0,
+    type=click.FloatRange(0),
+    show_default=True,
+    help="Tokens per second and stream; 0 is without a pause.",
+)
+@click.option(
+    "--first-token", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds before the first token."
+)
 @click.option("--fault", help="What goes wrong, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
-@click.option("--after", default=0, show_default=True, help="Delta chunks before the fault.")
-@click.option("--times", type=int, help="Only the first so many tries of a request meet the fault.")
-@click.option("--retry-after", type=float, help="Seconds, for the Retry-After header of 429 and 503.")
+@click.option("--after", default=0, type=click.IntRange(0), show_default=True, help="Delta chunks before the fault.")
+@click.option("--times", type=click.IntRange(0), help="Only the first so many tries of a request meet the fault.")
+@click.option("--retry-after", type=click.FloatRange(0), help="Seconds, for the Retry-After header of 429 and 503.")
 def simulate(host: str, port: int, model: str, api_key: str | None, **orders: object) -> None:
-    """A vLLM that is none: it answers as the real one does, at the speed and with the faults that you order."""
+    """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
     try:
+        from worker.sandbox.requests import Fault  # noqa: PLC0415 - of the extra `demo`
         from worker.sandbox.simulator import Options, Orders, serve_forever  # noqa: PLC0415 - of the extra `demo`
     except ModuleNotFoundError as error:
         _needs_extra(error)
     try:
         ordered = msgspec.convert(orders, Orders)
-    except msgspec.ValidationError as error:
-        raise click.UsageError(str(error)) from None
+    except msgspec.ValidationError:  # all else is checked by click
+        raise click.UsageError(f"--fault must be one of {', '.join(get_args(Fault))}") from None
     options = Options(model=model, api_key=api_key, orders=ordered)
 
     def ready(url: str) -> None:
         click.echo(f"a simulated vLLM listens on {url}", err=True)
 
-    _run(lambda: serve_forever(options, host=host, port=port, ready=ready))
+    with suppress(KeyboardInterrupt):  # the way to end it
+        _run(lambda: _until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
 
 
 _T = TypeVar("_T")
@@ -237,17 +312,33 @@ def _run(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     return uvloop.run(make())
 
 
+async def _until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
+    """SIGTERM is taken as Ctrl-C, so that what was started is ended."""
+    if sys.platform != "win32":
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
+    return await work
+
+
 def _exit(well: bool) -> None:
     if not well:
         raise click.exceptions.Exit(1)
 
 
-def _client(options: dict[str, object]) -> Client:
+@asynccontextmanager
+async def _client(options: dict[str, object]) -> AsyncIterator[Client]:
+    """A client; when Redis is not there it says so at once, and where it looked, and then has patience."""
     settings = load_settings(**options)
-    return Client(settings.redis_url.get_secret_value(), prefix=settings.prefix)
+    url = settings.redis_url.get_secret_value()
+    async with Client(url, prefix=settings.prefix, patience=_PATIENCE) as client:
+        try:
+            await client.ping()
+        except Unavailable as error:
+            where = f"{shown_url(url)} ({variable('redis_url')})"
+            click.echo(f"· {error} Trying {where} for {_PATIENCE:g} s", err=True)
+        yield client
 
 
-async def _print(client: Client, request_id: str, after: str | None, *, as_json: bool) -> bool:
+async def _print(client: Client, request_id: str, after: EntryId | None, *, as_json: bool) -> bool:
     printer = Printer(as_json=as_json)
     async for entry in client.follow(request_id, after=after):
         printer.show(entry)
@@ -257,15 +348,26 @@ async def _print(client: Client, request_id: str, after: str | None, *, as_json:
 def _request(prompt: str | None, source: bytes | None) -> Object:
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --request FILE")
+    if prompt is not None and not _is_text(prompt):
+        raise click.UsageError("the PROMPT is not UTF-8")
     if source is None:
         return {"messages": [{"role": "user", "content": prompt}]}
     try:
         request = msgspec.json.decode(source)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise click.UsageError(f"the request is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise click.UsageError("the request is not a JSON object")
     return request
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument was UTF-8: Python keeps the bytes that are not as surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _needs_extra(error: ModuleNotFoundError) -> NoReturn:

@@ -12,7 +12,7 @@ class Printer:
     def __init__(self, *, as_json: bool) -> None:
         self.answer = Answer()
         self._json = as_json
-        self._open_line = False
+        self._line = ""  # which stream has an unfinished line: out, err or none
 
     def show(self, entry: Entry) -> None:
         """Print the next entry."""
@@ -22,11 +22,8 @@ class Printer:
             return
         match entry:
             case Delta(index=0):
-                if entry.reasoning:
-                    click.secho(entry.reasoning, nl=False, err=True, dim=True)
-                if entry.content:
-                    click.echo(entry.content, nl=False)
-                    self._open_line = not entry.content.endswith("\n")
+                self._piece(entry.reasoning, "err")
+                self._piece(entry.content, "out")
             case Queued():
                 self._note("waiting for a worker")
             case Started() | Claimed():
@@ -58,7 +55,19 @@ class Printer:
         self._end_line()
         click.secho(f"· {text}", err=True, dim=True)
 
+    def _piece(self, text: str, stream: str) -> None:
+        """A piece of reasoning or of the answer; a line of the one ends where the other begins."""
+        if not text:
+            return
+        if self._line != stream:
+            self._end_line()
+        ends = text.endswith("\n")
+        if stream == "err":
+            text = click.style(text, dim=True)
+        click.echo(text, nl=False, err=stream == "err")
+        self._line = "" if ends else stream
+
     def _end_line(self) -> None:
-        if self._open_line:
-            click.echo()
-            self._open_line = False
+        if self._line:
+            click.echo(err=self._line == "err")
+            self._line = ""

@@ -105,8 +105,8 @@ class Service:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(signum, self.leave)
             try:
-                await self._begin()
-                await self._work()
+                if await self._begin():
+                    await self._work()
             finally:
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(signum)
@@ -119,11 +119,20 @@ class Service:
         self._leaving.set()
         self._slots.close()
 
-    async def _begin(self) -> None:
-        await persist(self._sync_clock)
+    async def _begin(self) -> bool:
+        """Wait for Redis and make what is needed there; false when told to leave before it answered."""
+        told = asyncio.ensure_future(self._leaving.wait())
+        try:
+            await persist(self._sync_clock, told)
+            for queue in self._settings.queues:
+                await persist(lambda queue=queue: self._jobs.ensure_group(queue), told)  # type: ignore[misc]
+        except Exception as error:
+            if told.done() and is_transient(error):
+                return False
+            raise
+        finally:
+            told.cancel()
         self._started = self._now()
-        for queue in self._settings.queues:
-            await persist(lambda queue=queue: self._jobs.ensure_group(queue))  # type: ignore[misc]
         _log.info(
             "worker_started",
             queues=self._settings.queues,
@@ -131,6 +140,7 @@ class Service:
             redis=shown_url(self._settings.redis_url.get_secret_value()),
             vllm=[shown_url(url) for url in self._settings.vllm_urls],
         )
+        return True
 
     async def _work(self) -> None:
         async with asyncio.TaskGroup() as group:

@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
 from worker.contract.job import MAX_REQUEST_BYTES
-from worker.contract.keys import DEFAULT_QUEUE
+from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
 
 PREFIX = "WORKER_"
 _OWN_NAMES = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
@@ -92,9 +93,22 @@ class Settings(BaseSettings):
     @classmethod
     def _redis_scheme(cls, value: SecretStr) -> SecretStr:
         url = value.get_secret_value()
-        if not url.startswith(("redis://", "rediss://", "unix://")) or not _splits(url):
+        try:
+            good = url.startswith(("redis://", "rediss://", "unix://")) and bool(parse_url(url))
+        except ValueError:  # its text may quote a part of the password
+            good = False
+        if not good:
             raise ValueError("must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path")
         return value
+
+    @field_validator("vllm_api_key")
+    @classmethod
+    def _header_value(cls, value: SecretStr) -> SecretStr:
+        """What no header can carry is refused here: the HTTP client would quote it in its error."""
+        key = value.get_secret_value().strip()  # a secret from a file often ends with a newline
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("holds characters that cannot be sent in an HTTP header")
+        return SecretStr(key)
 
     @field_validator("vllm_urls")
     @classmethod
@@ -102,22 +116,14 @@ class Settings(BaseSettings):
         if not value:
             raise ValueError("is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000")
         for url in value:
-            if not _splits(url) or urlsplit(url).scheme not in {"http", "https"} or not urlsplit(url).hostname:
+            if not _is_http(url):
                 raise ValueError(f"holds {shown_url(url)!r}, which is no URL such as http://127.0.0.1:8000")
         return value
-
-    @field_validator("vllm_api_key")
-    @classmethod
-    def _header_value(cls, value: SecretStr) -> SecretStr:
-        key = value.get_secret_value().strip()  # a secret that comes from a file often ends in a newline
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError("holds characters that cannot stand in an HTTP header")
-        return SecretStr(key)
 
     @field_validator("queues")
     @classmethod
     def _queue_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) for name in value):
+        if not value or not all(map(is_queue_name, value)):
             raise ValueError("must be names of 1 to 64 characters of A-Za-z0-9_-, separated by commas")
         if len(set(value)) != len(value):
             raise ValueError("names a queue twice")
@@ -162,11 +168,11 @@ def shown_url(url: str) -> str:
     return f"{start}{user and '***@'}{re.split('[?#]', place)[0]}"
 
 
-def _splits(url: str) -> bool:
-    """Whether a URL can be taken apart, its port included. The error that says why not may quote the password."""
+def _is_http(url: str) -> bool:
     try:
-        return urlsplit(url).port != 0
-    except ValueError:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
         return False
 
 

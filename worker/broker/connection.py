@@ -17,6 +17,9 @@ ConnectHook: TypeAlias = Callable[[AbstractConnection], Awaitable[None]]
 
 _log = structlog.get_logger()
 
+OLDEST = (6, 2)
+"""The least version of Redis that has all that is used."""
+
 COMMAND_TIMEOUT = 5.0
 """Seconds until a command without a reply counts as lost."""
 

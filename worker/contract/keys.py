@@ -1,5 +1,6 @@
 """The names of every key and channel in Redis, all under one prefix."""
 
+import re
 from dataclasses import dataclass
 
 GROUP = "workers"
@@ -7,6 +8,11 @@ GROUP = "workers"
 
 DEFAULT_QUEUE = "default"
 """The queue that lives in the job stream without a suffix."""
+
+
+def is_queue_name(text: str) -> bool:
+    """Whether a text can name a queue: 1 to 64 characters of `A-Za-z0-9_-`."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
 
 
 @dataclass(frozen=True, slots=True)

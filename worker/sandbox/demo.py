@@ -12,14 +12,15 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from worker.client import Client
+from worker.client import Client, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import Entry, Object, as_dict
 from worker.sandbox.redis import start_redis
@@ -38,6 +39,7 @@ _RATE = 60.0
 _LINE = 48
 _LATE_AFTER = 100
 _PATIENCE = 120.0
+_LAST_WORDS = 8.0
 
 
 class DemoFailed(RuntimeError):
@@ -75,8 +77,11 @@ async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | Non
     """Run the demo to its end.
 
     Raises:
-        DemoFailed: when an answer is missing, or followers of one request saw different streams.
+        DemoFailed: when a server does not answer, an answer is missing, or followers of one request saw different
+            streams.
+        ConfigError: when a URL is none.
     """
+    load_settings(redis_url=redis_url, vllm_urls=vllm_url)
     prefix = f"demo-{secrets.token_hex(3)}"
     began = time.monotonic()
 
@@ -90,15 +95,18 @@ async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | Non
             redis_url, what = embedded.url, embedded.what
         else:
             what = shown_url(redis_url)
+            await _check_redis(redis_url)
         timed(f"Redis: {what}", {"redis": what})
         async with _vllm(vllm_url) as (url, what):
             timed(f"vLLM: {what}", {"vllm": what})
             model = await _model_of(url)
-            workers = stack.enter_context(_workers(redis_url, url, prefix))
-            timed("two workers start, and four questions wait for them", {"workers": len(workers)})
-            followers = await _follow_all(redis_url, prefix, model, workers, timed)
+            try:
+                with _workers(redis_url, url, prefix) as workers:
+                    timed("two workers start, and four questions wait for them", {"workers": len(workers)})
+                    followers = await _follow_all(redis_url, prefix, model, workers, timed)
+            finally:  # not before the workers are gone: they would make their group again
+                await _clean(redis_url, prefix)
             _sum_up(followers, timed)
-        await _clean(redis_url, prefix)
 
 
 async def _follow_all(
@@ -164,6 +172,14 @@ async def _vllm(url: str | None) -> AsyncIterator[tuple[str, str]]:
         yield simulator.url, f"simulated, {_RATE:g} tokens/s, {simulator.url}"
 
 
+async def _check_redis(url: str) -> None:
+    async with Client(url) as client:
+        try:
+            await client.ping()
+        except (Unavailable, RedisError) as error:
+            raise DemoFailed(f"{shown_url(url)} cannot be used: {error}") from None
+
+
 async def _model_of(url: str) -> str:
     upstream = Upstream([url], api_key=load_settings().vllm_api_key.get_secret_value(), limits=Limits())
     try:
@@ -176,8 +192,9 @@ async def _model_of(url: str) -> str:
 
 @contextmanager
 def _workers(redis_url: str, vllm_url: str, prefix: str) -> "Iterator[list[subprocess.Popen[bytes]]]":
-    """Two workers as processes; they leave in order at the end."""
+    """Two workers as processes, gone at the end."""
     own = {"REDIS_URL": redis_url, "VLLM_URLS": vllm_url, "WORKER_PREFIX": prefix, "WORKER_SLOTS": "2"}
+    own["WORKER_DRAIN_TIMEOUT"] = "0"  # whoever leaves the demo early does not wait for the answers
     rest = {name: value for name, value in os.environ.items() if not name.startswith(("WORKER_", "VLLM_URL"))}
     package = str(Path(__file__).parents[2])
     rest["PYTHONPATH"] = os.pathsep.join(filter(None, (package, rest.get("PYTHONPATH"))))
@@ -187,13 +204,20 @@ def _workers(redis_url: str, vllm_url: str, prefix: str) -> "Iterator[list[subpr
             for number in range(2):
                 with (Path(folder) / f"{number}.log").open("wb") as log:
                     command = [sys.executable, "-m", "worker", "run"]
-                    processes.append(subprocess.Popen(command, env=rest | own, cwd=folder, stderr=log))  # noqa: S603
+                    processes.append(
+                        # In a session of its own: Ctrl-C is for the demo, which then ends all in order.
+                        subprocess.Popen(command, env=rest | own, cwd=folder, stderr=log, start_new_session=True)  # noqa: S603
+                    )
             yield processes
         finally:
             for process in processes:
                 process.terminate()
             for process in processes:
-                process.wait()
+                try:
+                    process.wait(_LAST_WORDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 async def _watch(workers: "list[subprocess.Popen[bytes]]") -> None:
@@ -203,7 +227,8 @@ async def _watch(workers: "list[subprocess.Popen[bytes]]") -> None:
 
 
 async def _clean(redis_url: str, prefix: str) -> None:
-    async with Redis.from_url(redis_url, protocol=2) as redis:
-        keys = [key async for key in redis.scan_iter(match=f"{prefix}:*", count=1000)]
-        if keys:
-            await redis.delete(*keys)
+    with suppress(RedisError, OSError):  # an embedded one may have met the same Ctrl-C
+        async with Redis.from_url(redis_url, protocol=2) as redis:
+            keys = [key async for key in redis.scan_iter(match=f"{prefix}:*", count=1000)]
+            if keys:
+                await redis.delete(*keys)

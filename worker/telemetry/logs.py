@@ -1,7 +1,8 @@
 """Logging: structlog, JSON lines in production and readable lines on a terminal, always on standard error.
 
 Only names, numbers and codes are logged: never a prompt, an output, a URL with its password, or the text of a vLLM
-error, which may quote the request.
+error, which may quote the request. So tracebacks are written without the values of local variables, which structlog
+would add to them.
 """
 
 import logging

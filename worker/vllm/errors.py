@@ -64,6 +64,15 @@ def classify(status: int, message: str, *, param: str = "", retry_after: float |
     return UpstreamError(code, message, status=status, retryable=retryable, retry_after=retry_after)
 
 
+def unreachable(url: str, error: Exception) -> UpstreamError:
+    """There is no connection. The URL is told without a password: the message goes to the log of the request."""
+    scheme, _, place = url.partition("://")
+    why = str(error) or type(error).__name__
+    return UpstreamError(
+        "upstream_unreachable", f"cannot reach {scheme}://{place.rpartition('@')[2]}: {why}", retryable=True
+    )
+
+
 def truncated(message: str) -> UpstreamError:
     """The stream ended before every choice had finished."""
     return UpstreamError("upstream_truncated", message, retryable=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated
+from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated, unreachable
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 
 _END_OF_ANSWER = 0.5
@@ -87,7 +87,7 @@ async def open_stream(client: httpx.AsyncClient, url: str, body: Object, limits:
     except TimeoutError:
         raise _silence(limits, begun=False) from None
     except httpx.HTTPError as error:
-        raise UpstreamError("upstream_unreachable", f"cannot reach {url}: {_why(error)}", retryable=True) from None
+        raise unreachable(url, error) from None
     try:
         return ChatStream(response, await _events_of(response, limits), limits, first_by)
     except BaseException:

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 
 from worker.contract.entries import Object
-from worker.vllm.errors import UpstreamError, from_response
+from worker.vllm.errors import UpstreamError, from_response, unreachable
 from worker.vllm.stream import ChatStream, Limits, open_stream
 
 _OPTIONAL = ("return_token_ids", "stream_options")
@@ -98,8 +98,7 @@ class Upstream:
             async with asyncio.timeout(_FEW_SECONDS):
                 response = await self._client.get(url)
         except (httpx.HTTPError, TimeoutError) as error:
-            why = str(error) or type(error).__name__
-            raise UpstreamError("upstream_unreachable", f"cannot reach {url}: {why}", retryable=True) from None
+            raise unreachable(url, error) from None
         if response.status_code != 200:
             raise from_response(response.status_code, response.content, response.headers)
         try:

@@ -1,0 +1,77 @@
+"""The command `worker` as its user has it: a process, with its two outputs and its exit status."""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import worker
+
+_SOURCE = str(Path(worker.__file__).parents[1])
+_TOO_LONG = 30.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is left of a process."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """The test's environment, which has no settings of its own, and the given ones."""
+    path = os.pathsep.join(filter(None, (settings.pop("PYTHONPATH", ""), _SOURCE)))
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", **settings}
+
+
+@asynccontextmanager
+async def started(*arguments: str, stdin: bytes | None = None, **settings: str) -> AsyncIterator[Process]:
+    """`worker <arguments>`, running; killed at the end if it still does."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", *arguments,
+        stdin=DEVNULL if stdin is None else PIPE, stdout=PIPE, stderr=PIPE, env=environment(**settings),
+    )  # fmt: skip
+    try:
+        if process.stdin is not None:
+            process.stdin.write(stdin or b"")
+            process.stdin.close()
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def rest(process: Process) -> Ended:
+    """Wait for the end; gives what had not been read yet."""
+    async with asyncio.timeout(_TOO_LONG):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return Ended(process.returncode, (out or b"").decode(), (err or b"").decode())  # None where no pipe was asked for
+
+
+async def run(*arguments: str, stdin: bytes | None = None, **settings: str) -> Ended:
+    """`worker <arguments>` from start to end."""
+    async with started(*arguments, stdin=stdin, **settings) as process:
+        return await rest(process)
+
+
+async def line_with(stream: asyncio.StreamReader | None, text: str) -> str:
+    """Read lines up to the one that holds a text."""
+    assert stream is not None
+    async with asyncio.timeout(_TOO_LONG):
+        async for raw in stream:
+            line = raw.decode()
+            if text in line:
+                return line
+    raise AssertionError(f"the output ended without {text!r}")

@@ -1,0 +1,152 @@
+"""What `check` finds of each thing it looks at, and what it says to do."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from conftest import StartSimulator
+from redis.asyncio import Redis
+
+from worker.checks import Finding, check
+from worker.sandbox.redis import start_redis
+from worker.sandbox.simulator import Options, Simulator
+from worker.settings import ConfigError, load_settings, shown_url
+
+
+@pytest.fixture
+async def own_redis() -> AsyncIterator[tuple[Redis, str]]:
+    """A Redis whose configuration may be changed."""
+    with start_redis() as embedded:
+        async with Redis.from_url(embedded.url, protocol=2) as redis:
+            yield redis, embedded.url
+
+
+async def found(**options: object) -> list[Finding]:
+    return [finding async for finding in check(options)]
+
+
+def about(findings: list[Finding], subject: str) -> list[Finding]:
+    return [finding for finding in findings if finding.subject.startswith(subject)]
+
+
+async def test_an_eviction_policy_and_a_missing_append_only_file_are_warnings(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    answers, policy, storage = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert answers.level == "ok"
+    assert (policy.level, policy.mend) == ("warning", "set maxmemory-policy to noeviction")
+    assert "allkeys-lru" in policy.text
+    assert (storage.level, storage.mend) == ("warning", "set appendonly to yes")
+
+    await redis.config_set("maxmemory-policy", "noeviction")
+    await redis.config_set("appendonly", "yes")
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    assert {finding.level for finding in findings} == {"ok"}
+
+
+async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    await redis.set("chat:jobs", "something else", ex=60)
+    (queue,) = about(await found(redis_url=redis_url, vllm_urls=simulator.url), "queue")
+    assert queue == Finding(
+        "error", "queue default", "the key chat:jobs is a string, not a stream", "choose another WORKER_PREFIX"
+    )
+
+
+async def test_every_queue_is_told_with_what_waits_in_it(redis: Redis, redis_url: str, simulator: Simulator) -> None:
+    await redis.xgroup_create("chat:jobs:high", "workers", id="0", mkstream=True)
+    for _ in range(3):
+        await redis.xadd("chat:jobs:high", {"id": "x"})
+    await redis.xreadgroup("workers", "somebody", {"chat:jobs:high": ">"}, count=1)
+    findings = await found(redis_url=redis_url, vllm_urls=simulator.url, queues="high,default")
+    assert [finding.text for finding in about(findings, "queue")] == [
+        "entries: 3; of them with a worker: 1",
+        "no job has been added yet",
+    ]
+    await redis.delete("chat:jobs:high")
+
+
+async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.config_set("requirepass", "hidden-pw")
+    for bad in (url, url.replace("//", "//:wrong-pw@")):
+        (refused,) = about(await found(redis_url=bad, vllm_urls=simulator.url), "Redis")
+        assert refused.level == "error"
+        assert "redis://:PASSWORD@host" in refused.mend
+        assert "-pw" not in str(refused)
+    good = about(await found(redis_url=url.replace("//", "//:hidden-pw@"), vllm_urls=simulator.url), "Redis")
+    assert good[0].level == "ok"
+
+
+async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, simulator: Simulator) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    port = redis_url.split(":")[2].partition("/")[0]
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        web = "{}:{}".format(*server.sockets[0].getsockname())
+        findings = await found(
+            redis_url=f"redis://{web}", vllm_urls=f"http://127.0.0.1:{port},{simulator.url}/elsewhere"
+        )
+    (redis,) = about(findings, "Redis")
+    no_http, no_route = about(findings, "vLLM")
+    assert (redis.level, no_http.level, no_route.level) == ("error", "error", "error")
+    assert redis.text
+    assert no_http.text.startswith(f"cannot reach http://127.0.0.1:{port}/v1/models: ")
+    assert no_route.text == "Not Found"
+
+
+async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
+    one = await start_simulator(Options(model="small"))
+    other = await start_simulator(Options(model="large", api_key="k"))
+    findings = await found(redis_url=redis_url, vllm_urls=f"{one.url},{other.url}", vllm_api_key="k")
+    assert [finding.text for finding in about(findings, "vLLM")] == ["serves small", "serves large"]
+
+
+async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SLOT", "3")
+    findings = await found(redis_url="redis://:hidden-pw@h:port", vllm_urls="u:hidden-pw@h", vllm_api_key="ke\ny")
+    assert len(findings) == 4
+    assert {(finding.level, finding.subject) for finding in findings} == {("error", "settings")}
+    assert "hidden-pw" not in str(findings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:port/0",
+        "redis://[::1",
+        "redis://h?db=x",
+        "redis://:pa#ss@127.0.0.1",
+        "http://127.0.0.1",
+        "127.0.0.1:6379",
+    ],
+)
+def test_a_redis_url_that_cannot_be_is_refused_in_our_words(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^REDIS_URL must be a URL such as [^']*$"):
+        load_settings(redis_url=url)
+
+
+def test_a_key_from_a_file_may_end_with_a_newline() -> None:
+    assert load_settings(vllm_api_key=" key\n").vllm_api_key.get_secret_value() == "key"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+        ("redis://:pw@h:1/0?password=pw", "redis://***@h:1/0"),
+        ("rediss://u:p/w?#@@h/0", "rediss://***@h/0"),
+        ("u:pw@h:8000", "***@h:8000"),
+        ("unix://u:pw@/run/redis.sock?db=1", "unix://***@/run/redis.sock"),
+        ("http://h/v1#pw", "http://h/v1"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
