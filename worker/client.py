@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError, WatchError
 
-from worker.broker.connection import blocking_client, command_client, is_transient
+from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Queued, is_terminal, parse, to_fields, to_json
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
@@ -309,7 +309,7 @@ class Client:
                 if not is_transient(error):
                     raise
                 if time.monotonic() - since > self._patience:
-                    raise Unavailable(f"Redis does not answer: {error}") from error
+                    raise Unavailable(f"Redis does not answer: {what_redis_said(error)}") from error
             await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
             pause = min(pause * 2, _LONGEST_PAUSE)
 

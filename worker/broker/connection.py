@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -34,9 +35,11 @@ _TRANSIENT = (
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
     exceptions.MasterDownError,
+    exceptions.ExecAbortError,  # EXEC itself was refused, for a reason that came up between MULTI and it
     OSError,
 )
-_TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "UNBLOCKED", "OOM ")
+_TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
+_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?", re.DOTALL)
 
 
 def command_client(url: str, *, on_connect: ConnectHook | None = None, connections: int = _MAX_CONNECTIONS) -> Redis:
@@ -58,7 +61,12 @@ def is_transient(error: BaseException) -> bool:
     """Whether Redis may answer the same command well in a moment: no connection, a failover, memory that is full."""
     if isinstance(error, _TRANSIENT):
         return not isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError)
-    return isinstance(error, exceptions.ResponseError) and str(error).startswith(_TRANSIENT_WORDS)
+    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith(_TRANSIENT_WORDS)
+
+
+def what_redis_said(error: BaseException) -> str:
+    """The text of an error without what redis-py puts before it in a pipeline: the command, which may hold a prompt."""
+    return _OF_PIPELINE.sub("", str(error), count=1) or type(error).__name__
 
 
 class Backoff:
@@ -75,7 +83,7 @@ class Backoff:
         now = asyncio.get_running_loop().time()
         if now - self._said > 30:
             self._said = now
-            _log.warning(self._what, error=str(error) or type(error).__name__)
+            _log.warning(self._what, error=what_redis_said(error))
         await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
         self._pause = min(self._pause * 2, self._most)
 
