@@ -65,3 +65,13 @@ async def test_stale_workers_are_dropped_and_a_leaving_one_takes_its_line_along(
     assert set(await fake.hgetall("chat:workers")) == {b"recent", b"me"}
     await ledger.leave("me")
     assert set(await fake.hgetall("chat:workers")) == {b"recent"}
+
+
+@pytest.mark.parametrize(
+    "odd", ["{}", "not JSON", '{"beat": "soon"}', b"\xff", '{"beat": 8000, "of": "a later version"}']
+)
+async def test_a_line_of_another_kind_does_not_end_the_worker(odd: str | bytes, ledger: Ledger, fake: Redis) -> None:
+    await fake.hset("chat:workers", "odd", odd)
+    await ledger.beat(line("me", 12_000), stale_after=10)
+    left = set(await fake.hgetall("chat:workers"))
+    assert left == ({b"me", b"odd"} if b"8000" in (odd if isinstance(odd, bytes) else odd.encode()) else {b"me"})

@@ -50,13 +50,25 @@ class Ledger:
         """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds."""
         await self._redis.hset(self._keys.workers, line.name, to_json(line))
         for name, raw in (await self._redis.hgetall(self._keys.workers)).items():
-            beat = msgspec.json.decode(raw, type=WorkerLine).beat
-            if line.beat - beat > stale_after * 1000:
+            if line.beat - _beat_of(raw) > stale_after * 1000:
                 await self._redis.hdel(self._keys.workers, name)
 
     async def leave(self, worker: str) -> None:
         """Remove a worker's line."""
         await self._redis.hdel(self._keys.workers, worker)
+
+
+class _Beat(msgspec.Struct):
+    """All that is read of another worker's line, which a later version may have written."""
+
+    beat: int = 0
+
+
+def _beat_of(raw: bytes | str) -> int:
+    try:
+        return msgspec.json.decode(raw, type=_Beat).beat
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return 0  # no worker's line: as stale as can be
 
 
 def _readable(fields: Mapping[bytes, bytes], largest: int) -> Fields:
