@@ -456,3 +456,17 @@ async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
         entries = [entry async for entry in client.follow(request_id)]
     assert [entry.type for entry in entries].count("restarted") == 1
     assert Answer(entries).text == answer_to(ask()["messages"])
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_request_whose_first_job_went_with_its_queue_is_taken_over_by_the_next(
+    client: Client, redis: Redis
+) -> None:
+    begun = {"type": "started", "v": "1", "queue": "gone", "job": "1-1", "worker": "w", "owner": "o", "time": "1"}
+    await redis.xadd("chat:tokens:{again}", begun, id="1-0")  # type: ignore[arg-type]  # dict is invariant
+    await redis.expire("chat:tokens:{again}", 60)
+    await redis.xadd("chat:jobs", {"id": "again", "request": json.dumps(ask())})
+    answer = await client.result("again")
+    assert (answer.outcome, answer.attempt) == ("done", 2)
+    await settled(redis)
+    assert not await redis.exists("chat:dead")

@@ -179,3 +179,14 @@ async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
     reading = asyncio.create_task(group.consumer("one").read("default", 1, 900))
     (entry,) = await add(redis, 1)
     assert [delivery.id for delivery in await reading] == [entry]
+
+
+@pytest.mark.parametrize("gone", ["group", "stream"])
+async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    one = group.consumer("one")
+    (delivery,) = await one.read("default", 1, 100)
+    await (redis.delete("chat:jobs") if gone == "stream" else redis.xgroup_destroy("chat:jobs", GROUP))
+    assert not await one.is_live("default", entry)
+    assert not await one.holds(delivery)
+    await one.hand_over(delivery, 0)

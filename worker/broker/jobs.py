@@ -6,7 +6,7 @@ zero; whoever finds it longer than a lease may take the entry over.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import structlog
 from redis.asyncio import Redis
@@ -116,9 +116,7 @@ class JobQueue:
 
     async def hand_over(self, delivery: Delivery, age: float) -> None:
         """Let another worker take a running job at once, without counting against the job."""
-        pending = await self._commands.xpending_range(
-            self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, consumername=self._consumer
-        )
+        pending = await self._pending(delivery.queue, delivery.id, self._consumer)
         if pending:
             await self._commands.xclaim(
                 self._keys.jobs(delivery.queue),
@@ -134,17 +132,15 @@ class JobQueue:
 
     async def holds(self, delivery: Delivery) -> bool:
         """Whether the group still counts this job as ours."""
-        return bool(
-            await self._commands.xpending_range(
-                self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, consumername=self._consumer
-            )
-        )
+        return bool(await self._pending(delivery.queue, delivery.id, self._consumer))
 
     async def is_live(self, queue: str, job: str) -> bool:
         """Whether a job is still to be done: pending with some worker, or not read yet."""
-        key = self._keys.jobs(queue)
-        if await self._commands.xpending_range(key, GROUP, job, job, 1):
+        if await self._pending(queue, job):
             return True
+        key = self._keys.jobs(queue)
+        if not await self._commands.exists(key):
+            return False
         unread = [
             group for group in await self._groups(key) if EntryId.parse(group["last-delivered-id"]) < EntryId.parse(job)
         ]
@@ -174,6 +170,15 @@ class JobQueue:
             for consumer in await self._commands.xinfo_consumers(key, GROUP):
                 if consumer["name"] == self._consumer.encode() and not consumer["pending"]:
                     await self._commands.xgroup_delconsumer(key, GROUP, self._consumer)
+
+    async def _pending(self, queue: str, job: str, consumer: str | None = None) -> list[dict[str, Any]]:
+        """The group's line of a job that was read and not acknowledged; of a group that is gone there is none."""
+        try:
+            return await self._commands.xpending_range(self._keys.jobs(queue), GROUP, job, job, 1, consumer)
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            return []
 
     async def _groups(self, key: str) -> list[dict[str, bytes]]:
         groups = await self._commands.xinfo_groups(key)
