@@ -5,11 +5,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ExecAbortError, RedisError, ResponseError
+from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
 
-from worker.broker.connection import is_transient, what_redis_said
+from worker.broker.connection import command_client, is_transient, what_redis_said
 
-SECRET = "what nobody else may read"  # noqa: S105 - a prompt
+SECRET = "what nobody else may read"
 
 
 @asynccontextmanager
@@ -24,7 +24,10 @@ async def setting(redis: Redis, name: str, value: str) -> AsyncIterator[None]:
 @pytest.mark.parametrize("transaction", [True, False])
 @pytest.mark.parametrize(("name", "value"), [("min-replicas-to-write", "1"), ("maxmemory", "1")])
 async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_without_the_command(
-    name: str, value: str, transaction: bool, redis: Redis
+    name: str,
+    value: str,
+    transaction: bool,  # noqa: FBT001 - a parameter of the test
+    redis: Redis,
 ) -> None:
     pipe = redis.pipeline(transaction=transaction)
     pipe.xadd("chat:tokens:{r}", {"type": "delta", "content": SECRET}, id="1-1")
@@ -55,3 +58,15 @@ def test_trouble_of_the_server_itself_passes(text: str) -> None:
 @pytest.mark.parametrize("error", [ResponseError("WRONGTYPE Operation against a key"), RedisError("odd")])
 def test_what_stays_wrong_is_not_repeated(error: RedisError) -> None:
     assert not is_transient(error)
+
+
+async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str, redis: Redis) -> None:
+    """redis-py calls this a WatchError, at the next command already and not only at EXEC."""
+    commands = command_client(redis_url)
+    async with commands.pipeline() as pipe:
+        await pipe.watch("k")
+        await redis.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(WatchError) as loss:
+            await pipe.get("k")
+    assert is_transient(loss.value)
+    await commands.aclose()

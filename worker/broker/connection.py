@@ -35,6 +35,7 @@ _TRANSIENT = (
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
     exceptions.MasterDownError,
+    exceptions.WatchError,  # also what redis-py makes of a connection that is lost while it watches
     exceptions.ExecAbortError,  # EXEC itself was refused, for a reason that came up between MULTI and it
     OSError,
 )
