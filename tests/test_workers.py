@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import StartProcess, StartSimulator, eventually, stream
@@ -11,6 +12,7 @@ from redis.asyncio import Redis
 from worker import Answer, Client, Delta, Entry
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
+from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 
@@ -134,3 +136,14 @@ async def test_a_worker_shows_itself_in_the_hash_of_workers(
         return [line["slots"] for line in lines] == [7]
 
     await eventually(shown)
+
+
+async def test_a_worker_that_waits_for_redis_leaves_when_told_to(start_process: StartProcess, tmp_path: Path) -> None:
+    process = start_process(redis_url=f"redis://127.0.0.1:{free_port()}/0")
+
+    async def waits() -> bool:
+        return "redis_unavailable" in (tmp_path / "worker-0.log").read_text()
+
+    await eventually(waits)
+    process.terminate()
+    assert await asyncio.to_thread(process.wait, 10) == 0
