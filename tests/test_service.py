@@ -242,6 +242,8 @@ async def test_a_deadline_that_passes_mid_stream_ends_the_answer_with_what_came(
 
     await eventually(closed)
     await settled(redis)
+    finished = (await stream(redis, "chat:lifecycle"))[-1][1]
+    assert json.loads(finished[b"usage"]) == answer.usage != {}
 
 
 async def test_cancelling_stops_vllm_and_seals_the_log(

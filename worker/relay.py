@@ -100,7 +100,7 @@ class Relay:
             while True:
                 try:
                     end = await self._seal(request, log, await _end_of(generation, log))
-                    await self._settle(request, Answer([end]))
+                    await self._settle(request, await self._whole(request, end))
                     break
                 except LogDiverged as loss:
                     _log.warning("log_diverged", reason=str(loss))
@@ -126,6 +126,12 @@ class Relay:
             lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
             request.stop,
         )
+
+    async def _whole(self, request: Request, end: Entry) -> Answer:
+        """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was."""
+        if isinstance(end, Terminal) and end.usage:
+            return Answer([end])
+        return Answer([*await persist(lambda: self._owner.read(request.id), request.stop), end])
 
     async def _settle_found(self, request: Request) -> None:
         """Finish with a request whose end somebody else has written."""
