@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,3 +473,12 @@ async def test_a_request_whose_first_job_went_with_its_queue_is_taken_over_by_th
     assert (answer.outcome, answer.attempt) == ("done", 2)
     await settled(redis)
     assert not await redis.exists("chat:dead")
+
+
+@pytest.mark.usefixtures("worker")
+async def test_setting_the_clock_of_the_machine_ends_no_job(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    await client.result(await client.enqueue(ask()))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    answer = await client.result(await client.enqueue(ask("and now?"), timeout=60))
+    assert answer.outcome == "done", answer.error

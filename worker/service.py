@@ -314,9 +314,9 @@ class Service:
         _log.info("worker_stopped", finished=self._finished)
 
     async def _sync_clock(self) -> None:
-        """Deadlines are by Redis's clock, which all workers share."""
+        """Deadlines are by Redis's clock, which all workers share; this machine's own may be set at any time."""
         seconds, micros = await self._commands.time()
-        self._clock_ahead = seconds + micros / 1e6 - time.time()
+        self._clock_ahead = seconds + micros / 1e6 - time.monotonic()
 
     def _now(self) -> int:
-        return int((time.time() + self._clock_ahead) * 1000)
+        return int((time.monotonic() + self._clock_ahead) * 1000)
