@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 from conftest import eventually, stream
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
@@ -373,3 +374,30 @@ async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Deli
     await eventually(there)
     entry = parse(*(await stream(redis, KEY))[1])
     assert (entry.content, entry.stop_reason) == ("\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "x")  # type: ignore[attr-defined]
+
+
+async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it_for_lost(
+    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await one.take(delivery)
+    log.append(delta("first"))
+    await log.drained()
+    looked, advanced = asyncio.Event(), asyncio.Event()
+    execute = Pipeline.execute
+
+    async def slow(pipe: Pipeline, raise_on_error: bool = True) -> list[object]:  # noqa: FBT001, FBT002 - redis-py's own
+        is_look = bool(pipe.command_stack) and pipe.command_stack[0][0] == ("PING",)
+        replies = await execute(pipe, raise_on_error)
+        if is_look and not looked.is_set():
+            looked.set()
+            await advanced.wait()
+        return replies
+
+    monkeypatch.setattr(Pipeline, "execute", slow)
+    one.publisher.look()
+    await looked.wait()
+    await one.owner.advance(log, delivery, "upstream")
+    log.append(delta("second"))
+    advanced.set()
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]

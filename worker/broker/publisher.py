@@ -155,18 +155,21 @@ class Publisher:
 
     async def _look_at_logs(self) -> None:
         """Read the end of every log and draw the conclusions. Nothing is in flight meanwhile."""
-        logs = [log for log in self._logs if not log.lost.done()]
+        logs = [(log, log.attempt) for log in self._logs if not log.lost.done()]
         pipe = self._redis.pipeline(transaction=False)
         pipe.ping()
-        for log in logs:
+        for log, _ in logs:
             pipe.xrevrange(log.key, count=1)
         self._looking, self._look = True, False  # a look that is asked for meanwhile is one more
         try:
             _, *replies = await pipe.execute(raise_on_error=False)
         finally:
             self._looking = False
-        for log, reply in zip(logs, replies, strict=True):
-            self._reconcile(log, reply)
+        for (log, attempt), reply in zip(logs, replies, strict=True):
+            if log.attempt == attempt:
+                self._reconcile(log, reply)
+            else:  # its owner began another meanwhile: the reply may be older than that
+                self.look()
 
     def _reconcile(self, log: TokenLog, reply: object) -> None:
         if isinstance(reply, ResponseError) and is_transient(reply):
