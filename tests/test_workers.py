@@ -147,3 +147,16 @@ async def test_a_worker_that_waits_for_redis_leaves_when_told_to(start_process: 
     await eventually(waits)
     process.terminate()
     assert await asyncio.to_thread(process.wait, 10) == 0
+
+
+async def test_a_read_waits_for_less_than_half_a_lease(
+    redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    """The lease of a job that comes at the end counts from the start: its first renewal must not look like a theft."""
+    start_process(await start_simulator(), lease=1)
+    async with redis.monitor() as monitor:
+        async for seen in monitor.listen():
+            words = seen["command"].split()
+            if words[0] == "XREADGROUP":
+                break
+    assert int(words[words.index("BLOCK") + 1]) <= 250

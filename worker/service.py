@@ -54,7 +54,8 @@ class Service:
         self._nonce = secrets.token_hex(8)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{self._nonce[:6]}"
         url = settings.redis_url.get_secret_value()
-        self._block = min(_LONGEST_BLOCK, settings.lease / 2)
+        # The lease counts from the read; with half of it spent waiting, the first renewal would look like a theft.
+        self._block = min(_LONGEST_BLOCK, settings.lease / 4)
         self._commands = command_client(url)
         self._blocking = blocking_client(url, self._block)
         self._keys = Keys(settings.prefix)
