@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from redis.asyncio import Redis
 from worker import Answer, Client, Delta, Entry
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
-from worker.sandbox.redis import free_port
+from worker.sandbox.redis import EmbeddedRedis, free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 
@@ -156,7 +157,54 @@ async def test_a_read_waits_for_less_than_half_a_lease(
     start_process(await start_simulator(), lease=1)
     async with redis.monitor() as monitor:
         async for seen in monitor.listen():
-            words = seen["command"].split()
-            if words[0] == "XREADGROUP":
+            _, found, rest = seen["command"].partition(" BLOCK ")
+            if found:
+                assert int(rest.split()[0]) <= 250
                 break
-    assert int(words[words.index("BLOCK") + 1]) <= 250
+
+
+async def test_what_waits_for_memory_in_redis_is_handed_over_too(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50, tokens=20)))
+    process = start_process(simulator, drain_timeout=0.1, lease=60)
+    request_id = await client.enqueue(ask("Who are you?"))
+
+    async def begun() -> bool:
+        return len(await log_of(redis, request_id)) > 4
+
+    async def answered() -> bool:
+        return simulator.served[0].finished
+
+    await eventually(begun)
+    await redis.config_set("maxmemory", "1")
+    try:
+        await eventually(answered)
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 10) == 0
+        (line,) = await redis.xpending_range("chat:jobs", "workers", "-", "+", 10)
+        assert int(line["time_since_delivered"]) > 60_000
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_a_worker_leaves_soon_though_redis_does_not_answer(
+    client: Client, redis_server: EmbeddedRedis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=20, tokens=2000)))
+    process = start_process(simulator, drain_timeout=0.1, lease=60)
+    for number in range(10):
+        await client.enqueue(ask(f"question {number}"))
+
+    async def begun() -> bool:
+        return len(simulator.served) == 10
+
+    await eventually(begun)
+    assert redis_server.process is not None
+    redis_server.process.send_signal(signal.SIGSTOP)
+    try:
+        process.terminate()
+        # A few commands time out, not one for each job.
+        assert await asyncio.to_thread(process.wait, 35) == 0
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)

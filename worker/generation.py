@@ -109,7 +109,7 @@ class Generation:
             LogLost: when the log is no longer ours.
         """
         if not isinstance(self._log.loss, LogDiverged):
-            await self._log.drained()
+            await drained(self._log, self._request.stop)
         await persist(lambda: self._owner.advance(self._log, self._request.delivery, reason), self._request.stop)
         self._restart()
 
@@ -203,6 +203,22 @@ class Generation:
         if self._first_delta is not None:
             timings["first_delta_ms"] = round((self._first_delta - self._began) * 1000)
         return timings
+
+
+async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:
+    """Wait until Redis has accepted everything of a log, which takes as long as it is full or away.
+
+    Raises:
+        LogLost: when it will not.
+        Stopped: when the job is to stop before.
+    """
+    waiting = asyncio.ensure_future(log.drained())
+    events: set[asyncio.Future[Any]] = {waiting, stop}
+    await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+    if not waiting.done():
+        waiting.cancel()
+        raise Stopped
+    waiting.result()
 
 
 def choices_of(job: Job) -> int:

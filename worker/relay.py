@@ -22,7 +22,7 @@ from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import InvalidJob, Job, digest, parse_job, request_id_of
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
-from worker.generation import Generation, Request, Stop, Stopped
+from worker.generation import Generation, Request, Stop, Stopped, drained
 from worker.settings import Settings
 from worker.vllm.upstream import Upstream
 
@@ -121,6 +121,7 @@ class Relay:
 
     async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""
+        await drained(log, request.stop)
         stone = self._tombstone(request, end.type)
         return await persist(
             lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),

@@ -298,7 +298,9 @@ class Service:
                 try:
                     await self._jobs.hand_over(running.delivery, time.monotonic() - running.renewed)
                 except (RedisError, OSError) as error:
-                    _log.warning("hand_over_failed", job=running.delivery.id, error=type(error).__name__)
+                    # Redis is away: asking it for each of the others would take a timeout each.
+                    _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
+                    return
 
     async def _close(self) -> None:
         for running in self._running.values():
