@@ -190,3 +190,13 @@ async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: 
     assert not await one.is_live("default", entry)
     assert not await one.holds(delivery)
     await one.hand_over(delivery, 0)
+
+
+async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_single_slot(
+    group: Group, redis: Redis
+) -> None:
+    ids = await add(redis, 500)
+    owner, taker = group.consumer("one", lease=60), group.consumer("two", lease=60)
+    await owner.read("default", 500, 100)
+    await expired(redis, ids[-1], idle=61_000)
+    assert [delivery.id for delivery in await taker.take_expired("default", 1)] == [ids[-1]]

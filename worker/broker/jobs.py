@@ -17,6 +17,9 @@ from worker.contract.keys import GROUP, Keys
 
 _log = structlog.get_logger()
 
+_LOOKS = 64
+"""Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
+
 _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 
 
@@ -76,22 +79,25 @@ class JobQueue:
         The cursor goes on where the last call stopped: from the start each time, a few live entries at the front
         would hide the expired ones behind them for ever.
         """
-        try:
-            reply = await self._commands.xautoclaim(
-                self._keys.jobs(queue),
-                GROUP,
-                self._consumer,
-                self._lease_ms,
-                self._cursors.get(queue, "0-0"),
-                count=count,
-            )
-        except ResponseError as error:
-            if not await self._mend_group(queue, error):
-                raise
-            return []
-        cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
-        self._cursors[queue] = cursor.decode()
-        return _deliveries(queue, messages, again=True)
+        for _ in range(_LOOKS):
+            try:
+                reply = await self._commands.xautoclaim(
+                    self._keys.jobs(queue),
+                    GROUP,
+                    self._consumer,
+                    self._lease_ms,
+                    self._cursors.get(queue, "0-0"),
+                    count=count,
+                )
+            except ResponseError as error:
+                if not await self._mend_group(queue, error):
+                    raise
+                return []
+            cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
+            self._cursors[queue] = cursor.decode()
+            if messages or cursor == b"0-0":
+                return _deliveries(queue, messages, again=True)
+        return []
 
     async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Renew leases, each given with the seconds since its own last renewal.
