@@ -8,6 +8,7 @@ import pytest
 from conftest import eventually, stream
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
+from redis.exceptions import ResponseError
 
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
@@ -401,3 +402,18 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
     advanced.set()
     await log.drained()
     assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]
+
+
+async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """As after a partition: its flush was given up here, and comes to Redis when the job runs here again."""
+    await one.take(delivery)
+    await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
+    (again,) = await one.jobs.take_expired("default", 1)
+    log = await one.take(again)
+    with pytest.raises(ResponseError, match="equal or smaller"):
+        await redis.xadd(KEY, delta("of the former run"), id="1-1")  # type: ignore[arg-type]  # dict is invariant
+    log.append(delta("new"))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:new"]

@@ -92,7 +92,8 @@ class Owner:
             # would wait for ever.
             if attempt == 0:
                 return await self._owned(request_id, 1)
-            if tail is not None and tail.id.n == 0 and self._wrote(holder, delivery):
+            # Not where this process had the job before: what that run sent may still be on its way to Redis.
+            if tail is not None and tail.id.n == 0 and not delivery.again and self._wrote(holder, delivery):
                 return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
             if (refusal := await self._refusal(holder, delivery)) is not None:
                 return refusal
