@@ -1,7 +1,7 @@
 """What comes out of `result()` and `worker follow` against what a real vLLM says directly; runs when VLLM_URL is set.
 
 The direct answer is read with nothing of ours: httpx for the bytes, `json` for the chunks. The questions are those of
-the model of the lab; another model answers them in its own words, and the comparison holds all the same, as long as
+the recorded transcripts; another model answers them in its own words, and the comparison holds all the same, as long as
 it is deterministic at temperature 0 and the server was started with a tool parser.
 """
 

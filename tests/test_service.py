@@ -11,11 +11,13 @@ import pytest
 from conftest import StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
-from worker import Answer, Client, Delta, Done, Failed, Opened, Queued, Started
+from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
+from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.service import Service
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 STORY = [{"role": "user", "content": "Tell me a story"}]
@@ -446,6 +448,10 @@ async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            writer.close()
+            return
         length = re.search(rb"content-length: (\d+)", head.lower())
         await reader.readexactly(int(length[1]) if length else 0)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + bodies.pop(0))
@@ -482,3 +488,51 @@ async def test_setting_the_clock_of_the_machine_ends_no_job(client: Client, monk
     monkeypatch.setattr(time, "time", lambda: real() + 3600)
     answer = await client.result(await client.enqueue(ask("and now?"), timeout=60))
     assert answer.outcome == "done", answer.error
+
+
+async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    port = free_port()
+    worker = await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"), tries=1)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+
+    async def known_to_be_away() -> bool:
+        return [endpoint.away for endpoint in worker._upstream.endpoints] == [True]
+
+    await eventually(known_to_be_away)
+    assert {(await client.status(request_id)).state for request_id in ids} == {State.QUEUED}, "the queue is the buffer"
+    await start_simulator(port=port)
+    answers = await asyncio.gather(*map(client.result, ids))
+    assert {answer.outcome for answer in answers} == {"done"}
+
+
+async def test_a_stream_whose_vllm_goes_away_starts_again_when_it_is_back(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    port = free_port()
+    simulator = Simulator(Options(orders=Orders(rate=50)), port=port)
+    await simulator.__aenter__()
+    await start_worker(simulator)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 5):
+            await simulator.__aexit__(None, None, None)
+        if entry.type == "claimed":
+            await start_simulator(port=port)
+    assert [entry.type for entry in entries].count("restarted") == 1
+    assert Answer(entries).text == answer_to(STORY)
+
+
+async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client, redis: Redis, worker: Service) -> None:
+    assert worker is not None
+    await redis.xadd("chat:jobs", {"id": "both", "request": json.dumps(ask())})
+    await eventually(lambda: redis.exists("chat:ended:{both}"))
+    assert await client.enqueue(ask(), id="both") == "both"
+    with pytest.raises(Conflict, match="belongs to another request"):
+        await client.enqueue(ask("Something else"), id="both")
+    await client.cancel("never")
+    with pytest.raises(Conflict, match="was cancelled before"):
+        await client.enqueue(ask(), id="never")

@@ -80,6 +80,14 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
 
 def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
     findings = []
+    used, most = int(str(info.get("used_memory", 0))), int(str(info.get("maxmemory", 0)))
+    if most and used >= most:
+        findings.append(
+            Finding(
+                "error", where, f"it is full: {used} of {most} bytes (maxmemory) are used, and nothing can be written",
+                "give it more memory, or shorten WORKER_RETENTION",
+            )
+        )  # fmt: skip
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy != "noeviction":
         findings.append(

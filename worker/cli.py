@@ -13,6 +13,7 @@ import msgspec
 from pydantic import SecretStr
 from redis.exceptions import RedisError
 
+from worker.broker.connection import what_redis_said
 from worker.client import Client, ClientError, JobOptions, State, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
@@ -38,7 +39,7 @@ class _Commands(click.Group):
         except (ConfigError, InvalidJob) as error:
             raise _Misused(str(error)) from None
         except RedisError as error:
-            raise click.ClickException(f"Redis says: {str(error) or type(error).__name__}") from None
+            raise click.ClickException(f"Redis says: {what_redis_said(error)} (see {variable('redis_url')})") from None
         except (ClientError, OSError) as error:
             raise click.ClickException(str(error) or type(error).__name__) from None
 
@@ -313,10 +314,14 @@ def _run(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
 
 
 async def _until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
-    """SIGTERM is taken as Ctrl-C, so that what was started is ended."""
+    """SIGTERM cancels, so that what was started is ended, also where a shell has SIGINT ignored (`worker … &`)."""
+    task = asyncio.ensure_future(work)
     if sys.platform != "win32":
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
-    return await work
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def _exit(well: bool) -> None:

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
 from worker.contract.answer import Answer
-from worker.contract.entries import Cancelled, Entry, Queued, is_terminal, parse, to_fields, to_json
+from worker.contract.entries import Cancelled, Entry, Queued, Started, is_terminal, parse, to_fields, to_json
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
 from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
 from worker.contract.keys import DEFAULT_QUEUE, Keys, is_queue_name
@@ -255,7 +255,9 @@ class Client:
         if first is None:
             known = msgspec.json.decode(cast("bytes", raw), type=Tombstone).digest
         else:
-            known = first.digest if isinstance(first, Queued) else ""
+            known = first.digest if isinstance(first, Queued | Started) else ""
+        if isinstance(first, Cancelled):
+            raise Conflict(f"the id {request_id} was cancelled before it was enqueued: choose another")
         if known != asked:
             raise Conflict(f"the id {request_id} belongs to another request: leave the id out, or choose another")
         return True
@@ -286,7 +288,7 @@ class Client:
             if is_transient(error):
                 raise
             return False
-        asked = first.digest if isinstance(first, Queued) else ""
+        asked = first.digest if isinstance(first, Queued | Started) else ""
         stone = Tombstone(outcome=Cancelled.type, time=_unix_ms(await self._redis.time()), digest=asked)
         pipe = self._redis.pipeline()
         pipe.expire(key, _RETENTION)
@@ -309,7 +311,8 @@ class Client:
                 if not is_transient(error):
                     raise
                 if time.monotonic() - since > self._patience:
-                    raise Unavailable(f"Redis does not answer: {what_redis_said(error)}") from error
+                    verdict = "refuses" if isinstance(error, ResponseError) else "does not answer"
+                    raise Unavailable(f"Redis {verdict}: {what_redis_said(error)}") from error
             await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
             pause = min(pause * 2, _LONGEST_PAUSE)
 

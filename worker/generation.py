@@ -121,6 +121,8 @@ class Generation:
     async def _generate(self, job: Job) -> Terminal:
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
+            if not self._upstream.is_there:  # what no server can take waits, and is no try
+                await self._guarded(self._upstream.available())
             endpoint = self._upstream.choose(other_than=endpoint)
             tried += 1
             parser = _parser_for(job)

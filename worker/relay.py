@@ -10,7 +10,7 @@ from collections.abc import Callable
 import structlog
 from redis.exceptions import ResponseError
 
-from worker.broker.connection import is_transient, persist
+from worker.broker.connection import is_transient, persist, what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
@@ -60,14 +60,16 @@ class Relay:
         try:
             request = self._request(delivery, stop)
         except InvalidJob as problem:  # without a usable id there is no log to say it in
-            await self._bury(delivery, str(problem), stop)
+            await self._bury(delivery, str(problem), stop, problem.code)
             return
         with structlog.contextvars.bound_contextvars(request_id=request.id):
             expire_at = max(request.deadline, self._now()) + request.retention * 1000
             try:
-                taken = await persist(lambda: self._owner.take(request.id, delivery, expire_at), stop)
+                taken = await persist(
+                    lambda: self._owner.take(request.id, delivery, expire_at, _digest(request.job)), stop
+                )
             except ResponseError as refusal:
-                if is_transient(refusal):
+                if not what_redis_said(refusal).startswith("WRONGTYPE"):
                     raise
                 await self._bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
                 return
@@ -180,13 +182,15 @@ class Relay:
     async def _done_with(self, request: Request) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
         if isinstance(request.job, InvalidJob):
-            await self._bury(request.delivery, str(request.job), request.stop)
+            await self._bury(request.delivery, str(request.job), request.stop, request.job.code)
         else:
             await self._acknowledge(request.delivery, request.stop)
 
-    async def _bury(self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]") -> None:
+    async def _bury(
+        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = "log_refused"
+    ) -> None:
         """Put a job among the dead letters, and acknowledge it."""
-        _log.warning("job_buried", queue=delivery.queue, job=delivery.id)
+        _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
         largest = self._settings.max_request_bytes
         await persist(lambda: self._ledger.bury(delivery, reason, self._now(), largest), stop)
         await self._acknowledge(delivery, stop)
@@ -213,9 +217,11 @@ class Relay:
         )
 
     def _tombstone(self, request: Request, outcome: str) -> Tombstone:
-        job = request.job
-        known = digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
-        return Tombstone(outcome=outcome, time=self._now(), digest=known)
+        return Tombstone(outcome=outcome, time=self._now(), digest=_digest(request.job))
+
+
+def _digest(job: Job | InvalidJob) -> str:
+    return digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
 
 
 async def _end_of(generation: Generation, log: TokenLog) -> Terminal:

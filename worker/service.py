@@ -14,7 +14,7 @@ from functools import partial
 import structlog
 from redis.exceptions import RedisError
 
-from worker.broker.connection import Backoff, blocking_client, command_client, is_transient, persist
+from worker.broker.connection import Backoff, blocking_client, command_client, is_transient, persist, what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.owner import Owner
@@ -108,6 +108,7 @@ class Service:
             try:
                 if await self._begin():
                     await self._work()
+                    await self._sign_off()
             finally:
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(signum)
@@ -163,8 +164,20 @@ class Service:
         """
         backoff = Backoff("claim_failed")
         block_ms = int(self._block * 1000)
-        while await self._fill(rank, backoff, lambda count: self._jobs.read(queue, count, block_ms)):
+        while await self._wait_for_vllm() and await self._fill(
+            rank, backoff, lambda count: self._jobs.read(queue, count, block_ms)
+        ):
             pass
+
+    async def _wait_for_vllm(self) -> bool:
+        """Take no jobs while no server can: the queue is the buffer. False when told to leave."""
+        if self._upstream.is_there:
+            return True
+        waiting = {asyncio.ensure_future(self._upstream.available()), asyncio.ensure_future(self._leaving.wait())}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        return not self._leaving.is_set()
 
     async def _take_over(self) -> None:
         """Take jobs whose worker has let their lease run out."""
@@ -209,8 +222,8 @@ class Service:
             await self._relay.run(delivery, stop)
         except Exception as error:  # noqa: BLE001 - one job must not end the others
             # Left pending: whoever gets it next finds in the log how far it came.
-            if is_transient(error):
-                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=type(error).__name__)
+            if isinstance(error, RedisError):  # its traceback would quote the command, and so the answer
+                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=what_redis_said(error))
             else:
                 _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
         finally:
@@ -235,6 +248,7 @@ class Service:
                 await backoff.wait(error)
             self._publisher.look()
             self._stop_expired()
+            await self._upstream.probe()
 
     async def _rest(self, seconds: float) -> bool:
         """Pause; false when all is over."""
@@ -302,14 +316,17 @@ class Service:
                     _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
                     return
 
-    async def _close(self) -> None:
-        for running in self._running.values():
-            running.task.cancel()
+    async def _sign_off(self) -> None:
+        """Leave no trace of this worker in Redis."""
         try:
             await self._ledger.leave(self._name)
             await self._jobs.leave(self._settings.queues)
         except (RedisError, OSError) as error:
             _log.warning("leave_failed", error=type(error).__name__)
+
+    async def _close(self) -> None:
+        for running in self._running.values():
+            running.task.cancel()
         await self._upstream.aclose()
         await self._publisher.aclose()
         await self._commands.aclose()

@@ -1,6 +1,7 @@
 """The rules that keep a token log true, each on a real Redis: fencing, idempotence, one seal, no holes."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,6 +20,7 @@ from worker.contract.entries import Cancelled, Done, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
+from worker.telemetry.logs import configure_logging
 
 KEY = "chat:tokens:{r}"
 FAR = 4_000_000_000_000
@@ -248,6 +250,25 @@ async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(
         await redis.config_set("maxmemory", "0")
     await waiting
     assert [text.split(":")[1] for text in await texts(redis)] == ["started", "before", *map(str, range(10))]
+
+
+async def test_while_memory_is_full_the_pauses_grow_and_no_text_is_logged(
+    one: Process, delivery: Delivery, redis: Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("json", "info")
+    log = await one.take(delivery)
+    await redis.config_set("maxmemory", "1")
+    try:
+        log.append(delta("my diary"))
+        waiting = asyncio.create_task(log.drained())
+        await asyncio.wait({waiting}, timeout=1.0)
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await waiting
+    logged = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in logged] == ["log_write_failed", "recovered"]
+    assert "my diary" not in str(logged)
+    assert "OOM" in str(logged) or "memory" in str(logged)
 
 
 async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(

@@ -128,7 +128,7 @@ async def test_a_stream_looks_and_reads_as_recorded(client: httpx.AsyncClient, n
     if died:
         request["simulate"] = {"fault": "error_under_200", "after": 40}
     if name == "json_schema":
-        request["max_tokens"] = 20  # the lab model never came to the end of its JSON
+        request["max_tokens"] = 20  # the recorded model never came to the end of its JSON
 
     response = await client.post(PATH, json=request)
 

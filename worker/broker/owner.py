@@ -73,8 +73,11 @@ class Owner:
         self._nonce = nonce
         self._now = now
 
-    async def take(self, request_id: str, delivery: Delivery, expire_at: int) -> Taken:
-        """Come to own the log of a delivered job, or find why not. `expire_at` (Unix ms) is the log's end unsealed."""
+    async def take(self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "") -> Taken:
+        """Come to own the log of a delivered job, or find why not.
+
+        `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's.
+        """
         key = self._keys.tokens(request_id)
         while True:
             async with self._redis.pipeline() as pipe:
@@ -85,7 +88,7 @@ class Owner:
                 if await pipe.exists(self._keys.ended(request_id)):
                     return Ended()
                 attempt = tail.id.attempt if tail else 0
-                if attempt == 0 and not await self._start(pipe, request_id, delivery, expire_at):
+                if attempt == 0 and not await self._start(pipe, request_id, delivery, expire_at, digest):
                     continue
                 holder = await _entry(pipe, key, EntryId(attempt, 0)) if attempt else None
             # The connection is given back before more is asked: callers that each hold one and wait for a second
@@ -179,11 +182,11 @@ class Owner:
         history = [entry for entry in await self.read(request_id) if entry.id.attempt < attempt]
         return Owned(log, history)
 
-    async def _start(self, pipe: Pipeline, request_id: str, delivery: Delivery, expire_at: int) -> bool:
+    async def _start(self, pipe: Pipeline, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
         _multi(pipe)
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
-            time=self._now(),
+            time=self._now(), digest=digest,
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         _xadd(pipe, key, started.id, to_fields(started), create=True)

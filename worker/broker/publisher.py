@@ -8,6 +8,7 @@ back: after a loss every log's end is read first, since a failover may have drop
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TypeAlias
 
 import structlog
@@ -81,7 +82,7 @@ class Publisher:
                     await self._look_at_logs()
                 elif batch or feed:
                     self._take_replies(batch, await self._write(batch, feed))
-                self._backoff.reset()
+                    self._backoff.reset()  # not after a look: reading works while Redis has no room to write
             except (RedisError, OSError) as error:
                 if self._leaving:
                     return
@@ -186,7 +187,8 @@ class Publisher:
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         await self._backoff.wait(error)
-        await self._redis.connection_pool.disconnect(inuse_connections=True)
+        with suppress(RedisError, OSError):
+            await self._redis.connection_pool.disconnect(inuse_connections=True)
         self._look = True
 
     async def _on_connect(self, connection: AbstractConnection) -> None:

@@ -37,7 +37,7 @@ class Queued(Entry, frozen=True, kw_only=True):
 
 
 class Started(Entry, frozen=True, kw_only=True):
-    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms."""
+    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` as in `Queued`."""
 
     type: ClassVar[str] = "started"
     v: int = 1
@@ -46,6 +46,7 @@ class Started(Entry, frozen=True, kw_only=True):
     worker: str = ""
     owner: str = ""
     time: int = 0
+    digest: str = ""
 
 
 class Claimed(Entry, frozen=True, kw_only=True):

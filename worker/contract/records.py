@@ -14,7 +14,7 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `id` and `attempt`."""
+    """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `type`, `id` and `attempt`."""
 
     type: str
     id: str

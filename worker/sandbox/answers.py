@@ -1,4 +1,4 @@
-"""What the simulated vLLM knows and says: its tokenizer, the lab model's answers and pseudo-text. Pure data, no I/O.
+"""What the simulated vLLM knows and says: its tokenizer, the answers it knows and pseudo-text. Pure data, no I/O.
 
 The tokenizer is reversible and needs no file: token 0 to 3 are special, then come the 256 bytes, then pairs of letters
 and the words of everything known here. A character outside that list (an emoji, say) is one token a byte, and only its
@@ -46,7 +46,7 @@ WORDS = (  # noqa: SIM905, a literal would take 64 lines
     "willow"
 ).split()
 
-END, START = 2, 3  # the ids of <|im_end|> and <|im_start|>, as in the lab model
+END, START = 2, 3  # the ids of <|im_end|> and <|im_start|>, as in the recorded answers
 
 _PIECE = re.compile(r"</?(?:think|tool_call)>| ?[A-Za-z]+|.", re.DOTALL)
 _FRAGMENT = re.compile(r" [A-Za-z]|[A-Za-z][a-z]|.", re.DOTALL)
@@ -126,7 +126,7 @@ def _tokens(kind: Kind, text: str) -> list[Token]:
 
 
 def known_answer(question: str) -> str | None:
-    """What the lab model recites to this question, `<think>` and `<tool_call>` markers included; None if unknown."""
+    """The known answer to this question, `<think>` and `<tool_call>` markers included; None if unknown."""
     return KNOWN.get(question)
 
 

@@ -159,7 +159,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompt(self) -> list[int]:
-        """Token ids by the lab model's template (ChatML)."""
+        """Token ids by the model's template (ChatML)."""
         ids: list[int] = []
         for message in self.messages:
             ids += [START, *encode(f"{message.role}\n{message.text}"), END, *encode("\n")]
@@ -282,7 +282,7 @@ def _rejected(field: str, value: object, options: Options) -> RefusedError:
 def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
     """The whole text answered to these messages (JSON, as in a request) when `simulate` orders no other.
 
-    A question of the lab model gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
+    A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
     the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
     """
     said = msgspec.convert(messages, list[Message])

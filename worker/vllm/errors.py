@@ -65,12 +65,15 @@ def classify(status: int, message: str, *, param: str = "", retry_after: float |
 
 
 def unreachable(url: str, error: Exception) -> UpstreamError:
-    """There is no connection. The URL is told without a password: the message goes to the log of the request."""
-    scheme, _, place = url.partition("://")
+    """There is no connection."""
     why = str(error) or type(error).__name__
-    return UpstreamError(
-        "upstream_unreachable", f"cannot reach {scheme}://{place.rpartition('@')[2]}: {why}", retryable=True
-    )
+    return UpstreamError("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True)
+
+
+def without_user(url: str) -> str:
+    """The URL of a server without user and password: it goes to the log of the request, and of the worker."""
+    scheme, _, place = url.partition("://")
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def truncated(message: str) -> UpstreamError:

@@ -8,22 +8,27 @@ from dataclasses import dataclass, field
 
 import httpx
 import msgspec
+import structlog
 
 from worker.contract.entries import Object
-from worker.vllm.errors import UpstreamError, from_response, unreachable
+from worker.vllm.errors import UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, open_stream
 
 _OPTIONAL = ("return_token_ids", "stream_options")
 """What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
 
 _FEW_SECONDS = 5.0
+_PROBE_EVERY = 1.0
+
+_log = structlog.get_logger()
 
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server. `url` is its base, without `/v1`."""
+    """One server. `url` is its base, without `/v1`; `away` is None until it is known whether it can be reached."""
 
     url: str
+    away: bool | None = None
     in_flight: int = 0
     without: set[str] = field(default_factory=set)
 
@@ -34,6 +39,7 @@ class Upstream:
     def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
         self.endpoints = [Endpoint(base_url(url)) for url in urls]
         self._limits = limits
+        self._probing = asyncio.Lock()
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=limits.connect),
@@ -44,10 +50,45 @@ class Upstream:
         """Close every connection."""
         await self._client.aclose()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether a server can take work, as far as is known."""
+        return any(endpoint.away is False for endpoint in self.endpoints)
+
+    async def available(self) -> None:
+        """Wait until a server can take work. Those that wait share one probe a second."""
+        while not self.is_there:
+            async with self._probing:
+                if not self.is_there:
+                    await self.probe()
+                if not self.is_there:
+                    await asyncio.sleep(_PROBE_EVERY)
+
+    async def probe(self) -> None:
+        """Ask the servers that are away whether they are back."""
+        await asyncio.gather(*(self._probe(endpoint) for endpoint in self.endpoints if endpoint.away is not False))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        try:
+            async with asyncio.timeout(_FEW_SECONDS):
+                response = await self._client.get(f"{endpoint.url}/v1/models")
+        except (httpx.HTTPError, TimeoutError):
+            self._mark(endpoint, away=True)
+        else:  # one that asks for a key is there too
+            self._mark(endpoint, away=response.status_code >= 500)
+
+    def _mark(self, endpoint: Endpoint, *, away: bool) -> None:
+        if away and not endpoint.away:
+            _log.warning("vllm_away", endpoint=without_user(endpoint.url))
+        elif not away and endpoint.away:
+            _log.info("vllm_back", endpoint=without_user(endpoint.url))
+        endpoint.away = away
+
     def choose(self, *, other_than: Endpoint | None = None) -> Endpoint:
-        """The server with the fewest requests of ours in flight; another one than the last, where there is one."""
-        rest = [endpoint for endpoint in self.endpoints if endpoint is not other_than]
-        return min(rest or self.endpoints, key=lambda endpoint: endpoint.in_flight)
+        """Of the servers that are there the one with the fewest requests of ours in flight, not the last if may be."""
+        there = [endpoint for endpoint in self.endpoints if not endpoint.away] or self.endpoints
+        rest = [endpoint for endpoint in there if endpoint is not other_than]
+        return min(rest or there, key=lambda endpoint: endpoint.in_flight)
 
     @asynccontextmanager
     async def stream(self, endpoint: Endpoint, request: Object) -> AsyncIterator[ChatStream]:
@@ -79,12 +120,15 @@ class Upstream:
                     self._client, f"{endpoint.url}/v1/chat/completions", body_for(request, without), self._limits
                 )
             except UpstreamError as error:
+                if error.code == "upstream_unreachable":
+                    self._mark(endpoint, away=True)
                 refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
                     raise
                 without |= refused
             else:
                 endpoint.without |= without
+                self._mark(endpoint, away=False)
                 return stream
 
     async def models(self, endpoint: Endpoint) -> list[str]:
