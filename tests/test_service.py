@@ -18,6 +18,7 @@ from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.service import Service
+from worker.settings import load_settings
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 STORY = [{"role": "user", "content": "Tell me a story"}]
@@ -536,3 +537,40 @@ async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client,
     await client.cancel("never")
     with pytest.raises(Conflict, match="was cancelled before"):
         await client.enqueue(ask(), id="never")
+
+
+async def test_a_server_that_never_answers_delays_no_renewal(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    longest = 0
+
+    async def ended() -> bool:
+        """Meanwhile, see how old the lease becomes."""
+        nonlocal longest
+        pending = await redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
+        longest = max([longest, *(int(line["time_since_delivered"]) for line in pending)])
+        return (await read(redis, request_id)).outcome == "done"
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        silent = SimpleNamespace(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await start_worker(simulator, silent, lease=1.5)
+        request_id = await client.enqueue(ask("Tell me a story", simulate={"rate": 80}))
+        await eventually(ended)
+    assert 0 < longest < 1300, "renewed three times a lease"
+
+
+async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
+) -> None:
+    async def fail(_self: Service) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Service, "_beat", fail)
+    service = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
+    with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
+        await asyncio.wait_for(service.run(), 10)
+    assert caught.group_contains(KeyError)

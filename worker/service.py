@@ -149,13 +149,18 @@ class Service:
             claimers = [group.create_task(self._claim(rank, q)) for rank, q in enumerate(self._settings.queues)]
             for work in (self._publisher.run, self._keep, self._take_over):
                 group.create_task(work())
-            await self._leaving.wait()
-            _log.info("worker_draining", running=len(self._running))
-            await asyncio.wait(claimers)
-            await self._drain()
-            await self._hand_over()
-            self._over.set()
-            self._publisher.leave()
+            watching = group.create_task(self._upstream.watch())
+            try:
+                await self._leaving.wait()
+                _log.info("worker_draining", running=len(self._running))
+                await asyncio.wait(claimers)
+                await self._drain()
+                await self._hand_over()
+            finally:  # also when one of them failed: a cancellation alone may be lost in redis-py
+                self._slots.close()
+                self._over.set()
+                self._publisher.leave()
+                watching.cancel()
 
     async def _claim(self, rank: int, queue: str) -> None:
         """Read a queue until told to leave.
@@ -248,7 +253,6 @@ class Service:
                 await backoff.wait(error)
             self._publisher.look()
             self._stop_expired()
-            await self._upstream.probe()
 
     async def _rest(self, seconds: float) -> bool:
         """Pause; false when all is over."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import httpx
@@ -17,8 +17,8 @@ from worker.vllm.stream import ChatStream, Limits, open_stream
 _OPTIONAL = ("return_token_ids", "stream_options")
 """What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
 
-_FEW_SECONDS = 5.0
-_PROBE_EVERY = 1.0
+_FEW_SECONDS = 3.0
+_PROBE_EVERY = 2.0
 
 _log = structlog.get_logger()
 
@@ -39,7 +39,8 @@ class Upstream:
     def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
         self.endpoints = [Endpoint(base_url(url)) for url in urls]
         self._limits = limits
-        self._probing = asyncio.Lock()
+        self._there = asyncio.Event()
+        self._lost = asyncio.Event()
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=limits.connect),
@@ -56,17 +57,18 @@ class Upstream:
         return any(endpoint.away is False for endpoint in self.endpoints)
 
     async def available(self) -> None:
-        """Wait until a server can take work. Those that wait share one probe a second."""
-        while not self.is_there:
-            async with self._probing:
-                if not self.is_there:
-                    await self.probe()
-                if not self.is_there:
-                    await asyncio.sleep(_PROBE_EVERY)
+        """Wait until a server can take work; `watch` finds out."""
+        await self._there.wait()
 
-    async def probe(self) -> None:
-        """Ask the servers that are away whether they are back."""
-        await asyncio.gather(*(self._probe(endpoint) for endpoint in self.endpoints if endpoint.away is not False))
+    async def watch(self) -> None:
+        """Ask servers that are away whether they are back, at once and then every two seconds, until cancelled."""
+        while True:
+            self._lost.clear()
+            away = [endpoint for endpoint in self.endpoints if endpoint.away is not False]
+            await asyncio.gather(*map(self._probe, away))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PROBE_EVERY):
+                    await self._lost.wait()
 
     async def _probe(self, endpoint: Endpoint) -> None:
         try:
@@ -80,9 +82,14 @@ class Upstream:
     def _mark(self, endpoint: Endpoint, *, away: bool) -> None:
         if away and not endpoint.away:
             _log.warning("vllm_away", endpoint=without_user(endpoint.url))
+            self._lost.set()
         elif not away and endpoint.away:
             _log.info("vllm_back", endpoint=without_user(endpoint.url))
         endpoint.away = away
+        if self.is_there:
+            self._there.set()
+        else:
+            self._there.clear()
 
     def choose(self, *, other_than: Endpoint | None = None) -> Endpoint:
         """Of the servers that are there the one with the fewest requests of ours in flight, not the last if may be."""
