@@ -11,6 +11,7 @@ from typing import cast
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
@@ -20,6 +21,10 @@ from worker.sandbox.simulator import Options, Simulator
 from worker.service import Service
 from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
+
+# Busy machines make single examples slow: no test is about time.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 _MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers")
 

@@ -67,7 +67,7 @@ def _entries(draw: st.DrawFn) -> Entry:
     return kind(id=EntryId(draw(_COUNT), draw(_COUNT)), **values)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(_entries())
 def test_every_entry_is_read_back_from_text_and_from_bytes(entry: Entry) -> None:
     fields = to_fields(entry)
@@ -77,7 +77,6 @@ def test_every_entry_is_read_back_from_text_and_from_bytes(entry: Entry) -> None
     assert parse(str(entry.id), fields) == parse(str(entry.id).encode(), raw) == entry
 
 
-@settings(deadline=None)
 @given(_entries())
 def test_an_entry_as_a_dict_says_the_same(entry: Entry) -> None:
     shown = as_dict(entry)

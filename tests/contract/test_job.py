@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract.job import MAX_REQUEST_BYTES, InvalidJob, Job, check_request, digest, parse_job, request_id_of
@@ -58,7 +58,6 @@ _TIME = st.none() | st.integers(1, 2**53 - 1)
 _SPAN = st.none() | st.integers(1, 30 * 24 * 3600)
 
 
-@settings(deadline=None)
 @given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _SPAN, st.lists(_TEXT, max_size=3), _TEXT)
 def test_a_job_is_read_back_from_its_fields(
     name: str, more: dict[str, Any], deadline: int | None, retention: int | None, fallbacks: list[str], tenant: str
@@ -181,7 +180,6 @@ _VALUE = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(_TEXT, _VALUE), st.dictionaries(_TEXT, _VALUE))
 def test_the_digest_tells_requests_apart(one: dict[str, object], other: dict[str, object]) -> None:
     same = msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")

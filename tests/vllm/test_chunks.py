@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract import entries
@@ -580,7 +580,6 @@ _ODD = st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4) | st.fixed_di
 )
 
 
-@settings(deadline=None)
 @given(st.lists(_CHUNK, max_size=5), st.booleans())
 def test_any_chunks_in_good_shape_give_all_their_text(chunks: list[Object], escaped: bool) -> None:  # noqa: FBT001
     answer = Answer(parsed(*(json.dumps(one, ensure_ascii=escaped).encode() for one in chunks))[1])
@@ -601,7 +600,6 @@ def test_any_chunks_in_good_shape_give_all_their_text(chunks: list[Object], esca
             assert wanted == {"content": "", "reasoning": "", "ids": []}
 
 
-@settings(deadline=None)
 @given(st.lists(_ODD, max_size=3))
 def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[Object]) -> None:
     parser = ChunkParser()
@@ -616,7 +614,6 @@ def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[
     assert error is None or (error.code.startswith("upstream_") and error.message)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40) | st.text('[]{}":,0.eE+-ntru\\\x00', max_size=40).map(str.encode))
 def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
     told: list[Fields] = []

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.vllm.sse import EventTooLarge, SSEDecoder
@@ -190,7 +190,6 @@ def _streams(draw: st.DrawFn) -> bytes:
     return (start + "".join(lines) + draw(_LINE)).encode()
 
 
-@settings(deadline=None)
 @given(_streams(), st.randoms(use_true_random=False))
 def test_any_stream_reads_as_the_standard_says_however_it_is_cut(body: bytes, chance: random.Random) -> None:
     wanted = by_the_standard(body)
