@@ -384,7 +384,8 @@ REQUESTS: list[tuple[bytes, str]] = [
 
 
 def mistaken(arguments: list[str], text: str, given: bytes = b"") -> None:
-    result = CliRunner().invoke(main, arguments, input=given)
+    """The mistake is all that is told, also where no Redis answers."""
+    result = CliRunner().invoke(main, arguments, input=given, env={"REDIS_URL": NOWHERE})
     assert (result.exit_code, result.stdout) == (2, "")
     assert isinstance(result.exception, SystemExit)
     (error,) = [line for line in result.stderr.splitlines() if not line.startswith(("Usage:", "Try ")) and line]

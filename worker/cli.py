@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
-from worker.client import Client, ClientError, JobOptions, State, Unavailable
+from worker.client import Client, ClientError, JobOptions, State, Unavailable, new_job
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId, is_request_id
@@ -160,6 +160,8 @@ def enqueue(
         options["timeout"] = timeout
     if retention is not None:
         options["retention"] = retention
+
+    new_job(request, **options)  # a mistake is told before anything is said of Redis
 
     async def add_and_follow() -> bool:
         async with _client(settings) as client:

@@ -94,6 +94,30 @@ class JobOptions(TypedDict, total=False):
     traceparent: str
 
 
+def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> Job:
+    """The job that `enqueue` adds, checked without asking Redis.
+
+    Raises:
+        InvalidJob: when the request or an option cannot be.
+    """
+    job = Job(
+        id=options.get("id") or new_request_id(),
+        request=check_request(dict(request)),
+        retention=options.get("retention"),
+        fallbacks=tuple(options.get("fallbacks", ())),
+        tenant=options.get("tenant", ""),
+        traceparent=options.get("traceparent", ""),
+    )
+    # What a worker would refuse is refused here; the size limit is the worker's own.
+    parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}, _NO_LIMIT)
+    queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
+    if not is_queue_name(queue):
+        raise InvalidJob(f"the queue {queue[:80]!r} cannot be: its name must be 1 to 64 characters of A-Za-z0-9_-")
+    if within is not None and not 0 < within <= _LONGEST:  # NaN is neither
+        raise InvalidJob(f"the timeout is {within:g}: it must be more than 0 seconds and at most a year")
+    return job
+
+
 class Client:
     """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
 
@@ -145,21 +169,8 @@ class Client:
             Conflict: when the id belongs to another request.
             Unavailable: when Redis does not answer.
         """
-        job = Job(
-            id=options.get("id") or new_request_id(),
-            request=check_request(dict(request)),
-            retention=options.get("retention"),
-            fallbacks=tuple(options.get("fallbacks", ())),
-            tenant=options.get("tenant", ""),
-            traceparent=options.get("traceparent", ""),
-        )
-        # What a worker would refuse is refused here; the size limit is the worker's own.
-        parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}, _NO_LIMIT)
+        job = new_job(request, **options)
         queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
-        if not is_queue_name(queue):
-            raise InvalidJob(f"the queue {queue[:80]!r} cannot be: its name must be 1 to 64 characters of A-Za-z0-9_-")
-        if within is not None and not 0 < within <= _LONGEST:  # NaN is neither
-            raise InvalidJob(f"the timeout is {within:g}: it must be more than 0 seconds and at most a year")
         await self._retry(lambda: self._enqueue(job, queue, within))
         return job.id
 
