@@ -160,11 +160,14 @@ class Generation:
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
         """Do what may take long, for as long as the log is ours, the lease holds and the deadline has not passed."""
         stop = self._request.stop
-        task = asyncio.ensure_future(work)
         left = (self._request.deadline - self._now()) / 1000
+        if left <= 0:
+            work.close()  # not a step of it, lest vLLM be asked for nothing
+            raise DeadlinePassed
+        task = asyncio.ensure_future(work)
         try:
             events: set[asyncio.Future[Any]] = {task, self._log.lost, stop}
-            await asyncio.wait(events, timeout=max(0, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             finished = task.done()
             task.cancel()
