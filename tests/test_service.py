@@ -449,7 +449,7 @@ async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        if head.startswith(b"GET"):
+        if not head.startswith(b"POST /v1/chat/completions"):
             writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             writer.close()
             return

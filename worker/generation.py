@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import structlog
 
@@ -18,13 +18,16 @@ from worker.contract.answer import Answer
 from worker.contract.entries import Done, Failed, Object, Restarted, Terminal, to_fields
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
-from worker.settings import shown_url
+from worker.settings import Settings, shown_url
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.upstream import Endpoint, Upstream
+from worker.vllm.resume import CannotResume, ContinuationParser, continuation
+from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
 _T = TypeVar("_T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
+_MOVES_ON = frozenset({"context_length_exceeded", "model_not_found"})
+"""Refusals that another model may not share; whatever could be tried again moves on too, once its tries are used."""
 
 _log = structlog.get_logger()
 
@@ -68,7 +71,7 @@ class Generation:
         *,
         owner: Owner,
         upstream: Upstream,
-        tries: int,
+        settings: Settings,
         now: Callable[[], int],
     ) -> None:
         self._request = request
@@ -76,8 +79,12 @@ class Generation:
         self._history = history
         self._owner = owner
         self._upstream = upstream
-        self._tries = tries
+        self._settings = settings
         self._now = now
+        self._committed = False
+        """Whether this attempt has written what another try cannot just write again."""
+        self._went_on = False
+        """Whether it has added to an answer that had broken off."""
         self._began = time.monotonic()
         self._waited_ms = max(0, now() - request.delivery.enqueued)
         self._first_delta: float | None = None
@@ -89,73 +96,144 @@ class Generation:
             LogLost: when the log is no longer ours.
             Stopped: when the job is to stop here.
         """
-        job = self._request.job
+        job, history = self._request.job, self._history
         if isinstance(job, InvalidJob):
             return self._failed(job.code, str(job))
-        if self._history.finished(choices_of(job)):
+        if history.finished(choices_of(job.request)):
             # After the last finish_reason there is nothing to generate: only the seal was missing.
-            return self._done(self._history.finish_reason, self._history.usage, self._history.model)
-        if self._history.begun:
-            self._restart()
+            return self._done(history.finish_reason, history.usage, history.model)
+        if history.begun and self._settings.on_interrupt == "fail":
+            return self._failed(
+                "interrupted", "the worker that wrote this answer is gone, and WORKER_ON_INTERRUPT is fail"
+            )
         try:
             return await self._generate(job)
         except DeadlinePassed:
             return self._failed("deadline", "the deadline of the job passed before its answer was whole")
 
-    async def advance(self, reason: str) -> None:
-        """Begin a next attempt of our own, in which the answer starts again.
+    async def begin_again(self, reason: str) -> None:
+        """Begin a next attempt of our own, in which the answer starts again: Redis has lost some of what it accepted.
 
         Raises:
             LogLost: when the log is no longer ours.
         """
-        if not isinstance(self._log.loss, LogDiverged):
-            await drained(self._log, self._request.stop)
-        await persist(lambda: self._owner.advance(self._log, self._request.delivery, reason), self._request.stop)
-        self._restart()
+        await self._advance(reason)
+        self._restart(reason)
 
-    def _restart(self) -> None:
+    async def _advance(self, reason: str) -> None:
+        request = self._request
+        if not isinstance(self._log.loss, LogDiverged):
+            await drained(self._log, request.stop)
+        await persist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
+        self._history = Answer(await persist(lambda: self._owner.read(request.id), request.stop))
+        self._committed = self._went_on = False
+
+    def _restart(self, reason: str) -> None:
+        _log.info("answer_restarted", reason=reason, attempt=self._log.attempt)
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
         self._history = Answer()
+        self._committed = True
         self._first_delta = None
 
     async def _generate(self, job: Job) -> Terminal:
+        """Ask for the job's model and, where it cannot be had, for its fallbacks one after the other."""
+        asked = job.request.get("model")
+        models = [asked if isinstance(asked, str) else "", *job.fallbacks]
+        if self._history.model in models:  # the one that had begun goes on
+            del models[: models.index(self._history.model)]
+        given_up = ""
+        while True:
+            model = models.pop(0)
+            try:
+                return await self._ask(job.request | {"model": model} if model else job.request)
+            except UpstreamError as error:
+                if not models or not (error.retryable or error.code in _MOVES_ON):
+                    return self._failed(error.code, error.message + (given_up and f" (before it: {given_up})"))
+                given_up += f"{'; ' if given_up else ''}{model}: {error.code}"
+                _log.warning("model_given_up", code=error.code, model=model, next=models[0])
+                if self._committed:
+                    await self._advance(error.code)
+                if self._history.begun:
+                    self._restart("another model")
+
+    async def _ask(self, request: Object) -> Done:
+        """Ask for one model, as often as is allowed without getting on.
+
+        Raises:
+            UpstreamError: of the last try.
+        """
+        model = str(request.get("model", ""))
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
-            if not self._upstream.is_there:  # what no server can take waits, and is no try
-                await self._guarded(self._upstream.available())
-            endpoint = self._upstream.choose(other_than=endpoint)
+            if not self._upstream.can_take(model):  # what no server can take waits, and is no try
+                await self._guarded(self._upstream.available(model))
+            endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
-            parser = _parser_for(job)
             try:
-                await self._guarded(self._pump(job, endpoint, parser))
+                return await self._guarded(self._answer(endpoint, request))
             except UpstreamError as error:
-                if not parser.complete:
-                    _warn(error, endpoint, tried)
-                    if not error.retryable or tried == self._tries:
-                        return self._failed(error.code, error.message, parser)
-                    wait = min(error.retry_after or pause, _LONGEST_PAUSE)
-                    pause *= 2
-                    await self._guarded(asyncio.sleep(wait * random.uniform(0.75, 1.25)))  # noqa: S311 - jitter
-                    if parser.begun:
-                        await self.advance(error.code)
-                    continue
-                # It broke after the last finish_reason: nothing of the answer is missing.
-            return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
+                _warn(error, endpoint, tried)
+                if self._went_on:
+                    tried, pause = 1, _FIRST_PAUSE
+                out_of_tries = tried >= self._settings.tries
+                if not error.retryable or out_of_tries or (self._committed and self._settings.on_interrupt == "fail"):
+                    raise
+                wait = min(error.retry_after or pause, _LONGEST_PAUSE)
+                pause *= 2
+                await self._guarded(asyncio.sleep(wait * random.uniform(0.75, 1.25)))  # noqa: S311 - jitter
+                if self._committed:
+                    await self._advance(error.code)
 
-    async def _pump(self, job: Job, endpoint: Endpoint, parser: ChunkParser) -> None:
+    async def _answer(self, endpoint: Endpoint, request: Object) -> Done:
+        """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
+        if self._history.begun:
+            try:
+                return await self._go_on(endpoint, request)
+            except CannotResume as reason:
+                self._restart(str(reason))
+        return await self._stream(endpoint, request, ChunkParser(**_parsing(request)))
+
+    async def _go_on(self, endpoint: Endpoint, request: Object) -> Done:
+        history = self._history
+        if self._settings.on_interrupt != "resume":
+            raise CannotResume("WORKER_ON_INTERRUPT")
+        way = await continuation(self._upstream, endpoint, request, history)
+        if way.left == 0:
+            return self._done("length", history.usage, history.model)
+        refusal = ""
+        for route, body in way.bodies:
+            parser = ContinuationParser(way, **_parsing(request))
+            try:
+                return await self._stream(endpoint, body, parser, route)
+            except UpstreamError as error:
+                if self._committed or error.retryable or not way.prompt:
+                    raise
+                refusal = error.code
+        raise CannotResume(refusal)
+
+    async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log: nothing in this loop is per token but the parser and the append."""
         log = self._log
-        async with self._upstream.stream(endpoint, job.request) as stream:
-            while not parser.done and (events := await stream.read()):
-                for data in events:
-                    for fields in parser.parse(data):
-                        log.append(fields)
-                if self._first_delta is None and parser.begun:
-                    self._first_delta = time.monotonic()
-                if log.is_full:
-                    await log.room()
-            await stream.finish()
-        parser.check_complete()
+        try:
+            async with self._upstream.stream(endpoint, body, route) as stream:
+                while not parser.done and (events := await stream.read()):
+                    for data in events:
+                        for fields in parser.parse(data):
+                            log.append(fields)
+                    if self._first_delta is None and parser.begun:
+                        self._first_delta = time.monotonic()
+                    if log.is_full:
+                        await log.room()
+                await stream.finish()
+                parser.check_complete()
+        except UpstreamError:
+            if not parser.complete:
+                raise
+            # It broke after the last finish_reason: nothing of the answer is missing.
+        finally:
+            self._committed |= parser.committed
+            self._went_on |= parser.committed and parser.begun and isinstance(parser, ContinuationParser)
+        return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
         """Do what may take long, for as long as the log is ours, the lease holds and the deadline has not passed."""
@@ -191,16 +269,8 @@ class Generation:
             extra=extra or {},
         )
 
-    def _failed(self, code: str, message: str, parser: ChunkParser | None = None) -> Failed:
-        return Failed(
-            id=SEAL,
-            attempt=self._log.attempt,
-            code=code,
-            message=message,
-            usage=parser.usage if parser else {},
-            model=parser.model if parser else "",
-            timings=self._timings(),
-        )
+    def _failed(self, code: str, message: str) -> Failed:
+        return Failed(id=SEAL, attempt=self._log.attempt, code=code, message=message, timings=self._timings())
 
     def _timings(self) -> Object:
         now = time.monotonic()
@@ -226,9 +296,9 @@ async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:
     waiting.result()
 
 
-def choices_of(job: Job) -> int:
-    """How many choices the job asks for."""
-    n = job.request.get("n")
+def choices_of(request: Object) -> int:
+    """How many choices are asked for."""
+    n = request.get("n")
     return n if isinstance(n, int) else 1
 
 
@@ -244,10 +314,17 @@ def _warn(error: UpstreamError, endpoint: Endpoint, tried: int) -> None:
     )
 
 
-def _parser_for(job: Job) -> ChunkParser:
-    options = job.request.get("stream_options")
-    return ChunkParser(
-        n=choices_of(job),
-        keep_prompt_ids=bool(job.request.get("return_token_ids")),
-        keep_usage=isinstance(options, dict) and bool(options.get("continuous_usage_stats")),
-    )
+class _Parsing(TypedDict):
+    n: int
+    keep_prompt_ids: bool
+    keep_usage: bool
+
+
+def _parsing(request: Object) -> _Parsing:
+    """What of a request matters to who reads its answer."""
+    options = request.get("stream_options")
+    return {
+        "n": choices_of(request),
+        "keep_prompt_ids": bool(request.get("return_token_ids")),
+        "keep_usage": isinstance(options, dict) and bool(options.get("continuous_usage_stats")),
+    }

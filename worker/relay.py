@@ -96,7 +96,7 @@ class Relay:
                 Answer(owned.history),
                 owner=self._owner,
                 upstream=self._upstream,
-                tries=self._settings.tries,
+                settings=self._settings,
                 now=self._now,
             )
             while True:
@@ -106,7 +106,7 @@ class Relay:
                     break
                 except LogDiverged as loss:
                     _log.warning("log_diverged", reason=str(loss))
-                    await generation.advance("diverged")
+                    await generation.begin_again("diverged")
         except LogSealed:
             await self._settle_found(request)
         except LogGone:

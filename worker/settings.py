@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     first_token_timeout: Seconds = Field(120.0, description="Seconds from the request to vLLM's first token")
     gap_timeout: Seconds = Field(30.0, description="Seconds from one token of vLLM to the next")
     tries: int = Field(3, ge=1, le=100, description="How often a request is sent to vLLM before it fails")
+    on_interrupt: Literal["resume", "restart", "fail"] = Field(
+        "resume", description="What becomes of an answer that broke off, by a fault of vLLM or of a worker"
+    )
     max_request_bytes: int = Field(
         MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="The size limit of a job's request"
     )

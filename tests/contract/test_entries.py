@@ -46,6 +46,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "time": _COUNT,
     "index": _COUNT,
     "created": _COUNT,
+    "cut": _COUNT,
     "attempt": _COUNT,
     "prompt_tokens": st.none() | _COUNT,
     "usage": _OBJECT,
@@ -53,6 +54,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "extra": _OBJECT,
     "tool_calls": st.lists(_OBJECT, max_size=2),
     "token_ids": st.lists(_COUNT, max_size=3),
+    "forgets": st.lists(_TEXT, max_size=2),
     "logprobs": _JSON,
     "stop_reason": _JSON,
 }

@@ -83,8 +83,7 @@ class Answer:
             case Restarted():
                 self._deltas.clear()
             case Resumed():
-                kept = EntryId.parse(entry.after)
-                self._deltas = [delta for delta in self._deltas if delta.id <= kept]
+                self._keep(entry)
             case Terminal():
                 self.end = entry
                 self.attempt = self.attempt or entry.attempt
@@ -93,6 +92,17 @@ class Answer:
                     id=SEAL, code="unknown", message=f"the log ended with an entry of type {entry.name!r}"
                 )
         return self
+
+    def _keep(self, resumed: Resumed) -> None:
+        after = EntryId.parse(resumed.after)
+        self._deltas = [delta for delta in self._deltas if delta.id <= after]
+        if resumed.cut and self._deltas:
+            self._deltas[-1] = _without_tail(self._deltas[-1], resumed.cut)
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """The deltas that stand, oldest first."""
+        return list(self._deltas)
 
     @property
     def begun(self) -> bool:
@@ -173,6 +183,14 @@ class Answer:
             "choices": choices,
             "usage": self.usage or None,
         }
+
+
+def _without_tail(delta: Delta, cut: int) -> Delta:
+    """A delta less its last tokens, which say nothing of its text."""
+    logprobs = delta.logprobs
+    if isinstance(logprobs, dict):
+        logprobs = {name: part[:-cut] if isinstance(part, list) else part for name, part in logprobs.items()}
+    return msgspec.structs.replace(delta, token_ids=delta.token_ids[:-cut], logprobs=logprobs)
 
 
 def _joined(whole: JSON, piece: JSON) -> JSON:

@@ -62,10 +62,16 @@ class Claimed(Entry, frozen=True, kw_only=True):
 
 
 class Resumed(Entry, frozen=True, kw_only=True):
-    """The text goes on where it stopped. Token ids and logprobs of former attempts beyond `after` are void."""
+    """The text goes on where it stopped. Token ids and logprobs of former attempts beyond `after` are void.
+
+    So are the last `cut` token ids of the entry `after` itself, whose chunk ended inside a character. `forgets` names
+    sampling settings that count generated tokens and do not see those from before.
+    """
 
     type: ClassVar[str] = "resumed"
     after: str = ""
+    cut: int = 0
+    forgets: list[str] = msgspec.field(default_factory=list)
 
 
 class Restarted(Entry, frozen=True, kw_only=True):
@@ -148,11 +154,13 @@ _READERS: dict[str, _Reader] = {
     "created": int,
     "attempt": int,
     "prompt_tokens": int,
+    "cut": int,
     "usage": msgspec.json.Decoder(dict).decode,
     "timings": msgspec.json.Decoder(dict).decode,
     "extra": msgspec.json.Decoder(dict).decode,
     "tool_calls": msgspec.json.Decoder(list[dict[str, Any]]).decode,
     "token_ids": msgspec.json.Decoder(list[int]).decode,
+    "forgets": msgspec.json.Decoder(list[str]).decode,
     "logprobs": msgspec.json.decode,
     "stop_reason": msgspec.json.decode,
 }

@@ -40,9 +40,19 @@ class ChunkParser:
         n: how many choices the request asks for.
         keep_prompt_ids: whether the request itself asked for `return_token_ids`, so that the prompt's are kept.
         keep_usage: whether it asked for `continuous_usage_stats`, so that each delta keeps the usage.
+        sent: the ids that the server was given as its prompt to go on from, which its first chunk must show.
+        kept: how many of these, at the end, are of the answer.
     """
 
-    def __init__(self, *, n: int = 1, keep_prompt_ids: bool = False, keep_usage: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        n: int = 1,
+        keep_prompt_ids: bool = False,
+        keep_usage: bool = False,
+        sent: list[int] | None = None,
+        kept: int = 0,
+    ) -> None:
         self.done = False
         self.usage: Object = {}
         self.finish_reason = ""
@@ -50,6 +60,8 @@ class ChunkParser:
         self._n = n
         self._keep_prompt_ids = keep_prompt_ids
         self._keep_usage = keep_usage
+        self._unproven = sent
+        self._kept = kept
         self._seen: set[int] = set()
         self._finished: set[int] = set()
         self._broken_off = ""
@@ -68,6 +80,11 @@ class ChunkParser:
         return self._begun
 
     @property
+    def committed(self) -> bool:
+        """Whether something came out that a further try would say twice."""
+        return self._begun
+
+    @property
     def extra(self) -> Object:
         """What chunks without a choice said beside the usage, for the terminal entry."""
         return _decode(_encode(self._unsaid), type=dict)
@@ -79,6 +96,11 @@ class ChunkParser:
             return False
         # Stops at the first that lacks: a job may ask for any `n`.
         return bool(self.done and self._seen) or all(index in self._finished for index in range(self._n))
+
+    def finish(self, reason: str) -> None:
+        """End the answer here, whatever the server would say: its one choice has finished."""
+        self.done, self.finish_reason = True, reason
+        self._finished.add(0)
 
     def check_complete(self) -> None:
         """At the end of the stream.
@@ -112,6 +134,10 @@ class ChunkParser:
     def _entries(self, chunk: _RawObject) -> list[Fields]:
         _raise_error_in(chunk)
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
+        if choices and "text" in choices[0]:
+            _take_for_chat(chunk, choices)
+        if choices and self._unproven is not None:
+            self._prove(chunk)
         deltas = [_delta_of(choice) for choice in choices]
         self._take_usage(chunk, of_choices=bool(choices))
         self._take_extra(chunk)
@@ -123,13 +149,28 @@ class ChunkParser:
                 entries.append(fields)
         return entries
 
+    def _prove(self, chunk: _RawObject) -> None:
+        """At the first chunk: a server that passed over the ids would send text that is there already."""
+        if _decode(chunk.get("prompt_token_ids", _NULL)) != self._unproven:
+            raise UpstreamError(
+                "not_resumed",
+                "the server does not go on from the tokens that it was given",
+                status=200,
+                retryable=False,
+            )
+        self._unproven = None
+
     def _take_usage(self, chunk: _RawObject, *, of_choices: bool) -> None:
         usage = chunk.get("usage")
         if usage is None or not _says(usage):
             return
         self.usage = _decode(usage, type=dict)
+        if self._kept:  # they were the server's prompt, and are the answer's
+            for name, sign in (("prompt_tokens", -1), ("completion_tokens", 1)):
+                count = self.usage.get(name)
+                self.usage[name] = count + sign * self._kept if isinstance(count, int) else count
         if self._keep_usage and of_choices:
-            self._unsaid["usage"] = usage
+            self._unsaid["usage"] = Raw(_encode(self.usage)) if self._kept else usage
 
     def _take_extra(self, chunk: _RawObject) -> None:
         """Keep what the chunk holds beyond the known fields, once for as long as it stays the same."""
@@ -162,10 +203,11 @@ class ChunkParser:
         prompt = chunk.get("prompt_token_ids")
         if prompt is not None and _says(prompt):
             ids = _decode_ids(prompt)
+            ids = ids[: len(ids) - self._kept]
             head["prompt_tokens"] = str(len(ids))
-            head["prompt_digest"] = hashlib.sha256(_encode(ids)).hexdigest()[:16]
+            head["prompt_digest"] = digest_of(ids)
             if self._keep_prompt_ids:
-                self._unsaid["prompt_token_ids"] = prompt
+                self._unsaid["prompt_token_ids"] = Raw(_encode(ids))
         if head == self._head or len(head) == 1:
             return []
         self._head = head
@@ -220,6 +262,20 @@ class ChunkParser:
         if extra is not None:
             shown = extra | {"chunk": Raw(_encode(shown))} if shown else extra
         return {"extra": _encode(shown).decode()} if shown else {}
+
+
+def digest_of(prompt: list[int]) -> str:
+    """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
+    return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
+
+
+def _take_for_chat(chunk: _RawObject, choices: list[_RawObject]) -> None:
+    """Bring a chunk of `/v1/completions` into the shape of the chat route's."""
+    for choice in choices:
+        choice["delta"] = Raw(_encode({"role": "assistant", "content": choice.pop("text", _NULL)}))
+        prompt = choice.pop("prompt_token_ids", _NULL)
+        if _says(prompt):
+            chunk["prompt_token_ids"] = prompt
 
 
 def _object(data: bytes) -> _RawObject:

@@ -10,9 +10,12 @@ import httpx
 import msgspec
 import structlog
 
-from worker.contract.entries import Object
+from worker.contract.entries import Object, to_json
 from worker.vllm.errors import UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, open_stream
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 
 _OPTIONAL = ("return_token_ids", "stream_options")
 """What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
@@ -56,7 +59,10 @@ class Upstream:
         """Whether a server can take work, as far as is known."""
         return any(endpoint.away is False for endpoint in self.endpoints)
 
-    async def available(self) -> None:
+    def can_take(self, model: str) -> bool:  # noqa: ARG002
+        return self.is_there
+
+    async def available(self, model: str = "") -> None:
         """Wait until a server can take work; `watch` finds out."""
         await self._there.wait()
 
@@ -91,14 +97,14 @@ class Upstream:
         else:
             self._there.clear()
 
-    def choose(self, *, other_than: Endpoint | None = None) -> Endpoint:
+    def choose(self, model: str = "", *, other_than: Endpoint | None = None) -> Endpoint:
         """Of the servers that are there the one with the fewest requests of ours in flight, not the last if may be."""
         there = [endpoint for endpoint in self.endpoints if not endpoint.away] or self.endpoints
         rest = [endpoint for endpoint in there if endpoint is not other_than]
         return min(rest or there, key=lambda endpoint: endpoint.in_flight)
 
     @asynccontextmanager
-    async def stream(self, endpoint: Endpoint, request: Object) -> AsyncIterator[ChatStream]:
+    async def stream(self, endpoint: Endpoint, request: Object, route: str = CHAT) -> AsyncIterator[ChatStream]:
         """The token stream of a request; leaving the context closes it.
 
         Raises:
@@ -106,7 +112,7 @@ class Upstream:
         """
         endpoint.in_flight += 1
         try:
-            stream = await self._open(endpoint, request)
+            stream = await self._open(endpoint, request, route)
             try:
                 yield stream
             finally:
@@ -114,7 +120,7 @@ class Upstream:
         finally:
             endpoint.in_flight -= 1
 
-    async def _open(self, endpoint: Endpoint, request: Object) -> ChatStream:
+    async def _open(self, endpoint: Endpoint, request: Object, route: str) -> ChatStream:
         """Open the stream, without what the server does not know.
 
         A field is held to be unknown only once the same request was taken without it, and never for a request that
@@ -123,9 +129,7 @@ class Upstream:
         without = set(endpoint.without)
         while True:
             try:
-                stream = await open_stream(
-                    self._client, f"{endpoint.url}/v1/chat/completions", body_for(request, without), self._limits
-                )
+                stream = await open_stream(self._client, endpoint.url + route, body_for(request, without), self._limits)
             except UpstreamError as error:
                 if error.code == "upstream_unreachable":
                     self._mark(endpoint, away=True)
@@ -137,6 +141,23 @@ class Upstream:
                 endpoint.without |= without
                 self._mark(endpoint, away=False)
                 return stream
+
+    async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
+        """Ask a server something small; gives the body of its answer.
+
+        Raises:
+            UpstreamError: when it does not answer, or refuses.
+        """
+        url = endpoint.url + path
+        headers = {"content-type": "application/json"}
+        try:
+            async with asyncio.timeout(_FEW_SECONDS):
+                response = await self._client.post(url, content=to_json(body), headers=headers)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise unreachable(url, error) from None
+        if response.status_code != 200:
+            raise from_response(response.status_code, response.content, response.headers)
+        return response.content
 
     async def models(self, endpoint: Endpoint) -> list[str]:
         """The names of the models that a server serves.

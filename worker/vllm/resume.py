@@ -1,0 +1,326 @@
+"""Going on mid-stream: what of an answer is kept, and the requests by which a server goes on from there.
+
+A server gets the ids of the prompt and of the kept tokens as its prompt, so that nothing is tokenized anew. That is
+exact only where the kept tokens end with a whole character: a cut inside one makes vLLM 0.32.0 send the end of the
+prompt as text (vllm#48853).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import msgspec
+
+from worker.contract.answer import Answer
+from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields, to_json
+from worker.contract.ids import BEFORE_ALL, EntryId
+from worker.vllm.chunks import ChunkParser, digest_of
+from worker.vllm.errors import UpstreamError
+from worker.vllm.upstream import CHAT, COMPLETIONS, Endpoint, Upstream
+
+_T = TypeVar("_T")
+
+_STRUCTURED = (
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
+)  # fmt: skip
+_OF_THE_PROMPT = ("echo", "prompt_logprobs", "truncate_prompt_tokens", "use_beam_search")
+_COUNTING = (
+    "presence_penalty", "frequency_penalty", "bad_words", "thinking_token_budget", "repetition_detection",
+)  # fmt: skip
+"""What looks back on generated tokens alone: the kept ones are part of the prompt then."""
+
+_TOKENIZED = (
+    "model", "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
+    "chat_template_kwargs",
+)  # fmt: skip
+_NOT_OF_COMPLETIONS = frozenset({
+    "messages", "max_completion_tokens", "logprobs", "top_logprobs", "logprob_token_ids", "add_generation_prompt",
+    "continue_final_message", "chat_template", "chat_template_kwargs", "response_format", "tools", "tool_choice",
+    "parallel_tool_calls", "reasoning_effort", "include_reasoning", "documents", "echo",
+})  # fmt: skip
+_decode_ids = msgspec.json.Decoder(list[int]).decode
+_BROKEN = "\ufffd"
+
+
+class CannotResume(Exception):
+    """The answer cannot be gone on with: the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a broken-off answer stands.
+
+    `after` is the last entry kept, `last` how many of `tokens` came with it, `content` the text up to there, `cut`
+    how many tokens at the end of that entry are void as well: a chunk of several tokens may end inside a character.
+    """
+
+    after: EntryId
+    tokens: list[int]
+    last: int
+    content: str
+    plain: bool
+    cut: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """How a server goes on with an answer. `prompt` is what it is given, the kept tokens included; nothing if none are.
+
+    `held` is text of the kept tokens that was not sent, since it might have become a stop string. `left` is how many
+    tokens the job lets the answer still have, None where it does not say; `room` how many the model has room for.
+    """
+
+    request: Object
+    kept: Kept
+    prompt: list[int]
+    held: str = ""
+    room: int = 0
+
+    @property
+    def left(self) -> int | None:
+        asked = self.request.get("max_completion_tokens")
+        asked = self.request.get("max_tokens") if asked is None else asked
+        return max(0, asked - len(self.kept.tokens)) if isinstance(asked, int) else None
+
+    @property
+    def bodies(self) -> Iterator[tuple[str, Object]]:
+        """The ways to ask, each a route and a body, the best first."""
+        if not self.prompt:
+            yield CHAT, self.request
+            return
+        body = dict(self.request)
+        body |= {name: self.left for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
+        least = body.get("min_tokens")
+        if isinstance(least, int):
+            body["min_tokens"] = max(0, least - len(self.kept.tokens))
+        yield CHAT, body | {"kv_transfer_params": {"prompt_token_ids": list(self.prompt)}}
+        if self.kept.plain and not body.get("logprobs"):
+            plain = {name: value for name, value in body.items() if name not in _NOT_OF_COMPLETIONS}
+            # Without a limit this route gives 16 tokens, where the other gives all that there is room for.
+            yield COMPLETIONS, plain | {
+                "prompt": list(self.prompt), "max_tokens": self.room if self.left is None else self.left
+            }  # fmt: skip
+
+    @property
+    def entry(self) -> Fields:
+        """The `resumed` entry."""
+        forgets = [name for name in _COUNTING if self.prompt and self.request.get(name)]
+        return to_fields(Resumed(id=BEFORE_ALL, after=str(self.kept.after), cut=self.kept.cut, forgets=forgets))
+
+
+class ContinuationParser(ChunkParser):
+    """Reads the stream of a server that goes on: `resumed` comes out first, once the server has shown that it does."""
+
+    def __init__(self, way: Continuation, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
+        super().__init__(
+            n=n, keep_prompt_ids=keep_prompt_ids, keep_usage=keep_usage,
+            sent=way.prompt or None, kept=len(way.kept.tokens),
+        )  # fmt: skip
+        self._way = way
+        self._seam = Seam(way.request, way.kept.content, way.held)
+        self._said = False
+        self._new = 0
+
+    @property
+    def committed(self) -> bool:
+        return self._said
+
+    def parse(self, data: bytes) -> list[Fields]:
+        entries = super().parse(data)
+        if self._seam.open:
+            entries = list(self._across_the_seam(entries))
+        if entries and not self._said:
+            self._said = True
+            entries.insert(0, self._way.entry)
+        return entries
+
+    def _across_the_seam(self, entries: list[Fields]) -> Iterator[Fields]:
+        for fields in entries:
+            if fields["type"] != Delta.type:
+                yield fields
+                continue
+            self._new += len(_decode_ids(fields.get("token_ids", "[]")))
+            yield self._seam.take(fields)
+            if self._seam.stopped:
+                self._end_at_stop()
+                return
+
+    def _end_at_stop(self) -> None:
+        """A stop string that only we could see: the server would go on."""
+        prompt, kept = len(self._way.prompt), len(self._way.kept.tokens)
+        self.usage = {
+            "prompt_tokens": prompt - kept, "completion_tokens": kept + self._new, "total_tokens": prompt + self._new
+        }  # fmt: skip
+        self.finish("stop")
+
+
+def obstacle(request: Object) -> str:
+    """Why an answer to this request cannot be gone on with; nothing when it can."""
+    if request.get("tools") or request.get("functions"):
+        return "tools"
+    form = request.get("response_format")
+    if any(request.get(name) for name in _STRUCTURED) or (isinstance(form, dict) and form.get("type") != "text"):
+        return "structured output"  # its grammar would start over
+    if any(isinstance(count := request.get(name), int) and count > 1 for name in ("n", "best_of")):
+        return "several choices"
+    for name in _OF_THE_PROMPT:
+        if request.get(name):
+            return name
+    messages = request.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        parts = message.get("content") if isinstance(message, dict) else None
+        if isinstance(parts, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
+            return "multimodal input"  # the ids would drop it
+    return ""
+
+
+def kept_of(deltas: Sequence[Delta]) -> Kept:
+    """What stands of these deltas, up to the last that said something: later tokens have shown no text yet.
+
+    Raises:
+        CannotResume: when something of them cannot be put into a prompt.
+    """
+    spoken = [n for n, delta in enumerate(deltas) if delta.content or delta.reasoning or delta.tool_calls]
+    if not spoken:
+        first = deltas[0].id
+        return Kept(EntryId(first.attempt, first.n - 1), [], 0, "", plain=True)
+    kept = deltas[: spoken[-1] + 1]
+    for delta in kept:
+        if delta.index or delta.tool_calls or "delta" in delta.extra:
+            raise CannotResume("it holds more than text")
+        if (delta.content or delta.reasoning) and not delta.token_ids:
+            raise CannotResume("the server gave no token ids")
+    return Kept(
+        after=kept[-1].id,
+        tokens=[token for delta in kept for token in delta.token_ids],
+        last=len(kept[-1].token_ids),
+        content="".join(delta.content for delta in kept),
+        plain=not any(delta.reasoning for delta in kept),
+    )
+
+
+async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, history: Answer) -> Continuation:
+    """Find out how a server can go on with an answer.
+
+    Raises:
+        CannotResume: when it cannot.
+        UpstreamError: when the server does not say, and another might.
+    """
+    kept = kept_of(history.deltas)
+    if not kept.tokens:
+        return Continuation(request, kept, [])
+    if why := obstacle(request):
+        raise CannotResume(why)
+    stops = stops_of(request)
+    if stops and not kept.plain:
+        raise CannotResume("stop strings with reasoning")
+    prompt, room = await _tokenize(upstream, endpoint, request)
+    if history.opened is None or digest_of(prompt) != history.opened.prompt_digest:
+        raise CannotResume("the prompt's tokens are not those of the first attempt")
+    held = ""
+    if kept.last > 1 or stops:
+        kept, text = await _whole_characters(upstream, endpoint, request, kept)
+        if stops and not request.get("include_stop_str_in_output"):
+            held = _held_back(text, kept.content, max(map(len, stops)) - 1)
+    used = len(prompt) + len(kept.tokens)
+    return Continuation(request, kept, prompt + kept.tokens, held, max(1, room - used))
+
+
+def stops_of(request: Object) -> list[str]:
+    """The stop strings of a request."""
+    stop = request.get("stop")
+    given = stop if isinstance(stop, list) else [stop]
+    return [text for text in given if isinstance(text, str) and text]
+
+
+class Seam:
+    """Where kept text and new text meet: a stop string may lie across, and the server sees only its end.
+
+    `held` is what vLLM had generated and not sent, since it might have become a stop string.
+    """
+
+    def __init__(self, request: Object, published: str, held: str) -> None:
+        self.stopped = False
+        self._stops = stops_of(request)
+        self._reach = max(map(len, self._stops), default=1) - 1
+        self._include = bool(request.get("include_stop_str_in_output"))
+        # Text that was sent can still begin a stop string where that is part of the output.
+        self._text = published[len(published) - self._reach :] if self._include and self._reach else ""
+        self._sent = len(self._text)
+        self._text += held
+        self._old = len(self._text)
+
+    @property
+    def open(self) -> bool:
+        """Whether what comes has still to be looked at."""
+        return self._old > 0 and not self.stopped
+
+    def take(self, fields: Fields) -> Fields:
+        """A delta with the text that can be shown by now: all of it once no stop string can lie across any more."""
+        self._text += fields.pop("content", "")
+        found = min(filter(None, map(self._across, self._stops)), default=None)
+        if found is not None:
+            end, start, stop = found
+            self.stopped = True
+            fields |= {"finish_reason": "stop", "stop_reason": to_json(stop)}
+            self._release(fields, end if self._include else start)
+        elif "finish_reason" in fields or len(self._text) - self._old >= self._reach:
+            self._release(fields, len(self._text))
+            self._old = 0
+        return fields
+
+    def _across(self, stop: str) -> tuple[int, int, str] | None:
+        start = self._text.find(stop, max(0, self._old - len(stop) + 1))
+        return (start + len(stop), start, stop) if 0 <= start < self._old else None
+
+    def _release(self, fields: Fields, upto: int) -> None:
+        if shown := self._text[self._sent : upto]:
+            fields["content"] = shown
+
+
+async def _tokenize(upstream: Upstream, endpoint: Endpoint, request: Object) -> tuple[list[int], int]:
+    """The ids of the prompt as this server makes them, and how many tokens it has room for in all."""
+    body = {name: request[name] for name in _TOKENIZED if request.get(name) is not None}
+    answer = await _ask(upstream, endpoint, "/tokenize", body, _Tokens)
+    return answer.tokens, answer.max_model_len
+
+
+async def _whole_characters(upstream: Upstream, endpoint: Endpoint, request: Object, kept: Kept) -> tuple[Kept, str]:
+    """The kept tokens up to the end of a character, and their text."""
+    for cut in range(max(1, kept.last)):
+        tokens = kept.tokens[: len(kept.tokens) - cut]
+        body: Object = {"tokens": list(tokens)}
+        if request.get("model"):
+            body["model"] = request["model"]
+        text = (await _ask(upstream, endpoint, "/detokenize", body, _Text)).prompt
+        if not text.endswith(_BROKEN):
+            return replace(kept, tokens=tokens, cut=cut), text
+    raise CannotResume("its last chunk ends inside a character")
+
+
+def _held_back(text: str, published: str, most: int) -> str:
+    """What of the text of the kept tokens was not published, at most so many characters."""
+    for whole, shown in ((text, published), (text.lstrip(), published.lstrip())):
+        if whole.startswith(shown) and len(whole) - len(shown) <= most:
+            return whole[len(shown) :]
+    raise CannotResume("its tokens do not read as its text")
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+    max_model_len: int = 0
+
+
+class _Text(msgspec.Struct):
+    prompt: str
+
+
+async def _ask(upstream: Upstream, endpoint: Endpoint, path: str, body: Object, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(await upstream.post(endpoint, path, body), type=kind)
+    except msgspec.MsgspecError:
+        raise CannotResume(f"{path} gives no answer that can be read") from None
+    except UpstreamError as error:
+        if error.retryable:
+            raise
+        raise CannotResume(f"{path}: {error.code}") from None
