@@ -526,7 +526,9 @@ async def test_the_record_says_what_was_sent(tmp_path: Path) -> None:
     assert first.tokens == sum(len(encode(text)) + 1 for text in first.texts)
     assert (second.order, second.status, second.finished) == (2, 404, False)
     lines = path.read_bytes().splitlines()
-    assert [msgspec.json.decode(line, type=Served) for line in lines] == [first, second]
+    begun, *ended = [msgspec.json.decode(line, type=Served) for line in lines]
+    assert ended == [first, second]
+    assert (begun.order, begun.ended, begun.texts, begun.prompt) == (1, None, [], first.prompt)
 
 
 async def test_hundreds_of_paced_streams_go_at_once(simulator: Simulator) -> None:

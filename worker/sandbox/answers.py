@@ -12,7 +12,19 @@ from collections.abc import Iterable
 from string import ascii_letters, ascii_lowercase
 from typing import Literal, NamedTuple
 
-__all__ = ["END", "START", "VOCABULARY", "Kind", "Token", "answer_tokens", "encode", "known_answer", "pseudo_text"]
+__all__ = [
+    "END",
+    "START",
+    "VOCABULARY",
+    "Kind",
+    "Token",
+    "answer_tokens",
+    "decode",
+    "encode",
+    "filler",
+    "known_answer",
+    "pseudo_text",
+]
 
 STORY = (
     "The river kept a ledger of every boat that crossed it. In spring the numbers were small, "
@@ -96,6 +108,17 @@ def encode(text: str) -> list[int]:
             known = _IDS.get(raw)
             ids.extend([known] if known is not None else (_IDS[bytes([byte])] for byte in raw))
     return ids
+
+
+def decode(ids: Iterable[int]) -> str:
+    """The text of token ids; U+FFFD for what is not UTF-8, nothing for an id out of the vocabulary."""
+    known = (VOCABULARY[number] for number in ids if number < len(VOCABULARY))
+    return b"".join(known).decode(errors="replace")
+
+
+def filler(count: int) -> list[Token]:
+    """So many tokens for after an answer that may not end yet; always the same ones."""
+    return _tokens("content", f" {pseudo_text('more', count)}") if count > 0 else []
 
 
 def answer_tokens(answer: str, *, tools: bool, reasoning: bool) -> list[Token]:

@@ -10,16 +10,17 @@ from itertools import chain, repeat, zip_longest
 from typing import NamedTuple
 from uuid import uuid4
 
-from worker.sandbox.answers import END, VOCABULARY, WORDS, Token, answer_tokens
+from worker.sandbox.answers import END, VOCABULARY, WORDS, Kind, Token, answer_tokens, filler
 from worker.sandbox.requests import ChatRequest, Json, Options, Orders, answer_to
 
-__all__ = ["Chunk", "Reply"]
+__all__ = ["FINGERPRINT", "Chunk", "Reply", "Step"]
 
-_FINGERPRINT = "vllm-0.32.0-simulated"
+FINGERPRINT = "vllm-0.32.0-simulated"
+_SPECIAL = 4  # token ids below are markers, which never show
 _END_TOKEN = Token(END, "", "content", "")
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What one step of the engine gives one choice."""
 
     tokens: list[Token]
@@ -36,22 +37,30 @@ class Chunk(NamedTuple):
     body: Json
     content: str
     reasoning: str
+    arguments: str
 
 
 class Reply:
     """The whole answer to one request, settled beforehand and handed out piece by piece."""
 
+    _kind = "chat.completion"
+    _event = "chat.completion.chunk"
+    _prefix = "chatcmpl"
+
     def __init__(self, request: ChatRequest, orders: Orders, options: Options) -> None:
         self._request = request
         self._options = options
         self._shapes = orders.shapes
-        self._own_prompt = request.prompt
-        given = request.kv_transfer_params and request.kv_transfer_params.prompt_token_ids
-        self._prompt = given or self._own_prompt
+        self.question = request.prompt
+        """The token ids of the messages."""
+        self._prompt = request.given or self.question
+        known = self._prompt[: len(self.question)] == self.question
+        self.begun = self._prompt[len(self.question) :] if known else []
+        """Token ids beyond the messages' own: an answer begun elsewhere, to go on after them."""
         asked = request.stream_options
         self._usage_last = bool(asked and asked.include_usage)
         self._usage_always = self._usage_last and bool(asked and asked.continuous_usage_stats)
-        self._id = f"chatcmpl-{uuid4().hex[:16]}"
+        self._id = f"{self._prefix}-{uuid4().hex[:16]}"
         self._created = int(time.time())
         self._choices = [self._steps(choice, orders) for choice in range(request.n or 1)]
         self.tokens = [0] * len(self._choices)
@@ -73,9 +82,14 @@ class Reply:
 
     @property
     def reasonings(self) -> list[str]:
-        return [_reasoning(steps) for steps in self._choices]
+        return [_text_of(steps, "reasoning") for steps in self._choices]
 
-    def _steps(self, choice: int, orders: Orders) -> list[_Step]:
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of each choice's tool call."""
+        return [_text_of(steps, "arguments") for steps in self._choices]
+
+    def _steps(self, choice: int, orders: Orders) -> list[Step]:
         request = self._request
         text = orders.text
         if text is None:
@@ -85,10 +99,9 @@ class Reply:
             tools=bool(request.tools) and request.tool_choice != "none",
             reasoning=self._options.reasoning,
         )
-        # Token ids beyond the messages' own are an answer begun elsewhere: go on after them.
-        begun = self._prompt[len(self._own_prompt) :]
-        if [token.id for token in tokens[: len(begun)]] == begun:
-            del tokens[: len(begun)]
+        if request.min_tokens:
+            tokens += filler(len(self.begun) + request.min_tokens - len(tokens))
+        tokens = self._rest(tokens)
         room = max(1, self._options.max_model_len - len(self._prompt))
         limit = room if request.asked_tokens is None else min(room, request.asked_tokens)
         field = "reasoning_content" if "reasoning_content" in self._shapes else "reasoning"
@@ -99,11 +112,29 @@ class Reply:
             steps.append(last._replace(tokens=before.tokens + last.tokens, content=before.content, delta=before.delta))
         return steps
 
+    def _rest(self, tokens: list[Token]) -> list[Token]:
+        """What of an answer is left after the tokens begun; all of it if it did not begin so."""
+        count = len(self.begun)
+        begun = tokens[:count]
+        if [token.id for token in begun] + [END] * (count - len(begun)) != self.begun:
+            return tokens
+        rest = tokens[count:]
+        if begun and not begun[-1].text:
+            # The prompt leaks out before the character that the cut went through (vllm#48853).
+            whole = next((place for place, token in enumerate(rest) if token.text), None)
+            if whole is not None:
+                shown = b"".join(VOCABULARY[number] for number in self._prompt if number >= _SPECIAL)
+                rest[whole] = rest[whole]._replace(part=shown.decode(errors="ignore") + rest[whole].part)
+        return rest
+
     def _chunk(self, choices: list[Json], completion: int) -> Json:
-        chunk = self._head("chat.completion.chunk") | {"choices": choices}
+        chunk = self._head(self._event) | {"choices": choices}
         if self._usage_always:
-            chunk["usage"] = self._usage(completion) | {"completion_tokens_details": None}
+            chunk["usage"] = self._usage_so_far(completion)
         return chunk
+
+    def _usage_so_far(self, completion: int) -> Json:
+        return self._usage(completion) | {"completion_tokens_details": None}
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._options.model}
@@ -137,11 +168,15 @@ class Reply:
                     continue
                 self.tokens[choice] += len(step.tokens)
                 unfinished -= step.finish_reason is not None
-                if step.delta or step.finish_reason or self._request.return_token_ids or self._request.logprobs:
+                if self._sends(step):
                     chunks.append(self._delta_chunk(choice, step, last=not unfinished))
             yield chunks
 
-    def _delta_chunk(self, choice: int, step: _Step, *, last: bool) -> Chunk:
+    def _sends(self, step: Step) -> bool:
+        asked = self._request.return_token_ids or self._request.logprobs
+        return bool(step.delta or step.finish_reason or asked)
+
+    def _delta_chunk(self, choice: int, step: Step, *, last: bool) -> Chunk:
         unfinished = "" if "sloppy" in self._shapes else None
         body: Json = {"index": choice, "delta": step.delta, "logprobs": self._logprobs([step])}
         body["finish_reason"] = step.finish_reason or unfinished
@@ -150,19 +185,19 @@ class Reply:
         body["token_ids"] = self._token_ids([step])
         chunk = self._chunk([body], self.tokens[choice])
         if last and not self._usage_last:
-            chunk["system_fingerprint"] = _FINGERPRINT
-        return Chunk(choice, chunk, step.content, _reasoning([step]))
+            chunk["system_fingerprint"] = FINGERPRINT
+        return Chunk(choice, chunk, step.content, _text_of([step], "reasoning"), _text_of([step], "arguments"))
 
     def closing(self) -> Iterator[Json]:
         """The usage chunk, if asked for."""
         if self._usage_last:
-            body = self._head("chat.completion.chunk") | {"choices": [], "usage": self._usage(sum(self.tokens))}
-            yield body | {"system_fingerprint": _FINGERPRINT}
+            body = self._head(self._event) | {"choices": [], "usage": self._usage(sum(self.tokens))}
+            yield body | {"system_fingerprint": FINGERPRINT}
 
     def aborted(self) -> Iterator[Json]:
         """Chunks that end every choice as vLLM does when it aborts a request."""
         for choice in range(self.choices):
-            yield self._delta_chunk(choice, _Step([], "", {}, "abort"), last=choice == self.choices - 1).body
+            yield self._delta_chunk(choice, Step([], "", {}, "abort"), last=choice == self.choices - 1).body
 
     def oddity(self, number: int) -> Json:
         """A chunk that says nothing in one of the ways in which servers do."""
@@ -174,17 +209,17 @@ class Reply:
             {"choices": [{"index": 0, "delta": None}]},
             {"choices": [{"index": 0, "delta": {"content": None}, "finish_reason": ""}]},
         ]
-        return self._head("chat.completion.chunk") | odd[number % len(odd)]
+        return self._head(self._event) | odd[number % len(odd)]
 
     def complete(self) -> Json:
         """The answer as one JSON object, of a request that does not stream."""
         completion = sum(self.lengths)
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         return {
-            **self._head("chat.completion"),
+            **self._head(self._kind),
             "choices": [self._complete_choice(choice, steps) for choice, steps in enumerate(self._choices)],
             "service_tier": None,
-            "system_fingerprint": _FINGERPRINT,
+            "system_fingerprint": FINGERPRINT,
             "usage": self._usage(completion) | details,
             "prompt_logprobs": None,
             **self._shown_prompt,
@@ -193,7 +228,7 @@ class Reply:
             "metrics": None,
         }
 
-    def _complete_choice(self, choice: int, steps: list[_Step]) -> Json:
+    def _complete_choice(self, choice: int, steps: list[Step]) -> Json:
         call = _tool_call([token for step in steps for token in step.tokens])
         content = self.contents[choice]
         if self._request.echo:
@@ -202,7 +237,7 @@ class Reply:
         message |= {"refusal": None, "annotations": None, "audio": None, "function_call": None}
         if call:
             message["tool_calls"] = [call]
-        message["reasoning"] = _reasoning(steps) or None
+        message["reasoning"] = _text_of(steps, "reasoning") or None
         return {
             "index": choice,
             "message": message,
@@ -213,17 +248,17 @@ class Reply:
             "routed_experts": None,
         }
 
-    def _token_ids(self, steps: list[_Step]) -> list[int] | None:
+    def _token_ids(self, steps: list[Step]) -> list[int] | None:
         return [token.id for step in steps for token in step.tokens] if self._request.return_token_ids else None
 
-    def _logprobs(self, steps: list[_Step]) -> Json | None:
+    def _logprobs(self, steps: list[Step]) -> Json | None:
         if not self._request.logprobs:
             return None
         others = self._request.top_logprobs or 0
         return {"content": [_logprob(token, others) for step in steps for token in step.tokens]}
 
 
-def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_field: str) -> Iterator[_Step]:
+def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_field: str) -> Iterator[Step]:
     """One step a token, to the end token, a stop string or the limit, whichever comes first."""
     called = any(token.kind == "name" for token in tokens)
     # A function that the client named is no choice of the model's, hence "stop".
@@ -233,7 +268,9 @@ def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_fiel
     for count, token in enumerate(chain(tokens, repeat(_END_TOKEN)), 1):
         seen = len(text)
         text += token.part if token.kind == "content" else ""
-        stop = next((stop for stop in request.stops if stop in text[max(0, seen - len(stop) + 1) :]), None)
+        stop = None
+        if count > (request.min_tokens or 0):
+            stop = next((stop for stop in request.stops if stop in text[max(0, seen - len(stop) + 1) :]), None)
         finish = None
         if stop is not None:
             finish = "stop"
@@ -246,7 +283,7 @@ def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_fiel
         due = len(text) if finish else max(sent, len(text) - held_back)
         content = text[sent:due]
         sent = due
-        yield _Step([token], content, _delta(token, content, reasoning_field), finish, stop)
+        yield Step([token], content, _delta(token, content, reasoning_field), finish, stop)
         if finish:
             return
 
@@ -263,8 +300,8 @@ def _delta(token: Token, content: str, reasoning_field: str) -> Json:
     return {"content": content} if content else {}
 
 
-def _reasoning(steps: list[_Step]) -> str:
-    return "".join(token.part for step in steps for token in step.tokens if token.kind == "reasoning")
+def _text_of(steps: list[Step], kind: Kind) -> str:
+    return "".join(token.part for step in steps for token in step.tokens if token.kind == kind)
 
 
 def _tool_call(tokens: list[Token]) -> Json | None:

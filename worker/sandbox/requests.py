@@ -5,24 +5,36 @@ from typing import Literal
 
 import msgspec
 
-from worker.sandbox.answers import END, START, encode, known_answer, pseudo_text
+from worker.sandbox.answers import END, START, VOCABULARY, encode, known_answer, pseudo_text
 
 __all__ = [
+    "ASSISTANT",
     "ChatRequest",
     "Fault",
     "Json",
+    "KvTransferParams",
+    "Message",
     "Options",
     "Orders",
     "RefusedError",
     "Shape",
+    "TextRequest",
     "answer_to",
+    "bad",
+    "check",
+    "check_model",
     "error_body",
+    "invalid",
+    "late_error",
+    "orders_of",
     "parse",
-    "too_many_logprobs",
     "understand",
 ]
 
 Json = dict[str, object]
+
+ASSISTANT = [START, *encode("assistant\n")]
+"""The token ids that ask for an answer, after those of the messages."""
 
 Fault = Literal[
     "refuse",  # before an answer: closes the connection without a byte
@@ -40,6 +52,7 @@ Fault = Literal[
     "error_under_200",  # an error event and [DONE]
     "abort",  # finish_reason `abort` and [DONE]
     "no_done",  # at the end: no [DONE]
+    "prefill",  # refuses to go on after the token ids given; every other request is answered
 ]
 Shape = Literal[
     "no_space",  # `data:` without a space
@@ -70,6 +83,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Delta chunks sent before the fault strikes; a finish chunk counts, and a shorter answer never meets the fault."""
     times: int | None = None
     """Only the first so many requests for the same messages meet the fault; None is all of them."""
+    then: Fault | None = None
+    """The fault of the requests for which `times` spares them the first one."""
     retry_after: float | None = None
     """Seconds, for the Retry-After header of 429 and 503."""
     shape: Shape | frozenset[Shape] = frozenset()
@@ -94,11 +109,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     reject_style: Literal["openai", "vllm", "fastapi"] = "openai"
     ignores: frozenset[str] = frozenset()
     """Request fields that change nothing."""
+    lacks: frozenset[str] = frozenset()
+    """Paths answered with a 404, such as `/tokenize`."""
     keep_alive: float = 1.0
     """Seconds between the comments of a frozen stream."""
     orders: Orders = Orders()
     record: Path | None = None
-    """Where the record of each request is appended as a JSON line when it ends."""
+    """Where the record of each request is appended as a JSON line, before its answer begins and when it ends."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -118,7 +135,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class KvTransferParams(msgspec.Struct, frozen=True):
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: object = None
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,12 +152,14 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     return_token_ids: bool | None = None
     tools: list[dict[str, object]] | None = None
     tool_choice: str | dict[str, object] | None = None
     echo: bool | None = None
+    add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     kv_transfer_params: KvTransferParams | None = None
 
@@ -165,7 +184,17 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
             ids += [START, *encode(f"{message.role}\n{message.text}"), END, *encode("\n")]
         if self.continue_final_message:
             return ids[: -1 - len(encode("\n"))]
-        return [*ids, START, *encode("assistant\n")]
+        return ids if self.add_generation_prompt is False else [*ids, *ASSISTANT]
+
+    @property
+    def given(self) -> list[int]:
+        """The token ids that were sent in place of the messages; mostly none."""
+        given = self.kv_transfer_params and self.kv_transfer_params.prompt_token_ids
+        return given if isinstance(given, list) else []
+
+
+class TextRequest(ChatRequest, frozen=True, kw_only=True):
+    """A text completion, read back as the chat that its prompt renders, with that prompt as the token ids given."""
 
 
 class RefusedError(Exception):
@@ -186,7 +215,7 @@ def parse(raw: bytes) -> Json:
     try:
         return msgspec.json.decode(raw, type=dict[str, object])
     except msgspec.MsgspecError as error:
-        raise _invalid("json_invalid", "body", "JSON decode error", str(error)) from error
+        raise invalid("json_invalid", "body", "JSON decode error", str(error)) from error
 
 
 def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
@@ -194,76 +223,133 @@ def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
     for field in sorted(options.rejects & body.keys()):
         raise _rejected(field, body[field], options)
     if "messages" not in body:
-        raise _invalid("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
+        raise invalid("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["messages"], list):
-        raise _invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
+        raise invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
     heeded = {field: value for field, value in body.items() if field not in options.ignores}
     try:
         request = msgspec.convert(heeded, ChatRequest, strict=False)
-        ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
-        orders = msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Orders)
     except msgspec.ValidationError as error:
-        raise _invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
-    _check(request, options)
+        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+    orders = orders_of(body, options)
+    check(request, options)
     return request, orders
 
 
-def _check(request: ChatRequest, options: Options) -> None:
-    """In the order of vLLM 0.32.0."""
-    if request.model not in {None, "", options.model}:
-        message = f"The model `{request.model}` does not exist. Valid aliases: {options.model}."
+def orders_of(body: Json, options: Options) -> Orders:
+    """The server's orders with those of the request; raises RefusedError."""
+    try:
+        ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
+        return msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Orders)
+    except msgspec.ValidationError as error:
+        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+
+
+def check_model(model: str | None, options: Options) -> None:
+    """Raises RefusedError for a model that is not served."""
+    if model not in {None, "", options.model}:
+        message = f"The model `{model}` does not exist. Valid aliases: {options.model}."
         raise RefusedError(404, error_body(404, message, kind="NotFoundError", param="model"))
+
+
+def check(request: ChatRequest, options: Options) -> None:
+    """Raises RefusedError, in the order of vLLM 0.32.0."""
+    check_model(request.model, options)
     if not request.messages:
-        raise _bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        raise bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
     if request.stream_options is not None and not request.stream:
-        raise _bad("Stream options can only be defined when `stream=True`.", "stream_options")
+        raise bad("Stream options can only be defined when `stream=True`.", "stream_options")
     if request.top_logprobs and not request.logprobs:
-        raise _bad("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+        raise bad("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     if "" in request.stops:
-        raise _bad("stop cannot contain an empty string.")
+        raise bad("stop cannot contain an empty string.")
+    _check_given(request)
     _check_numbers(request)
     _check_length(request, options.max_model_len)
+    _check_least(request, options.max_model_len)
+
+
+def _check_given(request: ChatRequest) -> None:
+    if request.kv_transfer_params is None or request.kv_transfer_params.prompt_token_ids is None:
+        return
+    if not request.given or not all(type(number) is int and number >= 0 for number in request.given):
+        where = "kv_transfer_params.prompt_token_ids"
+        raise bad("`kv_transfer_params['prompt_token_ids']` must be a non-empty list of non-negative integers.", where)
+    if not isinstance(request, TextRequest) and (message := _unknown_token(request)):
+        raise bad(message, "kv_transfer_params.prompt_token_ids")
+
+
+def _unknown_token(request: ChatRequest) -> str | None:
+    unknown = next((number for number in request.given if number >= len(VOCABULARY)), None)
+    return None if unknown is None else f"Token id {unknown} is out of vocabulary"
+
+
+def _check_least(request: ChatRequest, longest: int) -> None:
+    least = request.min_tokens or 0
+    most = longest - len(request.given or request.prompt) if request.asked_tokens is None else request.asked_tokens
+    if least < 0:
+        raise bad(f"min_tokens must be greater than or equal to 0, got {least}.")
+    if least > most:
+        raise bad(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.")
 
 
 def _check_numbers(request: ChatRequest) -> None:
     temperature = 1.0 if request.temperature is None else request.temperature
     if temperature < 0:
-        raise _bad(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+        raise bad(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
     if temperature > 2:
-        raise _bad(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
+        raise bad(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
     choices = 1 if request.n is None else request.n
     if choices < 1:
-        raise _bad(f"n must be at least 1, got {choices}.")
+        raise bad(f"n must be at least 1, got {choices}.")
     if choices > 1 and temperature == 0:
-        raise _bad(f"n must be 1 when using greedy sampling, got {choices}.")
+        raise bad(f"n must be 1 when using greedy sampling, got {choices}.")
 
 
 def _check_length(request: ChatRequest, longest: int) -> None:
     asked = request.asked_tokens
     if asked is not None and asked < 1:
-        raise _bad(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
+        raise bad(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
     if asked is not None and asked > longest:
         message = (
             f"max_tokens={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
         )
-        raise _bad(message, "max_tokens", asked)
-    if len(request.prompt) >= longest:
+        raise bad(message, "max_tokens", asked)
+    if request.given:
+        _check_given_length(request, longest)
+    elif len(request.prompt) >= longest:
         # vLLM stops counting at the first token too many.
         message = (
             f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
             f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt."
         )
-        raise _bad(message, "input_tokens", longest + 1)
+        raise bad(message, "input_tokens", longest + 1)
 
 
-def _bad(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
+def _check_given_length(request: ChatRequest, longest: int) -> None:
+    count = len(request.given)
+    if count == longest:
+        raise bad("max_tokens must be at least 1, got 0.", "max_tokens", 0)
+    if count > longest and isinstance(request, TextRequest):
+        message = (
+            f"This model's maximum context length is {longest} tokens. However, your prompt contains {count} "
+            "input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        raise bad(message, "input_tokens", count)
+    if count > longest:
+        raise bad(f"Input length ({count}) exceeds model's maximum context length ({longest}).")
+
+
+def bad(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
+    """A refusal by vLLM's own checks."""
     if param is not None:
         message += f" (parameter={param}{'' if value is None else f', value={value}'})"
     return RefusedError(400, error_body(400, message, param=param))
 
 
-def _invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
+def invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
     """What FastAPI's validation becomes in vLLM: the repr of pydantic's details."""
     details = {"type": kind, "loc": loc, "msg": reason, "input": value}
     return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
@@ -271,7 +357,7 @@ def _invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
 
 def _rejected(field: str, value: object, options: Options) -> RefusedError:
     if options.reject_style == "vllm":
-        return _invalid("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
+        return invalid("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
     if options.reject_style == "fastapi":
         detail = {"type": "extra_forbidden", "loc": ["body", field], "msg": "Extra inputs are not permitted"}
         return RefusedError(400, {"detail": [detail | {"input": value}]})
@@ -295,8 +381,10 @@ def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -
     return pseudo_text(seed, 24 + len(seed) % 24 if tokens is None else tokens)
 
 
-def too_many_logprobs(request: ChatRequest) -> Json | None:
+def late_error(request: ChatRequest) -> Json | None:
     """The error that vLLM notices only once a stream has begun, and then sends under HTTP 200."""
+    if isinstance(request, TextRequest) and (message := _unknown_token(request)):
+        return error_body(400, message)
     asked = request.top_logprobs or 0
     if asked <= 20:
         return None

@@ -6,7 +6,6 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from hashlib import blake2b
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -15,6 +14,7 @@ from weakref import WeakSet
 import msgspec
 
 from worker.sandbox.framing import DONE, comment, framed
+from worker.sandbox.record import Served, digest
 from worker.sandbox.replies import Chunk, Reply
 from worker.sandbox.requests import (
     ChatRequest,
@@ -23,11 +23,14 @@ from worker.sandbox.requests import (
     Options,
     Orders,
     RefusedError,
+    TextRequest,
+    bad,
     error_body,
+    late_error,
     parse,
-    too_many_logprobs,
     understand,
 )
+from worker.sandbox.texts import TextReply, detokenize, tokenize, understand_text
 from worker.sandbox.wire import Connection, Request
 
 __all__ = ["Options", "Orders", "Served", "Simulator", "serve_forever"]
@@ -48,35 +51,16 @@ _REFUSALS: dict[str, Json] = {
     "503": error_body(503, "The server is overloaded. Please retry later.", kind="ServiceUnavailableError"),
     "500": _ENGINE_DEAD,
 }
-_METHODS = {"/v1/chat/completions": "POST", "/v1/models": "GET", "/health": "GET"}
-
-
-class Served(msgspec.Struct, kw_only=True):
-    """What was sent for one chat completion. Times are monotonic seconds."""
-
-    order: int
-    """Requests are numbered from 1 as they come."""
-    request: Json
-    """The body; empty if it was not a JSON object."""
-    status: int | None = None
-    """Of HTTP; None while nothing is answered."""
-    fault: str | None = None
-    """The fault that struck."""
-    texts: list[str] = []
-    """The content sent so far, by choice."""
-    reasonings: list[str] = []
-    """The reasoning sent so far, by choice."""
-    chunks: int = 0
-    """Delta chunks sent, finish chunks included."""
-    tokens: int = 0
-    """Tokens generated for all choices, end tokens included."""
-    finished: bool = False
-    """Whether a good answer was sent whole (a missing [DONE] is no matter)."""
-    closed_early: bool = False
-    """Whether the connection was closed from outside before the answer ended."""
-    started: float
-    first_chunk: float | None = None
-    ended: float | None = None
+_PREFILL = ("Token id 999999 is out of vocabulary", "kv_transfer_params.prompt_token_ids")
+_COMPLETIONS = "/v1/completions"
+_METHODS = {
+    "/v1/chat/completions": "POST",
+    _COMPLETIONS: "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/v1/models": "GET",
+    "/health": "GET",
+}
 
 
 class Simulator:
@@ -85,13 +69,13 @@ class Simulator:
     def __init__(self, options: Options | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.options = options or Options()
         self.served: deque[Served] = deque(maxlen=KEPT)
-        """The latest 10,000 chat completions asked for, oldest first; the record of a running one grows."""
+        """The latest 10,000 completions asked for, oldest first; the record of a running one grows."""
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
         self._connections: WeakSet[Connection] = WeakSet()
         self._count = 0
-        self._tries: Counter[bytes] = Counter()
+        self._tries: Counter[str] = Counter()
 
     @property
     def url(self) -> str:
@@ -118,7 +102,7 @@ class Simulator:
         return connection
 
     async def _handle(self, request: Request, connection: Connection) -> None:
-        method = _METHODS.get(request.path)
+        method = None if request.path in self.options.lacks else _METHODS.get(request.path)
         if request.path.startswith("/v1/") and not self._authorized(request):
             await _respond(connection, 401, {"error": "Unauthorized"})
         elif method is None:
@@ -129,8 +113,17 @@ class Simulator:
             await connection.respond(200, _JSON, b"")
         elif request.path == "/v1/models":
             await _respond(connection, 200, _models(self.options))
+        elif request.path in {"/tokenize", "/detokenize"}:
+            await self._convert(request, connection)
         else:
             await self._complete(request, connection)
+
+    async def _convert(self, request: Request, connection: Connection) -> None:
+        convert = tokenize if request.path == "/tokenize" else detokenize
+        try:
+            await _respond(connection, 200, convert(parse(request.body), self.options))
+        except RefusedError as error:
+            await _respond(connection, error.status, error.body)
 
     def _authorized(self, request: Request) -> bool:
         given = request.headers.get("authorization", "")
@@ -139,14 +132,17 @@ class Simulator:
 
     async def _complete(self, request: Request, connection: Connection) -> None:
         self._count += 1
-        served = Served(order=self._count, request={}, started=time.monotonic())
+        served = Served(order=self._count, route=request.path, request={}, started=time.monotonic())
         self.served.append(served)
         try:
             served.request = parse(request.body)
-            asked, orders = understand(served.request, self.options)
-            if not self._meets_fault(asked, orders):
-                orders = msgspec.structs.replace(orders, fault=None)
-            await _Answer(connection, served, asked, orders, self.options).give()
+            understood = understand_text if request.path == _COMPLETIONS else understand
+            asked, orders = understood(served.request, self.options)
+            orders = msgspec.structs.replace(orders, fault=self._fault_for(asked, orders))
+            reply = _reply(asked, orders, self.options)
+            served.prompt, served.after = digest(reply.question), len(reply.begun)
+            self._write_down(served)
+            await _Answer(connection, served, asked, orders, self.options, reply).give()
         except RefusedError as error:
             served.status = error.status
             await _respond(connection, error.status, error.body)
@@ -157,12 +153,18 @@ class Simulator:
             served.ended = time.monotonic()
             self._write_down(served)
 
+    def _fault_for(self, request: ChatRequest, orders: Orders) -> Fault | None:
+        fault = orders.fault if self._meets_fault(request, orders) else orders.then
+        return None if fault == "prefill" and not request.given else fault
+
     def _meets_fault(self, request: ChatRequest, orders: Orders) -> bool:
         if orders.fault is None or orders.times is None:
             return orders.fault is not None
+        if orders.fault == "prefill" and not request.given:
+            return False
         if len(self._tries) > KEPT:
             self._tries.clear()
-        prompt = blake2b(msgspec.json.encode(request.messages), digest_size=16).digest()
+        prompt = digest(request.prompt)
         self._tries[prompt] += 1
         return self._tries[prompt] <= orders.times
 
@@ -185,13 +187,20 @@ class _Answer:
     """One answer on its way: good, or broken as ordered."""
 
     def __init__(
-        self, connection: Connection, served: Served, request: ChatRequest, orders: Orders, options: Options
+        self,
+        connection: Connection,
+        served: Served,
+        request: ChatRequest,
+        orders: Orders,
+        options: Options,
+        reply: Reply,
     ) -> None:
         self._connection = connection
         self._served = served
         self._request = request
         self._orders = orders
         self._options = options
+        self._reply = reply
         self._pending = orders.fault
         """The fault that has yet to strike."""
 
@@ -203,6 +212,9 @@ class _Answer:
         if fault == "refuse":
             self._strike(fault)
             return
+        if fault == "prefill" and not (isinstance(self._request, TextRequest) and self._request.stream):
+            self._strike(fault)
+            raise bad(*_PREFILL)
         if fault == "hang":
             self._strike(fault)
             await _for_ever()
@@ -231,15 +243,16 @@ class _Answer:
         await self._connection.respond(status, content_type, body, **headers)
 
     async def _whole(self) -> None:
-        error = too_many_logprobs(self._request)
+        error = late_error(self._request)
         if error is not None:
             raise RefusedError(400, error)
-        reply = Reply(self._request, self._orders, self._options)
+        reply = self._reply
         if self._orders.rate:
             await asyncio.sleep(max(reply.lengths) / self._orders.rate)
         if self._pending == "json":
             self._strike("json")
         self._served.texts, self._served.reasonings = reply.contents, reply.reasonings
+        self._served.arguments = reply.arguments
         self._served.tokens = sum(reply.lengths)
         await self._respond(200, _JSON, msgspec.json.encode(reply.complete()))
         self._served.finished = self._served.fault is None
@@ -247,12 +260,15 @@ class _Answer:
     async def _stream(self) -> None:
         self._connection.begin(_EVENTS)
         self._served.status = 200
-        error = too_many_logprobs(self._request)
+        error = late_error(self._request)
+        if self._pending == "prefill":
+            self._strike(self._pending)
+            error = error_body(400, _PREFILL[0])
         if error is not None:
             await self._end_with(error)
             return
-        reply = Reply(self._request, self._orders, self._options)
-        self._served.texts, self._served.reasonings = [[""] * reply.choices for _ in range(2)]
+        reply = self._reply
+        self._served.texts, self._served.reasonings, self._served.arguments = [[""] * reply.choices for _ in range(3)]
         for body in reply.opening():
             await self._event(body, reply)
         began = time.monotonic()
@@ -273,6 +289,7 @@ class _Answer:
         self._served.chunks += 1
         self._served.texts[chunk.choice] += chunk.content
         self._served.reasonings[chunk.choice] += chunk.reasoning
+        self._served.arguments[chunk.choice] += chunk.arguments
         await self._event(chunk.body, reply)
 
     async def _event(self, body: Json, reply: Reply) -> None:
@@ -330,6 +347,11 @@ class _Answer:
         else:
             self._connection.finish()
         return True
+
+
+def _reply(request: ChatRequest, orders: Orders, options: Options) -> Reply:
+    kind = TextReply if isinstance(request, TextRequest) else Reply
+    return kind(request, orders, options)
 
 
 async def _for_ever() -> None:
