@@ -20,8 +20,8 @@ from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.settings import Settings, shown_url
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.errors import UpstreamError
-from worker.vllm.resume import CannotResume, ContinuationParser, continuation
+from worker.vllm.errors import CannotResume, UpstreamError
+from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
 _T = TypeVar("_T")
@@ -198,17 +198,19 @@ class Generation:
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
         way = await continuation(self._upstream, endpoint, request, history)
-        if way.left == 0:
+        if way.is_over and not way.held:
             return self._done("length", history.usage, history.model)
         refusal = ""
         for route, body in way.bodies:
             parser = ContinuationParser(way, **_parsing(request))
             try:
                 return await self._stream(endpoint, body, parser, route)
+            except CannotResume as reason:
+                refusal = str(reason)
             except UpstreamError as error:
                 if self._committed or error.retryable or not way.prompt:
                     raise
-                refusal = error.code
+                refusal = f"the server refuses to go on: {error.code}"
         raise CannotResume(refusal)
 
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from worker.contract.entries import Fields, Object
-from worker.vllm.errors import UpstreamError, from_event, malformed, truncated
+from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
 
 _RawObject: TypeAlias = dict[str, Raw]
 
@@ -150,14 +150,13 @@ class ChunkParser:
         return entries
 
     def _prove(self, chunk: _RawObject) -> None:
-        """At the first chunk: a server that passed over the ids would send text that is there already."""
+        """At the first chunk: a server that passed over the ids would send text that is there already.
+
+        Raises:
+            CannotResume: when it did.
+        """
         if _decode(chunk.get("prompt_token_ids", _NULL)) != self._unproven:
-            raise UpstreamError(
-                "not_resumed",
-                "the server does not go on from the tokens that it was given",
-                status=200,
-                retryable=False,
-            )
+            raise CannotResume("the server does not go on from the tokens that it was given")
         self._unproven = None
 
     def _take_usage(self, chunk: _RawObject, *, of_choices: bool) -> None:

@@ -30,6 +30,10 @@ class UpstreamError(Exception):
         self.retry_after = retry_after
 
 
+class CannotResume(Exception):
+    """A broken-off answer cannot be gone on with: the text says why."""
+
+
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
     """The error of an answer whose status is not 200, or that is no stream: JSON of several shapes, or HTML."""
     error = _decoded(body)

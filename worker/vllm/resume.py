@@ -15,7 +15,7 @@ from worker.contract.answer import Answer
 from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields, to_json
 from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.vllm.chunks import ChunkParser, digest_of
-from worker.vllm.errors import UpstreamError
+from worker.vllm.errors import CannotResume, UpstreamError
 from worker.vllm.upstream import CHAT, COMPLETIONS, Endpoint, Upstream
 
 _T = TypeVar("_T")
@@ -42,10 +42,6 @@ _decode_ids = msgspec.json.Decoder(list[int]).decode
 _BROKEN = "\ufffd"
 
 
-class CannotResume(Exception):
-    """The answer cannot be gone on with: the text says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What of a broken-off answer stands.
@@ -67,14 +63,19 @@ class Continuation:
     """How a server goes on with an answer. `prompt` is what it is given, the kept tokens included; nothing if none are.
 
     `held` is text of the kept tokens that was not sent, since it might have become a stop string. `left` is how many
-    tokens the job lets the answer still have, None where it does not say; `room` how many the model has room for.
+    tokens the job lets the answer still have, `room` how many the model has room for; None where it is not known.
     """
 
     request: Object
     kept: Kept
     prompt: list[int]
     held: str = ""
-    room: int = 0
+    room: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        return 0 in (self.left, self.room)
 
     @property
     def left(self) -> int | None:
@@ -94,12 +95,11 @@ class Continuation:
         if isinstance(least, int):
             body["min_tokens"] = max(0, least - len(self.kept.tokens))
         yield CHAT, body | {"kv_transfer_params": {"prompt_token_ids": list(self.prompt)}}
-        if self.kept.plain and not body.get("logprobs"):
+        most = self.room if self.left is None else self.left
+        if self.kept.plain and not body.get("logprobs") and most is not None:
             plain = {name: value for name, value in body.items() if name not in _NOT_OF_COMPLETIONS}
             # Without a limit this route gives 16 tokens, where the other gives all that there is room for.
-            yield COMPLETIONS, plain | {
-                "prompt": list(self.prompt), "max_tokens": self.room if self.left is None else self.left
-            }  # fmt: skip
+            yield COMPLETIONS, plain | {"prompt": list(self.prompt), "max_tokens": most}
 
     @property
     def entry(self) -> Fields:
@@ -214,7 +214,7 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
     stops = stops_of(request)
     if stops and not kept.plain:
         raise CannotResume("stop strings with reasoning")
-    prompt, room = await _tokenize(upstream, endpoint, request)
+    prompt, longest = await _tokenize(upstream, endpoint, request)
     if history.opened is None or digest_of(prompt) != history.opened.prompt_digest:
         raise CannotResume("the prompt's tokens are not those of the first attempt")
     held = ""
@@ -222,8 +222,8 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
         kept, text = await _whole_characters(upstream, endpoint, request, kept)
         if stops and not request.get("include_stop_str_in_output"):
             held = _held_back(text, kept.content, max(map(len, stops)) - 1)
-    used = len(prompt) + len(kept.tokens)
-    return Continuation(request, kept, prompt + kept.tokens, held, max(1, room - used))
+    whole = prompt + kept.tokens
+    return Continuation(request, kept, whole, held, None if longest is None else max(0, longest - len(whole)))
 
 
 def stops_of(request: Object) -> list[str]:
@@ -278,8 +278,8 @@ class Seam:
             fields["content"] = shown
 
 
-async def _tokenize(upstream: Upstream, endpoint: Endpoint, request: Object) -> tuple[list[int], int]:
-    """The ids of the prompt as this server makes them, and how many tokens it has room for in all."""
+async def _tokenize(upstream: Upstream, endpoint: Endpoint, request: Object) -> tuple[list[int], int | None]:
+    """The ids of the prompt as this server makes them, and how many tokens its model has room for in all."""
     body = {name: request[name] for name in _TOKENIZED if request.get(name) is not None}
     answer = await _ask(upstream, endpoint, "/tokenize", body, _Tokens)
     return answer.tokens, answer.max_model_len
@@ -308,7 +308,7 @@ def _held_back(text: str, published: str, most: int) -> str:
 
 class _Tokens(msgspec.Struct):
     tokens: list[int]
-    max_model_len: int = 0
+    max_model_len: int | None = None
 
 
 class _Text(msgspec.Struct):

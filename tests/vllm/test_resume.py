@@ -1,0 +1,237 @@
+"""What of a broken-off answer is kept, when it can be gone on with, and the seam where old and new text meet."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.contract.entries import JSON, Delta, Resumed, parse
+from worker.contract.ids import EntryId
+from worker.vllm.chunks import digest_of
+from worker.vllm.errors import CannotResume
+from worker.vllm.resume import (
+    Continuation,
+    ContinuationParser,
+    Kept,
+    Seam,
+    kept_of,
+    obstacle,
+)
+from worker.vllm.upstream import CHAT, COMPLETIONS
+
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
+PROMPT = [1, 2, 3]
+
+
+def delta(n: int, content: str = "", *tokens: int, **more: Any) -> Delta:  # noqa: ANN401 - any field
+    return Delta(id=EntryId(1, n), content=content, token_ids=list(tokens), **more)
+
+
+def kept(*tokens: int, content: str = "text", plain: bool = True) -> Kept:
+    return Kept(EntryId(1, 9), list(tokens), 1, content, plain)
+
+
+def chunk(content: str, *tokens: int, prompt: list[int] | None = None, **choice: Any) -> bytes:  # noqa: ANN401 - any field
+    body: dict[str, Any] = {"index": 0, "delta": {"content": content}, "token_ids": list(tokens), **choice}
+    return msgspec.json.encode({"id": "x", "choices": [body]} | ({"prompt_token_ids": prompt} if prompt else {}))
+
+
+def test_tokens_after_the_last_text_are_not_kept() -> None:
+    deltas = [delta(2, "S", 10), delta(3, "", 11), delta(4, "u", 12), delta(5, "", 13), delta(6, "", 14)]
+    assert kept_of(deltas) == Kept(EntryId(1, 4), [10, 11, 12], 1, "Su", plain=True)
+
+
+def test_where_no_text_came_nothing_is_kept_but_the_entries_before() -> None:
+    assert kept_of([delta(2, "", 10), delta(3, "", 11)]) == Kept(EntryId(1, 1), [], 0, "", plain=True)
+
+
+def test_reasoning_is_text_but_not_plain() -> None:
+    found = kept_of([delta(2, "", 10, reasoning="Hm"), delta(3, "", 11)])
+    assert (found.tokens, found.plain, found.after) == ([10], False, EntryId(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("deltas", "why"),
+    [
+        ([delta(2, "a")], "no token ids"),
+        ([delta(2, "a", 10, index=1)], "more than text"),
+        ([delta(2, "", 10, tool_calls=[{"index": 0}])], "more than text"),
+        ([delta(2, "a", 10, extra={"delta": {"refusal": "no"}})], "more than text"),
+    ],
+)
+def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: str) -> None:
+    with pytest.raises(CannotResume, match=why):
+        kept_of(deltas)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function"}]},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a+"}},
+        {"n": 2},
+        {"echo": True},
+        {"prompt_logprobs": 1},
+        {"truncate_prompt_tokens": 10},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+    ],
+)
+def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
+    assert obstacle(ASKED | field)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {},
+        {"n": 1, "tools": [], "response_format": {"type": "text"}, "stop": ["x"], "logprobs": True, "seed": 1},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who are you?"}]}]},
+        {"messages": [{"role": "assistant", "content": None}, {"role": "user"}]},
+    ],
+)
+def test_what_is_no_obstacle(field: dict[str, Any]) -> None:
+    assert not obstacle(ASKED | field)
+
+
+def test_the_limits_are_those_of_the_whole_answer() -> None:
+    way = Continuation(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
+    (chat, body), (completions, plain) = way.bodies
+    assert (chat, completions) == (CHAT, COMPLETIONS)
+    assert body == ASKED | {
+        "max_tokens": 8, "min_tokens": 3, "kv_transfer_params": {"prompt_token_ids": [*PROMPT, 7, 8]}
+    }  # fmt: skip
+    assert plain == {"max_tokens": 8, "min_tokens": 3, "prompt": [*PROMPT, 7, 8]}
+
+
+def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() -> None:
+    (_, body), (_, plain) = Continuation(ASKED, kept(7), [*PROMPT, 7], room=100).bodies
+    assert "max_tokens" not in body
+    assert plain["max_tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        Continuation(ASKED, kept(7, plain=False), [*PROMPT, 7], room=9),
+        Continuation(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], room=9),
+        Continuation(ASKED, kept(7), [*PROMPT, 7]),
+    ],
+    ids=["reasoning", "logprobs", "no limit known"],
+)
+def test_the_plain_route_is_for_plain_text(way: Continuation) -> None:
+    assert [route for route, _ in way.bodies] == [CHAT]
+
+
+def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
+    assert list(Continuation(ASKED, kept(), []).bodies) == [(CHAT, ASKED)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
+)
+def test_an_answer_with_all_its_tokens_is_over(asked: dict[str, Any], room: int, *, over: bool) -> None:
+    assert Continuation(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_over is over
+
+
+def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ContinuationParser:
+    way = Continuation(ASKED | asked, kept(7, 8, content=content), [*PROMPT, 7, 8], held)
+    return ContinuationParser(way, n=1, keep_prompt_ids=True, keep_usage=False)
+
+
+def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
+    parser = parser_for({"presence_penalty": 0.5})
+    resumed, opened, first = parser.parse(chunk("new", 9, prompt=[*PROMPT, 7, 8]))
+    assert parser.committed, "it has written"
+    assert parse("2-1", resumed) == Resumed(id=EntryId(2, 1), after="1-9", forgets=["presence_penalty"])
+    assert (opened["prompt_tokens"], opened["prompt_digest"]) == ("3", digest_of(PROMPT))
+    assert msgspec.json.decode(opened["extra"]) == {"prompt_token_ids": PROMPT}
+    assert first == {"type": "delta", "content": "new", "token_ids": "[9]"}
+    parser.parse(b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":1,"total_tokens":6}}')
+    assert parser.usage == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, None], ids=["other ids", "no ids"])
+def test_a_server_that_passes_over_the_ids_writes_nothing(prompt: list[int] | None) -> None:
+    parser = parser_for({})
+    with pytest.raises(CannotResume):
+        parser.parse(chunk("text", 9, prompt=prompt))
+    assert not parser.committed
+
+
+def test_chunks_of_a_text_completion_are_read_as_those_of_a_chat() -> None:
+    parser = parser_for({})
+    choice: dict[str, Any] = {"index": 0, "text": "new", "logprobs": None, "finish_reason": None, "token_ids": [9]}
+    first = {"id": "x", "choices": [choice | {"prompt_token_ids": [*PROMPT, 7, 8]}]}
+    _, opened, new = parser.parse(msgspec.json.encode(first))
+    assert (opened["role"], new) == ("assistant", {"type": "delta", "content": "new", "token_ids": "[9]"})
+    end = choice | {"text": "", "finish_reason": "stop", "stop_reason": None, "token_ids": [2]}
+    (last,) = parser.parse(msgspec.json.encode({"id": "x", "choices": [end]}))
+    assert (last["finish_reason"], parser.complete) == ("stop", True)
+
+
+def test_a_stop_string_across_the_seam_ends_the_answer() -> None:
+    parser = parser_for({"stop": ["END"]}, held="E", content="some text ")
+    _, _, first = parser.parse(chunk("N", 9, prompt=[*PROMPT, 7, 8]))
+    assert "content" not in first
+    (second,) = parser.parse(chunk("D and more", 10))
+    assert second == {"type": "delta", "token_ids": "[10]", "finish_reason": "stop", "stop_reason": '"END"'}
+    assert (parser.done, parser.complete, parser.finish_reason) == (True, True, "stop")
+    assert parser.usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert parser.parse(chunk("nothing comes after it", 11)) == []
+
+
+@given(
+    text=st.lists(st.text("ab", max_size=3), max_size=8),
+    cut=st.integers(0, 8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=2),
+    include=st.booleans(),
+)
+def test_a_cut_does_not_show_in_what_is_published(
+    text: list[str], cut: int, stops: list[str], *, include: bool
+) -> None:
+    """Against the uninterrupted answer of a server that, as vLLM does, holds back what may become a stop string."""
+    whole, _ = served(text, stops, include=include)
+    before, ended = served(text[:cut], stops, include=include, last=False)
+    if ended:
+        return
+    seam = Seam(
+        {"stop": list[JSON](stops), "include_stop_str_in_output": include}, before, "".join(text[:cut])[len(before) :]
+    )
+    shown = before
+    for piece, is_last in pieces(text[cut:], stops, include=include):
+        fields = {"type": "delta"} | ({"content": piece} if piece else {}) | ({"finish_reason": "x"} if is_last else {})
+        shown += (seam.take(fields) if seam.open else fields).get("content", "")
+        if seam.stopped:
+            break
+    assert shown == whole
+
+
+def served(text: list[str], stops: list[str], *, include: bool, last: bool = True) -> tuple[str, bool]:
+    """What a server publishes of these tokens, and whether a stop string ended it."""
+    sent = list(pieces(text, stops, include=include, last=last))
+    return "".join(piece for piece, _ in sent), bool(sent and sent[-1][1]) and not last
+
+
+def pieces(text: list[str], stops: list[str], *, include: bool, last: bool = True) -> list[tuple[str, bool]]:
+    """The text of each chunk, and whether it is the last one; without `last` the answer would go on."""
+    whole, sent = "", 0
+    chunks: list[tuple[str, bool]] = []
+    hold = 0 if include else max(map(len, stops)) - 1
+    for token in text:
+        seen = len(whole)
+        whole += token
+        ends = [
+            (start + len(stop), start)
+            for stop in stops
+            if (start := whole.find(stop, max(0, seen - len(stop) + 1))) >= 0
+        ]
+        if ends:
+            end, start = min(ends)
+            return [*chunks, (whole[sent : end if include else start], True)]
+        upto = max(sent, len(whole) - hold)
+        chunks.append((whole[sent:upto], False))
+        sent = upto
+    return [*chunks, (whole[sent:], True)] if last else chunks
