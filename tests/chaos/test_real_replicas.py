@@ -1,0 +1,139 @@
+"""Two real replicas of vLLM: a worker and an engine are killed mid-answer, and no text shows it; runs with VLLM_URLS.
+
+`VLLM_URLS` names two servers of one model on this machine. The last test kills the engine of the first: start it again
+afterwards. Each answer must be the one that the server gives directly and undisturbed, at temperature 0.
+"""
+
+import asyncio
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from conftest import StartProcess, eventually
+from redis.asyncio import Redis
+
+from worker import Answer, Client
+from worker.contract.entries import Entry, parse
+
+# Read here: the suite hides the settings of whoever runs it.
+URLS = [url.rstrip("/").removesuffix("/v1") for url in os.environ.get("VLLM_URLS", "").split(",") if url]
+pytestmark = [
+    pytest.mark.real_vllm,
+    pytest.mark.skipif(len(URLS) != 2, reason="VLLM_URLS does not name two real vLLMs"),
+    pytest.mark.timeout(300),
+]
+
+QUESTIONS = (
+    "Who are you?", "你是谁?", "Send emoji", "Tell me a story", "Write code", "Think first", "Give JSON",
+    "Weather in Paris",
+)  # fmt: skip
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}},
+    },
+}
+LOAD = 90
+"""Long answers beside them, without which the short ones would be over before anything can be killed."""
+
+Said = tuple[str, str, str, list[tuple[str, str]]]
+
+
+async def model() -> str:
+    async with httpx.AsyncClient() as http:
+        return str((await http.get(f"{URLS[0]}/v1/models")).json()["data"][0]["id"])
+
+
+def ask(name: str, question: str) -> dict[str, Any]:
+    tools = {"tools": [TOOL]} if "Weather" in question else {}
+    return {
+        "model": name, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 400, **tools
+    }  # fmt: skip
+
+
+async def ask_directly(request: dict[str, Any]) -> Said:
+    async with httpx.AsyncClient(timeout=120) as http:
+        (choice,) = (await http.post(f"{URLS[1]}/v1/chat/completions", json=request)).json()["choices"]
+    message = choice["message"]
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
+    return message["content"] or "", message.get("reasoning") or "", choice["finish_reason"], calls
+
+
+def said(answer: Answer) -> Said:
+    (choice,) = answer.choices
+    calls: Any = [call["function"] for call in choice.tool_calls]
+    told = [(call["name"], call["arguments"]) for call in calls]
+    return choice.content, choice.reasoning, choice.finish_reason, told
+
+
+async def log_of(redis: Redis, request_id: str) -> list[Entry]:
+    raw: Any = await redis.xrange(f"chat:tokens:{{{request_id}}}")
+    return [parse(*entry) for entry in raw]
+
+
+async def under_way(client: Client, redis: Redis, name: str) -> dict[str, list[str]]:
+    """Each question asked twice, so that both servers have it, among others that slow them; all have begun."""
+    load = ask(name, "Tell me a story") | {"ignore_eos": True, "max_tokens": 1500}
+    await asyncio.gather(*(client.enqueue(load) for _ in range(LOAD)))
+    twice = [question for question in QUESTIONS for _ in range(2)]
+    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in twice))
+    ids = {question: [added[2 * n], added[2 * n + 1]] for n, question in enumerate(QUESTIONS)}
+
+    async def begun() -> bool:
+        answers = [Answer(await log_of(redis, request_id)) for pair in ids.values() for request_id in pair]
+        return all(answer.begun or answer.end for answer in answers)
+
+    await eventually(begun, within=60)
+    return ids
+
+
+async def compare(client: Client, redis: Redis, name: str, ids: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Every answer against the direct one; gives what became of those that were broken off."""
+    broken: dict[str, list[str]] = {}
+    for question, pair in ids.items():
+        direct = await ask_directly(ask(name, question))
+        for request_id in pair:
+            answer = await client.result(request_id)
+            assert answer.outcome == "done", answer.error
+            assert said(answer) == direct, question
+            kinds = [entry.type for entry in await log_of(redis, request_id) if entry.type in {"resumed", "restarted"}]
+            broken.setdefault(question, []).extend(kinds)
+    return broken
+
+
+async def test_the_death_of_a_worker_shows_in_no_answer(
+    client: Client, redis: Redis, start_process: StartProcess
+) -> None:
+    name, servers = await model(), [SimpleNamespace(url=url) for url in URLS]
+    first = start_process(*servers, lease=1)
+    ids = await under_way(client, redis, name)
+    first.kill()
+    await asyncio.to_thread(first.wait)
+    start_process(*servers, lease=1)
+    broken = await compare(client, redis, name, ids)
+    assert "restarted" not in [kind for question in QUESTIONS[:-1] for kind in broken[question]]
+    assert sum(kinds.count("resumed") for kinds in broken.values()) >= len(QUESTIONS)
+
+
+async def test_the_death_of_an_engine_shows_in_no_answer(
+    client: Client, redis: Redis, start_process: StartProcess
+) -> None:
+    name = await model()
+    start_process(*[SimpleNamespace(url=url) for url in URLS], lease=5)
+    ids = await under_way(client, redis, name)
+    engine_of(URLS[0]).kill()
+    broken = await compare(client, redis, name, ids)
+    assert "restarted" not in [kind for question in QUESTIONS[:-1] for kind in broken[question]]
+    assert sum(kinds.count("resumed") for kinds in broken.values()) >= len(QUESTIONS) // 2
+
+
+def engine_of(url: str) -> psutil.Process:
+    """The engine's process of the server that listens at this URL."""
+    port = httpx.URL(url).port
+    (server,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port}
+    children = psutil.Process(server).children(recursive=True)
+    return next(child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()]))
