@@ -7,7 +7,17 @@ from typing import Any
 import httpx
 import pytest
 
-from worker.vllm.errors import UpstreamError, classify, from_event, from_response, malformed, message_of, truncated
+from worker.vllm.errors import (
+    NoConnection,
+    UpstreamError,
+    classify,
+    from_event,
+    from_response,
+    malformed,
+    message_of,
+    truncated,
+    unreachable,
+)
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 INDEX: dict[str, dict[str, Any]] = json.loads((TRANSCRIPTS / "index.json").read_bytes())
@@ -151,6 +161,7 @@ def test_a_body_of_great_depth_is_an_error_like_others(body: bytes) -> None:
         {"error": {"message": "This model's maximum context length is 8192 tokens. However …"}},
         {"message": "too long", "param": "input_tokens"},
         {"detail": "code: context_length_exceeded"},
+        {"error": {"message": "too long", "code": "context_length_exceeded"}},
     ],
 )
 def test_a_prompt_that_is_too_long_has_a_code_of_its_own(body: object) -> None:
@@ -158,11 +169,53 @@ def test_a_prompt_that_is_too_long_has_a_code_of_its_own(body: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"),
-    [("7", 7.0), ("0.5", 0.5), ("0", 0.0), ("", None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("-1", None)],
+    "error",
+    [
+        {"message": "no", "type": "invalid_request_error", "code": "content_policy_violation"},
+        {"message": "no", "param": "prompt", "code": "content_filter", "status": 400},
+        {"message": "no", "type": "content_filter", "code": None},
+    ],
 )
-def test_retry_after_is_kept_in_seconds(value: str, seconds: float | None) -> None:
-    assert from_body(429, {"error": "busy"}, Retry_After=value).retry_after == seconds
+def test_a_refusal_by_content_policy_has_a_code_of_its_own_and_is_not_tried_again(error: object) -> None:
+    assert summary(from_body(400, {"error": error})) == ("content_policy", 400, False)
+    assert (from_event(error).code, from_event(error).retryable) == ("content_policy", False)
+
+
+def test_a_server_that_cannot_be_connected_to_is_told_from_one_that_hangs_up() -> None:
+    absent = [unreachable("http://a:1", error("no")) for error in (httpx.ConnectError, httpx.ConnectTimeout)]
+    silent = [unreachable("http://a:1", error("no")) for error in (httpx.ReadError, httpx.RemoteProtocolError)]
+    assert {summary(error) for error in absent + silent} == {("upstream_unreachable", 0, True)}
+    assert [isinstance(error, NoConnection) for error in absent + silent] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        ("0.5", 0.5),
+        ("0", 0.0),
+        ("", None),
+        ("-1", None),
+        ("soon", None),
+        ("86400", 60.0),
+        ("9" * 400, 60.0),
+        ("Wed, 21 Oct 2026 07:28:07 GMT", 7.0),
+        ("Wednesday, 21-Oct-26 07:28:07 GMT", 7.0),
+        ("Wed Oct 21 07:28:07 2026", 7.0),
+        ("Wed, 21 Oct 2026 07:27:00 GMT", 0.0),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 60.0),
+        ("Wed, 21 Oct 20269 07:28:00 GMT", None),
+    ],
+)
+def test_retry_after_is_kept_in_seconds_to_a_limit(value: str, seconds: float | None) -> None:
+    headers = {"Retry_After": value, "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}
+    assert from_body(429, {"error": "busy"}, **headers).retry_after == seconds
+
+
+@pytest.mark.parametrize(("year", "seconds"), [(1999, 0.0), (2199, 60.0)])
+def test_a_date_to_retry_after_needs_no_date_beside_it(year: int, seconds: float) -> None:
+    value = f"Fri, 31 Dec {year} 23:59:59 GMT"
+    assert from_body(429, {"error": "busy"}, Retry_After=value, Date="today").retry_after == seconds
 
 
 def test_without_retry_after_there_is_none() -> None:

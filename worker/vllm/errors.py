@@ -1,11 +1,20 @@
 """What can go wrong with vLLM: one error type, and the one place that classifies what the server says."""
 
+import time
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 
+import httpx
 import msgspec
 
 _EXCERPT = 500
+_LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
+_TOO_LONG = frozenset({"input_tokens", "context_length_exceeded"})
+_TOO_LONG_WORDS = ("maximum context length", "context_length_exceeded")
+_POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
 class UpstreamError(Exception):
@@ -16,7 +25,7 @@ class UpstreamError(Exception):
         message: for people: what the server said.
         status: the HTTP status, or the code inside an error event; 0 where there was none.
         retryable: whether the same request may succeed elsewhere or later.
-        retry_after: seconds the server asked to wait, or None.
+        retry_after: seconds the server asked to wait, at most 60, or None.
     """
 
     def __init__(
@@ -34,11 +43,15 @@ class CannotResume(Exception):
     """A broken-off answer cannot be gone on with: the text says why."""
 
 
+class NoConnection(UpstreamError):
+    """There is no server to talk to: the connection is refused, or is not there in time."""
+
+
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
     """The error of an answer whose status is not 200, or that is no stream: JSON of several shapes, or HTML."""
     error = _decoded(body)
     message = message_of(error) or _excerpt(body) or f"HTTP {status} with an empty body"
-    return classify(status, message, param=_param_of(error), retry_after=_retry_after(headers))
+    return classify(status, message, said=_said(error), retry_after=_retry_after(headers))
 
 
 def from_event(error: object) -> UpstreamError:
@@ -47,14 +60,21 @@ def from_event(error: object) -> UpstreamError:
     if isinstance(code, str) and code.isdecimal() and len(code) == 3:
         code = int(code)
     status = code if isinstance(code, int) else 500
-    return classify(status, message_of(error) or "the server sent an error without a message", param=_param_of(error))
+    return classify(status, message_of(error) or "the server sent an error without a message", said=_said(error))
 
 
-def classify(status: int, message: str, *, param: str = "", retry_after: float | None = None) -> UpstreamError:
-    """What a status means: whose fault it is, and whether a retry can help."""
+def classify(
+    status: int, message: str, *, said: AbstractSet[str] = frozenset(), retry_after: float | None = None
+) -> UpstreamError:
+    """What a status means, and the words the server `said` beside it: whose fault it is, and whether a retry can help.
+
+    `context_length_exceeded` may fit another model; `content_policy` is about the request, whatever the model.
+    """
     code, retryable = "upstream_error", False
-    if _is_context_error(message, param):
+    if _is_context_error(message, said):
         code = "context_length_exceeded"
+    elif said & _POLICY:
+        code = "content_policy"
     elif status in {401, 403}:
         code = "unauthorized"
     elif status == 404:
@@ -69,9 +89,10 @@ def classify(status: int, message: str, *, param: str = "", retry_after: float |
 
 
 def unreachable(url: str, error: Exception) -> UpstreamError:
-    """There is no connection."""
+    """There is no connection, or it broke before an answer."""
+    kind = NoConnection if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else UpstreamError
     why = str(error) or type(error).__name__
-    return UpstreamError("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True)
+    return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True)
 
 
 def without_user(url: str) -> str:
@@ -102,15 +123,16 @@ def message_of(error: object) -> str:
     return ""
 
 
-def _is_context_error(message: str, param: str) -> bool:
-    lowered = message.lower()
-    return param == "input_tokens" or "maximum context length" in lowered or "context_length_exceeded" in lowered
+def _is_context_error(message: str, said: AbstractSet[str]) -> bool:
+    return bool(said & _TOO_LONG) or any(words in message.lower() for words in _TOO_LONG_WORDS)
 
 
-def _param_of(error: object) -> str:
+def _said(error: object) -> set[str]:
+    """The words for programs beside a message. vLLM puts one into `param`, others into `code` or `type`."""
     inner = error.get("error", error) if isinstance(error, dict) else None
-    param = inner.get("param") if isinstance(inner, dict) else None
-    return param if isinstance(param, str) else ""
+    if not isinstance(inner, dict):
+        return set()
+    return {word for name in ("param", "code", "type") if isinstance(word := inner.get(name), str)}
 
 
 def _decoded(body: bytes) -> object:
@@ -126,6 +148,20 @@ def _excerpt(body: bytes) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds; the form that is a date is passed over, as the backoff serves then."""
+    """Seconds from now, also where the server gives a date: counted from its own `Date`, for clocks differ."""
     value = headers.get("retry-after", "")
-    return float(value) if value.replace(".", "", 1).isdecimal() else None
+    if value.replace(".", "", 1).isdecimal():
+        return min(float(value), _LONGEST_RETRY_AFTER)
+    until = _unix_time(value)
+    if until is None:
+        return None
+    now = _unix_time(headers.get("date", ""))
+    return min(max(0.0, until - (time.time() if now is None else now)), _LONGEST_RETRY_AFTER)
+
+
+def _unix_time(date: str) -> float | None:
+    """An HTTP date (RFC 9110, 5.6.7: always GMT, also where it does not say so), in seconds."""
+    try:
+        return parsedate_to_datetime(date).replace(tzinfo=UTC).timestamp()
+    except (ValueError, OverflowError):
+        return None
