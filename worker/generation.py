@@ -137,8 +137,7 @@ class Generation:
 
     async def _generate(self, job: Job) -> Terminal:
         """Ask for the job's model and, where it cannot be had, for its fallbacks one after the other."""
-        asked = job.request.get("model")
-        models = [asked if isinstance(asked, str) else "", *job.fallbacks]
+        models = [model_of(job.request), *job.fallbacks]
         if self._history.model in models:  # the one that had begun goes on
             del models[: models.index(self._history.model)]
         given_up = ""
@@ -162,10 +161,10 @@ class Generation:
         Raises:
             UpstreamError: of the last try.
         """
-        model = str(request.get("model", ""))
+        model = model_of(request)
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
-            if not self._upstream.can_take(model):  # what no server can take waits, and is no try
+            while not self._upstream.can_take(model):  # what no server can take waits, and is no try
                 await self._guarded(self._upstream.available(model))
             endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
@@ -216,8 +215,8 @@ class Generation:
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log: nothing in this loop is per token but the parser and the append."""
         log = self._log
-        try:
-            async with self._upstream.stream(endpoint, body, route) as stream:
+        async with self._upstream.stream(endpoint, body, route) as stream:
+            try:
                 while not parser.done and (events := await stream.read()):
                     for data in events:
                         for fields in parser.parse(data):
@@ -228,13 +227,13 @@ class Generation:
                         await log.room()
                 await stream.finish()
                 parser.check_complete()
-        except UpstreamError:
-            if not parser.complete:
-                raise
-            # It broke after the last finish_reason: nothing of the answer is missing.
-        finally:
-            self._committed |= parser.committed
-            self._went_on |= parser.committed and parser.begun and isinstance(parser, ContinuationParser)
+            except UpstreamError:
+                if not parser.complete:
+                    raise
+                # It broke after the last finish_reason: nothing of the answer is missing.
+            finally:
+                self._committed |= parser.committed
+                self._went_on |= parser.committed and parser.begun and isinstance(parser, ContinuationParser)
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
@@ -302,6 +301,12 @@ def choices_of(request: Object) -> int:
     """How many choices are asked for."""
     n = request.get("n")
     return n if isinstance(n, int) else 1
+
+
+def model_of(request: Object) -> str:
+    """The model that is asked for; empty when that is left to the server."""
+    model = request.get("model")
+    return model if isinstance(model, str) else ""
 
 
 def _warn(error: UpstreamError, endpoint: Endpoint, tried: int) -> None:

@@ -178,7 +178,7 @@ class Service:
         """Take no jobs while no server can: the queue is the buffer. False when told to leave."""
         if self._upstream.is_there:
             return True
-        waiting = {asyncio.ensure_future(self._upstream.available()), asyncio.ensure_future(self._leaving.wait())}
+        waiting = {asyncio.ensure_future(self._upstream.available("")), asyncio.ensure_future(self._leaving.wait())}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()

@@ -522,20 +522,20 @@ def test_a_server_may_be_given_with_or_without_v1(url: str) -> None:
 async def test_the_server_with_the_fewest_requests_is_chosen() -> None:
     async with reaching("http://a:1", "http://b:1", "http://c:1") as upstream:
         first, second, third = upstream.endpoints
-        assert upstream.choose() is first
+        assert upstream.choose("") is first
         first.in_flight, second.in_flight, third.in_flight = 2, 1, 3
-        assert upstream.choose() is second
-        assert upstream.choose(other_than=second) is first
-        assert upstream.choose(other_than=first) is second
+        assert upstream.choose("") is second
+        assert upstream.choose("", other_than=second) is first
+        assert upstream.choose("", other_than=first) is second
     async with reaching("http://a:1") as upstream:
-        assert upstream.choose(other_than=upstream.endpoints[0]) is upstream.endpoints[0]
+        assert upstream.choose("", other_than=upstream.endpoints[0]) is upstream.endpoints[0]
 
 
 async def test_requests_spread_over_the_servers() -> None:
     async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as upstream:
 
         async def hold(gate: Awaitable[object]) -> None:
-            async with upstream.stream(upstream.choose(), asking(fault="stall")) as stream:
+            async with upstream.stream(upstream.choose(""), asking(fault="stall")) as stream:
                 await stream.read()
                 await gate
 

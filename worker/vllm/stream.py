@@ -5,7 +5,7 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -36,6 +36,8 @@ class ChatStream:
         self._chunks = chunks
         self._limits = limits
         self._first_by: float | None = first_by
+        self.on_first: Callable[[], None] | None = None
+        """Called when the first event is there."""
         self._decoder = SSEDecoder()
 
     async def read(self) -> list[bytes]:
@@ -49,7 +51,8 @@ class ChatStream:
             async with asyncio.timeout_at(until):
                 async for chunk in self._chunks:
                     if events := self._decoder.feed(chunk):
-                        self._first_by = None
+                        if self._first_by is not None:
+                            self._begun()
                         return events
         except TimeoutError:
             raise _silence(self._limits, begun=self._first_by is None) from None
@@ -58,6 +61,11 @@ class ChatStream:
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
         return []
+
+    def _begun(self) -> None:
+        self._first_by = None
+        if self.on_first is not None:
+            self.on_first()
 
     async def finish(self) -> None:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""

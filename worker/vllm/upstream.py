@@ -1,53 +1,66 @@
-"""The vLLM servers that this worker may use: which one takes a request, and what each is known not to understand."""
+"""The HTTP side of the vLLM servers: which one takes a request, what it serves, and probes of those that are away."""
 
 import asyncio
+import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 import msgspec
 import structlog
 
 from worker.contract.entries import Object, to_json
+from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, open_stream
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
+__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream", "base_url", "body_for"]
+
 _OPTIONAL = ("return_token_ids", "stream_options")
 """What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
 
 _FEW_SECONDS = 3.0
 _PROBE_EVERY = 2.0
+_LIST_EVERY = 60.0
+_LIST_AGAIN = 2.0
+"""Seconds between two lists that are asked for because a model is missing in the last."""
 
 _log = structlog.get_logger()
 
 
-@dataclass(eq=False)
-class Endpoint:
-    """One server. `url` is its base, without `/v1`; `away` is None until it is known whether it can be reached."""
-
-    url: str
-    away: bool | None = None
-    in_flight: int = 0
-    without: set[str] = field(default_factory=set)
-
-
 class Upstream:
-    """All servers together. One HTTP client serves them, with no limit on connections but the worker's slots."""
+    """All servers together. One HTTP client serves them, with no limit on connections but the worker's slots.
+
+    Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
+    circuit is half open keeps others away:
+
+        while not upstream.can_take(model):
+            await upstream.available(model)
+        endpoint = upstream.choose(model)
+        async with upstream.stream(endpoint, request) as stream: ...
+    """
 
     def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
-        self.endpoints = [Endpoint(base_url(url)) for url in urls]
+        self.endpoints = [Endpoint(base_url(url), on_change=self._on_change) for url in urls]
         self._limits = limits
-        self._there = asyncio.Event()
-        self._lost = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._listing = asyncio.Lock()
+        self._all_asked = self._all_listed = float("-inf")
+        # A user and a password in a URL go before the key: httpx makes Basic authorization of them.
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=limits.connect),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15),
+            # Given as a transport, so that HTTP_PROXY of the environment is not heeded (vLLM is a server inside) and
+            # SSL_CERT_FILE is, which `trust_env=False` would both turn off.
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15)
+            ),
         )
 
     async def aclose(self) -> None:
@@ -57,68 +70,139 @@ class Upstream:
     @property
     def is_there(self) -> bool:
         """Whether a server can take work, as far as is known."""
-        return any(endpoint.away is False for endpoint in self.endpoints)
+        return self.can_take("")
 
-    def can_take(self, model: str) -> bool:  # noqa: ARG002
-        return self.is_there
+    def can_take(self, model: str) -> bool:
+        """Whether a server can take a request for this model now, as far as is known; the empty name is any."""
+        return any(endpoint.takes(model) for endpoint in self.endpoints)
 
-    async def available(self, model: str = "") -> None:
-        """Wait until a server can take work; `watch` finds out."""
-        await self._there.wait()
+    async def available(self, model: str) -> None:
+        """Wait until a server can take a request for this model; `watch` finds out.
+
+        A model that no server lists is asked for again first, for adapters are loaded at run time. Servers that are
+        away and have never said what they serve may have it, so it is waited for.
+
+        Raises:
+            UpstreamError: `model_not_found`, when no server has it.
+        """
+        while not self.can_take(model):
+            changed = self._changed
+            if any(endpoint.serves(model) for endpoint in self.endpoints) or not await self._list_again():
+                await _either(changed, _PROBE_EVERY)  # a trial that is not heard of gives its place up in silence
+            else:
+                best_of(self.endpoints, model)
+
+    def choose(self, model: str, *, other_than: Endpoint | None = None) -> Endpoint:
+        """The server for a request: of those that serve the model and can take it the one with the fewest of ours.
+
+        It is another than the last one where that may be. When none can take it (see `can_take`) it is one that may.
+
+        Raises:
+            UpstreamError: `model_not_found`, when no server lists the model; `available` asks them again.
+        """
+        endpoint = best_of(self.endpoints, model, other_than)
+        endpoint.circuit.hold()
+        return endpoint
 
     async def watch(self) -> None:
-        """Ask servers that are away whether they are back, at once and then every two seconds, until cancelled."""
+        """Until cancelled: probe servers that are away every two seconds, and ask the others what they serve."""
+        async with asyncio.TaskGroup() as group:
+            for endpoint in self.endpoints:
+                group.create_task(self._watch(endpoint))
+
+    async def _watch(self, endpoint: Endpoint) -> None:
         while True:
-            self._lost.clear()
-            away = [endpoint for endpoint in self.endpoints if endpoint.away is not False]
-            await asyncio.gather(*map(self._probe, away))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_PROBE_EVERY):
-                    await self._lost.wait()
+            changed = self._changed
+            if endpoint.circuit.wants_probe:
+                endpoint.circuit.probed(await self._trouble(endpoint))
+            elif not endpoint.away and time.monotonic() - endpoint.listed > _LIST_EVERY:
+                await self._list(endpoint)
+            await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
-    async def _probe(self, endpoint: Endpoint) -> None:
+    async def _trouble(self, endpoint: Endpoint) -> str:
+        """Why a server takes no requests; empty when it does. It has said what it serves then, if it ever does."""
         try:
-            async with asyncio.timeout(_FEW_SECONDS):
-                response = await self._client.get(f"{endpoint.url}/v1/models")
-        except (httpx.HTTPError, TimeoutError):
-            self._mark(endpoint, away=True)
-        else:  # one that asks for a key is there too
-            self._mark(endpoint, away=response.status_code >= 500)
+            health = await self._get(f"{endpoint.url}/health")
+        except UpstreamError as error:
+            return error.code
+        if health.status_code >= 500:
+            return f"health_{health.status_code}"
+        problem = await self._list(endpoint)
+        if problem is None:
+            return ""
+        if not problem.status:  # no connection after all
+            return problem.code
+        # Without /health the list is the probe; one that asks for a key is there too.
+        return problem.code if health.status_code == 404 and problem.status >= 500 else ""
 
-    def _mark(self, endpoint: Endpoint, *, away: bool) -> None:
-        if away and not endpoint.away:
-            _log.warning("vllm_away", endpoint=without_user(endpoint.url))
-            self._lost.set()
-        elif not away and endpoint.away:
+    async def _list(self, endpoint: Endpoint) -> UpstreamError | None:
+        """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
+        endpoint.listed = time.monotonic()
+        try:
+            endpoint.models = frozenset(await self.models(endpoint))
+        except UpstreamError as error:
+            if error.retryable:
+                return error
+            endpoint.models = frozenset()
+        return None
+
+    async def _list_again(self) -> bool:
+        """Ask all servers that are there what they serve, at most once in two seconds; whether all have said it."""
+        missed = time.monotonic()
+        async with self._listing:
+            if self._all_listed >= missed:  # meanwhile, for another request
+                return True
+            await asyncio.sleep(self._all_asked + _LIST_AGAIN - time.monotonic())
+            self._all_asked = began = time.monotonic()
+            there = [endpoint for endpoint in self.endpoints if not endpoint.away]
+            errors = await asyncio.gather(*map(self._list, there))
+            if any(errors):
+                return False
+            self._all_listed = began
+            return True
+
+    def _on_change(self, endpoint: Endpoint, former: State, state: State, reason: str) -> None:
+        if state is State.OPEN:
+            _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason)
+        elif former is State.OPEN:
             _log.info("vllm_back", endpoint=without_user(endpoint.url))
-        endpoint.away = away
-        if self.is_there:
-            self._there.set()
-        else:
-            self._there.clear()
+        self._wake()
 
-    def choose(self, model: str = "", *, other_than: Endpoint | None = None) -> Endpoint:
-        """Of the servers that are there the one with the fewest requests of ours in flight, not the last if may be."""
-        there = [endpoint for endpoint in self.endpoints if not endpoint.away] or self.endpoints
-        rest = [endpoint for endpoint in there if endpoint is not other_than]
-        return min(rest or there, key=lambda endpoint: endpoint.in_flight)
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     @asynccontextmanager
     async def stream(self, endpoint: Endpoint, request: Object, route: str = CHAT) -> AsyncIterator[ChatStream]:
         """The token stream of a request; leaving the context closes it.
 
+        How it is left is what the server's circuit learns: an UpstreamError that is raised inside the context too, such
+        as that of an answer that is not whole, is a failure of the server unless it is its refusal; leaving without an
+        exception is a success, and any other exception says nothing. So check inside that the answer is whole, and do
+        not let out an error that comes when nothing of it is missing.
+
         Raises:
             UpstreamError: when the server does not give one.
         """
+        circuit = endpoint.circuit
+        run = circuit.begin()
         endpoint.in_flight += 1
         try:
             stream = await self._open(endpoint, request, route)
+            stream.on_first = partial(circuit.began, run)
             try:
                 yield stream
             finally:
                 await stream.aclose()
+            circuit.succeeded(run)
+        except UpstreamError as error:
+            endpoint.failed(run, error)
+            raise
         finally:
             endpoint.in_flight -= 1
+            circuit.left(run)
+            if circuit.state is State.HALF_OPEN:
+                self._wake()
 
     async def _open(self, endpoint: Endpoint, request: Object, route: str) -> ChatStream:
         """Open the stream, without what the server does not know.
@@ -131,32 +215,36 @@ class Upstream:
             try:
                 stream = await open_stream(self._client, endpoint.url + route, body_for(request, without), self._limits)
             except UpstreamError as error:
-                if error.code == "upstream_unreachable":
-                    self._mark(endpoint, away=True)
                 refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
                     raise
                 without |= refused
             else:
                 endpoint.without |= without
-                self._mark(endpoint, away=False)
                 return stream
 
     async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
-        """Ask a server something small; gives the body of its answer.
+        """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
         Raises:
             UpstreamError: when it does not answer, or refuses.
         """
+        run = endpoint.circuit.begin()
         url = endpoint.url + path
-        headers = {"content-type": "application/json"}
         try:
             async with asyncio.timeout(_FEW_SECONDS):
-                response = await self._client.post(url, content=to_json(body), headers=headers)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise unreachable(url, error) from None
-        if response.status_code != 200:
-            raise from_response(response.status_code, response.content, response.headers)
+                response = await self._client.post(
+                    url, content=to_json(body), headers={"content-type": "application/json"}
+                )
+            if response.status_code != 200:
+                raise from_response(response.status_code, response.content, response.headers)
+        except (httpx.HTTPError, TimeoutError) as problem:
+            error = unreachable(url, problem)
+            endpoint.failed(run, error)
+            raise error from None
+        except UpstreamError as error:
+            endpoint.failed(run, error)
+            raise
         return response.content
 
     async def models(self, endpoint: Endpoint) -> list[str]:
@@ -166,17 +254,20 @@ class Upstream:
             UpstreamError: when it does not say.
         """
         url = f"{endpoint.url}/v1/models"
-        try:
-            async with asyncio.timeout(_FEW_SECONDS):
-                response = await self._client.get(url)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise unreachable(url, error) from None
+        response = await self._get(url)
         if response.status_code != 200:
             raise from_response(response.status_code, response.content, response.headers)
         try:
             return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
+
+    async def _get(self, url: str) -> httpx.Response:
+        try:
+            async with asyncio.timeout(_FEW_SECONDS):
+                return await self._client.get(url)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise unreachable(url, error) from None
 
 
 class _Model(msgspec.Struct):
@@ -201,6 +292,13 @@ def body_for(request: Object, without: AbstractSet[str]) -> Object:
         asked = request.get("stream_options")
         body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
     return body
+
+
+async def _either(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, but not for longer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _names(error: UpstreamError, field_name: str) -> bool:

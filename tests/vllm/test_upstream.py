@@ -1,0 +1,411 @@
+"""Several servers with faults: what they serve, when they are away, and how they come back."""
+
+import asyncio
+import base64
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from conftest import eventually
+from structlog.testing import capture_logs
+
+from worker.contract.entries import Object
+from worker.sandbox.redis import free_port
+from worker.sandbox.requests import Fault
+from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.wire import Connection, Request
+from worker.telemetry.logs import configure_logging
+from worker.vllm import endpoints as endpoints_module
+from worker.vllm import upstream as upstream_module
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.endpoints import FAILURES, Endpoint, State
+from worker.vllm.errors import UpstreamError
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Upstream
+
+PATIENT = Limits(connect=5, first_token=10, gap=10)
+IMPATIENT = Limits(connect=5, first_token=0.1, gap=0.1)
+SHORT = 0.02
+
+
+class Server(Simulator):
+    """A simulator that notes the paths it is asked for, and answers some of them with a status alone."""
+
+    def __init__(self, options: Options | None = None, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(options, **settings)
+        self.asked: list[str] = []
+        self.authorization: list[str] = []
+        self.statuses: dict[str, int] = {}
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        self.asked.append(request.path)
+        self.authorization.append(request.headers.get("authorization", ""))
+        if status := self.statuses.get(request.path):
+            await connection.respond(status, "text/plain", b"no")
+        else:
+            await super()._handle(request, connection)
+
+    def orders(self, fault: Fault | None = None, *, after: int = 0) -> None:
+        """What happens to every request from now on."""
+        self.options = Options(model=self.options.model, orders=Orders(fault=fault, after=after))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses are short here: nothing is measured."""
+    for name in ("_PROBE_EVERY", "_LIST_AGAIN"):
+        monkeypatch.setattr(upstream_module, name, SHORT)
+    monkeypatch.setattr(endpoints_module, "FIRST_PAUSE", SHORT)
+    monkeypatch.setattr(endpoints_module, "LONGEST_PAUSE", SHORT)
+
+
+@asynccontextmanager
+async def watching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
+    """The servers, watched once each has been probed."""
+    upstream = Upstream(urls, api_key=api_key, limits=limits)
+    task = asyncio.create_task(upstream.watch())
+    try:
+        await until(lambda: all(endpoint.away is not None for endpoint in upstream.endpoints))
+        yield upstream
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await upstream.aclose()
+
+
+@asynccontextmanager
+async def serving(*models: str, **settings: Any) -> AsyncIterator[tuple[list[Server], Upstream]]:  # noqa: ANN401
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(Server(Options(model=model))) for model in models]
+        yield servers, await stack.enter_async_context(watching(*(server.url for server in servers), **settings))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def holds() -> object:
+        return condition()
+
+    await eventually(holds)
+
+
+async def chosen(upstream: Upstream, model: str = "") -> Endpoint:
+    """As whoever has a request does it."""
+    while not upstream.can_take(model):
+        await upstream.available(model)
+    return upstream.choose(model)
+
+
+async def ask(upstream: Upstream, endpoint: Endpoint | None = None, *, model: str = "", **fields: Any) -> str:  # noqa: ANN401
+    """The text of a whole answer."""
+    parser, texts = ChunkParser(), []
+    request: Object = {"messages": [{"role": "user", "content": "Who are you?"}], **({"model": model} if model else {})}
+    async with upstream.stream(endpoint or await chosen(upstream, model), request | fields) as stream:
+        while not parser.done and (events := await stream.read()):
+            texts += [entry.get("content", "") for event in events for entry in parser.parse(event)]
+        await stream.finish()
+        parser.check_complete()
+    return "".join(texts)
+
+
+async def fails(upstream: Upstream, times: int = 1, **fields: Any) -> set[str]:  # noqa: ANN401
+    """The codes of requests that fail, whatever the circuit says."""
+    codes = set()
+    for _ in range(times):
+        with pytest.raises(UpstreamError) as caught:
+            await ask(upstream, upstream.endpoints[0], **fields)
+        codes.add(caught.value.code)
+    return codes
+
+
+# Which server serves a model
+
+
+async def test_each_model_is_asked_of_the_server_that_lists_it() -> None:
+    async with serving("small", "large", "large") as (servers, upstream):
+        assert [endpoint.models for endpoint in upstream.endpoints] == [{"small"}, {"large"}, {"large"}]
+        for _ in range(3):
+            await ask(upstream, model="small")
+            await ask(upstream, model="large")
+        assert [len(servers[0].served), len(servers[1].served) + len(servers[2].served)] == [3, 3]
+
+
+async def test_a_model_that_is_loaded_later_is_found_when_it_is_asked_for() -> None:
+    async with serving("small") as ((server,), upstream):
+        assert not upstream.can_take("adapter")
+        server.options = Options(model="adapter")
+        assert await ask(upstream, model="adapter")
+
+
+async def test_a_model_that_nobody_serves_is_an_error_once_all_have_been_asked_again() -> None:
+    async with serving("small", "large") as (servers, upstream):
+        before = [server.asked.count("/v1/models") for server in servers]
+        with pytest.raises(UpstreamError, match=r"`no` does not exist\. Served are: large, small\.") as caught:
+            await upstream.available("no")
+        assert (caught.value.code, caught.value.retryable) == ("model_not_found", False)
+        with pytest.raises(UpstreamError, match="`no` does not exist"):
+            upstream.choose("no")
+        assert [server.asked.count("/v1/models") for server in servers] == [count + 1 for count in before]
+
+
+async def test_many_that_miss_a_model_ask_together() -> None:
+    async with serving("small") as ((server,), upstream):
+        before = server.asked.count("/v1/models")
+        misses = await asyncio.gather(*(upstream.available(f"no-{n}") for n in range(100)), return_exceptions=True)
+        assert {getattr(miss, "code", miss) for miss in misses} == {"model_not_found"}
+        assert server.asked.count("/v1/models") - before == 1
+
+
+@pytest.mark.parametrize("status", [401, 404, 501])
+async def test_a_server_that_does_not_list_its_models_may_serve_any(status: int) -> None:
+    async with Server() as server:
+        server.statuses["/v1/models"] = status
+        async with watching(server.url) as upstream:
+            assert await ask(upstream, model="reciter")
+            with pytest.raises(UpstreamError) as caught:  # in its own words
+                await ask(upstream, model="no")
+            assert (caught.value.code, len(server.served)) == ("model_not_found", 2)
+
+
+async def test_a_model_waits_for_a_server_that_has_never_said_what_it_serves() -> None:
+    port = free_port()
+    async with Server(Options(model="small")) as small, watching(small.url, f"http://127.0.0.1:{port}") as upstream:
+        asking = asyncio.create_task(ask(upstream, model="large"))
+        assert await ask(upstream, model="small")
+        assert not upstream.can_take("large")
+        async with Server(Options(model="large"), port=port) as large:
+            assert await asking
+            assert len(large.served) == 1
+
+
+async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
+    port = free_port()
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(Server(Options(model="old"), port=port))
+        async with watching(first.url) as upstream:
+            await stack.aclose()
+            assert await fails(upstream) == {"upstream_unreachable"}
+            async with Server(Options(model="new"), port=port):
+                assert await ask(upstream, model="new")
+                assert upstream.endpoints[0].models == {"new"}
+
+
+async def test_the_lists_are_asked_for_again_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "_LIST_EVERY", SHORT)
+    async with serving("small") as ((server,), upstream):
+        server.options = Options(model="other")
+        await until(lambda: upstream.endpoints[0].models == {"other"})
+        server.statuses["/v1/models"] = 503
+        asked = len(server.asked)
+        await until(lambda: len(server.asked) > asked + 2)
+        assert upstream.endpoints[0].models == {"other"}, "what it said before holds"
+        assert upstream.is_there
+
+
+# Whether a server is there
+
+
+@pytest.mark.parametrize("statuses", [{}, {"/health": 404}, {"/health": 404, "/v1/models": 404}, {"/health": 401}])
+async def test_a_server_is_there_when_its_health_or_its_list_is_answered(statuses: dict[str, int]) -> None:
+    async with Server() as server:
+        server.statuses = statuses
+        async with watching(server.url) as upstream:
+            assert upstream.is_there
+
+
+@pytest.mark.parametrize("statuses", [{"/health": 503}, {"/health": 404, "/v1/models": 502}])
+async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, int]) -> None:
+    async with Server() as server:
+        server.statuses = dict(statuses)
+        async with watching(server.url) as upstream:
+            assert (upstream.is_there, upstream.endpoints[0].away) == (False, True)
+            server.statuses.clear()
+            assert await ask(upstream)
+
+
+async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> None:
+    configure_logging("json", "info")
+    port = free_port()
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(Server(port=port))
+        with capture_logs() as logs:
+            async with watching(first.url.replace("//", "//user:hidden@")) as upstream:
+                await stack.aclose()
+                await fails(upstream, 3)
+                async with Server(port=port):
+                    await ask(upstream)
+    assert [(line["event"], line.get("reason")) for line in logs] == [
+        ("vllm_away", "upstream_unreachable"),
+        ("vllm_back", None),
+    ]
+    assert {line["endpoint"] for line in logs} == {first.url}
+
+
+# The circuit
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("500", "upstream_error"),
+        ("503", "upstream_unavailable"),
+        ("refuse", "upstream_unreachable"),
+        ("html", "not_a_stream"),
+        ("hang", "first_token_timeout"),
+        ("stall", "gap_timeout"),
+        ("freeze", "gap_timeout"),
+        ("cut", "upstream_truncated"),
+        ("reset", "upstream_truncated"),
+        ("malformed", "upstream_malformed"),
+        ("error_under_200", "upstream_error"),
+        ("abort", "upstream_aborted"),
+    ],
+)
+async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_it(fault: Fault, code: str) -> None:
+    slow = fault in {"hang", "stall", "freeze"}
+    async with serving("reciter", limits=IMPATIENT if slow else PATIENT) as ((server,), upstream):
+        server.statuses["/health"] = 503
+        # Mid-stream where that matters: a connection that is reset drops what was not read.
+        server.orders(fault, after=2 if fault in {"stall", "freeze", "malformed", "abort"} else 0)
+        await fails(upstream, FAILURES - 1)
+        assert upstream.is_there
+        assert await fails(upstream) == {code}
+        assert (upstream.is_there, upstream.endpoints[0].in_flight) == (False, 0)
+        server.orders()
+        server.statuses.clear()
+        upstream._limits = PATIENT
+        assert await ask(upstream)
+        assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+@pytest.mark.parametrize("fields", [{"simulate": {"fault": "429"}}, {"temperature": -3.0}, {"model": "no"}])
+async def test_refusals_leave_the_circuit_closed(fields: dict[str, Any]) -> None:
+    async with serving("reciter") as (_, upstream):
+        await fails(upstream, 2 * FAILURES, **fields)
+        assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_server() -> None:
+    async with serving("reciter") as (_, upstream):
+        endpoint = upstream.endpoints[0]
+        for _ in range(2 * FAILURES):
+            with pytest.raises(ValueError, match="mine"):
+                async with upstream.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
+                    raise ValueError("mine")
+        assert endpoint.circuit.state is State.CLOSED
+
+
+@asynccontextmanager
+async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[tuple[Server, Upstream]]:  # noqa: ANN401
+    """A server that is on trial, whose further pauses are so long that nobody waits for them."""
+    async with serving("reciter", **settings) as ((server,), upstream):
+        for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
+            monkeypatch.setattr(endpoints_module, name, 3600)
+        server.orders("503")
+        await fails(upstream, FAILURES)
+        await upstream.available("")
+        server.orders()
+        yield server, upstream
+
+
+async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with half_open(monkeypatch) as (server, upstream):
+        server.options = Options(orders=Orders(first_token=0.2, tokens=400, rate=40))
+        tried = len(server.served)
+        tasks = [asyncio.create_task(ask(upstream)) for _ in range(20)]
+        await until(lambda: len(server.served) > tried)
+        assert (len(server.served) - tried, upstream.is_there) == (1, False)
+        trial = server.served[-1]
+        await until(lambda: len(server.served) == tried + 20)
+        assert trial.ended is None, "nobody waits for the end of the trial"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [("hang", "first_token_timeout"), ("freeze", "gap_timeout"), ("503", "upstream_unavailable")]
+)
+async def test_the_limits_hold_for_a_trial_and_one_that_fails_opens_the_circuit_again(
+    fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with half_open(monkeypatch, limits=IMPATIENT) as (server, upstream):
+        server.orders(fault, after=2 if fault == "freeze" else 0)
+        assert await fails(upstream) == {code}
+        assert upstream.endpoints[0].away
+
+
+async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with half_open(monkeypatch) as (server, upstream):
+        server.orders("hang")
+        tried = len(server.served)
+        trial = asyncio.create_task(ask(upstream))
+        await until(lambda: len(server.served) > tried)
+        waiting = asyncio.create_task(chosen(upstream))
+        trial.cancel()
+        endpoint = await waiting
+        await fails(upstream, temperature=-3.0)
+        assert endpoint.circuit.state is State.HALF_OPEN
+        server.orders()
+        assert await ask(upstream)
+
+
+async def test_one_poisonous_request_does_not_shut_the_others_out() -> None:
+    async with serving("reciter") as (_, upstream):
+        for _ in range(3):
+            await fails(upstream, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
+            assert all(await asyncio.gather(*(ask(upstream) for _ in range(10))))
+        assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+async def test_the_others_serve_while_one_is_frozen() -> None:
+    async with serving("reciter", "reciter", limits=IMPATIENT) as ((frozen, good), upstream):
+        frozen.statuses["/health"] = 503
+        frozen.orders("freeze")
+        await fails(upstream, FAILURES)
+        before = len(frozen.served)
+        upstream._limits = PATIENT
+        for _ in range(5):
+            assert await ask(upstream)
+        assert (len(frozen.served), len(good.served)) == (before, 5)
+
+
+async def test_a_server_that_asks_to_be_left_alone_is_passed_over() -> None:
+    async with serving("reciter", "reciter") as ((busy, good), upstream):
+        await fails(upstream, simulate={"fault": "429", "retry_after": 50})
+        for _ in range(3):
+            assert await ask(upstream)
+        assert (len(busy.served), len(good.served)) == (1, 3)
+
+
+# The way to a server
+
+
+async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, nowhere)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with serving("reciter") as (_, upstream):
+        assert await ask(upstream)
+    async with Simulator() as simulator, httpx.AsyncClient() as client:
+        with pytest.raises(httpx.ConnectError):  # or this test would prove nothing
+            await client.get(f"{simulator.url}/health")
+
+
+async def test_a_user_in_the_url_goes_before_the_key() -> None:
+    async with Server() as plain, Server() as own:
+        url = re.sub("//", "//me:p%40ss@", own.url)
+        async with watching(plain.url, url, api_key="key") as upstream:
+            for endpoint in upstream.endpoints:
+                assert await ask(upstream, endpoint)
+    assert set(plain.authorization) == {"Bearer key"}
+    assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}

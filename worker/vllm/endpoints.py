@@ -1,0 +1,197 @@
+"""What is known of each vLLM server: its models, its load and its circuit. No I/O, and the clock is handed in."""
+
+import enum
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from worker.vllm.errors import NoConnection, UpstreamError
+
+FAILURES = 5
+"""Failures in a row that open a circuit."""
+TRIAL = 10.0
+"""Seconds that a trial keeps others away while nothing is known of it."""
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
+"""Seconds that a circuit stays open at least, from the second time on. The first time it is for the probe to say."""
+BUSY = 1.0
+"""Seconds that a server is passed over after a 429 without Retry-After."""
+
+
+class State(enum.Enum):
+    """Of a circuit."""
+
+    UNKNOWN = "unknown"
+    """Not asked yet."""
+    CLOSED = "closed"
+    """Requests go there."""
+    OPEN = "open"
+    """Away: it is probed, and gets no requests."""
+    HALF_OPEN = "half_open"
+    """Its probe was answered: one request at a time tries whether it works."""
+
+
+class Circuit:
+    """Whether a server gets requests, told from how the last ones went.
+
+    The first data event of a trial closes the circuit, since the end of the answer may be minutes away. A vLLM that
+    begins answers and never ends them is not believed for long all the same: until one stream has come whole, a
+    single failure opens the circuit again, each time for longer. A trial of which nothing is heard, as in a long queue
+    at vLLM, keeps its place for `TRIAL` seconds, then another may try.
+
+    How a request went that was sent before the circuit opened says nothing about the server since: streams that a
+    dying vLLM left frozen end long after it is back.
+
+    Args:
+        clock: monotonic seconds.
+        on_change: called with the former state, the new one and the reason.
+    """
+
+    def __init__(self, clock: Callable[[], float], on_change: Callable[[State, State, str], None]) -> None:
+        self.state = State.UNKNOWN
+        self._clock = clock
+        self._on_change = on_change
+        self._failures = 0
+        self._opened = 0
+        self._next_pause = 0.0
+        self._paused_until = 0.0
+        self._held_until = 0.0
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may go there now."""
+        return self.state is State.CLOSED or (self.state is State.HALF_OPEN and self._clock() >= self._held_until)
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether the server is to be asked if it is there."""
+        return self.state is State.UNKNOWN or (self.state is State.OPEN and self._clock() >= self._paused_until)
+
+    def probed(self, trouble: str) -> None:
+        """A probe was answered; or not, and `trouble` says why."""
+        if self.state is State.UNKNOWN:
+            self._become(State.OPEN if trouble else State.CLOSED, trouble)
+        elif self.state is State.OPEN and not trouble:
+            self._held_until = 0.0
+            self._become(State.HALF_OPEN)
+
+    def hold(self) -> None:
+        """A request is about to go there: while the circuit is half open, it is the trial."""
+        self._held_until = self._clock() + TRIAL
+
+    def begin(self) -> int:
+        """A request goes there; gives what to tell its fate with."""
+        self.hold()
+        return self._opened
+
+    def began(self, run: int) -> None:
+        """The first data event of a request came."""
+        if run == self._opened and self.state is not State.CLOSED:
+            self._failures = 0 if self.state is State.UNKNOWN else FAILURES - 1
+            self._become(State.CLOSED)
+
+    def succeeded(self, run: int) -> None:
+        """The stream of a request came whole."""
+        if run == self._opened:
+            self._failures, self._next_pause = 0, 0.0
+
+    def failed(self, run: int, reason: str, *, at_once: bool = False) -> None:
+        """A request failed by a fault of the server; `at_once` when another one need not be tried."""
+        if run != self._opened or self.state is State.OPEN:
+            return
+        self._failures += 1
+        if at_once or self.state is State.HALF_OPEN or self._failures >= FAILURES:
+            self._opened += 1
+            self._paused_until = self._clock() + self._next_pause
+            self._next_pause = min(max(2 * self._next_pause, FIRST_PAUSE), LONGEST_PAUSE)
+            self._become(State.OPEN, reason)
+
+    def left(self, run: int) -> None:
+        """A request is over, whatever came of it: a trial that said nothing gives its place up."""
+        if run == self._opened:
+            self._held_until = 0.0
+
+    def _become(self, state: State, reason: str = "") -> None:
+        former, self.state = self.state, state
+        self._on_change(former, state, reason)
+
+
+class Endpoint:
+    """One server.
+
+    Attributes:
+        url: its base, without `/v1`.
+        in_flight: how many requests of this worker it has.
+        without: the fields that it does not understand.
+        models: the names that it serves; empty while they are not known, and for a server that does not list them.
+        listed: when it was last asked for them, by the clock.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[["Endpoint", State, State, str], None] = lambda *_: None,
+    ) -> None:
+        self.url = url
+        self.in_flight = 0
+        self.without: set[str] = set()
+        self.models: frozenset[str] = frozenset()
+        self.listed = float("-inf")
+        self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
+        self._clock = clock
+        self._busy_until = 0.0
+
+    @property
+    def away(self) -> bool | None:
+        """Whether it gets no requests for now; None until that is known."""
+        return None if self.circuit.state is State.UNKNOWN else self.circuit.state is State.OPEN
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it asked to be left alone for now."""
+        return self._clock() < self._busy_until
+
+    def serves(self, model: str) -> bool:
+        """Whether a request for this model may go there, as far as is known; the empty name is any model."""
+        return not model or not self.models or model in self.models
+
+    def takes(self, model: str) -> bool:
+        """Whether a request for this model may go there now."""
+        return self.serves(model) and self.circuit.admits
+
+    def failed(self, run: int, error: UpstreamError) -> None:
+        """A request failed: what that says about the server. A refusal (4xx) is no fault of it, nor is being busy."""
+        if error.status == 429 or error.retry_after is not None:
+            self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
+        if error.code == "model_not_found":
+            self.listed = float("-inf")  # it is not what it said: ask again
+        if error.retryable and not 400 <= error.status < 500:
+            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection))
+
+
+def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | None = None) -> Endpoint:
+    """The server to send a request to.
+
+    Those that let it through go before those that do not, then those that are not busy, then others than the last,
+    and then the one with the fewest requests in flight.
+
+    Raises:
+        UpstreamError: `model_not_found`, when none serves the model.
+    """
+
+    def rank(endpoint: Endpoint) -> tuple[object, ...]:
+        circuit = endpoint.circuit
+        return not circuit.admits, endpoint.away is True, endpoint.is_busy, endpoint is other_than, endpoint.in_flight
+
+    serving = [endpoint for endpoint in endpoints if endpoint.serves(model)]
+    if not serving:
+        raise nobody_serves(model, endpoints)
+    return min(serving, key=rank)
+
+
+def nobody_serves(model: str, endpoints: Iterable[Endpoint]) -> UpstreamError:
+    """Every server lists its models, and this is none of them."""
+    served = ", ".join(sorted({name for endpoint in endpoints for name in endpoint.models}))
+    return UpstreamError(
+        "model_not_found", f"The model `{model}` does not exist. Served are: {served}.", status=404, retryable=False
+    )
