@@ -1,0 +1,87 @@
+"""A worker before several vLLM servers, or one that fails: where its jobs go, and that they wait rather than fail."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from conftest import StartSimulator, StartWorker
+
+from worker import Answer, Client, Failed, State
+from worker.contract.entries import Object
+from worker.sandbox.requests import Fault
+from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.wire import Connection, Request
+from worker.vllm import endpoints
+
+
+def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
+
+
+async def answers(client: Client, *requests: Object) -> list[Answer]:
+    ids = [await client.enqueue(request) for request in requests]
+    return list(await asyncio.gather(*map(client.result, ids)))
+
+
+async def test_every_job_goes_to_a_server_that_has_its_model(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    small, large = [await start_simulator(Options(model=model)) for model in ("small", "large")]
+    await start_worker(small, large)
+    got = await answers(client, *(ask(f"q{n}", ("small", "large")[n % 2]) for n in range(10)))
+    assert [answer.model for answer in got] == ["small", "large"] * 5
+    assert [len(small.served), len(large.served)] == [5, 5]
+
+
+async def test_a_model_that_no_server_has_is_an_error_that_names_those_there_are(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
+    await start_worker(*servers)
+    (answer,) = await answers(client, ask("Hi", "no"))
+    assert isinstance(answer.end, Failed)
+    assert (answer.end.code, answer.attempt) == ("model_not_found", 1)
+    assert answer.end.message == "The model `no` does not exist. Served are: large, small."
+
+
+class Sick(Simulator):
+    """A server whose health says so while it fails."""
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/health" and self.options.orders.fault:
+            await connection.respond(503, "text/plain", b"")
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
+    fault: Fault, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    async with Sick() as server:
+        await start_worker(server, tries=1, slots=1)
+        await answers(client, ask("before"))
+        server.options = Options(orders=Orders(fault=fault, after=3))
+        ids = [await client.enqueue(ask(f"question {n}")) for n in range(endpoints.FAILURES + 5)]
+        for request_id in ids[: endpoints.FAILURES]:
+            assert (await client.result(request_id)).outcome == "error"
+
+        # What was read before the circuit opened runs, and waits; nothing else is claimed.
+        waiting = [(await client.status(request_id)).state for request_id in ids[endpoints.FAILURES :]]
+        assert set(waiting) <= {State.QUEUED, State.RUNNING}
+        assert waiting.count(State.RUNNING) <= 1
+        assert len(server.served) == endpoints.FAILURES + 1
+        server.options = Options()
+        rest = await asyncio.gather(*map(client.result, ids[endpoints.FAILURES :]))
+        assert {answer.outcome for answer in rest} == {"done"}
+
+
+async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them(
+    client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator)
+    poison = [ask(f"poison {n}", simulate={"fault": "error_under_200", "after": 2}) for n in range(4)]
+    good = [ask(f"question {n}") for n in range(20)]
+    got = await answers(client, *poison, *good)
+    assert [answer.outcome for answer in got] == ["error"] * 4 + ["done"] * 20
