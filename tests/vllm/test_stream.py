@@ -550,6 +550,8 @@ async def test_requests_spread_over_the_servers() -> None:
 
 # The list of models
 
+DEEP = b'{"x":' + b"[" * 100_000
+
 
 async def test_the_models_of_a_server() -> None:
     async with serving(Options(model="tiny", api_key="k"), api_key="k") as (_, upstream):
@@ -567,7 +569,7 @@ async def test_a_server_that_wants_a_key_lists_nothing_without() -> None:
         assert (await models_error(upstream)).code == "unauthorized"
 
 
-@pytest.mark.parametrize("body", [b"<html></html>", b"[]", b'{"data":null}', b'{"data":[{}]}', b"\xff", b""])
+@pytest.mark.parametrize("body", [b"<html></html>", b"[]", b'{"data":null}', b'{"data":[{}]}', b"\xff", b"", DEEP])
 async def test_what_is_no_list_of_models(body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     async with sending(answer) as url, reaching(url) as upstream:

@@ -259,7 +259,7 @@ class Upstream:
             raise from_response(response.status_code, response.content, response.headers)
         try:
             return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
 
     async def _get(self, url: str) -> httpx.Response:
