@@ -276,6 +276,13 @@ def test_done_without_a_finish_reason_is_no_success() -> None:
     assert error_of().code == "upstream_truncated"
 
 
+def test_an_answer_that_a_filter_cuts_short_is_whole() -> None:
+    parser = ChunkParser()
+    parser.parse(json.dumps(chunk({"content": "a"}, "content_filter")).encode())
+    parser.check_complete()
+    assert parser.finish_reason == "content_filter"
+
+
 def test_a_finish_reason_without_done_is_success() -> None:
     parser, _ = parsed(chunk({"content": "a"}), chunk({}, "stop"), done=False)
     parser.check_complete()

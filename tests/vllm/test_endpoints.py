@@ -301,6 +301,16 @@ def test_the_choice_is_among_those_that_serve_the_model(clock: Clock) -> None:
     assert best_of([small, large], "no") is large
 
 
+def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(clock: Clock) -> None:
+    servers = [Endpoint(f"http://{name}:1", clock=clock) for name in "abc"]
+    for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
+        endpoint.in_flight = in_flight
+        endpoint.circuit.probed("")
+    assert best_of(servers, "") is servers[1]
+    assert best_of(servers, "", servers[1]) is servers[2]
+    assert best_of(servers[:1], "", servers[0]) is servers[0]
+
+
 def test_the_choice_is_among_those_that_are_let_through(clock: Clock) -> None:
     away, trial, good = (Endpoint(f"http://{name}:1", clock=clock) for name in "abc")
     for endpoint in (away, trial, good):

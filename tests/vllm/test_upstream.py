@@ -287,6 +287,14 @@ async def test_refusals_leave_the_circuit_closed(fields: dict[str, Any]) -> None
         assert upstream.endpoints[0].circuit.state is State.CLOSED
 
 
+async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> None:
+    async with serving("reciter") as (_, upstream):
+        for _ in range(3):
+            await fails(upstream, FAILURES - 1, simulate={"fault": "500"})
+            assert upstream.endpoints[0].circuit.state is State.CLOSED
+            assert await ask(upstream)
+
+
 async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_server() -> None:
     async with serving("reciter") as (_, upstream):
         endpoint = upstream.endpoints[0]
@@ -353,6 +361,32 @@ async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next
         await fails(upstream, temperature=-3.0)
         assert endpoint.circuit.state is State.HALF_OPEN
         server.orders()
+        assert await ask(upstream)
+
+
+async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with half_open(monkeypatch) as (server, upstream):
+        monkeypatch.setattr(upstream_module, "_PROBE_EVERY", 3600)
+        tried = len(server.served)
+        trial = asyncio.create_task(ask(upstream, simulate={"fault": "hang"}))
+        await until(lambda: len(server.served) > tried)
+        waiting = asyncio.create_task(ask(upstream))
+        await asyncio.sleep(0)
+        trial.cancel()
+        assert await waiting
+
+
+async def test_what_is_chosen_for_a_trial_is_not_chosen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with half_open(monkeypatch) as (_, upstream):
+        assert upstream.is_there
+        await chosen(upstream)
+        assert not upstream.is_there
+
+
+async def test_a_server_that_goes_away_is_probed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "_PROBE_EVERY", 3600)
+    async with serving("reciter") as (_, upstream):
+        await fails(upstream, FAILURES, simulate={"fault": "500"})
         assert await ask(upstream)
 
 
