@@ -134,6 +134,8 @@ async def test_the_death_of_an_engine_shows_in_no_answer(
 def engine_of(url: str) -> psutil.Process:
     """The engine's process of the server that listens at this URL."""
     port = httpx.URL(url).port
-    (server,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port}
+    (server,) = {
+        c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr.port == port
+    }
     children = psutil.Process(server).children(recursive=True)
     return next(child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()]))
