@@ -81,7 +81,7 @@ async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator)
-    poison = [ask(f"poison {n}", simulate={"fault": "error_under_200", "after": 2}) for n in range(4)]
+    poison = [ask(f"poison {n}", simulate={"fault": "error_under_200"}) for n in range(4)]
     good = [ask(f"question {n}") for n in range(20)]
     got = await answers(client, *poison, *good)
     assert [answer.outcome for answer in got] == ["error"] * 4 + ["done"] * 20

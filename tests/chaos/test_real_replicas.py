@@ -6,6 +6,7 @@ afterwards. Each answer must be the one that the server gives directly and undis
 
 import asyncio
 import os
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}},
     },
 }
-LOAD = 90
+LOAD = 60
 """Long answers beside them, without which the short ones would be over before anything can be killed."""
 
 Said = tuple[str, str, str, list[tuple[str, str]]]
@@ -77,17 +78,18 @@ async def log_of(redis: Redis, request_id: str) -> list[Entry]:
 
 async def under_way(client: Client, redis: Redis, name: str) -> dict[str, list[str]]:
     """Each question asked twice, so that both servers have it, among others that slow them; all have begun."""
-    load = ask(name, "Tell me a story") | {"ignore_eos": True, "max_tokens": 1500}
-    await asyncio.gather(*(client.enqueue(load) for _ in range(LOAD)))
+    load = ask(name, "Tell me a story") | {"ignore_eos": True, "max_tokens": 3000}
+    others = await asyncio.gather(*(client.enqueue(load) for _ in range(LOAD)))
+
+    async def have_begun(ids: Iterable[str]) -> bool:
+        answers = [Answer(await log_of(redis, request_id)) for request_id in ids]
+        return all(answer.begun or answer.end for answer in answers)
+
+    await eventually(lambda: have_begun(others), within=100)
     twice = [question for question in QUESTIONS for _ in range(2)]
     added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in twice))
     ids = {question: [added[2 * n], added[2 * n + 1]] for n, question in enumerate(QUESTIONS)}
-
-    async def begun() -> bool:
-        answers = [Answer(await log_of(redis, request_id)) for pair in ids.values() for request_id in pair]
-        return all(answer.begun or answer.end for answer in answers)
-
-    await eventually(begun, within=60)
+    await eventually(lambda: have_begun(added), within=100)
     return ids
 
 
