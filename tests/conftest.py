@@ -179,12 +179,13 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
     def start(*vllm: Simulator, **settings: object) -> "subprocess.Popen[bytes]":
         given = {"lease": 2, "drain_timeout": 2, "log_format": "json"} | settings
         redis = given.pop("redis_url", redis_url)
+        program = cast("list[str]", given.pop("program", ["-m", "worker", "run"]))
         own = {f"WORKER_{name.upper()}": str(value) for name, value in given.items()}
         own |= {"REDIS_URL": str(redis), "VLLM_URLS": ",".join(server.url for server in vllm) or "http://127.0.0.1:1"}
         root = Path(__file__).parents[1]
         with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "run"],
+                [sys.executable, *program],
                 env=os.environ | own | {"PYTHONPATH": str(root)},
                 stderr=log,
             )

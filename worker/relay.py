@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 
 import structlog
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from worker.broker.connection import is_transient, persist, what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
@@ -17,13 +17,14 @@ from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefus
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.publisher import Publisher
 from worker.contract.answer import Answer
-from worker.contract.entries import Entry, Failed, Started, Terminal, to_fields
+from worker.contract.entries import BURIED, Claimed, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import InvalidJob, Job, digest, parse_job, request_id_of
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation, Request, Stop, Stopped, drained
 from worker.settings import Settings
+from worker.suspects import Turn, Turns, failures, is_suspect
 from worker.vllm.upstream import Upstream
 
 _DAY_MS = 24 * 3600 * 1000
@@ -54,6 +55,7 @@ class Relay:
         self._publisher = publisher
         self._upstream = upstream
         self._now = now
+        self._turns = Turns()
 
     async def run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         """Do a job. It ends acknowledged, or is left to another worker when `stop` or a fence says so."""
@@ -63,32 +65,68 @@ class Relay:
             await self._bury(delivery, str(problem), stop, problem.code)
             return
         with structlog.contextvars.bound_contextvars(request_id=request.id):
-            expire_at = max(request.deadline, self._now()) + request.retention * 1000
+            turn = None
             try:
-                taken = await persist(
-                    lambda: self._owner.take(request.id, delivery, expire_at, _digest(request.job)), stop
-                )
-            except ResponseError as refusal:
-                if not what_redis_said(refusal).startswith("WRONGTYPE"):
+                if await self._is_suspect(request) and (turn := await self._turns.wait(stop)) is None:
+                    _log.info("job_left", reason=stop.result().value)
+                    return
+                await self._take(request, turn)
+            except (RedisError, OSError, LogLost):  # not the job's fault
+                raise
+            except Exception as error:
+                if delivery.count <= self._settings.max_deliveries:
                     raise
-                await self._bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
-                return
-            match taken:
-                case Owned():
-                    await self._own(request, taken)
-                case Ended():
-                    await self._settle_found(request)
-                case Duplicate():
-                    _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
-                    await self._done_with(request)
-                case NotOurs():
-                    _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
+                _log.exception("internal_error")
+                await self._condemn(request, f"an error inside the worker, time and again: {type(error).__name__}")
+            finally:
+                if turn is not None:
+                    turn.end()
+
+    async def _is_suspect(self, request: Request) -> bool:
+        """Whether the job may be what killed the workers that had it, and so is to run alone."""
+        if not request.delivery.again:
+            return False
+        try:
+            latest = await persist(lambda: self._owner.latest(request.id), request.stop)
+        except ResponseError:  # what Redis has against this log is heard when it is taken
+            return False
+        return is_suspect(failures(latest, request.delivery), self._settings.max_deliveries)
+
+    async def _take(self, request: Request, turn: Turn | None) -> None:
+        """Come to own the log and answer into it, or do what is left to do where that is not ours."""
+        delivery = request.delivery
+        try:
+            taken = await persist(
+                lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), _digest(request.job)),
+                request.stop,
+            )
+        except ResponseError as refusal:
+            if not what_redis_said(refusal).startswith("WRONGTYPE"):
+                raise
+            await self._bury(delivery, f"Redis refuses to write the log: {refusal}", request.stop)
+            return
+        match taken:
+            case Owned():
+                if turn is not None:
+                    taken.log.progress.add_done_callback(turn.end)
+                await self._own(request, taken)
+            case Ended():
+                await self._settle_found(request)
+            case Duplicate():
+                _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
+                await self._done_with(request)
+            case NotOurs():
+                _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
     async def _own(self, request: Request, owned: Owned) -> None:
         """Answer, seal and settle, for as long as the log is ours."""
         log, stop = owned.log, request.stop
         self._publisher.attach(log)
         try:
+            if reason := self._to_bury(request, owned):
+                standing = await self._seal(request, log, _buried(reason, log.attempt))
+                await self._settle(request, await self._whole(request, standing))
+                return
             await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
             generation = Generation(
                 request,
@@ -121,6 +159,19 @@ class Relay:
         finally:
             self._publisher.detach(log)
 
+    def _to_bury(self, request: Request, owned: Owned) -> str:
+        """Why a job that is ours must not run, or nothing."""
+        failed, most = failures(owned.history, request.delivery), self._settings.max_deliveries
+        if failed >= most:
+            return f"the job was delivered {failed} times without progress: whoever had it died or was cut off"
+        return owned.unreadable
+
+    async def _condemn(self, request: Request, reason: str) -> None:
+        """End a job with which this process cannot deal, lest it come again for ever."""
+        end, expire_at = _buried(reason, 0), _expiry(request, self._now())
+        if await persist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+            await self._settle_found(request)
+
     async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""
         await drained(log, request.stop)
@@ -149,6 +200,8 @@ class Relay:
         end = answer.end
         if end is not None:
             await self._confirm(request, end)
+            if isinstance(end, Failed) and end.code == BURIED and not _of_another(answer.started, request.delivery):
+                await self._dead_letter(request.delivery, end.message, request.stop)
             await self._lifecycle(request, "finished", answer)
             self._publisher.announce(self._keys.feed(request.id), [(SEAL, to_fields(end))])
         await self._done_with(request)
@@ -190,10 +243,15 @@ class Relay:
         self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = "log_refused"
     ) -> None:
         """Put a job among the dead letters, and acknowledge it."""
+        await self._dead_letter(delivery, reason, stop, code)
+        await self._acknowledge(delivery, stop)
+
+    async def _dead_letter(
+        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
+    ) -> None:
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
         largest = self._settings.max_request_bytes
         await persist(lambda: self._ledger.bury(delivery, reason, self._now(), largest), stop)
-        await self._acknowledge(delivery, stop)
 
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         await persist(lambda: self._jobs.acknowledge(delivery), stop)
@@ -218,6 +276,20 @@ class Relay:
 
     def _tombstone(self, request: Request, outcome: str) -> Tombstone:
         return Tombstone(outcome=outcome, time=self._now(), digest=_digest(request.job))
+
+
+def _expiry(request: Request, now: int) -> int:
+    """When a log that is never sealed expires, in Unix ms."""
+    return max(request.deadline, now) + request.retention * 1000
+
+
+def _buried(reason: str, attempt: int) -> Failed:
+    return Failed(id=SEAL, attempt=attempt, code=BURIED, message=reason)
+
+
+def _of_another(started: Started | Claimed | None, delivery: Delivery) -> bool:
+    """Whether a log was begun for another job: then that one is the dead letter, not its duplicate."""
+    return started is not None and (started.queue, started.job) != (delivery.queue, delivery.id)
 
 
 def _digest(job: Job | InvalidJob) -> str:

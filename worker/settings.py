@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     on_interrupt: Literal["resume", "restart", "fail"] = Field(
         "resume", description="What becomes of an answer that broke off, by a fault of vLLM or of a worker"
     )
+    max_deliveries: int = Field(
+        5, ge=1, le=1000, description="How often a job is delivered without progress before it is buried"
+    )
     max_request_bytes: int = Field(
         MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="The size limit of a job's request"
     )

@@ -5,7 +5,7 @@ zero; whoever finds it longer than a lease may take the entry over.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import structlog
@@ -27,13 +27,15 @@ _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 class Delivery:
     """A job as the group handed it over. `queue` and `id` (of the stream's entry) name it together.
 
-    `again` says that another worker had it before.
+    `again` says that another worker had it before, `count` how often the group has delivered it: a hand-over and a
+    renewal do not raise this, the lost reply of an XAUTOCLAIM does.
     """
 
     queue: str
     id: str
     fields: Mapping[bytes, bytes]
     again: bool = False
+    count: int = 1
 
     @property
     def enqueued(self) -> int:
@@ -96,8 +98,18 @@ class JobQueue:
             cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
             self._cursors[queue] = cursor.decode()
             if messages or cursor == b"0-0":
-                return _deliveries(queue, messages, again=True)
+                return await self._counted(_deliveries(queue, messages, again=True))
         return []
+
+    async def _counted(self, deliveries: list[Delivery]) -> list[Delivery]:
+        pipe = self._commands.pipeline(transaction=False)
+        for delivery in deliveries:
+            pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1)
+        replies = await pipe.execute() if deliveries else []
+        return [
+            replace(delivery, count=int(lines[0]["times_delivered"])) if lines else delivery
+            for delivery, lines in zip(deliveries, replies, strict=True)
+        ]
 
     async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Renew leases, each given with the seconds since its own last renewal.
@@ -122,8 +134,7 @@ class JobQueue:
 
     async def hand_over(self, delivery: Delivery, age: float) -> None:
         """Let another worker take a running job at once, without counting against the job."""
-        pending = await self._pending(delivery.queue, delivery.id, self._consumer)
-        if pending:
+        if await self.holds(delivery):
             await self._commands.xclaim(
                 self._keys.jobs(delivery.queue),
                 GROUP,
@@ -131,8 +142,8 @@ class JobQueue:
                 max(0, int(age * 1000) - self._lease_ms // 2),
                 [delivery.id],
                 idle=2 * self._lease_ms,
-                # The taker's XAUTOCLAIM adds one again.
-                retrycount=max(0, int(pending[0]["times_delivered"]) - 1),
+                # The taker's XAUTOCLAIM adds one again, and so comes to the count of this owner's claim.
+                retrycount=delivery.count - 1,
                 justid=True,
             )
 

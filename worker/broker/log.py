@@ -5,7 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from worker.contract.entries import Fields
+from worker.contract.entries import Delta, Fields
 from worker.contract.ids import SEAL, EntryId
 
 HIGH_WATER_BYTES = 256 * 1024
@@ -54,6 +54,8 @@ class TokenLog:
     sink: Sink
     accepted: EntryId = field(init=False)
     lost: asyncio.Future[LogLost] = field(init=False)
+    progress: asyncio.Future[None] = field(init=False)
+    """Done once Redis has accepted a delta of this owner."""
     _pending: deque[tuple[EntryId, Fields]] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
@@ -62,6 +64,7 @@ class TokenLog:
     def __post_init__(self) -> None:
         self.accepted = EntryId(self.attempt, 0)
         self.lost = asyncio.get_running_loop().create_future()
+        self.progress = asyncio.get_running_loop().create_future()
 
     def append(self, fields: Fields) -> None:
         """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
@@ -91,6 +94,8 @@ class TokenLog:
             entry = self._pending.popleft()
             self._bytes -= _size(entry[1])
             taken.append(entry)
+        if not self.progress.done() and any(fields["type"] == Delta.type for _, fields in taken):
+            self.progress.set_result(None)
         self.accepted = max(self.accepted, upto)
         if not self._pending or self._bytes < HIGH_WATER_BYTES:
             self._release()

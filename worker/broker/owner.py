@@ -16,6 +16,8 @@ from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.log import LogFenced, TokenLog, judge
 from worker.broker.publisher import Publisher
 from worker.contract.entries import (
+    TAKEOVER,
+    BadEntry,
     Claimed,
     Entry,
     Fields,
@@ -29,15 +31,21 @@ from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
+_LATEST = 64
+
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """The log is ours to write. `history` is what earlier attempts wrote; empty at the first."""
+    """The log is ours to write. `history` is what earlier attempts wrote; empty at the first.
+
+    `unreadable` says why the history cannot be read; it is empty then.
+    """
 
     log: TokenLog
     history: list[Entry]
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +91,11 @@ class Owner:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(key, self._keys.ended(request_id))
                 tail = await _tail(pipe, key)
-                if tail is not None and tail.id == SEAL:
+                if tail == SEAL:
                     return Ended()
                 if await pipe.exists(self._keys.ended(request_id)):
                     return Ended()
-                attempt = tail.id.attempt if tail else 0
+                attempt = tail.attempt if tail else 0
                 if attempt == 0 and not await self._start(pipe, request_id, delivery, expire_at, digest):
                     continue
                 holder = await _entry(pipe, key, EntryId(attempt, 0)) if attempt else None
@@ -96,12 +104,44 @@ class Owner:
             if attempt == 0:
                 return await self._owned(request_id, 1)
             # Not where this process had the job before: what that run sent may still be on its way to Redis.
-            if tail is not None and tail.id.n == 0 and not delivery.again and self._wrote(holder, delivery):
+            if tail is not None and tail.n == 0 and not delivery.again and self._wrote(holder, delivery):
                 return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
             if (refusal := await self._refusal(holder, delivery)) is not None:
                 return refusal
-            if await self._claim(request_id, attempt + 1, delivery, "takeover"):
+            if await self._claim(request_id, attempt + 1, delivery, TAKEOVER, delivery.count):
                 return await self._owned(request_id, attempt + 1)
+
+    async def latest(self, request_id: str) -> list[Entry]:
+        """The end of a log, for a look at it that decides nothing."""
+        raw = await self._redis.xrevrange(self._keys.tokens(request_id), count=_LATEST)
+        return [_read(entry) for entry in reversed(cast("list[_RawEntry]", raw))]
+
+    async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
+        """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
+
+        False where that is not ours to do: another job of the request is at work, or another worker has this one.
+        `expire_at` is Unix ms; the rest is given to the log by whoever settles it.
+        """
+        key = self._keys.tokens(request_id)
+        while True:
+            tail = await _tail(self._redis, key)
+            if tail == SEAL:
+                return True
+            holder = await _entry(self._redis, key, EntryId(tail.attempt, 0)) if tail else None
+            if await self._refusal(holder, delivery) is not None:
+                return False
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(key)
+                if await _tail(pipe, key) != tail:
+                    continue
+                _multi(pipe)
+                _xadd(pipe, key, SEAL, to_fields(end), create=True)
+                pipe.pexpireat(key, expire_at)
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue
+            return True
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
@@ -120,7 +160,7 @@ class Owner:
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._redis.pipeline() as pipe:
                 tail = await _tail(pipe, log.key)
-                lost = judge(tail.id if tail else None, attempt, EntryId(attempt, 0))
+                lost = judge(tail, attempt, EntryId(attempt, 0))
                 if lost is not None:
                     raise lost
                 if not self._wrote(await _entry(pipe, log.key, EntryId(attempt, 0)), delivery):
@@ -142,9 +182,9 @@ class Owner:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(log.key)
                 tail = await _tail(pipe, log.key)
-                if tail is not None and tail.id == SEAL:
-                    return tail
-                lost = judge(tail.id if tail else None, log.attempt, log.accepted)
+                if tail == SEAL and (standing := await _entry(pipe, log.key, SEAL)):
+                    return standing
+                lost = judge(tail, log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
                 _multi(pipe)
@@ -172,21 +212,26 @@ class Owner:
         return not tail or EntryId.parse(tail[0][0]) == SEAL
 
     async def read(self, request_id: str) -> list[Entry]:
-        """The whole log."""
-        raw = cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id)))
-        return [parse(entry_id, fields) for entry_id, fields in raw]
+        """The whole log. Entries that cannot be read are in it as such of an unknown type."""
+        return [_read(entry) for entry in await self._raw(request_id)]
 
     async def _owned(self, request_id: str, attempt: int) -> Owned:
         key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
-        history = [entry for entry in await self.read(request_id) if entry.id.attempt < attempt]
-        return Owned(log, history)
+        try:
+            entries = [parse(*entry) for entry in await self._raw(request_id)]
+        except BadEntry as error:
+            return Owned(log, [], f"the log cannot be read: {error}")
+        return Owned(log, [entry for entry in entries if entry.id.attempt < attempt])
+
+    async def _raw(self, request_id: str) -> list[_RawEntry]:
+        return cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id)))
 
     async def _start(self, pipe: Pipeline, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
         _multi(pipe)
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
-            time=self._now(), digest=digest,
+            time=self._now(), digest=digest, delivery=delivery.count,
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         _xadd(pipe, key, started.id, to_fields(started), create=True)
@@ -198,11 +243,11 @@ class Owner:
         self._announce(request_id, started)
         return True
 
-    async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str) -> bool:
+    async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0) -> bool:
         """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused: look again."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
-            time=self._now(), reason=reason,
+            time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
         pipe = self._redis.pipeline(transaction=False)
         _xadd(pipe, self._keys.tokens(request_id), claimed.id, to_fields(claimed), create=False)
@@ -234,11 +279,19 @@ def _xadd(pipe: Pipeline, key: str, entry_id: EntryId, fields: Fields, *, create
     pipe.xadd(key, fields, id=str(entry_id), nomkstream=not create)  # type: ignore[arg-type]  # dict is invariant
 
 
-async def _tail(pipe: Pipeline, key: str) -> Entry | None:
-    raw = cast("list[_RawEntry]", await pipe.xrevrange(key, count=1))
-    return parse(*raw[0]) if raw else None
+async def _tail(redis: Redis, key: str) -> EntryId | None:
+    raw = cast("list[_RawEntry]", await redis.xrevrange(key, count=1))
+    return EntryId.parse(raw[0][0]) if raw else None
 
 
-async def _entry(pipe: Pipeline, key: str, entry_id: EntryId) -> Entry | None:
-    raw = cast("list[_RawEntry]", await pipe.xrange(key, str(entry_id), str(entry_id)))
-    return parse(*raw[0]) if raw else None
+async def _entry(redis: Redis, key: str, entry_id: EntryId) -> Entry | None:
+    raw = cast("list[_RawEntry]", await redis.xrange(key, str(entry_id), str(entry_id)))
+    return _read(raw[0]) if raw else None
+
+
+def _read(raw: _RawEntry) -> Entry:
+    """An entry, whatever it holds: one bad field must not bring its job back for ever."""
+    try:
+        return parse(*raw)
+    except BadEntry:
+        return parse(raw[0], {})

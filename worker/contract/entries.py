@@ -17,6 +17,13 @@ Fields: TypeAlias = dict[str, str]
 """An entry as it goes to Redis: field names and values, text in both."""
 
 
+BURIED = "buried"
+"""The `code` of the error that ends a job which is not tried again; it is among the dead letters too."""
+
+TAKEOVER = "takeover"
+"""The `reason` of a claim by which a job came to another worker, or came back."""
+
+
 class BadEntry(ValueError):
     """An entry of a known type holds a field that cannot be read."""
 
@@ -37,7 +44,10 @@ class Queued(Entry, frozen=True, kw_only=True):
 
 
 class Started(Entry, frozen=True, kw_only=True):
-    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` as in `Queued`."""
+    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` as in `Queued`.
+
+    `delivery` is how often the group had delivered the job by then. A hand-over does not raise it.
+    """
 
     type: ClassVar[str] = "started"
     v: int = 1
@@ -47,10 +57,11 @@ class Started(Entry, frozen=True, kw_only=True):
     owner: str = ""
     time: int = 0
     digest: str = ""
+    delivery: int = 0
 
 
 class Claimed(Entry, frozen=True, kw_only=True):
-    """An owner took the request over: it fences every earlier attempt."""
+    """An owner took the request over: it fences every earlier attempt. `delivery` as in `Started`, if one led here."""
 
     type: ClassVar[str] = "claimed"
     queue: str = ""
@@ -59,6 +70,7 @@ class Claimed(Entry, frozen=True, kw_only=True):
     owner: str = ""
     time: int = 0
     reason: str = ""
+    delivery: int = 0
 
 
 class Resumed(Entry, frozen=True, kw_only=True):
@@ -153,6 +165,7 @@ _READERS: dict[str, _Reader] = {
     "index": int,
     "created": int,
     "attempt": int,
+    "delivery": int,
     "prompt_tokens": int,
     "cut": int,
     "usage": msgspec.json.Decoder(dict).decode,

@@ -1,0 +1,142 @@
+"""Jobs that no worker can do: one that kills each, one whose log is unreadable, one that runs into a fault of ours."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Failed
+from worker.broker.owner import Owner
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.sandbox.simulator import Options, Orders, Simulator
+
+INNOCENT = 20
+DELIVERIES = 3
+WORKER = Path(__file__).parent / "poisoned_worker.py"
+STORY = [{"role": "user", "content": "Tell me a story"}]
+
+
+async def nothing_pending(redis: Redis) -> bool:
+    groups = await redis.xinfo_groups("chat:jobs")
+    newest = (await redis.xinfo_stream("chat:jobs"))["last-generated-id"]
+    return bool(groups) and all(not group["pending"] and group["last-delivered-id"] == newest for group in groups)
+
+
+async def lifecycle_of(redis: Redis, request_id: str) -> list[bytes]:
+    lines = [fields for _, fields in await stream(redis, "chat:lifecycle")]
+    return [line[b"type"] for line in lines if line[b"id"] == request_id.encode()]
+
+
+@pytest.mark.timeout(120)
+async def test_a_job_that_kills_its_worker_each_time_is_buried_alone(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    """All are taken in one read, so each death takes the innocent along until the poison runs alone."""
+    simulator = await start_simulator(Options(orders=Orders(rate=0, first_token=0.1)))
+    request: dict[str, object] = {"model": "reciter", "messages": STORY, "max_tokens": 5}
+    poison = await client.enqueue(request | {"user": "poison"})
+    innocent = [await client.enqueue(request) for _ in range(INNOCENT)]
+
+    settings = {"program": [str(WORKER)], "lease": 1, "slots": 4 * INNOCENT, "max_deliveries": DELIVERIES}
+    for _ in range(DELIVERIES):
+        assert await asyncio.to_thread(start_process(simulator, **settings).wait) == 1
+    last = start_process(simulator, **settings)
+    answer = await client.result(poison)
+    answers = await asyncio.gather(*map(client.result, innocent))
+    await eventually(lambda: nothing_pending(redis))
+
+    end = answer.end
+    assert isinstance(end, Failed)
+    assert end.code == "buried"
+    assert f"{DELIVERIES} times without progress" in end.message
+    assert [answer.outcome for answer in answers] == ["done"] * INNOCENT
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert json.loads(letter[b"fields"])["id"] == poison
+    assert letter[b"reason"].decode() == end.message
+    assert (await lifecycle_of(redis, poison))[-1] == b"finished"
+    assert last.poll() is None, "the one that buried it lives"
+
+
+async def begun(client: Client, redis: Redis, *entries: dict[str, str]) -> str:
+    """A job that a worker had, wrote so much of and left without a word; its lease has run out."""
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    request_id = await client.enqueue({"model": "reciter", "messages": STORY})
+    await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
+    ((job, _),) = await stream(redis, "chat:jobs")
+    started = {"type": "started", "queue": "default", "job": job.decode(), "owner": "gone", "delivery": "1"}
+    for n, fields in enumerate([started, *entries]):
+        where = str(SEAL) if fields["type"] in {"error", "done"} else f"1-{n}"
+        await redis.xadd(f"chat:tokens:{{{request_id}}}", fields, id=where)  # type: ignore[arg-type]  # invariant
+    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, justid=True)
+    return request_id
+
+
+async def answer_of(redis: Redis, request_id: str) -> Answer:
+    """The log's last entry, for the rest may not be readable."""
+    return Answer([parse(*(await stream(redis, f"chat:tokens:{{{request_id}}}"))[-1])])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"type": "delta", "content": "a", "token_ids": "1 2 3"},
+        {"type": "claimed", "time": "noon"},
+    ],
+)
+async def test_a_log_that_cannot_be_read_is_sealed_and_its_job_buried(
+    bad: dict[str, str], client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request_id = await begun(client, redis, bad)
+    await start_worker(simulator)
+    await eventually(lambda: nothing_pending(redis))
+    end = (await answer_of(redis, request_id)).end
+    assert isinstance(end, Failed)
+    assert end.code == "buried"
+    assert "cannot be read" in end.message
+    assert "1-1" in end.message
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"reason"].decode() == end.message
+    assert await lifecycle_of(redis, request_id) == [b"finished"]
+    assert not simulator.served
+
+
+async def test_a_job_that_runs_into_a_fault_of_the_worker_at_each_take_over_comes_to_an_end(
+    client: Client,
+    redis: Redis,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fault(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Owner, "take", fault)
+    request_id = await begun(client, redis)
+    await start_worker(simulator, lease=0.5, max_deliveries=2)
+    await eventually(lambda: nothing_pending(redis))
+    end = (await answer_of(redis, request_id)).end
+    assert isinstance(end, Failed)
+    assert end.code == "buried"
+    assert "ZeroDivisionError" in end.message
+    assert len(await stream(redis, "chat:dead")) == 1
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_whoever_finds_a_job_sealed_as_buried_sees_to_its_dead_letter(
+    *, there: bool, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """As after a crash between the seal and the letter, or between the letter and the acknowledgement."""
+    request_id = await begun(client, redis, {"type": "error", "code": "buried", "message": "why"})
+    ((job, _),) = await stream(redis, "chat:jobs")
+    if there:
+        await redis.xadd("chat:dead", {"queue": "default", "job": job, "reason": "why", "fields": "{}"})
+    duplicate = {"id": request_id, "request": json.dumps({"messages": STORY})}
+    await redis.xadd("chat:jobs", duplicate)  # type: ignore[arg-type]  # invariant
+    await start_worker(simulator)
+    await eventually(lambda: nothing_pending(redis))
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert (letter[b"job"], letter[b"reason"]) == (job, b"why"), "of the job that was buried, not of its duplicate"

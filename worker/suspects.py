@@ -1,0 +1,75 @@
+"""Jobs that may be what kills their worker: how often one has failed so far, and how such jobs run one at a time.
+
+A process that dies takes all of its jobs along, the innocent with the guilty. From the second failure on a job is a
+suspect; of these a process runs one at a time, so that a further death counts against that one only.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from worker.broker.jobs import Delivery
+from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Started
+
+_SUSPECT = 2
+
+
+def failures(history: Iterable[Entry], delivery: Delivery) -> int:
+    """How often owners of this job were lost one after another without a delta, up to this delivery.
+
+    It is read from the log, since Redis's own count also rises when the reply of an XAUTOCLAIM is lost and nobody
+    has run the job. A claim with the `delivery` of the one before it was a hand-over, which is no failure; one with a
+    greater is one failure, whatever the difference. What an owner claims for its own retry is no delivery.
+    """
+    count, last = 0, None
+    for entry in history:
+        match entry:
+            case Delta():
+                count, last = 0, None
+            case Claimed() if entry.reason != TAKEOVER:
+                pass
+            case Started() | Claimed() if (entry.queue, entry.job) != (delivery.queue, delivery.id):
+                count, last = 0, None  # another job of the same request, whose deliveries are its own
+            case Started() | Claimed():
+                count += _rises(last, entry.delivery)
+                last = entry.delivery
+    return count + _rises(last, delivery.count)
+
+
+def is_suspect(failed: int, most: int) -> bool:
+    """Whether a job is to run alone; `most` is the number of failures that bury it."""
+    return max(1, min(_SUSPECT, most - 1)) <= failed < most
+
+
+class Turns:
+    """Lets one suspect run at a time."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def wait(self, stop: asyncio.Future[Any]) -> "Turn | None":
+        """Wait for a turn; nothing when the job is to stop before it comes."""
+        waiting = asyncio.ensure_future(self._lock.acquire())
+        events: set[asyncio.Future[Any]] = {waiting, stop}
+        try:
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        return Turn(self._lock) if waiting.done() else None
+
+
+class Turn:
+    """A suspect's time alone, from before its claim until it has shown a delta or has ended."""
+
+    def __init__(self, lock: asyncio.Lock) -> None:
+        self._lock: asyncio.Lock | None = lock
+
+    def end(self, *_: object) -> None:
+        """Let the next one run. May be called again."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def _rises(last: int | None, delivery: int) -> int:
+    return int(last is not None and delivery > last)
