@@ -327,7 +327,7 @@ async def test_a_command_says_at_once_that_redis_is_away_and_goes_on_when_it_com
 
 @pytest.mark.parametrize("arguments", [["enqueue", "Hi"], ["follow", "x"], ["cancel", "x", "--json"]])
 def test_a_command_gives_up_when_redis_stays_away(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.cli._PATIENCE", 0.2)
+    monkeypatch.setattr("worker.cli_options._PATIENCE", 0.2)
     monkeypatch.setenv("REDIS_URL", NOWHERE)
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (1, "")

@@ -1,31 +1,22 @@
 """The command `worker`: every subcommand, its options and its exit status."""
 
-import asyncio
-import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
-from typing import IO, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import IO, NoReturn, get_args
 
 import click
 import msgspec
-from pydantic import SecretStr
 from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
-from worker.client import Client, ClientError, JobOptions, State, Unavailable, new_job
+from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
+from worker.client import Client, ClientError, JobOptions, State, new_job
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId, is_request_id
 from worker.contract.job import InvalidJob
-from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
+from worker.settings import ConfigError, load_settings, variable
 from worker.telemetry.logs import configure_logging
-
-_F = TypeVar("_F", bound=Callable[..., object])
-_CLIENT_OPTIONS = ("redis_url", "prefix")
-_PATIENCE = 10.0
-"""Seconds that a command waits for Redis: enough for a failover, not so long that somebody wonders."""
 
 
 class _Commands(click.Group):
@@ -65,46 +56,6 @@ def main() -> None:
     """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
 
 
-def _settings_options(*names: str) -> Callable[[_F], _F]:
-    """An option for each setting; its value goes to the settings as text, and is judged there with the rest."""
-
-    def add(command: _F) -> _F:
-        for name in reversed(names or tuple(Settings.model_fields)):
-            field = Settings.model_fields[name]
-            secret = "SecretStr" in repr(field.annotation)
-            shown = "" if secret and not name.endswith("_url") else f"  [default: {_shown(field.get_default())}]"
-            command = click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                metavar=_kind(name, field.annotation),
-                help=f"{field.description} ({variable(name)}){shown}",
-            )(command)
-        return command
-
-    return add
-
-
-def _shown(default: object) -> str:
-    if isinstance(default, SecretStr):
-        return default.get_secret_value()
-    return (
-        ",".join(map(str, default))
-        if isinstance(default, tuple)
-        else f"{default:g}"
-        if isinstance(default, float)
-        else str(default)
-    )
-
-
-def _kind(name: str, annotation: object) -> str:
-    """What stands for the value in the help."""
-    if get_origin(annotation) is Literal:
-        return f"[{'|'.join(get_args(annotation))}]"
-    if annotation is float:
-        return "SECONDS"
-    return "INTEGER" if annotation is int else name.rpartition("_")[2].upper()
-
-
 def _check_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not is_request_id(value):
         raise click.BadParameter("a request id is 1 to 128 characters of A-Za-z0-9_-")
@@ -119,18 +70,17 @@ def _check_after(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 
 
 _request_id = click.argument("request_id", metavar="ID", callback=_check_id)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 
 
 @main.command(epilog="Example: VLLM_URLS=http://127.0.0.1:8000 worker run --slots 64")
-@_settings_options()
+@settings_options()
 def run(**options: object) -> None:
     """Take jobs and relay their tokens, until SIGTERM."""
     from worker.service import Service  # noqa: PLC0415 - clients need not load it
 
     settings = load_settings(**options)
     configure_logging(settings.log_format, settings.log_level)
-    _run(lambda: Service(settings).run())
+    run_async(lambda: Service(settings).run())
 
 
 @main.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
@@ -143,8 +93,8 @@ def run(**options: object) -> None:
 @click.option("--timeout", type=float, help="Seconds within which the answer must be whole.")
 @click.option("--retention", type=int, help="Seconds that the log is kept after its end.")
 @click.option("--follow", is_flag=True, help="Print the answer as it comes.")
-@_json_option
-@_settings_options(*_CLIENT_OPTIONS)
+@json_option
+@settings_options(*CLIENT_OPTIONS)
 def enqueue(
     prompt: str | None,
     source: IO[bytes] | None, model: str | None, max_tokens: int | None, request_id: str | None, queue: str,
@@ -164,7 +114,7 @@ def enqueue(
     new_job(request, **options)  # a mistake is told before anything is said of Redis
 
     async def add_and_follow() -> bool:
-        async with _client(settings) as client:
+        async with open_client(settings) as client:
             added = await client.enqueue(request, **options)
             if not follow:
                 click.echo(to_json({"id": added}) if as_json else added)
@@ -172,33 +122,33 @@ def enqueue(
             click.echo(f"· request {added}", err=True)
             return await _print(client, added, None, as_json=as_json)
 
-    _exit(_run(add_and_follow))
+    _exit(run_async(add_and_follow))
 
 
 @main.command(epilog="Example: worker follow 3f0c… --json")
 @_request_id
 @click.option("--after", metavar="ENTRY", callback=_check_after, help="Go on after this entry id, such as 1-5.")
-@_json_option
-@_settings_options(*_CLIENT_OPTIONS)
+@json_option
+@settings_options(*CLIENT_OPTIONS)
 def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: object) -> None:
     """Print a request's answer from its start, and as it comes. Exit status 0 only if it is whole."""
 
     async def print_it() -> bool:
-        async with _client(settings) as client:
+        async with open_client(settings) as client:
             return await _print(client, request_id, after, as_json=as_json)
 
-    _exit(_run(print_it))
+    _exit(run_async(print_it))
 
 
 @main.command(epilog="Example: worker cancel 3f0c…")
 @_request_id
-@_json_option
-@_settings_options(*_CLIENT_OPTIONS)
+@json_option
+@settings_options(*CLIENT_OPTIONS)
 def cancel(request_id: str, as_json: bool, **settings: object) -> None:
     """End a request, whether it waits or runs."""
 
     async def end_it() -> None:
-        async with _client(settings) as client:
+        async with open_client(settings) as client:
             before = await client.cancel(request_id)
         ended = before.state in (State.ENDED, State.EXPIRED)
         said = {
@@ -208,12 +158,12 @@ def cancel(request_id: str, as_json: bool, **settings: object) -> None:
         }.get(before.state, f"cancelled; it was {before.state.value}")
         click.echo(to_json({"id": request_id, "cancelled": not ended, "was": before.state.value}) if as_json else said)
 
-    _run(end_it)
+    run_async(end_it)
 
 
 @main.command(epilog="Example: worker check --vllm-urls http://127.0.0.1:8000")
-@_json_option
-@_settings_options()
+@json_option
+@settings_options()
 def check(as_json: bool, **options: object) -> None:
     """Look at the settings, Redis and every vLLM server. Exit status 1 if a worker could not work."""
     from worker.checks import check as look  # noqa: PLC0415 - clients need not load it
@@ -230,7 +180,7 @@ def check(as_json: bool, **options: object) -> None:
             click.echo(f"{mark} {finding.subject}: {finding.text}" + (f" → {finding.mend}" if finding.mend else ""))
         return well
 
-    _exit(_run(report))
+    _exit(run_async(report))
 
 
 @main.command(
@@ -239,7 +189,7 @@ def check(as_json: bool, **options: object) -> None:
 )
 @click.option("--redis-url", help="Use this Redis in place of an embedded one.")
 @click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
-@_json_option
+@json_option
 def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     """See it work: a Redis, a simulated vLLM, two workers, and followers of one stream, one of them late."""
     try:
@@ -252,7 +202,7 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
         click.echo(to_json(data) if as_json else line)
 
     try:
-        _run(lambda: _until_stopped(run_demo(tell, redis_url, vllm_url)))
+        run_async(lambda: until_stopped(run_demo(tell, redis_url, vllm_url)))
     except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):
@@ -301,48 +251,12 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **orders: ob
         click.echo(f"a simulated vLLM listens on {url}", err=True)
 
     with suppress(KeyboardInterrupt):  # the way to end it
-        _run(lambda: _until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
-
-
-_T = TypeVar("_T")
-
-
-def _run(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-    if sys.platform == "win32":
-        return asyncio.run(make())
-    import uvloop  # noqa: PLC0415 - not there on Windows
-
-    return uvloop.run(make())
-
-
-async def _until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
-    """SIGTERM cancels, so that what was started is ended, also where a shell has SIGINT ignored (`worker … &`)."""
-    task = asyncio.ensure_future(work)
-    if sys.platform != "win32":
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
+        run_async(lambda: until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
 
 
 def _exit(well: bool) -> None:
     if not well:
         raise click.exceptions.Exit(1)
-
-
-@asynccontextmanager
-async def _client(options: dict[str, object]) -> AsyncIterator[Client]:
-    """A client; when Redis is not there it says so at once, and where it looked, and then has patience."""
-    settings = load_settings(**options)
-    url = settings.redis_url.get_secret_value()
-    async with Client(url, prefix=settings.prefix, patience=_PATIENCE) as client:
-        try:
-            await client.ping()
-        except Unavailable as error:
-            where = f"{shown_url(url)} ({variable('redis_url')})"
-            click.echo(f"· {error} Trying {where} for {_PATIENCE:g} s", err=True)
-        yield client
 
 
 async def _print(client: Client, request_id: str, after: EntryId | None, *, as_json: bool) -> bool:
