@@ -9,6 +9,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
+from worker.cli_dead import dead
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
 from worker.client import Client, ClientError, JobOptions, State, new_job
 from worker.console import Printer
@@ -252,6 +253,9 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **orders: ob
 
     with suppress(KeyboardInterrupt):  # the way to end it
         run_async(lambda: until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
+
+
+main.add_command(dead)
 
 
 def _exit(well: bool) -> None:

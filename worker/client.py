@@ -83,6 +83,7 @@ class JobOptions(TypedDict, total=False):
     `id`: the request id, 1 to 128 of A-Za-z0-9_-, made up when it is left out. `queue`: `default` when left out.
     `timeout`: seconds within which the answer must be whole (24 hours). `retention`: seconds that the log is kept
     after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
+    `retry_of`: the request that this one is another try of.
     """
 
     id: str
@@ -92,6 +93,7 @@ class JobOptions(TypedDict, total=False):
     fallbacks: Sequence[str]
     tenant: str
     traceparent: str
+    retry_of: str
 
 
 def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> Job:
@@ -107,6 +109,7 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> Job
         fallbacks=tuple(options.get("fallbacks", ())),
         tenant=options.get("tenant", ""),
         traceparent=options.get("traceparent", ""),
+        retry_of=options.get("retry_of", ""),
     )
     # What a worker would refuse is refused here; the size limit is the worker's own.
     parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}, _NO_LIMIT)

@@ -225,6 +225,7 @@ class Relay:
             attempt=answer.attempt,
             time=self._now(),
             tenant=request.job.tenant if isinstance(request.job, Job) else "",
+            retry_of=request.job.retry_of if isinstance(request.job, Job) else "",
             outcome=answer.outcome,
             model=answer.model,
             usage=answer.usage,

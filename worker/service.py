@@ -291,6 +291,7 @@ class Service:
             draining=self._leaving.is_set(),
         )
         await self._ledger.beat(line, stale_after=10 * self._settings.lease)
+        await self._ledger.forget(self._now() - self._settings.dead_retention * 1000)
 
     async def _drain(self) -> None:
         """Let running jobs end, for as long as there is time."""

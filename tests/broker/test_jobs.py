@@ -115,6 +115,28 @@ async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group:
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
+async def test_a_delivery_knows_how_often_there_was_one(group: Group, redis: Redis) -> None:
+    (entry,) = await add(redis, 1)
+    (delivery,) = await group.consumer("one").read("default", 1, 100)
+    counts = [delivery.count]
+    for name in ("two", "three"):
+        await expired(redis, entry)
+        counts += [delivery.count for delivery in await group.consumer(name).take_expired("default", 1)]
+    assert counts == [1, 2, 3]
+
+
+async def test_a_hand_over_after_a_lost_reply_is_not_counted_either(group: Group, redis: Redis) -> None:
+    """Its owner's own XAUTOCLAIM may bring a job that runs already, which raises Redis's count, not the claim's."""
+    (entry,) = await add(redis, 1)
+    one = group.consumer("one")
+    (delivery,) = await one.read("default", 1, 100)
+    await expired(redis, entry)
+    await one.take_expired("default", 1)
+    await one.hand_over(delivery, 0)
+    (taken,) = await group.consumer("two").take_expired("default", 1)
+    assert taken.count == delivery.count == 1
+
+
 async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")

@@ -42,6 +42,7 @@ async def test_a_field_above_the_limit_is_cut(ledger: Ledger, fake: Redis) -> No
     await ledger.bury(JOB, "too large", 7, largest=2999)
     ((_, letter),) = await stream(fake, "chat:dead")
     assert len(json.loads(letter[b"fields"])["request"]) == 1024
+    assert json.loads(letter[b"cut"]) == ["request"]
 
 
 async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger, fake: Redis) -> None:

@@ -48,6 +48,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "created": _COUNT,
     "cut": _COUNT,
     "attempt": _COUNT,
+    "delivery": _COUNT,
     "prompt_tokens": st.none() | _COUNT,
     "usage": _OBJECT,
     "timings": _OBJECT,

@@ -70,6 +70,7 @@ def test_a_job_is_read_back_from_its_fields(
         fallbacks=tuple(fallbacks),
         tenant=tenant,
         traceparent=tenant[::-1],
+        retry_of=name,
     )
     assert parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}) == job
 
@@ -120,6 +121,7 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (GOOD | {b"fallbacks": b"[1]"}, "the job's fallbacks is not a JSON list of model names: "),
         (GOOD | {b"fallbacks": b"{}"}, "the job's fallbacks is not a JSON list of model names: "),
         (GOOD | {b"tenant": b"\xff"}, "the job's tenant is not UTF-8"),
+        (GOOD | {b"retry_of": b"no/id"}, "the job's retry_of is 'no/id': it must be the id of a request"),
         (GOOD | {b"traceparent": b"\xff"}, "the job's traceparent is not UTF-8"),
     ],
 )

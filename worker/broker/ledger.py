@@ -42,9 +42,20 @@ class Ledger:
             if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
                 return
         letter = DeadLetter(
-            reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=_readable(delivery.fields, largest)
+            reason=reason,
+            queue=delivery.queue,
+            job=delivery.id,
+            time=time,
+            fields=_readable(delivery.fields, largest),
+            cut=tuple(
+                name.decode("utf-8", "replace") for name, value in delivery.fields.items() if len(value) > largest
+            ),
         )
         await _add(self._redis, self._keys.dead, letter.to_fields(), _DEAD_LENGTH)
+
+    async def forget(self, before: int) -> None:
+        """Drop the dead letters that were written before a time in Unix ms: they hold prompts."""
+        await self._redis.xtrim(self._keys.dead, minid=str(max(0, before)), approximate=False)
 
     async def beat(self, line: WorkerLine, stale_after: float) -> None:
         """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds."""

@@ -30,7 +30,10 @@ class InvalidJob(ValueError):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that validates. `deadline` is Unix ms by Redis's clock, `retention` seconds."""
+    """A job that validates. `deadline` is Unix ms by Redis's clock, `retention` seconds.
+
+    `retry_of` is the request that this one is another try of.
+    """
 
     id: str
     request: Object
@@ -39,6 +42,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     fallbacks: tuple[str, ...] = ()
     tenant: str = ""
     traceparent: str = ""
+    retry_of: str = ""
 
     def to_fields(self) -> Fields:
         """The job as it is added to a job stream."""
@@ -53,6 +57,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             fields["tenant"] = self.tenant
         if self.traceparent:
             fields["traceparent"] = self.traceparent
+        if self.retry_of:
+            fields["retry_of"] = self.retry_of
         return fields
 
 
@@ -89,6 +95,7 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
         fallbacks=fallbacks,
         tenant=_text(fields, "tenant"),
         traceparent=_text(fields, "traceparent"),
+        retry_of=_retry_of(_text(fields, "retry_of")),
     )
 
 
@@ -158,6 +165,12 @@ def _whole(fields: RawFields, name: str, what: str, most: int = 2**53 - 1) -> in
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) <= most):
         raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {what}")
     return int(text)
+
+
+def _retry_of(text: str) -> str:
+    if text and not is_request_id(text):
+        raise InvalidJob(f"the job's retry_of is {text[:140]!r}: it must be the id of a request")
+    return text
 
 
 def _strings(text: str) -> tuple[str, ...]:

@@ -1,8 +1,13 @@
 """What is written beside the log: the tombstone, the lifecycle, dead letters and the workers' own lines."""
 
+from collections.abc import Mapping
+from typing import Self, TypeVar
+
 import msgspec
 
 from worker.contract.entries import Fields, Object, to_json
+
+_T = TypeVar("_T")
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -25,6 +30,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str = ""
     model: str = ""
     tenant: str = ""
+    retry_of: str = ""
     usage: Object = msgspec.field(default_factory=dict)
     timings: Object = msgspec.field(default_factory=dict)
 
@@ -35,23 +41,48 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A buried job, ready to be put back: `fields` is the job as it was, bytes that are no UTF-8 replaced."""
+    """A buried job, ready to be put back: `fields` is the job as it was, bytes that are no UTF-8 replaced.
+
+    `cut` names the fields that were too large to be kept whole, `retried_as` the request as which it was put back.
+    """
 
     reason: str
     queue: str
     job: str
     time: int
     fields: Fields
+    cut: tuple[str, ...] = ()
+    retried_as: str = ""
 
     def to_fields(self) -> Fields:
-        """One stream field each, `fields` as JSON."""
-        return {
+        """One stream field each, `fields` and `cut` as JSON; the last two only where they say something."""
+        fields = {
             "reason": self.reason,
             "queue": self.queue,
             "job": self.job,
             "time": str(self.time),
             "fields": to_json(self.fields),
         }
+        if self.cut:
+            fields["cut"] = to_json(self.cut)
+        if self.retried_as:
+            fields["retried_as"] = self.retried_as
+        return fields
+
+    @classmethod
+    def read(cls, raw: Mapping[bytes, bytes]) -> Self:
+        """A letter as it stands in the stream; what is missing or cannot be read there is empty."""
+        texts = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in raw.items()}
+        time = texts.get("time", "")
+        return cls(
+            reason=texts.get("reason", ""),
+            queue=texts.get("queue", ""),
+            job=texts.get("job", ""),
+            time=int(time) if time.isascii() and time.isdecimal() and len(time) < 15 else 0,
+            fields=_decoded(texts.get("fields", ""), Fields, {}),
+            cut=_decoded(texts.get("cut", ""), tuple[str, ...], ()),
+            retried_as=texts.get("retried_as", ""),
+        )
 
 
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,3 +95,10 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     finished: int
     draining: bool = False
+
+
+def _decoded(text: str, kind: type[_T], otherwise: _T) -> _T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError:
+        return otherwise
