@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
 from worker.broker.connection import OLDEST, command_client
+from worker.broker.jobs import waiting_in
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
@@ -69,7 +70,7 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
         for finding in _storage_findings(where, info):
             yield finding
         for queue in settings.queues:
-            yield await _check_queue(redis, Keys(settings.prefix), queue)
+            yield await _check_queue(redis, Keys(settings.prefix), queue, settings.queue_limit)
     except (RedisError, OSError) as error:
         refused = isinstance(error, AuthenticationError)
         mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
@@ -106,7 +107,7 @@ def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
     return findings
 
 
-async def _check_queue(redis: Redis, keys: Keys, queue: str) -> Finding:
+async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> Finding:
     key = keys.jobs(queue)
     kind = cast("bytes", await redis.type(key))
     if kind == b"none":
@@ -122,6 +123,14 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str) -> Finding:
     group = groups.get(GROUP.encode())
     length = await redis.xlen(key)
     pending = group["pending"] if group else 0
+    waiting = await waiting_in(redis, key)
+    if limit and waiting >= limit:
+        return Finding(
+            "warning",
+            f"queue {queue}",
+            f"it is full: {waiting} jobs wait, and the limit is {limit}",
+            f"start more workers, or raise {variable('queue_limit')}",
+        )
     return Finding("ok", f"queue {queue}", f"entries: {length}; of them with a worker: {pending}")
 
 

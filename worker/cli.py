@@ -95,7 +95,7 @@ def run(**options: object) -> None:
 @click.option("--retention", type=int, help="Seconds that the log is kept after its end.")
 @click.option("--follow", is_flag=True, help="Print the answer as it comes.")
 @json_option
-@settings_options(*CLIENT_OPTIONS)
+@settings_options(*CLIENT_OPTIONS, "queue_limit")
 def enqueue(
     prompt: str | None,
     source: IO[bytes] | None, model: str | None, max_tokens: int | None, request_id: str | None, queue: str,

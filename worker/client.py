@@ -16,6 +16,7 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
+from worker.broker.jobs import waiting_in
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Queued, Started, is_terminal, parse, to_fields, to_json
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
@@ -53,6 +54,18 @@ class Expired(ClientError):
 
 class Conflict(ClientError):
     """The id is taken by another request."""
+
+
+class QueueFull(ClientError):
+    """As many jobs wait as may; nothing was written. `waiting` and `limit` are numbers of jobs."""
+
+    def __init__(self, queue: str, waiting: int, limit: int) -> None:
+        super().__init__(
+            f"the queue {queue} is full: {waiting} jobs wait in it, and the limit is {limit}. "
+            "Try again later, start more workers, or raise the limit"
+        )
+        self.waiting = waiting
+        self.limit = limit
 
 
 class Unavailable(ClientError):
@@ -128,12 +141,17 @@ class Client:
         redis_url: the workers' Redis; REDIS_URL of the environment when left out, else redis://127.0.0.1:6379/0.
         prefix: the workers' prefix.
         patience: seconds without an answer of Redis until `Unavailable` is raised.
+        queue_limit: how many jobs may wait in a queue; 0 is any number. It is a soft limit: callers at the same time
+            may overshoot it by their number, and on Redis 6.2 what waits is known approximately.
     """
 
-    def __init__(self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0) -> None:
+    def __init__(
+        self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
+    ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
         self._keys = Keys(prefix)
         self._patience = patience
+        self._queue_limit = queue_limit
         self._redis = command_client(url)
         self._reader = blocking_client(url, _BLOCK)
 
@@ -170,10 +188,12 @@ class Client:
         Raises:
             InvalidJob: when the request cannot be one.
             Conflict: when the id belongs to another request.
+            QueueFull: when too many jobs wait; a request that was enqueued before is never refused for this.
             Unavailable: when Redis does not answer.
         """
         job = new_job(request, **options)
         queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
+        await self._check_room(queue, job.id)
         await self._retry(lambda: self._enqueue(job, queue, within))
         return job.id
 
@@ -236,6 +256,13 @@ class Client:
         if before.state not in (State.ENDED, State.EXPIRED) and not await self._retry(lambda: self._cancel(request_id)):
             return await self.status(request_id)
         return before
+
+    async def _check_room(self, queue: str, request_id: str) -> None:
+        if not self._queue_limit:
+            return
+        waiting = await self._retry(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
+        if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
+            raise QueueFull(queue, waiting, self._queue_limit)
 
     async def _enqueue(self, job: Job, queue: str, within: float | None) -> None:
         log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)

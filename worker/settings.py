@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
         (DEFAULT_QUEUE,), description="The queues to serve, separated by commas, the most important first"
     )
+    # A refusal is the choice of who enqueues: by default the queue is the buffer, however long it becomes.
+    queue_limit: int = Field(
+        0, ge=0, description="How many jobs may wait in a queue for worker enqueue to add one; 0 is any number"
+    )
     slots: int = Field(256, ge=1, le=100_000, description="How many jobs run at once")
     lease: float = Field(
         15.0,

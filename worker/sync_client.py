@@ -19,10 +19,14 @@ class SyncClient:
     Make it after a fork, not before: it has a thread. It may be used from several threads at once.
     """
 
-    def __init__(self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0) -> None:
+    def __init__(
+        self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
+    ) -> None:
         self._stack = ExitStack()
         self._portal = self._stack.enter_context(start_blocking_portal("asyncio"))
-        self._client = self._portal.call(partial(Client, redis_url, prefix=prefix, patience=patience))
+        self._client = self._portal.call(
+            partial(Client, redis_url, prefix=prefix, patience=patience, queue_limit=queue_limit)
+        )
 
     def __enter__(self) -> Self:
         return self

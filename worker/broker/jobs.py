@@ -43,6 +43,29 @@ class Delivery:
         return int(self.id.partition("-")[0])
 
 
+async def waiting_in(redis: Redis, key: str) -> int:
+    """How many jobs of a stream no worker has read yet.
+
+    It is the group's lag where Redis knows it (from 7.0 on, mostly). Elsewhere it is the stream's length less what is
+    pending, which is too high by what is done with and not yet trimmed.
+    """
+    pipe = redis.pipeline(transaction=False)
+    pipe.exists(key)
+    pipe.xlen(key)
+    pipe.xinfo_groups(key)
+    exists, length, groups = await pipe.execute(raise_on_error=False)
+    if exists == 0:
+        return 0
+    for reply in (exists, length, groups):
+        if isinstance(reply, Exception):
+            raise reply
+    group = next((group for group in groups if group["name"] == GROUP.encode()), None)
+    if group is None:
+        return int(length)
+    lag = group.get("lag")
+    return max(0, int(length) - int(group["pending"])) if lag is None else int(lag)
+
+
 class JobQueue:
     """One worker's view of the job streams. `consumer` is unique to the process; `lease` is in seconds."""
 
