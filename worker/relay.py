@@ -6,6 +6,7 @@ acknowledge. A crash between any two of these is repaired by whoever gets the jo
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 from redis.exceptions import RedisError, ResponseError
@@ -19,7 +20,7 @@ from worker.broker.publisher import Publisher
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Claimed, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
-from worker.contract.job import InvalidJob, Job, digest, parse_job, request_id_of
+from worker.contract.job import InvalidJob, Job, check_limits, digest, parse_job, request_id_of, with_limit
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation, Request, Stop, Stopped, drained
@@ -129,7 +130,7 @@ class Relay:
                 return
             await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
             generation = Generation(
-                request,
+                self._to_send(request),
                 log,
                 Answer(owned.history),
                 owner=self._owner,
@@ -260,7 +261,7 @@ class Relay:
     def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
         request_id = request_id_of(delivery.fields)
         try:
-            job: Job | InvalidJob = parse_job(delivery.fields, self._settings.max_request_bytes)
+            job: Job | InvalidJob = self._job(delivery)
         except InvalidJob as problem:
             job = problem
         asked = job if isinstance(job, Job) else None
@@ -274,6 +275,18 @@ class Relay:
             remember=max(self._settings.remember, retention),
             stop=stop,
         )
+
+    def _job(self, delivery: Delivery) -> Job:
+        settings = self._settings
+        job = parse_job(delivery.fields, settings.max_request_bytes)
+        check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)
+        return job
+
+    def _to_send(self, request: Request) -> Request:
+        """The request as vLLM gets it; its digest is that of what was asked."""
+        if isinstance(request.job, InvalidJob):
+            return request
+        return replace(request, job=with_limit(request.job, self._settings.max_tokens))
 
     def _tombstone(self, request: Request, outcome: str) -> Tombstone:
         return Tombstone(outcome=outcome, time=self._now(), digest=_digest(request.job))

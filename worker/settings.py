@@ -86,6 +86,10 @@ class Settings(BaseSettings):
     max_request_bytes: int = Field(
         MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="The size limit of a job's request"
     )
+    max_choices: int = Field(16, ge=1, le=10_000, description="How many answers (n) a job may ask for")
+    max_tokens: int = Field(
+        0, ge=0, description="How long an answer may become, in tokens; also of jobs that do not say; 0 is any length"
+    )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="How logs are written; auto is readable on a terminal and JSON elsewhere"
     )

@@ -1,6 +1,7 @@
 """Jobs: what validates, what each bad job is told, and the digest that tells two requests apart."""
 
 import hashlib
+import re
 from typing import Any
 
 import msgspec
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contract.job import MAX_REQUEST_BYTES, InvalidJob, Job, check_request, digest, parse_job, request_id_of
+from worker.contract.job import (
+    MAX_REQUEST_BYTES,
+    InvalidJob,
+    Job,
+    check_limits,
+    check_request,
+    digest,
+    parse_job,
+    request_id_of,
+    with_limit,
+)
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 GOOD = {b"id": b"r1", b"request": msgspec.json.encode(ASKED)}
@@ -102,6 +113,9 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (with_request(messages="Hello"), "the request has no messages"),
         (with_request(kv_transfer_params=None), "the request sets kv_transfer_params: only the worker may set this"),
         (with_request(kv_transfer_params={}, ec_transfer_params={}), "sets kv_transfer_params, ec_transfer_params: "),
+        (with_request(request_id="mine"), "the request sets request_id: only the worker may set this"),
+        (with_request(bootstrap_host="10.0.0.1", data_parallel_rank=1), "sets bootstrap_host, data_parallel_rank: "),
+        (with_request(vllm_xargs={"kv_transfer_params": "x"}), "the request sets kv_transfer_params in vllm_xargs: "),
         (with_request(n=0), "the request's n is 0: it must be a whole number from 1"),
         (with_request(n=True), "the request's n is true: it must be"),
         (with_request(n="2"), 'the request\'s n is "2": it must be'),
@@ -194,3 +208,45 @@ def test_the_digest_counts_the_models_to_fall_back_to() -> None:
     assert len(made) == 5
     assert digest(ASKED, ()) == digest(ASKED)
     assert all(len(text) == 32 and int(text, 16) >= 0 for text in made)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"n": 5}, "the request's n is 5: at most 4 answers may be asked for (WORKER_MAX_CHOICES)"),
+        ({"best_of": 5}, "the request's best_of is 5: at most 4"),
+        (
+            {"max_tokens": 101},
+            "the request's max_tokens is 101: it must be a whole number up to 100 (WORKER_MAX_TOKENS)",
+        ),
+        ({"max_completion_tokens": 101, "max_tokens": 1}, "the request's max_completion_tokens is 101: it must be"),
+        ({"max_tokens": "9999"}, 'the request\'s max_tokens is "9999": it must be'),
+        ({"max_tokens": 1e4}, "the request's max_tokens is 10000.0: it must be"),
+        ({"max_tokens": True}, "the request's max_tokens is true: it must be"),
+    ],
+)
+def test_what_is_above_a_limit_is_refused(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidJob, match=re.escape(message)) as caught:
+        check_limits(request_, max_choices=4, max_tokens=100)
+    assert caught.value.code == "invalid_job"
+
+
+def test_what_is_within_the_limits_or_not_limited_is_taken() -> None:
+    check_limits({"n": 4, "max_tokens": 100, "max_completion_tokens": None}, max_choices=4, max_tokens=100)
+    check_limits({"max_tokens": 10**9}, max_choices=4, max_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("said", "limit", "sent"),
+    [
+        ({}, 100, {"max_tokens": 100}),
+        ({"max_tokens": None}, 100, {"max_tokens": 100}),
+        ({"max_completion_tokens": 5}, 100, {"max_completion_tokens": 5}),
+        ({"max_tokens": 5}, 100, {"max_tokens": 5}),
+        ({}, 0, {}),
+    ],
+)
+def test_a_job_that_does_not_say_how_long_gets_the_limit(
+    said: dict[str, Any], limit: int, sent: dict[str, Any]
+) -> None:
+    assert with_limit(Job(id="r", request=ASKED | said), limit).request == ASKED | sent

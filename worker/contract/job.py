@@ -15,10 +15,32 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_RETENTION = 30 * 24 * 3600
 """The longest that a job may have its log kept, in seconds."""
 
+_LENGTHS = ("max_tokens", "max_completion_tokens")
+
 RawFields: TypeAlias = Mapping[bytes, bytes]
 
-_FORBIDDEN = ("kv_transfer_params", "ec_transfer_params")
-"""Fields that steer vLLM's own machinery between replicas: never a job's business."""
+_FORBIDDEN = (
+    # They steer the machinery between replicas, and the worker needs the first for itself.
+    "kv_transfer_params",
+    "ec_transfer_params",
+    # Where some servers fetch a prompt's cache from, and which replica runs it: addresses, which no job may choose.
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "data_parallel_rank",
+    # Tries of one job would collide in vLLM, where a former one may still run.
+    "request_id",
+)
+"""Fields of a request that are never a job's business.
+
+Left to the job, of what vLLM 0.32 knows: `priority` (refused by vLLM unless its operator has turned it on),
+`cache_salt` and `session_id` (they name a cache, and collide only with one's own), `chat_template` (refused by vLLM
+unless turned on), `mm_processor_kwargs` and `media_io_kwargs` (how the job's own media are read). URLs of images and
+the like are fetched by vLLM: its --allowed-media-domains says from where.
+"""
+
+_FORBIDDEN_XARGS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
+"""vLLM takes `vllm_xargs` for the place where these come from, unchecked; what else is in it is its plugins' own."""
 
 
 class InvalidJob(ValueError):
@@ -111,6 +133,9 @@ def check_request(request: object) -> Object:
     if not isinstance(messages, list) or not messages:
         raise InvalidJob('the request has no messages: give a list such as [{"role": "user", "content": "Hello"}]')
     forbidden = [name for name in _FORBIDDEN if name in request]
+    extra = request.get("vllm_xargs")
+    if isinstance(extra, dict):
+        forbidden += [f"{name} in vllm_xargs" for name in _FORBIDDEN_XARGS if name in extra]
     if forbidden:
         raise InvalidJob(f"the request sets {', '.join(forbidden)}: only the worker may set this")
     n = request.get("n")
@@ -120,6 +145,36 @@ def check_request(request: object) -> Object:
     if options is not None and not isinstance(options, dict):
         raise InvalidJob("the request's stream_options is not a JSON object")
     return request
+
+
+def check_limits(request: Object, *, max_choices: int, max_tokens: int) -> None:
+    """Check what a worker's settings limit; `max_tokens` of 0 is no limit.
+
+    Raises:
+        InvalidJob: with what is too much.
+    """
+    for name in ("n", "best_of"):
+        choices = request.get(name)
+        if isinstance(choices, int) and choices > max_choices:
+            raise InvalidJob(
+                f"the request's {name} is {choices}: at most {max_choices} answers may be asked for "
+                "(WORKER_MAX_CHOICES)"
+            )
+    for name in _LENGTHS if max_tokens else ():
+        tokens = request.get(name)
+        # vLLM would take "5000" and 5e3 for numbers too.
+        if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens > max_tokens):
+            raise InvalidJob(
+                f"the request's {name} is {to_json(tokens)[:40]}: it must be a whole number up to {max_tokens} "
+                "(WORKER_MAX_TOKENS)"
+            )
+
+
+def with_limit(job: Job, max_tokens: int) -> Job:
+    """The job as it is to be sent: where it does not say how long the answer may become, the limit is said."""
+    if not max_tokens or any(job.request.get(name) is not None for name in _LENGTHS):
+        return job
+    return msgspec.structs.replace(job, request=job.request | {"max_tokens": max_tokens})
 
 
 def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
