@@ -140,3 +140,51 @@ async def test_whoever_finds_a_job_sealed_as_buried_sees_to_its_dead_letter(
     await eventually(lambda: nothing_pending(redis))
     ((_, letter),) = await stream(redis, "chat:dead")
     assert (letter[b"job"], letter[b"reason"]) == (job, b"why"), "of the job that was buried, not of its duplicate"
+
+
+async def test_deploys_bury_nobody(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(fault="hang", times=4)))
+    request_id = await client.enqueue({"model": "reciter", "messages": STORY})
+    for number in range(1, 5):
+        # With leases of a minute only a hand-over lets the next one go on.
+        service = await start_worker(simulator, lease=60, drain_timeout=0, max_deliveries=2)
+
+        async def sent(number: int = number) -> bool:
+            return len(simulator.served) == number
+
+        await eventually(sent)
+        service.leave()
+    await start_worker(simulator, lease=60, max_deliveries=2)
+    answer = await client.result(request_id)
+    assert (answer.outcome, answer.attempt) == ("done", 5)
+    claims = [fields for entry, fields in await stream(redis, f"chat:tokens:{{{request_id}}}") if entry.endswith(b"-0")]
+    assert [claim[b"delivery"] for claim in claims] == [b"1"] * 5
+
+
+async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator, simulator: Simulator
+) -> None:
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    ids = [await client.enqueue({"model": "reciter", "messages": STORY}) for _ in range(2)]
+    await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
+    for request_id, (job, _) in zip(ids, await stream(redis, "chat:jobs"), strict=True):
+        for attempt, kind in ((1, "started"), (2, "claimed")):
+            claim = {"type": kind, "queue": "default", "job": job, "delivery": attempt, "reason": "takeover"}
+            await redis.xadd(f"chat:tokens:{{{request_id}}}", claim, id=f"{attempt}-0")  # type: ignore[arg-type]  # invariant
+        await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, retrycount=2, justid=True)
+    hanging = await start_simulator(Options(orders=Orders(fault="hang")))
+    service = await start_worker(hanging, lease=60, drain_timeout=0)
+
+    async def one_runs() -> bool:
+        taken = await redis.xpending_range("chat:jobs", "workers", "-", "+", 9)
+        return len(hanging.served) == 1 and all(line["consumer"] != b"gone" for line in taken)
+
+    await eventually(one_runs)
+    service.leave()
+    await start_worker(simulator, lease=60)
+    answers = [await client.result(request_id) for request_id in ids]
+    assert [answer.outcome for answer in answers] == ["done", "done"]
+    assert sorted(answer.attempt for answer in answers) == [3, 4], "one of them never came to a claim in between"
+    assert len(hanging.served) == 1
