@@ -339,6 +339,34 @@ async def test_a_tombstone_keeps_a_late_job_from_running(one: Process, delivery:
     assert not await redis.exists(KEY)
 
 
+END = Failed(id=SEAL, code="buried")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_job_that_cannot_be_dealt_with_is_sealed_whatever_its_log_holds(
+    *, begun: bool, one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    if begun:
+        await one.take(delivery)
+        await redis.xadd(KEY, {"type": "delta", "token_ids": "?"}, id="1-1")
+    for _ in range(2):  # as after a lost reply
+        assert await one.owner.condemn("r", delivery, END, FAR)
+    assert (await texts(redis))[-1] == f"{SEAL}:error"
+
+
+async def test_a_job_that_ended_or_is_with_another_worker_is_not_sealed_as_buried(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    assert await one.owner.condemn("r", delivery, END, FAR)
+    assert not await redis.exists(KEY)
+    await redis.delete("chat:ended:{r}")
+    await one.take(delivery)
+    await two.take(await stolen(redis, two, delivery))
+    assert not await one.owner.condemn("r", delivery, END, FAR)
+    assert await texts(redis) == ["1-0:started", "2-0:claimed"]
+
+
 async def test_confirming_gives_what_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     assert await one.owner.confirm("r", STONE, retention=60, remember=120)

@@ -119,20 +119,21 @@ class Owner:
     async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
         """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
 
-        False where that is not ours to do: another job of the request is at work, or another worker has this one.
-        `expire_at` is Unix ms; the rest is given to the log by whoever settles it.
+        True as well where the request has ended before. False where this is not ours to do: another job of the request
+        is at work, or another worker has this one. `expire_at` is Unix ms; the rest is given to the log by whoever
+        settles it.
         """
-        key = self._keys.tokens(request_id)
+        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             tail = await _tail(self._redis, key)
-            if tail == SEAL:
+            if tail == SEAL or await self._redis.exists(ended):
                 return True
             holder = await _entry(self._redis, key, EntryId(tail.attempt, 0)) if tail else None
             if await self._refusal(holder, delivery) is not None:
                 return False
             async with self._redis.pipeline() as pipe:
-                await pipe.watch(key)
-                if await _tail(pipe, key) != tail:
+                await pipe.watch(key, ended)
+                if await _tail(pipe, key) != tail or await pipe.exists(ended):
                     continue
                 _multi(pipe)
                 _xadd(pipe, key, SEAL, to_fields(end), create=True)
