@@ -459,6 +459,7 @@ HELP = {
     "follow": ["ID", "--after", "--json"],
     "cancel": ["ID", "--json"],
     "check": ["--vllm-urls", "--json", "Exit status 1"],
+    "dead": ["list", "show", "retry", "drop"],
     "simulate": ["--port", "--rate", "--fault", "--first-token"],
 }
 

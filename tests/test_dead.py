@@ -235,3 +235,9 @@ async def test_workers_forget_letters_in_time(
         return [letter.decode() for letter, _ in await stream(redis, "chat:dead")] == [recent]
 
     await eventually(forgotten)
+
+
+@pytest.mark.parametrize("name", ["list", "show", "retry", "drop"])
+def test_the_help_of_each_has_an_example(name: str) -> None:
+    result = CliRunner().invoke(main, ["dead", name, "--help"])
+    assert f"worker dead {name}" in result.stdout.partition("  Example: ")[2]

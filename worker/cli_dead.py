@@ -40,7 +40,7 @@ _every = click.option("--all", "every", is_flag=True, help="All letters, or thos
 _yes = click.option("--yes", is_flag=True, help="Do not ask before --all.")
 
 
-@click.group()
+@click.group(short_help="List, show, put back or drop buried jobs.", epilog="Example: worker dead list")
 def dead() -> None:
     """Deal with buried jobs: each is a letter, with the reason and the whole job. They hold prompts."""
 
