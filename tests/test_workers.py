@@ -67,29 +67,6 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
     assert len(simulator.served) == JOBS
 
 
-async def test_the_job_of_a_killed_worker_goes_to_another_visibly(
-    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
-) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
-    first = start_process(simulator, lease=1)
-    request_id = await client.enqueue(ask("Tell me a story"))
-    entries = []
-    async for entry in client.follow(request_id):
-        entries.append(entry)
-        if isinstance(entry, Delta) and entry.id == (1, 10):
-            first.kill()
-            first.wait()
-            start_process(simulator, lease=1)
-    assert [entry.type for entry in entries if entry.id.n == 0 or entry.type == "restarted"] == [
-        "started",
-        "claimed",
-        "restarted",
-    ]
-    assert Answer(entries).text == expected("Tell me a story")
-    assert Answer(entries).outcome == "done"
-    await eventually(lambda: nothing_pending(redis))
-
-
 async def test_a_worker_that_is_told_to_leave_lets_its_jobs_end(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
