@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
+from worker.keeper import Keeper
 from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
@@ -566,10 +567,10 @@ async def test_a_server_that_never_answers_delays_no_renewal(
 async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
 ) -> None:
-    async def fail(_self: Service) -> None:
+    async def fail(_self: Keeper) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(Service, "_beat", fail)
+    monkeypatch.setattr(Keeper, "_beat", fail)
     service = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
     with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
         await asyncio.wait_for(service.run(), 10)

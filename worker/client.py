@@ -323,6 +323,7 @@ class Client:
         key = self._keys.tokens(request_id)
         fields = to_fields(Cancelled(id=SEAL))
         first = await self._first_entry(self._redis, request_id)
+        now = _unix_ms(await self._redis.time())
         try:
             await self._redis.xadd(key, fields, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
         except ResponseError as error:
@@ -330,12 +331,16 @@ class Client:
                 raise
             return False
         asked = first.digest if isinstance(first, Queued | Started) else ""
-        stone = Tombstone(outcome=Cancelled.type, time=_unix_ms(await self._redis.time()), digest=asked)
-        pipe = self._redis.pipeline()
+        stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.publish(self._keys.cancel, request_id)
+        pipe.publish(self._keys.feed(request_id), to_json([[str(SEAL), fields]]))
         pipe.expire(key, _RETENTION)
         pipe.set(self._keys.ended(request_id), to_json(stone), ex=_DAY, nx=True)
-        pipe.publish(self._keys.feed(request_id), to_json([[str(SEAL), fields]]))
-        await pipe.execute()
+        _, _, *kept = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish: speed only
+        for reply in kept:
+            if isinstance(reply, Exception):
+                raise reply
         return True
 
     async def _first_entry(self, redis: Redis, request_id: str) -> Entry | None:

@@ -26,6 +26,7 @@ from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation, Request, Stop, Stopped, drained
 from worker.settings import Settings
 from worker.suspects import Turn, Turns, failures, is_suspect
+from worker.telemetry.metrics import Metrics
 from worker.vllm.upstream import Upstream
 
 _DAY_MS = 24 * 3600 * 1000
@@ -39,7 +40,6 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        keys: Keys,
         *,
         jobs: JobQueue,
         owner: Owner,
@@ -47,9 +47,10 @@ class Relay:
         publisher: Publisher,
         upstream: Upstream,
         now: Callable[[], int],
+        metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._keys = keys
+        self._keys = Keys(settings.prefix)
         self._jobs = jobs
         self._owner = owner
         self._ledger = ledger
@@ -57,6 +58,7 @@ class Relay:
         self._upstream = upstream
         self._now = now
         self._turns = Turns()
+        self._metrics = metrics
 
     async def run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         """Do a job. It ends acknowledged, or is left to another worker when `stop` or a fence says so."""
@@ -123,6 +125,7 @@ class Relay:
         """Answer, seal and settle, for as long as the log is ours."""
         log, stop = owned.log, request.stop
         self._publisher.attach(log)
+        self._count_start(request, log.attempt)
         try:
             if reason := self._to_bury(request, owned):
                 standing = await self._seal(request, log, _buried(reason, log.attempt))
@@ -141,7 +144,9 @@ class Relay:
             while True:
                 try:
                     end = await self._seal(request, log, await _end_of(generation, log))
-                    await self._settle(request, await self._whole(request, end))
+                    answer = await self._whole(request, end)
+                    await self._settle(request, answer)
+                    self._count_first_delta(answer)
                     break
                 except LogDiverged as loss:
                     _log.warning("log_diverged", reason=str(loss))
@@ -172,6 +177,16 @@ class Relay:
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
         if await persist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
             await self._settle_found(request)
+
+    def _count_start(self, request: Request, attempt: int) -> None:
+        if attempt == 1:
+            self._metrics.waited(max(0, self._now() - request.delivery.enqueued) / 1000)
+        self._metrics.attempt("started" if attempt == 1 else "takeover")
+
+    def _count_first_delta(self, answer: Answer) -> None:
+        after = answer.end.timings.get("first_delta_ms") if answer.end else None
+        if isinstance(after, int):
+            self._metrics.first_delta(after / 1000)
 
     async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""
@@ -206,6 +221,8 @@ class Relay:
             await self._lifecycle(request, "finished", answer)
             self._publisher.announce(self._keys.feed(request.id), [(SEAL, to_fields(end))])
         await self._done_with(request)
+        if answer.outcome:
+            self._metrics.finished(answer.outcome)
         _log.info("job_finished", outcome=answer.outcome, code=end.code if isinstance(end, Failed) else None)
 
     async def _confirm(self, request: Request, end: Terminal) -> None:
@@ -252,6 +269,7 @@ class Relay:
         self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
     ) -> None:
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
+        self._metrics.buried.inc()
         largest = self._settings.max_request_bytes
         await persist(lambda: self._ledger.bury(delivery, reason, self._now(), largest), stop)
 

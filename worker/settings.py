@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     max_tokens: int = Field(
         0, ge=0, description="How long an answer may become, in tokens; also of jobs that do not say; 0 is any length"
     )
+    metrics: str = Field("", description="Serve Prometheus metrics at this address, such as 127.0.0.1:9100")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="How logs are written; auto is readable on a terminal and JSON elsewhere"
     )
@@ -124,6 +125,13 @@ class Settings(BaseSettings):
         if not (key.isascii() and key.isprintable()):
             raise ValueError("holds characters that cannot be sent in an HTTP header")
         return SecretStr(key)
+
+    @field_validator("metrics")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value:
+            address_of(value)
+        return value
 
     @field_validator("vllm_urls")
     @classmethod
@@ -181,6 +189,18 @@ def shown_url(url: str) -> str:
     start = scheme.group() if scheme else ""
     _, user, place = url.removeprefix(start).rpartition("@")
     return f"{start}{user and '***@'}{re.split('[?#]', place)[0]}"
+
+
+def address_of(text: str) -> tuple[str, int]:
+    """Host and port of an address such as `127.0.0.1:9100` or `[::1]:9100`.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"is {text[:80]!r}: it must be a host and a port, such as 127.0.0.1:9100")
+    return host.strip("[]"), int(port)
 
 
 def _is_http(url: str) -> bool:

@@ -4,7 +4,8 @@ A lease is the idle time of the entry in the group's pending list. Whoever reads
 zero; whoever finds it longer than a lease may take the entry over.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
@@ -19,6 +20,21 @@ _log = structlog.get_logger()
 
 _LOOKS = 64
 """Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
+
+_SAY_AGAIN = 30.0
+"""Seconds until a group that keeps vanishing is told of again."""
+
+_REMOVE = """
+for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local is = {}
+  for n = 1, #consumer, 2 do is[consumer[n]] = consumer[n + 1] end
+  if is.name == ARGV[2] and is.pending == 0 and is.idle >= tonumber(ARGV[3]) then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+  end
+end
+"""
+"""Look and delete in one step. A WATCH does not do: on 6.2 and 7.0 XREADGROUP and XCLAIM do not touch the key for it,
+and what the consumer is given between the look and the deletion would be pending with nobody, and lost."""
 
 _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 
@@ -40,7 +56,19 @@ class Delivery:
     @property
     def enqueued(self) -> int:
         """When the job was added, in Unix ms by Redis's clock."""
-        return int(self.id.partition("-")[0])
+        return _added(self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How a queue stands.
+
+    `waiting` is how many jobs nobody has read, None where Redis cannot tell; `oldest` is when the oldest job that a
+    worker has was added, in Unix ms.
+    """
+
+    waiting: int | None
+    oldest: int | None
 
 
 async def waiting_in(redis: Redis, key: str) -> int:
@@ -76,6 +104,7 @@ class JobQueue:
         self._consumer = consumer
         self._lease_ms = int(lease * 1000)
         self._cursors: dict[str, str] = {}
+        self._said = float("-inf")
 
     async def ensure_group(self, queue: str) -> None:
         """Make the stream and its group where they are missing. From 0: jobs added before the group count too."""
@@ -203,6 +232,36 @@ class JobQueue:
             below = min(delivered, EntryId.parse(oldest)) if oldest else delivered
             await self._commands.xtrim(key, minid=str(below), approximate=False)
 
+    async def try_to_write(self) -> None:
+        """Ask Redis whether it takes writes, and write nothing: XREADGROUP works while it does not.
+
+        Raises:
+            RedisError: what it would answer to a write, such as an OutOfMemoryError.
+        """
+        await self._commands.xadd(self._keys.probe, {"type": "probe"}, nomkstream=True)
+
+    async def depth(self, queue: str) -> Depth:
+        """How many jobs wait, and how old the oldest is that a worker has."""
+        key = self._keys.jobs(queue)
+        waiting, oldest = None, None
+        for group in await self._groups(key):
+            lag = cast("int | None", group.get("lag"))  # from Redis 7 on, and not after an XDEL
+            waiting = None if lag is None else int(lag)
+            first = (await self._commands.xpending(key, GROUP))["min"]
+            oldest = _added(first) if first else None
+        return Depth(waiting, oldest)
+
+    async def remove_stale(self, queue: str, alive: Collection[str], idle: float) -> None:
+        """Remove consumers that are not alive, have nothing pending, and did nothing for so many seconds."""
+        key = self._keys.jobs(queue)
+        for consumer in await self._commands.xinfo_consumers(key, GROUP):
+            name = consumer["name"].decode("utf-8", "replace")
+            if name not in alive and not consumer["pending"] and consumer["idle"] >= idle * 1000:
+                await cast("Awaitable[object]", self._commands.eval(
+                    _REMOVE, 1, key, GROUP, consumer["name"], str(int(idle * 1000))
+                ))  # fmt: skip
+                _log.info("consumer_removed", queue=queue, consumer=name)
+
     async def leave(self, queues: Iterable[str]) -> None:
         """Remove this consumer where it has nothing pending; with pending entries they would be lost."""
         for queue in queues:
@@ -228,9 +287,16 @@ class JobQueue:
         """Make a group that vanished (FLUSHALL, a failover) again; whether that was the trouble."""
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
             return False
-        _log.warning("group_made_again", queue=queue)
+        if time.monotonic() - self._said > _SAY_AGAIN:
+            self._said = time.monotonic()
+            _log.warning("group_made_again", queue=queue)
         await self.ensure_group(queue)
         return True
+
+
+def _added(job: str | bytes) -> int:
+    """When a job was added, in Unix ms: the first part of its entry's id."""
+    return EntryId.parse(job).attempt
 
 
 def _deliveries(queue: str, messages: Iterable[_Message], *, again: bool = False) -> list[Delivery]:

@@ -64,6 +64,12 @@ class Ledger:
             if line.beat - _beat_of(raw) > stale_after * 1000:
                 await self._redis.hdel(self._keys.workers, name)
 
+    async def workers(self) -> set[str]:
+        """The names of all workers that show themselves."""
+        return {
+            name.decode("utf-8", "replace") for name in cast("list[bytes]", await self._redis.hkeys(self._keys.workers))
+        }
+
     async def leave(self, worker: str) -> None:
         """Remove a worker's line."""
         await self._redis.hdel(self._keys.workers, worker)

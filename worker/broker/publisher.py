@@ -21,6 +21,7 @@ from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, TokenLog
 from worker.contract.entries import Fields, to_json
 from worker.contract.ids import EntryId
+from worker.telemetry.metrics import Metrics
 
 _log = structlog.get_logger()
 
@@ -33,25 +34,35 @@ _MAX_ENTRIES = 2048
 class Publisher:
     """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, metrics: Metrics | None = None) -> None:
         self._redis: Redis = command_client(url, on_connect=self._on_connect, connections=1)
+        self._metrics = metrics or Metrics()
         self._logs: set[TokenLog] = set()
+        self._by_request: dict[str, TokenLog] = {}
         self._dirty: dict[TokenLog, None] = {}
         self._feed: dict[str, list[tuple[EntryId, Fields]]] = {}
         self._look = True  # before the first write, so that connecting has one place
+        self._asked: set[TokenLog] = set()
         self._looking = False
         self._leaving = False
         self._work = asyncio.Event()
         self._backoff = Backoff("log_write_failed")
 
     def attach(self, log: TokenLog) -> None:
-        """Watch over a log that this process has begun to own."""
+        """Watch over a log that this process has begun to own.
+
+        It may have been cancelled since it was read, by a hint that came before this: so it is looked at once.
+        """
         self._logs.add(log)
+        self._by_request[log.request_id] = log
+        self._ask(log)
 
     def detach(self, log: TokenLog) -> None:
         """The process is done with a log."""
         self._logs.discard(log)
         self._dirty.pop(log, None)
+        if self._by_request.get(log.request_id) is log:
+            del self._by_request[log.request_id]
 
     def wake(self, log: TokenLog) -> None:
         """A log has entries to write."""
@@ -68,6 +79,16 @@ class Publisher:
         self._look = True
         self._work.set()
 
+    def look_at(self, request_id: str) -> None:
+        """Read the end of one request's log soon, if it is written here."""
+        log = self._by_request.get(request_id)
+        if log is not None:
+            self._ask(log)
+
+    def _ask(self, log: TokenLog) -> None:
+        self._asked.add(log)
+        self._work.set()
+
     async def run(self) -> None:
         """Write until `leave` is called and nothing is left to write.
 
@@ -76,18 +97,18 @@ class Publisher:
         while not self._leaving or self._work.is_set():
             await self._work.wait()
             self._work.clear()
-            batch, feed = self._collect()
             try:
-                if self._look:
+                if self._look or self._asked:
                     await self._look_at_logs()
-                elif batch or feed:
+                batch, feed = self._collect()
+                if batch or feed:
                     self._take_replies(batch, await self._write(batch, feed))
                     self._backoff.reset()  # not after a look: reading works while Redis has no room to write
             except (RedisError, OSError) as error:
                 if self._leaving:
                     return
                 await self._recover(error)
-            if self._dirty or self._feed or self._look:
+            if self._dirty or self._feed or self._look or self._asked:
                 self._work.set()
 
     def leave(self) -> None:
@@ -101,8 +122,6 @@ class Publisher:
 
     def _collect(self) -> tuple[_Batch, dict[str, list[tuple[EntryId, Fields]]]]:
         """The next flush. Logs that do not fit wait their turn at the end of the line."""
-        if self._look:
-            return [], {}
         batch: _Batch = []
         room = _MAX_ENTRIES
         for log in list(self._dirty):
@@ -152,16 +171,18 @@ class Publisher:
     def _accept(self, log: TokenLog, upto: EntryId) -> None:
         accepted = log.take_accepted(upto)
         if accepted:
+            self._metrics.written.inc(len(accepted))
             self.announce(log.feed, accepted)
 
     async def _look_at_logs(self) -> None:
-        """Read the end of every log and draw the conclusions. Nothing is in flight meanwhile."""
-        logs = [(log, log.attempt) for log in self._logs if not log.lost.done()]
+        """Read the end of every log, or of those asked for, and judge by it. Nothing is in flight meanwhile."""
+        which = self._logs if self._look else self._asked & self._logs
+        logs = [(log, log.attempt) for log in which if not log.lost.done()]
         pipe = self._redis.pipeline(transaction=False)
         pipe.ping()
         for log, _ in logs:
             pipe.xrevrange(log.key, count=1)
-        self._looking, self._look = True, False  # a look that is asked for meanwhile is one more
+        self._looking, self._look, self._asked = True, False, set()  # a look that is asked for meanwhile is one more
         try:
             _, *replies = await pipe.execute(raise_on_error=False)
         finally:
@@ -186,6 +207,7 @@ class Publisher:
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
+        self._metrics.write_failures.inc()
         await self._backoff.wait(error)
         with suppress(RedisError, OSError):
             await self._redis.connection_pool.disconnect(inuse_connections=True)

@@ -38,6 +38,11 @@ class Keys:
         return f"{self.prefix}:feed:{{{request_id}}}"
 
     @property
+    def cancel(self) -> str:
+        """The pub/sub channel on which a cancel is hinted at, beside the seal: a message is a request id."""
+        return f"{self.prefix}:cancel"
+
+    @property
     def lifecycle(self) -> str:
         """The capped stream of what started and what finished."""
         return f"{self.prefix}:lifecycle"
@@ -51,3 +56,8 @@ class Keys:
     def workers(self) -> str:
         """The hash with one field for each live worker."""
         return f"{self.prefix}:workers"
+
+    @property
+    def probe(self) -> str:
+        """A stream that is never there: to add to it, but only if it is there, tells whether Redis takes writes."""
+        return f"{self.prefix}:probe"

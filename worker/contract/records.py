@@ -86,7 +86,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's line in the hash of workers. `beat` and `started` are Unix ms."""
+    """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs."""
 
     name: str
     beat: int
@@ -95,6 +95,7 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     finished: int
     draining: bool = False
+    paused: str = ""
 
 
 def _decoded(text: str, kind: type[_T], otherwise: _T) -> _T:

@@ -1,0 +1,229 @@
+"""A cancel ends vLLM's work at any phase of a job: at once by the hint, and without it by the lease's tick."""
+
+import json
+
+from conftest import StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Delta, State
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.service import Service
+
+NEVER = 60
+"""A lease of a minute: the logs are not looked at within a test, so that only a hint can be the cause."""
+
+
+def ask(content: str = "Tell me a story") -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
+
+
+async def listening(redis: Redis) -> None:
+    """Wait until a worker has subscribed to the hints."""
+
+    async def subscribed() -> bool:
+        return [count for _, count in await redis.pubsub_numsub("chat:cancel")] == [1]
+
+    await eventually(subscribed)
+
+
+async def settled(redis: Redis) -> dict[bytes, bytes]:
+    """Wait until nothing is pending; gives the last line of the lifecycle."""
+
+    async def nothing_pending() -> bool:
+        groups = await redis.xinfo_groups("chat:jobs")
+        return bool(groups) and all(not group["pending"] and group["consumers"] for group in groups)
+
+    await eventually(nothing_pending)
+    return (await stream(redis, "chat:lifecycle"))[-1][1]
+
+
+async def closed_early(server: Simulator) -> None:
+    async def closed() -> bool:
+        return [served.closed_early for served in server.served] == [True]
+
+    await eventually(closed)
+
+
+async def begun(client: Client, request_id: str, deltas: int = 0) -> None:
+    """Wait until a request runs and so many of its deltas are there."""
+    async for entry in client.follow(request_id):
+        deltas -= isinstance(entry, Delta)
+        if entry.id.attempt and deltas <= 0:
+            return
+
+
+async def read(redis: Redis, request_id: str) -> Answer:
+    return Answer(parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}"))
+
+
+async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simulator, **more: object) -> Service:
+    """A worker that listens, and that gives up nothing by itself within a test."""
+    given: dict[str, object] = {"lease": NEVER, "first_token_timeout": 600, "gap_timeout": 600}
+    service = await start_worker(*servers, **(given | more))
+    await listening(redis)
+    return service
+
+
+async def test_before_it_is_taken(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request_id = await client.enqueue(ask())
+    assert (await client.cancel(request_id)).state is State.QUEUED
+    await worker_before(start_worker, redis, simulator)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+    assert not simulator.served
+
+
+async def test_before_the_first_token(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+
+    async def asked() -> bool:
+        return bool(silent.served)
+
+    await eventually(asked)
+    assert (await client.cancel(request_id)).state is State.RUNNING
+    await closed_early(silent)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_mid_stream_while_nothing_comes(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A stream that goes on would find the seal with its next entry, hint or not."""
+    stalls = await start_simulator(Options(orders=Orders(fault="stall", after=5)))
+    await worker_before(start_worker, redis, stalls)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=5)
+    await client.cancel(request_id)
+    await closed_early(stalls)
+    finished = await settled(redis)
+    assert finished[b"outcome"] == b"cancelled"
+    assert json.loads(finished[b"usage"])["completion_tokens"] >= 5, "the usage so far is told"
+    answer = await read(redis, request_id)
+    assert answer.text
+    assert answer_to(ask()["messages"]).startswith(answer.text)
+
+
+async def test_between_two_tries(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    busy = await start_simulator(Options(orders=Orders(fault="503", retry_after=600)))
+    await worker_before(start_worker, redis, busy)
+    request_id = await client.enqueue(ask())
+
+    async def refused() -> bool:
+        return [served.ended is not None for served in busy.served] == [True]
+
+    await eventually(refused)
+    await client.cancel(request_id)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+    assert len(busy.served) == 1, "there was no second try"
+
+
+async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Redis, start_worker: StartWorker) -> None:
+    leaves = Simulator(Options(orders=Orders(rate=50)))
+    await leaves.__aenter__()
+    worker = await worker_before(start_worker, redis, leaves)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=3)
+    await leaves.__aexit__(None, None, None)
+
+    async def away() -> bool:
+        return not worker._upstream.is_there
+
+    await eventually(away)
+    await client.cancel(request_id)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_after_the_end_it_is_said_and_nothing_changes(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await worker_before(start_worker, redis, simulator)
+    request_id = await client.enqueue(ask())
+    await client.result(request_id)
+    before = await stream(redis, f"chat:tokens:{{{request_id}}}")
+    said = await client.cancel(request_id)
+    assert (said.state, said.outcome) == (State.ENDED, "done")
+    assert await stream(redis, f"chat:tokens:{{{request_id}}}") == before
+
+
+async def test_without_a_hint_the_lease_tick_finds_it(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent, lease=1)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id)
+    await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
+    await closed_early(silent)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_a_subscription_that_is_cut_is_made_again(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id)
+    assert await redis.client_kill_filter(_type="pubsub") == 1
+    await listening(redis)
+    await client.cancel(request_id)
+    await closed_early(silent)
+    await settled(redis)
+
+
+async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_does(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id)
+    pipe = redis.pipeline()
+    pipe.client_kill_filter(_type="pubsub")
+    pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
+    await pipe.execute()
+    await closed_early(silent)
+    await settled(redis)
+
+
+async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+
+    async def all_asked() -> bool:
+        return len(silent.served) == 5
+
+    async def reads() -> int:
+        return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
+
+    await eventually(all_asked)
+    before = await reads()
+    pipe = redis.pipeline()
+    for n in range(1000):
+        pipe.publish("chat:cancel", f"somebody-else-{n}")
+    pipe.publish("chat:cancel", ids[0])
+    await pipe.execute()
+
+    async def looked() -> bool:
+        return await reads() > before
+
+    await eventually(looked)
+    for request_id in ids:
+        await client.cancel(request_id)
+    await settled(redis)
+    # Of the client: one for its look at each. Of the worker: the hint alone, and each of the five when cancelled,
+    # several of them in one look; and what settling reads.
+    assert await reads() - before <= 1 + 5 * 3

@@ -1,0 +1,119 @@
+"""What a worker does three times a lease: it keeps its jobs, shows that it lives, measures, and clears up."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from redis.exceptions import RedisError, ResponseError
+
+from worker.broker.clock import Clock
+from worker.broker.connection import Backoff
+from worker.broker.jobs import JobQueue
+from worker.broker.ledger import Ledger
+from worker.broker.publisher import Publisher
+from worker.contract.records import WorkerLine
+from worker.leases import Leases
+from worker.settings import Settings
+from worker.telemetry.metrics import Metrics
+
+_STALE = 10
+"""A worker that has not shown itself for so many leases is gone."""
+
+
+class Keeper:
+    """Keeps a process in order. `line` is how it shows itself."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        jobs: JobQueue,
+        leases: Leases,
+        ledger: Ledger,
+        publisher: Publisher,
+        clock: Clock,
+        line: Callable[[], WorkerLine],
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._jobs = jobs
+        self._leases = leases
+        self._ledger = ledger
+        self._publisher = publisher
+        self._clock = clock
+        self._line = line
+        self._metrics = metrics
+        self._pause = settings.lease / 3
+        self._swept = 0.0
+        self._over = asyncio.Event()
+
+    def leave(self) -> None:
+        """Come to an end."""
+        self._over.set()
+
+    async def keep_leases(self) -> None:
+        """Renew the leases and look at the logs; nothing else may delay it, least of all a Redis that is full."""
+        backoff = Backoff("renewal_failed", most=self._pause / 2)
+        while await self._rest():
+            try:
+                await self._leases.renew()
+                backoff.reset()
+            except (RedisError, OSError) as error:
+                await backoff.wait(error)
+            self._publisher.look()
+            self._leases.stop_expired()
+
+    async def keep_house(self) -> None:
+        """Show that this worker lives, measure, and clear up."""
+        duties = {
+            Backoff("clock_failed"): self._clock.sync,
+            Backoff("trim_failed"): self._trim,
+            Backoff("measure_failed"): self._measure,
+            Backoff("beat_failed"): self._beat,
+            Backoff("forget_failed"): self._forget,
+            Backoff("sweep_failed"): self._sweep,
+        }
+        while await self._rest():
+            for backoff, duty in duties.items():
+                try:
+                    await duty()
+                    backoff.reset()
+                except (RedisError, OSError) as error:
+                    await backoff.wait(error)
+                    if not isinstance(error, ResponseError):
+                        break  # Redis is away; one that only refuses this may take the next, as when it is full
+
+    async def _trim(self) -> None:
+        for queue in list(self._leases.to_trim):
+            await self._jobs.trim(queue)
+            self._leases.to_trim.discard(queue)
+
+    async def _measure(self) -> None:
+        for queue in self._settings.queues:
+            depth = await self._jobs.depth(queue)
+            oldest = None if depth.oldest is None else max(0, self._clock.now() - depth.oldest) / 1000
+            self._metrics.queue(queue, depth.waiting, oldest)
+
+    async def _beat(self) -> None:
+        await self._ledger.beat(self._line(), stale_after=_STALE * self._settings.lease)
+
+    async def _forget(self) -> None:
+        await self._ledger.forget(self._clock.now() - self._settings.dead_retention * 1000)
+
+    async def _sweep(self) -> None:
+        """Remove the consumers of workers that are gone, which nobody else does where one was killed."""
+        stale = _STALE * self._settings.lease
+        if time.monotonic() - self._swept < stale:
+            return
+        alive = await self._ledger.workers()
+        for queue in self._settings.queues:
+            await self._jobs.remove_stale(queue, alive, stale)
+        self._swept = time.monotonic()
+
+    async def _rest(self) -> bool:
+        """Pause; false when all is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._pause):
+                await self._over.wait()
+        return not self._over.is_set()

@@ -1,0 +1,145 @@
+"""The jobs at work in this process and their leases: renewed while they run, given up when lost, handed over."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+import structlog
+from redis.exceptions import RedisError
+
+from worker.broker.connection import what_redis_said
+from worker.broker.jobs import Delivery, JobQueue
+from worker.generation import Stop
+from worker.telemetry.metrics import Metrics
+
+_LAST_WORDS = 5.0
+"""Seconds that jobs have to stop once they are told to."""
+
+_log = structlog.get_logger()
+
+
+@dataclass(eq=False)
+class Running:
+    """A job at work. `renewed` is when its last renewal was sent, by the monotonic clock in seconds."""
+
+    delivery: Delivery
+    stop: "asyncio.Future[Stop]"
+    renewed: float
+    task: "asyncio.Task[None]"
+
+    def stop_for(self, reason: Stop) -> None:
+        """Tell the job to stop; the first reason holds."""
+        if not self.stop.done():
+            self.stop.set_result(reason)
+
+
+class Leases:
+    """The jobs at work. `work` does one, `freed` is called after each; `lease` is in seconds."""
+
+    def __init__(
+        self,
+        jobs: JobQueue,
+        work: "Callable[[Delivery, asyncio.Future[Stop]], Awaitable[None]]",
+        freed: Callable[[], None],
+        *,
+        lease: float,
+        metrics: Metrics,
+    ) -> None:
+        self._jobs = jobs
+        self._work = work
+        self._freed = freed
+        self._lease = lease
+        self._metrics = metrics
+        self._running: dict[tuple[str, str], Running] = {}
+        self.finished = 0
+        self.changed = asyncio.Event()
+        """Set whenever a job has ended."""
+        self.to_trim: set[str] = set()
+        """The queues of which jobs have ended since they were trimmed."""
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def begin(self, deliveries: Iterable[Delivery], sent: float) -> int:
+        """Begin jobs that were asked for at `sent`; gives how many.
+
+        One that is at work already, as after a pause of this process, has its lease renewed by it.
+        """
+        begun = 0
+        for delivery in deliveries:
+            running = self._running.get((delivery.queue, delivery.id))
+            if running is not None:
+                running.renewed = sent
+                continue
+            stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+            task = asyncio.create_task(self._run(delivery, stop))
+            self._running[delivery.queue, delivery.id] = Running(delivery, stop, sent, task)
+            begun += 1
+        return begun
+
+    async def _run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        try:
+            await self._work(delivery, stop)
+        except Exception as error:  # noqa: BLE001 - one job must not end the others
+            # Left pending: whoever gets it next finds in the log how far it came.
+            if isinstance(error, RedisError):  # its traceback would quote the command, and so the answer
+                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=what_redis_said(error))
+            else:
+                _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
+        finally:
+            del self._running[delivery.queue, delivery.id]
+            self.finished += 1
+            self.to_trim.add(delivery.queue)
+            self._freed()
+            self.changed.set()
+
+    async def renew(self) -> None:
+        """Renew every lease; a job that another worker has by now is told to stop."""
+        jobs = list(self._running.values())
+        if not jobs:
+            return
+        sent = time.monotonic()
+        kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
+        for running, is_ours in zip(jobs, kept, strict=True):
+            if is_ours:
+                running.renewed = sent
+        for running, is_ours in zip(jobs, kept, strict=True):
+            if is_ours is False:
+                if await self._jobs.is_live(running.delivery.queue, running.delivery.id):
+                    self._lose(running)
+                else:  # somebody deleted the job: no other worker can have it, so it goes on to its end
+                    running.renewed = sent
+
+    def stop_expired(self) -> None:
+        """Whoever could not renew before the lease ended stops: another worker may have the job by now."""
+        ended = time.monotonic() - self._lease
+        for running in self._running.values():
+            if running.renewed < ended:
+                self._lose(running)
+
+    def _lose(self, running: Running) -> None:
+        if not running.stop.done():
+            running.stop_for(Stop.LEASE_LOST)
+            self._metrics.lease_lost.inc()
+
+    async def hand_over(self) -> None:
+        """Stop what still runs, and make its lease end now, so that another worker goes on at once."""
+        left = list(self._running.values())
+        for running in left:
+            running.stop_for(Stop.HAND_OVER)
+        if left:
+            await asyncio.wait({running.task for running in left}, timeout=_LAST_WORDS)
+        for running in left:
+            if running.stop.result() is Stop.HAND_OVER and running.task.done():
+                try:
+                    await self._jobs.hand_over(running.delivery, time.monotonic() - running.renewed)
+                except (RedisError, OSError) as error:
+                    # Redis is away: asking it for each of the others would take a timeout each.
+                    _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
+                    return
+
+    def cancel(self) -> None:
+        """End whatever is left, as the process ends."""
+        for running in self._running.values():
+            running.task.cancel()

@@ -1,0 +1,95 @@
+"""Metrics of one worker, for Prometheus: what is counted, under which names, and how it is served.
+
+Nothing is counted per token, and no label holds what a job says.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_PREFIX = "vllm_relay"
+_WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+"""Seconds; from a free worker to a queue that is an hour long."""
+
+
+class Metrics:
+    """All metrics of a process, in a registry of its own. Durations are seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._stop: Callable[[], None] | None = None
+        self.slots = self._gauge("slots", "Jobs that may run at once")
+        self.running = self._gauge("jobs_running", "Jobs at work")
+        self.buried = self._counter("jobs_buried", "Jobs put among the dead letters")
+        self.lease_lost = self._counter("lease_lost", "Jobs left because their lease could not be renewed")
+        self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
+        self.write_failures = self._counter("redis_write_failures", "Flushes that Redis refused, or did not answer")
+        self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
+        self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
+        self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
+        self._paused = self._gauge("claims_paused", "Whether no jobs are taken, by why", "reason")
+        self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job with a worker", "queue")
+        self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
+        self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start")
+        self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta")
+
+    def finished(self, outcome: str) -> None:
+        """A job has ended: `done`, `error` or `cancelled`."""
+        self._finished.labels(outcome).inc()
+
+    def attempt(self, reason: str) -> None:
+        """An attempt begins: `started`, `takeover`, or the code of the fault that made another one necessary."""
+        self._attempts.labels(reason).inc()
+
+    def interrupted(self, how: str) -> None:
+        """An answer broke off: `resumed` or `restarted`."""
+        self._interrupted.labels(how).inc()
+
+    def waited(self, seconds: float) -> None:
+        """A job has begun that waited for so long."""
+        self._wait.observe(seconds)
+
+    def first_delta(self, seconds: float) -> None:
+        """An answer's first delta came after so long."""
+        self._first_delta.observe(seconds)
+
+    def paused(self, reason: str, *, on: bool) -> None:
+        """Claiming pauses for a reason, or does so no more."""
+        self._paused.labels(reason).set(on)
+
+    def queue(self, queue: str, waiting: int | None, oldest: float | None) -> None:
+        """How a queue stands. `waiting` is None where Redis cannot tell, `oldest` where nothing is pending."""
+        self._waiting.labels(queue).set(math.nan if waiting is None else waiting)
+        self._oldest.labels(queue).set(oldest or 0)
+
+    def serve(self, host: str, port: int) -> int:
+        """Serve them at `/metrics`, from a thread of its own; gives the port.
+
+        Raises:
+            OSError: when the address is taken, or is none.
+        """
+        server, thread = start_http_server(port, host, self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._stop = stop
+        return server.server_port
+
+    async def aclose(self) -> None:
+        """Serve no more."""
+        if self._stop is not None:
+            await asyncio.to_thread(self._stop)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace=_PREFIX, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace=_PREFIX, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, (), namespace=_PREFIX, registry=self.registry, buckets=_WAITS)
