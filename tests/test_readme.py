@@ -93,7 +93,7 @@ def test_every_setting_that_is_named_exists(name: str) -> None:
 
 def test_every_key_entry_type_and_field_of_the_contract_is_described() -> None:
     keys = Keys()
-    fixed = [keys.jobs(), keys.lifecycle, keys.dead, keys.workers]
+    fixed = [keys.jobs(), keys.lifecycle, keys.dead, keys.workers, keys.cancel]
     for key in [*fixed, keys.tokens("<id>"), keys.ended("<id>"), keys.feed("<id>")]:
         assert f"| `{key}`" in README
     for kind in (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled):
