@@ -1,0 +1,87 @@
+"""Metrics: what a scrape of a worker shows, that workers in one process do not share them, and who may not serve."""
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import StartWorker, eventually
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.sandbox.simulator import Simulator
+from worker.service import Service
+from worker.settings import ConfigError, load_settings
+from worker.telemetry.metrics import Metrics
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def value(service: Service, name: str, **labels: str) -> float:
+    found = service._metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
+    assert found is not None, name
+    return found
+
+
+async def test_a_scrape_shows_what_was_counted() -> None:
+    metrics = Metrics()
+    port = metrics.serve("127.0.0.1", 0)
+    metrics.finished("done")
+    metrics.attempt("started")
+    metrics.interrupted("resumed")
+    metrics.waited(0.2)
+    metrics.queue("default", waiting=3, oldest=None)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        page = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+    await metrics.aclose()
+    assert 'vllm_relay_jobs_finished_total{outcome="done"} 1.0' in page
+    assert 'vllm_relay_interrupted_total{how="resumed"} 1.0' in page
+    assert 'vllm_relay_queue_waiting{queue="default"} 3.0' in page
+    assert 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0' in page
+
+
+async def test_a_workers_jobs_are_counted(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    one = await start_worker(simulator, lease=0.5, slots=7)
+    other = await start_worker(simulator, lease=0.5, queues="other")
+    for _ in range(3):
+        await client.result(await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}))
+    await redis.xadd("chat:jobs", {"id": "no/id"})
+
+    async def all_counted() -> bool:
+        return (value(one, "jobs_buried_total"), value(one, "jobs_running")) == (1, 0)
+
+    async def measured() -> bool:
+        return one._metrics.registry.get_sample_value("vllm_relay_oldest_pending_seconds", {"queue": "default"}) == 0
+
+    await eventually(all_counted)
+    await eventually(measured)
+    assert value(one, "slots") == 7
+    assert value(one, "jobs_finished_total", outcome="done") == 3
+    assert value(one, "attempts_total", reason="started") == 3
+    assert value(one, "job_wait_seconds_count") == value(one, "first_delta_seconds_count") == 3
+    assert value(one, "log_entries_total") > 3
+    assert other._metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done"}) is None
+
+
+async def test_an_address_that_is_taken_ends_the_worker_with_a_sentence(redis_url: str) -> None:
+    metrics = Metrics()
+    address = f"127.0.0.1:{metrics.serve('127.0.0.1', 0)}"
+    try:
+        with pytest.raises(ConfigError, match=rf"^WORKER_METRICS is '{address}', and cannot be served: .*in use"):
+            await Service(load_settings(redis_url=redis_url, metrics=address)).run()
+    finally:
+        await metrics.aclose()
+
+
+@pytest.mark.parametrize("bad", ["9100", ":9100", "host:port", "127.0.0.1:70000"])
+def test_what_is_no_address_is_refused(bad: str) -> None:
+    with pytest.raises(ConfigError, match=r"WORKER_METRICS is .*such as 127\.0\.0\.1:9100"):
+        load_settings(metrics=bad)
+
+
+def test_every_metric_is_in_the_readme() -> None:
+    names = {metric.name for metric in Metrics().registry.collect()}
+    named = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_\w+)", README)}
+    assert named == names
