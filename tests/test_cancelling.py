@@ -40,6 +40,13 @@ async def settled(redis: Redis) -> dict[bytes, bytes]:
     return (await stream(redis, "chat:lifecycle"))[-1][1]
 
 
+async def asked(server: Simulator, times: int = 1) -> None:
+    async def enough() -> bool:
+        return len(server.served) == times
+
+    await eventually(enough)
+
+
 async def closed_early(server: Simulator) -> None:
     async def closed() -> bool:
         return [served.closed_early for served in server.served] == [True]
@@ -83,11 +90,7 @@ async def test_before_the_first_token(
     silent = await start_simulator(Options(orders=Orders(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-
-    async def asked() -> bool:
-        return bool(silent.served)
-
-    await eventually(asked)
+    await asked(silent)
     assert (await client.cancel(request_id)).state is State.RUNNING
     await closed_early(silent)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
@@ -161,7 +164,7 @@ async def test_without_a_hint_the_lease_tick_finds_it(
     silent = await start_simulator(Options(orders=Orders(fault="hang")))
     await worker_before(start_worker, redis, silent, lease=1)
     request_id = await client.enqueue(ask())
-    await begun(client, request_id)
+    await asked(silent)
     await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
     await closed_early(silent)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
@@ -173,7 +176,7 @@ async def test_a_subscription_that_is_cut_is_made_again(
     silent = await start_simulator(Options(orders=Orders(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-    await begun(client, request_id)
+    await asked(silent)
     assert await redis.client_kill_filter(_type="pubsub") == 1
     await listening(redis)
     await client.cancel(request_id)
@@ -187,7 +190,7 @@ async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_d
     silent = await start_simulator(Options(orders=Orders(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-    await begun(client, request_id)
+    await asked(silent)
     pipe = redis.pipeline()
     pipe.client_kill_filter(_type="pubsub")
     pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
@@ -203,13 +206,10 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
     await worker_before(start_worker, redis, silent)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
 
-    async def all_asked() -> bool:
-        return len(silent.served) == 5
-
     async def reads() -> int:
         return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
 
-    await eventually(all_asked)
+    await asked(silent, times=5)
     before = await reads()
     pipe = redis.pipeline()
     for n in range(1000):
