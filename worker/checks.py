@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from worker.broker.connection import OLDEST, command_client
+from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client
 from worker.broker.jobs import waiting_in
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
@@ -69,8 +69,11 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("ok", where, f"version {version} answers")
         for finding in _storage_findings(where, info):
             yield finding
+        keys = Keys(settings.prefix)
+        async for finding in _check_channels(redis, where, keys):
+            yield finding
         for queue in settings.queues:
-            yield await _check_queue(redis, Keys(settings.prefix), queue, settings.queue_limit)
+            yield await _check_queue(redis, keys, queue, settings.queue_limit)
     except (RedisError, OSError) as error:
         refused = isinstance(error, AuthenticationError)
         mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
@@ -105,6 +108,20 @@ def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
             )
         )  # fmt: skip
     return findings
+
+
+async def _check_channels(redis: Redis, where: str, keys: Keys) -> AsyncIterator[Finding]:
+    """From Redis 7 on a user of one's own may use no channel unless it is said."""
+    try:
+        await redis.publish(keys.feed("check"), "[]")
+        async with redis.pubsub() as hints:
+            await hints.subscribe(keys.cancel)
+            await hints.get_message(timeout=COMMAND_TIMEOUT)
+    except NoPermissionError as error:
+        yield Finding(
+            "warning", where, f"the user lacks a right: without it the feed is silent, or a cancel late: {error}",
+            f"ACL SETUSER <user> &{keys.prefix}:* +publish +subscribe",
+        )  # fmt: skip
 
 
 async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> Finding:

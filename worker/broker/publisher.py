@@ -7,6 +7,7 @@ back: after a loss every log's end is read first, since a failover may have drop
 """
 
 import asyncio
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TypeAlias
@@ -15,9 +16,9 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from worker.broker.connection import Backoff, command_client, is_transient
+from worker.broker.connection import Backoff, command_client, is_transient, what_redis_said
 from worker.broker.log import LogDiverged, LogGone, LogRefused, TokenLog
 from worker.contract.entries import Fields, to_json
 from worker.contract.ids import EntryId
@@ -29,6 +30,8 @@ _Batch: TypeAlias = list[tuple[TokenLog, list[tuple[EntryId, Fields]]]]
 
 _MAX_ENTRIES_OF_A_LOG = 256
 _MAX_ENTRIES = 2048
+_OF_THE_FEED = re.compile(r"Command # \d+ \(PUBLISH ")
+"""How redis-py begins the error of a command in a pipeline, here of one to the feed."""
 
 
 class Publisher:
@@ -44,6 +47,7 @@ class Publisher:
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
         self._looking = False
+        self._mute = False
         self._leaving = False
         self._work = asyncio.Event()
         self._backoff = Backoff("log_write_failed")
@@ -71,8 +75,9 @@ class Publisher:
 
     def announce(self, channel: str, entries: Iterable[tuple[EntryId, Fields]]) -> None:
         """Tell the feed of entries that Redis has accepted. The feed is only speed: it may be lost."""
-        self._feed.setdefault(channel, []).extend(entries)
-        self._work.set()
+        if not self._mute:
+            self._feed.setdefault(channel, []).extend(entries)
+            self._work.set()
 
     def look(self) -> None:
         """Read every log's end soon: a log that was sealed or fenced while nothing was appended shows it there."""
@@ -208,6 +213,10 @@ class Publisher:
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         self._metrics.write_failures.inc()
+        if isinstance(error, NoPermissionError) and _OF_THE_FEED.match(str(error)):
+            # It is in one MULTI with entries, and would hold them back for ever.
+            self._mute = True
+            _log.warning("feed_refused", error=what_redis_said(error))
         await self._backoff.wait(error)
         with suppress(RedisError, OSError):
             await self._redis.connection_pool.disconnect(inuse_connections=True)

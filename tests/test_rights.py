@@ -1,0 +1,47 @@
+"""A Redis user without the right to some channels: the logs are whole, and it is said what is missing."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from conftest import StartWorker
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.checks import check
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Simulator
+from worker.telemetry.logs import configure_logging
+
+REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
+
+
+@pytest.fixture
+async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The Redis, as a user that may use every command and key of ours, and no channel."""
+    await redis.acl_setuser(
+        "mute", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
+    )
+    yield redis_url.replace("//", "//mute:pw@")
+    await redis.acl_deluser("mute")
+
+
+async def test_without_the_right_to_channels_answers_are_whole_and_cancels_work(
+    user_url: str, start_worker: StartWorker, simulator: Simulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("json", "warning")
+    await start_worker(simulator, redis_url=user_url)
+    async with Client(user_url) as client:
+        for _ in range(3):
+            answer = await client.result(await client.enqueue(REQUEST))
+            assert answer.text == answer_to(REQUEST["messages"])
+        assert (await client.cancel("never")).state.value == "unknown"
+        assert (await client.status("never")).outcome == "cancelled"
+    said = capfd.readouterr().err
+    assert said.count("feed_refused") == said.count("cancel_hints_refused") == 1
+
+
+async def test_the_check_says_what_is_missing_and_how_to_give_it(user_url: str, simulator: Simulator) -> None:
+    findings = [finding async for finding in check({"redis_url": user_url, "vllm_urls": simulator.url})]
+    (told,) = [finding for finding in findings if "lacks a right" in finding.text]
+    assert told.level == "warning"
+    assert "&chat:*" in told.mend
