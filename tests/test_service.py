@@ -575,3 +575,35 @@ async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
     with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
         await asyncio.wait_for(service.run(), 10)
     assert caught.group_contains(KeyError)
+
+
+async def test_a_flood_while_a_read_waits_is_survived(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7.0 wakes the read at once, 6.2 as its wait ends."""
+    monkeypatch.setattr("worker.service._LONGEST_BLOCK", 1.0)
+    await start_worker(simulator, lease=4)
+
+    async def waits() -> bool:
+        return bool((await redis.info("clients"))["blocked_clients"])
+
+    await eventually(waits)
+    await redis.flushall()
+    assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+
+
+async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """7.0 drops it from the pending list, so that its lease cannot be renewed."""
+    worker = await start_worker(await start_simulator(Options(orders=Orders(rate=40, tokens=120))), lease=1)
+    request_id = await client.enqueue(ask())
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 3):
+            ((job, _),) = await stream(redis, "chat:jobs")
+            await redis.xdel("chat:jobs", job)
+    assert (Answer(entries).outcome, Answer(entries).attempt) == ("done", 1)
+    assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
+    await settled(redis)

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
 from worker.contract.keys import GROUP, Keys
+from worker.telemetry.logs import configure_logging
 
 LEASE = 0.5
 
@@ -222,3 +223,64 @@ async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_si
     await owner.read("default", 500, 100)
     await expired(redis, ids[-1], idle=61_000)
     assert [delivery.id for delivery in await taker.take_expired("default", 1)] == [ids[-1]]
+
+
+async def test_the_consumer_of_a_worker_that_is_gone_is_removed_and_no_other(group: Group, redis: Redis) -> None:
+    await add(redis, 3)
+    for name in ("busy", "gone", "alive"):
+        (job,) = await group.consumer(name).read("default", 1, 1)
+        if name != "busy":
+            await group.consumer(name).acknowledge(job)
+
+    async def names() -> set[str]:
+        return {line["name"].decode() for line in await redis.xinfo_consumers("chat:jobs", GROUP)}
+
+    one = group.consumer("one")
+    await one.remove_stale("default", {"alive"}, idle=60)
+    assert await names() == {"busy", "gone", "alive"}, "none has been idle for a minute"
+    await one.remove_stale("default", {"alive"}, idle=0)
+    assert await names() == {"busy", "alive"}, "what one has pending would be lost with it"
+
+
+async def test_a_consumer_that_is_given_a_job_just_before_its_removal_stays(
+    group: Group, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a worker goes on that was paused."""
+    woken = group.consumer("woken")
+    await add(redis, 1)
+    await woken.acknowledge((await woken.read("default", 1, 1))[0])
+    look = group.commands.xinfo_consumers
+
+    async def look_and_let_it_wake(*args: str) -> object:
+        seen = await look(*args)
+        await add(redis, 1)
+        await woken.read("default", 1, 1)
+        return seen
+
+    monkeypatch.setattr(group.commands, "xinfo_consumers", look_and_let_it_wake)
+    await group.consumer("one").remove_stale("default", set(), idle=0)
+    assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
+
+
+async def test_a_group_that_keeps_vanishing_is_told_of_once(
+    group: Group, redis: Redis, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("json", "warning")
+    one = group.consumer("one")
+    for _ in range(5):
+        await redis.flushall()
+        assert await one.read("default", 1, 1) == []
+        await add(redis, 1)
+        assert len(await one.read("default", 1, 1)) == 1
+    assert capfd.readouterr().err.count("group_made_again") == 1
+
+
+async def test_a_queue_tells_what_waits_and_how_old_the_oldest_job_is(group: Group, redis: Redis) -> None:
+    one = group.consumer("one")
+    ids = await add(redis, 3)
+    before = await one.depth("default")
+    await one.read("default", 1, 1)
+    after = await one.depth("default")
+    assert (before.oldest, after.oldest) == (None, int(ids[0].partition("-")[0]))
+    known = (await redis.xinfo_groups("chat:jobs"))[0].get("lag") is not None
+    assert (before.waiting, after.waiting) == ((3, 2) if known else (None, None))

@@ -466,3 +466,17 @@ async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
     log.append(delta("new"))
     await log.drained()
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:new"]
+
+
+async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_without_a_hint(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    other = await one.take(delivery)  # so that the connection is there, whose first use looks at every log
+    other.append(delta("x"))
+    await other.drained()
+    taken = TokenLog("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
+    await redis.xadd(taken.key, {"type": "started"}, id="1-0")
+    await redis.xadd(taken.key, {"type": "cancelled"}, id=str(SEAL))
+    await redis.expire(taken.key, 60)
+    one.publisher.attach(taken)
+    assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
