@@ -284,3 +284,13 @@ async def test_a_queue_tells_what_waits_and_how_old_the_oldest_job_is(group: Gro
     assert (before.oldest, after.oldest) == (None, int(ids[0].partition("-")[0]))
     known = (await redis.xinfo_groups("chat:jobs"))[0].get("lag") is not None
     assert (before.waiting, after.waiting) == ((3, 2) if known else (None, None))
+
+
+async def test_a_job_that_was_deleted_while_its_worker_died_is_pending_with_nobody(group: Group, redis: Redis) -> None:
+    (job, kept) = await add(redis, 2)
+    await group.consumer("dead").read("default", 2, 1)
+    await expired(redis, job)
+    await expired(redis, kept)
+    await redis.xdel("chat:jobs", job)
+    assert [delivery.id for delivery in await group.consumer("one").take_expired("default", 5)] == [kept]
+    assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1

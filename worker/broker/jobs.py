@@ -21,6 +21,7 @@ _log = structlog.get_logger()
 _LOOKS = 64
 """Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
 
+_NO_LIMIT = 2**31
 _SAY_AGAIN = 30.0
 """Seconds until a group that keeps vanishing is told of again."""
 
@@ -149,6 +150,8 @@ class JobQueue:
                 return []
             cursor, messages = cast("tuple[bytes, list[_Message]]", reply[:2])
             self._cursors[queue] = cursor.decode()
+            if any(entry_id is None for entry_id, _ in messages):
+                await self._forget_deleted(queue)
             if messages or cursor == b"0-0":
                 return await self._counted(_deliveries(queue, messages, again=True))
         return []
@@ -269,6 +272,17 @@ class JobQueue:
             for consumer in await self._commands.xinfo_consumers(key, GROUP):
                 if consumer["name"] == self._consumer.encode() and not consumer["pending"]:
                     await self._commands.xgroup_delconsumer(key, GROUP, self._consumer)
+
+    async def _forget_deleted(self, queue: str) -> None:
+        """Acknowledge what is pending with us and not in the stream any more.
+
+        7.0 does it by itself; 6.2 would hand it from worker to worker for ever, and it would hold the trimming back.
+        """
+        key = self._keys.jobs(queue)
+        for line in await self._commands.xpending_range(key, GROUP, "-", "+", _NO_LIMIT, self._consumer):
+            job = line["message_id"]
+            if not await self._commands.xrange(key, job, job):
+                await self._commands.xack(key, GROUP, job)
 
     async def _pending(self, queue: str, job: str, consumer: str | None = None) -> list[dict[str, Any]]:
         """The group's line of a job that was read and not acknowledged; of a group that is gone there is none."""
