@@ -416,6 +416,11 @@ async def test_a_group_that_vanishes_is_made_again(client: Client, redis: Redis)
 async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redis: Redis) -> None:
     slow = ask(simulate={"rate": 40})
     request_id = await client.enqueue(slow)
+
+    async def begun() -> bool:
+        return (await read(redis, request_id)).started is not None
+
+    await eventually(begun)
     await redis.xadd("chat:jobs", {"id": request_id, "request": "{"})
     assert (await client.result(request_id)).text == answer_to(ask()["messages"])
     await redis.xadd("chat:jobs", {"id": request_id, "request": "{}"})
