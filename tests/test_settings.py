@@ -9,6 +9,11 @@ import pytest
 
 from worker.settings import PREFIX, ConfigError, Settings, load_settings, shown_url, variable
 
+NO_REDIS_URL = (
+    "must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path, "
+    "redis+sentinel://host,host2/<master name> or redis+cluster://host,host2"
+)
+
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch
         WORKER_TRIES="1.5",
     )
     assert sorted(told) == [
-        "REDIS_URL must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path",
+        f"REDIS_URL {NO_REDIS_URL}",
         "VLLM_URLS holds 'localhost:8000', which is no URL such as http://127.0.0.1:8000",
         "WORKER_LEASE is 'soon': it should be a valid number, unable to parse string as a number",
         "WORKER_LOG_LEVEL is 'loud': it should be 'debug', 'info', 'warning' or 'error'",
@@ -162,7 +167,7 @@ def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch
 def test_a_bad_option_is_told_by_the_same_name() -> None:
     told = problems_of({"slots": 0, "vllm_urls": "", "redis_url": "x"})
     assert sorted(told) == [
-        "REDIS_URL must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path",
+        f"REDIS_URL {NO_REDIS_URL}",
         "VLLM_URLS is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000",
         "WORKER_SLOTS is '0': it should be greater than or equal to 1",
     ]
@@ -222,6 +227,14 @@ def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> 
         ("REDIS_URL", "127.0.0.1:6379"),
         ("REDIS_URL", "redis:127.0.0.1"),
         ("REDIS_URL", "redis://host:port"),
+        ("REDIS_URL", "redis+sentinel://host"),
+        ("REDIS_URL", "redis+sentinel:///mymaster"),
+        ("REDIS_URL", "redis+sentinel://host,/mymaster"),
+        ("REDIS_URL", "redis+sentinel://host/mymaster/x"),
+        ("REDIS_URL", "redis+cluster://"),
+        ("REDIS_URL", "redis+cluster://host/1"),
+        ("REDIS_URL", "redis+cluster://host:port"),
+        ("REDIS_URL", "redis+sharded://host"),
         ("VLLM_API_KEY", "a\nb"),
         ("VLLM_API_KEY", "clé"),
     ],
@@ -233,7 +246,18 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(
     assert told.startswith(f"{name} ")
 
 
-@pytest.mark.parametrize("url", ["redis://h", "rediss://u:p@h:6380/2?protocol=3", "unix:///run/redis.sock"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "rediss://u:p@h:6380/2?protocol=3",
+        "unix:///run/redis.sock",
+        "redis+sentinel://h/m",
+        "rediss+sentinel://u:p@h:1,[::1]:2/m/3?ssl_cert_reqs=none",
+        "redis+cluster://h",
+        "rediss+cluster://u:p@h:1,h2:2/",
+    ],
+)
 def test_each_kind_of_redis_url_is_taken(url: str) -> None:
     assert load_settings(redis_url=url).redis_url.get_secret_value() == url
 
@@ -264,6 +288,9 @@ def test_secrets_are_not_shown() -> None:
         ("REDIS_URL", "redis://:hunter2[@h"),
         ("REDIS_URL", "redis://:hunter2\u2100@h"),
         ("REDIS_URL", ":hunter2@h"),
+        ("REDIS_URL", "redis+sentinel://:hunter2@h"),
+        ("REDIS_URL", "redis+cluster://:hunter2@h:port"),
+        ("REDIS_URL", "redis+cluster://:hunter2[@h"),
         ("VLLM_API_KEY", "hunter2\nhunter2"),
         ("VLLM_API_KEY", "hunter2é"),
         ("VLLM_URLS", "ftp://user:hunter2@h"),
@@ -292,6 +319,8 @@ def test_what_is_wrong_with_a_secret_does_not_tell_it(monkeypatch: pytest.Monkey
         ("http://user@h", "http://***@h"),
         ("redis://:pass@h:6379/0", "redis://***@h:6379/0"),
         ("redis://:p@ss@h", "redis://***@h"),
+        ("redis+sentinel://u:p@h:26379,h2:26379/m/1", "redis+sentinel://***@h:26379,h2:26379/m/1"),
+        ("rediss+cluster://:p@h,h2?ssl_password=x", "rediss+cluster://***@h,h2"),
         ("http://u:p/a?s#s@h/x", "http://***@h/x"),
         ("http://u:p@[::1]:8000", "http://***@[::1]:8000"),
         ("http://u:p@[::1", "http://***@[::1"),

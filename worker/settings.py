@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-from redis.asyncio.connection import parse_url
 
+from worker.broker.urls import parse_redis_url
 from worker.contract.job import MAX_REQUEST_BYTES
 from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
 
@@ -40,7 +40,10 @@ class Settings(BaseSettings):
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
         validation_alias="REDIS_URL",
-        description="Redis, as redis://, rediss:// (TLS) or unix://; a password in it is never shown",
+        description=(
+            "Redis, as redis://, rediss:// (TLS), unix://, redis+sentinel://host,host2/<master name> or "
+            "redis+cluster://host,host2; a password in it is never shown"
+        ),
     )
     vllm_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://127.0.0.1:8000",),
@@ -108,13 +111,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: SecretStr) -> SecretStr:
-        url = value.get_secret_value()
-        try:
-            good = url.startswith(("redis://", "rediss://", "unix://")) and bool(parse_url(url))
-        except ValueError:  # its text may quote a part of the password
-            good = False
-        if not good:
-            raise ValueError("must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path")
+        parse_redis_url(value.get_secret_value())
         return value
 
     @field_validator("vllm_api_key")

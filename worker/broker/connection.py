@@ -13,6 +13,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker.broker.sentinel import sentinel_pool
+from worker.broker.urls import parse_redis_url
+
 _T = TypeVar("_T")
 ConnectHook: TypeAlias = Callable[[AbstractConnection], Awaitable[None]]
 
@@ -50,12 +53,12 @@ def command_client(url: str, *, on_connect: ConnectHook | None = None, connectio
     a repeated MULTI answers `equal or smaller` for what it has written. What to repeat is decided by who knows.
     Callers wait for a free connection; more than that many commands at once do not fail.
     """
-    return Redis.from_pool(_pool(url, socket_timeout=COMMAND_TIMEOUT, connections=connections, on_connect=on_connect))
+    return _client(url, socket_timeout=COMMAND_TIMEOUT, connections=connections, on_connect=on_connect)
 
 
 def blocking_client(url: str, block: float) -> Redis:
     """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones."""
-    return Redis.from_pool(_pool(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT))
+    return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -111,16 +114,18 @@ async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Futur
             await backoff.wait(error)
 
 
-def _pool(
-    url: str, *, socket_timeout: float, connections: int, on_connect: ConnectHook | None = None
-) -> BlockingConnectionPool:
-    return BlockingConnectionPool.from_url(
-        url,
-        protocol=2,  # the replies of 3 have other shapes, and nothing of it is needed
-        retry=Retry(NoBackoff(), 0),
-        socket_connect_timeout=COMMAND_TIMEOUT,
-        socket_timeout=socket_timeout,
-        max_connections=connections,
-        timeout=None,
-        redis_connect_func=on_connect,
-    )
+def _client(url: str, *, socket_timeout: float, connections: int, on_connect: ConnectHook | None = None) -> Redis:
+    """Raises ValueError for a URL that is none."""
+    place = parse_redis_url(url)
+    options: dict[str, Any] = {
+        "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
+        "retry": Retry(NoBackoff(), 0),
+        "socket_connect_timeout": COMMAND_TIMEOUT,
+        "socket_timeout": socket_timeout,
+        "max_connections": connections,
+        "timeout": None,
+        "redis_connect_func": on_connect,
+    }
+    if place.kind == "sentinel":
+        return Redis.from_pool(sentinel_pool(place, **options))
+    return Redis.from_pool(BlockingConnectionPool(**options | dict(place.options)))

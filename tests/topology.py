@@ -1,0 +1,153 @@
+"""Redis as a cluster and under Sentinel, of real servers on ports of 127.0.0.1, gone when they are no longer needed."""
+
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+_SLOTS = 16384
+_START = 20.0
+_QUICK = ("--repl-diskless-sync-delay", "0")
+
+
+@dataclass
+class Node:
+    """A server that was started. `client` asks it directly, once."""
+
+    port: int
+    process: "subprocess.Popen[bytes]"
+    client: Redis = field(repr=False)
+
+    def ask(self, *command: object) -> Any:  # noqa: ANN401 - whatever the command answers
+        """Send a command that redis-py has no method for."""
+        return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    def kill(self) -> None:
+        """As kill -9 does."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def node(binary: Path, folder: Path, *options: str) -> Iterator[Node]:
+    """One server on a free port; its folder is made."""
+    port = _port()
+    folder = folder / str(port)
+    folder.mkdir()
+    with (
+        subprocess.Popen(
+            [binary, *options, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+        Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client,
+    ):
+        try:
+            until(client.ping)
+            yield Node(port, process, client)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[list[Node]]:
+    """Three masters with a third of the slots each; with `replicas` a replica of each as well, after the masters."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *_QUICK)
+    with ExitStack() as stack:
+        nodes = [stack.enter_context(node(binary, folder, *options)) for _ in range(6 if replicas else 3)]
+        masters = nodes[:3]
+        for epoch, (master, first) in enumerate(zip(masters, range(0, _SLOTS, _SLOTS // 3 + 1), strict=True), 1):
+            master.ask("CLUSTER SET-CONFIG-EPOCH", epoch)
+            master.ask("CLUSTER ADDSLOTS", *range(first, min(first + _SLOTS // 3 + 1, _SLOTS)))
+        for other in nodes[1:]:
+            other.ask("CLUSTER MEET", "127.0.0.1", nodes[0].port)
+        until(lambda: all(_knows(it) == len(nodes) for it in nodes))
+        for master, replica in zip(masters, nodes[3:], strict=False):
+            name = master.ask("CLUSTER MYID")
+            until(lambda replica=replica, name=name: replica.ask("CLUSTER REPLICATE", name))  # type: ignore[misc]
+        until(lambda: all(_info(it, "cluster_state") == "ok" for it in nodes))
+        until(lambda: all(it.client.info("replication")["master_link_status"] == "up" for it in nodes[3:]))
+        yield nodes
+
+
+@contextmanager
+def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
+    """A master, its replica and one sentinel that calls the master `mymaster`."""
+    with ExitStack() as stack:
+        master = stack.enter_context(node(binary, folder, *_QUICK))
+        replica = stack.enter_context(node(binary, folder, *_QUICK, "--replicaof", "127.0.0.1", str(master.port)))
+        until(lambda: replica.client.info("replication")["master_link_status"] == "up")
+        conf = folder / "sentinel.conf"
+        conf.write_text(
+            f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\n"
+            f"sentinel down-after-milliseconds mymaster 500\n"
+            f"sentinel failover-timeout mymaster 5000\n"
+        )
+        watcher = stack.enter_context(_sentinel_node(binary, folder, conf))
+        until(lambda: watcher.ask("SENTINEL REPLICAS", "mymaster"))
+        yield master, replica, watcher
+
+
+@contextmanager
+def _sentinel_node(binary: Path, folder: Path, conf: Path) -> Iterator[Node]:
+    """The configuration file comes first on the command line."""
+    port = _port()
+    with (
+        subprocess.Popen(
+            [binary, conf, "--sentinel", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+        Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client,
+    ):
+        try:
+            until(client.ping)
+            yield Node(port, process, client)
+        finally:
+            process.kill()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; a server that does not answer yet has not said no."""
+    end = time.monotonic() + _START
+    while True:
+        try:
+            if condition():
+                return
+        except RedisError:
+            if time.monotonic() > end:
+                raise
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.02)
+
+
+def _port() -> int:
+    """A free port below those that the system gives out, whose cluster bus port (10,000 above) is free too."""
+    while True:
+        port = random.randint(11_000, 22_000)  # noqa: S311 - no secret
+        with socket.socket() as own, socket.socket() as bus:
+            try:
+                own.bind(("127.0.0.1", port))
+                bus.bind(("127.0.0.1", port + 10_000))
+            except OSError:
+                continue
+            return port
+
+
+def _info(it: Node, name: str) -> str:
+    lines = it.ask("CLUSTER INFO")
+    return str(lines[name]) if isinstance(lines, dict) else ""
+
+
+def _knows(it: Node) -> int:
+    return int(_info(it, "cluster_known_nodes"))
