@@ -32,6 +32,11 @@ class Node:
         """Send a command that redis-py has no method for."""
         return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
 
+    def owns(self, slot: int) -> bool:
+        """Whether this master of a cluster holds a slot."""
+        told = self.ask("CLUSTER SLOTS")
+        return any(first <= slot <= last and master[1] == self.port for first, last, master, *_ in told)
+
     def kill(self) -> None:
         """As kill -9 does."""
         self.process.kill()
@@ -78,6 +83,18 @@ def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[l
         until(lambda: all(_info(it, "cluster_state") == "ok" for it in nodes))
         until(lambda: all(it.client.info("replication")["master_link_status"] == "up" for it in nodes[3:]))
         yield nodes
+
+
+def move_slot(nodes: list[Node], slot: int) -> None:
+    """Move a slot with its keys from the master that holds it to another, as a resharding does."""
+    source = next(it for it in nodes if it.owns(slot))
+    target = next(it for it in nodes if it is not source)
+    target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.ask("CLUSTER MYID"))
+    source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.ask("CLUSTER MYID"))
+    for key in source.ask("CLUSTER GETKEYSINSLOT", slot, 1000):
+        source.ask("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+    for it in (target, source):
+        it.ask("CLUSTER SETSLOT", slot, "NODE", target.ask("CLUSTER MYID"))
 
 
 @contextmanager

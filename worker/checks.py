@@ -7,6 +7,7 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
+from worker.broker.cluster import ClusterClient
 from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client
 from worker.broker.jobs import waiting_in
 from worker.contract.entries import Object
@@ -61,14 +62,17 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
     try:
-        info = await redis.info()
-        version = str(info.get("redis_version", "0"))
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            yield Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
-            return
-        yield Finding("ok", where, f"version {version} answers")
-        for finding in _storage_findings(where, info):
-            yield finding
+        is_cluster = isinstance(redis, ClusterClient)
+        servers = await redis.masters() if isinstance(redis, ClusterClient) else [redis]
+        for number, server in enumerate(servers, 1):
+            name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
+            info = await server.info()
+            if wrong := _wrong_server(name, info, "cluster" if is_cluster else "standalone"):
+                yield wrong
+                return
+            yield Finding("ok", name, f"version {info.get('redis_version')} answers")
+            for finding in _storage_findings(name, info):
+                yield finding
         keys = Keys(settings.prefix)
         async for finding in _check_channels(redis, where, keys):
             yield finding
@@ -80,6 +84,16 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("error", where, str(error) or type(error).__name__, mend)
     finally:
         await redis.aclose()
+
+
+def _wrong_server(where: str, info: dict[str, object], wanted: str) -> Finding | None:
+    version, mode = str(info.get("redis_version", "0")), info.get("redis_mode", wanted)
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
+    if mode != wanted:
+        mend = f"set {variable('redis_url')} to a URL that begins with redis+{mode}://"
+        return Finding("error", where, f"it runs in {mode} mode", mend)
+    return None
 
 
 def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError, WatchError
 
+from worker.broker.cluster import ClusterClient
 from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
 from worker.broker.jobs import waiting_in
 from worker.contract.answer import Answer
@@ -267,25 +268,45 @@ class Client:
     async def _enqueue(self, job: Job, queue: str, within: float | None) -> None:
         log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)
         asked = digest(job.request, job.fallbacks)
+        is_cluster = isinstance(self._redis, ClusterClient)
         while True:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(log, ended)
-                if await self._attaches(pipe, job.id, asked):
+                attaches = await self._attaches(pipe, job.id, asked)
+                if attaches and not (is_cluster and await self._waits(pipe, log)):
                     return
                 now = _unix_ms(await pipe.time())
                 if within is not None:
                     job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
                 expire_at = (job.deadline or now + _DAY * 1000) + (job.retention or _RETENTION) * 1000
                 pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-                queued = Queued(id=QUEUED, digest=asked)
-                pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
-                pipe.pexpireat(log, expire_at)
-                pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
+                if not attaches:
+                    queued = Queued(id=QUEUED, digest=asked)
+                    pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
+                    pipe.pexpireat(log, expire_at)
+                if not is_cluster:
+                    pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
                 try:
                     await pipe.execute()
                 except WatchError:
                     continue
-                return
+            if is_cluster:
+                await self._add_after_log(job, queue)
+            return
+
+    async def _add_after_log(self, job: Job, queue: str) -> None:
+        """Add the job where one MULTI cannot hold both: log and job stream are in different slots of a cluster.
+
+        Whoever dies between the two leaves a log with nothing but `queued`, and the same call made again finds that
+        and adds the job. It cannot tell whether the job is there and waits, so there may be two of it: workers
+        acknowledge the second one without running it. Where nobody calls again, the log expires with the deadline.
+        """
+        await self._redis.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
+
+    async def _waits(self, pipe: Pipeline, log: str) -> bool:
+        """Whether a log holds `queued` and nothing else."""
+        ((entry_id, _),) = cast("list[_RawEntry]", await pipe.xrevrange(log, count=1)) or [(b"", {})]
+        return entry_id == str(QUEUED).encode()
 
     async def _attaches(self, pipe: Pipeline, request_id: str, asked: str) -> bool:
         """Whether the same request was enqueued before, read on the connection that watches its keys."""

@@ -438,7 +438,7 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
     execute = Pipeline.execute
 
     async def slow(pipe: Pipeline, raise_on_error: bool = True) -> list[object]:  # noqa: FBT001, FBT002 - redis-py's own
-        is_look = bool(pipe.command_stack) and pipe.command_stack[0][0] == ("PING",)
+        is_look = bool(pipe.command_stack) and pipe.command_stack[0][0][0] == "XREVRANGE"
         replies = await execute(pipe, raise_on_error)
         if is_look and not looked.is_set():
             looked.set()

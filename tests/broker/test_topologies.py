@@ -1,24 +1,31 @@
 """The same service on Redis under Sentinel and on a cluster: of real servers, which fail over."""
 
 import asyncio
-from collections.abc import Iterator
+import json
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 import topology
-from conftest import StartSimulator, StartWorker
+from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
-from worker import Answer, Client, Delta, Entry
+from worker import Answer, Client, Conflict, Delta, Entry, State, Status
+from worker.broker.cluster import slot_of
 from worker.broker.connection import command_client, is_transient
+from worker.checks import check
 from worker.contract.ids import SEAL
 from worker.sandbox.redis import EmbeddedRedis
 from worker.sandbox.requests import answer_to
-from worker.sandbox.simulator import Options, Orders
+from worker.sandbox.simulator import Options, Orders, Simulator
+
+MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def server(redis_server: EmbeddedRedis) -> Path:
     """The binary that all tests of this run use."""
     assert redis_server.process is not None
@@ -93,3 +100,245 @@ async def test_streams_go_on_when_the_master_is_killed(
 
         for question, entries in zip(questions, await asyncio.gather(*map(generate, questions)), strict=True):
             whole(entries, question)
+
+
+# Cluster
+
+
+@pytest.fixture(scope="module")
+def nodes(server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[topology.Node]]:
+    """Three masters."""
+    with topology.cluster(server, tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def cluster_url(nodes: list[topology.Node]) -> Iterator[str]:
+    """The cluster, empty; fails a test that leaves a key without an expiry, the lasting ones aside."""
+    for node in nodes:
+        node.client.flushall()
+    yield url_of(nodes)
+    keys = [(node, key) for node in nodes for key in node.client.scan_iter(count=10_000)]
+    lasting = [key for node, key in keys if node.client.ttl(key) == -1 and not key.startswith(MAY_STAY)]
+    assert not lasting, f"keys without expiry: {lasting}"
+
+
+def url_of(nodes: list[topology.Node]) -> str:
+    return f"redis+cluster://127.0.0.1:1,127.0.0.1:{nodes[-1].port}"
+
+
+@pytest.fixture
+async def redis(cluster_url: str) -> AsyncIterator[Redis]:
+    async with command_client(cluster_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def client(cluster_url: str) -> AsyncIterator[Client]:
+    async with Client(cluster_url, patience=20) as client:
+        yield client
+
+
+async def settled(redis: Redis) -> None:
+    """Wait until every job is acknowledged."""
+
+    async def nothing_pending() -> bool:
+        return all(not group["pending"] and not group.get("lag") for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(nothing_pending)
+
+
+async def test_logs_of_every_master_are_written_and_followed(
+    cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    await start_worker(await start_simulator(), redis_url=cluster_url)
+    questions = [f"question {number}" for number in range(30)]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    for request_id, question in zip(ids, questions, strict=True):
+        whole([entry async for entry in client.follow(request_id)], question)
+    await settled(redis)
+    assert all(any(node.client.scan_iter("chat:tokens:*")) for node in nodes), "each master has some"
+    assert await client.status(ids[0]) == Status(State.ENDED, "done")
+    lifecycle = [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")]
+    assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
+
+
+async def test_the_feed_of_a_log_is_heard_at_any_master(
+    cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, redis_url=cluster_url)
+    for node in nodes:
+        with node.client.pubsub() as feed:  # type: ignore[no-untyped-call]
+            feed.subscribe(f"chat:feed:{{fed-{node.port}}}")
+            assert feed.get_message(timeout=5)
+            await client.result(await client.enqueue(ask("Who are you?"), id=f"fed-{node.port}"))
+            heard = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
+            assert heard[0][1]["type"] == "started"
+
+
+async def test_cancel_ends_a_stream_in_a_cluster(
+    cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=20)))
+    await start_worker(simulator, redis_url=cluster_url, lease=0.5)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    async for entry in client.follow(request_id):
+        if isinstance(entry, Delta) and entry.id.n == 3:
+            assert (await client.cancel(request_id)).state is State.RUNNING
+    assert (await client.result(request_id)).outcome == "cancelled"
+    await settled(redis)
+
+
+async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
+    cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    class Died(Exception):
+        pass
+
+    async def die(*_: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "_add_after_log", die)
+        with pytest.raises(Died):
+            await client.enqueue(ask("Who are you?"), id="once")
+    assert await client.status("once") == Status(State.QUEUED)
+    assert await redis.xlen("chat:jobs") == 0
+    with pytest.raises(Conflict):
+        await client.enqueue(ask("Another question"), id="once")
+
+    for _ in range(3):  # whether its job is there cannot be told
+        await client.enqueue(ask("Who are you?"), id="once")
+    await start_worker(simulator, redis_url=cluster_url)
+    whole([entry async for entry in client.follow("once")], "Who are you?")
+    await settled(redis)
+    assert len(simulator.served) == 1, "the others were acknowledged without running"
+    length = await redis.xlen("chat:jobs")
+    await client.enqueue(ask("Who are you?"), id="once")
+    assert await redis.xlen("chat:jobs") == length
+
+
+async def test_the_job_of_a_worker_that_is_gone_goes_to_another_in_a_cluster(
+    cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=200)))
+    first = start_process(simulator, redis_url=cluster_url, lease=1)
+    entries = []
+    async for entry in client.generate(ask("Tell me a story")):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 10):
+            first.kill()
+            first.wait()
+            start_process(simulator, redis_url=cluster_url, lease=1)
+    whole(entries, "Tell me a story")
+    assert "restarted" in [entry.type for entry in entries]
+    await settled(redis)
+
+
+async def test_a_stream_goes_on_while_its_slot_moves(
+    cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    await start_worker(await start_simulator(Options(orders=Orders(rate=150))), redis_url=cluster_url, lease=10)
+    slot = slot_of("chat:tokens:{moving}")
+    entries = []
+    async for entry in client.generate(ask("Tell me a story"), id="moving"):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 10):
+            await asyncio.to_thread(topology.move_slot, nodes, slot)
+    whole(entries, "Tell me a story")
+    assert Answer(entries).attempt == 1, "nothing was lost"
+    await settled(redis)
+
+
+async def test_a_stream_outlives_every_connection_to_the_cluster(
+    cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    await start_worker(await start_simulator(Options(orders=Orders(rate=150))), redis_url=cluster_url, lease=10)
+    entries = []
+    async for entry in client.generate(ask("Who are you?")):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id.n in (5, 10, 15):
+            for node in nodes:
+                node.client.client_kill_filter(_type="normal", skipme=True)
+    whole(entries, "Who are you?")
+    assert Answer(entries).attempt == 1, "nothing was lost"
+    await settled(redis)
+
+
+async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
+    redis: Redis, nodes: list[topology.Node]
+) -> None:
+    keys = [f"chat:tokens:{{{number}}}" for number in range(60)]
+    pipe = redis.pipeline()
+    for number in (1, 2):
+        for key in keys:
+            pipe.xadd(key, {"a": "b"}, id=f"1-{number}")
+    nodes[0].client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(ResponseError) as refusal:
+            await pipe.execute(raise_on_error=False)
+    finally:
+        nodes[0].client.config_set("maxmemory", 0)
+    assert is_transient(refusal.value)
+    full = [nodes[0].owns(slot_of(key)) for key in keys]
+    assert any(full)
+    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [0 if it else 2 for it in full]
+    for key in keys:
+        await redis.delete(key)
+
+
+async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redis: Redis) -> None:
+    names = [f"k{number}" for number in range(100)]
+    pipe = redis.pipeline()
+    for name in names:
+        pipe.set(name, name, ex=60)
+        pipe.pexpire(name, 60_000)
+    assert await pipe.execute() == [True, True] * 100
+    pipe = redis.pipeline(transaction=False)
+    for name in names:
+        pipe.get(name)
+        pipe.xrevrange("no-" + name, count=1)
+    assert (await pipe.execute())[::2] == [name.encode() for name in names]
+    # More at once than there are connections: they wait.
+    assert await asyncio.gather(*map(redis.get, names * 5)) == [name.encode() for name in names] * 5
+
+
+async def test_each_master_is_looked_at_and_a_url_of_another_kind_is_told(
+    cluster_url: str, nodes: list[topology.Node], redis_url: str, simulator: Simulator
+) -> None:
+    async def found(url: str) -> list[tuple[str, str]]:
+        findings = [finding async for finding in check({"redis_url": url, "vllm_urls": simulator.url})]
+        return [(it.level, it.text) for it in findings if it.subject.startswith("Redis") and it.level != "warning"]
+
+    assert [level for level, _ in await found(cluster_url)] == ["ok"] * 3
+    assert await found(f"redis://127.0.0.1:{nodes[0].port}") == [("error", "it runs in cluster mode")]
+    ((level, text),) = await found(redis_url.replace("redis://", "redis+cluster://"))
+    assert level == "error"
+    assert "cluster support disabled" in text
+
+
+async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
+    server: Path, tmp_path: Path, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    with topology.cluster(server, tmp_path, replicas=True) as nodes:
+        url = url_of(nodes)
+        await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
+        questions = [f"Tell me a story about {number}" for number in range(12)]
+        victim = next(node for node in nodes[:3] if node.owns(slot_of(questions[0].replace(" ", "-"))))
+        async with Client(url, patience=20) as client:
+
+            async def generate(question: str) -> list[Entry]:
+                entries = []
+                request_id = await client.enqueue(ask(question), id=question.replace(" ", "-"))
+                async for entry in client.follow(request_id):
+                    entries.append(entry)
+                    if question == questions[0] and isinstance(entry, Delta) and entry.id == (1, 10):
+                        victim.kill()
+                return entries
+
+            for question, entries in zip(questions, await asyncio.gather(*map(generate, questions)), strict=True):
+                whole(entries, question)

@@ -13,6 +13,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker.broker.cluster import ClusterClient, ClusterPool
 from worker.broker.sentinel import sentinel_pool
 from worker.broker.urls import parse_redis_url
 
@@ -35,6 +36,7 @@ _TRANSIENT = (
     exceptions.BusyLoadingError,
     exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError,
+    exceptions.AskError,  # the slot is about to move, or has moved: whoever asks again finds it
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
     exceptions.MasterDownError,
@@ -128,4 +130,6 @@ def _client(url: str, *, socket_timeout: float, connections: int, on_connect: Co
     }
     if place.kind == "sentinel":
         return Redis.from_pool(sentinel_pool(place, **options))
+    if place.kind == "cluster":
+        return ClusterClient.from_pool(ClusterPool(place, **options))
     return Redis.from_pool(BlockingConnectionPool(**options | dict(place.options)))

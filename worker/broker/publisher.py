@@ -1,9 +1,10 @@
 """The publisher: one for the process, it writes what all logs have appended, a MULTI at a time.
 
 One flush is on its way at a time, and whatever is appended meanwhile goes with the next: so a stream never has two
-unanswered batches, and the busier the worker, the larger its batches. A flush is one MULTI: Redis takes all of it or
-nothing, so that a refusal leaves no hole. The connection is the publisher's own. It is never made anew behind its
-back: after a loss every log's end is read first, since a failover may have dropped what had been acknowledged.
+unanswered batches, and the busier the worker, the larger its batches. A flush is one MULTI, in a cluster one for each
+slot: Redis takes all of it or nothing, so that a refusal leaves no hole. The connection is the publisher's own (in a
+cluster one to each master). It is never made anew behind its back: after a loss every log's end is read first, since
+a failover may have dropped what had been acknowledged.
 """
 
 import asyncio
@@ -184,12 +185,12 @@ class Publisher:
         which = self._logs if self._look else self._asked & self._logs
         logs = [(log, log.attempt) for log in which if not log.lost.done()]
         pipe = self._redis.pipeline(transaction=False)
-        pipe.ping()
         for log, _ in logs:
             pipe.xrevrange(log.key, count=1)
         self._looking, self._look, self._asked = True, False, set()  # a look that is asked for meanwhile is one more
         try:
-            _, *replies = await pipe.execute(raise_on_error=False)
+            await self._redis.ping()  # connects, in a cluster to every master: nothing is written on a new connection
+            replies = await pipe.execute(raise_on_error=False)
         finally:
             self._looking = False
         for (log, attempt), reply in zip(logs, replies, strict=True):

@@ -1,0 +1,269 @@
+"""A Redis Cluster as one client: every command goes once, to the master that holds the slot of its key.
+
+redis-py's own RedisCluster does not fit (8.1, measured): a command that is queued in a transaction costs a thread and
+an event loop (0.5 ms), PUBLISH and several slots are refused in one, and where no connection is free it fails. So
+each master has a pool as a single server has, and here is only the way from a key to its pool. A command that is
+refused since its slot has moved is not sent elsewhere: it is a passing fault, and whoever repeats it finds the slot.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.client import Pipeline
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
+from redis.crc import key_slot
+from redis.exceptions import ClusterDownError, MovedError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from worker.broker.urls import RedisUrl
+
+_Address: TypeAlias = tuple[str, int]
+_Command: TypeAlias = tuple[tuple[str | bytes, ...], Mapping[str, Any]]
+
+_SLOTS = 16384
+_ASK_TIMEOUT = 1.0
+"""Seconds that a node has to tell who holds which slot; then the next is asked."""
+
+
+class ClusterClient(Redis):
+    """What `Redis` is, for a cluster.
+
+    A pipeline under WATCH has the keys of one slot. Any other transaction is one MULTI for each slot: all or nothing
+    there, and not across slots. What has no key goes to any master, and PING to each of them.
+    """
+
+    connection_pool: "ClusterPool"
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        """Send a command once; see `Redis`."""
+        if args[0] == "PING":
+            answer = None
+            for master in await self.masters():
+                answer = await master.execute_command(*args, **options)  # type: ignore[no-untyped-call]  # so in redis-py
+            return answer
+        master = await self.connection_pool.master_of(_key_of(args))
+        return await master.execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:  # noqa: FBT001, FBT002 - as redis-py has it
+        """See `Redis`, and above."""
+        return _ClusterPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+    async def masters(self) -> list[Redis]:
+        """A client for each master."""
+        return await self.connection_pool.masters()
+
+
+class ClusterPool(ConnectionPool):
+    """A pool for each master of the cluster, made as the cluster tells of them. Itself it connects to none."""
+
+    def __init__(self, url: RedisUrl, **options: Any) -> None:  # noqa: ANN401 - whatever connections take
+        self._options = options | dict(url.options)
+        secure = self._options.pop("connection_class", None) is SSLConnection
+        self._kinds = (_SecureNodeConnection, SSLConnection) if secure else (_NodeConnection, Connection)
+        super().__init__(connection_class=self._kinds[0], protocol=self._options["protocol"])
+        self._seeds = url.nodes
+        self._masters: dict[_Address, Redis] = {}
+        self._by_slot: list[Redis | None] = [None] * _SLOTS
+        self._stale = True
+        self._asking: asyncio.Task[None] | None = None
+        self._lent: dict[AbstractConnection, Redis] = {}
+
+    async def master_of(self, key: str | bytes | None) -> Redis:
+        """The client of the master that holds a key, or of any one."""
+        await self._learn()
+        if key is None:
+            return next(iter(self._masters.values()))
+        master = self._by_slot[slot_of(key)]
+        if master is None:
+            self._stale = True
+            raise ClusterDownError("CLUSTERDOWN no master holds the slot")
+        return master
+
+    async def masters(self) -> list[Redis]:
+        """A client for each master."""
+        await self._learn()
+        return list(self._masters.values())
+
+    async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:  # noqa: ANN401 - as redis-py has it
+        """A connection to any master, as for pub/sub: a cluster hands messages to every node."""
+        master = await self.master_of(None)
+        connection: AbstractConnection = await master.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        self._lent[connection] = master
+        return connection
+
+    async def release(self, connection: AbstractConnection) -> None:
+        """Take back what `get_connection` gave."""
+        await self._lent.pop(connection).connection_pool.release(connection)
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - as redis-py has it
+        """Close the connections to every master; they are made again when they are needed."""
+        for master in list(self._masters.values()):
+            await master.connection_pool.disconnect(inuse_connections)
+
+    def _forget(self) -> None:
+        """The cluster may have changed: ask before the next command."""
+        self._stale = True
+
+    async def _learn(self) -> None:
+        if not self._stale:
+            return
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._refresh())
+        await asyncio.shield(self._asking)  # all who wait share what comes of it, also when no node answers
+
+    async def _refresh(self) -> None:
+        await self._take(await self._ask())
+
+    async def _ask(self) -> dict[range, _Address]:
+        """Who holds which slots, as the first node says that answers.
+
+        Raises:
+            RedisError: what the last one said, when none does.
+        """
+        error: Exception = RedisConnectionError("the cluster has no nodes")
+        known = list(self._masters)
+        random.shuffle(known)  # not the same one each time: it may be the one that has lost touch
+        for host, port in dict.fromkeys([*known, *self._seeds]):
+            own = {"redis_connect_func": None, "socket_timeout": _ASK_TIMEOUT, "socket_connect_timeout": _ASK_TIMEOUT}
+            pool = BlockingConnectionPool(connection_class=self._kinds[1], **self._options | own, host=host, port=port)
+            self._stale = False  # what shows while it is asked counts again
+            try:
+                async with Redis.from_pool(pool) as node:
+                    told = await node.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
+            except (RedisError, OSError) as problem:
+                self._stale, error = True, problem
+                continue
+            # A node that does not know its own address leaves it out.
+            return {range(first, last + 1): ((at[0] or b"").decode() or host, at[1]) for first, last, at, *_ in told}
+        raise error
+
+    async def _take(self, told: dict[range, _Address]) -> None:
+        gone = {address: self._masters.pop(address) for address in set(self._masters) - set(told.values())}
+        for address in told.values():
+            if address not in self._masters:
+                self._masters[address] = self._client(*address)
+        self._by_slot = [None] * _SLOTS
+        for slots, address in told.items():
+            for slot in slots:
+                self._by_slot[slot] = self._masters[address]
+        for former in gone.values():
+            await former.connection_pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+            await former.connection_pool.disconnect(inuse_connections=False)
+        if not told:
+            self._stale = True
+            raise ClusterDownError("CLUSTERDOWN no master holds a slot")
+
+    def _client(self, host: str, port: int) -> Redis:
+        pool = BlockingConnectionPool(
+            connection_class=self._kinds[0], **self._options, host=host, port=port, forget=self._forget
+        )
+        return Redis.from_pool(pool)
+
+
+class _ClusterPipeline(Pipeline):
+    connection_pool: ConnectionPool
+
+    def __init__(self, cluster: ClusterPool, callbacks: Any, transaction: bool, shard_hint: str | None) -> None:  # noqa: ANN401, FBT001 - as redis-py has it
+        super().__init__(cluster, callbacks, transaction, shard_hint)
+        self._cluster = cluster
+
+    async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        if self.connection is None:
+            self.connection_pool = (await self._cluster.master_of(_key_of(args))).connection_pool
+        return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py has it
+        if self.connection is not None:  # under WATCH: the keys are of one slot, or Redis says so
+            return await super().execute(raise_on_error)
+        stack: list[_Command] = list(self.command_stack)
+        await self.reset()  # type: ignore[no-untyped-call]
+        by_master: dict[Redis, list[int]] = {}
+        for place, (args, _) in enumerate(stack):
+            by_master.setdefault(await self._cluster.master_of(_key_of(args)), []).append(place)
+        done = await asyncio.gather(
+            *(self._execute_on(master, stack, places) for master, places in by_master.items()), return_exceptions=True
+        )
+        replies: dict[int, Any] = {}
+        for outcome in done:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            replies |= outcome
+        ordered = [self._parsed(command, replies[place]) for place, command in enumerate(stack)]
+        if raise_on_error:
+            self.raise_first_error(stack, ordered)
+        return ordered
+
+    async def _execute_on(self, master: Redis, stack: list[_Command], places: list[int]) -> dict[int, Any]:
+        """One master's part, in one write; gives the replies as Redis sent them."""
+        pipe = Pipeline(master.connection_pool, {}, transaction=False, shard_hint=None)
+        if not self.is_transaction:
+            pipe.command_stack = [stack[place] for place in places]
+            return dict(zip(places, await pipe.execute(raise_on_error=False), strict=True))
+        by_slot: dict[int, list[int]] = {}
+        for place in places:
+            by_slot.setdefault(slot_of(_key_of(stack[place][0]) or b""), []).append(place)
+        for group in by_slot.values():
+            pipe.command_stack += [(("MULTI",), {}), *((stack[place][0], {}) for place in group), (("EXEC",), {})]
+        answers = iter(await pipe.execute(raise_on_error=False))
+        replies: dict[int, Any] = {}
+        refusals: list[Exception] = []
+        for group in by_slot.values():
+            queued = [next(answers) for _ in range(len(group) + 1)]
+            executed = next(answers)
+            if isinstance(executed, Exception):
+                refusals.append(next((it for it in queued if isinstance(it, Exception)), executed))
+            else:
+                replies |= zip(group, executed, strict=True)
+        if refusals:
+            raise refusals[0]
+        return replies
+
+    def _parsed(self, command: _Command, reply: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        args, options = command
+        callback = self.response_callbacks.get(args[0])
+        if callback is None or isinstance(reply, Exception):
+            return reply
+        return callback(reply, **{name: value for name, value in options.items() if name != "keys"})
+
+
+class _NodeConnection(Connection):
+    """Says when what it meets may come of a change in the cluster."""
+
+    def __init__(self, *, forget: Callable[[], None], **options: Any) -> None:  # noqa: ANN401 - as redis-py has it
+        super().__init__(**options)
+        self._forget = forget
+
+    async def connect(self) -> None:
+        try:
+            await super().connect()  # type: ignore[no-untyped-call]
+        except (RedisError, OSError):
+            self._forget()
+            raise
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        try:
+            return await super().read_response(*args, **options)
+        except (MovedError, ClusterDownError, RedisConnectionError, RedisTimeoutError):
+            self._forget()
+            raise
+
+
+class _SecureNodeConnection(_NodeConnection, SSLConnection):
+    pass
+
+
+def slot_of(key: str | bytes) -> int:
+    """The slot of a key, by what stands in its braces."""
+    return key_slot(key.encode() if isinstance(key, str) else key)
+
+
+def _key_of(args: tuple[Any, ...]) -> str | bytes | None:
+    """The first key of a command; of PUBLISH the channel, so that it goes with the log of the same braces."""
+    if args[0] in ("XREAD", "XREADGROUP"):
+        args = args[args.index(b"STREAMS") :]
+    key = args[1] if len(args) > 1 else None
+    return key if isinstance(key, str | bytes) else None
