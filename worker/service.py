@@ -62,7 +62,14 @@ class Service:
             settings,
             jobs=self._jobs,
             owner=Owner(
-                self._commands, keys, self._jobs, self._publisher, worker=self._name, nonce=nonce, now=self._clock.now
+                self._commands,
+                keys,
+                self._jobs,
+                self._publisher,
+                worker=self._name,
+                nonce=nonce,
+                now=self._clock.now,
+                replicas=settings.wait_replicas,
             ),
             ledger=self._ledger,
             publisher=self._publisher,

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     retention: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds that a log is kept after its end")
     remember: int = Field(_DAY, ge=1, le=365 * _DAY, description="Seconds that the outcome is kept after the end")
     dead_retention: int = Field(7 * _DAY, ge=1, le=365 * _DAY, description="Seconds that dead letters are kept")
+    wait_replicas: int = Field(
+        0, ge=0, le=100, description="How many replicas of Redis must have the end of a log before its job is done"
+    )
     connect_timeout: Seconds = Field(5.0, description="Seconds to connect to vLLM")
     first_token_timeout: Seconds = Field(120.0, description="Seconds from the request to vLLM's first token")
     gap_timeout: Seconds = Field(30.0, description="Seconds from one token of vLLM to the next")

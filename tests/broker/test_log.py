@@ -428,6 +428,14 @@ async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Deli
     assert (entry.content, entry.stop_reason) == ("\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "x")  # type: ignore[attr-defined]
 
 
+async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery: Delivery, redis: Redis) -> None:
+    """With one, nobody would write the seal again: the next owner would take the request for ended."""
+    await one.take(delivery)
+    assert not await one.owner.confirm("r", STONE, retention=60, remember=120)
+    assert not await redis.exists("chat:ended:{r}")
+    assert await redis.ttl(KEY) > 60
+
+
 async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it_for_lost(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import cast
@@ -100,6 +101,41 @@ async def test_streams_go_on_when_the_master_is_killed(
 
         for question, entries in zip(questions, await asyncio.gather(*map(generate, questions)), strict=True):
             whole(entries, question)
+
+
+async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
+    guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    url, (master, replica) = guarded
+
+    async def pending() -> list[dict[str, object]]:
+        async with command_client(url) as redis:
+            return cast("list[dict[str, object]]", await redis.xpending_range("chat:jobs", "workers", "-", "+", 10))
+
+    async def asked_twice() -> bool:
+        return int(master.client.info("commandstats").get("cmdstat_wait", {}).get("calls", 0)) >= 2
+
+    async def handed_over() -> bool:
+        return [int(str(job["time_since_delivered"])) >= 60_000 for job in await pending()] == [True]
+
+    async def done() -> bool:
+        return not await pending()
+
+    replica.process.send_signal(signal.SIGSTOP)
+    try:
+        first = await start_worker(simulator, redis_url=url, wait_replicas=1, lease=60, drain_timeout=0)
+        async with Client(url, patience=20) as client:
+            entries = [entry async for entry in client.generate(ask("Who are you?"))]
+        whole(entries, "Who are you?")
+        await eventually(asked_twice)
+        assert len(await pending()) == 1
+        first.leave()  # and it does not wait for the replica
+        await eventually(handed_over)
+    finally:
+        replica.process.send_signal(signal.SIGCONT)
+    await start_worker(simulator, redis_url=url, wait_replicas=1, lease=60)
+    await eventually(done)
+    assert len(simulator.served) == 1
 
 
 # Cluster

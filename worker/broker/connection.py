@@ -30,7 +30,14 @@ COMMAND_TIMEOUT = 5.0
 
 _MAX_CONNECTIONS = 64
 _NO_LIMIT = 2**31
+
+
+class TooFewReplicas(exceptions.RedisError):
+    """Fewer replicas than asked for have what was written, so far."""
+
+
 _TRANSIENT = (
+    TooFewReplicas,
     exceptions.ConnectionError,
     exceptions.TimeoutError,
     exceptions.BusyLoadingError,

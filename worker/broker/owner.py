@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError, WatchError
 
+from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.log import LogFenced, TokenLog, judge
 from worker.broker.publisher import Publisher
@@ -34,6 +35,9 @@ from worker.contract.records import Tombstone
 _LATEST = 64
 
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+
+_WAIT_MS = 1000
+"""How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +71,14 @@ Taken: TypeAlias = Owned | Ended | Duplicate | NotOurs
 
 
 class Owner:
-    """What this process does with the logs of requests. `nonce` tells it from every other process, and life of one."""
+    """What this process does with the logs of requests. `nonce` tells it from every other process, and life of one.
+
+    `replicas` must have the end of a log before it is confirmed.
+    """
 
     def __init__(
         self, redis: Redis, keys: Keys, jobs: JobQueue, publisher: Publisher, *, worker: str, nonce: str,
-        now: Callable[[], int],
+        now: Callable[[], int], replicas: int = 0,
     ) -> None:  # fmt: skip
         self._redis = redis
         self._keys = keys
@@ -80,6 +87,7 @@ class Owner:
         self._worker = worker
         self._nonce = nonce
         self._now = now
+        self._replicas = replicas
 
     async def take(self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "") -> Taken:
         """Come to own the log of a delivered job, or find why not.
@@ -202,15 +210,41 @@ class Owner:
         """Before the acknowledgement: is the seal still there? Gives expiry and tombstone where they are missing.
 
         A log that is gone altogether has nothing left to confirm. False when it is there without a seal, as after a
-        failover that lost it.
+        failover that lost it: a tombstone then would keep everybody from writing another.
+
+        Raises:
+            TooFewReplicas: when it is not yet on as many replicas as it must be.
         """
         key = self._keys.tokens(request_id)
-        pipe = self._redis.pipeline()
-        pipe.xrevrange(key, count=1)
-        pipe.expire(key, retention)
-        pipe.set(self._keys.ended(request_id), to_json(tombstone), ex=remember, nx=True)
-        tail = cast("list[_RawEntry]", (await pipe.execute())[0])
-        return not tail or EntryId.parse(tail[0][0]) == SEAL
+        while True:
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(key)
+                if not await _is_over(pipe, key):
+                    return False
+                _multi(pipe)
+                pipe.expire(key, retention)
+                pipe.set(self._keys.ended(request_id), to_json(tombstone), ex=remember, nx=True)
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue  # somebody else set the expiry, or the connection was lost: look again
+            return await self._replicated(key, retention) if self._replicas else True
+
+    async def _replicated(self, key: str, retention: int) -> bool:
+        """Wait until replicas have the end of a log; false when it is not there.
+
+        WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was
+        written before it. The WATCH keeps all of it on one connection, and so on one server.
+        """
+        async with self._redis.pipeline() as pipe:
+            await pipe.watch(key)
+            if not await _is_over(pipe, key):
+                return False
+            await pipe.expire(key, retention)
+            there = cast("int", await pipe.execute_command("WAIT", self._replicas, _WAIT_MS))
+        if there < self._replicas:
+            raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
+        return True
 
     async def read(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
@@ -283,6 +317,11 @@ def _xadd(pipe: Pipeline, key: str, entry_id: EntryId, fields: Fields, *, create
 async def _tail(redis: Redis, key: str) -> EntryId | None:
     raw = cast("list[_RawEntry]", await redis.xrevrange(key, count=1))
     return EntryId.parse(raw[0][0]) if raw else None
+
+
+async def _is_over(redis: Redis, key: str) -> bool:
+    """Whether a log has its seal, or is not there any more."""
+    return await _tail(redis, key) in {None, SEAL}
 
 
 async def _entry(redis: Redis, key: str, entry_id: EntryId) -> Entry | None:
