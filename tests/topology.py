@@ -85,6 +85,13 @@ def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[l
         yield nodes
 
 
+def fail_over_to_an_older_copy(master: Node, copy: Node, watcher: Node) -> None:
+    """Kill the master, and let the sentinel name a server that had stopped being its replica before."""
+    master.kill()
+    watcher.ask("SENTINEL REMOVE", "mymaster")
+    watcher.ask("SENTINEL MONITOR", "mymaster", "127.0.0.1", copy.port, 1)
+
+
 def move_slot(nodes: list[Node], slot: int) -> None:
     """Move a slot with its keys from the master that holds it to another, as a resharding does."""
     source = next(it for it in nodes if it.owns(slot))

@@ -12,7 +12,7 @@ import structlog
 
 from worker.broker.connection import persist
 from worker.broker.jobs import Delivery
-from worker.broker.log import LogDiverged, TokenLog
+from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
 from worker.contract.entries import Done, Failed, Object, Restarted, Terminal, to_fields
@@ -122,7 +122,7 @@ class Generation:
 
     async def _advance(self, reason: str) -> None:
         request = self._request
-        if not isinstance(self._log.loss, LogDiverged):
+        if not isinstance(self._log.loss, LogDiverged | LogGone):
             await drained(self._log, request.stop)
         await persist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
         self._history = Answer(await persist(lambda: self._owner.read(request.id), request.stop))

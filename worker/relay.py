@@ -148,8 +148,9 @@ class Relay:
                     await self._settle(request, answer)
                     self._count_first_delta(answer)
                     break
-                except LogDiverged as loss:
+                except (LogDiverged, LogGone) as loss:
                     _log.warning("log_diverged", reason=str(loss))
+                    await self._begin_again(request, log)
                     await generation.begin_again("diverged")
         except LogSealed:
             await self._settle_found(request)
@@ -187,6 +188,15 @@ class Relay:
         after = answer.end.timings.get("first_delta_ms") if answer.end else None
         if isinstance(after, int):
             self._metrics.first_delta(after / 1000)
+
+    async def _begin_again(self, request: Request, log: TokenLog) -> None:
+        """Make a log anew that is gone before its time: it was lost with the Redis that had it, or deleted."""
+        expire_at = request.deadline + request.retention * 1000
+        if self._now() >= expire_at:
+            raise LogGone("the log has expired")
+        await persist(
+            lambda: self._owner.begin_again(log, request.delivery, expire_at, _digest(request.job)), request.stop
+        )
 
     async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""

@@ -436,6 +436,36 @@ async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery
     assert await redis.ttl(KEY) > 60
 
 
+async def test_a_log_that_is_lost_is_begun_again_by_its_owner_only(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await redis.delete(KEY)  # what a replica had that was behind
+    await one.owner.begin_again(log, delivery, FAR)
+    await one.owner.begin_again(log, delivery, FAR)  # as after a lost reply
+    await one.owner.advance(log, delivery, "diverged")
+    assert await texts(redis) == ["1-0:started", "2-0:claimed"]
+
+    await redis.delete(KEY)
+    await stolen(redis, two, delivery)
+    with pytest.raises(LogFenced):
+        await one.owner.begin_again(log, delivery, FAR)
+    assert not await redis.exists(KEY)
+
+
+async def test_a_log_that_is_gone_after_the_end_is_not_begun_again(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await one.seal(log)
+    await redis.delete(KEY)
+    assert await one.owner.confirm("r", STONE, retention=60, remember=120), "the tombstone tells of it"
+    with pytest.raises(LogGone):
+        await one.owner.begin_again(log, delivery, FAR)
+    await redis.delete("chat:ended:{r}")
+    assert not await one.owner.confirm("r", STONE, retention=60, remember=120), "its end is lost"
+
+
 async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it_for_lost(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

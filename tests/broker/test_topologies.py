@@ -52,6 +52,15 @@ def whole(entries: list[Entry], content: str) -> None:
         assert numbers == list(range(len(numbers)))
 
 
+async def settled(redis: Redis) -> None:
+    """Wait until every job is acknowledged."""
+
+    async def nothing_pending() -> bool:
+        return all(not group["pending"] and not group.get("lag") for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(nothing_pending)
+
+
 # Sentinel
 
 
@@ -60,11 +69,11 @@ def guarded(server: Path, tmp_path: Path) -> Iterator[tuple[str, list[topology.N
     """A master, its replica and a sentinel, which is not the first that the URL names."""
     with topology.sentinel(server, tmp_path) as (master, replica, watcher):
         watcher.ask("SENTINEL MONITOR", "former", "127.0.0.1", replica.port, 1)
-        yield f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watcher.port}/mymaster/1", [master, replica]
+        yield f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watcher.port}/mymaster/1", [master, replica, watcher]
 
 
 async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology.Node]]) -> None:
-    url, (master, _) = guarded
+    url, (master, *_) = guarded
     async with command_client(url) as redis:
         await redis.set("k", "v")
         # More at once than there are connections: they wait.
@@ -76,7 +85,7 @@ async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
     guarded: tuple[str, list[topology.Node]],
 ) -> None:
     """Its data is old: a log read there would seem to have lost its end."""
-    url, (_, replica) = guarded
+    url, (_, replica, _) = guarded
     async with command_client(url.replace("mymaster", "former")) as redis:
         with pytest.raises(RedisConnectionError, match=f"{replica.port} is no master any more") as refusal:
             await redis.get("k")
@@ -86,7 +95,7 @@ async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
 async def test_streams_go_on_when_the_master_is_killed(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    url, (master, _) = guarded
+    url, (master, *_) = guarded
     await start_worker(await start_simulator(Options(orders=Orders(rate=40))), redis_url=url, lease=10)
     questions = [f"Tell me a story about {number}" for number in range(8)]
     async with Client(url, patience=20) as client:
@@ -103,10 +112,39 @@ async def test_streams_go_on_when_the_master_is_killed(
             whole(entries, question)
 
 
+@pytest.mark.parametrize("lost", ["newest", "all"])
+async def test_what_a_failover_loses_is_written_again_visibly(
+    lost: str, guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    url, (master, copy, watcher) = guarded
+    await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
+    async with Client(url, patience=20) as client, command_client(url) as redis:
+        await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Who are you?"))})
+        await eventually(lambda: redis.exists("chat:tokens:{r}"))
+        entries = []
+        async for entry in client.follow("r"):
+            entries.append(entry)
+            if entry.id == (1, 5):
+                master.client.set("mark", 1, ex=60)
+                assert master.client.wait(1, 5000) == 1, "the copy has all up to the mark"
+                copy.client.replicaof("NO", "ONE")
+                if lost == "all":
+                    copy.ask("SELECT", 1)
+                    assert copy.client.delete("chat:tokens:{r}")
+            if entry.id == (1, 15):
+                topology.fail_over_to_an_older_copy(master, copy, watcher)
+        again = [entry async for entry in client.follow("r")]
+        await settled(redis)
+    whole(entries, "Who are you?")
+    whole(again, "Who are you?")
+    assert [entry.type for entry in entries if entry.id.attempt == 2][:2] == ["claimed", "restarted"]
+    assert [entry.type for entry in again if entry.id == (1, 0)] == ["started"]
+
+
 async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    url, (master, replica) = guarded
+    url, (master, replica, _) = guarded
 
     async def pending() -> list[dict[str, object]]:
         async with command_client(url) as redis:
@@ -173,15 +211,6 @@ async def redis(cluster_url: str) -> AsyncIterator[Redis]:
 async def client(cluster_url: str) -> AsyncIterator[Client]:
     async with Client(cluster_url, patience=20) as client:
         yield client
-
-
-async def settled(redis: Redis) -> None:
-    """Wait until every job is acknowledged."""
-
-    async def nothing_pending() -> bool:
-        return all(not group["pending"] and not group.get("lag") for group in await redis.xinfo_groups("chat:jobs"))
-
-    await eventually(nothing_pending)
 
 
 async def test_logs_of_every_master_are_written_and_followed(

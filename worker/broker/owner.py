@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError, WatchError
 
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
-from worker.broker.log import LogFenced, TokenLog, judge
+from worker.broker.log import LogFenced, LogGone, TokenLog, judge
 from worker.broker.publisher import Publisher
 from worker.contract.entries import (
     TAKEOVER,
@@ -159,6 +159,28 @@ class Owner:
             return Duplicate() if await self._jobs.is_live(holder.queue, holder.job) else None
         return None if await self._jobs.holds(delivery) else NotOurs()
 
+    async def begin_again(self, log: TokenLog, delivery: Delivery, expire_at: int, digest: str = "") -> None:
+        """Make one's own log anew where it is gone though the request has not ended, as after a failover.
+
+        It begins with `1-0`; its owner then goes on under a later attempt than it had, so that whoever has read the
+        log that was lost sees what is new. Nothing is done to a log that is there.
+
+        Raises:
+            LogGone: when the request has ended: it was deleted or has expired.
+            LogFenced: when the job is not ours any more.
+        """
+        ended = self._keys.ended(log.request_id)
+        while await self._jobs.holds(delivery):
+            async with self._redis.pipeline() as pipe:
+                await pipe.watch(log.key, ended)
+                if await _tail(pipe, log.key) is not None:
+                    return
+                if await pipe.exists(ended):
+                    raise LogGone("the request has ended")
+                if await self._start(pipe, log.request_id, delivery, expire_at, digest):
+                    return
+        raise LogFenced("Redis does not hold the log as it was, and the job is with another worker")
+
     async def advance(self, log: TokenLog, delivery: Delivery, reason: str) -> None:
         """Go on under the next attempt of one's own log.
 
@@ -209,8 +231,8 @@ class Owner:
     async def confirm(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
         """Before the acknowledgement: is the seal still there? Gives expiry and tombstone where they are missing.
 
-        A log that is gone altogether has nothing left to confirm. False when it is there without a seal, as after a
-        failover that lost it: a tombstone then would keep everybody from writing another.
+        A log that is gone has its tombstone left. False when the end is lost, as after a failover: a tombstone then
+        would keep everybody from writing another.
 
         Raises:
             TooFewReplicas: when it is not yet on as many replicas as it must be.
@@ -219,7 +241,7 @@ class Owner:
         while True:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(key)
-                if not await _is_over(pipe, key):
+                if not await self._is_over(pipe, request_id):
                     return False
                 _multi(pipe)
                 pipe.expire(key, retention)
@@ -228,23 +250,29 @@ class Owner:
                     await pipe.execute()
                 except WatchError:
                     continue  # somebody else set the expiry, or the connection was lost: look again
-            return await self._replicated(key, retention) if self._replicas else True
+            return await self._replicated(request_id, retention) if self._replicas else True
 
-    async def _replicated(self, key: str, retention: int) -> bool:
+    async def _replicated(self, request_id: str, retention: int) -> bool:
         """Wait until replicas have the end of a log; false when it is not there.
 
         WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was
         written before it. The WATCH keeps all of it on one connection, and so on one server.
         """
+        key = self._keys.tokens(request_id)
         async with self._redis.pipeline() as pipe:
             await pipe.watch(key)
-            if not await _is_over(pipe, key):
+            if not await self._is_over(pipe, request_id):
                 return False
             await pipe.expire(key, retention)
             there = cast("int", await pipe.execute_command("WAIT", self._replicas, _WAIT_MS))
         if there < self._replicas:
             raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
         return True
+
+    async def _is_over(self, pipe: Pipeline, request_id: str) -> bool:
+        """Whether a log has its seal, or is gone and has left a tombstone."""
+        tail = await _tail(pipe, self._keys.tokens(request_id))
+        return tail == SEAL if tail else bool(await pipe.exists(self._keys.ended(request_id)))
 
     async def read(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
@@ -317,11 +345,6 @@ def _xadd(pipe: Pipeline, key: str, entry_id: EntryId, fields: Fields, *, create
 async def _tail(redis: Redis, key: str) -> EntryId | None:
     raw = cast("list[_RawEntry]", await redis.xrevrange(key, count=1))
     return EntryId.parse(raw[0][0]) if raw else None
-
-
-async def _is_over(redis: Redis, key: str) -> bool:
-    """Whether a log has its seal, or is not there any more."""
-    return await _tail(redis, key) in {None, SEAL}
 
 
 async def _entry(redis: Redis, key: str, entry_id: EntryId) -> Entry | None:
