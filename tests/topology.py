@@ -67,7 +67,7 @@ def node(binary: Path, folder: Path, *options: str) -> Iterator[Node]:
 @contextmanager
 def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[list[Node]]:
     """Three masters with a third of the slots each; with `replicas` a replica of each as well, after the masters."""
-    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *_QUICK)
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "10000", *_QUICK)
     with ExitStack() as stack:
         nodes = [stack.enter_context(node(binary, folder, *options)) for _ in range(6 if replicas else 3)]
         masters = nodes[:3]
@@ -83,6 +83,18 @@ def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[l
         until(lambda: all(_info(it, "cluster_state") == "ok" for it in nodes))
         until(lambda: all(it.client.info("replication")["master_link_status"] == "up" for it in nodes[3:]))
         yield nodes
+
+
+def fail_over(master: Node, watcher: Node) -> None:
+    """Kill the master and let the sentinel promote its replica; the sentinel is told, so that nobody waits for it."""
+    master.kill()
+    until(lambda: watcher.ask("SENTINEL FAILOVER", "mymaster"))
+
+
+def fail_over_in_cluster(master: Node, replica: Node) -> None:
+    """Kill a master of a cluster; its replica takes the slots without waiting for the others to see that."""
+    master.kill()
+    replica.ask("CLUSTER FAILOVER", "TAKEOVER")
 
 
 def fail_over_to_an_older_copy(master: Node, copy: Node, watcher: Node) -> None:
@@ -114,7 +126,7 @@ def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
         conf = folder / "sentinel.conf"
         conf.write_text(
             f"sentinel monitor mymaster 127.0.0.1 {master.port} 1\n"
-            f"sentinel down-after-milliseconds mymaster 500\n"
+            f"sentinel down-after-milliseconds mymaster 10000\n"
             f"sentinel failover-timeout mymaster 5000\n"
         )
         watcher = stack.enter_context(_sentinel_node(binary, folder, conf))

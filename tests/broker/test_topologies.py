@@ -95,7 +95,7 @@ async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
 async def test_streams_go_on_when_the_master_is_killed(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    url, (master, *_) = guarded
+    url, (master, _, watcher) = guarded
     await start_worker(await start_simulator(Options(orders=Orders(rate=40))), redis_url=url, lease=10)
     questions = [f"Tell me a story about {number}" for number in range(8)]
     async with Client(url, patience=20) as client:
@@ -105,11 +105,24 @@ async def test_streams_go_on_when_the_master_is_killed(
             async for entry in client.generate(ask(question)):
                 entries.append(entry)
                 if question == questions[0] and isinstance(entry, Delta) and entry.id == (1, 10):
-                    master.kill()
+                    await asyncio.to_thread(topology.fail_over, master, watcher)
             return entries
 
         for question, entries in zip(questions, await asyncio.gather(*map(generate, questions)), strict=True):
             whole(entries, question)
+
+
+@pytest.mark.parametrize("name", ["another", "mymaster"])
+async def test_a_master_that_no_sentinel_knows_is_told_in_words(
+    name: str, guarded: tuple[str, list[topology.Node]]
+) -> None:
+    url = guarded[0].replace("mymaster", name) if name == "another" else f"redis+sentinel://127.0.0.1:1/{name}"
+    async with command_client(url) as redis:
+        with pytest.raises(
+            RedisConnectionError, match=f"^no sentinel that answers knows a master '{name}'$"
+        ) as refusal:
+            await redis.get("k")
+    assert is_transient(refusal.value)
 
 
 @pytest.mark.parametrize("lost", ["newest", "all"])
@@ -393,7 +406,10 @@ async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
         url = url_of(nodes)
         await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
         questions = [f"Tell me a story about {number}" for number in range(12)]
-        victim = next(node for node in nodes[:3] if node.owns(slot_of(questions[0].replace(" ", "-"))))
+        slot = slot_of(questions[0].replace(" ", "-"))
+        victim, heir = next(
+            (master, heir) for master, heir in zip(nodes[:3], nodes[3:], strict=True) if master.owns(slot)
+        )
         async with Client(url, patience=20) as client:
 
             async def generate(question: str) -> list[Entry]:
@@ -402,7 +418,7 @@ async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
                 async for entry in client.follow(request_id):
                     entries.append(entry)
                     if question == questions[0] and isinstance(entry, Delta) and entry.id == (1, 10):
-                        victim.kill()
+                        topology.fail_over_in_cluster(victim, heir)
                 return entries
 
             for question, entries in zip(questions, await asyncio.gather(*map(generate, questions)), strict=True):

@@ -1,10 +1,10 @@
 """Redis under Sentinel as one client: every new connection goes to what the sentinels call the master."""
 
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import SSLConnection
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker.broker.urls import RedisUrl
@@ -15,6 +15,17 @@ _ASK_TIMEOUT = 1.0
 
 class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """Waits for a free connection, as the pool of a single server does: redis-py's own fails where there is none."""
+
+    async def get_master_address(self) -> tuple[str, int]:
+        """Ask the sentinels.
+
+        Raises:
+            MasterNotFoundError: in words for people: redis-py's quotes its connections.
+        """
+        try:
+            return cast("tuple[str, int]", await super().get_master_address())  # type: ignore[no-untyped-call]  # so in redis-py
+        except MasterNotFoundError:
+            raise MasterNotFoundError(f"no sentinel that answers knows a master {self.service_name!r}") from None
 
     async def aclose(self) -> None:
         """Close every connection, those to the sentinels too."""
