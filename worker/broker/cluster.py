@@ -15,7 +15,7 @@ from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.crc import key_slot
-from redis.exceptions import ClusterDownError, MovedError, RedisError
+from redis.exceptions import AskError, ClusterDownError, RedisError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -247,7 +247,10 @@ class _NodeConnection(Connection):
     async def read_response(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         try:
             return await super().read_response(*args, **options)
-        except (MovedError, ClusterDownError, RedisConnectionError, RedisTimeoutError):
+        except AskError as error:  # MovedError is one
+            self._forget()
+            raise TryAgainError(f"the slot is elsewhere, or about to be: {error}") from None
+        except (ClusterDownError, RedisConnectionError, RedisTimeoutError):
             self._forget()
             raise
 

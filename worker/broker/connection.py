@@ -43,7 +43,6 @@ _TRANSIENT = (
     exceptions.BusyLoadingError,
     exceptions.ReadOnlyError,
     exceptions.OutOfMemoryError,
-    exceptions.AskError,  # the slot is about to move, or has moved: whoever asks again finds it
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
     exceptions.MasterDownError,
