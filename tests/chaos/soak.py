@@ -1,0 +1,343 @@
+"""The soak: jobs of every kind over real processes that are killed, paused, restarted and cut off all the while.
+
+    python tests/chaos/soak.py --jobs 100000 --workers 4 --seed 7
+
+Every request is held against what must be so (soak_checker). Jobs come in waves: each is checked once it has ended
+and nothing is pending, and its logs are then deleted, so that memory does not grow with the number of jobs. The seed
+settles the jobs and what harm is drawn, but not how these meet in time.
+"""
+# ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
+
+import asyncio
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+import click
+import msgspec
+from redis.exceptions import RedisError
+from soak_checker import SEAL, Evidence, Tally, Violation, check
+from soak_jobs import Plan, plan
+from soak_processes import Chaos, Processes
+
+from worker import Client
+from worker.broker.connection import command_client, is_transient
+from worker.contract.keys import GROUP, Keys
+from worker.sandbox.record import Served
+from worker.sandbox.redis import find_servers
+
+_WAVE = 1000
+_STUCK_AFTER = 120.0
+_AT_ONCE = 32
+_GIVEN_UP = 0.05  # on a machine that stood still for seconds it was 0.02, and mostly it is 0
+_KEYS = Keys()
+_LASTING = {_KEYS.jobs(), _KEYS.lifecycle, _KEYS.dead, _KEYS.workers}
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What became of all jobs."""
+
+    seed: int
+    jobs: int
+    seconds: float
+    versions: dict[str, str]
+    harm: dict[str, int]
+    kinds: dict[str, int]
+    outcomes: dict[str, int]
+    deltas: int
+    attempts: int
+    resumed: int
+    restarted: int
+    starts: int
+    given_up: int
+    lost: int
+    duplicated: int
+    violations: list[Violation]
+
+    @property
+    def table(self) -> str:
+        """For people."""
+        rows: list[tuple[str, object]] = [
+            ("seed", self.seed),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+            ("time", f"{self.seconds:.0f} s"),
+            ("jobs", self.jobs),
+            *((f"  {name}", count) for name, count in sorted(self.outcomes.items())),
+            *sorted(self.harm.items()),
+            ("attempts", self.attempts),
+            ("upstream starts", self.starts),
+            ("  given up unseen", self.given_up),
+            ("resumed", self.resumed),
+            ("restarted", self.restarted),
+            ("deltas", self.deltas),
+            ("lost", self.lost),
+            ("duplicated", self.duplicated),
+            ("all violations", len(self.violations)),
+        ]
+        return "\n".join(f"{name:24}{count}" for name, count in rows)
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, processes: Processes, *, jobs: int, seed: int, pause: float, progress: bool = False) -> None:
+        self._processes = processes
+        self._jobs = jobs
+        self._seed = seed
+        self._dice = random.Random(seed)  # noqa: S311 - no secret
+        self._chaos = Chaos(processes, random.Random(seed + 1), pause)  # noqa: S311
+        self._progress = progress
+        self._tally = Tally()
+        self._kinds: Counter[str] = Counter()
+        self._redis = command_client(processes.redis_url)
+        self._client = Client(processes.redis_url, patience=60)
+        self._cursors = {_KEYS.lifecycle: "0", _KEYS.dead: "0"}
+
+    async def run(self) -> Report:
+        """Run all waves, and say what became of the jobs."""
+        began = time.monotonic()
+        await self._persist("PING")
+        for first in range(0, self._jobs, _WAVE):
+            plans = [
+                plan(self._dice, number, f"s{self._seed}") for number in range(first, min(first + _WAVE, self._jobs))
+            ]
+            self._kinds.update(made.kind for made in plans)
+            await self._wave(plans)
+            if self._progress:
+                wrong = len(self._tally.violations)
+                seconds = time.monotonic() - began
+                click.echo(f"{first + len(plans):7} jobs, {seconds:5.0f} s, {wrong} violations", err=True)
+        await self._client.aclose()
+        info = cast("dict[str, Any]", await self._persist("INFO", "server"))
+        await self._redis.aclose()
+        tally = self._tally
+        if tally.given_up > 1 + self._jobs * _GIVEN_UP:
+            self._violated("starts", f"{tally.given_up} that the logs do not show")
+        return Report(
+            seed=self._seed, jobs=self._jobs, seconds=round(time.monotonic() - began, 1),
+            versions={
+                "redis": str(info["redis_version"]), "python": sys.version.split()[0],
+            },
+            harm=dict(self._chaos.done), kinds=dict(self._kinds), outcomes=dict(tally.outcomes), deltas=tally.deltas,
+            attempts=tally.attempts, resumed=tally.resumed, restarted=tally.restarted, starts=tally.starts,
+            given_up=tally.given_up,
+            lost=tally.count("lost"), duplicated=tally.count("duplicated"), violations=tally.violations,
+        )  # fmt: skip
+
+    async def _wave(self, plans: list[Plan]) -> None:
+        chaos = asyncio.create_task(self._chaos.run())
+        turn = asyncio.Semaphore(_AT_ONCE)
+        await asyncio.gather(*(self._give(made, turn) for made in plans))
+        waiting = await self._ended({made.id for made in plans}, chaos)
+        chaos.cancel()
+        await asyncio.wait([chaos])
+        await self._quiet(waiting)
+        evidence = await self._evidence(plans)
+        for made in plans:
+            check(made, evidence[made.id], self._tally)
+        await self._check_keys()
+        for fallen in self._processes.fallen():
+            self._violated("process", fallen)
+        await self._delete(plans)
+
+    def _violated(self, what: str, detail: str) -> None:
+        self._tally.violations.append(Violation(what, "", detail))
+
+    async def _persist(self, *command: object) -> object:
+        """A command, until Redis answers; it may be done twice."""
+        while True:
+            try:
+                return await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+            except (RedisError, OSError) as error:
+                if not is_transient(error):
+                    raise
+                await asyncio.sleep(0.05)
+
+    async def _give(self, made: Plan, turn: asyncio.Semaphore) -> None:
+        if made.cancel_after is None:
+            await self._add(made, turn)
+        elif made.by_client:  # which would not add what is cancelled already
+            await self._add(made, turn)
+            await self._cancel(made)
+        else:
+            await asyncio.gather(self._add(made, turn), self._cancel(made))
+
+    async def _add(self, made: Plan, turn: asyncio.Semaphore) -> None:
+        async with turn:
+            if made.by_client:
+                await self._client.enqueue(made.request, id=made.id)
+                return
+            request = made.raw or msgspec.json.encode(made.request)
+            for _ in range(made.copies):
+                await self._persist("XADD", _KEYS.jobs(), "*", "id", made.id, "request", request)
+
+    async def _cancel(self, made: Plan) -> None:
+        await asyncio.sleep(made.cancel_after or 0)
+        if made.cancel_raw:
+            with suppress(RedisError):  # sealed already
+                await self._persist("XADD", _KEYS.tokens(made.id), SEAL, "type", "cancelled")
+        else:
+            await self._client.cancel(made.id)
+
+    async def _ended(self, waiting: set[str], chaos: "asyncio.Task[None]") -> set[str]:
+        """Wait for the seals of all; gives those that have none long after the harm has ended."""
+        until = time.monotonic() + _STUCK_AFTER
+        while waiting and not chaos.done():
+            if time.monotonic() > until:
+                chaos.cancel()
+            await asyncio.sleep(0.2)
+            waiting -= await self._sealed(waiting)
+        until = time.monotonic() + _STUCK_AFTER / 4
+        while waiting and time.monotonic() < until:
+            await asyncio.sleep(0.2)
+            waiting -= await self._sealed(waiting)
+        return waiting
+
+    async def _sealed(self, ids: set[str]) -> set[str]:
+        asked = sorted(ids)
+        pipe = self._redis.pipeline(transaction=False)
+        for request_id in asked:
+            pipe.xrevrange(_KEYS.tokens(request_id), count=1)
+        try:
+            tails = await pipe.execute()
+        except (RedisError, OSError):
+            return set()
+        return {
+            request_id for request_id, tail in zip(asked, tails, strict=True) if tail and tail[0][0].decode() == SEAL
+        }
+
+    async def _quiet(self, waiting: set[str]) -> None:
+        """Wait until nothing is pending; what stays so is a violation, but for the jobs that have no end."""
+        until = time.monotonic() + (1 if waiting else _STUCK_AFTER / 4)
+        while True:
+            groups = cast("list[dict[str, Any]]", await self._persist("XINFO GROUPS", _KEYS.jobs()))
+            pending = sum(group["pending"] for group in groups if group["name"] == GROUP.encode())
+            unread = len(cast("list[object]", await self._persist("XRANGE", _KEYS.jobs(), f"({_last(groups)}", "+")))
+            if not pending and not unread:
+                return
+            if time.monotonic() > until:
+                self._violated("pending", f"{pending} jobs pending and {unread} unread, {len(waiting)} without end")
+                return
+            await asyncio.sleep(0.1)
+
+    async def _evidence(self, plans: list[Plan]) -> dict[str, Evidence]:
+        found = {made.id: Evidence() for made in plans}
+        lines = [fields for fields in await self._new(_KEYS.lifecycle) if fields["type"] == "finished"]
+        letters = await self._new(_KEYS.dead)
+        for request_id, one in found.items():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.xrange(_KEYS.tokens(request_id))
+            pipe.pttl(_KEYS.tokens(request_id))
+            pipe.get(_KEYS.ended(request_id))
+            pipe.pttl(_KEYS.ended(request_id))
+            log, one.log_expiry, stone, one.tombstone_expiry = await pipe.execute()
+            one.log = [(entry_id.decode(), _texts(fields)) for entry_id, fields in log]
+            one.tombstone = (stone or b"").decode()
+        for name, rows in (("finished", lines), ("letters", [{**row, **_job(row)} for row in letters])):
+            for row in rows:
+                one = found.get(row["id"], Evidence())
+                setattr(one, name, [*getattr(one, name), row])
+        for digest, starts in self._starts().items():
+            owner = next((made.id for made in plans if made.digest == digest), None)
+            if owner is None:
+                self._violated("starts", f"{len(starts)} for a prompt that no job of this wave has")
+            else:
+                found[owner].starts = starts
+        return found
+
+    async def _new(self, key: str) -> list[dict[str, str]]:
+        """What was added to a stream since the last call."""
+        rows: list[dict[str, str]] = []
+        while True:
+            since = f"({self._cursors[key]}"
+            batch = cast("list[tuple[bytes, dict[bytes, bytes]]]", await self._redis.xrange(key, since, count=5000))
+            if not batch:
+                return rows
+            rows += [_texts(fields) for _, fields in batch]
+            self._cursors[key] = batch[-1][0].decode()
+
+    def _starts(self) -> dict[str, list[Served]]:
+        """The record of this wave, which is then dropped, by the digest of the prompt."""
+        starts: dict[str, dict[tuple[Path, int, float], Served]] = {}
+        for path in self._processes.records:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            path.unlink(missing_ok=True)
+            for line in lines:
+                try:
+                    record = msgspec.json.decode(line, type=Served)
+                except msgspec.MsgspecError:
+                    continue  # the last line of one that was killed
+                if record.prompt is not None:
+                    starts.setdefault(record.prompt, {})[path, record.order, record.started] = record
+        return {digest: list(records.values()) for digest, records in starts.items()}
+
+    async def _check_keys(self) -> None:
+        async for key in self._redis.scan_iter(count=10_000):
+            if key.decode() not in _LASTING and await self._redis.pttl(key) == -1:
+                self._violated("expiry", f"{key.decode()} is kept for ever")
+
+    async def _delete(self, plans: list[Plan]) -> None:
+        for made in plans:
+            await self._redis.unlink(_KEYS.tokens(made.id), _KEYS.ended(made.id))
+
+
+def _last(groups: list[dict[str, Any]]) -> str:
+    return next((group["last-delivered-id"].decode() for group in groups if group["name"] == GROUP.encode()), "0")
+
+
+def _texts(fields: dict[bytes, bytes]) -> dict[str, str]:
+    return {name.decode(): value.decode() for name, value in fields.items()}
+
+
+def _job(letter: dict[str, str]) -> dict[str, str]:
+    return {"id": str(msgspec.json.decode(letter["fields"])["id"])}
+
+
+async def soak(
+    *, jobs: int, workers: int, seed: int, simulators: int = 2, pause: float = 0.6, redis_server: Path | None = None,
+    folder: Path, progress: bool = False,
+) -> Report:  # fmt: skip
+    """Run a soak; `pause` is the mean time between two harms, in seconds."""
+    server = redis_server or find_servers()[0]
+    processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server)
+    try:
+        return await Soak(processes, jobs=jobs, seed=seed, pause=pause, progress=progress).run()
+    finally:
+        processes.stop()
+
+
+@click.command()
+@click.option("--jobs", default=1000, type=click.IntRange(1), show_default=True)
+@click.option("--workers", default=4, type=click.IntRange(1), show_default=True)
+@click.option("--simulators", default=2, type=click.IntRange(1), show_default=True)
+@click.option("--seed", default=None, type=int, help="Drawn if left out, and told.")
+@click.option("--pause", default=0.6, type=click.FloatRange(0.05), show_default=True, help="Seconds between two harms.")
+@click.option("--redis-server", type=click.Path(path_type=Path), help="The redis-server to run; the first at hand.")
+@click.option("--keep", is_flag=True, help="Keep the folder with what the processes printed.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def main(seed: int | None, keep: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001, ANN401, from click
+    """Run jobs of every kind under every harm, and tell what became of each."""
+    seed = random.SystemRandom().randrange(10_000) if seed is None else seed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with it
+    folder = Path(tempfile.mkdtemp(prefix="vllm-relay-soak-"))
+    click.echo(f"seed {seed}, folder {folder}", err=True)
+    report = asyncio.run(soak(seed=seed, folder=folder, progress=True, **options))
+    if not keep:
+        shutil.rmtree(folder)
+    click.echo(msgspec.json.encode(report).decode() if as_json else report.table)
+    for violation in report.violations[:50]:
+        click.echo(f"{violation.what}: {violation.id} {violation.detail}", err=True)
+    sys.exit(bool(report.violations))
+
+
+if __name__ == "__main__":
+    main()
