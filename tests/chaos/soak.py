@@ -36,7 +36,7 @@ from worker.sandbox.record import Served
 from worker.sandbox.redis import find_servers
 
 _WAVE = 1000
-_STUCK_AFTER = 120.0
+_STUCK_AFTER = 60.0
 _AT_ONCE = 32
 _GIVEN_UP = 0.05  # on a machine that stood still for seconds it was 0.02, and mostly it is 0
 _KEYS = Keys()
@@ -89,17 +89,21 @@ class Report(msgspec.Struct, kw_only=True):
 class Soak:
     """One run."""
 
-    def __init__(self, processes: Processes, *, jobs: int, seed: int, pause: float, progress: bool = False) -> None:
+    def __init__(
+        self, processes: Processes, *, jobs: int, seed: int, pause: float, harms: int, progress: bool = False
+    ) -> None:
         self._processes = processes
         self._jobs = jobs
         self._seed = seed
         self._dice = random.Random(seed)  # noqa: S311 - no secret
         self._chaos = Chaos(processes, random.Random(seed + 1), pause)  # noqa: S311
+        self._harms = harms
         self._progress = progress
         self._tally = Tally()
         self._kinds: Counter[str] = Counter()
         self._redis = command_client(processes.redis_url)
         self._client = Client(processes.redis_url, patience=60)
+        self._finished: list[dict[str, str]] = []
         self._cursors = {_KEYS.lifecycle: "0", _KEYS.dead: "0"}
 
     async def run(self) -> Report:
@@ -134,7 +138,7 @@ class Soak:
         )  # fmt: skip
 
     async def _wave(self, plans: list[Plan]) -> None:
-        chaos = asyncio.create_task(self._chaos.run())
+        chaos = asyncio.create_task(self._chaos.run(self._harms * len(plans) // _WAVE))
         turn = asyncio.Semaphore(_AT_ONCE)
         await asyncio.gather(*(self._give(made, turn) for made in plans))
         waiting = await self._ended({made.id for made in plans}, chaos)
@@ -189,35 +193,20 @@ class Soak:
             await self._client.cancel(made.id)
 
     async def _ended(self, waiting: set[str], chaos: "asyncio.Task[None]") -> set[str]:
-        """Wait for the seals of all; gives those that have none long after the harm has ended."""
+        """Wait until the lifecycle has the end of all; gives those that are left when none has ended for long."""
         until = time.monotonic() + _STUCK_AFTER
-        while waiting and not chaos.done():
-            if time.monotonic() > until:
-                chaos.cancel()
-            await asyncio.sleep(0.2)
-            waiting -= await self._sealed(waiting)
-        until = time.monotonic() + _STUCK_AFTER / 4
         while waiting and time.monotonic() < until:
             await asyncio.sleep(0.2)
-            waiting -= await self._sealed(waiting)
+            lines = [line for line in await self._new(_KEYS.lifecycle) if line["type"] == "finished"]
+            self._finished += lines
+            waiting -= {line["id"] for line in lines}
+            if lines or not chaos.done():
+                until = time.monotonic() + _STUCK_AFTER
         return waiting
-
-    async def _sealed(self, ids: set[str]) -> set[str]:
-        asked = sorted(ids)
-        pipe = self._redis.pipeline(transaction=False)
-        for request_id in asked:
-            pipe.xrevrange(_KEYS.tokens(request_id), count=1)
-        try:
-            tails = await pipe.execute()
-        except (RedisError, OSError):
-            return set()
-        return {
-            request_id for request_id, tail in zip(asked, tails, strict=True) if tail and tail[0][0].decode() == SEAL
-        }
 
     async def _quiet(self, waiting: set[str]) -> None:
         """Wait until nothing is pending; what stays so is a violation, but for the jobs that have no end."""
-        until = time.monotonic() + (1 if waiting else _STUCK_AFTER / 4)
+        until = time.monotonic() + (1 if waiting else _STUCK_AFTER)
         while True:
             groups = cast("list[dict[str, Any]]", await self._persist("XINFO GROUPS", _KEYS.jobs()))
             pending = sum(group["pending"] for group in groups if group["name"] == GROUP.encode())
@@ -231,7 +220,7 @@ class Soak:
 
     async def _evidence(self, plans: list[Plan]) -> dict[str, Evidence]:
         found = {made.id: Evidence() for made in plans}
-        lines = [fields for fields in await self._new(_KEYS.lifecycle) if fields["type"] == "finished"]
+        self._finished += [line for line in await self._new(_KEYS.lifecycle) if line["type"] == "finished"]
         letters = await self._new(_KEYS.dead)
         for request_id, one in found.items():
             pipe = self._redis.pipeline(transaction=False)
@@ -242,12 +231,14 @@ class Soak:
             log, one.log_expiry, stone, one.tombstone_expiry = await pipe.execute()
             one.log = [(entry_id.decode(), _texts(fields)) for entry_id, fields in log]
             one.tombstone = (stone or b"").decode()
-        for name, rows in (("finished", lines), ("letters", [{**row, **_job(row)} for row in letters])):
+        for name, rows in (("finished", self._finished), ("letters", [{**row, **_job(row)} for row in letters])):
             for row in rows:
                 one = found.get(row["id"], Evidence())
                 setattr(one, name, [*getattr(one, name), row])
+        self._finished = []
+        owners = {made.digest: made.id for made in plans}
         for digest, starts in self._starts().items():
-            owner = next((made.id for made in plans if made.digest == digest), None)
+            owner = owners.get(digest)
             if owner is None:
                 self._violated("starts", f"{len(starts)} for a prompt that no job of this wave has")
             else:
@@ -259,7 +250,8 @@ class Soak:
         rows: list[dict[str, str]] = []
         while True:
             since = f"({self._cursors[key]}"
-            batch = cast("list[tuple[bytes, dict[bytes, bytes]]]", await self._redis.xrange(key, since, count=5000))
+            reply = await self._persist("XRANGE", key, since, "+", "COUNT", 5000)
+            batch = cast("list[tuple[bytes, dict[bytes, bytes]]]", reply)
             if not batch:
                 return rows
             rows += [_texts(fields) for _, fields in batch]
@@ -303,14 +295,14 @@ def _job(letter: dict[str, str]) -> dict[str, str]:
 
 
 async def soak(
-    *, jobs: int, workers: int, seed: int, simulators: int = 2, pause: float = 0.6, redis_server: Path | None = None,
-    folder: Path, progress: bool = False,
+    *, jobs: int, workers: int, seed: int, simulators: int = 2, pause: float = 0.6, harms: int = 40,
+    redis_server: Path | None = None, folder: Path, progress: bool = False,
 ) -> Report:  # fmt: skip
-    """Run a soak; `pause` is the mean time between two harms, in seconds."""
+    """Run a soak; `harms` are done for each thousand jobs, `pause` is the mean time between two, in seconds."""
     server = redis_server or find_servers()[0]
     processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server)
     try:
-        return await Soak(processes, jobs=jobs, seed=seed, pause=pause, progress=progress).run()
+        return await Soak(processes, jobs=jobs, seed=seed, pause=pause, harms=harms, progress=progress).run()
     finally:
         processes.stop()
 
@@ -321,6 +313,7 @@ async def soak(
 @click.option("--simulators", default=2, type=click.IntRange(1), show_default=True)
 @click.option("--seed", default=None, type=int, help="Drawn if left out, and told.")
 @click.option("--pause", default=0.6, type=click.FloatRange(0.05), show_default=True, help="Seconds between two harms.")
+@click.option("--harms", default=40, type=click.IntRange(0), show_default=True, help="For each thousand jobs.")
 @click.option("--redis-server", type=click.Path(path_type=Path), help="The redis-server to run; the first at hand.")
 @click.option("--keep", is_flag=True, help="Keep the folder with what the processes printed.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")

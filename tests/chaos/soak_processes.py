@@ -18,7 +18,7 @@ from worker.settings import Settings
 
 __all__ = ["LEASE", "Chaos", "Processes"]
 
-LEASE = 1.0
+LEASE = 2.0  # with 1 s, workers of a busy machine lose their leases all the time, and little gets done
 _ROOT = Path(__file__).parents[2]
 _SETTINGS: dict[str, object] = {
     "slots": 64,
@@ -127,7 +127,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Chaos:
-    """Does harm at random moments, drawn from `dice`, until its task is cancelled; then everything runs again."""
+    """Does harm at random moments, drawn from `dice`; in the end all runs again. `pause` is the mean, in seconds."""
 
     def __init__(self, processes: Processes, dice: random.Random, pause: float) -> None:
         self._processes = processes
@@ -159,16 +159,17 @@ class Chaos:
         except RedisError:
             pass  # it is being restarted: there is no connection to cut
 
-    async def run(self) -> None:
-        """Do harm until cancelled."""
+    async def run(self, times: int) -> None:
+        """Do harm so many times, or until cancelled."""
         try:
-            while True:
+            for _ in range(times):
                 await asyncio.sleep(self._dice.expovariate(1 / self._pause))
                 self._wake(asyncio.get_running_loop().time())
                 kinds = list(self._harms)
                 (kind,) = self._dice.choices(kinds, [weight for weight, _ in self._harms.values()])
                 self._harms[kind][1]()
                 self.done[kind] += 1
+            await asyncio.sleep(max(self._paused.values(), default=0) - asyncio.get_running_loop().time())
         finally:
             self._wake(float("inf"))
 
