@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -76,6 +76,11 @@ def _faulty(fault: str) -> Callable[[random.Random], Object]:
     return ask
 
 
+def _refused_resume(dice: random.Random) -> Object:
+    asked = _faulty("cut")(dice)
+    return {**asked, "simulate": {**cast("Object", asked["simulate"]), "then": "prefill"}}
+
+
 _KINDS: dict[str, tuple[int, Callable[[random.Random], Object]]] = {
     "plain": (30, _plain),
     "known": (4, lambda _: {"question": "Who are you?"}),
@@ -92,6 +97,7 @@ _KINDS: dict[str, tuple[int, Callable[[random.Random], Object]]] = {
     "least": (3, lambda dice: {"question": "Who are you?", "min_tokens": dice.randint(1, 60)}),
     "duplicate": (4, _plain),
     "cancelled": (6, lambda dice: {"question": f"Long {dice.random()}", "simulate": {"tokens": 150, "rate": 50}}),
+    "prefill": (1, _refused_resume),
     "bad model": (1, lambda _: {"question": "Who are you?", "model": "nope"}),
     "bad field": (1, lambda _: {"question": "Who are you?", "temperature": 9}),
     "bad late": (1, lambda _: {"question": "Who are you?", "logprobs": True, "top_logprobs": 99}),

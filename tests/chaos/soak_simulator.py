@@ -1,4 +1,4 @@
-"""One simulated vLLM as a process of its own: `python soak_simulator.py PORT RECORD`, until it is ended."""
+"""One simulated vLLM as a process of its own: `python soak_simulator.py PORT RECORD [IGNORED FIELD …]`, until ended."""
 
 import asyncio
 import sys
@@ -7,5 +7,7 @@ from pathlib import Path
 from worker.sandbox.simulator import Options, Orders, serve_forever
 
 if __name__ == "__main__":
-    options = Options(orders=Orders(rate=300), keep_alive=0.2, record=Path(sys.argv[2]))
+    options = Options(
+        orders=Orders(rate=300), keep_alive=0.2, record=Path(sys.argv[2]), ignores=frozenset(sys.argv[3:])
+    )
     asyncio.run(serve_forever(options, host="127.0.0.1", port=int(sys.argv[1])))
