@@ -103,6 +103,7 @@ class Soak:
         self._kinds: Counter[str] = Counter()
         self._redis = command_client(processes.redis_url)
         self._client = Client(processes.redis_url, patience=60)
+        self._began = 0.0
         self._finished: list[dict[str, str]] = []
         self._cursors = {_KEYS.lifecycle: "0", _KEYS.dead: "0"}
 
@@ -138,6 +139,7 @@ class Soak:
         )  # fmt: skip
 
     async def _wave(self, plans: list[Plan]) -> None:
+        self._began = time.monotonic()  # one clock for all processes of a machine
         chaos = asyncio.create_task(self._chaos.run(self._harms * len(plans) // _WAVE))
         turn = asyncio.Semaphore(_AT_ONCE)
         await asyncio.gather(*(self._give(made, turn) for made in plans))
@@ -268,7 +270,8 @@ class Soak:
                     record = msgspec.json.decode(line, type=Served)
                 except msgspec.MsgspecError:
                     continue  # the last line of one that was killed
-                if record.prompt is not None:
+                # One of an earlier wave may end after its check: what must not be is that one begins.
+                if record.prompt is not None and record.started >= self._began:
                     starts.setdefault(record.prompt, {})[path, record.order, record.started] = record
         return {digest: list(records.values()) for digest, records in starts.items()}
 
