@@ -12,6 +12,7 @@ from typing import cast
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+from proxy import Proxy
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
@@ -104,6 +105,13 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 async def client(redis_url: str) -> AsyncIterator[Client]:
     async with Client(redis_url, patience=5) as client:
         yield client
+
+
+@pytest.fixture
+async def redis_proxy(redis_url: str) -> AsyncIterator[Proxy]:
+    """A proxy before the Redis that breaks connections as ordered. Ask for it before what shall end before it."""
+    async with Proxy.before(redis_url) as proxy:
+        yield proxy
 
 
 StartSimulator = Callable[..., Awaitable[Simulator]]
