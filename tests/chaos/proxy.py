@@ -58,6 +58,8 @@ class Proxy:
         self.port = 0
         self.up = self.down = 0.0
         """Seconds that each piece waits on its way to the server, and back."""
+        self.accepted = 0
+        """How many connections there have been."""
         self.open = asyncio.Event()
         self._orders: list[Order] = []
         self._server: asyncio.Server | None = None
@@ -149,6 +151,7 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
+        self.accepted += 1
         try:
             await _Connection(self, reader, writer).run()
         except (asyncio.CancelledError, OSError):
