@@ -1,0 +1,94 @@
+"""Connections to Redis that break around one command: before it was sent, or after it was executed, its reply lost."""
+
+import pytest
+from checks import ask, begun_by_a_dead_worker, expected, promise_kept
+from conftest import StartSimulator, StartWorker
+from proxy import Order, Proxy
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.sandbox.simulator import Options, Orders
+
+STARTED = rb"^MULTI\nXADD \S+ 1-0 "
+DELTAS = rb"^MULTI\nXADD \S+ NOMKSTREAM 1-\d+ type delta"
+SEAL = rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-"
+CONFIRM = rb"^MULTI\nXREVRANGE chat:tokens"
+LIFECYCLE = rb"^XADD chat:lifecycle .* finished"
+FEED = rb"^MULTI\nPUBLISH"
+ACK = rb"^XACK"
+LOOK = rb"^XREVRANGE chat:tokens"
+WATCH = rb"^WATCH"
+
+
+def break_at(proxy: Proxy, how: str, command: bytes, times: int = 1) -> Order:
+    if how == "reply lost":
+        return proxy.drop_reply(command, times=times)
+    return proxy.cut_before(command, times=times)
+
+
+@pytest.mark.parametrize("how", ["reply lost", "not sent"])
+@pytest.mark.parametrize(
+    "command",
+    [STARTED, DELTAS, SEAL, CONFIRM, LIFECYCLE, FEED, ACK, LOOK, WATCH],
+    ids=["started", "deltas", "seal", "confirm", "lifecycle", "feed", "ack", "look", "watch"],
+)
+async def test_a_command_that_is_cut_off_twice_does_not_show(
+    command: bytes,
+    how: str,
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    order = break_at(redis_proxy, how, command, times=2)
+    # Two questions, or the second cut may find nothing left to cut.
+    simulator = await start_simulator(Options(orders=Orders(rate=200)))
+    await start_worker(simulator, lease=10, redis_url=redis_proxy.redis_url)
+    questions = ["Who are you?", "你是谁?"]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    for question, request_id in zip(questions, ids, strict=True):
+        story = await promise_kept(redis, request_id, expected(question))
+        assert story.attempts == 1, "the worker lived and had its lease: nothing begins again"
+    assert order.done.is_set()
+    assert len(simulator.served) == len(questions)
+
+
+async def test_the_jobs_of_a_read_whose_reply_was_lost_come_with_their_lease(
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    order = redis_proxy.drop_reply(rb"^XREADGROUP", reply=rb"messages")
+    await start_worker(await start_simulator(), lease=1, redis_url=redis_proxy.redis_url)
+    ids = [await client.enqueue(ask()) for _ in range(3)]
+    for request_id in ids:
+        await promise_kept(redis, request_id)
+    assert order.done.is_set()
+
+
+async def test_the_jobs_of_a_take_over_whose_reply_was_lost_come_once_more(
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    request_id = await client.enqueue(ask())
+    await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
+    order = redis_proxy.drop_reply(rb"^XAUTOCLAIM", reply=rb"messages")
+    await start_worker(await start_simulator(), lease=1, redis_url=redis_proxy.redis_url)
+    assert (await promise_kept(redis, request_id)).attempts > 1
+    assert order.done.is_set()
+
+
+@pytest.mark.parametrize("how", ["reply lost", "not sent"])
+async def test_a_claim_that_is_cut_off_is_made_once(
+    how: str,
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    request_id = await client.enqueue(ask())
+    await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
+    order = break_at(redis_proxy, how, rb"^XADD \S+ NOMKSTREAM 2-0 ")
+    await start_worker(await start_simulator(), lease=10, redis_url=redis_proxy.redis_url)
+    # A lost reply leaves a claim of our own, which is fenced by the next: that is safe, and a third would be a fault.
+    assert (await promise_kept(redis, request_id)).attempts <= 3
+    assert order.done.is_set()

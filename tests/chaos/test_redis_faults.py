@@ -1,0 +1,250 @@
+"""A Redis that dies, forgets, is full, slow or silent: streams wait, and go on where they were."""
+
+import asyncio
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from checks import ask, expected, has_begun, log_of, pending, promise_kept
+from conftest import StartSimulator, StartWorker, eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from worker import Client, Entry
+from worker.broker.log import HIGH_WATER_BYTES
+from worker.contract.ids import SEAL
+from worker.sandbox.redis import EmbeddedRedis, free_port
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.service import Service
+
+
+@pytest.fixture
+async def paced(start_simulator: StartSimulator) -> Simulator:
+    """A vLLM whose answers take about a second."""
+    return await start_simulator(Options(orders=Orders(rate=40)))
+
+
+class Durable:
+    """A Redis that has every write on disk before it answers, and can be killed and started again."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        self._port = free_port()
+        self._command = [
+            *(str(binary), "--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "always"),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.client = Redis.from_url(self.url, protocol=2)
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    async def ready(self) -> None:
+        async def answers() -> bool:
+            with suppress(RedisError):
+                return bool(await self.client.ping())
+            return False
+
+        await eventually(answers, within=30)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+async def durable(redis_server: EmbeddedRedis, tmp_path: Path) -> AsyncIterator[Durable]:
+    assert redis_server.process is not None
+    durable = Durable(Path(str(redis_server.process.args[0])), tmp_path)  # type: ignore[index]  # a list, as started
+    durable.start()
+    await durable.ready()
+    yield durable
+    await durable.client.aclose()
+    durable.kill()
+
+
+async def test_a_redis_that_is_killed_and_comes_back_with_its_file(
+    durable: Durable, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced, lease=15, redis_url=durable.url)
+    async with Client(durable.url, patience=30) as client:
+        ids = [await client.enqueue(ask(question)) for question in ("one", "two", "three")]
+        seen: list[Entry] = []
+
+        async def follow() -> None:
+            seen.extend([entry async for entry in client.follow(ids[0])])
+
+        follower = asyncio.create_task(follow())
+        await has_begun(durable.client, ids[0])
+        durable.kill()
+        durable.start()
+        await durable.ready()
+        for question, request_id in zip(("one", "two", "three"), ids, strict=True):
+            story = await promise_kept(durable.client, request_id, expected(question))
+            assert story.attempts == 1
+        await follower
+        assert [entry.id for entry in seen] == [line.id for line in await log_of(durable.client, ids[0])]
+
+
+async def test_connections_to_redis_that_are_cut_again_and_again(
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced, lease=15, redis_url=redis_proxy.redis_url)
+    request_id = await client.enqueue(ask())
+    for deltas in range(1, 40, 4):
+        await has_begun(redis, request_id, deltas)
+        await redis_proxy.cut()
+    assert (await promise_kept(redis, request_id)).attempts == 1
+
+
+async def test_a_silent_redis_is_left_and_what_was_sent_to_it_may_come_late(
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    paced: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.3)
+    await start_worker(paced, lease=15, redis_url=redis_proxy.redis_url)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id)
+    redis_proxy.half_open()
+    before = redis_proxy.accepted
+
+    async def given_up() -> bool:
+        return redis_proxy.accepted > before + 2 and paced.served[0].finished
+
+    await eventually(given_up)
+    await redis_proxy.heal()
+    assert (await promise_kept(redis, request_id)).attempts == 1
+    assert len(paced.served) == 1
+
+
+async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    paced: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.3)
+    first = await start_worker(paced, lease=1, redis_url=redis_proxy.redis_url)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id)
+    redis_proxy.half_open()
+    await start_worker(paced, lease=1)
+    assert (await promise_kept(redis, request_id)).attempts > 1
+    before = await log_of(redis, request_id)
+    await redis_proxy.heal()
+
+    async def let_go() -> bool:
+        return not first._running
+
+    await eventually(let_go)
+    assert await log_of(redis, request_id) == before
+    await promise_kept(redis, request_id)
+
+
+@pytest.mark.parametrize("when", ["blocked", "streaming"])
+async def test_a_redis_that_forgets_everything(
+    when: str, client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced)
+    lost = await client.enqueue(ask("lost", simulate={"rate": 40 if when == "streaming" else 0}))
+    await (has_begun(redis, lost) if when == "streaming" else promise_kept(redis, lost, expected("lost")))
+    await redis.flushall()
+    request_id = await client.enqueue(ask())
+    await promise_kept(redis, request_id)
+
+    async def dropped() -> bool:
+        return paced.served[0].ended is not None
+
+    await eventually(dropped)
+    assert paced.served[0].closed_early is (when == "streaming")
+    assert not await redis.exists(f"chat:tokens:{{{lost}}}"), "what is gone is not made again"
+
+
+async def test_a_group_that_is_destroyed_is_made_again_with_all_its_jobs(
+    client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced, slots=2, lease=15)
+    questions = [f"question {number}" for number in range(3)]
+    rates = (80, 20, 0)  # the first one ends while the second runs, and the third comes with the group
+    ids = [
+        await client.enqueue(ask(question, simulate={"rate": rate}))
+        for question, rate in zip(questions, rates, strict=True)
+    ]
+    await has_begun(redis, ids[0])
+    await redis.xgroup_destroy("chat:jobs", "workers")
+
+    async def made_again() -> bool:
+        return bool(await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(made_again)
+    for question, request_id in zip(questions, ids, strict=True):
+        story = await promise_kept(redis, request_id, expected(question))
+        assert story.attempts == 1, "a job that comes again while it runs here is no second run"
+
+
+async def test_streams_wait_while_redis_has_no_room(
+    client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced, lease=1)
+    questions = ("one", "two", "three")
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    for request_id in ids:
+        await has_begun(redis, request_id)
+    await redis.config_set("maxmemory", "1")
+    try:
+
+        async def told() -> bool:
+            return len(paced.served) >= 3 and all(served.finished for served in list(paced.served)[:3])
+
+        await eventually(told)
+        for request_id in ids:
+            assert (await log_of(redis, request_id))[-1].id != SEAL
+        assert len(await pending(redis)) == 3
+    finally:
+        await redis.config_set("maxmemory", "0")
+    for question, request_id in zip(questions, ids, strict=True):
+        await promise_kept(redis, request_id, expected(question))
+
+
+async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    tokens = 5000
+    simulator = await start_simulator(Options(max_model_len=2 * tokens, orders=Orders(tokens=tokens)))
+    worker = await start_worker(simulator, lease=30, redis_url=redis_proxy.redis_url)
+    redis_proxy.up = 0.1
+    # With its alternatives a token is two kilobytes and a half, and the answer more than sockets can hold on the way.
+    request_id = await client.enqueue(ask(logprobs=True, top_logprobs=20))
+
+    chunks = [-1]
+
+    async def paused() -> bool:
+        chunks.append(simulator.served[0].chunks if simulator.served else -1)
+        return waiting(worker) > HIGH_WATER_BYTES and len(chunks) > 20 and chunks[-20] == chunks[-1] > 0
+
+    await eventually(paused, within=30)
+    assert not simulator.served[0].finished
+    assert waiting(worker) < 3 * HIGH_WATER_BYTES, "no more than one read beyond the mark"
+    await redis_proxy.heal()
+    await promise_kept(redis, request_id, answer_to(ask()["messages"], tokens=tokens))
+
+
+def waiting(worker: Service) -> int:
+    """Bytes that the worker's logs hold until Redis has accepted them."""
+    return sum(log._bytes for log in worker._publisher._logs)

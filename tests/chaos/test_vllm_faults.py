@@ -1,0 +1,122 @@
+"""Every fault of a vLLM that the simulated one can have: the first try meets it, and the answer is whole in the end."""
+
+import pytest
+from checks import ask, expected, has_begun, log_of, promise_kept
+from conftest import StartSimulator, StartWorker, eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.sandbox.simulator import Options, Orders, Simulator
+
+QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
+"""Silence is noticed soon; that a busy machine is taken for a silent one costs a try more, and no answer."""
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.02)
+
+
+async def paced(start_simulator: StartSimulator) -> Simulator:
+    return await start_simulator(Options(orders=Orders(rate=100)))
+
+
+@pytest.mark.parametrize("fault", ["refuse", "429", "503", "500", "hang", "html"])
+async def test_a_fault_before_the_first_token_does_not_show(
+    fault: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(keep_alive=0.1))
+    await start_worker(simulator, **QUICK)
+    request_id = await client.enqueue(ask("Who are you?", simulate={"fault": fault, "times": 1}))
+    story = await promise_kept(redis, request_id, expected("Who are you?"))
+    assert simulator.served[0].fault == fault
+    assert "restarted" not in {line.type for line in story.log}
+
+
+@pytest.mark.parametrize("after", [0, 5], ids=["before any text", "mid-stream"])
+@pytest.mark.parametrize("fault", ["stall", "freeze", "cut", "reset", "malformed", "error_under_200", "abort"])
+async def test_a_stream_that_breaks_goes_on_or_begins_again(
+    fault: str, after: int, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(keep_alive=0.1))
+    await start_worker(simulator, **QUICK)
+    order = {"fault": fault, "times": 1, "after": after}
+    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    await promise_kept(redis, request_id, expected("Who are you?"))
+    assert simulator.served[0].fault == fault
+    assert len(simulator.served) > 1
+
+
+@pytest.mark.parametrize("order", [{"fault": "no_done"}, {"first_token": 0.3}], ids=["no [DONE]", "slow first token"])
+async def test_what_is_no_fault_is_not_tried_again(
+    order: dict[str, object],
+    client: Client,
+    redis: Redis,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    simulator = await start_simulator(Options(keep_alive=0.1))
+    await start_worker(simulator)
+    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    assert (await promise_kept(redis, request_id, expected("Who are you?"))).attempts == 1
+    assert len(simulator.served) == 1
+
+
+async def test_the_next_try_waits_as_long_as_the_server_asks(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await paced(start_simulator)
+    await start_worker(simulator)
+    order = {"fault": "429", "times": 1, "retry_after": 0.4}
+    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    await promise_kept(redis, request_id, expected("Who are you?"))
+    first, second = simulator.served
+    assert second.started - first.started > 0.25, "three quarters of it, and ten times the pause without being asked"
+
+
+async def test_a_connection_to_vllm_that_is_cut_mid_stream(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await paced(start_simulator)
+    async with Proxy.before(simulator.url) as proxy:
+        await start_worker(proxy)
+        request_id = await client.enqueue(ask())
+        for attempt in (1, 2):
+            await has_begun(redis, request_id, attempt=attempt)
+            await proxy.cut()
+        await promise_kept(redis, request_id)
+        assert simulator.served[0].closed_early
+
+
+async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await paced(start_simulator)
+    async with Proxy.before(simulator.url) as proxy:
+        await start_worker(proxy, **QUICK)
+        request_id = await client.enqueue(ask())
+        await has_begun(redis, request_id)
+        proxy.half_open()
+
+        async def noticed() -> bool:
+            return any(line.type == "claimed" for line in await log_of(redis, request_id))
+
+        await eventually(noticed)
+        await proxy.heal()
+        await promise_kept(redis, request_id)
+
+
+async def test_a_vllm_that_dies_mid_stream_is_replaced_by_the_other(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    one, two = await paced(start_simulator), await paced(start_simulator)
+    async with Proxy.before(one.url) as first, Proxy.before(two.url) as second:
+        await start_worker(first, second)
+        request_id = await client.enqueue(ask())
+        await has_begun(redis, request_id)
+        dead, alive = (first, two) if one.served else (second, one)
+        dead.refuse()
+        await dead.cut()
+        await promise_kept(redis, request_id)
+        assert [served.finished for served in alive.served] == [True]

@@ -1,0 +1,206 @@
+"""Workers that die, stop, leave or stall at the worst moments: another one goes on, and the first does no harm."""
+
+import asyncio
+import json
+import signal
+import time
+
+import pytest
+from checks import ask, begun_by_a_dead_worker, expected, has_begun, log_of, pending, promise_kept
+from conftest import StartProcess, StartSimulator, StartWorker, eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.contract.entries import to_json
+from worker.sandbox.simulator import Options, Orders, Simulator
+
+LEASE = 1.0
+
+
+@pytest.fixture
+async def paced(start_simulator: StartSimulator) -> Simulator:
+    """A vLLM whose answers take about a second."""
+    return await start_simulator(Options(orders=Orders(rate=40)))
+
+
+@pytest.fixture
+async def slow(start_simulator: StartSimulator) -> Simulator:
+    """A vLLM whose answers do not end within a test: whoever asks it is mid-stream."""
+    return await start_simulator(Options(orders=Orders(rate=10)))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        rb"^MULTI\nXADD \S+ NOMKSTREAM 1-[1-9]",
+        rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-",
+        rb"^XADD chat:lifecycle .* finished",
+        rb"^MULTI\nPUBLISH .*18446744073709551615-",
+        rb"^XACK",
+    ],
+    ids=["mid-stream", "seal", "lifecycle", "feed", "acknowledgement"],
+)
+async def test_a_worker_that_is_killed_before_it_could_say_something(
+    before: bytes,
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    simulator: Simulator,
+) -> None:
+    held = redis_proxy.hold(before)
+    process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
+    request_id = await client.enqueue(ask())
+    async with asyncio.timeout(30):
+        await held.met.wait()
+    process.kill()
+    await redis_proxy.cut()  # what is held must not come after all
+    process.wait()
+    await start_worker(simulator, lease=LEASE)
+    await promise_kept(redis, request_id)
+
+
+@pytest.mark.parametrize("wakes", ["mid-stream of the next", "after the end"])
+async def test_a_worker_that_was_stopped_past_its_lease_writes_nothing_more_and_does_not_acknowledge(
+    wakes: str,
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    slow: Simulator,
+) -> None:
+    first = start_process(slow, lease=LEASE, slots=1)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        seal = redis_proxy.hold(rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-")
+        await start_worker(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
+        async with asyncio.timeout(30):
+            await seal.met.wait()
+        if wakes == "after the end":
+            seal.release()
+            await promise_kept(redis, request_id)
+        before = await log_of(redis, request_id)
+        live = await pending(redis)
+    finally:
+        first.send_signal(signal.SIGCONT)
+
+    async def let_go() -> bool:
+        lines = [json.loads(line) for line in (await redis.hgetall("chat:workers")).values()]
+        return any(line["slots"] == 1 and line["finished"] for line in lines)
+
+    await eventually(let_go)
+    assert await log_of(redis, request_id) == before
+    assert await pending(redis) == live
+    seal.release()
+    await promise_kept(redis, request_id)
+
+
+@pytest.mark.parametrize("drain", [20, 0.1], ids=["below the drain", "past the drain"])
+async def test_a_worker_that_is_told_to_leave(
+    drain: float,
+    client: Client,
+    redis: Redis,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    slow: Simulator,
+) -> None:
+    # With leases of a minute only a hand-over lets the next worker go on within the time of this test.
+    process = start_process(slow, lease=60, drain_timeout=drain)
+    request_id = await client.enqueue(ask(simulate={"rate": 40} if drain == 20 else {}))
+    await has_begun(redis, request_id, 2)
+    process.terminate()
+    await start_worker(simulator, lease=60)
+    story = await promise_kept(redis, request_id)
+    assert await asyncio.to_thread(process.wait, 20) == 0
+    assert story.attempts == (1 if drain == 20 else 2)
+
+
+async def test_a_stalled_event_loop_costs_the_lease_and_nothing_else(
+    client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
+) -> None:
+    await start_worker(paced, lease=0.5)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id)
+    time.sleep(1)  # noqa: ASYNC251 - the stall
+    await promise_kept(redis, request_id)
+
+
+async def test_a_dead_workers_job_is_found_behind_many_live_ones(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """XAUTOCLAIM passes over ten entries for each that is asked for, and starts from its cursor."""
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    for number in range(100):
+        await redis.xadd("chat:jobs", {"id": f"live-{number}"})
+    await redis.xreadgroup("workers", "alive", {"chat:jobs": ">"})
+    live = [job for job, _ in await pending(redis)]
+    request_id = await client.enqueue(ask())
+    await begun_by_a_dead_worker(redis, request_id)
+    await start_worker(simulator, lease=60, slots=4)
+
+    async def answered() -> bool:
+        return [job for job, _ in await pending(redis)] == live
+
+    await eventually(answered)
+    await redis.xack("chat:jobs", "workers", *live)
+    await promise_kept(redis, request_id)
+
+
+async def test_two_releases_side_by_side_understand_each_other(
+    client: Client,
+    redis: Redis,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    slow: Simulator,
+) -> None:
+    """A later release may write types and fields that this one does not know, and each may take over from the other."""
+    request_id = await client.enqueue(ask())
+    await begun_by_a_dead_worker(
+        redis,
+        request_id,
+        {"type": "opened", "model": "reciter", "colour": "blue"},
+        {"type": "telemetry", "temperature": "21"},
+        {"type": "delta", "content": "The river", "mood": "calm"},
+    )
+    await redis.hset("chat:workers", "later", '{"v": 2, "pulse": "strong"}')
+    first = start_process(slow, lease=LEASE, slots=3, queues="default,low", drain_timeout=0.1)
+    await has_begun(redis, request_id, 2, attempt=2)
+    questions = [f"question {number}" for number in range(8)]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    await start_worker(simulator, lease=LEASE, slots=5, tries=7)
+    first.terminate()
+    await promise_kept(redis, request_id)
+    for question, each in zip(questions, ids, strict=True):
+        await promise_kept(redis, each, expected(question))
+
+
+@pytest.mark.parametrize("when", ["while the first runs", "after it ended", "after its worker died"])
+async def test_a_request_that_is_added_twice_is_answered_once(
+    when: str, redis: Redis, start_worker: StartWorker, paced: Simulator
+) -> None:
+    async def add() -> None:
+        await redis.xadd("chat:jobs", {"id": "twice", "request": to_json(ask())})
+
+    await add()
+    if when == "after its worker died":
+        await begun_by_a_dead_worker(redis, "twice", {"type": "delta", "content": "The river"})
+        await add()
+        await start_worker(paced, lease=LEASE)
+        assert (await promise_kept(redis, "twice")).attempts == 2
+        assert len(paced.served) == 1
+        return
+    await start_worker(paced, lease=10)
+    await has_begun(redis, "twice")
+    if when == "after it ended":
+        await promise_kept(redis, "twice")
+    await add()
+    assert (await promise_kept(redis, "twice")).attempts == 1
+    assert len(paced.served) == 1
