@@ -39,6 +39,8 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}},
     },
 }
+COPIES = 4
+
 Said = tuple[str, str, str, list[tuple[str, str]]]
 
 
@@ -97,24 +99,24 @@ async def slowed(urls: Iterable[str]) -> AsyncIterator[None]:
 
 
 async def under_way(client: Client, redis: Redis, name: str) -> dict[str, list[str]]:
-    """Each question asked twice, so that both servers have it; all have begun."""
-    twice = [question for question in QUESTIONS for _ in range(2)]
-    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in twice))
+    """Each question asked so often that both servers have it; all have begun."""
+    asked = [question for question in QUESTIONS for _ in range(COPIES)]
+    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in asked))
 
     async def have_begun() -> bool:
         # Queued, started, opened, and a first delta: a look that costs little, for the answers are short.
         return min([await redis.xlen(f"chat:tokens:{{{request_id}}}") for request_id in added]) > 3
 
     await eventually(have_begun, within=100)
-    return {question: [added[2 * n], added[2 * n + 1]] for n, question in enumerate(QUESTIONS)}
+    return {question: added[n * COPIES : (n + 1) * COPIES] for n, question in enumerate(QUESTIONS)}
 
 
 async def compare(client: Client, redis: Redis, name: str, ids: dict[str, list[str]]) -> dict[str, list[str]]:
     """Every answer against the direct one; gives what became of those that were broken off."""
     broken: dict[str, list[str]] = {}
-    for question, pair in ids.items():
+    for question, copies in ids.items():
         direct = await ask_directly(ask(name, question))
-        for request_id in pair:
+        for request_id in copies:
             answer = await client.result(request_id)
             assert answer.outcome == "done", answer.error
             assert said(answer) == direct, question
@@ -143,7 +145,7 @@ async def test_the_death_of_an_engine_shows_in_no_answer(
 ) -> None:
     name = await model()
     start_process(*[SimpleNamespace(url=url) for url in URLS], lease=5)
-    async with slowed(URLS[:1]):
+    async with slowed(URLS):
         ids = await under_way(client, redis, name)
         for process in (engine := engine_of(URLS[0])).children(recursive=True):
             process.kill()
