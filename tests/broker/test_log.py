@@ -3,71 +3,20 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 from conftest import eventually, stream
+from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
-from worker.broker.connection import blocking_client, command_client
-from worker.broker.jobs import Delivery, JobQueue
-from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
-from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
-from worker.broker.publisher import Publisher
-from worker.contract.entries import Cancelled, Done, Failed, parse
+from worker.broker.jobs import Delivery
+from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed
+from worker.broker.owner import Duplicate, Ended, NotOurs, Owned
+from worker.contract.entries import Cancelled, parse
 from worker.contract.ids import SEAL, EntryId
-from worker.contract.keys import Keys
-from worker.contract.records import Tombstone
 from worker.telemetry.logs import configure_logging
-
-KEY = "chat:tokens:{r}"
-FAR = 4_000_000_000_000
-STONE = Tombstone(outcome="done", time=1)
-
-
-class Process:
-    """What one worker process has of the broker."""
-
-    def __init__(self, url: str, name: str) -> None:
-        self.name = name
-        self.commands = command_client(url)
-        self.blocking = blocking_client(url, 1)
-        self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
-        self.publisher = Publisher(url)
-        self.owner = Owner(
-            self.commands, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
-        )  # fmt: skip
-
-    async def claim(self) -> Delivery:
-        (delivery,) = await self.jobs.read("default", 1, 500)
-        return delivery
-
-    async def take(self, delivery: Delivery) -> TokenLog:
-        taken = await self.owner.take("r", delivery, FAR)
-        assert isinstance(taken, Owned)
-        self.publisher.attach(taken.log)
-        return taken.log
-
-    async def seal(self, log: TokenLog, outcome: str = "done") -> str:
-        end = Done(id=SEAL, attempt=log.attempt) if outcome == "done" else Failed(id=SEAL, code=outcome)
-        standing = await self.owner.seal(log, end, STONE, retention=60, remember=120)
-        return standing.type
-
-
-@asynccontextmanager
-async def process(url: str, name: str) -> AsyncIterator[Process]:
-    it = Process(url, name)
-    writing = asyncio.create_task(it.publisher.run())
-    try:
-        yield it
-    finally:
-        it.publisher.leave()
-        await writing
-        await it.publisher.aclose()
-        await it.commands.aclose()
-        await it.blocking.aclose()
 
 
 @pytest.fixture
@@ -87,21 +36,6 @@ async def two(redis_url: str) -> AsyncIterator[Process]:
 async def delivery(one: Process, redis: Redis) -> Delivery:
     await redis.xadd("chat:jobs", {"id": "r"})
     return await one.claim()
-
-
-async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
-    """The job's lease has run out, and another process has it."""
-    await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
-    (taken,) = await two.jobs.take_expired("default", 1)
-    return taken
-
-
-async def texts(redis: Redis) -> list[str]:
-    return [f"{i.decode()}:{f.get(b'content', f[b'type']).decode()}" for i, f in await stream(redis, KEY)]
-
-
-def delta(text: str) -> dict[str, str]:
-    return {"type": "delta", "content": text}
 
 
 async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, redis: Redis) -> None:

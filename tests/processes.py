@@ -1,0 +1,80 @@
+"""What one worker process has of the broker, for tests in which several of them share the log of the request `r`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from conftest import stream
+from redis.asyncio import Redis
+
+from worker.broker.connection import blocking_client, command_client
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.log import TokenLog
+from worker.broker.owner import Owned, Owner
+from worker.broker.publisher import Publisher
+from worker.contract.entries import Done, Failed
+from worker.contract.ids import SEAL
+from worker.contract.keys import Keys
+from worker.contract.records import Tombstone
+
+KEY = "chat:tokens:{r}"
+FAR = 4_000_000_000_000
+STONE = Tombstone(outcome="done", time=1)
+
+
+class Process:
+    """What one worker process has of the broker."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name = name
+        self.commands = command_client(url)
+        self.blocking = blocking_client(url, 1)
+        self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
+        self.publisher = Publisher(url)
+        self.owner = Owner(
+            self.commands, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
+        )  # fmt: skip
+
+    async def claim(self) -> Delivery:
+        (delivery,) = await self.jobs.read("default", 1, 500)
+        return delivery
+
+    async def take(self, delivery: Delivery) -> TokenLog:
+        taken = await self.owner.take("r", delivery, FAR)
+        assert isinstance(taken, Owned)
+        self.publisher.attach(taken.log)
+        return taken.log
+
+    async def seal(self, log: TokenLog, outcome: str = "done") -> str:
+        end = Done(id=SEAL, attempt=log.attempt) if outcome == "done" else Failed(id=SEAL, code=outcome)
+        standing = await self.owner.seal(log, end, STONE, retention=60, remember=120)
+        return standing.type
+
+
+@asynccontextmanager
+async def process(url: str, name: str) -> AsyncIterator[Process]:
+    it = Process(url, name)
+    writing = asyncio.create_task(it.publisher.run())
+    try:
+        yield it
+    finally:
+        it.publisher.leave()
+        await writing
+        await it.publisher.aclose()
+        await it.commands.aclose()
+        await it.blocking.aclose()
+
+
+async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
+    """The job's lease has run out, and another process has it."""
+    await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
+    (taken,) = await two.jobs.take_expired("default", 1)
+    return taken
+
+
+async def texts(redis: Redis) -> list[str]:
+    return [f"{i.decode()}:{f.get(b'content', f[b'type']).decode()}" for i, f in await stream(redis, KEY)]
+
+
+def delta(text: str) -> dict[str, str]:
+    return {"type": "delta", "content": text}
