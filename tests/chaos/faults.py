@@ -1,0 +1,183 @@
+"""A network between redis-py and a real Redis in which one exchange happens at a time, and as it is told to.
+
+An exchange is what redis-py sends at once (a command, a pipeline, a MULTI … EXEC, or a connection's handshake) with
+its replies. Every exchange waits at the gate of its process until somebody lets it through with a fate.
+"""
+
+import asyncio
+import enum
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+from redis.asyncio.connection import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+_PONG = b"the-end-of-the-replies"
+
+
+class Fate(enum.Enum):
+    """What becomes of an exchange."""
+
+    FINE = "fine"
+    CUT = "the connection breaks before anything is sent"
+    LOST = "Redis does it, and the connection breaks before the reply"
+    LATE = "the connection breaks, and what was sent arrives at some later time"
+    FULL = "Redis has no memory left"
+
+
+@dataclass(eq=False)
+class Network:
+    """All connections of all processes. `admin` is a client that no fault concerns."""
+
+    admin: BlockingRedis
+    busy: int = 0
+    life: int = 0
+    late: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]] = field(default_factory=list)
+
+    def fail_over(self) -> None:
+        """Every connection is lost, and what was still on its way with it."""
+        self.life += 1
+        for _, writer, _ in self.late:
+            writer.close()
+        self.late.clear()
+
+    async def deliver(self, place: int) -> None:
+        """What is on its way arrives, though nobody waits for its reply any more."""
+        reader, writer, packed = self.late.pop(place % len(self.late))
+        writer.writelines([*packed, b"PING %s\r\n" % _PONG])
+        await reader.readuntil(_PONG)
+        writer.close()
+
+    async def calm(self) -> None:
+        """Wait until nothing happens any more: every task waits at a gate, or for another task."""
+        ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]  # exact, where a pause would be a guess
+        quiet = 0
+        while quiet < 3:  # timers that are due show in the next round
+            await asyncio.sleep(0)
+            quiet = 0 if ready or self.busy else quiet + 1
+
+
+@dataclass(eq=False)
+class Gate:
+    """Where the exchanges of one process wait, in the order in which they came."""
+
+    network: Network
+    waiting: deque["asyncio.Future[Fate]"] = field(default_factory=deque)
+    closed: bool = False
+
+    async def fate(self) -> Fate:
+        """Wait to be let through."""
+        if self.closed:  # a killed process cleans nothing up
+            raise asyncio.CancelledError
+        place: asyncio.Future[Fate] = asyncio.get_running_loop().create_future()
+        self.waiting.append(place)
+        try:
+            return await place
+        finally:
+            if place in self.waiting:
+                self.waiting.remove(place)
+
+    async def let_through(self, fate: Fate = Fate.FINE, place: int = 0) -> None:
+        """Let one of those that wait meet its fate, and wait until nothing happens any more."""
+        if self.waiting:
+            chosen = self.waiting[place % len(self.waiting)]
+            self.waiting.remove(chosen)
+            chosen.set_result(fate)
+        await self.network.calm()
+
+    def guard(self, redis: Redis) -> None:
+        """Have all connections that this client makes from now on wait at this gate."""
+        pool = redis.connection_pool
+        pool.connection_class = type("GatedConnection", (_Connection,), {"gate": self})
+
+
+class _Connection(Connection):
+    """A connection whose exchanges are whole: the replies are there when the sending returns, or never."""
+
+    gate: ClassVar[Gate]
+
+    _shaking_hands = False
+    _replies: deque[object] | None = None
+    _life = -1
+
+    async def connect_check_health(self, check_health: bool = True, retry_socket_connect: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's own
+        if self.is_connected:
+            return
+        if await self.gate.fate() is not Fate.FINE:
+            raise RedisConnectionError("refused")
+        self.gate.network.busy += 1
+        self._shaking_hands = True
+        try:
+            await super().connect_check_health(check_health, retry_socket_connect)
+        finally:
+            self._shaking_hands = False
+            self.gate.network.busy -= 1
+        self._life = self.gate.network.life
+
+    async def can_read(self) -> bool:
+        return False  # that a connection is dead shows when it is used
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's own
+        if self._shaking_hands:
+            await super().send_packed_command(command, check_health)
+            return
+        if not self.is_connected:
+            await self.connect_check_health()
+        fate = await self.gate.fate()
+        self.gate.network.busy += 1
+        try:
+            await self._meet(fate, command)
+        except RedisConnectionError:
+            await self.disconnect()
+            raise
+        finally:
+            self.gate.network.busy -= 1
+
+    async def _meet(self, fate: Fate, command: bytes | str | Iterable[bytes]) -> None:
+        network = self.gate.network
+        if fate is Fate.CUT or self._life != network.life:
+            raise RedisConnectionError("cut")
+        if fate is Fate.LATE:
+            assert not isinstance(command, bytes | str)
+            assert self._reader
+            assert self._writer
+            network.late.append((self._reader, self._writer, list(command)))
+            self._reader = self._writer = None
+            raise RedisConnectionError("cut")
+        if fate is Fate.FULL:
+            network.admin.config_set("maxmemory", "1")
+        try:
+            self._replies = await self._exchange(command)
+        finally:
+            if fate is Fate.FULL:
+                network.admin.config_set("maxmemory", "0")
+        if fate is Fate.LOST:
+            self._replies = None
+
+    async def _exchange(self, command: bytes | str | Iterable[bytes]) -> deque[object]:
+        await super().send_packed_command(command, check_health=False)
+        await super().send_packed_command(self.pack_command("PING", _PONG), check_health=False)
+        replies: deque[object] = deque()
+        while not replies or replies[-1] != _PONG:
+            try:
+                replies.append(await super().read_response())
+            except ResponseError as refusal:
+                replies.append(refusal)
+        replies.pop()
+        return replies
+
+    async def read_response(self, *args: bool, **options: object) -> object:  # type: ignore[override]
+        if self._shaking_hands:
+            return await super().read_response(*args, **options)  # type: ignore[arg-type]
+        if self._replies is None:
+            await self.disconnect()
+            raise RedisConnectionError("the reply is lost")
+        reply = self._replies.popleft()
+        if isinstance(reply, ResponseError):
+            raise reply
+        return reply

@@ -1,0 +1,240 @@
+"""The rules that keep a log true: each has a test that was seen to fail with the rule taken out of the code.
+
+What an id gives (the tests that name no file are in tests/broker/test_log.py):
+
+| | rule | test | without it |
+|---|---|---|---|
+| a | fencing | a_former_owner_can_write_no_more_… | ids left to Redis: the former owner's entry is taken |
+| b | idempotent appends | a_resend_of_what_redis_has_… | a refusal is final: `LogRefused` of what is written |
+| c | one outcome | below | the seal at the end of its attempt: Redis takes what follows it |
+| d | cancel is one command | there_is_one_seal_… | `seal` does not look for one: `LogSealed` and no outcome |
+
+The rules by their numbers; 10 (burial) has its tests with its code:
+
+| | rule | test | without it |
+|---|---|---|---|
+| 1 | the seal has a fence | a_former_owner_cannot_seal_… | the last entry is not judged: the former owner seals |
+| 1 | … under a WATCH | below | another key is watched: the former owner seals |
+| 1 | … whose lost reply is looked up | below | WatchError is raised, though the seal is written |
+| 2 | only seal after the last finish_reason | below | the history is not asked: the answer comes again |
+| 3 | `resumed` names what is kept | below, for the reader | nothing is dropped: token ids 2 and 4 are there |
+| 4 | no holes | memory_that_is_full_… | no MULTI: the log is lost as refused while memory is full |
+| 4 | … and if there is one | below | later entries are not looked at: `LogRefused` |
+| 5 | the nonce tells whose | below | the name tells: the second life goes on in attempt 1 |
+| 6 | the loser looks again | below | it takes what it lost: both own attempt 2 |
+| 6 | … or stops | of_two_that_take_over_… | the lease is not asked for: both own the log |
+| 7 | NOMKSTREAM | a_log_that_is_gone_… | the log is made again, without a beginning |
+| 7 | the tombstone | a_tombstone_keeps_a_late_job_… | not looked at: the job runs again |
+| 7 | … under a WATCH | below | only the log is watched: the job starts |
+| 8 | look before writing again | below | sent again at once: the log has a hole, and nobody knows |
+| 8 | the seal before the acknowledgement | confirming_tells_when_… | not looked at: a lost seal is taken for there |
+| 9 | a duplicate waits | a_duplicate_waits_for_no_run_… | the first is not asked for: the duplicate takes over |
+| 9 | … and takes over | the same | it never does: the request has no end |
+| 9 | … before it is validated | test_service: a_bad_duplicate_… | as above: it spoils the log of the first |
+| 11 | the feed after the reply | the_feed_never_carries_what_was_refused | published with the XADD: `refused` is told |
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from conftest import StartWorker, eventually, stream
+from faults import Fate, Gate, Network
+from processes import FAR, KEY, Process, delta, process, stolen, texts
+from redis import Redis as BlockingRedis
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from worker.broker.jobs import Delivery
+from worker.broker.log import LogDiverged, LogFenced
+from worker.broker.owner import Ended, NotOurs, Owned, Owner
+from worker.contract.answer import Answer
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.contract.keys import Keys
+from worker.sandbox.simulator import Simulator
+
+
+@pytest.fixture
+async def one(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "one") as it:
+        await it.jobs.ensure_group("default")
+        yield it
+
+
+@pytest.fixture
+async def two(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "two") as it:
+        yield it
+
+
+@pytest.fixture
+async def delivery(one: Process, redis: Redis) -> Delivery:
+    await redis.xadd("chat:jobs", {"id": "r"})
+    return await one.claim()
+
+
+async def gate_before(one: Process, redis_url: str) -> Gate:
+    """From now on the commands of this process wait to be let through."""
+    gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
+    gate.guard(one.commands)
+    await one.commands.connection_pool.disconnect()
+    one.commands.connection_pool.reset()  # type: ignore[no-untyped-call]  # redis-py 8.1
+    return gate
+
+
+async def let_through(gate: Gate, *fates: Fate) -> None:
+    for fate in fates:
+        await gate.network.calm()
+        assert gate.waiting
+        await gate.let_through(fate)
+
+
+async def finish(gate: Gate, task: "asyncio.Task[object]") -> None:
+    await gate.network.calm()
+    while not task.done():
+        await gate.let_through()
+    gate.network.admin.close()
+
+
+async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Delivery, redis: Redis) -> None:
+    """Without: `seal` writes `<attempt>-18446744073709551615`; then a cancel is taken after `done`."""
+    await one.seal(await one.take(delivery))
+    for entry_id in ("1-1", "2-0", "*", str(SEAL)):
+        with pytest.raises(ResponseError, match=r"equal or smaller|exhausted the last possible ID"):
+            await redis.xadd(KEY, {"type": "cancelled"}, id=entry_id)
+    assert await texts(redis) == ["1-0:started", f"{SEAL}:done"]
+
+
+async def test_rule_1_a_take_over_between_the_look_and_the_seal_holds_the_seal_back(
+    redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    old = await one.take(delivery)
+    gate = await gate_before(one, redis_url)
+    sealing = asyncio.create_task(one.seal(old))
+    await let_through(gate, *[Fate.FINE] * 3)  # connected, watched, looked
+    await two.take(await stolen(redis, two, delivery))
+    await finish(gate, sealing)
+    with pytest.raises(LogFenced):
+        sealing.result()
+    assert (await texts(redis))[-1] == "2-0:claimed"
+
+
+async def test_rule_1_a_seal_whose_reply_is_lost_is_found_and_not_written_again(
+    redis_url: str, one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    gate = await gate_before(one, redis_url)
+    sealing = asyncio.create_task(one.seal(log))
+    await let_through(gate, *[Fate.FINE] * 3, Fate.LOST)
+    await finish(gate, sealing)
+    assert sealing.result() == "done"
+    assert await texts(redis) == ["1-0:started", f"{SEAL}:done"]
+
+
+async def test_rule_2_after_the_last_finish_reason_a_new_owner_only_seals(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request = json.dumps({"messages": [{"role": "user", "content": "Who are you?"}]})
+    await redis.xadd("chat:jobs", {"id": "r", "request": request})
+    job = (await stream(redis, "chat:jobs"))[0][0].decode()
+    begun = {"type": "started", "queue": "default", "job": job, "worker": "w", "owner": "gone"}
+    for number, fields in enumerate((begun, delta("whole") | {"finish_reason": "stop"})):
+        await redis.xadd(KEY, fields, id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
+    await start_worker(simulator)
+
+    async def sealed() -> bool:
+        return (await texts(redis))[-1] == f"{SEAL}:done"
+
+    await eventually(sealed)
+    assert await texts(redis) == ["1-0:started", "1-1:whole", "2-0:claimed", f"{SEAL}:done"]
+    assert not simulator.served
+
+
+def test_rule_3_a_second_resume_does_not_take_up_what_the_first_dropped() -> None:
+    """The reader's side: what the first `resumed` dropped stays dropped, though the second one names a later entry."""
+    answer = Answer()
+    for entry_id, fields in (
+        ("1-0", {"type": "started"}),
+        ("1-1", {"type": "delta", "content": "a", "token_ids": "[1]"}),
+        ("1-2", {"type": "delta", "token_ids": "[2]"}),
+        ("2-0", {"type": "claimed"}),
+        ("2-1", {"type": "resumed", "after": "1-1"}),
+        ("2-2", {"type": "delta", "content": "b", "token_ids": "[3]"}),
+        ("2-3", {"type": "delta", "token_ids": "[4]"}),
+        ("3-0", {"type": "claimed"}),
+        ("3-1", {"type": "resumed", "after": "2-2"}),
+        ("3-2", {"type": "delta", "content": "c", "token_ids": "[5]"}),
+    ):
+        answer.add(parse(entry_id, {name.encode(): value.encode() for name, value in fields.items()}))
+    assert answer.text == "abc"
+    assert answer.choices[0].token_ids == [1, 3, 5]
+
+
+async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, delivery: Delivery) -> None:
+    """One that a MULTI cannot leave, but a Redis that is none, or a cluster in trouble."""
+    log = await one.take(delivery)
+    log.append(delta("refused"))
+    log.append(delta("taken"))
+    one.publisher._take_replies([(log, log.batch(2))], [ResponseError("NOREPLICAS"), b"1-2"])
+    assert isinstance(log.loss, LogDiverged)
+
+
+async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_own(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """As after a restart in a container: the name is the same, the job's lease is its own, and the log was begun."""
+    await one.take(delivery)
+    again = Owner(one.commands, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1)
+    assert isinstance(await again.take("r", delivery, FAR), Owned)
+    assert await texts(redis) == ["1-0:started", "2-0:claimed"]
+
+
+async def test_rule_6_the_loser_of_a_race_takes_the_next_attempt_if_the_lease_is_its_own_and_else_stops(
+    redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await one.take(delivery)
+    gate = await gate_before(two, redis_url)
+    await redis.xclaim("chat:jobs", "workers", "two", 0, [delivery.id])
+    racing = asyncio.create_task(two.owner.take("r", delivery, FAR))
+    await let_through(gate, *[Fate.FINE] * 4)  # connected, watched, looked
+    assert await one.owner._claim("r", 2, delivery, "race")
+    await finish(gate, racing)
+    assert isinstance(racing.result(), Owned)
+    assert await texts(redis) == ["1-0:started", "2-0:claimed", "3-0:claimed"]
+    assert isinstance(await one.owner.take("r", delivery, FAR), NotOurs)
+    assert (await redis.xpending("chat:jobs", "workers"))["pending"] == 1, "and it acknowledges nothing"
+
+
+async def test_rule_7_a_tombstone_that_comes_between_the_look_and_the_start_keeps_the_job_from_starting(
+    redis_url: str, one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    gate = await gate_before(one, redis_url)
+    taking = asyncio.create_task(one.owner.take("r", delivery, FAR))
+    await let_through(gate, *[Fate.FINE] * 4)  # connected, watched, log and tombstone looked at
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    await finish(gate, taking)
+    assert isinstance(taking.result(), Ended)
+    assert not await redis.exists(KEY)
+
+
+async def test_rule_8_what_a_failover_lost_shows_before_anything_is_written_again(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    log.append(delta("kept"))
+    log.append(delta("lost"))
+    await log.drained()
+    kept = (await stream(redis, KEY))[:2]
+    async with redis.pipeline() as pipe:
+        pipe.delete(KEY)
+        for entry_id, fields in kept:
+            pipe.xadd(KEY, fields, id=entry_id)  # type: ignore[arg-type]  # dict is invariant
+        pipe.pexpireat(KEY, FAR)
+        await pipe.execute()
+    await redis.client_kill_filter(_type="normal", skipme=True)
+    log.append(delta("next"))
+    with pytest.raises(LogDiverged):
+        await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:kept"], "no hole"
