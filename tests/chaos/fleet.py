@@ -1,0 +1,246 @@
+"""Worker processes without a process: the real relay, log and queue code, moved one exchange at a time.
+
+What the service does by the clock (claiming, renewing, taking over, leaving) is done here when told to, and by a
+clock that is told as well.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
+
+import httpx
+from faults import Fate, Gate, Network
+from redis.exceptions import RedisError
+
+from worker.broker.connection import blocking_client, command_client, is_transient
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.ledger import Ledger
+from worker.broker.owner import Owner
+from worker.broker.publisher import Publisher
+from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
+from worker.generation import Stop
+from worker.relay import Relay
+from worker.settings import load_settings
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Upstream
+
+LEASE = 1000.0
+"""Seconds: so long that real time plays no part."""
+
+
+@dataclass(eq=False)
+class World:
+    """What all workers share: the Redis, the network, and a clock in seconds that only `pass_time` moves."""
+
+    url: str
+    network: Network
+    clock: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    def pass_time(self, seconds: float) -> None:
+        """Every job that somebody has is idle for so much longer."""
+        self.clock += seconds
+        admin, key = self.network.admin, Keys().jobs()
+        for line in admin.xpending_range(key, GROUP, "-", "+", 100):
+            idle = int(line["time_since_delivered"]) + int(seconds * 1000)
+            admin.xclaim(key, GROUP, line["consumer"], 0, [str(line["message_id"], "ascii")], idle=idle, justid=True)  # type: ignore[arg-type]  # bytes
+
+
+@dataclass(eq=False)
+class Running:
+    """A job at work, as in the service."""
+
+    delivery: Delivery
+    stop: "asyncio.Future[Stop]"
+    renewed: float
+
+
+class Worker:
+    """One worker process. It does nothing but what waits at its gate and is let through."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.gate = Gate(world.network)
+        self.left = False
+        self.running: dict[str, Running] = {}
+        self._world = world
+        self._commands = command_client(world.url)
+        self._blocking = blocking_client(world.url, 1)
+        self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE)
+        self._publisher = Publisher(world.url)
+        for redis in (self._commands, self._blocking, self._publisher._redis):
+            self.gate.guard(redis)
+        self._upstream = Upstream(["http://vllm"], limits=Limits())
+        self._upstream._client = httpx.AsyncClient(transport=_Vllm(self.gate))
+        self._upstream._mark(self._upstream.endpoints[0], away=False)
+        self._relay = Relay(
+            load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
+            Keys(),
+            jobs=self._jobs,
+            owner=Owner(
+                self._commands, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
+            ),
+            ledger=Ledger(self._commands, Keys()),
+            publisher=self._publisher,
+            upstream=self._upstream,
+            now=_now,
+        )  # fmt: skip
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._do("publisher", self._publisher.run())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do but to wait for work."""
+        return self._tasks.keys() <= {"publisher"} and not self.gate.waiting
+
+    async def claim(self) -> None:
+        """Ask for one new job."""
+        self._fill("claim", partial(self._jobs.read, DEFAULT_QUEUE, 1, 1))
+
+    async def take_over(self) -> None:
+        """Ask for one job whose lease has run out."""
+        self._fill("take over", partial(self._jobs.take_expired, DEFAULT_QUEUE, 1))
+
+    async def keep(self) -> None:
+        """Renew the leases, look at the logs, stop what could not be renewed in time, and trim."""
+        if "keep" not in self._tasks and not self.left:
+            self._do("keep", self._keep())
+
+    async def leave(self) -> None:
+        """Take no more jobs, and hand over those at work."""
+        if not self.left:
+            self.left = True
+            self._do("leave", self._leave())
+
+    async def run(self) -> None:
+        """Do all that there is to do, without a fault."""
+        await self.gate.network.calm()
+        for _ in range(3000):
+            if not self.gate.waiting:
+                return
+            await self.gate.let_through()
+        raise AssertionError(f"{self.name} never comes to rest")
+
+    async def die(self) -> None:
+        """The process is killed: nothing is said to anybody. What it has sent may still arrive."""
+        self.gate.closed = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for redis in (self._commands, self._blocking, self._publisher._redis):
+            await redis.aclose()
+        await self._upstream.aclose()
+
+    def _fill(self, what: str, take: Callable[[], Awaitable[list[Delivery]]]) -> None:
+        if what not in self._tasks and not self.left:
+            self._do(what, self._take(take))
+
+    async def _take(self, take: Callable[[], Awaitable[list[Delivery]]]) -> None:
+        sent = self._world.clock
+        for delivery in await take():
+            if (running := self.running.get(delivery.id)) is not None:
+                running.renewed = sent
+                continue
+            stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+            self.running[delivery.id] = Running(delivery, stop, sent)
+            self._do(delivery.id, self._work(self.running[delivery.id]))
+
+    async def _work(self, running: Running) -> None:
+        try:
+            await self._relay.run(running.delivery, running.stop)
+        finally:
+            del self.running[running.delivery.id]
+
+    async def _keep(self) -> None:
+        jobs, sent = list(self.running.values()), self._world.clock
+        try:
+            if jobs:
+                kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
+                for running, is_ours in zip(jobs, kept, strict=True):
+                    if is_ours:
+                        running.renewed = sent
+                    elif is_ours is False:
+                        self._stop(running, Stop.LEASE_LOST)
+            await self._jobs.trim(DEFAULT_QUEUE)
+        finally:
+            self._publisher.look()
+            for running in self.running.values():
+                if running.renewed < self._world.clock - LEASE:
+                    self._stop(running, Stop.LEASE_LOST)
+
+    async def _leave(self) -> None:
+        jobs = list(self.running.values())
+        for running in jobs:
+            self._stop(running, Stop.HAND_OVER)
+        await asyncio.gather(*(self._tasks[running.delivery.id] for running in jobs), return_exceptions=True)
+        for running in jobs:
+            if running.stop.result() is Stop.HAND_OVER:
+                await self._jobs.hand_over(running.delivery, self._world.clock - running.renewed)
+
+    def _stop(self, running: Running, reason: Stop) -> None:
+        if not running.stop.done():
+            running.stop.set_result(reason)
+
+    def _do(self, what: str, work: Coroutine[object, object, None]) -> None:
+        self._tasks[what] = asyncio.create_task(self._guarded(what, work))
+
+    async def _guarded(self, what: str, work: Coroutine[object, object, None]) -> None:
+        """What the service lives through is a passing fault of Redis, and nothing else."""
+        try:
+            await work
+        except (RedisError, OSError) as error:
+            if not is_transient(error):
+                self._world.faults.append(f"{self.name}: {what}: {error!r}")
+        except Exception as error:  # noqa: BLE001 - told by the machine, which sees no task
+            self._world.faults.append(f"{self.name}: {what}: {error!r}")
+        finally:
+            del self._tasks[what]
+
+
+class _Vllm(httpx.AsyncBaseTransport):
+    """Answers with `max_tokens` tokens, the same to the same request, each when the gate lets it through."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if await self._gate.fate() is not Fate.FINE:
+            return httpx.Response(503)
+        asked = json.loads(request.content)
+        tokens = tokens_of(asked["messages"][0]["content"], asked["max_tokens"])
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=_Tokens(self._gate, tokens))
+
+
+class _Tokens(httpx.AsyncByteStream):
+    def __init__(self, gate: Gate, tokens: list[str]) -> None:
+        self._gate = gate
+        self._tokens = tokens
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for place, token in enumerate(self._tokens, 1):
+            choice = {
+                "index": 0,
+                "delta": {"content": token},
+                "finish_reason": "stop" if place == len(self._tokens) else None,
+            }
+            if await self._gate.fate() is not Fate.FINE:
+                raise httpx.ReadError("broken")
+            yield (
+                b"data: " + json.dumps({"id": "c", "model": "m", "created": 1, "choices": [choice]}).encode() + b"\n\n"
+            )
+        if await self._gate.fate() is not Fate.FINE:
+            raise httpx.ReadError("broken")
+        yield b"data: [DONE]\n\n"
+
+
+def tokens_of(name: str, count: int) -> list[str]:
+    """What the model answers."""
+    return [f"{name}.{place} " for place in range(count)]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
