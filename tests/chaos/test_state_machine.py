@@ -334,7 +334,7 @@ def _request(follower: Follower) -> dict[str, object]:
 @pytest.mark.timeout(300)  # where it fails, hypothesis looks for the shortest way there
 class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, valid-type]  # made by hypothesis
     settings = settings(
-        max_examples=int(os.environ.get("CHAOS_EXAMPLES", "40")),
+        max_examples=int(os.environ.get("CHAOS_EXAMPLES", "30")),
         stateful_step_count=30,
         deadline=None,
         suppress_health_check=list(HealthCheck),
