@@ -12,9 +12,9 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
 from worker.broker.jobs import Delivery
-from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed
+from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned
-from worker.contract.entries import Cancelled, parse
+from worker.contract.entries import Cancelled, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.telemetry.logs import configure_logging
 

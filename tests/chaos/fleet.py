@@ -24,8 +24,11 @@ from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.generation import Stop
 from worker.relay import Relay
 from worker.settings import load_settings
+from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Upstream
+
+_PROMPT = [0]
 
 LEASE = 1000.0
 """Seconds: so long that real time plays no part."""
@@ -75,10 +78,9 @@ class Worker:
             self.gate.guard(redis)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
         self._upstream._client = httpx.AsyncClient(transport=_Vllm(self.gate))
-        self._upstream._mark(self._upstream.endpoints[0], away=False)
+        self._upstream.endpoints[0].circuit.probed("")
         self._relay = Relay(
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
-            Keys(),
             jobs=self._jobs,
             owner=Owner(
                 self._commands, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
@@ -86,6 +88,7 @@ class Worker:
             ledger=Ledger(self._commands, Keys()),
             publisher=self._publisher,
             upstream=self._upstream,
+            metrics=Metrics(),
             now=_now,
         )  # fmt: skip
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -202,7 +205,10 @@ class Worker:
 
 
 class _Vllm(httpx.AsyncBaseTransport):
-    """Answers with `max_tokens` tokens, the same to the same request, each when the gate lets it through."""
+    """Answers with `max_tokens` tokens, the same to the same request, each when the gate lets it through.
+
+    It goes on after the token ids that it is given, as vLLM does. The prompt is one token, the answer's are counted.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -210,28 +216,33 @@ class _Vllm(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if await self._gate.fate() is not Fate.FINE:
             return httpx.Response(503)
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
         asked = json.loads(request.content)
-        tokens = tokens_of(asked["messages"][0]["content"], asked["max_tokens"])
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=_Tokens(self._gate, tokens))
+        given = asked.get("kv_transfer_params", {}).get("prompt_token_ids", _PROMPT)
+        kept = len(given) - len(_PROMPT)
+        tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
+        events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=events)
 
 
 class _Tokens(httpx.AsyncByteStream):
-    def __init__(self, gate: Gate, tokens: list[str]) -> None:
+    def __init__(self, gate: Gate, given: list[int], tokens: list[tuple[int, str]]) -> None:
         self._gate = gate
+        self._given = given
         self._tokens = tokens
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        for place, token in enumerate(self._tokens, 1):
+        head = {"id": "c", "model": "m", "created": 1}
+        for place, token in self._tokens:
+            last = (place, token) == self._tokens[-1]
             choice = {
-                "index": 0,
-                "delta": {"content": token},
-                "finish_reason": "stop" if place == len(self._tokens) else None,
-            }
+                "index": 0, "delta": {"content": token}, "finish_reason": "stop" if last else None, "token_ids": [place]
+            }  # fmt: skip
             if await self._gate.fate() is not Fate.FINE:
                 raise httpx.ReadError("broken")
-            yield (
-                b"data: " + json.dumps({"id": "c", "model": "m", "created": 1, "choices": [choice]}).encode() + b"\n\n"
-            )
+            first = {"prompt_token_ids": self._given} if (place, token) == self._tokens[0] else {}
+            yield b"data: " + json.dumps({**head, **first, "choices": [choice]}).encode() + b"\n\n"
         if await self._gate.fate() is not Fate.FINE:
             raise httpx.ReadError("broken")
         yield b"data: [DONE]\n\n"

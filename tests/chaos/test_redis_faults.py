@@ -146,7 +146,7 @@ async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
     await redis_proxy.heal()
 
     async def let_go() -> bool:
-        return not first._running
+        return not len(first._leases)
 
     await eventually(let_go)
     assert await log_of(redis, request_id) == before
