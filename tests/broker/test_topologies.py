@@ -314,7 +314,7 @@ async def test_the_job_of_a_worker_that_is_gone_goes_to_another_in_a_cluster(
             first.wait()
             start_process(simulator, redis_url=cluster_url, lease=1)
     whole(entries, "Tell me a story")
-    assert "restarted" in [entry.type for entry in entries]
+    assert "resumed" in [entry.type for entry in entries]
     await settled(redis)
 
 

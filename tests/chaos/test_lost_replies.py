@@ -12,7 +12,7 @@ from worker.sandbox.simulator import Options, Orders
 STARTED = rb"^MULTI\nXADD \S+ 1-0 "
 DELTAS = rb"^MULTI\nXADD \S+ NOMKSTREAM 1-\d+ type delta"
 SEAL = rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-"
-CONFIRM = rb"^MULTI\nXREVRANGE chat:tokens"
+CONFIRM = rb"^MULTI\nEXPIRE chat:tokens"
 LIFECYCLE = rb"^XADD chat:lifecycle .* finished"
 FEED = rb"^MULTI\nPUBLISH"
 ACK = rb"^XACK"

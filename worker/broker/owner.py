@@ -189,13 +189,12 @@ class Owner:
         """
         attempt = log.attempt + 1
         if not await self._claim(log.request_id, attempt, delivery, reason):
-            async with self._redis.pipeline() as pipe:
-                tail = await _tail(pipe, log.key)
-                lost = judge(tail, attempt, EntryId(attempt, 0))
-                if lost is not None:
-                    raise lost
-                if not self._wrote(await _entry(pipe, log.key, EntryId(attempt, 0)), delivery):
-                    raise LogFenced(f"attempt {attempt} has begun")
+            tail = await _tail(self._redis, log.key)
+            lost = judge(tail, attempt, EntryId(attempt, 0))
+            if lost is not None:
+                raise lost
+            if not self._wrote(await _entry(self._redis, log.key, EntryId(attempt, 0)), delivery):
+                raise LogFenced(f"attempt {attempt} has begun")
         log.begin_attempt(attempt)
 
     async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
