@@ -216,6 +216,27 @@ def test_resumed_after_an_entry_of_the_second_attempt_keeps_the_first_as_well() 
     assert (log.text, log.choices[0].token_ids) == ("ab", [])
 
 
+def test_the_tokens_that_are_cut_off_with_a_character_are_void() -> None:
+    log = answer(
+        delta(
+            2, content="a", token_ids=[1, 2, 3], logprobs={"content": [{"token": "a"}, {"token": ""}, {"token": ""}]}
+        ),
+        Claimed(id=EntryId(2, 0)),
+        Resumed(id=EntryId(2, 1), after="1-2", cut=2),
+        delta(2, attempt=2, content="世", token_ids=[2, 3], logprobs={"content": [{"token": ""}, {"token": "世"}]}),
+    )
+    (choice,) = log.choices
+    assert (choice.content, choice.token_ids) == ("a世", [1, 2, 3])
+    assert choice.logprobs == {"content": [{"token": "a"}, {"token": ""}, {"token": "世"}]}
+
+
+@pytest.mark.parametrize("first", [Opened(id=EntryId(2, 1)), delta(1, attempt=2)], ids=["opened", "delta"])
+def test_what_the_next_owner_did_not_find_is_void(first: Entry) -> None:
+    """A failover has lost deltas that this reader has: their owner's successor would have said what becomes of them."""
+    log = answer(OPENED, delta(2, content="lost"), Claimed(id=EntryId(2, 0)), first)
+    assert log.add(delta(2, attempt=2, content="new")).text == "new"
+
+
 def test_a_claim_before_any_delta_changes_the_attempt_alone() -> None:
     log = answer(OPENED, Claimed(id=EntryId(2, 0), owner="o2"))
     assert (log.attempt, log.begun, log.opened) == (2, False, OPENED)

@@ -68,11 +68,16 @@ class Answer:
         self.opened: Opened | None = None
         self.end: Terminal | None = None
         self._deltas: list[Delta] = []
+        self._unmarked = False
         for entry in entries:
             self.add(entry)
 
     def add(self, entry: Entry) -> Self:
         """Take the next entry of the log."""
+        if isinstance(entry, Opened | Delta) and self._unmarked:
+            # Whoever claimed it found no delta, or would have said what becomes of them: a failover has lost them.
+            self._deltas.clear()
+        self._unmarked = isinstance(entry, Claimed)
         match entry:
             case Delta():
                 self._deltas.append(entry)
