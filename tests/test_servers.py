@@ -4,11 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import StartSimulator, StartWorker
+from conftest import StartSimulator, StartWorker, eventually
 
 from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object
-from worker.sandbox.requests import Fault
+from worker.sandbox.requests import Fault, answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.vllm import endpoints
@@ -85,3 +85,26 @@ async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them
     good = [ask(f"question {n}") for n in range(20)]
     got = await answers(client, *poison, *good)
     assert [answer.outcome for answer in got] == ["error"] * 4 + ["done"] * 20
+
+
+@pytest.mark.parametrize("fault", ["freeze", "hang"])
+async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for(
+    fault: Fault, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As vLLM 0.32.0 does on SIGTERM: it takes no connections any more, and its open streams send comments for ever."""
+    monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    async with Simulator(Options(keep_alive=0.02, orders=Orders(fault=fault, after=6))) as going_down:
+        # The limits are so long that only the refused connection can be what ends the wait.
+        await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
+        request_id = await client.enqueue(ask("Who are you?"))
+
+        async def frozen() -> bool:
+            return bool(going_down.served and going_down.served[0].fault)
+
+        await eventually(frozen)
+        assert going_down._server is not None
+        going_down._server.close()
+        answer = await client.result(request_id)
+    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))

@@ -19,6 +19,7 @@ from worker.contract.entries import Done, Failed, Object, Restarted, Terminal, t
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.settings import Settings, shown_url
+from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import CannotResume, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
@@ -72,6 +73,7 @@ class Generation:
         owner: Owner,
         upstream: Upstream,
         settings: Settings,
+        metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._request = request
@@ -80,6 +82,7 @@ class Generation:
         self._owner = owner
         self._upstream = upstream
         self._settings = settings
+        self._metrics = metrics
         self._now = now
         self._committed = False
         """Whether this attempt has written what another try cannot just write again."""
@@ -127,9 +130,11 @@ class Generation:
         await persist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
         self._history = Answer(await persist(lambda: self._owner.read(request.id), request.stop))
         self._committed = self._went_on = False
+        self._metrics.attempt(reason)
 
     def _restart(self, reason: str) -> None:
         _log.info("answer_restarted", reason=reason, attempt=self._log.attempt)
+        self._metrics.interrupted("restarted")
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
         self._history = Answer()
         self._committed = True
@@ -233,7 +238,10 @@ class Generation:
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
                 self._committed |= parser.committed
-                self._went_on |= parser.committed and parser.begun and isinstance(parser, ContinuationParser)
+                if parser.committed and isinstance(parser, ContinuationParser):
+                    _log.info("answer_resumed", attempt=log.attempt, endpoint=shown_url(endpoint.url))
+                    self._metrics.interrupted("resumed")
+                    self._went_on = parser.begun
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:

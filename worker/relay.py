@@ -139,6 +139,7 @@ class Relay:
                 owner=self._owner,
                 upstream=self._upstream,
                 settings=self._settings,
+                metrics=self._metrics,
                 now=self._now,
             )
             while True:

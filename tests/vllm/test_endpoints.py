@@ -1,6 +1,7 @@
 """The circuit of a server and the choice among several, as pure state: the clock is the test's own."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from worker.vllm import endpoints
 from worker.vllm.endpoints import FAILURES, LONGEST_PAUSE, TRIAL, Circuit, Endpoint, State, best_of
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
+from worker.vllm.stream import Patience
 
 Change = tuple[State, State, str]
 
@@ -45,6 +47,11 @@ def endpoint(clock: Clock) -> Endpoint:
     endpoint = Endpoint("http://a:1", clock=clock)
     endpoint.circuit.probed("")
     return endpoint
+
+
+def burden(endpoint: Endpoint, requests: int) -> None:
+    """Let a server have so many requests."""
+    endpoint.requests |= {cast("Patience", object()) for _ in range(requests)}
 
 
 def fail(circuit: Circuit, times: int = 1, reason: str = "broken") -> None:
@@ -269,7 +276,7 @@ def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_d
     for endpoint in (one, other):
         endpoint.circuit.probed("")
     one.failed(one.circuit.begin(), classify(429, "busy", retry_after=7))
-    other.in_flight = 50
+    burden(other, 50)
     assert best_of([one, other], "") is other
     assert best_of([one, other], "", other) is other, "even if it was the last"
     assert best_of([one], "") is one
@@ -290,7 +297,7 @@ def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(
 def test_the_choice_is_among_those_that_serve_the_model(clock: Clock) -> None:
     small, large = (Endpoint(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     small.models, large.models = frozenset({"small", "tiny"}), frozenset({"large"})
-    large.in_flight = 9
+    burden(large, 9)
     assert best_of([small, large], "large", other_than=large) is large
     with pytest.raises(
         UpstreamError, match=r"^The model `no` does not exist\. Served are: large, small, tiny\.$"
@@ -304,7 +311,7 @@ def test_the_choice_is_among_those_that_serve_the_model(clock: Clock) -> None:
 def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(clock: Clock) -> None:
     servers = [Endpoint(f"http://{name}:1", clock=clock) for name in "abc"]
     for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
-        endpoint.in_flight = in_flight
+        burden(endpoint, in_flight)
         endpoint.circuit.probed("")
     assert best_of(servers, "") is servers[1]
     assert best_of(servers, "", servers[1]) is servers[2]
@@ -317,7 +324,7 @@ def test_the_choice_is_among_those_that_are_let_through(clock: Clock) -> None:
         endpoint.circuit.probed("")
     opened(away.circuit)
     half_open(trial.circuit)
-    good.in_flight = 1
+    burden(good, 1)
     servers = [away, trial, good]
     assert best_of(servers, "") is trial, "or it would never be tried"
     trial.circuit.begin()

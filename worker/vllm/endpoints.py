@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from worker.vllm.errors import NoConnection, UpstreamError
+from worker.vllm.stream import Patience
 
 FAILURES = 5
 """Failures in a row that open a circuit."""
@@ -77,6 +78,11 @@ class Circuit:
         """A request is about to go there: while the circuit is half open, it is the trial."""
         self._held_until = self._clock() + TRIAL
 
+    @property
+    def run(self) -> int:
+        """What a request that begins now tells its fate with."""
+        return self._opened
+
     def begin(self) -> int:
         """A request goes there; gives what to tell its fate with."""
         self.hold()
@@ -119,7 +125,7 @@ class Endpoint:
 
     Attributes:
         url: its base, without `/v1`.
-        in_flight: how many requests of this worker it has.
+        requests: those of this worker that it has, each by the patience that is had with it.
         without: the fields that it does not understand.
         models: the names that it serves; empty while they are not known, and for a server that does not list them.
         listed: when it was last asked for them, by the clock.
@@ -133,13 +139,18 @@ class Endpoint:
         on_change: Callable[["Endpoint", State, State, str], None] = lambda *_: None,
     ) -> None:
         self.url = url
-        self.in_flight = 0
+        self.requests: set[Patience] = set()
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
         self.listed = float("-inf")
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
         self._clock = clock
         self._busy_until = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests of this worker it has."""
+        return len(self.requests)
 
     @property
     def away(self) -> bool | None:
@@ -167,6 +178,9 @@ class Endpoint:
             self.listed = float("-inf")  # it is not what it said: ask again
         if error.retryable and not 400 <= error.status < 500:
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection))
+        if isinstance(error, NoConnection):
+            for patience in self.requests:
+                patience.hurry()
 
 
 def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | None = None) -> Endpoint:
@@ -181,7 +195,13 @@ def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | No
 
     def rank(endpoint: Endpoint) -> tuple[object, ...]:
         circuit = endpoint.circuit
-        return not circuit.admits, endpoint.away is True, endpoint.is_busy, endpoint is other_than, endpoint.in_flight
+        return (
+            not circuit.admits,
+            endpoint.away is True,
+            endpoint.is_busy,
+            endpoint is other_than,
+            len(endpoint.requests),
+        )
 
     serving = [endpoint for endpoint in endpoints if endpoint.serves(model)]
     if not serving:

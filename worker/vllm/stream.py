@@ -7,7 +7,7 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -16,6 +16,7 @@ from worker.vllm.errors import UpstreamError, from_response, malformed, message_
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 
 _END_OF_ANSWER = 0.5
+_MOMENTS = 2.0
 _MAX_ERROR_BYTES = 1024 * 1024
 
 
@@ -28,14 +29,63 @@ class Limits:
     gap: float = 30.0
 
 
+class Patience:
+    """How long one request may be silent: until its first event, and then from each event to the next."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._first_by: float | None = _now() + limits.first_token
+        self._hurried = False
+        self._timeout = asyncio.timeout(None)
+
+    def wait(self) -> asyncio.Timeout:
+        """The limit of what comes next."""
+        self._timeout = asyncio.timeout_at(self._first_by or _now() + self._limits.gap)
+        return self._timeout
+
+    def begun(self) -> None:
+        """The first event is there."""
+        self._first_by = None
+
+    def is_silent(self) -> bool:
+        """Whether it has waited for longer than moments by now."""
+        allowed = self._limits.gap if self._first_by is None else self._limits.first_token
+        when = self._timeout.when()
+        return when is not None and when - _now() < allowed - _MOMENTS
+
+    def hurry(self) -> None:
+        """The server takes no connections any more: what it does not send within moments will not come.
+
+        vLLM 0.32.0 freezes its open streams when it gets SIGTERM, and refuses connections at once.
+        """
+        soon = _now() + _MOMENTS
+        self._limits = replace(self._limits, gap=min(self._limits.gap, _MOMENTS))
+        self._first_by = self._first_by and min(self._first_by, soon)
+        self._hurried = True
+        when = self._timeout.when()
+        if when is not None and when > soon:
+            with suppress(RuntimeError):  # it waits for nothing just now
+                self._timeout.reschedule(soon)
+
+    def silence(self) -> UpstreamError:
+        """What to say when it is over."""
+        if self._hurried:
+            return truncated("vLLM takes no connections any more, and its open stream is silent")
+        if self._first_by is None:
+            text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream"
+            return UpstreamError("gap_timeout", text, retryable=True)
+        text = f"vLLM sent no token within {self._limits.first_token:g} s"
+        return UpstreamError("first_token_timeout", text, retryable=True)
+
+
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes], limits: Limits, first_by: float) -> None:
+    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes], patience: Patience) -> None:
         self._response = response
         self._chunks = chunks
-        self._limits = limits
-        self._first_by: float | None = first_by
+        self._patience = patience
+        self._is_new = True
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
         self._decoder = SSEDecoder()
@@ -46,16 +96,15 @@ class ChatStream:
         Raises:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
-        until = self._first_by or asyncio.get_running_loop().time() + self._limits.gap
         try:
-            async with asyncio.timeout_at(until):
+            async with self._patience.wait():
                 async for chunk in self._chunks:
                     if events := self._decoder.feed(chunk):
-                        if self._first_by is not None:
+                        if self._is_new:
                             self._begun()
                         return events
         except TimeoutError:
-            raise _silence(self._limits, begun=self._first_by is None) from None
+            raise self._patience.silence() from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
@@ -63,7 +112,8 @@ class ChatStream:
         return []
 
     def _begun(self) -> None:
-        self._first_by = None
+        self._is_new = False
+        self._patience.begun()
         if self.on_first is not None:
             self.on_first()
 
@@ -79,25 +129,27 @@ class ChatStream:
         await self._response.aclose()
 
 
-async def open_stream(client: httpx.AsyncClient, url: str, body: Object, limits: Limits) -> ChatStream:
-    """Post a chat completion and give its stream, which the caller closes.
+async def open_stream(
+    client: httpx.AsyncClient, url: str, body: Object, limits: Limits, patience: Patience | None = None
+) -> ChatStream:
+    """Post a completion and give its stream, which the caller closes. `patience` is for who may hurry it.
 
     Raises:
         UpstreamError: when there is no stream: no connection, a status other than 200, or a page in its place.
     """
-    first_by = asyncio.get_running_loop().time() + limits.first_token
+    patience = patience or Patience(limits)
     request = client.build_request(
         "POST", url, content=to_json(body), headers={"content-type": "application/json", "accept-encoding": "identity"}
     )
     try:
-        async with asyncio.timeout_at(first_by):
+        async with patience.wait():
             response = await client.send(request, stream=True)
     except TimeoutError:
-        raise _silence(limits, begun=False) from None
+        raise patience.silence() from None
     except httpx.HTTPError as error:
         raise unreachable(url, error) from None
     try:
-        return ChatStream(response, await _events_of(response, limits), limits, first_by)
+        return ChatStream(response, await _events_of(response, limits), patience)
     except BaseException:
         await response.aclose()
         raise
@@ -138,10 +190,8 @@ async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
     return body[:most]
 
 
-def _silence(limits: Limits, *, begun: bool) -> UpstreamError:
-    if begun:
-        return UpstreamError("gap_timeout", f"vLLM sent nothing for {limits.gap:g} s mid-stream", retryable=True)
-    return UpstreamError("first_token_timeout", f"vLLM sent no token within {limits.first_token:g} s", retryable=True)
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _why(error: Exception) -> str:

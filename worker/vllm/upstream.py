@@ -14,8 +14,8 @@ import structlog
 
 from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
-from worker.vllm.errors import UpstreamError, from_response, unreachable, without_user
-from worker.vllm.stream import ChatStream, Limits, open_stream
+from worker.vllm.errors import NoConnection, UpstreamError, from_response, unreachable, without_user
+from worker.vllm.stream import ChatStream, Limits, Patience, open_stream
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -117,7 +117,19 @@ class Upstream:
                 endpoint.circuit.probed(await self._trouble(endpoint))
             elif not endpoint.away and time.monotonic() - endpoint.listed > _LIST_EVERY:
                 await self._list(endpoint)
+            elif not endpoint.away and any(patience.is_silent() for patience in endpoint.requests):
+                await self._still_there(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+
+    async def _still_there(self, endpoint: Endpoint) -> None:
+        """Ask a server whose streams are silent, lest all of them wait for their limit when it is going down."""
+        run = endpoint.circuit.run
+        try:
+            await self._get(f"{endpoint.url}/health")
+        except NoConnection as error:
+            endpoint.failed(run, error)
+        except UpstreamError:
+            pass  # a server that answers late may well send on
 
     async def _trouble(self, endpoint: Endpoint) -> str:
         """Why a server takes no requests; empty when it does. It has said what it serves then, if it ever does."""
@@ -186,9 +198,10 @@ class Upstream:
         """
         circuit = endpoint.circuit
         run = circuit.begin()
-        endpoint.in_flight += 1
+        patience = Patience(self._limits)
+        endpoint.requests.add(patience)
         try:
-            stream = await self._open(endpoint, request, route)
+            stream = await self._open(endpoint, request, route, patience)
             stream.on_first = partial(circuit.began, run)
             try:
                 yield stream
@@ -199,12 +212,12 @@ class Upstream:
             endpoint.failed(run, error)
             raise
         finally:
-            endpoint.in_flight -= 1
+            endpoint.requests.discard(patience)
             circuit.left(run)
             if circuit.state is State.HALF_OPEN:
                 self._wake()
 
-    async def _open(self, endpoint: Endpoint, request: Object, route: str) -> ChatStream:
+    async def _open(self, endpoint: Endpoint, request: Object, route: str, patience: Patience) -> ChatStream:
         """Open the stream, without what the server does not know.
 
         A field is held to be unknown only once the same request was taken without it, and never for a request that
@@ -213,7 +226,9 @@ class Upstream:
         without = set(endpoint.without)
         while True:
             try:
-                stream = await open_stream(self._client, endpoint.url + route, body_for(request, without), self._limits)
+                stream = await open_stream(
+                    self._client, endpoint.url + route, body_for(request, without), self._limits, patience
+                )
             except UpstreamError as error:
                 refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
