@@ -130,7 +130,7 @@ async def test_a_broken_pipe_ends_the_demo_quietly() -> None:
 async def test_answers_that_fail_are_exit_status_1_with_a_sentence(
     redis_url: str, redis: Redis, start_simulator: StartSimulator
 ) -> None:
-    broken = await start_simulator(Options(orders=Orders(fault="error_under_200", after=3)))
+    broken = await start_simulator(Options(orders=Orders(fault="error_under_200")))
     ended = await run("demo", "--vllm-url", broken.url, "--redis-url", redis_url)
     assert ended.status == 1
     (error,) = ended.err.splitlines()

@@ -85,6 +85,12 @@ def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[l
         yield nodes
 
 
+def catch_up(master: Node, replica: Node) -> None:
+    """Wait until the replica has all that the master has by now: on a busy machine it may be far behind."""
+    there = master.client.info("replication")["master_repl_offset"]
+    until(lambda: replica.client.info("replication")["slave_repl_offset"] >= there)
+
+
 def fail_over(master: Node, watcher: Node) -> None:
     """Kill the master and let the sentinel promote its replica; the sentinel is told, so that nobody waits for it."""
     master.kill()
