@@ -109,7 +109,7 @@ class Soak:
 
     async def run(self) -> Report:
         """Run all waves, and say what became of the jobs."""
-        began = time.monotonic()
+        began, wrong = time.monotonic(), 0
         await self._persist("PING")
         for first in range(0, self._jobs, _WAVE):
             plans = [
@@ -118,6 +118,8 @@ class Soak:
             self._kinds.update(made.kind for made in plans)
             await self._wave(plans)
             if self._progress:
+                for violation in self._tally.violations[wrong:]:
+                    click.echo(f"{violation.what}: {violation.id} {violation.detail}", err=True)
                 wrong = len(self._tally.violations)
                 seconds = time.monotonic() - began
                 click.echo(f"{first + len(plans):7} jobs, {seconds:5.0f} s, {wrong} violations", err=True)
@@ -149,7 +151,10 @@ class Soak:
         await self._quiet(waiting)
         evidence = await self._evidence(plans)
         for made in plans:
+            before = len(self._tally.violations)
             check(made, evidence[made.id], self._tally)
+            if len(self._tally.violations) > before:
+                (self._processes.folder / f"{made.id}.json").write_bytes(msgspec.json.encode((made, evidence[made.id])))
         await self._check_keys()
         for fallen in self._processes.fallen():
             self._violated("process", fallen)
@@ -318,7 +323,7 @@ async def soak(
 @click.option("--pause", default=0.6, type=click.FloatRange(0.05), show_default=True, help="Seconds between two harms.")
 @click.option("--harms", default=40, type=click.IntRange(0), show_default=True, help="For each thousand jobs.")
 @click.option("--redis-server", type=click.Path(path_type=Path), help="The redis-server to run; the first at hand.")
-@click.option("--keep", is_flag=True, help="Keep the folder with what the processes printed.")
+@click.option("--keep", is_flag=True, help="Keep the folder with what the processes printed, as after a violation.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def main(seed: int | None, keep: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001, ANN401, from click
     """Run jobs of every kind under every harm, and tell what became of each."""
@@ -327,11 +332,9 @@ def main(seed: int | None, keep: bool, as_json: bool, **options: Any) -> None:  
     folder = Path(tempfile.mkdtemp(prefix="vllm-relay-soak-"))
     click.echo(f"seed {seed}, folder {folder}", err=True)
     report = asyncio.run(soak(seed=seed, folder=folder, progress=True, **options))
-    if not keep:
+    if not (keep or report.violations):
         shutil.rmtree(folder)
     click.echo(msgspec.json.encode(report).decode() if as_json else report.table)
-    for violation in report.violations[:50]:
-        click.echo(f"{violation.what}: {violation.id} {violation.detail}", err=True)
     sys.exit(bool(report.violations))
 
 
