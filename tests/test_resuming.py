@@ -273,3 +273,13 @@ async def test_what_never_shows_text_is_begun_again_unseen(
     assert kinds(entries) == ["resumed"]
     assert well.served[0].after == 0
     assert Answer(entries).text == "🙂 done"
+
+
+async def test_an_answer_with_its_least_of_tokens_goes_on_to_its_end(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    broken, well = await start_simulator(Options(orders=Orders(fault="cut", after=37))), await start_simulator()
+    await start_worker(broken, well)
+    entries = await entries_of(client, ask(min_tokens=37))
+    assert kinds(entries) == ["resumed"]
+    same(Answer(entries), await direct(ask(min_tokens=37), await start_simulator()))

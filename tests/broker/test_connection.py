@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
 
 from worker.broker.connection import command_client, is_transient, what_redis_said
@@ -58,6 +59,29 @@ def test_trouble_of_the_server_itself_passes(text: str) -> None:
 @pytest.mark.parametrize("error", [ResponseError("WRONGTYPE Operation against a key"), RedisError("odd")])
 def test_what_stays_wrong_is_not_repeated(error: RedisError) -> None:
     assert not is_transient(error)
+
+
+@pytest.mark.parametrize("how", ["command", "pipeline", "subscription"])
+async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_one(
+    how: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What uvloop raises then is a RuntimeError, and no error of redis-py."""
+
+    async def write(*_: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    async with command_client(redis_url) as commands, commands.pubsub() as hints:
+        await hints.subscribe("before")
+        await commands.ping()
+        pipe = commands.pipeline()
+        pipe.get("k")
+        done = {"command": commands.ping, "pipeline": pipe.execute, "subscription": lambda: hints.subscribe("after")}
+        with monkeypatch.context() as broken:
+            broken.setattr("redis.asyncio.Connection._send_packed_command", write)
+            with pytest.raises(RedisConnectionError) as loss:
+                await done[how]()
+        assert is_transient(loss.value)
+        assert await commands.ping()
 
 
 async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str, redis: Redis) -> None:

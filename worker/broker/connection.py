@@ -122,12 +122,31 @@ async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Futur
             await backoff.wait(error)
 
 
+class _Once(Retry):
+    """Does what is asked of a connection without repeating it; every command goes through here.
+
+    uvloop 0.22 raises a RuntimeError where a connection goes while it is being written to, which redis-py 8.1 lets
+    through as it is: that ended a worker. It is a lost connection like any other.
+    """
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[_T]], *args: Any, **options: Any) -> _T:  # noqa: ANN401 - redis-py's
+        async def told() -> _T:
+            try:
+                return await do()
+            except RuntimeError as error:
+                if "closed" not in str(error):
+                    raise
+                raise exceptions.ConnectionError("Connection closed while it was written to.") from error
+
+        return await super().call_with_retry(told, *args, **options)
+
+
 def _client(url: str, *, socket_timeout: float, connections: int, on_connect: ConnectHook | None = None) -> Redis:
     """Raises ValueError for a URL that is none."""
     place = parse_redis_url(url)
     options: dict[str, Any] = {
         "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
-        "retry": Retry(NoBackoff(), 0),
+        "retry": _Once(NoBackoff(), 0),
         "socket_connect_timeout": COMMAND_TIMEOUT,
         "socket_timeout": socket_timeout,
         "max_connections": connections,

@@ -99,8 +99,10 @@ class Reply:
             tools=bool(request.tools) and request.tool_choice != "none",
             reasoning=self._options.reasoning,
         )
-        if request.min_tokens:
-            tokens += filler(len(self.begun) + request.min_tokens - len(tokens))
+        # What follows an answer that may not end yet is said, or was said where that answer was begun.
+        more = filler(len(self.begun) + (request.min_tokens or 0) - len(tokens))
+        if request.min_tokens or [token.id for token in tokens + more] == self.begun:
+            tokens += more
         tokens = self._rest(tokens)
         room = max(1, self._options.max_model_len - len(self._prompt))
         limit = room if request.asked_tokens is None else min(room, request.asked_tokens)
