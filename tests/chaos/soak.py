@@ -99,6 +99,8 @@ class Soak:
         self._chaos = Chaos(processes, random.Random(seed + 1), pause)  # noqa: S311
         self._harms = harms
         self._progress = progress
+        self.told_to_end = False
+        """Whether to end with the wave that runs, and tell of what was done."""
         self._tally = Tally()
         self._kinds: Counter[str] = Counter()
         self._redis = command_client(processes.redis_url)
@@ -112,6 +114,9 @@ class Soak:
         began, wrong = time.monotonic(), 0
         await self._persist("PING")
         for first in range(0, self._jobs, _WAVE):
+            if self.told_to_end:
+                self._jobs = first
+                break
             plans = [
                 plan(self._dice, number, f"s{self._seed}") for number in range(first, min(first + _WAVE, self._jobs))
             ]
@@ -309,8 +314,19 @@ async def soak(
     """Run a soak; `harms` are done for each thousand jobs, `pause` is the mean time between two, in seconds."""
     server = redis_server or find_servers()[0]
     processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server)
+    run = Soak(processes, jobs=jobs, seed=seed, pause=pause, harms=harms, progress=progress)
+
+    def end() -> None:
+        if run.told_to_end:
+            raise KeyboardInterrupt
+        run.told_to_end = True
+        click.echo("ending after this wave; once more to end at once", err=True)
+
+    if progress:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, end)
     try:
-        return await Soak(processes, jobs=jobs, seed=seed, pause=pause, harms=harms, progress=progress).run()
+        return await run.run()
     finally:
         processes.stop()
 
@@ -328,7 +344,6 @@ async def soak(
 def main(seed: int | None, keep: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001, ANN401, from click
     """Run jobs of every kind under every harm, and tell what became of each."""
     seed = random.SystemRandom().randrange(10_000) if seed is None else seed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started ends with it
     folder = Path(tempfile.mkdtemp(prefix="vllm-relay-soak-"))
     click.echo(f"seed {seed}, folder {folder}", err=True)
     report = asyncio.run(soak(seed=seed, folder=folder, progress=True, **options))
