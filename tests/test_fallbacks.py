@@ -110,3 +110,14 @@ async def test_an_error_names_every_model_that_was_asked(
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "rate_limited"
     assert answer.end.message.endswith("(before it: large: rate_limited)")
+
+
+async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_says_fail(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    large = await start_simulator(Options(model="large", orders=Orders(fault="cut", after=4)))
+    small = await start_simulator(Options(model="small"))
+    await start_worker(large, small, on_interrupt="fail")
+    answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+    assert isinstance(answer.end, Failed)
+    assert (answer.end.code, len(small.served)) == ("upstream_truncated", 0)

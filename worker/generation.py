@@ -151,7 +151,8 @@ class Generation:
             try:
                 return await self._ask(job.request | {"model": model} if model else job.request)
             except UpstreamError as error:
-                if not models or not (error.retryable or error.code in _MOVES_ON):
+                broke_off = self._committed and self._settings.on_interrupt == "fail"
+                if not models or broke_off or not (error.retryable or error.code in _MOVES_ON):
                     return self._failed(error.code, error.message + (given_up and f" (before it: {given_up})"))
                 given_up += f"{'; ' if given_up else ''}{model}: {error.code}"
                 _log.warning("model_given_up", code=error.code, model=model, next=models[0])
