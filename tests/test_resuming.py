@@ -283,3 +283,15 @@ async def test_an_answer_with_its_least_of_tokens_goes_on_to_its_end(
     entries = await entries_of(client, ask(min_tokens=37))
     assert kinds(entries) == ["resumed"]
     same(Answer(entries), await direct(ask(min_tokens=37), await start_simulator()))
+
+
+@pytest.mark.parametrize("text", ["🙂 done", "Hi 🙂 done"], ids=["at the start", "later"])
+async def test_tokens_without_text_are_no_getting_on(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker, text: str
+) -> None:
+    """They are generated anew each time: a server that breaks off at them every time would be asked for ever."""
+    broken = await start_simulator(Options(orders=Orders(fault="cut", after=2)))
+    await start_worker(broken)
+    answer = Answer(await entries_of(client, ask(simulate={"text": text})))
+    assert isinstance(answer.end, Failed)
+    assert (answer.end.code, len(broken.served)) == ("upstream_truncated", 3)

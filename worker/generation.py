@@ -242,7 +242,7 @@ class Generation:
                 if parser.committed and isinstance(parser, ContinuationParser):
                     _log.info("answer_resumed", attempt=log.attempt, endpoint=shown_url(endpoint.url))
                     self._metrics.interrupted("resumed")
-                    self._went_on = parser.begun
+                    self._went_on = parser.got_on
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:

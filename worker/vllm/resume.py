@@ -40,6 +40,7 @@ _NOT_OF_COMPLETIONS = frozenset({
 })  # fmt: skip
 _decode_ids = msgspec.json.Decoder(list[int]).decode
 _BROKEN = "\ufffd"
+_SHOWN = frozenset({"content", "reasoning", "tool_calls", "finish_reason"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ class ContinuationParser(ChunkParser):
         self._seam = Seam(way.request, way.kept.content, way.held)
         self._said = False
         self._new = 0
+        self.got_on = False
+        """Whether it showed more of the answer than stood before: tokens without text are generated anew each time."""
 
     @property
     def committed(self) -> bool:
@@ -129,6 +132,8 @@ class ContinuationParser(ChunkParser):
         entries = super().parse(data)
         if self._seam.open:
             entries = list(self._across_the_seam(entries))
+        if entries and not self.got_on:
+            self.got_on = any(_SHOWN & fields.keys() for fields in entries)
         if entries and not self._said:
             self._said = True
             entries.insert(0, self._way.entry)
