@@ -295,3 +295,17 @@ async def test_tokens_without_text_are_no_getting_on(
     answer = Answer(await entries_of(client, ask(simulate={"text": text})))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(broken.served)) == ("upstream_truncated", 3)
+
+
+async def test_another_model_does_not_go_on_though_it_reads_the_same_ids(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    """A job that names no model may come to servers of two, of one family and so with the same tokenizer."""
+    large = await start_simulator(Options(model="large", orders=Orders(fault="cut", after=8)))
+    small = await start_simulator(Options(model="small"))
+    await start_worker(large, small)
+    request = ask()
+    del request["model"]
+    entries = await entries_of(client, request)
+    assert kinds(entries) == ["restarted"]
+    assert [entry.model for entry in entries if isinstance(entry, Opened)] == ["large", "small"]

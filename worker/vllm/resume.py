@@ -65,6 +65,7 @@ class Continuation:
 
     `held` is text of the kept tokens that was not sent, since it might have become a stop string. `left` is how many
     tokens the job lets the answer still have, `room` how many the model has room for; None where it is not known.
+    `model` is what the one that began calls itself.
     """
 
     request: Object
@@ -72,6 +73,7 @@ class Continuation:
     prompt: list[int]
     held: str = ""
     room: int | None = None
+    model: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -135,6 +137,8 @@ class ContinuationParser(ChunkParser):
         if entries and not self.got_on:
             self.got_on = any(_SHOWN & fields.keys() for fields in entries)
         if entries and not self._said:
+            if self._way.prompt and self.model != self._way.model:
+                raise CannotResume("another model answers")  # one may read the ids of another as its own
             self._said = True
             entries.insert(0, self._way.entry)
         return entries
@@ -228,7 +232,8 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
         if stops and not request.get("include_stop_str_in_output"):
             held = _held_back(text, kept.content, max(map(len, stops)) - 1)
     whole = prompt + kept.tokens
-    return Continuation(request, kept, whole, held, None if longest is None else max(0, longest - len(whole)))
+    room = None if longest is None else max(0, longest - len(whole))
+    return Continuation(request, kept, whole, held, room, history.opened.model)
 
 
 def stops_of(request: Object) -> list[str]:
