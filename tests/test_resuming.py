@@ -309,3 +309,13 @@ async def test_another_model_does_not_go_on_though_it_reads_the_same_ids(
     entries = await entries_of(client, request)
     assert kinds(entries) == ["restarted"]
     assert [entry.model for entry in entries if isinstance(entry, Opened)] == ["large", "small"]
+
+
+async def test_a_server_with_less_room_does_not_end_what_it_cannot_go_on_with(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    """What is kept is longer than anything that it could have said: the answer was not at its end."""
+    broken = await start_simulator(Options(orders=Orders(fault="cut", after=100)))
+    await start_worker(broken, await start_simulator(Options(max_model_len=90)))
+    entries = await entries_of(client, ask("Tell me a story"))
+    assert kinds(entries) == ["restarted"]

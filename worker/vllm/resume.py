@@ -232,7 +232,9 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
         if stops and not request.get("include_stop_str_in_output"):
             held = _held_back(text, kept.content, max(map(len, stops)) - 1)
     whole = prompt + kept.tokens
-    room = None if longest is None else max(0, longest - len(whole))
+    room = None if longest is None else longest - len(whole)
+    if room is not None and room < 0:
+        raise CannotResume("this server has less room than the one that began")
     return Continuation(request, kept, whole, held, room, history.opened.model)
 
 
