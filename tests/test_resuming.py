@@ -12,6 +12,7 @@ from worker.contract.entries import Claimed, Object, Opened, parse
 from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.wire import Connection, Request
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Upstream
@@ -319,3 +320,37 @@ async def test_a_server_with_less_room_does_not_end_what_it_cannot_go_on_with(
     await start_worker(broken, await start_simulator(Options(max_model_len=90)))
     entries = await entries_of(client, ask("Tell me a story"))
     assert kinds(entries) == ["restarted"]
+
+
+class Odd(Simulator):
+    """A server that answers one path in a way of its own, and breaks the first stream off."""
+
+    def __init__(self, path: str, status: int, body: bytes) -> None:
+        super().__init__(Options(orders=Orders(fault="cut", after=8, times=1)))
+        self._path, self._status, self._body = path, status, body
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == self._path:
+            await connection.respond(self._status, "application/json", self._body)
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("/tokenize", 500, b"broken"),
+        ("/tokenize", 200, b'{"tokens": "many"}'),
+        ("/tokenize", 200, b'{"tokens": [-1], "max_model_len": 99999999999999999999}'),
+        ("/detokenize", 200, b'{"prompt": "\xff"}'),
+    ],
+    ids=["failing", "no ids", "absurd numbers", "no UTF-8"],
+)
+async def test_where_no_server_says_how_to_go_on_the_answer_begins_again(
+    client: Client, start_worker: StartWorker, path: str, status: int, body: bytes
+) -> None:
+    async with Odd(path, status, body) as server:
+        await start_worker(server)
+        entries = await entries_of(client, ask(stop=["never said"]))
+    assert kinds(entries) == ["restarted"]
+    assert Answer(entries).outcome == "done"

@@ -21,7 +21,7 @@ from worker.contract.job import InvalidJob, Job
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.errors import CannotResume, UpstreamError
+from worker.vllm.errors import CannotResume, NoConnection, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
@@ -175,7 +175,7 @@ class Generation:
             endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
             try:
-                return await self._guarded(self._answer(endpoint, request))
+                return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
                 if self._went_on:
@@ -189,20 +189,25 @@ class Generation:
                 if self._committed:
                     await self._advance(error.code)
 
-    async def _answer(self, endpoint: Endpoint, request: Object) -> Done:
+    async def _answer(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
         if self._history.begun:
             try:
-                return await self._go_on(endpoint, request)
+                return await self._go_on(endpoint, request, last=last)
             except CannotResume as reason:
                 self._restart(str(reason))
         return await self._stream(endpoint, request, ChunkParser(**_parsing(request)))
 
-    async def _go_on(self, endpoint: Endpoint, request: Object) -> Done:
+    async def _go_on(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
         history = self._history
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
-        way = await continuation(self._upstream, endpoint, request, history)
+        try:
+            way = await continuation(self._upstream, endpoint, request, history)
+        except UpstreamError as error:
+            if not last or isinstance(error, NoConnection):
+                raise
+            raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
         if way.is_over and not way.held:
             return self._done("length", history.usage, history.model)
         refusal = ""

@@ -330,7 +330,7 @@ class _Text(msgspec.Struct):
 async def _ask(upstream: Upstream, endpoint: Endpoint, path: str, body: Object, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(await upstream.post(endpoint, path, body), type=kind)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise CannotResume(f"{path} gives no answer that can be read") from None
     except UpstreamError as error:
         if error.retryable:
