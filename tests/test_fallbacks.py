@@ -4,9 +4,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import StartSimulator, StartWorker
+from conftest import StartSimulator, StartWorker, eventually
 
-from worker import Answer, Client, Done, Entry, Failed
+from worker import Answer, Client, Done, Entry, Failed, State
 from worker.sandbox.requests import Fault, answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
@@ -121,3 +121,36 @@ async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_s
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(small.served)) == ("upstream_truncated", 0)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["that was there", "that was never there"])
+async def test_a_model_whose_only_server_is_away_gives_way_to_one_that_is_there(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, known: bool
+) -> None:
+    small = await start_simulator(Options(model="small"))
+    async with Simulator(Options(model="large")) as large:
+        if known:
+            await start_worker(large, small)
+            assert Answer(await entries_of(client, ask())).model == "large"
+    if not known:
+        await start_worker(large, small)
+    assert Answer(await entries_of(client, ask(), fallbacks=["small"])).model == "small"
+
+
+async def test_a_model_is_waited_for_while_its_fallbacks_are_away_too(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Simulator(Options(model="large")) as large, Simulator(Options(model="small")) as small:
+        other = await start_simulator()
+        await start_worker(large, small, other)
+        for model in ("large", "small"):  # so that they are known
+            assert Answer(await entries_of(client, ask() | {"model": model})).model == model
+    request_id = await client.enqueue(ask(), fallbacks=["small"])
+
+    async def begun() -> bool:
+        return (await client.status(request_id)).state is State.RUNNING
+
+    await eventually(begun)
+    await start_simulator(Options(model="small"), int(small.url.rpartition(":")[2]))
+    answer = await client.result(request_id)
+    assert (answer.outcome, answer.model) == ("done", "small")

@@ -4,7 +4,7 @@ import asyncio
 import enum
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -149,7 +149,7 @@ class Generation:
         while True:
             model = models.pop(0)
             try:
-                return await self._ask(job.request | {"model": model} if model else job.request)
+                return await self._ask(job.request | {"model": model} if model else job.request, models)
             except UpstreamError as error:
                 broke_off = self._committed and self._settings.on_interrupt == "fail"
                 if not models or broke_off or not (error.retryable or error.code in _MOVES_ON):
@@ -161,8 +161,8 @@ class Generation:
                 if self._history.begun:
                     self._restart("another model")
 
-    async def _ask(self, request: Object) -> Done:
-        """Ask for one model, as often as is allowed without getting on.
+    async def _ask(self, request: Object, others: Sequence[str]) -> Done:
+        """Ask for one model, as often as is allowed without getting on; `others` may be asked for in its place.
 
         Raises:
             UpstreamError: of the last try.
@@ -171,7 +171,7 @@ class Generation:
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
             while not self._upstream.can_take(model):  # what no server can take waits, and is no try
-                await self._guarded(self._upstream.available(model))
+                await self._guarded(self._upstream.available(model, others))
             endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
             try:

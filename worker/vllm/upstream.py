@@ -76,18 +76,22 @@ class Upstream:
         """Whether a server can take a request for this model now, as far as is known; the empty name is any."""
         return any(endpoint.takes(model) for endpoint in self.endpoints)
 
-    async def available(self, model: str) -> None:
+    async def available(self, model: str, others: Sequence[str] = ()) -> None:
         """Wait until a server can take a request for this model; `watch` finds out.
 
         A model that no server lists is asked for again first, for adapters are loaded at run time. Servers that are
-        away and have never said what they serve may have it, so it is waited for.
+        away and have never said what they serve may have it, so it is waited for, unless one of `others` can be had.
 
         Raises:
-            UpstreamError: `model_not_found`, when no server has it.
+            UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable`, when all that may have it
+                are away and a server can take a request for one of `others`.
         """
         while not self.can_take(model):
             changed = self._changed
-            if any(endpoint.serves(model) for endpoint in self.endpoints) or not await self._list_again():
+            serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+            if serving and all(endpoint.away for endpoint in serving) and any(map(self.can_take, others)):
+                raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
+            if serving or not await self._list_again():
                 await _either(changed, _PROBE_EVERY)  # a trial that is not heard of gives its place up in silence
             else:
                 best_of(self.endpoints, model)
