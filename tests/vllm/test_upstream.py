@@ -364,6 +364,14 @@ async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next
         assert await ask(upstream)
 
 
+async def test_a_question_that_is_refused_leaves_the_place_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with half_open(monkeypatch) as (server, upstream):
+        server.statuses["/tokenize"] = 429
+        with pytest.raises(UpstreamError):
+            await upstream.post(await chosen(upstream), "/tokenize", {})
+        assert upstream.is_there
+
+
 async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.MonkeyPatch) -> None:
     async with half_open(monkeypatch) as (server, upstream):
         monkeypatch.setattr(upstream_module, "_PROBE_EVERY", 3600)

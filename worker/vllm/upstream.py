@@ -217,9 +217,12 @@ class Upstream:
             raise
         finally:
             endpoint.requests.discard(patience)
-            circuit.left(run)
-            if circuit.state is State.HALF_OPEN:
-                self._wake()
+            self._left(endpoint, run)
+
+    def _left(self, endpoint: Endpoint, run: int) -> None:
+        endpoint.circuit.left(run)
+        if endpoint.circuit.state is State.HALF_OPEN:
+            self._wake()
 
     async def _open(self, endpoint: Endpoint, request: Object, route: str, patience: Patience) -> ChatStream:
         """Open the stream, without what the server does not know.
@@ -264,6 +267,8 @@ class Upstream:
         except UpstreamError as error:
             endpoint.failed(run, error)
             raise
+        finally:  # whoever goes on to a stream begins it before another may try
+            self._left(endpoint, run)
         return response.content
 
     async def models(self, endpoint: Endpoint) -> list[str]:
