@@ -70,15 +70,15 @@ def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: i
 
 async def test_turns_are_taken_one_after_another() -> None:
     turns, stop = Turns(), asyncio.get_running_loop().create_future()
-    first = await turns.wait(stop)
+    first = await turns.wait(stop, 60)
     assert first
-    second = asyncio.create_task(turns.wait(stop))
+    second = asyncio.create_task(turns.wait(stop, 60))
     done, _ = await asyncio.wait({second}, timeout=0.01)
     assert not done
     first.end()
     first.end()  # of the former turn: it does not end the next one
     assert await second
-    third = asyncio.create_task(turns.wait(stop))
+    third = asyncio.create_task(turns.wait(stop, 60))
     done, _ = await asyncio.wait({third}, timeout=0.01)
     assert not done
     third.cancel()
@@ -86,9 +86,9 @@ async def test_turns_are_taken_one_after_another() -> None:
 
 async def test_whoever_is_to_stop_does_not_wait_on_and_holds_up_nobody() -> None:
     turns, stop, never = Turns(), *(asyncio.get_running_loop().create_future() for _ in range(2))
-    first = await turns.wait(never)
+    first = await turns.wait(never, 60)
     assert first
-    second, third = asyncio.create_task(turns.wait(stop)), asyncio.create_task(turns.wait(never))
+    second, third = asyncio.create_task(turns.wait(stop, 60)), asyncio.create_task(turns.wait(never, 60))
     await asyncio.sleep(0)
     stop.set_result(None)
     assert await second is None

@@ -70,9 +70,12 @@ class Relay:
         with structlog.contextvars.bound_contextvars(request_id=request.id):
             turn = None
             try:
-                if await self._is_suspect(request) and (turn := await self._turns.wait(stop)) is None:
-                    _log.info("job_left", reason=stop.result().value)
-                    return
+                if await self._is_suspect(request):
+                    turn = await self._turns.wait(stop, (request.deadline - self._now()) / 1000)
+                    if stop.done():
+                        _log.info("job_left", reason=stop.result().value)
+                        return
+                    # Without a turn its deadline has passed: it is ended, and vLLM is asked for nothing.
                 await self._take(request, turn)
             except (RedisError, OSError, LogLost):  # not the job's fault
                 raise

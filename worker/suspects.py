@@ -47,12 +47,12 @@ class Turns:
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
 
-    async def wait(self, stop: asyncio.Future[Any]) -> "Turn | None":
-        """Wait for a turn; nothing when the job is to stop before it comes."""
+    async def wait(self, stop: asyncio.Future[Any], left: float) -> "Turn | None":
+        """Wait for a turn; nothing when the job is to stop, or its `left` seconds are over, before it comes."""
         waiting = asyncio.ensure_future(self._lock.acquire())
         events: set[asyncio.Future[Any]] = {waiting, stop}
         try:
-            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
         return Turn(self._lock) if waiting.done() else None

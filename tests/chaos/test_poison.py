@@ -163,17 +163,22 @@ async def test_deploys_bury_nobody(
     assert [claim[b"delivery"] for claim in claims] == [b"1"] * 5
 
 
-async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
-    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator, simulator: Simulator
-) -> None:
+async def suspected(redis: Redis, *ids: str) -> None:
+    """Two workers have had these jobs, one after the other, and are gone without a delta."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
-    ids = [await client.enqueue({"model": "reciter", "messages": STORY}) for _ in range(2)]
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
     for request_id, (job, _) in zip(ids, await stream(redis, "chat:jobs"), strict=True):
         for attempt, kind in ((1, "started"), (2, "claimed")):
             claim = {"type": kind, "queue": "default", "job": job, "delivery": attempt, "reason": "takeover"}
             await redis.xadd(f"chat:tokens:{{{request_id}}}", claim, id=f"{attempt}-0")  # type: ignore[arg-type]  # invariant
         await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, retrycount=2, justid=True)
+
+
+async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator, simulator: Simulator
+) -> None:
+    ids = [await client.enqueue({"model": "reciter", "messages": STORY}) for _ in range(2)]
+    await suspected(redis, *ids)
     hanging = await start_simulator(Options(orders=Orders(fault="hang")))
     service = await start_worker(hanging, lease=60, drain_timeout=0)
 
@@ -188,3 +193,18 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
     assert [answer.outcome for answer in answers] == ["done", "done"]
     assert sorted(answer.attempt for answer in answers) == [3, 4], "one of them never came to a claim in between"
     assert len(hanging.served) == 1
+
+
+async def test_the_deadline_of_a_suspect_passes_also_while_it_waits_for_its_turn(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    hanging = await start_simulator(Options(orders=Orders(fault="hang")))
+    first = await client.enqueue({"model": "reciter", "messages": STORY})
+    second = await client.enqueue({"model": "reciter", "messages": STORY}, timeout=1)
+    await suspected(redis, first, second)
+    await start_worker(hanging, first_token_timeout=600, drain_timeout=0)
+    end = (await client.result(second)).end
+    assert isinstance(end, Failed)
+    assert end.code == "deadline"
+    await client.cancel(first)
+    await eventually(lambda: nothing_pending(redis))
