@@ -183,9 +183,11 @@ class Generation:
                 out_of_tries = tried >= self._settings.tries
                 if not error.retryable or out_of_tries or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
-                wait = min(error.retry_after or pause, _LONGEST_PAUSE)
+                wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
                 pause *= 2
-                await self._guarded(asyncio.sleep(wait * random.uniform(0.75, 1.25)))  # noqa: S311 - jitter
+                if error.retry_after and self._upstream.is_busy(model):  # not before it; elsewhere one need not wait
+                    wait += error.retry_after
+                await self._guarded(asyncio.sleep(wait))
                 if self._committed:
                     await self._advance(error.code)
 

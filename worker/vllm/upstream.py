@@ -76,6 +76,10 @@ class Upstream:
         """Whether a server can take a request for this model now, as far as is known; the empty name is any."""
         return any(endpoint.takes(model) for endpoint in self.endpoints)
 
+    def is_busy(self, model: str) -> bool:
+        """Whether all that take requests for this model have asked to be left alone for now."""
+        return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model))
+
     async def available(self, model: str, others: Sequence[str] = ()) -> None:
         """Wait until a server can take a request for this model; `watch` finds out.
 
