@@ -40,6 +40,17 @@ async def test_a_scrape_shows_what_was_counted() -> None:
     assert 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0' in page
 
 
+@pytest.mark.parametrize(("on_interrupt", "how"), [("resume", "resumed"), ("restart", "restarted")])
+async def test_how_a_broken_answer_went_on_is_counted(
+    client: Client, start_worker: StartWorker, simulator: Simulator, on_interrupt: str, how: str
+) -> None:
+    worker = await start_worker(simulator, on_interrupt=on_interrupt)
+    request = {"messages": [{"role": "user", "content": "Hi"}], "simulate": {"fault": "cut", "after": 3, "times": 1}}
+    await client.result(await client.enqueue(request))
+    assert value(worker, "interrupted_total", how=how) == 1
+    assert value(worker, "attempts_total", reason="upstream_truncated") == 1
+
+
 async def test_a_workers_jobs_are_counted(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
