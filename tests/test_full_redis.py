@@ -7,7 +7,7 @@ import pytest
 from conftest import Entries, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
-from worker import Answer, Client
+from worker import Answer, Client, State, UnknownRequest
 from worker.broker.owner import Owner
 from worker.claims import NO_VLLM, REDIS_FULL
 from worker.contract.entries import parse
@@ -115,6 +115,18 @@ async def test_at_the_seal_there_is_none_until_there_is_room(
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
     assert await redis.exists(f"chat:ended:{{{request_id}}}")
+
+
+async def test_whoever_only_reads_goes_on_while_there_is_no_room(client: Client, redis: Redis) -> None:
+    """Redis refuses a whole MULTI then, whatever is in it; `follow` asks this whenever there is nothing to read."""
+    request_id = await client.enqueue(ask())
+    await redis.config_set("maxmemory", "1")
+    try:
+        assert (await client.status(request_id)).state is State.QUEUED
+        with pytest.raises(UnknownRequest):
+            await client.result("nope")
+    finally:
+        await redis.config_set("maxmemory", "0")
 
 
 async def test_jobs_that_wait_are_not_taken_until_there_is_room(

@@ -325,10 +325,12 @@ class Client:
         return True
 
     async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
-        pipe = self._redis.pipeline()
-        pipe.xrevrange(self._keys.tokens(request_id), count=1)
+        # No MULTI, which a Redis that is full refuses. The tombstone is read first: it is written with the seal, and
+        # so a request without one has a log to be read after it, unless nothing is known of it.
+        pipe = self._redis.pipeline(transaction=False)
         pipe.get(self._keys.ended(request_id))
-        tail, raw = await pipe.execute()
+        pipe.xrevrange(self._keys.tokens(request_id), count=1)
+        raw, tail = await pipe.execute()
         return (parse(*tail[0]) if tail else None), (msgspec.json.decode(raw, type=Tombstone) if raw else None)
 
     async def _check_alive(self, request_id: str) -> None:
