@@ -39,6 +39,7 @@ async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_wit
     assert is_transient(refusal.value)
     assert SECRET not in what_redis_said(refusal.value)
     assert what_redis_said(refusal.value).startswith(("NOREPLICAS", "command not allowed when used memory"))
+    assert what_redis_said(refusal.value).endswith((".", "replicas to write", "'maxmemory'"))
 
 
 async def test_a_refusal_that_comes_up_between_multi_and_exec_passes(redis: Redis) -> None:

@@ -51,7 +51,7 @@ _TRANSIENT = (
     OSError,
 )
 _TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
-_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?", re.DOTALL)
+_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
 
 
 def command_client(url: str, *, on_connect: ConnectHook | None = None, connections: int = _MAX_CONNECTIONS) -> Redis:
@@ -77,8 +77,8 @@ def is_transient(error: BaseException) -> bool:
 
 
 def what_redis_said(error: BaseException) -> str:
-    """The text of an error without what redis-py puts before it in a pipeline: the command, which may hold a prompt."""
-    return _OF_PIPELINE.sub("", str(error), count=1) or type(error).__name__
+    """The text of an error without what redis-py puts about it in a pipeline: the command, which may hold a prompt."""
+    return _OF_PIPELINE.sub("", str(error)) or type(error).__name__
 
 
 class Backoff:
