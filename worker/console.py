@@ -1,9 +1,23 @@
 """How entries look on a terminal: the text as it comes on standard output, everything about it on standard error."""
 
+import sys
+
 import click
 
 from worker.contract.answer import Answer
-from worker.contract.entries import Claimed, Delta, Entry, Failed, Queued, Restarted, Resumed, Started, as_dict, to_json
+from worker.contract.entries import (
+    TAKEOVER,
+    Claimed,
+    Delta,
+    Entry,
+    Failed,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    as_dict,
+    to_json,
+)
 
 
 class Printer:
@@ -26,12 +40,15 @@ class Printer:
                 self._piece(entry.content, "out")
             case Queued():
                 self._note("waiting for a worker")
-            case Started() | Claimed():
-                self._note(f"taken by {entry.worker}")
+            case Started():
+                self._aside(f"taken by {entry.worker}")
+            case Claimed():
+                how = "taken over by" if entry.reason == TAKEOVER else f"{entry.reason}: tried again by"
+                self._aside(f"{how} {entry.worker}")
             case Restarted():
                 self._note("the answer starts again: what stands above is void")
             case Resumed():
-                self._note("the answer goes on")
+                self._aside("the answer goes on")
         if self.answer.end is not None:
             self._finish()
 
@@ -54,6 +71,13 @@ class Printer:
     def _note(self, text: str) -> None:
         self._end_line()
         click.secho(f"· {text}", err=True, dim=True)
+
+    def _aside(self, text: str) -> None:
+        """A note in the midst of an answer, which a file or a pipe gets without the end of line that a person needs."""
+        if self._line == "out" and not sys.stdout.isatty():
+            click.secho(f"· {text}", err=True, dim=True)
+        else:
+            self._note(text)
 
     def _piece(self, text: str, stream: str) -> None:
         """A piece of reasoning or of the answer; a line of the one ends where the other begins."""

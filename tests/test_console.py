@@ -1,0 +1,41 @@
+"""What `worker follow` prints of an answer that broke off: the text whole, and everything about it elsewhere."""
+
+from collections.abc import Sequence
+
+import pytest
+from command import run
+from redis.asyncio import Redis
+
+from worker.contract.ids import SEAL
+
+BROKEN_OFF: Sequence[tuple[str, dict[str, str]]] = (
+    ("1-0", {"type": "started", "worker": "w1"}),
+    ("1-1", {"type": "delta", "content": "One, "}),
+)
+RESUMED = {"type": "resumed", "after": "1-1"}
+RESTARTED = {"type": "restarted"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "how", "printed", "told"),
+    [
+        ("takeover", RESUMED, "One, two\n", "· taken by w1\n· taken over by w2\n· the answer goes on\n· done\n"),
+        ("upstream_truncated", RESUMED, "One, two\n", "· upstream_truncated: tried again by w2\n"),
+        ("takeover", RESTARTED, "One, \ntwo\n", "· the answer starts again: what stands above is void\n"),
+    ],
+)
+async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
+    reason: str, how: dict[str, str], printed: str, told: str, redis: Redis, redis_url: str
+) -> None:
+    rest = (
+        ("2-0", {"type": "claimed", "worker": "w2", "reason": reason}),
+        ("2-1", how),
+        ("2-2", {"type": "delta", "content": "two"}),
+        (str(SEAL), {"type": "done"}),
+    )
+    for entry_id, fields in (*BROKEN_OFF, *rest):
+        await redis.xadd("chat:tokens:{r}", fields, id=entry_id)  # type: ignore[arg-type]  # dict is invariant
+    await redis.expire("chat:tokens:{r}", 60)
+    ended = await run("follow", "r", REDIS_URL=redis_url)
+    assert (ended.status, ended.out) == (0, printed)
+    assert told in ended.err
