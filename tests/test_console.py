@@ -1,12 +1,16 @@
 """What `worker follow` prints of an answer that broke off: the text whole, and everything about it elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
+from click.testing import CliRunner
 from command import run
 from redis.asyncio import Redis
 
-from worker.contract.ids import SEAL
+from worker import Client, Unavailable
+from worker.cli import main
+from worker.contract.entries import Delta
+from worker.contract.ids import SEAL, EntryId
 
 BROKEN_OFF: Sequence[tuple[str, dict[str, str]]] = (
     ("1-0", {"type": "started", "worker": "w1"}),
@@ -39,3 +43,14 @@ async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
     ended = await run("follow", "r", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (0, printed)
     assert told in ended.err
+
+
+def test_whoever_loses_redis_mid_answer_learns_how_to_go_on(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lose(_: Client, request_id: str, **_more: object) -> AsyncIterator[Delta]:
+        yield Delta(id=EntryId(1, 7), content=f"As {request_id}")
+        raise Unavailable("Redis does not answer: gone")
+
+    monkeypatch.setattr(Client, "follow", lose)
+    result = CliRunner(env={"REDIS_URL": redis_url}).invoke(main, ["follow", "r"])
+    assert (result.exit_code, result.stdout) == (1, "As r\n")
+    assert result.stderr == "Error: Redis does not answer: gone\nGo on later with: worker follow r --after 1-7\n"

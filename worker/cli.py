@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 from worker.broker.connection import what_redis_said
 from worker.cli_dead import dead
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
-from worker.client import Client, ClientError, JobOptions, State, new_job
+from worker.client import Client, ClientError, JobOptions, State, Unavailable, new_job
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId, is_request_id
@@ -265,8 +265,14 @@ def _exit(well: bool) -> None:
 
 async def _print(client: Client, request_id: str, after: EntryId | None, *, as_json: bool) -> bool:
     printer = Printer(as_json=as_json)
-    async for entry in client.follow(request_id, after=after):
-        printer.show(entry)
+    try:
+        async for entry in client.follow(request_id, after=after):
+            printer.show(entry)
+    except ClientError as error:
+        last = printer.break_off()
+        if not last or not isinstance(error, Unavailable):
+            raise
+        raise Unavailable(f"{error}\nGo on later with: worker follow {request_id} --after {last}") from None
     return printer.answer.outcome == "done"
 
 

@@ -26,11 +26,13 @@ class Printer:
     def __init__(self, *, as_json: bool) -> None:
         self.answer = Answer()
         self._json = as_json
+        self._last = ""
         self._line = ""  # which stream has an unfinished line: out, err or none
 
     def show(self, entry: Entry) -> None:
         """Print the next entry."""
         self.answer.add(entry)
+        self._last = str(entry.id)
         if self._json:
             click.echo(to_json(as_dict(entry)))
             return
@@ -51,6 +53,11 @@ class Printer:
                 self._aside("the answer goes on")
         if self.answer.end is not None:
             self._finish()
+
+    def break_off(self) -> str:
+        """End the line that was begun, as no more comes; gives the id of the last entry printed, or nothing."""
+        self._end_line()
+        return self._last
 
     def _finish(self) -> None:
         """What a stream of text cannot show: tool calls, further choices, and how it ended."""
