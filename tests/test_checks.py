@@ -8,6 +8,8 @@ from conftest import StartSimulator
 from redis.asyncio import Redis
 
 from worker.checks import Finding, check
+from worker.contract.entries import to_json
+from worker.contract.records import WorkerLine
 from worker.sandbox.redis import start_redis
 from worker.sandbox.simulator import Options, Simulator
 from worker.settings import ConfigError, load_settings, shown_url
@@ -63,10 +65,34 @@ async def test_every_queue_is_told_with_what_waits_in_it(redis: Redis, redis_url
     await redis.xreadgroup("workers", "somebody", {"chat:jobs:high": ">"}, count=1)
     findings = await found(redis_url=redis_url, vllm_urls=simulator.url, queues="high,default")
     assert [finding.text for finding in about(findings, "queue")] == [
-        "entries: 3; of them with a worker: 1",
+        "jobs that wait: 2; with a worker: 1",
         "no job has been added yet",
     ]
     await redis.delete("chat:jobs:high")
+
+
+async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are_told(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    now = (await redis.time())[0] * 1000
+    for name, beat, why in (("busy", now, ""), ("waiting", now, "no_vllm"), ("killed", now - 60_000, "")):
+        line = WorkerLine(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why)
+        await redis.hset("chat:workers", name, to_json(line))
+    await redis.hset("chat:workers", "garbled", "{")
+    findings = await found(redis_url=redis_url, vllm_urls=simulator.url, lease=15)
+    assert about(findings, "workers") == [Finding("ok", "workers", "alive: 2; of their 16 slots in use: 6")]
+    killed, waiting = about(findings, "worker ")
+    assert (killed.subject, killed.level) == ("worker killed", "warning")
+    assert killed.text.startswith("it has been silent for 6")
+    assert (waiting.subject, waiting.text) == ("worker waiting", "it takes no jobs at the moment: no_vllm")
+    await redis.delete("chat:workers")
+
+
+async def test_a_server_that_is_away_beside_one_that_answers_is_a_warning(redis_url: str, simulator: Simulator) -> None:
+    servers = about(await found(redis_url=redis_url, vllm_urls=f"http://127.0.0.1:1,{simulator.url}"), "vLLM")
+    assert [server.level for server in servers] == ["warning", "ok"]
+    (alone,) = about(await found(redis_url=redis_url, vllm_urls="http://127.0.0.1:1"), "vLLM")
+    assert alone.level == "error"
 
 
 async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(

@@ -420,7 +420,7 @@ async def test_a_misspelt_setting_stops_a_worker_with_a_hint() -> None:
 async def test_check_finds_nothing_wrong(redis_url: str, simulator: Simulator) -> None:
     ended = await run("check", REDIS_URL=redis_url, VLLM_URLS=f"{simulator.url}/v1")
     assert (ended.status, ended.err) == (0, "")
-    assert [line.split()[0] for line in ended.lines] == ["ok", "ok", "warning", "ok", "ok"]
+    assert [line.split()[0] for line in ended.lines] == ["ok", "ok", "warning", "ok", "ok", "ok"]
     assert f"vLLM {simulator.url}: serves reciter" in ended.out
     assert "append-only file" in ended.lines[2]
 

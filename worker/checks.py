@@ -1,7 +1,7 @@
-"""What `worker check` looks at: the settings, Redis and every vLLM server, and how to mend what is wrong."""
+"""What `worker check` looks at: settings, Redis, workers and every vLLM server, and how to mend what is wrong."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from redis.asyncio import Redis
@@ -10,6 +10,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client
 from worker.broker.jobs import waiting_in
+from worker.broker.ledger import Ledger
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
@@ -51,8 +52,10 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
         limits=Limits(connect=settings.connect_timeout),
     )
     try:
-        for endpoint in upstream.endpoints:
-            yield await _check_vllm(upstream, endpoint)
+        servers = [await _check_vllm(upstream, endpoint) for endpoint in upstream.endpoints]
+        enough = any(finding.level == "ok" for finding in servers)
+        for finding in servers:
+            yield replace(finding, level="warning") if enough and finding.level == "error" else finding
     finally:
         await upstream.aclose()
 
@@ -78,6 +81,8 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
             yield finding
         for queue in settings.queues:
             yield await _check_queue(redis, keys, queue, settings.queue_limit)
+        for finding in await _worker_findings(redis, keys, settings.lease):
+            yield finding
     except (RedisError, OSError) as error:
         refused = isinstance(error, AuthenticationError)
         mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
@@ -152,7 +157,6 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> Find
         )
     groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
     group = groups.get(GROUP.encode())
-    length = await redis.xlen(key)
     pending = group["pending"] if group else 0
     waiting = await waiting_in(redis, key)
     if limit and waiting >= limit:
@@ -162,7 +166,26 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> Find
             f"it is full: {waiting} jobs wait, and the limit is {limit}",
             f"start more workers, or raise {variable('queue_limit')}",
         )
-    return Finding("ok", f"queue {queue}", f"entries: {length}; of them with a worker: {pending}")
+    return Finding("ok", f"queue {queue}", f"jobs that wait: {waiting}; with a worker: {pending}")
+
+
+async def _worker_findings(redis: Redis, keys: Keys, lease: float) -> list[Finding]:
+    """The workers as they show themselves, each third of a lease; whoever was killed is shown for ten more."""
+    seconds, _ = await redis.time()
+    findings, alive = [], []
+    for name, line in sorted((await Ledger(redis, keys).lines()).items()):
+        silent = seconds - line.beat // 1000
+        if silent > lease:
+            text, mend = f"it has been silent for {silent} s", "see whether it still runs"
+            findings.append(Finding("warning", f"worker {name}", text, mend))
+            continue
+        alive.append(line)
+        if line.paused:
+            text = f"it takes no jobs at the moment: {line.paused}"
+            findings.append(Finding("warning", f"worker {name}", text, "its log says why"))
+    slots, running = sum(line.slots for line in alive), sum(line.running for line in alive)
+    text = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
+    return [Finding("ok", "workers", text), *findings]
 
 
 async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:

@@ -166,7 +166,7 @@ def cancel(request_id: str, as_json: bool, **settings: object) -> None:
 @json_option
 @settings_options()
 def check(as_json: bool, **options: object) -> None:
-    """Look at the settings, Redis and every vLLM server. Exit status 1 if a worker could not work."""
+    """Look at the settings, Redis, the workers and every vLLM server. Exit status 1 if a worker could not work."""
     from worker.checks import check as look  # noqa: PLC0415 - clients need not load it
 
     async def report() -> bool:

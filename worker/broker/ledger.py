@@ -1,6 +1,7 @@
 """What is kept beside the logs: the lifecycle stream, the dead letters and the line of each worker."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import cast
 
 import msgspec
@@ -69,6 +70,14 @@ class Ledger:
         return {
             name.decode("utf-8", "replace") for name in cast("list[bytes]", await self._redis.hkeys(self._keys.workers))
         }
+
+    async def lines(self) -> dict[str, WorkerLine]:
+        """The lines of all workers that show themselves, by name; those that cannot be read are left out."""
+        lines = {}
+        for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._keys.workers)).items():
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                lines[name.decode("utf-8", "replace")] = msgspec.json.decode(raw, type=WorkerLine)
+        return lines
 
     async def leave(self, worker: str) -> None:
         """Remove a worker's line."""
