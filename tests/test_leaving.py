@@ -6,12 +6,14 @@ from collections.abc import Awaitable, Callable
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from worker import Answer, Client
 from worker.broker.jobs import Delivery
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 from worker.service import Service
+from worker.telemetry.logs import configure_logging
 
 NEVER = 60
 """A lease of a minute: within a test only a job that is handed over goes to another worker."""
@@ -68,9 +70,15 @@ async def test_being_told_twice_to_leave_loses_nothing(
         return sum(served.chunks > 2 for served in simulator.served) == 10
 
     await eventually(all_run)
-    stop_at_once(first)
-    await start_worker(simulator, lease=NEVER)
-    await all_whole(redis, list(await asyncio.gather(*map(client.result, ids))), questions)
+    configure_logging("json")
+    with capture_logs() as logs:
+        stop_at_once(first)
+        second = await start_worker(simulator, lease=NEVER)
+        await all_whole(redis, list(await asyncio.gather(*map(client.result, ids))), questions)
+    taken = [line for line in logs if line["event"] == "job_taken_over"]
+    assert [line["attempt"] for line in taken] == [2] * second._leases.finished != []
+    assert [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"] == [len(taken)]
+    assert first._leases.finished == 10 - len(taken), "what is handed over has not ended here"
 
 
 async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(

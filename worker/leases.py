@@ -53,6 +53,7 @@ class Leases:
         self._metrics = metrics
         self._running: dict[tuple[str, str], Running] = {}
         self.finished = 0
+        """How many jobs came to their end here: none that was handed over or otherwise left."""
         self.changed = asyncio.Event()
         """Set whenever a job has ended."""
         self.to_trim: set[str] = set()
@@ -81,6 +82,7 @@ class Leases:
     async def _run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         try:
             await self._work(delivery, stop)
+            self.finished += not stop.done()
         except Exception as error:  # noqa: BLE001 - one job must not end the others
             # Left pending: whoever gets it next finds in the log how far it came.
             if isinstance(error, RedisError):  # its traceback would quote the command, and so the answer
@@ -89,16 +91,15 @@ class Leases:
                 _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
         finally:
             del self._running[delivery.queue, delivery.id]
-            self.finished += 1
             self.to_trim.add(delivery.queue)
             self._freed()
             self.changed.set()
 
-    async def renew(self) -> None:
-        """Renew every lease; a job that another worker has by now is told to stop."""
+    async def renew(self) -> bool:
+        """Renew every lease, and say whether there was any; a job that another worker has by now is told to stop."""
         jobs = list(self._running.values())
         if not jobs:
-            return
+            return False
         sent = time.monotonic()
         kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
         for running, is_ours in zip(jobs, kept, strict=True):
@@ -110,6 +111,7 @@ class Leases:
                     self._lose(running)
                 else:  # somebody deleted the job: no other worker can have it, so it goes on to its end
                     running.renewed = sent
+        return True
 
     def stop_expired(self) -> None:
         """Whoever could not renew before the lease ended stops: another worker may have the job by now."""
@@ -130,14 +132,18 @@ class Leases:
             running.stop_for(Stop.HAND_OVER)
         if left:
             await asyncio.wait({running.task for running in left}, timeout=_LAST_WORDS)
+        handed = 0
         for running in left:
             if running.stop.result() is Stop.HAND_OVER and running.task.done():
                 try:
                     await self._jobs.hand_over(running.delivery, time.monotonic() - running.renewed)
+                    handed += 1
                 except (RedisError, OSError) as error:
                     # Redis is away: asking it for each of the others would take a timeout each.
                     _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
                     return
+        if handed:
+            _log.info("jobs_handed_over", jobs=handed)
 
     def cancel(self) -> None:
         """End whatever is left, as the process ends."""

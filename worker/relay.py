@@ -129,6 +129,8 @@ class Relay:
         log, stop = owned.log, request.stop
         self._publisher.attach(log)
         self._count_start(request, log.attempt)
+        if log.attempt > 1:
+            _log.info("job_taken_over", attempt=log.attempt, delivery=request.delivery.count)
         try:
             if reason := self._to_bury(request, owned):
                 standing = await self._seal(request, log, _buried(reason, log.attempt))
@@ -237,7 +239,8 @@ class Relay:
         await self._done_with(request)
         if answer.outcome:
             self._metrics.finished(answer.outcome)
-        _log.info("job_finished", outcome=answer.outcome, code=end.code if isinstance(end, Failed) else None)
+        code = end.code if isinstance(end, Failed) else None
+        _log.info("job_finished", outcome=answer.outcome, code=code, attempt=answer.attempt)
 
     async def _confirm(self, request: Request, end: Terminal) -> None:
         stone = self._tombstone(request, end.type)
