@@ -57,8 +57,8 @@ class Keeper:
         backoff = Backoff("renewal_failed", most=self._pause / 2)
         while await self._rest():
             try:
-                await self._leases.renew()
-                backoff.reset()
+                if await self._leases.renew():  # else Redis was not asked, and may be away still
+                    backoff.reset()
             except (RedisError, OSError) as error:
                 await backoff.wait(error)
             self._publisher.look()

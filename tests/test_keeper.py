@@ -1,0 +1,46 @@
+"""What the keeper says of a Redis that is away: nothing that it has not seen."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import cast
+
+from conftest import eventually
+from structlog.testing import capture_logs
+
+from worker.broker.connection import command_client
+from worker.broker.jobs import Delivery, JobQueue
+from worker.contract.keys import Keys
+from worker.generation import Stop
+from worker.keeper import Keeper
+from worker.leases import Leases
+from worker.settings import load_settings
+from worker.telemetry.logs import configure_logging
+from worker.telemetry.metrics import Metrics
+
+
+async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -> None:
+    async def work(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        await stop
+
+    redis = command_client("redis://127.0.0.1:1")
+    leases = Leases(JobQueue(redis, redis, Keys(), "w", 0.5), work, lambda: None, lease=0.5, metrics=Metrics())
+    looks: list[None] = []
+    publisher = SimpleNamespace(look=lambda: looks.append(None))
+    parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+    keeper = Keeper(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+
+    async def rounds_without_a_job() -> bool:
+        if leases:
+            looks.clear()
+        return len(looks) > 1
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        leases.begin([Delivery("default", "1-0", {})], time.monotonic())
+        keeping = asyncio.create_task(keeper.keep_leases())
+        await eventually(rounds_without_a_job)
+        keeper.leave()
+        await keeping
+    await redis.aclose()
+    assert [line["event"] for line in logs] == ["renewal_failed"]
