@@ -179,7 +179,7 @@ class Owner:
                     raise LogGone("the request has ended")
                 if await self._start(pipe, log.request_id, delivery, expire_at, digest):
                     return
-        raise LogFenced("Redis does not hold the log as it was, and the job is with another worker")
+        raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
 
     async def advance(self, log: TokenLog, delivery: Delivery, reason: str) -> None:
         """Go on under the next attempt of one's own log.
