@@ -78,7 +78,7 @@ async def test_one_letter_is_shown_whole(redis_url: str, bury: Bury) -> None:
         assert shown["fields"] == {"id": "r1", "request": REQUEST}
     missing = await worker(redis_url, "dead", "show", "1-1")
     assert missing.exit_code == 1
-    assert "there is no dead letter 1-1" in missing.stderr
+    assert "1-1: there is no such letter: worker dead list shows which there are" in missing.stderr
     wrong = await worker(redis_url, "dead", "show", "r1")
     assert wrong.exit_code == 2
     assert "'r1' is no id of a dead letter" in wrong.stderr
@@ -109,8 +109,12 @@ async def test_a_retry_is_another_request_and_the_two_name_each_other(
 
 
 async def test_a_letter_that_was_retried_is_not_retried_again(redis_url: str, redis: Redis, bury: Bury) -> None:
-    await worker(redis_url, "dead", "retry", await bury())
+    before = await bury()
+    first = await worker(redis_url, "dead", "retry", before, "--json")
     ((letter, _),) = await stream(redis, "chat:dead")
+    assert json.loads(first.stdout)["letter"] == letter.decode() != before, "it is told where the letter is now"
+    gone = await worker(redis_url, "dead", "retry", before)
+    assert "one that is retried gets a new id" in gone.stderr
     again = await worker(redis_url, "dead", "retry", letter.decode())
     assert again.exit_code == 1
     assert "it was retried already, as " in again.stderr
@@ -194,7 +198,7 @@ async def test_letters_are_dropped_by_id_or_all_that_are_meant(redis_url: str, r
     assert (await worker(redis_url, "dead", "drop", "--all")).exit_code == 0
     assert await letters(redis) == []
     none = await worker(redis_url, "dead", "drop", "--all")
-    assert (none.exit_code, none.stderr) == (0, "there is no such letter\n")
+    assert (none.exit_code, none.stderr) == (0, "· no dead letters\n")
 
 
 async def test_on_a_terminal_all_is_asked_for_first(

@@ -19,6 +19,9 @@ from worker.contract.job import InvalidJob
 from worker.contract.keys import Keys
 from worker.settings import load_settings
 
+_NO_LETTER = "there is no such letter: worker dead list shows which there are (one that is retried gets a new id)"
+_NONE = "· no dead letters"
+
 _Act = Callable[[Filed], Awaitable[Object]]
 
 
@@ -56,8 +59,11 @@ def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object
 
     async def tell() -> None:
         async with _letters(settings) as (_, letters):
-            for filed in await letters.newest(limit, Wanted(queue, reason)):
-                click.echo(to_json(_summary(filed)) if as_json else _line(filed))
+            found = await letters.newest(limit, Wanted(queue, reason))
+        for filed in found:
+            click.echo(to_json(_summary(filed)) if as_json else _line(filed))
+        if not found:
+            click.echo(_NONE, err=True)
 
     run_async(tell)
 
@@ -73,7 +79,7 @@ def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
         async with _letters(settings) as (_, letters):
             filed = await letters.get(letter_id)
         if filed is None:
-            raise click.ClickException(f"there is no dead letter {letter_id}: worker dead list shows which there are")
+            raise click.ClickException(f"{letter_id}: {_NO_LETTER}")
         whole = to_json(_summary(filed) | {"cut": list(filed.letter.cut), "fields": dict(filed.letter.fields)})
         click.echo(whole if as_json else msgspec.json.format(whole, indent=2))
 
@@ -91,7 +97,7 @@ def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
 def retry(
     ids: tuple[EntryId, ...], every: bool, queue: str, reason: str, yes: bool, as_json: bool, **settings: object
 ) -> None:
-    """Put jobs back, each under a new request id, which is printed; the letter stays, and names it."""
+    """Put jobs back, each under a new request id, which is printed; the letter stays, under a new id, and names it."""
     wanted = _chosen(ids, every=every, queue=queue, reason=reason)
 
     async def put_back() -> None:
@@ -141,8 +147,8 @@ async def _retry(client: Client, letters: DeadLetters, filed: Filed) -> Object:
         request_id = await client.enqueue(job.request, **options)
     except (InvalidJob, Conflict) as problem:
         raise NotRetryable(str(problem)) from None
-    await letters.retried(filed, request_id)
-    return {"id": filed.id, "request": filed.request_id, "retried_as": request_id}
+    letter = await letters.retried(filed, request_id)
+    return {"id": filed.id, "request": filed.request_id, "retried_as": request_id, "letter": letter}
 
 
 async def _drop(letters: DeadLetters, filed: Filed) -> Object:
@@ -154,7 +160,7 @@ async def _each(letters: DeadLetters, chosen: list[EntryId], act: _Act, *, as_js
     """Do it to one after another; those that it cannot be done to are told, and do not hold up the rest."""
     undone = 0
     for letter_id in chosen:
-        problem = "there is no such letter"
+        problem = _NO_LETTER
         done: Object = {}
         if filed := await letters.get(letter_id):
             try:
@@ -165,12 +171,15 @@ async def _each(letters: DeadLetters, chosen: list[EntryId], act: _Act, *, as_js
             undone += 1
             click.echo(f"{letter_id}: {problem}", err=True)
             continue
-        told = f"retried as {done['retried_as']}" if "retried_as" in done else "dropped"
+        told = "dropped"
+        if "retried_as" in done:
+            kept = f" (the letter is now {done['letter']})" if done["letter"] else ""
+            told = f"retried as {done['retried_as']}{kept}"
         click.echo(to_json(done) if as_json else f"{letter_id}: {told}")
     if undone:
         raise click.ClickException(f"{undone} of {len(chosen)} letters are as they were")
     if not chosen:
-        click.echo("there is no such letter", err=True)
+        click.echo(_NONE, err=True)
 
 
 def _chosen(ids: tuple[EntryId, ...], *, every: bool, queue: str, reason: str) -> Wanted:

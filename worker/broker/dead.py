@@ -111,22 +111,25 @@ class DeadLetters:
         """Drop a letter; whether it was there."""
         return bool(await self._redis.xdel(self._key, str(letter_id)))
 
-    async def retried(self, filed: Filed, request_id: str) -> None:
-        """Put a letter that names its retry in the place of one that was put back; it is a new entry of the stream."""
+    async def retried(self, filed: Filed, request_id: str) -> str:
+        """Put a letter that names its retry in the place of one that was put back.
+
+        It is a new entry of the stream; gives its id, or nothing where the letter is gone.
+        """
         after = msgspec.structs.replace(filed.letter, retried_as=request_id)
         while True:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(self._key)
                 if not await pipe.xrange(self._key, filed.id, filed.id):
-                    return  # somebody else did, or it was dropped meanwhile
+                    return ""  # somebody else did, or it was dropped meanwhile
                 pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
                 pipe.xadd(self._key, after.to_fields())  # type: ignore[arg-type]  # dict is invariant
                 pipe.xdel(self._key, filed.id)
                 try:
-                    await pipe.execute()
+                    added, _ = await pipe.execute()
                 except WatchError:
                     continue  # another letter came meanwhile
-                return
+                return cast("bytes", added).decode()
 
 
 def _filed(raw: _RawEntry) -> Filed:
