@@ -176,3 +176,16 @@ def test_a_key_from_a_file_may_end_with_a_newline() -> None:
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert shown_url(url) == shown
+
+
+async def test_workers_that_cannot_show_themselves_in_a_full_redis_are_not_called_silent(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.hset(
+        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+    )
+    await redis.config_set("maxmemory", "1")
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    assert [finding.level for finding in findings] == ["ok", "ok", "error", "warning", "ok", "ok"]
+    assert not about(findings, "worker")

@@ -65,7 +65,7 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
     try:
-        is_cluster = isinstance(redis, ClusterClient)
+        is_cluster, is_full = isinstance(redis, ClusterClient), False
         servers = await redis.masters() if isinstance(redis, ClusterClient) else [redis]
         for number, server in enumerate(servers, 1):
             name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
@@ -75,14 +75,15 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
                 return
             yield Finding("ok", name, f"version {info.get('redis_version')} answers")
             for finding in _storage_findings(name, info):
+                is_full |= finding.level == "error"
                 yield finding
         keys = Keys(settings.prefix)
         async for finding in _check_channels(redis, where, keys):
             yield finding
         for queue in settings.queues:
             yield await _check_queue(redis, keys, queue, settings.queue_limit)
-        for finding in await _worker_findings(redis, keys, settings.lease):
-            yield finding
+        for finding in () if is_full else await _worker_findings(redis, keys, settings.lease):
+            yield finding  # while Redis is full no worker can show that it lives
     except (RedisError, OSError) as error:
         refused = isinstance(error, AuthenticationError)
         mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
