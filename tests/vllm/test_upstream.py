@@ -451,3 +451,23 @@ async def test_a_user_in_the_url_goes_before_the_key() -> None:
                 assert await ask(upstream, endpoint)
     assert set(plain.authorization) == {"Bearer key"}
     assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("'NoneType' object has no attribute 'getpeername'"), RuntimeError("the handler is closed")]
+)
+async def test_a_connection_that_goes_as_it_is_made_is_a_failure_of_the_server(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As anyio and uvloop tell it, in no error of httpx's: a job ended with the code `internal`."""
+
+    async def connect(*_: object, **__: object) -> None:
+        raise error
+
+    async with serving("reciter") as (_, upstream):
+        (endpoint,) = upstream.endpoints
+        with monkeypatch.context() as broken:
+            broken.setattr("httpcore.AsyncConnectionPool.handle_async_request", connect)
+            with pytest.raises(UpstreamError) as raised:
+                await ask(upstream, endpoint)
+    assert (raised.value.code, raised.value.retryable) == ("upstream_unreachable", True)

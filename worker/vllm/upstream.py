@@ -58,7 +58,7 @@ class Upstream:
             timeout=httpx.Timeout(None, connect=limits.connect),
             # Given as a transport, so that HTTP_PROXY of the environment is not heeded (vLLM is a server inside) and
             # SSL_CERT_FILE is, which `trust_env=False` would both turn off.
-            transport=httpx.AsyncHTTPTransport(
+            transport=_Transport(
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15)
             ),
         )
@@ -296,6 +296,20 @@ class Upstream:
                 return await self._client.get(url)
         except (httpx.HTTPError, TimeoutError) as error:
             raise unreachable(url, error) from None
+
+
+class _Transport(httpx.AsyncHTTPTransport):
+    """httpx's own, with every error of a connection in httpx's words.
+
+    Where a server goes in the moment in which it is connected to or written to, anyio 4 on uvloop 0.22 raises an
+    AttributeError (there is no socket) and uvloop a RuntimeError (the handler is closed): httpx 0.28 lets both through.
+    """
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except (AttributeError, RuntimeError) as error:
+            raise httpx.ReadError(f"the connection was lost: {error}", request=request) from error
 
 
 class _Model(msgspec.Struct):
