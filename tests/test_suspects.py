@@ -69,7 +69,7 @@ def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: i
 
 
 async def test_turns_are_taken_one_after_another() -> None:
-    turns, stop = Turns(), asyncio.get_running_loop().create_future()
+    turns, stop = Turns(60), asyncio.get_running_loop().create_future()
     first = await turns.wait(stop, 60)
     assert first
     second = asyncio.create_task(turns.wait(stop, 60))
@@ -85,7 +85,7 @@ async def test_turns_are_taken_one_after_another() -> None:
 
 
 async def test_whoever_is_to_stop_does_not_wait_on_and_holds_up_nobody() -> None:
-    turns, stop, never = Turns(), *(asyncio.get_running_loop().create_future() for _ in range(2))
+    turns, stop, never = Turns(60), *(asyncio.get_running_loop().create_future() for _ in range(2))
     first = await turns.wait(never, 60)
     assert first
     second, third = asyncio.create_task(turns.wait(stop, 60)), asyncio.create_task(turns.wait(never, 60))

@@ -57,7 +57,7 @@ class Relay:
         self._publisher = publisher
         self._upstream = upstream
         self._now = now
-        self._turns = Turns()
+        self._turns = Turns(settings.first_token_timeout)
         self._metrics = metrics
 
     async def run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:

@@ -42,10 +42,11 @@ def is_suspect(failed: int, most: int) -> bool:
 
 
 class Turns:
-    """Lets one suspect run at a time."""
+    """Lets one suspect run at a time, for at most `longest` seconds: the server that it waits for may be away."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float) -> None:
         self._lock = asyncio.Lock()
+        self._longest = longest
 
     async def wait(self, stop: asyncio.Future[Any], left: float) -> "Turn | None":
         """Wait for a turn; nothing when the job is to stop, or its `left` seconds are over, before it comes."""
@@ -55,17 +56,19 @@ class Turns:
             await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
-        return Turn(self._lock) if waiting.done() else None
+        return Turn(self._lock, self._longest) if waiting.done() else None
 
 
 class Turn:
-    """A suspect's time alone, from before its claim until it has shown a delta or has ended."""
+    """A suspect's time alone, from before its claim until it has shown a delta or has ended, or had its time."""
 
-    def __init__(self, lock: asyncio.Lock) -> None:
+    def __init__(self, lock: asyncio.Lock, longest: float) -> None:
         self._lock: asyncio.Lock | None = lock
+        self._timer = asyncio.get_running_loop().call_later(longest, self.end)
 
     def end(self, *_: object) -> None:
         """Let the next one run. May be called again."""
+        self._timer.cancel()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

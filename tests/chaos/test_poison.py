@@ -208,3 +208,17 @@ async def test_the_deadline_of_a_suspect_passes_also_while_it_waits_for_its_turn
     assert end.code == "deadline"
     await client.cancel(first)
     await eventually(lambda: nothing_pending(redis))
+
+
+async def test_a_suspect_that_waits_for_its_server_holds_up_no_other_for_ever(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    async with Simulator(Options(model="away")) as away:
+        pass
+    first = await client.enqueue({"model": "away", "messages": STORY})
+    second = await client.enqueue({"model": "reciter", "messages": STORY})
+    await suspected(redis, first, second)
+    await start_worker(away, simulator, first_token_timeout=0.5, drain_timeout=0)
+    assert (await client.result(second)).outcome == "done"
+    await client.cancel(first)
+    await eventually(lambda: nothing_pending(redis))
