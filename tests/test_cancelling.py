@@ -1,7 +1,9 @@
 """A cancel ends vLLM's work at any phase of a job: at once by the hint, and without it by the lease's tick."""
 
+import asyncio
 import json
 
+import pytest
 from conftest import StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
@@ -10,6 +12,7 @@ from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.wire import Connection, Request
 from worker.service import Service
 
 NEVER = 60
@@ -128,6 +131,43 @@ async def test_between_two_tries(
     await client.cancel(request_id)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
     assert len(busy.served) == 1, "there was no second try"
+
+
+class Silent(Simulator):
+    """A server whose first stream breaks off, and which never says how it would go on."""
+
+    asked = closed = 0
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path != "/tokenize":
+            await super()._handle(request, connection)
+            return
+        self.asked += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
+async def test_while_a_server_is_asked_how_to_go_on(
+    client: Client, redis: Redis, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, ended_by: str
+) -> None:
+    monkeypatch.setattr("worker.vllm.upstream._FEW_SECONDS", 600)
+    async with Silent(Options(orders=Orders(fault="cut", after=8))) as silent:
+        await worker_before(start_worker, redis, silent)
+        request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
+
+        async def is_asked() -> bool:
+            return silent.asked == 1
+
+        await eventually(is_asked)
+        if ended_by == "cancel":
+            await client.cancel(request_id)
+        finished = await settled(redis)
+        assert silent.closed == 1
+    assert finished[b"outcome"] == (b"cancelled" if ended_by == "cancel" else b"error")
+    assert json.loads(finished[b"usage"])["completion_tokens"] == 8, "the usage so far is told"
 
 
 async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Redis, start_worker: StartWorker) -> None:
