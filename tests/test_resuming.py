@@ -354,3 +354,14 @@ async def test_where_no_server_says_how_to_go_on_the_answer_begins_again(
         entries = await entries_of(client, ask(stop=["never said"]))
     assert kinds(entries) == ["restarted"]
     assert Answer(entries).outcome == "done"
+
+
+@pytest.mark.parametrize("after", [5, 7])
+async def test_a_stop_string_before_min_tokens_ends_nothing_when_the_answer_is_gone_on_with(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker, after: int
+) -> None:
+    """Servers look for stop strings only after so many tokens, and hold text back all the same."""
+    request = ask(stop=["assistant developed"], min_tokens=12)
+    servers = await breaking(start_simulator, after)
+    await start_worker(*servers)
+    same(Answer(await entries_of(client, request)), await direct(request, servers[1]))

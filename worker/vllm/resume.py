@@ -223,6 +223,8 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
     stops = stops_of(request)
     if stops and not kept.plain:
         raise CannotResume("stop strings with reasoning")
+    if stops and isinstance(least := request.get("min_tokens"), int) and least > len(kept.tokens):
+        raise CannotResume("stop strings before min_tokens")  # no server looks for them until then
     prompt, longest = await _tokenize(upstream, endpoint, request)
     if history.opened is None or digest_of(prompt) != history.opened.prompt_digest:
         raise CannotResume("the prompt's tokens are not those of the first attempt")
