@@ -140,6 +140,7 @@ StartWorker = Callable[..., Awaitable[Service]]
 async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartWorker]:
     """Starts workers in the test's own process, which leave in order when it ends."""
     monkeypatch.setattr("worker.service._LONGEST_BLOCK", 0.1)  # a worker leaves when its last read has come back
+    monkeypatch.setattr("worker.service._in_an_order_of_its_own", list)  # a test means the first server that it gives
     started: list[tuple[Service, asyncio.Task[None]]] = []
 
     async def start(*vllm: Simulator, **settings: object) -> Service:

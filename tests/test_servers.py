@@ -8,6 +8,7 @@ from conftest import StartSimulator, StartWorker, eventually
 
 from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object
+from worker.sandbox.redis import free_port
 from worker.sandbox.requests import Fault, answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
@@ -107,4 +108,34 @@ async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for
         assert going_down._server is not None
         going_down._server.close()
         answer = await client.result(request_id)
+    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
+
+
+async def test_an_answer_waits_while_all_of_several_servers_are_away(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
+    monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    ports = [free_port() for _ in range(3)]
+    servers = [Simulator(Options(orders=Orders(rate=50)), port=port) for port in ports]
+    for server in servers:
+        await server.__aenter__()
+    worker = await start_worker(*servers, tries=2)
+    request_id = await client.enqueue(ask("Who are you?"))
+
+    async def begun() -> bool:
+        return any(served.chunks > 3 for server in servers for served in server.served)
+
+    await eventually(begun)
+    for server in servers:
+        await server.__aexit__(None, None, None)
+
+    async def refused() -> bool:
+        return not worker._upstream.is_there
+
+    await eventually(refused)
+    assert (await client.status(request_id)).state is State.RUNNING
+    await start_simulator(port=ports[1])
+    answer = await client.result(request_id)
     assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))

@@ -23,6 +23,9 @@ REDIS_REFUSES = "redis_refuses"
 """Why no jobs are taken: no server is there; Redis has no memory for more; it takes no writes for another reason."""
 
 _BEFORE_ALL_QUEUES = -1
+_SCAN_EVERY = 0.5
+"""Seconds: what a worker hands over as it leaves goes on within one."""
+
 _LOOK_AGAIN = 0.5
 """Seconds until a Redis that takes no writes is asked again."""
 
@@ -70,7 +73,7 @@ class Claims:
 
     async def take_over(self) -> None:
         """Take jobs whose worker has let their lease run out, until told to leave."""
-        pause = min(1.0, self._settings.lease / 3)
+        pause = min(_SCAN_EVERY, self._settings.lease / 3)
         backoff = Backoff("take_over_failed", first=pause)
         while await self._rest(pause):
             for queue in self._settings.queues:

@@ -178,6 +178,8 @@ class Generation:
                 return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
+                if isinstance(error, NoConnection):  # nothing was sent; it waits for a server as any other does
+                    tried -= 1
                 if self._went_on:
                     tried, pause = 1, _FIRST_PAUSE
                 out_of_tries = tried >= self._settings.tries

@@ -132,18 +132,16 @@ class Leases:
             running.stop_for(Stop.HAND_OVER)
         if left:
             await asyncio.wait({running.task for running in left}, timeout=_LAST_WORDS)
-        handed = 0
-        for running in left:
-            if running.stop.result() is Stop.HAND_OVER and running.task.done():
-                try:
-                    await self._jobs.hand_over(running.delivery, time.monotonic() - running.renewed)
-                    handed += 1
-                except (RedisError, OSError) as error:
-                    # Redis is away: asking it for each of the others would take a timeout each.
-                    _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
-                    return
-        if handed:
-            _log.info("jobs_handed_over", jobs=handed)
+        now = time.monotonic()
+        ended = [running for running in left if running.stop.result() is Stop.HAND_OVER and running.task.done()]
+        if not ended:
+            return
+        try:
+            await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
+        except (RedisError, OSError) as error:
+            _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
+        else:
+            _log.info("jobs_handed_over", jobs=len(ended))
 
     def cancel(self) -> None:
         """End whatever is left, as the process ends."""

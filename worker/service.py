@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import secrets
 import signal
 import socket
@@ -54,7 +55,7 @@ class Service:
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
         self._ledger = Ledger(self._commands, keys)
         self._upstream = Upstream(
-            settings.vllm_urls,
+            _in_an_order_of_its_own(settings.vllm_urls),
             api_key=settings.vllm_api_key.get_secret_value(),
             limits=Limits(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
         )
@@ -221,3 +222,8 @@ class Service:
         await self._commands.aclose()
         await self._blocking.aclose()
         _log.info("worker_stopped", finished=self._leases.finished)
+
+
+def _in_an_order_of_its_own(urls: tuple[str, ...]) -> list[str]:
+    """The first of equals is chosen: with the same order in all workers, idle ones would all choose one server."""
+    return random.sample(urls, len(urls))

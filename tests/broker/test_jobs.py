@@ -110,7 +110,7 @@ async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read("default", 1, 100)
-    await one.hand_over(delivery, 0)
+    await one.hand_over([(delivery, 0)])
     (taken,) = await two.take_expired("default", 1)
     assert taken == dataclasses.replace(delivery, again=True)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
@@ -133,7 +133,7 @@ async def test_a_hand_over_after_a_lost_reply_is_not_counted_either(group: Group
     (delivery,) = await one.read("default", 1, 100)
     await expired(redis, entry)
     await one.take_expired("default", 1)
-    await one.hand_over(delivery, 0)
+    await one.hand_over([(delivery, 0)])
     (taken,) = await group.consumer("two").take_expired("default", 1)
     assert taken.count == delivery.count == 1
 
@@ -144,7 +144,7 @@ async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -
     (delivery,) = await one.read("default", 1, 100)
     await expired(redis, entry)
     await two.take_expired("default", 1)
-    await one.hand_over(delivery, LEASE * 3)
+    await one.hand_over([(delivery, LEASE * 3)])
     assert await group.consumer("three").take_expired("default", 1) == []
 
 
@@ -212,7 +212,7 @@ async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: 
     await (redis.delete("chat:jobs") if gone == "stream" else redis.xgroup_destroy("chat:jobs", GROUP))
     assert not await one.is_live("default", entry)
     assert not await one.holds(delivery)
-    await one.hand_over(delivery, 0)
+    await one.hand_over([(delivery, 0)])
 
 
 async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_single_slot(

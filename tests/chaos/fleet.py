@@ -182,7 +182,7 @@ class Worker:
         await asyncio.gather(*(self._tasks[running.delivery.id] for running in jobs), return_exceptions=True)
         for running in jobs:
             if running.stop.result() is Stop.HAND_OVER:
-                await self._jobs.hand_over(running.delivery, self._world.clock - running.renewed)
+                await self._jobs.hand_over([(running.delivery, self._world.clock - running.renewed)])
 
     def _stop(self, running: Running, reason: Stop) -> None:
         if not running.stop.done():

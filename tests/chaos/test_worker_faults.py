@@ -87,12 +87,13 @@ async def test_a_worker_that_was_stopped_past_its_lease_writes_nothing_more_and_
             await promise_kept(redis, request_id)
         before = await log_of(redis, request_id)
         live = await pending(redis)
+        seconds, _ = await redis.time()
     finally:
         first.send_signal(signal.SIGCONT)
 
     async def let_go() -> bool:
         lines = [json.loads(line) for line in (await redis.hgetall("chat:workers")).values()]
-        return any(line["slots"] == 1 and line["finished"] for line in lines)
+        return any(line["slots"] == 1 and not line["running"] and line["beat"] > seconds * 1000 for line in lines)
 
     await eventually(let_go)
     assert await log_of(redis, request_id) == before

@@ -187,10 +187,19 @@ class JobQueue:
         replies = await pipe.execute(raise_on_error=False)
         return [None if isinstance(reply, Exception) else bool(reply) for reply in replies]
 
-    async def hand_over(self, delivery: Delivery, age: float) -> None:
-        """Let another worker take a running job at once, without counting against the job."""
-        if await self.holds(delivery):
-            await self._commands.xclaim(
+    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> None:
+        """Let other workers take running jobs at once, without counting against them; each is given with its age.
+
+        The age is the seconds since its own last renewal, as in `renew`.
+        """
+        pipe = self._commands.pipeline(transaction=False)
+        for delivery, _ in leases:  # XCLAIM would make an entry pending that nobody has
+            pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, self._consumer)
+        held = await pipe.execute(raise_on_error=False)
+        for (delivery, age), lines in zip(leases, held, strict=True):
+            if not lines or isinstance(lines, Exception):
+                continue
+            pipe.xclaim(
                 self._keys.jobs(delivery.queue),
                 GROUP,
                 self._consumer,
@@ -201,6 +210,7 @@ class JobQueue:
                 retrycount=delivery.count - 1,
                 justid=True,
             )
+        await pipe.execute(raise_on_error=False)
 
     async def holds(self, delivery: Delivery) -> bool:
         """Whether the group still counts this job as ours."""
