@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from command import Ended, environment, line_with, rest, run, started
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker, eventually, stream
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
@@ -511,6 +511,12 @@ async def test_a_port_in_use_is_told_in_a_line(simulator: Simulator) -> None:
     assert ended.status == 1
     says(ended, "address already in use")
     assert len(ended.err.splitlines()) == 1
+
+
+async def test_enqueue_takes_further_models(redis_url: str, redis: Redis) -> None:
+    ended = await run("enqueue", "Hi", "--model", "a", "--fallback", "b", "--fallback", "c", REDIS_URL=redis_url)
+    ((_, job),) = await stream(redis, "chat:jobs")
+    assert (ended.status, json.loads(job[b"fallbacks"])) == (0, ["b", "c"])
 
 
 async def test_enqueue_is_there_for_a_worker_that_comes_later(

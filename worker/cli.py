@@ -93,13 +93,15 @@ def run(**options: object) -> None:
 @click.option("--queue", default="default", show_default=True, help="The queue to add the job to.")
 @click.option("--timeout", type=float, help="Seconds within which the answer must be whole.")
 @click.option("--retention", type=int, help="Seconds that the log is kept after its end.")
+@click.option("--fallback", "fallbacks", multiple=True, metavar="MODEL", help="A further model; may be given again.")
 @click.option("--follow", is_flag=True, help="Print the answer as it comes.")
 @json_option
 @settings_options(*CLIENT_OPTIONS, "queue_limit")
 def enqueue(
     prompt: str | None,
     source: IO[bytes] | None, model: str | None, max_tokens: int | None, request_id: str | None, queue: str,
-    timeout: float | None, retention: int | None, follow: bool, as_json: bool, **settings: object,
+    timeout: float | None, retention: int | None, fallbacks: tuple[str, ...], follow: bool, as_json: bool,
+    **settings: object,
 ) -> None:  # fmt: skip
     """Add a chat job: a PROMPT, or a whole request as JSON. Prints the request id."""
     request = _request(prompt, source.read() if source else None)
@@ -111,6 +113,8 @@ def enqueue(
         options["timeout"] = timeout
     if retention is not None:
         options["retention"] = retention
+    if fallbacks:
+        options["fallbacks"] = fallbacks
 
     new_job(request, **options)  # a mistake is told before anything is said of Redis
 
