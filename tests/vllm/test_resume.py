@@ -1,4 +1,4 @@
-"""What of a broken-off answer is kept, when it can be gone on with, and the seam where old and new text meet."""
+"""What of a broken-off answer is kept, when it can be gone on with, and the stop strings across the break."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from worker.vllm.resume import (
     Continuation,
     ContinuationParser,
     Kept,
-    Seam,
     kept_of,
     obstacle,
 )
+from worker.vllm.stops import StopStrings
 from worker.vllm.upstream import CHAT, COMPLETIONS
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -172,7 +172,7 @@ def test_chunks_of_a_text_completion_are_read_as_those_of_a_chat() -> None:
     assert (last["finish_reason"], parser.complete) == ("stop", True)
 
 
-def test_a_stop_string_across_the_seam_ends_the_answer() -> None:
+def test_a_stop_string_across_the_break_ends_the_answer() -> None:
     parser = parser_for({"stop": ["END"]}, held="E", content="some text ")
     _, _, first = parser.parse(chunk("N", 9, prompt=[*PROMPT, 7, 8]))
     assert "content" not in first
@@ -193,20 +193,27 @@ def test_a_cut_does_not_show_in_what_is_published(
     text: list[str], cut: int, stops: list[str], *, include: bool
 ) -> None:
     """Against the uninterrupted answer of a server that, as vLLM does, holds back what may become a stop string."""
-    whole, _ = served(text, stops, include=include)
+    whole, stopped = served(text, stops, include=include, last=False)
+    whole += served(text, stops, include=include)[0][len(whole) :]
     before, ended = served(text[:cut], stops, include=include, last=False)
     if ended:
         return
-    seam = Seam(
+    finder = StopStrings(
         {"stop": list[JSON](stops), "include_stop_str_in_output": include}, before, "".join(text[:cut])[len(before) :]
     )
-    shown = before
-    for piece, is_last in pieces(text[cut:], stops, include=include):
-        fields = {"type": "delta"} | ({"content": piece} if piece else {}) | ({"finish_reason": "x"} if is_last else {})
-        shown += (seam.take(fields) if seam.open else fields).get("content", "")
-        if seam.stopped:
+    shown, count = before, cut
+    for piece in text[cut:]:
+        fields = {"type": "delta"} | ({"content": piece} if piece else {})
+        shown += finder.take(fields).get("content", "")
+        count += 1
+        if finder.found:
             break
+    else:
+        shown += finder.take({"type": "delta", "finish_reason": "length"}).get("content", "")
     assert shown == whole
+    assert finder.found is stopped
+    if stopped:
+        assert count == len(pieces(text, stops, include=include)), "it ends with the same token"
 
 
 def served(text: list[str], stops: list[str], *, include: bool, last: bool = True) -> tuple[str, bool]:
@@ -224,13 +231,13 @@ def pieces(text: list[str], stops: list[str], *, include: bool, last: bool = Tru
         seen = len(whole)
         whole += token
         ends = [
-            (start + len(stop), start)
-            for stop in stops
+            (start + len(stop), rank)
+            for rank, stop in enumerate(stops)
             if (start := whole.find(stop, max(0, seen - len(stop) + 1))) >= 0
         ]
         if ends:
-            end, start = min(ends)
-            return [*chunks, (whole[sent : end if include else start], True)]
+            end, rank = min(ends)
+            return [*chunks, (whole[sent : end if include else end - len(stops[rank])], True)]
         upto = max(sent, len(whole) - hold)
         chunks.append((whole[sent:upto], False))
         sent = upto

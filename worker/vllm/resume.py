@@ -12,10 +12,11 @@ from typing import TypeVar
 import msgspec
 
 from worker.contract.answer import Answer
-from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields, to_json
+from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields
 from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.vllm.chunks import ChunkParser, digest_of
 from worker.vllm.errors import CannotResume, UpstreamError
+from worker.vllm.stops import StopStrings, stops_of
 from worker.vllm.upstream import CHAT, COMPLETIONS, Endpoint, Upstream
 
 _T = TypeVar("_T")
@@ -92,7 +93,7 @@ class Continuation:
         if not self.prompt:
             yield CHAT, self.request
             return
-        body = dict(self.request)
+        body = {name: value for name, value in self.request.items() if name != "stop"}  # see StopStrings
         body |= {name: self.left for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
         least = body.get("min_tokens")
         if isinstance(least, int):
@@ -120,7 +121,7 @@ class ContinuationParser(ChunkParser):
             sent=way.prompt or None, kept=len(way.kept.tokens),
         )  # fmt: skip
         self._way = way
-        self._seam = Seam(way.request, way.kept.content, way.held)
+        self._stops = StopStrings(way.request, way.kept.content, way.held) if way.prompt else None
         self._said = False
         self._new = 0
         self.got_on = False
@@ -132,8 +133,8 @@ class ContinuationParser(ChunkParser):
 
     def parse(self, data: bytes) -> list[Fields]:
         entries = super().parse(data)
-        if self._seam.open:
-            entries = list(self._across_the_seam(entries))
+        if self._stops is not None and self._stops.stops:
+            entries = list(self._stopped(self._stops, entries))
         if entries and not self.got_on:
             self.got_on = any(_SHOWN & fields.keys() for fields in entries)
         if entries and not self._said:
@@ -143,19 +144,19 @@ class ContinuationParser(ChunkParser):
             entries.insert(0, self._way.entry)
         return entries
 
-    def _across_the_seam(self, entries: list[Fields]) -> Iterator[Fields]:
+    def _stopped(self, stops: StopStrings, entries: list[Fields]) -> Iterator[Fields]:
         for fields in entries:
             if fields["type"] != Delta.type:
                 yield fields
                 continue
             self._new += len(_decode_ids(fields.get("token_ids", "[]")))
-            yield self._seam.take(fields)
-            if self._seam.stopped:
+            yield stops.take(fields)
+            if stops.found:
                 self._end_at_stop()
                 return
 
     def _end_at_stop(self) -> None:
-        """A stop string that only we could see: the server would go on."""
+        """The server would go on."""
         prompt, kept = len(self._way.prompt), len(self._way.kept.tokens)
         self.usage = {
             "prompt_tokens": prompt - kept, "completion_tokens": kept + self._new, "total_tokens": prompt + self._new
@@ -238,58 +239,6 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
     if room is not None and room < 0:
         raise CannotResume("this server has less room than the one that began")
     return Continuation(request, kept, whole, held, room, history.opened.model)
-
-
-def stops_of(request: Object) -> list[str]:
-    """The stop strings of a request."""
-    stop = request.get("stop")
-    given = stop if isinstance(stop, list) else [stop]
-    return [text for text in given if isinstance(text, str) and text]
-
-
-class Seam:
-    """Where kept text and new text meet: a stop string may lie across, and the server sees only its end.
-
-    `held` is what vLLM had generated and not sent, since it might have become a stop string.
-    """
-
-    def __init__(self, request: Object, published: str, held: str) -> None:
-        self.stopped = False
-        self._stops = stops_of(request)
-        self._reach = max(map(len, self._stops), default=1) - 1
-        self._include = bool(request.get("include_stop_str_in_output"))
-        # Text that was sent can still begin a stop string where that is part of the output.
-        self._text = published[len(published) - self._reach :] if self._include and self._reach else ""
-        self._sent = len(self._text)
-        self._text += held
-        self._old = len(self._text)
-
-    @property
-    def open(self) -> bool:
-        """Whether what comes has still to be looked at."""
-        return self._old > 0 and not self.stopped
-
-    def take(self, fields: Fields) -> Fields:
-        """A delta with the text that can be shown by now: all of it once no stop string can lie across any more."""
-        self._text += fields.pop("content", "")
-        found = min(filter(None, map(self._across, self._stops)), default=None)
-        if found is not None:
-            end, start, stop = found
-            self.stopped = True
-            fields |= {"finish_reason": "stop", "stop_reason": to_json(stop)}
-            self._release(fields, end if self._include else start)
-        elif "finish_reason" in fields or len(self._text) - self._old >= self._reach:
-            self._release(fields, len(self._text))
-            self._old = 0
-        return fields
-
-    def _across(self, stop: str) -> tuple[int, int, str] | None:
-        start = self._text.find(stop, max(0, self._old - len(stop) + 1))
-        return (start + len(stop), start, stop) if 0 <= start < self._old else None
-
-    def _release(self, fields: Fields, upto: int) -> None:
-        if shown := self._text[self._sent : upto]:
-            fields["content"] = shown
 
 
 async def _tokenize(upstream: Upstream, endpoint: Endpoint, request: Object) -> tuple[list[int], int | None]:
