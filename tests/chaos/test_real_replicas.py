@@ -78,12 +78,12 @@ async def log_of(redis: Redis, request_id: str) -> list[Entry]:
 
 @asynccontextmanager
 async def slowed(urls: Iterable[str]) -> AsyncIterator[None]:
-    """Engines that compute for a tenth of the time: the answers are short, and would be over before anything dies."""
+    """Engines that compute for a thirtieth of the time: the answers are short, and would be over before anything dies."""
     engines = [worker for url in urls for worker in engine_of(url).children(recursive=True)]
 
     async def brake() -> None:
         while True:
-            for pause, act in ((0.09, psutil.Process.suspend), (0.01, psutil.Process.resume)):
+            for pause, act in ((0.29, psutil.Process.suspend), (0.01, psutil.Process.resume)):
                 for engine in engines:
                     act(engine)
                 await asyncio.sleep(pause)
