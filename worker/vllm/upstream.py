@@ -73,7 +73,12 @@ class Upstream:
         return self.can_take("")
 
     def can_take(self, model: str) -> bool:
-        """Whether a server can take a request for this model now, as far as is known; the empty name is any."""
+        """Whether a server can take a request for this model now, as far as is known; the empty name is any.
+
+        None is said to before all have been asked once, or the first to answer would get all that had waited.
+        """
+        if any(endpoint.away is None for endpoint in self.endpoints):
+            return False
         return any(endpoint.takes(model) for endpoint in self.endpoints)
 
     def is_busy(self, model: str) -> bool:
