@@ -122,7 +122,9 @@ class Connection(asyncio.Protocol):
     def drop(self) -> asyncio.Task[None] | None:
         """Close at once, whatever is going on; the task to wait for, if there is one."""
         task = self._task
-        self._transport.abort()
+        transport: asyncio.Transport | None = getattr(self, "_transport", None)
+        if transport is not None:  # a connection that was accepted need not be made yet
+            transport.abort()
         if task is not None:
             task.cancel()
         return task
