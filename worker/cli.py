@@ -11,7 +11,8 @@ from redis.exceptions import RedisError
 from worker.broker.connection import what_redis_said
 from worker.cli_dead import dead
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
-from worker.client import Client, ClientError, JobOptions, State, Unavailable, new_job
+from worker.client import Client, JobOptions, State, new_job
+from worker.client_errors import ClientError, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId, is_request_id

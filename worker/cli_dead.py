@@ -12,7 +12,8 @@ import msgspec
 from worker.broker.connection import command_client
 from worker.broker.dead import DeadLetters, Filed, NotRetryable, Wanted, retry_of
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options
-from worker.client import Client, Conflict, JobOptions
+from worker.client import Client, JobOptions
+from worker.client_errors import Conflict
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId
 from worker.contract.job import InvalidJob

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import click
 from pydantic import SecretStr
 
-from worker.client import Client, Unavailable
+from worker.client import Client
+from worker.client_errors import Unavailable
 from worker.settings import Settings, load_settings, shown_url, variable
 
 _T = TypeVar("_T")

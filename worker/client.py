@@ -18,6 +18,7 @@ from redis.exceptions import RedisError, ResponseError, WatchError
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
 from worker.broker.jobs import waiting_in
+from worker.client_errors import Conflict, Expired, QueueFull, Unavailable, UnknownRequest
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Queued, Started, is_terminal, parse, to_fields, to_json
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
@@ -34,43 +35,6 @@ _BLOCK = 5.0
 _BATCH = 1000
 _NO_LIMIT = 2**31
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-
-
-class ClientError(Exception):
-    """What the client could not do, and why."""
-
-
-class UnknownRequest(ClientError):
-    """Nothing is known of the id: no log, and no tombstone of one."""
-
-
-class Expired(ClientError):
-    """The request has ended and its log has expired; `outcome` and `time` (Unix ms) are what is left."""
-
-    def __init__(self, request_id: str, stone: Tombstone) -> None:
-        super().__init__(f"request {request_id} ended ({stone.outcome}) and its log has expired")
-        self.outcome = stone.outcome
-        self.time = stone.time
-
-
-class Conflict(ClientError):
-    """The id is taken by another request."""
-
-
-class QueueFull(ClientError):
-    """As many jobs wait as may; nothing was written. `waiting` and `limit` are numbers of jobs."""
-
-    def __init__(self, queue: str, waiting: int, limit: int) -> None:
-        super().__init__(
-            f"the queue {queue} is full: {waiting} jobs wait in it, and the limit is {limit}. "
-            "Try again later, start more workers, or raise the limit"
-        )
-        self.waiting = waiting
-        self.limit = limit
-
-
-class Unavailable(ClientError):
-    """Redis does not answer."""
 
 
 class State(enum.Enum):

@@ -20,7 +20,8 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.client import Client, Unavailable
+from worker.client import Client
+from worker.client_errors import Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import Entry, Object, as_dict
 from worker.sandbox.redis import start_redis

@@ -1,0 +1,40 @@
+"""What the client raises: each error says what could not be done, and why."""
+
+from worker.contract.records import Tombstone
+
+
+class ClientError(Exception):
+    """What the client could not do, and why."""
+
+
+class UnknownRequest(ClientError):
+    """Nothing is known of the id: no log, and no tombstone of one."""
+
+
+class Expired(ClientError):
+    """The request has ended and its log has expired; `outcome` and `time` (Unix ms) are what is left."""
+
+    def __init__(self, request_id: str, stone: Tombstone) -> None:
+        super().__init__(f"request {request_id} ended ({stone.outcome}) and its log has expired")
+        self.outcome = stone.outcome
+        self.time = stone.time
+
+
+class Conflict(ClientError):
+    """The id is taken by another request."""
+
+
+class QueueFull(ClientError):
+    """As many jobs wait as may; nothing was written. `waiting` and `limit` are numbers of jobs."""
+
+    def __init__(self, queue: str, waiting: int, limit: int) -> None:
+        super().__init__(
+            f"the queue {queue} is full: {waiting} jobs wait in it, and the limit is {limit}. "
+            "Try again later, start more workers, or raise the limit"
+        )
+        self.waiting = waiting
+        self.limit = limit
+
+
+class Unavailable(ClientError):
+    """Redis does not answer."""
