@@ -208,7 +208,7 @@ class Soak:
         """Wait until the lifecycle has the end of all; gives those that are left when none has ended for long."""
         until = time.monotonic() + _STUCK_AFTER
         while waiting and time.monotonic() < until:
-            await asyncio.sleep(0.2)
+            await self._persist("XREAD", "BLOCK", 1000, "STREAMS", _KEYS.lifecycle, self._cursors[_KEYS.lifecycle])
             lines = [line for line in await self._new(_KEYS.lifecycle) if line["type"] == "finished"]
             self._finished += lines
             waiting -= {line["id"] for line in lines}
