@@ -49,9 +49,15 @@ def node(binary: Path, folder: Path, *options: str) -> Iterator[Node]:
     port = _port()
     folder = folder / str(port)
     folder.mkdir()
+    with _started(binary, *options, "--save", "", port=port, folder=folder) as it:
+        yield it
+
+
+@contextmanager
+def _started(*command: object, port: int, folder: Path) -> Iterator[Node]:
     with (
         subprocess.Popen(
-            [binary, *options, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder],
+            [*map(str, command), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process,
@@ -135,28 +141,10 @@ def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
             f"sentinel down-after-milliseconds mymaster 10000\n"
             f"sentinel failover-timeout mymaster 5000\n"
         )
-        watcher = stack.enter_context(_sentinel_node(binary, folder, conf))
+        # The configuration file comes first on the command line.
+        watcher = stack.enter_context(_started(binary, conf, "--sentinel", port=_port(), folder=folder))
         until(lambda: watcher.ask("SENTINEL REPLICAS", "mymaster"))
         yield master, replica, watcher
-
-
-@contextmanager
-def _sentinel_node(binary: Path, folder: Path, conf: Path) -> Iterator[Node]:
-    """The configuration file comes first on the command line."""
-    port = _port()
-    with (
-        subprocess.Popen(
-            [binary, conf, "--sentinel", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process,
-        Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client,
-    ):
-        try:
-            until(client.ping)
-            yield Node(port, process, client)
-        finally:
-            process.kill()
 
 
 def until(condition: Callable[[], object]) -> None:
