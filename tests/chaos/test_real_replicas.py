@@ -6,8 +6,8 @@ afterwards. Each answer must be the one that the server gives directly and undis
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +40,8 @@ TOOL = {
     },
 }
 COPIES = 4
+SOME = 5
+"""Entries of a log that has some tokens: after those that say queued, started, opened."""
 
 Said = tuple[str, str, str, list[tuple[str, str]]]
 
@@ -76,38 +78,48 @@ async def log_of(redis: Redis, request_id: str) -> list[Entry]:
     return [parse(*entry) for entry in raw]
 
 
-@asynccontextmanager
-async def slowed(urls: Iterable[str]) -> AsyncIterator[None]:
-    """Engines that compute for a thirtieth of the time: the answers would be over before anything dies."""
+@contextmanager
+def held(urls: Iterable[str]) -> Iterator[list[psutil.Process]]:
+    """Engines that compute nothing until they are told to: else the short answers were over before anything dies."""
     engines = [worker for url in urls for worker in engine_of(url).children(recursive=True)]
-
-    async def brake() -> None:
-        while True:
-            for pause, act in ((0.29, psutil.Process.suspend), (0.01, psutil.Process.resume)):
-                for engine in engines:
-                    act(engine)
-                await asyncio.sleep(pause)
-
-    braking = asyncio.create_task(brake())
+    for engine in engines:
+        engine.suspend()
     try:
-        yield
+        yield engines
     finally:
-        braking.cancel()
         for engine in engines:
             with suppress(psutil.NoSuchProcess):
                 engine.resume()
 
 
-async def under_way(client: Client, redis: Redis, name: str) -> dict[str, list[str]]:
-    """Each question asked so often that both servers have it; all have begun."""
+async def under_way(client: Client, redis: Redis, name: str, engine: psutil.Process) -> dict[str, list[str]]:
+    """Each question asked several times; this engine has computed some tokens of each of them, and finished none."""
     asked = [question for question in QUESTIONS for _ in range(COPIES)]
     added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in asked))
+    ports = {httpx.URL(url).port for url in URLS}
+
+    async def are_at_the_servers() -> bool:
+        return len([c for c in psutil.net_connections("tcp") if c.raddr and c.laddr and c.laddr.port in ports]) >= len(
+            added
+        )
+
+    async def lengths() -> list[int]:
+        return [await redis.xlen(f"chat:tokens:{{{request_id}}}") for request_id in added]
 
     async def have_begun() -> bool:
-        # Queued, started, opened and some tokens: a look that costs little, for the answers are short.
-        return min([await redis.xlen(f"chat:tokens:{{{request_id}}}") for request_id in added]) > 8
+        engine.resume()
+        await asyncio.sleep(0.002)  # some steps of it; how many does not matter, as long as none of the answers ends
+        engine.suspend()
+        seen: list[int] = []
+        while seen != (seen := await lengths()):  # noqa: ASYNC110 - what arrives comes from another process
+            await asyncio.sleep(0.1)
+        return all(max(seen[n : n + COPIES]) > SOME for n in range(0, len(seen), COPIES))
 
+    await eventually(are_at_the_servers)  # all of them first: then they advance together, one token each at a time
     await eventually(have_begun, within=100)
+    logs = [await log_of(redis, request_id) for request_id in added]
+    if any(log[-1].type == "done" for log in logs):  # the machine stood still meanwhile, and the engine went too far
+        return await under_way(client, redis, name, engine)
     return {question: added[n * COPIES : (n + 1) * COPIES] for n, question in enumerate(QUESTIONS)}
 
 
@@ -139,15 +151,14 @@ def check_all_were_broken(broken: dict[str, list[str]]) -> None:
 async def test_the_death_of_a_worker_shows_in_no_answer(
     client: Client, redis: Redis, start_process: StartProcess
 ) -> None:
-    name, servers = await model(), [SimpleNamespace(url=url) for url in URLS]
-    first = start_process(*servers, lease=1)
-    async with slowed(URLS):
-        ids = await under_way(client, redis, name)
+    name, (one, two) = await model(), [SimpleNamespace(url=url) for url in URLS]
+    first = start_process(one, lease=1)
+    with held(URLS[:1]) as (engine,):
+        ids = await under_way(client, redis, name, engine)
         first.kill()
         await asyncio.to_thread(first.wait)
-    start_process(*servers, lease=1)
-    broken = await compare(client, redis, name, ids)
-    check_all_were_broken(broken)
+    start_process(two, lease=1)
+    check_all_were_broken(await compare(client, redis, name, ids))
 
 
 async def test_the_death_of_an_engine_shows_in_no_answer(
@@ -155,13 +166,12 @@ async def test_the_death_of_an_engine_shows_in_no_answer(
 ) -> None:
     name = await model()
     start_process(*[SimpleNamespace(url=url) for url in URLS], lease=5)
-    async with slowed(URLS):
-        ids = await under_way(client, redis, name)
-        for process in (engine := engine_of(URLS[0])).children(recursive=True):
-            process.kill()
+    with held(URLS) as (engine, _):
+        ids = await under_way(client, redis, name, engine)
+        core = engine_of(URLS[0])
         engine.kill()
-    broken = await compare(client, redis, name, ids)
-    check_all_were_broken(broken)
+        core.kill()
+    check_all_were_broken(await compare(client, redis, name, ids))
 
 
 def engine_of(url: str) -> psutil.Process:
