@@ -175,7 +175,8 @@ class Generation:
             endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
             try:
-                return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
+                with endpoint.in_use():
+                    return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
                 if isinstance(error, NoConnection):  # nothing was sent; it waits for a server as any other does

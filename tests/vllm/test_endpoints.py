@@ -1,7 +1,7 @@
 """The circuit of a server and the choice among several, as pure state: the clock is the test's own."""
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from worker.vllm import endpoints
 from worker.vllm.endpoints import FAILURES, LONGEST_PAUSE, TRIAL, Circuit, Endpoint, State, best_of
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
-from worker.vllm.stream import Patience
 
+Burden = Callable[[Endpoint, int], None]
 Change = tuple[State, State, str]
 
 
@@ -49,9 +49,16 @@ def endpoint(clock: Clock) -> Endpoint:
     return endpoint
 
 
-def burden(endpoint: Endpoint, requests: int) -> None:
-    """Let a server have so many requests."""
-    endpoint.requests |= {cast("Patience", object()) for _ in range(requests)}
+@pytest.fixture
+def burden() -> Iterator[Burden]:
+    """Let so many requests be for a server."""
+    with ExitStack() as requests:
+
+        def add(endpoint: Endpoint, count: int) -> None:
+            for _ in range(count):
+                requests.enter_context(endpoint.in_use())
+
+        yield add
 
 
 def fail(circuit: Circuit, times: int = 1, reason: str = "broken") -> None:
@@ -271,7 +278,7 @@ def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list
 # Being busy, and what is served
 
 
-def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_do(clock: Clock) -> None:
+def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_do(clock: Clock, burden: Burden) -> None:
     one, other = (Endpoint(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     for endpoint in (one, other):
         endpoint.circuit.probed("")
@@ -294,7 +301,7 @@ def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(
     assert [endpoint.serves(model) for model in ("small", "large", "", "any")] == [True, True, True, False]
 
 
-def test_the_choice_is_among_those_that_serve_the_model(clock: Clock) -> None:
+def test_the_choice_is_among_those_that_serve_the_model(clock: Clock, burden: Burden) -> None:
     small, large = (Endpoint(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     small.models, large.models = frozenset({"small", "tiny"}), frozenset({"large"})
     burden(large, 9)
@@ -308,7 +315,9 @@ def test_the_choice_is_among_those_that_serve_the_model(clock: Clock) -> None:
     assert best_of([small, large], "no") is large
 
 
-def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(clock: Clock) -> None:
+def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(
+    clock: Clock, burden: Burden
+) -> None:
     servers = [Endpoint(f"http://{name}:1", clock=clock) for name in "abc"]
     for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
         burden(endpoint, in_flight)
@@ -318,7 +327,7 @@ def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_
     assert best_of(servers[:1], "", servers[0]) is servers[0]
 
 
-def test_the_choice_is_among_those_that_are_let_through(clock: Clock) -> None:
+def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Burden) -> None:
     away, trial, good = (Endpoint(f"http://{name}:1", clock=clock) for name in "abc")
     for endpoint in (away, trial, good):
         endpoint.circuit.probed("")

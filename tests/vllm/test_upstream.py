@@ -282,7 +282,7 @@ async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_i
         await fails(upstream, FAILURES - 1)
         assert upstream.is_there
         assert await fails(upstream) == {code}
-        assert (upstream.is_there, upstream.endpoints[0].in_flight) == (False, 0)
+        assert (upstream.is_there, len(upstream.endpoints[0].requests)) == (False, 0)
         server.orders()
         server.statuses.clear()
         upstream._limits = PATIENT

@@ -2,7 +2,8 @@
 
 import enum
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.stream import Patience
@@ -125,7 +126,7 @@ class Endpoint:
 
     Attributes:
         url: its base, without `/v1`.
-        requests: those of this worker that it has, each by the patience that is had with it.
+        requests: those that it has, each by the patience that is had with it.
         without: the fields that it does not understand.
         models: the names that it serves; empty while they are not known, and for a server that does not list them.
         listed: when it was last asked for them, by the clock.
@@ -139,6 +140,7 @@ class Endpoint:
         on_change: Callable[["Endpoint", State, State, str], None] = lambda *_: None,
     ) -> None:
         self.url = url
+        self._users = 0
         self.requests: set[Patience] = set()
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
@@ -147,10 +149,22 @@ class Endpoint:
         self._clock = clock
         self._busy_until = 0.0
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it a request of this worker is for this server: enter at once, lest all that come together choose it.
+
+        The requests that it has are known later only, once each has been made and perhaps asked for its tokens.
+        """
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+
     @property
     def in_flight(self) -> int:
-        """How many requests of this worker it has."""
-        return len(self.requests)
+        """How many requests of this worker are for it."""
+        return self._users
 
     @property
     def away(self) -> bool | None:
@@ -200,7 +214,7 @@ def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | No
             endpoint.away is True,
             endpoint.is_busy,
             endpoint is other_than,
-            len(endpoint.requests),
+            endpoint.in_flight,
         )
 
     serving = [endpoint for endpoint in endpoints if endpoint.serves(model)]

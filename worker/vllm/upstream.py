@@ -42,8 +42,8 @@ class Upstream:
 
         while not upstream.can_take(model):
             await upstream.available(model)
-        endpoint = upstream.choose(model)
-        async with upstream.stream(endpoint, request) as stream: ...
+        with (endpoint := upstream.choose(model)).in_use():
+            async with upstream.stream(endpoint, request) as stream: ...
     """
 
     def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
