@@ -235,7 +235,7 @@ class Relay:
             if isinstance(end, Failed) and end.code == BURIED and not _of_another(answer.started, request.delivery):
                 await self._dead_letter(request.delivery, end.message, request.stop)
             await self._lifecycle(request, "finished", answer)
-            self._publisher.announce(self._keys.feed(request.id), [(SEAL, to_fields(end))])
+            self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
         await self._done_with(request)
         if answer.outcome:
             self._metrics.finished(answer.outcome)

@@ -2,18 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from conftest import eventually, stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError
 
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned
+from worker.broker.wire import Command, Wires
 from worker.contract.entries import Cancelled, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.telemetry.logs import configure_logging
@@ -135,8 +135,10 @@ async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.take(delivery)
-    await redis.delete(KEY)
-    await redis.set(KEY, "x", ex=60)
+    async with redis.pipeline() as pipe:
+        pipe.delete(KEY)
+        pipe.set(KEY, "x", ex=60)
+        await pipe.execute()
     log.append(delta("refused"))
     with pytest.raises(LogRefused):
         await log.drained()
@@ -407,17 +409,16 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
     log.append(delta("first"))
     await log.drained()
     looked, advanced = asyncio.Event(), asyncio.Event()
-    execute = Pipeline.execute
+    ask = Wires.ask
 
-    async def slow(pipe: Pipeline, raise_on_error: bool = True) -> list[object]:  # noqa: FBT001, FBT002 - redis-py's own
-        is_look = bool(pipe.command_stack) and pipe.command_stack[0][0][0] == "XREVRANGE"
-        replies = await execute(pipe, raise_on_error)
-        if is_look and not looked.is_set():
+    async def slow(wires: Wires, commands: Sequence[Command]) -> list[object]:
+        replies = await ask(wires, commands)
+        if not looked.is_set():
             looked.set()
             await advanced.wait()
         return replies
 
-    monkeypatch.setattr(Pipeline, "execute", slow)
+    monkeypatch.setattr(Wires, "ask", slow)
     one.publisher.look()
     await looked.wait()
     await one.owner.advance(log, delivery, "upstream")

@@ -7,15 +7,21 @@ its replies. Every exchange waits at the gate of its process until somebody lets
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias, TypeVar, cast
 
 from redis import Redis as BlockingRedis
-from redis.asyncio import Redis
-from redis.asyncio.connection import Connection
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+
+from worker.broker.wire import Wire, Wires
+
+_T = TypeVar("_T")
+Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
+"""What is still on its way, and the connection that it is on."""
 
 _PONG = b"the-end-of-the-replies"
 
@@ -37,7 +43,7 @@ class Network:
     admin: BlockingRedis
     busy: int = 0
     life: int = 0
-    late: list[tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]] = field(default_factory=list)
+    late: list[Late] = field(default_factory=list)
 
     def fail_over(self) -> None:
         """Every connection is lost, and what was still on its way with it."""
@@ -90,6 +96,27 @@ class Gate:
             chosen.set_result(fate)
         await self.network.calm()
 
+    async def meet(
+        self, fate: Fate, life: int, leave: Callable[[], Late], exchange: Coroutine[object, object, _T]
+    ) -> _T | None:
+        """What becomes of an exchange on a connection of this life; nothing where the reply is lost."""
+        network = self.network
+        try:
+            if fate is Fate.LATE and life == network.life:
+                network.late.append(leave())
+            if fate in {Fate.CUT, Fate.LATE} or life != network.life:
+                raise RedisConnectionError("cut")
+            if fate is Fate.FULL:
+                network.admin.config_set("maxmemory", "1")
+            try:
+                replies = await exchange
+            finally:
+                if fate is Fate.FULL:
+                    network.admin.config_set("maxmemory", "0")
+            return None if fate is Fate.LOST else replies
+        finally:
+            exchange.close()
+
     def guard(self, redis: Redis) -> None:
         """Have all connections that this client makes from now on wait at this gate."""
         pool = redis.connection_pool
@@ -131,33 +158,18 @@ class _Connection(Connection):
         fate = await self.gate.fate()
         self.gate.network.busy += 1
         try:
-            await self._meet(fate, command)
+            self._replies = await self.gate.meet(
+                fate, self._life, lambda: self._leave(command), self._exchange(command)
+            )
         except RedisConnectionError:
             await self.disconnect()
             raise
         finally:
             self.gate.network.busy -= 1
 
-    async def _meet(self, fate: Fate, command: bytes | str | Iterable[bytes]) -> None:
-        network = self.gate.network
-        if fate is Fate.CUT or self._life != network.life:
-            raise RedisConnectionError("cut")
-        if fate is Fate.LATE:
-            assert not isinstance(command, bytes | str)
-            assert self._reader
-            assert self._writer
-            network.late.append((self._reader, self._writer, list(command)))
-            self._reader = self._writer = None
-            raise RedisConnectionError("cut")
-        if fate is Fate.FULL:
-            network.admin.config_set("maxmemory", "1")
-        try:
-            self._replies = await self._exchange(command)
-        finally:
-            if fate is Fate.FULL:
-                network.admin.config_set("maxmemory", "0")
-        if fate is Fate.LOST:
-            self._replies = None
+    def _leave(self, command: bytes | str | Iterable[bytes]) -> Late:
+        assert not isinstance(command, bytes | str)
+        return late(self, list(command))
 
     async def _exchange(self, command: bytes | str | Iterable[bytes]) -> deque[object]:
         await super().send_packed_command(command, check_health=False)
@@ -181,3 +193,53 @@ class _Connection(Connection):
         if isinstance(reply, ResponseError):
             raise reply
         return reply
+
+
+class GatedWires(Wires):
+    """The publisher's connections, whose every question waits at a gate."""
+
+    def __init__(self, redis: Redis, gate: Gate) -> None:
+        super().__init__(redis)
+        self.kind = cast("type[Wire]", type("GatedWire", (_Wire,), {"gate": gate}))
+
+
+class _Wire(Wire):
+    gate: ClassVar[Gate]
+    _is_left = False
+
+    def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
+        super().__init__(pool, connection)
+        self._life = self.gate.network.life
+
+    @property
+    def is_open(self) -> bool:
+        return not self._is_left and super().is_open
+
+    async def ask(self, packed: bytes, count: int) -> list[object]:
+        fate = await self.gate.fate()
+        self.gate.network.busy += 1
+        replies: list[object] | None = None
+        try:
+            replies = await self.gate.meet(fate, self._life, lambda: self._leave(packed), super().ask(packed, count))
+        finally:
+            self.gate.network.busy -= 1
+            if not (replies or self._is_left):
+                self._transport.abort()
+        if replies is None:
+            raise RedisConnectionError("the reply is lost")
+        return replies
+
+    def _leave(self, packed: bytes) -> Late:
+        self._transport.set_protocol(self._former)
+        left = late(self._connection, [packed])
+        self._is_left = True
+        return left
+
+
+def late(connection: AbstractConnection, packed: list[bytes]) -> Late:
+    """Take what a connection is made of from it: it is lost, and what was to be sent with it arrives later."""
+    assert connection._reader
+    assert connection._writer
+    taken = connection._reader, connection._writer, packed
+    connection._reader = connection._writer = None
+    return taken

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import httpx
-from faults import Fate, Gate, Network
+from faults import Fate, Gate, GatedWires, Network
 from redis.exceptions import RedisError
 
 from worker.broker.connection import blocking_client, command_client, is_transient
@@ -76,6 +76,7 @@ class Worker:
         self._publisher = Publisher(world.url)
         for redis in (self._commands, self._blocking, self._publisher._redis):
             self.gate.guard(redis)
+        self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
         self._upstream._client = httpx.AsyncClient(transport=_Vllm(self.gate))
         self._upstream.endpoints[0].circuit.probed("")

@@ -101,6 +101,7 @@ class ClusterPool(ConnectionPool):
 
     async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - as redis-py has it
         """Close the connections to every master; they are made again when they are needed."""
+        self._forget()
         for master in list(self._masters.values()):
             await master.connection_pool.disconnect(inuse_connections)
 
@@ -257,6 +258,11 @@ class _NodeConnection(Connection):
 
 class _SecureNodeConnection(_NodeConnection, SSLConnection):
     pass
+
+
+async def servers_of(redis: Redis) -> list[Redis]:
+    """A client for each server that is written to: the masters of a cluster, or the one there is."""
+    return await redis.masters() if isinstance(redis, ClusterClient) else [redis]
 
 
 def slot_of(key: str | bytes) -> int:

@@ -3,10 +3,14 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeAlias
 
 from worker.contract.entries import Delta, Fields
 from worker.contract.ids import SEAL, EntryId
+
+Pending: TypeAlias = tuple[int, str, Fields, bytes]
+"""An entry on its way: `n` and the whole of its id, its fields, and the command that writes it."""
 
 HIGH_WATER_BYTES = 256 * 1024
 """Above this much that Redis has not accepted, reading from vLLM pauses."""
@@ -56,7 +60,8 @@ class TokenLog:
     lost: asyncio.Future[LogLost] = field(init=False)
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner."""
-    _pending: deque[tuple[EntryId, Fields]] = field(init=False, default_factory=deque)
+    _key: bytes = field(init=False)
+    _pending: deque[Pending] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
     _waiting: list[asyncio.Future[None]] = field(init=False, default_factory=list)
@@ -65,14 +70,17 @@ class TokenLog:
         self.accepted = EntryId(self.attempt, 0)
         self.lost = asyncio.get_running_loop().create_future()
         self.progress = asyncio.get_running_loop().create_future()
+        self._key = b"$%d\r\n%b\r\n" % (len(self.key), self.key.encode())
 
     def append(self, fields: Fields) -> None:
         """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
         if self.lost.done():
             return
-        self._pending.append((EntryId(self.attempt, self._next), fields))
+        entry_id = f"{self.attempt}-{self._next}"
+        packed = _xadd(self._key, entry_id, fields)
+        self._pending.append((self._next, entry_id, fields, packed))
         self._next += 1
-        self._bytes += _size(fields)
+        self._bytes += len(packed)
         self.sink.wake(self)
 
     def begin_attempt(self, attempt: int) -> None:
@@ -83,29 +91,29 @@ class TokenLog:
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
 
-    def batch(self, most: int) -> list[tuple[EntryId, Fields]]:
+    def batch(self, most: int) -> list[Pending]:
         """Up to `most` entries that Redis has not accepted, oldest first. They stay until `take_accepted`."""
-        return [entry for entry, _ in zip(self._pending, range(most), strict=False)]
+        return list(islice(self._pending, most))
 
-    def take_accepted(self, upto: EntryId) -> list[tuple[EntryId, Fields]]:
-        """Redis holds the log up to this id; gives what is newly accepted."""
-        taken = []
-        while self._pending and self._pending[0][0] <= upto:
-            entry = self._pending.popleft()
-            self._bytes -= _size(entry[1])
+    def take_accepted(self, upto: int) -> list[Pending]:
+        """Redis holds the attempt up to this `n`; gives what is newly accepted."""
+        pending, taken = self._pending, []
+        while pending and pending[0][0] <= upto:
+            entry = pending.popleft()
+            self._bytes -= len(entry[-1])
             taken.append(entry)
-        if not self.progress.done() and any(fields["type"] == Delta.type for _, fields in taken):
+        if not self.progress.done() and any(fields["type"] == Delta.type for _, _, fields, _ in taken):
             self.progress.set_result(None)
-        self.accepted = max(self.accepted, upto)
-        if not self._pending or self._bytes < HIGH_WATER_BYTES:
+        self.accepted = max(self.accepted, EntryId(self.attempt, upto))
+        if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self._release()
         return taken
 
-    def reconcile(self, tail: EntryId | None) -> list[tuple[EntryId, Fields]]:
+    def reconcile(self, tail: EntryId | None) -> list[Pending]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
         if lost is None and tail is not None:
-            return self.take_accepted(tail)
+            return self.take_accepted(tail.n)
         if lost is not None:
             self.lose(lost)
         return []
@@ -169,5 +177,22 @@ def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | No
     return None
 
 
-def _size(fields: Fields) -> int:
-    return sum(map(len, fields.values())) + 64
+_SHAPES: dict[tuple[str, ...], bytes] = {}
+
+
+def _xadd(key: bytes, entry_id: str, fields: Fields) -> bytes:
+    """The command that adds an entry, as Redis reads it; the key is packed already.
+
+    The names of fields are few, and all our own: what they make of the command is kept.
+    """
+    names = tuple(fields)
+    shape = _SHAPES.get(names)
+    if shape is None:
+        head = b"*%d\r\n$4\r\nXADD\r\n%%b$10\r\nNOMKSTREAM\r\n$%%d\r\n%%b\r\n" % (4 + 2 * len(names))
+        shape = head + b"".join(b"$%d\r\n%b\r\n$%%d\r\n%%b\r\n" % (len(name), name.encode()) for name in names)
+        _SHAPES[names] = shape
+    parts: list[bytes | int] = [key, len(entry_id), entry_id.encode()]
+    for value in fields.values():
+        raw = value.encode()
+        parts += len(raw), raw
+    return shape % tuple(parts)

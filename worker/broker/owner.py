@@ -324,7 +324,7 @@ class Owner:
         return written is not None
 
     def _announce(self, request_id: str, entry: Entry) -> None:
-        self._publisher.announce(self._keys.feed(request_id), [(entry.id, to_fields(entry))])
+        self._publisher.announce(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
 
     def _wrote(self, entry: Entry | None, delivery: Delivery) -> bool:
         return (

@@ -3,51 +3,52 @@
 One flush is on its way at a time, and whatever is appended meanwhile goes with the next: so a stream never has two
 unanswered batches, and the busier the worker, the larger its batches. A flush is one MULTI, in a cluster one for each
 slot: Redis takes all of it or nothing, so that a refusal leaves no hole. The connection is the publisher's own (in a
-cluster one to each master). It is never made anew behind its back: after a loss every log's end is read first, since
-a failover may have dropped what had been acknowledged.
+cluster one to each master). After a loss every log's end is read before anything is written on a new one, since a
+failover may have dropped what had been acknowledged.
 """
 
 import asyncio
 import re
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import TypeAlias
+from itertools import islice
+from typing import Any, TypeAlias
 
+import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from worker.broker.connection import Backoff, command_client, is_transient, what_redis_said
-from worker.broker.log import LogDiverged, LogGone, LogRefused, TokenLog
-from worker.contract.entries import Fields, to_json
+from worker.broker.connection import Backoff, command_client, is_transient
+from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
+from worker.broker.wire import Wires, pack
+from worker.contract.entries import Fields
 from worker.contract.ids import EntryId
 from worker.telemetry.metrics import Metrics
 
 _log = structlog.get_logger()
 
-_Batch: TypeAlias = list[tuple[TokenLog, list[tuple[EntryId, Fields]]]]
+_Batch: TypeAlias = list[tuple[TokenLog, list[Pending]]]
 
 _MAX_ENTRIES_OF_A_LOG = 256
 _MAX_ENTRIES = 2048
-_OF_THE_FEED = re.compile(r"Command # \d+ \(PUBLISH ")
-"""How redis-py begins the error of a command in a pipeline, here of one to the feed."""
+_OF_THE_FEED = re.compile("'publish'|channel")
+"""In what Redis 6.2 and 7 say to a user who may not publish."""
+_encode = msgspec.json.encode
 
 
 class Publisher:
     """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
 
     def __init__(self, url: str, metrics: Metrics | None = None) -> None:
-        self._redis: Redis = command_client(url, on_connect=self._on_connect, connections=1)
+        self._redis: Redis = command_client(url, connections=1)
+        self._wires = Wires(self._redis)
         self._metrics = metrics or Metrics()
         self._logs: set[TokenLog] = set()
         self._by_request: dict[str, TokenLog] = {}
         self._dirty: dict[TokenLog, None] = {}
-        self._feed: dict[str, list[tuple[EntryId, Fields]]] = {}
+        self._feed: dict[str, list[tuple[str, Fields]]] = {}
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
-        self._looking = False
         self._mute = False
         self._leaving = False
         self._work = asyncio.Event()
@@ -74,8 +75,8 @@ class Publisher:
         self._dirty[log] = None
         self._work.set()
 
-    def announce(self, channel: str, entries: Iterable[tuple[EntryId, Fields]]) -> None:
-        """Tell the feed of entries that Redis has accepted. The feed is only speed: it may be lost."""
+    def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
+        """Tell the feed of entries that Redis has accepted, each with its id. It is only speed: it may be lost."""
         if not self._mute:
             self._feed.setdefault(channel, []).extend(entries)
             self._work.set()
@@ -124,9 +125,10 @@ class Publisher:
 
     async def aclose(self) -> None:
         """Close the connection."""
+        await self._wires.close()
         await self._redis.aclose()
 
-    def _collect(self) -> tuple[_Batch, dict[str, list[tuple[EntryId, Fields]]]]:
+    def _collect(self) -> tuple[_Batch, dict[str, list[tuple[str, Fields]]]]:
         """The next flush. Logs that do not fit wait their turn at the end of the line."""
         batch: _Batch = []
         room = _MAX_ENTRIES
@@ -141,22 +143,20 @@ class Publisher:
         feed, self._feed = self._feed, {}
         return batch, feed
 
-    async def _write(self, batch: _Batch, feed: dict[str, list[tuple[EntryId, Fields]]]) -> list[object]:
-        pipe = self._redis.pipeline(transaction=True)
-        for log, entries in batch:
-            for entry_id, fields in entries:
-                pipe.xadd(log.key, fields, id=str(entry_id), nomkstream=True)  # type: ignore[arg-type]  # invariant dict
-        for channel, accepted in feed.items():
-            pipe.publish(channel, to_json([[str(entry_id), fields] for entry_id, fields in accepted]))
-        return await pipe.execute(raise_on_error=False)
+    async def _write(self, batch: _Batch, feed: dict[str, list[tuple[str, Fields]]]) -> list[Any]:
+        commands = [(log.key, packed) for log, entries in batch for _, _, _, packed in entries]
+        commands += [
+            (channel, pack(b"PUBLISH", channel.encode(), _encode(entries))) for channel, entries in feed.items()
+        ]
+        return await self._wires.execute(commands)
 
-    def _take_replies(self, batch: _Batch, replies: list[object]) -> None:
+    def _take_replies(self, batch: _Batch, replies: list[Any]) -> None:
         answers = iter(replies)
         for log, entries in batch:
-            verdicts = [next(answers) for _ in entries]
+            verdicts = list(islice(answers, len(entries)))
             good = next((n for n, verdict in enumerate(verdicts) if not isinstance(verdict, bytes)), len(verdicts))
             if good:
-                self._accept(log, entries[good - 1][0])
+                self._accept(log, log.take_accepted(entries[good - 1][0]))
             if good < len(verdicts):
                 self._judge(log, verdicts[good:])
             elif log.batch(1):
@@ -174,25 +174,21 @@ class Publisher:
         else:
             log.lose(LogRefused(text))
 
-    def _accept(self, log: TokenLog, upto: EntryId) -> None:
-        accepted = log.take_accepted(upto)
+    def _accept(self, log: TokenLog, accepted: list[Pending]) -> None:
         if accepted:
             self._metrics.written.inc(len(accepted))
-            self.announce(log.feed, accepted)
+            self.announce(log.feed, [(entry_id, fields) for _, entry_id, fields, _ in accepted])
 
     async def _look_at_logs(self) -> None:
         """Read the end of every log, or of those asked for, and judge by it. Nothing is in flight meanwhile."""
+        if await self._wires.connect():
+            self._look = True
         which = self._logs if self._look else self._asked & self._logs
         logs = [(log, log.attempt) for log in which if not log.lost.done()]
-        pipe = self._redis.pipeline(transaction=False)
-        for log, _ in logs:
-            pipe.xrevrange(log.key, count=1)
-        self._looking, self._look, self._asked = True, False, set()  # a look that is asked for meanwhile is one more
-        try:
-            await self._redis.ping()  # connects, in a cluster to every master: nothing is written on a new connection
-            replies = await pipe.execute(raise_on_error=False)
-        finally:
-            self._looking = False
+        self._look, self._asked = False, set()  # a look that is asked for meanwhile is one more
+        replies = await self._wires.ask(
+            [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1")) for log, _ in logs]
+        )
         for (log, attempt), reply in zip(logs, replies, strict=True):
             if log.attempt == attempt:
                 self._reconcile(log, reply)
@@ -205,25 +201,17 @@ class Publisher:
         if not isinstance(reply, list):
             log.lose(LogRefused(str(reply)))
             return
-        accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
-        if accepted:
-            self.announce(log.feed, accepted)
+        self._accept(log, log.reconcile(EntryId.parse(reply[0][0]) if reply else None))
         if log.batch(1):
             self._dirty[log] = None
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         self._metrics.write_failures.inc()
-        if isinstance(error, NoPermissionError) and _OF_THE_FEED.match(str(error)):
+        if isinstance(error, NoPermissionError) and _OF_THE_FEED.search(str(error)):
             # It is in one MULTI with entries, and would hold them back for ever.
             self._mute = True
-            _log.warning("feed_refused", error=what_redis_said(error))
+            _log.warning("feed_refused", error=str(error))
         await self._backoff.wait(error)
-        with suppress(RedisError, OSError):
-            await self._redis.connection_pool.disconnect(inuse_connections=True)
+        await self._wires.close()
         self._look = True
-
-    async def _on_connect(self, connection: AbstractConnection) -> None:
-        if not self._looking:
-            raise RedisConnectionError("the connection was lost: the logs are read before anything is written again")
-        await connection.on_connect()
