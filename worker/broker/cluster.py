@@ -129,7 +129,7 @@ class ClusterPool(ConnectionPool):
         known = list(self._masters)
         random.shuffle(known)  # not the same one each time: it may be the one that has lost touch
         for host, port in dict.fromkeys([*known, *self._seeds]):
-            own = {"redis_connect_func": None, "socket_timeout": _ASK_TIMEOUT, "socket_connect_timeout": _ASK_TIMEOUT}
+            own = {"socket_timeout": _ASK_TIMEOUT, "socket_connect_timeout": _ASK_TIMEOUT}
             pool = BlockingConnectionPool(connection_class=self._kinds[1], **self._options | own, host=host, port=port)
             self._stale = False  # what shows while it is asked counts again
             try:

@@ -4,12 +4,11 @@ import asyncio
 import random
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -18,7 +17,6 @@ from worker.broker.sentinel import sentinel_pool
 from worker.broker.urls import parse_redis_url
 
 _T = TypeVar("_T")
-ConnectHook: TypeAlias = Callable[[AbstractConnection], Awaitable[None]]
 
 _log = structlog.get_logger()
 
@@ -54,14 +52,14 @@ _TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED",
 _OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
 
 
-def command_client(url: str, *, on_connect: ConnectHook | None = None, connections: int = _MAX_CONNECTIONS) -> Redis:
+def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
     """A client that sends each command once.
 
     redis-py 8 repeats a command whose reply was lost up to ten times by itself: a plain XADD is then there twice, and
     a repeated MULTI answers `equal or smaller` for what it has written. What to repeat is decided by who knows.
     Callers wait for a free connection; more than that many commands at once do not fail.
     """
-    return _client(url, socket_timeout=COMMAND_TIMEOUT, connections=connections, on_connect=on_connect)
+    return _client(url, socket_timeout=COMMAND_TIMEOUT, connections=connections)
 
 
 def blocking_client(url: str, block: float) -> Redis:
@@ -141,7 +139,7 @@ class _Once(Retry):
         return await super().call_with_retry(told, *args, **options)
 
 
-def _client(url: str, *, socket_timeout: float, connections: int, on_connect: ConnectHook | None = None) -> Redis:
+def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
     """Raises ValueError for a URL that is none."""
     place = parse_redis_url(url)
     options: dict[str, Any] = {
@@ -151,7 +149,6 @@ def _client(url: str, *, socket_timeout: float, connections: int, on_connect: Co
         "socket_timeout": socket_timeout,
         "max_connections": connections,
         "timeout": None,
-        "redis_connect_func": on_connect,
     }
     if place.kind == "sentinel":
         return Redis.from_pool(sentinel_pool(place, **options))
