@@ -12,11 +12,12 @@ import topology
 from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
 from worker.broker.cluster import slot_of
 from worker.broker.connection import command_client, is_transient
+from worker.broker.wire import Wires, pack
 from worker.checks import check
 from worker.contract.ids import SEAL
 from worker.sandbox.redis import EmbeddedRedis
@@ -355,27 +356,31 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     redis: Redis, nodes: list[topology.Node]
 ) -> None:
     keys = [f"chat:tokens:{{{number}}}" for number in range(60)]
-    pipe = redis.pipeline()
-    for number in (1, 2):
-        for key in keys:
-            pipe.xadd(key, {"a": "b"}, id=f"1-{number}")
+    for key in keys:
+        await redis.xadd(key, {"a": "b"}, id="1-0")
+    commands = [
+        (key, pack(b"XADD", key.encode(), f"1-{number}".encode(), b"a", b"b")) for number in (1, 2) for key in keys
+    ]
+    wires = Wires(redis)
+    await wires.connect()
     nodes[0].client.config_set("maxmemory", 1)
     try:
-        with pytest.raises(ResponseError) as refusal:
-            await pipe.execute(raise_on_error=False)
+        with pytest.raises(OutOfMemoryError) as refusal:
+            await wires.execute(commands)
     finally:
         nodes[0].client.config_set("maxmemory", 0)
     assert is_transient(refusal.value)
     full = [nodes[0].owns(slot_of(key)) for key in keys]
     assert any(full)
-    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [0 if it else 2 for it in full]
+    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [1 if it else 3 for it in full]
+    await wires.close()
     for key in keys:
         await redis.delete(key)
 
 
 async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redis: Redis) -> None:
     names = [f"k{number}" for number in range(100)]
-    pipe = redis.pipeline()
+    pipe = redis.pipeline(transaction=False)
     for name in names:
         pipe.set(name, name, ex=60)
         pipe.pexpire(name, 60_000)

@@ -32,19 +32,13 @@ _ASK_TIMEOUT = 1.0
 class ClusterClient(Redis):
     """What `Redis` is, for a cluster.
 
-    A pipeline under WATCH has the keys of one slot. Any other transaction is one MULTI for each slot: all or nothing
-    there, and not across slots. What has no key goes to any master, and PING to each of them.
+    A transaction has the keys of one slot, any other pipeline those of many. What has no key goes to any master.
     """
 
     connection_pool: "ClusterPool"
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         """Send a command once; see `Redis`."""
-        if args[0] == "PING":
-            answer = None
-            for master in await self.masters():
-                answer = await master.execute_command(*args, **options)  # type: ignore[no-untyped-call]  # so in redis-py
-            return answer
         master = await self.connection_pool.master_of(_key_of(args))
         return await master.execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
@@ -178,57 +172,31 @@ class _ClusterPipeline(Pipeline):
         return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py has it
-        if self.connection is not None:  # under WATCH: the keys are of one slot, or Redis says so
-            return await super().execute(raise_on_error)
         stack: list[_Command] = list(self.command_stack)
+        if self.is_transaction or not stack:  # its keys are of one slot, or Redis says so
+            if self.connection is None and stack:
+                self.connection_pool = (await self._cluster.master_of(_key_of(stack[0][0]))).connection_pool
+            return await super().execute(raise_on_error)
         await self.reset()  # type: ignore[no-untyped-call]
         by_master: dict[Redis, list[int]] = {}
         for place, (args, _) in enumerate(stack):
             by_master.setdefault(await self._cluster.master_of(_key_of(args)), []).append(place)
-        done = await asyncio.gather(
-            *(self._execute_on(master, stack, places) for master, places in by_master.items()), return_exceptions=True
-        )
-        replies: dict[int, Any] = {}
-        for outcome in done:
+        parts = []
+        for master, places in by_master.items():
+            part = Pipeline(master.connection_pool, self.response_callbacks, transaction=False, shard_hint=None)
+            part.command_stack = [stack[place] for place in places]
+            parts.append(part.execute(raise_on_error=False))
+        replies: list[Any] = [None] * len(stack)
+        for places, outcome in zip(
+            by_master.values(), await asyncio.gather(*parts, return_exceptions=True), strict=True
+        ):
             if isinstance(outcome, BaseException):
                 raise outcome
-            replies |= outcome
-        ordered = [self._parsed(command, replies[place]) for place, command in enumerate(stack)]
+            for place, reply in zip(places, outcome, strict=True):
+                replies[place] = reply
         if raise_on_error:
-            self.raise_first_error(stack, ordered)
-        return ordered
-
-    async def _execute_on(self, master: Redis, stack: list[_Command], places: list[int]) -> dict[int, Any]:
-        """One master's part, in one write; gives the replies as Redis sent them."""
-        pipe = Pipeline(master.connection_pool, {}, transaction=False, shard_hint=None)
-        if not self.is_transaction:
-            pipe.command_stack = [stack[place] for place in places]
-            return dict(zip(places, await pipe.execute(raise_on_error=False), strict=True))
-        by_slot: dict[int, list[int]] = {}
-        for place in places:
-            by_slot.setdefault(slot_of(_key_of(stack[place][0]) or b""), []).append(place)
-        for group in by_slot.values():
-            pipe.command_stack += [(("MULTI",), {}), *((stack[place][0], {}) for place in group), (("EXEC",), {})]
-        answers = iter(await pipe.execute(raise_on_error=False))
-        replies: dict[int, Any] = {}
-        refusals: list[Exception] = []
-        for group in by_slot.values():
-            queued = [next(answers) for _ in range(len(group) + 1)]
-            executed = next(answers)
-            if isinstance(executed, Exception):
-                refusals.append(next((it for it in queued if isinstance(it, Exception)), executed))
-            else:
-                replies |= zip(group, executed, strict=True)
-        if refusals:
-            raise refusals[0]
+            self.raise_first_error(stack, replies)
         return replies
-
-    def _parsed(self, command: _Command, reply: Any) -> Any:  # noqa: ANN401 - as redis-py has it
-        args, options = command
-        callback = self.response_callbacks.get(args[0])
-        if callback is None or isinstance(reply, Exception):
-            return reply
-        return callback(reply, **{name: value for name, value in options.items() if name != "keys"})
 
 
 class _NodeConnection(Connection):
