@@ -35,9 +35,9 @@ def request_of(name: str) -> Object:
     return request
 
 
-def parser_for(name: str) -> ChunkParser:
+def parser_for(name: str, kind: type[ChunkParser] = ChunkParser) -> ChunkParser:
     request = request_of(name)
-    return ChunkParser(
+    return kind(
         n=request.get("n", 1),
         keep_prompt_ids=request.get("return_token_ids", False),
         keep_usage=request.get("stream_options", {}).get("continuous_usage_stats", False),
@@ -630,3 +630,66 @@ def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
     except UpstreamError as error:
         code = error.code
     assert (told, code) == ([], "upstream_malformed")
+
+
+class Thorough(ChunkParser):
+    """Takes no chunk for a plain one."""
+
+    def _plain(self, chunk: object) -> list[Fields]:
+        raise msgspec.ValidationError(repr(chunk))
+
+
+def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
+    told: list[list[Fields] | str] = []
+    for one in (parser, thorough):
+        try:
+            told.append(one.parse(data))
+        except UpstreamError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+    assert [vars(parser)[name] for name in vars(parser)] == [vars(thorough)[name] for name in vars(parser)]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_plain_chunks_of_a_recorded_answer_give_the_same_as_when_read_thoroughly(name: str) -> None:
+    parser, thorough = parser_for(name), parser_for(name, Thorough)
+    for data in payloads(recorded(name)):
+        both(parser, thorough, data)
+    assert parser.complete
+
+
+_PLAINLY = st.fixed_dictionaries(
+    {
+        "delta": st.fixed_dictionaries({}, optional={"content": _TEXT, "reasoning": _TEXT, "role": st.just("x")}),
+        "index": st.sampled_from([0, 0, 0, 1, None]),
+    },
+    optional={
+        "logprobs": st.none() | _JSON,
+        "finish_reason": st.sampled_from([None, "", "stop"]),
+        "stop_reason": st.none() | _JSON,
+        "token_ids": st.none() | st.lists(st.integers(-1, 2**70), max_size=3),
+    },
+)
+_NEARLY_PLAIN = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from(["a", "a", "b", None]), "model": st.just("m"),
+        "created": st.sampled_from([1, 1, "1", 2, 1.5]),
+        "choices": st.lists(_PLAINLY, min_size=1, max_size=2),
+    },
+    optional={"usage": st.none() | st.just({"a": 1}), "object": st.just("chunk"), "odd": _JSON},
+)  # fmt: skip
+
+
+@given(st.lists(_NEARLY_PLAIN, max_size=5), st.booleans(), st.binary(max_size=2), st.integers(0, 200))
+def test_nearly_plain_chunks_give_the_same_as_when_read_thoroughly(
+    chunks: list[Object],
+    escaped: bool,  # noqa: FBT001 - drawn
+    noise: bytes,
+    place: int,
+) -> None:
+    parser, thorough = ChunkParser(), Thorough()
+    for chunk in chunks:
+        data = json.dumps(chunk, ensure_ascii=escaped).encode()
+        both(parser, thorough, data)
+        if noise:
+            both(parser, thorough, data[:place] + noise + data[place:])
