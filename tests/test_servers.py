@@ -45,6 +45,50 @@ async def test_a_model_that_no_server_has_is_an_error_that_names_those_there_are
     assert answer.end.message == "The model `no` does not exist. Served are: large, small."
 
 
+@pytest.mark.parametrize("guards_its_list", [True, False])
+async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, guards_its_list: bool
+) -> None:
+    """It answers at once, and so would always be the one with the least to do."""
+    async with Guarded(lists=not guards_its_list) as refusing:
+        good = await start_simulator(Options(orders=Orders(rate=200)))
+        worker = await start_worker(refusing, good, tries=1)
+        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(40)))
+        assert [answer.outcome for answer in got] == ["done"] * 40
+        assert len(good.served) == 40
+        if guards_its_list:
+            assert worker._upstream.endpoints[0].refuses_key
+
+
+async def test_a_key_that_every_server_refuses_is_an_error(client: Client, start_worker: StartWorker) -> None:
+    async with Guarded() as one, Guarded() as other:
+        await start_worker(one, other)
+        (answer,) = await answers(client, ask("Hi"))
+    assert isinstance(answer.end, Failed)
+    assert (answer.end.code, answer.attempt) == ("unauthorized", 1)
+
+
+async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_key(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Guarded(Options(model="large", api_key="another"), lists=True) as refusing:
+        await start_worker(refusing, await start_simulator(Options(model="small")))
+        for _ in range(2):
+            answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+            assert (answer.outcome, answer.model) == ("done", "small")
+
+
+class Guarded(Simulator):
+    """A server that asks for a key that the worker does not have; `lists`: not to say what it serves."""
+
+    def __init__(self, options: Options | None = None, *, lists: bool = False) -> None:
+        super().__init__(options or Options(api_key="another"))
+        self._lists = lists
+
+    def _authorized(self, request: Request) -> bool:
+        return (self._lists and request.path == "/v1/models") or super()._authorized(request)
+
+
 class Sick(Simulator):
     """A server whose health says so while it fails."""
 

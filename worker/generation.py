@@ -21,7 +21,7 @@ from worker.contract.job import InvalidJob, Job
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.errors import CannotResume, NoConnection, UpstreamError
+from worker.vllm.errors import UNAUTHORIZED, CannotResume, NoConnection, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
@@ -179,11 +179,13 @@ class Generation:
                     return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
-                if isinstance(error, NoConnection):  # nothing was sent; it waits for a server as any other does
+                if _at_the_door(error):  # it goes to another server, or waits for one as any other does
                     tried -= 1
                 if self._went_on:
                     tried, pause = 1, _FIRST_PAUSE
-                out_of_tries = tried >= self._settings.tries
+                out_of_tries = tried >= self._settings.tries or (
+                    error.code == UNAUTHORIZED and self._upstream.refuses_key(model)
+                )
                 if not error.retryable or out_of_tries or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
                 wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
@@ -210,7 +212,7 @@ class Generation:
         try:
             way = await continuation(self._upstream, endpoint, request, history)
         except UpstreamError as error:
-            if not last or isinstance(error, NoConnection):
+            if not last or _at_the_door(error):
                 raise
             raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
         if way.is_over and not way.held:
@@ -326,6 +328,11 @@ def model_of(request: Object) -> str:
     """The model that is asked for; empty when that is left to the server."""
     model = request.get("model")
     return model if isinstance(model, str) else ""
+
+
+def _at_the_door(error: UpstreamError) -> bool:
+    """Whether the server was not reached, or did not let us in: it has seen nothing of the request."""
+    return isinstance(error, NoConnection) or error.status == 401
 
 
 def _warn(error: UpstreamError, endpoint: Endpoint, tried: int) -> None:

@@ -114,7 +114,7 @@ def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> 
     assert circuit.state is State.OPEN
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 413, 422, 425, 429])
+@pytest.mark.parametrize("status", [400, 404, 408, 409, 413, 422, 425, 429])
 def test_refusals_are_no_failures(endpoint: Endpoint, status: int) -> None:
     for _ in range(10 * FAILURES):
         endpoint.failed(endpoint.circuit.begin(), classify(status, "no"))
@@ -137,6 +137,25 @@ def test_no_connection_is_enough_where_a_broken_one_is_not(endpoint: Endpoint) -
     assert endpoint.circuit.admits
     endpoint.failed(endpoint.circuit.begin(), NoConnection("upstream_unreachable", "refused", retryable=True))
     assert endpoint.away
+
+
+def test_a_refused_key_is_enough_where_a_forbidden_request_is_not(endpoint: Endpoint) -> None:
+    endpoint.failed(endpoint.circuit.begin(), classify(403, "not this"))
+    assert (endpoint.away, endpoint.refuses_key) == (False, False)
+    endpoint.failed(endpoint.circuit.begin(), classify(401, "not you"))
+    assert (endpoint.away, endpoint.refuses_key) == (True, True)
+
+
+def test_a_server_that_forbids_everything_is_away(endpoint: Endpoint) -> None:
+    for _ in range(FAILURES):
+        assert endpoint.circuit.admits
+        endpoint.failed(endpoint.circuit.begin(), classify(403, "no"))
+    assert endpoint.refuses_key
+
+
+def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoint: Endpoint) -> None:
+    endpoint.failed(endpoint.circuit.begin(), NoConnection("upstream_unreachable", "refused", retryable=True))
+    assert (endpoint.away, endpoint.refuses_key) == (True, False)
 
 
 # Half open

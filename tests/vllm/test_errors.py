@@ -41,7 +41,7 @@ def from_body(status: int, body: object, **headers: str) -> UpstreamError:
         ("error_400_params", "invalid_request", False, "temperature must be non-negative, got -3.0."),
         ("error_400_max_tokens", "invalid_request", False, "max_tokens=100000 cannot be greater than max_model_len"),
         ("error_400_messages", "invalid_request", False, "1 validation error:\n  {'type': 'list_type'"),
-        ("error_401_auth", "unauthorized", False, "Unauthorized"),
+        ("error_401_auth", "unauthorized", True, "Unauthorized"),
         ("error_500_engine_dead", "upstream_error", True, DEAD),
     ],
 )
@@ -91,8 +91,8 @@ def test_every_recorded_error_is_among_these() -> None:
     [
         (302, "upstream_error", False),
         (400, "invalid_request", False),
-        (401, "unauthorized", False),
-        (403, "unauthorized", False),
+        (401, "unauthorized", True),
+        (403, "unauthorized", True),
         (404, "not_found", False),
         (405, "invalid_request", False),
         (408, "upstream_unavailable", True),

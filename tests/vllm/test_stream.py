@@ -191,7 +191,7 @@ async def test_the_key_is_sent() -> None:
         assert (await ask(upstream))[0].text == answer_to(WHO)
     async with serving(Options(api_key="secret"), api_key="wrong") as (_, upstream):
         error = await error_of(upstream)
-        assert (error.code, error.retryable, error.message) == ("unauthorized", False, "Unauthorized")
+        assert (error.code, error.retryable, error.message) == ("unauthorized", True, "Unauthorized")
 
 
 async def test_many_streams_go_at_once() -> None:

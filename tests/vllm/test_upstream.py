@@ -243,6 +243,32 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
     assert {line["endpoint"] for line in logs} == {first.url}
 
 
+@pytest.mark.parametrize("refused", ["/v1/chat/completions", "/tokenize"])
+async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refused: str) -> None:
+    async with serving("reciter", "reciter") as ((server, _), upstream):
+        endpoint = upstream.endpoints[0]
+        server.statuses = {refused: 401, "/v1/models": 401}
+        asking = upstream.post(endpoint, refused, {}) if refused == "/tokenize" else ask(upstream, endpoint)
+        with pytest.raises(UpstreamError) as caught:
+            await asking
+        assert (caught.value.code, endpoint.refuses_key) == ("unauthorized", True)
+        asked = len(server.asked)
+        await until(lambda: server.asked[asked:].count("/v1/models") > 2)
+        assert endpoint.refuses_key, "its health is no answer to that"
+        server.statuses.clear()
+        await until(lambda: not endpoint.away)
+        assert await ask(upstream, endpoint)
+
+
+async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_beside_another() -> None:
+    async with serving("small", "large") as ((small, _), upstream):
+        small.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
+        await fails(upstream, model="small")
+        with pytest.raises(UpstreamError, match="every server of `small` refuses the worker's key") as caught:
+            await upstream.available("small")
+        assert caught.value.code == "unauthorized"
+
+
 # The circuit
 
 

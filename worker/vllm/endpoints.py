@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from worker.vllm.errors import NoConnection, UpstreamError
+from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
 from worker.vllm.stream import Patience
 
 FAILURES = 5
@@ -49,6 +49,8 @@ class Circuit:
 
     def __init__(self, clock: Callable[[], float], on_change: Callable[[State, State, str], None]) -> None:
         self.state = State.UNKNOWN
+        self.reason = ""
+        """Why it is open."""
         self._clock = clock
         self._on_change = on_change
         self._failures = 0
@@ -117,7 +119,7 @@ class Circuit:
             self._held_until = 0.0
 
     def _become(self, state: State, reason: str = "") -> None:
-        former, self.state = self.state, state
+        former, self.state, self.reason = self.state, state, reason
         self._on_change(former, state, reason)
 
 
@@ -172,6 +174,11 @@ class Endpoint:
         return None if self.circuit.state is State.UNKNOWN else self.circuit.state is State.OPEN
 
     @property
+    def refuses_key(self) -> bool:
+        """Whether it is away because it does not take the worker's key."""
+        return self.away is True and self.circuit.reason == UNAUTHORIZED
+
+    @property
     def is_busy(self) -> bool:
         """Whether it asked to be left alone for now."""
         return self._clock() < self._busy_until
@@ -185,13 +192,18 @@ class Endpoint:
         return self.serves(model) and self.circuit.admits
 
     def failed(self, run: int, error: UpstreamError) -> None:
-        """A request failed: what that says about the server. A refusal (4xx) is no fault of it, nor is being busy."""
+        """A request failed: what that says about the server.
+
+        A refusal (4xx) is no fault of it, nor is being busy. All its requests have the same key, so one 401 is enough:
+        it answers at once, and with the fewest in flight it would get nearly all of them. A 403 may be about what is
+        asked, so it counts as other faults do.
+        """
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if error.code == "model_not_found":
             self.listed = float("-inf")  # it is not what it said: ask again
-        if error.retryable and not 400 <= error.status < 500:
-            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection))
+        if error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500):
+            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
         if isinstance(error, NoConnection):
             for patience in self.requests:
                 patience.hurry()

@@ -9,6 +9,9 @@ from email.utils import parsedate_to_datetime
 import httpx
 import msgspec
 
+UNAUTHORIZED = "unauthorized"
+"""The code of a server that does not take the worker's key."""
+
 _EXCERPT = 500
 _LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
@@ -76,7 +79,7 @@ def classify(
     elif said & _POLICY:
         code = "content_policy"
     elif status in {401, 403}:
-        code = "unauthorized"
+        code, retryable = UNAUTHORIZED, True  # at a server that takes the key
     elif status == 404:
         code = "model_not_found" if "model" in message.lower() else "not_found"
     elif status == 429:

@@ -14,7 +14,7 @@ import structlog
 
 from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
-from worker.vllm.errors import NoConnection, UpstreamError, from_response, unreachable, without_user
+from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, Patience, open_stream
 
 CHAT = "/v1/chat/completions"
@@ -85,6 +85,11 @@ class Upstream:
         """Whether all that take requests for this model have asked to be left alone for now."""
         return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model))
 
+    def refuses_key(self, model: str) -> bool:
+        """Whether every server of this model is away because it does not take the worker's key."""
+        serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+        return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
+
     async def available(self, model: str, others: Sequence[str] = ()) -> None:
         """Wait until a server can take a request for this model; `watch` finds out.
 
@@ -93,11 +98,14 @@ class Upstream:
 
         Raises:
             UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable`, when all that may have it
-                are away and a server can take a request for one of `others`.
+                are away and a server can take a request for one of `others`; `unauthorized`, when all that may have it
+                refuse the key and a server of other models does not.
         """
         while not self.can_take(model):
             changed = self._changed
             serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+            if self.is_there and self.refuses_key(model):
+                raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the worker's key", retryable=True)
             if serving and all(endpoint.away for endpoint in serving) and any(map(self.can_take, others)):
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
             if serving or not await self._list_again():
@@ -157,6 +165,8 @@ class Upstream:
             return ""
         if not problem.status:  # no connection after all
             return problem.code
+        if problem.status == 401 and endpoint.refuses_key:  # once a request was refused, its list tells of the key
+            return problem.code
         # Without /health the list is the probe; one that asks for a key is there too.
         return problem.code if health.status_code == 404 and problem.status >= 500 else ""
 
@@ -166,9 +176,10 @@ class Upstream:
         try:
             endpoint.models = frozenset(await self.models(endpoint))
         except UpstreamError as error:
-            if error.retryable:
-                return error
-            endpoint.models = frozenset()
+            if error.status == 403 or not error.retryable:
+                endpoint.models = frozenset()
+                return None
+            return error
         return None
 
     async def _list_again(self) -> bool:
@@ -181,7 +192,7 @@ class Upstream:
             self._all_asked = began = time.monotonic()
             there = [endpoint for endpoint in self.endpoints if not endpoint.away]
             errors = await asyncio.gather(*map(self._list, there))
-            if any(errors):
+            if any(error and error.status != 401 for error in errors):
                 return False
             self._all_listed = began
             return True
