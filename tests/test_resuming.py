@@ -145,6 +145,16 @@ async def test_the_limits_of_an_answer_hold_for_all_of_it(
     same(Answer(entries), await direct(ask(**more), servers[1]))
 
 
+@pytest.mark.parametrize("most", [20.0, "20"])
+async def test_an_answer_whose_limit_is_no_json_integer_keeps_it_by_beginning_again(
+    client: Client, start_simulator: StartSimulator, start_worker: StartWorker, most: float | str
+) -> None:
+    await start_worker(*await breaking(start_simulator, 10))
+    entries = await entries_of(client, ask(max_tokens=most))
+    assert kinds(entries) == ["restarted"]
+    assert Answer(entries).usage["completion_tokens"] == 20
+
+
 async def test_logprobs_ids_and_continuous_usage_are_those_of_one_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:

@@ -76,6 +76,9 @@ def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: 
         {"echo": True},
         {"prompt_logprobs": 1},
         {"truncate_prompt_tokens": 10},
+        {"max_tokens": 50.0},
+        {"max_completion_tokens": "50"},
+        {"min_tokens": 5.0},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
     ],
 )
@@ -87,6 +90,7 @@ def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
     "field",
     [
         {},
+        {"max_tokens": None, "max_completion_tokens": 50, "min_tokens": 0},
         {"n": 1, "tools": [], "response_format": {"type": "text"}, "stop": ["x"], "logprobs": True, "seed": 1},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Who are you?"}]}]},
         {"messages": [{"role": "assistant", "content": None}, {"role": "user"}]},

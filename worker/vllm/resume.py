@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 _STRUCTURED = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
 )  # fmt: skip
+_LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
 _OF_THE_PROMPT = ("echo", "prompt_logprobs", "truncate_prompt_tokens", "use_beam_search")
 _COUNTING = (
     "presence_penalty", "frequency_penalty", "bad_words", "thinking_token_budget", "repetition_detection",
@@ -173,6 +174,9 @@ def obstacle(request: Object) -> str:
         return "structured output"  # its grammar would start over
     if any(isinstance(count := request.get(name), int) and count > 1 for name in ("n", "best_of")):
         return "several choices"
+    for name in _LIMITS:
+        if not isinstance(request.get(name, 0), int | None):  # "50" or 50.0, which vLLM takes for a number too
+            return f"{name} that is no integer"
     for name in _OF_THE_PROMPT:
         if request.get(name):
             return name
