@@ -151,9 +151,8 @@ class Silent(Simulator):
 
 @pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
 async def test_while_a_server_is_asked_how_to_go_on(
-    client: Client, redis: Redis, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, ended_by: str
+    client: Client, redis: Redis, start_worker: StartWorker, ended_by: str
 ) -> None:
-    monkeypatch.setattr("worker.vllm.upstream._FEW_SECONDS", 600)
     async with Silent(Options(orders=Orders(fault="cut", after=8))) as silent:
         await worker_before(start_worker, redis, silent)
         request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)

@@ -33,17 +33,21 @@ SHORT = 0.02
 
 
 class Server(Simulator):
-    """A simulator that notes the paths it is asked for, and answers some of them with a status alone."""
+    """A simulator that notes the paths it is asked for, answers some with a status alone, and some once released."""
 
     def __init__(self, options: Options | None = None, **settings: Any) -> None:  # noqa: ANN401
         super().__init__(options, **settings)
         self.asked: list[str] = []
         self.authorization: list[str] = []
         self.statuses: dict[str, int] = {}
+        self.slow: set[str] = set()
+        self.released = asyncio.Event()
 
     async def _handle(self, request: Request, connection: Connection) -> None:
         self.asked.append(request.path)
         self.authorization.append(request.headers.get("authorization", ""))
+        if request.path in self.slow:
+            await self.released.wait()
         if status := self.statuses.get(request.path):
             await connection.respond(status, "text/plain", b"no")
         else:
@@ -406,6 +410,44 @@ async def test_a_question_that_is_refused_leaves_the_place_of_the_trial(monkeypa
         with pytest.raises(UpstreamError):
             await upstream.post(await chosen(upstream), "/tokenize", {})
         assert upstream.is_there
+
+
+async def test_a_question_has_as_long_as_a_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving("reciter") as ((server,), upstream):
+        server.slow = {"/tokenize", "/v1/models"}
+        question: Object = {"messages": [{"role": "user", "content": "Hi"}]}
+        with monkeypatch.context() as brief:
+            brief.setattr(upstream_module, "_FEW_SECONDS", SHORT)
+            asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", question))
+            await until(lambda: "/tokenize" in server.asked)
+            with pytest.raises(UpstreamError, match="TimeoutError"):  # so the time of a probe is over
+                await upstream.models(upstream.endpoints[0])
+        server.released.set()
+        assert b"tokens" in await asking
+
+
+async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> None:
+    async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
+        (endpoint,) = upstream.endpoints
+        server.slow = {"/tokenize"}
+        late = await asyncio.gather(
+            *(upstream.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
+        )
+        assert {getattr(error, "code", error) for error in late} == {"first_token_timeout"}
+        assert (endpoint.circuit.state, len(endpoint.requests)) == (State.CLOSED, 0)
+
+
+async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
+    async with serving("reciter", limits=Limits(connect=5, first_token=600, gap=600)) as ((server,), upstream):
+        server.slow = {"/tokenize"}
+        asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", {}))
+        await until(lambda: "/tokenize" in server.asked)
+        assert server._server is not None
+        server._server.close()
+        with pytest.raises(UpstreamError) as caught:
+            await asking
+        assert caught.value.code == "upstream_truncated"
 
 
 async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,19 +268,26 @@ class Upstream:
     async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
+        It has as long as a first token, for all streams that broke with another server ask at once. That it is slow
+        says nothing about the server.
+
         Raises:
             UpstreamError: when it does not answer, or refuses.
         """
         run = endpoint.circuit.begin()
         url = endpoint.url + path
+        patience = Patience(self._limits)
+        endpoint.requests.add(patience)
         try:
-            async with asyncio.timeout(_FEW_SECONDS):
+            async with patience.wait():
                 response = await self._client.post(
                     url, content=to_json(body), headers={"content-type": "application/json"}
                 )
             if response.status_code != 200:
                 raise from_response(response.status_code, response.content, response.headers)
-        except (httpx.HTTPError, TimeoutError) as problem:
+        except TimeoutError:
+            raise patience.silence() from None
+        except httpx.HTTPError as problem:
             error = unreachable(url, problem)
             endpoint.failed(run, error)
             raise error from None
@@ -288,6 +295,7 @@ class Upstream:
             endpoint.failed(run, error)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
+            endpoint.requests.discard(patience)
             self._left(endpoint, run)
         return response.content
 
