@@ -9,6 +9,7 @@ import pytest
 
 from worker.vllm.errors import (
     NoConnection,
+    Refused,
     UpstreamError,
     classify,
     from_event,
@@ -186,6 +187,26 @@ def test_a_server_that_cannot_be_connected_to_is_told_from_one_that_hangs_up() -
     silent = [unreachable("http://a:1", error("no")) for error in (httpx.ReadError, httpx.RemoteProtocolError)]
     assert {summary(error) for error in absent + silent} == {("upstream_unreachable", 0, True)}
     assert [isinstance(error, NoConnection) for error in absent + silent] == [True, True, False, False]
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("causes", "refused"),
+    [
+        ([ConnectionRefusedError()], True),
+        ([ConnectionRefusedError(), ConnectionRefusedError()], True),
+        ([ConnectionRefusedError(), TimeoutError()], False),
+        ([OSError("no such host")], False),
+    ],
+)
+def test_a_server_refuses_connections_when_every_address_of_it_does(causes: list[Exception], *, refused: bool) -> None:
+    cause = causes[0] if len(causes) == 1 else ExceptionGroup("tried", causes)
+    error = unreachable("http://a:1", caused(httpx.ConnectError("no"), caused(OSError("all failed"), cause)))
+    assert (isinstance(error, NoConnection), isinstance(error, Refused)) == (True, refused)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -19,7 +19,7 @@ from worker.sandbox.wire import Connection
 from worker.vllm import stream as stream_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.errors import UpstreamError
+from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import Limits, open_stream
 from worker.vllm.upstream import Upstream, base_url, body_for
@@ -576,6 +576,58 @@ async def test_models_of_a_server_that_is_not_there_or_silent(monkeypatch: pytes
     async with reaching(url) as upstream:
         error = await models_error(upstream)
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
+
+
+@contextmanager
+def connections_waiting(server: socket.socket) -> Iterator[None]:
+    """Within it the server's queue is full of connections that it does not accept: further ones wait outside."""
+    with ExitStack() as waiting:
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(server.getsockname())
+        yield
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    """A server whose queue of connections is as short as may be."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        server.setblocking(False)
+        yield server
+
+
+def url_of(server: socket.socket) -> str:
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+async def test_a_connection_has_a_limit_of_its_own(listening: socket.socket) -> None:
+    limits = Limits(connect=0.1, first_token=600, gap=600)
+    with connections_waiting(listening):
+        async with reaching(url_of(listening), limits=limits) as upstream:
+            error = await error_of(upstream)
+            assert upstream.endpoints[0].away
+    assert (error.code, error.retryable) == ("upstream_unreachable", True)
+    assert isinstance(error, NoConnection)
+
+
+async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is busy, not gone."""
+    monkeypatch.setattr(stream_module, "_MOMENTS", 0)
+    loop = asyncio.get_running_loop()
+    async with reaching(url_of(listening), limits=Limits(connect=0.1, first_token=600, gap=600)) as upstream:
+        asking = asyncio.create_task(ask(upstream))
+        connection, _ = await loop.sock_accept(listening)
+        with connection, connections_waiting(listening):
+            await loop.sock_sendall(connection, HEAD + b"\r\n")
+            with pytest.raises(NoConnection):
+                await ask(upstream)
+            event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+            await loop.sock_sendall(connection, event)
+            connection.shutdown(socket.SHUT_WR)
+            assert (await asking)[0].text == "a"
 
 
 async def test_orders_of_a_server_hold_for_every_request() -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
+from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
 from worker.vllm.stream import Patience
 
 FAILURES = 5
@@ -204,7 +204,7 @@ class Endpoint:
             self.listed = float("-inf")  # it is not what it said: ask again
         if error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500):
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
-        if isinstance(error, NoConnection):
+        if isinstance(error, Refused):
             for patience in self.requests:
                 patience.hurry()
 

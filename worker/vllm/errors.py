@@ -50,6 +50,10 @@ class NoConnection(UpstreamError):
     """There is no server to talk to: the connection is refused, or is not there in time."""
 
 
+class Refused(NoConnection):
+    """Nothing listens there any more. A connection that is not there in time may only wait in a full queue."""
+
+
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
     """The error of an answer whose status is not 200, or that is no stream: JSON of several shapes, or HTML."""
     error = _decoded(body)
@@ -93,7 +97,9 @@ def classify(
 
 def unreachable(url: str, error: Exception) -> UpstreamError:
     """There is no connection, or it broke before an answer."""
-    kind = NoConnection if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) else UpstreamError
+    kind = UpstreamError
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        kind = Refused if _is_refused(error) else NoConnection
     why = str(error) or type(error).__name__
     return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True)
 
@@ -124,6 +130,18 @@ def message_of(error: object) -> str:
         texts = (message_of(error.get(name)) for name in ("error", "message", "detail"))
         return next(filter(None, texts), "")
     return ""
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a connection was refused: by every address that was tried, of which anyio tells in a group.
+
+    httpcore 1.0 raises its error `from None`, so that what it stands for is its context only.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_refused, error.exceptions))
+    if error is None:
+        return False
+    return isinstance(error, ConnectionRefusedError) or _is_refused(error.__cause__ or error.__context__)
 
 
 def _is_context_error(message: str, said: AbstractSet[str]) -> bool:
