@@ -239,6 +239,7 @@ class Generation:
                     for data in events:
                         for fields in parser.parse(data):
                             log.append(fields)
+                    self._commit(parser, endpoint)
                     if self._first_delta is None and parser.begun:
                         self._first_delta = time.monotonic()
                     if log.is_full:
@@ -250,12 +251,19 @@ class Generation:
                     raise
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
-                self._committed |= parser.committed
-                if parser.committed and isinstance(parser, ContinuationParser):
-                    _log.info("answer_resumed", attempt=log.attempt, endpoint=shown_url(endpoint.url))
-                    self._metrics.interrupted("resumed")
-                    self._went_on = parser.got_on
+                self._commit(parser, endpoint)
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
+
+    def _commit(self, parser: ChunkParser, endpoint: Endpoint) -> None:
+        """Take note of what a stream has written by now."""
+        if not parser.committed:
+            return
+        if isinstance(parser, ContinuationParser):
+            self._went_on = parser.got_on
+            if not self._committed:  # at its first entry: the end of the answer may be minutes away
+                _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(endpoint.url))
+                self._metrics.interrupted("resumed")
+        self._committed = True
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
         """Do what may take long, for as long as the log is ours, the lease holds and the deadline has not passed."""

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import StartWorker, eventually
+from conftest import StartSimulator, StartWorker, eventually
 from redis.asyncio import Redis
 
-from worker import Client
-from worker.sandbox.simulator import Simulator
+from worker import Client, State
+from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.service import Service
 from worker.settings import ConfigError, load_settings
 from worker.telemetry.metrics import Metrics
@@ -49,6 +49,22 @@ async def test_how_a_broken_answer_went_on_is_counted(
     await client.result(await client.enqueue(request))
     assert value(worker, "interrupted_total", how=how) == 1
     assert value(worker, "attempts_total", reason="upstream_truncated") == 1
+
+
+async def test_that_an_answer_went_on_is_told_while_it_does(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    broken = await start_simulator(Options(orders=Orders(fault="cut", after=3)))
+    stalls = await start_simulator(Options(orders=Orders(fault="stall", after=10)))
+    worker = await start_worker(broken, stalls, gap_timeout=600)
+    request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
+
+    async def told() -> bool:
+        return worker._metrics.registry.get_sample_value("vllm_relay_interrupted_total", {"how": "resumed"}) == 1
+
+    await eventually(told)
+    assert (await client.status(request_id)).state is State.RUNNING
+    await client.cancel(request_id)
 
 
 async def test_a_workers_jobs_are_counted(
