@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from conftest import eventually
 from structlog.testing import capture_logs
 
@@ -245,6 +246,19 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
         ("vllm_back", None),
     ]
     assert {line["endpoint"] for line in logs} == {first.url}
+
+
+async def test_what_is_told_of_a_server_names_no_job() -> None:
+    configure_logging("json", "info")
+    async with Server() as server, watching(server.url) as upstream:
+        server.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
+        with (
+            capture_logs([structlog.contextvars.merge_contextvars]) as logs,
+            structlog.contextvars.bound_contextvars(worker="w", request_id="r"),
+        ):
+            await fails(upstream)
+            structlog.get_logger().info("upstream_failed")
+    assert [(line["worker"], line.get("request_id")) for line in logs] == [("w", None), ("w", "r")]
 
 
 @pytest.mark.parametrize("refused", ["/v1/chat/completions", "/tokenize"])

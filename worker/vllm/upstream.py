@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 
 import httpx
@@ -198,10 +199,7 @@ class Upstream:
             return True
 
     def _on_change(self, endpoint: Endpoint, former: State, state: State, reason: str) -> None:
-        if state is State.OPEN:
-            _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason)
-        elif former is State.OPEN:
-            _log.info("vllm_back", endpoint=without_user(endpoint.url))
+        copy_context().run(_tell, endpoint, former, state, reason)
         self._wake()
 
     def _wake(self) -> None:
@@ -358,6 +356,15 @@ def body_for(request: Object, without: AbstractSet[str]) -> Object:
         asked = request.get("stream_options")
         body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
     return body
+
+
+def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
+    """In a context of its own: it is not about the job that ran into it."""
+    structlog.contextvars.unbind_contextvars("request_id")
+    if state is State.OPEN:
+        _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason)
+    elif former is State.OPEN:
+        _log.info("vllm_back", endpoint=without_user(endpoint.url))
 
 
 async def _either(event: asyncio.Event, seconds: float) -> None:
