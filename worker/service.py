@@ -28,7 +28,7 @@ from worker.settings import ConfigError, Settings, address_of, shown_url, variab
 from worker.slots import Slots
 from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
-from worker.vllm.upstream import Upstream
+from worker.vllm.upstream import Endpoint, Upstream
 
 _LONGEST_BLOCK = 1.0
 
@@ -97,9 +97,16 @@ class Service:
         )
         self._metrics.slots.set(settings.slots)
         self._metrics.running.set_function(lambda: len(self._leases))
+        for endpoint in self._upstream.endpoints:
+            self._measure(endpoint)
         self._started = 0
         self._leaving = asyncio.Event()
         self._at_once = asyncio.Event()
+
+    def _measure(self, endpoint: Endpoint) -> None:
+        self._metrics.server(
+            shown_url(endpoint.url), up=lambda: endpoint.away is False, requests=lambda: endpoint.in_flight
+        )
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.

@@ -51,6 +51,30 @@ async def test_how_a_broken_answer_went_on_is_counted(
     assert value(worker, "attempts_total", reason="upstream_truncated") == 1
 
 
+async def test_each_vllm_is_told_with_what_it_has_to_do(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    hangs = await start_simulator(Options(orders=Orders(fault="hang")))
+    async with Simulator() as leaves:
+        worker = await start_worker(hangs, leaves, first_token_timeout=600)
+
+        async def told(name: str, *expected: float) -> None:
+            async def holds() -> bool:
+                return [value(worker, name, endpoint=server.url) for server in (hangs, leaves)] == list(expected)
+
+            await eventually(holds)
+
+        await told("vllm_up", 1, 1)
+        request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
+        await told("vllm_requests", 1, 0)
+    other = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
+    await told("vllm_up", 1, 0)
+    await told("vllm_requests", 2, 0)
+    for each in (request_id, other):
+        await client.cancel(each)
+    await told("vllm_requests", 0, 0)
+
+
 async def test_that_an_answer_went_on_is_told_while_it_does(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:

@@ -29,6 +29,8 @@ class Metrics:
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
+        self._vllm_up = self._gauge("vllm_up", "Whether a vLLM server gets requests", "endpoint")
+        self._vllm_requests = self._gauge("vllm_requests", "Requests that are for a vLLM server", "endpoint")
         self._paused = self._gauge("claims_paused", "Whether no jobs are taken, by why", "reason")
         self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job with a worker", "queue")
         self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
@@ -54,6 +56,11 @@ class Metrics:
     def first_delta(self, seconds: float) -> None:
         """An answer's first delta came after so long."""
         self._first_delta.observe(seconds)
+
+    def server(self, endpoint: str, up: Callable[[], float], requests: Callable[[], float]) -> None:
+        """What to ask about a vLLM server at each scrape: whether it gets requests, and how many are for it."""
+        self._vllm_up.labels(endpoint).set_function(up)
+        self._vllm_requests.labels(endpoint).set_function(requests)
 
     def paused(self, reason: str, *, on: bool) -> None:
         """Claiming pauses for a reason, or does so no more."""
