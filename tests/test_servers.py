@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
+from structlog.testing import capture_logs
 
 from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object
@@ -12,6 +13,7 @@ from worker.sandbox.redis import free_port
 from worker.sandbox.requests import Fault, answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
+from worker.telemetry.logs import configure_logging
 from worker.vllm import endpoints
 
 
@@ -153,6 +155,29 @@ async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for
         going_down._server.close()
         answer = await client.result(request_id)
     assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
+
+
+async def test_a_job_that_waits_for_its_model_says_so_once(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    configure_logging("json", "info")
+    async with Simulator(Options(model="large")) as large:
+        worker = await start_worker(large, await start_simulator(Options(model="small")))
+        await answers(client, ask("before", "large"))
+    with capture_logs() as logs:
+        request_id = await client.enqueue(ask("a secret prompt", "large"))
+
+        async def waits() -> bool:
+            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+
+        await eventually(waits)
+        await start_simulator(Options(model="large"), int(large.url.rpartition(":")[2]))
+        assert (await client.result(request_id)).outcome == "done"
+    said = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert said == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
+    assert "a secret prompt" not in str(logs)
+    assert not await waits()
 
 
 async def test_an_answer_waits_while_all_of_several_servers_are_away(

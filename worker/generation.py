@@ -27,6 +27,8 @@ from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
 _T = TypeVar("_T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
+_LONGEST_NAME = 200
+"""Characters of a model's name in the log."""
 _MOVES_ON = frozenset({"context_length_exceeded", "model_not_found"})
 """Refusals that another model may not share; whatever could be tried again moves on too, once its tries are used."""
 
@@ -88,6 +90,7 @@ class Generation:
         """Whether this attempt has written what another try cannot just write again."""
         self._went_on = False
         """Whether it has added to an answer that had broken off."""
+        self._waited_for: set[str] = set()
         self._began = time.monotonic()
         self._waited_ms = max(0, now() - request.delivery.enqueued)
         self._first_delta: float | None = None
@@ -170,8 +173,7 @@ class Generation:
         model = model_of(request)
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
-            while not self._upstream.can_take(model):  # what no server can take waits, and is no try
-                await self._guarded(self._upstream.available(model, others))
+            await self._until_taken(model, others)
             endpoint = self._upstream.choose(model, other_than=endpoint)
             tried += 1
             try:
@@ -195,6 +197,17 @@ class Generation:
                 await self._guarded(asyncio.sleep(wait))
                 if self._committed:
                     await self._advance(error.code)
+
+    async def _until_taken(self, model: str, others: Sequence[str]) -> None:
+        """Wait until a server can take a request for this model, which is no try; said once of each model."""
+        if self._upstream.can_take(model):
+            return
+        if model not in self._waited_for:
+            self._waited_for.add(model)
+            _log.info("waiting_for_model", model=model[:_LONGEST_NAME])
+        with self._metrics.waiting_for_model.track_inprogress():
+            while not self._upstream.can_take(model):
+                await self._guarded(self._upstream.available(model, others))
 
     async def _answer(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""

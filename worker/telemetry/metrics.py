@@ -22,6 +22,7 @@ class Metrics:
         self._stop: Callable[[], None] | None = None
         self.slots = self._gauge("slots", "Jobs that may run at once")
         self.running = self._gauge("jobs_running", "Jobs at work")
+        self.waiting_for_model = self._gauge("jobs_waiting_for_model", "Jobs at work that wait for a server")
         self.buried = self._counter("jobs_buried", "Jobs put among the dead letters")
         self.lease_lost = self._counter("lease_lost", "Jobs left because their lease could not be renewed")
         self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
