@@ -1,10 +1,11 @@
 """What `check` finds of each thing it looks at, and what it says to do."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
-from conftest import StartSimulator
+from conftest import StartSimulator, eventually
 from redis.asyncio import Redis
 
 from worker.checks import Finding, check
@@ -189,3 +190,58 @@ async def test_workers_that_cannot_show_themselves_in_a_full_redis_are_not_calle
     findings = await found(redis_url=url, vllm_urls=simulator.url)
     assert [finding.level for finding in findings] == ["ok", "ok", "error", "warning", "ok", "ok"]
     assert not about(findings, "worker")
+
+
+async def become_a_replica(redis: Redis) -> None:
+    await redis.replicaof("127.0.0.1", "1")
+
+
+async def fail_to_save(redis: Redis) -> None:
+    await redis.config_set("save", "3600 1")
+    in_its_place = Path(str((await redis.config_get("dir"))["dir"]), "dump.rdb")
+    await asyncio.to_thread(in_its_place.mkdir)
+    await redis.bgsave(schedule=False)
+
+    async def failed() -> bool:
+        return bool((await redis.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+    await eventually(failed)
+
+
+async def miss_its_replicas(redis: Redis) -> None:
+    await redis.config_set("min-replicas-to-write", "2")
+
+
+@pytest.mark.parametrize(
+    ("harm", "mend"),
+    [
+        (become_a_replica, "this is a replica: set REDIS_URL to its master"),
+        (fail_to_save, "give it room on its disk"),
+        (miss_its_replicas, "start its replicas"),
+    ],
+)
+async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_silent(
+    own_redis: tuple[Redis, str], simulator: Simulator, harm: Callable[[Redis], Awaitable[None]], mend: str
+) -> None:
+    redis, url = own_redis
+    await redis.hset(
+        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+    )
+    await harm(redis)
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    (refusal,) = [finding for finding in findings if finding.level == "error"]
+    assert refusal.text.startswith("it takes no writes: ")
+    assert refusal.mend.startswith(mend)
+    assert not about(findings, "worker")
+
+
+async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator) -> None:
+    async def load(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(load, "127.0.0.1", 0) as server:
+        where = "redis://{}:{}".format(*server.sockets[0].getsockname())
+        (loading,) = about(await found(redis_url=where, vllm_urls=simulator.url), "Redis")
+    assert (loading.level, loading.mend.split(":")[0]) == ("error", "wait")

@@ -45,3 +45,24 @@ async def test_the_check_says_what_is_missing_and_how_to_give_it(user_url: str, 
     (told,) = [finding for finding in findings if "lacks a right" in finding.text]
     assert told.level == "warning"
     assert "&chat:*" in told.mend
+
+
+async def test_without_the_right_to_info_all_else_is_looked_at(
+    redis: Redis, user_url: str, simulator: Simulator
+) -> None:
+    await redis.acl_setuser("mute", enabled=True, commands=["-info"], channels=["chat:*"])
+    findings = [finding async for finding in check({"redis_url": user_url, "vllm_urls": simulator.url})]
+    (told,) = [finding for finding in findings if finding.level != "ok"]
+    assert (told.level, told.mend) == ("warning", "ACL SETUSER <user> +info")
+    assert [finding.text for finding in findings if finding.subject.startswith("vLLM")] == ["serves reciter"]
+    assert [finding.text for finding in findings if finding.subject.startswith("queue")] == [
+        "no job has been added yet"
+    ]
+
+
+async def test_a_right_without_which_nothing_works_is_named(redis: Redis, user_url: str, simulator: Simulator) -> None:
+    await redis.acl_setuser("mute", enabled=True, commands=["-type"], channels=["chat:*"])
+    findings = [finding async for finding in check({"redis_url": user_url, "vllm_urls": simulator.url})]
+    (told,) = [finding for finding in findings if finding.level == "error"]
+    assert "'type'" in told.text
+    assert told.mend.startswith("give the user that right: ACL SETUSER <user> ~chat:*")

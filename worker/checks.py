@@ -5,11 +5,20 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 
 from worker.broker.cluster import ClusterClient
-from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client
-from worker.broker.jobs import waiting_in
+from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is_transient, what_redis_said
+from worker.broker.jobs import JobQueue, waiting_in
 from worker.broker.ledger import Ledger
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
@@ -18,7 +27,22 @@ from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Endpoint, Upstream
 
-_REFUSED = "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…"
+_OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
+_MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
+_MENDS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        AuthenticationError,
+        "",
+        "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…",
+    ),
+    (BusyLoadingError, "", "wait: it reads its data from the disk, and then answers"),
+    (ReadOnlyError, "", _OF_A_REPLICA),
+    (MasterDownError, "", _OF_A_REPLICA),
+    (OutOfMemoryError, "", _MORE_ROOM),
+    (ResponseError, "MISCONF", "give it room on its disk and the right to write there: its own log says what is wrong"),
+    (ResponseError, "NOREPLICAS", "start its replicas, or lower its min-replicas-to-write"),
+)
+"""What to do about an error of Redis: the first that is of its type and begins so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +88,18 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     url = settings.redis_url.get_secret_value()
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
+    keys = Keys(settings.prefix)
     try:
         is_cluster, is_full = isinstance(redis, ClusterClient), False
         servers = await redis.masters() if isinstance(redis, ClusterClient) else [redis]
         for number, server in enumerate(servers, 1):
             name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
-            info = await server.info()
+            try:
+                info = await server.info()
+            except NoPermissionError as error:
+                text = f"its version, memory and storage are not looked at: {what_redis_said(error)}"
+                yield Finding("warning", name, text, "ACL SETUSER <user> +info")
+                continue
             if wrong := _wrong_server(name, info, "cluster" if is_cluster else "standalone"):
                 yield wrong
                 return
@@ -77,19 +107,39 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
             for finding in _storage_findings(name, info):
                 is_full |= finding.level == "error"
                 yield finding
-        keys = Keys(settings.prefix)
+        refusal = None if is_full else await _check_writing(redis, where, keys, settings.lease)
+        if refusal:
+            yield refusal
         async for finding in _check_channels(redis, where, keys):
             yield finding
         for queue in settings.queues:
             yield await _check_queue(redis, keys, queue, settings.queue_limit)
-        for finding in () if is_full else await _worker_findings(redis, keys, settings.lease):
-            yield finding  # while Redis is full no worker can show that it lives
+        for finding in () if is_full or refusal else await _worker_findings(redis, keys, settings.lease):
+            yield finding  # while Redis takes no writes no worker can show that it lives
     except (RedisError, OSError) as error:
-        refused = isinstance(error, AuthenticationError)
-        mend = _REFUSED if refused else f"start Redis there, or set {variable('redis_url')}"
-        yield Finding("error", where, str(error) or type(error).__name__, mend)
+        yield Finding("error", where, what_redis_said(error), _mend(error, keys))
     finally:
         await redis.aclose()
+
+
+def _mend(error: Exception, keys: Keys) -> str:
+    """What to do about something that Redis said, or about its silence."""
+    if isinstance(error, NoPermissionError):
+        return f"give the user that right: ACL SETUSER <user> ~{keys.prefix}:* &{keys.prefix}:* +<command>"
+    for kind, begin, mend in _MENDS:
+        if isinstance(error, kind) and str(error).startswith(begin):
+            return mend
+    return f"start Redis there, or set {variable('redis_url')}"
+
+
+async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> Finding | None:
+    """Reading works where writing does not: on a replica, without room on the disk, with too few replicas."""
+    try:
+        await JobQueue(redis, redis, keys, "check", lease).try_to_write()
+    except ResponseError as error:
+        level = "error" if is_transient(error) else "warning"  # such as a right to this one key: the rest may be well
+        return Finding(level, where, f"it takes no writes: {what_redis_said(error)}", _mend(error, keys))
+    return None
 
 
 def _wrong_server(where: str, info: dict[str, object], wanted: str) -> Finding | None:
@@ -109,7 +159,7 @@ def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
         findings.append(
             Finding(
                 "error", where, f"it is full: {used} of {most} bytes (maxmemory) are used, and nothing can be written",
-                "give it more memory, or shorten WORKER_RETENTION",
+                _MORE_ROOM,
             )
         )  # fmt: skip
     policy = str(info.get("maxmemory_policy", "noeviction"))
