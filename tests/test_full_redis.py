@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import Entries, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+from structlog.testing import capture_logs
 
 from worker import Answer, Client, State, UnknownRequest
 from worker.broker.owner import Owner
@@ -16,6 +18,7 @@ from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.service import Service
+from worker.telemetry.logs import configure_logging
 
 
 def ask(content: str = "Who are you?") -> dict[str, object]:
@@ -181,3 +184,27 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
         worker._jobs.read = read  # type: ignore[method-assign]
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
+
+
+async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
+    start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.claims._LOOK_AGAIN", 0.01)
+    worker = await start_worker(simulator)
+    asked = 0
+
+    async def refuse_now_and_then() -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+    async def asked_often() -> bool:
+        return asked > 20
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        worker._jobs.try_to_write = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
+        await eventually(asked_often)
+    said = [line["event"] for line in logs if line["event"].startswith("claims_")]
+    assert said == ["claims_paused", "claims_resumed"]

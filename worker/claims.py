@@ -29,6 +29,9 @@ _SCAN_EVERY = 0.5
 _LOOK_AGAIN = 0.5
 """Seconds until a Redis that takes no writes is asked again."""
 
+_SAY_AGAIN = 30.0
+"""Seconds until a reason that comes and goes is told again: at the edge of its memory Redis refuses now and then."""
+
 _log = structlog.get_logger()
 
 
@@ -56,6 +59,8 @@ class Claims:
         self._leaving = asyncio.Event()
         self.paused = ""
         """Why no jobs are taken at the moment, or nothing."""
+        self._told = ""
+        self._told_at: dict[str, float] = {}
 
     def leave(self) -> None:
         """Take no more jobs."""
@@ -116,14 +121,23 @@ class Claims:
         return ""  # also where a right to this one key is missing: whoever must write will say so
 
     def _pause_for(self, reason: str) -> None:
-        if reason == self.paused:
+        if reason != self.paused:
+            for one, on in ((self.paused, False), (reason, True)):
+                if one:
+                    self._metrics.paused(one, on=on)
+            self.paused = reason
+        self._tell("" if reason == NO_VLLM else reason)  # of a vLLM that is away the log tells already
+
+    def _tell(self, reason: str) -> None:
+        if reason == self._told:
             return
-        for one, on in ((self.paused, False), (reason, True)):
-            if one:
-                self._metrics.paused(one, on=on)
-            if one and one != NO_VLLM:  # of a vLLM that is away the log tells already
-                _log.warning("claims_paused" if on else "claims_resumed", reason=one)
-        self.paused = reason
+        if self._told:
+            _log.warning("claims_resumed", reason=self._told)
+            self._told = ""
+        now = time.monotonic()
+        if reason and now - self._told_at.get(reason, float("-inf")) > _SAY_AGAIN:
+            _log.warning("claims_paused", reason=reason)
+            self._told, self._told_at[reason] = reason, now
 
     async def _until_vllm_is_there(self) -> None:
         waiting = {asyncio.ensure_future(self._upstream.available("")), asyncio.ensure_future(self._leaving.wait())}
