@@ -20,7 +20,9 @@ from worker.vllm.upstream import Upstream
 NO_VLLM = "no_vllm"
 REDIS_FULL = "redis_full"
 REDIS_REFUSES = "redis_refuses"
-"""Why no jobs are taken: no server is there; Redis has no memory for more; it takes no writes for another reason."""
+REDIS_AWAY = "redis_away"
+"""Why no jobs are taken: no server is there; Redis has no memory for more; it takes no writes for another reason; it
+does not answer."""
 
 _BEFORE_ALL_QUEUES = -1
 _SCAN_EVERY = 0.5
@@ -98,6 +100,8 @@ class Claims:
                 deliveries = await take(count)
         except (RedisError, OSError) as error:
             failure = error
+            if not isinstance(error, ResponseError):
+                self._pause_for(REDIS_AWAY)
         self._slots.release(count - self._leases.begin(deliveries, sent))
         if failure is not None:
             await backoff.wait(failure)
@@ -126,7 +130,7 @@ class Claims:
                 if one:
                     self._metrics.paused(one, on=on)
             self.paused = reason
-        self._tell("" if reason == NO_VLLM else reason)  # of a vLLM that is away the log tells already
+        self._tell("" if reason in (NO_VLLM, REDIS_AWAY) else reason)  # of these the log tells already
 
     def _tell(self, reason: str) -> None:
         if reason == self._told:

@@ -1,6 +1,7 @@
 """What a worker does three times a lease: it keeps its jobs, shows that it lives, measures, and clears up."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -80,9 +81,13 @@ class Keeper:
                     await duty()
                     backoff.reset()
                 except (RedisError, OSError) as error:
+                    is_away = not isinstance(error, ResponseError)
+                    if is_away:
+                        for queue in self._settings.queues:
+                            self._metrics.queue(queue, None, math.nan)
                     await backoff.wait(error)
-                    if not isinstance(error, ResponseError):
-                        break  # Redis is away; one that only refuses this may take the next, as when it is full
+                    if is_away:
+                        break  # a Redis that only refuses this may take the next, as when it is full
 
     async def _trim(self) -> None:
         for queue in list(self._leases.to_trim):

@@ -1,11 +1,13 @@
 """Metrics: what a scrape of a worker shows, that workers in one process do not share them, and who may not serve."""
 
+import math
 import re
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
+from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client, State
@@ -114,6 +116,37 @@ async def test_a_workers_jobs_are_counted(
     assert value(one, "job_wait_seconds_count") == value(one, "first_delta_seconds_count") == 3
     assert value(one, "log_entries_total") > 3
     assert other._metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done"}) is None
+
+
+async def test_a_redis_that_is_away_shows_and_what_was_measured_before_does_not(
+    redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, lease=0.5)
+
+    def shown(name: str, **labels: str) -> float | None:
+        return worker._metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
+
+    async def measured() -> bool:
+        return shown("queue_waiting", queue="default") == shown("oldest_pending_seconds", queue="default") == 0
+
+    async def away() -> bool:
+        return shown("claims_paused", reason="redis_away") == 1
+
+    async def forgotten() -> bool:
+        names = ("queue_waiting", "oldest_pending_seconds")
+        return all(math.isnan(value(worker, name, queue="default")) for name in names)
+
+    async def back() -> bool:
+        return shown("claims_paused", reason="redis_away") == 0
+
+    await eventually(measured)
+    redis_proxy.refuse()
+    await redis_proxy.cut()
+    await eventually(away)
+    await eventually(forgotten)
+    await redis_proxy.heal()
+    await eventually(back)
+    await eventually(measured)
 
 
 async def test_an_address_that_is_taken_ends_the_worker_with_a_sentence(redis_url: str) -> None:

@@ -26,7 +26,7 @@ class Metrics:
         self.buried = self._counter("jobs_buried", "Jobs put among the dead letters")
         self.lease_lost = self._counter("lease_lost", "Jobs left because their lease could not be renewed")
         self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
-        self.write_failures = self._counter("redis_write_failures", "Flushes that Redis refused, or did not answer")
+        self.write_failures = self._counter("redis_write_failures", "Writes to logs, and looks at them, that failed")
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
@@ -68,7 +68,10 @@ class Metrics:
         self._paused.labels(reason).set(on)
 
     def queue(self, queue: str, waiting: int | None, oldest: float | None) -> None:
-        """How a queue stands. `waiting` is None where Redis cannot tell, `oldest` where nothing is pending."""
+        """How a queue stands. `waiting` is None where Redis cannot tell, `oldest` where nothing is pending.
+
+        `oldest` is NaN where nobody knows.
+        """
         self._waiting.labels(queue).set(math.nan if waiting is None else waiting)
         self._oldest.labels(queue).set(oldest or 0)
 
