@@ -86,6 +86,7 @@ async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are
     assert (killed.subject, killed.level) == ("worker killed", "warning")
     assert killed.text.startswith("it has been silent for 6")
     assert (waiting.subject, waiting.text) == ("worker waiting", "it takes no jobs at the moment: no_vllm")
+    assert waiting.mend.startswith("start a vLLM server")
     await redis.delete("chat:workers")
 
 

@@ -20,6 +20,7 @@ from worker.broker.cluster import ClusterClient
 from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is_transient, what_redis_said
 from worker.broker.jobs import JobQueue, waiting_in
 from worker.broker.ledger import Ledger
+from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
@@ -29,6 +30,14 @@ from worker.vllm.upstream import Endpoint, Upstream
 
 _OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
 _MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
+_WHEN_PAUSED = {
+    NO_VLLM: "start a vLLM server that it can reach: its log says what is wrong with each (vllm_away)",
+    REDIS_FULL: f"Redis has no memory for more: {_MORE_ROOM}",
+    REDIS_REFUSES: "Redis took no writes: see what is said of it here",
+    REDIS_AWAY: "Redis did not answer it: see to the network between them",
+}
+"""What to do about a worker that takes no jobs, by its reason."""
+
 _MENDS: tuple[tuple[type[Exception], str, str], ...] = (
     (
         AuthenticationError,
@@ -233,7 +242,8 @@ async def _worker_findings(redis: Redis, keys: Keys, lease: float) -> list[Findi
         alive.append(line)
         if line.paused:
             text = f"it takes no jobs at the moment: {line.paused}"
-            findings.append(Finding("warning", f"worker {name}", text, "its log says why"))
+            mend = _WHEN_PAUSED.get(line.paused, "its log says why")  # a later version may have further reasons
+            findings.append(Finding("warning", f"worker {name}", text, mend))
     slots, running = sum(line.slots for line in alive), sum(line.running for line in alive)
     text = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
     return [Finding("ok", "workers", text), *findings]
