@@ -615,3 +615,10 @@ async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
     assert (Answer(entries).outcome, Answer(entries).attempt) == ("done", 1)
     assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
     await settled(redis)
+
+
+async def test_a_worker_shows_itself_as_soon_as_it_works(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, lease=3600)
+    await eventually(lambda: redis.hexists("chat:workers", worker._name))

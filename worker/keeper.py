@@ -66,7 +66,7 @@ class Keeper:
             self._leases.stop_expired()
 
     async def keep_house(self) -> None:
-        """Show that this worker lives, measure, and clear up."""
+        """Show that this worker lives, measure, and clear up; at once, and then time and again."""
         duties = {
             Backoff("clock_failed"): self._clock.sync,
             Backoff("trim_failed"): self._trim,
@@ -75,7 +75,8 @@ class Keeper:
             Backoff("forget_failed"): self._forget,
             Backoff("sweep_failed"): self._sweep,
         }
-        while await self._rest():
+        is_over = False
+        while not is_over:
             for backoff, duty in duties.items():
                 try:
                     await duty()
@@ -88,6 +89,7 @@ class Keeper:
                     await backoff.wait(error)
                     if is_away:
                         break  # a Redis that only refuses this may take the next, as when it is full
+            is_over = not await self._rest()
 
     async def _trim(self) -> None:
         for queue in list(self._leases.to_trim):
