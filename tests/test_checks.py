@@ -59,7 +59,9 @@ async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
     )
 
 
-async def test_every_queue_is_told_with_what_waits_in_it(redis: Redis, redis_url: str, simulator: Simulator) -> None:
+async def test_every_queue_is_told_with_what_waits_in_it_and_that_nobody_does_it(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
     await redis.xgroup_create("chat:jobs:high", "workers", id="0", mkstream=True)
     for _ in range(3):
         await redis.xadd("chat:jobs:high", {"id": "x"})
@@ -69,6 +71,9 @@ async def test_every_queue_is_told_with_what_waits_in_it(redis: Redis, redis_url
         "jobs that wait: 2; with a worker: 1",
         "no job has been added yet",
     ]
+    (workers,) = about(findings, "workers")
+    assert (workers.level, workers.mend) == ("warning", "start one: worker run")
+    assert workers.text == "alive: 0; of their 0 slots in use: 0; jobs to be done: 3"
     await redis.delete("chat:jobs:high")
 
 

@@ -121,9 +121,12 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
             yield refusal
         async for finding in _check_channels(redis, where, keys):
             yield finding
+        undone = 0
         for queue in settings.queues:
-            yield await _check_queue(redis, keys, queue, settings.queue_limit)
-        for finding in () if is_full or refusal else await _worker_findings(redis, keys, settings.lease):
+            finding, jobs = await _check_queue(redis, keys, queue, settings.queue_limit)
+            undone += jobs
+            yield finding
+        for finding in () if is_full or refusal else await _worker_findings(redis, keys, settings.lease, undone):
             yield finding  # while Redis takes no writes no worker can show that it lives
     except (RedisError, OSError) as error:
         yield Finding("error", where, what_redis_said(error), _mend(error, keys))
@@ -203,33 +206,27 @@ async def _check_channels(redis: Redis, where: str, keys: Keys) -> AsyncIterator
         )  # fmt: skip
 
 
-async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> Finding:
+async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tuple[Finding, int]:
+    """What there is to say of a queue, and how many jobs of it are not done with."""
     key = keys.jobs(queue)
     kind = cast("bytes", await redis.type(key))
     if kind == b"none":
-        return Finding("ok", f"queue {queue}", "no job has been added yet")
+        return Finding("ok", f"queue {queue}", "no job has been added yet"), 0
     if kind != b"stream":
-        return Finding(
-            "error",
-            f"queue {queue}",
-            f"the key {key} is a {kind.decode()}, not a stream",
-            "choose another WORKER_PREFIX",
-        )
+        text = f"the key {key} is a {kind.decode()}, not a stream"
+        return Finding("error", f"queue {queue}", text, "choose another WORKER_PREFIX"), 0
     groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
     group = groups.get(GROUP.encode())
     pending = group["pending"] if group else 0
     waiting = await waiting_in(redis, key)
     if limit and waiting >= limit:
-        return Finding(
-            "warning",
-            f"queue {queue}",
-            f"it is full: {waiting} jobs wait, and the limit is {limit}",
-            f"start more workers, or raise {variable('queue_limit')}",
-        )
-    return Finding("ok", f"queue {queue}", f"jobs that wait: {waiting}; with a worker: {pending}")
+        text = f"it is full: {waiting} jobs wait, and the limit is {limit}"
+        mend = f"start more workers, or raise {variable('queue_limit')}"
+        return Finding("warning", f"queue {queue}", text, mend), waiting + pending
+    return Finding("ok", f"queue {queue}", f"jobs that wait: {waiting}; with a worker: {pending}"), waiting + pending
 
 
-async def _worker_findings(redis: Redis, keys: Keys, lease: float) -> list[Finding]:
+async def _worker_findings(redis: Redis, keys: Keys, lease: float, undone: int) -> list[Finding]:
     """The workers as they show themselves, each third of a lease; whoever was killed is shown for ten more."""
     seconds, _ = await redis.time()
     findings, alive = [], []
@@ -246,6 +243,8 @@ async def _worker_findings(redis: Redis, keys: Keys, lease: float) -> list[Findi
             findings.append(Finding("warning", f"worker {name}", text, mend))
     slots, running = sum(line.slots for line in alive), sum(line.running for line in alive)
     text = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
+    if undone and not alive:
+        return [Finding("warning", "workers", f"{text}; jobs to be done: {undone}", "start one: worker run"), *findings]
     return [Finding("ok", "workers", text), *findings]
 
 
