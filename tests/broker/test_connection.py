@@ -1,5 +1,6 @@
 """What counts as a passing fault of Redis, in whatever shape redis-py puts it, and what is said of it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -7,8 +8,11 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
+from structlog.testing import capture_logs
 
-from worker.broker.connection import command_client, is_transient, what_redis_said
+from worker.broker import connection
+from worker.broker.connection import command_client, is_transient, persist, what_redis_said
+from worker.telemetry.logs import configure_logging
 
 SECRET = "what nobody else may read"
 
@@ -95,3 +99,19 @@ async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str,
             await pipe.get("k")
     assert is_transient(loss.value)
     await commands.aclose()
+
+
+async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection._OUTAGE, "_said", float("-inf"))
+    tries = 0
+
+    async def ask() -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 20:
+            raise RedisConnectionError("Connection refused")
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        await asyncio.gather(*(persist(ask) for _ in range(10)))
+    assert [(line["event"], line["error"]) for line in logs] == [("redis_unavailable", "Connection refused")]

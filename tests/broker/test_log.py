@@ -12,10 +12,11 @@ from redis.exceptions import ResponseError
 
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
-from worker.broker.owner import Duplicate, Ended, NotOurs, Owned
+from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.wire import Command, Wires
 from worker.contract.entries import Cancelled, Failed, parse
 from worker.contract.ids import SEAL, EntryId
+from worker.contract.keys import Keys
 from worker.telemetry.logs import configure_logging
 
 
@@ -455,3 +456,31 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_wit
     await redis.expire(taken.key, 60)
     one.publisher.attach(taken)
     assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
+
+
+async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
+    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.broker.owner._WAIT_MS", 60_000)  # for this test, for ever
+    owner = Owner(
+        one.commands, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
+    )  # fmt: skip
+    logs = [f"r{number}" for number in range(100)]
+    for request_id in logs:
+        await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "done"}, id=str(SEAL))
+    waiting = [asyncio.create_task(owner.confirm(r, STONE, retention=60, remember=120)) for r in logs]
+
+    async def all_wait() -> bool:
+        return await redis.exists(*(f"chat:ended:{{{request_id}}}" for request_id in logs)) == len(logs)
+
+    async def blocked() -> int:
+        return int((await redis.info("clients"))["blocked_clients"])
+
+    await eventually(all_wait)
+    await eventually(blocked)
+    assert await one.jobs.renew([(delivery, 60)]) == [False], "the lease is a new one, and so not to be had"
+    assert not any(task.done() for task in waiting)
+    assert await blocked() < 10
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ COMMAND_TIMEOUT = 5.0
 """Seconds until a command without a reply counts as lost."""
 
 _MAX_CONNECTIONS = 64
+_SAY_AGAIN = 30.0
 _NO_LIMIT = 2**31
 
 
@@ -79,29 +81,47 @@ def what_redis_said(error: BaseException) -> str:
     return _OF_PIPELINE.sub("", str(error)) or type(error).__name__
 
 
+class _Voice:
+    """Says what is wrong at first and each half minute, however many meet it, and when it ends."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._said = float("-inf")
+
+    def complain(self, error: BaseException) -> None:
+        now = time.monotonic()
+        if now - self._said > _SAY_AGAIN:
+            self._said = now
+            _log.warning(self._what, error=what_redis_said(error))
+
+    def relent(self) -> None:
+        if self._said > float("-inf"):
+            _log.info("recovered", after=self._what)
+        self._said = float("-inf")
+
+
 class Backoff:
     """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends."""
 
-    def __init__(self, what: str, *, first: float = 0.05, most: float = 2.0) -> None:
-        self._what = what
+    def __init__(self, what: "str | _Voice", *, first: float = 0.05, most: float = 2.0) -> None:
+        self._voice = _Voice(what) if isinstance(what, str) else what
         self._first = self._pause = first
         self._most = most
-        self._said = float("-inf")
 
     async def wait(self, error: BaseException) -> None:
         """Pause after a failure."""
-        now = asyncio.get_running_loop().time()
-        if now - self._said > 30:
-            self._said = now
-            _log.warning(self._what, error=what_redis_said(error))
+        self._voice.complain(error)
         await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
         self._pause = min(self._pause * 2, self._most)
 
     def reset(self) -> None:
         """After a success: begin small again, and speak again at the next failure."""
-        if self._said > float("-inf"):
-            _log.info("recovered", after=self._what)
-        self._pause, self._said = self._first, float("-inf")
+        self._voice.relent()
+        self._pause = self._first
+
+
+_OUTAGE = _Voice("redis_unavailable")
+"""One for the process: all of its jobs meet the same outage, and each would say so."""
 
 
 async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Future[Any] | None = None) -> _T:
@@ -110,7 +130,7 @@ async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Futur
     Raises:
         Exception: what the operation raised, when it is no passing fault or there is no more time.
     """
-    backoff = Backoff("redis_unavailable")
+    backoff = Backoff(_OUTAGE)
     while True:
         try:
             return await operation()

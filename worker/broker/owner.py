@@ -4,7 +4,9 @@ Every decision is read from the log itself, under a WATCH where two keys must ag
 after a lost reply: what is already there is found and taken for what it is.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -38,6 +40,9 @@ _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 _WAIT_MS = 1000
 """How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
+
+_MAX_WAITING = 8
+"""How many connections may wait for replicas at once: the renewals of leases need one of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,7 @@ class Owner:
         self._nonce = nonce
         self._now = now
         self._replicas = replicas
+        self._may_wait = asyncio.Semaphore(_MAX_WAITING)
 
     async def take(self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "") -> Taken:
         """Come to own the log of a delivered job, or find why not.
@@ -258,7 +264,7 @@ class Owner:
         written before it. The WATCH keeps all of it on one connection, and so on one server.
         """
         key = self._keys.tokens(request_id)
-        async with self._redis.pipeline() as pipe:
+        async with self._turn_to_wait(), self._redis.pipeline() as pipe:
             await pipe.watch(key)
             if not await self._is_over(pipe, request_id):
                 return False
@@ -267,6 +273,19 @@ class Owner:
         if there < self._replicas:
             raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
         return True
+
+    @asynccontextmanager
+    async def _turn_to_wait(self) -> AsyncIterator[None]:
+        """A turn that does not come soon is no turn: whoever is told to stop meanwhile must see it."""
+        try:
+            async with asyncio.timeout(_WAIT_MS / 1000):
+                await self._may_wait.acquire()
+        except TimeoutError:
+            raise TooFewReplicas("the ends of other logs wait for replicas: this one's job is kept") from None
+        try:
+            yield
+        finally:
+            self._may_wait.release()
 
     async def _is_over(self, pipe: Pipeline, request_id: str) -> bool:
         """Whether a log has its seal, or is gone and has left a tombstone."""
