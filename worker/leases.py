@@ -137,11 +137,13 @@ class Leases:
         if not ended:
             return
         try:
-            await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
+            went = await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
         except (RedisError, OSError) as error:
-            _log.warning("hand_over_failed", jobs=len(left), error=type(error).__name__)
-        else:
-            _log.info("jobs_handed_over", jobs=len(ended))
+            _log.warning("hand_over_failed", jobs=len(ended), error=type(error).__name__)
+            return
+        if refused := went.count(None):
+            _log.warning("hand_over_failed", jobs=refused, error="Redis refused it")
+        _log.info("jobs_handed_over", jobs=went.count(True))  # the rest has ended, or is with others already
 
     def cancel(self) -> None:
         """End whatever is left, as the process ends."""

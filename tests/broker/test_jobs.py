@@ -110,10 +110,24 @@ async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read("default", 1, 100)
-    await one.hand_over([(delivery, 0)])
+    assert await one.hand_over([(delivery, 0)]) == [True]
     (taken,) = await two.take_expired("default", 1)
     assert taken == dataclasses.replace(delivery, again=True)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
+
+
+async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(group: Group, redis: Redis) -> None:
+    await add(redis, 3)
+    one = group.consumer("one")
+    first, *others = await one.read("default", 3, 100)
+    await one.acknowledge(first)
+    leases = [(delivery, 0.0) for delivery in (first, *others)]
+    await redis.config_set("min-replicas-to-write", "1")
+    try:
+        assert await one.hand_over(leases) == [False, None, None]
+    finally:
+        await redis.config_set("min-replicas-to-write", "0")
+    assert await one.hand_over(leases) == [False, True, True]
 
 
 async def test_a_delivery_knows_how_often_there_was_one(group: Group, redis: Redis) -> None:
@@ -144,7 +158,7 @@ async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -
     (delivery,) = await one.read("default", 1, 100)
     await expired(redis, entry)
     await two.take_expired("default", 1)
-    await one.hand_over([(delivery, LEASE * 3)])
+    assert await one.hand_over([(delivery, LEASE * 3)]) == [False]
     assert await group.consumer("three").take_expired("default", 1) == []
 
 

@@ -187,10 +187,10 @@ class JobQueue:
         replies = await pipe.execute(raise_on_error=False)
         return [None if isinstance(reply, Exception) else bool(reply) for reply in replies]
 
-    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> None:
+    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Let other workers take running jobs at once, without counting against them; each is given with its age.
 
-        The age is the seconds since its own last renewal, as in `renew`.
+        The age is the seconds since its own last renewal, and the replies are those of `renew`.
         """
         pipe = self._commands.pipeline(transaction=False)
         for delivery, _ in leases:  # XCLAIM would make an entry pending that nobody has
@@ -210,7 +210,9 @@ class JobQueue:
                 retrycount=delivery.count - 1,
                 justid=True,
             )
-        await pipe.execute(raise_on_error=False)
+        replies = iter(await pipe.execute(raise_on_error=False))
+        last = [lines if not lines or isinstance(lines, Exception) else next(replies) for lines in held]
+        return [None if isinstance(reply, Exception) else bool(reply) for reply in last]
 
     async def holds(self, delivery: Delivery) -> bool:
         """Whether the group still counts this job as ours."""
