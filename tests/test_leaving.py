@@ -13,6 +13,7 @@ from worker.broker.jobs import Delivery
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 from worker.service import Service
+from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
 
 NEVER = 60
@@ -131,3 +132,29 @@ async def test_what_comes_while_it_leaves_is_handed_over_too(
     held.go.set()
     await start_worker(simulator, lease=NEVER)
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
+
+
+async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
+    client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100, tokens=2000)))
+    monkeypatch.setattr("worker.service._LAST_STEPS", 0.2)
+    worker = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600))
+    running = asyncio.create_task(worker.run())
+    await client.enqueue(ask())
+
+    async def runs() -> bool:
+        return [served.chunks > 2 for served in simulator.served] == [True]
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    await eventually(runs)
+    for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave"), (worker._publisher, "_write")):
+        monkeypatch.setattr(part, what, never)
+    configure_logging("json")
+    with capture_logs() as logs:
+        stop_at_once(worker)
+        async with asyncio.timeout(30):
+            await running
+    assert [line["event"] for line in logs if line["event"].endswith("_failed")] == ["hand_over_failed", "leave_failed"]

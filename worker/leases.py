@@ -13,9 +13,6 @@ from worker.broker.jobs import Delivery, JobQueue
 from worker.generation import Stop
 from worker.telemetry.metrics import Metrics
 
-_LAST_WORDS = 5.0
-"""Seconds that jobs have to stop once they are told to."""
-
 _log = structlog.get_logger()
 
 
@@ -125,19 +122,23 @@ class Leases:
             running.stop_for(Stop.LEASE_LOST)
             self._metrics.lease_lost.inc()
 
-    async def hand_over(self) -> None:
-        """Stop what still runs, and make its lease end now, so that another worker goes on at once."""
+    async def hand_over(self, within: float) -> None:
+        """Stop what still runs, and make its lease end now, so that another worker goes on at once.
+
+        It takes `within` seconds at most: the jobs have half of them to stop, Redis the other to answer.
+        """
         left = list(self._running.values())
         for running in left:
             running.stop_for(Stop.HAND_OVER)
         if left:
-            await asyncio.wait({running.task for running in left}, timeout=_LAST_WORDS)
+            await asyncio.wait({running.task for running in left}, timeout=within / 2)
         now = time.monotonic()
         ended = [running for running in left if running.stop.result() is Stop.HAND_OVER and running.task.done()]
         if not ended:
             return
         try:
-            went = await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
+            async with asyncio.timeout(within / 2):
+                went = await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
         except (RedisError, OSError) as error:
             _log.warning("hand_over_failed", jobs=len(ended), error=type(error).__name__)
             return

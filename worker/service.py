@@ -32,6 +32,9 @@ from worker.vllm.upstream import Endpoint, Upstream
 
 _LONGEST_BLOCK = 1.0
 
+_LAST_STEPS = 10.0
+"""Seconds from the end of the drain to that of the process, also where Redis does not answer."""
+
 _log = structlog.get_logger()
 
 
@@ -123,8 +126,8 @@ class Service:
             try:
                 self._serve_metrics()
                 if await self._begin():
-                    await self._work()
-                    await self._sign_off()
+                    deadline = await self._work()
+                    await self._sign_off(deadline)
             finally:
                 for signum in (signal.SIGTERM, signal.SIGINT):
                     loop.remove_signal_handler(signum)
@@ -171,24 +174,32 @@ class Service:
         )
         return True
 
-    async def _work(self) -> None:
+    async def _work(self) -> float:
+        """Until told to leave; gives when the process is to have ended, by the monotonic clock."""
+        deadline = float("inf")
         async with asyncio.TaskGroup() as group:
             claiming = [group.create_task(self._claims.read(rank, q)) for rank, q in enumerate(self._settings.queues)]
             claiming.append(group.create_task(self._claims.take_over()))
-            for work in (self._publisher.run, self._hints.run, self._keeper.keep_leases, self._keeper.keep_house):
-                group.create_task(work())
+            working = (self._publisher.run, self._hints.run, self._keeper.keep_leases, self._keeper.keep_house)
+            parts = [group.create_task(work()) for work in working]
             watching = group.create_task(self._upstream.watch())
             try:
                 await self._leaving.wait()
                 _log.info("worker_draining", running=len(self._leases))
+                drained = time.monotonic() + self._settings.drain_timeout
                 await asyncio.wait(claiming)  # what they still bring is drained or handed over with the rest
-                await self._drain()
-                await self._leases.hand_over()
+                await self._drain(drained)
+                deadline = time.monotonic() + _LAST_STEPS
+                await self._leases.hand_over(_LAST_STEPS)
             finally:  # also when one of them failed: a cancellation alone may be lost in redis-py
                 self._claims.leave()
                 for part in (self._keeper, self._hints, self._publisher):
                     part.leave()
                 watching.cancel()
+            await asyncio.wait(parts, timeout=max(0, deadline - time.monotonic()))
+            for task in parts:
+                task.cancel()
+        return deadline
 
     def _line(self) -> WorkerLine:
         return WorkerLine(
@@ -202,9 +213,8 @@ class Service:
             paused=self._claims.paused,
         )
 
-    async def _drain(self) -> None:
-        """Let running jobs end, for as long as there is time."""
-        deadline = time.monotonic() + self._settings.drain_timeout
+    async def _drain(self, deadline: float) -> None:
+        """Let running jobs end, for as long as there is time by the monotonic clock."""
         at_once = asyncio.ensure_future(self._at_once.wait())
         while self._leases and not at_once.done() and (left := deadline - time.monotonic()) > 0:
             self._leases.changed.clear()
@@ -213,11 +223,12 @@ class Service:
             changed.cancel()
         at_once.cancel()
 
-    async def _sign_off(self) -> None:
-        """Leave no trace of this worker in Redis."""
+    async def _sign_off(self, deadline: float) -> None:
+        """Leave no trace of this worker in Redis, if it answers in time."""
         try:
-            await self._ledger.leave(self._name)
-            await self._jobs.leave(self._settings.queues)
+            async with asyncio.timeout(max(0, deadline - time.monotonic())):
+                await self._ledger.leave(self._name)
+                await self._jobs.leave(self._settings.queues)
         except (RedisError, OSError) as error:
             _log.warning("leave_failed", error=type(error).__name__)
 
