@@ -22,6 +22,11 @@ async def test_a_reader_is_granted_half_of_what_is_free_and_leaves_the_rest_to_o
     assert [await slots.reserve(rank) for rank in (0, 1, 0, 1)] == [4, 2, 1, 1]
 
 
+async def test_one_read_brings_few_jobs_however_many_slots_are_free() -> None:
+    slots = Slots(1000)
+    assert [await slots.reserve(0) for _ in range(3)] == [16, 16, 16]
+
+
 async def test_no_more_is_granted_than_there_is() -> None:
     slots = Slots(5)
     assert sum([await slots.reserve(0) for _ in range(4)]) == 5

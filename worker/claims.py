@@ -26,7 +26,7 @@ does not answer."""
 
 _BEFORE_ALL_QUEUES = -1
 _SCAN_EVERY = 0.5
-"""Seconds: what a worker hands over as it leaves goes on within one."""
+"""Seconds: what a worker hands over as it leaves goes on within one. After a find more is looked for at once."""
 
 _LOOK_AGAIN = 0.5
 """Seconds until a Redis that takes no writes is asked again."""
@@ -82,9 +82,18 @@ class Claims:
         """Take jobs whose worker has let their lease run out, until told to leave."""
         pause = min(_SCAN_EVERY, self._settings.lease / 3)
         backoff = Backoff("take_over_failed", first=pause)
-        while await self._rest(pause):
+        took = False
+
+        async def take(queue: str, count: int) -> list[Delivery]:
+            nonlocal took
+            deliveries = await self._jobs.take_expired(queue, count)
+            took = took or bool(deliveries)
+            return deliveries
+
+        while await self._rest(0 if took else pause):
+            took = False
             for queue in self._settings.queues:
-                await self._fill(_BEFORE_ALL_QUEUES, backoff, partial(self._jobs.take_expired, queue))
+                await self._fill(_BEFORE_ALL_QUEUES, backoff, partial(take, queue))
 
     async def _fill(self, rank: int, backoff: Backoff, take: Callable[[int], Awaitable[list[Delivery]]]) -> bool:
         """Wait for free slots and take jobs for them, once; false when no more are to be taken."""

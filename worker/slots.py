@@ -5,6 +5,9 @@ import asyncio
 _OLDEST_EVERY = 8
 """One grant in so many goes to whoever has waited longest, lest the less important starve."""
 
+_AT_ONCE = 16
+"""The most jobs of one read: each may hold megabytes, and a process that dies of one takes the others along."""
+
 
 class Slots:
     """Counts free slots and hands them to whoever takes jobs; a lower rank is more important."""
@@ -45,6 +48,6 @@ class Slots:
 
     def _grant(self) -> int:
         # Half of what is free: a reader that waits on an empty queue leaves slots to the others.
-        count = max(1, self._free // 2)
+        count = min(_AT_ONCE, max(1, self._free // 2))
         self._free -= count
         return count
