@@ -5,25 +5,38 @@ import asyncio
 import pytest
 
 from worker.broker.jobs import Delivery
-from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Opened, Restarted, Started
+from worker.broker.log import TokenLog
+from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
-from worker.suspects import Turns, failures, is_suspect
+from worker.suspects import Turns, failures, goal_of, is_doubtful, is_suspect
 
 
-def log(*steps: int | str | Entry) -> list[Entry]:
-    """A log of one job: a number is a delivery that came to a claim, `delta` and `retry` what an owner wrote."""
+def log(*steps: int | str) -> list[Entry]:
+    """A log of one job: a number is a delivery that came to a claim, the rest what an owner wrote.
+
+    `d` is a delta, `-` begins the answer again, `+` goes on with it, `retry` claims a next attempt and begins again.
+    """
     entries: list[Entry] = []
     attempt = n = 0
     for step in steps:
-        attempt, n = (attempt, n + 1) if step == "delta" else (attempt + 1, 0)
+        begins = isinstance(step, int) or step == "retry"
+        attempt, n = (attempt + 1, 0) if begins else (attempt, n + 1)
         where = EntryId(attempt, n)
         match step:
-            case Entry():
-                entries.append(step)
-            case "delta":
-                entries += [Opened(id=where), Delta(id=where, content="x")]
+            case "d":
+                entries.append(Delta(id=where, content="x"))
+            case "-":
+                entries.append(Restarted(id=where))
+            case "+":
+                entries.append(Resumed(id=where, after=str(where)))
+            case "resumed after the first":
+                entries.append(Resumed(id=where, after="1-1"))
             case "retry":
-                entries += [Claimed(id=where, queue="default", job="5-0", reason="gap_timeout"), Restarted(id=where)]
+                n += 1
+                entries += [
+                    Claimed(id=where, queue="default", job="5-0", reason="gap_timeout"),
+                    Restarted(id=EntryId(attempt, n)),
+                ]
             case int() if attempt == 1:
                 entries.append(Started(id=where, queue="default", job="5-0", delivery=step))
             case int():
@@ -45,19 +58,43 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
         (log(1, 2, 2, 2), 3, 2),  # a death, two deploys, a death
         (log(1), 9, 1),  # one death; the replies of all other XAUTOCLAIMs were lost
         (log(1, 4), 7, 2),
-        (log(1, 2, 3, "delta"), 4, 0),  # whoever died last had got somewhere
-        (log(1, 2, "delta", 3), 4, 1),
+        (log(1, 2, 3, "d"), 4, 0),  # whoever died last had got somewhere
+        (log(1, 2, "d", 3), 4, 1),
         (log(1, "retry", "retry", "retry"), 2, 1),  # its owner's own tries are no deliveries
         (log(1, "retry", "retry"), 1, 0),
         (log(3), 1, 0),  # the group was made again, and counts from the start
         (log(3, 1), 2, 1),
         ([ANOTHER, *log(1)], 1, 0),  # a job of the same request, whose deliveries are not this one's
         ([*log(1, 2, 3), ANOTHER], 4, 0),
-        ([Opened(id=EntryId(4, 1)), *log(1, 2, 3)[1:]], 4, 2),  # only the end of a log was read
+        (log(1, *"dd", 2, *"-dd", 3, *"-dd"), 4, 2),  # it begins again each time, and dies at the same place
+        (log(1, *"dd", 2, *"-ddd", 3, *"-dddd"), 4, 2),  # about the same
+        (log(1, *"dd", 2, *"-dd", 3, *"-ddddd"), 4, 0),
+        (log(1, *"dd", 2, *"-d", 3, *"-dd", 4), 5, 3),
+        (log(1, *"dd", 2, *"+d", 3), 4, 1),  # what goes on gets further with each delta
+        (log(1, *"dd", 2, "resumed after the first", "d", 3), 4, 2),  # but for tokens that showed no text
+        (log(1, *"dd", "retry", *"dd", 2), 3, 1),  # of its owner's own tries too
     ],
 )
-def test_failures_are_owners_lost_in_a_row_without_a_delta(history: list[Entry], count: int, expected: int) -> None:
+def test_failures_are_owners_lost_in_a_row_who_got_no_further(history: list[Entry], count: int, expected: int) -> None:
     assert failures(history, Delivery("default", "5-0", {}, again=True, count=count)) == expected
+
+
+def test_an_answer_that_begins_again_gets_on_once_it_is_twice_as_far_as_ever() -> None:
+    assert goal_of([]) == 0
+    assert goal_of(log(1, *"ddd", 2, *"-dd", 3, *"-d")) == 6
+    assert goal_of(log(1, *"ddd", 2, *"-dd", 3, *"+dd")) == 8
+    assert goal_of(log(1, *"d", 2, *"-dd")) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "doubtful"),
+    [(1, 5, False), (2, 5, False), (3, 5, True), (1, 2, False), (2, 2, True), (2, 1, True)],
+)
+def test_a_job_is_doubtful_once_its_deliveries_could_make_it_a_suspect(
+    *, count: int, most: int, doubtful: bool
+) -> None:
+    assert is_doubtful(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
+    assert not is_doubtful(Delivery("default", "5-0", {}, count=count), most), "the first to have it"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +103,34 @@ def test_failures_are_owners_lost_in_a_row_without_a_delta(history: list[Entry],
 )
 def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: int, most: int, alone: bool) -> None:
     assert is_suspect(failed, most) is alone
+
+
+class Nowhere:
+    """Takes what a log has to write."""
+
+    def wake(self, log: TokenLog) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("goal", "written", "behind"),
+    [
+        (0, ["opened", "delta"], 1),
+        (3, ["resumed", "delta"], 1),
+        (2, ["restarted", "delta", "delta", "delta"], 3),
+        (0, ["restarted", "delta"], 1),
+    ],
+)
+async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
+    goal: int, written: list[str], behind: int
+) -> None:
+    log = TokenLog("r", "key", "feed", 2, Nowhere(), goal)
+    for kind in written:
+        log.append({"type": kind})
+    log.take_accepted(behind)
+    assert not log.progress.done()
+    log.take_accepted(len(written))
+    assert log.progress.done()
 
 
 async def test_turns_are_taken_one_after_another() -> None:

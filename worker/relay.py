@@ -18,18 +18,31 @@ from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefus
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.publisher import Publisher
 from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Claimed, Entry, Failed, Started, Terminal, to_fields
+from worker.contract.entries import BURIED, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
-from worker.contract.job import InvalidJob, Job, check_limits, digest, parse_job, request_id_of, with_limit
+from worker.contract.job import (
+    INVALID,
+    InvalidJob,
+    Job,
+    check_limits,
+    digest,
+    parse_job,
+    request_id_of,
+    times_of,
+    with_limit,
+)
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation, Request, Stop, Stopped, drained
 from worker.settings import Settings
-from worker.suspects import Turn, Turns, failures, is_suspect
+from worker.suspects import Turn, Turns, failures, goal_of, is_doubtful, is_suspect
 from worker.telemetry.metrics import Metrics
 from worker.vllm.upstream import Upstream
 
 _DAY_MS = 24 * 3600 * 1000
+
+_UNREAD = InvalidJob("the job is not read yet")
+"""In the place of a job that may kill whoever reads it: its log is claimed first, so that a death in it counts."""
 
 _log = structlog.get_logger()
 
@@ -90,13 +103,13 @@ class Relay:
 
     async def _is_suspect(self, request: Request) -> bool:
         """Whether the job may be what killed the workers that had it, and so is to run alone."""
-        if not request.delivery.again:
+        if request.job is not _UNREAD:
             return False
         try:
-            latest = await persist(lambda: self._owner.latest(request.id), request.stop)
+            history = await persist(lambda: self._owner.read(request.id), request.stop)
         except ResponseError:  # what Redis has against this log is heard when it is taken
             return False
-        return is_suspect(failures(latest, request.delivery), self._settings.max_deliveries)
+        return is_suspect(failures(history, request.delivery), self._settings.max_deliveries)
 
     async def _take(self, request: Request, turn: Turn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
@@ -114,6 +127,7 @@ class Relay:
         match taken:
             case Owned():
                 if turn is not None:
+                    taken.log.goal = goal_of(taken.history)
                     taken.log.progress.add_done_callback(turn.end)
                 await self._own(request, taken)
             case Ended():
@@ -136,6 +150,7 @@ class Relay:
                 standing = await self._seal(request, log, _buried(reason, log.attempt))
                 await self._settle(request, await self._whole(request, standing))
                 return
+            request = self._read(request)
             await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
             generation = Generation(
                 self._to_send(request),
@@ -232,8 +247,8 @@ class Relay:
         end = answer.end
         if end is not None:
             await self._confirm(request, end)
-            if isinstance(end, Failed) and end.code == BURIED and not _of_another(answer.started, request.delivery):
-                await self._dead_letter(request.delivery, end.message, request.stop)
+            if reason := _dead_for(request, answer):
+                await self._dead_letter(request.delivery, reason, request.stop)
             await self._lifecycle(request, "finished", answer)
             self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
         await self._done_with(request)
@@ -270,7 +285,7 @@ class Relay:
 
     async def _done_with(self, request: Request) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
-        if isinstance(request.job, InvalidJob):
+        if isinstance(request.job, InvalidJob) and request.job is not _UNREAD:
             await self._bury(request.delivery, str(request.job), request.stop, request.job.code)
         else:
             await self._acknowledge(request.delivery, request.stop)
@@ -295,26 +310,32 @@ class Relay:
 
     def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
         request_id = request_id_of(delivery.fields)
+        unread = is_doubtful(delivery, self._settings.max_deliveries)
         try:
-            job: Job | InvalidJob = self._job(delivery)
-        except InvalidJob as problem:
-            job = problem
-        asked = job if isinstance(job, Job) else None
-        retention = (asked and asked.retention) or self._settings.retention
+            deadline, retention = times_of(delivery.fields)
+        except InvalidJob:
+            deadline = retention = None
+        retention = retention or self._settings.retention
         return Request(
             id=request_id,
             delivery=delivery,
-            job=job,
-            deadline=(asked and asked.deadline) or delivery.enqueued + _DAY_MS,
+            job=_UNREAD if unread else self._job(delivery),
+            deadline=deadline or delivery.enqueued + _DAY_MS,
             retention=retention,
             remember=max(self._settings.remember, retention),
             stop=stop,
         )
 
-    def _job(self, delivery: Delivery) -> Job:
+    def _read(self, request: Request) -> Request:
+        return replace(request, job=self._job(request.delivery)) if request.job is _UNREAD else request
+
+    def _job(self, delivery: Delivery) -> Job | InvalidJob:
         settings = self._settings
-        job = parse_job(delivery.fields, settings.max_request_bytes)
-        check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)
+        try:
+            job = parse_job(delivery.fields, settings.max_request_bytes)
+            check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)
+        except InvalidJob as problem:
+            return problem
         return job
 
     def _to_send(self, request: Request) -> Request:
@@ -336,9 +357,16 @@ def _buried(reason: str, attempt: int) -> Failed:
     return Failed(id=SEAL, attempt=attempt, code=BURIED, message=reason)
 
 
-def _of_another(started: Started | Claimed | None, delivery: Delivery) -> bool:
-    """Whether a log was begun for another job: then that one is the dead letter, not its duplicate."""
-    return started is not None and (started.queue, started.job) != (delivery.queue, delivery.id)
+def _dead_for(request: Request, answer: Answer) -> str:
+    """Why a job is a dead letter, as its seal says; nothing when it is none.
+
+    A log that was begun for another job tells of that one, not of its duplicate. One that does not validate is
+    known by itself, unless it was not read.
+    """
+    end, began, delivery = answer.end, answer.started, request.delivery
+    if not isinstance(end, Failed) or (began and (began.queue, began.job) != (delivery.queue, delivery.id)):
+        return ""
+    return end.message or end.code if end.code == BURIED or (request.job is _UNREAD and end.code in INVALID) else ""
 
 
 def _digest(job: Job | InvalidJob) -> str:

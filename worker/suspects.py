@@ -9,36 +9,59 @@ from collections.abc import Iterable
 from typing import Any
 
 from worker.broker.jobs import Delivery
-from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Started
+from worker.contract.answer import Answer
+from worker.contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
 
 _SUSPECT = 2
+_AGAIN = 2
 
 
 def failures(history: Iterable[Entry], delivery: Delivery) -> int:
-    """How often owners of this job were lost one after another without a delta, up to this delivery.
+    """How often owners of this job were lost one after another and got no further, up to this delivery.
 
     It is read from the log, since Redis's own count also rises when the reply of an XAUTOCLAIM is lost and nobody
     has run the job. A claim with the `delivery` of the one before it was a hand-over, which is no failure; one with a
     greater is one failure, whatever the difference. What an owner claims for its own retry is no delivery.
+
+    An owner got further when it added a delta to what stood. One that had to begin the answer again must have come
+    twice as far as any before it: where a job kills its worker is not quite the same place each time.
     """
     count, last = 0, None
+    answer, most, goal = Answer(), 0, 0
     for entry in history:
-        match entry:
-            case Delta():
+        if isinstance(entry, Restarted):
+            goal = _AGAIN * most
+        elif isinstance(entry, Started | Claimed):
+            if len(answer.deltas) > goal:
                 count, last = 0, None
-            case Claimed() if entry.reason != TAKEOVER:
-                pass
-            case Started() | Claimed() if (entry.queue, entry.job) != (delivery.queue, delivery.id):
+            goal = most = max(most, len(answer.deltas))
+            if (entry.queue, entry.job) != (delivery.queue, delivery.id):
                 count, last = 0, None  # another job of the same request, whose deliveries are its own
-            case Started() | Claimed():
+            elif isinstance(entry, Started) or entry.reason == TAKEOVER:
                 count += _rises(last, entry.delivery)
                 last = entry.delivery
-    return count + _rises(last, delivery.count)
+        answer.add(entry)
+    return 0 if len(answer.deltas) > goal else count + _rises(last, delivery.count)
+
+
+def goal_of(history: Iterable[Entry]) -> int:
+    """How many deltas an answer that begins again must surpass to have got further than before."""
+    answer, most = Answer(), 0
+    for entry in history:
+        if isinstance(entry, Claimed):
+            most = max(most, len(answer.deltas))
+        answer.add(entry)
+    return _AGAIN * max(most, len(answer.deltas))
 
 
 def is_suspect(failed: int, most: int) -> bool:
     """Whether a job is to run alone; `most` is the number of failures that bury it."""
-    return max(1, min(_SUSPECT, most - 1)) <= failed < most
+    return _suspect_from(most) <= failed < most
+
+
+def is_doubtful(delivery: Delivery, most: int) -> bool:
+    """Whether a job may be a suspect, as far as its delivery tells: then its log is looked at before it is read."""
+    return delivery.again and delivery.count > _suspect_from(most)
 
 
 class Turns:
@@ -60,7 +83,7 @@ class Turns:
 
 
 class Turn:
-    """A suspect's time alone, from before its claim until it has shown a delta or has ended, or had its time."""
+    """A suspect's time alone, from before its claim until it has got further or has ended, or had its time."""
 
     def __init__(self, lock: asyncio.Lock, longest: float) -> None:
         self._lock: asyncio.Lock | None = lock
@@ -76,3 +99,7 @@ class Turn:
 
 def _rises(last: int | None, delivery: int) -> int:
     return int(last is not None and delivery > last)
+
+
+def _suspect_from(most: int) -> int:
+    return max(1, min(_SUSPECT, most - 1))

@@ -1,27 +1,53 @@
-"""A worker that dies of a request whose `user` is `poison`, as of one that makes a library crash."""
+"""A worker that dies of a request whose `user` says when, as of one that makes a library crash or uses up the memory.
+
+`unreadable`: as it is read; `poison`: before its first token; `midway`: after some deltas.
+"""
 
 import asyncio
 import os
 
+from worker import relay
+from worker.broker.log import Pending, TokenLog
 from worker.contract.entries import Terminal
-from worker.contract.job import Job
+from worker.contract.job import Job, RawFields
+from worker.contract.job import parse_job as _parse
 from worker.generation import Generation
 from worker.service import Service
 from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
 
 _healthy = Generation.end
+_take = TokenLog.take_accepted
+_midway: set[str] = set()
+
+
+def _parse_job(fields: RawFields, max_request_bytes: int) -> Job:
+    if b'"unreadable"' in fields.get(b"request", b""):
+        os._exit(1)
+    return _parse(fields, max_request_bytes)
 
 
 async def _end(self: Generation) -> Terminal:
     job = self._request.job
-    if isinstance(job, Job) and job.request.get("user") == "poison":
+    user = job.request.get("user") if isinstance(job, Job) else None
+    if user == "midway":
+        _midway.add(self._request.id)
+    if user == "poison":
         await asyncio.sleep(0.05)  # the jobs beside it have begun by then, and have no token yet
         os._exit(1)
     return await _healthy(self)
 
 
-if __name__ == "__main__":
-    Generation.end = _end  # type: ignore[method-assign]  # in this process only
+def _take_accepted(self: TokenLog, upto: int) -> list[Pending]:
+    taken = _take(self, upto)
+    if self.request_id in _midway and upto > 8:
+        os._exit(1)
+    return taken
+
+
+if __name__ == "__main__":  # in this process only
+    relay.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
+    Generation.end = _end  # type: ignore[method-assign]
+    TokenLog.take_accepted = _take_accepted  # type: ignore[method-assign]
     configure_logging("json", "info")
     asyncio.run(Service(load_settings()).run())

@@ -15,7 +15,6 @@ from worker.contract.ids import SEAL
 from worker.sandbox.simulator import Options, Orders, Simulator
 
 INNOCENT = 20
-DELIVERIES = 3
 WORKER = Path(__file__).parent / "poisoned_worker.py"
 STORY = [{"role": "user", "content": "Tell me a story"}]
 
@@ -31,34 +30,61 @@ async def lifecycle_of(redis: Redis, request_id: str) -> list[bytes]:
     return [line[b"type"] for line in lines if line[b"id"] == request_id.encode()]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("kind", "more", "deliveries", "deaths"),
+    [
+        ("poison", {}, 3, 3),
+        ("unreadable", {}, 3, 3 + 2),  # the first two owners read it before they began the log
+        # An answer that begins again each time, and dies at about the same place: the first time counts as progress.
+        ("midway", {"n": 2, "max_tokens": 30}, 5, 1 + 5),
+    ],
+)
 async def test_a_job_that_kills_its_worker_each_time_is_buried_alone(
-    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+    kind: str,
+    more: dict[str, object],
+    deliveries: int,
+    deaths: int,
+    client: Client,
+    redis: Redis,
+    start_simulator: StartSimulator,
+    start_process: StartProcess,
 ) -> None:
     """All are taken in one read, so each death takes the innocent along until the poison runs alone."""
-    simulator = await start_simulator(Options(orders=Orders(rate=0, first_token=0.1)))
-    request: dict[str, object] = {"model": "reciter", "messages": STORY, "max_tokens": 5}
-    poison = await client.enqueue(request | {"user": "poison"})
+    simulator = await start_simulator(Options(orders=Orders(rate=50 if kind == "midway" else 0, first_token=0.1)))
+    request: dict[str, object] = {"model": "reciter", "messages": STORY, "max_tokens": 5} | more
+    poison = await client.enqueue(request | {"user": kind})
     innocent = [await client.enqueue(request) for _ in range(INNOCENT)]
 
-    settings = {"program": [str(WORKER)], "lease": 1, "slots": 4 * INNOCENT, "max_deliveries": DELIVERIES}
-    for _ in range(DELIVERIES):
-        assert await asyncio.to_thread(start_process(simulator, **settings).wait) == 1
-    last = start_process(simulator, **settings)
-    answer = await client.result(poison)
+    settings = {"program": [str(WORKER)], "lease": 1, "slots": 4 * INNOCENT, "max_deliveries": deliveries}
+    buried = asyncio.create_task(client.result(poison))
+    died = 0
+    while True:
+        last = start_process(simulator, **settings)
+        death = asyncio.create_task(asyncio.to_thread(last.wait))
+        await asyncio.wait({death, buried}, return_when=asyncio.FIRST_COMPLETED)
+        if buried.done():
+            break
+        assert death.result() == 1
+        died += 1
+        assert died < 20, "it kills one worker after the other"
+    answer = buried.result()
     answers = await asyncio.gather(*map(client.result, innocent))
     await eventually(lambda: nothing_pending(redis))
 
+    assert died == deaths
     end = answer.end
     assert isinstance(end, Failed)
     assert end.code == "buried"
-    assert f"{DELIVERIES} times without progress" in end.message
+    assert f"{deliveries} times without progress" in end.message
     assert [answer.outcome for answer in answers] == ["done"] * INNOCENT
     ((_, letter),) = await stream(redis, "chat:dead")
     assert json.loads(letter[b"fields"])["id"] == poison
     assert letter[b"reason"].decode() == end.message
     assert (await lifecycle_of(redis, poison))[-1] == b"finished"
     assert last.poll() is None, "the one that buried it lives"
+    last.terminate()
+    await death
 
 
 async def begun(client: Client, redis: Redis, *entries: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, TypeAlias
 
-from worker.contract.entries import Delta, Fields
+from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 
 Pending: TypeAlias = tuple[int, str, Fields, bytes]
@@ -56,10 +56,13 @@ class TokenLog:
     feed: str
     attempt: int
     sink: Sink
+    goal: int = 0
+    """How many deltas it must surpass to have got on, where the answer begins again."""
     accepted: EntryId = field(init=False)
     lost: asyncio.Future[LogLost] = field(init=False)
     progress: asyncio.Future[None] = field(init=False)
-    """Done once Redis has accepted a delta of this owner."""
+    """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""
+    _behind: int = field(init=False, default=0)
     _key: bytes = field(init=False)
     _pending: deque[Pending] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
@@ -102,12 +105,21 @@ class TokenLog:
             entry = pending.popleft()
             self._bytes -= len(entry[-1])
             taken.append(entry)
-        if not self.progress.done() and any(fields["type"] == Delta.type for _, _, fields, _ in taken):
-            self.progress.set_result(None)
+        if not self.progress.done():
+            self._look_for_progress(taken)
         self.accepted = max(self.accepted, EntryId(self.attempt, upto))
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self._release()
         return taken
+
+    def _look_for_progress(self, taken: list[Pending]) -> None:
+        for _, _, fields, _ in taken:
+            if fields["type"] == Restarted.type:
+                self._behind = self.goal
+            elif fields["type"] == Delta.type:
+                self._behind -= 1
+        if self._behind < 0:
+            self.progress.set_result(None)
 
     def reconcile(self, tail: EntryId | None) -> list[Pending]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""

@@ -34,8 +34,6 @@ from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
-_LATEST = 64
-
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 _WAIT_MS = 1000
@@ -124,11 +122,6 @@ class Owner:
                 return refusal
             if await self._claim(request_id, attempt + 1, delivery, TAKEOVER, delivery.count):
                 return await self._owned(request_id, attempt + 1)
-
-    async def latest(self, request_id: str) -> list[Entry]:
-        """The end of a log, for a look at it that decides nothing."""
-        raw = await self._redis.xrevrange(self._keys.tokens(request_id), count=_LATEST)
-        return [_read(entry) for entry in reversed(cast("list[_RawEntry]", raw))]
 
     async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
         """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.

@@ -15,6 +15,9 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_RETENTION = 30 * 24 * 3600
 """The longest that a job may have its log kept, in seconds."""
 
+INVALID = ("invalid_job", "job_too_large")
+"""The codes of an `InvalidJob`."""
+
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 
 RawFields: TypeAlias = Mapping[bytes, bytes]
@@ -99,6 +102,18 @@ def request_id_of(fields: RawFields) -> str:
     return text
 
 
+def times_of(fields: RawFields) -> tuple[int | None, int | None]:
+    """A job's deadline (Unix ms) and retention (seconds), without a look at its request.
+
+    Raises:
+        InvalidJob: when one of them cannot be.
+    """
+    return (
+        _whole(fields, "deadline", "a time in Unix milliseconds"),
+        _whole(fields, "retention", f"a number of seconds up to {MAX_RETENTION}", MAX_RETENTION),
+    )
+
+
 def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> Job:
     """Read a job from the fields of its stream entry. Fields that are not in the contract are passed over.
 
@@ -109,11 +124,12 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
     if version != str(VERSION):
         raise InvalidJob(f"the job's v is {version!r}: this worker speaks version {VERSION} of the contract")
     fallbacks = _strings(_text(fields, "fallbacks"))
+    deadline, retention = times_of(fields)
     return Job(
         id=request_id_of(fields),
         request=_request(fields, max_request_bytes),
-        deadline=_whole(fields, "deadline", "a time in Unix milliseconds"),
-        retention=_whole(fields, "retention", f"a number of seconds up to {MAX_RETENTION}", MAX_RETENTION),
+        deadline=deadline,
+        retention=retention,
         fallbacks=fallbacks,
         tenant=_text(fields, "tenant"),
         traceparent=_text(fields, "traceparent"),
