@@ -19,6 +19,7 @@ from worker import (
     Unavailable,
     UnknownRequest,
 )
+from worker.client import JobOptions
 from worker.contract.ids import SEAL
 from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
@@ -33,6 +34,18 @@ async def test_the_same_request_under_the_same_id_is_enqueued_once(client: Clien
     again = {"messages": ASK["messages"], "model": "reciter"}
     assert await client.enqueue(ASK, id="mine") == await client.enqueue(again, id="mine") == "mine"
     assert await redis.xlen("chat:jobs") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [("half an emoji: \ud83d", {}), ("Hi", {"tenant": "\ud83d"}), ("Hi", {"fallbacks": ["\ud83d"]})],
+)
+async def test_text_that_is_not_unicode_is_no_job(
+    content: str, options: JobOptions, client: Client, redis: Redis
+) -> None:
+    with pytest.raises(InvalidJob, match="text that is not Unicode"):
+        await client.enqueue({"messages": [{"role": "user", "content": content}]}, **options)
+    assert not await redis.exists("chat:jobs")
 
 
 async def test_many_at_once_under_one_id_are_one_job(client: Client, redis: Redis) -> None:

@@ -90,7 +90,11 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> Job
         retry_of=options.get("retry_of", ""),
     )
     # What a worker would refuse is refused here; the size limit is the worker's own.
-    parse_job({name.encode(): value.encode() for name, value in job.to_fields().items()}, _NO_LIMIT)
+    try:
+        fields = {name.encode(): value.encode() for name, value in job.to_fields().items()}
+    except UnicodeEncodeError:
+        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: mend it there") from None
+    parse_job(fields, _NO_LIMIT)
     queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
     if not is_queue_name(queue):
         raise InvalidJob(f"the queue {queue[:80]!r} cannot be: its name must be 1 to 64 characters of A-Za-z0-9_-")
