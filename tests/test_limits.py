@@ -35,6 +35,29 @@ async def test_a_job_above_a_limit_ends_with_a_message_and_is_not_sent(
     assert not simulator.served
 
 
+async def test_a_job_that_does_not_validate_leaves_little_behind(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator)
+    large = {
+        "tenant": "t" * 500_000,
+        "unknown": "u" * 500_000,
+        "request": json.dumps(ASK | {"n": 0, "x": "x" * 500_000}),
+    }
+    await redis.xadd("chat:jobs", large | {"id": "bad"})  # type: ignore[arg-type]  # invariant
+
+    async def settled() -> bool:
+        return (
+            (await client.status("bad")).outcome == "error"
+            and len(await stream(redis, "chat:lifecycle")) == 2
+            and bool(await redis.xlen("chat:dead"))
+        )
+
+    await eventually(settled)
+    kept = [*await stream(redis, "chat:dead"), *await stream(redis, "chat:lifecycle")]
+    assert sum(len(value) for _, fields in kept for value in fields.values()) < 40_000
+
+
 async def test_an_answer_is_as_long_as_the_limit_where_the_job_does_not_say(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:

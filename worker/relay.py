@@ -22,6 +22,7 @@ from worker.contract.entries import BURIED, Entry, Failed, Started, Terminal, to
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import (
     INVALID,
+    MAX_BESIDE_BYTES,
     InvalidJob,
     Job,
     check_limits,
@@ -302,8 +303,9 @@ class Relay:
     ) -> None:
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
         self._metrics.buried.inc()
-        largest = self._settings.max_request_bytes
-        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), largest), stop)
+        # One that does not validate is of no use as it is, and anybody may add as many of these as there are.
+        most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
+        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
 
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         await persist(lambda: self._jobs.acknowledge(delivery), stop)

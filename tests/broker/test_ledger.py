@@ -39,10 +39,33 @@ async def test_a_job_is_buried_once_ready_to_be_put_back(ledger: Ledger, fake: R
 
 
 async def test_a_field_above_the_limit_is_cut(ledger: Ledger, fake: Redis) -> None:
-    await ledger.bury(JOB, "too large", 7, largest=2999)
+    await ledger.bury(JOB, "too large", 7, most=2999)
     ((_, letter),) = await stream(fake, "chat:dead")
     assert len(json.loads(letter[b"fields"])["request"]) == 1024
     assert json.loads(letter[b"cut"]) == ["request"]
+
+
+async def test_of_a_job_above_the_limit_only_what_is_in_the_contract_is_kept(ledger: Ledger, fake: Redis) -> None:
+    unknown = {b"unknown %d" % n: b"x" * 3000 for n in range(100)}
+    await ledger.bury(Delivery("default", "5-1", unknown | {**JOB.fields}), "too large", 7, 5000)
+    ((_, letter),) = await stream(fake, "chat:dead")
+    assert json.loads(letter[b"fields"]) == {"id": "\ufffd", "request": "x" * 3000}
+    assert b"cut" not in letter
+
+
+async def test_what_takes_more_room_as_text_is_cut_by_that(ledger: Ledger, fake: Redis) -> None:
+    for number, byte in enumerate((b"\0", b"\xff", b'"')):
+        job = Delivery("default", f"{number}-1", {b"id": b"r", b"request": byte * 4000})
+        await ledger.bury(job, "no JSON", 7, 5000)
+    letters = [fields for _, fields in await stream(fake, "chat:dead")]
+    assert [b"cut" in letter for letter in letters] == [True, True, False], "a quote takes two bytes"
+    assert all(len(letter[b"fields"]) <= 10_000 for letter in letters)
+
+
+async def test_the_newest_thousand_letters_are_kept(ledger: Ledger, fake: Redis) -> None:
+    for number in range(1200):
+        await ledger.bury(Delivery("default", f"{number}-1", JOB.fields), "why", 7, 5000)
+    assert 1000 <= await fake.xlen("chat:dead") < 1200
 
 
 async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger, fake: Redis) -> None:

@@ -69,7 +69,7 @@ _TIME = st.none() | st.integers(1, 2**53 - 1)
 _SPAN = st.none() | st.integers(1, 30 * 24 * 3600)
 
 
-@given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _SPAN, st.lists(_TEXT, max_size=3), _TEXT)
+@given(_NAME, st.dictionaries(_TEXT, st.none() | _TEXT), _TIME, _SPAN, st.lists(_TEXT.filter(bool), max_size=3), _TEXT)
 def test_a_job_is_read_back_from_its_fields(
     name: str, more: dict[str, Any], deadline: int | None, retention: int | None, fallbacks: list[str], tenant: str
 ) -> None:
@@ -134,6 +134,16 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (GOOD | {b"fallbacks": b"small"}, "the job's fallbacks is not a JSON list of model names: "),
         (GOOD | {b"fallbacks": b"[1]"}, "the job's fallbacks is not a JSON list of model names: "),
         (GOOD | {b"fallbacks": b"{}"}, "the job's fallbacks is not a JSON list of model names: "),
+        (
+            GOOD | {b"fallbacks": b'["small",""]'},
+            "one has no name or a long one: at most 8 models of 1 to 256 characters",
+        ),
+        (GOOD | {b"fallbacks": msgspec.json.encode(["m" * 257])}, "one has no name or a long one"),
+        (GOOD | {b"fallbacks": msgspec.json.encode(["m"] * 9)}, "the job's fallbacks are too many"),
+        (with_request(model="m" * 257), "the request's model is a name of 257 characters: at most 256 are taken"),
+        (GOOD | {b"tenant": b"t" * 257}, "the job's tenant has 257 characters: at most 256 are taken"),
+        (GOOD | {b"traceparent": b"t" * 257}, "the job's traceparent has 257 characters"),
+        (GOOD | {b"v": b"1" * 257}, "the job's v has 257 characters"),
         (GOOD | {b"tenant": b"\xff"}, "the job's tenant is not UTF-8"),
         (GOOD | {b"retry_of": b"no/id"}, "the job's retry_of is 'no/id': it must be the id of a request"),
         (GOOD | {b"traceparent": b"\xff"}, "the job's traceparent is not UTF-8"),
@@ -168,6 +178,18 @@ def test_the_limit_of_a_request_counts_its_bytes() -> None:
     code, text = told(GOOD, size - 1)
     assert code == "job_too_large"
     assert text == f"the request has {size} bytes, above the limit of {size - 1} (WORKER_MAX_REQUEST_BYTES)"
+
+
+def test_what_a_job_says_beside_its_request_is_limited_too() -> None:
+    names = "m" * 256
+    largest = {b"fallbacks": msgspec.json.encode([names] * 8), b"tenant": names.encode(), b"unknown": b"x" * 10_000}
+    assert len(parse_job(GOOD | largest, 100).fallbacks) == 8
+    code, text = told(GOOD | {b"tenant": b"t" * 20_000}, 100)
+    assert code == "job_too_large"
+    assert text.startswith("the job has 20")
+    assert text.endswith("above the limit of 16484 (16384 more than WORKER_MAX_REQUEST_BYTES)")
+    assert told(GOOD | {b"unknown %d" % n: b"x" * 1000 for n in range(20)}, 100)[0] == "job_too_large"
+    assert told(GOOD | {b"n" * 20_000: b""}, 100)[0] == "job_too_large"
 
 
 def test_the_default_limit_is_four_mebibytes() -> None:

@@ -9,11 +9,12 @@ from redis.asyncio import Redis
 
 from worker.broker.jobs import Delivery
 from worker.contract.entries import Fields, to_json
+from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
 from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
 
 _LIFECYCLE_LENGTH = 100_000
-_DEAD_LENGTH = 10_000
+_DEAD_LENGTH = 1000
 _LATEST = 50
 _CUT = 1024
 
@@ -29,10 +30,11 @@ class Ledger:
         """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
         await _add(self._redis, self._keys.lifecycle, line.to_fields(), _LIFECYCLE_LENGTH)
 
-    async def bury(self, delivery: Delivery, reason: str, time: int, largest: int) -> None:
+    async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.
 
-        It is kept as it was, ready to be put back, but for fields of more than `largest` bytes, which are cut.
+        It is kept as it was, ready to be put back, where it has at most so many bytes. Else what is not in the
+        contract is left out, and if that does not do, long fields are cut. The newest thousand letters are kept.
 
         All letters since the job was added are looked at only when another worker had the job before; otherwise the
         latest, for the case that this is repeated after a lost reply.
@@ -42,16 +44,8 @@ class Ledger:
             seen = cast("Mapping[bytes, bytes]", fields)
             if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
                 return
-        letter = DeadLetter(
-            reason=reason,
-            queue=delivery.queue,
-            job=delivery.id,
-            time=time,
-            fields=_readable(delivery.fields, largest),
-            cut=tuple(
-                name.decode("utf-8", "replace") for name, value in delivery.fields.items() if len(value) > largest
-            ),
-        )
+        kept, cut = _kept(delivery.fields, most)
+        letter = DeadLetter(reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=kept, cut=cut)
         await _add(self._redis, self._keys.dead, letter.to_fields(), _DEAD_LENGTH)
 
     async def forget(self, before: int) -> None:
@@ -97,11 +91,22 @@ def _beat_of(raw: bytes | str) -> int:
         return 0  # no worker's line: as stale as can be
 
 
-def _readable(fields: Mapping[bytes, bytes], largest: int) -> Fields:
-    return {
-        name.decode("utf-8", "replace"): (value if len(value) <= largest else value[:_CUT]).decode("utf-8", "replace")
-        for name, value in fields.items()
-    }
+def _kept(fields: RawFields, most: int) -> tuple[Fields, tuple[str, ...]]:
+    """What a letter holds of a job, and which fields of it are cut.
+
+    JSON that is text in JSON takes up to twice its bytes, what is no JSON may take more.
+    """
+    known = {name: fields[name] for name in FIELDS if name in fields}
+    for whole in (fields, known):
+        if size_of(whole) <= most and len(to_json(readable := _readable(whole)).encode()) <= 2 * most:
+            return readable, ()
+    longest = min(_CUT, most)
+    cut = tuple(name.decode() for name, value in known.items() if len(value) > longest)
+    return _readable({name: value[:longest] for name, value in known.items()}), cut
+
+
+def _readable(fields: RawFields) -> Fields:
+    return {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
 
 
 async def _add(redis: Redis, key: str, fields: Fields, length: int) -> None:

@@ -12,8 +12,18 @@ from worker.contract.ids import VERSION, is_request_id
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """The default limit of a job's `request`, in bytes."""
 
+MAX_BESIDE_BYTES = 16 * 1024
+"""What all else of a job may add to that, names of fields included; fields that are not in the contract count too."""
+
+MAX_FALLBACKS = 8
+MAX_NAME = 256
+"""The longest name of a model, tenant or `traceparent`, in characters."""
+
 MAX_RETENTION = 30 * 24 * 3600
 """The longest that a job may have its log kept, in seconds."""
+
+FIELDS = (b"v", b"id", b"request", b"deadline", b"retention", b"fallbacks", b"tenant", b"traceparent", b"retry_of")
+"""The fields of a job that are in the contract."""
 
 INVALID = ("invalid_job", "job_too_large")
 """The codes of an `InvalidJob`."""
@@ -120,7 +130,14 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
     Raises:
         InvalidJob: with what is wrong and how to mend it.
     """
-    version = _text(fields, "v") or str(VERSION)
+    size, most = size_of(fields), max_request_bytes + MAX_BESIDE_BYTES
+    if size > most:
+        raise InvalidJob(
+            f"the job has {size} bytes in all, above the limit of {most} ({MAX_BESIDE_BYTES} more than "
+            "WORKER_MAX_REQUEST_BYTES)",
+            code="job_too_large",
+        )
+    version = _name(fields, "v") or str(VERSION)
     if version != str(VERSION):
         raise InvalidJob(f"the job's v is {version!r}: this worker speaks version {VERSION} of the contract")
     fallbacks = _strings(_text(fields, "fallbacks"))
@@ -131,10 +148,15 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
         deadline=deadline,
         retention=retention,
         fallbacks=fallbacks,
-        tenant=_text(fields, "tenant"),
-        traceparent=_text(fields, "traceparent"),
+        tenant=_name(fields, "tenant"),
+        traceparent=_name(fields, "traceparent"),
         retry_of=_retry_of(_text(fields, "retry_of")),
     )
+
+
+def size_of(fields: RawFields) -> int:
+    """The bytes of a job's fields, names and values."""
+    return sum(len(name) + len(value) for name, value in fields.items())
 
 
 def check_request(request: object) -> Object:
@@ -148,6 +170,9 @@ def check_request(request: object) -> Object:
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidJob('the request has no messages: give a list such as [{"role": "user", "content": "Hello"}]')
+    model = request.get("model")
+    if isinstance(model, str) and len(model) > MAX_NAME:
+        raise InvalidJob(f"the request's model is a name of {len(model)} characters: at most {MAX_NAME} are taken")
     forbidden = [name for name in _FORBIDDEN if name in request]
     extra = request.get("vllm_xargs")
     if isinstance(extra, dict):
@@ -228,6 +253,13 @@ def _text(fields: RawFields, name: str) -> str:
         raise InvalidJob(f"the job's {name} is not UTF-8") from error
 
 
+def _name(fields: RawFields, name: str) -> str:
+    text = _text(fields, name)
+    if len(text) > MAX_NAME:
+        raise InvalidJob(f"the job's {name} has {len(text)} characters: at most {MAX_NAME} are taken")
+    return text
+
+
 def _whole(fields: RawFields, name: str, what: str, most: int = 2**53 - 1) -> int | None:
     text = _text(fields, name)
     if not text:
@@ -248,6 +280,12 @@ def _strings(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     try:
-        return tuple(msgspec.json.decode(text, type=list[str]))
+        names = tuple(msgspec.json.decode(text, type=list[str]))
     except msgspec.DecodeError as error:
         raise InvalidJob(f"the job's fallbacks is not a JSON list of model names: {error}") from error
+    if len(names) > MAX_FALLBACKS or not all(0 < len(name) <= MAX_NAME for name in names):
+        raise InvalidJob(
+            f"the job's fallbacks are too many, or one has no name or a long one: at most {MAX_FALLBACKS} models of "
+            f"1 to {MAX_NAME} characters are taken"
+        )
+    return names
