@@ -77,6 +77,33 @@ async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simul
     return service
 
 
+async def test_the_seal_tells_what_was_used_by_then_and_the_lifecycle_all_of_it(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await worker_before(start_worker, redis, await start_simulator(Options(orders=Orders(rate=100))))
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=3)
+    await client.cancel(request_id)
+    line = await settled(redis)
+    answer = await read(redis, request_id)
+    assert answer.end
+    assert answer.end.model == "reciter"
+    said = answer.end.usage["completion_tokens"]
+    assert isinstance(said, int)
+    tokens = sum(len(delta.token_ids) for delta in answer.deltas)
+    assert 3 <= said <= tokens
+    assert json.loads(line[b"usage"])["completion_tokens"] == answer.usage["completion_tokens"] == tokens
+
+
+async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_cancelled(
+    client: Client, redis: Redis
+) -> None:
+    request_id = await client.enqueue(ask())
+    await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "delta", "token_ids": "?"}, id="1-1")
+    await client.cancel(request_id)
+    assert (await client.status(request_id)).outcome == "cancelled"
+
+
 async def test_before_it_is_taken(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:

@@ -238,6 +238,8 @@ async def test_a_setting_says_what_becomes_of_a_broken_answer(
     assert isinstance(end, Failed) == (on_interrupt == "fail")
     if isinstance(end, Failed):
         assert end.code == "upstream_truncated"
+        tokens = [token for entry in entries if isinstance(entry, Delta) for token in entry.token_ids]
+        assert (end.model, end.usage["completion_tokens"]) == ("reciter", len(tokens)), "as far as it came"
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,8 @@ async def test_another_worker_does_as_the_setting_says(
     if on_interrupt == "fail":
         assert isinstance(answer.end, Failed)
         assert answer.end.code == "interrupted"
+        assert answer.end.model == "reciter"
+        assert answer.end.usage == answer.usage
 
         async def told() -> bool:
             return any(b"completion_tokens" in f.get(b"usage", b"") for _, f in await stream(redis, "chat:lifecycle"))

@@ -20,7 +20,17 @@ from worker.broker.connection import blocking_client, command_client, is_transie
 from worker.broker.jobs import waiting_in
 from worker.client_errors import Conflict, Expired, QueueFull, Unavailable, UnknownRequest
 from worker.contract.answer import Answer
-from worker.contract.entries import Cancelled, Entry, Queued, Started, is_terminal, parse, to_fields, to_json
+from worker.contract.entries import (
+    Cancelled,
+    Entry,
+    Queued,
+    Started,
+    is_terminal,
+    parse,
+    parse_leniently,
+    to_fields,
+    to_json,
+)
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
 from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
 from worker.contract.keys import DEFAULT_QUEUE, Keys, is_queue_name
@@ -299,7 +309,8 @@ class Client:
         pipe.get(self._keys.ended(request_id))
         pipe.xrevrange(self._keys.tokens(request_id), count=1)
         raw, tail = await pipe.execute()
-        return (parse(*tail[0]) if tail else None), (msgspec.json.decode(raw, type=Tombstone) if raw else None)
+        stone = msgspec.json.decode(raw, type=Tombstone) if raw else None
+        return (parse_leniently(*tail[0]) if tail else None), stone
 
     async def _check_alive(self, request_id: str) -> None:
         tail, stone = await self._retry(lambda: self._look(request_id))
@@ -312,8 +323,9 @@ class Client:
     async def _cancel(self, request_id: str) -> bool:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
         key = self._keys.tokens(request_id)
-        fields = to_fields(Cancelled(id=SEAL))
-        first = await self._first_entry(self._redis, request_id)
+        log = [parse_leniently(*entry) for entry in cast("list[_RawEntry]", await self._redis.xrange(key))]
+        first, so_far = log[0] if log else None, Answer(log)
+        fields = to_fields(Cancelled(id=SEAL, usage=so_far.usage, model=so_far.model))
         now = _unix_ms(await self._redis.time())
         try:
             await self._redis.xadd(key, fields, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import structlog
 from redis.exceptions import RedisError, ResponseError
 
@@ -18,7 +19,7 @@ from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefus
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.publisher import Publisher
 from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Entry, Failed, Started, Terminal, to_fields
+from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import (
     INVALID,
@@ -223,6 +224,9 @@ class Relay:
     async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""
         await drained(log, request.stop)
+        if isinstance(end, Failed):  # vLLM gives the usage only at the end of an answer
+            known = Answer(await persist(lambda: self._owner.read(request.id), request.stop))
+            end = msgspec.structs.replace(end, usage=known.usage, model=known.model)
         stone = self._tombstone(request, end.type)
         return await persist(
             lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
@@ -230,8 +234,11 @@ class Relay:
         )
 
     async def _whole(self, request: Request, end: Entry) -> Answer:
-        """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was."""
-        if isinstance(end, Terminal) and end.usage:
+        """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was.
+
+        Whoever cancels cannot know all of it.
+        """
+        if isinstance(end, Done | Failed) and end.usage:
             return Answer([end])
         return Answer([*await persist(lambda: self._owner.read(request.id), request.stop), end])
 

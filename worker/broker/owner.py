@@ -27,6 +27,7 @@ from worker.contract.entries import (
     Started,
     Terminal,
     parse,
+    parse_leniently,
     to_fields,
     to_json,
 )
@@ -287,7 +288,7 @@ class Owner:
 
     async def read(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
-        return [_read(entry) for entry in await self._raw(request_id)]
+        return [parse_leniently(*entry) for entry in await self._raw(request_id)]
 
     async def _owned(self, request_id: str, attempt: int) -> Owned:
         key = self._keys.tokens(request_id)
@@ -360,12 +361,4 @@ async def _tail(redis: Redis, key: str) -> EntryId | None:
 
 async def _entry(redis: Redis, key: str, entry_id: EntryId) -> Entry | None:
     raw = cast("list[_RawEntry]", await redis.xrange(key, str(entry_id), str(entry_id)))
-    return _read(raw[0]) if raw else None
-
-
-def _read(raw: _RawEntry) -> Entry:
-    """An entry, whatever it holds: one bad field must not bring its job back for ever."""
-    try:
-        return parse(*raw)
-    except BadEntry:
-        return parse(raw[0], {})
+    return parse_leniently(*raw[0]) if raw else None

@@ -7,6 +7,7 @@ import msgspec
 
 from worker.contract.entries import (
     JSON,
+    Cancelled,
     Claimed,
     Delta,
     Entry,
@@ -135,7 +136,9 @@ class Answer:
     @property
     def usage(self) -> Object:
         """The tokens that were used: as vLLM counts them or, where it came to no end, as the log shows them."""
-        return (self.end.usage if self.end else {}) or self._counted_usage()
+        said = self.end.usage if self.end else {}
+        # Whoever cancelled counted what was there by then.
+        return (self._counted_usage() or said) if isinstance(self.end, Cancelled) else (said or self._counted_usage())
 
     @property
     def model(self) -> str:

@@ -210,6 +210,14 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
     return kind(id=where, **values)
 
 
+def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> Entry:
+    """Read an entry, whatever it holds: one that cannot be read is of an unknown type, and in nobody's way."""
+    try:
+        return parse(entry_id, fields)
+    except BadEntry:
+        return parse(entry_id, {})
+
+
 def is_terminal(entry: Entry) -> bool:
     """Whether the log ends with this entry."""
     return entry.id == SEAL
