@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from checks import ask, begun_by_a_dead_worker, expected, has_begun, log_of, pending, promise_kept
@@ -121,6 +122,34 @@ async def test_a_worker_that_is_told_to_leave(
     story = await promise_kept(redis, request_id)
     assert await asyncio.to_thread(process.wait, 20) == 0
     assert story.attempts == (1 if drain == 20 else 2)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_a_worker_that_is_told_twice_to_leave_hands_over_at_once(
+    how: signal.Signals,
+    client: Client,
+    redis: Redis,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    slow: Simulator,
+    tmp_path: Path,
+) -> None:
+    # It would drain for longer than the test may take, and the lease of a minute leaves only a hand-over.
+    process = start_process(slow, lease=60, drain_timeout=600)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id, 2)
+    process.send_signal(how)
+
+    async def drains() -> bool:
+        return b"worker_draining" in (tmp_path / "worker-0.log").read_bytes()
+
+    await eventually(drains)
+    assert process.poll() is None, "the first signal lets the job run on"
+    process.send_signal(how)
+    assert await asyncio.to_thread(process.wait, 20) == 0
+    await start_worker(simulator, lease=60)
+    assert (await promise_kept(redis, request_id)).attempts == 2
 
 
 async def test_a_stalled_event_loop_costs_the_lease_and_nothing_else(
