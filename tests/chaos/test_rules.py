@@ -9,7 +9,7 @@ What an id gives (the tests that name no file are in tests/broker/test_log.py):
 | c | one outcome | below | the seal at the end of its attempt: Redis takes what follows it |
 | d | cancel is one command | there_is_one_seal_… | `seal` does not look for one: `LogSealed` and no outcome |
 
-The rules by their numbers; 10 (burial) has its tests with its code:
+The rules by their numbers:
 
 | | rule | test | without it |
 |---|---|---|---|
@@ -31,6 +31,10 @@ The rules by their numbers; 10 (burial) has its tests with its code:
 | 9 | a duplicate waits | a_duplicate_waits_for_no_run_… | the first is not asked for: the duplicate takes over |
 | 9 | … and takes over | the same | it never does: the request has no end |
 | 9 | … before it is validated | test_service: a_bad_duplicate_… | as above: it spoils the log of the first |
+| 10 | burial seals first | below | the letter first: the log has no end while it cannot be written |
+| 10 | … and acknowledges last | below | acknowledged before the letter: nobody writes it any more |
+| 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | none is looked for: there are two |
+| 10 | a deploy is no failure | test_poison: deploys_bury_nobody | each claim counts: it is buried |
 | 11 | the feed after the reply | the_feed_never_carries_what_was_refused | published with the XADD: `refused` is told |
 """
 
@@ -238,3 +242,35 @@ async def test_rule_8_what_a_failover_lost_shows_before_anything_is_written_agai
     with pytest.raises(LogDiverged):
         await log.drained()
     assert await texts(redis) == ["1-0:started", "1-1:kept"], "no hole"
+
+
+async def test_rule_10_a_burial_seals_first_and_acknowledges_only_once_the_dead_letter_is_there(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request = json.dumps({"messages": [{"role": "user", "content": "Who are you?"}]})
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    job = await redis.xadd("chat:jobs", {"id": "r", "request": request})
+    await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
+    begun = {"type": "started", "queue": "default", "job": job, "worker": "w", "owner": "gone", "delivery": 1}
+    await redis.xadd(KEY, begun, id="1-0")  # type: ignore[arg-type]  # dict is invariant
+    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, justid=True)
+    await redis.set("chat:dead", "in the way: no letter can be written")
+    await start_worker(simulator, lease=0.5, max_deliveries=1)
+
+    async def pending() -> int:
+        return int((await redis.xpending("chat:jobs", "workers"))["pending"])
+
+    async def has_come_again() -> bool:
+        lines = await redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
+        return not lines or int(lines[0]["times_delivered"]) > 2
+
+    async def is_done_with() -> bool:
+        return not await pending()
+
+    await eventually(has_come_again)
+    assert await texts(redis) == ["1-0:started", "2-0:claimed", f"{SEAL}:error"]
+    assert await pending() == 1, "not acknowledged without a letter"
+    await redis.delete("chat:dead")
+    await eventually(is_done_with)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"job"] == job
