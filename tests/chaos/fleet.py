@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from worker.broker.connection import blocking_client, command_client, is_transient
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
+from worker.broker.log import LogLost
 from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
@@ -193,9 +194,11 @@ class Worker:
         self._tasks[what] = asyncio.create_task(self._guarded(what, work))
 
     async def _guarded(self, what: str, work: Coroutine[object, object, None]) -> None:
-        """What the service lives through is a passing fault of Redis, and nothing else."""
+        """What the service lives through: a passing fault of Redis, and a log that is lost; the job comes back."""
         try:
             await work
+        except LogLost:
+            pass
         except (RedisError, OSError) as error:
             if not is_transient(error):
                 self._world.faults.append(f"{self.name}: {what}: {error!r}")
