@@ -129,13 +129,11 @@ class Wires:
         """Have a connection to every server, or raise; tells whether one is new."""
         new = False
         for server in await servers_of(self._redis):
-            wire = self._wires.get(server)
-            if wire is not None and wire.is_open:
-                continue
-            if wire is not None:
-                await wire.close()
-            self._wires[server] = await self.kind.open(server.connection_pool)
-            new = True
+            if server in self._wires and not self._wires[server].is_open:
+                await self._wires.pop(server).close()
+            if server not in self._wires:
+                self._wires[server] = await self.kind.open(server.connection_pool)
+                new = True
         return new
 
     async def close(self) -> None:
