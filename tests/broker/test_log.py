@@ -8,7 +8,7 @@ import pytest
 from conftest import eventually, stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import BusyLoadingError, ResponseError
 
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
@@ -167,6 +167,27 @@ async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, de
         log.append(delta(text))
     await log.drained()
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
+
+
+async def test_a_redis_that_loads_its_data_is_waited_for(
+    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a restart: it takes connections, and answers commands with an error."""
+    log = await one.take(delivery)
+    log.append(delta("before"))
+    await log.drained()
+    ask, asked = Wires.ask, 0
+
+    async def loading(wires: Wires, commands: Sequence[Command]) -> list[object]:
+        nonlocal asked
+        asked += 1
+        return await ask(wires, commands) if asked > 2 else [BusyLoadingError("Redis is loading")] * len(commands)
+
+    monkeypatch.setattr(Wires, "ask", loading)
+    one.publisher.look()
+    log.append(delta("after"))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:after"]
 
 
 async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError
 
 from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
@@ -196,7 +196,7 @@ class Publisher:
                 self.look()
 
     def _reconcile(self, log: TokenLog, reply: object) -> None:
-        if isinstance(reply, ResponseError) and is_transient(reply):
+        if isinstance(reply, RedisError) and is_transient(reply):  # LOADING is a ConnectionError in redis-py
             raise reply
         if not isinstance(reply, list):
             log.lose(LogRefused(str(reply)))
