@@ -49,8 +49,13 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
     upstream = Upstream([server.url], limits=Limits())
     plain = {name: value for name, value in request.items() if name != "simulate"}
     async with upstream.stream(upstream.endpoints[0], cast("Object", plain)) as stream:
-        while not parser.done and (events := await stream.read()):
-            entries += [parse(f"1-{n}", fields) for n, data in enumerate(events) for fields in parser.parse(data)]
+
+        def take(data: bytes) -> bool:
+            entries.extend(parse(f"1-{n}", fields) for n, fields in enumerate(parser.parse(data)))
+            return parser.done
+
+        while await stream.pour(take) and not parser.done:
+            pass
     await upstream.aclose()
     parser.check_complete()
     return Answer([*entries, Done(id=SEAL, usage=parser.usage, model=parser.model)])

@@ -244,19 +244,20 @@ class Generation:
         raise CannotResume(refusal)
 
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
-        """Read one stream into the log: nothing in this loop is per token but the parser and the append."""
+        """Read one stream into the log. Per token there is no more than `take`: no await, and no task."""
         log = self._log
+
+        def take(data: bytes) -> bool:
+            for fields in parser.parse(data):
+                log.append(fields)
+            if not self._committed or self._first_delta is None:
+                self._commit(parser, endpoint)
+            return parser.done or log.is_full
+
         async with self._upstream.stream(endpoint, body, route) as stream:
             try:
-                while not parser.done and (events := await stream.read()):
-                    for data in events:
-                        for fields in parser.parse(data):
-                            log.append(fields)
-                    self._commit(parser, endpoint)
-                    if self._first_delta is None and parser.begun:
-                        self._first_delta = time.monotonic()
-                    if log.is_full:
-                        await log.room()
+                while await stream.pour(take) and not parser.done:
+                    await log.room()
                 await stream.finish()
                 parser.check_complete()
             except UpstreamError:
@@ -269,6 +270,8 @@ class Generation:
 
     def _commit(self, parser: ChunkParser, endpoint: Endpoint) -> None:
         """Take note of what a stream has written by now."""
+        if self._first_delta is None and parser.begun:
+            self._first_delta = time.monotonic()
         if not parser.committed:
             return
         if isinstance(parser, ContinuationParser):

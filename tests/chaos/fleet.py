@@ -227,16 +227,23 @@ class _Vllm(httpx.AsyncBaseTransport):
         kept = len(given) - len(_PROMPT)
         tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=events)
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, extensions={"source": events})
 
 
-class _Tokens(httpx.AsyncByteStream):
+class _Tokens:
     def __init__(self, gate: Gate, given: list[int], tokens: list[tuple[int, str]]) -> None:
         self._gate = gate
         self._given = given
         self._tokens = tokens
+        self._events = self._sent()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+        async for event in self._events:
+            if into(event):
+                return True
+        return False
+
+    async def _sent(self) -> AsyncIterator[bytes]:
         head = {"id": "c", "model": "m", "created": 1}
         for place, token in self._tokens:
             last = (place, token) == self._tokens[-1]

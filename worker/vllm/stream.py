@@ -6,8 +6,10 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
 
 import httpx
 
@@ -34,95 +36,144 @@ class Patience:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._first_by: float | None = _now() + limits.first_token
-        self._hurried = False
-        self._timeout = asyncio.timeout(None)
+        self._since = _now()
+        self._begun = False
+        self._hurried: float | None = None
+        self._limit: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def wait(self) -> asyncio.Timeout:
-        """The limit of what comes next."""
-        self._timeout = asyncio.timeout_at(self._first_by or _now() + self._limits.gap)
-        return self._timeout
+    @asynccontextmanager
+    async def wait(self) -> AsyncIterator[None]:
+        """Within it the server is waited for.
 
-    def begun(self) -> None:
-        """The first event is there."""
-        self._first_by = None
+        Raises:
+            TimeoutError: when it is silent for too long.
+        """
+        if self._begun:
+            self._since = _now()  # while its text was not wanted it could say nothing
+        async with asyncio.timeout(None) as self._limit:
+            self._look()
+            try:
+                yield
+            finally:
+                self._stop()
+
+    def heard(self) -> None:
+        """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
+        self._since = _now()
+        if not self._begun:
+            self._begun = True
+            self._look_again()
 
     def is_silent(self) -> bool:
         """Whether it has waited for longer than moments by now."""
-        allowed = self._limits.gap if self._first_by is None else self._limits.first_token
-        when = self._timeout.when()
-        return when is not None and when - _now() < allowed - _MOMENTS
+        return self._timer is not None and _now() - self._since > _MOMENTS
 
     def hurry(self) -> None:
         """The server takes no connections any more: what it does not send within moments will not come.
 
         vLLM 0.32.0 freezes its open streams when it gets SIGTERM, and refuses connections at once.
         """
-        soon = _now() + _MOMENTS
-        self._limits = replace(self._limits, gap=min(self._limits.gap, _MOMENTS))
-        self._first_by = self._first_by and min(self._first_by, soon)
-        self._hurried = True
-        when = self._timeout.when()
-        if when is not None and when > soon:
-            with suppress(RuntimeError):  # it waits for nothing just now
-                self._timeout.reschedule(soon)
+        if self._hurried is None:
+            self._hurried = _now()
+        self._look_again()
 
     def silence(self) -> UpstreamError:
         """What to say when it is over."""
-        if self._hurried:
+        if self._hurried is not None:
             return truncated("vLLM takes no connections any more, and its open stream is silent")
-        if self._first_by is None:
+        if self._begun:
             text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream"
             return UpstreamError("gap_timeout", text, retryable=True)
         text = f"vLLM sent no token within {self._limits.first_token:g} s"
         return UpstreamError("first_token_timeout", text, retryable=True)
 
+    def _due(self) -> float:
+        due = self._since + (self._limits.gap if self._begun else self._limits.first_token)
+        return due if self._hurried is None else min(due, max(self._since, self._hurried) + _MOMENTS)
+
+    def _look(self) -> None:
+        due = self._due()
+        if due > _now():
+            self._timer = asyncio.get_running_loop().call_at(due, self._look)
+        elif self._limit is not None:
+            self._limit.reschedule(due)
+
+    def _look_again(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._look()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._limit = None
+
+
+class Source(Protocol):
+    """Where the bytes of an answer come from."""
+
+    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+        """Hand over each piece as it arrives, until told that this is enough for now; false at the end."""
+
 
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes], patience: Patience) -> None:
+    def __init__(self, response: httpx.Response, source: Source, patience: Patience) -> None:
         self._response = response
-        self._chunks = chunks
+        self._source = source
         self._patience = patience
+        self._left: list[bytes] = []
         self._is_new = True
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
         self._decoder = SSEDecoder()
 
-    async def read(self) -> list[bytes]:
-        """The data of the next events, at least one; nothing at the end of the stream.
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        """Hand over the data of each event in the step in which it arrives, until told that this is enough for now.
+
+        False at the end of the stream. What `take` raises comes out here.
 
         Raises:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
+        if self._hand_on(self._left, take):
+            return True
         try:
             async with self._patience.wait():
-                async for chunk in self._chunks:
-                    if events := self._decoder.feed(chunk):
-                        if self._is_new:
-                            self._begun()
-                        return events
+                return await self._source.pour(partial(self._arrived, take=take))
         except TimeoutError:
             raise self._patience.silence() from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
-        return []
 
-    def _begun(self) -> None:
-        self._is_new = False
-        self._patience.begun()
-        if self.on_first is not None:
-            self.on_first()
+    def _arrived(self, piece: bytes, take: Callable[[bytes], bool]) -> bool:
+        events = self._decoder.feed(piece)
+        if not events:
+            return False
+        self._patience.heard()
+        if self._is_new:
+            self._is_new = False
+            if self.on_first is not None:
+                self.on_first()
+        return self._hand_on(events, take)
+
+    def _hand_on(self, events: list[bytes], take: Callable[[bytes], bool]) -> bool:
+        for number, data in enumerate(events, 1):
+            if take(data):
+                self._left = events[number:]
+                return True
+        self._left = []
+        return False
 
     async def finish(self) -> None:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
         with suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(_END_OF_ANSWER):
-                async for _ in self._chunks:
-                    pass
+                await self._source.pour(lambda _: False)
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""
@@ -149,17 +200,21 @@ async def open_stream(
     except httpx.HTTPError as error:
         raise unreachable(url, error) from None
     try:
-        return ChatStream(response, await _events_of(response, limits), patience)
+        return ChatStream(response, await _source_of(response, limits), patience)
     except BaseException:
         await response.aclose()
         raise
 
 
-async def _events_of(response: httpx.Response, limits: Limits) -> AsyncIterator[bytes]:
+async def _source_of(response: httpx.Response, limits: Limits) -> Source:
     """The body as a stream of events, also where the server answered with a whole completion as JSON."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if response.status_code == 200 and kind not in {"application/json", "text/html"}:
-        return response.aiter_bytes()
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise UpstreamError(
+                "not_a_stream", "the stream is compressed, though it was asked not to be", status=200, retryable=True
+            )
+        return cast("Source", response.extensions["source"])
     body = await _body(response, limits, MAX_EVENT_BYTES if response.status_code == 200 else _MAX_ERROR_BYTES)
     if response.status_code != 200:
         raise from_response(response.status_code, body, response.headers)
@@ -168,11 +223,18 @@ async def _events_of(response: httpx.Response, limits: Limits) -> AsyncIterator[
             "not_a_stream", f"a page came in place of a stream: {message_of(body.decode('utf-8', 'replace')[:200])}",
             status=200, retryable=True,
         )  # fmt: skip
-    return _as_events(body)
+    return _Whole(body)
 
 
-async def _as_events(body: bytes) -> AsyncIterator[bytes]:
-    yield b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n"
+class _Whole:
+    """A whole completion as the events of a stream."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n"
+
+    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+        body, self._body = self._body, b""
+        return bool(body) and into(body)
 
 
 async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:

@@ -17,6 +17,7 @@ from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, Patience, open_stream
+from worker.vllm.transport import Transport
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -57,11 +58,7 @@ class Upstream:
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=limits.connect),
-            # Given as a transport, so that HTTP_PROXY of the environment is not heeded (vLLM is a server inside) and
-            # SSL_CERT_FILE is, which `trust_env=False` would both turn off.
-            transport=_Transport(
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=15)
-            ),
+            transport=Transport(),
         )
 
     async def aclose(self) -> None:
@@ -318,20 +315,6 @@ class Upstream:
                 return await self._client.get(url)
         except (httpx.HTTPError, TimeoutError) as error:
             raise unreachable(url, error) from None
-
-
-class _Transport(httpx.AsyncHTTPTransport):
-    """httpx's own, with every error of a connection in httpx's words.
-
-    Where a server goes in the moment in which it is connected to or written to, anyio 4 on uvloop 0.22 raises an
-    AttributeError (there is no socket) and uvloop a RuntimeError (the handler is closed): httpx 0.28 lets both through.
-    """
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        try:
-            return await super().handle_async_request(request)
-        except (AttributeError, RuntimeError) as error:
-            raise httpx.ReadError(f"the connection was lost: {error}", request=request) from error
 
 
 class _Model(msgspec.Struct):
