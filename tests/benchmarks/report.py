@@ -1,0 +1,203 @@
+"""What a run has found, for people and for programs: medians, ratios beside what is to be reached, and the machine."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from measure import median
+from scenarios import Figures
+
+from worker.sandbox.redis import find_servers, version_of
+
+ORDER = ("straightforward", "node", "ours", "floor")
+_GROSS = 2.0
+_ROWS = (
+    ("highest_rate", "highest rate at p99 ≤ 5 ms, deltas/s", 0),
+    ("cpu_us_5000", "CPU per delta at 5,000/s, µs", 1),
+    ("cpu_us_20000", "CPU per delta at 20,000/s, µs", 1),
+    ("cpu_us_coalesced", "CPU per delta, 20 in a write, µs", 1),
+    ("rate_coalesced", "rate, 20 in a write and 100,000/s offered", 0),
+    ("p50_5000", "added latency at 5,000/s, p50, ms", 2),
+    ("p99_5000", "p99, ms", 2),
+    ("p50_20000", "added latency at 20,000/s, p50, ms", 2),
+    ("p99_20000", "p99, ms", 2),
+    ("redis_us_20000", "Redis CPU per delta at 20,000/s, µs", 1),
+    ("redis_bytes", "Redis memory per delta, bytes", 1),
+    ("memory_kib", "memory per open stream, KiB", 1),
+    ("open_ms_0", "CPU to open a stream among 0, ms", 2),
+    ("open_ms_1000", "among 1,000, ms", 2),
+    ("open_ms_3000", "among 3,000, ms", 2),
+    ("cpu_us_streams_1", "CPU per delta, 1 stream at 20,000/s, µs", 1),
+    ("cpu_us_streams_64", "64 streams, µs", 1),
+    ("cpu_us_streams_512", "512 streams, µs", 1),
+    ("cpu_us_streams_3000", "3,000 streams, µs", 1),
+    ("missing", "tokens without an entry", 0),
+    ("stray", "entries out of order, in the logs followed", 0),
+)
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where and when it was measured."""
+
+    date: str
+    cpu: str
+    cores: int
+    system: str
+    redis: str
+    python: str
+    node: str
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        node = f", Node {self.node}" if self.node else ""
+        programs = f"Redis {self.redis}, Python {self.python}{node}"
+        return f"{self.date}: {self.cpu}, {self.cores} cores, {self.system}, {programs}"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A ratio to another figure of the same round, or without `of` a figure itself, and what it must reach."""
+
+    what: str
+    figure: str
+    of: tuple[str, str] | None
+    reach: float
+    at_least: bool = False
+
+    def measured(self, rounds: Sequence[dict[str, Figures]]) -> float | None:
+        """The median over the rounds."""
+        return median([self._in(figures) for figures in rounds])
+
+    def _in(self, figures: dict[str, Figures]) -> float | None:
+        value = figures.get("ours", {}).get(self.figure)
+        if self.of is None or value is None:
+            return value
+        other = figures.get(self.of[0], {}).get(self.of[1])
+        return value / other if other else None
+
+    def reached(self, value: float) -> bool:
+        return value >= self.reach if self.at_least else value <= self.reach
+
+    def gross(self, value: float) -> bool:
+        """Whether it is a ratio that is missed by more than a factor of two."""
+        bound = self.reach / _GROSS if self.at_least else self.reach * _GROSS
+        return self.of is not None and (value < bound if self.at_least else value > bound)
+
+
+_STRAIGHTFORWARD, _NODE, _FLOOR = "straightforward", "node", "floor"
+_HIGHEST, _TOGETHER = "highest_rate", "cpu_us_coalesced"
+TARGETS = (
+    Target("highest rate, against straightforward", _HIGHEST, (_STRAIGHTFORWARD, _HIGHEST), 9, at_least=True),
+    Target("highest rate, against node", _HIGHEST, (_NODE, _HIGHEST), 1.5, at_least=True),
+    Target("CPU per delta at 20,000/s, against the floor", "cpu_us_20000", (_FLOOR, "cpu_us_20000"), 2),
+    Target("CPU per delta at 20,000/s, against node", "cpu_us_20000", (_NODE, "cpu_us_20000"), 0.75),
+    Target("CPU per delta, 20 in a write, against straightforward", _TOGETHER, (_STRAIGHTFORWARD, _TOGETHER), 1 / 15),
+    Target("added latency at 5,000/s, p50, ms", "p50_5000", None, 0.3),
+    Target("added latency at 5,000/s, p99, ms", "p99_5000", None, 3),
+    Target("CPU to open a stream among 3,000, ms", "open_ms_3000", None, 0.5),
+    Target("Redis memory per delta, bytes", "redis_bytes", None, 45),
+    Target("memory per open stream, KiB", "memory_kib", None, 25),
+    Target("CPU per delta, 3,000 streams against 512", "cpu_us_streams_3000", ("ours", "cpu_us_streams_512"), 1.5),
+)
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """A whole run. `rounds` has the figures of each round by bridge, `ratios` are the medians of `TARGETS`."""
+
+    machine: Machine
+    bridges: dict[str, str]
+    rounds: list[dict[str, Figures]]
+    notes: list[str]
+    medians: dict[str, Figures] = msgspec.field(default_factory=dict)
+    ratios: dict[str, float | None] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.medians = {
+            name: {
+                figure: median([figures.get(name, {}).get(figure) for figures in self.rounds]) for figure, _, _ in _ROWS
+            }
+            for name in self.bridges
+        }
+        self.ratios = {target.what: target.measured(self.rounds) for target in TARGETS}
+
+    @property
+    def table(self) -> str:
+        """The medians of all bridges, the ratios beside their targets, and the notes, as Markdown."""
+        names = [name for name in ORDER if name in self.bridges]
+        figures = [
+            [label, *(_number(self.medians[name][figure], digits) for name in names)]
+            for figure, label, digits in _ROWS
+            if any(self.medians[name][figure] is not None for name in names)
+        ]
+        ratios = [
+            [target.what, _number(value, 2), _bound(target), "yes" if target.reached(value) else "no"]
+            for target in TARGETS
+            if (value := self.ratios[target.what]) is not None
+        ]
+        kinds = [f"- {name}: {self.bridges[name]}" for name in names]
+        return "\n".join([
+            f"{self.machine.line}; medians of {len(self.rounds)} rounds", "",
+            *kinds, "",
+            *_table(["figure", *names], figures), "",
+            *_table(["ours", "measured", "to reach", "reached"], ratios), "",
+            *(f"- {note}" for note in self.notes),
+        ])  # fmt: skip
+
+    @property
+    def gross(self) -> list[str]:
+        """The ratios that are missed by more than a factor of two."""
+        values = [(target, self.ratios[target.what]) for target in TARGETS]
+        return [
+            f"{target.what}: {value:.2f}, to reach: {_bound(target)}"
+            for target, value in values
+            if value is not None and target.gross(value)
+        ]
+
+
+def this_machine() -> Machine:
+    """What is under the figures."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    server = next(iter(find_servers()), None)
+    node = shutil.which("node")
+    return Machine(
+        date=datetime.now(UTC).date().isoformat(),
+        cpu=model or platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)),
+        system=f"{platform.system()} {platform.release()}",
+        redis=version_of(server) if server else "",
+        python=sys.version.split()[0],
+        node=subprocess.run([node, "--version"], capture_output=True, text=True, check=False).stdout.strip().lstrip("v")
+        if node
+        else "",
+    )
+
+
+def _bound(target: Target) -> str:
+    return f"{'≥' if target.at_least else '≤'} {target.reach:.3g}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table of Markdown whose columns stand below each other as plain text too."""
+    cells = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    first, *rest = widths
+    lines = [
+        " | ".join([row[0].ljust(first), *(text.rjust(width) for text, width in zip(row[1:], rest, strict=True))])
+        for row in cells
+    ]
+    rule = " | ".join(["-" * first, *("-" * (width - 1) + ":" for width in rest)])
+    return [f"| {line} |" for line in (lines[0], rule, *lines[1:])]

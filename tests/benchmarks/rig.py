@@ -1,0 +1,287 @@
+"""One bridge at work: a load generator before it, a Redis of its own behind it, and a reader of some of its logs."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from board import Board, Count, folder
+from bridge import Bridge
+from chunks import MODEL
+from measure import cpu_of, percentile, redis_state, resident
+from reader import key_of
+from redis import Redis
+
+from worker.sandbox.redis import start_redis
+
+_HERE = Path(__file__).parent
+_PATIENCE = 120.0
+_SETTLED = 0.5
+_ON_TIME = 0.99
+_IDLE = 0.2
+"""The part of a core that a bridge may need for streams that are open and silent."""
+_PROBES = 10
+"""More XADDs than an idle worker sends meanwhile, to see whether Redis takes writes."""
+_KEPT = 0.97
+"""A bridge keeps a rate when it brings this part of it within the window."""
+
+
+class RigFailed(RuntimeError):
+    """Something did not happen in time, or a process has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What happened in some seconds of steady load. Times are in microseconds, latencies in milliseconds."""
+
+    seconds: float
+    rate: float
+    written: int
+    replied: int
+    late: int
+    cpu: float
+    redis_cpu: float
+    load_cpu: float
+    reader_cpu: float
+    """Of these four: the part of a core."""
+    p50: float
+    p99: float
+    memory: int
+    """What Redis's memory grew by, in bytes."""
+
+    @property
+    def paced(self) -> bool:
+        """Whether the load generator wrote as much as it should have."""
+        return self.written >= _KEPT * self.rate * self.seconds
+
+    @property
+    def on_time(self) -> bool:
+        """Whether it did so when each token was due: without this, latencies say nothing."""
+        return self.paced and self.late <= (1 - _ON_TIME) * self.written
+
+    @property
+    def kept(self) -> bool:
+        """Whether the bridge brought what was written."""
+        return self.replied >= _KEPT * self.written
+
+    @property
+    def cpu_us(self) -> float:
+        """CPU of the bridge for a delta, in microseconds."""
+        return self.cpu * self.seconds * 1e6 / max(1, self.replied)
+
+    @property
+    def redis_us(self) -> float:
+        """CPU of Redis for a delta, in microseconds."""
+        return self.redis_cpu * self.seconds * 1e6 / max(1, self.replied)
+
+
+class Rig:
+    """Everything that runs for one bridge. At most `streams` may be open; `followed` of the first are read back."""
+
+    def __init__(self, bridge: Bridge, *, streams: int, followed: range = range(0)) -> None:
+        self._bridge = bridge
+        self._streams = streams
+        self._followed = followed
+        self._rate = 0.0
+        self._enqueued = 0
+        self._stack = ExitStack()
+
+    @property
+    def name(self) -> str:
+        """The bridge's."""
+        return self._bridge.name
+
+    @property
+    def opened(self) -> int:
+        """How many streams have been asked for."""
+        return self._enqueued
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        place = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-relay-bench-", dir=folder())))
+        self.board = Board.create(place / "board", self._streams)
+        server = self._stack.enter_context(start_redis())
+        assert server.process is not None, "fakeredis measures nothing"
+        self._redis_process = server.process
+        self.redis = self._stack.enter_context(Redis.from_url(server.url, protocol=2))
+        port = int(server.url.rpartition(":")[2].partition("/")[0])
+        board = str(place / "board")
+        self._load = self._stack.enter_context(_helper("load.py", board))
+        assert self._load.stdout is not None
+        vllm = int(self._load.stdout.readline())
+        streams = map(str, self._followed)
+        self._reader = self._stack.enter_context(_helper("reader.py", board, str(port), *streams))
+        self._log = place / "bridge.log"
+        self._process = self._stack.enter_context(self._bridge.running(vllm, port, self._log))
+
+    def open(self, count: int) -> None:
+        """Open so many more streams."""
+        first, self._enqueued = self._enqueued, self._enqueued + count
+        if self._bridge.by_lines:
+            assert self._process.stdin is not None
+            self._process.stdin.write(f"{first} {count}\n".encode())
+            self._process.stdin.flush()
+        else:
+            pipe = self.redis.pipeline(transaction=False)
+            for number in range(first, self._enqueued):
+                pipe.xadd("chat:jobs", {"v": "1", "id": f"r{number}", "request": _request(number)})
+            pipe.execute()
+        self._until(lambda: self.board[Count.OPENED] >= self._enqueued, f"{self._enqueued} streams are open")
+        self._quiet()
+
+    def pace(self, rate: float, together: int = 1) -> None:
+        """Write so many tokens a second from now on, so many of a stream at once."""
+        self._rate = rate
+        self._tell(f"pace {rate} {together}")
+
+    def window(self, seconds: float) -> Window:
+        """Watch the load for some seconds."""
+        first = self.board[Count.READ]
+        before = self._look()
+        time.sleep(seconds)
+        after = self._look()
+        latencies = [
+            sample.latency / 1e6 for sample in self.board.samples(first) if before.time <= sample.arrived <= after.time
+        ]
+        took = (after.time - before.time) / 1e9
+        load, reader, redis, bridge = (
+            (last - old) / (after.time - before.time) for old, last in zip(before.cpu, after.cpu, strict=True)
+        )
+        return Window(
+            seconds=took, rate=self._rate, written=after.written - before.written, replied=after.added - before.added,
+            late=after.late - before.late, cpu=bridge, redis_cpu=redis, load_cpu=load, reader_cpu=reader,
+            p50=percentile(latencies, 50), p99=percentile(latencies, 99), memory=after.memory - before.memory,
+        )  # fmt: skip
+
+    def steady(self, rate: float, seconds: float, together: int = 1) -> Window:
+        """A window at a rate, after it has settled."""
+        self.pace(rate, together)
+        time.sleep(_SETTLED)
+        return self.window(seconds)
+
+    def drained(self) -> None:
+        """Write no more, and wait until all that was written is in Redis."""
+        self.pace(0)
+        self._quiet()
+
+    def _quiet(self) -> None:
+        """Wait until the bridge does nothing."""
+        deadline = time.monotonic() + _PATIENCE
+        before = self._look()
+        while True:
+            time.sleep(_SETTLED)
+            after = self._look()
+            busy = (after.cpu[-1] - before.cpu[-1]) / (after.time - before.time)
+            if after.added - before.added < _PROBES and busy < _IDLE:
+                return
+            if time.monotonic() > deadline:
+                raise RigFailed(f"{self._bridge.name} is still busy after {_PATIENCE:g} s{self._said()}")
+            before = after
+
+    def missing(self) -> int:
+        """How many of the tokens that were written have no entry, counted in the logs themselves; first drain it."""
+        pipe = self.redis.pipeline(transaction=False)
+        for number in range(self._enqueued):
+            pipe.xlen(key_of(number))
+        entries = sum(pipe.execute()) - self._enqueued * self._bridge.first_entries
+        return int(self.board[Count.WRITTEN] - entries)
+
+    def end(self) -> None:
+        """Let every stream come to its end."""
+        self._tell("end")
+
+    def cpu_now(self) -> int:
+        """CPU that the bridge has used, in nanoseconds."""
+        self._check()
+        return cpu_of(self._process.pid)
+
+    def memory_now(self) -> int:
+        """Resident memory of the bridge, in bytes."""
+        return resident(self._process.pid)
+
+    def bytes_of_a_delta(self) -> float:
+        """Bytes of Redis's memory for an entry of the longest logs at hand."""
+        used = entries = 0
+        for number in range(0, self._enqueued, max(1, self._enqueued // 16)):
+            used += self.redis.memory_usage(key_of(number), samples=0) or 0
+            entries += self.redis.xlen(key_of(number))
+        return used / max(1, entries)
+
+    def _look(self) -> "_Moment":
+        self._check()
+        state = redis_state(self.redis)
+        processes = (self._load, self._reader, self._redis_process, self._process)
+        return _Moment(
+            time=time.monotonic_ns(), written=self.board[Count.WRITTEN], late=self.board[Count.LATE],
+            added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes],
+        )  # fmt: skip
+
+    def _tell(self, line: str) -> None:
+        assert self._load.stdin is not None
+        self._load.stdin.write(f"{line}\n".encode())
+        self._load.stdin.flush()
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while not condition():
+            self._check()
+            if time.monotonic() > deadline:
+                raise RigFailed(f"{self._bridge.name}: not within {_PATIENCE:g} s: {what}{self._said()}")
+            time.sleep(0.01)
+
+    def _check(self) -> None:
+        """Whether all still runs."""
+        for name, process in (("load", self._load), ("reader", self._reader), (self._bridge.name, self._process)):
+            if process.poll() is not None:
+                raise RigFailed(f"{name} has ended with {process.returncode}{self._said()}")
+
+    def _said(self) -> str:
+        text = self._log.read_text(errors="replace")[-2000:]
+        return f"; it said:\n{text}" if text else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    time: int
+    written: int
+    late: int
+    added: int
+    memory: int
+    cpu: list[int]
+
+
+def _request(number: int) -> str:
+    messages = [{"role": "user", "content": f"stream {number}"}]
+    return json.dumps({"model": MODEL, "messages": messages})
+
+
+@contextmanager
+def _helper(script: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process of ours that ends with its standard input."""
+    command = [sys.executable, str(_HERE / script), *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()

@@ -1,0 +1,151 @@
+"""What is done with a bridge, and which figures come out: the hot path, the cost of streams, and how it grows."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from board import Count
+from bridge import Bridge
+from ladder import Highest, Verdict, ladder
+from rig import Rig, Window
+
+Figures: TypeAlias = dict[str, float | None]
+"""By name; None is what a bridge cannot, or what could not be measured."""
+
+STREAMS = 512
+OPEN = (0, 1000, 3000)
+GROWTH = (1, 64, 512, 3000)
+SLOW, FAST, COALESCED = 5_000, 20_000, 100_000
+TOGETHER = 20
+LIMIT_MS = 5.0
+_FOLLOWED = 32
+_MORE = 100
+_TRIES = 3
+
+
+@dataclass
+class Run:
+    """How long to measure, and who is told of what happens; `notes` is what the reader of the figures must know."""
+
+    seconds: float
+    rung_seconds: float
+    tell: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Something that a figure does not say by itself."""
+        self.notes.append(text)
+        self.tell(f"  note: {text}")
+
+    def watch(self, rig: Rig, rate: float) -> Window:
+        """A window in which the load generator was on time, or the last of some tries."""
+        tries = 0
+        while True:
+            window = rig.steady(rate, self.seconds)
+            self.tell(f"  {_shown(window)}")
+            tries += 1
+            if window.on_time or tries == _TRIES:
+                break
+        if not window.on_time:
+            self.note(f"{rig.name} at {rate:,.0f}/s: the load generator was late, so there is no latency")
+        return window
+
+
+def hot_path(bridge: Bridge, run: Run, *, climb: bool = True) -> Figures:
+    """Latency and CPU at the two rates and coalesced, and the highest rate, at 512 streams."""
+    figures: Figures = {}
+    with Rig(bridge, streams=STREAMS, followed=range(0, STREAMS, STREAMS // _FOLLOWED)) as rig:
+        rig.open(STREAMS)
+        _at_rate(rig, run, SLOW, figures)
+        rig.drained()
+        if climb:
+            highest = _climb(rig, run)
+            figures["highest_rate"] = highest.rate
+            if highest.at_least:
+                run.note(f"{bridge.name}: {highest.rate:,.0f}/s at least, for the load generator kept no higher pace")
+        _at_rate(rig, run, FAST, figures)
+        rig.drained()
+        figures["redis_bytes"] = rig.bytes_of_a_delta()
+        figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
+        # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge may
+        # fall behind, and streams that it does not read are passed over: so it has all the work that it can do.
+        window = rig.steady(COALESCED, run.seconds, TOGETHER)
+        run.tell(f"  {_shown(window)}")
+        figures["cpu_us_coalesced"] = window.cpu_us if window.replied else None
+        figures["rate_coalesced"] = window.replied / window.seconds
+    return figures
+
+
+def _at_rate(rig: Rig, run: Run, rate: int, figures: Figures) -> None:
+    window = run.watch(rig, rate)
+    kept = window.paced and window.kept
+    if not kept:
+        run.note(f"{rig.name} did not hold {rate:,}/s: {window.replied / window.seconds:,.0f}/s of it")
+    for name in ("cpu_us", "redis_us", "p50", "p99"):
+        told = kept and (window.on_time or name.endswith("us"))
+        figures[f"{name}_{rate}"] = getattr(window, name) if told else None
+
+
+def _climb(rig: Rig, run: Run) -> Highest:
+    rates = ladder(1000)
+    rate = next(rates)
+    while True:
+        try:
+            rate = rates.send(_rung(rig, run, rate))
+        except StopIteration as end:
+            highest: Highest = end.value
+            return highest
+
+
+def _rung(rig: Rig, run: Run, rate: float) -> Verdict:
+    """One rate of the ladder, tried again before it is said not to be held."""
+    verdict = Verdict.VOID
+    for _ in range(2):
+        window = rig.steady(rate, run.rung_seconds)
+        run.tell(f"  {_shown(window)}")
+        if window.on_time and window.kept and window.p99 <= LIMIT_MS:
+            return Verdict.HELD
+        verdict = Verdict.LOST if window.on_time else Verdict.VOID
+        rig.drained()
+    return verdict
+
+
+def open_streams(bridge: Bridge, run: Run) -> Figures:
+    """CPU to open one more stream among many that are open and silent, and what memory each of these takes."""
+    figures: Figures = {}
+    with Rig(bridge, streams=OPEN[-1] + _MORE) as rig:
+        rig.open(1)  # what is loaded and connected once is not a stream's
+        memory = rig.memory_now()
+        for among in OPEN:
+            rig.open(max(0, among - rig.opened))
+            if among == OPEN[-1]:
+                figures["memory_kib"] = (rig.memory_now() - memory) / 1024 / rig.opened
+            idle = rig.window(run.seconds)
+            before, began = rig.cpu_now(), time.monotonic()
+            rig.open(_MORE)
+            spent, took = (rig.cpu_now() - before) / 1e9, time.monotonic() - began
+            figures[f"open_ms_{among}"] = 1000 * (spent - idle.cpu * took) / _MORE
+            run.tell(f"  {_MORE} more among {among}: {figures[f'open_ms_{among}']:.2f} ms each")
+    return figures
+
+
+def growth(bridge: Bridge, run: Run) -> Figures:
+    """CPU per delta with few and with many streams, at the same rate of all together."""
+    figures: Figures = {}
+    for streams in GROWTH:
+        with Rig(bridge, streams=streams) as rig:
+            rig.open(streams)
+            window = run.watch(rig, FAST)
+            figures[f"cpu_us_streams_{streams}"] = window.cpu_us if window.paced and window.kept else None
+    return figures
+
+
+def _shown(window: Window) -> str:
+    """A line for whoever watches."""
+    return (
+        f"{window.rate:9,.0f}/s: {window.replied / window.seconds:9,.0f}/s brought, "
+        f"{window.cpu_us:6.1f} µs each, p50 {window.p50:.2f} ms, p99 {window.p99:.2f} ms; "
+        f"cores: bridge {window.cpu:.2f}, Redis {window.redis_cpu:.2f}, load {window.load_cpu:.2f}, "
+        f"reader {window.reader_cpu:.2f}" + ("" if window.on_time else f"; {window.late} written late")
+    )

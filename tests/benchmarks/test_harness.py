@@ -1,0 +1,166 @@
+"""The benchmark measures what it says: its numbers, its search for the highest rate, and a second of each bridge."""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from board import Count
+from bridge import Bridge, floor, ours, straightforward
+from chunks import TOKEN_IDS, WORDS, Stream
+from ladder import FINENESS, Highest, Verdict, ladder
+from measure import median, percentile
+from report import TARGETS, Report, Target, this_machine
+from rig import Rig
+from scenarios import Figures
+
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.sse import SSEDecoder
+
+_TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
+
+
+def _events(body: bytes) -> list[bytes]:
+    """The data of all events in HTTP chunks."""
+    decoder, events = SSEDecoder(), []
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        events += decoder.feed(rest[: int(size, 16)])
+        assert rest[int(size, 16) :][:2] == b"\r\n"
+        body = rest[int(size, 16) + 2 :]
+    return events
+
+
+def _shape(chunk: object) -> object:
+    """What a chunk is made of, whatever it says."""
+    if isinstance(chunk, dict):
+        return [(name, _shape(value)) for name, value in chunk.items()]
+    if isinstance(chunk, list):
+        return [_shape(value) for value in chunk[:1]]
+    return type(chunk)
+
+
+def test_the_load_is_what_vllm_sends() -> None:
+    stream = Stream(7)
+    body = stream.opening.partition(b"\r\n\r\n")[2] + stream.token(0) + stream.token(1) + stream.ending
+    events = _events(body)
+    real = SSEDecoder().feed((_TRANSCRIPTS / "continuous_usage_token_ids.body").read_bytes())
+    assert events[-1] == real[-1] == b"[DONE]"
+    for ours_, theirs in ((events[0], real[0]), (events[1], real[1]), (events[-3], real[-3]), (events[-2], real[-2])):
+        sent, recorded = json.loads(ours_), json.loads(theirs)
+        if recorded["choices"]:
+            recorded.pop("usage", None)  # asked for in each chunk of this transcript
+        assert _shape(sent) == _shape(recorded)
+
+
+def test_the_worker_finds_the_words_and_token_ids_in_the_load() -> None:
+    stream, parser = Stream(3), ChunkParser()
+    body = stream.opening.partition(b"\r\n\r\n")[2] + b"".join(map(stream.token, range(200))) + stream.ending
+    entries = [fields for event in _events(body) for fields in parser.parse(event)]
+    texts = [(fields["content"], json.loads(fields["token_ids"])) for fields in entries if "content" in fields]
+    assert texts == [(WORDS[n % len(WORDS)], [TOKEN_IDS[n % len(WORDS)]]) for n in range(200)]
+    parser.check_complete()
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    values = [float(n) for n in range(1, 101)]
+    random.Random(1).shuffle(values)  # noqa: S311
+    assert [percentile(values, part) for part in (1, 50, 99, 100)] == [1, 50, 99, 100]
+    assert percentile([3.0], 99) == 3
+    assert math.isnan(percentile([], 50))
+
+
+def test_a_median_passes_over_what_could_not_be_measured() -> None:
+    assert median([None, 3.0, math.nan, 1.0, 2.0]) == 2
+    assert median([None, math.nan]) is None
+
+
+def _climb(judge: Callable[[float], Verdict]) -> tuple[Highest, list[float]]:
+    rates, tried = ladder(1000), []
+    rate = next(rates)
+    while True:
+        tried.append(rate)
+        try:
+            rate = rates.send(judge(rate))
+        except StopIteration as end:
+            return end.value, tried
+
+
+@pytest.mark.parametrize("capacity", [90, 999, 1000, 5500, 26_000, 110_000])
+def test_the_ladder_finds_the_highest_rate_that_is_held(capacity: float) -> None:
+    found, tried = _climb(lambda rate: Verdict.HELD if rate <= capacity else Verdict.LOST)
+    assert capacity / FINENESS <= found.rate <= capacity
+    assert not found.at_least
+    assert len(tried) < 16
+
+
+def test_the_ladder_ends_where_nothing_is_held() -> None:
+    assert _climb(lambda _: Verdict.LOST)[0] == Highest(0.0)
+
+
+def test_a_rate_that_the_load_generator_cannot_keep_is_no_limit_of_the_bridge() -> None:
+    found, _ = _climb(lambda rate: Verdict.HELD if rate <= 50_000 else Verdict.VOID)
+    assert found.at_least
+    assert 50_000 / FINENESS <= found.rate <= 50_000
+
+
+def test_ratios_are_taken_within_a_round_and_then_their_median() -> None:
+    rounds: list[dict[str, Figures]] = [
+        {"ours": {"cpu_us_20000": cpu}, "floor": {"cpu_us_20000": least}}
+        for cpu, least in ((20.0, 10.0), (60.0, 20.0), (30.0, 30.0))
+    ]
+    report = Report(machine=this_machine(), bridges={"ours": "", "floor": ""}, rounds=rounds, notes=["one"])
+    assert report.medians["ours"]["cpu_us_20000"] == 30
+    assert report.ratios["CPU per delta at 20,000/s, against the floor"] == 2
+    assert report.ratios["highest rate, against node"] is None
+    assert "2.00 |      ≤ 2 |     yes |" in report.table
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "reached", "gross"),
+    [
+        (Target("", "", ("x", ""), 9, at_least=True), 9.0, True, False),
+        (Target("", "", ("x", ""), 9, at_least=True), 5.0, False, False),
+        (Target("", "", ("x", ""), 9, at_least=True), 4.4, False, True),
+        (Target("", "", ("x", ""), 2), 4.1, False, True),
+        (Target("", "", None, 2), 100.0, False, False),
+    ],
+)
+def test_only_a_ratio_can_be_missed_grossly(target: Target, value: float, reached: bool, gross: bool) -> None:  # noqa: FBT001
+    assert (target.reached(value), target.gross(value)) == (reached, gross)
+
+
+def test_every_target_is_of_a_figure_that_is_told() -> None:
+    told = Report(machine=this_machine(), bridges={"ours": ""}, rounds=[{}], notes=[]).medians["ours"]
+    assert {target.figure for target in TARGETS} <= told.keys()
+
+
+_BRIDGES = {"ours": lambda _: ours(), "straightforward": lambda _: straightforward(), "floor": floor}
+
+
+@pytest.mark.parametrize("name", _BRIDGES)
+def test_a_second_of_each_bridge(name: str, tmp_path: Path) -> None:
+    _second(_BRIDGES[name](tmp_path))
+
+
+def test_a_second_of_the_floor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    bridge = floor(tmp_path)
+    monkeypatch.undo()
+    _second(bridge)
+
+
+def _second(bridge: Bridge) -> None:
+    with Rig(bridge, streams=8, followed=range(0, 8, 2)) as rig:
+        rig.open(8)
+        window = rig.steady(200, 1.0)
+        rig.drained()
+        assert window.replied > 100
+        assert 0 < window.p50 <= window.p99
+        assert 0 < window.cpu < 2
+        assert rig.missing() == 0
+        assert rig.board[Count.STRAY] == 0
+        assert rig.board[Count.READ] > 50
