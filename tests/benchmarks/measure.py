@@ -1,10 +1,12 @@
 """What is measured from outside: the CPU and the memory of a process, what Redis has done, and numbers out of many."""
 
 import math
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median as median_of
 
 import psutil
@@ -19,6 +21,12 @@ def cpu_of(pid: int) -> int:
     The clock is the one of clock_getcpuclockid(3), which has no ticks of 10 ms as /proc/<pid>/stat has.
     """
     return time.clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
+
+
+def keep_to(pid: int, cores: Iterable[int]) -> None:
+    """Let a process, with the threads that it has by now, run on these cores only."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 def resident(pid: int) -> int:

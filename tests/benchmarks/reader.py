@@ -1,6 +1,6 @@
 """The reader, a process of its own: it follows some of the logs with blocking XREADs, and notes each delta's latency.
 
-    reader.py <board> <port of Redis> <stream>...
+    reader.py <board> <port of Redis> <logs of one XREAD> <first stream> <end> <step>
 
 The latency of a delta is from the load generator's write to the moment at which its XREAD has come back. It ends with
 its standard input.
@@ -18,9 +18,6 @@ import hiredis
 from board import Board, Count, Sample
 from chunks import WORDS
 
-_OF_A_CONNECTION = 4
-"""Logs that one XREAD waits for. More would cost Redis more at each delta."""
-
 _Entry: TypeAlias = tuple[bytes, list[bytes]]
 _WORDS = [word.encode() for word in WORDS]
 
@@ -33,7 +30,7 @@ def key_of(stream: int) -> str:
 class Connection:
     """Follows a few logs."""
 
-    def __init__(self, board: Board, port: int, streams: list[int]) -> None:
+    def __init__(self, board: Board, port: int, streams: range) -> None:
         self.peer = socket.create_connection(("127.0.0.1", port))
         self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._board = board
@@ -77,12 +74,13 @@ class Connection:
 def main() -> None:
     """Read until standard input ends."""
     board = Board.attach(Path(sys.argv[1]))
-    streams = [int(stream) for stream in sys.argv[3:]]
+    port, together, first, end, step = map(int, sys.argv[2:])
+    streams = range(first, end, step)
     poll = select.epoll()
     poll.register(0, select.EPOLLHUP)
     connections = {}
-    for first in range(0, len(streams), _OF_A_CONNECTION):
-        connection = Connection(board, int(sys.argv[2]), streams[first : first + _OF_A_CONNECTION])
+    for place in range(0, len(streams), together):
+        connection = Connection(board, port, streams[place : place + together])
         connections[connection.peer.fileno()] = connection
         poll.register(connection.peer, select.EPOLLIN)
     gc.disable()

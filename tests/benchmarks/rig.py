@@ -1,6 +1,7 @@
 """One bridge at work: a load generator before it, a Redis of its own behind it, and a reader of some of its logs."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,15 @@ from typing import Self
 from board import Board, Count, folder
 from bridge import Bridge
 from chunks import MODEL
-from measure import cpu_of, percentile, redis_state, resident
+from measure import cpu_of, keep_to, percentile, redis_state, resident
 from reader import key_of
 from redis import Redis
 
 from worker.sandbox.redis import start_redis
 
 _HERE = Path(__file__).parent
+_OF_AN_XREAD = 4
+"""Logs that the reader waits for at once. More would cost Redis more at each delta."""
 _PATIENCE = 120.0
 _SETTLED = 0.5
 _ON_TIME = 0.99
@@ -82,9 +85,13 @@ class Window:
 
 
 class Rig:
-    """Everything that runs for one bridge. At most `streams` may be open; `followed` of the first are read back."""
+    """Everything that runs for one bridge. At most `streams` may be open; those in `followed` are read back.
 
-    def __init__(self, bridge: Bridge, *, streams: int, followed: range = range(0)) -> None:
+    With `pin` the bridge has the last core of the machine, and everything else has the others.
+    """
+
+    def __init__(self, bridge: Bridge, *, streams: int, followed: range = range(0), pin: bool = False) -> None:
+        self._pin = pin
         self._bridge = bridge
         self._streams = streams
         self._followed = followed
@@ -122,13 +129,19 @@ class Rig:
         self.redis = self._stack.enter_context(Redis.from_url(server.url, protocol=2))
         port = int(server.url.rpartition(":")[2].partition("/")[0])
         board = str(place / "board")
-        self._load = self._stack.enter_context(_helper("load.py", board))
+        self._load = self._stack.enter_context(helper("load.py", board))
         assert self._load.stdout is not None
         vllm = int(self._load.stdout.readline())
-        streams = map(str, self._followed)
-        self._reader = self._stack.enter_context(_helper("reader.py", board, str(port), *streams))
+        followed = self._followed
+        which = map(str, (_OF_AN_XREAD, followed.start, followed.stop, followed.step))
+        self._reader = self._stack.enter_context(helper("reader.py", board, str(port), *which))
         self._log = place / "bridge.log"
         self._process = self._stack.enter_context(self._bridge.running(vllm, port, self._log))
+        if self._pin:
+            *others, last = sorted(os.sched_getaffinity(0))
+            for process in (self._load, self._reader, self._redis_process):
+                keep_to(process.pid, others or [last])
+            keep_to(self._process.pid, [last])
 
     def open(self, count: int) -> None:
         """Open so many more streams."""
@@ -272,10 +285,11 @@ def _request(number: int) -> str:
 
 
 @contextmanager
-def _helper(script: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+def helper(script: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
     """A process of ours that ends with its standard input."""
     command = [sys.executable, str(_HERE / script), *arguments]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = os.environ | {"PYTHONPATH": str(_HERE.parents[1])}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert process.stdin is not None
     assert process.stdout is not None
     try:

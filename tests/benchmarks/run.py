@@ -2,13 +2,14 @@
 
     python tests/benchmarks/run.py --rounds 3 --json report.json --plot report.svg
 
-It takes the machine for itself: on one that does something else besides, only the ratios mean anything.
+It wants the machine for itself: on one that does something else besides, little more than the ratios of CPU holds.
 """
 # ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
@@ -17,51 +18,57 @@ import click
 import msgspec
 from bridge import Bridge, NotAtHand, floor, node, ours, straightforward
 from measure import many_files
-from report import ORDER, Report, this_machine
+from plot import svg
+from reading import FOLLOWERS, reading
+from report import BRIDGES, Report, this_machine
 from rig import RigFailed
 from scenarios import Figures, Run, growth, hot_path, open_streams
 
-PARTS = ("hot", "open", "growth")
 _QUICK = ("straightforward", "ours", "floor")
+_PARTS: dict[str, tuple[Callable[[Bridge, Run], Figures], tuple[str, ...]]] = {
+    "hot": (hot_path, BRIDGES),
+    "open": (open_streams, ("straightforward", "node", "ours")),
+    "growth": (growth, ("ours", "floor")),
+}
+"""What is done with a bridge, and with which: the floor has no jobs, and others do not get to 3,000 streams at all."""
 
 
-def _tell(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _round(bridge: Bridge, parts: Sequence[str], run: Run, *, climb: bool) -> Figures:
-    figures: Figures = {}
-    for part in parts:
-        _tell(f" {bridge.name}, {part}")
-        try:
-            if part == "hot":
-                figures |= hot_path(bridge, run, climb=climb)
-            elif part == "open" and bridge.name != "floor":
-                figures |= open_streams(bridge, run)
-            elif part == "growth" and bridge.name in {"ours", "floor"}:
-                figures |= growth(bridge, run)
-        except RigFailed as error:
-            run.note(str(error))
-    return figures
-
-
-def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: Run, *, climb: bool = True) -> Report:
-    """Run all bridges in turn, round after round."""
-    done = []
-    for number in range(1, rounds + 1):
-        _tell(f"round {number} of {rounds}")
-        done.append({bridge.name: _round(bridge, parts, run, climb=climb) for bridge in bridges})
+def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: Run) -> Report:
+    """Run everything in turn, round after round."""
+    done: list[dict[str, Figures]] = []
     kinds = {bridge.name: bridge.what for bridge in bridges}
+    readers = FOLLOWERS.values() if "reading" in parts else ()
+    kinds |= {follower.name: follower.what for follower in readers}
+    for number in range(1, rounds + 1):
+        run.tell(f"round {number} of {rounds}")
+        figures: dict[str, Figures] = {name: {} for name in kinds}
+        for part, (do, whose) in _PARTS.items():
+            for bridge in bridges:
+                if part in parts and bridge.name in whose:
+                    run.tell(f" {bridge.name}, {part}")
+                    figures[bridge.name] |= _tried(partial(do, bridge, run), run)
+        for follower in readers:
+            run.tell(f" {follower.name}, reading")
+            figures[follower.name] = _tried(partial(reading, follower, run), run)
+        done.append(figures)
     return Report(machine=this_machine(), bridges=kinds, rounds=done, notes=run.notes)
 
 
+def _tried(do: Callable[[], Figures], run: Run) -> Figures:
+    """What fails is told of, and the rest goes on."""
+    try:
+        return do()
+    except RigFailed as error:
+        run.note(str(error))
+        return {}
+
+
 def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
+    make = {"ours": ours, "straightforward": straightforward, "node": node, "floor": lambda: floor(folder)}
     made = []
     for name in names:
         try:
-            made.append(
-                {"ours": ours, "straightforward": straightforward, "node": node}.get(name, lambda: floor(folder))()
-            )
+            made.append(make[name]())
         except NotAtHand as error:
             run.note(f"{name} is left out: {error}")
     return made
@@ -70,26 +77,33 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.5), default=5.0, show_default=True, help="Of each steady window.")
-@click.option("--only", multiple=True, type=click.Choice(PARTS), help="Parts to run; all if left out.")
-@click.option("--bridges", multiple=True, type=click.Choice(ORDER), help="Whom to compare; all if left out.")
 @click.option(
-    "--quick", is_flag=True, help="A minute; exits with 1 when a ratio is below half of what is to be reached."
+    "--only", multiple=True, type=click.Choice([*_PARTS, "reading"]), help="Parts to run; all if it is left out."
+)
+@click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Whom to compare; all if it is left out.")
+@click.option("--pin", is_flag=True, help="Give the bridge a core of its own, and everything else the others.")
+@click.option(
+    "--quick", is_flag=True, help="A minute's worth; exits with 1 when a ratio is not half of what it must be."
 )
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write all figures to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians, as SVG, into this file.")
 def main(
-    rounds: int, seconds: float, only: tuple[str, ...], bridges: tuple[str, ...], quick: bool, as_json: Path | None
+    rounds: int, seconds: float, only: tuple[str, ...], bridges: tuple[str, ...], pin: bool, quick: bool,
+    as_json: Path | None, plot: Path | None,
 ) -> None:  # fmt: skip
-    """Compare the worker with other bridges between vLLM and Redis."""
+    """Compare the worker with other bridges between vLLM and Redis, and ways to read with each other."""
     many_files()
-    run = Run(seconds=2.0 if quick else seconds, rung_seconds=min(seconds, 3.0), tell=_tell)
+    run = Run(
+        seconds=min(seconds, 2.0) if quick else seconds, rung_seconds=min(seconds, 3.0), climbs=not quick, pin=pin,
+        tell=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
-        chosen = _bridges(bridges or (_QUICK if quick else ORDER), Path(folder), run)
-        if quick:
-            report = compare(chosen, ("hot",), 1, run, climb=False)
-        else:
-            report = compare(chosen, only or PARTS, rounds, run)
+        chosen = _bridges(bridges or (_QUICK if quick else BRIDGES), Path(folder), run)
+        report = compare(chosen, ("hot",) if quick else only or (*_PARTS, "reading"), 1 if quick else rounds, run)
     if as_json:
         as_json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+    if plot:
+        plot.write_text(svg(report))
     click.echo(report.table)
     if quick and report.gross:
         click.echo("\n".join(["", "far from what is to be reached:", *report.gross]), err=True)

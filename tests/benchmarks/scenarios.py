@@ -26,11 +26,14 @@ _TRIES = 3
 
 @dataclass
 class Run:
-    """How long to measure, and who is told of what happens; `notes` is what the reader of the figures must know."""
+    """How to measure, and who is told of what happens; `notes` is what the reader of the figures must know."""
 
     seconds: float
     rung_seconds: float
     tell: Callable[[str], None]
+    climbs: bool = True
+    """Whether the highest rate is looked for, and whether rates are tried again where the load was not on time."""
+    pin: bool = False
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -45,21 +48,22 @@ class Run:
             window = rig.steady(rate, self.seconds)
             self.tell(f"  {_shown(window)}")
             tries += 1
-            if window.on_time or tries == _TRIES:
+            if window.on_time or tries == _TRIES or not self.climbs:
                 break
         if not window.on_time:
             self.note(f"{rig.name} at {rate:,.0f}/s: the load generator was late, so there is no latency")
         return window
 
 
-def hot_path(bridge: Bridge, run: Run, *, climb: bool = True) -> Figures:
+def hot_path(bridge: Bridge, run: Run) -> Figures:
     """Latency and CPU at the two rates and coalesced, and the highest rate, at 512 streams."""
     figures: Figures = {}
-    with Rig(bridge, streams=STREAMS, followed=range(0, STREAMS, STREAMS // _FOLLOWED)) as rig:
+    followed = range(0, STREAMS, STREAMS // _FOLLOWED)
+    with Rig(bridge, streams=STREAMS, followed=followed, pin=run.pin) as rig:
         rig.open(STREAMS)
         _at_rate(rig, run, SLOW, figures)
         rig.drained()
-        if climb:
+        if run.climbs:
             highest = _climb(rig, run)
             figures["highest_rate"] = highest.rate
             if highest.at_least:
@@ -114,7 +118,7 @@ def _rung(rig: Rig, run: Run, rate: float) -> Verdict:
 def open_streams(bridge: Bridge, run: Run) -> Figures:
     """CPU to open one more stream among many that are open and silent, and what memory each of these takes."""
     figures: Figures = {}
-    with Rig(bridge, streams=OPEN[-1] + _MORE) as rig:
+    with Rig(bridge, streams=OPEN[-1] + _MORE, pin=run.pin) as rig:
         rig.open(1)  # what is loaded and connected once is not a stream's
         memory = rig.memory_now()
         for among in OPEN:
@@ -134,7 +138,7 @@ def growth(bridge: Bridge, run: Run) -> Figures:
     """CPU per delta with few and with many streams, at the same rate of all together."""
     figures: Figures = {}
     for streams in GROWTH:
-        with Rig(bridge, streams=streams) as rig:
+        with Rig(bridge, streams=streams, pin=run.pin) as rig:
             rig.open(streams)
             window = run.watch(rig, FAST)
             figures[f"cpu_us_streams_{streams}"] = window.cpu_us if window.paced and window.kept else None

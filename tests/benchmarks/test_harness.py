@@ -122,15 +122,25 @@ def test_ratios_are_taken_within_a_round_and_then_their_median() -> None:
 @pytest.mark.parametrize(
     ("target", "value", "reached", "gross"),
     [
-        (Target("", "", ("x", ""), 9, at_least=True), 9.0, True, False),
-        (Target("", "", ("x", ""), 9, at_least=True), 5.0, False, False),
-        (Target("", "", ("x", ""), 9, at_least=True), 4.4, False, True),
-        (Target("", "", ("x", ""), 2), 4.1, False, True),
-        (Target("", "", None, 2), 100.0, False, False),
+        (Target("", "", 9, ("x",), at_least=True), 9.0, True, False),
+        (Target("", "", 9, ("x",), at_least=True), 5.0, False, False),
+        (Target("", "", 9, ("x",), at_least=True), 4.4, False, True),
+        (Target("", "", 2, of="x"), 4.1, False, True),
+        (Target("", "", 2), 100.0, False, False),
     ],
 )
 def test_only_a_ratio_can_be_missed_grossly(target: Target, value: float, reached: bool, gross: bool) -> None:  # noqa: FBT001
     assert (target.reached(value), target.gross(value)) == (reached, gross)
+
+
+def test_what_is_compared_with_several_is_compared_with_the_best() -> None:
+    rounds: list[dict[str, Figures]] = [
+        {"a": {"x": 8.0}, "b": {"x": 4.0}, "c": {"x": None}, "ours": {"x": 2.0, "y": 1.0}}
+    ]
+    assert Target("", "x", 1, ("a", "b", "c")).measured(rounds) == 0.5
+    assert Target("", "x", 1, ("a", "b", "c"), at_least=True).measured(rounds) == 0.25
+    assert Target("", "x", 1, of="y").measured(rounds) == 2
+    assert Target("", "x", 1, ("c",)).measured(rounds) is None
 
 
 def test_every_target_is_of_a_figure_that_is_told() -> None:

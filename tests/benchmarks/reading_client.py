@@ -1,0 +1,48 @@
+"""A process that follows many requests with the library's own `Client`, as a gateway does.
+
+    reading_client.py <board> <port of Redis> <logs>
+
+It notes each delta as reader.py does, and ends with its standard input.
+"""
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import uvloop
+from board import Board, Count, Sample
+from chunks import WORDS
+
+from worker import Client
+from worker.contract.entries import Delta
+
+
+async def follow(client: Client, board: Board, number: int) -> None:
+    """Follow one request for as long as it is written."""
+    seen = 0
+    async for entry in client.follow(f"r{number}"):
+        if not isinstance(entry, Delta):
+            continue
+        now = time.monotonic_ns()
+        if entry.content != WORDS[seen % len(WORDS)]:
+            board.counters[Count.STRAY] += 1
+        board.add(Sample(now, now - board.times[number * board.ring + seen % board.ring]))
+        seen += 1
+
+
+async def follow_all(board: Board, port: int, logs: int) -> None:
+    """Follow all of them until standard input ends."""
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().add_reader(0, ended.cancel)
+    async with Client(f"redis://127.0.0.1:{port}/0") as client:
+        followers = [asyncio.create_task(follow(client, board, number)) for number in range(logs)]
+        await asyncio.wait([ended, *followers], return_when=asyncio.FIRST_COMPLETED)
+        for follower in followers:
+            if follower.done():
+                follower.result()
+            follower.cancel()
+
+
+if __name__ == "__main__":
+    uvloop.run(follow_all(Board.attach(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])))
