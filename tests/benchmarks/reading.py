@@ -138,7 +138,8 @@ def _tell(
     figures[f"read_p50_{logs}"], figures[f"read_p99_{logs}"] = percentile(latencies, 50), percentile(latencies, 99)
     rate = read * 1e9 / (after.time - before.time)
     run.tell(
-        f"  {logs:,} followed: {rate:,.0f}/s read, {own:.1f} µs here and {redis:.1f} µs in Redis each, p50 {figures[f'read_p50_{logs}']:.2f} ms, p99 {figures[f'read_p99_{logs}']:.2f} ms"
+        f"  {logs:,} followed: {rate:,.0f}/s read, {own:.1f} µs here and {redis:.1f} µs in Redis each, "
+        f"p50 {figures[f'read_p50_{logs}']:.2f} ms, p99 {figures[f'read_p99_{logs}']:.2f} ms"
     )
     if rate < _KEPT * FAST:
         run.note(f"{follower.name} of {logs:,}: {rate:,.0f}/s were read")

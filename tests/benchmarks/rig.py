@@ -229,9 +229,9 @@ class Rig:
         return resident(self._process.pid)
 
     def bytes_of_a_delta(self) -> float:
-        """Bytes of Redis's memory for an entry of the longest logs at hand."""
+        """Bytes of Redis's memory for an entry of all logs."""
         used = entries = 0
-        for number in range(0, self._enqueued, max(1, self._enqueued // 16)):
+        for number in range(self._enqueued):
             used += self.redis.memory_usage(key_of(number), samples=0) or 0
             entries += self.redis.xlen(key_of(number))
         return used / max(1, entries)

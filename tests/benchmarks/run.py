@@ -9,8 +9,8 @@ It wants the machine for itself: on one that does something else besides, little
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
@@ -22,11 +22,13 @@ from plot import svg
 from reading import FOLLOWERS, reading
 from report import BRIDGES, Report, this_machine
 from rig import RigFailed
-from scenarios import Figures, Run, growth, hot_path, open_streams
+from scenarios import Figures, Run, growth, hot_path, long_logs, open_streams
 
+_T = TypeVar("_T")
 _QUICK = ("straightforward", "ours", "floor")
 _PARTS: dict[str, tuple[Callable[[Bridge, Run], Figures], tuple[str, ...]]] = {
     "hot": (hot_path, BRIDGES),
+    "redis": (long_logs, BRIDGES),
     "open": (open_streams, ("straightforward", "node", "ours")),
     "growth": (growth, ("ours", "floor")),
 }
@@ -46,18 +48,18 @@ def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: R
             for bridge in bridges:
                 if part in parts and bridge.name in whose:
                     run.tell(f" {bridge.name}, {part}")
-                    figures[bridge.name] |= _tried(partial(do, bridge, run), run)
+                    figures[bridge.name] |= _tried(run, do, bridge)
         for follower in readers:
             run.tell(f" {follower.name}, reading")
-            figures[follower.name] = _tried(partial(reading, follower, run), run)
+            figures[follower.name] = _tried(run, reading, follower)
         done.append(figures)
     return Report(machine=this_machine(), bridges=kinds, rounds=done, notes=run.notes)
 
 
-def _tried(do: Callable[[], Figures], run: Run) -> Figures:
+def _tried(run: Run, do: Callable[[_T, Run], Figures], whom: _T) -> Figures:
     """What fails is told of, and the rest goes on."""
     try:
-        return do()
+        return do(whom, run)
     except RigFailed as error:
         run.note(str(error))
         return {}

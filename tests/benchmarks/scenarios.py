@@ -22,6 +22,8 @@ LIMIT_MS = 5.0
 _FOLLOWED = 32
 _MORE = 100
 _TRIES = 3
+_LONG = 4
+_DELTAS_OF_A_LONG_LOG = 4000
 
 
 @dataclass
@@ -70,7 +72,6 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
                 run.note(f"{bridge.name}: {highest.rate:,.0f}/s at least, for the load generator kept no higher pace")
         _at_rate(rig, run, FAST, figures)
         rig.drained()
-        figures["redis_bytes"] = rig.bytes_of_a_delta()
         figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
         # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge may
         # fall behind, and streams that it does not read are passed over: so it has all the work that it can do.
@@ -79,6 +80,18 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
         figures["cpu_us_coalesced"] = window.cpu_us if window.replied else None
         figures["rate_coalesced"] = window.replied / window.seconds
     return figures
+
+
+def long_logs(bridge: Bridge, run: Run) -> Figures:
+    """Memory of Redis for a delta where logs are so long that what a log takes by itself is nothing."""
+    with Rig(bridge, streams=_LONG, pin=run.pin) as rig:
+        rig.open(_LONG)
+        rig.pace(_LONG * _DELTAS_OF_A_LONG_LOG / run.seconds)
+        time.sleep(run.seconds)
+        rig.drained()
+        used = rig.bytes_of_a_delta()
+        run.tell(f"  {used:.1f} bytes in Redis for a delta")
+    return {"redis_bytes": used}
 
 
 def _at_rate(rig: Rig, run: Run, rate: int, figures: Figures) -> None:
