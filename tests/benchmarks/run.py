@@ -66,7 +66,9 @@ def _tried(run: Run, do: Callable[[_T, Run], Figures], whom: _T) -> Figures:
 
 
 def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
-    make = {"ours": ours, "straightforward": straightforward, "node": node, "floor": lambda: floor(folder)}
+    make: dict[str, Callable[[], Bridge]] = {
+        "ours": ours, "straightforward": straightforward, "node": node, "floor": lambda: floor(folder),
+    }  # fmt: skip
     made = []
     for name in names:
         try:
