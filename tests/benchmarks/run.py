@@ -109,8 +109,8 @@ def main(
     if plot:
         plot.write_text(svg(report))
     click.echo(report.table)
-    if quick and report.gross:
-        click.echo("\n".join(["", "far from what is to be reached:", *report.gross]), err=True)
+    if quick and (wrong := report.gross or ([] if any(report.ratios.values()) else ["nothing could be measured"])):
+        click.echo("\n".join(["", "far from what is to be reached:", *wrong]), err=True)
         sys.exit(1)
 
 

@@ -20,7 +20,7 @@ SLOW, FAST, COALESCED = 5_000, 20_000, 100_000
 TOGETHER = 20
 LIMIT_MS = 5.0
 _FOLLOWED = 32
-_MORE = 100
+_MORE = 200
 _TRIES = 3
 _LONG = 4
 _DELTAS_OF_A_LONG_LOG = 4000
@@ -153,7 +153,8 @@ def growth(bridge: Bridge, run: Run) -> Figures:
     for streams in GROWTH:
         with Rig(bridge, streams=streams, pin=run.pin) as rig:
             rig.open(streams)
-            window = run.watch(rig, FAST)
+            window = rig.steady(FAST, run.seconds)
+            run.tell(f"  {streams:,} streams: {_shown(window).strip()}")
             figures[f"cpu_us_streams_{streams}"] = window.cpu_us if window.paced and window.kept else None
     return figures
 

@@ -5,7 +5,9 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 from board import Count
@@ -13,6 +15,8 @@ from bridge import Bridge, floor, ours, straightforward
 from chunks import TOKEN_IDS, WORDS, Stream
 from ladder import FINENESS, Highest, Verdict, ladder
 from measure import median, percentile
+from plot import svg
+from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
 from rig import Rig
 from scenarios import Figures
@@ -174,3 +178,29 @@ def _second(bridge: Bridge) -> None:
         assert rig.missing() == 0
         assert rig.board[Count.STRAY] == 0
         assert rig.board[Count.READ] > 50
+
+
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_a_second_of_each_way_to_read(name: str) -> None:
+    with ExitStack() as stack:
+        rig = Reading(stack, FOLLOWERS[name], 6)
+        rig.pace(60)
+        rig.pace(0)
+        rig.follow(FOLLOWERS[name], 6)
+        before = rig.look()
+        rig.pace(300)
+        after = rig.look()
+        assert after.read > before.read
+        assert after.follower > before.follower
+        assert rig.board[Count.STRAY] == 0
+
+
+def test_the_plot_has_a_bar_for_each_bridge() -> None:
+    figures: dict[str, Figures] = {"ours": {"highest_rate": 50_000.0}, "straightforward": {"highest_rate": None}}
+    bridges = {"ours": "", "straightforward": ""}
+    drawn = ET.fromstring(  # noqa: S314 - our own
+        svg(Report(machine=this_machine(), bridges=bridges, rounds=[figures], notes=[]))
+    )
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"50,000", "cannot", "ours", "straightforward"} <= set(texts)
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}rect"))) == 2
