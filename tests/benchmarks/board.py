@@ -26,7 +26,7 @@ class Count(IntEnum):
     WRITTEN = 2
     """Tokens that it has written."""
     LATE = 3
-    """Of these, those written more than 2 ms after they were due."""
+    """Of these, those written more than 5 ms after they were due."""
     WITHHELD = 4
     """Tokens that were due and not written, for their stream had too much unsent."""
     READ = 5

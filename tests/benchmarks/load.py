@@ -20,7 +20,7 @@ from pathlib import Path
 from board import Board, Count
 from chunks import MODELS, Stream
 
-_LATE = 2_000_000
+_LATE = 5_000_000
 _TICK = 1_000_000
 """Nanoseconds between two looks at the sockets."""
 _SHORTEST_SLEEP = 20_000

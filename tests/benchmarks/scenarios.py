@@ -123,7 +123,8 @@ def _rung(rig: Rig, run: Run, rate: float) -> Verdict:
         run.tell(f"  {_shown(window)}")
         if window.on_time and window.kept and window.p99 <= LIMIT_MS:
             return Verdict.HELD
-        verdict = Verdict.LOST if window.on_time else Verdict.VOID
+        if window.on_time:
+            verdict = Verdict.LOST
         rig.drained()
     return verdict
 
