@@ -102,8 +102,10 @@ def main(
         tell=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
-        chosen = _bridges(bridges or (_QUICK if quick else BRIDGES), Path(folder), run)
-        report = compare(chosen, ("hot",) if quick else only or (*_PARTS, "reading"), 1 if quick else rounds, run)
+        parts = ("hot",) if quick else only or (*_PARTS, "reading")
+        names = bridges or (_QUICK if quick else BRIDGES)
+        chosen = _bridges(names if set(parts) & set(_PARTS) else (), Path(folder), run)
+        report = compare(chosen, parts, 1 if quick else rounds, run)
     if as_json:
         as_json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
     if plot:

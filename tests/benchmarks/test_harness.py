@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ from scenarios import Figures
 
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.sse import SSEDecoder
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it measures by means of Linux alone")
 
 _TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
 
