@@ -176,7 +176,7 @@ class Report(msgspec.Struct, kw_only=True):
             f"{self.machine.line}; medians of {len(self.rounds)} rounds", "",
             *kinds, "",
             *self._figures(BRIDGES, _HOT), *self._figures(READERS, _READING),
-            *_table(["figure of ours", "measured", "to reach", "reached"], ratios), "",
+            *([*_table(["figure of ours", "measured", "to reach", "reached"], ratios), ""] if ratios else []),
             *(f"- {note}" for note in self.notes),
         ])  # fmt: skip
 
