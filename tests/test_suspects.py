@@ -108,7 +108,12 @@ def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: i
 class Nowhere:
     """Takes what a log has to write."""
 
-    def wake(self, log: TokenLog) -> None:
+    is_full = False
+
+    def relieve(self, size: int) -> None:
+        assert size >= 0
+
+    def wake(self, log: TokenLog, size: int) -> None:
         pass
 
 

@@ -13,7 +13,7 @@ Pending: TypeAlias = tuple[int, str, Fields, bytes]
 """An entry on its way: `n` and the whole of its id, its fields, and the command that writes it."""
 
 HIGH_WATER_BYTES = 256 * 1024
-"""Above this much that Redis has not accepted, reading from vLLM pauses."""
+"""Above this much of one log that Redis has not accepted, reading its answer from vLLM pauses."""
 
 
 class LogLost(Exception):
@@ -43,8 +43,14 @@ class LogRefused(LogLost):
 class Sink(Protocol):
     """What a log hands its entries to."""
 
-    def wake(self, log: "TokenLog") -> None:
-        """The log has entries to write."""
+    is_full: bool
+    """Whether all its logs together have so much to write that none may read on."""
+
+    def wake(self, log: "TokenLog", size: int) -> None:
+        """The log has an entry of so many bytes to write."""
+
+    def relieve(self, size: int) -> None:
+        """So many bytes need not be written any more."""
 
 
 @dataclass(eq=False)
@@ -84,13 +90,12 @@ class TokenLog:
         self._pending.append((self._next, entry_id, fields, packed))
         self._next += 1
         self._bytes += len(packed)
-        self.sink.wake(self)
+        self.sink.wake(self, len(packed))
 
     def begin_attempt(self, attempt: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted."""
         self.attempt, self.accepted, self._next = attempt, EntryId(attempt, 0), 1
-        self._pending.clear()
-        self._bytes = 0
+        self.forget()
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
 
@@ -100,16 +105,18 @@ class TokenLog:
 
     def take_accepted(self, upto: int) -> list[Pending]:
         """Redis holds the attempt up to this `n`; gives what is newly accepted."""
-        pending, taken = self._pending, []
+        pending, taken, size = self._pending, [], 0
         while pending and pending[0][0] <= upto:
             entry = pending.popleft()
-            self._bytes -= len(entry[-1])
+            size += len(entry[-1])
             taken.append(entry)
+        self._bytes -= size
+        self.sink.relieve(size)
         if not self.progress.done():
             self._look_for_progress(taken)
         self.accepted = max(self.accepted, EntryId(self.attempt, upto))
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
-            self._release()
+            self.release()
         return taken
 
     def _look_for_progress(self, taken: list[Pending]) -> None:
@@ -134,9 +141,8 @@ class TokenLog:
         """The owner writes no more."""
         if not self.lost.done():
             self.lost.set_result(reason)
-        self._pending.clear()
-        self._bytes = 0
-        self._release()
+        self.forget()
+        self.release()
 
     @property
     def loss(self) -> LogLost | None:
@@ -146,7 +152,7 @@ class TokenLog:
     @property
     def is_full(self) -> bool:
         """Whether reading from vLLM should pause."""
-        return self._bytes >= HIGH_WATER_BYTES
+        return self._bytes >= HIGH_WATER_BYTES or self.sink.is_full
 
     async def room(self) -> None:
         """Wait until there is room for more, or the log is lost."""
@@ -169,7 +175,14 @@ class TokenLog:
         self._waiting.append(waiter)
         await waiter
 
-    def _release(self) -> None:
+    def forget(self) -> None:
+        """Drop what Redis has not accepted."""
+        self._pending.clear()
+        size, self._bytes = self._bytes, 0
+        self.sink.relieve(size)
+
+    def release(self) -> None:
+        """Have those look again who wait for room, or for the end."""
         for waiter in self._waiting:
             if not waiter.done():
                 waiter.set_result(None)

@@ -31,6 +31,10 @@ _Batch: TypeAlias = list[tuple[TokenLog, list[Pending]]]
 
 _MAX_ENTRIES_OF_A_LOG = 256
 _MAX_ENTRIES = 2048
+_HIGH_WATER_BYTES = 1024 * 1024
+"""Of all logs together: else, where more comes than can be done, reading would leave no time for writing."""
+_FEED_WAITS = 0.001
+"""Seconds; a MULTI for the feed alone costs as much as one for entries."""
 _OF_THE_FEED = re.compile("'publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
 _encode = msgspec.json.encode
@@ -43,6 +47,8 @@ class Publisher:
         self._redis: Redis = command_client(url, connections=1)
         self._wires = Wires(self._redis)
         self._metrics = metrics or Metrics()
+        self.is_full = False
+        self._pending = 0
         self._logs: set[TokenLog] = set()
         self._by_request: dict[str, TokenLog] = {}
         self._dirty: dict[TokenLog, None] = {}
@@ -65,21 +71,34 @@ class Publisher:
 
     def detach(self, log: TokenLog) -> None:
         """The process is done with a log."""
+        log.forget()
         self._logs.discard(log)
         self._dirty.pop(log, None)
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
-    def wake(self, log: TokenLog) -> None:
-        """A log has entries to write."""
+    def wake(self, log: TokenLog, size: int) -> None:
+        """A log has an entry of so many bytes to write."""
+        self._pending += size
+        if self._pending >= _HIGH_WATER_BYTES:
+            self.is_full = True
         self._dirty[log] = None
         self._work.set()
+
+    def relieve(self, size: int) -> None:
+        """So many bytes need not be written any more."""
+        self._pending -= size
+        if self.is_full and self._pending < _HIGH_WATER_BYTES // 2:
+            self.is_full = False
+            for log in self._logs:
+                log.release()
 
     def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Tell the feed of entries that Redis has accepted, each with its id. It is only speed: it may be lost."""
         if not self._mute:
+            if not self._feed:  # it goes with the next entries, or alone if there are none
+                asyncio.get_running_loop().call_later(_FEED_WAITS, self._work.set)
             self._feed.setdefault(channel, []).extend(entries)
-            self._work.set()
 
     def look(self) -> None:
         """Read every log's end soon: a log that was sealed or fenced while nothing was appended shows it there."""
@@ -101,7 +120,7 @@ class Publisher:
 
         It is never cancelled: redis-py 8.1 was seen to swallow a cancellation while it connects.
         """
-        while not self._leaving or self._work.is_set():
+        while not self._leaving or self._work.is_set() or self._feed:
             await self._work.wait()
             self._work.clear()
             try:
@@ -115,7 +134,7 @@ class Publisher:
                 if self._leaving:
                     return
                 await self._recover(error)
-            if self._dirty or self._feed or self._look or self._asked:
+            if self._dirty or self._look or self._asked:
                 self._work.set()
 
     def leave(self) -> None:
