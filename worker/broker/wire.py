@@ -18,7 +18,7 @@ from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseErro
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.cluster import ClusterClient, servers_of, slot_of
+from worker.broker.cluster import ClusterClient, ClusterPool, servers_of, slot_of
 from worker.broker.connection import COMMAND_TIMEOUT
 
 Command: TypeAlias = tuple[str, bytes]
@@ -45,6 +45,8 @@ class Wire(asyncio.Protocol):
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=_error)
         self._replies: list[object] = []
         self._wanted = 0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._answer: asyncio.Future[None] | None = None
         self._transport.set_protocol(self)
 
@@ -71,21 +73,33 @@ class Wire(asyncio.Protocol):
         """
         if not self.is_open:
             raise _lost()
-        self._answer = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._answer = loop.create_future()
         self._wanted = count
+        self._due = loop.time() + COMMAND_TIMEOUT
+        if self._timer is None:
+            self._timer = loop.call_at(self._due, self._look)
         try:
             self._transport.write(packed)
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                await self._answer
+            await self._answer
         except BaseException as error:
             self._transport.abort()  # replies that come late would be taken for those of the next question
-            if isinstance(error, TimeoutError):
-                raise RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s") from None
             if isinstance(error, RuntimeError):  # of uvloop 0.22, for a connection that goes while it is written to
                 raise _lost() from error
             raise
         replies, self._replies = self._replies, []
         return replies
+
+    def _look(self) -> None:
+        """Whether an answer is overdue. One timer serves many questions: one for each costs more than the writing."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        if self._answer is None or self._answer.done():
+            return
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._look)
+        else:
+            self._answer.set_exception(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
 
     async def close(self) -> None:
         """Close it, and give its place in the pool back."""
@@ -107,6 +121,8 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more comes: also redis-py's own end has to know."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._answer and not self._answer.done():
             self._answer.set_exception(_lost())
         self._former.connection_lost(exc)
@@ -161,12 +177,17 @@ class Wires:
         return await self._each(commands, _in_multi)
 
     async def _each(self, commands: Sequence[Command], exchange: _Exchange) -> list[Any]:
-        slots = await self._slots_of(commands)
+        if not commands:
+            return []
+        if not isinstance(self._redis, ClusterClient):
+            (replies,) = await exchange(self._to(self._redis), [[packed for _, packed in commands]])
+            return replies
+        slots = await _slots_of(commands, self._redis.connection_pool)
         asked = [self._on(server, exchange, commands, numbers) for server, numbers in slots.items()]
         answers: list[Any] = (
             [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked, return_exceptions=True)
         )
-        replies: list[Any] = [None] * len(commands)
+        replies = [None] * len(commands)
         for numbers, answer in zip(slots.values(), answers, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
@@ -177,20 +198,22 @@ class Wires:
     async def _on(
         self, server: Redis, exchange: _Exchange, commands: Sequence[Command], slots: list[Sequence[int]]
     ) -> list[list[Any]]:
+        return await exchange(self._to(server), [[commands[number][1] for number in numbers] for numbers in slots])
+
+    def _to(self, server: Redis) -> Wire:
         wire = self._wires.get(server)
         if wire is None:
             raise _lost()
-        return await exchange(wire, [[commands[number][1] for number in numbers] for numbers in slots])
+        return wire
 
-    async def _slots_of(self, commands: Sequence[Command]) -> dict[Redis, list[Sequence[int]]]:
-        """Which commands are for which server, and there for which slot."""
-        if not isinstance(self._redis, ClusterClient):
-            return {self._redis: [range(len(commands))]} if commands else {}
-        slots: dict[Redis, dict[int, list[int]]] = {}
-        for number, (key, _) in enumerate(commands):
-            server = await self._redis.connection_pool.master_of(key)
-            slots.setdefault(server, {}).setdefault(slot_of(key), []).append(number)
-        return {server: list(by_slot.values()) for server, by_slot in slots.items()}
+
+async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[Redis, list[Sequence[int]]]:
+    """Which commands are for which server, and there for which slot."""
+    slots: dict[Redis, dict[int, list[int]]] = {}
+    for number, (key, _) in enumerate(commands):
+        server = await cluster.master_of(key)
+        slots.setdefault(server, {}).setdefault(slot_of(key), []).append(number)
+    return {server: list(by_slot.values()) for server, by_slot in slots.items()}
 
 
 async def _plainly(wire: Wire, slots: list[list[bytes]]) -> list[list[Any]]:

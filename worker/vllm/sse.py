@@ -37,6 +37,13 @@ class SSEDecoder:
         """
         if self._start is not None:
             chunk = self._without_bom(chunk)
+        # What vLLM nearly always sends, at a quarter of the price: one event, one line, one piece.
+        if (
+            chunk.endswith(b"\n\n") and chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2
+            and not (self._pending or self._data or self._after_cr) and b"\r" not in chunk
+            and len(chunk) <= self._max
+        ):  # fmt: skip
+            return [chunk[6:-2]]
         if self._after_cr and chunk:
             self._after_cr = False
             if chunk[0] == 0x0A:
