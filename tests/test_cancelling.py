@@ -5,15 +5,19 @@ import json
 
 import pytest
 from conftest import StartSimulator, StartWorker, eventually, stream
+from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Answer, Client, Delta, State
+from worker.broker.cancels import _COUNTS
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.service import Service
+
+SEALING = rb"XADD \S+ 18446744073709551615-18446744073709551615 type cancelled"
 
 NEVER = 60
 """A lease of a minute: the logs are not looked at within a test, so that only a hint can be the cause."""
@@ -77,22 +81,42 @@ async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simul
     return service
 
 
-async def test_the_seal_tells_what_was_used_by_then_and_the_lifecycle_all_of_it(
+async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await worker_before(start_worker, redis, await start_simulator(Options(orders=Orders(rate=100))))
+    await worker_before(start_worker, redis, await start_simulator(Options(orders=Orders(fault="stall", after=5))))
     request_id = await client.enqueue(ask())
-    await begun(client, request_id, deltas=3)
+    await begun(client, request_id, deltas=5)
     await client.cancel(request_id)
     line = await settled(redis)
     answer = await read(redis, request_id)
     assert answer.end
     assert answer.end.model == "reciter"
-    said = answer.end.usage["completion_tokens"]
-    assert isinstance(said, int)
-    tokens = sum(len(delta.token_ids) for delta in answer.deltas)
-    assert 3 <= said <= tokens
-    assert json.loads(line[b"usage"])["completion_tokens"] == answer.usage["completion_tokens"] == tokens
+    assert answer.end.usage["completion_tokens"] == sum(len(delta.token_ids) for delta in answer.deltas)
+    assert json.loads(line[b"usage"]) == answer.end.usage == answer.usage
+
+
+@pytest.mark.parametrize("too_late", [1, _COUNTS + 1], ids=["one comes", "they never stop"])
+async def test_entries_that_come_between_count_and_seal_are_in_its_usage_or_it_has_none(
+    too_late: int, redis: Redis, redis_proxy: Proxy
+) -> None:
+    key = "chat:tokens:{r}"
+    await redis.xadd(key, {"type": "opened", "model": "reciter", "prompt_tokens": "7"}, id="1-1")
+    await redis.xadd(key, {"type": "delta", "content": "a", "token_ids": "[1]"}, id="1-2")
+    async with Client(redis_proxy.redis_url) as client, asyncio.timeout(10):
+        seal = redis_proxy.hold(SEALING)
+        cancel = asyncio.create_task(client.cancel("r"))
+        for n in range(too_late):
+            await seal.met.wait()
+            await redis.xadd(key, {"type": "delta", "content": "b", "token_ids": "[2, 3]"}, id=f"1-{3 + n}")
+            held, seal = seal, redis_proxy.hold(SEALING)
+            held.release()
+        seal.release()
+        await cancel
+    answer = await read(redis, "r")
+    assert answer.end
+    assert (answer.outcome, answer.end.model) == ("cancelled", "reciter")
+    assert answer.end.usage == (answer.usage if too_late == 1 else {})
 
 
 async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_cancelled(

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import RedisError, ResponseError, WatchError
 
+from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
 from worker.broker.jobs import waiting_in
@@ -323,16 +324,11 @@ class Client:
     async def _cancel(self, request_id: str) -> bool:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
         key = self._keys.tokens(request_id)
-        log = [parse_leniently(*entry) for entry in cast("list[_RawEntry]", await self._redis.xrange(key))]
-        first, so_far = log[0] if log else None, Answer(log)
-        fields = to_fields(Cancelled(id=SEAL, usage=so_far.usage, model=so_far.model))
         now = _unix_ms(await self._redis.time())
-        try:
-            await self._redis.xadd(key, fields, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
-        except ResponseError as error:
-            if is_transient(error):
-                raise
+        sealed = await seal_cancelled(self._redis, key)
+        if sealed is None:
             return False
+        first, fields = sealed
         asked = first.digest if isinstance(first, Queued | Started) else ""
         stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
         pipe = self._redis.pipeline(transaction=False)

@@ -1,18 +1,23 @@
-"""Hints of cancels: a channel that tells every worker which log was sealed, so that it need not wait to look.
+"""Cancels: the seal that our client writes, and hints of it.
 
-Speed only: the log is the truth, and every log is looked at three times a lease. Whatever is lost here costs time.
+The hints are a channel that tells every worker which log was sealed, so that it need not wait to look. Speed only: the
+log is the truth, and every log is looked at three times a lease. Whatever is lost here costs time.
 """
 
 import asyncio
+from typing import cast
 
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.connection import Backoff, is_transient, what_redis_said
 from worker.broker.publisher import Publisher
+from worker.contract.answer import Answer
+from worker.contract.entries import Cancelled, Entry, Fields, parse_leniently, to_fields
+from worker.contract.ids import SEAL
 
 _log = structlog.get_logger()
 
@@ -21,6 +26,45 @@ _TICK = 0.25
 
 _SILENCE = 5.0
 """Seconds after which a silent connection is asked whether it still lives, and then given up."""
+
+_COUNTS = 4
+"""How often the usage of a log is counted that goes on meanwhile, until its seal is written without one."""
+
+
+async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] | None:
+    """Seal a log, or begin it with the seal; gives its first entry and the seal's fields, or nothing if it had a seal.
+
+    The seal tells the usage of the whole log or none: entries that come between count and seal would be in the log and
+    not in the usage. So the log is watched, and where they come too fast for that a cancel does not wait for them.
+
+    Raises:
+        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal.
+    """
+    log: list[Entry] = []
+    left = _COUNTS
+    while True:
+        async with redis.pipeline() as pipe:
+            await pipe.watch(key)
+            unread = await pipe.xrange(key, min=f"({log[-1].id}" if log else "-")
+            log += [parse_leniently(*entry) for entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", unread)]
+            so_far = Answer(log)
+            if so_far.end:
+                return None
+            if not left:
+                await pipe.unwatch()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves it without types
+            seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if left else {}, model=so_far.model))
+            pipe.multi()  # type: ignore[no-untyped-call]  # and this one
+            pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
+            try:
+                await pipe.execute()
+            except WatchError:
+                left -= 1  # an entry came meanwhile, or the reply was lost: look again
+                continue
+            except ResponseError as error:
+                if is_transient(error):
+                    raise
+                return None
+            return (log[0] if log else None), seal
 
 
 class CancelHints:

@@ -137,7 +137,7 @@ class Answer:
     def usage(self) -> Object:
         """The tokens that were used: as vLLM counts them or, where it came to no end, as the log shows them."""
         said = self.end.usage if self.end else {}
-        # Whoever cancelled counted what was there by then.
+        # Anybody may cancel, knowing more or less of the log.
         return (self._counted_usage() or said) if isinstance(self.end, Cancelled) else (said or self._counted_usage())
 
     @property
