@@ -3,14 +3,18 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import cast
 
 import pytest
 from click.testing import CliRunner, Result
 from conftest import StartWorker, eventually, stream
+from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client
+from worker.broker.connection import command_client
 from worker.broker.dead import DeadLetters
 from worker.broker.jobs import Delivery
 from worker.broker.ledger import Ledger
@@ -146,6 +150,33 @@ async def test_of_two_retries_at_once_there_is_one_job_and_one_letter(redis: Red
     assert filed
     await asyncio.gather(*(_retry(client, letters_, filed) for _ in range(5)))
     assert len(await jobs(redis)) == len(await letters(redis)) == 1
+
+
+async def test_two_workers_that_bury_a_job_at_once_leave_one_letter(
+    redis: Redis, redis_proxy: Proxy, redis_url: str
+) -> None:
+    job = Delivery("default", "1-0", {b"id": b"no/id"})
+    async with command_client(redis_proxy.redis_url) as first, command_client(redis_url) as second:
+        writing = redis_proxy.hold(rb"XADD chat:dead ")
+        paused = asyncio.create_task(Ledger(first, Keys()).bury(job, "why", 7, 9999))
+        await writing.met.wait()
+        await Ledger(second, Keys()).bury(replace(job, again=True), "why", 7, 9999)
+        await Ledger(second, Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
+        writing.release()
+        await paused
+    assert [letter[b"job"] for letter in await letters(redis)] == [b"1-0", b"2-0"]
+
+
+async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job(redis: Redis, redis_url: str) -> None:
+    ids = [f"{number}-0" for number in range(30)]
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(command_client(redis_url)) for _ in range(3)]
+        ledgers = [Ledger(each, Keys()) for each in clients]
+        burials = (
+            ledger.bury(Delivery("default", i, {}, again=True), "why", 7, 9999) for i in ids for ledger in ledgers
+        )
+        await asyncio.gather(*burials)
+    assert sorted(letter[b"job"].decode() for letter in await letters(redis)) == sorted(ids)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ The rules by their numbers:
 | 10 | burial seals first | below | the letter first: the log has no end while it cannot be written |
 | 10 | … and acknowledges last | below | acknowledged before the letter: nobody writes it any more |
 | 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | none is looked for: there are two |
+| 10 | … of two at once too | test_dead: two_workers_that_bury_… | the letters are not watched: there are two |
 | 10 | a deploy is no failure | test_poison: deploys_bury_nobody | each claim counts: it is buried |
 | 11 | the feed after the reply | the_feed_never_carries_what_was_refused | published with the XADD: `refused` is told |
 """

@@ -1,11 +1,13 @@
 """What is kept beside the logs: the lifecycle stream, the dead letters and the line of each worker."""
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import cast
+from typing import TypeAlias, cast
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import WatchError
 
 from worker.broker.jobs import Delivery
 from worker.contract.entries import Fields, to_json
@@ -18,6 +20,8 @@ _DEAD_LENGTH = 1000
 _LATEST = 50
 _CUT = 1024
 
+_Letters: TypeAlias = list[tuple[bytes, Mapping[bytes, bytes]]]
+
 
 class Ledger:
     """Writes the records that are not the log of one request."""
@@ -25,10 +29,12 @@ class Ledger:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
+        self._burying = asyncio.Lock()
 
     async def lifecycle(self, line: Lifecycle) -> None:
         """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
-        await _add(self._redis, self._keys.lifecycle, line.to_fields(), _LIFECYCLE_LENGTH)
+        fields = line.to_fields()
+        await self._redis.xadd(self._keys.lifecycle, fields, maxlen=_LIFECYCLE_LENGTH)  # type: ignore[arg-type]  # dict is invariant
 
     async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.
@@ -37,16 +43,35 @@ class Ledger:
         contract is left out, and if that does not do, long fields are cut. The newest thousand letters are kept.
 
         All letters since the job was added are looked at only when another worker had the job before; otherwise the
-        latest, for the case that this is repeated after a lost reply.
+        latest, for the case that this is repeated after a lost reply. Look and write are one step: two workers may have
+        the job at once, when a lease has run out. One process writes one letter at a time, for it would only be in its
+        own way; of several processes one gets on whenever another must look again, at no more than what is new.
         """
-        count = None if delivery.again else _LATEST
-        for _, fields in await self._redis.xrevrange(self._keys.dead, min=f"{delivery.enqueued}-0", count=count) or ():
-            seen = cast("Mapping[bytes, bytes]", fields)
-            if (seen.get(b"queue"), seen.get(b"job")) == (delivery.queue.encode(), delivery.id.encode()):
-                return
         kept, cut = _kept(delivery.fields, most)
         letter = DeadLetter(reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=kept, cut=cut)
-        await _add(self._redis, self._keys.dead, letter.to_fields(), _DEAD_LENGTH)
+        since, count = f"{delivery.enqueued}-0", None if delivery.again else _LATEST
+        async with self._burying:
+            while (last := await self._bury(letter, since, count)) is not None:
+                since, count = last, None
+
+    async def _bury(self, letter: DeadLetter, since: str, count: int | None) -> str | None:
+        """Look for the letter of a job and write it where there is none, unless another letter comes in between.
+
+        Gives nothing when it is there by now, else from where on there is more to look at.
+        """
+        async with self._redis.pipeline() as pipe:
+            await pipe.watch(self._keys.dead)
+            newest = cast("_Letters", await pipe.xrevrange(self._keys.dead, min=since, count=count) or [])
+            named = (letter.queue.encode(), letter.job.encode())
+            if any((fields.get(b"queue"), fields.get(b"job")) == named for _, fields in newest):
+                return None
+            pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
+            pipe.xadd(self._keys.dead, letter.to_fields(), maxlen=_DEAD_LENGTH)  # type: ignore[arg-type]  # likewise
+            try:
+                await pipe.execute()
+            except WatchError:
+                return f"({newest[0][0].decode()}" if newest else since
+        return None
 
     async def forget(self, before: int) -> None:
         """Drop the dead letters that were written before a time in Unix ms: they hold prompts."""
@@ -107,7 +132,3 @@ def _kept(fields: RawFields, most: int) -> tuple[Fields, tuple[str, ...]]:
 
 def _readable(fields: RawFields) -> Fields:
     return {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
-
-
-async def _add(redis: Redis, key: str, fields: Fields, length: int) -> None:
-    await redis.xadd(key, fields, maxlen=length, approximate=True)  # type: ignore[arg-type]  # dict is invariant
