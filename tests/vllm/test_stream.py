@@ -17,6 +17,7 @@ from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection
 from worker.vllm import stream as stream_module
+from worker.vllm import transport as transport_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
@@ -435,6 +436,20 @@ async def test_the_connection_serves_again_after_a_refusal() -> None:
         await error_of(upstream, asking(fault="503"))
         await ask(upstream)
         assert simulator.accepted == 1
+
+
+async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_that_waited_for_its_reader() -> None:
+    body = b"x" * transport_module._HIGH_WATER
+    transport = Transport()
+    async with (
+        sending(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body), body) as url,
+        httpx.AsyncClient(transport=transport) as client,
+        client.stream("POST", url) as response,
+    ):
+        source = response.extensions["source"]
+        await until(lambda: source._over)
+        assert await response.aread() == body
+        await until(lambda: not transport._open)
 
 
 async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for(

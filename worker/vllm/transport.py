@@ -139,7 +139,6 @@ class _Connection(asyncio.Protocol):
         self._body = body = Body(self)
         self._head = asyncio.get_running_loop().create_future()
         try:
-            self.read_on()
             self._write(packed)
             status, headers = await self._head  # by now the next request may be on its way
         except BaseException:
@@ -242,6 +241,7 @@ class _Connection(asyncio.Protocol):
         body, self._body = self._body, None
         body.end()
         if self._parser.should_keep_alive() and self.is_open:
+            self.read_on()  # or nobody would see the server close it
             self._done(self)
         else:
             self.abort()
