@@ -224,6 +224,8 @@ def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> 
         ("VLLM_URLS", "http://[::1"),
         ("VLLM_URLS", "http://host:port"),
         ("VLLM_URLS", "http://host:99999"),
+        ("VLLM_URLS", "http://host..local"),
+        ("VLLM_URLS", "http://xn--a"),
         ("REDIS_URL", "127.0.0.1:6379"),
         ("REDIS_URL", "redis:127.0.0.1"),
         ("REDIS_URL", "redis://host:port"),

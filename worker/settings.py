@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -206,8 +207,9 @@ def address_of(text: str) -> tuple[str, int]:
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
+        httpx.URL(url).host.encode("idna")  # as httpx and the resolver do, each time
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except (ValueError, httpx.InvalidURL):  # a port that is none, or a name that no host can have
         return False
 
 
