@@ -1,6 +1,7 @@
 """Streams from a server: every way in which they break, how long silence may last, and what servers refuse."""
 
 import asyncio
+import gc
 import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -277,6 +278,25 @@ async def test_a_server_that_is_not_there() -> None:
         error = await error_of(upstream)
     assert (error.code, error.status, error.retryable) == ("upstream_unreachable", 0, True)
     assert error.message.startswith(f"cannot reach {url}/v1/chat/completions: ")
+
+
+async def test_a_server_that_goes_as_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    write = transport_module._Connection._write
+
+    def lose(connection: transport_module._Connection, packed: bytes) -> None:
+        connection.abort()
+        write(connection, packed)
+
+    transport = Transport()
+    async with serving() as (simulator, _), httpx.AsyncClient(transport=transport) as client:
+        monkeypatch.setattr(transport_module._Connection, "_write", lose)
+        with pytest.raises(httpx.WriteError):
+            await client.get(simulator.url)
+        await until(lambda: not transport._open)
+    gc.collect()
+    assert unheard == []
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\ncontent-le"])

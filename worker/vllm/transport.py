@@ -142,6 +142,7 @@ class _Connection(asyncio.Protocol):
             self._write(packed)
             status, headers = await self._head  # by now the next request may be on its way
         except BaseException:
+            self._head.cancel()  # nobody waits for it, and that it does not come would be logged
             self.abort()
             raise
         # The stream that httpx gives to its user is another, around this one.
