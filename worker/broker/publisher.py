@@ -129,12 +129,12 @@ class Publisher:
         """
         while not self._leaving or self._work.is_set() or self._feed:
             await self._work.wait()
+            if self._is_busy and not self._leaving:
+                await asyncio.sleep(_LINGER)
             self._work.clear()
             try:
                 if self._look or self._asked:
                     await self._look_at_logs()
-                if self._is_busy:
-                    await asyncio.sleep(_LINGER)
                 batch, feed = self._collect()
                 self._is_busy = self._rate(batch) > _BUSY
                 if batch or feed:

@@ -314,7 +314,7 @@ class Transport(httpx.AsyncBaseTransport):
 def _origin_of(url: httpx.URL) -> _Origin:
     if url.scheme not in {"http", "https"} or not url.host:
         raise httpx.UnsupportedProtocol(f"{url.scheme}://{url.host} is no address of a server")
-    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
+    return url.scheme, url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
 
 
 async def _packed(request: httpx.Request) -> bytes:
