@@ -103,6 +103,11 @@ class TokenLog:
         """Up to `most` entries that Redis has not accepted, oldest first. They stay until `take_accepted`."""
         return list(islice(self._pending, most))
 
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something that Redis has not accepted."""
+        return bool(self._pending)
+
     def take_accepted(self, upto: int) -> list[Pending]:
         """Redis holds the attempt up to this `n`; gives what is newly accepted."""
         pending, taken, size = self._pending, [], 0

@@ -10,7 +10,6 @@ failover may have dropped what had been acknowledged.
 import asyncio
 import re
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any, TypeAlias
 
 import msgspec
@@ -20,7 +19,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
-from worker.broker.wire import Wires, pack
+from worker.broker.wire import Wires, bulk, pack
 from worker.contract.entries import Fields
 from worker.contract.ids import EntryId
 from worker.telemetry.metrics import Metrics
@@ -39,6 +38,7 @@ _LINGER = 0.001
 """Seconds; it takes a quarter off the worker's CPU and half off Redis's."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
+_PUBLISH = b"*3\r\n" + bulk(b"PUBLISH")
 _OF_THE_FEED = re.compile("'publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
 _encode = msgspec.json.encode
@@ -89,8 +89,9 @@ class Publisher:
         self._pending += size
         if self._pending >= _HIGH_WATER_BYTES:
             self.is_full = True
-        self._dirty[log] = None
-        self._work.set()
+        if log not in self._dirty:
+            self._dirty[log] = None
+            self._work.set()
 
     def relieve(self, size: int) -> None:
         """So many bytes need not be written any more."""
@@ -179,23 +180,24 @@ class Publisher:
         return batch, feed
 
     async def _write(self, batch: _Batch, feed: dict[str, list[tuple[str, Fields]]]) -> list[Any]:
-        commands = [(log.key, packed) for log, entries in batch for _, _, _, packed in entries]
-        commands += [
-            (channel, pack(b"PUBLISH", channel.encode(), _encode(entries))) for channel, entries in feed.items()
-        ]
+        commands = [(log.key, entry[3]) for log, entries in batch for entry in entries]
+        commands += [(channel, _PUBLISH + bulk(channel.encode()) + bulk(_encode(it))) for channel, it in feed.items()]
         return await self._wires.execute(commands)
 
     def _take_replies(self, batch: _Batch, replies: list[Any]) -> None:
-        answers = iter(replies)
+        begin = 0
         for log, entries in batch:
-            verdicts = list(islice(answers, len(entries)))
-            good = next((n for n, verdict in enumerate(verdicts) if not isinstance(verdict, bytes)), len(verdicts))
-            if good:
-                self._accept(log, log.take_accepted(entries[good - 1][0]))
-            if good < len(verdicts):
-                self._judge(log, verdicts[good:])
-            elif log.batch(1):
+            end = begin + len(entries)
+            good = begin
+            while good < end and isinstance(replies[good], bytes):
+                good += 1
+            if good > begin:
+                self._accept(log, log.take_accepted(entries[good - begin - 1][0]))
+            if good < end:
+                self._judge(log, replies[good:end])
+            elif log.has_more:
                 self._dirty[log] = None
+            begin = end
         self._metrics.written.inc(self._written)
         self._written = 0
 
@@ -214,7 +216,7 @@ class Publisher:
     def _accept(self, log: TokenLog, accepted: list[Pending]) -> None:
         if accepted:
             self._written += len(accepted)
-            self.announce(log.feed, [(entry_id, fields) for _, entry_id, fields, _ in accepted])
+            self.announce(log.feed, [entry[1:3] for entry in accepted])
 
     async def _look_at_logs(self) -> None:
         """Read the end of every log, or of those asked for, and judge by it. Nothing is in flight meanwhile."""
@@ -239,7 +241,7 @@ class Publisher:
             log.lose(LogRefused(str(reply)))
             return
         self._accept(log, log.reconcile(EntryId.parse(reply[0][0]) if reply else None))
-        if log.batch(1):
+        if log.has_more:
             self._dirty[log] = None
 
     async def _recover(self, error: BaseException) -> None:

@@ -27,7 +27,12 @@ Command: TypeAlias = tuple[str, bytes]
 
 def pack(*args: bytes) -> bytes:
     """One command as Redis reads it."""
-    return b"".join([b"*%d\r\n" % len(args), *(b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in args)])
+    return b"".join([b"*%d\r\n" % len(args), *map(bulk, args)])
+
+
+def bulk(arg: bytes) -> bytes:
+    """One argument of a command as Redis reads it."""
+    return b"$%d\r\n%b\r\n" % (len(arg), arg)
 
 
 _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")

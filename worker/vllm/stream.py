@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol, cast
 
 import httpx
@@ -36,7 +35,8 @@ class Patience:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._since = _now()
+        self._now = asyncio.get_running_loop().time
+        self._since = self._now()
         self._begun = False
         self._hurried: float | None = None
         self._limit: asyncio.Timeout | None = None
@@ -50,7 +50,7 @@ class Patience:
             TimeoutError: when it is silent for too long.
         """
         if self._begun:
-            self._since = _now()  # while its text was not wanted it could say nothing
+            self._since = self._now()  # while its text was not wanted it could say nothing
         async with asyncio.timeout(None) as self._limit:
             self._look()
             try:
@@ -60,14 +60,14 @@ class Patience:
 
     def heard(self) -> None:
         """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
-        self._since = _now()
+        self._since = self._now()
         if not self._begun:
             self._begun = True
             self._look_again()
 
     def is_silent(self) -> bool:
         """Whether it has waited for longer than moments by now."""
-        return self._timer is not None and _now() - self._since > _MOMENTS
+        return self._timer is not None and self._now() - self._since > _MOMENTS
 
     def hurry(self) -> None:
         """The server takes no connections any more: what it does not send within moments will not come.
@@ -75,7 +75,7 @@ class Patience:
         vLLM 0.32.0 freezes its open streams when it gets SIGTERM, and refuses connections at once.
         """
         if self._hurried is None:
-            self._hurried = _now()
+            self._hurried = self._now()
         self._look_again()
 
     def silence(self) -> UpstreamError:
@@ -94,7 +94,7 @@ class Patience:
 
     def _look(self) -> None:
         due = self._due()
-        if due > _now():
+        if due > self._now():
             self._timer = asyncio.get_running_loop().call_at(due, self._look)
         elif self._limit is not None:
             self._limit.reschedule(due)
@@ -138,11 +138,23 @@ class ChatStream:
         Raises:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
-        if self._hand_on(self._left, take):
+        feed, heard = self._decoder.feed, self._patience.heard
+
+        def arrived(piece: bytes) -> bool:
+            events = feed(piece)
+            if not events:
+                return False
+            heard()
+            if self._is_new:
+                self._begin()
+            return self._hand_on(events, take)
+
+        left, self._left = self._left, []
+        if self._hand_on(left, take):
             return True
         try:
             async with self._patience.wait():
-                return await self._source.pour(partial(self._arrived, take=take))
+                return await self._source.pour(arrived)
         except TimeoutError:
             raise self._patience.silence() from None
         except EventTooLarge as error:
@@ -150,24 +162,17 @@ class ChatStream:
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
 
-    def _arrived(self, piece: bytes, take: Callable[[bytes], bool]) -> bool:
-        events = self._decoder.feed(piece)
-        if not events:
-            return False
-        self._patience.heard()
-        if self._is_new:
-            self._is_new = False
-            if self.on_first is not None:
-                self.on_first()
-        return self._hand_on(events, take)
-
     def _hand_on(self, events: list[bytes], take: Callable[[bytes], bool]) -> bool:
         for number, data in enumerate(events, 1):
             if take(data):
                 self._left = events[number:]
                 return True
-        self._left = []
         return False
+
+    def _begin(self) -> None:
+        self._is_new = False
+        if self.on_first is not None:
+            self.on_first()
 
     async def finish(self) -> None:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
@@ -250,10 +255,6 @@ async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
         if not body:
             raise truncated(f"the answer with status {response.status_code} broke off: {_why(error)}") from None
     return body[:most]
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def _why(error: Exception) -> str:
