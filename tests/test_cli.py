@@ -201,7 +201,7 @@ async def test_cancel_says_how_far_the_request_was(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     waiting = await client.enqueue({"messages": WHO}, queue="unserved")
-    await start_worker(await start_simulator(Options(orders=Orders(rate=30))))
+    await start_worker(await start_simulator(Options(orders=Orders(rate=3))))
     running = await client.enqueue({"messages": STORY})
 
     async with started("follow", running, REDIS_URL=redis_url) as follower:

@@ -239,9 +239,11 @@ async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
         log.append(delta(text))
     await log.drained()
     (_, started), *_ = await stream(redis, KEY)
-    await redis.delete(KEY)  # what a replica had that was behind
-    await redis.xadd(KEY, started, id="1-0")  # type: ignore[arg-type]  # dict is invariant
-    await redis.pexpireat(KEY, FAR)
+    async with redis.pipeline() as pipe:  # what a replica had that was behind
+        pipe.delete(KEY)
+        pipe.xadd(KEY, started, id="1-0")  # type: ignore[arg-type]  # dict is invariant
+        pipe.pexpireat(KEY, FAR)
+        await pipe.execute()
     one.publisher.look()
     assert isinstance(await asyncio.wait_for(log.lost, 5), LogDiverged)
     await one.owner.advance(log, delivery, "diverged")
