@@ -104,7 +104,8 @@ async def promise_kept(
     """
 
     async def settled() -> bool:
-        return not await pending(redis) and await redis.exists(f"chat:ended:{{{request_id}}}") == 1
+        # In this order: before a job is done there may be no group, as after a FLUSHALL.
+        return await redis.exists(f"chat:ended:{{{request_id}}}") == 1 and not await pending(redis)
 
     await eventually(settled, within)
     story = read(await log_of(redis, request_id))

@@ -107,7 +107,7 @@ async def post(client: httpx.AsyncClient, request: Event) -> bytes:
 async def read_until_broken(client: httpx.AsyncClient, request: Event, patience: float = 5) -> tuple[bytes, Exception]:
     body = b""
     try:
-        async with client.stream("POST", PATH, json=request, timeout=patience) as response:
+        async with client.stream("POST", PATH, json=request, timeout=httpx.Timeout(5, read=patience)) as response:
             async for data in response.aiter_raw():
                 body += data
     except httpx.TransportError as error:
