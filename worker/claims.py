@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
-from worker.broker.connection import Backoff, is_transient
+from worker.broker.connection import SAY_AGAIN, Backoff, is_transient
 from worker.broker.jobs import Delivery, JobQueue
 from worker.leases import Leases
 from worker.settings import Settings
@@ -30,9 +30,6 @@ _SCAN_EVERY = 0.5
 
 _LOOK_AGAIN = 0.5
 """Seconds until a Redis that takes no writes is asked again."""
-
-_SAY_AGAIN = 30.0
-"""Seconds until a reason that comes and goes is told again: at the edge of its memory Redis refuses now and then."""
 
 _log = structlog.get_logger()
 
@@ -148,7 +145,8 @@ class Claims:
             _log.warning("claims_resumed", reason=self._told)
             self._told = ""
         now = time.monotonic()
-        if reason and now - self._told_at.get(reason, float("-inf")) > _SAY_AGAIN:
+        # At the edge of its memory Redis refuses now and then.
+        if reason and now - self._told_at.get(reason, float("-inf")) > SAY_AGAIN:
             _log.warning("claims_paused", reason=reason)
             self._told, self._told_at[reason] = reason, now
 

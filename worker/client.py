@@ -357,7 +357,8 @@ class Client:
                     raise
                 if time.monotonic() - since > self._patience:
                     verdict = "refuses" if isinstance(error, ResponseError) else "does not answer"
-                    raise Unavailable(f"Redis {verdict}: {what_redis_said(error)}") from error
+                    said = what_redis_said(error).rstrip(".")
+                    raise Unavailable(f"Redis {verdict}: {said}. `worker check` says what to do") from error
             await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
             pause = min(pause * 2, _LONGEST_PAUSE)
 

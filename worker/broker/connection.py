@@ -27,8 +27,10 @@ OLDEST = (6, 2)
 COMMAND_TIMEOUT = 5.0
 """Seconds until a command without a reply counts as lost."""
 
+SAY_AGAIN = 30.0
+"""Seconds until the same trouble is told of again."""
+
 _MAX_CONNECTIONS = 64
-_SAY_AGAIN = 30.0
 _NO_LIMIT = 2**31
 
 
@@ -90,7 +92,7 @@ class _Voice:
 
     def complain(self, error: BaseException) -> None:
         now = time.monotonic()
-        if now - self._said > _SAY_AGAIN:
+        if now - self._said > SAY_AGAIN:
             self._said = now
             _log.warning(self._what, error=what_redis_said(error))
 

@@ -13,6 +13,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from worker.broker.connection import SAY_AGAIN
 from worker.contract.ids import EntryId
 from worker.contract.keys import GROUP, Keys
 
@@ -22,8 +23,6 @@ _LOOKS = 64
 """Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
 
 _NO_LIMIT = 2**31
-_SAY_AGAIN = 30.0
-"""Seconds until a group that keeps vanishing is told of again."""
 
 _REMOVE = """
 for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -313,7 +312,7 @@ class JobQueue:
         """Make a group that vanished (FLUSHALL, a failover) again; whether that was the trouble."""
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
             return False
-        if time.monotonic() - self._said > _SAY_AGAIN:
+        if time.monotonic() - self._said > SAY_AGAIN:
             self._said = time.monotonic()
             _log.warning("group_made_again", queue=queue)
         await self.ensure_group(queue)

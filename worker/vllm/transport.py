@@ -22,6 +22,8 @@ _IDLE = 4.0
 _HIGH_WATER = 64 * 1024
 """Bytes of an answer that wait for their reader until no more is read from the server."""
 _MAX_HEAD = 64 * 1024
+_ENDS = frozenset(b"\r\n\0")
+"""What ends a line, and may not stand in a header."""
 
 
 class Body(httpx.AsyncByteStream):
@@ -325,6 +327,3 @@ async def _packed(request: httpx.Request) -> bytes:
     lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
     lines += [b"%b: %b" % header for header in headers]
     return b"\r\n".join([*lines, b"", content])
-
-
-_ENDS = frozenset(b"\r\n\0")
