@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from worker.broker.jobs import Delivery
-from worker.broker.log import TokenLog
+from worker.broker.log import Pending, TokenLog
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
 from worker.suspects import Turns, failures, goal_of, is_doubtful, is_suspect
@@ -113,7 +113,10 @@ class Nowhere:
     def relieve(self, size: int) -> None:
         assert size >= 0
 
-    def wake(self, log: TokenLog, size: int) -> None:
+    def take(self, entry: Pending) -> None:
+        pass
+
+    def drop(self, log: TokenLog) -> None:
         pass
 
 
@@ -132,9 +135,10 @@ async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
     log = TokenLog("r", "key", "feed", 2, Nowhere(), goal)
     for kind in written:
         log.append({"type": kind})
-    log.take_accepted(behind)
+    first, rest = log.pending[:behind], log.pending[behind:]
+    assert all(log.accept(entry) for entry in first)
     assert not log.progress.done()
-    log.take_accepted(len(written))
+    assert all(log.accept(entry) for entry in rest)
     assert log.progress.done()
 
 

@@ -9,7 +9,7 @@ import enum
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 from redis import Redis as BlockingRedis
 from redis.asyncio import ConnectionPool, Redis
@@ -215,19 +215,27 @@ class _Wire(Wire):
     def is_open(self) -> bool:
         return not self._is_left and super().is_open
 
-    async def ask(self, packed: bytes, count: int) -> list[object]:
+    def ask(
+        self, packed: bytes, count: int, read: Callable[[list[Any]], list[Any]] = list
+    ) -> "asyncio.Future[list[Any]]":
+        return asyncio.ensure_future(self._ask(packed, count, read))
+
+    async def _ask(self, packed: bytes, count: int, read: Callable[[list[Any]], list[Any]]) -> list[Any]:
         fate = await self.gate.fate()
         self.gate.network.busy += 1
-        replies: list[object] | None = None
+        replies: list[Any] | None = None
         try:
-            replies = await self.gate.meet(fate, self._life, lambda: self._leave(packed), super().ask(packed, count))
+            replies = await self.gate.meet(fate, self._life, lambda: self._leave(packed), self._exchange(packed, count))
         finally:
             self.gate.network.busy -= 1
             if not (replies or self._is_left):
                 self._transport.abort()
         if replies is None:
             raise RedisConnectionError("the reply is lost")
-        return replies
+        return read(replies)
+
+    async def _exchange(self, packed: bytes, count: int) -> list[Any]:
+        return await super().ask(packed, count)
 
     def _leave(self, packed: bytes) -> Late:
         self._transport.set_protocol(self._former)

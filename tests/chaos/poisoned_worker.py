@@ -17,7 +17,7 @@ from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
 
 _healthy = Generation.end
-_take = TokenLog.take_accepted
+_accept = TokenLog.accept
 _midway: set[str] = set()
 
 
@@ -38,16 +38,16 @@ async def _end(self: Generation) -> Terminal:
     return await _healthy(self)
 
 
-def _take_accepted(self: TokenLog, upto: int) -> list[Pending]:
-    taken = _take(self, upto)
-    if self.request_id in _midway and upto > 8:
+def _die_midway(self: TokenLog, entry: Pending) -> bool:
+    accepted = _accept(self, entry)
+    if self.request_id in _midway and self.accepted.n > 8:
         os._exit(1)
-    return taken
+    return accepted
 
 
 if __name__ == "__main__":  # in this process only
     relay.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
     Generation.end = _end  # type: ignore[method-assign]
-    TokenLog.take_accepted = _take_accepted  # type: ignore[method-assign]
+    TokenLog.accept = _die_midway  # type: ignore[method-assign]
     configure_logging("json", "info")
     asyncio.run(Service(load_settings()).run())

@@ -182,7 +182,7 @@ async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, deliver
     log = await one.take(delivery)
     log.append(delta("refused"))
     log.append(delta("taken"))
-    one.publisher._take_replies([(log, log.batch(2))], [ResponseError("NOREPLICAS"), b"1-2"])
+    one.publisher._take_replies(log.pending, {}, [ResponseError("NOREPLICAS"), b"1-2"])
     assert isinstance(log.loss, LogDiverged)
 
 

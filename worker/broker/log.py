@@ -3,14 +3,13 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Protocol, TypeAlias
 
 from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 
-Pending: TypeAlias = tuple[int, str, Fields, bytes]
-"""An entry on its way: `n` and the whole of its id, its fields, and the command that writes it."""
+Pending: TypeAlias = tuple["TokenLog", int, str, Fields, bytes]
+"""An entry on its way: its log, `n` and the whole of its id, its fields, and the command that writes it."""
 
 HIGH_WATER_BYTES = 256 * 1024
 """Above this much of one log that Redis has not accepted, reading its answer from vLLM pauses."""
@@ -46,8 +45,11 @@ class Sink(Protocol):
     is_full: bool
     """Whether all its logs together have so much to write that none may read on."""
 
-    def wake(self, log: "TokenLog", size: int) -> None:
-        """The log has an entry of so many bytes to write."""
+    def take(self, entry: Pending) -> None:
+        """An entry to write, after all others of its log."""
+
+    def drop(self, log: "TokenLog") -> None:
+        """What it has taken of a log need not be written."""
 
     def relieve(self, size: int) -> None:
         """So many bytes need not be written any more."""
@@ -64,7 +66,8 @@ class TokenLog:
     sink: Sink
     goal: int = 0
     """How many deltas it must surpass to have got on, where the answer begins again."""
-    accepted: EntryId = field(init=False)
+    untold_until: float = field(init=False, default=0.0)
+    """Until when the feed is not told of it, since nobody listens; of the loop's clock."""
     lost: asyncio.Future[LogLost] = field(init=False)
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""
@@ -73,10 +76,10 @@ class TokenLog:
     _pending: deque[Pending] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
+    _accepted: int = field(init=False, default=0)
     _waiting: list[asyncio.Future[None]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.accepted = EntryId(self.attempt, 0)
         self.lost = asyncio.get_running_loop().create_future()
         self.progress = asyncio.get_running_loop().create_future()
         self._key = b"$%d\r\n%b\r\n" % (len(self.key), self.key.encode())
@@ -85,62 +88,63 @@ class TokenLog:
         """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
         if self.lost.done():
             return
-        entry_id = f"{self.attempt}-{self._next}"
+        n = self._next
+        self._next = n + 1
+        entry_id = f"{self.attempt}-{n}"
         packed = _xadd(self._key, entry_id, fields)
-        self._pending.append((self._next, entry_id, fields, packed))
-        self._next += 1
+        entry = (self, n, entry_id, fields, packed)
+        self._pending.append(entry)
         self._bytes += len(packed)
-        self.sink.wake(self, len(packed))
+        self.sink.take(entry)
 
     def begin_attempt(self, attempt: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted."""
-        self.attempt, self.accepted, self._next = attempt, EntryId(attempt, 0), 1
         self.forget()
+        self.attempt, self._accepted, self._next = attempt, 0, 1
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
 
-    def batch(self, most: int) -> list[Pending]:
-        """Up to `most` entries that Redis has not accepted, oldest first. They stay until `take_accepted`."""
-        return list(islice(self._pending, most))
+    @property
+    def accepted(self) -> EntryId:
+        """The last entry of this owner that Redis has accepted."""
+        return EntryId(self.attempt, self._accepted)
 
     @property
-    def has_more(self) -> bool:
-        """Whether there is something that Redis has not accepted."""
-        return bool(self._pending)
+    def pending(self) -> list[Pending]:
+        """What Redis has not accepted, oldest first."""
+        return list(self._pending)
 
-    def take_accepted(self, upto: int) -> list[Pending]:
-        """Redis holds the attempt up to this `n`; gives what is newly accepted."""
-        pending, taken, size = self._pending, [], 0
-        while pending and pending[0][0] <= upto:
-            entry = pending.popleft()
-            size += len(entry[-1])
-            taken.append(entry)
+    def accept(self, entry: Pending) -> bool:
+        """Redis holds an entry, and those before it; false for one that was forgotten meanwhile."""
+        pending = self._pending
+        if not pending or pending[0] is not entry:
+            return False
+        pending.popleft()
+        size = len(entry[4])
         self._bytes -= size
         self.sink.relieve(size)
+        self._accepted = entry[1]
         if not self.progress.done():
-            self._look_for_progress(taken)
-        self.accepted = max(self.accepted, EntryId(self.attempt, upto))
+            self._look_for_progress(entry[3])
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self.release()
-        return taken
+        return True
 
-    def _look_for_progress(self, taken: list[Pending]) -> None:
-        for _, _, fields, _ in taken:
-            if fields["type"] == Restarted.type:
-                self._behind = self.goal
-            elif fields["type"] == Delta.type:
-                self._behind -= 1
+    def _look_for_progress(self, fields: Fields) -> None:
+        if fields["type"] == Restarted.type:
+            self._behind = self.goal
+        elif fields["type"] == Delta.type:
+            self._behind -= 1
         if self._behind < 0:
             self.progress.set_result(None)
 
     def reconcile(self, tail: EntryId | None) -> list[Pending]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
-        if lost is None and tail is not None:
-            return self.take_accepted(tail.n)
         if lost is not None:
             self.lose(lost)
-        return []
+            return []
+        return [entry for entry in self.pending if tail is not None and entry[1] <= tail.n and self.accept(entry)]
 
     def lose(self, reason: LogLost) -> None:
         """The owner writes no more."""
@@ -182,7 +186,9 @@ class TokenLog:
 
     def forget(self) -> None:
         """Drop what Redis has not accepted."""
-        self._pending.clear()
+        if self._pending:
+            self._pending.clear()
+            self.sink.drop(self)
         size, self._bytes = self._bytes, 0
         self.sink.relieve(size)
 

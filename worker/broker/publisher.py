@@ -5,11 +5,16 @@ unanswered batches, and the busier the worker, the larger its batches. A flush i
 slot: Redis takes all of it or nothing, so that a refusal leaves no hole. The connection is the publisher's own (in a
 cluster one to each master). After a loss every log's end is read before anything is written on a new one, since a
 failover may have dropped what had been acknowledged.
+
+Flush follows flush without a task, for waking one costs more than a small flush; `run` connects, reads the ends of
+logs, and mends what went wrong, while nothing is in flight.
 """
 
 import asyncio
+import enum
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeAlias
 
 import msgspec
@@ -17,6 +22,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
+from worker.broker.cluster import ClusterClient
 from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
 from worker.broker.wire import Wires, bulk, pack
@@ -26,9 +32,22 @@ from worker.telemetry.metrics import Metrics
 
 _log = structlog.get_logger()
 
-_Batch: TypeAlias = list[tuple[TokenLog, list[Pending]]]
+_Feed: TypeAlias = dict[TokenLog | str, list[tuple[str, Fields]]]
+"""What to tell, by log or by the channel of one."""
 
-_MAX_ENTRIES_OF_A_LOG = 256
+
+class _Phase(enum.Enum):
+    """What the publisher is at."""
+
+    IDLE = enum.auto()
+    DUE = enum.auto()
+    """A flush is about to begin."""
+    FLYING = enum.auto()
+    """It waits for replies."""
+    HELD = enum.auto()
+    """`run` is at work."""
+
+
 _MAX_ENTRIES = 2048
 _HIGH_WATER_BYTES = 1024 * 1024
 """Of all logs together: else, where more comes than can be done, reading would leave no time for writing."""
@@ -38,6 +57,8 @@ _LINGER = 0.001
 """Seconds; it takes a quarter off the worker's CPU and half off Redis's."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
+_UNHEARD = 0.25
+"""Seconds for which the feed is not told of a log after Redis said that nobody listens."""
 _PUBLISH = b"*3\r\n" + bulk(b"PUBLISH")
 _OF_THE_FEED = re.compile("'publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
@@ -52,19 +73,21 @@ class Publisher:
         self._wires = Wires(self._redis)
         self._metrics = metrics or Metrics()
         self.is_full = False
-        self._pending = 0
+        self._bytes = 0
         self._logs: set[TokenLog] = set()
         self._by_request: dict[str, TokenLog] = {}
-        self._dirty: dict[TokenLog, None] = {}
-        self._feed: dict[str, list[tuple[str, Fields]]] = {}
+        self._out: list[Pending] = []
+        self._feed: _Feed = {}
+        self._told_soon = False
+        self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
+        self._trouble: Exception | None = None
         self._mute = False
         self._leaving = False
         self._work = asyncio.Event()
         self._backoff = Backoff("log_write_failed")
         self._flushed = 0.0
-        self._written = 0
         self._is_busy = False
 
     def attach(self, log: TokenLog) -> None:
@@ -80,23 +103,26 @@ class Publisher:
         """The process is done with a log."""
         log.forget()
         self._logs.discard(log)
-        self._dirty.pop(log, None)
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
-    def wake(self, log: TokenLog, size: int) -> None:
-        """A log has an entry of so many bytes to write."""
-        self._pending += size
-        if self._pending >= _HIGH_WATER_BYTES:
+    def take(self, entry: Pending) -> None:
+        """An entry to write, after all others of its log."""
+        self._out.append(entry)
+        self._bytes += len(entry[4])
+        if self._bytes >= _HIGH_WATER_BYTES:
             self.is_full = True
-        if log not in self._dirty:
-            self._dirty[log] = None
-            self._work.set()
+        if self._phase is _Phase.IDLE:
+            self._schedule()
+
+    def drop(self, log: TokenLog) -> None:
+        """What it has taken of a log need not be written."""
+        self._out = [entry for entry in self._out if entry[0] is not log]
 
     def relieve(self, size: int) -> None:
         """So many bytes need not be written any more."""
-        self._pending -= size
-        if self.is_full and self._pending < _HIGH_WATER_BYTES // 2:
+        self._bytes -= size
+        if self.is_full and self._bytes < _HIGH_WATER_BYTES // 2:
             self.is_full = False
             for log in self._logs:
                 log.release()
@@ -104,14 +130,25 @@ class Publisher:
     def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Tell the feed of entries that Redis has accepted, each with its id. It is only speed: it may be lost."""
         if not self._mute:
-            if not self._feed:  # it goes with the next entries, or alone if there are none
-                asyncio.get_running_loop().call_later(_FEED_WAITS, self._work.set)
             self._feed.setdefault(channel, []).extend(entries)
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        """The feed goes with the next entries, or alone if there are none."""
+        if not self._told_soon:
+            self._told_soon = True
+            asyncio.get_running_loop().call_later(_FEED_WAITS, self._tell)
+
+    def _tell(self) -> None:
+        self._told_soon = False
+        if self._feed and self._phase is _Phase.IDLE:
+            self._phase = _Phase.DUE
+            self._go_on()
 
     def look(self) -> None:
         """Read every log's end soon: a log that was sealed or fenced while nothing was appended shows it there."""
         self._look = True
-        self._work.set()
+        self._call()
 
     def look_at(self, request_id: str) -> None:
         """Read the end of one request's log soon, if it is written here."""
@@ -121,85 +158,126 @@ class Publisher:
 
     def _ask(self, log: TokenLog) -> None:
         self._asked.add(log)
-        self._work.set()
+        self._call()
+
+    def leave(self) -> None:
+        """Come to an end: write what there is, then return from `run`."""
+        self._leaving = True
+        self._call()
+
+    def _call(self) -> None:
+        """There is something for `run` to do."""
+        if self._phase is _Phase.IDLE:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._phase = _Phase.DUE
+        loop = asyncio.get_running_loop()
+        if self._is_busy and not self._leaving:
+            loop.call_later(_LINGER, self._go_on)
+        else:
+            loop.call_soon(self._go_on)  # after all that has arrived by now
+
+    def _go_on(self) -> None:
+        """Begin what is to be done next; nothing is in flight."""
+        if self._trouble or self._look or self._asked or self._leaving:
+            self._phase = _Phase.HELD
+            self._work.set()
+        else:
+            self._flush()
 
     async def run(self) -> None:
         """Write until `leave` is called and nothing is left to write.
 
         It is never cancelled: redis-py 8.1 was seen to swallow a cancellation while it connects.
         """
-        while not self._leaving or self._work.is_set() or self._feed:
+        while True:
             await self._work.wait()
-            if self._is_busy and not self._leaving:
-                await asyncio.sleep(_LINGER)
             self._work.clear()
             try:
-                if self._look or self._asked:
+                if self._trouble:
+                    raise self._trouble
+                while self._look or self._asked:
                     await self._look_at_logs()
-                batch, feed = self._collect()
-                self._is_busy = self._rate(batch) > _BUSY
-                if batch or feed:
-                    self._take_replies(batch, await self._write(batch, feed))
-                    self._backoff.reset()  # not after a look: reading works while Redis has no room to write
             except (RedisError, OSError) as error:
+                self._trouble = None
                 if self._leaving:
                     return
                 await self._recover(error)
-            if self._dirty or self._look or self._asked:
-                self._work.set()
+                self._go_on()
+                continue
+            if self._leaving and not (self._out or self._feed):
+                return
+            self._flush()
 
-    def _rate(self, batch: _Batch) -> float:
-        """Entries a second since the flush before this one."""
+    def _flush(self) -> None:
+        """Write what there is to write, and tell the feed."""
+        if not (self._out or self._feed):
+            self._phase = _Phase.IDLE
+            return
+        batch, self._out = self._out[:_MAX_ENTRIES], self._out[_MAX_ENTRIES:]
+        told, self._feed = self._feed, {}
+        commands = [(entry[0].key, entry[4]) for entry in batch]
+        for it, entries in told.items():
+            channel = it if isinstance(it, str) else it.feed
+            commands.append((channel, b"".join([_PUBLISH, bulk(channel.encode()), bulk(_encode(entries))])))
         now = asyncio.get_running_loop().time()
-        since, self._flushed = now - self._flushed, now
-        return sum(len(entries) for _, entries in batch) / max(since, 1e-6)
+        self._is_busy = len(batch) > _BUSY * (now - self._flushed)
+        self._flushed = now
+        self._phase = _Phase.FLYING
+        try:
+            self._wires.execute(commands).add_done_callback(partial(self._land, batch, told))
+        except RedisError as error:
+            self._trouble = error
+            self._go_on()
 
-    def leave(self) -> None:
-        """Come to an end: write what there is, then return from `run`."""
-        self._leaving = True
-        self._work.set()
+    def _land(self, batch: list[Pending], told: _Feed, flight: asyncio.Future[list[Any]]) -> None:
+        """The replies to a flush are there."""
+        try:
+            self._take_replies(batch, told, flight.result())
+            self._backoff.reset()  # not after a look: reading works while Redis has no room to write
+        except Exception as error:  # noqa: BLE001 - `run` raises what is no fault of Redis
+            self._trouble = error
+        if not (self._out or self._trouble or self._look or self._asked or self._leaving):
+            self._phase = _Phase.IDLE
+            if self._feed:
+                self._tell_soon()
+        elif self._is_busy and not self._trouble:
+            self._schedule()
+        else:
+            self._go_on()
 
     async def aclose(self) -> None:
         """Close the connection."""
         await self._wires.close()
         await self._redis.aclose()
 
-    def _collect(self) -> tuple[_Batch, dict[str, list[tuple[str, Fields]]]]:
-        """The next flush. Logs that do not fit wait their turn at the end of the line."""
-        batch: _Batch = []
-        room = _MAX_ENTRIES
-        for log in list(self._dirty):
-            if room <= 0:
-                break
-            del self._dirty[log]
-            entries = log.batch(min(room, _MAX_ENTRIES_OF_A_LOG))
-            if entries:
-                batch.append((log, entries))
-                room -= len(entries)
-        feed, self._feed = self._feed, {}
-        return batch, feed
+    def _take_replies(self, batch: list[Pending], told: _Feed, replies: list[Any]) -> None:
+        now = asyncio.get_running_loop().time()
+        refused: dict[TokenLog, list[object]] = {}
+        written = 0
+        for entry, reply in zip(batch, replies, strict=False):
+            log = entry[0]
+            if log in refused:
+                refused[log].append(reply)
+            elif not isinstance(reply, bytes):
+                refused[log] = [reply]
+            elif log.accept(entry):
+                written += 1
+                if now >= log.untold_until:
+                    self._tell_of(entry)
+        self._metrics.written.inc(written)
+        for log, verdicts in refused.items():
+            self._judge(log, verdicts)
+        if not isinstance(self._redis, ClusterClient):  # where each node counts its own listeners
+            for it, listeners in zip(told, replies[len(batch) :], strict=True):
+                if listeners == 0 and isinstance(it, TokenLog):
+                    it.untold_until = now + _UNHEARD
 
-    async def _write(self, batch: _Batch, feed: dict[str, list[tuple[str, Fields]]]) -> list[Any]:
-        commands = [(log.key, entry[3]) for log, entries in batch for entry in entries]
-        commands += [(channel, _PUBLISH + bulk(channel.encode()) + bulk(_encode(it))) for channel, it in feed.items()]
-        return await self._wires.execute(commands)
-
-    def _take_replies(self, batch: _Batch, replies: list[Any]) -> None:
-        begin = 0
-        for log, entries in batch:
-            end = begin + len(entries)
-            good = begin
-            while good < end and isinstance(replies[good], bytes):
-                good += 1
-            if good > begin:
-                self._accept(log, log.take_accepted(entries[good - begin - 1][0]))
-            if good < end:
-                self._judge(log, replies[good:end])
-            elif log.has_more:
-                self._dirty[log] = None
-            begin = end
-        self._metrics.written.inc(self._written)
-        self._written = 0
+    def _tell_of(self, entry: Pending) -> None:
+        if not self._mute:
+            self._feed.setdefault(entry[0], []).append(entry[2:4])
+            self._tell_soon()
 
     def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
         """Redis refused an entry, the first of these: find out what its id ran into."""
@@ -213,11 +291,6 @@ class Publisher:
         else:
             log.lose(LogRefused(text))
 
-    def _accept(self, log: TokenLog, accepted: list[Pending]) -> None:
-        if accepted:
-            self._written += len(accepted)
-            self.announce(log.feed, [entry[1:3] for entry in accepted])
-
     async def _look_at_logs(self) -> None:
         """Read the end of every log, or of those asked for, and judge by it. Nothing is in flight meanwhile."""
         if await self._wires.connect():
@@ -228,11 +301,15 @@ class Publisher:
         replies = await self._wires.ask(
             [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1")) for log, _ in logs]
         )
+        looked_at = {log for log, _ in logs}
+        self._out = [entry for entry in self._out if entry[0] not in looked_at]
         for (log, attempt), reply in zip(logs, replies, strict=True):
             if log.attempt == attempt:
                 self._reconcile(log, reply)
             else:  # its owner began another meanwhile: the reply may be older than that
                 self.look()
+        for log in looked_at:
+            self._out += log.pending
 
     def _reconcile(self, log: TokenLog, reply: object) -> None:
         if isinstance(reply, RedisError) and is_transient(reply):  # LOADING is a ConnectionError in redis-py
@@ -240,9 +317,10 @@ class Publisher:
         if not isinstance(reply, list):
             log.lose(LogRefused(str(reply)))
             return
-        self._accept(log, log.reconcile(EntryId.parse(reply[0][0]) if reply else None))
-        if log.has_more:
-            self._dirty[log] = None
+        accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
+        self._metrics.written.inc(len(accepted))
+        for entry in accepted:
+            self._tell_of(entry)
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""

@@ -5,9 +5,10 @@ closes them. In between they are ours, for redis-py 8.1 packs a command in 13 us
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain, islice
+from functools import partial
+from itertools import chain
 from typing import Any, Self, TypeAlias, cast
 
 import hiredis
@@ -23,6 +24,13 @@ from worker.broker.connection import COMMAND_TIMEOUT
 
 Command: TypeAlias = tuple[str, bytes]
 """A key, and the packed command that is about it."""
+_Read: TypeAlias = Callable[[list[Any]], list[Any]]
+"""Makes of the replies what was asked for; may raise a RedisError."""
+_Question: TypeAlias = tuple[bytes, int, _Read]
+"""What to send, how many replies there are to it, and what to make of them."""
+_BySlot: TypeAlias = list[list[bytes]]
+"""Packed commands for one server."""
+_Form: TypeAlias = Callable[[_BySlot], _Question]
 
 
 def pack(*args: bytes) -> bytes:
@@ -48,11 +56,12 @@ class Wire(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", writer.transport)
         self._former = self._transport.get_protocol()
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=_error)
-        self._replies: list[object] = []
+        self._replies: list[Any] = []
         self._wanted = 0
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._answer: asyncio.Future[None] | None = None
+        self._read: _Read = list
+        self._answer: asyncio.Future[list[Any]] | None = None
         self._transport.set_protocol(self)
 
     @classmethod
@@ -69,42 +78,47 @@ class Wire(asyncio.Protocol):
         """Whether it can be asked; once it cannot, it never can again."""
         return not self._transport.is_closing()
 
-    async def ask(self, packed: bytes, count: int) -> list[Any]:
-        """Send commands and give their `count` replies, errors among them as values. One question at a time.
+    def ask(self, packed: bytes, count: int, read: _Read = list) -> asyncio.Future[list[Any]]:
+        """Send commands; what comes is made by `read` of their `count` replies, errors among them as values.
 
-        Raises:
+        One question at a time. Raises, when it is awaited:
             RedisError: when the connection is lost or Redis does not answer within `COMMAND_TIMEOUT`. What was sent
                 may have been done, and nothing can be asked here any more.
         """
-        if not self.is_open:
-            raise _lost()
         loop = asyncio.get_running_loop()
-        self._answer = loop.create_future()
-        self._wanted = count
+        answer: asyncio.Future[list[Any]] = loop.create_future()
+        if self._answer is not None:  # nobody waits for it any more: its replies would be taken for those of this one
+            self._transport.abort()
+        try:
+            if not self.is_open:
+                raise _lost()
+            self._transport.write(packed)
+        except (RedisError, RuntimeError) as error:  # the latter of uvloop 0.22, for a connection that goes meanwhile
+            self._transport.abort()
+            answer.set_exception(error if isinstance(error, RedisError) else _lost())
+            return answer
+        self._answer, self._wanted, self._read = answer, count, read
         self._due = loop.time() + COMMAND_TIMEOUT
         if self._timer is None:
             self._timer = loop.call_at(self._due, self._look)
-        try:
-            self._transport.write(packed)
-            await self._answer
-        except BaseException as error:
-            self._transport.abort()  # replies that come late would be taken for those of the next question
-            if isinstance(error, RuntimeError):  # of uvloop 0.22, for a connection that goes while it is written to
-                raise _lost() from error
-            raise
-        replies, self._replies = self._replies, []
-        return replies
+        return answer
 
     def _look(self) -> None:
         """Whether an answer is overdue. One timer serves many questions: one for each costs more than the writing."""
         self._timer = None
-        loop = asyncio.get_running_loop()
-        if self._answer is None or self._answer.done():
+        if self._answer is None:
             return
+        loop = asyncio.get_running_loop()
         if loop.time() < self._due:
             self._timer = loop.call_at(self._due, self._look)
         else:
-            self._answer.set_exception(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
+            self._transport.abort()
+            self._fail(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
+
+    def _fail(self, error: RedisError) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
 
     async def close(self) -> None:
         """Close it, and give its place in the pool back."""
@@ -121,20 +135,20 @@ class Wire(asyncio.Protocol):
                 replies.append(reply)
         except InvalidResponse:
             self._transport.abort()
-        if len(replies) >= self._wanted and self._answer and not self._answer.done():
-            self._answer.set_result(None)
+        if len(replies) >= self._wanted and self._answer is not None:
+            answer, self._answer, self._replies = self._answer, None, []
+            if not answer.done():
+                try:
+                    answer.set_result(self._read(replies))
+                except RedisError as error:
+                    answer.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more comes: also redis-py's own end has to know."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._answer and not self._answer.done():
-            self._answer.set_exception(_lost())
+        self._fail(_lost())
         self._former.connection_lost(exc)
-
-
-_Exchange: TypeAlias = Callable[[Wire, list[list[bytes]]], Awaitable[list[list[Any]]]]
-"""Sends the commands of some slots of one server, and gives their replies."""
 
 
 class Wires:
@@ -173,37 +187,37 @@ class Wires:
         """
         return await self._each(commands, _plainly)
 
-    async def execute(self, commands: Sequence[Command]) -> list[Any]:
+    def execute(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         """The same in a MULTI, in a cluster one for each slot: Redis does all of it or nothing.
 
-        Raises:
+        Raises, at once or when it is awaited:
             RedisError: also when a MULTI was refused, with the reason; others may have been done.
         """
-        return await self._each(commands, _in_multi)
+        if isinstance(self._redis, ClusterClient):  # where finding the way may take asking
+            return asyncio.ensure_future(self._each(commands, _in_multi))
+        return self._to(self._redis).ask(*_in_multi([[packed for _, packed in commands]]))
 
-    async def _each(self, commands: Sequence[Command], exchange: _Exchange) -> list[Any]:
+    async def _each(self, commands: Sequence[Command], form: _Form) -> list[Any]:
         if not commands:
             return []
         if not isinstance(self._redis, ClusterClient):
-            (replies,) = await exchange(self._to(self._redis), [[packed for _, packed in commands]])
-            return replies
+            return await self._to(self._redis).ask(*form([[packed for _, packed in commands]]))
         slots = await _slots_of(commands, self._redis.connection_pool)
-        asked = [self._on(server, exchange, commands, numbers) for server, numbers in slots.items()]
-        answers: list[Any] = (
-            [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked, return_exceptions=True)
+        wires = [self._to(server) for server in slots]
+        answers = await asyncio.gather(
+            *[
+                wire.ask(*form([[commands[number][1] for number in numbers] for numbers in by_slot]))
+                for wire, by_slot in zip(wires, slots.values(), strict=True)
+            ],
+            return_exceptions=True,
         )
         replies = [None] * len(commands)
-        for numbers, answer in zip(slots.values(), answers, strict=True):
+        for by_slot, answer in zip(slots.values(), answers, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
-            for number, reply in zip(chain.from_iterable(numbers), chain.from_iterable(answer), strict=True):
+            for number, reply in zip(chain.from_iterable(by_slot), answer, strict=True):
                 replies[number] = reply
         return replies
-
-    async def _on(
-        self, server: Redis, exchange: _Exchange, commands: Sequence[Command], slots: list[Sequence[int]]
-    ) -> list[list[Any]]:
-        return await exchange(self._to(server), [[commands[number][1] for number in numbers] for numbers in slots])
 
     def _to(self, server: Redis) -> Wire:
         wire = self._wires.get(server)
@@ -221,22 +235,27 @@ async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[R
     return {server: list(by_slot.values()) for server, by_slot in slots.items()}
 
 
-async def _plainly(wire: Wire, slots: list[list[bytes]]) -> list[list[Any]]:
-    replies = iter(await wire.ask(b"".join(chain.from_iterable(slots)), sum(map(len, slots))))
-    return [list(islice(replies, len(commands))) for commands in slots]
+def _plainly(slots: _BySlot) -> _Question:
+    packed = list(chain.from_iterable(slots))
+    return b"".join(packed), len(packed), list
 
 
-async def _in_multi(wire: Wire, slots: list[list[bytes]]) -> list[list[Any]]:
+def _in_multi(slots: _BySlot) -> _Question:
     packed = b"".join([part for commands in slots for part in (_MULTI, *commands, _EXEC)])
-    replies = iter(await wire.ask(packed, sum(len(commands) + 2 for commands in slots)))
-    done = []
-    for commands in slots:
-        queued = list(islice(replies, len(commands) + 1))
-        executed = next(replies)
-        if not isinstance(executed, list):
-            why = next((reply for reply in queued if isinstance(reply, RedisError)), executed)
-            raise why if isinstance(why, RedisError) else ResponseError(f"EXEC answered {executed!r}")
-        done.append(executed)
+    counts = [len(commands) for commands in slots]
+    return packed, sum(counts) + 2 * len(counts), partial(_executed, counts)
+
+
+def _executed(counts: list[int], replies: list[Any]) -> list[Any]:
+    """What the commands of each MULTI answered, one after the other."""
+    done: list[Any] = []
+    end = -1
+    for count in counts:
+        begin, end = end + 1, end + count + 2
+        if not isinstance(replies[end], list):
+            why = next((reply for reply in replies[begin:end] if isinstance(reply, RedisError)), replies[end])
+            raise why if isinstance(why, RedisError) else ResponseError(f"EXEC answered {why!r}")
+        done += replies[end]
     return done
 
 
