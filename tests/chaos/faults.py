@@ -9,6 +9,7 @@ import enum
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 from redis import Redis as BlockingRedis
@@ -17,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.broker.wire import Wire, Wires
+from worker.broker.wire import Done, Outcome, Wire, Wires, pass_on
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
@@ -215,12 +216,11 @@ class _Wire(Wire):
     def is_open(self) -> bool:
         return not self._is_left and super().is_open
 
-    def ask(
-        self, packed: bytes, count: int, read: Callable[[list[Any]], list[Any]] = list
-    ) -> "asyncio.Future[list[Any]]":
-        return asyncio.ensure_future(self._ask(packed, count, read))
+    def send(self, packed: bytes, count: int, done: Done) -> None:
+        task = asyncio.ensure_future(self._meet(packed, count))
+        task.add_done_callback(partial(pass_on, done))
 
-    async def _ask(self, packed: bytes, count: int, read: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    async def _meet(self, packed: bytes, count: int) -> list[Any]:
         fate = await self.gate.fate()
         self.gate.network.busy += 1
         replies: list[Any] | None = None
@@ -232,10 +232,15 @@ class _Wire(Wire):
                 self._transport.abort()
         if replies is None:
             raise RedisConnectionError("the reply is lost")
-        return read(replies)
+        return replies
 
     async def _exchange(self, packed: bytes, count: int) -> list[Any]:
-        return await super().ask(packed, count)
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        super().send(packed, count, answer.set_result)
+        outcome = await answer
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _leave(self, packed: bytes) -> Late:
         self._transport.set_protocol(self._former)

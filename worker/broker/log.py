@@ -67,7 +67,7 @@ class TokenLog:
     goal: int = 0
     """How many deltas it must surpass to have got on, where the answer begins again."""
     untold_until: float = field(init=False, default=0.0)
-    """Until when the feed is not told of it, since nobody listens; of the loop's clock."""
+    """Until when the feed is not told of it, since nobody listens; of the monotonic clock."""
     lost: asyncio.Future[LogLost] = field(init=False)
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""

@@ -13,6 +13,7 @@ logs, and mends what went wrong, while nothing is in flight.
 import asyncio
 import enum
 import re
+import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
-from worker.broker.wire import Wires, bulk, pack
+from worker.broker.wire import Outcome, Wires, bulk, pack
 from worker.contract.entries import Fields
 from worker.contract.ids import EntryId
 from worker.telemetry.metrics import Metrics
@@ -71,6 +72,7 @@ class Publisher:
     def __init__(self, url: str, metrics: Metrics | None = None) -> None:
         self._redis: Redis = command_client(url, connections=1)
         self._wires = Wires(self._redis)
+        self._in_cluster = isinstance(self._redis, ClusterClient)
         self._metrics = metrics or Metrics()
         self.is_full = False
         self._bytes = 0
@@ -221,23 +223,22 @@ class Publisher:
         for it, entries in told.items():
             channel = it if isinstance(it, str) else it.feed
             commands.append((channel, b"".join([_PUBLISH, bulk(channel.encode()), bulk(_encode(entries))])))
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         self._is_busy = len(batch) > _BUSY * (now - self._flushed)
         self._flushed = now
         self._phase = _Phase.FLYING
-        try:
-            self._wires.execute(commands).add_done_callback(partial(self._land, batch, told))
-        except RedisError as error:
-            self._trouble = error
-            self._go_on()
+        self._wires.execute(commands, partial(self._land, batch, told))
 
-    def _land(self, batch: list[Pending], told: _Feed, flight: asyncio.Future[list[Any]]) -> None:
+    def _land(self, batch: list[Pending], told: _Feed, outcome: Outcome) -> None:
         """The replies to a flush are there."""
-        try:
-            self._take_replies(batch, told, flight.result())
+        if isinstance(outcome, Exception):
+            self._trouble = outcome
+        else:
+            try:
+                self._take_replies(batch, told, outcome)
+            except Exception as error:  # noqa: BLE001 - `run` raises it
+                self._trouble = error
             self._backoff.reset()  # not after a look: reading works while Redis has no room to write
-        except Exception as error:  # noqa: BLE001 - `run` raises what is no fault of Redis
-            self._trouble = error
         if not (self._out or self._trouble or self._look or self._asked or self._leaving):
             self._phase = _Phase.IDLE
             if self._feed:
@@ -253,7 +254,7 @@ class Publisher:
         await self._redis.aclose()
 
     def _take_replies(self, batch: list[Pending], told: _Feed, replies: list[Any]) -> None:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         refused: dict[TokenLog, list[object]] = {}
         written = 0
         for entry, reply in zip(batch, replies, strict=False):
@@ -269,7 +270,7 @@ class Publisher:
         self._metrics.written.inc(written)
         for log, verdicts in refused.items():
             self._judge(log, verdicts)
-        if not isinstance(self._redis, ClusterClient):  # where each node counts its own listeners
+        if not self._in_cluster:  # where each node counts its own listeners
             for it, listeners in zip(told, replies[len(batch) :], strict=True):
                 if listeners == 0 and isinstance(it, TokenLog):
                     it.untold_until = now + _UNHEARD

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Self, TypeAlias, cast
 
 import hiredis
@@ -24,13 +24,9 @@ from worker.broker.connection import COMMAND_TIMEOUT
 
 Command: TypeAlias = tuple[str, bytes]
 """A key, and the packed command that is about it."""
-_Read: TypeAlias = Callable[[list[Any]], list[Any]]
-"""Makes of the replies what was asked for; may raise a RedisError."""
-_Question: TypeAlias = tuple[bytes, int, _Read]
-"""What to send, how many replies there are to it, and what to make of them."""
-_BySlot: TypeAlias = list[list[bytes]]
-"""Packed commands for one server."""
-_Form: TypeAlias = Callable[[_BySlot], _Question]
+Outcome: TypeAlias = list[Any] | Exception
+"""Replies, errors among them as values, or why there are none."""
+Done: TypeAlias = Callable[[Outcome], None]
 
 
 def pack(*args: bytes) -> bytes:
@@ -60,8 +56,7 @@ class Wire(asyncio.Protocol):
         self._wanted = 0
         self._due = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._read: _Read = list
-        self._answer: asyncio.Future[list[Any]] | None = None
+        self._done: Done | None = None
         self._transport.set_protocol(self)
 
     @classmethod
@@ -78,47 +73,62 @@ class Wire(asyncio.Protocol):
         """Whether it can be asked; once it cannot, it never can again."""
         return not self._transport.is_closing()
 
-    def ask(self, packed: bytes, count: int, read: _Read = list) -> asyncio.Future[list[Any]]:
-        """Send commands; what comes is made by `read` of their `count` replies, errors among them as values.
+    def ask(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
+        """Send commands and give their `count` replies, errors among them as values.
 
-        One question at a time. Raises, when it is awaited:
-            RedisError: when the connection is lost or Redis does not answer within `COMMAND_TIMEOUT`. What was sent
-                may have been done, and nothing can be asked here any more.
+        Raises, when it is awaited:
+            RedisError: as `send` tells.
         """
+        answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def done(outcome: Outcome) -> None:
+            if answer.done():
+                return
+            if isinstance(outcome, Exception):
+                answer.set_exception(outcome)
+            else:
+                answer.set_result(outcome)
+
+        self.send(packed, count, done)
+        return answer
+
+    def send(self, packed: bytes, count: int, done: Done) -> None:
+        """Send commands, and have `done` called with their `count` replies, errors among them as values.
+
+        One question at a time. Told in place of replies is a RedisError when the connection is lost or Redis does not
+        answer within `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
+        """
+        if self._done is not None:  # whoever asked has gone: the replies would be taken for those of this question
+            self._transport.abort()
+        if not self.is_open:
+            done(_lost())
+            return
+        self._done, self._wanted = done, count
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Any]] = loop.create_future()
-        if self._answer is not None:  # nobody waits for it any more: its replies would be taken for those of this one
-            self._transport.abort()
-        try:
-            if not self.is_open:
-                raise _lost()
-            self._transport.write(packed)
-        except (RedisError, RuntimeError) as error:  # the latter of uvloop 0.22, for a connection that goes meanwhile
-            self._transport.abort()
-            answer.set_exception(error if isinstance(error, RedisError) else _lost())
-            return answer
-        self._answer, self._wanted, self._read = answer, count, read
         self._due = loop.time() + COMMAND_TIMEOUT
         if self._timer is None:
             self._timer = loop.call_at(self._due, self._look)
-        return answer
+        try:
+            self._transport.write(packed)
+        except RuntimeError:  # of uvloop 0.22, for a connection that goes while it is written to
+            self._transport.abort()
 
     def _look(self) -> None:
         """Whether an answer is overdue. One timer serves many questions: one for each costs more than the writing."""
         self._timer = None
-        if self._answer is None:
+        if self._done is None:
             return
         loop = asyncio.get_running_loop()
         if loop.time() < self._due:
             self._timer = loop.call_at(self._due, self._look)
         else:
             self._transport.abort()
-            self._fail(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
+            self._tell(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
 
-    def _fail(self, error: RedisError) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None and not answer.done():
-            answer.set_exception(error)
+    def _tell(self, outcome: Outcome) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(outcome)
 
     async def close(self) -> None:
         """Close it, and give its place in the pool back."""
@@ -135,19 +145,15 @@ class Wire(asyncio.Protocol):
                 replies.append(reply)
         except InvalidResponse:
             self._transport.abort()
-        if len(replies) >= self._wanted and self._answer is not None:
-            answer, self._answer, self._replies = self._answer, None, []
-            if not answer.done():
-                try:
-                    answer.set_result(self._read(replies))
-                except RedisError as error:
-                    answer.set_exception(error)
+        if len(replies) >= self._wanted and self._done is not None:
+            self._replies = []
+            self._tell(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more comes: also redis-py's own end has to know."""
         if self._timer is not None:
             self._timer.cancel()
-        self._fail(_lost())
+        self._tell(_lost())
         self._former.connection_lost(exc)
 
 
@@ -158,6 +164,7 @@ class Wires:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._in_cluster = isinstance(redis, ClusterClient)
         self._wires: dict[Redis, Wire] = {}
 
     async def connect(self) -> bool:
@@ -185,32 +192,42 @@ class Wires:
         Raises:
             RedisError: when a server has no connection, or it is lost.
         """
-        return await self._each(commands, _plainly)
+        return await self._each(commands)
 
-    def execute(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+    def execute(self, commands: Sequence[Command], done: Done) -> None:
         """The same in a MULTI, in a cluster one for each slot: Redis does all of it or nothing.
 
-        Raises, at once or when it is awaited:
-            RedisError: also when a MULTI was refused, with the reason; others may have been done.
+        `done` is told the replies, or in their place the RedisError: also when a MULTI was refused, with the reason.
+        Others may have been done.
         """
-        if isinstance(self._redis, ClusterClient):  # where finding the way may take asking
-            return asyncio.ensure_future(self._each(commands, _in_multi))
-        return self._to(self._redis).ask(*_in_multi([[packed for _, packed in commands]]))
+        if self._in_cluster:  # where finding the way may take asking
+            task = asyncio.ensure_future(self._each(commands, in_multi=True))
+            task.add_done_callback(partial(pass_on, done))
+            return
+        wire = self._wires.get(self._redis)
+        if wire is None:
+            done(_lost())
+            return
+        packed = [packed for _, packed in commands]
+        wire.send(
+            b"".join([_MULTI, *packed, _EXEC]),
+            len(packed) + 2,
+            lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
+        )
 
-    async def _each(self, commands: Sequence[Command], form: _Form) -> list[Any]:
+    async def _each(self, commands: Sequence[Command], *, in_multi: bool = False) -> list[Any]:
         if not commands:
             return []
         if not isinstance(self._redis, ClusterClient):
-            return await self._to(self._redis).ask(*form([[packed for _, packed in commands]]))
+            packed = [packed for _, packed in commands]
+            return await self._to(self._redis).ask(b"".join(packed), len(packed))
         slots = await _slots_of(commands, self._redis.connection_pool)
         wires = [self._to(server) for server in slots]
-        answers = await asyncio.gather(
-            *[
-                wire.ask(*form([[commands[number][1] for number in numbers] for numbers in by_slot]))
-                for wire, by_slot in zip(wires, slots.values(), strict=True)
-            ],
-            return_exceptions=True,
-        )
+        asked = [
+            _ask(wire, [[commands[number][1] for number in numbers] for numbers in by_slot], in_multi=in_multi)
+            for wire, by_slot in zip(wires, slots.values(), strict=True)
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         replies = [None] * len(commands)
         for by_slot, answer in zip(slots.values(), answers, strict=True):
             if isinstance(answer, BaseException):
@@ -235,28 +252,35 @@ async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[R
     return {server: list(by_slot.values()) for server, by_slot in slots.items()}
 
 
-def _plainly(slots: _BySlot) -> _Question:
-    packed = list(chain.from_iterable(slots))
-    return b"".join(packed), len(packed), list
-
-
-def _in_multi(slots: _BySlot) -> _Question:
-    packed = b"".join([part for commands in slots for part in (_MULTI, *commands, _EXEC)])
-    counts = [len(commands) for commands in slots]
-    return packed, sum(counts) + 2 * len(counts), partial(_executed, counts)
-
-
-def _executed(counts: list[int], replies: list[Any]) -> list[Any]:
-    """What the commands of each MULTI answered, one after the other."""
+async def _ask(wire: Wire, slots: list[list[bytes]], *, in_multi: bool) -> list[Any]:
+    """The replies to the commands of some slots of one server, in their order."""
+    if not in_multi:
+        packed = list(chain.from_iterable(slots))
+        return await wire.ask(b"".join(packed), len(packed))
+    parts = [part for commands in slots for part in (_MULTI, *commands, _EXEC)]
+    replies = iter(await wire.ask(b"".join(parts), len(parts)))
     done: list[Any] = []
-    end = -1
-    for count in counts:
-        begin, end = end + 1, end + count + 2
-        if not isinstance(replies[end], list):
-            why = next((reply for reply in replies[begin:end] if isinstance(reply, RedisError)), replies[end])
-            raise why if isinstance(why, RedisError) else ResponseError(f"EXEC answered {why!r}")
-        done += replies[end]
+    for commands in slots:
+        outcome = _executed(list(islice(replies, len(commands) + 2)))
+        if isinstance(outcome, Exception):
+            raise outcome
+        done += outcome
     return done
+
+
+def pass_on(done: Done, task: asyncio.Task[list[Any]]) -> None:
+    """Tell what became of a task, unless it was cancelled."""
+    if not task.cancelled():
+        done(cast("Exception | None", task.exception()) or task.result())
+
+
+def _executed(replies: list[Any]) -> Outcome:
+    """What the commands of a MULTI answered; the error that kept it from being done in their place."""
+    executed = replies[-1]
+    if isinstance(executed, list):
+        return executed
+    why = next((reply for reply in replies if isinstance(reply, RedisError)), None)
+    return why or ResponseError(f"EXEC answered {executed!r}")
 
 
 def _lost() -> RedisConnectionError:

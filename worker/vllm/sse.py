@@ -7,6 +7,7 @@ of the stream cuts off is dropped. Fields other than `data` carry nothing in a s
 """
 
 _BOM = b"\xef\xbb\xbf"
+_LF = 0x0A
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 """Room for the first chunk of a prompt of a million tokens, whose ids stand in it."""
 
@@ -39,14 +40,14 @@ class SSEDecoder:
             chunk = self._without_bom(chunk)
         # What vLLM nearly always sends, at a quarter of the price: one event, one line, one piece.
         if (
-            chunk.endswith(b"\n\n") and chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2
-            and not (self._pending or self._data or self._after_cr) and b"\r" not in chunk
+            chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2 and chunk[-1] == _LF
+            and not (self._pending or self._data or self._after_cr) and chunk.find(b"\r") < 0
             and len(chunk) <= self._max
         ):  # fmt: skip
             return [chunk[6:-2]]
         if self._after_cr and chunk:
             self._after_cr = False
-            if chunk[0] == 0x0A:
+            if chunk[0] == _LF:
                 chunk = chunk[1:]
         if b"\r" in chunk:
             self._after_cr = chunk[-1] == 0x0D

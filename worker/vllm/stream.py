@@ -147,7 +147,7 @@ class ChatStream:
             heard()
             if self._is_new:
                 self._begin()
-            return self._hand_on(events, take)
+            return take(events[0]) if len(events) == 1 else self._hand_on(events, take)
 
         left, self._left = self._left, []
         if self._hand_on(left, take):

@@ -136,8 +136,9 @@ class _Connection(asyncio.Protocol):
             httpx.TransportError: when there is none.
         """
         packed = await _packed(request)
-        self._parser = httptools.HttpResponseParser(self)
         self._headers, self._room, self._pieces, self._until_close = [], _MAX_HEAD, [], False
+        self.on_body = self._pieces.append
+        self._parser = httptools.HttpResponseParser(self)
         self._body = body = Body(self)
         self._head = asyncio.get_running_loop().create_future()
         try:
@@ -194,11 +195,13 @@ class _Connection(asyncio.Protocol):
             self._hand_on()
 
     def _hand_on(self) -> None:
-        pieces, self._pieces = self._pieces, []
+        pieces = self._pieces
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
         if self._body is None:  # more than was asked for
             self.abort()
-            return
-        self._body.arrived(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        else:
+            self._body.arrived(piece)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._until_close and exc is None and self._body is not None:
@@ -232,9 +235,6 @@ class _Connection(asyncio.Protocol):
         names = {name.lower() for name, _ in self._headers}
         self._until_close = not names & {b"content-length", b"transfer-encoding"}
         self._head.set_result((status, self._headers))
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
 
     def on_message_complete(self) -> None:
         if self._body is None or self._parser.get_status_code() < 200:
