@@ -50,8 +50,9 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
     plain = {name: value for name, value in request.items() if name != "simulate"}
     async with upstream.stream(upstream.endpoints[0], cast("Object", plain)) as stream:
 
-        def take(data: bytes) -> bool:
-            entries.extend(parse(f"1-{n}", fields) for n, fields in enumerate(parser.parse(data)))
+        def take(events: list[bytes]) -> bool:
+            for data in events:
+                entries.extend(parse(f"1-{n}", fields) for n, fields in enumerate(parser.parse(data)))
             return parser.done
 
         while await stream.pour(take) and not parser.done:

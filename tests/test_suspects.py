@@ -1,6 +1,7 @@
 """How failures are counted from a log, and how suspects wait for one another."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -113,7 +114,7 @@ class Nowhere:
     def relieve(self, size: int) -> None:
         assert size >= 0
 
-    def take(self, entry: Pending) -> None:
+    def take(self, entries: Sequence[Pending], size: int) -> None:
         pass
 
     def drop(self, log: TokenLog) -> None:

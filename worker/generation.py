@@ -15,7 +15,7 @@ from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
-from worker.contract.entries import Done, Failed, Object, Restarted, Terminal, to_fields
+from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, to_fields
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.settings import Settings, shown_url
@@ -245,11 +245,15 @@ class Generation:
 
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token there is no more than `take`: no await, and no task."""
-        log = self._log
+        log, parse = self._log, parser.parse
 
-        def take(data: bytes) -> bool:
-            for fields in parser.parse(data):
-                log.append(fields)
+        def take(events: list[bytes]) -> bool:
+            entries: list[Fields] = []
+            try:
+                for data in events:
+                    entries += parse(data)
+            finally:  # what comes before an error is said
+                log.extend(entries)
             if not self._committed or self._first_delta is None:
                 self._commit(parser, endpoint)
             return parser.done or log.is_full

@@ -103,8 +103,8 @@ async def sending(*pieces: bytes, then_close: bool = True, again: bytes = b"") -
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
 
 
-def enough(_data: bytes) -> bool:
-    """Enough after the next event."""
+def enough(_events: list[bytes]) -> bool:
+    """Enough after the next events."""
     return True
 
 
@@ -113,8 +113,8 @@ async def ask(upstream: Upstream, request: Object | None = None) -> tuple[Answer
     parser, answer = ChunkParser(), Answer()
     async with upstream.stream(upstream.endpoints[0], request or REQUEST) as stream:
 
-        def take(data: bytes) -> bool:
-            for fields in parser.parse(data):
+        def take(events: list[bytes]) -> bool:
+            for fields in (fields for data in events for fields in parser.parse(data)):
                 answer.add(entries.parse("1-1", fields))
             return parser.done
 

@@ -109,8 +109,8 @@ async def ask(upstream: Upstream, endpoint: Endpoint | None = None, *, model: st
     request: Object = {"messages": [{"role": "user", "content": "Who are you?"}], **({"model": model} if model else {})}
     async with upstream.stream(endpoint or await chosen(upstream, model), request | fields) as stream:
 
-        def take(data: bytes) -> bool:
-            texts.extend(entry.get("content", "") for entry in parser.parse(data))
+        def take(events: list[bytes]) -> bool:
+            texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
             return parser.done
 
         while await stream.pour(take) and not parser.done:

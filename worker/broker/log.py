@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -45,8 +46,8 @@ class Sink(Protocol):
     is_full: bool
     """Whether all its logs together have so much to write that none may read on."""
 
-    def take(self, entry: Pending) -> None:
-        """An entry to write, after all others of its log."""
+    def take(self, entries: Sequence[Pending], size: int) -> None:
+        """Entries to write, of so many bytes, after all others of their log."""
 
     def drop(self, log: "TokenLog") -> None:
         """What it has taken of a log need not be written."""
@@ -86,16 +87,23 @@ class TokenLog:
 
     def append(self, fields: Fields) -> None:
         """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
-        if self.lost.done():
+        self.extend([fields])
+
+    def extend(self, entries: Sequence[Fields]) -> None:
+        """Add some at once, in this order."""
+        if self.lost.done() or not entries:
             return
-        n = self._next
-        self._next = n + 1
-        entry_id = f"{self.attempt}-{n}"
-        packed = _xadd(self._key, entry_id, fields)
-        entry = (self, n, entry_id, fields, packed)
-        self._pending.append(entry)
-        self._bytes += len(packed)
-        self.sink.take(entry)
+        attempt, key, size = self.attempt, self._key, 0
+        added: list[Pending] = []
+        for n, fields in enumerate(entries, self._next):
+            entry_id = f"{attempt}-{n}"
+            packed = _xadd(key, entry_id, fields)
+            added.append((self, n, entry_id, fields, packed))
+            size += len(packed)
+        self._next += len(added)
+        self._pending += added
+        self._bytes += size
+        self.sink.take(added, size)
 
     def begin_attempt(self, attempt: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted."""

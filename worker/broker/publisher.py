@@ -14,7 +14,7 @@ import asyncio
 import enum
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -108,10 +108,10 @@ class Publisher:
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
-    def take(self, entry: Pending) -> None:
-        """An entry to write, after all others of its log."""
-        self._out.append(entry)
-        self._bytes += len(entry[4])
+    def take(self, entries: Sequence[Pending], size: int) -> None:
+        """Entries to write, of so many bytes, after all others of their log."""
+        self._out += entries
+        self._bytes += size
         if self._bytes >= _HIGH_WATER_BYTES:
             self.is_full = True
         if self._phase is _Phase.IDLE:

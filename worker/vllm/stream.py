@@ -124,14 +124,13 @@ class ChatStream:
         self._response = response
         self._source = source
         self._patience = patience
-        self._left: list[bytes] = []
         self._is_new = True
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
         self._decoder = SSEDecoder()
 
-    async def pour(self, take: Callable[[bytes], bool]) -> bool:
-        """Hand over the data of each event in the step in which it arrives, until told that this is enough for now.
+    async def pour(self, take: Callable[[list[bytes]], bool]) -> bool:
+        """Hand over the data of all events that arrive at once, as they do, until told that this is enough for now.
 
         False at the end of the stream. What `take` raises comes out here.
 
@@ -147,11 +146,8 @@ class ChatStream:
             heard()
             if self._is_new:
                 self._begin()
-            return take(events[0]) if len(events) == 1 else self._hand_on(events, take)
+            return take(events)
 
-        left, self._left = self._left, []
-        if self._hand_on(left, take):
-            return True
         try:
             async with self._patience.wait():
                 return await self._source.pour(arrived)
@@ -161,13 +157,6 @@ class ChatStream:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
-
-    def _hand_on(self, events: list[bytes], take: Callable[[bytes], bool]) -> bool:
-        for number, data in enumerate(events, 1):
-            if take(data):
-                self._left = events[number:]
-                return True
-        return False
 
     def _begin(self) -> None:
         self._is_new = False
