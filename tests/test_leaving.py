@@ -150,8 +150,9 @@ async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
         await asyncio.Event().wait()
 
     await eventually(runs)
-    for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave"), (worker._publisher, "_write")):
+    for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave")):
         monkeypatch.setattr(part, what, never)
+    monkeypatch.setattr(worker._publisher._wires, "execute", lambda _commands, _done: None)
     configure_logging("json")
     with capture_logs() as logs:
         stop_at_once(worker)

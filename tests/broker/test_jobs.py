@@ -97,6 +97,20 @@ async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group,
     assert await owner_of(redis, entry) == b"two"
 
 
+async def test_leases_are_renewed_together_and_each_that_was_lost_is_told(group: Group, redis: Redis) -> None:
+    entries = await add(redis, 4)
+    one, two = group.consumer("one"), group.consumer("two")
+    mine = await one.read("default", 4, 100)
+    await expired(redis, entries[1])
+    assert await two.take_expired("default", 1)
+    for entry in (entries[0], *entries[2:]):  # as after one lease
+        await redis.xclaim("chat:jobs", GROUP, "one", 0, [entry], idle=int(LEASE * 1000), justid=True)
+    calls = (await redis.info("commandstats"))["cmdstat_xclaim"]["calls"]
+    assert await one.renew([(delivery, LEASE) for delivery in mine]) == [True, False, True, True]
+    assert (await redis.info("commandstats"))["cmdstat_xclaim"]["calls"] == calls + 1
+    assert [await owner_of(redis, entry) for entry in entries] == [b"one", b"two", b"one", b"one"]
+
+
 async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")

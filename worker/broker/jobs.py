@@ -4,6 +4,7 @@ A lease is the idle time of the entry in the group's pending list. Whoever reads
 zero; whoever finds it longer than a lease may take the entry over.
 """
 
+import math
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -173,18 +174,21 @@ class JobQueue:
         XCLAIM only takes an entry that is idle for longer than a thief's can be: a thief has reset it since. With 0
         long after the last renewal it would steal the entry back.
         """
-        pipe = self._commands.pipeline(transaction=False)
+        step = max(1, self._lease_ms // 30)  # up to it leases of nearly the same age are renewed by one command
+        together: dict[tuple[str, int], list[Any]] = {}  # Any, for redis-py's list is invariant
         for delivery, age in leases:
-            pipe.xclaim(
-                self._keys.jobs(delivery.queue),
-                GROUP,
-                self._consumer,
-                max(0, int(age * 1000) - self._lease_ms // 2),
-                [delivery.id],
-                justid=True,
-            )
+            idle = math.ceil((age * 1000 - self._lease_ms // 2) / step) * step
+            together.setdefault((delivery.queue, max(0, idle)), []).append(delivery.id)
+        pipe = self._commands.pipeline(transaction=False)
+        for (queue, idle), ids in together.items():
+            pipe.xclaim(self._keys.jobs(queue), GROUP, self._consumer, idle, ids, justid=True)
         replies = await pipe.execute(raise_on_error=False)
-        return [None if isinstance(reply, Exception) else bool(reply) for reply in replies]
+        held: dict[tuple[str, str], bool | None] = {}
+        for ((queue, _), ids), reply in zip(together.items(), replies, strict=True):
+            claimed = None if isinstance(reply, Exception) else set(reply)
+            for job in ids:
+                held[queue, job] = None if claimed is None else job.encode() in claimed
+        return [held[delivery.queue, delivery.id] for delivery, _ in leases]
 
     async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Let other workers take running jobs at once, without counting against them; each is given with its age.
