@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import httpx
 from faults import Fate, Gate, GatedWires, Network
@@ -27,6 +28,7 @@ from worker.relay import Relay
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
+from worker.vllm.transport import Answer, Body, Target, Transport
 from worker.vllm.upstream import Upstream
 
 _PROMPT = [0]
@@ -79,7 +81,8 @@ class Worker:
             self.gate.guard(redis)
         self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
-        self._upstream._client = httpx.AsyncClient(transport=_Vllm(self.gate))
+        self._upstream._transport = _Vllm(self.gate)
+        self._upstream._client = httpx.AsyncClient(transport=self._upstream._transport)
         self._upstream.endpoints[0].circuit.probed("")
         self._relay = Relay(
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
@@ -208,26 +211,31 @@ class Worker:
             del self._tasks[what]
 
 
-class _Vllm(httpx.AsyncBaseTransport):
+class _Vllm(Transport):
     """Answers with `max_tokens` tokens, the same to the same request, each when the gate lets it through.
 
     It goes on after the token ids that it is given, as vLLM does. The prompt is one token, the answer's are counted.
     """
 
     def __init__(self, gate: Gate) -> None:
+        super().__init__()
         self._gate = gate
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/tokenize"
         if await self._gate.fate() is not Fate.FINE:
             return httpx.Response(503)
-        if request.url.path == "/tokenize":
-            return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
-        asked = json.loads(request.content)
+        return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
+
+    async def post(self, target: Target, content: bytes, within: float) -> Answer:  # noqa: ARG002 - all is one server
+        if await self._gate.fate() is not Fate.FINE:
+            raise httpx.ReadError("broken")
+        asked = json.loads(content)
         given = asked.get("kv_transfer_params", {}).get("prompt_token_ids", _PROMPT)
         kept = len(given) - len(_PROMPT)
         tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
-        return httpx.Response(200, headers={"content-type": "text/event-stream"}, extensions={"source": events})
+        return Answer(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
 
 
 class _Tokens:
@@ -242,6 +250,9 @@ class _Tokens:
             if into(event):
                 return True
         return False
+
+    async def aclose(self) -> None:
+        """There is no connection."""
 
     async def _sent(self) -> AsyncIterator[bytes]:
         head = {"id": "c", "model": "m", "created": 1}

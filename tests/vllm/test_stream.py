@@ -24,7 +24,7 @@ from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import Limits, open_stream
-from worker.vllm.transport import Transport
+from worker.vllm.transport import Target, Transport
 from worker.vllm.upstream import Upstream, base_url, body_for
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
@@ -101,6 +101,10 @@ async def sending(*pieces: bytes, then_close: bool = True, again: bytes = b"") -
         over.set()
         server.close()
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+
+def to(url: str) -> Target:
+    return Target.of(httpx.AsyncClient(), url)
 
 
 def enough(_events: list[bytes]) -> bool:
@@ -343,11 +347,8 @@ async def test_an_error_page_without_end_is_read_to_a_limit(monkeypatch: pytest.
 
 
 async def test_an_event_without_end_is_malformed() -> None:
-    async with (
-        sending(HEAD + b"\r\ndata: ", again=b"x" * 100) as url,
-        httpx.AsyncClient(transport=Transport()) as client,
-    ):
-        stream = await open_stream(client, url, REQUEST, PATIENT)
+    async with sending(HEAD + b"\r\ndata: ", again=b"x" * 100) as url, Transport() as transport:
+        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
         stream._decoder = SSEDecoder(max_event_bytes=1000)
         with pytest.raises(UpstreamError, match="larger than 1000 bytes") as caught:
             await stream.pour(enough)
@@ -383,9 +384,9 @@ async def test_what_is_no_whole_event_is_no_first_token(again: bytes) -> None:
 async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
     """Not from the head of the answer: vLLM sends it at once, and the silence of its queue comes after."""
     loop = asyncio.get_running_loop()
-    async with sending(HEAD + b"\r\n", then_close=False) as url, httpx.AsyncClient(transport=Transport()) as client:
+    async with sending(HEAD + b"\r\n", then_close=False) as url, Transport() as transport:
         asked = loop.time()
-        stream = await open_stream(client, url, REQUEST, PATIENT)
+        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
         patience = stream._patience
         assert asked + 10 <= patience._due() < loop.time() + 10
         patience._since = asked - 10
@@ -460,15 +461,11 @@ async def test_the_connection_serves_again_after_a_refusal() -> None:
 
 async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_that_waited_for_its_reader() -> None:
     body = b"x" * transport_module._HIGH_WATER
-    transport = Transport()
-    async with (
-        sending(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body), body) as url,
-        httpx.AsyncClient(transport=transport) as client,
-        client.stream("POST", url) as response,
-    ):
-        source = response.extensions["source"]
-        await until(lambda: source._over)
-        assert await response.aread() == body
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with sending(head, body) as url, Transport() as transport:
+        answer = await transport.post(to(url), b"{}", 5)
+        await until(lambda: answer.body._over)
+        assert b"".join([piece async for piece in answer.body]) == body
         await until(lambda: not transport._open)
 
 

@@ -558,7 +558,7 @@ async def test_a_connection_that_goes_as_it_is_made_is_a_failure_of_the_server(m
 
     async with serving("reciter") as (_, upstream):
         (endpoint,) = upstream.endpoints
-        await upstream._client._transport.aclose()
+        await upstream._transport.aclose()
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)
             with pytest.raises(UpstreamError) as raised:

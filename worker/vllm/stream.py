@@ -8,13 +8,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import httpx
 
 from worker.contract.entries import Object, to_json
 from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated, unreachable
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
+from worker.vllm.transport import Answer, Target, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0
@@ -120,8 +121,8 @@ class Source(Protocol):
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    def __init__(self, response: httpx.Response, source: Source, patience: Patience) -> None:
-        self._response = response
+    def __init__(self, answer: Answer, source: Source, patience: Patience) -> None:
+        self._answer = answer
         self._source = source
         self._patience = patience
         self._is_new = True
@@ -171,11 +172,11 @@ class ChatStream:
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""
-        await self._response.aclose()
+        await self._answer.body.aclose()
 
 
 async def open_stream(
-    client: httpx.AsyncClient, url: str, body: Object, limits: Limits, patience: Patience | None = None
+    transport: Transport, target: Target, body: Object, limits: Limits, patience: Patience | None = None
 ) -> ChatStream:
     """Post a completion and give its stream, which the caller closes. `patience` is for who may hurry it.
 
@@ -183,35 +184,33 @@ async def open_stream(
         UpstreamError: when there is no stream: no connection, a status other than 200, or a page in its place.
     """
     patience = patience or Patience(limits)
-    request = client.build_request(
-        "POST", url, content=to_json(body), headers={"content-type": "application/json", "accept-encoding": "identity"}
-    )
     try:
         async with patience.wait():
-            response = await client.send(request, stream=True)
+            answer = await transport.post(target, to_json(body).encode(), limits.connect)
     except TimeoutError:
         raise patience.silence() from None
     except httpx.HTTPError as error:
-        raise unreachable(url, error) from None
+        raise unreachable(target.url, error) from None
     try:
-        return ChatStream(response, await _source_of(response, limits), patience)
+        return ChatStream(answer, await _source_of(answer, limits), patience)
     except BaseException:
-        await response.aclose()
+        await answer.body.aclose()
         raise
 
 
-async def _source_of(response: httpx.Response, limits: Limits) -> Source:
+async def _source_of(answer: Answer, limits: Limits) -> Source:
     """The body as a stream of events, also where the server answered with a whole completion as JSON."""
-    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if response.status_code == 200 and kind not in {"application/json", "text/html"}:
-        if response.headers.get("content-encoding", "identity") != "identity":
+    kind = answer.header(b"content-type").partition(";")[0].strip().lower()
+    if answer.status == 200 and kind not in {"application/json", "text/html"}:
+        if answer.header(b"content-encoding") not in {"", "identity"}:
             raise UpstreamError(
                 "not_a_stream", "the stream is compressed, though it was asked not to be", status=200, retryable=True
             )
-        return cast("Source", response.extensions["source"])
-    body = await _body(response, limits, MAX_EVENT_BYTES if response.status_code == 200 else _MAX_ERROR_BYTES)
-    if response.status_code != 200:
-        raise from_response(response.status_code, body, response.headers)
+        return answer.body
+    response = httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
+    body = await _body(response, limits, MAX_EVENT_BYTES if answer.status == 200 else _MAX_ERROR_BYTES)
+    if answer.status != 200:
+        raise from_response(answer.status, body, response.headers)
     if kind == "text/html":
         raise UpstreamError(
             "not_a_stream", f"a page came in place of a stream: {message_of(body.decode('utf-8', 'replace')[:200])}",

@@ -17,7 +17,7 @@ from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, Patience, open_stream
-from worker.vllm.transport import Transport
+from worker.vllm.transport import Target, Transport
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -37,7 +37,7 @@ _log = structlog.get_logger()
 
 
 class Upstream:
-    """All servers together. One HTTP client serves them, with no limit on connections but the worker's slots.
+    """All servers together. One HTTP transport serves them, with no limit on connections but the worker's slots.
 
     Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
     circuit is half open keeps others away:
@@ -55,11 +55,13 @@ class Upstream:
         self._listing = asyncio.Lock()
         self._all_asked = self._all_listed = float("-inf")
         # A user and a password in a URL go before the key: httpx makes Basic authorization of them.
+        self._transport = Transport()
         self._client = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(None, connect=limits.connect),
-            transport=Transport(),
+            transport=self._transport,
         )
+        self._targets: dict[str, Target] = {}
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -246,11 +248,10 @@ class Upstream:
         has it of its own: a bad job, or one whose text quotes such a name in an error, must not cost the others theirs.
         """
         without = set(endpoint.without)
+        target = self._target(endpoint.url + route)
         while True:
             try:
-                stream = await open_stream(
-                    self._client, endpoint.url + route, body_for(request, without), self._limits, patience
-                )
+                stream = await open_stream(self._transport, target, body_for(request, without), self._limits, patience)
             except UpstreamError as error:
                 refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
@@ -259,6 +260,14 @@ class Upstream:
             else:
                 endpoint.without |= without
                 return stream
+
+    def _target(self, url: str) -> Target:
+        if url not in self._targets:
+            try:
+                self._targets[url] = Target.of(self._client, url)
+            except httpx.HTTPError as error:
+                raise unreachable(url, error) from None
+        return self._targets[url]
 
     async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
