@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.lines import Lines
 from worker.broker.log import TokenLog
 from worker.broker.owner import Owned, Owner
 from worker.broker.publisher import Publisher
@@ -28,11 +29,12 @@ class Process:
     def __init__(self, url: str, name: str) -> None:
         self.name = name
         self.commands = command_client(url)
+        self.lines = Lines(self.commands)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
         self.publisher = Publisher(url)
         self.owner = Owner(
-            self.commands, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
+            self.lines, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
         )  # fmt: skip
 
     async def claim(self) -> Delivery:

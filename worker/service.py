@@ -16,6 +16,7 @@ from worker.broker.clock import Clock
 from worker.broker.connection import blocking_client, command_client, is_transient, persist
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
+from worker.broker.lines import Lines
 from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
 from worker.claims import Claims
@@ -56,7 +57,8 @@ class Service:
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = Publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
-        self._ledger = Ledger(self._commands, keys)
+        lines = Lines(self._commands)
+        self._ledger = Ledger(lines, keys)
         self._upstream = Upstream(
             _in_an_order_of_its_own(settings.vllm_urls),
             api_key=settings.vllm_api_key.get_secret_value(),
@@ -66,7 +68,7 @@ class Service:
             settings,
             jobs=self._jobs,
             owner=Owner(
-                self._commands,
+                lines,
                 keys,
                 self._jobs,
                 self._publisher,

@@ -1,4 +1,4 @@
-"""What is kept beside the logs. Nothing that fakeredis does not have."""
+"""What is kept beside the logs. Nothing that fakeredis does not have, but one line for a connection of its own."""
 
 import json
 
@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from worker.broker.jobs import Delivery
 from worker.broker.ledger import Ledger
+from worker.broker.lines import Lines
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, WorkerLine
 
@@ -22,7 +23,7 @@ def fake() -> Redis:
 
 @pytest.fixture
 def ledger(fake: Redis) -> Ledger:
-    return Ledger(fake, Keys())
+    return Ledger(Lines(fake), Keys())
 
 
 def line(name: str, beat: int) -> WorkerLine:
@@ -75,9 +76,10 @@ async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger,
     assert len(await stream(fake, "chat:dead")) == 2
 
 
-async def test_a_lifecycle_line_leaves_out_what_is_empty(ledger: Ledger, fake: Redis) -> None:
+async def test_a_lifecycle_line_leaves_out_what_is_empty(redis: Redis) -> None:
+    ledger = Ledger(Lines(redis), Keys())
     await ledger.lifecycle(Lifecycle(type="started", id="r", job="5-1", queue="default", attempt=1, time=9))
-    ((_, fields),) = await stream(fake, "chat:lifecycle")
+    ((_, fields),) = await stream(redis, "chat:lifecycle")
     assert fields == {
         b"type": b"started", b"id": b"r", b"job": b"5-1", b"queue": b"default", b"attempt": b"1", b"time": b"9",
     }  # fmt: skip

@@ -486,7 +486,7 @@ async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
 ) -> None:
     monkeypatch.setattr("worker.broker.owner._WAIT_MS", 60_000)  # for this test, for ever
     owner = Owner(
-        one.commands, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
+        one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
     )  # fmt: skip
     logs = [f"r{number}" for number in range(100)]
     for request_id in logs:

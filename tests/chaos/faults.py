@@ -18,6 +18,7 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from worker.broker.lines import Lines
 from worker.broker.wire import Done, Outcome, Wire, Wires, pass_on
 
 _T = TypeVar("_T")
@@ -201,7 +202,20 @@ class GatedWires(Wires):
 
     def __init__(self, redis: Redis, gate: Gate) -> None:
         super().__init__(redis)
-        self.kind = cast("type[Wire]", type("GatedWire", (_Wire,), {"gate": gate}))
+        self.kind = gated(gate)
+
+
+class GatedLines(Lines):
+    """The same for those of everything else that is written."""
+
+    def __init__(self, redis: Redis, gate: Gate) -> None:
+        super().__init__(redis)
+        self.kind = gated(gate)
+
+
+def gated(gate: Gate) -> type[Wire]:
+    """Connections whose every question waits at a gate."""
+    return cast("type[Wire]", type("GatedWire", (_Wire,), {"gate": gate}))
 
 
 class _Wire(Wire):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import cast
 
 import httpx
-from faults import Fate, Gate, GatedWires, Network
+from faults import Fate, Gate, GatedLines, GatedWires, Network
 from redis.exceptions import RedisError
 
 from worker.broker.connection import blocking_client, command_client, is_transient
@@ -80,6 +80,7 @@ class Worker:
         for redis in (self._commands, self._blocking, self._publisher._redis):
             self.gate.guard(redis)
         self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
+        lines = GatedLines(self._commands, self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
         self._upstream._transport = _Vllm(self.gate)
         self._upstream._client = httpx.AsyncClient(transport=self._upstream._transport)
@@ -88,9 +89,9 @@ class Worker:
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
             jobs=self._jobs,
             owner=Owner(
-                self._commands, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
+                lines, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
-            ledger=Ledger(self._commands, Keys()),
+            ledger=Ledger(lines, Keys()),
             publisher=self._publisher,
             upstream=self._upstream,
             metrics=Metrics(),

@@ -95,11 +95,11 @@ class ClusterPool(ConnectionPool):
 
     async def disconnect(self, inuse_connections: bool = True) -> None:  # noqa: FBT001, FBT002 - as redis-py has it
         """Close the connections to every master; they are made again when they are needed."""
-        self._forget()
+        self.forget()
         for master in list(self._masters.values()):
             await master.connection_pool.disconnect(inuse_connections)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """The cluster may have changed: ask before the next command."""
         self._stale = True
 
@@ -154,7 +154,7 @@ class ClusterPool(ConnectionPool):
 
     def _client(self, host: str, port: int) -> Redis:
         pool = BlockingConnectionPool(
-            connection_class=self._kinds[0], **self._options, host=host, port=port, forget=self._forget
+            connection_class=self._kinds[0], **self._options, host=host, port=port, forget=self.forget
         )
         return Redis.from_pool(pool)
 
@@ -231,6 +231,17 @@ class _SecureNodeConnection(_NodeConnection, SSLConnection):
 async def servers_of(redis: Redis) -> list[Redis]:
     """A client for each server that is written to: the masters of a cluster, or the one there is."""
     return await redis.masters() if isinstance(redis, ClusterClient) else [redis]
+
+
+async def server_of(redis: Redis, key: str) -> Redis:
+    """A client for the server that a key is on: its master in a cluster, or the one there is."""
+    return await redis.connection_pool.master_of(key) if isinstance(redis, ClusterClient) else redis
+
+
+def forget_masters(redis: Redis) -> None:
+    """What was heard of a server may come of a change in the cluster, if it is one: ask before the next command."""
+    if isinstance(redis, ClusterClient):
+        redis.connection_pool.forget()
 
 
 def slot_of(key: str | bytes) -> int:

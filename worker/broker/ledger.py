@@ -3,13 +3,15 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import TypeAlias, cast
 
 import msgspec
-from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
 from worker.broker.jobs import Delivery
+from worker.broker.lines import Lines
+from worker.broker.wire import pack
 from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
@@ -26,15 +28,17 @@ _Letters: TypeAlias = list[tuple[bytes, Mapping[bytes, bytes]]]
 class Ledger:
     """Writes the records that are not the log of one request."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis = redis
+    def __init__(self, lines: Lines, keys: Keys) -> None:
+        self._lines = lines
+        self._redis = lines.redis
         self._keys = keys
         self._burying = asyncio.Lock()
 
     async def lifecycle(self, line: Lifecycle) -> None:
         """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
-        fields = line.to_fields()
-        await self._redis.xadd(self._keys.lifecycle, fields, maxlen=_LIFECYCLE_LENGTH)  # type: ignore[arg-type]  # dict is invariant
+        key = self._keys.lifecycle
+        words = ("XADD", key, "MAXLEN", "~", str(_LIFECYCLE_LENGTH), "*", *chain(*line.to_fields().items()))
+        await self._lines.ask(key, pack(*[word.encode() for word in words]))
 
     async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.

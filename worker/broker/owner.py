@@ -8,16 +8,17 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from itertools import chain
+from typing import Any, TypeAlias, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 from redis.exceptions import ResponseError, WatchError
 
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.lines import Line, Lines
 from worker.broker.log import LogFenced, LogGone, TokenLog, judge
 from worker.broker.publisher import Publisher
+from worker.broker.wire import pack
 from worker.contract.entries import (
     TAKEOVER,
     BadEntry,
@@ -81,10 +82,10 @@ class Owner:
     """
 
     def __init__(
-        self, redis: Redis, keys: Keys, jobs: JobQueue, publisher: Publisher, *, worker: str, nonce: str,
+        self, lines: Lines, keys: Keys, jobs: JobQueue, publisher: Publisher, *, worker: str, nonce: str,
         now: Callable[[], int], replicas: int = 0,
     ) -> None:  # fmt: skip
-        self._redis = redis
+        self._lines = lines
         self._keys = keys
         self._jobs = jobs
         self._publisher = publisher
@@ -99,23 +100,22 @@ class Owner:
 
         `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's.
         """
-        key = self._keys.tokens(request_id)
+        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(key, self._keys.ended(request_id))
-                tail = await _tail(pipe, key)
-                if tail == SEAL:
-                    return Ended()
-                if await pipe.exists(self._keys.ended(request_id)):
+            async with self._lines.to(key) as line:
+                last, is_over = await _look(line, key, ended)
+                tail = _id_of(last)
+                if tail == SEAL or is_over:
                     return Ended()
                 attempt = tail.attempt if tail else 0
-                if attempt == 0 and not await self._start(pipe, request_id, delivery, expire_at, digest):
+                if attempt == 0 and not await self._start(line, request_id, delivery, expire_at, digest):
                     continue
-                holder = await _entry(pipe, key, EntryId(attempt, 0)) if attempt else None
+                holder = await _entry(line, key, EntryId(attempt, 0)) if attempt else None
             # The connection is given back before more is asked: callers that each hold one and wait for a second
             # would wait for ever.
             if attempt == 0:
-                return await self._owned(request_id, 1)
+                # Under the WATCH there was at most `0-1` before `1-0`: what was seen is all there was.
+                return await self._owned(request_id, 1, [last] if last else [])
             # Not where this process had the job before: what that run sent may still be on its way to Redis.
             if tail is not None and tail.n == 0 and not delivery.again and self._wrote(holder, delivery):
                 return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
@@ -133,21 +133,20 @@ class Owner:
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            tail = await _tail(self._redis, key)
-            if tail == SEAL or await self._redis.exists(ended):
-                return True
-            holder = await _entry(self._redis, key, EntryId(tail.attempt, 0)) if tail else None
+            async with self._lines.to(key) as line:
+                last, is_over = await _look(line, key, ended)
+                tail = _id_of(last)
+                if tail == SEAL or is_over:
+                    return True
+                holder = await _entry(line, key, EntryId(tail.attempt, 0)) if tail else None
             if await self._refusal(holder, delivery) is not None:
                 return False
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(key, ended)
-                if await _tail(pipe, key) != tail or await pipe.exists(ended):
+            async with self._lines.to(key) as line:
+                last, is_over = await _look(line, key, ended)
+                if _id_of(last) != tail or is_over:
                     continue
-                _multi(pipe)
-                _xadd(pipe, key, SEAL, to_fields(end), create=True)
-                pipe.pexpireat(key, expire_at)
                 try:
-                    await pipe.execute()
+                    await line.execute(_xadd(key, SEAL, to_fields(end), create=True), _expire_at(key, expire_at))
                 except WatchError:
                     continue
             return True
@@ -171,13 +170,13 @@ class Owner:
         """
         ended = self._keys.ended(log.request_id)
         while await self._jobs.holds(delivery):
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(log.key, ended)
-                if await _tail(pipe, log.key) is not None:
+            async with self._lines.to(log.key) as line:
+                last, is_over = await _look(line, log.key, ended)
+                if last is not None:
                     return
-                if await pipe.exists(ended):
+                if is_over:
                     raise LogGone("the request has ended")
-                if await self._start(pipe, log.request_id, delivery, expire_at, digest):
+                if await self._start(line, log.request_id, delivery, expire_at, digest):
                     return
         raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
 
@@ -189,11 +188,13 @@ class Owner:
         """
         attempt = log.attempt + 1
         if not await self._claim(log.request_id, attempt, delivery, reason):
-            tail = await _tail(self._redis, log.key)
-            lost = judge(tail, attempt, EntryId(attempt, 0))
+            async with self._lines.to(log.key) as line:
+                (reply,) = await line.ask(_last(log.key))
+                first = await _entry(line, log.key, EntryId(attempt, 0))
+            lost = judge(_id_of(_first_of(reply)), attempt, EntryId(attempt, 0))
             if lost is not None:
                 raise lost
-            if not self._wrote(await _entry(self._redis, log.key, EntryId(attempt, 0)), delivery):
+            if not self._wrote(first, delivery):
                 raise LogFenced(f"attempt {attempt} has begun")
         log.begin_attempt(attempt)
 
@@ -207,24 +208,24 @@ class Owner:
             LogLost: when the log is no longer ours.
         """
         await log.drained()
-        ended = self._keys.ended(log.request_id)
+        ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
         while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(log.key)
-                tail = await _tail(pipe, log.key)
-                if tail == SEAL and (standing := await _entry(pipe, log.key, SEAL)):
-                    return standing
-                lost = judge(tail, log.attempt, log.accepted)
+            async with self._lines.to(log.key) as line:
+                (reply,) = await line.watch([log.key], _last(log.key))
+                last = _first_of(reply)
+                if last and _id_of(last) == SEAL:
+                    return parse_leniently(*last)
+                lost = judge(_id_of(last), log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
-                _multi(pipe)
-                _xadd(pipe, log.key, SEAL, to_fields(end), create=False)
-                pipe.expire(log.key, retention)
-                pipe.set(ended, to_json(tombstone), ex=remember)
                 try:
-                    await pipe.execute()
+                    await line.execute(
+                        _xadd(log.key, SEAL, to_fields(end), create=False),
+                        _expire(log.key, retention),
+                        _command("SET", ended, stone, "EX", str(remember)),
+                    )
                 except WatchError:
-                    continue  # written after all with a lost reply, or cancelled meanwhile: look again
+                    continue  # cancelled meanwhile, or touched by somebody: look again
             return parse(str(SEAL), to_fields(end))
 
     async def confirm(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
@@ -236,34 +237,31 @@ class Owner:
         Raises:
             TooFewReplicas: when it is not yet on as many replicas as it must be.
         """
-        key = self._keys.tokens(request_id)
+        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(key)
-                if not await self._is_over(pipe, request_id):
+            async with self._lines.to(key) as line:
+                if not _is_over(await line.watch([key], _last(key), _command("EXISTS", ended))):
                     return False
-                _multi(pipe)
-                pipe.expire(key, retention)
-                pipe.set(self._keys.ended(request_id), to_json(tombstone), ex=remember, nx=True)
                 try:
-                    await pipe.execute()
+                    await line.execute(
+                        _expire(key, retention), _command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
+                    )
                 except WatchError:
-                    continue  # somebody else set the expiry, or the connection was lost: look again
+                    continue  # somebody else set the expiry: look again
             return await self._replicated(request_id, retention) if self._replicas else True
 
     async def _replicated(self, request_id: str, retention: int) -> bool:
         """Wait until replicas have the end of a log; false when it is not there.
 
         WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was
-        written before it. The WATCH keeps all of it on one connection, and so on one server.
+        written before it.
         """
         key = self._keys.tokens(request_id)
-        async with self._turn_to_wait(), self._redis.pipeline() as pipe:
-            await pipe.watch(key)
-            if not await self._is_over(pipe, request_id):
+        wait = _command("WAIT", str(self._replicas), str(_WAIT_MS))
+        async with self._turn_to_wait(), self._lines.to(key) as line:
+            if not _is_over(await line.ask(_last(key), _command("EXISTS", self._keys.ended(request_id)))):
                 return False
-            await pipe.expire(key, retention)
-            there = cast("int", await pipe.execute_command("WAIT", self._replicas, _WAIT_MS))
+            _, there = await line.ask(_expire(key, retention), wait)
         if there < self._replicas:
             raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
         return True
@@ -281,38 +279,32 @@ class Owner:
         finally:
             self._may_wait.release()
 
-    async def _is_over(self, pipe: Pipeline, request_id: str) -> bool:
-        """Whether a log has its seal, or is gone and has left a tombstone."""
-        tail = await _tail(pipe, self._keys.tokens(request_id))
-        return tail == SEAL if tail else bool(await pipe.exists(self._keys.ended(request_id)))
-
     async def read(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
         return [parse_leniently(*entry) for entry in await self._raw(request_id)]
 
-    async def _owned(self, request_id: str, attempt: int) -> Owned:
+    async def _owned(self, request_id: str, attempt: int, known: list[_RawEntry] | None = None) -> Owned:
+        """The log under an attempt of ours, with what was written before: it is read where it is not `known`."""
         key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
         try:
-            entries = [parse(*entry) for entry in await self._raw(request_id)]
+            entries = [parse(*entry) for entry in (await self._raw(request_id) if known is None else known)]
         except BadEntry as error:
             return Owned(log, [], f"the log cannot be read: {error}")
         return Owned(log, [entry for entry in entries if entry.id.attempt < attempt])
 
     async def _raw(self, request_id: str) -> list[_RawEntry]:
-        return cast("list[_RawEntry]", await self._redis.xrange(self._keys.tokens(request_id)))
+        """By redis-py, which waits for each piece of a long reply by itself."""
+        return cast("list[_RawEntry]", await self._lines.redis.xrange(self._keys.tokens(request_id)))
 
-    async def _start(self, pipe: Pipeline, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
-        _multi(pipe)
+    async def _start(self, line: Line, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), digest=digest, delivery=delivery.count,
         )  # fmt: skip
         key = self._keys.tokens(request_id)
-        _xadd(pipe, key, started.id, to_fields(started), create=True)
-        pipe.pexpireat(key, expire_at)
         try:
-            await pipe.execute()
+            await line.execute(_xadd(key, started.id, to_fields(started), create=True), _expire_at(key, expire_at))
         except WatchError:
             return False
         self._announce(request_id, started)
@@ -324,10 +316,9 @@ class Owner:
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
-        pipe = self._redis.pipeline(transaction=False)
-        _xadd(pipe, self._keys.tokens(request_id), claimed.id, to_fields(claimed), create=False)
+        key = self._keys.tokens(request_id)
         try:
-            (written,) = await pipe.execute()
+            written = await self._lines.ask(key, _xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
             if "equal or smaller" in str(error) or "exhausted the last" in str(error):
                 return False
@@ -346,19 +337,51 @@ class Owner:
         )  # fmt: skip
 
 
-def _multi(pipe: Pipeline) -> None:
-    pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
+async def _look(line: Line, key: str, ended: str) -> tuple[_RawEntry | None, bool]:
+    """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
+    reply, gone = await line.watch([key, ended], _last(key), _command("EXISTS", ended))
+    return _first_of(reply), bool(gone)
 
 
-def _xadd(pipe: Pipeline, key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> None:
-    pipe.xadd(key, fields, id=str(entry_id), nomkstream=not create)  # type: ignore[arg-type]  # dict is invariant
+def _is_over(replies: list[Any]) -> bool:
+    """Whether a log has its seal, or is gone and has left a tombstone; of the replies to its last entry and to that."""
+    last, ended = replies
+    return _id_of(_first_of(last)) == SEAL if last else bool(ended)
 
 
-async def _tail(redis: Redis, key: str) -> EntryId | None:
-    raw = cast("list[_RawEntry]", await redis.xrevrange(key, count=1))
-    return EntryId.parse(raw[0][0]) if raw else None
+async def _entry(line: Line, key: str, entry_id: EntryId) -> Entry | None:
+    (reply,) = await line.ask(_command("XRANGE", key, str(entry_id), str(entry_id)))
+    raw = _first_of(reply)
+    return parse_leniently(*raw) if raw else None
 
 
-async def _entry(redis: Redis, key: str, entry_id: EntryId) -> Entry | None:
-    raw = cast("list[_RawEntry]", await redis.xrange(key, str(entry_id), str(entry_id)))
-    return parse_leniently(*raw[0]) if raw else None
+def _first_of(reply: list[tuple[bytes, list[bytes]]]) -> _RawEntry | None:
+    """The first entry of what XRANGE and XREVRANGE give."""
+    if not reply:
+        return None
+    entry_id, flat = reply[0]
+    return entry_id, dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _id_of(entry: _RawEntry | None) -> EntryId | None:
+    return EntryId.parse(entry[0]) if entry else None
+
+
+def _command(*words: str) -> bytes:
+    return pack(*[word.encode() for word in words])
+
+
+def _last(key: str) -> bytes:
+    return _command("XREVRANGE", key, "+", "-", "COUNT", "1")
+
+
+def _xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
+    return _command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
+
+
+def _expire(key: str, seconds: int) -> bytes:
+    return _command("EXPIRE", key, str(seconds))
+
+
+def _expire_at(key: str, when: int) -> bytes:
+    return _command("PEXPIREAT", key, str(when))

@@ -5,7 +5,7 @@ closes them. In between they are ours, for redis-py 8.1 packs a command in 13 us
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
@@ -15,7 +15,7 @@ import hiredis
 from redis._parsers.base import BaseParser
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseError, TryAgainError
+from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseError, TryAgainError, WatchError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -89,8 +89,13 @@ class Wire(asyncio.Protocol):
             else:
                 answer.set_result(outcome)
 
+        answer.add_done_callback(self._unless_cancelled)
         self.send(packed, count, done)
         return answer
+
+    def _unless_cancelled(self, answer: asyncio.Future[list[Any]]) -> None:
+        if answer.cancelled():  # replies that come late would be taken for those of the next question
+            self.abort()
 
     def send(self, packed: bytes, count: int, done: Done) -> None:
         """Send commands, and have `done` called with their `count` replies, errors among them as values.
@@ -98,8 +103,6 @@ class Wire(asyncio.Protocol):
         One question at a time. Told in place of replies is a RedisError when the connection is lost or Redis does not
         answer within `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
         """
-        if self._done is not None:  # whoever asked has gone: the replies would be taken for those of this question
-            self._transport.abort()
         if not self.is_open:
             done(_lost())
             return
@@ -130,6 +133,10 @@ class Wire(asyncio.Protocol):
         if done is not None:
             done(outcome)
 
+    def abort(self) -> None:
+        """Make it one that cannot be asked any more. It is still to be closed."""
+        self._transport.abort()
+
     async def close(self) -> None:
         """Close it, and give its place in the pool back."""
         with suppress(RedisError, OSError):
@@ -155,6 +162,10 @@ class Wire(asyncio.Protocol):
             self._timer.cancel()
         self._tell(_lost())
         self._former.connection_lost(exc)
+
+
+_Exchange: TypeAlias = Callable[[Wire, list[list[bytes]]], Coroutine[Any, Any, list[Any]]]
+"""Sends the commands of some slots of one server, and gives their replies in this order."""
 
 
 class Wires:
@@ -192,7 +203,7 @@ class Wires:
         Raises:
             RedisError: when a server has no connection, or it is lost.
         """
-        return await self._each(commands)
+        return await self._each(commands, _plainly)
 
     def execute(self, commands: Sequence[Command], done: Done) -> None:
         """The same in a MULTI, in a cluster one for each slot: Redis does all of it or nothing.
@@ -201,7 +212,7 @@ class Wires:
         Others may have been done.
         """
         if self._in_cluster:  # where finding the way may take asking
-            task = asyncio.ensure_future(self._each(commands, in_multi=True))
+            task = asyncio.ensure_future(self._each(commands, in_multi))
             task.add_done_callback(partial(pass_on, done))
             return
         wire = self._wires.get(self._redis)
@@ -215,16 +226,15 @@ class Wires:
             lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
         )
 
-    async def _each(self, commands: Sequence[Command], *, in_multi: bool = False) -> list[Any]:
+    async def _each(self, commands: Sequence[Command], exchange: _Exchange) -> list[Any]:
         if not commands:
             return []
         if not isinstance(self._redis, ClusterClient):
-            packed = [packed for _, packed in commands]
-            return await self._to(self._redis).ask(b"".join(packed), len(packed))
+            return await exchange(self._to(self._redis), [[packed for _, packed in commands]])
         slots = await _slots_of(commands, self._redis.connection_pool)
         wires = [self._to(server) for server in slots]
         asked = [
-            _ask(wire, [[commands[number][1] for number in numbers] for numbers in by_slot], in_multi=in_multi)
+            exchange(wire, [[commands[number][1] for number in numbers] for numbers in by_slot])
             for wire, by_slot in zip(wires, slots.values(), strict=True)
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
@@ -252,11 +262,18 @@ async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[R
     return {server: list(by_slot.values()) for server, by_slot in slots.items()}
 
 
-async def _ask(wire: Wire, slots: list[list[bytes]], *, in_multi: bool) -> list[Any]:
-    """The replies to the commands of some slots of one server, in their order."""
-    if not in_multi:
-        packed = list(chain.from_iterable(slots))
-        return await wire.ask(b"".join(packed), len(packed))
+async def _plainly(wire: Wire, slots: list[list[bytes]]) -> list[Any]:
+    packed = list(chain.from_iterable(slots))
+    return await wire.ask(b"".join(packed), len(packed))
+
+
+async def in_multi(wire: Wire, slots: list[list[bytes]]) -> list[Any]:
+    """Send the commands of each slot in a MULTI, and give their replies, errors among them as values.
+
+    Raises:
+        RedisError: when a MULTI was refused, with the reason; others may have been done.
+        WatchError: when what the connection watches was touched.
+    """
     parts = [part for commands in slots for part in (_MULTI, *commands, _EXEC)]
     replies = iter(await wire.ask(b"".join(parts), len(parts)))
     done: list[Any] = []
@@ -279,6 +296,8 @@ def _executed(replies: list[Any]) -> Outcome:
     executed = replies[-1]
     if isinstance(executed, list):
         return executed
+    if executed is None:
+        return WatchError("a key that is watched was touched")
     why = next((reply for reply in replies if isinstance(reply, RedisError)), None)
     return why or ResponseError(f"EXEC answered {executed!r}")
 
