@@ -242,8 +242,8 @@ class _Wire(Wire):
             replies = await self.gate.meet(fate, self._life, lambda: self._leave(packed), self._exchange(packed, count))
         finally:
             self.gate.network.busy -= 1
-            if not (replies or self._is_left):
-                self._transport.abort()
+            if not replies:
+                self.abort()
         if replies is None:
             raise RedisConnectionError("the reply is lost")
         return replies
@@ -255,6 +255,10 @@ class _Wire(Wire):
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    def abort(self) -> None:
+        if not self._is_left:
+            super().abort()
 
     def _leave(self, packed: bytes) -> Late:
         self._transport.set_protocol(self._former)
