@@ -5,6 +5,7 @@ import enum
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -287,26 +288,37 @@ class Generation:
 
     async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
         """Do what may take long, for as long as the log is ours, the lease holds and the deadline has not passed."""
-        stop = self._request.stop
+        events: tuple[asyncio.Future[Any], ...] = (self._log.lost, self._request.stop)
         left = (self._request.deadline - self._now()) / 1000
-        if left <= 0:
+        if left <= 0 or any(event.done() for event in events):
             work.close()  # not a step of it, lest vLLM be asked for nothing
+            self._check()
             raise DeadlinePassed
-        task = asyncio.ensure_future(work)
+        limit = asyncio.timeout(left)  # cheaper than a task that is waited for
+
+        def interrupt(_: object) -> None:
+            with suppress(RuntimeError):  # it is over, or interrupted already
+                limit.reschedule(0)
+
         try:
-            events: set[asyncio.Future[Any]] = {task, self._log.lost, stop}
-            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            async with limit:
+                for event in events:
+                    event.add_done_callback(interrupt)
+                result = await work
+        except (TimeoutError, UpstreamError):
+            self._check()
+            if limit.expired():
+                raise DeadlinePassed from None
+            raise
         finally:
-            finished = task.done()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        if self._log.loss is not None:
-            raise self._log.loss
-        if stop.done():
-            raise Stopped
-        if not finished:
-            raise DeadlinePassed
-        return task.result()
+            for event in events:
+                event.remove_done_callback(interrupt)
+        self._check()
+        return result
+
+    def _check(self) -> None:
+        if self._log.loss is not None or self._request.stop.done():
+            raise self._log.loss or Stopped
 
     def _done(self, finish_reason: str, usage: Object, model: str, extra: Object | None = None) -> Done:
         return Done(
