@@ -97,18 +97,20 @@ async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group,
     assert await owner_of(redis, entry) == b"two"
 
 
-async def test_leases_are_renewed_together_and_each_that_was_lost_is_told(group: Group, redis: Redis) -> None:
-    entries = await add(redis, 4)
-    one, two = group.consumer("one"), group.consumer("two")
-    mine = await one.read("default", 4, 100)
-    await expired(redis, entries[1])
-    assert await two.take_expired("default", 1)
-    for entry in (entries[0], *entries[2:]):  # as after one lease
-        await redis.xclaim("chat:jobs", GROUP, "one", 0, [entry], idle=int(LEASE * 1000), justid=True)
-    calls = (await redis.info("commandstats"))["cmdstat_xclaim"]["calls"]
-    assert await one.renew([(delivery, LEASE) for delivery in mine]) == [True, False, True, True]
-    assert (await redis.info("commandstats"))["cmdstat_xclaim"]["calls"] == calls + 1
-    assert [await owner_of(redis, entry) for entry in entries] == [b"one", b"two", b"one", b"one"]
+async def test_many_leases_are_renewed_together_and_one_that_was_stolen_is_found_among_them(
+    group: Group, redis: Redis
+) -> None:
+    ids = await add(redis, 1200)
+    one, two = group.consumer("one", lease=60), group.consumer("two", lease=60)
+    deliveries = await one.read("default", 1200, 100)
+    await expired(redis, ids[700], idle=61_000)
+    assert [taken.id for taken in await two.take_expired("default", 1200)] == [ids[700]]
+    leases = [
+        (delivery, 31.0 + number % 2 if delivery.id == ids[700] else number % 2)
+        for number, delivery in enumerate(deliveries)
+    ]
+    kept = await one.renew(leases)
+    assert [delivery.id for delivery, is_ours in zip(deliveries, kept, strict=True) if not is_ours] == [ids[700]]
 
 
 async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis) -> None:

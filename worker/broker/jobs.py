@@ -4,7 +4,6 @@ A lease is the idle time of the entry in the group's pending list. Whoever reads
 zero; whoever finds it longer than a lease may take the entry over.
 """
 
-import math
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,9 @@ _LOOKS = 64
 """Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
 
 _NO_LIMIT = 2**31
+
+_RENEWED_AT_ONCE = 500
+"""Leases in one XCLAIM: one for each costs 30 us here, and Redis does nothing else while it goes through them."""
 
 _REMOVE = """
 for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -172,23 +174,25 @@ class JobQueue:
         False where the job is ours no more, None where Redis could not say.
 
         XCLAIM only takes an entry that is idle for longer than a thief's can be: a thief has reset it since. With 0
-        long after the last renewal it would steal the entry back.
+        long after the last renewal it would steal the entry back. Those last renewed together are renewed together.
         """
-        step = max(1, self._lease_ms // 30)  # up to it leases of nearly the same age are renewed by one command
-        together: dict[tuple[str, int], list[Any]] = {}  # Any, for redis-py's list is invariant
+        asked: dict[tuple[str, int], list[str]] = {}
         for delivery, age in leases:
-            idle = math.ceil((age * 1000 - self._lease_ms // 2) / step) * step
-            together.setdefault((delivery.queue, max(0, idle)), []).append(delivery.id)
+            idle = max(0, int(age * 1000) - self._lease_ms // 2)
+            asked.setdefault((delivery.queue, idle), []).append(delivery.id)
         pipe = self._commands.pipeline(transaction=False)
-        for (queue, idle), ids in together.items():
-            pipe.xclaim(self._keys.jobs(queue), GROUP, self._consumer, idle, ids, justid=True)
-        replies = await pipe.execute(raise_on_error=False)
-        held: dict[tuple[str, str], bool | None] = {}
-        for ((queue, _), ids), reply in zip(together.items(), replies, strict=True):
-            claimed = None if isinstance(reply, Exception) else set(reply)
-            for job in ids:
-                held[queue, job] = None if claimed is None else job.encode() in claimed
-        return [held[delivery.queue, delivery.id] for delivery, _ in leases]
+        parts = [
+            (queue, idle, ids[first : first + _RENEWED_AT_ONCE])
+            for (queue, idle), ids in asked.items()
+            for first in range(0, len(ids), _RENEWED_AT_ONCE)
+        ]
+        for queue, idle, ids in parts:
+            pipe.xclaim(self._keys.jobs(queue), GROUP, self._consumer, idle, ids, justid=True)  # type: ignore[arg-type]  # list is invariant
+        said: dict[tuple[str, str], bool | None] = {}
+        for (queue, _, ids), reply in zip(parts, await pipe.execute(raise_on_error=False), strict=True):
+            kept = None if isinstance(reply, Exception) else set(reply)
+            said |= {(queue, job): None if kept is None else job.encode() in kept for job in ids}
+        return [said[delivery.queue, delivery.id] for delivery, _ in leases]
 
     async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
         """Let other workers take running jobs at once, without counting against them; each is given with its age.
