@@ -234,12 +234,16 @@ async def servers_of(redis: Redis) -> list[Redis]:
 
 
 async def server_of(redis: Redis, key: str) -> Redis:
-    """A client for the server that a key is on: its master in a cluster, or the one there is."""
+    """The client of the server that holds a key.
+
+    Raises:
+        RedisError: when no master does, or no node of the cluster tells.
+    """
     return await redis.connection_pool.master_of(key) if isinstance(redis, ClusterClient) else redis
 
 
 def forget_masters(redis: Redis) -> None:
-    """What was heard of a server may come of a change in the cluster, if it is one: ask before the next command."""
+    """What a server said, or that it said nothing, may come of a change in the cluster."""
     if isinstance(redis, ClusterClient):
         redis.connection_pool.forget()
 

@@ -103,22 +103,27 @@ class _Voice:
 
 
 class Backoff:
-    """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends."""
+    """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends.
 
-    def __init__(self, what: "str | _Voice", *, first: float = 0.05, most: float = 2.0) -> None:
+    Without a name for what is wrong it says nothing, as in a process that is not ours.
+    """
+
+    def __init__(self, what: "str | _Voice | None", *, first: float = 0.05, most: float = 2.0) -> None:
         self._voice = _Voice(what) if isinstance(what, str) else what
         self._first = self._pause = first
         self._most = most
 
     async def wait(self, error: BaseException) -> None:
         """Pause after a failure."""
-        self._voice.complain(error)
+        if self._voice:
+            self._voice.complain(error)
         await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
         self._pause = min(self._pause * 2, self._most)
 
     def reset(self) -> None:
         """After a success: begin small again, and speak again at the next failure."""
-        self._voice.relent()
+        if self._voice:
+            self._voice.relent()
         self._pause = self._first
 
 

@@ -42,8 +42,8 @@ def bulk(arg: bytes) -> bytes:
 _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
 
 
-class Wire(asyncio.Protocol):
-    """One connection out of a pool, which has one less until this is closed."""
+class TakenConnection(asyncio.Protocol):
+    """One connection out of a pool, which has one less until this is closed. What becomes of replies is `take`'s."""
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         self._pool = pool
@@ -52,11 +52,6 @@ class Wire(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", writer.transport)
         self._former = self._transport.get_protocol()
         self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=_error)
-        self._replies: list[Any] = []
-        self._wanted = 0
-        self._due = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._done: Done | None = None
         self._transport.set_protocol(self)
 
     @classmethod
@@ -70,8 +65,63 @@ class Wire(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be asked; once it cannot, it never can again."""
+        """Whether it can be used; once it cannot, it never can again."""
         return not self._transport.is_closing()
+
+    def write(self, packed: bytes) -> None:
+        """Send commands.
+
+        Raises:
+            RedisError: when the connection is lost.
+        """
+        if not self.is_open:
+            raise lost()
+        try:
+            self._transport.write(packed)
+        except RuntimeError as error:  # of uvloop 0.22, for a connection that goes while it is written to
+            self.abort()
+            raise lost() from error
+
+    def abort(self) -> None:
+        """Lose the connection now. It is still to be closed."""
+        self._transport.abort()
+
+    async def close(self) -> None:
+        """Close it, and give its place in the pool back."""
+        with suppress(RedisError, OSError):
+            await self._connection.disconnect()
+        await self._pool.release(self._connection)
+
+    def take(self, replies: list[Any]) -> None:
+        """These replies have come together, errors among them as values."""
+        raise NotImplementedError
+
+    def data_received(self, data: bytes) -> None:
+        """Replies have come."""
+        reader, replies = self._reader, list[Any]()
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not False:
+                replies.append(reply)
+        except InvalidResponse:
+            self.abort()
+        self.take(replies)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more comes: also redis-py's own end has to know."""
+        self._former.connection_lost(exc)
+
+
+class Wire(TakenConnection):
+    """A connection that is asked."""
+
+    def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
+        super().__init__(pool, connection)
+        self._replies: list[Any] = []
+        self._wanted = 0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._done: Done | None = None
 
     def ask(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
         """Send commands and give their `count` replies, errors among them as values.
@@ -103,18 +153,16 @@ class Wire(asyncio.Protocol):
         One question at a time. Told in place of replies is a RedisError when the connection is lost or Redis does not
         answer within `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
         """
-        if not self.is_open:
-            done(_lost())
+        try:
+            self.write(packed)
+        except RedisError as error:
+            done(error)
             return
         self._done, self._wanted = done, count
         loop = asyncio.get_running_loop()
         self._due = loop.time() + COMMAND_TIMEOUT
         if self._timer is None:
             self._timer = loop.call_at(self._due, self._look)
-        try:
-            self._transport.write(packed)
-        except RuntimeError:  # of uvloop 0.22, for a connection that goes while it is written to
-            self._transport.abort()
 
     def _look(self) -> None:
         """Whether an answer is overdue. One timer serves many questions: one for each costs more than the writing."""
@@ -125,7 +173,7 @@ class Wire(asyncio.Protocol):
         if loop.time() < self._due:
             self._timer = loop.call_at(self._due, self._look)
         else:
-            self._transport.abort()
+            self.abort()
             self._tell(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
 
     def _tell(self, outcome: Outcome) -> None:
@@ -133,35 +181,19 @@ class Wire(asyncio.Protocol):
         if done is not None:
             done(outcome)
 
-    def abort(self) -> None:
-        """Make it one that cannot be asked any more. It is still to be closed."""
-        self._transport.abort()
-
-    async def close(self) -> None:
-        """Close it, and give its place in the pool back."""
-        with suppress(RedisError, OSError):
-            await self._connection.disconnect()
-        await self._pool.release(self._connection)
-
-    def data_received(self, data: bytes) -> None:
-        """Replies have come."""
-        reader, replies = self._reader, self._replies
-        try:
-            reader.feed(data)
-            while (reply := reader.gets()) is not False:
-                replies.append(reply)
-        except InvalidResponse:
-            self._transport.abort()
-        if len(replies) >= self._wanted and self._done is not None:
-            self._replies = []
-            self._tell(replies)
+    def take(self, replies: list[Any]) -> None:
+        """Some of what was asked for, or all."""
+        self._replies += replies
+        if len(self._replies) >= self._wanted and self._done is not None:
+            whole, self._replies = self._replies, []
+            self._tell(whole)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more comes: also redis-py's own end has to know."""
+        """Nobody answers any more."""
         if self._timer is not None:
             self._timer.cancel()
-        self._tell(_lost())
-        self._former.connection_lost(exc)
+        self._tell(lost())
+        super().connection_lost(exc)
 
 
 _Exchange: TypeAlias = Callable[[Wire, list[list[bytes]]], Coroutine[Any, Any, list[Any]]]
@@ -217,7 +249,7 @@ class Wires:
             return
         wire = self._wires.get(self._redis)
         if wire is None:
-            done(_lost())
+            done(lost())
             return
         packed = [packed for _, packed in commands]
         wire.send(
@@ -249,7 +281,7 @@ class Wires:
     def _to(self, server: Redis) -> Wire:
         wire = self._wires.get(server)
         if wire is None:
-            raise _lost()
+            raise lost()
         return wire
 
 
@@ -302,7 +334,8 @@ def _executed(replies: list[Any]) -> Outcome:
     return why or ResponseError(f"EXEC answered {executed!r}")
 
 
-def _lost() -> RedisConnectionError:
+def lost() -> RedisConnectionError:
+    """What is raised where a connection is gone."""
     return RedisConnectionError("the connection to Redis was lost")
 
 
