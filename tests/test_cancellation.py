@@ -6,6 +6,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker import Client
+from worker.broker.feed import Listener
 
 
 @pytest.mark.parametrize("how", ["answers", "fails"])
@@ -23,7 +24,12 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
                 raise RedisConnectionError("closed while sending") from None
         return [(b"log", [(b"1-0", {b"type": b"started"})])]
 
-    monkeypatch.setattr(client._reader, "xread", xread)
+    def refuse(_: str, listener: Listener) -> None:
+        listener.refused()
+
+    monkeypatch.setattr(client._following.reader, "xread", xread)
+    monkeypatch.setattr(client._following.feed, "subscribe", refuse)
+    await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}, id="any")
     follower = asyncio.ensure_future(client.result("any"))
     await reading.wait()
     follower.cancel()

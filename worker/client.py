@@ -1,25 +1,22 @@
 """For other Python services: enqueue a chat job, follow its tokens, get its answer, cancel it."""
 
-import asyncio
 import enum
 import os
-import random
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
-from typing import Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Self, TypeAlias, TypedDict, Unpack, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.exceptions import RedisError, ResponseError, WatchError
+from redis.exceptions import RedisError, WatchError
 
 from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
-from worker.broker.connection import blocking_client, command_client, is_transient, what_redis_said
+from worker.broker.connection import command_client, is_transient
 from worker.broker.jobs import waiting_in
-from worker.client_errors import Conflict, Expired, QueueFull, Unavailable, UnknownRequest
+from worker.client_errors import Conflict, QueueFull, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import (
     Cancelled,
@@ -36,16 +33,14 @@ from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_i
 from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
 from worker.contract.keys import DEFAULT_QUEUE, Keys, is_queue_name
 from worker.contract.records import Tombstone
+from worker.following import Following
+from worker.patience import Patience
 
-_T = TypeVar("_T")
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 _DAY = 24 * 3600
 _LONGEST = 365 * _DAY
 _RETENTION = 3600
-_BLOCK = 5.0
-_BATCH = 1000
 _NO_LIMIT = 2**31
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
 
 class State(enum.Enum):
@@ -130,10 +125,10 @@ class Client:
     ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
         self._keys = Keys(prefix)
-        self._patience = patience
+        self._patience = Patience(patience)
         self._queue_limit = queue_limit
         self._redis = command_client(url)
-        self._reader = blocking_client(url, _BLOCK)
+        self._following = Following(url, self._keys, self._patience)
 
     async def __aenter__(self) -> Self:
         return self
@@ -142,9 +137,9 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Close every connection. Whoever still follows a request gets `Unavailable`."""
+        await self._following.aclose()
         await self._redis.aclose()
-        await self._reader.aclose()
 
     async def ping(self) -> None:
         """Ask Redis once, without patience.
@@ -174,7 +169,7 @@ class Client:
         job = new_job(request, **options)
         queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
         await self._check_room(queue, job.id)
-        await self._retry(lambda: self._enqueue(job, queue, within))
+        await self._patience.retry(lambda: self._enqueue(job, queue, within))
         return job.id
 
     async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[Entry]:
@@ -186,25 +181,21 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         last = BEFORE_ALL if after is None else EntryId.parse(str(after))
-        key = self._keys.tokens(request_id)
-        block: int | None = None
-        while last != SEAL:
-            read = partial(self._reader.xread, {key: str(last)}, count=_BATCH, block=block)
-            streams = cast("list[tuple[bytes, list[_RawEntry]]]", await self._retry(read))
-            if not streams:
-                await self._check_alive(request_id)
-                block = int(_BLOCK * 1000)
-                continue
-            for entry_id, fields in streams[0][1]:
-                entry = parse(entry_id, fields)
-                last = entry.id
-                yield entry
+        follower = self._following.follow(request_id, last)
+        try:
+            while not follower.is_over:
+                await follower.news()
+                for entry in follower.take():
+                    yield entry
+        finally:
+            follower.leave()
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[Entry]:
         """Enqueue and follow in one. Raises what these two raise."""
         request_id = await self.enqueue(request, **options)
-        async for entry in self.follow(request_id):
-            yield entry
+        async with aclosing(self.follow(request_id)) as entries:
+            async for entry in entries:
+                yield entry
 
     async def result(self, request_id: str) -> Answer:
         """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""
@@ -219,7 +210,7 @@ class Client:
         Raises:
             Unavailable: when Redis does not answer.
         """
-        tail, stone = await self._retry(lambda: self._look(request_id))
+        tail, stone = await self._patience.retry(lambda: self._look(request_id))
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
         if is_terminal(tail):
@@ -233,14 +224,16 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         before = await self.status(request_id)
-        if before.state not in (State.ENDED, State.EXPIRED) and not await self._retry(lambda: self._cancel(request_id)):
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._patience.retry(
+            lambda: self._cancel(request_id)
+        ):
             return await self.status(request_id)
         return before
 
     async def _check_room(self, queue: str, request_id: str) -> None:
         if not self._queue_limit:
             return
-        waiting = await self._retry(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
+        waiting = await self._patience.retry(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
         if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
             raise QueueFull(queue, waiting, self._queue_limit)
 
@@ -313,14 +306,6 @@ class Client:
         stone = msgspec.json.decode(raw, type=Tombstone) if raw else None
         return (parse_leniently(*tail[0]) if tail else None), stone
 
-    async def _check_alive(self, request_id: str) -> None:
-        tail, stone = await self._retry(lambda: self._look(request_id))
-        if tail is not None:
-            return
-        if stone is None:
-            raise UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
-        raise Expired(request_id, stone)
-
     async def _cancel(self, request_id: str) -> bool:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
         key = self._keys.tokens(request_id)
@@ -345,37 +330,6 @@ class Client:
     async def _first_entry(self, redis: Redis, request_id: str) -> Entry | None:
         raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=1))
         return parse(*raw[0]) if raw else None
-
-    async def _retry(self, operation: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat what looks before it writes, until Redis answers or patience ends: a failover takes some seconds."""
-        pause, since = _FIRST_PAUSE, time.monotonic()
-        while True:
-            try:
-                return await _cancellable(operation())
-            except (RedisError, OSError) as error:
-                if not is_transient(error):
-                    raise
-                if time.monotonic() - since > self._patience:
-                    verdict = "refuses" if isinstance(error, ResponseError) else "does not answer"
-                    said = what_redis_said(error).rstrip(".")
-                    raise Unavailable(f"Redis {verdict}: {said}. `worker check` says what to do") from error
-            await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
-            pause = min(pause * 2, _LONGEST_PAUSE)
-
-
-async def _cancellable(work: Awaitable[_T]) -> _T:
-    """Await a command, and be cancelled if somebody asked for it meanwhile.
-
-    redis-py 8.1 sends with `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes as the sending
-    ends (cpython#86296): up to 10 in 100 on a busy stream. A follower would read on for as long as the stream goes.
-    """
-    task = asyncio.current_task()
-    before = task.cancelling() if task else 0
-    try:
-        return await work
-    finally:
-        if task and task.cancelling() > before:
-            raise asyncio.CancelledError
 
 
 def _unix_ms(redis_time: tuple[int, int]) -> int:

@@ -1,0 +1,382 @@
+"""Following requests: each entry once and in order, from the feed as far as that goes, and from the log for the rest.
+
+The log is the truth, the feed only speed. Whoever follows has a place in the log, and takes from the feed nothing but
+the entry that comes next there: of the same attempt, with `n` one higher. At anything else (a gap, another attempt, the
+end), and when nothing has come for a while, the log is read from that place on. Followers that read at the same time
+read together. Where the feed cannot be heard, or says less than the log has, a blocking XREAD waits instead.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import TypeAlias, cast
+
+import msgspec
+
+from worker.broker.connection import blocking_client, command_client
+from worker.broker.feed import Feed
+from worker.broker.together import Together
+from worker.broker.wire import pack
+from worker.client_errors import ClientError, Expired, Unavailable, UnknownRequest
+from worker.contract.entries import BadEntry, Entry, parse
+from worker.contract.feed import UNTOLD_FOR, read_message
+from worker.contract.ids import SEAL, EntryId
+from worker.contract.keys import Keys
+from worker.contract.records import Tombstone
+from worker.patience import Patience
+
+_BATCH = 1000
+"""Entries that are read from a log at once."""
+
+_BLOCK = 5.0
+"""Seconds that a blocking XREAD waits."""
+
+_SETTLED_AFTER = UNTOLD_FOR + 0.05
+"""Seconds from a subscription until every accepted entry is told. Till then, or a first message, the log is read."""
+
+_SETTLING = 0.05
+"""Seconds from one such reading to the next."""
+
+_TICK = 0.5
+"""Seconds from one look at who hears nothing to the next."""
+
+_FIRST_TICKS, _SILENT_TICKS = 1, 10
+"""After so many in silence, give or take a fifth, the log is read; sooner where the feed has not told anything yet."""
+
+_MISSES = 2
+"""So often in a row may the log have what a silent feed has not told, until the feed is not relied on any more."""
+
+_KEPT_BYTES = 32 * 1024
+"""Of messages, for a follower that does not take them. Beyond this they are dropped, and read from the log in time."""
+
+_Raw: TypeAlias = tuple[bytes, list[bytes]]
+
+
+class Following:
+    """All that a client follows; two connections to each server do for any number of requests."""
+
+    def __init__(self, url: str, keys: Keys, patience: Patience) -> None:
+        self.keys = keys
+        self.patience = patience
+        self._redis = command_client(url, connections=2)
+        self.feed = Feed(self._redis)
+        self.together = Together(self._redis)
+        self.reader = blocking_client(url, _BLOCK)
+        self.is_closed = False
+        self._requests: dict[str, _Request] = {}
+        self._settling: dict[_Request, None] = {}
+        self._tick: asyncio.TimerHandle | None = None
+
+    def follow(self, request_id: str, last: EntryId) -> "Follower":
+        """Somebody who follows a request from what comes after `last`; who calls `leave` at the end."""
+        if request_id not in self._requests:
+            self._requests[request_id] = _Request(self, request_id)
+        if self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(_TICK, self._look_for_silence)
+        return Follower(self, self._requests[request_id], last)
+
+    def settle(self, request: "_Request") -> None:
+        """Have its followers read the log again and again, until it is settled."""
+        if not self._settling:
+            asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
+        self._settling[request] = None
+
+    def forget(self, request: "_Request") -> None:
+        """Nobody follows it any more."""
+        if self._requests.get(request.id) is request:
+            del self._requests[request.id]
+        self._settling.pop(request, None)
+
+    async def aclose(self) -> None:
+        """Close every connection; whoever still follows gets `Unavailable`."""
+        self.is_closed = True
+        if self._tick is not None:
+            self._tick.cancel()
+        for request in self._requests.values():
+            request.look_up()
+        await self.feed.aclose()
+        await self.together.aclose()
+        await self._redis.aclose()
+        await self.reader.aclose()
+
+    def _go_on_settling(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for request in list(self._settling):
+            if request.settles_until:
+                request.look_up()
+            if request.settles_until < now:
+                request.settles_until = 0.0
+                del self._settling[request]
+        if self._settling and not self.is_closed:
+            asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
+
+    def _look_for_silence(self) -> None:
+        for request in self._requests.values():
+            for follower in request.followers:
+                follower.tick()
+        again = self._requests and not self.is_closed
+        self._tick = asyncio.get_running_loop().call_later(_TICK, self._look_for_silence) if again else None
+
+
+class _Request:
+    """A request that is followed: a subscription, as soon as somebody has read all there is, for all who follow it."""
+
+    def __init__(self, following: Following, request_id: str) -> None:
+        self.id = request_id
+        self.key = following.keys.tokens(request_id)
+        self.followers: dict[Follower, None] = {}
+        self.settles_until = 0.0
+        """By the event loop's clock; 0 when it is settled."""
+        self.is_heard = self.has_told = False
+        self._following = following
+        self._channel = following.keys.feed(request_id)
+        self._is_subscribed = False
+
+    def subscribe(self) -> None:
+        """Listen to the feed, if nobody does yet."""
+        if not self._is_subscribed:
+            self._is_subscribed = True
+            self._following.feed.subscribe(self._channel, self)
+
+    def leave(self, follower: "Follower") -> None:
+        """One follower less."""
+        if self.followers.pop(follower, self) is None and not self.followers:
+            self._following.forget(self)
+            if self._is_subscribed:
+                self._following.feed.unsubscribe(self._channel)
+
+    def look_up(self, *, alive: bool = False) -> None:
+        """Have the log read, and if `alive` whether it is there at all."""
+        for follower in self.followers:
+            follower.look_up(alive=alive)
+
+    def hear(self, payload: bytes) -> None:
+        """See `Listener`, also below."""
+        self.has_told = True
+        self.settles_until = 0.0
+        try:
+            entries = read_message(payload)
+        except BadEntry:
+            self.look_up()
+            return
+        size = len(payload)
+        for follower in self.followers:
+            follower.tell(entries, size)
+
+    def subscribed(self) -> None:
+        self.is_heard = True
+        self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
+        self._following.settle(self)
+        self.look_up()
+
+    def interrupted(self) -> None:
+        self.is_heard = self.has_told = False
+        self.settles_until = 0.0
+        self.look_up()
+
+    def refused(self) -> None:
+        self._is_subscribed = False
+        for follower in list(self.followers):
+            follower.go_alone()
+
+
+class Follower:
+    """One who follows a request. All is done in the task that asks for more; the rest only leaves word for it."""
+
+    def __init__(self, following: Following, request: _Request, last: EntryId) -> None:
+        self._following = following
+        self._request = request
+        request.followers[self] = None
+        self.is_over = last == SEAL
+        self._attempt, self._n = last
+        """The end of what is ready."""
+        self._read_on: Iterable[Entry] = ()
+        """What was read from the log; it comes before what is ready."""
+        self._ready: list[Entry] = []
+        """What was told: one attempt's, without a gap."""
+        self._bytes = 0
+        self._held: list[tuple[list[Entry], int]] | None = None
+        """What is told while the log is read."""
+        self._is_behind = self._is_alone = False
+        self._must_be_alive = False
+        self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
+        self._waiter: asyncio.Future[None] | None = None
+        self._place = last
+        self._silent, self._silent_most = 0.0, float(_FIRST_TICKS)
+        self._doubts = False
+        self._misses = 0
+        self.look_up(alive=True)
+
+    def news(self) -> Awaitable[None]:
+        """What to wait for before there can be something to `take`. It is made to cost little.
+
+        Raises:
+            UnknownRequest: when nothing is known of the request.
+            Expired: when it has ended and its log is gone.
+            Unavailable: when Redis does not answer, or the client is closed.
+        """
+        if self._ready or self._is_behind or self._is_alone or self._following.is_closed:
+            return self._catch_up()
+        self._waiter = waiter = self._new_future()
+        return waiter
+
+    def take(self) -> Iterable[Entry]:
+        """The next entries, if there are any; `is_over` says that the seal is among them.
+
+        Raises:
+            BadEntry: while they are taken, when one cannot be read.
+        """
+        if self._read_on:
+            entries, self._read_on = self._read_on, ()
+            return entries
+        ready, self._ready, self._bytes = self._ready, [], 0
+        return ready
+
+    def leave(self) -> None:
+        """Follow no more."""
+        self._request.leave(self)
+
+    def tell(self, entries: list[Entry], size: int) -> None:
+        """The feed says that the log has these, in a message of so many bytes. They may be shared with others."""
+        self._misses = 0
+        self._bytes += size
+        if self._held is not None:
+            self._held.append((entries, size))
+        elif not self._is_behind:
+            for entry in entries:
+                attempt, n = entry.id
+                if n == self._n + 1 and attempt == self._attempt:
+                    self._n = n
+                    self._ready.append(entry)
+                elif (attempt, n) > (self._attempt, self._n):
+                    self._is_behind = True
+                    break
+        if self._bytes > _KEPT_BYTES:
+            self._drop()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def look_up(self, *, alive: bool = False) -> None:
+        """Read the log before anything else that is told; if `alive`, it has to be there."""
+        self._is_behind = True
+        self._must_be_alive |= alive
+        self._wake()
+
+    def go_alone(self) -> None:
+        """Read without the feed from now on."""
+        self._is_alone = True
+        self._request.leave(self)
+        self._wake()
+
+    def tick(self) -> None:
+        """Another `_TICK` is over. Whoever waits at the same place as before has heard nothing."""
+        place = EntryId(self._attempt, self._n)
+        if self._waiter is None or self._waiter.done() or place != self._place:
+            self._place, self._silent = place, 0.0
+            self._silent_most = _SILENT_TICKS if self._request.has_told else _FIRST_TICKS
+            return
+        self._silent += random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
+        if self._silent >= self._silent_most:
+            self._silent_most += min(2 * self._silent_most, _SILENT_TICKS)
+            self._doubts = self._request.is_heard and not self._request.settles_until
+            self.look_up(alive=self._silent_most > _SILENT_TICKS)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _drop(self) -> None:
+        """Keep nothing: it is in the log."""
+        self._n -= len(self._ready)
+        self._ready, self._bytes = [], 0
+        self._is_behind = True
+        if self._held is not None:
+            self._held = []
+
+    async def _catch_up(self) -> None:
+        if self._ready:
+            return
+        self._check_open()
+        if self._is_alone:
+            await self._block()
+        else:
+            await self._read()
+
+    async def _read(self) -> None:
+        """Read the log on from where this one is; what is told meanwhile comes after that."""
+        doubts, self._doubts = self._doubts, False
+        alive, self._must_be_alive = self._must_be_alive, False
+        self._is_behind, self._held, self._bytes = False, [], 0
+        try:
+            raw = await self._following.patience.retry(partial(self._ask, alive=alive))
+        finally:
+            held, self._held, self._bytes = self._held, None, 0
+        if raw:
+            self._go_to(raw[-1][0])
+            self._read_on = (parse(entry_id, _fields(flat)) for entry_id, flat in raw)
+        if len(raw) == _BATCH:
+            self._is_behind = True
+        elif not self.is_over and not self._is_alone:
+            self._request.subscribe()
+        self._misses += bool(raw and doubts)
+        for entries, size in held:
+            self.tell(entries, size)
+        if self._misses >= _MISSES:
+            self.go_alone()
+
+    def _go_to(self, last: bytes) -> None:
+        """All up to here has been read from the log."""
+        self._attempt, self._n = where = EntryId.parse(last)
+        self.is_over = where == SEAL
+
+    async def _ask(self, *, alive: bool) -> list[_Raw]:
+        self._check_open()
+        ask, key = self._following.together.ask, self._request.key
+        begin = b"(%d-%d" % (self._attempt, self._n)
+        read = pack(b"XRANGE", key.encode(), begin, b"+", b"COUNT", b"%d" % _BATCH)
+        if not alive:
+            (raw,) = await ask(key, read, 1)
+            return cast("list[_Raw]", raw)
+        # The tombstone is read first: it is written with the seal, and so a request without one has a log to be read
+        # after it, unless nothing is known of it.
+        ended = pack(b"GET", self._following.keys.ended(self._request.id).encode())
+        stone, raw, is_there = await ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
+        if not raw and not is_there:
+            raise gone(self._request.id, stone)
+        return cast("list[_Raw]", raw)
+
+    async def _block(self) -> None:
+        """Wait as anybody can: with an XREAD of one's own."""
+        streams = await self._following.patience.retry(self._xread)
+        if streams:
+            entries = streams[0][1]
+            self._go_to(entries[-1][0])
+            self._read_on = (parse(entry_id, fields) for entry_id, fields in entries)
+        else:
+            await self._following.patience.retry(partial(self._ask, alive=True))
+
+    async def _xread(self) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+        self._check_open()
+        after = {self._request.key: f"{self._attempt}-{self._n}"}
+        return cast(
+            "list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]",
+            await self._following.reader.xread(after, count=_BATCH, block=int(_BLOCK * 1000)),  # type: ignore[arg-type]  # dict is invariant
+        )
+
+    def _check_open(self) -> None:
+        if self._following.is_closed:
+            raise Unavailable("the client is closed")
+
+
+def gone(request_id: str, stone: bytes | None) -> ClientError:
+    """What to say of a request without a log, by its tombstone if there is one."""
+    if stone is None:
+        return UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
+    return Expired(request_id, msgspec.json.decode(stone, type=Tombstone))
+
+
+def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
+    each = iter(flat)
+    return dict(zip(each, each, strict=True))
