@@ -35,6 +35,9 @@ class Count(IntEnum):
     """Deltas that the reader saw with another text than the one written: lost, doubled or out of order before it."""
 
 
+_READ = int(Count.READ)
+
+
 class Sample(NamedTuple):
     """When a delta arrived at the reader, and how long after its write at the load generator."""
 
@@ -53,6 +56,7 @@ class Board:
         self.times = words[_COUNTERS : _COUNTERS + streams * ring]
         """The time of the token `n` of the stream `s` is at `s * ring + n % ring`."""
         self._samples = words[_COUNTERS + streams * ring :]
+        self._seen = self.counters[_READ]
 
     @classmethod
     def create(cls, path: Path, streams: int) -> Self:
@@ -75,12 +79,14 @@ class Board:
     def __getitem__(self, count: Count) -> int:
         return self.counters[count]
 
-    def add(self, sample: Sample) -> None:
-        """Note what the reader saw; the oldest are forgotten."""
-        number = self.counters[Count.READ]
+    def add(self, arrived: int, latency: int) -> None:
+        """Note what the reader saw; the oldest are forgotten. It is made to cost little: every reader pays for it."""
+        number, samples = self._seen, self._samples
         place = 2 * (number % _SAMPLES)
-        self._samples[place], self._samples[place + 1] = sample
-        self.counters[Count.READ] = number + 1
+        samples[place] = arrived
+        samples[place + 1] = latency
+        self._seen = number = number + 1
+        self.counters[_READ] = number
 
     def samples(self, first: int) -> list[Sample]:
         """What the reader saw from its sample `first` on, as far as it is remembered."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import hiredis
-from board import Board, Count, Sample
+from board import Board, Count
 from chunks import WORDS
 
 _Entry: TypeAlias = tuple[bytes, list[bytes]]
@@ -68,7 +68,7 @@ class Connection:
         if values[b"content"] != _WORDS[number % len(_WORDS)]:
             board.counters[Count.STRAY] += 1
         written = board.times[self._streams[key] * board.ring + number % board.ring]
-        board.add(Sample(now, now - written))
+        board.add(now, now - written)
 
 
 def main() -> None:
