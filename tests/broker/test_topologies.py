@@ -204,6 +204,10 @@ def nodes(server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[li
         yield nodes
 
 
+def has_shards(node: topology.Node) -> bool:
+    return not node.client.info("server")["redis_version"].startswith("6.")
+
+
 @pytest.fixture
 def cluster_url(nodes: list[topology.Node]) -> Iterator[str]:
     """The cluster, empty; fails a test that leaves a key without an expiry, the lasting ones aside."""
@@ -247,15 +251,20 @@ async def test_logs_of_every_master_are_written_and_followed(
     assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
 
 
-async def test_the_feed_of_a_log_is_heard_at_any_master(
+async def test_the_feed_of_a_log_is_heard_in_its_own_slot_from_redis_7_on_and_at_any_master_before(
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, redis_url=cluster_url)
     for node in nodes:
+        request_id = next(name for name in map(str, range(100)) if node.owns(slot_of(name)))
+        channel = f"chat:feed:{{{request_id}}}"
         with node.client.pubsub() as feed:  # type: ignore[no-untyped-call]
-            feed.subscribe(f"chat:feed:{{fed-{node.port}}}")
+            if has_shards(node):
+                feed.ssubscribe(channel)
+            else:
+                feed.subscribe(channel)
             assert feed.get_message(timeout=5)
-            await client.result(await client.enqueue(ask("Who are you?"), id=f"fed-{node.port}"))
+            await client.result(await client.enqueue(ask("Who are you?"), id=request_id))
             heard = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
             assert heard[0][1]["type"] == "started"
 

@@ -60,8 +60,8 @@ _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
 _UNHEARD = 0.25
 """Seconds for which the feed is not told of a log after Redis said that nobody listens."""
-_PUBLISH = b"*3\r\n" + bulk(b"PUBLISH")
-_OF_THE_FEED = re.compile("'publish'|channel")
+_PUBLISH, _SPUBLISH = b"*3\r\n" + bulk(b"PUBLISH"), b"*3\r\n" + bulk(b"SPUBLISH")
+_OF_THE_FEED = re.compile("'s?publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
 _encode = msgspec.json.encode
 
@@ -220,9 +220,10 @@ class Publisher:
         batch, self._out = self._out[:_MAX_ENTRIES], self._out[_MAX_ENTRIES:]
         told, self._feed = self._feed, {}
         commands = [(entry[0].key, entry[4]) for entry in batch]
+        publish = _SPUBLISH if self._wires.has_shards else _PUBLISH
         for it, entries in told.items():
             channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, b"".join([_PUBLISH, bulk(channel.encode()), bulk(_encode(entries))])))
+            commands.append((channel, b"".join([publish, bulk(channel.encode()), bulk(_encode(entries))])))
         now = time.monotonic()
         self._is_busy = len(batch) > _BUSY * (now - self._flushed)
         self._flushed = now
@@ -270,7 +271,7 @@ class Publisher:
         self._metrics.written.inc(written)
         for log, verdicts in refused.items():
             self._judge(log, verdicts)
-        if not self._in_cluster:  # where each node counts its own listeners
+        if self._wires.has_shards or not self._in_cluster:  # else each node counts its own listeners alone
             for it, listeners in zip(told, replies[len(batch) :], strict=True):
                 if listeners == 0 and isinstance(it, TokenLog):
                     it.untold_until = now + _UNHEARD

@@ -209,6 +209,12 @@ class Wires:
         self._redis = redis
         self._in_cluster = isinstance(redis, ClusterClient)
         self._wires: dict[Redis, Wire] = {}
+        self._shards: dict[Redis, bool] = {}
+
+    @property
+    def has_shards(self) -> bool:
+        """Whether a message to a channel goes to the channel's own slot: in a cluster that is Redis 7 throughout."""
+        return bool(self._shards) and all(self._shards.values())
 
     async def connect(self) -> bool:
         """Have a connection to every server, or raise; tells whether one is new."""
@@ -219,11 +225,13 @@ class Wires:
             if server not in self._wires:
                 self._wires[server] = await self.kind.open(server.connection_pool)
                 new = True
+                if isinstance(self._redis, ClusterClient):
+                    self._shards[server] = await _knows_shards(self._wires[server])
         return new
 
     async def close(self) -> None:
         """Close all connections, and forget where keys are."""
-        wires, self._wires = self._wires, {}
+        wires, self._wires, self._shards = self._wires, {}, {}
         for wire in wires.values():
             await wire.close()
         with suppress(RedisError, OSError):
@@ -283,6 +291,11 @@ class Wires:
         if wire is None:
             raise lost()
         return wire
+
+
+async def _knows_shards(wire: Wire) -> bool:
+    (told,) = await wire.ask(pack(b"COMMAND", b"INFO", b"SPUBLISH"), 1)
+    return isinstance(told, list) and told[0] is not None
 
 
 async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[Redis, list[Sequence[int]]]:
