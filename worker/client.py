@@ -317,11 +317,14 @@ class Client:
         asked = first.digest if isinstance(first, Queued | Started) else ""
         stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
         pipe = self._redis.pipeline(transaction=False)
-        pipe.publish(self._keys.cancel, request_id)
-        pipe.publish(self._keys.feed(request_id), to_json([[str(SEAL), fields]]))
         pipe.expire(key, _RETENTION)
         pipe.set(self._keys.ended(request_id), to_json(stone), ex=_DAY, nx=True)
-        _, _, *kept = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish: speed only
+        pipe.publish(self._keys.cancel, request_id)
+        told = self._keys.feed(request_id), to_json([[str(SEAL), fields]])
+        pipe.publish(*told)
+        if isinstance(self._redis, ClusterClient):  # where Redis 7 has the feed
+            pipe.execute_command("SPUBLISH", *told)
+        kept = (await pipe.execute(raise_on_error=False))[:2]  # a user may lack the right to publish: speed only
         for reply in kept:
             if isinstance(reply, Exception):
                 raise reply
