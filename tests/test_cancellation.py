@@ -6,7 +6,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker import Client
-from worker.broker.feed import Listener
+from worker.broker.subscriptions import Listener
 
 
 @pytest.mark.parametrize("how", ["answers", "fails"])
@@ -28,7 +28,7 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
         listener.refused()
 
     monkeypatch.setattr(client._following.reader, "xread", xread)
-    monkeypatch.setattr(client._following.feed, "subscribe", refuse)
+    monkeypatch.setattr(client._following.subscriptions, "subscribe", refuse)
     await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}, id="any")
     follower = asyncio.ensure_future(client.result("any"))
     await reading.wait()

@@ -15,7 +15,7 @@ from typing import TypeAlias, cast
 import msgspec
 
 from worker.broker.connection import blocking_client, command_client
-from worker.broker.feed import Feed
+from worker.broker.subscriptions import Subscriptions
 from worker.broker.together import Together
 from worker.broker.wire import pack
 from worker.client_errors import ClientError, Expired, Unavailable, UnknownRequest
@@ -60,7 +60,7 @@ class Following:
         self.keys = keys
         self.patience = patience
         self._redis = command_client(url, connections=2)
-        self.feed = Feed(self._redis)
+        self.subscriptions = Subscriptions(self._redis)
         self.together = Together(self._redis)
         self.reader = blocking_client(url, _BLOCK)
         self.is_closed = False
@@ -95,7 +95,7 @@ class Following:
             self._tick.cancel()
         for request in self._requests.values():
             request.look_up()
-        await self.feed.aclose()
+        await self.subscriptions.aclose()
         await self.together.aclose()
         await self._redis.aclose()
         await self.reader.aclose()
@@ -137,14 +137,14 @@ class _Request:
         """Listen to the feed, if nobody does yet."""
         if not self._is_subscribed:
             self._is_subscribed = True
-            self._following.feed.subscribe(self._channel, self)
+            self._following.subscriptions.subscribe(self._channel, self)
 
     def leave(self, follower: "Follower") -> None:
         """One follower less."""
         if self.followers.pop(follower, self) is None and not self.followers:
             self._following.forget(self)
             if self._is_subscribed:
-                self._following.feed.unsubscribe(self._channel)
+                self._following.subscriptions.unsubscribe(self._channel)
 
     def look_up(self, *, alive: bool = False) -> None:
         """Have the log read, and if `alive` whether it is there at all."""

@@ -269,6 +269,40 @@ async def test_the_feed_of_a_log_is_heard_in_its_own_slot_from_redis_7_on_and_at
             assert heard[0][1]["type"] == "started"
 
 
+async def test_followers_listen_in_the_slot_from_redis_7_on_and_read_as_ever_before(
+    cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    await start_worker(await start_simulator(Options(orders=Orders(rate=50))), redis_url=cluster_url)
+    node = nodes[0]
+    node.client.config_resetstat()
+    request_id = next(name for name in (f"heard-{number}" for number in range(100)) if node.owns(slot_of(name)))
+    channel = f"chat:feed:{{{request_id}}}"
+
+    async def is_heard() -> bool:
+        if has_shards(node):
+            return bool(node.ask("PUBSUB SHARDNUMSUB", channel) == [(channel.encode(), 1)])
+        return "cmdstat_xread" in node.client.info("commandstats")
+
+    entries = []
+    async for entry in client.generate(ask("Who are you?"), id=request_id):
+        entries.append(entry)
+        if len(entries) == 3:
+            await eventually(is_heard)
+    whole(entries, "Who are you?")
+    assert ("cmdstat_xread" in node.client.info("commandstats")) != has_shards(node)
+
+
+async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_all_the_same(
+    cluster_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Wires, "has_shards", False)
+    monkeypatch.setattr("worker.following._TICK", 0.05)
+    await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=cluster_url)
+    whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
+
+
 async def test_cancel_ends_a_stream_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:

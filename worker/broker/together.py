@@ -70,7 +70,9 @@ class _Line:
     async def _ask_all(self) -> None:
         while self._waiting:
             batch, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
-            batch = [each for each in batch if not each[2].done()]  # whoever was cancelled asks nothing
+            batch = [each for each in batch if not each[2].done()]
+            if not batch:  # all who asked were cancelled
+                continue
             try:
                 replies = await self._exchange(batch)
             except BaseException as error:

@@ -4,6 +4,8 @@ A message is JSON, `[[id, {field: value}], …]`: entries that Redis has accepte
 lost, and it may come late; the log is the truth.
 """
 
+from typing import Literal
+
 import msgspec
 
 from worker.contract.entries import BadEntry, Delta, Entry, parse
@@ -13,9 +15,10 @@ UNTOLD_FOR = 0.25
 """Seconds for which a publisher may leave a channel untold once Redis has said that nobody listens to it."""
 
 
-class _Plain(msgspec.Struct, tag_field="type", tag=Delta.type, forbid_unknown_fields=True, gc=False):
+class _Plain(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """A delta as it is told that has none of the rarer fields: what nearly every message is."""
 
+    type: Literal["delta"]
     content: str = ""
     reasoning: str = ""
     finish_reason: str = ""

@@ -40,7 +40,7 @@ class Listener(Protocol):
         """There will be no messages: the user may not subscribe, or the server cannot. Nobody is subscribed by now."""
 
 
-class Feed:
+class Subscriptions:
     """All subscriptions of a client, which has one connection to each server for this."""
 
     def __init__(self, redis: Redis) -> None:
@@ -125,8 +125,8 @@ class Feed:
 class _Station:
     """What is heard at one server."""
 
-    def __init__(self, feed: Feed, server: Redis, prefix: bytes) -> None:
-        self._feed = feed
+    def __init__(self, owner: Subscriptions, server: Redis, prefix: bytes) -> None:
+        self._owner = owner
         self._server = server
         self._verbs = prefix + b"UNSUBSCRIBE", prefix + b"SUBSCRIBE"
         self._ended, self._begun = (verb.lower() for verb in self._verbs)
@@ -140,7 +140,7 @@ class _Station:
 
     def add(self, channel: bytes, listener: Listener) -> None:
         if self._is_refused:
-            self._feed.refuse({channel: listener})
+            self._owner.refuse({channel: listener})
             return
         self._listeners[channel] = listener
         self._change(channel)
@@ -174,13 +174,13 @@ class _Station:
                 listener.subscribed()
             elif reply[0] == self._ended:  # not asked for: the slot has moved
                 del self._listeners[reply[1]]
-                self._feed.displace({reply[1]: listener})
-                self._feed.place()
+                self._owner.displace({reply[1]: listener})
+                self._owner.place()
 
     def _refuse(self) -> None:
         """Nothing can be heard here, until the connection is made anew: an upgrade or a new right may change it."""
         self._is_refused = True
-        self._feed.refuse(self._take_all())
+        self._owner.refuse(self._take_all())
 
     def _take_all(self) -> dict[bytes, Listener]:
         listeners = dict(self._listeners)
@@ -207,11 +207,11 @@ class _Station:
             except (RedisError, OSError) as error:
                 self._is_refused = False
                 if is_transient(error):
-                    self._feed.displace(self._take_all())
+                    self._owner.displace(self._take_all())
                     await self._backoff.wait(error)
-                    self._feed.place()
+                    self._owner.place()
                 else:
-                    self._feed.refuse(self._take_all())
+                    self._owner.refuse(self._take_all())
 
     async def _listen(self) -> None:
         """Connect, subscribe to all there is, and listen.

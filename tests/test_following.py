@@ -1,0 +1,456 @@
+"""Following by the feed: whatever it tells, loses, doubles or makes up, a follower sees what the log says, in order."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+from conftest import eventually
+from redis.asyncio import Redis
+
+from worker import Client, Delta, Entry, Expired, Unavailable, UnknownRequest
+from worker.contract.entries import Cancelled, Claimed, Done, Fields, Restarted, Started, to_fields, to_json
+from worker.contract.ids import SEAL, EntryId
+from worker.following import Follower
+from worker.sandbox.redis import start_redis
+
+
+def delta(attempt: int, n: int) -> Delta:
+    return Delta(id=EntryId(attempt, n), content=f"{attempt}-{n} ", token_ids=[n])
+
+
+class Story:
+    """A log, written and told by hand."""
+
+    def __init__(self, redis: Redis, request_id: str = "r") -> None:
+        self.id = request_id
+        self.key, self.channel = f"chat:tokens:{{{request_id}}}", f"chat:feed:{{{request_id}}}"
+        self.written: list[Entry] = []
+        self._redis = redis
+
+    async def write(self, *entries: Entry) -> None:
+        """Add to the log, and tell nobody."""
+        for entry in entries:
+            fields: Fields = to_fields(entry)
+            await self._redis.xadd(self.key, fields, id=str(entry.id))  # type: ignore[arg-type]  # dict is invariant
+            self.written.append(entry)
+        await self._redis.expire(self.key, 600)
+
+    async def tell(self, *entries: Entry) -> None:
+        """Publish a message of these entries."""
+        await self._redis.publish(self.channel, to_json([[str(entry.id), to_fields(entry)] for entry in entries]))
+
+    async def go_on(self, *entries: Entry) -> None:
+        """Write each, and tell of it."""
+        for entry in entries:
+            await self.write(entry)
+            await self.tell(entry)
+
+    async def listeners(self) -> int:
+        """How many connections listen."""
+        ((_, count),) = await self._redis.pubsub_numsub(self.channel)
+        return int(count)
+
+
+@pytest.fixture
+async def story(redis: Redis) -> Story:
+    await redis.config_resetstat()
+    return Story(redis)
+
+
+START, END = Started(id=EntryId(1, 0)), Done(id=SEAL, attempt=1)
+
+
+class Reader:
+    """Somebody who follows a request, and what was seen."""
+
+    def __init__(self, client: Client, request_id: str = "r", after: EntryId | None = None) -> None:
+        self.seen: list[Entry] = []
+        self._client = client
+        self._id = request_id
+        self.task = asyncio.create_task(self._read(after))
+
+    async def _read(self, after: EntryId | None) -> None:
+        async for entry in self._client.follow(self._id, after=after):
+            self.seen.append(entry)
+
+    async def has(self, *entries: Entry) -> None:
+        """Wait until the last that was seen are these."""
+
+        async def seen() -> bool:
+            if self.task.done():
+                self.task.result()
+            return self.seen[-len(entries) :] == list(entries)
+
+        await eventually(seen)
+
+    async def hears(self) -> None:
+        """Wait until nothing is read but what is not told."""
+
+        async def settled() -> bool:
+            request = self._client._following._requests.get(self._id)
+            return (
+                request is not None
+                and request.is_heard
+                and not request.settles_until
+                and all(map(waits, request.followers))
+            )
+
+        await eventually(settled)
+
+
+def waits(follower: Follower) -> bool:
+    return follower._waiter is not None and not follower._waiter.done()
+
+
+async def calls(redis: Redis, command: str) -> int:
+    stats = await redis.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+@pytest.fixture
+async def nobody_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is never too long."""
+    monkeypatch.setattr("worker.following._TICK", 1000.0)
+
+
+@pytest.fixture
+async def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is too long very soon."""
+    monkeypatch.setattr("worker.following._TICK", 0.01)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.has(START)
+    await reader.hears()
+    read = await calls(redis, "xrange")
+    for n in range(1, 20):
+        await story.go_on(delta(1, n))
+        await reader.has(delta(1, n))
+    assert await calls(redis, "xrange") == read
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+    assert await calls(redis, "xread") == 0
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("seed", range(8))
+async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing(
+    seed: int, client: Client, story: Story
+) -> None:
+    dice = random.Random(seed)  # noqa: S311 - no secret
+    entries: list[Entry] = [START, *(delta(1, n) for n in range(1, 40))]
+    entries += [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), *(delta(2, n) for n in range(2, 40))]
+    await story.write(START)
+    readers = [Reader(client) for _ in range(2)]
+    untold: list[Entry] = []
+    await readers[0].has(START)
+    if seed % 2:
+        await readers[0].hears()
+    for entry in entries[1:]:
+        await story.write(entry)
+        untold.append(entry)
+        if dice.random() < 0.5:
+            dice.shuffle(untold)
+        while untold and dice.random() < 0.6:
+            told = [untold.pop() for _ in range(min(len(untold), dice.randint(1, 3)))]
+            if dice.random() < 0.8:
+                await story.tell(*told)
+            if dice.random() < 0.3:
+                untold += told[:1]
+        if dice.random() < 0.2:
+            readers.append(Reader(client, after=dice.choice(story.written).id))
+    await story.go_on(END)
+    for reader in readers:
+        await reader.task
+        assert reader.seen == story.written[-len(reader.seen) :]
+    assert readers[0].seen == readers[1].seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_nobody_told_as_the_subscription_began_is_found(
+    client: Client, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.following._SETTLED_AFTER", 60.0)
+    await story.write(START)
+    reader = Reader(client)
+    await eventually(story.listeners)
+    for n in (1, 2, 3):
+        await story.write(delta(1, n))
+        await reader.has(delta(1, n))
+    await story.go_on(delta(1, 4))
+    await reader.hears()
+    reader.task.cancel()
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(client: Client, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    await story.go_on(delta(1, 1))
+    await story.write(delta(1, 2), delta(1, 3))
+    await story.go_on(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
+    await reader.has(delta(2, 2))
+    await story.tell(delta(1, 3))  # by an owner who is late
+    await story.write(delta(2, 3))
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    await story.go_on(delta(1, 1))
+    await story.write(delta(1, 2))
+    await client.cancel("r")
+    await reader.task
+    assert [entry.id for entry in reader.seen] == [(1, 0), (1, 1), (1, 2), SEAL]
+    assert isinstance(reader.seen[-1], Cancelled)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    await story.tell(delta(1, 7))
+    await story.tell(END)
+    await story.tell(delta(3, 0))
+    await redis.publish(story.channel, "no message")
+    await story.go_on(delta(1, 1), delta(1, 2), END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_silence_has_the_log_read(client: Client, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    await story.write(delta(1, 1), END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_log_that_vanishes_is_noticed(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    readers = [Reader(client), Reader(client)]
+    await readers[0].hears()
+    await redis.delete(story.key)
+    for reader in readers:
+        with pytest.raises(UnknownRequest):
+            await reader.task
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
+    await redis.delete(story.key)
+    with pytest.raises(Expired):
+        await reader.task
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(client: Client, redis: Redis, story: Story) -> None:
+    """As one is whose publisher may not publish, or takes the cluster for an older one."""
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    n = 0
+    while not await calls(redis, "xread"):
+        n += 1
+        await story.write(delta(1, n))
+        await reader.has(delta(1, n))
+    await eventually(lambda: nobody_listens(story))
+    await story.write(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def nobody_listens(*stories: Story) -> bool:
+    return not any([await story.listeners() for story in stories])
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redis, redis_url: str) -> None:
+    await redis.config_resetstat()
+    await redis.acl_setuser(
+        "deaf", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
+    )
+    try:
+        async with Client(redis_url.replace("//", "//deaf:pw@"), patience=5) as client:
+            for request_id in ("r", "s"):
+                told = Story(redis, request_id)
+                await told.write(START)
+                reader = Reader(client, request_id)
+                await reader.has(START)
+                await told.go_on(delta(1, 1))
+                await reader.has(delta(1, 1))
+                await told.go_on(END)
+                await reader.task
+                assert reader.seen == told.written
+        assert await calls(redis, "xread")
+    finally:
+        await redis.acl_deluser("deaf")
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_whoever_does_not_read_keeps_little_and_misses_nothing(client: Client, story: Story) -> None:
+    await story.write(START)
+    async with aclosing(client.follow("r")) as entries:
+        seen = [await anext(entries)]
+        following = asyncio.ensure_future(anext(entries))
+        (follower,) = client._following._requests["r"].followers
+        await eventually(lambda: is_settled(follower))
+        kept = 0
+        for n in range(1, 2000):
+            await story.go_on(delta(1, n))
+            kept = max(kept, follower._bytes)
+        seen.append(await following)
+        assert 0 < kept <= 32 * 1024
+        assert len(follower._ready) < 1000
+        await story.go_on(END)
+        seen += [entry async for entry in entries]
+    assert seen == story.written
+
+
+async def is_settled(follower: Follower) -> bool:
+    return follower._request.is_heard and not follower._request.settles_until and waits(follower)
+
+
+async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
+    client: Client, redis: Redis, story: Story
+) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.hears()
+    for n in range(1, 60):
+        await story.go_on(delta(1, n))
+        if n % 10 == 0:
+            await redis.client_kill_filter(_type="pubsub")
+        if n % 20 == 0:
+            await reader.hears()
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def test_followers_of_one_request_share_its_subscription(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    readers = [Reader(client) for _ in range(20)]
+    for reader in readers:
+        await reader.has(START)
+    await readers[0].hears()
+    assert await story.listeners() == 1
+    await story.go_on(delta(1, 1))
+    for reader in readers:
+        await reader.has(delta(1, 1))
+    for reader in readers[1:]:
+        reader.task.cancel()
+    await asyncio.wait([reader.task for reader in readers[1:]])
+    await story.go_on(delta(1, 2))
+    await readers[0].has(delta(1, 2))
+    assert await story.listeners() == 1
+    await story.go_on(END)
+    await readers[0].task
+    await eventually(lambda: nobody_listens(story))
+    assert not client._following._requests
+    assert await redis.ping()
+
+
+async def test_many_requests_are_followed_on_two_connections(client: Client, redis: Redis) -> None:
+    stories = [Story(redis, f"r{number}") for number in range(300)]
+    for story in stories:
+        await story.write(START)
+    before = len(await redis.client_list())
+    readers = [Reader(client, story.id) for story in stories]
+    for reader in readers:
+        await reader.hears()
+    assert len(await redis.client_list()) - before == 2
+    for story in stories:
+        await story.go_on(delta(1, 1), END)
+    for reader, story in zip(readers, stories, strict=True):
+        await reader.task
+        assert reader.seen == story.written
+    await eventually(lambda: nobody_listens(*stories[::50]))
+
+
+def others() -> set["asyncio.Task[object]"]:
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+@pytest.fixture
+async def nothing_left(redis: Redis) -> AsyncIterator[None]:
+    """Fails a test that leaves a task or a connection."""
+    tasks, connections = others(), len(await redis.client_list())
+    yield
+    assert others() <= tasks
+
+    async def closed() -> bool:
+        return len(await redis.client_list()) <= connections
+
+    await eventually(closed)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("when", ["at once", "while it reads", "while it waits", "without the feed"])
+async def test_closing_the_client_ends_who_still_follows(
+    when: str, redis_url: str, redis: Redis, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await story.write(START)
+    client = Client(redis_url)
+    if when == "without the feed":
+        monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, listener: listener.refused())
+    reader = Reader(client)
+    if when == "while it reads":
+        await asyncio.sleep(0)
+    elif when == "while it waits":
+        await reader.hears()
+    elif when == "without the feed":
+        await reader.has(START)
+        await eventually(lambda: calls(redis, "xread"))
+    await client.aclose()
+    with pytest.raises(Unavailable, match="closed"):
+        await reader.task
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_follower_may_stop_at_any_time(redis_url: str, story: Story) -> None:
+    await story.write(START)
+    async with Client(redis_url) as client:
+        for steps in range(30):
+            reader = Reader(client)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            reader.task.cancel()
+            await asyncio.wait([reader.task])
+            assert reader.task.cancelled()
+        assert not client._following._requests
+        await eventually(lambda: nobody_listens(story))
+        reader = Reader(client)
+        await reader.has(START)
+        await story.go_on(delta(1, 1), END)
+        await reader.task
+    assert reader.seen == story.written
+
+
+async def test_a_redis_that_goes_is_said_when_patience_ends() -> None:
+    with start_redis() as server:
+        async with Client(server.url, patience=0.2) as client, Redis.from_url(server.url, protocol=2) as redis:
+            story = Story(redis)
+            await story.write(START)
+            reader = Reader(client)
+            await reader.hears()
+            assert server.process
+            server.process.kill()
+            with pytest.raises(Unavailable, match="does not answer"):
+                await reader.task
