@@ -62,7 +62,7 @@ async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: 
 async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
     log: TokenLog, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "_UNHEARD", math.inf)
+    monkeypatch.setattr(publisher, "UNTOLD_FOR", math.inf)
     log.append(delta("1"))
 
     async def unheard() -> bool:

@@ -28,6 +28,7 @@ from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
 from worker.broker.wire import Outcome, Wires, bulk, pack
 from worker.contract.entries import Fields
+from worker.contract.feed import UNTOLD_FOR
 from worker.contract.ids import EntryId
 from worker.telemetry.metrics import Metrics
 
@@ -58,8 +59,6 @@ _LINGER = 0.001
 """Seconds; it takes a quarter off the worker's CPU and half off Redis's."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
-_UNHEARD = 0.25
-"""Seconds for which the feed is not told of a log after Redis said that nobody listens."""
 _PUBLISH, _SPUBLISH = b"*3\r\n" + bulk(b"PUBLISH"), b"*3\r\n" + bulk(b"SPUBLISH")
 _OF_THE_FEED = re.compile("'s?publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
@@ -274,7 +273,7 @@ class Publisher:
         if self._wires.has_shards or not self._in_cluster:  # else each node counts its own listeners alone
             for it, listeners in zip(told, replies[len(batch) :], strict=True):
                 if listeners == 0 and isinstance(it, TokenLog):
-                    it.untold_until = now + _UNHEARD
+                    it.untold_until = now + UNTOLD_FOR
 
     def _tell_of(self, entry: Pending) -> None:
         if not self._mute:

@@ -14,7 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.cluster import ClusterClient, look_again, server_of
+from worker.broker.cluster import ClusterClient, forget_masters, server_of
 from worker.broker.connection import Backoff, is_transient
 from worker.broker.wire import TakenConnection, lost, pack
 
@@ -82,7 +82,7 @@ class Subscriptions:
 
     def displace(self, listeners: dict[bytes, Listener]) -> None:
         """These channels are not heard any more where they were; `place` finds where they are."""
-        look_again(self._redis)
+        forget_masters(self._redis)
         for channel, listener in listeners.items():
             del self._homes[channel]
             self._unplaced[channel] = listener
@@ -243,7 +243,7 @@ class _Line(TakenConnection):
     def say(self, packed: bytes) -> None:
         """Send commands; a connection that is lost says so itself."""
         with suppress(RedisError):
-            self.send(packed)
+            self.write(packed)
 
     async def end(self) -> Exception:
         """Wait until the connection is lost, and tell why. One that is silent for too long is."""

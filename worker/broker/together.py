@@ -6,7 +6,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.cluster import look_again, server_of
+from worker.broker.cluster import forget_masters, server_of
 from worker.broker.connection import is_transient
 from worker.broker.wire import Wire, lost
 
@@ -38,7 +38,7 @@ class Together:
                     raise reply
         except (RedisError, OSError) as error:
             if is_transient(error):
-                look_again(self._redis)
+                forget_masters(self._redis)
             raise
         return replies
 
