@@ -137,7 +137,7 @@ async def test_what_a_failover_loses_is_written_again_visibly(
     url, (master, copy, watcher) = guarded
     await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
     async with Client(url, patience=20) as client, command_client(url) as redis:
-        await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Who are you?"))})
+        await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Tell me a story"))})
         await eventually(lambda: redis.exists("chat:tokens:{r}"))
         entries = []
         async for entry in client.follow("r"):
@@ -153,8 +153,8 @@ async def test_what_a_failover_loses_is_written_again_visibly(
                 topology.fail_over_to_an_older_copy(master, copy, watcher)
         again = [entry async for entry in client.follow("r")]
         await settled(redis)
-    whole(entries, "Who are you?")
-    whole(again, "Who are you?")
+    whole(entries, "Tell me a story")
+    whole(again, "Tell me a story")
     assert [entry.type for entry in entries if entry.id.attempt == 2][:2] == ["claimed", "restarted"]
     assert [entry.type for entry in again if entry.id == (1, 0)] == ["started"]
 
