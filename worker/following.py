@@ -33,7 +33,8 @@ _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05
-"""Seconds from a subscription until every accepted entry is told. Till then, or a first message, the log is read."""
+"""Seconds from a subscription until every accepted entry is told. Till then, or a first message, the log is read; and
+so it is for as long while the subscription is on its way."""
 
 _SETTLING = 0.05
 """Seconds from one such reading to the next."""
@@ -138,6 +139,7 @@ class _Request:
         if not self._is_subscribed:
             self._is_subscribed = True
             self._following.subscriptions.subscribe(self._channel, self)
+            self._settle()
 
     def leave(self, follower: "Follower") -> None:
         """One follower less."""
@@ -166,14 +168,17 @@ class _Request:
 
     def subscribed(self) -> None:
         self.is_heard = True
-        self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
-        self._following.settle(self)
+        self._settle()
         self.look_up()
 
     def interrupted(self) -> None:
         self.is_heard = self.has_told = False
         self.settles_until = 0.0
         self.look_up()
+
+    def _settle(self) -> None:
+        self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
+        self._following.settle(self)
 
     def refused(self) -> None:
         self._is_subscribed = False
