@@ -90,12 +90,7 @@ class Reader:
 
         async def settled() -> bool:
             request = self._client._following._requests.get(self._id)
-            return (
-                request is not None
-                and request.is_heard
-                and not request.settles_until
-                and all(map(waits, request.followers))
-            )
+            return request is not None and request.is_settled and all(map(waits, request.followers))
 
         await eventually(settled)
 
@@ -324,7 +319,7 @@ async def test_whoever_does_not_read_keeps_little_and_misses_nothing(client: Cli
 
 
 async def is_settled(follower: Follower) -> bool:
-    return follower._request.is_heard and not follower._request.settles_until and waits(follower)
+    return follower._request.is_settled and waits(follower)
 
 
 async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(

@@ -1,5 +1,7 @@
 """What the client raises: each error says what could not be done, and why."""
 
+import msgspec
+
 from worker.contract.records import Tombstone
 
 
@@ -38,3 +40,10 @@ class QueueFull(ClientError):
 
 class Unavailable(ClientError):
     """Redis does not answer."""
+
+
+def gone(request_id: str, stone: bytes | None) -> ClientError:
+    """What to say of a request without a log, by its tombstone if there is one."""
+    if stone is None:
+        return UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
+    return Expired(request_id, msgspec.json.decode(stone, type=Tombstone))

@@ -8,22 +8,19 @@ read together. Where the feed cannot be heard, or says less than the log has, a 
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias, cast
-
-import msgspec
 
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.subscriptions import Subscriptions
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import ClientError, Expired, Unavailable, UnknownRequest
+from worker.client_errors import Unavailable, gone
 from worker.contract.entries import BadEntry, Entry, parse
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.contract.records import Tombstone
 from worker.patience import Patience
 
 _BATCH = 1000
@@ -41,6 +38,9 @@ _SETTLING = 0.05
 
 _TICK = 0.5
 """Seconds from one look at who hears nothing to the next."""
+
+_AT_ONCE, _SPARED = 200, 0.001
+"""Requests that are looked at in one step, and seconds until the next of these."""
 
 _FIRST_TICKS, _SILENT_TICKS = 1, 10
 """After so many in silence, give or take a fifth, the log is read; sooner where the feed has not told anything yet."""
@@ -104,20 +104,24 @@ class Following:
     def _go_on_settling(self) -> None:
         now = asyncio.get_running_loop().time()
         for request in list(self._settling):
-            if request.settles_until:
+            if not request.has_told:
                 request.look_up()
-            if request.settles_until < now:
-                request.settles_until = 0.0
+            if request.has_told or request.settles_until < now:
                 del self._settling[request]
         if self._settling and not self.is_closed:
             asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
 
-    def _look_for_silence(self) -> None:
-        for request in self._requests.values():
+    def _look_for_silence(self, requests: Sequence["_Request"] = ()) -> None:
+        """A few requests at a time, for messages wait meanwhile."""
+        requests = requests or list(self._requests.values())
+        for request in requests[:_AT_ONCE]:
             for follower in request.followers:
                 follower.tick()
-        again = self._requests and not self.is_closed
-        self._tick = asyncio.get_running_loop().call_later(_TICK, self._look_for_silence) if again else None
+        again = asyncio.get_running_loop().call_later
+        if rest := requests[_AT_ONCE:]:
+            self._tick = again(_SPARED, self._look_for_silence, rest)
+        else:
+            self._tick = again(_TICK, self._look_for_silence) if self._requests else None
 
 
 class _Request:
@@ -128,7 +132,7 @@ class _Request:
         self.key = following.keys.tokens(request_id)
         self.followers: dict[Follower, None] = {}
         self.settles_until = 0.0
-        """By the event loop's clock; 0 when it is settled."""
+        """By the event loop's clock, if nothing is told before."""
         self.is_heard = self.has_told = False
         self._following = following
         self._channel = following.keys.feed(request_id)
@@ -156,7 +160,6 @@ class _Request:
     def hear(self, payload: bytes) -> None:
         """See `Listener`, also below."""
         self.has_told = True
-        self.settles_until = 0.0
         try:
             entries = read_message(payload)
         except BadEntry:
@@ -167,14 +170,18 @@ class _Request:
             follower.tell(entries, size)
 
     def subscribed(self) -> None:
-        self.is_heard = True
+        self.is_heard, self.has_told = True, False
         self._settle()
         self.look_up()
 
     def interrupted(self) -> None:
         self.is_heard = self.has_told = False
-        self.settles_until = 0.0
         self.look_up()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every entry that is accepted is told, as far as that can be known."""
+        return self.is_heard and (self.has_told or asyncio.get_running_loop().time() > self.settles_until)
 
     def _settle(self) -> None:
         self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
@@ -204,13 +211,15 @@ class Follower:
         self._held: list[tuple[list[Entry], int]] | None = None
         """What is told while the log is read."""
         self._is_behind = self._is_alone = False
+        """Whether the log is to be read; and without the feed, where it always is."""
         self._must_be_alive = False
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
         self._place = last
         self._silent, self._silent_most = 0.0, float(_FIRST_TICKS)
         self._doubts = False
-        self._misses = 0
+        self._misses, self._missed = 0, last
+        """How often in a row a silent feed had left something out, and the end of what was read last."""
         self.look_up(alive=True)
 
     def news(self) -> Awaitable[None]:
@@ -221,7 +230,7 @@ class Follower:
             Expired: when it has ended and its log is gone.
             Unavailable: when Redis does not answer, or the client is closed.
         """
-        if self._ready or self._is_behind or self._is_alone or self._following.is_closed:
+        if self._ready or self._is_behind:
             return self._catch_up()
         self._waiter = waiter = self._new_future()
         return waiter
@@ -244,8 +253,6 @@ class Follower:
 
     def tell(self, entries: list[Entry], size: int) -> None:
         """The feed says that the log has these, in a message of so many bytes. They may be shared with others."""
-        self._misses = 0
-        self._bytes += size
         if self._held is not None:
             self._held.append((entries, size))
         elif not self._is_behind:
@@ -257,11 +264,13 @@ class Follower:
                 elif (attempt, n) > (self._attempt, self._n):
                     self._is_behind = True
                     break
-        if self._bytes > _KEPT_BYTES:
-            self._drop()
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+            return
+        self._bytes += size
+        if self._bytes > _KEPT_BYTES:
+            self._drop()
 
     def look_up(self, *, alive: bool = False) -> None:
         """Read the log before anything else that is told; if `alive`, it has to be there."""
@@ -273,19 +282,18 @@ class Follower:
         """Read without the feed from now on."""
         self._is_alone = True
         self._request.leave(self)
-        self._wake()
+        self.look_up()
 
     def tick(self) -> None:
         """Another `_TICK` is over. Whoever waits at the same place as before has heard nothing."""
-        place = EntryId(self._attempt, self._n)
-        if self._waiter is None or self._waiter.done() or place != self._place:
-            self._place, self._silent = place, 0.0
+        if self._waiter is None or self._waiter.done() or self._place != (self._attempt, self._n):
+            self._place, self._silent = EntryId(self._attempt, self._n), 0.0
             self._silent_most = _SILENT_TICKS if self._request.has_told else _FIRST_TICKS
             return
         self._silent += random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
         if self._silent >= self._silent_most:
             self._silent_most += min(2 * self._silent_most, _SILENT_TICKS)
-            self._doubts = self._request.is_heard and not self._request.settles_until
+            self._doubts = self._request.is_settled
             self.look_up(alive=self._silent_most > _SILENT_TICKS)
 
     def _wake(self) -> None:
@@ -319,22 +327,24 @@ class Follower:
         finally:
             held, self._held, self._bytes = self._held, None, 0
         if raw:
-            self._go_to(raw[-1][0])
+            if doubts:
+                self._misses = self._misses + 1 if self._missed == (self._attempt, self._n) else 1
+            self._missed = self._go_to(raw[-1][0])
             self._read_on = (parse(entry_id, _fields(flat)) for entry_id, flat in raw)
         if len(raw) == _BATCH:
             self._is_behind = True
         elif not self.is_over and not self._is_alone:
             self._request.subscribe()
-        self._misses += bool(raw and doubts)
         for entries, size in held:
             self.tell(entries, size)
         if self._misses >= _MISSES:
             self.go_alone()
 
-    def _go_to(self, last: bytes) -> None:
+    def _go_to(self, last: bytes) -> EntryId:
         """All up to here has been read from the log."""
         self._attempt, self._n = where = EntryId.parse(last)
         self.is_over = where == SEAL
+        return where
 
     async def _ask(self, *, alive: bool) -> list[_Raw]:
         self._check_open()
@@ -373,13 +383,6 @@ class Follower:
     def _check_open(self) -> None:
         if self._following.is_closed:
             raise Unavailable("the client is closed")
-
-
-def gone(request_id: str, stone: bytes | None) -> ClientError:
-    """What to say of a request without a log, by its tombstone if there is one."""
-    if stone is None:
-        return UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
-    return Expired(request_id, msgspec.json.decode(stone, type=Tombstone))
 
 
 def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
