@@ -54,10 +54,9 @@ _MAX_ENTRIES = 2048
 _HIGH_WATER_BYTES = 1024 * 1024
 """Of all logs together: else, where more comes than can be done, reading would leave no time for writing."""
 _BUSY = 10_000
-"""Entries a second from which on the process sleeps after each flush."""
-_PAUSE = 0.0005
-"""Seconds. What arrives meanwhile is read at once, and written by one flush: to wake up for each token costs half more
-CPU. Network drivers do the same (interrupt moderation)."""
+"""Entries a second from which on flushes wait for more: each costs as much as ten entries."""
+_LINGER = 0.001
+"""Seconds; it takes a quarter off the worker's CPU and half off Redis's."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
 _PUBLISH, _SPUBLISH = b"*3\r\n" + bulk(b"PUBLISH"), b"*3\r\n" + bulk(b"SPUBLISH")
@@ -174,7 +173,11 @@ class Publisher:
 
     def _schedule(self) -> None:
         self._phase = _Phase.DUE
-        asyncio.get_running_loop().call_soon(self._go_on)  # after all that has arrived by now
+        loop = asyncio.get_running_loop()
+        if self._is_busy and not self._leaving:
+            loop.call_later(_LINGER, self._go_on)
+        else:
+            loop.call_soon(self._go_on)  # after all that has arrived by now
 
     def _go_on(self) -> None:
         """Begin what is to be done next; nothing is in flight."""
@@ -225,8 +228,6 @@ class Publisher:
         self._flushed = now
         self._phase = _Phase.FLYING
         self._wires.execute(commands, partial(self._land, batch, told))
-        if self._is_busy and not self._leaving:
-            time.sleep(_PAUSE)
 
     def _land(self, batch: list[Pending], told: _Feed, outcome: Outcome) -> None:
         """The replies to a flush are there."""
@@ -238,12 +239,14 @@ class Publisher:
             except Exception as error:  # noqa: BLE001 - `run` raises it
                 self._trouble = error
             self._backoff.reset()  # not after a look: reading works while Redis has no room to write
-        if self._out or self._trouble or self._look or self._asked or self._leaving:
-            self._schedule()
-        else:
+        if not (self._out or self._trouble or self._look or self._asked or self._leaving):
             self._phase = _Phase.IDLE
             if self._feed:
                 self._tell_soon()
+        elif self._is_busy and not self._trouble:
+            self._schedule()
+        else:
+            self._go_on()
 
     async def aclose(self) -> None:
         """Close the connection."""
