@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import msgspec
 import pytest
 from board import Count
 from bridge import Bridge, floor, ours, straightforward
@@ -27,7 +28,8 @@ from worker.vllm.sse import SSEDecoder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it measures by means of Linux alone")
 
-_TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
+_HERE = Path(__file__).parent
+_TRANSCRIPTS = _HERE.parent / "transcripts"
 
 
 def _events(body: bytes) -> list[bytes]:
@@ -207,3 +209,10 @@ def test_the_plot_has_a_bar_for_each_bridge() -> None:
     texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert {"50,000", "cannot", "ours", "straightforward"} <= set(texts)
     assert len(list(drawn.iter("{http://www.w3.org/2000/svg}rect"))) == 2
+
+
+def test_the_readme_shows_the_report_that_is_kept() -> None:
+    report = msgspec.json.decode((_HERE / "report.json").read_bytes(), type=Report)
+    readme = (_HERE.parents[1] / "README.md").read_text()
+    assert report.table in readme
+    assert (_HERE / "report.svg").read_text() == svg(report)
