@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 from worker.broker.connection import command_client
 from worker.broker.jobs import Delivery, JobQueue
 from worker.contract.keys import Keys
-from worker.generation import Stop
 from worker.keeper import Keeper
 from worker.leases import Leases
+from worker.request import Stop
 from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
 from worker.telemetry.metrics import Metrics

@@ -1,24 +1,22 @@
 """Having vLLM answer one job into its log: tries, pauses, and what makes it stop before its end."""
 
 import asyncio
-import enum
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 import structlog
 
 from worker.broker.connection import persist
-from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
 from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, to_fields
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
+from worker.request import Request, Stopped, drained
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
@@ -36,32 +34,8 @@ _MOVES_ON = frozenset({"context_length_exceeded", "model_not_found"})
 _log = structlog.get_logger()
 
 
-class Stop(enum.Enum):
-    """Why a running job must stop before its end."""
-
-    LEASE_LOST = "lease_lost"
-    HAND_OVER = "hand_over"
-
-
-class Stopped(Exception):
-    """The job stops here, unacknowledged: another worker goes on."""
-
-
 class DeadlinePassed(Exception):
     """The job's time is over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A delivered job with what follows from it. `deadline` is Unix ms by Redis's clock, the rest seconds."""
-
-    id: str
-    delivery: Delivery
-    job: Job | InvalidJob
-    deadline: int
-    retention: int
-    remember: int
-    stop: "asyncio.Future[Stop]"
 
 
 class Generation:
@@ -340,22 +314,6 @@ class Generation:
         if self._first_delta is not None:
             timings["first_delta_ms"] = round((self._first_delta - self._began) * 1000)
         return timings
-
-
-async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:
-    """Wait until Redis has accepted everything of a log, which takes as long as it is full or away.
-
-    Raises:
-        LogLost: when it will not.
-        Stopped: when the job is to stop before.
-    """
-    waiting = asyncio.ensure_future(log.drained())
-    events: set[asyncio.Future[Any]] = {waiting, stop}
-    await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-    if not waiting.done():
-        waiting.cancel()
-        raise Stopped
-    waiting.result()
 
 
 def choices_of(request: Object) -> int:

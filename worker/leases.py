@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
-from worker.generation import Stop
+from worker.request import Stop
 from worker.telemetry.metrics import Metrics
 
 _log = structlog.get_logger()

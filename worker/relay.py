@@ -35,7 +35,8 @@ from worker.contract.job import (
 )
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
-from worker.generation import Generation, Request, Stop, Stopped, drained
+from worker.generation import Generation
+from worker.request import Request, Stop, Stopped, drained
 from worker.settings import Settings
 from worker.suspects import Turn, Turns, failures, goal_of, is_doubtful, is_suspect
 from worker.telemetry.metrics import Metrics

@@ -23,8 +23,8 @@ from worker.broker.log import LogLost
 from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
-from worker.generation import Stop
 from worker.relay import Relay
+from worker.request import Stop
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
