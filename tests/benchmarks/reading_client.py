@@ -10,6 +10,7 @@ import gc
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from board import Board, Count
@@ -19,11 +20,14 @@ from worker import Client
 from worker.contract.entries import Delta
 
 
-async def follow(client: Client, board: Board, number: int) -> None:
+async def follow(client: Client, board: Board, number: int, begun: asyncio.Future[None]) -> None:
     """Follow one request for as long as it is written."""
     seen, times, ring = 0, board.times, board.ring
     first = number * ring
-    async for entry in client.follow(f"r{number}"):
+    entries = client.follow(f"r{number}")
+    await anext(entries)  # `started`
+    begun.set_result(None)
+    async for entry in entries:
         if not isinstance(entry, Delta):
             continue
         now = time.monotonic_ns()
@@ -38,10 +42,12 @@ async def follow_all(board: Board, port: int, logs: int) -> None:
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().add_reader(0, ended.cancel)
     async with Client(f"redis://127.0.0.1:{port}/0") as client:
-        followers = [asyncio.create_task(follow(client, board, number)) for number in range(logs)]
+        begun: list[asyncio.Future[None]] = [asyncio.get_running_loop().create_future() for _ in range(logs)]
+        followers = [asyncio.create_task(follow(client, board, *each)) for each in enumerate(begun)]
+        events: set[asyncio.Future[Any]] = {ended, asyncio.gather(*begun), *followers}
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         # As the worker does, and a gateway would: what is there by now stays, and collecting it would be most of the
         # latency. A library leaves that to the process it is in.
-        await asyncio.sleep(1)
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 10, 100)
