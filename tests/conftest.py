@@ -12,6 +12,7 @@ from typing import cast
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+from processes import Process, process
 from proxy import Proxy
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
@@ -202,7 +203,20 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
         return process
 
     yield start
-    for process in started:
-        process.terminate()
-    for process in started:
-        process.wait(timeout=20)
+    for it in started:
+        it.terminate()
+    for it in started:
+        it.wait(timeout=20)
+
+
+@pytest.fixture
+async def one(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "one") as it:
+        await it.jobs.ensure_group("default")
+        yield it
+
+
+@pytest.fixture
+async def two(redis_url: str) -> AsyncIterator[Process]:
+    async with process(redis_url, "two") as it:
+        yield it

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
-from conftest import stream
 from redis.asyncio import Redis
 
 from worker.broker.connection import blocking_client, command_client
@@ -75,7 +75,8 @@ async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
 
 
 async def texts(redis: Redis) -> list[str]:
-    return [f"{i.decode()}:{f.get(b'content', f[b'type']).decode()}" for i, f in await stream(redis, KEY)]
+    entries = cast("list[tuple[bytes, dict[bytes, bytes]]]", await redis.xrange(KEY))
+    return [f"{i.decode()}:{f.get(b'content', f[b'type']).decode()}" for i, f in entries]
 
 
 def delta(text: str) -> dict[str, str]:

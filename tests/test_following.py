@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Self
 
 import pytest
 from conftest import eventually
@@ -70,6 +71,14 @@ class Reader:
         self._client = client
         self._id = request_id
         self.task = asyncio.create_task(self._read(after))
+
+    @classmethod
+    async def of(cls, client: Client, story: Story) -> Self:
+        """One who listens to a request that has begun."""
+        await story.write(START)
+        reader = cls(client)
+        await reader.hears()
+        return reader
 
     async def _read(self, after: EntryId | None) -> None:
         async for entry in self._client.follow(self._id, after=after):
@@ -185,9 +194,7 @@ async def test_what_nobody_told_as_the_subscription_began_is_found(
 
 @pytest.mark.usefixtures("nobody_polls")
 async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(client: Client, story: Story) -> None:
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     await story.go_on(delta(1, 1))
     await story.write(delta(1, 2), delta(1, 3))
     await story.go_on(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
@@ -201,9 +208,7 @@ async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(cl
 
 @pytest.mark.usefixtures("nobody_polls")
 async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story: Story) -> None:
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     await story.go_on(delta(1, 1))
     await story.write(delta(1, 2))
     await client.cancel("r")
@@ -214,9 +219,7 @@ async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story
 
 @pytest.mark.usefixtures("nobody_polls")
 async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redis: Redis, story: Story) -> None:
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     await story.tell(delta(1, 7))
     await story.tell(END)
     await story.tell(delta(3, 0))
@@ -228,9 +231,7 @@ async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redi
 
 @pytest.mark.usefixtures("impatient")
 async def test_silence_has_the_log_read(client: Client, story: Story) -> None:
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     await story.write(delta(1, 1), END)
     await reader.task
     assert reader.seen == story.written
@@ -245,9 +246,7 @@ async def test_a_log_that_vanishes_is_noticed(client: Client, redis: Redis, stor
     for reader in readers:
         with pytest.raises(UnknownRequest):
             await reader.task
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
     await redis.delete(story.key)
     with pytest.raises(Expired):
@@ -257,9 +256,7 @@ async def test_a_log_that_vanishes_is_noticed(client: Client, redis: Redis, stor
 @pytest.mark.usefixtures("impatient")
 async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(client: Client, redis: Redis, story: Story) -> None:
     """As one is whose publisher may not publish, or takes the cluster for an older one."""
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     n = 0
     while not await calls(redis, "xread"):
         n += 1
@@ -325,9 +322,7 @@ async def is_settled(follower: Follower) -> bool:
 async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
     client: Client, redis: Redis, story: Story
 ) -> None:
-    await story.write(START)
-    reader = Reader(client)
-    await reader.hears()
+    reader = await Reader.of(client, story)
     for n in range(1, 60):
         await story.go_on(delta(1, n))
         if n % 10 == 0:

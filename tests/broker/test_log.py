@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from conftest import eventually, stream
@@ -18,19 +18,6 @@ from worker.contract.entries import Cancelled, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.telemetry.logs import configure_logging
-
-
-@pytest.fixture
-async def one(redis_url: str) -> AsyncIterator[Process]:
-    async with process(redis_url, "one") as it:
-        await it.jobs.ensure_group("default")
-        yield it
-
-
-@pytest.fixture
-async def two(redis_url: str) -> AsyncIterator[Process]:
-    async with process(redis_url, "two") as it:
-        yield it
 
 
 @pytest.fixture

@@ -2,24 +2,16 @@
 
 import json
 import math
-from collections.abc import AsyncIterator
 
 import pytest
 from conftest import eventually
-from processes import Process, delta, process
+from processes import Process, delta
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from worker.broker import publisher
 from worker.broker.jobs import Delivery
 from worker.broker.log import TokenLog
-
-
-@pytest.fixture
-async def one(redis_url: str) -> AsyncIterator[Process]:
-    async with process(redis_url, "one") as it:
-        await it.jobs.ensure_group("default")
-        yield it
 
 
 @pytest.fixture

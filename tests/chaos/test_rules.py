@@ -41,13 +41,12 @@ The rules by their numbers:
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from conftest import StartWorker, eventually, stream
 from faults import Fate, Gate, Network, gated
-from processes import FAR, KEY, Process, delta, process, stolen, texts
+from processes import FAR, KEY, Process, delta, stolen, texts
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -61,19 +60,6 @@ from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.sandbox.simulator import Simulator
-
-
-@pytest.fixture
-async def one(redis_url: str) -> AsyncIterator[Process]:
-    async with process(redis_url, "one") as it:
-        await it.jobs.ensure_group("default")
-        yield it
-
-
-@pytest.fixture
-async def two(redis_url: str) -> AsyncIterator[Process]:
-    async with process(redis_url, "two") as it:
-        yield it
 
 
 @pytest.fixture
