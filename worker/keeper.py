@@ -62,7 +62,7 @@ class Keeper:
                     backoff.reset()
             except (RedisError, OSError) as error:
                 await backoff.wait(error)
-            self._publisher.look()
+            self._publisher.look_at_silent()
             self._leases.stop_expired()
 
     async def keep_house(self) -> None:

@@ -347,6 +347,19 @@ async def test_the_feed_never_carries_what_was_refused(
     assert b"refused" not in heard
 
 
+async def test_a_round_finds_the_seal_of_a_silent_log_and_asks_nothing_about_the_others(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    log.append(delta("x"))
+    await log.drained()
+    one.publisher.look_at_silent()
+    assert log not in one.publisher._asked, "what was accepted since shows that it is ours"
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    one.publisher.look_at_silent()
+    assert isinstance(await asyncio.wait_for(log.lost, 10), LogSealed)
+
+
 async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.take(delivery)
     await redis.config_set("maxmemory", "1")

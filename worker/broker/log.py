@@ -67,6 +67,8 @@ class TokenLog:
     sink: Sink
     goal: int = 0
     """How many deltas it must surpass to have got on, where the answer begins again."""
+    seen: EntryId | None = field(init=False, default=None)
+    """What was accepted when the publisher last went through all logs."""
     untold_until: float = field(init=False, default=0.0)
     """Until when the feed is not told of it, since nobody listens; of the monotonic clock."""
     lost: asyncio.Future[LogLost] = field(init=False)

@@ -151,6 +151,18 @@ class Publisher:
         self._look = True
         self._call()
 
+    def look_at_silent(self) -> None:
+        """Read the ends of those logs soon to which Redis has accepted nothing since this was last called.
+
+        Of the others it is known: what is written to a log that was sealed or fenced is refused.
+        """
+        for log in self._logs:
+            accepted = log.accepted
+            if log.seen == accepted:
+                self._asked.add(log)
+            log.seen = accepted
+        self._call()
+
     def look_at(self, request_id: str) -> None:
         """Read the end of one request's log soon, if it is written here."""
         log = self._by_request.get(request_id)
