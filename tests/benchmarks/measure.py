@@ -4,7 +4,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median as median_of
@@ -23,8 +24,30 @@ def cpu_of(pid: int) -> int:
     return time.clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
 
 
-def keep_to(pid: int, cores: Iterable[int]) -> None:
-    """Let a process, with the threads that it has by now, run on these cores only."""
+def cpu_of_others(ours: Container[int]) -> float:
+    """CPU of all other processes, the kernel's own threads among them, in seconds. It is counted in ticks of 10 ms."""
+    ticks = 0
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal() and int(process.name) not in ours:
+            with suppress(OSError):  # it has ended
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])  # utime and stime in proc_pid_stat(5), without pid and name
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def keep_apart(measured: int, others: Iterable[int]) -> None:
+    """Give the process that is measured the last core of the machine, and these others the rest, if there is one.
+
+    Else the four that run here push each other from core to core, and wait for one while another is idle.
+    """
+    *rest, last = sorted(os.sched_getaffinity(0))
+    _keep_to(measured, [last])
+    for pid in others:
+        _keep_to(pid, rest or [last])
+
+
+def _keep_to(pid: int, cores: Iterable[int]) -> None:
+    """With the threads that it has by now."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 

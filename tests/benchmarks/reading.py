@@ -2,6 +2,7 @@
 and with the library's own `Client`.
 """
 
+import os
 import subprocess
 import tempfile
 import time
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from board import Board, Count, folder
-from measure import cpu_of, percentile
-from rig import RigFailed, helper
-from scenarios import FAST, Figures, Run
+from measure import cpu_of, cpu_of_others, keep_apart, percentile
+from rig import ELSE, RigFailed, helper
+from scenarios import FAST, TRIES, Figures, Run
 
 from worker.sandbox.redis import start_redis
 
@@ -52,6 +53,7 @@ class _Moment:
     read: int
     redis: int
     follower: int
+    others: float
 
 
 class Reading:
@@ -70,6 +72,7 @@ class Reading:
         self._writer = stack.enter_context(helper("reading_writer.py", self._path, self._port, str(logs), feed))
         assert self._writer.stdout is not None
         self._writer.stdout.readline()
+        self._pids = {os.getpid(), self._writer.pid, self._redis.pid}
         self._follower: subprocess.Popen[bytes] | None = None
 
     def pace(self, rate: float) -> None:
@@ -83,6 +86,8 @@ class Reading:
         """Begin to read, and read all that is there."""
         arguments = map(str, follower.arguments(logs))
         self._follower = self._stack.enter_context(helper(follower.script, self._path, self._port, *arguments))
+        keep_apart(self._follower.pid, [self._writer.pid, self._redis.pid])
+        self._pids.add(self._follower.pid)
         deadline = time.monotonic() + _PATIENCE
         while self.board[Count.READ] < self.board[Count.WRITTEN]:
             if self._follower.poll() is not None or time.monotonic() > deadline:
@@ -90,11 +95,22 @@ class Reading:
             time.sleep(0.05)
         time.sleep(_SETTLED)
 
+    def window(self, seconds: float) -> tuple[_Moment, _Moment]:
+        """Its beginning and its end: of the first window in which the machine does nothing else, or of the last try."""
+        tries = 0
+        while True:
+            before = self.look()
+            time.sleep(seconds)
+            after = self.look()
+            tries += 1
+            if tries == TRIES or (after.others - before.others) * 1e9 <= ELSE * (after.time - before.time):
+                return before, after
+
     def look(self) -> _Moment:
         """What has been done so far."""
         return _Moment(
             time.monotonic_ns(), self.board[Count.WRITTEN], self.board[Count.READ], cpu_of(self._redis.pid),
-            cpu_of(self._follower.pid) if self._follower else 0,
+            cpu_of(self._follower.pid) if self._follower else 0, cpu_of_others(self._pids),
         )  # fmt: skip
 
 
@@ -118,10 +134,9 @@ def reading(follower: Follower, run: Run) -> Figures:
             rig.pace(0)
             rig.follow(follower, logs)
             rig.pace(FAST)
-            first, before = rig.board[Count.READ], rig.look()
-            time.sleep(run.seconds)
-            after = rig.look()
-            latencies = [sample.latency / 1e6 for sample in rig.board.samples(first) if sample.arrived <= after.time]
+            before, after = rig.window(run.seconds)
+            samples = rig.board.samples(before.read)
+            latencies = [sample.latency / 1e6 for sample in samples if sample.arrived <= after.time]
             _tell(figures, run, follower, logs, (before, after), written, latencies)
             figures["stray"] = (figures.get("stray") or 0) + rig.board[Count.STRAY]
     return figures

@@ -15,7 +15,7 @@ from typing import Self
 from board import Board, Count, folder
 from bridge import Bridge
 from chunks import MODEL
-from measure import cpu_of, keep_to, percentile, redis_state, resident
+from measure import cpu_of, cpu_of_others, keep_apart, percentile, redis_state, resident
 from reader import key_of
 from redis import Redis
 
@@ -31,6 +31,8 @@ _IDLE = 0.2
 """The part of a core that a bridge may need for streams that are open and silent."""
 _PROBES = 10
 """More XADDs than an idle worker sends meanwhile, to see whether Redis takes writes."""
+ELSE = 0.01
+"""The part of a core that other processes may take. One that takes more, for moments only, is most of the p99."""
 _KEPT = 0.97
 """A bridge keeps a rate when it brings this part of it within the window."""
 
@@ -57,6 +59,8 @@ class Window:
     p99: float
     memory: int
     """What Redis's memory grew by, in bytes."""
+    others_cpu: float
+    """The part of a core that everything else on the machine took."""
 
     @property
     def paced(self) -> bool:
@@ -65,8 +69,8 @@ class Window:
 
     @property
     def on_time(self) -> bool:
-        """Whether it did so when each token was due: without this, latencies say nothing."""
-        return self.paced and self.late <= (1 - _ON_TIME) * self.written
+        """Whether it did so when each token was due, on a machine that did nothing else: else latencies say nothing."""
+        return self.paced and self.late <= (1 - _ON_TIME) * self.written and self.others_cpu <= ELSE
 
     @property
     def kept(self) -> bool:
@@ -85,13 +89,9 @@ class Window:
 
 
 class Rig:
-    """Everything that runs for one bridge. At most `streams` may be open; those in `followed` are read back.
+    """Everything that runs for one bridge. At most `streams` may be open; those in `followed` are read back."""
 
-    With `pin` the bridge has the last core of the machine, and everything else has the others.
-    """
-
-    def __init__(self, bridge: Bridge, *, streams: int, followed: range = range(0), pin: bool = False) -> None:
-        self._pin = pin
+    def __init__(self, bridge: Bridge, *, streams: int, followed: range = range(0)) -> None:
         self._bridge = bridge
         self._streams = streams
         self._followed = followed
@@ -137,11 +137,9 @@ class Rig:
         self._reader = self._stack.enter_context(helper("reader.py", board, str(port), *which))
         self._log = place / "bridge.log"
         self._process = self._stack.enter_context(self._bridge.running(vllm, port, self._log))
-        if self._pin:
-            *others, last = sorted(os.sched_getaffinity(0))
-            for process in (self._load, self._reader, self._redis_process):
-                keep_to(process.pid, others or [last])
-            keep_to(self._process.pid, [last])
+        others = [process.pid for process in (self._load, self._reader, self._redis_process)]
+        keep_apart(self._process.pid, others)
+        self._pids = {os.getpid(), self._process.pid, *others}
 
     def open(self, count: int) -> None:
         """Open so many more streams."""
@@ -180,6 +178,7 @@ class Rig:
             seconds=took, rate=self._rate, written=after.written - before.written, replied=after.added - before.added,
             late=after.late - before.late, cpu=bridge, redis_cpu=redis, load_cpu=load, reader_cpu=reader,
             p50=percentile(latencies, 50), p99=percentile(latencies, 99), memory=after.memory - before.memory,
+            others_cpu=(after.others - before.others) / took,
         )  # fmt: skip
 
     def steady(self, rate: float, seconds: float, together: int = 1) -> Window:
@@ -243,6 +242,7 @@ class Rig:
         return _Moment(
             time=time.monotonic_ns(), written=self.board[Count.WRITTEN], late=self.board[Count.LATE],
             added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes],
+            others=cpu_of_others(self._pids),
         )  # fmt: skip
 
     def _tell(self, line: str) -> None:
@@ -277,6 +277,7 @@ class _Moment:
     added: int
     memory: int
     cpu: list[int]
+    others: float
 
 
 def _request(number: int) -> str:

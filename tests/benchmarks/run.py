@@ -80,25 +80,24 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
 
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.5), default=5.0, show_default=True, help="Of each steady window.")
+@click.option("--seconds", type=click.FloatRange(0.5), default=2.5, show_default=True, help="Of each steady window.")
 @click.option(
     "--only", multiple=True, type=click.Choice([*_PARTS, "reading"]), help="Parts to run; all if it is left out."
 )
 @click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Whom to compare; all if it is left out.")
-@click.option("--pin", is_flag=True, help="Give the bridge a core of its own, and everything else the others.")
 @click.option(
     "--quick", is_flag=True, help="A minute's worth; exits with 1 when a ratio is not half of what it must be."
 )
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians, as SVG, into this file.")
 def main(
-    rounds: int, seconds: float, only: tuple[str, ...], bridges: tuple[str, ...], pin: bool, quick: bool,
-    as_json: Path | None, plot: Path | None,
+    rounds: int, seconds: float, only: tuple[str, ...], bridges: tuple[str, ...], quick: bool, as_json: Path | None,
+    plot: Path | None,
 ) -> None:  # fmt: skip
     """Compare the worker with other bridges between vLLM and Redis, and ways to read with each other."""
     many_files()
     run = Run(
-        seconds=min(seconds, 2.0) if quick else seconds, rung_seconds=min(seconds, 3.0), climbs=not quick, pin=pin,
+        seconds=min(seconds, 2.0) if quick else seconds, rung_seconds=min(seconds, 3.0), climbs=not quick,
         tell=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
