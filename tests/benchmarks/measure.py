@@ -4,8 +4,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Container, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median as median_of
@@ -35,21 +35,27 @@ def cpu_of_others(ours: Container[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def keep_apart(measured: int, others: Iterable[int]) -> None:
-    """Give the process that is measured the last core of the machine, and these others the rest, if there is one.
+@contextmanager
+def kept_apart(measured: int, others: Iterable[int]) -> Iterator[None]:
+    """Meanwhile the process that is measured has the last core of the machine, and these others the rest.
 
-    Else the four that run here push each other from core to core, and wait for one while another is idle.
+    Where a few cores are busy, the processes push each other from one to another, and wait for one while another is
+    idle.
     """
-    *rest, last = sorted(os.sched_getaffinity(0))
-    _keep_to(measured, [last])
-    for pid in others:
-        _keep_to(pid, rest or [last])
+    *rest, last = cores = sorted(os.sched_getaffinity(0))
+    try:
+        _keep_to([last], measured)
+        _keep_to(rest or [last], *others)
+        yield
+    finally:
+        _keep_to(cores, measured, *others)
 
 
-def _keep_to(pid: int, cores: Iterable[int]) -> None:
-    """With the threads that it has by now."""
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
+def _keep_to(cores: Iterable[int], *pids: int) -> None:
+    """With the threads that they have by now."""
+    for pid in pids:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def resident(pid: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from board import Board, Count, folder
-from measure import cpu_of, cpu_of_others, keep_apart, percentile
+from measure import cpu_of, cpu_of_others, kept_apart, percentile
 from rig import ELSE, RigFailed, helper
 from scenarios import FAST, TRIES, Figures, Run
 
@@ -86,7 +86,7 @@ class Reading:
         """Begin to read, and read all that is there."""
         arguments = map(str, follower.arguments(logs))
         self._follower = self._stack.enter_context(helper(follower.script, self._path, self._port, *arguments))
-        keep_apart(self._follower.pid, [self._writer.pid, self._redis.pid])
+        self._stack.enter_context(kept_apart(self._follower.pid, [self._writer.pid, self._redis.pid]))
         self._pids.add(self._follower.pid)
         deadline = time.monotonic() + _PATIENCE
         while self.board[Count.READ] < self.board[Count.WRITTEN]:
