@@ -4,6 +4,7 @@ import math
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import psutil
 from redis import Redis
 
 _CPUCLOCK_SCHED = 2
+TICKS = os.sysconf("SC_CLK_TCK")
+"""In a second."""
 
 
 def cpu_of(pid: int) -> int:
@@ -24,15 +27,18 @@ def cpu_of(pid: int) -> int:
     return time.clock_gettime_ns(~pid << 3 | _CPUCLOCK_SCHED)
 
 
-def cpu_of_others(ours: Container[int]) -> float:
-    """CPU of all other processes, the kernel's own threads among them, in seconds. It is counted in ticks of 10 ms."""
-    ticks = 0
+def cpu_of_others(ours: Container[int]) -> Counter[int]:
+    """CPU of each other process, the kernel's own threads among them, in ticks of 10 ms.
+
+    Two of these subtracted leave out those that have ended since.
+    """
+    ticks = Counter[int]()
     for process in Path("/proc").iterdir():
-        if process.name.isdecimal() and int(process.name) not in ours:
+        if process.name.isdecimal() and (pid := int(process.name)) not in ours:
             with suppress(OSError):  # it has ended
                 fields = (process / "stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])  # utime and stime in proc_pid_stat(5), without pid and name
-    return ticks / os.sysconf("SC_CLK_TCK")
+                ticks[pid] = int(fields[11]) + int(fields[12])  # utime and stime: see proc_pid_stat(5)
+    return ticks
 
 
 @contextmanager

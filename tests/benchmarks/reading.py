@@ -6,13 +6,14 @@ import os
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from board import Board, Count, folder
-from measure import cpu_of, cpu_of_others, kept_apart, percentile
+from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile
 from rig import ELSE, RigFailed, helper
 from scenarios import FAST, TRIES, Figures, Run
 
@@ -53,7 +54,7 @@ class _Moment:
     read: int
     redis: int
     follower: int
-    others: float
+    others: Counter[int]
 
 
 class Reading:
@@ -103,7 +104,7 @@ class Reading:
             time.sleep(seconds)
             after = self.look()
             tries += 1
-            if tries == TRIES or (after.others - before.others) * 1e9 <= ELSE * (after.time - before.time):
+            if tries == TRIES or (after.others - before.others).total() <= ELSE * TICKS * seconds:
                 return before, after
 
     def look(self) -> _Moment:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Self
 from board import Board, Count, folder
 from bridge import Bridge
 from chunks import MODEL
-from measure import cpu_of, cpu_of_others, kept_apart, percentile, redis_state, resident
+from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile, redis_state, resident
 from reader import key_of
 from redis import Redis
 
@@ -187,7 +188,7 @@ class Rig:
             seconds=took, rate=self._rate, written=after.written - before.written, replied=after.added - before.added,
             late=after.late - before.late, cpu=bridge, redis_cpu=redis, load_cpu=load, reader_cpu=reader,
             p50=percentile(latencies, 50), p99=percentile(latencies, 99), memory=after.memory - before.memory,
-            others_cpu=(after.others - before.others) / took,
+            others_cpu=(after.others - before.others).total() / TICKS / took,
         )  # fmt: skip
 
     def steady(self, rate: float, seconds: float, together: int = 1) -> Window:
@@ -286,7 +287,7 @@ class _Moment:
     added: int
     memory: int
     cpu: list[int]
-    others: float
+    others: Counter[int]
 
 
 def _request(number: int) -> str:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +18,7 @@ from board import Count
 from bridge import Bridge, floor, ours, straightforward
 from chunks import TOKEN_IDS, WORDS, Stream
 from ladder import FINENESS, Highest, Verdict, ladder
-from measure import median, percentile
+from measure import TICKS, cpu_of_others, kept_apart, median, percentile
 from plot import svg
 from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
@@ -198,6 +200,33 @@ def test_a_second_of_each_way_to_read(name: str) -> None:
         assert after.read > before.read
         assert after.follower > before.follower
         assert rig.board[Count.STRAY] == 0
+
+
+def test_what_the_rest_of_the_machine_does_is_counted() -> None:
+    burn = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\nsys.stdin.read()"
+    ours = {os.getpid()}
+    before = cpu_of_others(ours)
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as burner:
+        assert burner.stdin is not None
+        assert burner.stdout is not None
+        burner.stdout.readline()
+        spent = cpu_of_others(ours) - before
+        assert spent[burner.pid] >= 0.2 * TICKS
+        assert burner.pid not in cpu_of_others(ours | {burner.pid})
+        burner.stdin.close()
+
+
+def test_a_process_is_kept_apart_for_a_while_only() -> None:
+    cores = os.sched_getaffinity(0)
+    wait = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with (
+        subprocess.Popen(wait, stdin=subprocess.PIPE) as one,
+        subprocess.Popen(wait, stdin=subprocess.PIPE) as other,
+    ):
+        with kept_apart(one.pid, [other.pid]):
+            assert len(os.sched_getaffinity(one.pid)) == 1
+            assert len(cores) == 1 or not os.sched_getaffinity(one.pid) & os.sched_getaffinity(other.pid)
+        assert os.sched_getaffinity(one.pid) == os.sched_getaffinity(other.pid) == cores
 
 
 def test_the_plot_has_a_bar_for_each_bridge() -> None:

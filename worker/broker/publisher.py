@@ -26,7 +26,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import Backoff, command_client, is_transient
 from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
-from worker.broker.wire import Outcome, Wires, bulk, pack
+from worker.broker.wire import Outcome, Wires, pack
 from worker.contract.entries import Fields
 from worker.contract.feed import UNTOLD_FOR
 from worker.contract.ids import EntryId
@@ -59,7 +59,6 @@ _BEAT = 0.0007
 """Seconds. Waking for each token, where many come, costs a seventh more CPU than reading at once what has come."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
-_PUBLISH, _SPUBLISH = b"*3\r\n" + bulk(b"PUBLISH"), b"*3\r\n" + bulk(b"SPUBLISH")
 _OF_THE_FEED = re.compile("'s?publish'|channel")
 """In what Redis 6.2 and 7 say to a user who may not publish."""
 _encode = msgspec.json.encode
@@ -228,10 +227,10 @@ class Publisher:
         batch, self._out = self._out[:_MAX_ENTRIES], self._out[_MAX_ENTRIES:]
         told, self._feed = self._feed, {}
         commands = [(entry[0].key, entry[4]) for entry in batch]
-        publish = _SPUBLISH if self._wires.has_shards else _PUBLISH
+        publish = b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
         for it, entries in told.items():
             channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, b"".join([publish, bulk(channel.encode()), bulk(_encode(entries))])))
+            commands.append((channel, pack(publish, channel.encode(), _encode(entries))))
         now = time.monotonic()
         self._is_busy = len(batch) > _BUSY * (now - self._flushed)
         self._flushed = now

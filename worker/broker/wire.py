@@ -31,12 +31,8 @@ Done: TypeAlias = Callable[[Outcome], None]
 
 def pack(*args: bytes) -> bytes:
     """One command as Redis reads it."""
-    return b"".join([b"*%d\r\n" % len(args), *map(bulk, args)])
-
-
-def bulk(arg: bytes) -> bytes:
-    """One argument of a command as Redis reads it."""
-    return b"$%d\r\n%b\r\n" % (len(arg), arg)
+    packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type]  # hiredis 3.5 says that it takes a tuple of one
+    return packed
 
 
 _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
