@@ -387,7 +387,7 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
     async with sending(HEAD + b"\r\n", then_close=False) as url, Transport() as transport:
         asked = loop.time()
         stream = await open_stream(transport, to(url), REQUEST, PATIENT)
-        patience = stream._patience
+        patience = stream._watchdog
         assert asked + 10 <= patience._due() < loop.time() + 10
         patience._since = asked - 10
         with pytest.raises(UpstreamError, match="within 10 s"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
-from worker.vllm.stream import Patience
+from worker.vllm.stream import Watchdog
 
 FAILURES = 5
 """Failures in a row that open a circuit."""
@@ -128,7 +128,7 @@ class Endpoint:
 
     Attributes:
         url: its base, without `/v1`.
-        requests: those that it has, each by the patience that is had with it.
+        requests: those that it has, each by the watchdog over it.
         without: the fields that it does not understand.
         models: the names that it serves; empty while they are not known, and for a server that does not list them.
         listed: when it was last asked for them, by the clock.
@@ -143,7 +143,7 @@ class Endpoint:
     ) -> None:
         self.url = url
         self._users = 0
-        self.requests: set[Patience] = set()
+        self.requests: set[Watchdog] = set()
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
         self.listed = float("-inf")
@@ -205,8 +205,8 @@ class Endpoint:
         if error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500):
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
         if isinstance(error, Refused):
-            for patience in self.requests:
-                patience.hurry()
+            for watchdog in self.requests:
+                watchdog.hurry()
 
 
 def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | None = None) -> Endpoint:

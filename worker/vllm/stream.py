@@ -5,9 +5,10 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Protocol
 
 import httpx
@@ -31,8 +32,11 @@ class Limits:
     gap: float = 30.0
 
 
-class Patience:
-    """How long one request may be silent: until its first event, and then from each event to the next."""
+class Watchdog:
+    """How long one request may be silent: until its first event, and then from each event to the next.
+
+    Within its context the server is waited for. It is left with TimeoutError when it is silent for too long.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -43,21 +47,20 @@ class Patience:
         self._limit: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    @asynccontextmanager
-    async def wait(self) -> AsyncIterator[None]:
-        """Within it the server is waited for.
-
-        Raises:
-            TimeoutError: when it is silent for too long.
-        """
+    async def __aenter__(self) -> None:
         if self._begun:
             self._since = self._now()  # while its text was not wanted it could say nothing
-        async with asyncio.timeout(None) as self._limit:
-            self._look()
-            try:
-                yield
-            finally:
-                self._stop()
+        self._limit = await asyncio.timeout(None).__aenter__()
+        self._look()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        limit, timer, self._limit, self._timer = self._limit, self._timer, None, None
+        if timer is not None:
+            timer.cancel()
+        if limit is not None:
+            await limit.__aexit__(kind, error, traceback)
 
     def heard(self) -> None:
         """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
@@ -105,11 +108,6 @@ class Patience:
             self._timer.cancel()
             self._look()
 
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._limit = None
-
 
 class Source(Protocol):
     """Where the bytes of an answer come from."""
@@ -121,10 +119,10 @@ class Source(Protocol):
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    def __init__(self, answer: Answer, source: Source, patience: Patience) -> None:
+    def __init__(self, answer: Answer, source: Source, watchdog: Watchdog) -> None:
         self._answer = answer
         self._source = source
-        self._patience = patience
+        self._watchdog = watchdog
         self._is_new = True
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
@@ -138,7 +136,7 @@ class ChatStream:
         Raises:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
-        feed, heard = self._decoder.feed, self._patience.heard
+        feed, heard = self._decoder.feed, self._watchdog.heard
 
         def arrived(piece: bytes) -> bool:
             events = feed(piece)
@@ -150,10 +148,10 @@ class ChatStream:
             return take(events)
 
         try:
-            async with self._patience.wait():
+            async with self._watchdog:
                 return await self._source.pour(arrived)
         except TimeoutError:
-            raise self._patience.silence() from None
+            raise self._watchdog.silence() from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
@@ -176,23 +174,23 @@ class ChatStream:
 
 
 async def open_stream(
-    transport: Transport, target: Target, body: Object, limits: Limits, patience: Patience | None = None
+    transport: Transport, target: Target, body: Object, limits: Limits, watchdog: Watchdog | None = None
 ) -> ChatStream:
-    """Post a completion and give its stream, which the caller closes. `patience` is for who may hurry it.
+    """Post a completion and give its stream, which the caller closes. `watchdog` is for who may hurry it.
 
     Raises:
         UpstreamError: when there is no stream: no connection, a status other than 200, or a page in its place.
     """
-    patience = patience or Patience(limits)
+    watchdog = watchdog or Watchdog(limits)
     try:
-        async with patience.wait():
+        async with watchdog:
             answer = await transport.post(target, to_json(body).encode(), limits.connect)
     except TimeoutError:
-        raise patience.silence() from None
+        raise watchdog.silence() from None
     except httpx.HTTPError as error:
         raise unreachable(target.url, error) from None
     try:
-        return ChatStream(answer, await _source_of(answer, limits), patience)
+        return ChatStream(answer, await _source_of(answer, limits), watchdog)
     except BaseException:
         await answer.body.aclose()
         raise

@@ -16,7 +16,7 @@ import structlog
 from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
-from worker.vllm.stream import ChatStream, Limits, Patience, open_stream
+from worker.vllm.stream import ChatStream, Limits, Watchdog, open_stream
 from worker.vllm.transport import Target, Transport
 
 CHAT = "/v1/chat/completions"
@@ -138,7 +138,7 @@ class Upstream:
                 endpoint.circuit.probed(await self._trouble(endpoint))
             elif not endpoint.away and time.monotonic() - endpoint.listed > _LIST_EVERY:
                 await self._list(endpoint)
-            elif not endpoint.away and any(patience.is_silent() for patience in endpoint.requests):
+            elif not endpoint.away and any(watchdog.is_silent() for watchdog in endpoint.requests):
                 await self._still_there(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
@@ -219,10 +219,10 @@ class Upstream:
         """
         circuit = endpoint.circuit
         run = circuit.begin()
-        patience = Patience(self._limits)
-        endpoint.requests.add(patience)
+        watchdog = Watchdog(self._limits)
+        endpoint.requests.add(watchdog)
         try:
-            stream = await self._open(endpoint, request, route, patience)
+            stream = await self._open(endpoint, request, route, watchdog)
             stream.on_first = partial(circuit.began, run)
             try:
                 yield stream
@@ -233,7 +233,7 @@ class Upstream:
             endpoint.failed(run, error)
             raise
         finally:
-            endpoint.requests.discard(patience)
+            endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
     def _left(self, endpoint: Endpoint, run: int) -> None:
@@ -241,7 +241,7 @@ class Upstream:
         if endpoint.circuit.state is State.HALF_OPEN:
             self._wake()
 
-    async def _open(self, endpoint: Endpoint, request: Object, route: str, patience: Patience) -> ChatStream:
+    async def _open(self, endpoint: Endpoint, request: Object, route: str, watchdog: Watchdog) -> ChatStream:
         """Open the stream, without what the server does not know.
 
         A field is held to be unknown only once the same request was taken without it, and never for a request that
@@ -251,7 +251,7 @@ class Upstream:
         target = self._target(endpoint.url + route)
         while True:
             try:
-                stream = await open_stream(self._transport, target, body_for(request, without), self._limits, patience)
+                stream = await open_stream(self._transport, target, body_for(request, without), self._limits, watchdog)
             except UpstreamError as error:
                 refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
                 if not refused:
@@ -280,17 +280,17 @@ class Upstream:
         """
         run = endpoint.circuit.begin()
         url = endpoint.url + path
-        patience = Patience(self._limits)
-        endpoint.requests.add(patience)
+        watchdog = Watchdog(self._limits)
+        endpoint.requests.add(watchdog)
         try:
-            async with patience.wait():
+            async with watchdog:
                 response = await self._client.post(
                     url, content=to_json(body), headers={"content-type": "application/json"}
                 )
             if response.status_code != 200:
                 raise from_response(response.status_code, response.content, response.headers)
         except TimeoutError:
-            raise patience.silence() from None
+            raise watchdog.silence() from None
         except httpx.HTTPError as problem:
             error = unreachable(url, problem)
             endpoint.failed(run, error)
@@ -299,7 +299,7 @@ class Upstream:
             endpoint.failed(run, error)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
-            endpoint.requests.discard(patience)
+            endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
         return response.content
 
