@@ -175,6 +175,18 @@ def test_a_recorded_stream_reads_the_same_at_every_cut(name: str, end: bytes) ->
         assert decoded(body[:cut], body[cut:]) == whole
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"data: a\n\ndata: b\n\ndata: c\n\n", b"data: \n\ndata: \n\n", b"data: a\n\n\ndata: b\n\n",
+        b"data: a\n\n: c\n\ndata: b\n\n", b"data: a\ndata: b\n\n", b"data: a\n\ndata:b\n\n", b"data: a\n\n\n\n",
+        b"data: a\n\ndata\n\n", b"data: a\n\nid: 1\ndata: b\n\n", b"data: a\r\n\r\ndata: b\n\n",
+    ],
+)  # fmt: skip
+def test_events_that_come_in_one_piece_read_as_the_standard_says(body: bytes) -> None:
+    assert decoded(b"data: 0\n\n", body) == [b"0", *by_the_standard(body)]
+
+
 # Streams at random
 
 _TEXT = st.text(st.sampled_from('abc: {}"\\\u2028\u2029\u0085\x0b\x0c\x1c\ufeffé世🙂\t\0'), max_size=8)

@@ -38,13 +38,19 @@ class SSEDecoder:
         """
         if self._start is not None:
             chunk = self._without_bom(chunk)
-        # What vLLM nearly always sends, at a quarter of the price: one event, one line, one piece.
+        # What vLLM nearly always sends, at a quarter of the price: whole events, mostly one, each of one line.
         if (
-            chunk.startswith(b"data: ") and chunk.find(b"\n") == len(chunk) - 2 and chunk[-1] == _LF
-            and not (self._pending or self._data or self._after_cr) and chunk.find(b"\r") < 0
-            and len(chunk) <= self._max
+            chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.find(b"\r") < 0
+            and not (self._pending or self._data or self._after_cr) and len(chunk) <= self._max
         ):  # fmt: skip
-            return [chunk[6:-2]]
+            if chunk.find(b"\n") == len(chunk) - 2:
+                return [chunk[6:-2]]
+            events = chunk[6:-2].split(b"\n\ndata: ")
+            if chunk.count(b"\n") == 2 * len(events):
+                return events
+        return self._by_lines(chunk)
+
+    def _by_lines(self, chunk: bytes) -> list[bytes]:
         if self._after_cr and chunk:
             self._after_cr = False
             if chunk[0] == _LF:
