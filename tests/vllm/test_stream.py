@@ -23,7 +23,7 @@ from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import Limits, open_stream
+from worker.vllm.stream import Limits, Watchdog, open_stream
 from worker.vllm.transport import Target, Transport
 from worker.vllm.upstream import Upstream, base_url, body_for
 
@@ -387,12 +387,26 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
     async with sending(HEAD + b"\r\n", then_close=False) as url, Transport() as transport:
         asked = loop.time()
         stream = await open_stream(transport, to(url), REQUEST, PATIENT)
-        patience = stream._watchdog
-        assert asked + 10 <= patience._due() < loop.time() + 10
-        patience._since = asked - 10
+        watchdog = stream._watchdog
+        assert asked + 10 <= watchdog._due() < loop.time() + 10
+        watchdog._since = asked - 10
         with pytest.raises(UpstreamError, match="within 10 s"):
             await stream.pour(enough)
         await stream.aclose()
+
+
+async def test_what_is_over_for_its_silence_can_still_be_hurried() -> None:
+    watchdog = Watchdog(SHORT_FIRST)
+
+    async def hurried_at_last() -> None:
+        async with watchdog:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                watchdog.hurry()
+
+    with pytest.raises(TimeoutError):
+        await hurried_at_last()
 
 
 async def test_a_gap_mid_stream() -> None:

@@ -100,7 +100,7 @@ class Watchdog:
         due = self._due()
         if due > self._now():
             self._timer = asyncio.get_running_loop().call_at(due, self._look)
-        elif self._limit is not None:
+        elif self._limit is not None and not self._limit.expired():
             self._limit.reschedule(due)
 
     def _look_again(self) -> None:
