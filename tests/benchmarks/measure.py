@@ -60,8 +60,9 @@ def kept_apart(measured: int, others: Iterable[int]) -> Iterator[None]:
 def _keep_to(cores: Iterable[int], *pids: int) -> None:
     """With the threads that they have by now."""
     for pid in pids:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores)
+        with suppress(OSError):  # it has ended, which others tell
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), cores)
 
 
 def resident(pid: int) -> int:

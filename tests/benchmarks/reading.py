@@ -74,6 +74,8 @@ class Reading:
         assert self._writer.stdout is not None
         self._writer.stdout.readline()
         self._pids = {os.getpid(), self._writer.pid, self._redis.pid}
+        # What this process starts later, the follower, is where it is itself.
+        stack.enter_context(kept_apart(os.getpid(), [self._writer.pid, self._redis.pid]))
         self._follower: subprocess.Popen[bytes] | None = None
 
     def pace(self, rate: float) -> None:
@@ -87,7 +89,6 @@ class Reading:
         """Begin to read, and read all that is there."""
         arguments = map(str, follower.arguments(logs))
         self._follower = self._stack.enter_context(helper(follower.script, self._path, self._port, *arguments))
-        self._stack.enter_context(kept_apart(self._follower.pid, [self._writer.pid, self._redis.pid]))
         self._pids.add(self._follower.pid)
         deadline = time.monotonic() + _PATIENCE
         while self.board[Count.READ] < self.board[Count.WRITTEN]:
@@ -125,9 +126,7 @@ def reading(follower: Follower, run: Run) -> Figures:
         with ExitStack() as stack:
             plain = Reading(stack, FOLLOWERS["each"], logs)
             plain.pace(FAST)
-            before = plain.look()
-            time.sleep(run.seconds)
-            after = plain.look()
+            before, after = plain.window(run.seconds)
             written = (after.redis - before.redis) / 1e3 / max(1, after.written - before.written)
         with ExitStack() as stack:
             rig = Reading(stack, follower, logs)

@@ -36,7 +36,7 @@ class Run:
     rung_seconds: float
     tell: Callable[[str], None]
     climbs: bool = True
-    """Whether the highest rate is looked for."""
+    """Whether the highest rate is looked for, and whether other windows are tried again that were not fair."""
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -51,10 +51,15 @@ class Run:
             window = rig.steady(rate, self.seconds)
             self.tell(f"  {_shown(window)}")
             tries += 1
-            if tries == TRIES or not window.kept or (window.on_time and not window.disturbed):
+            fair = window.on_time and not window.disturbed
+            if fair or tries == TRIES or not self.climbs:
                 break
+            if not window.kept:
+                rig.drained()
         if not window.on_time:
             self.note(f"{rig.name} at {rate:,.0f}/s: the load generator was late, so there is no latency")
+        elif window.disturbed:
+            self.note(f"{rig.name} at {rate:,.0f}/s: the machine did something else, which is in the latency")
         return window
 
 
@@ -128,9 +133,9 @@ def _rung(rig: Rig, run: Run, rate: float) -> Verdict:
         if window.on_time:
             verdict = Verdict.LOST
             losses += not window.disturbed
+        rig.drained()
         if losses == _LOSSES:
             break
-        rig.drained()
     return verdict
 
 
