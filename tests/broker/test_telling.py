@@ -68,9 +68,9 @@ async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{r}")
         assert (await feed.get_message(timeout=5) or {})["type"] == "subscribe"
-        log.untold_until = 0  # the time is over
-        log.append(delta("12"))
-        assert await heard(feed, "1-12") == ["1-12"], "what was not told is a gap"
-        log.append(delta("13"))
-        assert await heard(feed, "1-13") == ["1-13"], "one who listens is told all"
+        log.untold_until = 1e-9  # the time is over
+        log.extend([delta("12"), delta("13")])
+        assert await heard(feed, "1-13") == ["1-13"], "what was not told is a gap, and the last shows where it ends"
+        log.extend([delta("14"), delta("15")])
+        assert await heard(feed, "1-15") == ["1-14", "1-15"], "one who listens is told all"
     assert await told(redis) == before + 2

@@ -70,7 +70,7 @@ class TokenLog:
     seen: EntryId | None = field(init=False, default=None)
     """What was accepted when the publisher last went through all logs."""
     untold_until: float = field(init=False, default=0.0)
-    """Until when the feed is not told of it, since nobody listens; of the monotonic clock."""
+    """Until when the feed is not told of it, since nobody listened; of the monotonic clock, and 0 if somebody may."""
     lost: asyncio.Future[LogLost] = field(init=False)
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""

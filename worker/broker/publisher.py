@@ -272,6 +272,7 @@ class Publisher:
     def _take_replies(self, batch: list[Pending], told: _Feed, replies: list[Any]) -> None:
         now = time.monotonic()
         refused: dict[TokenLog, list[object]] = {}
+        unheard: dict[TokenLog, Pending] = {}
         written = 0
         for entry, reply in zip(batch, replies, strict=False):
             log = entry[0]
@@ -281,15 +282,19 @@ class Publisher:
                 refused[log] = [reply]
             elif log.accept(entry):
                 written += 1
-                if now >= log.untold_until:
+                if not log.untold_until:
                     self._tell_of(entry)
+                elif now >= log.untold_until:
+                    unheard[log] = entry
+        for entry in unheard.values():  # the last is enough: whoever has come since reads the log up to there
+            self._tell_of(entry)
         self._metrics.written.inc(written)
         for log, verdicts in refused.items():
             self._judge(log, verdicts)
         if self._wires.has_shards or not self._in_cluster:  # else each node counts its own listeners alone
             for it, listeners in zip(told, replies[len(batch) :], strict=True):
-                if listeners == 0 and isinstance(it, TokenLog):
-                    it.untold_until = now + UNTOLD_FOR
+                if isinstance(it, TokenLog):
+                    it.untold_until = 0.0 if listeners else now + UNTOLD_FOR
 
     def _tell_of(self, entry: Pending) -> None:
         if not self._mute:
