@@ -149,12 +149,13 @@ def open_streams(bridge: Bridge, run: Run) -> Figures:
             rig.open(max(0, among - rig.opened))
             if among == OPEN[-1]:
                 figures["memory_kib"] = (rig.memory_now() - memory) / 1024 / rig.opened
-            idle = rig.window(2 * _ROUND)
+            idle = rig.window(2 * _ROUND).cpu
             before, began = rig.cpu_now(), time.monotonic()
             rig.open(_MORE)
             time.sleep(max(0.0, began + _ROUND - time.monotonic()))
             spent, took = (rig.cpu_now() - before) / 1e9, time.monotonic() - began
-            figures[f"open_ms_{among}"] = 1000 * (spent - idle.cpu * took) / _MORE
+            idle = (idle + rig.window(2 * _ROUND).cpu) / 2  # those that were opened cost something meanwhile too
+            figures[f"open_ms_{among}"] = 1000 * (spent - idle * took) / _MORE
             run.tell(f"  {_MORE} more among {among}: {figures[f'open_ms_{among}']:.2f} ms each")
     return figures
 

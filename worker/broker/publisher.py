@@ -291,10 +291,15 @@ class Publisher:
         self._metrics.written.inc(written)
         for log, verdicts in refused.items():
             self._judge(log, verdicts)
-        if self._wires.has_shards or not self._in_cluster:  # else each node counts its own listeners alone
-            for it, listeners in zip(told, replies[len(batch) :], strict=True):
-                if isinstance(it, TokenLog):
-                    it.untold_until = 0.0 if listeners else now + UNTOLD_FOR
+        self._note_listeners(told, replies[len(batch) :], now)
+
+    def _note_listeners(self, told: _Feed, counts: list[Any], now: float) -> None:
+        """How many heard what was told last, of each log."""
+        if self._in_cluster and not self._wires.has_shards:  # each node counts its own alone
+            return
+        for it, count in zip(told, counts, strict=True):
+            if isinstance(it, TokenLog):
+                it.untold_until = 0.0 if count else now + UNTOLD_FOR
 
     def _tell_of(self, entry: Pending) -> None:
         if not self._mute:
