@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Self
 
@@ -66,8 +66,14 @@ START, END = Started(id=EntryId(1, 0)), Done(id=SEAL, attempt=1)
 class Reader:
     """Somebody who follows a request, and what was seen."""
 
-    def __init__(self, client: Client, request_id: str = "r", after: EntryId | None = None) -> None:
+    pours = False
+
+    def __init__(
+        self, client: Client, request_id: str = "r", after: EntryId | None = None,
+        into: Callable[[Entry], None] | None = None,
+    ) -> None:  # fmt: skip
         self.seen: list[Entry] = []
+        self._into = into or self.seen.append
         self._client = client
         self._id = request_id
         self.task = asyncio.create_task(self._read(after))
@@ -81,8 +87,11 @@ class Reader:
         return reader
 
     async def _read(self, after: EntryId | None) -> None:
+        if self.pours:
+            await self._client.pour(self._id, self._into, after=after)
+            return
         async for entry in self._client.follow(self._id, after=after):
-            self.seen.append(entry)
+            self._into(entry)
 
     async def has(self, *entries: Entry) -> None:
         """Wait until the last that was seen are these."""
@@ -102,6 +111,12 @@ class Reader:
             return request is not None and request.is_settled and all(map(waits, request.followers))
 
         await eventually(settled)
+
+
+@pytest.fixture(autouse=True, params=["follow", "pour"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows does it in either way."""
+    monkeypatch.setattr(Reader, "pours", request.param == "pour")
 
 
 def waits(follower: Follower) -> bool:
@@ -140,6 +155,37 @@ async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Sto
     await reader.task
     assert reader.seen == story.written
     assert await calls(redis, "xread") == 0
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: Client, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    told = delta(1, 1)
+    client._following._requests["r"].hear(to_json([[str(told.id), to_fields(told)]]).encode())
+    assert reader.seen == [START, told]
+    await story.write(told)
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_what_the_taker_raises_comes_out_and_ends_it(*, is_told: bool, client: Client, story: Story) -> None:
+    def take(entry: Entry) -> None:
+        if isinstance(entry, Delta):
+            raise ZeroDivisionError
+
+    await story.write(START, *([] if is_told else [delta(1, 1)]))
+    reader = Reader(client, into=take)
+    if is_told:
+        await reader.hears()
+        await story.go_on(delta(1, 1))
+    with pytest.raises(ZeroDivisionError):
+        await reader.task
+    assert not client._following._requests
 
 
 @pytest.mark.usefixtures("nobody_polls")

@@ -2,7 +2,7 @@
 
 import enum
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Self, TypeAlias, TypedDict, Unpack, cast
@@ -33,7 +33,7 @@ from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_i
 from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
 from worker.contract.keys import DEFAULT_QUEUE, Keys, is_queue_name
 from worker.contract.records import Tombstone
-from worker.following import Following
+from worker.following import Follower, Following
 from worker.patience import Patience
 
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
@@ -180,8 +180,7 @@ class Client:
             Expired: when it has ended and its log is gone.
             Unavailable: when Redis does not answer.
         """
-        last = BEFORE_ALL if after is None else EntryId.parse(str(after))
-        follower = self._following.follow(request_id, last)
+        follower = self._follower(request_id, after)
         try:
             while not follower.is_over:
                 await follower.news()
@@ -189,6 +188,24 @@ class Client:
                     yield entry
         finally:
             follower.leave()
+
+    async def pour(
+        self, request_id: str, into: Callable[[Entry], object], *, after: str | EntryId | None = None
+    ) -> None:
+        """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
+
+        Where one process follows many requests it costs less, for no task wakes for each entry. `into` is called from
+        the event loop, which it must not keep waiting; what it raises ends this, and comes out here. Raises what
+        `follow` raises.
+        """
+        follower = self._follower(request_id, after)
+        try:
+            await follower.pour(into)
+        finally:
+            follower.leave()
+
+    def _follower(self, request_id: str, after: str | EntryId | None) -> Follower:
+        return self._following.follow(request_id, BEFORE_ALL if after is None else EntryId.parse(str(after)))
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[Entry]:
         """Enqueue and follow in one. Raises what these two raise."""
@@ -200,8 +217,7 @@ class Client:
     async def result(self, request_id: str) -> Answer:
         """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""
         answer = Answer()
-        async for entry in self.follow(request_id):
-            answer.add(entry)
+        await self.pour(request_id, answer.add)
         return answer
 
     async def status(self, request_id: str) -> Status:

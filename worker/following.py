@@ -194,7 +194,7 @@ class _Request:
 
 
 class Follower:
-    """One who follows a request. All is done in the task that asks for more; the rest only leaves word for it."""
+    """One who follows a request. The log is read in the task that asks for more; the rest only leaves word for it."""
 
     def __init__(self, following: Following, request: _Request, last: EntryId) -> None:
         self._following = following
@@ -213,6 +213,8 @@ class Follower:
         self._is_behind = self._is_alone = False
         """Whether the log is to be read; and without the feed, where it always is."""
         self._must_be_alive = False
+        self._into: Callable[[Entry], object] | None = None
+        """What takes entries as they are told, while it waits for more."""
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
         self._place = last
@@ -247,6 +249,20 @@ class Follower:
         ready, self._ready, self._bytes = self._ready, [], 0
         return ready
 
+    async def pour(self, into: Callable[[Entry], object]) -> None:
+        """Hand over all there is to `take`, up to the seal: what is told, in the step in which it is told.
+
+        Raises what `news` and `take` do, and what `into` does.
+        """
+        while not self.is_over:
+            self._into = into
+            try:
+                await self.news()
+            finally:
+                self._into = None
+            for entry in self.take():
+                into(entry)
+
     def leave(self) -> None:
         """Follow no more."""
         self._request.leave(self)
@@ -266,11 +282,22 @@ class Follower:
                     break
         waiter = self._waiter
         if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+            if self._into is None or self._is_behind:
+                waiter.set_result(None)
+            else:
+                self._hand_over(self._into, waiter)
             return
         self._bytes += size
         if self._bytes > _KEPT_BYTES:
             self._drop()
+
+    def _hand_over(self, into: Callable[[Entry], object], waiter: "asyncio.Future[None]") -> None:
+        try:
+            for entry in self.take():
+                into(entry)
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            if not waiter.done():
+                waiter.set_exception(error)
 
     def look_up(self, *, alive: bool = False) -> None:
         """Read the log before anything else that is told; if `alive`, it has to be there."""

@@ -42,7 +42,8 @@ FOLLOWERS = {
     for follower in (
         Follower("each", "a blocking XREAD for each request", "reader.py", lambda logs: [1, 0, logs, 1], feed=False),
         Follower("shared", "one blocking XREAD for all", "reader.py", lambda logs: [logs, 0, logs, 1], feed=False),
-        Follower("client", "`Client.follow` for each", "reading_client.py", lambda logs: [logs], feed=True),
+        Follower("follow", "`Client.follow` for each", "reading_client.py", lambda logs: [logs, 0], feed=True),
+        Follower("pour", "`Client.pour` for each", "reading_client.py", lambda logs: [logs, 1], feed=True),
     )
 }
 

@@ -2,8 +2,8 @@
 
     reading_writer.py <board> <port of Redis> <logs> <feed: 0 or 1>
 
-As the worker does, it writes what is due in one MULTI, and publishes the same entries once Redis has taken them. It
-prints a line when every log has begun, is then told `pace <deltas/s>` on standard input, and ends with it.
+As the worker does, it writes what is due in one MULTI, and tells the feed of it in the next, once Redis has taken it.
+It prints a line when every log has begun, is then told `pace <deltas/s>` on standard input, and ends with it.
 """
 
 import gc
@@ -23,7 +23,8 @@ from reader import key_of
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
 
-_TICK = 1_000_000
+_TICK = 700_000
+"""Nanoseconds; the beat of a busy worker (`worker/broker/publisher.py`)."""
 _WORDS = [(word.encode(), f"[{token}]".encode()) for word, token in zip(WORDS, TOKEN_IDS, strict=True)]
 
 
@@ -39,6 +40,7 @@ class Writer:
         self._replies = hiredis.Reader()
         self._keys = [key_of(number).encode() for number in range(logs)]
         self._channels = [Keys().feed(f"r{number}").encode() for number in range(logs)]
+        self._to_tell: list[tuple[bytes, ...]] = []
         self._rate = 0.0
         self._began = 0
         self._written = self._due_before = 0
@@ -71,11 +73,11 @@ class Writer:
         return bool(lines)
 
     def _write(self, upto: int) -> None:
-        """Write all that is due, and then tell the feed of it."""
-        if upto <= self._written:
+        """Write all that is due, and tell the feed of what was due before."""
+        if upto <= self._written and not self._to_tell:
             return
         commands: list[tuple[bytes, ...]] = [(b"MULTI",)]
-        told: list[tuple[bytes, ...]] = []
+        told, self._to_tell = self._to_tell, []
         now = time.monotonic_ns()
         for delta in range(self._written, upto):
             number, log = divmod(delta, self._logs)
@@ -86,12 +88,9 @@ class Writer:
             commands.append((b"XADD", self._keys[log], b"NOMKSTREAM", entry_id, *fields))
             if self._feed:
                 entry = f'[["{entry_id.decode()}",{_JSON[number % len(_WORDS)]}]]'
-                told.append((b"PUBLISH", self._channels[log], entry.encode()))
-        commands.append((b"EXEC",))
-        self._exchange(commands)
-        self._board.counters[Count.WRITTEN] = self._written = upto
-        if told:
-            self._exchange(told)
+                self._to_tell.append((b"PUBLISH", self._channels[log], entry.encode()))
+        self._exchange([*commands, *told, (b"EXEC",)])
+        self._board.counters[Count.WRITTEN] = self._written = max(upto, self._written)
 
     def _exchange(self, commands: list[tuple[bytes, ...]]) -> None:
         # hiredis 3.5 says that it takes a tuple of one.

@@ -17,7 +17,7 @@ from scenarios import Figures
 from worker.sandbox.redis import find_servers, version_of
 
 BRIDGES = ("straightforward", "node", "ours", "floor")
-READERS = ("each", "shared", "client")
+READERS = ("each", "shared", "follow", "pour")
 _GROSS = 2.0
 _HOT = (
     ("highest_rate", "highest rate at p99 ≤ 5 ms, deltas/s", 0),
@@ -135,9 +135,9 @@ TARGETS = (
         for target in (
             Target(
                 f"CPU per delta of {logs:,} followed, against the better XREAD", f"read_us_{logs}", 1 / 3,
-                ("each", "shared"), whose="client",
+                ("each", "shared"), whose="pour",
             ),
-            Target(f"latency of {logs:,} followed, p99, ms", f"read_p99_{logs}", 2, whose="client"),
+            Target(f"latency of {logs:,} followed, p99, ms", f"read_p99_{logs}", 2, whose="pour"),
         )
     ),
 )  # fmt: skip
