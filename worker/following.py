@@ -166,7 +166,7 @@ class _Request:
             self.look_up()
             return
         size = len(payload)
-        for follower in self.followers:
+        for follower in list(self.followers):  # what one pours into may begin to follow the same request
             follower.tell(entries, size)
 
     def subscribed(self) -> None:

@@ -82,7 +82,8 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
         figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
         # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge may
         # fall behind, and streams that it does not read are passed over: so it has all the work that it can do.
-        window = rig.steady(COALESCED, run.seconds, TOGETHER)
+        with rig.apart():
+            window = rig.steady(COALESCED, run.seconds, TOGETHER)
         run.tell(f"  {_shown(window)}")
         figures["cpu_us_coalesced"] = window.cpu_us if window.replied else None
         figures["rate_coalesced"] = window.replied / window.seconds
