@@ -189,6 +189,48 @@ async def test_what_the_taker_raises_comes_out_and_ends_it(*, is_told: bool, cli
 
 
 @pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize(("raised", "out"), [(StopIteration, RuntimeError), (asyncio.CancelledError,) * 2])
+async def test_whatever_a_taker_raises_the_others_hear_on(
+    raised: type[BaseException], out: type[BaseException], client: Client, redis: Redis, story: Story
+) -> None:
+    def take(entry: Entry) -> None:
+        if isinstance(entry, Delta):
+            raise raised
+
+    await story.write(START)
+    readers = [Reader(client, into=take), Reader(client)]
+    await readers[1].hears()
+    read = await calls(redis, "xrange")
+    await story.go_on(delta(1, 1), delta(1, 2))
+    with pytest.raises(out):
+        await readers[0].task
+    await readers[1].has(delta(1, 1), delta(1, 2))
+    assert await calls(redis, "xrange") == read
+    readers[1].task.cancel()
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: Story) -> None:
+    taken: list[Entry] = []
+
+    def take(entry: Entry) -> None:
+        taken.append(entry)
+        if isinstance(entry, Delta):
+            reader.task.cancel()
+
+    await story.write(START)
+    reader = Reader(client, into=take)
+    await reader.hears()
+    await story.write(delta(1, 1), delta(1, 2))
+    await story.tell(delta(1, 1), delta(1, 2))
+    with pytest.raises(asyncio.CancelledError):
+        await reader.task
+    assert taken == [START, delta(1, 1)]
+
+
+@pytest.mark.usefixtures("nobody_polls")
 @pytest.mark.parametrize("seed", range(8))
 async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing(
     seed: int, client: Client, story: Story

@@ -195,8 +195,8 @@ class Client:
         """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
 
         Where one process follows many requests it costs less, for no task wakes for each entry. `into` is called from
-        the event loop, which it must not keep waiting; what it raises ends this, and comes out here. Raises what
-        `follow` raises.
+        the event loop, which it must not keep waiting, mostly outside of this task and its context variables. What it
+        raises ends this, and comes out here. Raises what `follow` raises.
         """
         follower = self._follower(request_id, after)
         try:

@@ -30,8 +30,8 @@ _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05
-"""Seconds from a subscription until every accepted entry is told. Till then, or a first message, the log is read; and
-so it is for as long while the subscription is on its way."""
+"""Seconds from a subscription until every accepted entry is told, or a later one. Till then, or a first message, the
+log is read; and so it is for as long while the subscription is on its way."""
 
 _SETTLING = 0.05
 """Seconds from one such reading to the next."""
@@ -66,7 +66,8 @@ class Following:
         self.reader = blocking_client(url, _BLOCK)
         self.is_closed = False
         self._requests: dict[str, _Request] = {}
-        self._settling: dict[_Request, None] = {}
+        self.settling: dict[_Request, None] = {}
+        """Whose followers read the log again and again."""
         self._tick: asyncio.TimerHandle | None = None
 
     def follow(self, request_id: str, last: EntryId) -> "Follower":
@@ -79,15 +80,15 @@ class Following:
 
     def settle(self, request: "_Request") -> None:
         """Have its followers read the log again and again, until it is settled."""
-        if not self._settling:
+        if not self.settling:
             asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
-        self._settling[request] = None
+        self.settling[request] = None
 
     def forget(self, request: "_Request") -> None:
         """Nobody follows it any more."""
         if self._requests.get(request.id) is request:
             del self._requests[request.id]
-        self._settling.pop(request, None)
+        self.settling.pop(request, None)
 
     async def aclose(self) -> None:
         """Close every connection; whoever still follows gets `Unavailable`."""
@@ -103,12 +104,12 @@ class Following:
 
     def _go_on_settling(self) -> None:
         now = asyncio.get_running_loop().time()
-        for request in list(self._settling):
+        for request in list(self.settling):
             if not request.has_told:
                 request.look_up()
             if request.has_told or request.settles_until < now:
-                del self._settling[request]
-        if self._settling and not self.is_closed:
+                del self.settling[request]
+        if self.settling and not self.is_closed:
             asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
 
     def _look_for_silence(self, requests: Sequence["_Request"] = ()) -> None:
@@ -181,7 +182,7 @@ class _Request:
     @property
     def is_settled(self) -> bool:
         """Whether every entry that is accepted is told, as far as that can be known."""
-        return self.is_heard and (self.has_told or asyncio.get_running_loop().time() > self.settles_until)
+        return self.is_heard and (self.has_told or self not in self._following.settling)
 
     def _settle(self) -> None:
         self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
@@ -194,7 +195,7 @@ class _Request:
 
 
 class Follower:
-    """One who follows a request. The log is read in the task that asks for more; the rest only leaves word for it."""
+    """One who follows a request. The log is read in the task that asks for more; the rest leaves word, or pours."""
 
     def __init__(self, following: Following, request: _Request, last: EntryId) -> None:
         self._following = following
@@ -215,6 +216,8 @@ class Follower:
         self._must_be_alive = False
         self._into: Callable[[Entry], object] | None = None
         """What takes entries as they are told, while it waits for more."""
+        self._error: BaseException | None = None
+        """What that raised."""
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
         self._place = last
@@ -260,6 +263,8 @@ class Follower:
                 await self.news()
             finally:
                 self._into = None
+            if self._error is not None:
+                raise self._error
             for entry in self.take():
                 into(entry)
 
@@ -292,12 +297,15 @@ class Follower:
             self._drop()
 
     def _hand_over(self, into: Callable[[Entry], object], waiter: "asyncio.Future[None]") -> None:
+        """In the step of the connection, which others share: so nothing is raised here, but in the task that waits."""
         try:
             for entry in self.take():
                 into(entry)
-        except Exception as error:  # noqa: BLE001 - whoever waits gets it
-            if not waiter.done():
-                waiter.set_exception(error)
+                if waiter.cancelled():
+                    break
+        except BaseException as error:  # noqa: BLE001 - a future takes no StopIteration, and a cancellation is one too
+            self._error = error
+            self._wake()
 
     def look_up(self, *, alive: bool = False) -> None:
         """Read the log before anything else that is told; if `alive`, it has to be there."""

@@ -111,6 +111,7 @@ class TokenLog:
         """Go on under a later attempt, whose first entry Redis has accepted."""
         self.forget()
         self.attempt, self._accepted, self._next = attempt, 0, 1
+        self.untold_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
         if self.lost.done():
             self.lost = asyncio.get_running_loop().create_future()
 

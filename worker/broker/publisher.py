@@ -271,6 +271,8 @@ class Publisher:
 
     def _take_replies(self, batch: list[Pending], told: _Feed, replies: list[Any]) -> None:
         now = time.monotonic()
+        # First: whoever did not listen yet when this was written reads it, and whoever did is to be told of it.
+        self._note_listeners(told, replies[len(batch) :], now)
         refused: dict[TokenLog, list[object]] = {}
         unheard: dict[TokenLog, Pending] = {}
         written = 0
@@ -291,7 +293,6 @@ class Publisher:
         self._metrics.written.inc(written)
         for log, verdicts in refused.items():
             self._judge(log, verdicts)
-        self._note_listeners(told, replies[len(batch) :], now)
 
     def _note_listeners(self, told: _Feed, counts: list[Any], now: float) -> None:
         """How many heard what was told last, of each log."""
