@@ -27,7 +27,7 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
     def refuse(_: str, listener: Listener) -> None:
         listener.refused()
 
-    monkeypatch.setattr(client._following.reader, "xread", xread)
+    monkeypatch.setattr(client._following.logs._reader, "xread", xread)
     monkeypatch.setattr(client._following.subscriptions, "subscribe", refuse)
     await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}, id="any")
     follower = asyncio.ensure_future(client.result("any"))

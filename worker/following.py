@@ -9,25 +9,15 @@ read together. Where the feed cannot be heard, or says less than the log has, a 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
-from typing import TypeAlias, cast
 
-from worker.broker.connection import blocking_client, command_client
+from worker.broker.connection import command_client
 from worker.broker.subscriptions import Subscriptions
-from worker.broker.together import Together
-from worker.broker.wire import pack
-from worker.client_errors import Unavailable, gone
-from worker.contract.entries import BadEntry, Entry, parse
+from worker.contract.entries import BadEntry, Entry
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
+from worker.logs import Logs, Page
 from worker.patience import Patience
-
-_BATCH = 1000
-"""Entries that are read from a log at once."""
-
-_BLOCK = 5.0
-"""Seconds that a blocking XREAD waits."""
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05
 """Seconds from a subscription until every accepted entry is told, or a later one. Till then, or a first message, the
@@ -51,20 +41,15 @@ _MISSES = 2
 _KEPT_BYTES = 32 * 1024
 """Of messages, for a follower that does not take them. Beyond this they are dropped, and read from the log in time."""
 
-_Raw: TypeAlias = tuple[bytes, list[bytes]]
-
 
 class Following:
     """All that a client follows; two connections to each server do for any number of requests."""
 
     def __init__(self, url: str, keys: Keys, patience: Patience) -> None:
         self.keys = keys
-        self.patience = patience
         self._redis = command_client(url, connections=2)
         self.subscriptions = Subscriptions(self._redis)
-        self.together = Together(self._redis)
-        self.reader = blocking_client(url, _BLOCK)
-        self.is_closed = False
+        self.logs = Logs(url, self._redis, keys, patience)
         self._requests: dict[str, _Request] = {}
         self.settling: dict[_Request, None] = {}
         """Whose followers read the log again and again."""
@@ -76,7 +61,7 @@ class Following:
             self._requests[request_id] = _Request(self, request_id)
         if self._tick is None:
             self._tick = asyncio.get_running_loop().call_later(_TICK, self._look_for_silence)
-        return Follower(self, self._requests[request_id], last)
+        return Follower(self.logs, self._requests[request_id], last)
 
     def settle(self, request: "_Request") -> None:
         """Have its followers read the log again and again, until it is settled."""
@@ -92,15 +77,13 @@ class Following:
 
     async def aclose(self) -> None:
         """Close every connection; whoever still follows gets `Unavailable`."""
-        self.is_closed = True
         if self._tick is not None:
             self._tick.cancel()
         for request in self._requests.values():
             request.look_up()
+        await self.logs.aclose()
         await self.subscriptions.aclose()
-        await self.together.aclose()
         await self._redis.aclose()
-        await self.reader.aclose()
 
     def _go_on_settling(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -109,7 +92,7 @@ class Following:
                 request.look_up()
             if request.has_told or request.settles_until < now:
                 del self.settling[request]
-        if self.settling and not self.is_closed:
+        if self.settling and not self.logs.is_closed:
             asyncio.get_running_loop().call_later(_SETTLING, self._go_on_settling)
 
     def _look_for_silence(self, requests: Sequence["_Request"] = ()) -> None:
@@ -130,7 +113,6 @@ class _Request:
 
     def __init__(self, following: Following, request_id: str) -> None:
         self.id = request_id
-        self.key = following.keys.tokens(request_id)
         self.followers: dict[Follower, None] = {}
         self.settles_until = 0.0
         """By the event loop's clock, if nothing is told before."""
@@ -197,8 +179,8 @@ class _Request:
 class Follower:
     """One who follows a request. The log is read in the task that asks for more; the rest leaves word, or pours."""
 
-    def __init__(self, following: Following, request: _Request, last: EntryId) -> None:
-        self._following = following
+    def __init__(self, logs: Logs, request: _Request, last: EntryId) -> None:
+        self._logs = logs
         self._request = request
         request.followers[self] = None
         self.is_over = last == SEAL
@@ -346,27 +328,27 @@ class Follower:
     async def _catch_up(self) -> None:
         if self._ready:
             return
-        self._check_open()
         if self._is_alone:
-            await self._block()
+            self._go_on(await self._logs.wait(self._request.id, EntryId(self._attempt, self._n)))
         else:
             await self._read()
 
     async def _read(self) -> None:
         """Read the log on from where this one is; what is told meanwhile comes after that."""
+        where = EntryId(self._attempt, self._n)
         doubts, self._doubts = self._doubts, False
         alive, self._must_be_alive = self._must_be_alive, False
         self._is_behind, self._held, self._bytes = False, [], 0
         try:
-            raw = await self._following.patience.retry(partial(self._ask, alive=alive))
+            page = await self._logs.read(self._request.id, where, alive=alive)
         finally:
             held, self._held, self._bytes = self._held, None, 0
-        if raw:
+        self._go_on(page)
+        if page is not None:
             if doubts:
-                self._misses = self._misses + 1 if self._missed == (self._attempt, self._n) else 1
-            self._missed = self._go_to(raw[-1][0])
-            self._read_on = (parse(entry_id, _fields(flat)) for entry_id, flat in raw)
-        if len(raw) == _BATCH:
+                self._misses = self._misses + 1 if self._missed == where else 1
+            self._missed = page.last
+        if page is not None and page.is_full:
             self._is_behind = True
         elif not self.is_over and not self._is_alone:
             self._request.subscribe()
@@ -375,51 +357,9 @@ class Follower:
         if self._misses >= _MISSES:
             self.go_alone()
 
-    def _go_to(self, last: bytes) -> EntryId:
-        """All up to here has been read from the log."""
-        self._attempt, self._n = where = EntryId.parse(last)
-        self.is_over = where == SEAL
-        return where
-
-    async def _ask(self, *, alive: bool) -> list[_Raw]:
-        self._check_open()
-        ask, key = self._following.together.ask, self._request.key
-        begin = b"(%d-%d" % (self._attempt, self._n)
-        read = pack(b"XRANGE", key.encode(), begin, b"+", b"COUNT", b"%d" % _BATCH)
-        if not alive:
-            (raw,) = await ask(key, read, 1)
-            return cast("list[_Raw]", raw)
-        # The tombstone is read first: it is written with the seal, and so a request without one has a log to be read
-        # after it, unless nothing is known of it.
-        ended = pack(b"GET", self._following.keys.ended(self._request.id).encode())
-        stone, raw, is_there = await ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
-        if not raw and not is_there:
-            raise gone(self._request.id, stone)
-        return cast("list[_Raw]", raw)
-
-    async def _block(self) -> None:
-        """Wait as anybody can: with an XREAD of one's own."""
-        streams = await self._following.patience.retry(self._xread)
-        if streams:
-            entries = streams[0][1]
-            self._go_to(entries[-1][0])
-            self._read_on = (parse(entry_id, fields) for entry_id, fields in entries)
-        else:
-            await self._following.patience.retry(partial(self._ask, alive=True))
-
-    async def _xread(self) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
-        self._check_open()
-        after = {self._request.key: f"{self._attempt}-{self._n}"}
-        return cast(
-            "list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]",
-            await self._following.reader.xread(after, count=_BATCH, block=int(_BLOCK * 1000)),  # type: ignore[arg-type]  # dict is invariant
-        )
-
-    def _check_open(self) -> None:
-        if self._following.is_closed:
-            raise Unavailable("the client is closed")
-
-
-def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
-    each = iter(flat)
-    return dict(zip(each, each, strict=True))
+    def _go_on(self, page: Page | None) -> None:
+        """All of it has been read from the log."""
+        if page is not None:
+            self._read_on = page.entries
+            self._attempt, self._n = page.last
+            self.is_over = page.last == SEAL
