@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from redis.asyncio import Redis
 from worker.cli import main
 from worker.contract.entries import Object
 from worker.sandbox.demo import run_demo
+from worker.sandbox.redis import find_servers
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 
@@ -74,6 +76,19 @@ async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
     check_story(lines)
     check_summary(lines)
     assert await redis.keys() == [b"somebody-elses"]
+
+
+def test_the_redis_of_the_machine_comes_before_that_of_an_active_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = find_servers()[0]
+    bundled, machine = tmp_path / "environment", tmp_path / "machine"
+    for folder in (bundled, machine):
+        folder.mkdir()
+        (folder / server.name).symlink_to(server)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(bundled))
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, (bundled, machine))))
+    assert find_servers()[0] == machine / "redis-server"
 
 
 async def test_without_any_redis_server_the_demo_imitates_one(

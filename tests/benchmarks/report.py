@@ -134,10 +134,10 @@ TARGETS = (
         for logs in (100, 1000, 5000)
         for target in (
             Target(
-                f"CPU per delta of {logs:,} followed, against the better XREAD", f"read_us_{logs}", 1 / 3,
+                f"CPU per delta of {logs:,} followed by pour, against the better XREAD", f"read_us_{logs}", 1 / 3,
                 ("each", "shared"), whose="pour",
             ),
-            Target(f"latency of {logs:,} followed, p99, ms", f"read_p99_{logs}", 2, whose="pour"),
+            Target(f"latency of {logs:,} followed by pour, p99, ms", f"read_p99_{logs}", 2, whose="pour"),
         )
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Self
 from board import Board, Count, folder
 from bridge import Bridge
 from chunks import MODEL
-from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile, redis_state, resident
+from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile, redis_state, resident, undisturbed
 from reader import key_of
 from redis import Redis
 
@@ -162,8 +162,8 @@ class Rig:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Meanwhile the bridge has a core of its own."""
-        with kept_apart(self._process.pid, self._others):
+        """Meanwhile the bridge has a core of its own, and nothing else of the machine comes before any of these."""
+        with kept_apart(self._process.pid, self._others), undisturbed(self._process.pid, self._others):
             yield
 
     def pace(self, rate: float, together: int = 1) -> None:

