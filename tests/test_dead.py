@@ -18,7 +18,6 @@ from worker.broker.connection import command_client
 from worker.broker.dead import DeadLetters
 from worker.broker.jobs import Delivery
 from worker.broker.ledger import Ledger
-from worker.broker.lines import Lines
 from worker.cli import main
 from worker.cli_dead import _retry
 from worker.contract.ids import EntryId
@@ -38,7 +37,7 @@ def bury(redis: Redis) -> Bury:
     ) -> str:
         fields = {"id": f"r{number}", "request": REQUEST} | more
         job = Delivery(queue, f"{number}-0", {name.encode(): value.encode() for name, value in fields.items()})
-        await Ledger(Lines(redis), Keys()).bury(job, reason, 1_700_000_000_000, largest)
+        await Ledger(redis, Keys()).bury(job, reason, 1_700_000_000_000, largest)
         return (await stream(redis, "chat:dead"))[-1][0].decode()
 
     return bury
@@ -159,10 +158,10 @@ async def test_two_workers_that_bury_a_job_at_once_leave_one_letter(
     job = Delivery("default", "1-0", {b"id": b"no/id"})
     async with command_client(redis_proxy.redis_url) as first, command_client(redis_url) as second:
         writing = redis_proxy.hold(rb"XADD chat:dead ")
-        paused = asyncio.create_task(Ledger(Lines(first), Keys()).bury(job, "why", 7, 9999))
+        paused = asyncio.create_task(Ledger(first, Keys()).bury(job, "why", 7, 9999))
         await writing.met.wait()
-        await Ledger(Lines(second), Keys()).bury(replace(job, again=True), "why", 7, 9999)
-        await Ledger(Lines(second), Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
+        await Ledger(second, Keys()).bury(replace(job, again=True), "why", 7, 9999)
+        await Ledger(second, Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
         writing.release()
         await paused
     assert [letter[b"job"] for letter in await letters(redis)] == [b"1-0", b"2-0"]
@@ -172,7 +171,7 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
     ids = [f"{number}-0" for number in range(30)]
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(command_client(redis_url)) for _ in range(3)]
-        ledgers = [Ledger(Lines(each), Keys()) for each in clients]
+        ledgers = [Ledger(each, Keys()) for each in clients]
         burials = (
             ledger.bury(Delivery("default", i, {}, again=True), "why", 7, 9999) for i in ids for ledger in ledgers
         )

@@ -20,7 +20,6 @@ from worker.broker.cluster import ClusterClient
 from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is_transient, what_redis_said
 from worker.broker.jobs import JobQueue, waiting_in
 from worker.broker.ledger import Ledger
-from worker.broker.lines import Lines
 from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
@@ -231,7 +230,7 @@ async def _worker_findings(redis: Redis, keys: Keys, lease: float, undone: int) 
     """The workers as they show themselves, each third of a lease; whoever was killed is shown for ten more."""
     seconds, _ = await redis.time()
     findings, alive = [], []
-    for name, line in sorted((await Ledger(Lines(redis), keys).lines()).items()):
+    for name, line in sorted((await Ledger(redis, keys).lines()).items()):
         silent = seconds - line.beat // 1000
         if silent > lease:
             text, mend = f"it has been silent for {silent} s", "see whether it still runs"

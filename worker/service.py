@@ -57,8 +57,7 @@ class Service:
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = Publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
-        lines = Lines(self._commands)
-        self._ledger = Ledger(lines, keys)
+        self._ledger = Ledger(self._commands, keys)
         self._upstream = Upstream(
             _in_an_order_of_its_own(settings.vllm_urls),
             api_key=settings.vllm_api_key.get_secret_value(),
@@ -68,7 +67,7 @@ class Service:
             settings,
             jobs=self._jobs,
             owner=Owner(
-                lines,
+                Lines(self._commands),
                 keys,
                 self._jobs,
                 self._publisher,

@@ -9,7 +9,6 @@ from redis.asyncio import Redis
 
 from worker.broker.jobs import Delivery
 from worker.broker.ledger import Ledger
-from worker.broker.lines import Lines
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, WorkerLine
 
@@ -23,7 +22,7 @@ def fake() -> Redis:
 
 @pytest.fixture
 def ledger(fake: Redis) -> Ledger:
-    return Ledger(Lines(fake), Keys())
+    return Ledger(fake, Keys())
 
 
 def line(name: str, beat: int) -> WorkerLine:
@@ -77,7 +76,7 @@ async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger,
 
 
 async def test_a_lifecycle_line_leaves_out_what_is_empty(redis: Redis) -> None:
-    ledger = Ledger(Lines(redis), Keys())
+    ledger = Ledger(redis, Keys())
     await ledger.lifecycle(Lifecycle(type="started", id="r", job="5-1", queue="default", attempt=1, time=9))
     ((_, fields),) = await stream(redis, "chat:lifecycle")
     assert fields == {

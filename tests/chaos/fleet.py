@@ -13,7 +13,7 @@ from functools import partial
 from typing import cast
 
 import httpx
-from faults import Fate, Gate, GatedLines, GatedWires, Network
+from faults import Fate, Gate, GatedLines, GatedWires, Network, gated
 from redis.exceptions import RedisError
 
 from worker.broker.connection import blocking_client, command_client, is_transient
@@ -81,6 +81,8 @@ class Worker:
             self.gate.guard(redis)
         self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
         lines = GatedLines(self._commands, self.gate)
+        ledger = Ledger(self._commands, Keys())
+        ledger._together.kind = gated(self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
         self._upstream._transport = _Vllm(self.gate)
         self._upstream._client = httpx.AsyncClient(transport=self._upstream._transport)
@@ -91,7 +93,7 @@ class Worker:
             owner=Owner(
                 lines, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
-            ledger=Ledger(lines, Keys()),
+            ledger=ledger,
             publisher=self._publisher,
             upstream=self._upstream,
             metrics=Metrics(),

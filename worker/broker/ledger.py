@@ -7,10 +7,11 @@ from itertools import chain
 from typing import TypeAlias, cast
 
 import msgspec
+from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
 from worker.broker.jobs import Delivery
-from worker.broker.lines import Lines
+from worker.broker.together import Together
 from worker.broker.wire import pack
 from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
@@ -28,9 +29,9 @@ _Letters: TypeAlias = list[tuple[bytes, Mapping[bytes, bytes]]]
 class Ledger:
     """Writes the records that are not the log of one request."""
 
-    def __init__(self, lines: Lines, keys: Keys) -> None:
-        self._lines = lines
-        self._redis = lines.redis
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._together = Together(redis)  # many jobs begin and end at once
         self._keys = keys
         self._burying = asyncio.Lock()
 
@@ -38,7 +39,7 @@ class Ledger:
         """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
         key = self._keys.lifecycle
         words = ("XADD", key, "MAXLEN", "~", str(_LIFECYCLE_LENGTH), "*", *chain(*line.to_fields().items()))
-        await self._lines.ask(key, pack(*[word.encode() for word in words]))
+        await self._together.ask(key, pack(*[word.encode() for word in words]), 1)
 
     async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.

@@ -17,6 +17,8 @@ _AT_ONCE = 128
 class Together:
     """Asks for many. The client is shared, but keeps one connection to each server for this."""
 
+    kind = Wire
+
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._lines: dict[Redis, _Line] = {}
@@ -30,7 +32,7 @@ class Together:
         server = await server_of(self._redis, key)
         line = self._lines.get(server)
         if line is None:
-            line = self._lines[server] = _Line(server)
+            line = self._lines[server] = _Line(server, self.kind)
         try:
             replies = await line.ask(packed, count)
             for reply in replies:
@@ -51,8 +53,9 @@ class Together:
 class _Line:
     """The connection to one server, and who waits for it."""
 
-    def __init__(self, server: Redis) -> None:
+    def __init__(self, server: Redis, kind: type[Wire]) -> None:
         self._server = server
+        self._kind = kind
         self._wire: Wire | None = None
         self._waiting: list[tuple[bytes, int, asyncio.Future[list[Any]]]] = []
         self._asking: asyncio.Task[None] | None = None
@@ -95,7 +98,7 @@ class _Line:
             wire, self._wire = self._wire, None
             await wire.close()
         if self._wire is None:
-            self._wire = await Wire.open(self._server.connection_pool)
+            self._wire = await self._kind.open(self._server.connection_pool)
         return await self._wire.ask(b"".join([packed for packed, _, _ in batch]), sum(count for _, count, _ in batch))
 
     async def aclose(self) -> None:
