@@ -6,7 +6,7 @@ import pytest
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from worker.broker.connection import command_client
 from worker.broker.together import Together
@@ -52,6 +52,17 @@ async def test_after_a_lost_connection_the_next_question_has_a_new_one(redis_pro
         await together.aclose()
         with pytest.raises(RedisConnectionError):
             await together.ask("k", pack(b"ECHO", b"z"), 1)
+
+
+async def test_a_server_that_is_no_master_any_more_is_asked_on_a_new_connection(redis_proxy: Proxy) -> None:
+    refuse = b"""return redis.error_reply("READONLY You can't write against a read only replica.")"""
+    async with command_client(redis_proxy.redis_url, connections=1) as client:
+        together = Together(client)
+        with pytest.raises(ReadOnlyError):
+            await together.ask("k", pack(b"EVAL", refuse, b"0"), 1)
+        assert await together.ask("k", pack(b"ECHO", b"x"), 1) == [b"x"]
+        await together.aclose()
+    assert redis_proxy.accepted == 2
 
 
 async def test_closing_answers_whoever_waits(redis_proxy: Proxy) -> None:

@@ -15,7 +15,7 @@ from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.client import Pipeline
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.crc import key_slot
-from redis.exceptions import AskError, ClusterDownError, RedisError, TryAgainError
+from redis.exceptions import AskError, ClusterDownError, MasterDownError, ReadOnlyError, RedisError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -27,6 +27,11 @@ _Command: TypeAlias = tuple[tuple[str | bytes, ...], Mapping[str, Any]]
 _SLOTS = 16384
 _ASK_TIMEOUT = 1.0
 """Seconds that a node has to tell who holds which slot; then the next is asked."""
+
+ELSEWHERE = (
+    RedisConnectionError, RedisTimeoutError, ReadOnlyError, TryAgainError, ClusterDownError, MasterDownError
+)  # fmt: skip
+"""What is heard of a server that is gone, or is not the master any more."""
 
 
 class ClusterClient(Redis):

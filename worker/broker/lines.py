@@ -10,20 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import ClusterDownError, MasterDownError, ReadOnlyError, RedisError, TryAgainError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 
-from worker.broker.cluster import forget_masters, server_of
+from worker.broker.cluster import ELSEWHERE, forget_masters, server_of
 from worker.broker.wire import Wire, in_multi, pack
 
 _MOST = 16
 """Connections to one server: its client's pool has 64, and the renewals of leases need one of the rest."""
-
-_ELSEWHERE = (
-    RedisConnectionError, RedisTimeoutError, ReadOnlyError, TryAgainError, ClusterDownError, MasterDownError
-)  # fmt: skip
-"""What is heard of a server that is gone, or is not the master any more."""
 
 
 class Line:
@@ -88,7 +81,7 @@ class Lines:
             wire = await self._take(server, place)
             try:
                 yield Line(wire)
-            except _ELSEWHERE:
+            except ELSEWHERE:
                 wire.abort()
                 self._forget()
                 raise

@@ -6,7 +6,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.cluster import forget_masters, server_of
+from worker.broker.cluster import ELSEWHERE, forget_masters, server_of
 from worker.broker.connection import is_transient
 from worker.broker.wire import Wire, lost
 
@@ -99,7 +99,11 @@ class _Line:
             await wire.close()
         if self._wire is None:
             self._wire = await self._kind.open(self._server.connection_pool)
-        return await self._wire.ask(b"".join([packed for packed, _, _ in batch]), sum(count for _, count, _ in batch))
+        questions, count = b"".join([packed for packed, _, _ in batch]), sum(count for _, count, _ in batch)
+        replies = await self._wire.ask(questions, count)
+        if any(isinstance(reply, ELSEWHERE) for reply in replies):
+            self._wire.abort()
+        return replies
 
     async def aclose(self) -> None:
         self._is_closed = True
