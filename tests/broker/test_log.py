@@ -467,7 +467,7 @@ async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:new"]
 
 
-async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_without_a_hint(
+async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_though_its_hint_came_too_early(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     other = await one.take(delivery)  # so that the connection is there, whose first use looks at every log
@@ -477,6 +477,7 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_wit
     await redis.xadd(taken.key, {"type": "started"}, id="1-0")
     await redis.xadd(taken.key, {"type": "cancelled"}, id=str(SEAL))
     await redis.expire(taken.key, 60)
+    one.publisher.look_at("r2")  # as the hint does
     one.publisher.attach(taken)
     assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
 

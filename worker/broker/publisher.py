@@ -83,6 +83,7 @@ class Publisher:
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
+        self._hinted: set[str] = set()
         self._trouble: Exception | None = None
         self._mute = False
         self._leaving = False
@@ -94,11 +95,12 @@ class Publisher:
     def attach(self, log: TokenLog) -> None:
         """Watch over a log that this process has begun to own.
 
-        It may have been cancelled since it was read, by a hint that came before this: so it is looked at once.
+        It may have been cancelled since it was read, by a hint that came before this: then it is looked at now.
         """
         self._logs.add(log)
         self._by_request[log.request_id] = log
-        self._ask(log)
+        if log.request_id in self._hinted:
+            self._ask(log)
 
     def detach(self, log: TokenLog) -> None:
         """The process is done with a log."""
@@ -161,13 +163,16 @@ class Publisher:
             if log.seen == accepted:
                 self._asked.add(log)
             log.seen = accepted
+        self._hinted.clear()
         self._call()
 
     def look_at(self, request_id: str) -> None:
-        """Read the end of one request's log soon, if it is written here."""
+        """Read the end of one request's log soon, if it is written here, or will be in a moment."""
         log = self._by_request.get(request_id)
         if log is not None:
             self._ask(log)
+        else:
+            self._hinted.add(request_id)
 
     def _ask(self, log: TokenLog) -> None:
         self._asked.add(log)
