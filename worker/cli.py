@@ -91,11 +91,13 @@ def _spare_the_collector() -> None:
     """Have garbage looked for less often, and not among what is loaded by now, which stays.
 
     With 512 streams and 20,000 tokens a second the collector's pauses were most of the added latency: its median was
-    14 ms with Python's own thresholds, and 2 ms with these.
+    14 ms with Python's own thresholds, and 2 ms with these. The middle generation is looked through a tenth as often as
+    Python does: among 3,000 streams each look took 35 ms, an eighth of the CPU to open a stream, and found nothing. How
+    much garbage there may be is as before, since the oldest generation is looked through after as many objects.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 100)
+    gc.set_threshold(10_000, 100, 10)
 
 
 @main.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
