@@ -462,8 +462,7 @@ async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypat
         server.slow = {"/tokenize"}
         asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", {}))
         await until(lambda: "/tokenize" in server.asked)
-        assert server._server is not None
-        server._server.close()
+        server.refuse()
         with pytest.raises(UpstreamError) as caught:
             await asking
         assert caught.value.code == "upstream_truncated"

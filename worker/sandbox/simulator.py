@@ -96,6 +96,13 @@ class Simulator:
         tasks = [task for connection in self._connections if (task := connection.drop()) is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def refuse(self) -> None:
+        """Take no connections any more, and close those on which nothing is asked: what vLLM does first on SIGTERM."""
+        if self._server is not None:
+            self._server.close()
+        for connection in self._connections:
+            connection.retire()
+
     def _accept(self) -> Connection:
         connection = Connection(self._handle)
         self._connections.add(connection)

@@ -34,18 +34,18 @@ class Connection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
-        self.lost = False
-        """Whether the connection is closed."""
+        self._retired = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        if self._retired:
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         self._http.receive_data(data)
         self._advance()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self.lost = True
         if self._task is not None:
             self._task.cancel()
 
@@ -79,9 +79,9 @@ class Connection(asyncio.Protocol):
             await self._handle(request, self)
         finally:
             self._task = None
-            if self._http.our_state is not h11.DONE:
+            if self._retired or self._http.our_state is not h11.DONE:
                 self._transport.close()
-        if not self.lost and self._http.our_state is h11.DONE:
+        if not self._transport.is_closing():
             self._http.start_next_cycle()
             self._advance()
 
@@ -118,6 +118,13 @@ class Connection(asyncio.Protocol):
         connection = cast("socket.socket", self._transport.get_extra_info("socket"))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
+
+    def retire(self) -> None:
+        """Answer what has been asked by now, and close then."""
+        self._retired = True
+        transport: asyncio.Transport | None = getattr(self, "_transport", None)
+        if transport is not None and self._task is None:
+            transport.close()
 
     def drop(self) -> asyncio.Task[None] | None:
         """Close at once, whatever is going on; the task to wait for, if there is one."""
