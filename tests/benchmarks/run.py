@@ -6,6 +6,7 @@ It wants the machine for itself: on one that does something else besides, little
 """
 # ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
 
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ def main(
     plot: Path | None,
 ) -> None:  # fmt: skip
     """Compare the worker with other bridges between vLLM and Redis, and ways to read with each other."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a Redis of its own would be left behind
     many_files()
     run = Run(
         seconds=min(seconds, 2.0) if quick else seconds, rung_seconds=min(seconds, 3.0), climbs=not quick,
