@@ -1,12 +1,11 @@
 """How failures are counted from a log, and how suspects wait for one another."""
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 
 from worker.broker.jobs import Delivery
-from worker.broker.log import Pending, TokenLog
+from worker.broker.log import Run, TokenLog
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
 from worker.suspects import Turns, failures, goal_of, is_doubtful, is_suspect
@@ -114,7 +113,7 @@ class Nowhere:
     def relieve(self, size: int) -> None:
         assert size >= 0
 
-    def take(self, entries: Sequence[Pending], size: int) -> None:
+    def take(self, run: Run) -> None:
         pass
 
     def drop(self, log: TokenLog) -> None:

@@ -156,6 +156,33 @@ async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, de
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
 
 
+async def test_of_entries_appended_together_only_what_redis_lacks_is_written_again(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    for number, text in enumerate("ab", 1):
+        await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
+    log.extend([delta(text) for text in "abcd"])
+    one.publisher.look()
+    held = log.reconcile(EntryId(1, 2))
+    assert [(first, entries) for _, first, entries, _, _ in held] == [(1, [delta("a"), delta("b")])]
+    assert [(first, entries) for _, first, entries, _, _ in log.pending] == [(3, [delta("c"), delta("d")])]
+    await log.drained()
+    assert log.accepted == EntryId(1, 4)
+    assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 70_000])
+@pytest.mark.parametrize("letter", ["a", "é", "文", "🦊", "\r\n$5\r\n"])
+async def test_text_of_any_length_and_alphabet_arrives_as_it_is(
+    one: Process, delivery: Delivery, redis: Redis, letter: str, size: int
+) -> None:
+    log = await one.take(delivery)
+    log.extend([delta(letter * size), delta("next")])
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", f"1-1:{letter * size}", "1-2:next"]
+
+
 async def test_a_redis_that_loads_its_data_is_waited_for(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

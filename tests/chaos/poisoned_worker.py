@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from worker import relay
-from worker.broker.log import Pending, TokenLog
+from worker.broker.log import Run, TokenLog
 from worker.contract.entries import Terminal
 from worker.contract.job import Job, RawFields
 from worker.contract.job import parse_job as _parse
@@ -38,8 +38,8 @@ async def _end(self: Generation) -> Terminal:
     return await _healthy(self)
 
 
-def _die_midway(self: TokenLog, entry: Pending) -> bool:
-    accepted = _accept(self, entry)
+def _die_midway(self: TokenLog, run: Run) -> bool:
+    accepted = _accept(self, run)
     if self.request_id in _midway and self.accepted.n > 8:
         os._exit(1)
     return accepted

@@ -2,15 +2,15 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 
-Pending: TypeAlias = tuple["TokenLog", int, str, Fields, bytes]
-"""An entry on its way: its log, `n` and the whole of its id, its fields, and the command that writes it."""
+Run: TypeAlias = tuple["TokenLog", int, list[Fields], list[bytes], int]
+"""Entries that were appended together: their log, `n` of the first, their fields, the commands that write them, and
+the bytes of these."""
 
 HIGH_WATER_BYTES = 256 * 1024
 """Above this much of one log that Redis has not accepted, reading its answer from vLLM pauses."""
@@ -46,8 +46,8 @@ class Sink(Protocol):
     is_full: bool
     """Whether all its logs together have so much to write that none may read on."""
 
-    def take(self, entries: Sequence[Pending], size: int) -> None:
-        """Entries to write, of so many bytes, after all others of their log."""
+    def take(self, run: Run) -> None:
+        """Entries to write, after all others of their log."""
 
     def drop(self, log: "TokenLog") -> None:
         """What it has taken of a log need not be written."""
@@ -75,8 +75,8 @@ class TokenLog:
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""
     _behind: int = field(init=False, default=0)
-    _key: bytes = field(init=False)
-    _pending: deque[Pending] = field(init=False, default_factory=deque)
+    _key: str = field(init=False)
+    _pending: deque[Run] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
     _accepted: int = field(init=False, default=0)
@@ -85,27 +85,24 @@ class TokenLog:
     def __post_init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
         self.progress = asyncio.get_running_loop().create_future()
-        self._key = b"$%d\r\n%b\r\n" % (len(self.key), self.key.encode())
+        self._key = f"${len(self.key.encode())}\r\n{self.key}\r\n$10\r\nNOMKSTREAM\r\n$"
 
     def append(self, fields: Fields) -> None:
         """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
         self.extend([fields])
 
-    def extend(self, entries: Sequence[Fields]) -> None:
-        """Add some at once, in this order."""
+    def extend(self, entries: list[Fields]) -> None:
+        """Add some at once, in this order. The list is the log's from now on."""
         if self.lost.done() or not entries:
             return
-        attempt, key, size = self.attempt, self._key, 0
-        added: list[Pending] = []
-        for n, fields in enumerate(entries, self._next):
-            entry_id = f"{attempt}-{n}"
-            packed = _xadd(key, entry_id, fields)
-            added.append((self, n, entry_id, fields, packed))
-            size += len(packed)
-        self._next += len(added)
-        self._pending += added
+        attempt, key, first = self.attempt, self._key, self._next
+        packed = [_xadd(key, f"{attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
+        size = sum(map(len, packed))
+        run = (self, first, entries, packed, size)
+        self._next += len(entries)
+        self._pending.append(run)
         self._bytes += size
-        self.sink.take(added, size)
+        self.sink.take(run)
 
     def begin_attempt(self, attempt: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted."""
@@ -121,41 +118,59 @@ class TokenLog:
         return EntryId(self.attempt, self._accepted)
 
     @property
-    def pending(self) -> list[Pending]:
+    def pending(self) -> list[Run]:
         """What Redis has not accepted, oldest first."""
         return list(self._pending)
 
-    def accept(self, entry: Pending) -> bool:
-        """Redis holds an entry, and those before it; false for one that was forgotten meanwhile."""
+    def accept(self, run: Run) -> bool:
+        """Redis holds these entries, and those before them; false where they were forgotten meanwhile."""
         pending = self._pending
-        if not pending or pending[0] is not entry:
+        if not pending or pending[0] is not run:
             return False
         pending.popleft()
-        size = len(entry[4])
+        _, first, entries, _, size = run
         self._bytes -= size
         self.sink.relieve(size)
-        self._accepted = entry[1]
+        self._accepted = first + len(entries) - 1
         if not self.progress.done():
-            self._look_for_progress(entry[3])
+            self._look_for_progress(entries)
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self.release()
         return True
 
-    def _look_for_progress(self, fields: Fields) -> None:
-        if fields["type"] == Restarted.type:
-            self._behind = self.goal
-        elif fields["type"] == Delta.type:
-            self._behind -= 1
-        if self._behind < 0:
-            self.progress.set_result(None)
+    def _look_for_progress(self, entries: list[Fields]) -> None:
+        for fields in entries:
+            if fields["type"] == Restarted.type:
+                self._behind = self.goal
+            elif fields["type"] == Delta.type:
+                self._behind -= 1
+            if self._behind < 0:
+                self.progress.set_result(None)
+                break
 
-    def reconcile(self, tail: EntryId | None) -> list[Pending]:
+    def reconcile(self, tail: EntryId | None) -> list[Run]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
-        if lost is not None:
-            self.lose(lost)
+        if tail is None or lost is not None:
+            if lost is not None:
+                self.lose(lost)
             return []
-        return [entry for entry in self.pending if tail is not None and entry[1] <= tail.n and self.accept(entry)]
+        self._cut(tail.n)
+        return [run for run in self.pending if run[1] <= tail.n and self.accept(run)]
+
+    def _cut(self, n: int) -> None:
+        """Part the run that begins before the end of what Redis has, and ends after it."""
+        runs: deque[Run] = deque()
+        for run in self._pending:
+            log, first, entries, packed, size = run
+            there = n + 1 - first
+            if 0 < there < len(entries):
+                held = sum(map(len, packed[:there]))
+                runs.append((log, first, entries[:there], packed[:there], held))
+                runs.append((log, n + 1, entries[there:], packed[there:], size - held))
+            else:
+                runs.append(run)
+        self._pending = runs
 
     def lose(self, reason: LogLost) -> None:
         """The owner writes no more."""
@@ -224,22 +239,27 @@ def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | No
     return None
 
 
-_SHAPES: dict[tuple[str, ...], bytes] = {}
+_HEADS = [f"*{4 + 2 * count}\r\n$4\r\nXADD\r\n" for count in range(32)]
+"""By the number of fields; no entry has half as many."""
+_SIZES = [f"{size}\r\n" for size in range(256)]
+_NAMES: dict[str, str] = {}
+"""Names of fields, packed. They are few, and all our own."""
 
 
-def _xadd(key: bytes, entry_id: str, fields: Fields) -> bytes:
+def _xadd(key: str, entry_id: str, fields: Fields) -> bytes:
     """The command that adds an entry, as Redis reads it; the key is packed already.
 
-    The names of fields are few, and all our own: what they make of the command is kept.
+    Joined from pieces of text that are there, and encoded once: at four fifths of the price of a format, at half that
+    of hiredis's `pack_command`.
     """
-    names = tuple(fields)
-    shape = _SHAPES.get(names)
-    if shape is None:
-        head = b"*%d\r\n$4\r\nXADD\r\n%%b$10\r\nNOMKSTREAM\r\n$%%d\r\n%%b\r\n" % (4 + 2 * len(names))
-        shape = head + b"".join(b"$%d\r\n%b\r\n$%%d\r\n%%b\r\n" % (len(name), name.encode()) for name in names)
-        _SHAPES[names] = shape
-    parts: list[bytes | int] = [key, len(entry_id), entry_id.encode()]
-    for value in fields.values():
-        raw = value.encode()
-        parts += len(raw), raw
-    return shape % tuple(parts)
+    parts = [_HEADS[len(fields)], key, _SIZES[len(entry_id)], entry_id]
+    for name, value in fields.items():
+        size = len(value) if value.isascii() else len(value.encode())
+        parts += _NAMES.get(name) or _packed_name(name), _SIZES[size] if size < len(_SIZES) else f"{size}\r\n", value
+    parts.append("\r\n")
+    return "".join(parts).encode()
+
+
+def _packed_name(name: str) -> str:
+    packed = _NAMES[name] = f"\r\n${len(name)}\r\n{name}\r\n$"
+    return packed

@@ -15,8 +15,9 @@ import asyncio
 import enum
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Any, TypeAlias
 
 import msgspec
@@ -26,8 +27,8 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import Backoff, command_client, is_transient
-from worker.broker.log import LogDiverged, LogGone, LogRefused, Pending, TokenLog
-from worker.broker.wire import Outcome, Wires, pack
+from worker.broker.log import LogDiverged, LogGone, LogRefused, Run, TokenLog
+from worker.broker.wire import Command, Outcome, Wires, pack
 from worker.contract.entries import Fields
 from worker.contract.feed import UNTOLD_FOR
 from worker.contract.ids import EntryId
@@ -77,7 +78,7 @@ class Publisher:
         self._bytes = 0
         self._logs: set[TokenLog] = set()
         self._by_request: dict[str, TokenLog] = {}
-        self._out: list[Pending] = []
+        self._out: list[Run] = []
         self._feed: _Feed = {}
         self._told_soon = False
         self._phase = _Phase.IDLE
@@ -109,10 +110,10 @@ class Publisher:
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
-    def take(self, entries: Sequence[Pending], size: int) -> None:
-        """Entries to write, of so many bytes, after all others of their log."""
-        self._out += entries
-        self._bytes += size
+    def take(self, run: Run) -> None:
+        """Entries to write, after all others of their log."""
+        self._out.append(run)
+        self._bytes += run[4]
         if self._bytes >= _HIGH_WATER_BYTES:
             self.is_full = True
         if self._phase is _Phase.IDLE:
@@ -120,7 +121,7 @@ class Publisher:
 
     def drop(self, log: TokenLog) -> None:
         """What it has taken of a log need not be written."""
-        self._out = [entry for entry in self._out if entry[0] is not log]
+        self._out = [run for run in self._out if run[0] is not log]
 
     def relieve(self, size: int) -> None:
         """So many bytes need not be written any more."""
@@ -229,15 +230,23 @@ class Publisher:
         if not (self._out or self._feed):
             self._phase = _Phase.IDLE
             return
-        batch, self._out = self._out[:_MAX_ENTRIES], self._out[_MAX_ENTRIES:]
+        commands: list[Command] = []
+        batch = self._out
+        for number, (log, _, _, packed, _) in enumerate(batch, 1):
+            key = log.key
+            commands += [(key, command) for command in packed]
+            if len(commands) >= _MAX_ENTRIES:
+                batch = batch[:number]
+                break
+        self._out = self._out[len(batch) :]
         told, self._feed = self._feed, {}
-        commands = [(entry[0].key, entry[4]) for entry in batch]
+        entries = len(commands)
         publish = b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
-        for it, entries in told.items():
+        for it, news in told.items():
             channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, pack(publish, channel.encode(), _encode(entries))))
+            commands.append((channel, pack(publish, channel.encode(), _encode(news))))
         now = time.monotonic()
-        is_busy = len(batch) > _BUSY * (now - self._flushed)
+        is_busy = entries > _BUSY * (now - self._flushed)
         self._flushed = now
         self._phase = _Phase.FLYING
         self._wires.execute(commands, partial(self._land, batch, told))
@@ -252,7 +261,7 @@ class Publisher:
             time.sleep(left)
         self._rested = time.monotonic()
 
-    def _land(self, batch: list[Pending], told: _Feed, outcome: Outcome) -> None:
+    def _land(self, batch: list[Run], told: _Feed, outcome: Outcome) -> None:
         """The replies to a flush are there."""
         if isinstance(outcome, Exception):
             self._trouble = outcome
@@ -274,30 +283,28 @@ class Publisher:
         await self._wires.close()
         await self._redis.aclose()
 
-    def _take_replies(self, batch: list[Pending], told: _Feed, replies: list[Any]) -> None:
+    def _take_replies(self, batch: list[Run], told: _Feed, replies: list[Any]) -> None:
         now = time.monotonic()
+        verdicts = replies[: len(replies) - len(told)]
         # First: whoever did not listen yet when this was written reads it, and whoever did is to be told of it.
-        self._note_listeners(told, replies[len(batch) :], now)
-        refused: dict[TokenLog, list[object]] = {}
-        unheard: dict[TokenLog, Pending] = {}
+        self._note_listeners(told, replies[len(verdicts) :], now)
+        refused = {} if {*map(type, verdicts)} <= {bytes} else _refused(batch, verdicts)
+        unheard: dict[TokenLog, Run] = {}
         written = 0
-        for entry, reply in zip(batch, replies, strict=False):
-            log = entry[0]
-            if log in refused:
-                refused[log].append(reply)
-            elif not isinstance(reply, bytes):
-                refused[log] = [reply]
-            elif log.accept(entry):
-                written += 1
+        for run in batch:
+            log = run[0]
+            if log not in refused and log.accept(run):
+                written += len(run[2])
                 if not log.untold_until:
-                    self._tell_of(entry)
+                    self._tell_of(log, run[1], run[2])
                 elif now >= log.untold_until:
-                    unheard[log] = entry
-        for entry in unheard.values():  # the last is enough: whoever has come since reads the log up to there
-            self._tell_of(entry)
+                    unheard[log] = run
+        for log, first, entries, _, _ in unheard.values():
+            # The last is enough: whoever has come since reads the log up to there.
+            self._tell_of(log, first + len(entries) - 1, entries[-1:])
         self._metrics.written.inc(written)
-        for log, verdicts in refused.items():
-            self._judge(log, verdicts)
+        for log, since in refused.items():
+            self._judge(log, since)
 
     def _note_listeners(self, told: _Feed, counts: list[Any], now: float) -> None:
         """How many heard what was told last, of each log."""
@@ -307,9 +314,10 @@ class Publisher:
             if isinstance(it, TokenLog):
                 it.untold_until = 0.0 if count else now + UNTOLD_FOR
 
-    def _tell_of(self, entry: Pending) -> None:
+    def _tell_of(self, log: TokenLog, first: int, entries: list[Fields]) -> None:
         if not self._mute:
-            self._feed.setdefault(entry[0], []).append(entry[2:4])
+            told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
+            self._feed.setdefault(log, []).extend(told)
             self._tell_soon()
 
     def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
@@ -335,7 +343,7 @@ class Publisher:
             [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1")) for log, _ in logs]
         )
         looked_at = {log for log, _ in logs}
-        self._out = [entry for entry in self._out if entry[0] not in looked_at]
+        self._out = [run for run in self._out if run[0] not in looked_at]
         for (log, attempt), reply in zip(logs, replies, strict=True):
             if log.attempt == attempt:
                 self._reconcile(log, reply)
@@ -351,9 +359,9 @@ class Publisher:
             log.lose(LogRefused(str(reply)))
             return
         accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
-        self._metrics.written.inc(len(accepted))
-        for entry in accepted:
-            self._tell_of(entry)
+        for _, first, entries, _, _ in accepted:
+            self._metrics.written.inc(len(entries))
+            self._tell_of(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
@@ -365,3 +373,19 @@ class Publisher:
         await self._backoff.wait(error)
         await self._wires.close()
         self._look = True
+
+
+def _refused(batch: list[Run], verdicts: list[object]) -> dict[TokenLog, list[object]]:
+    """What Redis said to each log of which it refused an entry, from that one on.
+
+    Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.
+    """
+    refused: dict[TokenLog, list[object]] = {}
+    said = iter(verdicts)
+    for log, _, entries, _, _ in batch:
+        for verdict in islice(said, len(entries)):
+            if log in refused:
+                refused[log].append(verdict)
+            elif not isinstance(verdict, bytes):
+                refused[log] = [verdict]
+    return refused

@@ -46,7 +46,7 @@ class SSEDecoder:
             if chunk.find(b"\n") == len(chunk) - 2:
                 return [chunk[6:-2]]
             events = chunk[6:-2].split(b"\n\ndata: ")
-            if chunk.count(b"\n") == 2 * len(events):
+            if b"\n" not in b"".join(events):  # at a third of the price of looking into each, or of counting
                 return events
         return self._by_lines(chunk)
 
