@@ -151,26 +151,24 @@ class TokenLog:
     def reconcile(self, tail: EntryId | None) -> list[Run]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
-        if tail is None or lost is not None:
-            if lost is not None:
-                self.lose(lost)
+        if lost is not None:
+            self.lose(lost)
             return []
-        self._cut(tail.n)
-        return [run for run in self.pending if run[1] <= tail.n and self.accept(run)]
+        accepted: list[Run] = []
+        while tail is not None and self._pending and self._pending[0][1] <= tail.n:
+            self._part(tail.n)
+            accepted.append(self._pending[0])
+            self.accept(self._pending[0])
+        return accepted
 
-    def _cut(self, n: int) -> None:
-        """Part the run that begins before the end of what Redis has, and ends after it."""
-        runs: deque[Run] = deque()
-        for run in self._pending:
-            log, first, entries, packed, size = run
-            there = n + 1 - first
-            if 0 < there < len(entries):
-                held = sum(map(len, packed[:there]))
-                runs.append((log, first, entries[:there], packed[:there], held))
-                runs.append((log, n + 1, entries[there:], packed[there:], size - held))
-            else:
-                runs.append(run)
-        self._pending = runs
+    def _part(self, n: int) -> None:
+        """Make two of the first run where it goes on after `n`."""
+        log, first, entries, packed, size = self._pending[0]
+        there = n + 1 - first
+        if there < len(entries):
+            held = sum(map(len, packed[:there]))
+            self._pending[0] = (log, n + 1, entries[there:], packed[there:], size - held)
+            self._pending.appendleft((log, first, entries[:there], packed[:there], held))
 
     def lose(self, reason: LogLost) -> None:
         """The owner writes no more."""
