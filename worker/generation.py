@@ -41,6 +41,11 @@ class DeadlinePassed(Exception):
 class Generation:
     """The answer to one request, as this process makes it. `now` is Redis's clock in Unix ms."""
 
+    __slots__ = (
+        "_began", "_committed", "_endpoint", "_first_delta", "_history", "_log", "_metrics", "_now", "_owner",
+        "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms", "_went_on",
+    )  # fmt: skip
+
     def __init__(
         self,
         request: Request,
@@ -61,6 +66,9 @@ class Generation:
         self._settings = settings
         self._metrics = metrics
         self._now = now
+        self._endpoint: Endpoint
+        """The server that is read from, and what reads it."""
+        self._parser: ChunkParser
         self._committed = False
         """Whether this attempt has written what another try cannot just write again."""
         self._went_on = False
@@ -219,24 +227,12 @@ class Generation:
         raise CannotResume(refusal)
 
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
-        """Read one stream into the log. Per token there is no more than `take`: no await, and no task."""
-        log, parse = self._log, parser.parse
-
-        def take(events: list[bytes]) -> bool:
-            entries: list[Fields] = []
-            try:
-                for data in events:
-                    entries += parse(data)
-            finally:  # what comes before an error is said
-                log.extend(entries)
-            if not self._committed or self._first_delta is None:
-                self._commit(parser, endpoint)
-            return parser.done or log.is_full
-
+        """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
+        self._endpoint, self._parser = endpoint, parser
         async with self._upstream.stream(endpoint, body, route) as stream:
             try:
-                while await stream.pour(take) and not parser.done:
-                    await log.room()
+                while await stream.pour(self._take) and not parser.done:
+                    await self._log.room()
                 await stream.finish()
                 parser.check_complete()
             except UpstreamError:
@@ -244,11 +240,24 @@ class Generation:
                     raise
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
-                self._commit(parser, endpoint)
+                self._commit()
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
-    def _commit(self, parser: ChunkParser, endpoint: Endpoint) -> None:
+    def _take(self, events: list[bytes]) -> bool:
+        log, parser = self._log, self._parser
+        entries: list[Fields] = []
+        try:
+            for data in events:
+                entries += parser.parse(data)
+        finally:  # what comes before an error is said
+            log.extend(entries)
+        if not self._committed or self._first_delta is None:
+            self._commit()
+        return parser.done or log.is_full
+
+    def _commit(self) -> None:
         """Take note of what a stream has written by now."""
+        parser = self._parser
         if self._first_delta is None and parser.begun:
             self._first_delta = time.monotonic()
         if not parser.committed:
@@ -256,7 +265,7 @@ class Generation:
         if isinstance(parser, ContinuationParser):
             self._went_on = parser.got_on
             if not self._committed:  # at its first entry: the end of the answer may be minutes away
-                _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(endpoint.url))
+                _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(self._endpoint.url))
                 self._metrics.interrupted("resumed")
         self._committed = True
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -647,7 +648,8 @@ def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
         except UpstreamError as error:
             told.append(str(error))
     assert told[0] == told[1]
-    assert [vars(parser)[name] for name in vars(parser)] == [vars(thorough)[name] for name in vars(parser)]
+    state = attrgetter(*ChunkParser.__slots__)
+    assert state(parser) == state(thorough)
 
 
 @pytest.mark.parametrize("name", WHOLE)

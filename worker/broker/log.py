@@ -56,7 +56,7 @@ class Sink(Protocol):
         """So many bytes need not be written any more."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class TokenLog:
     """One owner's end of a log. Appending never waits; `room` and `drained` do."""
 
@@ -72,15 +72,18 @@ class TokenLog:
     untold_until: float = field(init=False, default=0.0)
     """Until when the feed is not told of it, since nobody listened; of the monotonic clock, and 0 if somebody may."""
     lost: asyncio.Future[LogLost] = field(init=False)
+    loss: LogLost | None = field(init=False, default=None)
+    """Why the owner may write no more, or nothing while it may."""
     progress: asyncio.Future[None] = field(init=False)
     """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""
     _behind: int = field(init=False, default=0)
+    """Deltas that Redis had accepted before, and more; below 0 once there is progress."""
     _key: str = field(init=False)
     _pending: deque[Run] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
     _accepted: int = field(init=False, default=0)
-    _waiting: list[asyncio.Future[None]] = field(init=False, default_factory=list)
+    _waiting: tuple[asyncio.Future[None], ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
@@ -93,7 +96,7 @@ class TokenLog:
 
     def extend(self, entries: list[Fields]) -> None:
         """Add some at once, in this order. The list is the log's from now on."""
-        if self.lost.done() or not entries:
+        if self.loss is not None or not entries:
             return
         attempt, key, first = self.attempt, self._key, self._next
         packed = [_xadd(key, f"{attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
@@ -109,7 +112,8 @@ class TokenLog:
         self.forget()
         self.attempt, self._accepted, self._next = attempt, 0, 1
         self.untold_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
-        if self.lost.done():
+        if self.loss is not None:
+            self.loss = None
             self.lost = asyncio.get_running_loop().create_future()
 
     @property
@@ -132,7 +136,7 @@ class TokenLog:
         self._bytes -= size
         self.sink.relieve(size)
         self._accepted = first + len(entries) - 1
-        if not self.progress.done():
+        if self._behind >= 0:
             self._look_for_progress(entries)
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self.release()
@@ -172,15 +176,11 @@ class TokenLog:
 
     def lose(self, reason: LogLost) -> None:
         """The owner writes no more."""
-        if not self.lost.done():
+        if self.loss is None:
+            self.loss = reason
             self.lost.set_result(reason)
         self.forget()
         self.release()
-
-    @property
-    def loss(self) -> LogLost | None:
-        """Why the owner may write no more, or nothing while it may."""
-        return self.lost.result() if self.lost.done() else None
 
     @property
     def is_full(self) -> bool:
@@ -205,7 +205,7 @@ class TokenLog:
 
     async def _changed(self) -> None:
         waiter = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        self._waiting += (waiter,)
         await waiter
 
     def forget(self) -> None:
@@ -218,10 +218,10 @@ class TokenLog:
 
     def release(self) -> None:
         """Have those look again who wait for room, or for the end."""
-        for waiter in self._waiting:
+        waiting, self._waiting = self._waiting, ()
+        for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
-        self._waiting.clear()
 
 
 def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:

@@ -337,7 +337,7 @@ class Publisher:
         if await self._wires.connect():
             self._look = True
         which = self._logs if self._look else self._asked & self._logs
-        logs = [(log, log.attempt) for log in which if not log.lost.done()]
+        logs = [(log, log.attempt) for log in which if log.loss is None]
         self._look, self._asked = False, set()  # a look that is asked for meanwhile is one more
         replies = await self._wires.ask(
             [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1")) for log, _ in logs]

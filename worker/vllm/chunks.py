@@ -71,6 +71,11 @@ class ChunkParser:
         kept: how many of these, at the end, are of the answer.
     """
 
+    __slots__ = (
+        "_begun", "_broken_off", "_chunk_extra", "_finished", "_head", "_keep_prompt_ids", "_keep_usage", "_kept", "_n",
+        "_same", "_seen", "_unproven", "_unsaid", "done", "finish_reason", "usage",
+    )  # fmt: skip
+
     def __init__(
         self,
         *,
@@ -93,7 +98,7 @@ class ChunkParser:
         self._finished: set[int] = set()
         self._broken_off = ""
         self._head: Fields = {}
-        self._same: tuple[str, str, int] | None = None  # what the head says of id, model and time, once it says all
+        self._same: tuple[str, str, int] | None = None  # id, model and time of plain chunks, once these may come
         self._chunk_extra: dict[str, bytes] = {}
         self._unsaid: _RawObject = {}
 
@@ -154,7 +159,7 @@ class ChunkParser:
         if data == b"[DONE]":
             self.done = True
             return []
-        if self._same is not None and self._unproven is None and not self._unsaid:
+        if self._same is not None:
             try:
                 return self._plain(_decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -173,7 +178,6 @@ class ChunkParser:
         if (chunk.id, chunk.model, chunk.created) != self._same:
             raise msgspec.ValidationError("a new head")
         (choice,) = chunk.choices
-        self._seen.add(0)
         fields: Fields = {"type": "delta"}
         if choice.delta.content:
             fields["content"] = choice.delta.content
@@ -187,6 +191,7 @@ class ChunkParser:
         return [fields]
 
     def _entries(self, chunk: _RawObject) -> list[Fields]:
+        self._same = None
         _raise_error_in(chunk)
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
         if choices and "text" in choices[0]:
@@ -202,6 +207,8 @@ class ChunkParser:
             if len(fields) > 1 + ("index" in fields):
                 self._begun = True
                 entries.append(fields)
+        if not self._unsaid and 0 in self._seen:
+            self._same = _of_every_chunk(self._head)
         return entries
 
     def _prove(self, chunk: _RawObject) -> None:
@@ -265,7 +272,6 @@ class ChunkParser:
         if head == self._head or len(head) == 1:
             return []
         self._head = head
-        self._same = _of_every_chunk(head)
         return [head | self._extra_field()]
 
     def _delta(self, choice: _RawObject, delta: _RawObject) -> Fields:

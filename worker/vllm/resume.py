@@ -116,6 +116,8 @@ class Continuation:
 class ContinuationParser(ChunkParser):
     """Reads the stream of a server that goes on: `resumed` comes out first, once the server has shown that it does."""
 
+    __slots__ = ("_new", "_said", "_stops", "_way", "got_on")
+
     def __init__(self, way: Continuation, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
         super().__init__(
             n=n, keep_prompt_ids=keep_prompt_ids, keep_usage=keep_usage,

@@ -19,10 +19,11 @@ class EventTooLarge(ValueError):
 class SSEDecoder:
     """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
 
-    __slots__ = ("_after_cr", "_data", "_held", "_max", "_pending", "_size", "_start")
+    __slots__ = ("_after_cr", "_data", "_held", "_is_between", "_max", "_pending", "_size", "_start")
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes
+        self._is_between = False  # nothing is held of what came before, and no BOM can come
         self._start: bytes | None = b""  # the bytes so far that may be a BOM; None once that is settled
         self._after_cr = False  # the last read ended in CR, so an LF that comes next belongs to it
         self._pending: list[bytes] = []  # pieces of a line whose end has not come
@@ -36,19 +37,20 @@ class SSEDecoder:
         Raises:
             EventTooLarge: when an unfinished or finished event is above the limit.
         """
-        if self._start is not None:
-            chunk = self._without_bom(chunk)
         # What vLLM nearly always sends, at a quarter of the price: whole events, mostly one, each of one line.
         if (
-            chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.find(b"\r") < 0
-            and not (self._pending or self._data or self._after_cr) and len(chunk) <= self._max
+            self._is_between and chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.find(b"\r") < 0
+            and len(chunk) <= self._max
         ):  # fmt: skip
             if chunk.find(b"\n") == len(chunk) - 2:
                 return [chunk[6:-2]]
             events = chunk[6:-2].split(b"\n\ndata: ")
             if b"\n" not in b"".join(events):  # at a third of the price of looking into each, or of counting
                 return events
-        return self._by_lines(chunk)
+        self._is_between = False
+        events = self._by_lines(chunk if self._start is None else self._without_bom(chunk))
+        self._is_between = self._start is None and not (self._pending or self._data or self._after_cr)
+        return events
 
     def _by_lines(self, chunk: bytes) -> list[bytes]:
         if self._after_cr and chunk:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from types import TracebackType
 from typing import Protocol
 
@@ -38,10 +39,11 @@ class Watchdog:
     Within its context the server is waited for. It is left with TimeoutError when it is silent for too long.
     """
 
+    __slots__ = ("_begun", "_hurried", "_limit", "_limits", "_since", "_timer")
+
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._now = asyncio.get_running_loop().time
-        self._since = self._now()
+        self._since = monotonic()
         self._begun = False
         self._hurried: float | None = None
         self._limit: asyncio.Timeout | None = None
@@ -49,7 +51,7 @@ class Watchdog:
 
     async def __aenter__(self) -> None:
         if self._begun:
-            self._since = self._now()  # while its text was not wanted it could say nothing
+            self._since = monotonic()  # while its text was not wanted it could say nothing
         self._limit = await asyncio.timeout(None).__aenter__()
         self._look()
 
@@ -64,14 +66,14 @@ class Watchdog:
 
     def heard(self) -> None:
         """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
-        self._since = self._now()
+        self._since = monotonic()
         if not self._begun:
             self._begun = True
             self._look_again()
 
     def is_silent(self) -> bool:
         """Whether it has waited for longer than moments by now."""
-        return self._timer is not None and self._now() - self._since > _MOMENTS
+        return self._timer is not None and monotonic() - self._since > _MOMENTS
 
     def hurry(self) -> None:
         """The server takes no connections any more: what it does not send within moments will not come.
@@ -79,7 +81,7 @@ class Watchdog:
         vLLM 0.32.0 freezes its open streams when it gets SIGTERM, and refuses connections at once.
         """
         if self._hurried is None:
-            self._hurried = self._now()
+            self._hurried = monotonic()
         self._look_again()
 
     def silence(self) -> UpstreamError:
@@ -98,7 +100,7 @@ class Watchdog:
 
     def _look(self) -> None:
         due = self._due()
-        if due > self._now():
+        if due > monotonic():
             self._timer = asyncio.get_running_loop().call_at(due, self._look)
         elif self._limit is not None and not self._limit.expired():
             self._limit.reschedule(due)
@@ -119,6 +121,8 @@ class Source(Protocol):
 class ChatStream:
     """The events of an answer, as they arrive."""
 
+    __slots__ = ("_answer", "_decoder", "_is_new", "_source", "_take", "_watchdog", "on_first")
+
     def __init__(self, answer: Answer, source: Source, watchdog: Watchdog) -> None:
         self._answer = answer
         self._source = source
@@ -127,6 +131,7 @@ class ChatStream:
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
         self._decoder = SSEDecoder()
+        self._take: Callable[[list[bytes]], bool]
 
     async def pour(self, take: Callable[[list[bytes]], bool]) -> bool:
         """Hand over the data of all events that arrive at once, as they do, until told that this is enough for now.
@@ -136,26 +141,26 @@ class ChatStream:
         Raises:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
-        feed, heard = self._decoder.feed, self._watchdog.heard
-
-        def arrived(piece: bytes) -> bool:
-            events = feed(piece)
-            if not events:
-                return False
-            heard()
-            if self._is_new:
-                self._begin()
-            return take(events)
-
+        self._take = take
         try:
             async with self._watchdog:
-                return await self._source.pour(arrived)
+                return await self._source.pour(self._arrived)
         except TimeoutError:
             raise self._watchdog.silence() from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
+
+    def _arrived(self, piece: bytes) -> bool:
+        events = self._decoder.feed(piece)
+        if not events:
+            return False
+        self._watchdog.heard()
+        if self._is_new:
+            self._begin()
+        take = self._take
+        return take(events)
 
     def _begin(self) -> None:
         self._is_new = False

@@ -30,6 +30,8 @@ _ENDS = frozenset(b"\r\n\0")
 class Body(httpx.AsyncByteStream):
     """What comes in answer to one request."""
 
+    __slots__ = ("_connection", "_error", "_into", "_over", "_pieces", "_size", "_waiter")
+
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
         self._pieces: deque[bytes] = deque()
@@ -66,14 +68,15 @@ class Body(httpx.AsyncByteStream):
 
     def arrived(self, piece: bytes) -> None:
         """More of it."""
-        if self._into is None:
+        into = self._into
+        if into is None:
             self._pieces.append(piece)
             self._size += len(piece)
             if self._size >= _HIGH_WATER:
                 self._connection.pause()
             return
         try:
-            if self._into(piece):
+            if into(piece):
                 self._wake()
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
             self._wake(error)
@@ -152,6 +155,11 @@ class Target:
 
 class _Connection(asyncio.Protocol):
     """One connection; requests go over it one after the other."""
+
+    __slots__ = (
+        "_body", "_done", "_head", "_headers", "_lost", "_parser", "_paused", "_pieces", "_room", "_transport",
+        "_until_close", "idle_since", "on_body",
+    )  # fmt: skip
 
     def __init__(self, done: Callable[["_Connection"], None], lost: Callable[["_Connection"], None]) -> None:
         self.idle_since = 0.0
