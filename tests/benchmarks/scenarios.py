@@ -69,20 +69,21 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
     followed = range(0, STREAMS, STREAMS // _FOLLOWED)
     with Rig(bridge, streams=STREAMS, followed=followed) as rig:
         rig.open(STREAMS)
-        _at_rate(rig, run, SLOW, figures)
-        rig.drained()
-        if run.climbs:
-            with rig.apart():
-                highest = _climb(rig, run)
-            figures["highest_rate"] = highest.rate
-            if highest.at_least:
-                run.note(f"{bridge.name}: {highest.rate:,.0f}/s at least, for the load generator kept no higher pace")
-        _at_rate(rig, run, FAST, figures)
-        rig.drained()
-        figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
-        # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge may
-        # fall behind, and streams that it does not read are passed over: so it has all the work that it can do.
         with rig.apart():
+            rig.steady(SLOW, run.seconds)  # what is loaded or connected at the first tokens is in no window
+            rig.drained()
+            _at_rate(rig, run, SLOW, figures)
+            rig.drained()
+            if run.climbs:
+                highest = _climb(rig, run)
+                figures["highest_rate"] = highest.rate
+                if highest.at_least:
+                    run.note(f"{rig.name}: {highest.rate:,.0f}/s at least, for the load generator kept no higher pace")
+            _at_rate(rig, run, FAST, figures)
+            rig.drained()
+            figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
+            # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge
+            # may fall behind, and streams that it does not read are passed over: so it has all that it can do.
             window = rig.steady(COALESCED, run.seconds, TOGETHER)
         run.tell(f"  {_shown(window)}")
         figures["cpu_us_coalesced"] = window.cpu_us if window.replied else None
@@ -167,7 +168,8 @@ def growth(bridge: Bridge, run: Run) -> Figures:
     for streams in GROWTH:
         with Rig(bridge, streams=streams) as rig:
             rig.open(streams)
-            window = rig.steady(FAST, run.seconds)
+            with rig.apart():
+                window = rig.steady(FAST, run.seconds)
             run.tell(f"  {streams:,} streams: {_shown(window).strip()}")
             figures[f"cpu_us_streams_{streams}"] = window.cpu_us if window.paced and window.kept else None
     return figures

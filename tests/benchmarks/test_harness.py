@@ -187,6 +187,14 @@ def _second(bridge: Bridge) -> None:
         assert rig.board[Count.READ] > 50
 
 
+def test_who_measures_is_not_on_the_core_of_the_bridge(tmp_path: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    with Rig(floor(tmp_path), streams=1) as rig:
+        with rig.apart():
+            assert len(cores) == 1 or not os.sched_getaffinity(0) & os.sched_getaffinity(rig.bridge)
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(rig.bridge) == cores
+
+
 @pytest.mark.parametrize("name", FOLLOWERS)
 def test_a_second_of_each_way_to_read(name: str) -> None:
     with ExitStack() as stack:
