@@ -165,8 +165,8 @@ async def test_of_entries_appended_together_only_what_redis_lacks_is_written_aga
     log.extend([delta(text) for text in "abcd"])
     one.publisher.look()
     held = log.reconcile(EntryId(1, 2))
-    assert [(first, entries) for _, first, entries, _, _ in held] == [(1, [delta("a"), delta("b")])]
-    assert [(first, entries) for _, first, entries, _, _ in log.pending] == [(3, [delta("c"), delta("d")])]
+    assert [(first, entries) for _, first, entries, _ in held] == [(1, [delta("a"), delta("b")])]
+    assert [(first, entries) for _, first, entries, _ in log.pending] == [(3, [delta("c"), delta("d")])]
     await log.drained()
     assert log.accepted == EntryId(1, 4)
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]

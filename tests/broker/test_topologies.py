@@ -395,6 +395,24 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
     await settled(redis)
 
 
+async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(redis: Redis) -> None:
+    keys = [f"{{{number}}}" for number in range(20)]
+    commands = [
+        (key, pack(b"SET", key.encode(), value) + pack(b"GET", key.encode()), 2)
+        for value in (b"a", b"b")
+        for key in keys
+    ]
+    wires = Wires(redis)
+    await wires.connect()
+    executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    wires.execute(commands, executed.set_result)
+    expected = [reply for value in (b"a", b"b") for _ in keys for reply in (b"OK", value)]
+    assert await executed == await wires.ask(commands) == expected
+    await wires.close()
+    for key in keys:
+        await redis.delete(key)
+
+
 async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     redis: Redis, nodes: list[topology.Node]
 ) -> None:
@@ -402,8 +420,9 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     for key in keys:
         await redis.xadd(key, {"a": "b"}, id="1-0")
     commands = [
-        (key, pack(b"XADD", key.encode(), f"1-{number}".encode(), b"a", b"b")) for number in (1, 2) for key in keys
-    ]
+        (key, b"".join([pack(b"XADD", key.encode(), f"1-{n}".encode(), b"a", b"b") for n in added]), len(added))
+        for added in ((1,), (2, 3)) for key in keys
+    ]  # fmt: skip
     wires = Wires(redis)
     await wires.connect()
     nodes[0].client.config_set("maxmemory", 1)
@@ -417,7 +436,7 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     assert is_transient(refusal)
     full = [nodes[0].owns(slot_of(key)) for key in keys]
     assert any(full)
-    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [1 if it else 3 for it in full]
+    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [1 if it else 4 for it in full]
     await wires.close()
     for key in keys:
         await redis.delete(key)

@@ -48,7 +48,7 @@ class Line:
             WatchError: when what is watched was touched; nothing is done.
             RedisError: when Redis refused, or the connection is lost: then nobody knows.
         """
-        return _good(await in_multi(self._wire, [list(commands)]))
+        return _good(await in_multi(self._wire, [[(command, 1) for command in commands]]))
 
 
 @dataclass(eq=False)

@@ -8,9 +8,8 @@ from typing import Protocol, TypeAlias
 from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 
-Run: TypeAlias = tuple["TokenLog", int, list[Fields], list[bytes], int]
-"""Entries that were appended together: their log, `n` of the first, their fields, the commands that write them, and
-the bytes of these."""
+Run: TypeAlias = tuple["TokenLog", int, list[Fields], bytes]
+"""Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""
 
 HIGH_WATER_BYTES = 256 * 1024
 """Above this much of one log that Redis has not accepted, reading its answer from vLLM pauses."""
@@ -98,14 +97,14 @@ class TokenLog:
         """Add some at once, in this order. The list is the log's from now on."""
         if self.loss is not None or not entries:
             return
-        attempt, key, first = self.attempt, self._key, self._next
-        packed = [_xadd(key, f"{attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
-        size = sum(map(len, packed))
-        run = (self, first, entries, packed, size)
+        run = self._run(self._next, entries)
         self._next += len(entries)
         self._pending.append(run)
-        self._bytes += size
+        self._bytes += len(run[3])
         self.sink.take(run)
+
+    def _run(self, first: int, entries: list[Fields]) -> Run:
+        return self, first, entries, _xadds(self._key, self.attempt, first, entries)
 
     def begin_attempt(self, attempt: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted."""
@@ -132,7 +131,8 @@ class TokenLog:
         if not pending or pending[0] is not run:
             return False
         pending.popleft()
-        _, first, entries, _, size = run
+        _, first, entries, packed = run
+        size = len(packed)
         self._bytes -= size
         self.sink.relieve(size)
         self._accepted = first + len(entries) - 1
@@ -167,12 +167,11 @@ class TokenLog:
 
     def _part(self, n: int) -> None:
         """Make two of the first run where it goes on after `n`."""
-        log, first, entries, packed, size = self._pending[0]
+        _, first, entries, _ = self._pending[0]
         there = n + 1 - first
         if there < len(entries):
-            held = sum(map(len, packed[:there]))
-            self._pending[0] = (log, n + 1, entries[there:], packed[there:], size - held)
-            self._pending.appendleft((log, first, entries[:there], packed[:there], held))
+            self._pending[0] = self._run(n + 1, entries[there:])
+            self._pending.appendleft(self._run(first, entries[:there]))
 
     def lose(self, reason: LogLost) -> None:
         """The owner writes no more."""
@@ -244,17 +243,21 @@ _NAMES: dict[str, str] = {}
 """Names of fields, packed. They are few, and all our own."""
 
 
-def _xadd(key: str, entry_id: str, fields: Fields) -> bytes:
-    """The command that adds an entry, as Redis reads it; the key is packed already.
+def _xadds(key: str, attempt: int, first: int, entries: list[Fields]) -> bytes:
+    """The commands that add entries, as Redis reads them; the key is packed already.
 
     Joined from pieces of text that are there, and encoded once: at four fifths of the price of a format, at half that
     of hiredis's `pack_command`.
     """
-    parts = [_HEADS[len(fields)], key, _SIZES[len(entry_id)], entry_id]
-    for name, value in fields.items():
-        size = len(value) if value.isascii() else len(value.encode())
-        parts += _NAMES.get(name) or _packed_name(name), _SIZES[size] if size < len(_SIZES) else f"{size}\r\n", value
-    parts.append("\r\n")
+    parts: list[str] = []
+    for n, fields in enumerate(entries, first):
+        entry_id = f"{attempt}-{n}"
+        parts += _HEADS[len(fields)], key, _SIZES[len(entry_id)], entry_id
+        for name, value in fields.items():
+            length = len(value) if value.isascii() else len(value.encode())
+            size = _SIZES[length] if length < len(_SIZES) else f"{length}\r\n"
+            parts += _NAMES.get(name) or _packed_name(name), size, value
+        parts.append("\r\n")
     return "".join(parts).encode()
 
 

@@ -113,7 +113,7 @@ class Publisher:
     def take(self, run: Run) -> None:
         """Entries to write, after all others of their log."""
         self._out.append(run)
-        self._bytes += run[4]
+        self._bytes += len(run[3])
         if self._bytes >= _HIGH_WATER_BYTES:
             self.is_full = True
         if self._phase is _Phase.IDLE:
@@ -231,20 +231,19 @@ class Publisher:
             self._phase = _Phase.IDLE
             return
         commands: list[Command] = []
-        batch = self._out
-        for number, (log, _, _, packed, _) in enumerate(batch, 1):
-            key = log.key
-            commands += [(key, command) for command in packed]
-            if len(commands) >= _MAX_ENTRIES:
-                batch = batch[:number]
+        batch, entries = self._out, 0
+        for log, _, together, packed in batch:
+            commands.append((log.key, packed, len(together)))
+            entries += len(together)
+            if entries >= _MAX_ENTRIES:
+                batch = batch[: len(commands)]
                 break
         self._out = self._out[len(batch) :]
         told, self._feed = self._feed, {}
-        entries = len(commands)
         publish = b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
         for it, news in told.items():
             channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, pack(publish, channel.encode(), _encode(news))))
+            commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
         now = time.monotonic()
         is_busy = entries > _BUSY * (now - self._flushed)
         self._flushed = now
@@ -299,7 +298,7 @@ class Publisher:
                     self._tell_of(log, run[1], run[2])
                 elif now >= log.untold_until:
                     unheard[log] = run
-        for log, first, entries, _, _ in unheard.values():
+        for log, first, entries, _ in unheard.values():
             # The last is enough: whoever has come since reads the log up to there.
             self._tell_of(log, first + len(entries) - 1, entries[-1:])
         self._metrics.written.inc(written)
@@ -340,7 +339,7 @@ class Publisher:
         logs = [(log, log.attempt) for log in which if log.loss is None]
         self._look, self._asked = False, set()  # a look that is asked for meanwhile is one more
         replies = await self._wires.ask(
-            [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1")) for log, _ in logs]
+            [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs]
         )
         looked_at = {log for log, _ in logs}
         self._out = [run for run in self._out if run[0] not in looked_at]
@@ -359,7 +358,7 @@ class Publisher:
             log.lose(LogRefused(str(reply)))
             return
         accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
-        for _, first, entries, _, _ in accepted:
+        for _, first, entries, _ in accepted:
             self._metrics.written.inc(len(entries))
             self._tell_of(log, first, entries)
 
@@ -382,7 +381,7 @@ def _refused(batch: list[Run], verdicts: list[object]) -> dict[TokenLog, list[ob
     """
     refused: dict[TokenLog, list[object]] = {}
     said = iter(verdicts)
-    for log, _, entries, _, _ in batch:
+    for log, _, entries, _ in batch:
         for verdict in islice(said, len(entries)):
             if log in refused:
                 refused[log].append(verdict)

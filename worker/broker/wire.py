@@ -22,8 +22,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from worker.broker.cluster import ClusterClient, ClusterPool, servers_of, slot_of
 from worker.broker.connection import COMMAND_TIMEOUT
 
-Command: TypeAlias = tuple[str, bytes]
-"""A key, and the packed command that is about it."""
+Packed: TypeAlias = tuple[bytes, int]
+"""Packed commands, and how many these are."""
+Command: TypeAlias = tuple[str, bytes, int]
+"""A key, and what is to be done with it: packed commands, and how many these are."""
 Outcome: TypeAlias = list[Any] | Exception
 """Replies, errors among them as values, or why there are none."""
 Done: TypeAlias = Callable[[Outcome], None]
@@ -192,7 +194,7 @@ class Wire(TakenConnection):
         super().connection_lost(exc)
 
 
-_Exchange: TypeAlias = Callable[[Wire, list[list[bytes]]], Coroutine[Any, Any, list[Any]]]
+_Exchange: TypeAlias = Callable[[Wire, list[list[Packed]]], Coroutine[Any, Any, list[Any]]]
 """Sends the commands of some slots of one server, and gives their replies in this order."""
 
 
@@ -255,10 +257,9 @@ class Wires:
         if wire is None:
             done(lost())
             return
-        packed = [packed for _, packed in commands]
         wire.send(
-            b"".join([_MULTI, *packed, _EXEC]),
-            len(packed) + 2,
+            b"".join([_MULTI, *[packed for _, packed, _ in commands], _EXEC]),
+            sum([count for _, _, count in commands]) + 2,
             lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
         )
 
@@ -266,21 +267,22 @@ class Wires:
         if not commands:
             return []
         if not isinstance(self._redis, ClusterClient):
-            return await exchange(self._to(self._redis), [[packed for _, packed in commands]])
+            return await exchange(self._to(self._redis), [[command[1:] for command in commands]])
         slots = await _slots_of(commands, self._redis.connection_pool)
         wires = [self._to(server) for server in slots]
         asked = [
-            exchange(wire, [[commands[number][1] for number in numbers] for numbers in by_slot])
+            exchange(wire, [[commands[number][1:] for number in numbers] for numbers in by_slot])
             for wire, by_slot in zip(wires, slots.values(), strict=True)
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        replies = [None] * len(commands)
+        replies: list[list[Any]] = [[]] * len(commands)
         for by_slot, answer in zip(slots.values(), answers, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
-            for number, reply in zip(chain.from_iterable(by_slot), answer, strict=True):
-                replies[number] = reply
-        return replies
+            rest = iter(answer)
+            for number in chain.from_iterable(by_slot):
+                replies[number] = list(islice(rest, commands[number][2]))
+        return list(chain.from_iterable(replies))
 
     def _to(self, server: Redis) -> Wire:
         wire = self._wires.get(server)
@@ -297,29 +299,30 @@ async def _knows_shards(wire: Wire) -> bool:
 async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[Redis, list[Sequence[int]]]:
     """Which commands are for which server, and there for which slot."""
     slots: dict[Redis, dict[int, list[int]]] = {}
-    for number, (key, _) in enumerate(commands):
+    for number, (key, _, _) in enumerate(commands):
         server = await cluster.master_of(key)
         slots.setdefault(server, {}).setdefault(slot_of(key), []).append(number)
     return {server: list(by_slot.values()) for server, by_slot in slots.items()}
 
 
-async def _plainly(wire: Wire, slots: list[list[bytes]]) -> list[Any]:
-    packed = list(chain.from_iterable(slots))
-    return await wire.ask(b"".join(packed), len(packed))
+async def _plainly(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
+    packed, counts = zip(*chain.from_iterable(slots), strict=True)
+    return await wire.ask(b"".join(packed), sum(counts))
 
 
-async def in_multi(wire: Wire, slots: list[list[bytes]]) -> list[Any]:
+async def in_multi(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
     """Send the commands of each slot in a MULTI, and give their replies, errors among them as values.
 
     Raises:
         RedisError: when a MULTI was refused, with the reason; others may have been done.
         WatchError: when what the connection watches was touched.
     """
-    parts = [part for commands in slots for part in (_MULTI, *commands, _EXEC)]
-    replies = iter(await wire.ask(b"".join(parts), len(parts)))
+    parts = [part for commands in slots for part in (_MULTI, *[packed for packed, _ in commands], _EXEC)]
+    counts = [sum([count for _, count in commands]) + 2 for commands in slots]
+    replies = iter(await wire.ask(b"".join(parts), sum(counts)))
     done: list[Any] = []
-    for commands in slots:
-        outcome = _executed(list(islice(replies, len(commands) + 2)))
+    for count in counts:
+        outcome = _executed(list(islice(replies, count)))
         if isinstance(outcome, Exception):
             raise outcome
         done += outcome
