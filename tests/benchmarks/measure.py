@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +44,19 @@ def cpu_of_others(ours: Container[int]) -> Counter[int]:
 
 
 @contextmanager
-def kept_apart(measured: int, others: Iterable[int]) -> Iterator[None]:
-    """Meanwhile the process that is measured has the last core of the machine, and these others the rest.
+def kept_apart(measured: Collection[int], others: Collection[int]) -> Iterator[None]:
+    """Meanwhile the processes that are measured have the last core of the machine, and these others the rest.
 
     Where a few cores are busy, the processes push each other from one to another, and wait for one while another is
     idle.
     """
     *rest, last = cores = sorted(os.sched_getaffinity(0))
     try:
-        _keep_to([last], measured)
+        _keep_to([last], *measured)
         _keep_to(rest or [last], *others)
         yield
     finally:
-        _keep_to(cores, measured, *others)
+        _keep_to(cores, *measured, *others)
 
 
 def _keep_to(cores: Iterable[int], *pids: int) -> None:

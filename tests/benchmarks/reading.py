@@ -6,7 +6,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,7 +54,6 @@ class _Moment:
     read: int
     redis: int
     follower: int
-    others: Counter[int]
 
 
 class Reading:
@@ -75,8 +73,7 @@ class Reading:
         assert self._writer.stdout is not None
         self._writer.stdout.readline()
         self._pids = {os.getpid(), self._writer.pid, self._redis.pid}
-        # What this process starts later, the follower, is where it is itself.
-        stack.enter_context(kept_apart(os.getpid(), [self._writer.pid, self._redis.pid]))
+        stack.enter_context(kept_apart([], [self._writer.pid, self._redis.pid]))
         self._follower: subprocess.Popen[bytes] | None = None
 
     def pace(self, rate: float) -> None:
@@ -90,6 +87,7 @@ class Reading:
         """Begin to read, and read all that is there."""
         arguments = map(str, follower.arguments(logs))
         self._follower = self._stack.enter_context(helper(follower.script, self._path, self._port, *arguments))
+        self._stack.enter_context(kept_apart([self._follower.pid], [os.getpid()]))
         self._pids.add(self._follower.pid)
         deadline = time.monotonic() + _PATIENCE
         while self.board[Count.READ] < self.board[Count.WRITTEN]:
@@ -102,18 +100,20 @@ class Reading:
         """Its beginning and its end: of the first window in which the machine does nothing else, or of the last try."""
         tries = 0
         while True:
+            others = cpu_of_others(self._pids)
             before = self.look()
             time.sleep(seconds)
             after = self.look()
+            others = cpu_of_others(self._pids) - others
             tries += 1
-            if tries == TRIES or (after.others - before.others).total() <= ELSE * TICKS * seconds:
+            if tries == TRIES or others.total() <= ELSE * TICKS * seconds:
                 return before, after
 
     def look(self) -> _Moment:
         """What has been done so far."""
         return _Moment(
             time.monotonic_ns(), self.board[Count.WRITTEN], self.board[Count.READ], cpu_of(self._redis.pid),
-            cpu_of(self._follower.pid) if self._follower else 0, cpu_of_others(self._pids),
+            cpu_of(self._follower.pid) if self._follower else 0,
         )  # fmt: skip
 
 

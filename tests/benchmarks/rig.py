@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -111,8 +110,8 @@ class Rig:
         return self._bridge.name
 
     @property
-    def bridge(self) -> int:
-        """Its process id."""
+    def bridge_pid(self) -> int:
+        """The bridge's process id."""
         return self._process.pid
 
     @property
@@ -167,14 +166,14 @@ class Rig:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Meanwhile the bridge has a core of its own, and nothing else of the machine comes before any of these.
+        """Meanwhile the bridge has a core of its own, and nothing else of the machine comes before it or the load.
 
         So every bridge is measured in one place. Left to itself the kernel has a bridge now on the core of the load
         generator and now not, for minutes at a time, and what waking it costs, more than half of what the floor takes,
-        comes and goes with it. This process, which looks through all others at each end of a window, is elsewhere too.
+        comes and goes with it. This process, which asks Redis and looks through /proc, is elsewhere too.
         """
-        others = self._others
-        with kept_apart(self.bridge, [*others, os.getpid()]), undisturbed(self.bridge, others):
+        pid, others = self.bridge_pid, self._others
+        with kept_apart([pid], [*others, os.getpid()]), undisturbed(pid, others):
             yield
 
     def pace(self, rate: float, together: int = 1) -> None:
@@ -185,9 +184,12 @@ class Rig:
     def window(self, seconds: float) -> Window:
         """Watch the load for some seconds."""
         first = self.board[Count.READ]
+        ours = {os.getpid(), self.bridge_pid, *self._others}
+        others = cpu_of_others(ours)  # at both ends outside of what is watched: it takes 10 ms
         before = self._look()
         time.sleep(seconds)
         after = self._look()
+        others = cpu_of_others(ours) - others
         latencies = [
             sample.latency / 1e6 for sample in self.board.samples(first) if before.time <= sample.arrived <= after.time
         ]
@@ -199,7 +201,7 @@ class Rig:
             seconds=took, rate=self._rate, written=after.written - before.written, replied=after.added - before.added,
             late=after.late - before.late, cpu=bridge, redis_cpu=redis, load_cpu=load, reader_cpu=reader,
             p50=percentile(latencies, 50), p99=percentile(latencies, 99), memory=after.memory - before.memory,
-            others_cpu=(after.others - before.others).total() / TICKS / took,
+            others_cpu=others.total() / TICKS / took,
         )  # fmt: skip
 
     def steady(self, rate: float, seconds: float, together: int = 1) -> Window:
@@ -207,6 +209,12 @@ class Rig:
         self.pace(rate, together)
         time.sleep(_SETTLED)
         return self.window(seconds)
+
+    def warmed_up(self, rate: float, seconds: float) -> None:
+        """Write so much for some seconds: what a bridge loads or connects at its first tokens is in no window."""
+        self.pace(rate)
+        time.sleep(seconds)
+        self.drained()
 
     def drained(self) -> None:
         """Write no more, and wait until all that was written is in Redis."""
@@ -242,11 +250,11 @@ class Rig:
     def cpu_now(self) -> int:
         """CPU that the bridge has used, in nanoseconds."""
         self._check()
-        return cpu_of(self._process.pid)
+        return cpu_of(self.bridge_pid)
 
     def memory_now(self) -> int:
         """Resident memory of the bridge, in bytes."""
-        return resident(self._process.pid)
+        return resident(self.bridge_pid)
 
     def bytes_of_a_delta(self) -> float:
         """Bytes of Redis's memory for an entry of all logs."""
@@ -259,11 +267,10 @@ class Rig:
     def _look(self) -> "_Moment":
         self._check()
         processes = (self._load, self._reader, self._redis_process, self._process)
-        others = cpu_of_others({os.getpid(), self._process.pid, *self._others})  # first, for it takes long
         state = redis_state(self.redis)
         return _Moment(
             time=time.monotonic_ns(), written=self.board[Count.WRITTEN], late=self.board[Count.LATE],
-            added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes], others=others,
+            added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes],
         )  # fmt: skip
 
     def _tell(self, line: str) -> None:
@@ -298,7 +305,6 @@ class _Moment:
     added: int
     memory: int
     cpu: list[int]
-    others: Counter[int]
 
 
 def _request(number: int) -> str:

@@ -70,8 +70,7 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
     with Rig(bridge, streams=STREAMS, followed=followed) as rig:
         rig.open(STREAMS)
         with rig.apart():
-            rig.steady(SLOW, run.seconds)  # what is loaded or connected at the first tokens is in no window
-            rig.drained()
+            rig.warmed_up(SLOW, run.seconds)
             _at_rate(rig, run, SLOW, figures)
             rig.drained()
             if run.climbs:
@@ -83,7 +82,7 @@ def hot_path(bridge: Bridge, run: Run) -> Figures:
             rig.drained()
             figures["missing"], figures["stray"] = rig.missing(), rig.board[Count.STRAY]
             # Last, for a slow bridge will not have brought all of it in hours. It is the one window in which a bridge
-            # may fall behind, and streams that it does not read are passed over: so it has all that it can do.
+            # may fall behind, and streams that it does not read are passed over: so it has all the work that it can do.
             window = rig.steady(COALESCED, run.seconds, TOGETHER)
         run.tell(f"  {_shown(window)}")
         figures["cpu_us_coalesced"] = window.cpu_us if window.replied else None
@@ -144,7 +143,7 @@ def _rung(rig: Rig, run: Run, rate: float) -> Verdict:
 def open_streams(bridge: Bridge, run: Run) -> Figures:
     """CPU to open one more stream among many that are open and silent, and what memory each of these takes."""
     figures: Figures = {}
-    with Rig(bridge, streams=OPEN[-1] + _MORE) as rig:
+    with Rig(bridge, streams=OPEN[-1] + _MORE) as rig, rig.apart():
         rig.open(1)  # what is loaded and connected once is not a stream's
         memory = rig.memory_now()
         for among in OPEN:
@@ -169,6 +168,7 @@ def growth(bridge: Bridge, run: Run) -> Figures:
         with Rig(bridge, streams=streams) as rig:
             rig.open(streams)
             with rig.apart():
+                rig.warmed_up(SLOW, run.seconds)
                 window = rig.steady(FAST, run.seconds)
             run.tell(f"  {streams:,} streams: {_shown(window).strip()}")
             figures[f"cpu_us_streams_{streams}"] = window.cpu_us if window.paced and window.kept else None

@@ -7,6 +7,8 @@ import random
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +24,7 @@ from measure import TICKS, cpu_of_others, kept_apart, median, percentile, undist
 from plot import svg
 from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
-from rig import Rig
+from rig import Rig, RigFailed
 from scenarios import Figures
 
 from worker.vllm.chunks import ChunkParser
@@ -191,8 +193,21 @@ def test_who_measures_is_not_on_the_core_of_the_bridge(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     with Rig(floor(tmp_path), streams=1) as rig:
         with rig.apart():
-            assert len(cores) == 1 or not os.sched_getaffinity(0) & os.sched_getaffinity(rig.bridge)
-        assert os.sched_getaffinity(0) == os.sched_getaffinity(rig.bridge) == cores
+            assert len(cores) == 1 or not os.sched_getaffinity(0) & os.sched_getaffinity(rig.bridge_pid)
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(rig.bridge_pid) == cores
+        with pytest.raises(RigFailed), rig.apart():
+            raise RigFailed
+        assert os.sched_getaffinity(0) == os.sched_getaffinity(rig.bridge_pid) == cores
+
+
+def test_looking_at_all_other_processes_is_no_part_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_: object) -> Counter[int]:
+        time.sleep(0.3)
+        return Counter()
+
+    monkeypatch.setattr("rig.cpu_of_others", slow)
+    with Rig(floor(tmp_path), streams=1) as rig:
+        assert rig.window(0.1).seconds < 0.3
 
 
 @pytest.mark.parametrize("name", FOLLOWERS)
@@ -231,7 +246,7 @@ def test_a_process_is_kept_apart_for_a_while_only() -> None:
         subprocess.Popen(wait, stdin=subprocess.PIPE) as one,
         subprocess.Popen(wait, stdin=subprocess.PIPE) as other,
     ):
-        with kept_apart(one.pid, [other.pid]):
+        with kept_apart([one.pid], [other.pid]):
             assert len(os.sched_getaffinity(one.pid)) == 1
             assert len(cores) == 1 or not os.sched_getaffinity(one.pid) & os.sched_getaffinity(other.pid)
         assert os.sched_getaffinity(one.pid) == os.sched_getaffinity(other.pid) == cores

@@ -47,6 +47,20 @@ async def test_what_is_appended_while_a_flush_is_out_goes_with_the_next(
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(2000)]
 
 
+async def test_what_is_too_much_for_one_flush_goes_with_the_next(
+    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.broker.publisher._MAX_ENTRIES", 3)
+    log = await one.take(delivery)
+    before = (await redis.info("commandstats"))["cmdstat_exec"]["calls"]
+    for number in range(0, 20, 2):
+        log.extend([delta(str(number)), delta(str(number + 1))])
+    await log.drained()
+    assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(20)]
+    assert (await redis.info("commandstats"))["cmdstat_exec"]["calls"] >= before + 5  # of two runs each
+    assert one.publisher._bytes == log._bytes == 0
+
+
 async def test_a_former_owner_can_write_no_more_after_a_take_over(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
@@ -167,6 +181,7 @@ async def test_of_entries_appended_together_only_what_redis_lacks_is_written_aga
     held = log.reconcile(EntryId(1, 2))
     assert [(first, entries) for _, first, entries, _ in held] == [(1, [delta("a"), delta("b")])]
     assert [(first, entries) for _, first, entries, _ in log.pending] == [(3, [delta("c"), delta("d")])]
+    assert log._bytes == sum(len(packed) for _, _, _, packed in log.pending)
     await log.drained()
     assert log.accepted == EntryId(1, 4)
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]

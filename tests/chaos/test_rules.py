@@ -166,11 +166,13 @@ def test_rule_3_a_second_resume_does_not_take_up_what_the_first_dropped() -> Non
     assert answer.choices[0].token_ids == [1, 3, 5]
 
 
-async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, delivery: Delivery) -> None:
+@pytest.mark.parametrize("together", [False, True])
+async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, delivery: Delivery, *, together: bool) -> None:
     """One that a MULTI cannot leave, but a Redis that is none, or a cluster in trouble."""
     log = await one.take(delivery)
-    log.append(delta("refused"))
-    log.append(delta("taken"))
+    entries = [delta("refused"), delta("taken")]
+    for run in [entries] if together else [[entry] for entry in entries]:
+        log.extend(run)
     one.publisher._take_replies(log.pending, {}, [ResponseError("NOREPLICAS"), b"1-2"])
     assert isinstance(log.loss, LogDiverged)
 

@@ -306,8 +306,8 @@ async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[R
 
 
 async def _plainly(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
-    packed, counts = zip(*chain.from_iterable(slots), strict=True)
-    return await wire.ask(b"".join(packed), sum(counts))
+    parts = list(chain.from_iterable(slots))
+    return await wire.ask(b"".join([packed for packed, _ in parts]), sum([count for _, count in parts]))
 
 
 async def in_multi(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
