@@ -16,6 +16,9 @@ _HERE = Path(__file__).parent
 _BRIDGES = _HERE / "bridges"
 _ROOT = _HERE.parents[1]
 _SLOTS = 8192
+_NODE_OPTIONS = ("--single-threaded-gc", "--max-semi-space-size=2")
+"""On its one core the collector of Node 20 has no use for threads, and the nursery of 16 MiB that it has by default
+takes 6 to 10 ms to go through: with these it holds 20,000/s within 5 ms, without them 3,000/s."""
 
 
 class NotAtHand(RuntimeError):
@@ -112,7 +115,7 @@ def node() -> Bridge:
     script = _installed(npm) / "bridge.mjs"
     return Bridge(
         "node", "undici, eventsource-parser, ioredis",
-        lambda vllm, redis: [program, str(script), _http(vllm), _redis(redis)],
+        lambda vllm, redis: [program, *_NODE_OPTIONS, str(script), _http(vllm), _redis(redis)],
     )  # fmt: skip
 
 
