@@ -417,6 +417,43 @@ async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery
     await log.drained()
 
 
+async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
+    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one fast stream among slow ones: what it may have waiting is less than two flushes take."""
+    flooded = await one.take(delivery)
+    await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
+    await redis.expire("chat:tokens:{s}", 60)
+    other = TokenLog("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
+    one.publisher.attach(other)
+    flush, flushes, is_over = one.publisher._flush, 0, False
+
+    def counted() -> None:
+        nonlocal flushes
+        flushes += 1
+        flush()
+
+    async def flood() -> None:
+        while not is_over:
+            while not flooded.is_full:
+                flooded.append(delta("x"))
+            await flooded.room()
+
+    monkeypatch.setattr(one.publisher, "_flush", counted)
+    flooding = asyncio.create_task(flood())
+    waited = []
+    for number in range(50):
+        before = flushes
+        other.append(delta(str(number)))
+        await other.drained()
+        waited.append(flushes - before)
+    is_over = True
+    await flooding
+    await flooded.drained()
+    assert await redis.xlen(KEY) > await redis.xlen("chat:tokens:{s}") == 51
+    assert max(waited) <= 3
+
+
 async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.take(delivery)
     log.append({"type": "delta", "content": "\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "stop_reason": '"x"'})

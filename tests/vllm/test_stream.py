@@ -4,12 +4,15 @@ import asyncio
 import gc
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import trustme
 
 from worker.contract import entries
 from worker.contract.answer import Answer
@@ -67,7 +70,9 @@ async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> A
 
 
 @asynccontextmanager
-async def sending(*pieces: bytes, then_close: bool = True, again: bytes = b"") -> AsyncIterator[str]:
+async def sending(
+    *pieces: bytes, then_close: bool = True, again: bytes = b"", secure: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
     """A server that answers each request with these bytes, whatever they are, and then perhaps `again` for ever."""
     over = asyncio.Event()
     tasks = set()
@@ -94,9 +99,9 @@ async def sending(*pieces: bytes, then_close: bool = True, again: bytes = b"") -
         if not then_close:
             await over.wait()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=secure)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield f"{'https' if secure else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         over.set()
         server.close()
@@ -200,6 +205,25 @@ async def test_a_stream_need_not_be_called_one(kind: bytes) -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
     async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as upstream:
         assert (await ask(upstream))[0].text == "a"
+
+
+async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
+    authority, secure = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(secure)
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    async with sending(HEAD + b"\r\n" + event, secure=secure) as url:
+        async with reaching(url) as upstream:
+            error = await error_of(upstream)
+            assert isinstance(error, NoConnection)
+            assert "CERTIFICATE_VERIFY_FAILED" in error.message
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+        async with reaching(url) as upstream:
+            assert (await ask(upstream))[0].text == "a"
+        async with reaching(url.replace("127.0.0.1", "localhost")) as upstream:  # which the certificate is not for
+            assert "Hostname mismatch" in (await error_of(upstream)).message
 
 
 async def test_the_key_is_sent() -> None:
