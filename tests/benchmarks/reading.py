@@ -96,18 +96,22 @@ class Reading:
             time.sleep(0.05)
         time.sleep(_SETTLED)
 
-    def window(self, seconds: float) -> tuple[_Moment, _Moment]:
+    def window(self, run: Run, what: str) -> tuple[_Moment, _Moment]:
         """Its beginning and its end: of the first window in which the machine does nothing else, or of the last try."""
         tries = 0
         while True:
             others = cpu_of_others(self._pids)
             before = self.look()
-            time.sleep(seconds)
+            time.sleep(run.seconds)
             after = self.look()
             others = cpu_of_others(self._pids) - others
             tries += 1
-            if tries == TRIES or others.total() <= ELSE * TICKS * seconds:
-                return before, after
+            is_disturbed = others.total() > ELSE * TICKS * run.seconds
+            if is_disturbed and tries < TRIES:
+                continue
+            if is_disturbed:
+                run.note(f"{what}: the machine did something else, which is in the latency")
+            return before, after
 
     def look(self) -> _Moment:
         """What has been done so far."""
@@ -127,7 +131,7 @@ def reading(follower: Follower, run: Run) -> Figures:
         with ExitStack() as stack:
             plain = Reading(stack, FOLLOWERS["each"], logs)
             plain.pace(FAST)
-            before, after = plain.window(run.seconds)
+            before, after = plain.window(run, f"{logs:,} logs that nobody reads")
             written = (after.redis - before.redis) / 1e3 / max(1, after.written - before.written)
         with ExitStack() as stack:
             rig = Reading(stack, follower, logs)
@@ -135,7 +139,7 @@ def reading(follower: Follower, run: Run) -> Figures:
             rig.pace(0)
             rig.follow(follower, logs)
             rig.pace(FAST)
-            before, after = rig.window(run.seconds)
+            before, after = rig.window(run, f"{follower.name} of {logs:,}")
             samples = rig.board.samples(before.read)
             latencies = [sample.latency / 1e6 for sample in samples if sample.arrived <= after.time]
             _tell(figures, run, follower, logs, (before, after), written, latencies)

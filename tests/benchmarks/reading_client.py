@@ -62,7 +62,7 @@ async def follow_all(board: Board, port: int, logs: int, *, pours: bool) -> None
         # latency. A library leaves that to the process it is in.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(10_000, 10, 100)
+        gc.set_threshold(10_000, 100, 10)
         await asyncio.wait([ended, *followers], return_when=asyncio.FIRST_COMPLETED)
         for follower in followers:
             if follower.done():

@@ -31,6 +31,10 @@ _IDLE = 0.2
 """The part of a core that a bridge may need for streams that are open and silent."""
 _PROBES = 10
 """More XADDs than an idle worker sends meanwhile, to see whether Redis takes writes."""
+_LOOKS = 200
+_AT_ONCE = 10_000_000
+"""Nanoseconds within which a look must be done, or it is done again: where the core is full this process may have to
+wait in the middle of it, and then what Redis has added is older than what was written."""
 ELSE = 0.016
 """The part of a core that other processes may take; the kernel's own upkeep takes half of it."""
 _KEPT = 0.97
@@ -267,11 +271,16 @@ class Rig:
     def _look(self) -> "_Moment":
         self._check()
         processes = (self._load, self._reader, self._redis_process, self._process)
-        state = redis_state(self.redis)
-        return _Moment(
-            time=time.monotonic_ns(), written=self.board[Count.WRITTEN], late=self.board[Count.LATE],
-            added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes],
-        )  # fmt: skip
+        for _ in range(_LOOKS):
+            began = time.monotonic_ns()
+            state = redis_state(self.redis)
+            moment = _Moment(
+                time=time.monotonic_ns(), written=self.board[Count.WRITTEN], late=self.board[Count.LATE],
+                added=state.added, memory=state.memory, cpu=[cpu_of(process.pid) for process in processes],
+            )  # fmt: skip
+            if time.monotonic_ns() - began < _AT_ONCE:
+                return moment
+        raise RigFailed(f"{self.name}: this process gets no time to look at what happens")
 
     def _tell(self, line: str) -> None:
         assert self._load.stdin is not None

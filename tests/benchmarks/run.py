@@ -33,7 +33,8 @@ _PARTS: dict[str, tuple[Callable[[Bridge, Run], Figures], tuple[str, ...]]] = {
     "open": (open_streams, ("straightforward", "node", "ours")),
     "growth": (growth, ("ours", "floor")),
 }
-"""What is done with a bridge, and with which: the floor has no jobs, and others do not get to 3,000 streams at all."""
+"""What is done with a bridge, and with which: the floor takes no jobs, and how its cost grows is asked of ours alone,
+beside the floor."""
 
 
 def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: Run) -> Report:
