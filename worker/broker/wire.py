@@ -275,13 +275,13 @@ class Wires:
             for wire, by_slot in zip(wires, slots.values(), strict=True)
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        replies: list[list[Any]] = [[]] * len(commands)
+        replies: list[list[Any]] = [[] for _ in commands]
         for by_slot, answer in zip(slots.values(), answers, strict=True):
             if isinstance(answer, BaseException):
                 raise answer
-            rest = iter(answer)
-            for number in chain.from_iterable(by_slot):
-                replies[number] = list(islice(rest, commands[number][2]))
+            whose = [replies[number] for number in chain.from_iterable(by_slot) for _ in range(commands[number][2])]
+            for of_one, reply in zip(whose, answer, strict=True):
+                of_one.append(reply)
         return list(chain.from_iterable(replies))
 
     def _to(self, server: Redis) -> Wire:
