@@ -23,7 +23,7 @@ class StopStrings:
         self._include = bool(request.get("include_stop_str_in_output"))
         self._reach = max(map(len, self.stops), default=1) - 1
         # Text that was sent can still begin a stop string where that is part of the output.
-        shown = published[len(published) - self._reach :] if self._include and self._reach else ""
+        shown = published[-self._reach :] if self._include and self._reach else ""
         self._text, self._sent = shown + held, len(shown)
 
     def take(self, fields: Fields) -> Fields:
