@@ -9,7 +9,7 @@ from command import run
 from redis.asyncio import Redis
 
 from worker import Client, Conflict, QueueFull, SyncClient
-from worker.broker.jobs import waiting_in
+from worker.broker.depth import depth_of, waiting_in
 from worker.checks import check
 
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -67,6 +67,22 @@ async def test_where_redis_does_not_know_the_lag_what_is_not_pending_counts(redi
     (group,) = await redis.xinfo_groups("chat:jobs")
     assert group.get("lag") is None
     assert await waiting_in(redis, "chat:jobs") == 2
+
+
+@pytest.mark.parametrize("way", ["trimmed", "deleted"])
+async def test_jobs_that_were_removed_before_they_were_read_do_not_wait(way: str, redis: Redis) -> None:
+    """D9: Redis 7.0 counts what was trimmed unread in the group's lag for ever."""
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    jobs = [cast("bytes", await redis.xadd("chat:jobs", {"n": n})) for n in range(20)]
+    if way == "trimmed":
+        await redis.xtrim("chat:jobs", maxlen=2, approximate=False)
+    else:
+        await redis.xdel("chat:jobs", *jobs[:18])
+    assert await waiting_in(redis, "chat:jobs") == 2, "never above the stream's length"
+    await redis.xreadgroup("workers", "one", {"chat:jobs": ">"}, count=20)
+    await redis.xack("chat:jobs", "workers", *jobs)
+    assert await waiting_in(redis, "chat:jobs") == 0
+    assert (await depth_of(redis, "chat:jobs")).waiting == 0
 
 
 async def test_callers_at_once_overshoot_by_no_more_than_their_number(limited: Client, redis: Redis) -> None:

@@ -18,7 +18,8 @@ from redis.exceptions import (
 
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is_transient, what_redis_said
-from worker.broker.jobs import JobQueue, waiting_in
+from worker.broker.depth import waiting_in
+from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
 from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError, WatchError
 from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import command_client, is_transient
-from worker.broker.jobs import waiting_in
+from worker.broker.depth import waiting_in
 from worker.client_errors import Conflict, QueueFull, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import (

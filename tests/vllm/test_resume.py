@@ -193,7 +193,8 @@ def test_a_stop_string_across_the_break_ends_the_answer() -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=2),
     include=st.booleans(),
 )
-@example(text=["aa", "aa"], cut=1, stops=["aaaa"], include=True)  # B8: what is published is shorter than the stop string
+# B8: less text was published than the stop string is long
+@example(text=["aa", "aa"], cut=1, stops=["aaaa"], include=True)
 def test_a_cut_does_not_show_in_what_is_published(
     text: list[str], cut: int, stops: list[str], *, include: bool
 ) -> None:

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from worker.broker.connection import SAY_AGAIN
+from worker.broker.depth import Depth, depth_of
 from worker.contract.ids import EntryId
 from worker.contract.keys import GROUP, Keys
 
@@ -60,41 +61,6 @@ class Delivery:
     def enqueued(self) -> int:
         """When the job was added, in Unix ms by Redis's clock."""
         return _added(self.id)
-
-
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """How a queue stands.
-
-    `waiting` is how many jobs nobody has read, None where Redis cannot tell; `oldest` is when the oldest job that a
-    worker has was added, in Unix ms.
-    """
-
-    waiting: int | None
-    oldest: int | None
-
-
-async def waiting_in(redis: Redis, key: str) -> int:
-    """How many jobs of a stream no worker has read yet.
-
-    It is the group's lag where Redis knows it (from 7.0 on, mostly). Elsewhere it is the stream's length less what is
-    pending, which is too high by what is done with and not yet trimmed.
-    """
-    pipe = redis.pipeline(transaction=False)
-    pipe.exists(key)
-    pipe.xlen(key)
-    pipe.xinfo_groups(key)
-    exists, length, groups = await pipe.execute(raise_on_error=False)
-    if exists == 0:
-        return 0
-    for reply in (exists, length, groups):
-        if isinstance(reply, Exception):
-            raise reply
-    group = next((group for group in groups if group["name"] == GROUP.encode()), None)
-    if group is None:
-        return int(length)
-    lag = group.get("lag")
-    return max(0, int(length) - int(group["pending"])) if lag is None else int(lag)
 
 
 class JobQueue:
@@ -264,14 +230,7 @@ class JobQueue:
 
     async def depth(self, queue: str) -> Depth:
         """How many jobs wait, and how old the oldest is that a worker has."""
-        key = self._keys.jobs(queue)
-        waiting, oldest = None, None
-        for group in await self._groups(key):
-            lag = cast("int | None", group.get("lag"))  # from Redis 7 on, and not after an XDEL
-            waiting = None if lag is None else int(lag)
-            first = (await self._commands.xpending(key, GROUP))["min"]
-            oldest = _added(first) if first else None
-        return Depth(waiting, oldest)
+        return await depth_of(self._commands, self._keys.jobs(queue))
 
     async def remove_stale(self, queue: str, alive: Collection[str], idle: float) -> None:
         """Remove consumers that are not alive, have nothing pending, and did nothing for so many seconds."""
