@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 import msgspec
 
 from worker.contract.ids import SEAL, EntryId
+from worker.contract.keys import is_queue_name
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Object: TypeAlias = dict[str, JSON]
@@ -158,6 +159,39 @@ class Unknown(Entry, frozen=True, kw_only=True):
     fields: Fields = msgspec.field(default_factory=dict)
 
 
+def _count(text: str) -> int:
+    """A number of things.
+
+    Raises:
+        ValueError: when it is no whole number, or below 0.
+    """
+    if (count := int(text)) < 0:
+        raise ValueError(f"{text} is below 0")
+    return count
+
+
+def _stream_id(text: str) -> str:
+    """An id of an entry, as text.
+
+    Raises:
+        ValueError: when Redis has no such id; a command that held it would fail each time.
+    """
+    if text and max(EntryId.parse(text)) > SEAL.n:
+        raise ValueError(f"{text[:50]!r} is above the greatest id")
+    return text
+
+
+def _queue(text: str) -> str:
+    """The name of a queue.
+
+    Raises:
+        ValueError: when no queue has such a name.
+    """
+    if text and not is_queue_name(text):
+        raise ValueError(f"{text[:80]!r} is no name of a queue")
+    return text
+
+
 _Reader: TypeAlias = Callable[[str], object]
 _READERS: dict[str, _Reader] = {
     "v": int,
@@ -165,9 +199,9 @@ _READERS: dict[str, _Reader] = {
     "index": int,
     "created": int,
     "attempt": int,
-    "delivery": int,
+    "delivery": _count,
     "prompt_tokens": int,
-    "cut": int,
+    "cut": _count,
     "usage": msgspec.json.Decoder(dict).decode,
     "timings": msgspec.json.Decoder(dict).decode,
     "extra": msgspec.json.Decoder(dict).decode,
@@ -177,16 +211,21 @@ _READERS: dict[str, _Reader] = {
     "logprobs": msgspec.json.decode,
     "stop_reason": msgspec.json.decode,
 }
+_TEXTS: dict[str, _Reader] = {"queue": _queue, "job": _stream_id, "after": _stream_id}
+"""Texts that others make a key or a command of; any other text is taken as it is."""
 _KNOWN = (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled)
 _BLANK: dict[type[Entry], Entry] = {kind: kind(id=SEAL) for kind in _KNOWN}
 _TYPES: dict[str, tuple[type[Entry], dict[str, _Reader]]] = {
-    kind.type: (kind, {name: _READERS.get(name, str) for name in kind.__struct_fields__ if name != "id"})
+    kind.type: (kind, {name: (_READERS | _TEXTS).get(name, str) for name in kind.__struct_fields__ if name != "id"})
     for kind in _KNOWN
 }
 
 
 def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> Entry:
     """Read an entry as Redis (bytes) or the feed (text) gives it.
+
+    Whoever reads an entry relies on what it says, so all of it is checked here. The `after` of a `resumed` is the one
+    field that has to be there: without it nobody knows what of the text stands.
 
     Raises:
         BadEntry: when a field of a known type cannot be read; it names the entry and the field.
@@ -207,6 +246,10 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
             values[field] = reader(text)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise BadEntry(f"entry {where} ({name}): field {field} cannot be read: {error}") from error
+    if kind is Resumed:
+        after = texts.get("after")
+        if not after or not EntryId.parse(after) < where:
+            raise BadEntry(f"entry {where} ({name}): field after cannot be read: it must be the id of an entry before")
     return kind(id=where, **values)
 
 
