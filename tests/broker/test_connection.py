@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
-from worker.broker import connection
+from worker.broker import connection, wire
 from worker.broker.connection import command_client, is_transient, persist, what_redis_said
+from worker.broker.wire import Wire, pack
 from worker.telemetry.logs import configure_logging
 
 SECRET = "what nobody else may read"
@@ -115,3 +119,40 @@ async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.Mon
     with capture_logs() as logs:
         await asyncio.gather(*(persist(ask) for _ in range(10)))
     assert [(line["event"], line["error"]) for line in logs] == [("redis_unavailable", "Connection refused")]
+
+
+async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
+    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: limits are on silence, not on a whole reply."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.5)
+    await redis.set("large", b"x" * 4_000_000, ex=60)
+    redis_proxy.down = 0.02  # for each piece of 64 KiB
+    async with command_client(redis_proxy.redis_url, connections=2) as client:
+        assert await client.get("large") == b"x" * 4_000_000
+        asked = await Wire.open(client.connection_pool)
+        (reply,) = await asked.ask(pack(b"GET", b"large"), 1)
+        assert len(reply) == 4_000_000
+        await asked.close()
+
+
+async def test_d3_silence_in_the_middle_of_a_reply_is_too_long(
+    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.2)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.2)
+    await redis.set("large", b"x" * 4_000_000, ex=60)
+    async with command_client(redis_proxy.redis_url, connections=2) as client:
+        assert await client.ping()
+        asked = await Wire.open(client.connection_pool)
+        redis_proxy.down = 0.01
+        reads: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(client.get("large")),
+            asked.ask(pack(b"GET", b"large"), 1),
+        ]
+        asyncio.get_running_loop().call_later(0.1, redis_proxy.half_open)
+        for read in reads:
+            with pytest.raises(RedisTimeoutError):
+                await read
+        await asked.close()

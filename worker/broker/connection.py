@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import structlog
 from redis import exceptions
+from redis._parsers.hiredis import _AsyncHiredisParser
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -25,7 +27,7 @@ OLDEST = (6, 2)
 """The least version of Redis that has all that is used."""
 
 COMMAND_TIMEOUT = 5.0
-"""Seconds until a command without a reply counts as lost."""
+"""Seconds of silence until a command without a reply counts as lost. A reply that keeps coming is waited for."""
 
 SAY_AGAIN = 30.0
 """Seconds until the same trouble is told of again."""
@@ -166,12 +168,38 @@ class _Once(Retry):
         return await super().call_with_retry(told, *args, **options)
 
 
+class _LimitOnSilence(_AsyncHiredisParser):
+    """Has the limit of a read begin again with each piece that comes.
+
+    redis-py 8.1 has it from the first byte of a reply to the last: one that takes longer on a slow way was cut off, and
+    asked for again for ever. Every kind of connection takes this: plain, TLS, of Sentinel and of a cluster.
+    """
+
+    _connection: AbstractConnection | None = None
+
+    def on_connect(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        super().on_connect(connection)  # type: ignore[no-untyped-call]  # here and below: redis-py 8.1 has no types
+
+    def on_disconnect(self) -> None:
+        self._connection = None
+        super().on_disconnect()  # type: ignore[no-untyped-call]
+
+    async def read_from_socket(self) -> bool:
+        await super().read_from_socket()  # type: ignore[no-untyped-call]
+        connection = self._connection
+        if connection is not None:
+            connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001 - no other way in 8.1
+        return True
+
+
 def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
     """Raises ValueError for a URL that is none."""
     place = parse_redis_url(url)
     options: dict[str, Any] = {
         "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
         "retry": _Once(NoBackoff(), 0),
+        "parser_class": _LimitOnSilence,
         "socket_connect_timeout": COMMAND_TIMEOUT,
         "socket_timeout": socket_timeout,
         "max_connections": connections,

@@ -148,8 +148,8 @@ class Wire(TakenConnection):
     def send(self, packed: bytes, count: int, done: Done) -> None:
         """Send commands, and have `done` called with their `count` replies, errors among them as values.
 
-        One question at a time. Told in place of replies is a RedisError when the connection is lost or Redis does not
-        answer within `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
+        One question at a time. Told in place of replies is a RedisError when the connection is lost or nothing has
+        come for `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
         """
         try:
             self.write(packed)
@@ -180,9 +180,11 @@ class Wire(TakenConnection):
             done(outcome)
 
     def take(self, replies: list[Any]) -> None:
-        """Some of what was asked for, or all."""
+        """Some of what was asked for, or all; or only a piece of a reply, which is no silence either."""
         self._replies += replies
-        if len(self._replies) >= self._wanted and self._done is not None:
+        if len(self._replies) < self._wanted:
+            self._due = asyncio.get_running_loop().time() + COMMAND_TIMEOUT
+        elif self._done is not None:
             whole, self._replies = self._replies, []
             self._tell(whole)
 
