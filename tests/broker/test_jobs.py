@@ -190,6 +190,17 @@ async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, red
     assert [delivery.id for delivery in found] == [ids[-1]]
 
 
+async def test_jobs_that_were_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
+    """D12: with one free slot Redis passes one of them a look; 6.2 returns it as nil, 7.0 apart."""
+    ids = await add(redis, 101)
+    await group.consumer("dead").read("default", 101, 1)
+    await redis.xclaim("chat:jobs", GROUP, "dead", 0, list(ids), idle=int(LEASE * 1000) + 1, justid=True)
+    await redis.xtrim("chat:jobs", maxlen=1, approximate=False)
+    one = group.consumer("one")
+    assert [delivery.id for delivery in await one.take_expired("default", 1)] == [ids[-1]]
+    assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "what was purged is pending no more"
+
+
 async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Redis) -> None:
     ids = await add(redis, 6)
     one = group.consumer("one")
