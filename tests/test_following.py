@@ -24,9 +24,9 @@ def delta(attempt: int, n: int) -> Delta:
 class Story:
     """A log, written and told by hand."""
 
-    def __init__(self, redis: Redis, request_id: str = "r") -> None:
+    def __init__(self, redis: Redis, request_id: str = "r", channel: str = "") -> None:
         self.id = request_id
-        self.key, self.channel = f"chat:tokens:{{{request_id}}}", f"chat:feed:{{{request_id}}}"
+        self.key, self.channel = f"chat:tokens:{{{request_id}}}", channel or f"chat:feed:{{{request_id}}}"
         self.written: list[Entry] = []
         self._redis = redis
 
@@ -315,6 +315,44 @@ async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redi
     await story.go_on(delta(1, 1), delta(1, 2), END)
     await reader.task
     assert reader.seen == story.written
+
+
+def in_database(url: str, number: int) -> str:
+    return url.removesuffix("/0") + f"/{number}"
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_d4_equal_ids_in_two_databases_are_two_requests(redis_url: str, redis: Redis) -> None:
+    """D4: pub/sub knows no databases, so the channel says which one it is of."""
+    url = in_database(redis_url, 1)
+    async with Redis.from_url(url, protocol=2) as other, Client(redis_url) as client, Client(url) as neighbour:
+        mine, theirs = Story(redis), Story(other, channel="chat:feed:1:{r}")
+        readers = [await Reader.of(client, mine), await Reader.of(neighbour, theirs)]
+        for n in range(1, 5):
+            await mine.go_on(delta(1, n))
+            await theirs.go_on(Delta(id=EntryId(1, n), content="theirs"))
+        await mine.go_on(END)
+        await neighbour.cancel("r")
+        for reader in readers:
+            await reader.task
+        assert readers[0].seen == mine.written
+        assert readers[1].seen[:-1] == theirs.written
+        assert isinstance(readers[1].seen[-1], Cancelled)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_d4_a_publisher_from_before_the_channel_had_its_database_is_read(redis_url: str) -> None:
+    """During a rolling upgrade one of the two may use the other channel: whoever hears nothing reads."""
+    url = in_database(redis_url, 1)
+    async with Redis.from_url(url, protocol=2) as other, Client(url) as client:
+        story = Story(other)
+        reader = await Reader.of(client, story)
+        for n in range(1, 5):
+            await story.go_on(delta(1, n))
+            await reader.has(delta(1, n))
+        await story.go_on(END)
+        await reader.task
+        assert reader.seen == story.written
 
 
 @pytest.mark.usefixtures("impatient")

@@ -21,6 +21,7 @@ from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is
 from worker.broker.depth import waiting_in
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
+from worker.broker.urls import keys_at
 from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
@@ -98,7 +99,7 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     url = settings.redis_url.get_secret_value()
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
-    keys = Keys(settings.prefix)
+    keys = keys_at(url, settings.prefix)
     try:
         is_cluster, is_full = isinstance(redis, ClusterClient), False
         servers = await redis.masters() if isinstance(redis, ClusterClient) else [redis]

@@ -16,6 +16,7 @@ from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import command_client, is_transient
 from worker.broker.depth import waiting_in
+from worker.broker.urls import keys_at
 from worker.client_errors import Conflict, QueueFull, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import (
@@ -31,7 +32,7 @@ from worker.contract.entries import (
 )
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
 from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
-from worker.contract.keys import DEFAULT_QUEUE, Keys, is_queue_name
+from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
 from worker.contract.records import Tombstone
 from worker.following import Follower, Following
 from worker.patience import Patience
@@ -124,7 +125,7 @@ class Client:
         self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
     ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
-        self._keys = Keys(prefix)
+        self._keys = keys_at(url, prefix)
         self._patience = Patience(patience)
         self._queue_limit = queue_limit
         self._redis = command_client(url)

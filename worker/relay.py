@@ -18,6 +18,7 @@ from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.publisher import Publisher
+from worker.broker.urls import keys_at
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
@@ -33,7 +34,6 @@ from worker.contract.job import (
     times_of,
     with_limit,
 )
-from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation
 from worker.request import Request, Stop, Stopped, drained
@@ -66,7 +66,7 @@ class Relay:
         metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._keys = Keys(settings.prefix)
+        self._keys = keys_at(settings.redis_url.get_secret_value(), settings.prefix)
         self._jobs = jobs
         self._owner = owner
         self._ledger = ledger

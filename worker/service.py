@@ -19,8 +19,8 @@ from worker.broker.ledger import Ledger
 from worker.broker.lines import Lines
 from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
+from worker.broker.urls import keys_at
 from worker.claims import Claims
-from worker.contract.keys import Keys
 from worker.contract.records import WorkerLine
 from worker.keeper import Keeper
 from worker.leases import Leases
@@ -53,7 +53,7 @@ class Service:
         self._blocking = blocking_client(url, block)
         self._clock = Clock(self._commands)
         self._metrics = Metrics()
-        keys = Keys(settings.prefix)
+        keys = keys_at(url, settings.prefix)
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = Publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)

@@ -61,6 +61,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
     assert keys.tokens("r1") == "chat:tokens:{r1}"
     assert keys.ended("r1") == "chat:ended:{r1}"
     assert keys.feed("r1") == "chat:feed:{r1}"
+    assert Keys(database=3).feed("r1") == "chat:feed:3:{r1}"
     assert (keys.lifecycle, keys.dead, keys.workers) == ("chat:lifecycle", "chat:dead", "chat:workers")
     other = Keys("test:1")
     assert (other.jobs("slow"), other.tokens("r1"), other.dead) == (

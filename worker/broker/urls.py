@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 from redis.asyncio.connection import parse_url
 
+from worker.contract.keys import Keys
+
 _PLAIN = ("redis://", "rediss://", "unix://")
 _SEVERAL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)
 _PORTS = {"sentinel": 26379, "cluster": 6379}
@@ -56,6 +58,15 @@ def parse_redis_url(url: str) -> RedisUrl:
         raise ValueError(_MUST[kind]) from None
     del options["host"]
     return RedisUrl("sentinel" if service else "cluster", options, nodes, service)
+
+
+def keys_at(url: str, prefix: str) -> Keys:
+    """The keys of an installation at a Redis.
+
+    Raises:
+        ValueError: as `parse_redis_url` does.
+    """
+    return Keys(prefix, int(parse_redis_url(url).options.get("db") or 0))
 
 
 def _address(host: str, port: int) -> tuple[str, int]:

@@ -17,9 +17,10 @@ def is_queue_name(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of one installation; several share a Redis by having different prefixes."""
+    """The keys of one installation; several share a Redis by having different prefixes, or databases."""
 
     prefix: str = "chat"
+    database: int = 0
 
     def jobs(self, queue: str = DEFAULT_QUEUE) -> str:
         """The stream of waiting jobs of a queue."""
@@ -34,12 +35,19 @@ class Keys:
         return f"{self.prefix}:ended:{{{request_id}}}"
 
     def feed(self, request_id: str) -> str:
-        """The pub/sub channel that carries the log's entries as they are accepted."""
-        return f"{self.prefix}:feed:{{{request_id}}}"
+        """The pub/sub channel that carries the log's entries as they are accepted.
+
+        Pub/sub knows no databases: without the number the followers of one database would hear those of another.
+        """
+        within = f"{self.database}:" if self.database else ""
+        return f"{self.prefix}:feed:{within}{{{request_id}}}"
 
     @property
     def cancel(self) -> str:
-        """The pub/sub channel on which a cancel is hinted at, beside the seal: a message is a request id."""
+        """The pub/sub channel on which a cancel is hinted at, beside the seal: a message is a request id.
+
+        It is one for all databases: a hint from another one has a worker look at its own log, and find it open.
+        """
         return f"{self.prefix}:cancel"
 
     @property
