@@ -20,6 +20,8 @@ from worker.telemetry.metrics import Metrics
 
 _STALE = 10
 """A worker that has not shown itself for so many leases is gone."""
+_SILENT = 2
+"""After so many leases without a new beat a worker's jobs are looked at: Redis's clock may hide that they are left."""
 
 
 class Keeper:
@@ -47,6 +49,11 @@ class Keeper:
         self._metrics = metrics
         self._pause = settings.lease / 3
         self._swept = 0.0
+        self._beats: dict[str, int] = {}
+        self._unchanged: dict[str, tuple[int | None, float]] = {}
+        """Of each consumer with jobs its last beat, and since when it is that; by the monotonic clock."""
+        self._without_idle: dict[tuple[str, str], set[str]] = {}
+        """Of each queue and consumer the jobs that showed no idle time at the last look."""
         self._over = asyncio.Event()
 
     def leave(self) -> None:
@@ -72,6 +79,7 @@ class Keeper:
             Backoff("trim_failed"): self._trim,
             Backoff("measure_failed"): self._measure,
             Backoff("beat_failed"): self._beat,
+            Backoff("expire_failed"): self._expire_stopped,
             Backoff("forget_failed"): self._forget,
             Backoff("sweep_failed"): self._sweep,
         }
@@ -103,7 +111,30 @@ class Keeper:
             self._metrics.queue(queue, depth.waiting, oldest)
 
     async def _beat(self) -> None:
-        await self._ledger.beat(self._line(), stale_after=_STALE * self._settings.lease)
+        self._beats = await self._ledger.beat(self._line(), stale_after=_STALE * self._settings.lease)
+
+    async def _expire_stopped(self) -> None:
+        """End leases that are not renewed and whose idle time stands still: of silent workers, and of jobs lost here.
+
+        Redis's clock may step back, or a failover go to a host that is behind. A job then has no idle time until that
+        clock has reached the time of its delivery, and XAUTOCLAIM does not take it. A job whose lease is renewed shows
+        none only in the millisecond of its renewal, so one that shows none at two looks in a row is not renewed.
+        """
+        now, own = time.monotonic(), self._line().name
+        unchanged: dict[str, tuple[int | None, float]] = {}
+        without_idle: dict[tuple[str, str], set[str]] = {}
+        for queue in self._settings.queues:
+            for name in await self._jobs.consumers(queue):
+                beat = self._beats.get(name)
+                known, since = self._unchanged.get(name, (beat, now))
+                unchanged[name] = beat, since if beat == known else now
+                if name != own and now - unchanged[name][1] < _SILENT * self._settings.lease:
+                    continue
+                ids = await self._jobs.without_idle_time(queue, name) - self._leases.running_in(queue)
+                if stopped := ids & self._without_idle.get((queue, name), set()):
+                    await self._jobs.expire(queue, name, stopped)
+                without_idle[queue, name] = ids - stopped
+        self._unchanged, self._without_idle = unchanged, without_idle
 
     async def _forget(self) -> None:
         await self._ledger.forget(self._clock.now() - self._settings.dead_retention * 1000)

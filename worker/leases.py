@@ -59,6 +59,10 @@ class Leases:
     def __len__(self) -> int:
         return len(self._running)
 
+    def running_in(self, queue: str) -> set[str]:
+        """The ids of the jobs of a queue that are at work here."""
+        return {job for name, job in self._running if name == queue}
+
     def begin(self, deliveries: Iterable[Delivery], sent: float) -> int:
         """Begin jobs that were asked for at `sent`; gives how many.
 

@@ -246,6 +246,22 @@ class JobQueue:
                 ))  # fmt: skip
                 _log.info("consumer_removed", queue=queue, consumer=name)
 
+    async def consumers(self, queue: str) -> list[str]:
+        """The names of all consumers that have jobs pending."""
+        consumers = await self._commands.xinfo_consumers(self._keys.jobs(queue), GROUP)
+        return [consumer["name"].decode("utf-8", "replace") for consumer in consumers if consumer["pending"]]
+
+    async def without_idle_time(self, queue: str, consumer: str) -> set[str]:
+        """The jobs pending with a consumer for which Redis reports no idle time."""
+        lines = await self._commands.xpending_range(self._keys.jobs(queue), GROUP, "-", "+", _NO_LIMIT, consumer)
+        return {cast("bytes", line["message_id"]).decode() for line in lines if not line["time_since_delivered"]}
+
+    async def expire(self, queue: str, consumer: str, ids: Collection[str]) -> None:
+        """End the leases of a consumer's jobs, so that XAUTOCLAIM takes them."""
+        key = self._keys.jobs(queue)
+        await self._commands.xclaim(key, GROUP, consumer, 0, sorted(ids), idle=2 * self._lease_ms, justid=True)  # type: ignore[arg-type]  # list is invariant
+        _log.warning("stopped_leases_ended", queue=queue, consumer=consumer, jobs=len(ids))
+
     async def leave(self, queues: Iterable[str]) -> None:
         """Remove this consumer where it has nothing pending; with pending entries they would be lost."""
         for queue in queues:

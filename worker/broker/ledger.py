@@ -82,12 +82,21 @@ class Ledger:
         """Drop the dead letters that were written before a time in Unix ms: they hold prompts."""
         await self._redis.xtrim(self._keys.dead, minid=str(max(0, before)), approximate=False)
 
-    async def beat(self, line: WorkerLine, stale_after: float) -> None:
-        """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds."""
+    async def beat(self, line: WorkerLine, stale_after: float) -> dict[str, int]:
+        """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds.
+
+        A line as far in the future is dropped too: Redis's clock has stepped back, and a live worker writes a new one.
+        Gives the beat of every worker that is left, in Unix ms.
+        """
         await self._redis.hset(self._keys.workers, line.name, to_json(line))
-        for name, raw in (await self._redis.hgetall(self._keys.workers)).items():
-            if line.beat - _beat_of(raw) > stale_after * 1000:
+        beats: dict[str, int] = {}
+        for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._keys.workers)).items():
+            beat = _beat_of(raw)
+            if abs(line.beat - beat) > stale_after * 1000:
                 await self._redis.hdel(self._keys.workers, name)
+            else:
+                beats[name.decode("utf-8", "replace")] = beat
+        return beats
 
     async def workers(self) -> set[str]:
         """The names of all workers that show themselves."""
