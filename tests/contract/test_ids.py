@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, is_request_id, new_request_id
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows, is_request_id, new_request_id
 from worker.contract.keys import DEFAULT_QUEUE, Keys
 
 _NUMBER = st.integers(0, 2**64 - 1)
@@ -69,3 +69,16 @@ def test_the_keys_are_those_of_the_contract() -> None:
         "test:1:tokens:{r1}",
         "test:1:dead",
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "entry", "is_next"),
+    [
+        ("0-0", "0-1", True), ("0-0", "1-0", True), ("0-1", "1-0", True), ("0-0", str(SEAL), True),
+        ("0-0", "1-1", False), ("0-0", "2-0", False), ("0-1", "1-7", False), ("0-1", "3-0", False),
+        ("1-0", "1-1", True), ("1-9", "1-10", True), ("1-9", "2-0", True), ("1-9", "5-0", True), ("1-9", str(SEAL), True),
+        ("1-9", "1-11", False), ("1-9", "2-1", False), ("2-0", "1-1", False), ("2-9", "2-9", False),
+    ],
+)  # fmt: skip
+def test_d8_what_is_missing_between_two_entries_shows_in_their_ids(before: str, entry: str, *, is_next: bool) -> None:
+    assert follows(EntryId.parse(entry), EntryId.parse(before)) is is_next

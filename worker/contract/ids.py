@@ -46,6 +46,21 @@ SEAL = EntryId(_LAST, _LAST)
 """The terminal entry: the greatest id there is, so Redis itself refuses whatever would follow."""
 
 
+def follows(entry: EntryId, before: EntryId) -> bool:
+    """Whether a log lacks nothing between two of its entries, as far as their ids tell; `BEFORE_ALL` may be the first.
+
+    A log begins with `0-1`, with `1-0`, or with its seal. Within an attempt `n` goes up by one, and the next attempt
+    begins with 0: not always with the next number, for a log that was lost and made anew goes on under a later one.
+    What the seal comes after its id does not tell.
+    """
+    if entry == SEAL:
+        return True
+    if before.attempt == 0:
+        return entry in (QUEUED, (1, 0))
+    same = entry.attempt == before.attempt
+    return entry.n == before.n + 1 if same else entry.attempt > before.attempt and entry.n == 0
+
+
 def is_request_id(text: str) -> bool:
     """Whether a text can name a request: 1 to 128 characters of `A-Za-z0-9_-`."""
     return _REQUEST_ID.fullmatch(text) is not None
