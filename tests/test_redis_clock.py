@@ -1,4 +1,4 @@
-"""Redis's clock steps back, or a failover goes to a host that is behind: jobs of dead workers are taken all the same."""
+"""Redis's clock steps back, or a failover goes to a host that is behind: a dead worker's jobs are still taken."""
 
 import struct
 from typing import cast
