@@ -9,14 +9,13 @@ from typing import Any, TypedDict, TypeVar
 
 import structlog
 
-from worker.broker.connection import persist
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
 from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, to_fields
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
-from worker.request import Request, Stopped, drained
+from worker.request import Request, Stopped, drained, insist
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
@@ -113,8 +112,8 @@ class Generation:
         request = self._request
         if not isinstance(self._log.loss, LogDiverged | LogGone):
             await drained(self._log, request.stop)
-        await persist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
-        self._history = Answer(await persist(lambda: self._owner.read(request.id), request.stop))
+        await insist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
+        self._history = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
         self._committed = self._went_on = False
         self._metrics.attempt(reason)
 

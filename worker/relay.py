@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import msgspec
 import structlog
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from worker.broker.connection import is_transient, persist, what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
@@ -36,7 +35,7 @@ from worker.contract.job import (
 )
 from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation
-from worker.request import Request, Stop, Stopped, drained
+from worker.request import Request, Stop, Stopped, drained, insist
 from worker.settings import Settings
 from worker.suspects import Turn, Turns, failures, goal_of, is_doubtful, is_suspect
 from worker.telemetry.metrics import Metrics
@@ -93,6 +92,8 @@ class Relay:
                         return
                     # Without a turn its deadline has passed: it is ended, and vLLM is asked for nothing.
                 await self._take(request, turn)
+            except LogRefused as refusal:
+                await self._bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
             except (RedisError, OSError, LogLost):  # not the job's fault
                 raise
             except Exception as error:
@@ -109,24 +110,18 @@ class Relay:
         if request.job is not _UNREAD:
             return False
         try:
-            history = await persist(lambda: self._owner.read(request.id), request.stop)
-        except ResponseError:  # what Redis has against this log is heard when it is taken
+            history = await insist(lambda: self._owner.read(request.id), request.stop)
+        except LogRefused:  # said when it is taken
             return False
         return is_suspect(failures(history, request.delivery), self._settings.max_deliveries)
 
     async def _take(self, request: Request, turn: Turn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
         delivery = request.delivery
-        try:
-            taken = await persist(
-                lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), _digest(request.job)),
-                request.stop,
-            )
-        except ResponseError as refusal:
-            if not what_redis_said(refusal).startswith("WRONGTYPE"):
-                raise
-            await self._bury(delivery, f"Redis refuses to write the log: {refusal}", request.stop)
-            return
+        taken = await insist(
+            lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), _digest(request.job)),
+            request.stop,
+        )
         match taken:
             case Owned():
                 if turn is not None:
@@ -181,8 +176,6 @@ class Relay:
         except LogGone:
             _log.warning("log_gone", attempt=log.attempt)
             await self._done_with(request)
-        except LogRefused as loss:
-            await self._bury(request.delivery, f"Redis refuses to write the log: {loss}", stop)
         except LogFenced as loss:
             _log.warning("job_taken_elsewhere", reason=str(loss))
         except Stopped:
@@ -200,7 +193,7 @@ class Relay:
     async def _condemn(self, request: Request, reason: str) -> None:
         """End a job with which this process cannot deal, lest it come again for ever."""
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
-        if await persist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+        if await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
             await self._settle_found(request)
 
     def _count_start(self, request: Request, attempt: int) -> None:
@@ -218,7 +211,7 @@ class Relay:
         expire_at = request.deadline + request.retention * 1000
         if self._now() >= expire_at:
             raise LogGone("the log has expired")
-        await persist(
+        await insist(
             lambda: self._owner.begin_again(log, request.delivery, expire_at, _digest(request.job)), request.stop
         )
 
@@ -226,10 +219,10 @@ class Relay:
         """Write the terminal entry; gives the one that stands, which somebody else may have written."""
         await drained(log, request.stop)
         if isinstance(end, Failed):  # vLLM gives the usage only at the end of an answer
-            known = Answer(await persist(lambda: self._owner.read(request.id), request.stop))
+            known = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
             end = msgspec.structs.replace(end, usage=known.usage, model=known.model)
         stone = self._tombstone(request, end.type)
-        return await persist(
+        return await insist(
             lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
             request.stop,
         )
@@ -241,11 +234,11 @@ class Relay:
         """
         if isinstance(end, Done | Failed) and end.usage:
             return Answer([end])
-        return Answer([*await persist(lambda: self._owner.read(request.id), request.stop), end])
+        return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
 
     async def _settle_found(self, request: Request) -> None:
         """Finish with a request whose end somebody else has written."""
-        await self._settle(request, Answer(await persist(lambda: self._owner.read(request.id), request.stop)))
+        await self._settle(request, Answer(await insist(lambda: self._owner.read(request.id), request.stop)))
 
     async def _settle(self, request: Request, answer: Answer) -> None:
         """After the seal: expiry and tombstone, lifecycle, feed, acknowledgement.
@@ -268,7 +261,7 @@ class Relay:
 
     async def _confirm(self, request: Request, end: Terminal) -> None:
         stone = self._tombstone(request, end.type)
-        sealed = await persist(
+        sealed = await insist(
             lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
             request.stop,
         )
@@ -290,7 +283,7 @@ class Relay:
             usage=answer.usage,
             timings=answer.end.timings if answer.end else {},
         )
-        await persist(lambda: self._ledger.lifecycle(line), request.stop)
+        await insist(lambda: self._ledger.lifecycle(line), request.stop)
 
     async def _done_with(self, request: Request) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
@@ -313,10 +306,10 @@ class Relay:
         self._metrics.buried.inc()
         # One that does not validate is of no use as it is, and anybody may add as many of these as there are.
         most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
-        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
+        await insist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
 
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
-        await persist(lambda: self._jobs.acknowledge(delivery), stop)
+        await insist(lambda: self._jobs.acknowledge(delivery), stop)
 
     def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
         request_id = request_id_of(delivery.fields)
@@ -387,10 +380,8 @@ async def _end_of(generation: Generation, log: TokenLog) -> Terminal:
     """The terminal entry of an answer; an error of our own becomes one too, lest the job come again for ever."""
     try:
         return await generation.end()
-    except (LogLost, Stopped):
-        raise
     except Exception as error:
-        if is_transient(error):
+        if isinstance(error, LogLost | Stopped | RedisError | OSError):
             raise
         _log.exception("internal_error")
         return Failed(

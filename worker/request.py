@@ -2,12 +2,16 @@
 
 import asyncio
 import enum
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from worker.broker.connection import is_transient, persist, withholds_right
 from worker.broker.jobs import Delivery
 from worker.broker.log import TokenLog
 from worker.contract.job import InvalidJob, Job
+
+_T = TypeVar("_T")
 
 
 class Stop(enum.Enum):
@@ -32,6 +36,17 @@ class Request:
     retention: int
     remember: int
     stop: "asyncio.Future[Stop]"
+
+
+async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[Stop]") -> _T:
+    """Repeat what a running job asks of Redis, until Redis answers or the job is to stop.
+
+    It also waits while Redis withholds a right: whoever took it may give it back, and it is not the job's fault.
+
+    Raises:
+        Exception: what the operation raised, when waiting does not help or there is no more time.
+    """
+    return await persist(operation, stop, lambda error: is_transient(error) or withholds_right(error))
 
 
 async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:

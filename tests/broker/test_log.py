@@ -146,6 +146,15 @@ async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
         await log.drained()
 
 
+async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await one.take(delivery)
+    await redis.set("chat:jobs", "in the way")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await two.owner.take("r", delivery, FAR)
+
+
 async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:

@@ -248,3 +248,53 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
 def waiting(worker: Service) -> int:
     """Bytes that the worker's logs hold until Redis has accepted them."""
     return sum(log._bytes for log in worker._publisher._logs)
+
+
+@pytest.fixture
+async def limited(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The URL of a user of the workers' own, whose rights a test takes away and gives back."""
+    await redis.execute_command("ACL", "SETUSER", "relay", "on", ">secret", "~*", "&*", "+@all")  # type: ignore[no-untyped-call]  # so in redis-py 8.1
+    yield redis_url.replace("redis://", "redis://relay:secret@")
+    await redis.execute_command("ACL", "DELUSER", "relay")  # type: ignore[no-untyped-call]  # likewise
+
+
+@pytest.mark.parametrize(
+    ("taken", "given"),
+    [
+        (("resetkeys", "~chat:jobs", "~chat:dead", "~chat:lifecycle", "~chat:workers", "~chat:probe"), ("~*",)),
+        (("-multi",), ("+multi",)),
+        (("-xrevrange", "-xadd"), ("+xrevrange", "+xadd")),
+        (("resetpass", ">another"), (">secret",)),
+    ],
+    ids=["the logs' keys", "MULTI", "commands", "the password"],
+)
+async def test_d7_a_right_that_is_taken_away_and_given_back_ends_no_job(
+    taken: tuple[str, ...],
+    given: tuple[str, ...],
+    client: Client,
+    redis: Redis,
+    limited: str,
+    start_worker: StartWorker,
+    paced: Simulator,
+) -> None:
+    worker = await start_worker(paced, lease=15, redis_url=limited)
+    questions = [f"question {number}" for number in range(6)]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    for request_id in ids:
+        await has_begun(redis, request_id)
+    failed = worker._metrics.write_failures._value
+    await redis.execute_command("ACL", "SETUSER", "relay", *taken)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
+    if "resetpass" in taken:
+        await redis.execute_command("CLIENT", "KILL", "USER", "relay")  # type: ignore[no-untyped-call]  # likewise
+    late = await client.enqueue(ask("late"))
+    before = failed.get()
+
+    async def refused_again_and_again() -> bool:
+        return bool(failed.get() > before + 2)
+
+    await eventually(refused_again_and_again)
+    assert not await redis.exists("chat:dead")
+    await redis.execute_command("ACL", "SETUSER", "relay", *given)  # type: ignore[no-untyped-call]  # likewise
+    for question, request_id in zip([*questions, "late"], [*ids, late], strict=True):
+        assert (await promise_kept(redis, request_id, expected(question))).attempts == 1
+    assert not await redis.exists("chat:dead")

@@ -56,6 +56,8 @@ _TRANSIENT = (
 )
 _TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
 _OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
+_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
+"""What Redis quotes of a command that it does not know: part of an answer, where that is a PUBLISH."""
 
 
 def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
@@ -80,9 +82,19 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith(_TRANSIENT_WORDS)
 
 
+def withholds_right(error: BaseException) -> bool:
+    """Whether Redis refuses a right or a password (NOPERM, NOAUTH, WRONGPASS): an operator can give it back."""
+    return isinstance(
+        error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
+    )
+
+
 def what_redis_said(error: BaseException) -> str:
-    """The text of an error without what redis-py puts about it in a pipeline: the command, which may hold a prompt."""
-    return _OF_PIPELINE.sub("", str(error)) or type(error).__name__
+    """The text of an error without the arguments of commands, which may hold a prompt or an answer.
+
+    redis-py quotes them in the errors of a pipeline, Redis in those of a command that it does not know.
+    """
+    return _QUOTED.sub("", _OF_PIPELINE.sub("", str(error))) or type(error).__name__
 
 
 class _Voice:
@@ -133,8 +145,14 @@ _OUTAGE = _Voice("redis_unavailable")
 """One for the process: all of its jobs meet the same outage, and each would say so."""
 
 
-async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Future[Any] | None = None) -> _T:
+async def persist(
+    operation: Callable[[], Awaitable[_T]],
+    give_up: asyncio.Future[Any] | None = None,
+    waits_for: Callable[[BaseException], bool] = is_transient,
+) -> _T:
     """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
+
+    `waits_for` tells the errors after which it is repeated.
 
     Raises:
         Exception: what the operation raised, when it is no passing fault or there is no more time.
@@ -144,7 +162,7 @@ async def persist(operation: Callable[[], Awaitable[_T]], give_up: asyncio.Futur
         try:
             return await operation()
         except Exception as error:
-            if not is_transient(error) or (give_up is not None and give_up.done()):
+            if not waits_for(error) or (give_up is not None and give_up.done()):
                 raise
             await backoff.wait(error)
 

@@ -5,6 +5,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from worker.broker.connection import what_redis_said
 from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 
@@ -36,7 +37,7 @@ class LogDiverged(LogLost):
 
 
 class LogRefused(LogLost):
-    """Redis refuses to write this log for another reason, such as a key of another type."""
+    """A key of another type stands in the log's place: the only refusal of Redis that is of one log alone."""
 
 
 class Sink(Protocol):
@@ -234,6 +235,15 @@ def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | No
     if tail < accepted:
         return LogDiverged(f"Redis holds the log up to {tail}, but has acknowledged {accepted}")
     return None
+
+
+def refusal_of(error: BaseException) -> LogRefused | None:
+    """What an error of Redis says of the log that was asked for; nothing when it says nothing of that log.
+
+    All else that Redis refuses (a right, a write, a command) is no job's fault, and may pass.
+    """
+    said = what_redis_said(error)
+    return LogRefused(said) if said.startswith("WRONGTYPE") else None
 
 
 _HEADS = [f"*{4 + 2 * count}\r\n$4\r\nXADD\r\n" for count in range(32)]

@@ -1,12 +1,13 @@
 """How a process comes to own the log of a request, goes on under a later attempt, and seals it.
 
 Every decision is read from the log itself, under a WATCH where two keys must agree, so each of these may be repeated
-after a lost reply: what is already there is found and taken for what it is.
+after a lost reply: what is already there is found and taken for what it is. Each raises LogRefused where a key of
+another type stands in the log's place.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias, cast
@@ -16,7 +17,7 @@ from redis.exceptions import ResponseError, WatchError
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogFenced, LogGone, TokenLog, judge
+from worker.broker.log import LogFenced, LogGone, TokenLog, judge, refusal_of
 from worker.broker.publisher import Publisher
 from worker.broker.wire import pack
 from worker.contract.entries import (
@@ -102,7 +103,7 @@ class Owner:
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._lines.to(key) as line:
+            async with self._line(key) as line:
                 last, is_over = await _look(line, key, ended)
                 tail = _id_of(last)
                 if tail == SEAL or is_over:
@@ -133,7 +134,7 @@ class Owner:
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._lines.to(key) as line:
+            async with self._line(key) as line:
                 last, is_over = await _look(line, key, ended)
                 tail = _id_of(last)
                 if tail == SEAL or is_over:
@@ -141,7 +142,7 @@ class Owner:
                 holder = await _entry(line, key, EntryId(tail.attempt, 0)) if tail else None
             if await self._refusal(holder, delivery) is not None:
                 return False
-            async with self._lines.to(key) as line:
+            async with self._line(key) as line:
                 last, is_over = await _look(line, key, ended)
                 if _id_of(last) != tail or is_over:
                     continue
@@ -170,7 +171,7 @@ class Owner:
         """
         ended = self._keys.ended(log.request_id)
         while await self._jobs.holds(delivery):
-            async with self._lines.to(log.key) as line:
+            async with self._line(log.key) as line:
                 last, is_over = await _look(line, log.key, ended)
                 if last is not None:
                     return
@@ -188,7 +189,7 @@ class Owner:
         """
         attempt = log.attempt + 1
         if not await self._claim(log.request_id, attempt, delivery, reason):
-            async with self._lines.to(log.key) as line:
+            async with self._line(log.key) as line:
                 (reply,) = await line.ask(_last(log.key))
                 first = await _entry(line, log.key, EntryId(attempt, 0))
             lost = judge(_id_of(_first_of(reply)), attempt, EntryId(attempt, 0))
@@ -210,7 +211,7 @@ class Owner:
         await log.drained()
         ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
         while True:
-            async with self._lines.to(log.key) as line:
+            async with self._line(log.key) as line:
                 (reply,) = await line.watch([log.key], _last(log.key))
                 last = _first_of(reply)
                 if last and _id_of(last) == SEAL:
@@ -239,7 +240,7 @@ class Owner:
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._lines.to(key) as line:
+            async with self._line(key) as line:
                 if not _is_over(await line.watch([key], _last(key), _command("EXISTS", ended))):
                     return False
                 try:
@@ -258,7 +259,7 @@ class Owner:
         """
         key = self._keys.tokens(request_id)
         wait = _command("WAIT", str(self._replicas), str(_WAIT_MS))
-        async with self._turn_to_wait(), self._lines.to(key) as line:
+        async with self._turn_to_wait(), self._line(key) as line:
             if not _is_over(await line.ask(_last(key), _command("EXISTS", self._keys.ended(request_id)))):
                 return False
             _, there = await line.ask(_expire(key, retention), wait)
@@ -295,7 +296,15 @@ class Owner:
 
     async def _raw(self, request_id: str) -> list[_RawEntry]:
         """By redis-py, which waits for each piece of a long reply by itself."""
-        return cast("list[_RawEntry]", await self._lines.redis.xrange(self._keys.tokens(request_id)))
+        with _of_the_log():
+            return cast("list[_RawEntry]", await self._lines.redis.xrange(self._keys.tokens(request_id)))
+
+    @asynccontextmanager
+    async def _line(self, key: str) -> AsyncIterator[Line]:
+        """A connection to the server of a log's key, to ask about that log and its tombstone alone."""
+        with _of_the_log():
+            async with self._lines.to(key) as line:
+                yield line
 
     async def _start(self, line: Line, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
         started = Started(
@@ -318,7 +327,8 @@ class Owner:
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         try:
-            written = await self._lines.ask(key, _xadd(key, claimed.id, to_fields(claimed), create=False))
+            async with self._line(key) as line:
+                (written,) = await line.ask(_xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
             if "equal or smaller" in str(error) or "exhausted the last" in str(error):
                 return False
@@ -335,6 +345,18 @@ class Owner:
             isinstance(entry, Started | Claimed)
             and (entry.owner, entry.queue, entry.job) == (self._nonce, delivery.queue, delivery.id)
         )  # fmt: skip
+
+
+@contextmanager
+def _of_the_log() -> Iterator[None]:
+    """Raises LogRefused where a key of another type stands in a log's place."""
+    try:
+        yield
+    except ResponseError as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 async def _look(line: Line, key: str, ended: str) -> tuple[_RawEntry | None, bool]:

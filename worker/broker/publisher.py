@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 import structlog
@@ -26,8 +26,8 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from worker.broker.cluster import ClusterClient
-from worker.broker.connection import Backoff, command_client, is_transient
-from worker.broker.log import LogDiverged, LogGone, LogRefused, Run, TokenLog
+from worker.broker.connection import Backoff, command_client, what_redis_said
+from worker.broker.log import LogDiverged, LogGone, Run, TokenLog, refusal_of
 from worker.broker.wire import Command, Outcome, Wires, pack
 from worker.contract.entries import Fields
 from worker.contract.feed import UNTOLD_FOR
@@ -320,16 +320,24 @@ class Publisher:
             self._tell_soon()
 
     def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
-        """Redis refused an entry, the first of these: find out what its id ran into."""
-        text = str(verdicts[0])
-        if verdicts[0] is None:
+        """Redis refused an entry, the first of these: find out what its id ran into.
+
+        Raises:
+            RedisError: when it is nothing about this log: it may pass.
+        """
+        first = verdicts[0]
+        if not isinstance(first, RedisError):
             log.lose(LogGone("the log is not there any more"))
-        elif "equal or smaller" in text or "exhausted the last" in text:
+            return
+        text = what_redis_said(first)
+        if "equal or smaller" in text or "exhausted the last" in text:
             self.look()  # written already, fenced or sealed: the log's end tells which
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
             log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
+        elif refusal := refusal_of(first):
+            log.lose(refusal)
         else:
-            log.lose(LogRefused(text))
+            raise first
 
     async def _look_at_logs(self) -> None:
         """Read the end of every log, or of those asked for, and judge by it. Nothing is in flight meanwhile."""
@@ -352,12 +360,14 @@ class Publisher:
             self._out += log.pending
 
     def _reconcile(self, log: TokenLog, reply: object) -> None:
-        if isinstance(reply, RedisError) and is_transient(reply):  # LOADING is a ConnectionError in redis-py
-            raise reply
-        if not isinstance(reply, list):
-            log.lose(LogRefused(str(reply)))
+        if isinstance(reply, RedisError):
+            refusal = refusal_of(reply)
+            if refusal is None:
+                raise reply
+            log.lose(refusal)
             return
-        accepted = log.reconcile(EntryId.parse(reply[0][0]) if reply else None)
+        tail = cast("list[list[bytes]]", reply)
+        accepted = log.reconcile(EntryId.parse(tail[0][0]) if tail else None)
         for _, first, entries, _ in accepted:
             self._metrics.written.inc(len(entries))
             self._tell_of(log, first, entries)
@@ -368,7 +378,7 @@ class Publisher:
         if isinstance(error, NoPermissionError) and _OF_THE_FEED.search(str(error)):
             # It is in one MULTI with entries, and would hold them back for ever.
             self._mute = True
-            _log.warning("feed_refused", error=str(error))
+            _log.warning("feed_refused", error=what_redis_said(error))
         await self._backoff.wait(error)
         await self._wires.close()
         self._look = True
