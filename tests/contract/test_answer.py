@@ -119,6 +119,102 @@ def test_tool_calls_without_an_index_begin_with_an_id_of_their_own() -> None:
     ]
 
 
+def function(name: str = "", arguments: str = "", **more: Any) -> Any:  # noqa: ANN401
+    """A piece of a tool call."""
+    return more | {"function": {"name": name, "arguments": arguments}}
+
+
+A3: list[tuple[str, list[Any], list[Any]]] = [
+    # what is shown, the pieces, the calls that they come to
+    (
+        "an empty id, name or type overwrites nothing",
+        [function("f", "{", index=0, id="c", type="function"), function("", "}", index=0, id="", type="")],
+        [function("f", "{}", index=0, id="c", type="function")],
+    ),
+    (
+        "a null overwrites nothing",
+        [function("f", "{", index=0, id="c"), {"index": 0, "id": None, "function": None}, {"index": 0, "type": None}],
+        [function("f", "{", index=0, id="c")],
+    ),
+    (
+        "a new id with a name begins a call, also at the same index",
+        [function("f", "1", index=0, id="c"), function("g", "2", index=0, id="d"), function("", "3", index=0)],
+        [function("f", "1", index=0, id="c"), function("g", "23", index=0, id="d")],
+    ),
+    (
+        "calls at the same index are continued by their ids",
+        [function("f", "1", index=0, id="c"), function("g", "2", index=0, id="d"), function("", "3", index=0, id="c")],
+        [function("f", "13", index=0, id="c"), function("g", "2", index=0, id="d")],
+    ),
+    (
+        "equal ids at two indices are two calls",
+        [function("f", "1", index=0, id="c"), function("g", "2", index=1, id="c"), function("", "3", index=0)],
+        [function("f", "13", index=0, id="c"), function("g", "2", index=1, id="c")],
+    ),
+    (
+        "without index and id a name begins a call",
+        [function("f", "{}"), function("f", "["), function("", "]")],
+        [function("f", "{}"), function("f", "[]")],
+    ),
+    (
+        "of a new id in every piece the first stays",
+        [function("f", "{", index=0, id="c"), function("", "}", index=0, id="d"), function("", " ", index=0, id="e")],
+        [function("f", "{} ", index=0, id="c")],
+    ),
+    (
+        "also without an index",
+        [function("f", "{", id="c"), function("", "}", id="d"), function("", " ", id="e")],
+        [function("f", "{} ", id="c")],
+    ),
+    (
+        "an id that comes later than the name is that call's",
+        [function("f", "{", index=0), function("", "}", index=0, id="c")],
+        [function("f", "{}", index=0, id="c")],
+    ),
+    (
+        "an index that comes only in later pieces",
+        [function("f", "{", id="c"), function("", "}", index=0), function("", " ", index=0)],
+        [function("f", "{} ", index=0, id="c")],
+    ),
+    ("an empty piece is no call", [{}], []),
+    ("nor is one that has only an index and a type", [function("", "", index=0, type="function"), {"id": ""}], []),
+    (
+        "an empty piece is passed over between others",
+        [function("f", "{", index=0, id="c"), {}, {"index": 1}, function("", "}", index=0)],
+        [function("f", "{}", index=0, id="c")],
+    ),
+    (
+        "the input of a custom tool is joined",
+        [
+            {"index": 0, "id": "c", "type": "custom", "custom": {"name": "x", "input": "a"}},
+            {"index": 0, "custom": {"input": "b"}},
+        ],
+        [{"index": 0, "id": "c", "type": "custom", "custom": {"name": "x", "input": "ab"}}],
+    ),
+    (
+        "a name may come in pieces, or with every piece",
+        [function("get_", "", index=0), function("time", "{", index=0), function("x", "1", index=1),
+         function("x", "2", index=1)],
+        [function("get_time", "{", index=0), function("x", "12", index=1)],
+    ),
+    (
+        "arguments that are an object stay one",
+        [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}, function("", "", index=0)],
+        [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}],
+    ),
+    (
+        "what is no function is in nobody's way",
+        [{"index": 0, "id": "c", "function": "f"}, function("g", "{}", index=0)],
+        [{"index": 0, "id": "c", "function": "f"}],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A3], ids=[case[0] for case in A3])
+def test_a3_pieces_of_tool_calls_are_put_together(pieces: list[Any], made: list[Any]) -> None:
+    assert calls(*pieces) == made
+
+
 def test_several_tool_calls_may_come_in_one_entry() -> None:
     pieces: Any = [{"index": n, "id": f"c{n}", "function": {"name": "f", "arguments": "{}"}} for n in range(2)]
     assert answer(delta(tool_calls=pieces)).choices[0].tool_calls == pieces

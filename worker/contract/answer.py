@@ -5,6 +5,7 @@ from typing import Self
 
 import msgspec
 
+from worker.contract.accumulation import accumulate_value, add_tool_call
 from worker.contract.entries import (
     JSON,
     Cancelled,
@@ -43,10 +44,10 @@ class Choice(msgspec.Struct):
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = self.stop_reason if delta.stop_reason is None else delta.stop_reason
         self.token_ids += delta.token_ids
-        self.logprobs = _joined(self.logprobs, delta.logprobs)
-        self.extra |= delta.extra
+        self.logprobs = accumulate_value(self.logprobs, delta.logprobs)
         for piece in delta.tool_calls:
-            _add_tool_call(self.tool_calls, piece)
+            add_tool_call(self.tool_calls, piece)
+        self.extra |= delta.extra
 
     def message(self) -> Object:
         """The choice as the `message` of a chat completion."""
@@ -199,47 +200,3 @@ def _without_tail(delta: Delta, cut: int) -> Delta:
     if isinstance(logprobs, dict):
         logprobs = {name: part[:-cut] if isinstance(part, list) else part for name, part in logprobs.items()}
     return msgspec.structs.replace(delta, token_ids=delta.token_ids[:-cut], logprobs=logprobs)
-
-
-def _joined(whole: JSON, piece: JSON) -> JSON:
-    """Logprobs come as an object of lists, each with the part of this chunk."""
-    if not isinstance(whole, dict) or not isinstance(piece, dict):
-        return whole if piece is None else piece
-    joined = dict(whole)
-    for name, value in piece.items():
-        before = joined.get(name)
-        joined[name] = before + value if isinstance(before, list) and isinstance(value, list) else value
-    return joined
-
-
-def _add_tool_call(calls: list[Object], piece: Object) -> None:
-    """Add a piece to the call that it belongs to; the first piece has the id and the name, later ones arguments."""
-    call = _call_of(calls, piece)
-    if call is None:
-        call = {}
-        calls.append(call)
-    for name, value in piece.items():
-        before = call.get(name)
-        if name == "function" and isinstance(value, dict) and isinstance(before, dict):
-            _add_function(before, value)
-        elif value is not None:
-            call[name] = dict(value) if isinstance(value, dict) else value
-
-
-def _call_of(calls: list[Object], piece: Object) -> Object | None:
-    index = piece.get("index")
-    if index is not None:
-        return next((call for call in calls if call.get("index") == index), None)
-    # Servers that leave the index out begin a call with an id of its own.
-    if not calls or piece.get("id") not in (None, calls[-1].get("id")):
-        return None
-    return calls[-1]
-
-
-def _add_function(function: Object, piece: Object) -> None:
-    for name, value in piece.items():
-        before = function.get(name)
-        if name == "arguments" and isinstance(before, str) and isinstance(value, str):
-            function[name] = before + value
-        elif value is not None:
-            function[name] = value
