@@ -2,20 +2,19 @@
 
 What the entries need as text is decoded; the rest stays the JSON that came (`msgspec.Raw`), byte for byte.
 The shapes are those of vLLM 0.32.0 and of other OpenAI-compatible servers: choices or a delta that are missing or
-null, null content, an empty finish_reason, `reasoning_content` for `reasoning`, and a `message` in place of a delta.
+null, null content, an empty finish_reason, `reasoning_content` for `reasoning`, and what `shapes` reads.
 """
 
 import hashlib
 import json
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import msgspec
 from msgspec import Raw
 
 from worker.contract.entries import Fields, Object
 from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
-
-_RawObject: TypeAlias = dict[str, Raw]
+from worker.vllm.shapes import NULL, RawObject, delta_of, lift_prompt_ids, read_message, read_tokens, says
 
 
 class _PlainDelta(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,20 +42,14 @@ class _Plain(msgspec.Struct, forbid_unknown_fields=True):
     usage: None = None
 
 
-_decode_object = msgspec.json.Decoder(_RawObject).decode
-_decode_choices = msgspec.json.Decoder(list[_RawObject | None] | None).decode
-_decode_delta = msgspec.json.Decoder(_RawObject | None).decode
+_decode_object = msgspec.json.Decoder(RawObject).decode
+_decode_choices = msgspec.json.Decoder(list[RawObject | None] | None).decode
 _decode_ids = msgspec.json.Decoder(list[int]).decode
-_decode_calls = msgspec.json.Decoder(list[_RawObject]).decode
 _decode_plain = msgspec.json.Decoder(_Plain).decode
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 _CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"})
-_CHOICE_FIELDS = frozenset({"index", "delta", "finish_reason", "stop_reason", "logprobs", "token_ids"})
-_DELTA_FIELDS = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
-_NULL = Raw(b"null")
-_NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _BROKEN_OFF = frozenset({"abort", "error"})
 
 
@@ -73,7 +66,7 @@ class ChunkParser:
 
     __slots__ = (
         "_begun", "_broken_off", "_chunk_extra", "_finished", "_head", "_keep_prompt_ids", "_keep_usage", "_kept", "_n",
-        "_same", "_seen", "_unproven", "_unsaid", "done", "finish_reason", "usage",
+        "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -95,12 +88,13 @@ class ChunkParser:
         self._unproven = sent
         self._kept = kept
         self._seen: set[int] = set()
+        self._spoken: set[int] = set()  # choices of which something was said, beside their end
         self._finished: set[int] = set()
         self._broken_off = ""
         self._head: Fields = {}
         self._same: tuple[str, str, int] | None = None  # id, model and time of plain chunks, once these may come
         self._chunk_extra: dict[str, bytes] = {}
-        self._unsaid: _RawObject = {}
+        self._unsaid: RawObject = {}
 
     @property
     def model(self) -> str:
@@ -190,40 +184,43 @@ class ChunkParser:
         self._begun = True
         return [fields]
 
-    def _entries(self, chunk: _RawObject) -> list[Fields]:
+    def _entries(self, chunk: RawObject) -> list[Fields]:
         self._same = None
         _raise_error_in(chunk)
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
-        if choices and "text" in choices[0]:
-            _take_for_chat(chunk, choices)
+        for choice in choices:
+            lift_prompt_ids(chunk, choice)
         if choices and self._unproven is not None:
             self._prove(chunk)
-        deltas = [_delta_of(choice) for choice in choices]
+        indexes = [_decode(choice.pop("index", b"0"), type=int | None) or 0 for choice in choices]
+        deltas = [
+            delta_of(choice, has_spoken=index in self._spoken) for choice, index in zip(choices, indexes, strict=True)
+        ]
         self._take_usage(chunk, of_choices=bool(choices))
         self._take_extra(chunk)
         entries = self._opened(chunk, deltas)
-        for choice, delta in zip(choices, deltas, strict=True):
-            fields = self._delta(choice, delta)
+        for index, choice, delta in zip(indexes, choices, deltas, strict=True):
+            fields = self._delta(index, choice, delta)
             if len(fields) > 1 + ("index" in fields):
                 self._begun = True
                 entries.append(fields)
-        if not self._unsaid and 0 in self._seen:
+        if not self._unsaid and 0 in self._spoken:
             self._same = _of_every_chunk(self._head)
         return entries
 
-    def _prove(self, chunk: _RawObject) -> None:
+    def _prove(self, chunk: RawObject) -> None:
         """At the first chunk: a server that passed over the ids would send text that is there already.
 
         Raises:
             CannotResume: when it did.
         """
-        if _decode(chunk.get("prompt_token_ids", _NULL)) != self._unproven:
+        if _decode(chunk.get("prompt_token_ids", NULL)) != self._unproven:
             raise CannotResume("the server does not go on from the tokens that it was given")
         self._unproven = None
 
-    def _take_usage(self, chunk: _RawObject, *, of_choices: bool) -> None:
+    def _take_usage(self, chunk: RawObject, *, of_choices: bool) -> None:
         usage = chunk.get("usage")
-        if usage is None or not _says(usage):
+        if usage is None or not says(usage):
             return
         self.usage = _decode(usage, type=dict)
         if self._kept:  # they were the server's prompt, and are the answer's
@@ -233,7 +230,7 @@ class ChunkParser:
         if self._keep_usage and of_choices:
             self._unsaid["usage"] = Raw(_encode(self.usage)) if self._kept else usage
 
-    def _take_extra(self, chunk: _RawObject) -> None:
+    def _take_extra(self, chunk: RawObject) -> None:
         """Keep what the chunk holds beyond the known fields, once for as long as it stays the same."""
         if chunk.keys() <= _CHUNK_FIELDS:
             return
@@ -242,27 +239,27 @@ class ChunkParser:
 
     def _keep(self, name: str, raw: Raw) -> None:
         value = bytes(raw)
-        if value not in _NOTHING and self._chunk_extra.get(name) != value:
+        if says(raw) and self._chunk_extra.get(name) != value:
             self._chunk_extra[name] = value
             self._unsaid[name] = raw
 
-    def _opened(self, chunk: _RawObject, deltas: list[_RawObject]) -> list[Fields]:
+    def _opened(self, chunk: RawObject, deltas: list[RawObject]) -> list[Fields]:
         """The `opened` entry, when something that should be the same in every chunk is new."""
         head = dict(self._head) or {"type": "opened"}
         for name, field in (("id", "response_id"), ("model", "model")):
-            if (raw := chunk.get(name)) is not None and _says(raw):
+            if (raw := chunk.get(name)) is not None and says(raw):
                 head[field] = _plain(raw)
-        if (raw := chunk.get("created")) is not None and _says(raw):
+        if (raw := chunk.get("created")) is not None and says(raw):
             created = _plain(raw)
             if created.isdecimal():
                 head["created"] = created
             else:  # a fraction or a date: readers rely on a whole number
                 self._keep("created", raw)
         for delta in deltas:
-            if (raw := delta.get("role")) is not None and _says(raw):
+            if (raw := delta.pop("role", None)) is not None and says(raw):
                 head["role"] = _plain(raw)
         prompt = chunk.get("prompt_token_ids")
-        if prompt is not None and _says(prompt):
+        if prompt is not None and says(prompt):
             ids = _decode_ids(prompt)
             ids = ids[: len(ids) - self._kept]
             head["prompt_tokens"] = str(len(ids))
@@ -274,39 +271,27 @@ class ChunkParser:
         self._head = head
         return [head | self._extra_field()]
 
-    def _delta(self, choice: _RawObject, delta: _RawObject) -> Fields:
+    def _delta(self, index: int, choice: RawObject, delta: RawObject) -> Fields:
         """The `delta` entry of one choice: only what it says, and nothing of what it says left out."""
         fields: Fields = {"type": "delta"}
-        extra = {name: raw for name, raw in choice.items() if name not in _CHOICE_FIELDS and _says(raw)}
-        unread = {name: raw for name, raw in delta.items() if name not in _DELTA_FIELDS and _says(raw)}
-        for name, field in (("content", "content"), ("reasoning", "reasoning"), ("reasoning_content", "reasoning")):
-            if (raw := delta.get(name)) is None or not _says(raw):
-                continue
-            text = _decode(raw)
-            if isinstance(text, str) and fields.get(field, text) == text:
-                fields[field] = text
-            else:
-                unread[name] = raw
-        if (raw := delta.get("tool_calls")) is not None and _says(raw):
-            _decode_calls(raw)  # readers rely on a list of objects
-            fields["tool_calls"] = bytes(raw).decode()
-        index = _decode(choice.get("index", b"0"), type=int | None) or 0
+        read_message(delta, fields)
+        unread = {name: raw for name, raw in delta.items() if says(raw)}
+        if unread or len(fields) > 1:
+            self._spoken.add(index)
         if index:
             fields["index"] = str(index)
         self._seen.add(index)
         self._take_end(choice, index, fields)
-        if (raw := choice.get("logprobs")) is not None and _says(raw):
-            fields["logprobs"] = bytes(raw).decode()
-        if (raw := choice.get("token_ids")) is not None and _says(raw):
-            fields["token_ids"] = _encode(_decode_ids(raw)).decode()
+        read_tokens(choice, fields)
+        extra = {name: raw for name, raw in choice.items() if says(raw)}
         if unread:
             extra["delta"] = Raw(_encode(unread))
         if extra or (self._unsaid and len(fields) > 1 + ("index" in fields)):
             fields |= self._extra_field(extra)
         return fields
 
-    def _take_end(self, choice: _RawObject, index: int, fields: Fields) -> None:
-        if (raw := choice.get("finish_reason")) is not None and _says(raw):
+    def _take_end(self, choice: RawObject, index: int, fields: Fields) -> None:
+        if (raw := choice.pop("finish_reason", None)) is not None and says(raw):
             reason = _decode(raw, type=str)
             if reason in _BROKEN_OFF:
                 self._broken_off = reason
@@ -314,10 +299,10 @@ class ChunkParser:
                 fields["finish_reason"] = reason
                 self._finished.add(index)
                 self.finish_reason = reason if index == 0 else self.finish_reason or reason
-        if (raw := choice.get("stop_reason")) is not None and bytes(raw) != b"null":
+        if (raw := choice.pop("stop_reason", None)) is not None and bytes(raw) != b"null":
             fields["stop_reason"] = bytes(raw).decode()
 
-    def _extra_field(self, extra: _RawObject | None = None) -> Fields:
+    def _extra_field(self, extra: RawObject | None = None) -> Fields:
         """`extra` with what is new at the level of the chunk: in `opened` as it is, in a delta under `chunk`."""
         shown, self._unsaid = self._unsaid, {}
         if extra is not None:
@@ -337,16 +322,7 @@ def digest_of(prompt: list[int]) -> str:
     return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
 
 
-def _take_for_chat(chunk: _RawObject, choices: list[_RawObject]) -> None:
-    """Bring a chunk of `/v1/completions` into the shape of the chat route's."""
-    for choice in choices:
-        choice["delta"] = Raw(_encode({"role": "assistant", "content": choice.pop("text", _NULL)}))
-        prompt = choice.pop("prompt_token_ids", _NULL)
-        if _says(prompt):
-            chunk["prompt_token_ids"] = prompt
-
-
-def _object(data: bytes) -> _RawObject:
+def _object(data: bytes) -> RawObject:
     """The chunk's fields, undecoded.
 
     Bytes that are no UTF-8 and halves of surrogate pairs become replacement marks, and the NaN and Infinity that
@@ -364,25 +340,13 @@ def _object(data: bytes) -> _RawObject:
         return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _delta_of(choice: _RawObject) -> _RawObject:
-    """What a choice adds: its `delta` or, where that says nothing, the `message` of an answer that is no stream.
-
-    A message that is taken leaves the choice; one beside a delta stays, as a field like others that are not known.
-    """
-    return _decode_delta(choice.get("delta", _NULL)) or _decode_delta(choice.pop("message", _NULL)) or {}
-
-
-def _raise_error_in(chunk: _RawObject) -> None:
+def _raise_error_in(chunk: RawObject) -> None:
     error = chunk.get("error")
-    if error is not None and _says(error):
+    if error is not None and says(error):
         raise from_event(_decode(error))
     # Older servers send the error itself: {"object": "error", "message": …}.
     if "choices" not in chunk and bytes(chunk.get("object", b"")) == b'"error"':
         raise from_event(_decode(_encode(chunk)))
-
-
-def _says(raw: Raw) -> bool:
-    return bytes(raw) not in _NOTHING
 
 
 def _plain(raw: Raw) -> str:

@@ -1,0 +1,163 @@
+"""Whole streams of other servers, as bytes, and what a reader of the log has of them in the end.
+
+A new shape is a line of the table. Where openai's own client gets it right, what it gets is compared as well.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from openai_reading import read_by_openai
+
+from worker.contract import entries
+from worker.contract.answer import Answer, Choice
+from worker.contract.ids import EntryId
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.sse import SSEDecoder
+
+Object = dict[str, Any]
+
+
+def event(value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def chunk(delta: object, finish_reason: object = None, **choice: object) -> Object:
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, "model": "m"}
+    said = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason} | choice
+    return head | {"choices": [said]}
+
+
+def x(delta: object, finish_reason: object = None, **choice: object) -> bytes:
+    return event(chunk(delta, finish_reason, **choice))
+
+
+def without_delta(finish_reason: object = None, **choice: object) -> bytes:
+    value = chunk(None, finish_reason, **choice)
+    del value["choices"][0]["delta"]
+    return event(value)
+
+
+ROLE = x({"role": "assistant", "content": ""})
+DONE = b"data: [DONE]\n\n"
+END = x({}, "stop") + DONE
+CALL: list[Any] = [{"index": 0, "id": "call-1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+HI: Object = {"role": "assistant", "content": "hi"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stream, and what it says. `openai`: whether openai's client gets the same content, reasoning and calls."""
+
+    name: str
+    body: bytes
+    content: str = ""
+    openai: bool = True
+    reasoning: str = ""
+    tool_calls: list[Object] = field(default_factory=list)
+    finish_reason: str = "stop"
+    extra: list[Object] = field(default_factory=list)
+    """What each delta keeps beside, of those that keep something."""
+
+
+SHAPES = [
+    Shape("A2: a tool call beside an empty text", ROLE + x({"tool_calls": CALL}, text="") + END, tool_calls=CALL),
+    Shape("A2: content beside an empty text", ROLE + x({"content": "hi"}, text="") + END, "hi"),
+    Shape("A2: content beside a text of null", ROLE + x({"content": "hi"}, text=None) + END, "hi"),
+    Shape("A2: reasoning beside a text", x({"reasoning": "r"}, text="t") + END, reasoning="r", extra=[{"text": "t"}]),
+    Shape(
+        "A2: a text that repeats the delta", x({"content": "a"}, text="a") + x({"content": "b"}, text="b") + END, "ab"
+    ),
+    Shape(
+        "A2: a text of all so far",
+        ROLE + x({"content": "a"}, text="a") + x({"content": "b"}, text="ab") + x({"content": "c"}, text="abc") + END,
+        "abc",
+    ),
+    Shape(
+        "A2: a text of all at the end",
+        ROLE + x({"content": "a"}) + x({}, "stop", text="a") + DONE,
+        "a",
+        extra=[{"text": "a"}],
+    ),
+    Shape("A2: a text without a delta", without_delta(text="a") + without_delta("stop", text="b") + DONE, "ab", False),
+    Shape("A2: a text beside a delta of null", x(None, text="a") + x(None, "stop", text="b") + DONE, "ab", False),
+    Shape(
+        "A5: a closing frame with the whole message",
+        ROLE + x({"content": "h"}) + x({"content": "i"}) + without_delta("stop", message=HI) + DONE,
+        "hi",
+        openai=False,  # it fails: the last choice has no delta
+        extra=[{"message": HI}],
+    ),
+    Shape(
+        "A5: the whole message beside a delta of null",
+        ROLE + x({"content": "hi"}) + x(None, "stop", message=HI) + DONE,
+        "hi",
+        extra=[{"message": HI}],
+    ),
+    Shape(
+        "A5: the whole message beside an empty delta",
+        ROLE + x({"content": "hi"}) + x({}, "stop", message=HI) + DONE,
+        "hi",
+        extra=[{"message": HI}],
+    ),
+    Shape(
+        "A5: the whole message after a tool call",
+        ROLE + x({"tool_calls": CALL}) + x({}, "tool_calls", message={"tool_calls": CALL}) + DONE,
+        tool_calls=CALL,
+        finish_reason="tool_calls",
+        extra=[{"message": {"tool_calls": CALL}}],
+    ),
+    Shape("A5: a message alone", without_delta("stop", message=HI) + DONE, "hi", openai=False),
+    Shape("A5: a message after a role", ROLE + x({}, "stop", message=HI) + DONE, "hi", openai=False),
+    Shape(
+        "A5: a message beside a role",
+        x({"role": "assistant", "content": ""}, "stop", message=HI) + DONE,
+        "hi",
+        openai=False,
+    ),
+    Shape(
+        "A5: a message that is a text",
+        ROLE + x({"content": "hi"}) + x({}, "stop", message="done") + DONE,
+        "hi",
+        extra=[{"message": "done"}],
+    ),
+    Shape(
+        "A5: a message of another choice",
+        x({"content": "hi"}) + x({}, "stop") + x({}, "stop", message=HI, index=1) + DONE,
+        "hi",
+    ),
+]
+
+
+def read(body: bytes) -> tuple[ChunkParser, Answer]:
+    """The answer as a reader of the log has it."""
+    parser, answer, decoder = ChunkParser(), Answer(), SSEDecoder()
+    fields = [fields for data in decoder.feed(body) for fields in parser.parse(data)]
+    for n, one in enumerate(fields, 1):
+        raw = {name.encode(): value.encode() for name, value in one.items()}
+        answer.add(entries.parse(str(EntryId(1, n)), raw))
+    return parser, answer
+
+
+def first_of(answer: Answer) -> Choice:
+    return next((choice for choice in answer.choices if choice.index == 0), Choice())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_stream_of_another_server_says_what_it_says(shape: Shape) -> None:
+    parser, answer = read(shape.body)
+    parser.check_complete()
+    choice = first_of(answer)
+    assert (choice.content, choice.reasoning, choice.tool_calls) == (shape.content, shape.reasoning, shape.tool_calls)
+    assert choice.finish_reason == parser.finish_reason == shape.finish_reason
+    assert [delta.extra for delta in answer.deltas if delta.extra] == shape.extra
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.openai], ids=lambda shape: shape.name)
+def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> None:
+    message = read_by_openai(shape.body)[0]
+    assert (message.get("content") or "") == shape.content
+    assert (message.get("reasoning") or "") == shape.reasoning
+    assert message.get("tool_calls", []) == shape.tool_calls
+    assert message["finish_reason"] == shape.finish_reason
