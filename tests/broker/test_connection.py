@@ -1,9 +1,10 @@
 """What counts as a passing fault of Redis, in whatever shape redis-py puts it, and what is said of it."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from proxy import Proxy
@@ -155,4 +156,66 @@ async def test_d3_silence_in_the_middle_of_a_reply_is_too_long(
         for read in reads:
             with pytest.raises(RedisTimeoutError):
                 await read
+        await asked.close()
+
+
+class Slow:
+    """Takes what is sent in small pieces, one after the other, and answers each connection's commands at their end."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._server: asyncio.Server | None = None
+        self.url = ""
+        self.stands = False
+
+    async def __aenter__(self) -> Self:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        self._server = await asyncio.start_server(self._serve, sock=listening, limit=2048)
+        self.url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        read = 0
+        while data := await reader.read(2048):
+            if b"CLIENT" in data:  # redis-py's greeting
+                writer.write(b"+OK\r\n" * data.count(b"CLIENT"))
+                continue
+            read += len(data)
+            await asyncio.sleep(0.005)
+            if read >= self._size:
+                writer.write(b"+OK\r\n")
+                break
+            if self.stands:
+                await asyncio.Event().wait()
+        await reader.read(1)
+        writer.close()
+
+
+@pytest.mark.parametrize("stands", [False, True], ids=["slow", "silent"])
+async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_not(
+    monkeypatch: pytest.MonkeyPatch, *, stands: bool
+) -> None:
+    """D3: as a publisher's flush, or a large job, at 150 kB a second."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.2)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.2)
+    command = pack(b"SET", b"k", b"x" * 200_000)
+    async with Slow(len(command)) as slow, command_client(slow.url, connections=2) as client:
+        slow.stands = stands
+        asked = await Wire.open(client.connection_pool)
+        writes: list[asyncio.Future[Any]] = [
+            asked.ask(command, 1),
+            asyncio.ensure_future(client.set("k", "x" * 200_000)),
+        ]
+        for write in writes:
+            if stands:
+                with pytest.raises(RedisTimeoutError):
+                    await write
+            else:
+                assert await write
         await asked.close()

@@ -16,6 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from worker.broker.cluster import ClusterClient, ClusterPool
+from worker.broker.sending import unsent
 from worker.broker.sentinel import sentinel_pool
 from worker.broker.urls import parse_redis_url
 
@@ -187,7 +188,7 @@ class _Once(Retry):
 
 
 class _LimitOnSilence(_AsyncHiredisParser):
-    """Has the limit of a read begin again with each piece that comes.
+    """Has the limit of a read begin again with each piece that comes, and while a large command still goes out.
 
     redis-py 8.1 has it from the first byte of a reply to the last: one that takes longer on a slow way was cut off, and
     asked for again for ever. Every kind of connection takes this: plain, TLS, of Sentinel and of a cluster.
@@ -204,11 +205,37 @@ class _LimitOnSilence(_AsyncHiredisParser):
         super().on_disconnect()  # type: ignore[no-untyped-call]
 
     async def read_from_socket(self) -> bool:
-        await super().read_from_socket()  # type: ignore[no-untyped-call]
+        sending = self._watch_sending()
+        try:
+            await super().read_from_socket()  # type: ignore[no-untyped-call]
+        finally:
+            if sending is not None:
+                sending.cancel()
+        self._is_alive()
+        return True
+
+    def _watch_sending(self) -> "asyncio.Task[None] | None":
+        """While what was sent last is still on its way."""
+        connection = self._connection
+        writer = connection and connection._writer  # noqa: SLF001 - here and below: no other way in 8.1
+        limit = connection and connection.socket_timeout
+        if not writer or not limit or not unsent(writer.transport):
+            return None
+        return asyncio.ensure_future(self._while_sending(writer.transport, limit))
+
+    async def _while_sending(self, transport: asyncio.WriteTransport, limit: float) -> None:
+        left = unsent(transport)
+        while True:
+            await asyncio.sleep(limit / 2)
+            before, left = left, unsent(transport)
+            if not 0 < left < before:
+                return
+            self._is_alive()
+
+    def _is_alive(self) -> None:
         connection = self._connection
         if connection is not None:
-            connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001 - no other way in 8.1
-        return True
+            connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001
 
 
 def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:

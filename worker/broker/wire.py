@@ -21,6 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.cluster import ClusterClient, ClusterPool, servers_of, slot_of
 from worker.broker.connection import COMMAND_TIMEOUT
+from worker.broker.sending import unsent
 
 Packed: TypeAlias = tuple[bytes, int]
 """Packed commands, and how many these are."""
@@ -118,6 +119,7 @@ class Wire(TakenConnection):
         self._replies: list[Any] = []
         self._wanted = 0
         self._due = 0.0
+        self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
         self._done: Done | None = None
 
@@ -148,15 +150,16 @@ class Wire(TakenConnection):
     def send(self, packed: bytes, count: int, done: Done) -> None:
         """Send commands, and have `done` called with their `count` replies, errors among them as values.
 
-        One question at a time. Told in place of replies is a RedisError when the connection is lost or nothing has
-        come for `COMMAND_TIMEOUT`: what was sent may have been done, and nothing can be asked here any more.
+        One question at a time. Told in place of replies is a RedisError when the connection is lost or when, for
+        `COMMAND_TIMEOUT`, nothing has come and nothing of the commands went out: they may have been done, and nothing
+        can be asked here any more.
         """
         try:
             self.write(packed)
         except RedisError as error:
             done(error)
             return
-        self._done, self._wanted = done, count
+        self._done, self._wanted, self._unsent = done, count, len(packed)
         loop = asyncio.get_running_loop()
         self._due = loop.time() + COMMAND_TIMEOUT
         if self._timer is None:
@@ -168,6 +171,8 @@ class Wire(TakenConnection):
         if self._done is None:
             return
         loop = asyncio.get_running_loop()
+        if loop.time() >= self._due and 0 < (left := unsent(self._transport)) < self._unsent:
+            self._unsent, self._due = left, loop.time() + COMMAND_TIMEOUT  # a slow way, and no silence
         if loop.time() < self._due:
             self._timer = loop.call_at(self._due, self._look)
         else:
