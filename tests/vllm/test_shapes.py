@@ -57,6 +57,7 @@ class Shape:
     reasoning: str = ""
     tool_calls: list[Object] = field(default_factory=list)
     finish_reason: str = "stop"
+    token_ids: list[int] = field(default_factory=list)
     extra: list[Object] = field(default_factory=list)
     """What each delta keeps beside, of those that keep something."""
 
@@ -127,6 +128,76 @@ SHAPES = [
         x({"content": "hi"}) + x({}, "stop") + x({}, "stop", message=HI, index=1) + DONE,
         "hi",
     ),
+    Shape(
+        "A15: an object as tool calls",
+        ROLE + x({"content": "a", "tool_calls": {"id": "x"}}) + x({"content": "b"}) + END,
+        "ab",
+        openai=False,
+        extra=[{"delta": {"tool_calls": {"id": "x"}}}],
+    ),
+    Shape(
+        "A15: text as tool calls",
+        ROLE + x({"content": "a", "tool_calls": "x"}) + END,
+        "a",
+        openai=False,
+        extra=[{"delta": {"tool_calls": "x"}}],
+    ),
+    Shape(
+        "A15: null, text and an empty call among tool calls",
+        ROLE + x({"content": "a", "tool_calls": [None, *CALL, "x", {}]}) + END,
+        "a",
+        openai=False,
+        tool_calls=CALL,
+        extra=[{"delta": {"tool_calls": ["x"]}}],
+    ),
+    Shape("A15: nothing but null as tool calls", ROLE + x({"content": "a", "tool_calls": [None]}) + END, "a", False),
+    *(
+        Shape(
+            f"A15: {ids} as token ids",
+            ROLE + x({"content": "a"}, token_ids=ids) + x({"content": "b"}, token_ids=[2]) + END,
+            "ab",
+            extra=[{"token_ids": ids}],
+            token_ids=[2],
+        )
+        for ids in ([[1]], [1.5], [1.0], ["1"], [None], [True], "1", 1, {"a": 1})
+    ),
+    *(
+        Shape(
+            f"A15: {ids} as the prompt's token ids",
+            event(chunk({"content": "a"}) | {"prompt_token_ids": ids}) * 2 + END,
+            "aa",
+        )
+        for ids in ("1 2", [[1]], [0.5], {"a": 1}, 7)
+    ),
+    *(
+        Shape(
+            f"A15: {reason} as finish reason",
+            ROLE + x({"content": "a"}) + x({}, reason) + DONE,
+            "a",
+            openai=False,
+            extra=[{"finish_reason": reason}],
+        )
+        for reason in ({"type": "stop"}, {"reason": "stop", "at": 3})
+    ),
+    Shape("A15: an index that is text", x({"content": "a"}, index="0") + END, "a", openai=False),
+    Shape(
+        "A15: an index that is none",
+        x({"content": "a"}, index="first") + x({"content": "b"}, index=[1]) + x({"content": "c"}, index=1.5) + END,
+        "abc",
+        openai=False,
+        extra=[{"index": "first"}, {"index": [1]}, {"index": 1.5}],
+    ),
+    *(
+        Shape(
+            f"A15: {usage} as usage",
+            event(chunk({"content": "a"}) | {"usage": usage}) + END,
+            "a",
+            openai=False,
+        )
+        for usage in (7, "7", [7])
+    ),
+    Shape("A15: an empty list as delta", ROLE + x([]) + x({"content": "a"}) + x([], "stop") + DONE, "a", openai=False),
+    Shape("A15: odd heads", event(chunk({"role": {"a": 1}, "content": "a"}) | {"id": [1], "model": 7}) + END, "a"),
 ]
 
 
@@ -150,6 +221,7 @@ def test_a_stream_of_another_server_says_what_it_says(shape: Shape) -> None:
     parser.check_complete()
     choice = first_of(answer)
     assert (choice.content, choice.reasoning, choice.tool_calls) == (shape.content, shape.reasoning, shape.tool_calls)
+    assert choice.token_ids == shape.token_ids
     assert choice.finish_reason == parser.finish_reason == shape.finish_reason
     assert [delta.extra for delta in answer.deltas if delta.extra] == shape.extra
 
@@ -161,3 +233,29 @@ def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> 
     assert (message.get("reasoning") or "") == shape.reasoning
     assert message.get("tool_calls", []) == shape.tool_calls
     assert message["finish_reason"] == shape.finish_reason
+
+
+def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:
+    _, answer = read(event(chunk({"content": "a"}) | {"prompt_token_ids": "1 2", "usage": 7}) * 2 + END)
+    assert answer.opened is not None
+    assert (answer.opened.extra, answer.opened.prompt_tokens) == ({"prompt_token_ids": "1 2", "usage": 7}, None)
+    assert [delta.extra for delta in answer.deltas] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("index", "number"), [("0", 0), ("1", 1), ("12", 12), ("0" * 5000, 0), ("-1", 0), ("\u0661", 0)]
+)
+def test_a15_an_index_may_be_text(index: str, number: int) -> None:
+    assert [choice.index for choice in read(x({"content": "a"}, index=index))[1].choices] == [number]
+
+
+@pytest.mark.parametrize(("reason", "text"), [({"at": 3}, '{"at":3}'), (7, "7"), (["stop"], '["stop"]')])
+def test_a15_a_finish_reason_that_is_no_text_ends_the_answer_all_the_same(reason: object, text: str) -> None:
+    parser, answer = read(x({"content": "a"}) + x({}, reason))
+    parser.check_complete()
+    assert answer.finish_reason.replace(" ", "") == text
+
+
+@pytest.mark.parametrize("reason", [False, 0, [], {}, None, ""])
+def test_a15_nothing_as_finish_reason_ends_nothing(reason: object) -> None:
+    assert not read(x({"content": "a"}, reason))[0].complete

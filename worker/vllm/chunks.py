@@ -14,7 +14,18 @@ from msgspec import Raw
 
 from worker.contract.entries import Fields, Object
 from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
-from worker.vllm.shapes import NULL, RawObject, delta_of, lift_prompt_ids, read_message, read_tokens, says
+from worker.vllm.shapes import (
+    NULL,
+    RawObject,
+    delta_of,
+    ids_of,
+    lift_prompt_ids,
+    read_finish_reason,
+    read_index,
+    read_message,
+    read_tokens,
+    says,
+)
 
 
 class _PlainDelta(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,7 +55,6 @@ class _Plain(msgspec.Struct, forbid_unknown_fields=True):
 
 _decode_object = msgspec.json.Decoder(RawObject).decode
 _decode_choices = msgspec.json.Decoder(list[RawObject | None] | None).decode
-_decode_ids = msgspec.json.Decoder(list[int]).decode
 _decode_plain = msgspec.json.Decoder(_Plain).decode
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
@@ -192,7 +202,7 @@ class ChunkParser:
             lift_prompt_ids(chunk, choice)
         if choices and self._unproven is not None:
             self._prove(chunk)
-        indexes = [_decode(choice.pop("index", b"0"), type=int | None) or 0 for choice in choices]
+        indexes = [read_index(choice) for choice in choices]
         deltas = [
             delta_of(choice, has_spoken=index in self._spoken) for choice, index in zip(choices, indexes, strict=True)
         ]
@@ -219,10 +229,14 @@ class ChunkParser:
         self._unproven = None
 
     def _take_usage(self, chunk: RawObject, *, of_choices: bool) -> None:
-        usage = chunk.get("usage")
-        if usage is None or not says(usage):
+        usage = chunk.get("usage", NULL)
+        if not says(usage):
             return
-        self.usage = _decode(usage, type=dict)
+        value = _decode(usage)
+        if not isinstance(value, dict):
+            self._keep("usage", usage)
+            return
+        self.usage = value
         if self._kept:  # they were the server's prompt, and are the answer's
             for name, sign in (("prompt_tokens", -1), ("completion_tokens", 1)):
                 count = self.usage.get(name)
@@ -260,16 +274,22 @@ class ChunkParser:
                 head["role"] = _plain(raw)
         prompt = chunk.get("prompt_token_ids")
         if prompt is not None and says(prompt):
-            ids = _decode_ids(prompt)
-            ids = ids[: len(ids) - self._kept]
-            head["prompt_tokens"] = str(len(ids))
-            head["prompt_digest"] = digest_of(ids)
-            if self._keep_prompt_ids:
-                self._unsaid["prompt_token_ids"] = Raw(_encode(ids))
+            self._take_prompt(prompt, head)
         if head == self._head or len(head) == 1:
             return []
         self._head = head
         return [head | self._extra_field()]
+
+    def _take_prompt(self, prompt: Raw, head: Fields) -> None:
+        ids = ids_of(prompt)
+        if ids is None:
+            self._keep("prompt_token_ids", prompt)
+            return
+        ids = ids[: len(ids) - self._kept]
+        head["prompt_tokens"] = str(len(ids))
+        head["prompt_digest"] = digest_of(ids)
+        if self._keep_prompt_ids:
+            self._unsaid["prompt_token_ids"] = Raw(_encode(ids))
 
     def _delta(self, index: int, choice: RawObject, delta: RawObject) -> Fields:
         """The `delta` entry of one choice: only what it says, and nothing of what it says left out."""
@@ -291,8 +311,7 @@ class ChunkParser:
         return fields
 
     def _take_end(self, choice: RawObject, index: int, fields: Fields) -> None:
-        if (raw := choice.pop("finish_reason", None)) is not None and says(raw):
-            reason = _decode(raw, type=str)
+        if reason := read_finish_reason(choice):
             if reason in _BROKEN_OFF:
                 self._broken_off = reason
             else:

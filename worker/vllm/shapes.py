@@ -14,12 +14,16 @@ RawObject: TypeAlias = dict[str, Raw]
 
 NULL = Raw(b"null")
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
+_EMPTY_LIST = b"[]"
+"""What servers in PHP write for an empty object."""
+_LONGEST_INDEX = 18
+"""Digits of an index that comes as text."""
 _ASSISTANT = Raw(b'"assistant"')
 
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 _decode_ids = msgspec.json.Decoder(list[int]).decode
-_decode_calls = msgspec.json.Decoder(list[RawObject]).decode
+_decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_delta = msgspec.json.Decoder(RawObject | None).decode
 
 
@@ -40,7 +44,8 @@ def delta_of(choice: RawObject, *, has_spoken: bool) -> RawObject:
     Raises:
         ValidationError: when the delta is no object.
     """
-    given = _decode_delta(choice.pop("delta", NULL))
+    raw = choice.pop("delta", NULL)
+    given = {} if bytes(raw) == _EMPTY_LIST else _decode_delta(raw)
     delta = given or {}
     if given is None and "text" in choice:
         delta = {"role": _ASSISTANT, "content": choice.pop("text")}
@@ -67,17 +72,71 @@ def read_message(delta: RawObject, fields: Fields) -> None:
         if isinstance(text, str) and fields.get(field, text) == text:
             fields[field] = text
             del delta[name]
-    if (raw := delta.pop("tool_calls", None)) is not None and says(raw):
-        _decode_calls(raw)  # readers rely on a list of objects
-        fields["tool_calls"] = bytes(raw).decode()
+    _read_tool_calls(delta, fields)
 
 
 def read_tokens(choice: RawObject, fields: Fields) -> None:
     """Move logprobs and token ids out of a choice into the fields of an entry."""
     if (raw := choice.pop("logprobs", None)) is not None and says(raw):
         fields["logprobs"] = bytes(raw).decode()
-    if (raw := choice.pop("token_ids", None)) is not None and says(raw):
-        fields["token_ids"] = _encode(_decode_ids(raw)).decode()
+    ids = ids_of(choice.get("token_ids", NULL))
+    if ids is not None:
+        del choice["token_ids"]
+        if ids:
+            fields["token_ids"] = _encode(ids).decode()
+
+
+def ids_of(raw: Raw) -> list[int] | None:
+    """A list of token ids; None when it is anything else."""
+    try:
+        return _decode_ids(raw)
+    except msgspec.ValidationError:
+        return None
+
+
+def read_index(choice: RawObject) -> int:
+    """The index of a choice, which may be text. What is no index counts as the first."""
+    raw = choice.get("index", NULL)
+    value = _decode(raw)
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value[:_LONGEST_INDEX])
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    del choice["index"]
+    return value
+
+
+def read_finish_reason(choice: RawObject) -> str:
+    """Why a choice ended; empty while it goes on.
+
+    Some servers give an object that has the reason in it. Anything else that is no text is a reason by its JSON.
+    """
+    raw = choice.get("finish_reason", NULL)
+    value = _decode(raw)
+    if isinstance(value, dict):
+        named = next((reason for name in ("type", "reason") if isinstance(reason := value.get(name), str)), "")
+        return named or (bytes(raw).decode() if value else "")
+    if not value:
+        return ""
+    del choice["finish_reason"]
+    return value if isinstance(value, str) else bytes(raw).decode()
+
+
+def _read_tool_calls(delta: RawObject, fields: Fields) -> None:
+    """Readers rely on a list of objects: what is none stays where it was."""
+    raw = delta.get("tool_calls", NULL)
+    if not says(raw):
+        return
+    try:
+        calls = _decode_list(raw)
+    except msgspec.ValidationError:
+        return
+    calls = [call for call in calls if says(call)]
+    whole = [call for call in calls if bytes(call).startswith(b"{")]
+    others = [call for call in calls if not bytes(call).startswith(b"{")]
+    if whole:
+        fields["tool_calls"] = _encode(whole).decode()
+    delta["tool_calls"] = Raw(_encode(others))
 
 
 def _repeats(text: Raw, content: Raw) -> bool:
