@@ -253,6 +253,89 @@ def test_extra_fields_are_kept_and_the_latest_holds() -> None:
     assert log.choices[0].extra == {"a": 1, "b": 2}
 
 
+A6: list[tuple[str, list[Any], dict[str, Any]]] = [
+    # what is shown, a field of each delta, the field of the message
+    ("a refusal", ["I can", "not", None, ""], {"refusal": "I cannot"}),
+    (
+        "audio",
+        [{"id": "a", "transcript": "Hi"}, {"id": "a", "transcript": " you", "data": "AA"}, {"expires_at": 7}],
+        {"audio": {"id": "a", "transcript": "Hi you", "data": "AA", "expires_at": 7}},
+    ),
+    (
+        "reasoning_details",
+        [[{"type": "reasoning.text", "index": 0, "text": "hm", "format": "x"}],
+         [{"type": "reasoning.text", "index": 0, "text": ", so", "format": "x"}],
+         [{"type": "reasoning.encrypted", "index": 0, "data": "AA"}],
+         [{"type": "reasoning.text", "index": 1, "text": "b"}]],
+        {"reasoning_details": [
+            {"type": "reasoning.text", "index": 0, "text": "hm, so", "format": "x"},
+            {"type": "reasoning.encrypted", "index": 0, "data": "AA"},
+            {"type": "reasoning.text", "index": 1, "text": "b"}]},
+    ),
+    (
+        "a function_call",
+        [{"name": "f", "arguments": ""}, {"arguments": "{"}, {"name": "", "arguments": "}"}],
+        {"function_call": {"name": "f", "arguments": "{}"}},
+    ),
+    (
+        "content parts",
+        [[{"type": "text", "text": "a"}], [{"type": "text", "text": "b"}], []],
+        {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ),
+    ("images", [[{"image_url": {"url": "x"}}], [{"image_url": {"url": "y"}}]],
+     {"images": [{"image_url": {"url": "x"}}, {"image_url": {"url": "y"}}]}),
+    ("annotations", [[{"type": "url_citation"}], [], [{"type": "url_citation"}]],
+     {"annotations": [{"type": "url_citation"}, {"type": "url_citation"}]}),
+    ("pieces of other types", ["a", {"b": 1}, ["c"], 7, "d"], {"other": "ad"}),
+    ("numbers", [1, 2], {"number": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A6], ids=[case[0] for case in A6])
+def test_a6_other_fields_of_deltas_are_put_together_and_are_of_the_message(
+    pieces: list[Any], made: dict[str, Any]
+) -> None:
+    (name,) = made
+    log = answer(*(delta(n, extra={"delta": {name: piece}}) for n, piece in enumerate(pieces, 2)))
+    (choice,) = log.choices
+    assert choice.extra == {"delta": made}
+    assert choice.message() == {"role": "assistant", "content": choice.message()["content"]} | made
+    assert log.choices == log.choices
+
+
+def test_a6_a_refusal_is_said_by_each_delta_and_by_the_choice() -> None:
+    pieces = [delta(n, extra={"delta": {"refusal": text}}) for n, text in enumerate(["I can", "not"], 2)]
+    assert [piece.refusal for piece in pieces] == ["I can", "not"]
+    (choice,) = answer(*pieces).choices
+    assert (choice.refusal, choice.content) == ("I cannot", "")
+    assert choice.message() == {"role": "assistant", "content": None, "refusal": "I cannot"}
+    assert (delta(extra={"delta": "odd"}).refusal, delta(extra={"delta": {"refusal": 1}}).refusal) == ("", "")
+
+
+def test_a6_of_what_stands_beside_a_delta_the_latest_holds_field_by_field() -> None:
+    log = answer(
+        delta(2, extra={"chunk": {"system_fingerprint": "a", "cost": 1}, "filter": {"x": 1}}),
+        delta(3, extra={"chunk": {"cost": 2}, "filter": {"y": 1}}),
+    )
+    assert log.choices[0].extra == {"chunk": {"system_fingerprint": "a", "cost": 2}, "filter": {"y": 1}}
+
+
+A10: list[tuple[str, list[Any], Any]] = [
+    ("a null list erases nothing", [{"content": ["a"]}, {"content": None}, {"content": ["b"]}],
+     {"content": ["a", "b"]}),
+    ("nor an empty one", [{"content": ["a"]}, {"content": []}, {}], {"content": ["a"]}),
+    ("nor null in place of all", [{"content": ["a"]}, None], {"content": ["a"]}),
+    ("nor what is no list", [{"content": ["a"]}, {"content": "b"}, [], "c", 7], {"content": ["a"]}),
+    ("of null first the list stays", [{"content": None, "refusal": None}, {"content": ["a"]}],
+     {"content": ["a"], "refusal": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A10], ids=[case[0] for case in A10])
+def test_a10_logprobs_are_never_erased(pieces: list[Any], made: object) -> None:
+    assert answer(*(delta(n, logprobs=piece) for n, piece in enumerate(pieces, 2))).choices[0].logprobs == made
+
+
 def test_the_usage_of_an_answer_without_end_is_counted_from_its_token_ids() -> None:
     opened = Opened(id=EntryId(1, 1), prompt_tokens=5)
     log = answer(opened, delta(2, token_ids=[1, 2]), delta(3, index=1, token_ids=[3]))

@@ -20,8 +20,13 @@ from worker.contract.entries import (
     Started,
     Terminal,
     Unknown,
+    refusal_of,
 )
 from worker.contract.ids import SEAL, EntryId
+
+_IN_PLACE_OF_TEXT = frozenset({"refusal", "function_call", "audio"})
+_READ_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
+"""Fields of a message that have one of their own here. What stands in `extra` under these names is of an odd shape."""
 
 
 class Choice(msgspec.Struct):
@@ -47,18 +52,29 @@ class Choice(msgspec.Struct):
         self.logprobs = accumulate_value(self.logprobs, delta.logprobs)
         for piece in delta.tool_calls:
             add_tool_call(self.tool_calls, piece)
-        self.extra |= delta.extra
+        for name, value in delta.extra.items():
+            self.extra[name] = _accumulate_extra(name, self.extra.get(name), value)
+
+    @property
+    def refusal(self) -> str:
+        """What the model says in place of an answer."""
+        return refusal_of(self.extra)
 
     def message(self) -> Object:
-        """The choice as the `message` of a chat completion."""
-        message: Object = {"role": "assistant", "content": self.content or (None if self.tool_calls else "")}
+        """The choice as the `message` of a chat completion, with whatever else the deltas held."""
+        said = self.extra.get("delta")
+        others = dict(said) if isinstance(said, dict) else {}
+        parts = others.get("content")
+        message: Object = {"role": "assistant", "content": self.content or (parts if isinstance(parts, list) else "")}
+        if not message["content"] and (self.tool_calls or not _IN_PLACE_OF_TEXT.isdisjoint(others)):
+            message["content"] = None
         if self.reasoning:
             message["reasoning"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
                 {name: value for name, value in call.items() if name != "index"} for call in self.tool_calls
             ]
-        return message
+        return message | {name: value for name, value in others.items() if name not in _READ_OF_MESSAGE}
 
 
 class Answer:
@@ -200,3 +216,10 @@ def _without_tail(delta: Delta, cut: int) -> Delta:
     if isinstance(logprobs, dict):
         logprobs = {name: part[:-cut] if isinstance(part, list) else part for name, part in logprobs.items()}
     return msgspec.structs.replace(delta, token_ids=delta.token_ids[:-cut], logprobs=logprobs)
+
+
+def _accumulate_extra(name: str, whole: JSON, piece: JSON) -> JSON:
+    """The fields of a delta come in pieces; of what stands beside a delta the latest holds."""
+    if name == "delta":
+        return accumulate_value(whole, piece)
+    return whole | piece if name == "chunk" and isinstance(whole, dict) and isinstance(piece, dict) else piece

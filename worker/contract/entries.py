@@ -120,6 +120,11 @@ class Delta(Entry, frozen=True, kw_only=True):
     token_ids: list[int] = msgspec.field(default_factory=list)
     extra: Object = msgspec.field(default_factory=dict)
 
+    @property
+    def refusal(self) -> str:
+        """What the model says in place of an answer."""
+        return refusal_of(self.extra)
+
 
 class Terminal(Entry, frozen=True, kw_only=True):
     """The seal: how the request ended. `timings` are in milliseconds."""
@@ -259,6 +264,13 @@ def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mappi
         return parse(entry_id, fields)
     except BadEntry:
         return parse(entry_id, {})
+
+
+def refusal_of(extra: Object) -> str:
+    """The text by which a model refuses to answer: what stands in `extra` as the delta's `refusal`."""
+    delta = extra.get("delta")
+    refusal = delta.get("refusal") if isinstance(delta, dict) else None
+    return refusal if isinstance(refusal, str) else ""
 
 
 def is_terminal(entry: Entry) -> bool:
