@@ -183,8 +183,6 @@ def test_bytes_that_are_no_utf8_become_replacement_marks() -> None:
     [
         ("queued", "v", "one"),
         ("queued", "v", ""),
-        ("started", "time", "1.5"),
-        ("opened", "created", "9" * 5000),
         ("opened", "prompt_tokens", "null"),
         ("delta", "index", "a"),
         ("delta", "token_ids", "[1,"),
@@ -192,7 +190,7 @@ def test_bytes_that_are_no_utf8_become_replacement_marks() -> None:
         ("delta", "token_ids", "{}"),
         ("delta", "tool_calls", "[1]"),
         ("delta", "tool_calls", "{}"),
-        ("delta", "logprobs", "NaN"),
+        ("delta", "logprobs", "nan"),
         ("delta", "logprobs", "[" * 100_000),
         ("delta", "stop_reason", "END"),
         ("delta", "extra", "[]"),
@@ -217,6 +215,34 @@ def test_a_field_that_cannot_be_read_is_named_with_its_entry(name: str, field: s
         parse("3-4", {"type": name, field: value})
     with pytest.raises(BadEntry):
         parse(b"3-4", {b"type": name.encode(), field.encode(): value.encode()})
+
+
+_MANY_DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "text", "value"),
+    [
+        ("delta", "logprobs", '{"content":[{"logprob":-1e999},{"logprob":-0.5}]}',
+         {"content": [{"logprob": None}, {"logprob": -0.5}]}),
+        ("delta", "logprobs", '{"content":[{"logprob":-Infinity},{"logprob":NaN}]}',
+         {"content": [{"logprob": None}, {"logprob": None}]}),
+        ("delta", "logprobs", _MANY_DIGITS, None),
+        ("delta", "stop_reason", "1e999", None),
+        ("delta", "tool_calls", '[{"index":1e999,"id":"c"}]', [{"index": None, "id": "c"}]),
+        ("delta", "extra", f'{{"a":{_MANY_DIGITS},"b":"\\ud83d","c":"世"}}', {"a": None, "b": "?", "c": "世"}),
+        ("opened", "extra", '{"a":1e999}', {"a": None}),
+        ("opened", "created", _MANY_DIGITS, 0),
+        ("opened", "created", "1.5", 0),
+        ("started", "time", "yesterday", 0),
+        ("done", "usage", '{"prompt_tokens":3,"cost":1e999}', {"prompt_tokens": 3, "cost": None}),
+        ("error", "timings", '{"total_ms":1e999}', {"total_ms": None}),
+    ],
+)  # fmt: skip
+def test_a10_a_number_that_cannot_be_read_is_in_nobodys_way(name: str, field: str, text: str, value: object) -> None:
+    entry = parse("3-4", {"type": name, "model": "m", field: text})
+    assert getattr(entry, field) == value
+    to_json(as_dict(entry))  # and can be written again
 
 
 def test_b2_an_answer_that_goes_on_says_after_what() -> None:

@@ -4,6 +4,8 @@ A field that is JSON on the wire is a Python value here; a field that is not the
 Readers pass over types and fields that they do not know (`Unknown`), so that the contract can grow.
 """
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -198,23 +200,65 @@ def _queue(text: str) -> str:
 
 
 _Reader: TypeAlias = Callable[[str], object]
+
+
+def _time(text: str) -> int:
+    """Unix seconds or milliseconds; 0 where a server or another writer has something else, for nothing hangs on it."""
+    try:
+        return int(text)
+    except ValueError:
+        return 0
+
+
+def _json_reader(kind: type | None = None) -> _Reader:
+    """Reads a field that is JSON, of one type if a reader relies on that.
+
+    What msgspec cannot decode and others can is no reason not to read the rest: a number that is too large, NaN and
+    Infinity are null, as in JavaScript's own JSON, and half of a surrogate pair is a question mark.
+    """
+    decode: Callable[[str | bytes], object] = msgspec.json.Decoder(kind or Any).decode
+
+    def read(text: str) -> object:
+        try:
+            return decode(text)
+        except msgspec.DecodeError as error:
+            try:
+                value = json.loads(text, parse_float=_number, parse_int=_whole_number, parse_constant=lambda _: None)
+            except ValueError:
+                raise error from None
+            return decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+    return read
+
+
+def _number(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None
+
+
+def _whole_number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:  # of more digits than Python reads
+        return None
+
+
 _READERS: dict[str, _Reader] = {
     "v": int,
-    "time": int,
+    "time": _time,
     "index": int,
-    "created": int,
+    "created": _time,
     "attempt": int,
     "delivery": _count,
     "prompt_tokens": int,
     "cut": _count,
-    "usage": msgspec.json.Decoder(dict).decode,
-    "timings": msgspec.json.Decoder(dict).decode,
-    "extra": msgspec.json.Decoder(dict).decode,
-    "tool_calls": msgspec.json.Decoder(list[dict[str, Any]]).decode,
+    "usage": _json_reader(dict),
+    "timings": _json_reader(dict),
+    "extra": _json_reader(dict),
+    "tool_calls": _json_reader(list[dict[str, Any]]),
     "token_ids": msgspec.json.Decoder(list[int]).decode,
     "forgets": msgspec.json.Decoder(list[str]).decode,
-    "logprobs": msgspec.json.decode,
-    "stop_reason": msgspec.json.decode,
+    "logprobs": _json_reader(),
+    "stop_reason": _json_reader(),
 }
 _TEXTS: dict[str, _Reader] = {"queue": _queue, "job": _stream_id, "after": _stream_id}
 """Texts that others make a key or a command of; any other text is taken as it is."""
