@@ -116,6 +116,13 @@ async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
     assert good[0].level == "ok"
 
 
+async def test_d1_options_of_the_url_that_have_no_effect_are_told(redis_url: str, simulator: Simulator) -> None:
+    findings = await found(redis_url=f"{redis_url}?protocol=3&max_connections=4", vllm_urls=simulator.url)
+    _, told = about(findings, "settings")
+    assert (told.level, told.text) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
+    assert about(findings, "queue")[0].level == "ok"
+
+
 async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, simulator: Simulator) -> None:
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")

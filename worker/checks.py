@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from redis.asyncio import Redis
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -21,7 +22,7 @@ from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is
 from worker.broker.depth import waiting_in
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.urls import keys_at
+from worker.broker.urls import keys_at, parse_redis_url
 from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
@@ -45,6 +46,11 @@ _MENDS: tuple[tuple[type[Exception], str, str], ...] = (
         AuthenticationError,
         "",
         "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…",
+    ),
+    (
+        MasterNotFoundError,
+        "no sentinel tells",
+        "put the password of the sentinels into REDIS_URL: redis+sentinel://host/<master>?sentinel_password=PASSWORD",
     ),
     (BusyLoadingError, "", "wait: it reads its data from the disk, and then answers"),
     (ReadOnlyError, "", _OF_A_REPLICA),
@@ -79,6 +85,9 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
             yield Finding("error", "settings", problem, "worker run --help lists all settings with their meaning")
         return
     yield Finding("ok", "settings", "every setting is known and has a good value")
+    if passed_over := parse_redis_url(settings.redis_url.get_secret_value()).passed_over:
+        text = f"options of {variable('redis_url')} without effect: {', '.join(passed_over)}"
+        yield Finding("warning", "settings", text, "leave them out: the worker sets these by itself")
     async for finding in _check_redis(settings):
         yield finding
     upstream = Upstream(

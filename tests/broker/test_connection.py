@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import pytest
+from conftest import StartWorker, eventually
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -14,9 +15,12 @@ from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchErr
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
+from worker import Client
 from worker.broker import connection, wire
 from worker.broker.connection import command_client, is_transient, persist, what_redis_said
 from worker.broker.wire import Wire, pack
+from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator import Simulator
 from worker.telemetry.logs import configure_logging
 
 SECRET = "what nobody else may read"
@@ -219,3 +223,29 @@ async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_no
             else:
                 assert await write
         await asked.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "max_connections=1&timeout=0.01",
+        "protocol=3",
+        "decode_responses=yes&encoding=latin-1",
+        "socket_timeout=0.0001&socket_connect_timeout=0.0001&retry_on_timeout=yes&health_check_interval=1",
+    ],
+)
+async def test_d1_what_the_url_says_of_connections_changes_nothing(
+    query: str, redis: Redis, redis_url: str, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    url = f"{redis_url}?{query}"
+    await start_worker(simulator, redis_url=url)
+    messages = [{"role": "user", "content": "Who are you?"}]
+    async with Client(url) as client:
+        ids = await asyncio.gather(*(client.enqueue({"messages": messages}) for _ in range(30)))
+        answers = await asyncio.gather(*map(client.result, ids))
+    assert {answer.text for answer in answers} == {answer_to(messages)}
+
+    async def acknowledged() -> bool:
+        return all(not group["pending"] for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(acknowledged)

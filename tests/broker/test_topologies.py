@@ -24,6 +24,7 @@ from worker.sandbox.redis import EmbeddedRedis
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 
+MEDDLING = "?max_connections=1&protocol=3&decode_responses=yes&socket_timeout=0.001&timeout=0.001&retry_on_timeout=yes"
 MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers")
 
 
@@ -80,6 +81,48 @@ async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology
         # More at once than there are connections: they wait.
         assert await asyncio.gather(*(redis.get("k") for _ in range(200))) == [b"v"] * 200
     assert master.client.info("keyspace") == {"db1": {"keys": 1, "expires": 0, "avg_ttl": 0}}
+
+
+async def test_d1_what_the_url_says_of_connections_changes_nothing_under_sentinel(
+    guarded: tuple[str, list[topology.Node]],
+) -> None:
+    async with command_client(guarded[0] + MEDDLING) as redis:
+        assert sorted(await asyncio.gather(*(redis.incr("n") for _ in range(100)))) == list(range(1, 101))
+        assert await redis.getdel("n") == b"100"
+
+
+@pytest.mark.parametrize("place", ["theirs", "ours"])
+async def test_d2_sentinels_with_a_password_get_the_urls_or_one_of_their_own(
+    place: str, guarded: tuple[str, list[topology.Node]]
+) -> None:
+    url, (master, _, watcher) = guarded
+    watcher.ask("ACL SETUSER default resetpass >guard/pw")
+    if place == "theirs":
+        given = url + "?sentinel_password=guard%2Fpw"
+    else:
+        master.ask("ACL SETUSER default resetpass >guard/pw")
+        given = url.replace("://", "://:guard%2Fpw@")
+    async with command_client(given) as redis:
+        assert await asyncio.gather(*(redis.set("k", "v") for _ in range(20))) == [True] * 20
+
+
+@pytest.mark.parametrize(
+    ("password", "words"),
+    [("", "NOAUTH"), ("://:other@", "WRONGPASS"), ("?sentinel_password=other", "WRONGPASS")],
+)
+async def test_d2_what_sentinels_refuse_is_told(
+    password: str, words: str, guarded: tuple[str, list[topology.Node]], simulator: Simulator
+) -> None:
+    url, (_, _, watcher) = guarded
+    watcher.ask("ACL SETUSER default resetpass >guard")
+    given = url.replace("://", password) if "@" in password else url + password
+    async with command_client(given) as redis:
+        with pytest.raises(RedisConnectionError, match=f"^no sentinel tells where the master 'mymaster' is: {words} "):
+            await redis.get("k")
+    (told,) = [it async for it in check({"redis_url": given, "vllm_urls": simulator.url}) if it.level == "error"]
+    assert words in told.text
+    assert told.mend.startswith("put the password of the sentinels into REDIS_URL: ")
+    assert "guard" not in str(told)
 
 
 async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
@@ -249,6 +292,16 @@ async def test_logs_of_every_master_are_written_and_followed(
     assert await client.status(ids[0]) == Status(State.ENDED, "done")
     lifecycle = [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")]
     assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
+
+
+async def test_d1_what_the_url_says_of_connections_changes_nothing_in_a_cluster(
+    cluster_url: str, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, redis_url=cluster_url + MEDDLING)
+    async with Client(cluster_url + MEDDLING) as client:
+        ids = await asyncio.gather(*(client.enqueue(ask(f"question {number}")) for number in range(20)))
+        answers = await asyncio.gather(*map(client.result, ids))
+    assert [answer.text for answer in answers] == [expected(f"question {number}") for number in range(20)]
 
 
 async def test_the_feed_of_a_log_is_heard_in_its_own_slot_from_redis_7_on_and_at_any_master_before(

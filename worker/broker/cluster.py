@@ -8,7 +8,7 @@ refused since its slot has moved is not sent elsewhere: it is a passing fault, a
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -18,8 +18,6 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MasterDownError, ReadOnlyError, RedisError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-
-from worker.broker.urls import RedisUrl
 
 _Address: TypeAlias = tuple[str, int]
 _Command: TypeAlias = tuple[tuple[str | bytes, ...], Mapping[str, Any]]
@@ -59,12 +57,12 @@ class ClusterClient(Redis):
 class ClusterPool(ConnectionPool):
     """A pool for each master of the cluster, made as the cluster tells of them. Itself it connects to none."""
 
-    def __init__(self, url: RedisUrl, **options: Any) -> None:  # noqa: ANN401 - whatever connections take
-        self._options = options | dict(url.options)
+    def __init__(self, nodes: Sequence[_Address], **options: Any) -> None:  # noqa: ANN401 - whatever connections take
+        self._options = options
         secure = self._options.pop("connection_class", None) is SSLConnection
         self._kinds = (_SecureNodeConnection, SSLConnection) if secure else (_NodeConnection, Connection)
         super().__init__(connection_class=self._kinds[0], protocol=self._options["protocol"])
-        self._seeds = url.nodes
+        self._seeds = nodes
         self._masters: dict[_Address, Redis] = {}
         self._by_slot: list[Redis | None] = [None] * _SLOTS
         self._stale = True

@@ -242,6 +242,7 @@ def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
     """Raises ValueError for a URL that is none."""
     place = parse_redis_url(url)
     options: dict[str, Any] = {
+        **place.options,
         "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
         "retry": _Once(NoBackoff(), 0),
         "parser_class": _LimitOnSilence,
@@ -253,5 +254,5 @@ def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
     if place.kind == "sentinel":
         return Redis.from_pool(sentinel_pool(place, **options))
     if place.kind == "cluster":
-        return ClusterClient.from_pool(ClusterPool(place, **options))
-    return Redis.from_pool(BlockingConnectionPool(**options | dict(place.options)))
+        return ClusterClient.from_pool(ClusterPool(place.nodes, **options))
+    return Redis.from_pool(BlockingConnectionPool(**options))

@@ -1,10 +1,12 @@
 """Redis under Sentinel as one client: every new connection goes to what the sentinels call the master."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import SSLConnection
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool, SentinelManagedConnection
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker.broker.urls import RedisUrl
@@ -15,17 +17,6 @@ _ASK_TIMEOUT = 1.0
 
 class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """Waits for a free connection, as the pool of a single server does: redis-py's own fails where there is none."""
-
-    async def get_master_address(self) -> tuple[str, int]:
-        """Ask the sentinels.
-
-        Raises:
-            MasterNotFoundError: in words for people: redis-py's quotes its connections.
-        """
-        try:
-            return cast("tuple[str, int]", await super().get_master_address())  # type: ignore[no-untyped-call]  # so in redis-py
-        except MasterNotFoundError:
-            raise MasterNotFoundError(f"no sentinel that answers knows a master {self.service_name!r}") from None
 
     async def aclose(self) -> None:
         """Close every connection, those to the sentinels too."""
@@ -49,16 +40,49 @@ class _SecureMasterConnection(_MasterConnection, SSLConnection):
     pass
 
 
+class _Sentinels(Sentinel):
+    """The sentinels of a URL, each once for every way to log in there: the one that answered is asked first again."""
+
+    def __init__(self, nodes: Sequence[tuple[str, int]], logins: Iterable[Mapping[str, Any]], **options: Any) -> None:  # noqa: ANN401 - whatever connections take
+        super().__init__([], sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        self.sentinels = [Redis(host=host, port=port, **options, **login) for login in logins for host, port in nodes]
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Ask one after another. Another one may answer where one refuses, so all are asked before it is said.
+
+        Raises:
+            MasterNotFoundError: in words for people, with what was refused: redis-py's quotes its connections.
+        """
+        why = ""
+        for sentinel in list(self.sentinels):  # others may move one to the front meanwhile
+            try:
+                masters = cast("dict[str, dict[str, Any]]", await sentinel.sentinel_masters())
+            except (AuthenticationError, ResponseError) as refusal:
+                why = f"no sentinel tells where the master {service_name!r} is: {refusal.status_code or ''} {refusal}"
+            except (RedisError, OSError):
+                pass
+            else:
+                state = masters.get(service_name)
+                if state and self.check_master_state(state, service_name):
+                    self.sentinels.remove(sentinel)
+                    self.sentinels.insert(0, sentinel)
+                    return state["ip"], state["port"]
+        raise MasterNotFoundError(why or f"no sentinel that answers knows a master {service_name!r}")
+
+
 def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN401 - whatever connections take
-    """A pool of connections to the master; the sentinels are asked without the user's name and password."""
-    given = options | dict(url.options)
-    secure = given.pop("connection_class", None) is SSLConnection
-    shared = {name: value for name, value in given.items() if name.startswith("ssl_") or name in ("protocol", "retry")}
+    """A pool of connections to the master.
+
+    The sentinels are asked with the name and password that the URL has for them. Where it has none they are asked
+    without, and then, if they want a password, with the master's.
+    """
+    secure = options.pop("connection_class", None) is SSLConnection
+    shared = {name: value for name, value in options.items() if name.startswith(("ssl_", "protocol", "retry"))}
     limits = {"socket_timeout": _ASK_TIMEOUT, "socket_connect_timeout": _ASK_TIMEOUT}
-    sentinels = Sentinel(  # type: ignore[no-untyped-call]
-        url.nodes, sentinel_kwargs={**shared, **limits, "ssl": secure}
-    )
+    masters = {name: url.options[name] for name in ("username", "password") if name in url.options}
+    logins: list[Mapping[str, Any]] = [url.for_sentinels] if url.for_sentinels else [{}, masters] if masters else [{}]
+    sentinels = _Sentinels(url.nodes, logins, **shared, **limits, ssl=secure)
     kind = _SecureMasterConnection if secure else _MasterConnection
     return SentinelPool(  # type: ignore[no-untyped-call]
-        url.service, sentinels, connection_class=kind, **given
+        url.service, sentinels, connection_class=kind, **options
     )

@@ -1,16 +1,19 @@
 """The URLs of Redis: one server, Sentinel's master or a cluster, read into what redis-py's connections take."""
 
+import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.exceptions import RedisError
 
 from worker.contract.keys import Keys
 
-_PLAIN = ("redis://", "rediss://", "unix://")
+_PLAIN = re.compile(r"(redis|rediss|unix)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
 _SEVERAL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)
 _PORTS = {"sentinel": 26379, "cluster": 6379}
 _MUST = {
@@ -22,42 +25,133 @@ _MUST = {
     "cluster": "must be like redis+cluster://user:password@host:7000,host2:7001, without a database",
 }
 
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_TLS = frozenset(
+    (*_FILES, "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers",
+     "ssl_exclude_verify_flags", "ssl_include_verify_flags", "ssl_min_version", "ssl_password")
+)  # fmt: skip
+_OF_SENTINELS = {"sentinel_username": "username", "sentinel_password": "password"}
+_TAKEN = frozenset(("client_name", "db", "password", "username"))
+_PASSED_OVER = frozenset(
+    ("decode_responses", "encoding", "encoding_errors", "health_check_interval", "legacy_responses", "lib_name",
+     "lib_version", "max_connections", "protocol", "retry_on_error", "retry_on_timeout", "socket_connect_timeout",
+     "socket_keepalive", "socket_read_size", "socket_timeout", "timeout")
+)  # fmt: skip
+"""Options of redis-py that another program may need in the same URL, and that are the worker's own business here: with
+another protocol or decoding no reply would be understood, with a smaller pool jobs would wait for each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
     """Where Redis is: `nodes` are some sentinels, or some nodes of the cluster; `options` is for the connections.
 
-    `service` is what the sentinels call the master.
+    `service` is what the sentinels call the master, `for_sentinels` the name and password that they ask for, where the
+    URL has any of their own. `passed_over` are options of the URL that have no effect.
     """
 
     kind: Literal["standalone", "sentinel", "cluster"]
     options: Mapping[str, Any]
     nodes: tuple[tuple[str, int], ...] = ()
     service: str = ""
+    for_sentinels: Mapping[str, str] = field(default_factory=dict)
+    passed_over: tuple[str, ...] = ()
 
 
 def parse_redis_url(url: str) -> RedisUrl:
     """Read a URL.
 
     Raises:
-        ValueError: what it must be like. Nothing of the URL is in the text: it may hold a password.
+        ValueError: what it must be like. Names of options and the database are in the text, nothing else: it may hold
+            a password.
     """
-    several = _SEVERAL.fullmatch(url)
+    several, plain = _SEVERAL.fullmatch(url), _PLAIN.fullmatch(url)
     kind = several[2] if several else ""
-    if not several and not url.startswith(_PLAIN):
+    if several:
+        scheme, _, place, path, rest = several.groups()
+    elif plain:
+        scheme, place, path, rest = plain.groups()
+    else:
         raise ValueError(_MUST[kind])
+    # A password that is not percent-encoded: none of it must be quoted.
+    if "@" in (rest if scheme == "unix" else path + rest) or "#" in rest:
+        raise ValueError(_MUST[kind])
+    given = _options(rest, secure=scheme == "rediss", kind=kind)
+    nodes: tuple[tuple[str, int], ...] = ()
+    query = urlencode({name: value for name, value in given.items() if name in _TAKEN | _TLS})
     try:
-        if several is None:
-            return RedisUrl("standalone", parse_url(url))
-        scheme, _, place, path, query = several.groups()
-        user, at, hosts = place.rpartition("@")
-        nodes = tuple(_address(host, _PORTS[kind]) for host in hosts.split(","))
-        service, db = _service_and_db(path) if kind == "sentinel" else ("", _no_db(path))
-        options = cast("dict[str, Any]", parse_url(f"{scheme}://{user}{at}redis/{db}{query}"))
+        if kind == "":
+            db = "" if scheme == "unix" else _db(path)
+            options = parse_url(f"{scheme}://{place}{path if scheme == 'unix' else f'/{db}'}?{query}")
+            service = ""
+        else:
+            user, at, hosts = place.rpartition("@")
+            nodes = tuple(_address(host, _PORTS[kind]) for host in hosts.split(","))
+            service, db = _service_and_db(path) if kind == "sentinel" else ("", _no_db(path))
+            options = parse_url(f"{scheme}://{user}{at}redis/{db}?{query}")
+            del options["host"]
+    except _Told:
+        raise
     except ValueError:  # its text may quote a part of the password
         raise ValueError(_MUST[kind]) from None
-    del options["host"]
-    return RedisUrl("sentinel" if service else "cluster", options, nodes, service)
+    taken = cast("dict[str, Any]", options)
+    _check_tls(taken)
+    return RedisUrl(
+        "sentinel" if service else "cluster" if kind else "standalone",
+        taken,
+        nodes,
+        service,
+        {_OF_SENTINELS[name]: value for name, value in given.items() if name in _OF_SENTINELS},
+        tuple(sorted(given.keys() & _PASSED_OVER)),
+    )
+
+
+class _Told(ValueError):
+    """What is wrong with a URL, in words that hold nothing secret."""
+
+
+def _options(query: str, *, secure: bool, kind: str) -> dict[str, str]:
+    """The options of a URL, all of them known and with a value."""
+    taken = {*_TAKEN, *(_TLS if secure else ()), *(_OF_SENTINELS if kind == "sentinel" else ())}
+    if kind == "cluster":
+        taken.remove("db")
+    known = taken | _PASSED_OVER
+    given = dict(reversed(parse_qsl(query.removeprefix("?"), keep_blank_values=True)))  # as redis-py: the first holds
+    for name, value in given.items():
+        if name in _TLS and not secure:
+            raise _Told(f"has the option {name}, which goes with TLS: then it begins with rediss, not redis")
+        if name in ("ssl", "tls"):
+            raise _Told(f"has the unknown option {name!r}: with TLS it begins with rediss, not redis")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(taken))}"
+            raise _Told(f"has the unknown option {name[:40]!r}: {hint}")
+        if not value:
+            raise _Told(f"has the option {name} without a value")
+    return given
+
+
+def _db(path: str) -> str:
+    found = re.fullmatch(r"/?([0-9]{0,9})/?", path)
+    if found is None:
+        raise _Told(
+            f"ends in {unquote(path)[:40]!r}, which is no database: these have numbers, as in redis://127.0.0.1:6379/0"
+        )
+    return found[1]
+
+
+def _check_tls(options: Mapping[str, Any]) -> None:
+    """What TLS needs is looked at now: while connecting it would look like a server that is away."""
+    if options.get("connection_class") is not SSLConnection:
+        return
+    for name in _FILES:
+        if name in options and not Path(options[name]).is_file():
+            raise _Told(f"has the option {name}, and there is no such file")
+    try:
+        tls = {name: value for name, value in options.items() if name in _TLS}
+        SSLConnection(**tls).ssl_context.get()
+    except (RedisError, OSError, ValueError, TypeError) as error:
+        why = str(error) if isinstance(error, RedisError) else getattr(error, "reason", None) or type(error).__name__
+        raise _Told(f"has options of TLS that cannot be used: {why}") from None
 
 
 def keys_at(url: str, prefix: str) -> Keys:
@@ -77,10 +171,10 @@ def _address(host: str, port: int) -> tuple[str, int]:
 
 
 def _service_and_db(path: str) -> tuple[str, str]:
-    found = re.fullmatch(r"([^/]+)(?:/(\d*))?", path)
-    if found is None:
+    name, slash, db = path.partition("/")
+    if not name:
         raise ValueError
-    return unquote(found[1]), found[2] or ""
+    return unquote(name), _db(db) if slash else ""
 
 
 def _no_db(path: str) -> str:
