@@ -169,6 +169,7 @@ class Slow:
     def __init__(self, size: int) -> None:
         self._size = size
         self._server: asyncio.Server | None = None
+        self._open: list[asyncio.StreamWriter] = []
         self.url = ""
         self.stands = False
 
@@ -183,8 +184,12 @@ class Slow:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        for writer in self._open:
+            writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._open), return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.append(writer)
         read = 0
         while data := await reader.read(2048):
             if b"CLIENT" in data:  # redis-py's greeting
