@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 
 from worker import Client, Unavailable
 from worker.cli import main
-from worker.contract.entries import Delta
+from worker.console import Printer
+from worker.contract.entries import Delta, parse
 from worker.contract.ids import SEAL, EntryId
 
 BROKEN_OFF: Sequence[tuple[str, dict[str, str]]] = (
@@ -43,6 +44,56 @@ async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
     ended = await run("follow", "r", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (0, printed)
     assert told in ended.err
+
+
+A3_A6: list[tuple[str, list[dict[str, str]], str]] = [
+    # what is shown, the deltas, what is printed of them
+    (
+        "a refusal in pieces",
+        [{"extra": '{"delta":{"refusal":"I can"}}'}, {"extra": '{"delta":{"refusal":"not."}}'}],
+        "I cannot.\n",
+    ),
+    (
+        "a refusal after text, and that of another choice",
+        [
+            {"content": "Well: "},
+            {"extra": '{"delta":{"refusal":"no"}}'},
+            {"index": "1", "extra": '{"delta":{"refusal":"No."}}'},
+        ],
+        "Well: no\n[1] No.\n",
+    ),
+    (
+        "two calls at one index",
+        [
+            {"tool_calls": '[{"index":0,"id":"c","function":{"name":"f","arguments":"{"}}]'},
+            {"tool_calls": '[{"index":0,"id":"","function":{"name":"","arguments":"}"}}]'},
+            {"tool_calls": '[{"index":0,"id":"d","function":{"name":"g","arguments":"[]"}},{}]'},
+        ],
+        (
+            '{"index":0,"id":"c","function":{"name":"f","arguments":"{}"}}\n'
+            '{"index":0,"id":"d","function":{"name":"g","arguments":"[]"}}\n'
+        ),
+    ),
+    (
+        "a function call",
+        [
+            {"extra": '{"delta":{"function_call":{"name":"f","arguments":""}}}'},
+            {"extra": '{"delta":{"function_call":{"arguments":"{}"}}}'},
+        ],
+        '{"name":"f","arguments":"{}"}\n',
+    ),
+]
+
+
+@pytest.mark.parametrize(("deltas", "printed"), [case[1:] for case in A3_A6], ids=[case[0] for case in A3_A6])
+def test_a3_a6_whatever_a_model_says_is_printed(
+    deltas: list[dict[str, str]], printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printer = Printer(as_json=False)
+    for n, fields in enumerate(deltas, 1):
+        printer.show(parse(f"1-{n}", {"type": "delta"} | fields))
+    printer.show(parse(str(SEAL), {"type": "done"}))
+    assert capsys.readouterr().out == printed
 
 
 def test_whoever_loses_redis_mid_answer_learns_how_to_go_on(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ class Printer:
             case Delta(index=0):
                 self._piece(entry.reasoning, "err")
                 self._piece(entry.content, "out")
+                self._piece(entry.refusal, "out")
             case Queued():
                 self._note("waiting for a worker")
             case Started():
@@ -64,8 +65,9 @@ class Printer:
         self._end_line()
         for choice in self.answer.choices:
             if choice.index:
-                click.echo(f"[{choice.index}] {choice.content}")
-            for call in choice.tool_calls:
+                click.echo(f"[{choice.index}] {choice.content}{choice.refusal}")
+            function_call = choice.message().get("function_call")
+            for call in [*choice.tool_calls, *([function_call] if function_call else [])]:
                 click.echo(to_json(call))
         end = self.answer.end
         if isinstance(end, Failed):
