@@ -12,6 +12,7 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
+from worker.broker.connection import persist
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
@@ -302,11 +303,13 @@ class Relay:
     async def _dead_letter(
         self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
     ) -> None:
-        _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
-        self._metrics.buried.inc()
         # One that does not validate is of no use as it is, and anybody may add as many of these as there are.
         most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
-        await insist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
+        # Without its letter a job is not acknowledged. Where Redis refuses that, it does not wait for it here, where
+        # it would take a slot: it comes again once its lease has ended.
+        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
+        _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
+        self._metrics.buried.inc()
 
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         await insist(lambda: self._jobs.acknowledge(delivery), stop)

@@ -98,7 +98,7 @@ def what_redis_said(error: BaseException) -> str:
     return _QUOTED.sub("", _OF_PIPELINE.sub("", str(error))) or type(error).__name__
 
 
-class _Voice:
+class Voice:
     """Says what is wrong at first and each half minute, however many meet it, and when it ends."""
 
     def __init__(self, what: str) -> None:
@@ -123,8 +123,8 @@ class Backoff:
     Without a name for what is wrong it says nothing, as in a process that is not ours.
     """
 
-    def __init__(self, what: "str | _Voice | None", *, first: float = 0.05, most: float = 2.0) -> None:
-        self._voice = _Voice(what) if isinstance(what, str) else what
+    def __init__(self, what: "str | Voice | None", *, first: float = 0.05, most: float = 2.0) -> None:
+        self._voice = Voice(what) if isinstance(what, str) else what
         self._first = self._pause = first
         self._most = most
 
@@ -142,7 +142,7 @@ class Backoff:
         self._pause = self._first
 
 
-_OUTAGE = _Voice("redis_unavailable")
+_OUTAGE = Voice("redis_unavailable")
 """One for the process: all of its jobs meet the same outage, and each would say so."""
 
 

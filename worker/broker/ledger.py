@@ -1,15 +1,19 @@
-"""What is kept beside the logs: the lifecycle stream, the dead letters and the line of each worker."""
+"""What is kept beside the logs: the lifecycle stream, the dead letters and the line of each worker.
+
+Where Redis refuses one of these records (another type of key, a right), the metric `records_refused` counts it.
+"""
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import TypeAlias, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import WatchError
+from redis.exceptions import ResponseError, WatchError
 
+from worker.broker.connection import Voice, is_transient
 from worker.broker.jobs import Delivery
 from worker.broker.together import Together
 from worker.broker.wire import pack
@@ -17,6 +21,7 @@ from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
 from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
+from worker.telemetry.metrics import Metrics
 
 _LIFECYCLE_LENGTH = 100_000
 _DEAD_LENGTH = 1000
@@ -29,17 +34,30 @@ _Letters: TypeAlias = list[tuple[bytes, Mapping[bytes, bytes]]]
 class Ledger:
     """Writes the records that are not the log of one request."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    def __init__(self, redis: Redis, keys: Keys, metrics: Metrics | None = None) -> None:
         self._redis = redis
+        self._metrics = metrics or Metrics()
+        self._lifecycle_refused = Voice("lifecycle_refused")
         self._together = Together(redis)  # many jobs begin and end at once
         self._keys = keys
         self._burying = asyncio.Lock()
 
     async def lifecycle(self, line: Lifecycle) -> None:
-        """Add a line to the lifecycle stream, which keeps the last hundred thousand."""
+        """Add a line to the lifecycle stream, which keeps the last hundred thousand.
+
+        A line that Redis refuses is left out, and that is logged: it must not keep a job from its end.
+        """
         key = self._keys.lifecycle
         words = ("XADD", key, "MAXLEN", "~", str(_LIFECYCLE_LENGTH), "*", *chain(*line.to_fields().items()))
-        await self._together.ask(key, pack(*[word.encode() for word in words]), 1)
+        try:
+            with self._counted("lifecycle"):
+                await self._together.ask(key, pack(*[word.encode() for word in words]), 1)
+        except ResponseError as error:
+            if is_transient(error):
+                raise
+            self._lifecycle_refused.complain(error)
+        else:
+            self._lifecycle_refused.relent()
 
     async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.
@@ -55,9 +73,10 @@ class Ledger:
         kept, cut = _kept(delivery.fields, most)
         letter = DeadLetter(reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=kept, cut=cut)
         since, count = f"{delivery.enqueued}-0", None if delivery.again else _LATEST
-        async with self._burying:
-            while (last := await self._bury(letter, since, count)) is not None:
-                since, count = last, None
+        with self._counted("dead"):
+            async with self._burying:
+                while (last := await self._bury(letter, since, count)) is not None:
+                    since, count = last, None
 
     async def _bury(self, letter: DeadLetter, since: str, count: int | None) -> str | None:
         """Look for the letter of a job and write it where there is none, unless another letter comes in between.
@@ -80,7 +99,8 @@ class Ledger:
 
     async def forget(self, before: int) -> None:
         """Drop the dead letters that were written before a time in Unix ms: they hold prompts."""
-        await self._redis.xtrim(self._keys.dead, minid=str(max(0, before)), approximate=False)
+        with self._counted("dead"):
+            await self._redis.xtrim(self._keys.dead, minid=str(max(0, before)), approximate=False)
 
     async def beat(self, line: WorkerLine, stale_after: float) -> dict[str, int]:
         """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds.
@@ -88,7 +108,8 @@ class Ledger:
         A line as far in the future is dropped too: Redis's clock has stepped back, and a live worker writes a new one.
         Gives the beat of every worker that is left, in Unix ms.
         """
-        await self._redis.hset(self._keys.workers, line.name, to_json(line))
+        with self._counted("workers"):
+            await self._redis.hset(self._keys.workers, line.name, to_json(line))
         beats: dict[str, int] = {}
         for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._keys.workers)).items():
             beat = _beat_of(raw)
@@ -113,8 +134,18 @@ class Ledger:
         return lines
 
     async def leave(self, worker: str) -> None:
-        """Remove a worker's line."""
-        await self._redis.hdel(self._keys.workers, worker)
+        """Remove a worker's line; where Redis refuses that, it is dropped as stale by others."""
+        with suppress(ResponseError):
+            await self._redis.hdel(self._keys.workers, worker)
+
+    @contextmanager
+    def _counted(self, record: str) -> Iterator[None]:
+        try:
+            yield
+        except ResponseError as error:
+            if not is_transient(error):
+                self._metrics.refused(record)
+            raise
 
 
 class _Beat(msgspec.Struct):

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias, cast
 import msgspec
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from worker.broker.cluster import ClusterClient
 from worker.broker.connection import Backoff, command_client, what_redis_said
@@ -61,8 +61,8 @@ _BEAT = 0.0007
 """Seconds. Waking for each token, where many come, costs a seventh more CPU than reading at once what has come."""
 _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
-_OF_THE_FEED = re.compile("'s?publish'|channel")
-"""In what Redis 6.2 and 7 say to a user who may not publish."""
+_OF_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
+"""In what Redis 6.2 to 8 say of a PUBLISH that a user has no right to, or that was renamed."""
 _encode = msgspec.json.encode
 
 
@@ -164,6 +164,8 @@ class Publisher:
             if log.seen == accepted:
                 self._asked.add(log)
             log.seen = accepted
+        if self._mute:
+            self._asked.update(islice(self._logs, 1))  # with any look it is tried whether the feed is refused still
         self._hinted.clear()
         self._call()
 
@@ -240,7 +242,7 @@ class Publisher:
                 break
         self._out = self._out[len(batch) :]
         told, self._feed = self._feed, {}
-        publish = b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
+        publish = self._publish
         for it, news in told.items():
             channel = it if isinstance(it, str) else it.feed
             commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
@@ -252,6 +254,10 @@ class Publisher:
         if is_busy and not self._leaving:
             loop = asyncio.get_running_loop()
             loop.call_soon(loop.call_soon, self._rest)  # after uvloop has sent it, which it does at the end of a step
+
+    @property
+    def _publish(self) -> bytes:
+        return b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
 
     def _rest(self) -> None:
         """Sleep until the next beat: as a network driver that moderates its interrupts."""
@@ -346,9 +352,16 @@ class Publisher:
         which = self._logs if self._look else self._asked & self._logs
         logs = [(log, log.attempt) for log in which if log.loss is None]
         self._look, self._asked = False, set()  # a look that is asked for meanwhile is one more
-        replies = await self._wires.ask(
-            [(log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs]
-        )
+        asked: list[Command] = [
+            (log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs
+        ]
+        if is_trial := bool(self._mute and logs):
+            feed = f"{logs[0][0].feed}:trial"  # not the channel itself: followers rely on what they hear there
+            asked.append((feed, pack(self._publish, feed.encode(), b"[]"), 1))
+        replies = await self._wires.ask(asked)
+        if is_trial and not isinstance(replies.pop(), RedisError):
+            self._mute = False
+            _log.info("recovered", after="feed_refused")
         looked_at = {log for log, _ in logs}
         self._out = [run for run in self._out if run[0] not in looked_at]
         for (log, attempt), reply in zip(logs, replies, strict=True):
@@ -375,10 +388,13 @@ class Publisher:
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         self._metrics.write_failures.inc()
-        if isinstance(error, NoPermissionError) and _OF_THE_FEED.search(str(error)):
+        said = what_redis_said(error)
+        if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
             # It is in one MULTI with entries, and would hold them back for ever.
             self._mute = True
-            _log.warning("feed_refused", error=what_redis_said(error))
+            self._feed.clear()
+            self._metrics.refused("feed")
+            _log.warning("feed_refused", error=said)
         await self._backoff.wait(error)
         await self._wires.close()
         self._look = True

@@ -27,6 +27,7 @@ class Metrics:
         self.lease_lost = self._counter("lease_lost", "Jobs left because their lease could not be renewed")
         self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
         self.write_failures = self._counter("redis_write_failures", "Writes to logs, and looks at them, that failed")
+        self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
@@ -41,6 +42,10 @@ class Metrics:
     def finished(self, outcome: str) -> None:
         """A job has ended: `done`, `error` or `cancelled`."""
         self._finished.labels(outcome).inc()
+
+    def refused(self, record: str) -> None:
+        """Redis refused a record beside the logs: `lifecycle`, `dead`, `workers` or `feed`."""
+        self._refused.labels(record).inc()
 
     def attempt(self, reason: str) -> None:
         """An attempt begins: `started`, `takeover`, or the code of the fault that made another one necessary."""
