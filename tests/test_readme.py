@@ -14,6 +14,7 @@ from conftest import eventually
 from redis.asyncio import Redis
 
 from worker.contract.entries import Cancelled, Claimed, Delta, Done, Failed, Opened, Queued, Restarted, Resumed, Started
+from worker.contract.job import digest
 from worker.contract.keys import Keys
 from worker.sandbox.redis import find_servers
 from worker.sandbox.requests import answer_to
@@ -112,6 +113,12 @@ def test_every_error_code_is_in_the_table() -> None:
     used |= set(re.findall(r'code(?:, retryable)? = "(\w+)"', text)) | set(re.findall(r'code="(\w+)"', text))
     assert len(used) > 10
     assert used <= named
+
+
+def test_b10_the_digests_of_the_readme_are_those_that_clients_and_workers_write() -> None:
+    asked = {"model": "m", "temperature": 1.0}
+    assert f"has the digest `{digest(asked)}`" in README
+    assert f"it is `{digest(asked, ['s'])}`" in README
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

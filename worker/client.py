@@ -31,7 +31,7 @@ from worker.contract.entries import (
     to_json,
 )
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
-from worker.contract.job import InvalidJob, Job, check_request, digest, parse_job
+from worker.contract.job import InvalidJob, Job, check_request, digest, is_digest_of, parse_job
 from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
 from worker.contract.records import Tombstone
 from worker.following import Follower, Following
@@ -261,7 +261,7 @@ class Client:
         while True:
             async with self._redis.pipeline() as pipe:
                 await pipe.watch(log, ended)
-                attaches = await self._attaches(pipe, job.id, asked)
+                attaches = await self._attaches(pipe, job)
                 if attaches and not (is_cluster and await self._waits(pipe, log)):
                     return
                 now = _unix_ms(await pipe.time())
@@ -297,10 +297,10 @@ class Client:
         ((entry_id, _),) = cast("list[_RawEntry]", await pipe.xrevrange(log, count=1)) or [(b"", {})]
         return entry_id == str(QUEUED).encode()
 
-    async def _attaches(self, pipe: Pipeline, request_id: str, asked: str) -> bool:
+    async def _attaches(self, pipe: Pipeline, job: Job) -> bool:
         """Whether the same request was enqueued before, read on the connection that watches its keys."""
-        first = await self._first_entry(pipe, request_id)
-        raw = await pipe.get(self._keys.ended(request_id))
+        first = await self._first_entry(pipe, job.id)
+        raw = await pipe.get(self._keys.ended(job.id))
         if first is None and raw is None:
             return False
         if first is None:
@@ -308,9 +308,9 @@ class Client:
         else:
             known = first.digest if isinstance(first, Queued | Started) else ""
         if isinstance(first, Cancelled):
-            raise Conflict(f"the id {request_id} was cancelled before it was enqueued: choose another")
-        if known != asked:
-            raise Conflict(f"the id {request_id} belongs to another request: leave the id out, or choose another")
+            raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another")
+        if not is_digest_of(known, job.request, job.fallbacks):
+            raise Conflict(f"the id {job.id} belongs to another request: leave the id out, or choose another")
         return True
 
     async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:

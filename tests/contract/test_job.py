@@ -16,6 +16,7 @@ from worker.contract.job import (
     check_limits,
     check_request,
     digest,
+    is_digest_of,
     parse_job,
     request_id_of,
     with_limit,
@@ -223,6 +224,51 @@ def test_the_digest_tells_requests_apart(one: dict[str, object], other: dict[str
     same = msgspec.json.encode(one, order="sorted") == msgspec.json.encode(other, order="sorted")
     assert (digest(one) == digest(other)) == same
     assert digest(dict(reversed(one.items()))) == digest(one)
+
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+ODD: Any = [{"role": "user", "content": '你好 🙂\n\t"x" \x01/é'}]
+TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "alone", "with_fallbacks"),
+    [
+        ({"messages": HELLO}, "ebd51c78a443a93c27a9cad55a027665", "adb5ef1c8a3f21bc41eff2737bba272c"),
+        (
+            {"model": "m", "messages": HELLO, "max_tokens": 9, "temperature": 0.7, "top_p": 0.95, "n": 2},
+            "b648f864ad4f289ecb9b58647746c382",
+            "b7a6e17e43a0440032829ea66d5d4565",
+        ),
+        (
+            {
+                "model": "m", "messages": ODD, "seed": 42, "stop": ["a"], "tools": TOOLS, "min_p": 0.00001,
+                "presence_penalty": -0.5, "logit_bias": {"7": -100, "10": 1.5}, "response_format": None,
+            },
+            "baef1308a91cdaa2cf85b10d1ab85680",
+            "43c088916153a56a31fe51b8331f866e",
+        ),
+    ],
+)  # fmt: skip
+def test_b10_the_digest_of_an_ordinary_request_stays_the_same(
+    request_: dict[str, object], alone: str, with_fallbacks: str
+) -> None:
+    assert digest(request_) == alone
+    assert digest(request_, ["small", "tiny"]) == with_fallbacks
+
+
+def test_b10_the_digest_is_the_same_however_a_number_is_written() -> None:
+    made = {digest(msgspec.json.decode(b'{"a":%b}' % number)) for number in (b"1", b"1.0", b"1e0", b"10e-1")}
+    assert made == {hashlib.sha256(b'{"a":1}').hexdigest()[:32]}
+
+
+def test_b10_a_digest_from_before_is_known_too() -> None:
+    request: Any = {"model": "m", "messages": HELLO, "temperature": 1.0}
+    for fallbacks, before in (((), "432fdaac85e637e01dcd70e3667abe9a"), (("a",), "64667aae2971561c005c57b95b7c9821")):
+        assert is_digest_of(before, request, fallbacks)
+        assert is_digest_of(digest(request, fallbacks), request, fallbacks)
+        assert not is_digest_of(before, request | {"temperature": 1.5}, fallbacks)
+    assert not is_digest_of("", request)
 
 
 def test_the_digest_counts_the_models_to_fall_back_to() -> None:

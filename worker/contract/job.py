@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from worker.contract.canonical import canonical_json
 from worker.contract.entries import Fields, Object, to_json
 from worker.contract.ids import VERSION, is_request_id
 
@@ -221,13 +222,26 @@ def with_limit(job: Job, max_tokens: int) -> Job:
 def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
     """What tells two requests under one id apart.
 
-    The first 32 hex digits of SHA-256 over the request as compact JSON with sorted keys; further models to
-    fall back to are part of what is asked, so a list of them follows it when there is one.
+    The first 32 hex digits of SHA-256 over the request as RFC 8785 writes it; further models to fall back to are part
+    of what is asked, so a list of them follows it when there is one, written in the same way.
     """
-    asked = msgspec.json.encode(request, order="deterministic")
+    return _digest(canonical_json(request), fallbacks)
+
+
+def is_digest_of(known: str, request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> bool:
+    """Whether a digest in a log or tombstone is that of a request.
+
+    Logs that were begun before numbers were written as RFC 8785 says hold a digest of 1.0 where 1 is hashed today.
+    """
+    return known == digest(request, fallbacks) or known == _digest(
+        msgspec.json.encode(request, order="deterministic"), fallbacks
+    )
+
+
+def _digest(written: bytes, fallbacks: Sequence[str]) -> str:
     if fallbacks:
-        asked += msgspec.json.encode(list(fallbacks))
-    return hashlib.sha256(asked).hexdigest()[:32]
+        written += msgspec.json.encode(list(fallbacks))
+    return hashlib.sha256(written).hexdigest()[:32]
 
 
 def _request(fields: RawFields, limit: int) -> Object:
