@@ -233,7 +233,7 @@ class Generation:
                 while await stream.pour(self._take) and not parser.done:
                     await self._log.room()
                 await stream.finish()
-                parser.check_complete()
+                parser.check_complete(stream.passed_over)
             except UpstreamError:
                 if not parser.complete:
                     raise

@@ -2,17 +2,17 @@
 
 import asyncio
 import gc
-import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import trustme
+from raw_server import sending
 
 from worker.contract import entries
 from worker.contract.answer import Answer
@@ -67,45 +67,6 @@ async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> A
         yield upstream
     finally:
         await upstream.aclose()
-
-
-@asynccontextmanager
-async def sending(
-    *pieces: bytes, then_close: bool = True, again: bytes = b"", secure: ssl.SSLContext | None = None
-) -> AsyncIterator[str]:
-    """A server that answers each request with these bytes, whatever they are, and then perhaps `again` for ever."""
-    over = asyncio.Event()
-    tasks = set()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())
-        try:
-            await write(reader, writer)
-        finally:
-            writer.close()
-            with suppress(OSError):
-                await writer.wait_closed()
-
-    async def write(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        if found := re.search(rb"content-length: (\d+)", head):  # what is left unread would turn the close into a reset
-            await reader.readexactly(int(found[1]))
-        for piece in pieces:
-            writer.write(piece)
-            await writer.drain()
-        while again and not over.is_set() and not writer.is_closing():
-            writer.write(again)
-            await asyncio.sleep(0.005)
-        if not then_close:
-            await over.wait()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=secure)
-    try:
-        yield f"{'https' if secure else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        over.set()
-        server.close()
-        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
 
 
 def to(url: str) -> Target:
@@ -204,6 +165,47 @@ async def test_a_completion_over_several_lines_is_read_as_well() -> None:
 async def test_a_stream_need_not_be_called_one(kind: bytes) -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
     async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as upstream:
+        assert (await ask(upstream))[0].text == "a"
+
+
+LABELS = ["application/json", "application/json; charset=utf-8", "text/event-stream", "text/plain", "text/html",
+          "application/problem+json", "application/octet-stream"]  # fmt: skip
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b": a comment\n\n", b"\n \n", b"event: chunk\n", b"id: 1\r\n"])
+async def test_a4_events_are_streamed_as_they_come_whatever_they_are_labelled(label: str, start: bytes) -> None:
+    event = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\n\r\n".encode()
+    async with sending(head, start[:2], start[2:] + event, then_close=False) as url, Transport() as transport:
+        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
+        events: list[bytes] = []
+
+        def take(new: list[bytes]) -> bool:
+            events.extend(new)
+            return True
+
+        async with asyncio.timeout(5):  # the answer does not end
+            while not events:
+                await stream.pour(take)
+        assert events == [event[6:-2]]
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n  \n"])
+async def test_a4_a_whole_completion_is_one_whatever_it_is_labelled(label: str, start: bytes) -> None:
+    body = start + b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    async with sending(head, body) as url, reaching(url) as upstream:
+        assert (await ask(upstream))[0].text == "a"
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 203, 206])
+@pytest.mark.parametrize("body", [b'data: {"choices":[%b]}\n\n', b'{"choices":[%b]}'])
+async def test_a4_these_statuses_are_answers(status: int, body: bytes) -> None:
+    answer = body % b'{"delta":{"content":"a"},"finish_reason":"stop"}'
+    async with sending(b"HTTP/1.1 %d OK\r\n\r\n" % status + answer) as url, reaching(url) as upstream:
         assert (await ask(upstream))[0].text == "a"
 
 
@@ -454,8 +456,8 @@ async def test_the_gap_is_between_events_and_not_for_the_whole_answer() -> None:
 
 
 async def test_a_completion_that_stops_half_way_does_not_hang() -> None:
-    error = await error_of_server(JSON_HEAD, limits=SHORT_GAP, then_close=False)
-    assert (error.code, error.retryable) == ("upstream_truncated", True)
+    error = await error_of_server(JSON_HEAD + b'{"choices":', limits=SHORT_GAP, then_close=False)
+    assert (error.code, error.retryable) == ("gap_timeout", True)
 
 
 # Closing

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Raw
 
 from worker.contract.entries import Fields, Object
+from worker.vllm.error_bodies import decoded, excerpt, is_error, says_nothing
 from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
 from worker.vllm.shapes import (
     NULL,
@@ -139,8 +140,8 @@ class ChunkParser:
         self.done, self.finish_reason = True, reason
         self._finished.add(0)
 
-    def check_complete(self) -> None:
-        """At the end of the stream.
+    def check_complete(self, passed_over: str = "") -> None:
+        """At the end of the stream, of which `passed_over` was no event: it is quoted where nothing else was said.
 
         Raises:
             UpstreamError: when the answer is not whole; `[DONE]` alone does not make it so.
@@ -150,7 +151,10 @@ class ChunkParser:
                 "upstream_aborted", f"vLLM broke the answer off ({self._broken_off})", status=200, retryable=True
             )
         if not self.complete:
-            raise truncated("the stream ended before the answer had a finish_reason")
+            unsaid = _encode(self._unsaid).decode() if self._unsaid else ""
+            said = "" if self._begun else excerpt(f"{passed_over} {unsaid}")
+            text = f"the stream ended with nothing said but: {said}"
+            raise truncated(text if said else "the stream ended before the answer had a finish_reason")
 
     def parse(self, data: bytes) -> list[Fields]:
         """The log entries of one event's data: perhaps an `opened`, then a `delta` for each choice that says something.
@@ -171,7 +175,7 @@ class ChunkParser:
         try:
             return self._entries(_object(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise malformed(f"the stream holds what is no chunk of a completion: {error}") from error
+            raise _unreadable(data, str(error)) from error
 
     def _plain(self, chunk: _Plain) -> list[Fields]:
         """A chunk as nearly all are, at a fifth of the price; what comes out is the same as below.
@@ -196,8 +200,8 @@ class ChunkParser:
 
     def _entries(self, chunk: RawObject) -> list[Fields]:
         self._same = None
-        _raise_error_in(chunk)
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
+        _raise_error_in(chunk, choices)
         for choice in choices:
             lift_prompt_ids(chunk, choice)
         if choices and self._unproven is not None:
@@ -355,17 +359,26 @@ def _object(data: bytes) -> RawObject:
         try:
             value = json.loads(data.decode("utf-8", "replace"), parse_constant=lambda _: None)
         except (ValueError, RecursionError):
-            raise malformed(f"the stream holds what is no JSON: {data[:100]!r}") from None
+            raise _unreadable(data, "no JSON") from None
         return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _raise_error_in(chunk: RawObject) -> None:
-    error = chunk.get("error")
-    if error is not None and says(error):
-        raise from_event(_decode(error))
-    # Older servers send the error itself: {"object": "error", "message": …}.
-    if "choices" not in chunk and bytes(chunk.get("object", b"")) == b'"error"':
-        raise from_event(_decode(_encode(chunk)))
+def _raise_error_in(chunk: RawObject, choices: list[RawObject]) -> None:
+    """An error takes the place of a chunk, stands in it, or in a choice. `"error": false` and the like are dropped."""
+    for place in (chunk, *choices):
+        if (raw := place.get("error")) is not None:
+            if not says_nothing(error := _decode(raw)):
+                raise from_event({**_decode(_encode(place)), "error": error})
+            del place["error"]
+    if not choices and is_error(event := _decode(_encode(chunk))):
+        raise from_event(event)
+
+
+def _unreadable(data: bytes, why: str) -> UpstreamError:
+    """What to say of data that is no chunk: perhaps it is an error in a shape of its own."""
+    if is_error(value := decoded(data)):
+        return from_event(value)
+    return malformed(f"the stream holds what is no chunk of a completion ({why}): {excerpt(data[:150])}")
 
 
 def _plain(raw: Raw) -> str:

@@ -1,5 +1,6 @@
 """What can go wrong with vLLM: one error type, and the one place that classifies what the server says."""
 
+import re
 import time
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -9,14 +10,27 @@ from email.utils import parsedate_to_datetime
 import httpx
 import msgspec
 
+from worker.vllm.error_bodies import decoded, excerpt, message_of, says_nothing, status_of, words_of
+
 UNAUTHORIZED = "unauthorized"
 """The code of a server that does not take the worker's key."""
 
-_EXCERPT = 500
 _LONGEST_RETRY_AFTER = 60.0
-_RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_TOO_LONG = frozenset({"input_tokens", "context_length_exceeded"})
-_TOO_LONG_WORDS = ("maximum context length", "context_length_exceeded")
+_RETRYABLE_STATUS = frozenset({408, 409, 421, 424, 425, 429, 499})
+_TOO_LONG = frozenset({"input_tokens", "context_length_exceeded", "exceed_context_size_error"})
+_TOO_LONG_WORDS = re.compile(
+    r"""
+      maximum\ context\ length | context_length_exceeded                           # vLLM, OpenAI
+    | longer\ than\ the\ maximum\ model\ length | too\ long\ to\ fit\ into\ the\ model  # vLLM, multimodal
+    | longer\ than\ the\ model's\ context\ length                                # SGLang
+    | input\ length\ .{1,40}\ exceeds\ the\ maximum\ allowed\ length
+    | exceeds\ the\ available\ context\ size                                     # llama.cpp
+    | `inputs`\ must\ have\ less\ than                                           # TGI
+    | `inputs`\ tokens\ \+\ `max_new_tokens`\ must\ be\ <=
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How servers say that a prompt has no room in the model."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
@@ -55,19 +69,27 @@ class Refused(NoConnection):
 
 
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
-    """The error of an answer whose status is not 200, or that is no stream: JSON of several shapes, or HTML."""
-    error = _decoded(body)
-    message = message_of(error) or _excerpt(body) or f"HTTP {status} with an empty body"
-    return classify(status, message, said=_said(error), retry_after=_retry_after(headers))
+    """The error of an answer whose status is not that of an answer: JSON of several shapes, or HTML.
+
+    A redirect is shown and not followed: only the settings choose a server.
+    """
+    error = decoded(body)
+    message = message_of(error) or excerpt(body) or f"HTTP {status} with an empty body"
+    if 300 <= status < 400 and (location := headers.get("location")):
+        place = excerpt(without_user(location).partition("?")[0])
+        message = f"HTTP {status}: the server redirects to {place}, which is not followed: set VLLM_URLS to its own URL"
+    return classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
 
 
 def from_event(error: object) -> UpstreamError:
-    """The error inside an event of a stream that began with 200: `{"error": …}`, an object or a string."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
-        code = int(code)
-    status = code if isinstance(code, int) else 500
-    return classify(status, message_of(error) or "the server sent an error without a message", said=_said(error))
+    """The error inside an event of a stream that began with 200: the event, or what its field `error` holds."""
+    message = message_of(error) or _without_words(error)
+    return classify(status_of(error), message, said=words_of(error))
+
+
+def _without_words(error: object) -> str:
+    text = "the server sent an error without a message"
+    return text if says_nothing(error) else f"{text}: {excerpt(msgspec.json.encode(error))}"
 
 
 def classify(
@@ -92,6 +114,8 @@ def classify(
         code, retryable = "upstream_unavailable" if status != 500 else "upstream_error", True
     elif 400 <= status < 500:
         code = "invalid_request"
+    elif 200 <= status < 300:  # 204 and the like: nothing came in place of an answer
+        code, retryable = "not_a_stream", True
     return UpstreamError(code, message, status=status, retryable=retryable, retry_after=retry_after)
 
 
@@ -106,8 +130,8 @@ def unreachable(url: str, error: Exception) -> UpstreamError:
 
 def without_user(url: str) -> str:
     """The URL of a server without user and password: it goes to the log of the request, and of the worker."""
-    scheme, _, place = url.partition("://")
-    return f"{scheme}://{place.rpartition('@')[2]}"
+    scheme, mark, place = url.partition("://")
+    return f"{scheme}{mark}{place.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
 def truncated(message: str) -> UpstreamError:
@@ -118,18 +142,6 @@ def truncated(message: str) -> UpstreamError:
 def malformed(message: str) -> UpstreamError:
     """The stream holds what is no chunk of a completion."""
     return UpstreamError("upstream_malformed", message, retryable=True)
-
-
-def message_of(error: object) -> str:
-    """The text of an error in any shape seen: a string, `message` or `detail`, a list, or one inside `error`."""
-    if isinstance(error, str):
-        return error
-    if isinstance(error, list):
-        return msgspec.json.encode(error).decode() if error else ""
-    if isinstance(error, dict):
-        texts = (message_of(error.get(name)) for name in ("error", "message", "detail"))
-        return next(filter(None, texts), "")
-    return ""
 
 
 def _is_refused(error: BaseException | None) -> bool:
@@ -145,27 +157,7 @@ def _is_refused(error: BaseException | None) -> bool:
 
 
 def _is_context_error(message: str, said: AbstractSet[str]) -> bool:
-    return bool(said & _TOO_LONG) or any(words in message.lower() for words in _TOO_LONG_WORDS)
-
-
-def _said(error: object) -> set[str]:
-    """The words for programs beside a message. vLLM puts one into `param`, others into `code` or `type`."""
-    inner = error.get("error", error) if isinstance(error, dict) else None
-    if not isinstance(inner, dict):
-        return set()
-    return {word for name in ("param", "code", "type") if isinstance(word := inner.get(name), str)}
-
-
-def _decoded(body: bytes) -> object:
-    try:
-        return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def _excerpt(body: bytes) -> str:
-    text = " ".join(body.decode("utf-8", "replace").split())
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+    return bool(said & _TOO_LONG) or _TOO_LONG_WORDS.search(message) is not None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

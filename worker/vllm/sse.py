@@ -3,13 +3,24 @@
 The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream": lines end at CR, LF or CRLF
 and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
 colon is dropped, several data lines are joined by LF, a BOM at the start is passed over, and an event that the end
-of the stream cuts off is dropped. Fields other than `data` carry nothing in a stream of completions.
+of the stream cuts off is dropped unless it is whole JSON. Fields other than `data` carry nothing in a stream of
+completions, but for errors: the data of an event that is called `error` or `exception`, and the value of a field of
+that name, come out as `{"error": …}`, and a line of JSON without `data:` as an event of its own.
 """
+
+import msgspec
+
+from worker.vllm.error_bodies import decoded
 
 _BOM = b"\xef\xbb\xbf"
 _LF = 0x0A
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 """Room for the first chunk of a prompt of a million tokens, whose ids stand in it."""
+
+
+_ERRORS = frozenset({b"error", b"exception"})
+_FIELDS = frozenset({b"id", b"retry"})
+_MOST_PASSED_OVER = 500
 
 
 class EventTooLarge(ValueError):
@@ -19,7 +30,9 @@ class EventTooLarge(ValueError):
 class SSEDecoder:
     """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
 
-    __slots__ = ("_after_cr", "_data", "_held", "_is_between", "_max", "_pending", "_size", "_start")
+    __slots__ = (
+        "_after_cr", "_data", "_held", "_is_between", "_is_error", "_max", "_pending", "_size", "_start", "passed_over",
+    )  # fmt: skip
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes
@@ -30,6 +43,9 @@ class SSEDecoder:
         self._data: list[bytes] = []  # data lines of an event whose end has not come
         self._size = 0  # bytes in the pieces
         self._held = 0  # bytes in the data lines, each with its end: empty ones take room too
+        self._is_error = False  # the event whose end has not come is called an error
+        self.passed_over = b""
+        """The first lines that are of no event, for who has to say what came in place of an answer."""
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of every event that this chunk completes, in order.
@@ -51,6 +67,12 @@ class SSEDecoder:
         events = self._by_lines(chunk if self._start is None else self._without_bom(chunk))
         self._is_between = self._start is None and not (self._pending or self._data or self._after_cr)
         return events
+
+    def end(self) -> list[bytes]:
+        """The last event of a stream that has ended, where nothing but its line ends is missing: it is whole JSON."""
+        events = self._events([b"".join(self._pending), b""])
+        self._pending.clear()
+        return [event for event in events if _is_json(event)]
 
     def _by_lines(self, chunk: bytes) -> list[bytes]:
         if self._after_cr and chunk:
@@ -89,14 +111,29 @@ class SSEDecoder:
                     self._held = 0
                     if len(event) > self._max:
                         raise self._too_large()
-                    events.append(event)
+                    events.append(_as_error(event) if self._is_error else event)
+                self._is_error = False
             elif line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
                 self._held += len(data[-1]) + 1
             elif line == b"data":
                 data.append(b"")
                 self._held += 1
+            elif not line.startswith(b":"):
+                self._take_other(line, events)
         return events
+
+    def _take_other(self, line: bytes, events: list[bytes]) -> None:
+        """A line of another field, or of none."""
+        name, _, value = line.partition(b":")
+        if name in _ERRORS:
+            events.append(_as_error(value.strip()))
+        elif name == b"event":
+            self._is_error = value.strip() in _ERRORS
+        elif line.startswith((b"{", b"[")) and line.endswith((b"}", b"]")) and not self._data:
+            events.append(line)
+        elif name not in _FIELDS and len(self.passed_over) < _MOST_PASSED_OVER:
+            self.passed_over += line[:_MOST_PASSED_OVER] + b"\n"
 
     def _without_bom(self, chunk: bytes) -> bytes:
         start = (self._start or b"") + chunk
@@ -113,3 +150,19 @@ class SSEDecoder:
 
     def _too_large(self) -> EventTooLarge:
         return EventTooLarge(f"an event of the stream is larger than {self._max} bytes")
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return data == b"[DONE]"
+    return True
+
+
+def _as_error(data: bytes) -> bytes:
+    """The data of an event that is called an error, in the shape of other errors."""
+    value = decoded(data)
+    if isinstance(value, dict) and "error" in value:
+        return msgspec.json.encode(value)
+    return msgspec.json.encode({"error": data.decode("utf-8", "replace") if value is None else value})

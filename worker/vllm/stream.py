@@ -10,18 +10,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
-from typing import Protocol
 
 import httpx
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.errors import UpstreamError, from_response, malformed, message_of, truncated, unreachable
+from worker.vllm.error_bodies import decoded, excerpt
+from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from worker.vllm.transport import Answer, Target, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0
 _MAX_ERROR_BYTES = 1024 * 1024
+_ANSWERS = frozenset({200, 201, 202, 203, 206})
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,27 +114,24 @@ class Watchdog:
             self._look()
 
 
-class Source(Protocol):
-    """Where the bytes of an answer come from."""
-
-    async def pour(self, into: Callable[[bytes], bool]) -> bool:
-        """Hand over each piece as it arrives, until told that this is enough for now; false at the end."""
-
-
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    __slots__ = ("_answer", "_decoder", "_is_new", "_source", "_take", "_watchdog", "on_first")
+    __slots__ = ("_answer", "_decoder", "_is_new", "_take", "_watchdog", "on_first")
 
-    def __init__(self, answer: Answer, source: Source, watchdog: Watchdog) -> None:
+    def __init__(self, answer: Answer, watchdog: Watchdog) -> None:
         self._answer = answer
-        self._source = source
         self._watchdog = watchdog
         self._is_new = True
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there."""
-        self._decoder = SSEDecoder()
+        self._decoder: SSEDecoder | _Whole | _Opening = _Opening(self._become)
         self._take: Callable[[list[bytes]], bool]
+
+    @property
+    def passed_over(self) -> str:
+        """The first lines that were of no event."""
+        return self._decoder.passed_over.decode("utf-8", "replace")
 
     async def pour(self, take: Callable[[list[bytes]], bool]) -> bool:
         """Hand over the data of all events that arrive at once, as they do, until told that this is enough for now.
@@ -144,12 +144,15 @@ class ChatStream:
         self._take = take
         try:
             async with self._watchdog:
-                return await self._source.pour(self._arrived)
+                more = await self._answer.body.pour(self._arrived)
+            return more or self._hand_over(self._decoder.end())
         except TimeoutError:
             raise self._watchdog.silence() from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
+            if self._hand_over(self._decoder.end()):  # nothing of it was missing
+                return True
             raise truncated(f"the connection to vLLM broke: {_why(error)}") from None
 
     def _arrived(self, piece: bytes) -> bool:
@@ -162,6 +165,19 @@ class ChatStream:
         take = self._take
         return take(events)
 
+    def _hand_over(self, events: list[bytes]) -> bool:
+        """The last events, which show only once the body has ended; whether there are any."""
+        if events:
+            if self._is_new:
+                self._begin()
+            self._take(events)
+        return bool(events)
+
+    def _become(self, is_whole: bool) -> "SSEDecoder | _Whole":  # noqa: FBT001 - called back by position
+        """The answer has shown what it is."""
+        self._decoder = decoder = _Whole(self._watchdog) if is_whole else SSEDecoder()
+        return decoder
+
     def _begin(self) -> None:
         self._is_new = False
         if self.on_first is not None:
@@ -171,7 +187,7 @@ class ChatStream:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
         with suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(_END_OF_ANSWER):
-                await self._source.pour(lambda _: False)
+                await self._answer.body.pour(lambda _: False)
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""
@@ -195,42 +211,78 @@ async def open_stream(
     except httpx.HTTPError as error:
         raise unreachable(target.url, error) from None
     try:
-        return ChatStream(answer, await _source_of(answer, limits), watchdog)
+        await _refuse(answer, limits)
     except BaseException:
         await answer.body.aclose()
         raise
+    return ChatStream(answer, watchdog)
 
 
-async def _source_of(answer: Answer, limits: Limits) -> Source:
-    """The body as a stream of events, also where the server answered with a whole completion as JSON."""
-    kind = answer.header(b"content-type").partition(";")[0].strip().lower()
-    if answer.status == 200 and kind not in {"application/json", "text/html"}:
-        if answer.header(b"content-encoding") not in {"", "identity"}:
-            raise UpstreamError(
-                "not_a_stream", "the stream is compressed, though it was asked not to be", status=200, retryable=True
-            )
-        return answer.body
-    response = httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
-    body = await _body(response, limits, MAX_EVENT_BYTES if answer.status == 200 else _MAX_ERROR_BYTES)
-    if answer.status != 200:
+async def _refuse(answer: Answer, limits: Limits) -> None:
+    """Raise for an answer that cannot be the stream, as far as its head tells. Its label does not: see `_Opening`."""
+    if answer.status not in _ANSWERS:
+        response = httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
+        body = await _body(response, limits, _MAX_ERROR_BYTES)
         raise from_response(answer.status, body, response.headers)
-    if kind == "text/html":
-        raise UpstreamError(
-            "not_a_stream", f"a page came in place of a stream: {message_of(body.decode('utf-8', 'replace')[:200])}",
-            status=200, retryable=True,
-        )  # fmt: skip
-    return _Whole(body)
+    if answer.header(b"content-encoding") not in {"", "identity"}:
+        raise _no_stream("the stream is compressed, though it was asked not to be")
+
+
+class _Opening:
+    """Stands in for the decoder of an answer until its first byte that is not blank shows what it is.
+
+    vLLM's own proxies label a stream as JSON, and other servers a completion as a stream.
+    """
+
+    __slots__ = ("_become", "_held", "passed_over")
+
+    def __init__(self, become: Callable[[bool], "SSEDecoder | _Whole"]) -> None:
+        self._become = become
+        self._held = b""
+        self.passed_over = b""
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        start = self._held + piece
+        if _BOM.startswith(start):
+            self._held = start
+            return []
+        start = start.removeprefix(_BOM).lstrip(_BLANK)
+        self._held = b""
+        if not start:
+            return []
+        if start.startswith(b"<"):
+            raise _no_stream(f"a web page came in place of a stream, is VLLM_URLS the URL of a vLLM? {excerpt(start)}")
+        return self._become(start.startswith((b"{", b"["))).feed(start)
+
+    def end(self) -> list[bytes]:
+        return []
 
 
 class _Whole:
-    """A whole completion as the events of a stream."""
+    """A whole completion as the events of a stream, once it has ended."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = b"data: " + body.replace(b"\r", b" ").replace(b"\n", b" ") + b"\n\ndata: [DONE]\n\n"
+    __slots__ = ("_pieces", "_size", "_watchdog", "passed_over")
 
-    async def pour(self, into: Callable[[bytes], bool]) -> bool:
-        body, self._body = self._body, b""
-        return bool(body) and into(body)
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self.passed_over = b""
+
+    def feed(self, piece: bytes) -> list[bytes]:
+        self._watchdog.heard()
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > MAX_EVENT_BYTES:
+            raise EventTooLarge(f"the answer is larger than {MAX_EVENT_BYTES} bytes")
+        return []
+
+    def end(self) -> list[bytes]:
+        body = b"".join(self._pieces).strip()
+        self._pieces.clear()
+        if b"\n" in body and decoded(body) is None and (events := SSEDecoder().feed(body + b"\n\n")):
+            return events  # an object on a line of its own, and others or events behind it
+        return [body, b"[DONE]"] if body else []
 
 
 async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
@@ -246,6 +298,10 @@ async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
         if not body:
             raise truncated(f"the answer with status {response.status_code} broke off: {_why(error)}") from None
     return body[:most]
+
+
+def _no_stream(text: str) -> UpstreamError:
+    return UpstreamError("not_a_stream", text, status=200, retryable=True)
 
 
 def _why(error: Exception) -> str:

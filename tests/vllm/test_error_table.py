@@ -1,0 +1,205 @@
+"""What the errors of servers are taken for, as a table: A7, A9 and the statuses of A4.
+
+A further error is a further line: the status and the body as the server sends them, the code that the log gets, whether
+it is tried again, and words that its message holds. `{M}` stands for the same message in all of them.
+"""
+
+import json
+from typing import Any
+
+import pytest
+from raw_server import sending
+
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.errors import UpstreamError
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Upstream
+
+M = "top_k is too large"
+AGAIN, ONCE = True, False
+
+
+def event(data: object) -> str:
+    return f"data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
+
+
+def chunk(delta: object, finish_reason: str | None = None, **more: object) -> str:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "m"}
+    return event(head | {"choices": [choice]} | more)
+
+
+ROLE = chunk({"role": "assistant", "content": ""})
+DONE = "data: [DONE]\n\n"
+
+TABLE: list[tuple[int, str, str, bool, str]] = [
+    # Errors under status 200: where the code stands, and how it is written.
+    (200, event({"error": {"message": M, "code": 400}}), "invalid_request", ONCE, M),
+    (200, ROLE + event({"error": {"message": M, "code": 400}}) + DONE, "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "code": 400.0}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "code": "400"}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "status": 400}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "status_code": 422}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "http_status_code": 422}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "error_code": "503"}}), "upstream_unavailable", AGAIN, M),
+    (200, event({"error": M, "code": 400}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M}, "status_code": 429}), "rate_limited", AGAIN, M),
+    (200, event({"error": {"error": {"message": M, "code": 400}}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"error": {"message": M, "code": 400}, "code": 500}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"code": "internal", "detail": {"message": M, "status": 400}}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "code": 40003}}), "upstream_error", AGAIN, M),
+    # The name of its type stands for the code.
+    (200, event({"error": M, "error_type": "validation"}), "invalid_request", ONCE, M),
+    (200, event({"error": M, "error_type": "overloaded"}), "upstream_unavailable", AGAIN, M),
+    (200, event({"error": M, "error_type": "generation"}), "upstream_error", AGAIN, M),
+    (200, event({"error": {"message": M, "type": "BadRequestError", "code": None}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "type": "invalid_request_error"}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "type": "UnprocessableEntityError"}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "code": "rate_limit_exceeded"}}), "rate_limited", AGAIN, M),
+    (200, event({"error": {"message": M, "type": "RateLimitError"}}), "rate_limited", AGAIN, M),
+    (200, event({"error": {"message": M, "type": "AuthenticationError"}}), "unauthorized", AGAIN, M),
+    (200, event({"error": {"message": M, "code": "model_not_found"}}), "not_found", ONCE, M),
+    (200, event({"error": {"message": M, "type": "InternalServerError"}}), "upstream_error", AGAIN, M),
+    (200, event({"error": {"message": M, "type": "ServiceUnavailableError"}}), "upstream_unavailable", AGAIN, M),
+    (200, event({"error": {"message": M, "code": 400, "status": "INVALID_ARGUMENT"}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "type": "content_filter"}}), "content_policy", ONCE, M),
+    # Other places and shapes.
+    (200, event({"choices": None, "error_type": "BadRequestError", "error_message": M}), "invalid_request", ONCE, M),
+    (200, event({"choices": [], "error_code": 503, "error_msg": M}), "upstream_unavailable", AGAIN, M),
+    (200, event({"object": "error", "message": M, "type": "BadRequestError"}), "invalid_request", ONCE, M),
+    (200, event({"type": "error", "code": "400", "message": M}), "invalid_request", ONCE, M),
+    (200, event({"type": "error", "error": {"type": "overloaded_error", "message": M}}),
+     "upstream_unavailable", AGAIN, M),
+    (200, event({"code": 400, "message": M}), "invalid_request", ONCE, M),
+    (200, event({"status": 503, "text": M}), "upstream_unavailable", AGAIN, M),
+    (200, event([{"error": {"code": 400, "message": M, "status": "INVALID_ARGUMENT"}}]), "invalid_request", ONCE, M),
+    (200, chunk({"content": ""}, "error", choices=[{"error": {"code": 502, "message": M}, "finish_reason": "error"}]),
+     "upstream_unavailable", AGAIN, M),
+    (200, event({"error": {"message": {"top_k": [M]}, "status": 400}}), "invalid_request", ONCE, M),
+    (200, event({"error": {"message": M, "code": 400}, "choices": {}}), "invalid_request", ONCE, M),
+    # What Python prints.
+    (200, event("{'error': {'message': '" + M + "', 'code': 400}}"), "invalid_request", ONCE, M),
+    (200, event("{'error': {\"message\": {\"top_k\": \"" + M + '"}, "param": null, "status": 400}}'),
+     "invalid_request", ONCE, M),
+    (200, event(f"{{'error': ValueError('{M}')}}"), "upstream_malformed", AGAIN, M),
+    # Other fields of server-sent events, and none.
+    (200, "event: error\n" + event({"message": M, "code": 400}), "invalid_request", ONCE, M),
+    (200, "event: error\n" + event({"error": {"message": M, "code": 400}}), "invalid_request", ONCE, M),
+    (200, "event: error\n" + event(M), "upstream_error", AGAIN, M),
+    (200, event({"message": M, "code": 400}).replace("\n\n", "\nevent: error\n\n"), "invalid_request", ONCE, M),
+    (200, ROLE + "error: " + json.dumps({"message": M, "code": 400}) + "\n\n", "invalid_request", ONCE, M),
+    (200, "error: " + json.dumps({"error": {"message": M, "status": 400}}), "invalid_request", ONCE, M),
+    (200, "error: " + M + "\n", "upstream_error", AGAIN, M),
+    (200, ROLE + json.dumps({"error_code": 10401, "text": M}) + "\n", "upstream_error", AGAIN, M),
+    (200, ROLE + json.dumps({"error": {"message": M, "code": 400}}) + "\n" + DONE, "invalid_request", ONCE, M),
+    # A body of JSON in place of a stream.
+    (200, json.dumps({"error_code": 10401, "text": M}) + "\n", "upstream_error", AGAIN, M),
+    (200, json.dumps({"error": M, "code": 400}) + "\n" + DONE, "invalid_request", ONCE, M),
+    (200, json.dumps([{"error": {"message": M, "code": 400}}], indent=2), "invalid_request", ONCE, M),
+    (200, json.dumps({"detail": M}), "upstream_error", AGAIN, M),
+    (202, json.dumps({"detail": M, "status_code": 422}), "invalid_request", ONCE, M),
+    # Nothing that can be read: what was passed over is quoted.
+    (200, f"upstream connect error: {M}\n", "upstream_truncated", AGAIN, M),
+    (200, f": ping\n\nid: 7\nunknown: {M}\n\n{DONE}", "upstream_truncated", AGAIN, M),
+    (200, event({"reason": M}) + DONE, "upstream_truncated", AGAIN, M),
+    (200, event(f"Internal Server Error: {M}"), "upstream_malformed", AGAIN, M),
+    (200, event(json.dumps(M)), "upstream_malformed", AGAIN, M),
+    (200, f"\n<!doctype html><title>{M}</title>", "not_a_stream", AGAIN, M),
+    (200, "", "upstream_truncated", AGAIN, "ended"),
+    # Statuses.
+    (204, "", "not_a_stream", AGAIN, "HTTP 204"),
+    (205, "", "not_a_stream", AGAIN, "HTTP 205"),
+    (400, M, "invalid_request", ONCE, M),
+    (421, M, "upstream_unavailable", AGAIN, M),
+    (424, M, "upstream_unavailable", AGAIN, M),
+    (499, M, "upstream_unavailable", AGAIN, M),
+    (502, f"<html>{M}</html>", "upstream_unavailable", AGAIN, M),
+    # A prompt that is too long: vLLM, its multimodal path, SGLang, llama.cpp, TGI, and others.
+    (400, json.dumps({"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}}),
+     "context_length_exceeded", ONCE, "4096"),
+    (400, json.dumps({"error": {"message": "The decoder prompt (length 5000) is longer than the maximum model length "
+                                           "of 4096."}}),
+     "context_length_exceeded", ONCE, "decoder prompt"),
+    (400, json.dumps({"message": "The prompt (total length 5000) is too long to fit into the model (context length "
+                                 "4096)."}),
+     "context_length_exceeded", ONCE, "total length"),
+    (400, json.dumps({"message": "The input (5000 tokens) is longer than the model's context length (4096 tokens)."}),
+     "context_length_exceeded", ONCE, "5000 tokens"),
+    (200, event({"error": {"message": "The input (5000 tokens) is longer than the model's context length (4096)."}}),
+     "context_length_exceeded", ONCE, "5000 tokens"),
+    (400, json.dumps({"message": "Input length (5000 tokens) exceeds the maximum allowed length (4096 tokens)."}),
+     "context_length_exceeded", ONCE, "5000 tokens"),
+    (400, json.dumps({"error": {"code": 400, "message": M, "type": "exceed_context_size_error"}}),
+     "context_length_exceeded", ONCE, M),
+    (500, json.dumps({"error": {"message": "the request exceeds the available context size. try increasing it"}}),
+     "context_length_exceeded", ONCE, "available context size"),
+    (422, json.dumps({"error": "Input validation error: `inputs` must have less than 4095 tokens. Given: 5000",
+                      "error_type": "validation"}),
+     "context_length_exceeded", ONCE, "Given: 5000"),
+    (200, event({"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000",
+                 "error_type": "validation"}),
+     "context_length_exceeded", ONCE, "Given: 5000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+@pytest.mark.parametrize(("status", "body", "code", "retried", "words"), TABLE)
+async def test_a7_a9_each_error_has_its_code_and_its_words(
+    kind: str,
+    status: int,
+    body: str,
+    code: str,
+    retried: bool,  # noqa: FBT001 - a column of the table
+    words: str,
+) -> None:
+    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n\r\n"
+    async with sending(head.encode() + body.encode()) as url:
+        error = await error_of(url)
+    assert (error.code, error.retryable) == (code, retried), error.message
+    assert words in error.message
+
+
+NO_ERRORS: list[Any] = [None, False, 0, 0.0, "", [], {}, {"code": None, "message": ""}]
+
+
+@pytest.mark.parametrize("value", NO_ERRORS)
+@pytest.mark.parametrize("place", ["chunk", "choice", "alone"])
+def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> None:
+    parser = ChunkParser()
+    choice = {"delta": {"content": "hi"}, "finish_reason": "stop"}
+    if place == "alone":
+        assert parser.parse(json.dumps({"error": value, "choices": []}).encode()) == []
+    shown = {
+        "chunk": {"choices": [choice], "error": value},
+        "choice": {"choices": [choice | {"error": value}]},
+        "alone": {"choices": [choice]},
+    }[place]
+    (entry,) = parser.parse(json.dumps(shown).encode())
+    assert entry == {"type": "delta", "content": "hi", "finish_reason": "stop"}
+    parser.check_complete()
+
+
+async def error_of(url: str) -> UpstreamError:
+    """The error of a request, as a job ends with it."""
+    upstream = Upstream([url], limits=Limits(connect=5, first_token=10, gap=10))
+    try:
+        with pytest.raises(UpstreamError) as caught:
+            await read(upstream)
+    finally:
+        await upstream.aclose()
+    return caught.value
+
+
+async def read(upstream: Upstream) -> None:
+    parser = ChunkParser()
+
+    def take(events: list[bytes]) -> bool:
+        for data in events:
+            parser.parse(data)
+        return parser.done
+
+    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
+        while await stream.pour(take) and not parser.done:
+            pass
+        await stream.finish()
+        parser.check_complete(stream.passed_over)

@@ -1,0 +1,145 @@
+"""Reading an error in whatever shape a server sends it: its words, and the HTTP status that it names. No I/O.
+
+The shapes are those of vLLM, SGLang, TGI, llama.cpp, LiteLLM, FastAPI and proxies; `tests/vllm/test_error_table.py`
+lists them. What a status means is decided in `errors.py`.
+"""
+
+import ast
+import re
+
+import msgspec
+
+_EXCERPT = 500
+_DEEPEST = 8
+"""Levels of objects inside each other that are looked into."""
+_MOST_PRINTED = 64 * 1024
+"""Bytes of a Python literal that are parsed."""
+_INNER = ("error", "message", "detail")
+_MESSAGES = ("error", "message", "error_message", "error_msg", "detail", "text", "msg")
+_STATUSES = ("code", "status", "status_code", "http_status_code", "error_code")
+_NAMES = ("type", "error_type", "code", "status", "error_code")
+_MARKS = ("error_message", "error_msg", "error_type", "error_code")
+"""Fields that no chunk of an answer has."""
+
+_STATUS_OF_NAME = (
+    ("ratelimit", 429), ("toomanyrequest", 429), ("quota", 429), ("exhausted", 429),
+    ("overloaded", 503), ("unavailable", 503), ("timeout", 504), ("deadline", 504),
+    ("authentication", 401), ("unauthenticated", 401), ("unauthorized", 401), ("apikey", 401),
+    ("permission", 403), ("forbidden", 403), ("notfound", 404), ("unprocessable", 422), ("validation", 422),
+    ("badrequest", 400), ("invalid", 400), ("valueerror", 400), ("contextlength", 400), ("contextsize", 400),
+)  # fmt: skip
+"""The status that a type of error stands for, by a part of its name without case and punctuation: the first holds."""
+
+
+def message_of(error: object, depth: int = 0) -> str:
+    """The words of an error in any shape seen: a string, a list, or an object that holds them in one of its fields.
+
+    An object inside an error that has no such field is given as JSON.
+    """
+    if isinstance(error, str):
+        return error
+    if isinstance(error, list):
+        first = error[0] if error else None
+        if isinstance(first, dict) and ("error" in first or "message" in first) and depth < _DEEPEST:
+            return message_of(first, depth + 1)
+        return msgspec.json.encode(error).decode() if error else ""
+    if not isinstance(error, dict):
+        return ""
+    if depth < _DEEPEST:
+        texts = (message_of(error.get(name), depth + 1) for name in _MESSAGES)
+        if text := next(filter(None, texts), ""):
+            return text
+    return excerpt(msgspec.json.encode(error)) if depth and error else ""
+
+
+def words_of(error: object) -> set[str]:
+    """The words for programs beside a message. vLLM puts one into `param`, others into `code` or `type`."""
+    return {word for level in _levels(error) for name in (*_NAMES, "param") if isinstance(word := level.get(name), str)}
+
+
+def status_of(error: object) -> int:
+    """The HTTP status that an error names by a number, or else by its type; 500 where it names none."""
+    levels = _levels(error)[::-1]  # what is said inside is more exact than what is said beside it
+    for level in levels:
+        for name in _STATUSES:
+            if status := _as_status(level.get(name)):
+                return status
+    for level in levels:
+        for name in _NAMES:
+            if isinstance(word := level.get(name), str) and (status := _status_of_name(word)):
+                return status
+    return 500
+
+
+def is_error(event: object) -> bool:
+    """Whether the JSON of an event, or of a whole body, is an error in place of a part of an answer."""
+    if isinstance(event, list):
+        return bool(event) and is_error(event[0])
+    if not isinstance(event, dict):
+        return False
+    if not says_nothing(event.get("error")):
+        return True
+    if event.get("choices"):
+        return False
+    # Older vLLM sends the error itself: {"object": "error", "message": …}; Anthropic's servers call it a type.
+    if "error" in (event.get("object"), event.get("type")) or any(event.get(name) for name in _MARKS):
+        return True
+    if "object" in event or not message_of(event):
+        return False
+    return bool(event.get("detail")) or any((_as_status(event.get(name)) or 0) >= 400 for name in _STATUSES)
+
+
+def says_nothing(error: object) -> bool:
+    """Whether an `error` field reports none: null, false, 0, or an object of such values."""
+    return all(map(says_nothing, error.values())) if isinstance(error, dict) else not error
+
+
+def decoded(data: bytes) -> object:
+    """JSON, or what a server in Python printed in its place (`{'error': …}`); None for anything else."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    text = data[:_MOST_PRINTED].decode("utf-8", "replace").strip()
+    try:
+        if inner := re.fullmatch(r"\{\s*'error'\s*:\s*(.*)\}", text, re.DOTALL):
+            with_json = inner[1].encode()
+            try:
+                return {"error": msgspec.json.decode(with_json)}
+            except msgspec.DecodeError:
+                pass
+        return ast.literal_eval(text) if text.startswith(("{'", "[{'")) else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def excerpt(text: str | bytes) -> str:
+    """The beginning of what a server sent, on one line."""
+    text = " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+
+
+def _levels(error: object) -> list[dict[str, object]]:
+    """An error's objects, each inside the one before."""
+    levels: list[dict[str, object]] = []
+    while len(levels) < _DEEPEST:
+        if isinstance(error, list):
+            error = next((item for item in error if isinstance(item, dict)), None)
+        if not isinstance(error, dict):
+            break
+        levels.append(error)
+        error = next((inner for name in _INNER if isinstance(inner := error.get(name), dict | list)), None)
+    return levels
+
+
+def _as_status(value: object) -> int | None:
+    """An HTTP status that is no success, given as an int, a float or digits."""
+    is_digits = isinstance(value, str) and value.isdecimal() and len(value) == 3
+    if is_digits or (isinstance(value, float) and value.is_integer()):
+        value = int(value)  # type: ignore[call-overload]
+    return value if isinstance(value, int) and 300 <= value < 600 else None
+
+
+def _status_of_name(name: str) -> int | None:
+    letters = re.sub("[^a-z]", "", name.lower())
+    return next((status for part, status in _STATUS_OF_NAME if part in letters), None)
