@@ -27,6 +27,16 @@ async def test_one_read_brings_few_jobs_however_many_slots_are_free() -> None:
     assert [await slots.reserve(0) for _ in range(3)] == [16, 16, 16]
 
 
+async def test_a_read_that_took_too_long_is_followed_by_one_of_half_the_jobs() -> None:
+    """D3."""
+    slots = Slots(1000)
+    granted = []
+    for too_slow in (True, True, True, True, True, False, False, False, False, False):
+        slots.adapt(too_slow=too_slow)
+        granted.append(await slots.reserve(0))
+    assert granted == [8, 4, 2, 1, 1, 2, 4, 8, 16, 16]
+
+
 async def test_no_more_is_granted_than_there_is() -> None:
     slots = Slots(5)
     assert sum([await slots.reserve(0) for _ in range(4)]) == 5

@@ -8,6 +8,7 @@ from functools import partial
 
 import structlog
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.connection import SAY_AGAIN, Backoff, is_transient
 from worker.broker.jobs import Delivery, JobQueue
@@ -108,6 +109,11 @@ class Claims:
             failure = error
             if not isinstance(error, ResponseError):
                 self._pause_for(REDIS_AWAY)
+            if isinstance(error, RedisTimeoutError):
+                self._slots.adapt(too_slow=True)
+        if deliveries:
+            took = time.monotonic() - sent - self._block_ms / 1000  # a read may have waited for its first job
+            self._slots.adapt(too_slow=took > self._settings.lease / 3)
         self._slots.release(count - self._leases.begin(deliveries, sent))
         if failure is not None:
             await backoff.wait(failure)

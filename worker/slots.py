@@ -15,6 +15,7 @@ class Slots:
     def __init__(self, total: int) -> None:
         self._free = total
         self._grants = 0
+        self._at_once = _AT_ONCE
         self._closed = False
         self._waiting: dict[int, asyncio.Future[int]] = {}
 
@@ -38,6 +39,14 @@ class Slots:
             if not waiter.done():
                 waiter.set_result(self._grant())
 
+    def adapt(self, *, too_slow: bool) -> None:
+        """Grant half as many at once after a read that took too long, and twice as many after one that did not.
+
+        Leases count from the sending of a read: where megabytes come slowly, those of many jobs would have run out by
+        the time that all are there.
+        """
+        self._at_once = max(1, self._at_once // 2) if too_slow else min(_AT_ONCE, 2 * self._at_once)
+
     def close(self) -> None:
         """Hand out no more."""
         self._closed = True
@@ -48,6 +57,6 @@ class Slots:
 
     def _grant(self) -> int:
         # Half of what is free: a reader that waits on an empty queue leaves slots to the others.
-        count = min(_AT_ONCE, max(1, self._free // 2))
+        count = min(self._at_once, max(1, self._free // 2))
         self._free -= count
         return count
