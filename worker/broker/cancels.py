@@ -5,6 +5,7 @@ log is the truth, and every log is looked at three times a lease. Whatever is lo
 """
 
 import asyncio
+from contextlib import suppress
 from typing import cast
 
 import structlog
@@ -26,6 +27,9 @@ _TICK = 0.25
 
 _SILENCE = 5.0
 """Seconds after which a silent connection is asked whether it still lives, and then given up."""
+
+_ASK_AGAIN = 5.0
+"""Seconds until a subscription that was refused is tried again."""
 
 _COUNTS = 4
 """How often the usage of a log is counted that goes on meanwhile, until its seal is written without one."""
@@ -74,30 +78,41 @@ class CancelHints:
         self._redis = redis
         self._channel = channel
         self._publisher = publisher
-        self._leaving = False
+        self._leaving = asyncio.Event()
+        self._refused = ""
+        """Why Redis does not take the subscription, or nothing."""
 
     async def run(self) -> None:
-        """Listen until `leave` is called, and subscribe again whenever the connection is lost."""
+        """Listen until `leave` is called, and subscribe again whenever the connection is lost or refused."""
         backoff = Backoff("cancel_hints_lost")
-        while not self._leaving:
+        while not self._leaving.is_set():
             try:
                 async with self._redis.pubsub() as hints:
                     await hints.subscribe(self._channel)
                     await self._listen(hints, backoff)
             except (RedisError, OSError) as error:
-                if not is_transient(error):  # as of a user without the right to subscribe
-                    _log.warning("cancel_hints_refused", channel=self._channel, error=what_redis_said(error))
-                    return
-                await backoff.wait(error)
+                if is_transient(error):
+                    await backoff.wait(error)
+                else:
+                    await self._until_rights_may_have_changed(what_redis_said(error))
+
+    async def _until_rights_may_have_changed(self, refusal: str) -> None:
+        """After a refusal that an operator may lift, as of a user without the right, or with a former password."""
+        if refusal != self._refused:
+            self._refused = refusal
+            _log.warning("cancel_hints_refused", channel=self._channel, error=refusal)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_ASK_AGAIN):
+                await self._leaving.wait()
 
     def leave(self) -> None:
         """Come to an end soon."""
-        self._leaving = True
+        self._leaving.set()
 
     async def _listen(self, hints: PubSub, backoff: Backoff) -> None:
         now = asyncio.get_running_loop().time
         heard, asked = now(), False
-        while not self._leaving:
+        while not self._leaving.is_set():
             message = await hints.get_message(timeout=_TICK)
             if message is not None:
                 heard, asked = now(), False
@@ -114,4 +129,7 @@ class CancelHints:
             self._publisher.look_at(data.decode("utf-8", "replace"))
         elif message["type"] == "subscribe":
             backoff.reset()
+            if self._refused:
+                self._refused = ""
+                _log.info("recovered", after="cancel_hints_refused")
             self._publisher.look()  # hints may have been lost before
