@@ -46,6 +46,14 @@ CALL: list[Any] = [{"index": 0, "id": "call-1", "type": "function", "function": 
 HI: Object = {"role": "assistant", "content": "hi"}
 
 
+def call(arguments: str, index: int = 0) -> Object:
+    return {"index": index, "function": {"name": "f", "arguments": arguments}}
+
+
+def more(arguments: str, index: int = 0) -> Object:
+    return {"index": index, "function": {"arguments": arguments}}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A stream, and what it says. `openai`: whether openai's client gets the same content, reasoning and calls."""
@@ -197,6 +205,77 @@ SHAPES = [
         for usage in (7, "7", [7])
     ),
     Shape("A15: an empty list as delta", ROLE + x([]) + x({"content": "a"}) + x([], "stop") + DONE, "a", openai=False),
+    Shape("A15: halves of a character", ROLE + x({"content": "a\ud83d"}) + x({"content": "\ude42b"}) + END, "a🙂b"),
+    Shape(
+        "A15: halves of a character with nothing between",
+        ROLE + x({"content": "\ud83d"}) + x({"content": ""}) + x({}) + x({"content": "\ude42"}, "stop") + DONE,
+        "🙂",
+    ),
+    Shape(
+        "A15: halves of many characters",
+        ROLE + b"".join(x({"content": half}) for half in "\ud83d\ude42" * 3) + x({"content": "b"}) + END,
+        "🙂🙂🙂b",
+    ),
+    Shape(
+        "A15: halves of a character of the reasoning",
+        ROLE + x({"reasoning": "a\ud83d"}) + x({"reasoning": "\ude42"}) + x({"content": "b"}) + END,
+        "b",
+        reasoning="a🙂",
+    ),
+    Shape(
+        "A15: halves of a character of a tool call",
+        ROLE
+        + x({"tool_calls": [call("\ud83d"), call("\ud83c", 1)]})
+        + x({"tool_calls": [more("\udf0a", 1), more("\ude42")]})
+        + END,
+        tool_calls=[call("🙂"), call("🌊", 1)],
+    ),
+    Shape(
+        "A15: half a character and no other",
+        ROLE + x({"content": "a\ud83d"}) + x({"content": "b"}) + x({"content": "\ude42"}) + END,
+        "a?b?",
+        openai=False,
+    ),
+    Shape("A15: half a character at the end", ROLE + x({"content": "a\ud83d"}) + END, "a?", openai=False),
+    Shape(
+        "A15: half a character at the end, beside no delta",
+        ROLE + x({"content": "a\ud83d"}) + x(None, "stop") + DONE,
+        "a?",
+        openai=False,
+    ),
+    Shape(
+        "A15: half a character at the end, beside what is no text",
+        ROLE + x({"content": "a\ud83d"}) + x({"content": [1]}, "stop") + DONE,
+        "a",
+        openai=False,
+        extra=[{"delta": {"content": [1]}}],
+    ),
+    Shape(
+        "A15: halves of a character without a delta",
+        without_delta(text="\ud83d") + without_delta("stop", text="\ude42") + DONE,
+        "🙂",
+        openai=False,
+    ),
+    *(
+        Shape(
+            f"A10: {number[:9]} as a number",
+            (ROLE + x({"content": "a"}, odd="NUMBER", logprobs={"content": [{"logprob": "NUMBER"}]}) + END).replace(
+                b'"NUMBER"', number.encode()
+            ),
+            "a",
+            openai=len(number) < 4300,
+            extra=[] if value is None else [{"odd": value}],
+        )
+        for number, value in (
+            ("-1e999", None),
+            ("1E400", None),
+            ("9" * 5000, None),
+            ("NaN", None),
+            ("-Infinity", None),
+            ("1e-999", 0.0),
+            ("1" * 300, int("1" * 300)),
+        )
+    ),
     Shape("A15: odd heads", event(chunk({"role": {"a": 1}, "content": "a"}) | {"id": [1], "model": 7}) + END, "a"),
 ]
 
@@ -226,9 +305,16 @@ def test_a_stream_of_another_server_says_what_it_says(shape: Shape) -> None:
     assert [delta.extra for delta in answer.deltas if delta.extra] == shape.extra
 
 
+def joined(message: Object) -> Object:
+    """With halves of surrogate pairs put together, which openai's client leaves to others."""
+    text = json.dumps(message, ensure_ascii=False)
+    together: Object = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16"))
+    return together
+
+
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.openai], ids=lambda shape: shape.name)
 def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> None:
-    message = read_by_openai(shape.body)[0]
+    message = joined(read_by_openai(shape.body)[0])
     assert (message.get("content") or "") == shape.content
     assert (message.get("reasoning") or "") == shape.reasoning
     assert message.get("tool_calls", []) == shape.tool_calls
@@ -259,3 +345,26 @@ def test_a15_a_finish_reason_that_is_no_text_ends_the_answer_all_the_same(reason
 @pytest.mark.parametrize("reason", [False, 0, [], {}, None, ""])
 def test_a15_nothing_as_finish_reason_ends_nothing(reason: object) -> None:
     assert not read(x({"content": "a"}, reason))[0].complete
+
+
+@pytest.mark.parametrize("number", ["-1e999", "NaN", "9" * 5000])
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"created": "NUMBER"},
+        {"usage": {"prompt_tokens": "NUMBER"}},
+        {"odd": ["NUMBER"]},
+        {"choices": [{"delta": {"content": "b", "odd": "NUMBER"}}]},
+        {"choices": [{"delta": {"content": "b"}, "stop_reason": "NUMBER"}]},
+        {"choices": [{"delta": {"content": "b"}, "token_ids": ["NUMBER"]}]},
+        {"choices": [{"delta": {"content": "b", "tool_calls": [{"function": {"x": "NUMBER"}}]}}]},
+        {"choices": [{"index": "NUMBER", "delta": {"content": "b"}}]},
+        {"choices": [{"delta": {"content": "b"}, "finish_reason": "NUMBER"}]},
+    ],
+)
+def test_a10_no_number_makes_a_log_unreadable(where: Object, number: str) -> None:
+    body = event(chunk({"content": "a"}) | where).replace(b'"NUMBER"', number.encode())
+    parser, answer = read(x({"content": "a"}) + body + END)
+    parser.check_complete()
+    assert answer.text == ("ab" if "choices" in where else "aa")
+    assert json.loads(json.dumps([parser.usage, parser.extra], allow_nan=False))

@@ -6,13 +6,13 @@ null, null content, an empty finish_reason, `reasoning_content` for `reasoning`,
 """
 
 import hashlib
-import json
 from typing import Literal
 
 import msgspec
 from msgspec import Raw
 
 from worker.contract.entries import Fields, Object
+from worker.vllm.chunk_json import ChunkDecoder
 from worker.vllm.error_bodies import decoded, excerpt, is_error, says_nothing
 from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
 from worker.vllm.shapes import (
@@ -54,7 +54,6 @@ class _Plain(msgspec.Struct, forbid_unknown_fields=True):
     usage: None = None
 
 
-_decode_object = msgspec.json.Decoder(RawObject).decode
 _decode_choices = msgspec.json.Decoder(list[RawObject | None] | None).decode
 _decode_plain = msgspec.json.Decoder(_Plain).decode
 _decode = msgspec.json.decode
@@ -76,8 +75,8 @@ class ChunkParser:
     """
 
     __slots__ = (
-        "_begun", "_broken_off", "_chunk_extra", "_finished", "_head", "_keep_prompt_ids", "_keep_usage", "_kept", "_n",
-        "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason", "usage",
+        "_begun", "_broken_off", "_chunk_extra", "_decoder", "_finished", "_head", "_keep_prompt_ids", "_keep_usage",
+        "_kept", "_n", "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +91,7 @@ class ChunkParser:
         self.done = False
         self.usage: Object = {}
         self.finish_reason = ""
+        self._decoder = ChunkDecoder()
         self._begun = False
         self._n = n
         self._keep_prompt_ids = keep_prompt_ids
@@ -173,7 +173,7 @@ class ChunkParser:
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass  # it says more, or something is wrong with it: see below
         try:
-            return self._entries(_object(data))
+            return self._entries(self._decoder.decode(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _unreadable(data, str(error)) from error
 
@@ -218,7 +218,7 @@ class ChunkParser:
             if len(fields) > 1 + ("index" in fields):
                 self._begun = True
                 entries.append(fields)
-        if not self._unsaid and 0 in self._spoken:
+        if not self._unsaid and 0 in self._spoken and not self._decoder.holds_half:
             self._same = _of_every_chunk(self._head)
         return entries
 
@@ -343,24 +343,6 @@ def _of_every_chunk(head: Fields) -> tuple[str, str, int] | None:
 def digest_of(prompt: list[int]) -> str:
     """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
     return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
-
-
-def _object(data: bytes) -> RawObject:
-    """The chunk's fields, undecoded.
-
-    Bytes that are no UTF-8 and halves of surrogate pairs become replacement marks, and the NaN and Infinity that
-    servers in Python write into logprobs become null: no other reader of the log could decode them.
-    """
-    try:
-        if not data.isascii():
-            data.decode()
-        return _decode_object(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        try:
-            value = json.loads(data.decode("utf-8", "replace"), parse_constant=lambda _: None)
-        except (ValueError, RecursionError):
-            raise _unreadable(data, "no JSON") from None
-        return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _raise_error_in(chunk: RawObject, choices: list[RawObject]) -> None:

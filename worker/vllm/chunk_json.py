@@ -1,0 +1,106 @@
+"""The JSON of chunks as every reader of a log can decode it, without I/O.
+
+Servers send what strict decoders refuse: bytes that are no UTF-8, characters cut in two, numbers without bounds.
+"""
+
+import json
+from typing import Any
+
+import msgspec
+
+from worker.vllm.shapes import RawObject
+
+_decode = msgspec.json.decode
+_decode_object = msgspec.json.Decoder(RawObject).decode
+
+_LONGEST_INTEGER = 300
+"""Digits; a longer one is more than a float can hold, which is what most readers make of it."""
+
+
+class ChunkDecoder:
+    """Decodes the chunks of one stream into objects whose fields are still JSON.
+
+    Bytes that are no UTF-8 become replacement marks, and so do halves of surrogate pairs, except that two halves in
+    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float become null.
+    """
+
+    __slots__ = ("_halves",)
+
+    def __init__(self) -> None:
+        self._halves: dict[tuple[str, ...], str] = {}  # the first half of a pair, by the way to the text it ended
+
+    @property
+    def holds_half(self) -> bool:
+        """Whether half a character has come that waits for the other half."""
+        return bool(self._halves)
+
+    def decode(self, data: bytes) -> RawObject:
+        """The chunk's fields, undecoded.
+
+        Raises:
+            DecodeError: when it is no JSON, or no object.
+            RecursionError: when it is nested too deeply.
+        """
+        if not self._halves:
+            try:
+                _decode(data)  # all of it, as a reader of the log will: undecoded fields are not looked into
+                return _decode_object(data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                pass
+        try:
+            value = json.loads(
+                data.decode("utf-8", "replace"),
+                parse_constant=lambda _: None, parse_float=_float_or_null, parse_int=_int_or_null,
+            )  # fmt: skip
+        except (ValueError, RecursionError):
+            raise msgspec.DecodeError("no JSON") from None
+        if isinstance(value, dict):
+            self._join_halves(value)
+        return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+    def _join_halves(self, chunk: dict[str, Any]) -> None:
+        choices = chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                index = str(choice.get("index") or 0)
+                for name in choice.keys() & {"delta", "text"}:
+                    choice[name] = self._joined(choice[name], (index, name))
+                if choice.get("finish_reason"):
+                    self._release(choice, index)
+
+    def _joined(self, value: Any, path: tuple[str, ...]) -> Any:  # noqa: ANN401 - any JSON
+        if isinstance(value, str):
+            return self._text(value, path)
+        if isinstance(value, list):  # of tool calls, each piece says which one it belongs to
+            places = (str(one.get("index", n) if isinstance(one, dict) else n) for n, one in enumerate(value))
+            return [self._joined(one, (*path, place)) for one, place in zip(value, places, strict=True)]
+        if isinstance(value, dict):
+            return {name: self._joined(one, (*path, name)) for name, one in value.items()}
+        return value
+
+    def _text(self, text: str, path: tuple[str, ...]) -> str:
+        whole = (self._halves.pop(path, "") + text).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        if not "\ud800" <= whole[-1:] <= "\udbff":
+            return whole
+        self._halves[path] = whole[-1]
+        return whole[:-1]
+
+    def _release(self, choice: dict[str, Any], index: str) -> None:
+        """At the end of a choice: the other half of a character does not come any more."""
+        for path in [path for path in self._halves if path[0] == index]:
+            half, (_, name, *inner) = self._halves.pop(path), path
+            holder = choice if name == "text" else choice.get("delta")
+            if name == "delta" and not holder:
+                holder = choice["delta"] = {}
+            field = inner[0] if inner else name
+            if len(inner) < 2 and isinstance(holder, dict) and isinstance(said := holder.get(field) or "", str):
+                holder[field] = said + half
+
+
+def _float_or_null(text: str) -> float | None:
+    number = float(text)
+    return number if abs(number) < float("inf") else None
+
+
+def _int_or_null(text: str) -> int | None:
+    return int(text) if len(text) <= _LONGEST_INTEGER else None
