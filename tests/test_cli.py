@@ -165,6 +165,7 @@ async def test_following_what_is_unknown_or_expired_is_exit_status_1(redis_url: 
 async def test_reasoning_goes_to_standard_error_and_ends_its_line(redis_url: str, redis: Redis) -> None:
     key = "chat:tokens:{thinker}"
     for entry_id, fields in (
+        ("1-0", {"type": "of_a_later_version"}),
         ("1-1", {"type": "delta", "reasoning": "Let me "}),
         ("1-2", {"type": "delta", "reasoning": "think."}),
         ("1-3", {"type": "delta", "content": "Four"}),

@@ -10,8 +10,20 @@ import pytest
 from conftest import eventually
 from redis.asyncio import Redis
 
-from worker import Client, Delta, Entry, Expired, Unavailable, UnknownRequest
-from worker.contract.entries import Cancelled, Claimed, Done, Fields, Restarted, Started, to_fields, to_json
+from worker import Client, Delta, Entry, Expired, IncompleteLog, Unavailable, UnknownRequest
+from worker.contract.entries import (
+    Cancelled,
+    Claimed,
+    Done,
+    Failed,
+    Fields,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    to_fields,
+    to_json,
+)
 from worker.contract.ids import SEAL, EntryId
 from worker.following import Follower
 from worker.sandbox.redis import start_redis
@@ -32,11 +44,13 @@ class Story:
 
     async def write(self, *entries: Entry) -> None:
         """Add to the log, and tell nobody."""
+        pipe = self._redis.pipeline(transaction=False)
         for entry in entries:
             fields: Fields = to_fields(entry)
-            await self._redis.xadd(self.key, fields, id=str(entry.id))  # type: ignore[arg-type]  # dict is invariant
+            pipe.xadd(self.key, fields, id=str(entry.id))  # type: ignore[arg-type]  # dict is invariant
             self.written.append(entry)
-        await self._redis.expire(self.key, 600)
+        pipe.expire(self.key, 600)
+        await pipe.execute()
 
     async def tell(self, *entries: Entry) -> None:
         """Publish a message of these entries."""
@@ -570,3 +584,101 @@ async def test_a_redis_that_goes_is_said_when_patience_ends() -> None:
             server.process.kill()
             with pytest.raises(Unavailable, match="does not answer"):
                 await reader.task
+
+
+def log_of(*ids: str, seal: Entry | None = None) -> list[Entry]:
+    """Entries with these ids: those that begin an attempt, deltas, and how the log ends."""
+    made: list[Entry] = []
+    for attempt, n in map(EntryId.parse, ids):
+        first = {True: Queued, False: Started if attempt == 1 else Claimed}[attempt == 0]
+        made.append(first(id=EntryId(attempt, n)) if n == (attempt == 0) else delta(attempt, n))
+    return [*made, seal] if seal else made
+
+
+WHOLE = log_of("0-1", "1-0", "1-1", "1-2", "1-3", "1-4", seal=END)
+BEGAN_AGAIN = [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2), Done(id=SEAL, attempt=2)]
+WENT_ON = [Claimed(id=EntryId(2, 0)), Resumed(id=EntryId(2, 1), after="1-2"), delta(2, 2), Done(id=SEAL, attempt=2)]
+HOLE = log_of("1-0", "1-1", "1-2", "1-5")
+
+
+@pytest.mark.parametrize(
+    ("log", "after", "lacks"),
+    [
+        pytest.param(WHOLE[-3:], None, "0-0", id="trimmed"),
+        pytest.param(WHOLE[-1:], None, "0-0", id="trimmed to its seal"),
+        pytest.param([*WHOLE[:1], *WHOLE[-1:]], None, "0-1", id="its attempt deleted"),
+        pytest.param([*WHOLE[:3], *WHOLE[5:]], None, "1-1", id="a hole"),
+        pytest.param(HOLE, None, "1-2", id="a hole in an answer that goes on"),
+        pytest.param([*HOLE, *WENT_ON[:1]], None, "1-2", id="a hole, and another attempt"),
+        pytest.param([*WHOLE[:4], BEGAN_AGAIN[-1]], None, "1-2", id="another attempt deleted"),
+        pytest.param(log_of("2-0", "2-1"), None, "0-0", id="an attempt trimmed"),
+        pytest.param(WHOLE[-2:], "1-1", "1-1", id="a cursor before what is there"),
+        pytest.param(WHOLE[:4], "1-9", "1-9", id="a cursor beyond what is there"),
+        pytest.param(WHOLE, "1-9", "1-9", id="a cursor beyond the end"),
+        pytest.param(WHOLE[:4], str(SEAL), str(SEAL), id="the seal of a log that goes on"),
+    ],
+)
+async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
+    log: list[Entry], after: str | None, lacks: str, client: Client, story: Story
+) -> None:
+    """D8: XTRIM, and the answer was `done` with its last tokens."""
+    await story.write(*log)
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    with pytest.raises(IncompleteLog) as told:
+        await reader.task
+    assert str(told.value.after) == lacks
+    assert not reader.seen or reader.seen[-1].id == told.value.after, "what comes before is given"
+    if after is None:
+        with pytest.raises(IncompleteLog):
+            await client.result("r")
+
+
+@pytest.mark.parametrize(
+    ("log", "after", "is_seen"),
+    [
+        pytest.param(WHOLE, None, WHOLE, id="whole"),
+        pytest.param([*HOLE, *BEGAN_AGAIN], None, [*HOLE, *BEGAN_AGAIN], id="a hole, and it began again"),
+        pytest.param([*HOLE, *WENT_ON], None, [*HOLE, *WENT_ON], id="a hole, and it went on from before"),
+        pytest.param(BEGAN_AGAIN, None, BEGAN_AGAIN, id="trimmed to where it began again"),
+        pytest.param(WHOLE[4:], "1-2", WHOLE[4:], id="trimmed to the cursor"),
+        pytest.param([*HOLE[:3], *WENT_ON], "1-9", WENT_ON, id="a cursor lost in a failover, and it went on"),
+        pytest.param([*WHOLE[:2], *log_of("5-0", "5-1", seal=Done(id=SEAL, attempt=5))], "0-1", None, id="made anew"),
+        pytest.param(WHOLE, "0-1", WHOLE[1:], id="a cursor"),
+        pytest.param(WHOLE[1:], "0-0", WHOLE[1:], id="no queued"),
+        pytest.param(WHOLE, str(SEAL), [], id="the seal of what has ended"),
+        pytest.param([Cancelled(id=SEAL)], None, [Cancelled(id=SEAL)], id="cancelled before it was enqueued"),
+        pytest.param([Failed(id=SEAL, code="deadline")], None, [Failed(id=SEAL, code="deadline")], id="never begun"),
+    ],
+)
+async def test_d8_a_log_that_has_what_counts_is_read(
+    log: list[Entry], after: str | None, is_seen: list[Entry] | None, client: Client, story: Story
+) -> None:
+    await story.write(*log)
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    await reader.task
+    assert reader.seen == (log[1:] if is_seen is None else is_seen)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(client: Client, redis: Redis, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.write(*(delta(1, n) for n in range(1, 9)))
+    await reader.has(delta(1, 8))
+    pipe = redis.pipeline()
+    for n in range(9, 20):
+        pipe.xadd(story.key, to_fields(delta(1, n)), id=f"1-{n}")  # type: ignore[arg-type]  # dict is invariant
+    pipe.xtrim(story.key, maxlen=3, approximate=False)
+    await pipe.execute()
+    with pytest.raises(IncompleteLog, match="after 1-8"):
+        await reader.task
+
+
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize("length", [1, 199, 200, 201, 1500])
+async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Client, redis: Redis, story: Story) -> None:
+    await story.write(*log_of("0-1", "1-0"), *(delta(1, n) for n in range(1, length + 4)), END)
+    assert len((await client.result("r")).deltas) == length + 3
+    await redis.xdel(story.key, f"1-{length}")
+    with pytest.raises(IncompleteLog) as told:
+        await client.result("r")
+    assert told.value.after == (1, length - 1)

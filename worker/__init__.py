@@ -1,7 +1,7 @@
 """vllm-relay: a durable, shareable token stream between vLLM and everything that follows a generation."""
 
 from worker.client import Client, JobOptions, State, Status
-from worker.client_errors import ClientError, Conflict, Expired, QueueFull, Unavailable, UnknownRequest
+from worker.client_errors import ClientError, Conflict, Expired, IncompleteLog, QueueFull, Unavailable, UnknownRequest
 from worker.contract.answer import Answer, Choice
 from worker.contract.entries import (
     BadEntry,
@@ -38,6 +38,7 @@ __all__ = [
     "EntryId",
     "Expired",
     "Failed",
+    "IncompleteLog",
     "InvalidJob",
     "JobOptions",
     "Opened",

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.contract.records import Tombstone
 
 
@@ -36,6 +37,25 @@ class QueueFull(ClientError):
         )
         self.waiting = waiting
         self.limit = limit
+
+
+class IncompleteLog(ClientError):
+    """The log lacks entries that were there: somebody trimmed or deleted them, or a failover lost them.
+
+    `after` is the last entry before what is missing, `0-0` where the beginning is; or the place from which somebody
+    wanted to read on, where that is not there. What the log itself calls void later (`restarted`) is not missed.
+    """
+
+    def __init__(self, request_id: str, after: EntryId, *, is_cursor: bool = False) -> None:
+        log = f"the log of request {request_id}"
+        super().__init__(
+            f"{log} has no entry {after}, from which to go on: follow it from its start"
+            if is_cursor
+            else f"{log} lacks its beginning: somebody has trimmed it"
+            if after == BEFORE_ALL
+            else f"{log} lacks entries after {after}: somebody has deleted them"
+        )
+        self.after = after
 
 
 class Unavailable(ClientError):

@@ -16,7 +16,7 @@ from worker.contract.entries import BadEntry, Entry
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.logs import Logs, Page
+from worker.logs import Logs, Page, PageSize
 from worker.patience import Patience
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05
@@ -183,9 +183,10 @@ class Follower:
         self._logs = logs
         self._request = request
         request.followers[self] = None
-        self.is_over = last == SEAL
+        self.is_over = False
         self._attempt, self._n = last
         """The end of what is ready."""
+        self._has_read, self._page_size = False, PageSize()
         self._read_on: Iterable[Entry] = ()
         """What was read from the log; it comes before what is ready."""
         self._ready: list[Entry] = []
@@ -328,8 +329,9 @@ class Follower:
     async def _catch_up(self) -> None:
         if self._ready:
             return
-        if self._is_alone:
-            self._go_on(await self._logs.wait(self._request.id, EntryId(self._attempt, self._n)))
+        if self._is_alone and self._has_read:
+            where = EntryId(self._attempt, self._n)
+            self._go_on(await self._logs.wait(self._request.id, where, self._page_size))
         else:
             await self._read()
 
@@ -340,7 +342,10 @@ class Follower:
         alive, self._must_be_alive = self._must_be_alive, False
         self._is_behind, self._held, self._bytes = False, [], 0
         try:
-            page = await self._logs.read(self._request.id, where, alive=alive)
+            page = await self._logs.read(
+                self._request.id, where, self._page_size, alive=alive, first=not self._has_read
+            )
+            self._has_read = True
         finally:
             held, self._held, self._bytes = self._held, None, 0
         self._go_on(page)

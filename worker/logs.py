@@ -1,29 +1,55 @@
-"""Reading requests' logs on from a place: as many as want to at once, together, or by an XREAD that waits."""
+"""Reading requests' logs on from a place: as many as want to at once, together, or by an XREAD that waits.
 
-from collections.abc import Iterable
+Logs are read in pages of so many bytes, as far as that can be known: Redis counts entries. What entries a page lacks
+shows in their ids.
+"""
+
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from itertools import chain
+from typing import TypeAlias, TypeVar, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.connection import blocking_client
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import Unavailable, gone
-from worker.contract.entries import Entry, parse
-from worker.contract.ids import EntryId
+from worker.client_errors import ClientError, IncompleteLog, Unavailable, gone
+from worker.contract.entries import Entry, Restarted, Resumed, parse, parse_leniently
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.patience import Patience
 
-_BATCH = 1000
-"""Entries that are read from a log at once."""
+_MOST_ENTRIES, _FIRST_ENTRIES = 1000, 200
+"""Entries in a page at most, and in the first one of a log, of whose entries nothing is known."""
+
+_PAGE_BYTES = 256 * 1024
+"""What the entries of a page amount to, if they are as large as those of the page before."""
 
 _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
 
+_T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
 _Streams: TypeAlias = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
+
+
+@dataclass(slots=True)
+class PageSize:
+    """How many entries of one log are read at once."""
+
+    entries: int = _FIRST_ENTRIES
+
+    def learn(self, entries: int, size: int) -> None:
+        """So many entries were of so many bytes. What has shrunk grows slowly again."""
+        self.entries = max(1, min(_PAGE_BYTES * entries // max(1, size), 4 * self.entries, _MOST_ENTRIES))
+
+    def shrink(self) -> None:
+        """The last page did not come in time."""
+        self.entries = max(1, self.entries // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,31 +73,91 @@ class Logs:
         self._together = Together(redis)
         self._reader = blocking_client(url, _BLOCK)
 
-    async def read(self, request_id: str, after: EntryId, *, alive: bool = False) -> Page | None:
+    async def read(
+        self, request_id: str, after: EntryId, size: PageSize, *, alive: bool = False, first: bool = False
+    ) -> Page | None:
         """What a log has after a place, if anything; if `alive`, the log has to be there.
+
+        If this is the `first` reading, both the log and the place have to be there.
 
         Raises:
             UnknownRequest: when it has to be and nothing is known of the request.
             Expired: when it has to be, but the request has ended and its log is gone.
+            IncompleteLog: when the place has to be there and is not.
             Unavailable: when Redis does not answer, or this is closed.
         """
-        raw = await self._patience.retry(partial(self._ask, request_id, after, alive=alive))
-        if not raw:
-            return None
-        entries = (parse(entry_id, _fields(flat)) for entry_id, flat in raw)
-        return Page(entries, EntryId.parse(raw[-1][0]), len(raw) == _BATCH)
+        is_cursor = first and after != BEFORE_ALL
+        ask = partial(self._ask, request_id, after, size, alive=alive or first, inclusive=is_cursor)
+        raw = await self._patience.retry(partial(_shrinking, size, ask))
+        is_full = len(raw) == size.entries
+        if is_full:
+            size.learn(len(raw), sum([sum(map(len, flat)) for _, flat in raw]))
+        if is_cursor:
+            if raw and EntryId.parse(raw[0][0]) == after:
+                if len(raw) == 1:
+                    return Page((), after, is_full)
+                del raw[0]
+            elif not (raw and await self._goes_on(request_id, after, EntryId.parse(raw[0][0]))):
+                raise IncompleteLog(request_id, after, is_cursor=True)
+        return await self._page(request_id, after, raw, _fields, is_full=is_full) if raw else None
 
-    async def wait(self, request_id: str, after: EntryId) -> Page | None:
+    async def wait(self, request_id: str, after: EntryId, size: PageSize) -> Page | None:
         """Wait some seconds for what comes after a place, as anybody can: with an XREAD of one's own.
 
         Raises what `read` does, where the log has to be there.
         """
-        streams = await self._patience.retry(partial(self._xread, self._keys.tokens(request_id), after))
+        ask = partial(self._xread, self._keys.tokens(request_id), after, size)
+        streams = await self._patience.retry(partial(_shrinking, size, ask))
         if not streams:
-            return await self.read(request_id, after, alive=True)
+            return await self.read(request_id, after, size, alive=True)
         raw = streams[0][1]
-        entries = (parse(entry_id, fields) for entry_id, fields in raw)
-        return Page(entries, EntryId.parse(raw[-1][0]), len(raw) == _BATCH)
+        is_full = len(raw) == size.entries
+        if is_full:
+            size.learn(len(raw), sum([sum(map(len, chain(*fields.items()))) for _, fields in raw]))
+        return await self._page(request_id, after, raw, _as_it_is, is_full=is_full)
+
+    async def check(self, request_id: str, after: EntryId) -> None:
+        """See whether a log can be read on from a place.
+
+        Raises what `read` does, where it is the first reading, and `BadEntry` when the next entry cannot be read.
+        """
+        page = await self.read(request_id, after, PageSize(1), first=True)
+        next(iter(page.entries if page else ()), None)
+
+    async def _page(
+        self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",
+        fields_of: "Callable[[_T], Mapping[bytes, bytes]]", *, is_full: bool,
+    ) -> Page:  # fmt: skip
+        """A page of these entries; where some are missing among them that count, it ends in an `IncompleteLog`."""
+        last = EntryId.parse(raw[-1][0])
+        entries: Iterable[Entry] = (parse(entry_id, fields_of(told)) for entry_id, told in raw)
+        if (gap := _gap(after, raw, fields_of)) is not None:
+            number, before = gap
+            if not await self._is_void(request_id, before):
+                error = IncompleteLog(request_id, before)
+                entries = chain((parse(entry_id, fields_of(told)) for entry_id, told in raw[:number]), _raise(error))
+        return Page(entries, last, is_full)
+
+    async def _goes_on(self, request_id: str, after: EntryId, found: EntryId) -> bool:
+        """Whether somebody who has a log up to a place that is not there can go on with what is found behind it."""
+        is_next = found.attempt <= max(1, after.attempt) and follows(found, after)
+        return is_next or await self._is_void(request_id, after)
+
+    async def _is_void(self, request_id: str, before: EntryId) -> bool:
+        """Whether nothing of what is missing after an entry counts: the log says later that it is void."""
+        size, place = PageSize(), before
+        while True:
+            ask = partial(self._ask, request_id, place, size, alive=False, inclusive=False)
+            raw = await self._patience.retry(partial(_shrinking, size, ask))
+            for entry_id, flat in raw:
+                entry = parse_leniently(entry_id, _fields(flat))
+                if isinstance(entry, Restarted) or (
+                    isinstance(entry, Resumed) and EntryId.parse(entry.after) <= before
+                ):
+                    return True
+            if len(raw) < size.entries:
+                return False
+            place = EntryId.parse(raw[-1][0])
 
     async def aclose(self) -> None:
         """Close the connections; whoever reads, or will, gets `Unavailable`."""
@@ -79,10 +165,13 @@ class Logs:
         await self._together.aclose()
         await self._reader.aclose()
 
-    async def _ask(self, request_id: str, after: EntryId, *, alive: bool) -> list[_Raw]:
+    async def _ask(
+        self, request_id: str, after: EntryId, size: PageSize, *, alive: bool, inclusive: bool
+    ) -> list[_Raw]:
         self._check_open()
         ask, key = self._together.ask, self._keys.tokens(request_id)
-        read = pack(b"XRANGE", key.encode(), b"(%d-%d" % after, b"+", b"COUNT", b"%d" % _BATCH)
+        since = b"%d-%d" if inclusive else b"(%d-%d"
+        read = pack(b"XRANGE", key.encode(), since % after, b"+", b"COUNT", b"%d" % size.entries)
         if not alive:
             (raw,) = await ask(key, read, 1)
             return cast("list[_Raw]", raw)
@@ -92,11 +181,13 @@ class Logs:
         stone, raw, is_there = await ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
         if not raw and not is_there:
             raise gone(request_id, stone)
+        if not raw and after == BEFORE_ALL:
+            raise IncompleteLog(request_id, after)
         return cast("list[_Raw]", raw)
 
-    async def _xread(self, key: str, after: EntryId) -> _Streams:
+    async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:
         self._check_open()
-        streams = await self._reader.xread({key: str(after)}, count=_BATCH, block=int(_BLOCK * 1000))
+        streams = await self._reader.xread({key: str(after)}, count=size.entries, block=int(_BLOCK * 1000))
         return cast("_Streams", streams)
 
     def _check_open(self) -> None:
@@ -107,3 +198,50 @@ class Logs:
 def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
     each = iter(flat)
     return dict(zip(each, each, strict=True))
+
+
+def _as_it_is(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
+    return fields
+
+
+async def _shrinking(size: PageSize, ask: Callable[[], Awaitable[_T]]) -> _T:
+    try:
+        return await ask()
+    except RedisTimeoutError:
+        size.shrink()
+        raise
+
+
+def _raise(error: ClientError) -> Iterator[Entry]:
+    yield from ()
+    raise error
+
+
+def _gap(
+    after: EntryId, raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]
+) -> tuple[int, EntryId] | None:
+    """The number of the first entry before which others are missing, and the id of the entry before these.
+
+    Ids go up, so it is enough to look where each attempt begins and ends.
+    """
+    number, before = 0, after
+    while number < len(raw):
+        first = EntryId.parse(raw[number][0])
+        if not follows(first, before) or (first == SEAL and _knows_more(fields_of(raw[number][1]), before)):
+            return number, before
+        end = bisect_right(raw, first.attempt, lo=number, key=lambda entry: EntryId.parse(entry[0]).attempt)
+        before = EntryId.parse(raw[end - 1][0])
+        if before.n - first.n != end - 1 - number:
+            ids = [EntryId.parse(entry_id) for entry_id, _ in raw[number:end]]
+            at = next(at for at, entry_id in enumerate(ids) if entry_id.n != first.n + at)
+            return number + at, ids[at - 1]
+        number = end
+    return None
+
+
+def _knows_more(seal: Mapping[bytes, bytes], before: EntryId) -> bool:
+    """Whether a seal is of an answer that has begun, or has had another attempt, after the last entry before it."""
+    attempt = seal.get(b"attempt", b"0")
+    if before.attempt:
+        return attempt.isdigit() and int(attempt) > before.attempt
+    return seal.get(b"type") == b"done" or attempt != b"0" or seal.get(b"usage", b"{}") != b"{}"
