@@ -1,0 +1,120 @@
+"""What a reader of a log puts together, against what openai's own client makes of the same bytes.
+
+The streams are those that were recorded (`tests/transcripts`) and those that were made up (`tests/streams.py`). A new
+one is a file there or a line here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import APIError, OpenAI
+from streams import STREAMS, Object, Stream
+
+from worker.contract.answer import Answer
+from worker.contract.entries import Done, parse, to_fields
+from worker.contract.feed import read_message
+from worker.contract.ids import SEAL, EntryId
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.errors import UpstreamError
+from worker.vllm.sse import SSEDecoder
+
+_TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
+_INDEX: dict[str, Object] = json.loads((_TRANSCRIPTS / "index.json").read_text())
+RECORDED = [name for name, answer in _INDEX.items() if answer["content_type"].startswith("text/event-stream")]
+
+
+def read_by_openai(body: bytes) -> Object:
+    """The completion that openai's client puts together."""
+    answer = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=body)
+    http = httpx2.Client(transport=httpx2.MockTransport(lambda _: answer))
+    with (
+        OpenAI(base_url="http://127.0.0.1:1/v1", api_key="none", max_retries=0, http_client=http) as client,
+        client.chat.completions.stream(model="m", messages=[]) as stream,
+    ):
+        stream.until_done()
+        return stream.current_completion_snapshot.to_dict()
+
+
+def read(*pieces: bytes, n: int = 1) -> Object:
+    """The completion that a reader of the log puts together, from an answer that arrives in these pieces.
+
+    Raises:
+        UpstreamError: when the answer is not whole.
+    """
+    decoder, parser, answer, from_feed = SSEDecoder(), ChunkParser(n=n), Answer(), Answer()
+    entries = [fields for piece in pieces for data in decoder.feed(piece) for fields in parser.parse(data)]
+    parser.check_complete()
+    end = to_fields(Done(id=SEAL, finish_reason=parser.finish_reason, usage=parser.usage, model=parser.model))
+    log = [*((EntryId(1, number), fields) for number, fields in enumerate(entries, 1)), (SEAL, end)]
+    for entry_id, fields in log:
+        answer.add(parse(str(entry_id), {name.encode(): value.encode() for name, value in fields.items()}))
+        from_feed.add(*read_message(json.dumps([[str(entry_id), fields]]).encode()))
+    assert from_feed.completion() == answer.completion()
+    return answer.completion()
+
+
+def said(completion: Object) -> list[Object]:
+    """What a completion says, without what is empty: each choice's message, finish reason and logprobs, and the usage.
+
+    The usage is the first choice's here.
+    """
+    choices: list[Object] = []
+    for choice in completion["choices"]:
+        message = choice["message"] | {name: choice.get(name) for name in ("finish_reason", "logprobs")}
+        message["reasoning"] = message.get("reasoning") or message.pop("reasoning_content", None)
+        message["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "index"} for call in message.get("tool_calls") or []
+        ]
+        message.pop("role", None)
+        message["usage"] = None if choices else completion.get("usage")
+        choices.append(_without_nothing(message))
+    return choices
+
+
+def _without_nothing(value: Any) -> Any:  # noqa: ANN401 - JSON
+    if isinstance(value, list):
+        return [_without_nothing(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _without_nothing(one) for name, one in value.items() if one not in (None, "", [], {})}
+    return value
+
+
+def each_byte(body: bytes) -> list[bytes]:
+    return [body[at : at + 1] for at in range(len(body))]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_stream_is_read_as_openai_reads_it(name: str) -> None:
+    body = (_TRANSCRIPTS / f"{name}.body").read_bytes()
+    request = json.loads((_TRANSCRIPTS / f"{name}.request.json").read_text())
+    n = request.get("n", 1)
+    try:
+        by_openai = read_by_openai(body)
+    except APIError:
+        with pytest.raises(UpstreamError):
+            read(body, n=n)
+        return
+    ours = read(body, n=n)
+    assert said(ours | {"usage": by_openai["usage"] and ours["usage"]}) == said(by_openai)
+    assert (ours["id"], ours["model"], ours["created"]) == tuple(by_openai[name] for name in ("id", "model", "created"))
+    assert read(*each_byte(body), n=n) == ours
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=str)
+def test_a_made_up_stream_is_read_as_is_right(stream: Stream) -> None:
+    """A2, A3, A5, A6, A10, A12, A15, A16."""
+    try:
+        by_openai = said(read_by_openai(stream.body))
+    except Exception as error:  # noqa: BLE001 - whatever its accumulation meets
+        by_openai = [{"fails": repr(error)}]
+    ours = read(stream.body)
+    if stream.right is None:
+        assert said(ours) == by_openai
+    else:
+        right = [_without_nothing({"finish_reason": "stop"} | stream.right)]
+        assert said(ours) == right
+        assert by_openai != right, "openai's client has what is right: the line need not say it"
+    assert read(*each_byte(stream.body)) == ours

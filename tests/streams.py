@@ -1,0 +1,192 @@
+"""Made-up streams of servers that do not stream as vLLM does, as bytes: a table that grows by a line for each new one.
+
+Each is read by openai's own client and by ours (`tests/contract/test_streams.py`), and both must have the same in the
+end. Where openai's client fails or has less than the server said, the line gives what is right.
+
+`x` is the event of one chunk, given its delta and its finish reason, and further fields of the choice.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream. `item` is that of issue 21 which it belongs to."""
+
+    item: str
+    shows: str
+    body: bytes
+    right: Object | None = None
+    """What is right where openai's client has something else, or fails; None where it has what is right.
+
+    It is the message, with `finish_reason` (`stop` when left out), `logprobs` and `usage`, and without what is empty.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.item}: {self.shows}"
+
+
+HEAD: Object = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, "model": "m"}
+
+
+def event(value: object) -> bytes:
+    """A value as a server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+def chunk(*choices: Object, **more: object) -> bytes:
+    """The event of a chunk with these choices, which say nothing of their own."""
+    return event(HEAD | {"choices": list(choices)} | more)
+
+
+def x(delta: object, finish_reason: object = None, **choice: object) -> bytes:
+    """The event of a chunk as it is in most streams."""
+    return chunk({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason} | choice)
+
+
+def call(name: str | None = "", arguments: str | None = "", **more: object) -> bytes:
+    """The event of a chunk with a piece of one tool call."""
+    return calls(piece(name, arguments, **more))
+
+
+def calls(*pieces: object) -> bytes:
+    """The event of a chunk with pieces of tool calls."""
+    return x({"tool_calls": list(pieces)})
+
+
+def piece(name: str | None = "", arguments: str | None = "", **more: object) -> Object:
+    """A piece of a tool call, or a whole one."""
+    return more | {"function": {"name": name, "arguments": arguments}}
+
+
+def raw(delta: str, **choice: str) -> bytes:
+    """The event of a chunk, of JSON as it is written here."""
+    choice = {"index": "0", "delta": delta, "finish_reason": "null"} | choice
+    text = ",".join(f'"{name}":{value}' for name, value in choice.items())
+    return b"data: " + json.dumps(HEAD)[:-1].encode() + f',"choices":[{{{text}}}]}}\n\n'.encode()
+
+
+def thought(**fields: object) -> bytes:
+    """The event of a chunk with a piece of reasoning."""
+    return x({"reasoning_details": [{"type": "reasoning.text", "index": 0} | fields]})
+
+
+def image(url: str, **more: object) -> bytes:
+    """The event of a chunk with an image."""
+    return x({"images": [more | {"image_url": {"url": url}}]})
+
+
+ROLE = x({"role": "assistant", "content": ""})
+DONE = b"data: [DONE]\n\n"
+STOP = x({}, "stop")
+END = STOP + DONE
+HI: Object = {"role": "assistant", "content": "hi"}
+F, G = piece("f", "{}", id="c"), piece("g", "[]", id="d")
+TWO_CALLS: Object = {"tool_calls": [F, G]}
+USED: Object = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+LOGPROB: Object = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+SURE = x({"content": "a"}, logprobs={"content": [LOGPROB]})
+
+
+def whole(*events: bytes) -> bytes:
+    """A stream with these events between its beginning and its end."""
+    return ROLE + b"".join(events) + END
+
+
+STREAMS = [
+    Stream("A2", "tool calls beside an empty text", whole(x({"tool_calls": [F | {"index": 0}]}, text=""))),
+    Stream("A2", "content beside an empty text", whole(x({"content": "hi"}, text=""))),
+    Stream("A2", "content beside a text of null", whole(x({"content": "hi"}, text=None))),
+    Stream("A2", "a text of all so far", whole(x({"content": "a"}, text="a"), x({"content": "b"}, text="ab"))),
+    Stream("A2", "text alone",
+           chunk({"index": 0, "text": "a"}) + chunk({"index": 0, "text": "b", "finish_reason": "stop"}) + DONE,
+           {"content": "ab"}),
+    Stream("A3", "two calls in pieces",
+           whole(call("f", index=0, id="c", type="function"), call(None, "{", index=0),
+                 call("g", index=1, id="d", type="function"), call(None, "[]", index=1), call(None, "}", index=0))),
+    Stream("A3", "an empty id, name and type",
+           whole(call("f", "{", index=0, id="c", type="function"), call("", "}", index=0, id="", type="")),
+           {"tool_calls": [F | {"type": "function"}]}),
+    Stream("A3", "an empty id and name", whole(call("f", "{", index=0, id="c"), call("", "}", index=0, id=""))),
+    Stream("A3", "two calls at one index", whole(calls(F | {"index": 0}), calls(G | {"index": 0})), TWO_CALLS),
+    Stream("A3", "two calls at one index in one chunk", whole(calls(F | {"index": 0}, G | {"index": 0})), TWO_CALLS),
+    Stream("A3", "calls without an index", whole(calls(F), calls(G)), TWO_CALLS),
+    Stream("A3", "calls without an index, in pieces",
+           whole(call("f", "{", id="c"), call("", "}"), call("g", "[", id="d"), call("", "]")), TWO_CALLS),
+    Stream("A3", "calls without index and id", whole(call("f", "{}"), call("g", "[]")),
+           {"tool_calls": [piece("f", "{}"), piece("g", "[]")]}),
+    Stream("A3", "an empty call", whole(calls({}), x({"content": "hi"})), {"content": "hi"}),
+    Stream("A3", "a call of an index and a type", whole(call(index=0, type="function"), x({"content": "hi"})),
+           {"content": "hi"}),
+    Stream("A3", "a new id in every piece",
+           whole(call("f", index=0, id="c"), call(None, "{", index=0, id="d"), call(None, "}", index=0, id="e")),
+           {"tool_calls": [F]}),
+    Stream("A3", "the same id and name in every piece",
+           whole(call("f", "{", index=0, id="c"), call("f", "}", index=0, id="c")), {"tool_calls": [F]}),
+    Stream("A3", "the input of a custom tool",
+           whole(calls({"index": 0, "id": "c", "type": "custom", "custom": {"name": "x", "input": "a"}}),
+                 calls({"index": 0, "custom": {"input": "b"}}))),
+    Stream("A5", "the whole message beside an empty delta",
+           ROLE + x({"content": "hi"}) + x({}, "stop", message=HI) + DONE),
+    Stream("A5", "the whole message beside a delta of null",
+           ROLE + x({"content": "hi"}) + x(None, "stop", message=HI) + DONE, {"content": "hi"}),
+    Stream("A5", "the whole message without a delta",
+           ROLE + x({"content": "hi"}) + chunk({"index": 0, "finish_reason": "stop", "message": HI}) + DONE,
+           {"content": "hi"}),
+    Stream("A5", "the whole message alone", chunk({"index": 0, "finish_reason": "stop", "message": HI}) + DONE,
+           {"content": "hi"}),
+    Stream("A6", "a refusal", whole(x({"refusal": "I can"}), x({"refusal": "not"}))),
+    Stream("A6", "audio",
+           whole(x({"audio": {"id": "a", "transcript": "Hi"}}), x({"audio": {"transcript": " you", "data": "AA"}}),
+                 x({"audio": {"expires_at": 7}}))),
+    Stream("A6", "audio with its id and time in every piece",
+           whole(*(x({"audio": {"id": "a", "transcript": text, "expires_at": 7}}) for text in ("Hi", " you"))),
+           {"audio": {"id": "a", "transcript": "Hi you", "expires_at": 7}}),
+    Stream("A6", "reasoning_details", whole(thought(text="hm"), thought(text=", so"))),
+    Stream("A6", "reasoning_details that repeat their format",
+           whole(thought(text="hm", format="x"), thought(text=", so", format="x")),
+           {"reasoning_details": [{"type": "reasoning.text", "index": 0, "text": "hm, so", "format": "x"}]}),
+    Stream("A6", "reasoning_details of two types at one index",
+           whole(thought(text="hm"), thought(type="reasoning.encrypted", data="AA")),
+           {"reasoning_details": [{"type": "reasoning.text", "index": 0, "text": "hm"},
+                                  {"type": "reasoning.encrypted", "index": 0, "data": "AA"}]}),
+    Stream("A6", "a function_call",
+           whole(x({"function_call": {"name": "f", "arguments": ""}}), x({"function_call": {"arguments": "{"}}),
+                 x({"function_call": {"arguments": "}"}}))),
+    Stream("A6", "content parts",
+           x({"content": [{"type": "text", "text": "a"}]}) + x({"content": [{"type": "text", "text": "b"}]}) + END,
+           {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
+    Stream("A6", "images", whole(image("x", index=0), image("y", index=1))),
+    Stream("A6", "images without an index", whole(image("x"), image("y")),
+           {"images": [{"image_url": {"url": "x"}}, {"image_url": {"url": "y"}}]}),
+    Stream("A6", "annotations",
+           whole(x({"content": "a", "annotations": [{"type": "url_citation"}]}),
+                 x({"annotations": [{"type": "file_citation"}]})),
+           {"content": "a", "annotations": [{"type": "url_citation"}, {"type": "file_citation"}]}),
+    Stream("A6", "a field that nobody knows", whole(x({"aside": "a"}), x({"aside": "b"}))),
+    Stream("A10", "a null list among logprobs", whole(SURE, x({"content": "b"}, logprobs={"content": None}), SURE)),
+    Stream("A10", "null among logprobs", whole(SURE, x({"content": "b"}), SURE)),
+    Stream("A10", "an empty list among logprobs", whole(SURE, x({"content": "b"}, logprobs={"content": []}), SURE)),
+    Stream("A10", "logprobs of a refusal",
+           whole(*(x({"refusal": text}, logprobs={"content": None, "refusal": [LOGPROB]}) for text in "ab"))),
+    Stream("A10", "a number that is too large",
+           whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-1e999}]}')),
+           {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
+    Stream("A10", "a number that is none",
+           whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-Infinity}]}')),
+           {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
+    Stream("A15", "an object as tool calls", whole(x({"content": "a", "tool_calls": {"id": "c"}})), {"content": "a"}),
+    Stream("A15", "null among tool calls", whole(x({"content": "a", "tool_calls": [None]})), {"content": "a"}),
+    Stream("A15", "odd token ids", whole(x({"content": "a"}, token_ids=[[1]]), x({"content": "b"}, token_ids=[0.5]))),
+    Stream("A15", "the prompt's token ids as text",
+           whole(chunk({"index": 0, "delta": {"content": "a"}}, prompt_token_ids="1 2"))),
+    Stream("A15", "an object as finish reason", ROLE + x({"content": "a"}) + x({}, {"type": "stop"}) + DONE,
+           {"content": "a"}),
+    Stream("A15", "an index as text", whole(x({"content": "a"}, index="0")), {"content": "a"}),
+    Stream("A16", "usage after the end", ROLE + x({"content": "a"}) + STOP + chunk(usage=USED) + DONE),
+    Stream("A16", "another id in each chunk", whole(x({"content": "a"}).replace(b"chatcmpl-1", b"chatcmpl-2"))),
+]  # fmt: skip
