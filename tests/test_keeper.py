@@ -1,11 +1,15 @@
-"""What the keeper says of a Redis that is away: nothing that it has not seen."""
+"""What the keeper says of a Redis that is away or refuses: all that it has seen, and nothing else."""
 
 import asyncio
 import time
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
 from conftest import eventually
+from processes import Process
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
 
 from worker.broker.connection import command_client
@@ -20,11 +24,8 @@ from worker.telemetry.metrics import Metrics
 
 
 async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -> None:
-    async def work(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
-        await stop
-
     redis = command_client("redis://127.0.0.1:1")
-    leases = Leases(JobQueue(redis, redis, Keys(), "w", 0.5), work, lambda: None, lease=0.5, metrics=Metrics())
+    leases = Leases(JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, metrics=Metrics())
     looks: list[None] = []
     publisher = SimpleNamespace(look_at_silent=lambda: looks.append(None))
     parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
@@ -44,3 +45,25 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
         await keeping
     await redis.aclose()
     assert [line["event"] for line in logs] == ["renewal_failed"]
+
+
+async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis) -> None:
+    """D13: of a user without the right to XCLAIM a job stream nothing was said until its jobs were lost."""
+    await redis.xadd("chat:jobs", {"id": "a"})
+    await one.jobs.ensure_group("other")
+    await redis.xadd("chat:jobs:other", {"id": "b"})
+    leases = Leases(one.jobs, until_stopped, lambda: None, lease=10, metrics=Metrics())
+    for queue in ("default", "other"):
+        leases.begin(await one.jobs.read(queue, 1, 500), sent=0.0)
+    await redis.acl_setuser("default", commands=["-xclaim"], enabled=True)
+    try:
+        with pytest.raises(NoPermissionError):
+            await leases.renew()
+    finally:
+        await redis.acl_setuser("default", commands=["+xclaim"], enabled=True)
+    assert await leases.renew()
+    leases.cancel()
+
+
+async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
+    await stop

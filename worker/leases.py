@@ -97,14 +97,18 @@ class Leases:
             self.changed.set()
 
     async def renew(self) -> bool:
-        """Renew every lease, and say whether there was any; a job that another worker has by now is told to stop."""
+        """Renew every lease, and say whether there was any; a job that another worker has by now is told to stop.
+
+        Raises:
+            RedisError: when Redis does not answer, or refused to renew some; the others are renewed.
+        """
         jobs = list(self._running.values())
         if not jobs:
             return False
         sent = time.monotonic()
         kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
         for running, is_ours in zip(jobs, kept, strict=True):
-            if is_ours:
+            if is_ours is True:
                 running.renewed = sent
         for running, is_ours in zip(jobs, kept, strict=True):
             if is_ours is False:
@@ -112,6 +116,8 @@ class Leases:
                     self._lose(running)
                 else:  # somebody deleted the job: no other worker can have it, so it goes on to its end
                     running.renewed = sent
+        if refusal := next((reply for reply in kept if isinstance(reply, Exception)), None):
+            raise refusal
         return True
 
     def stop_expired(self) -> None:
@@ -146,8 +152,8 @@ class Leases:
         except (RedisError, OSError) as error:
             _log.warning("hand_over_failed", jobs=len(ended), error=type(error).__name__)
             return
-        if refused := went.count(None):
-            _log.warning("hand_over_failed", jobs=refused, error="Redis refused it")
+        if refusals := [reply for reply in went if isinstance(reply, Exception)]:
+            _log.warning("hand_over_failed", jobs=len(refusals), error=what_redis_said(refusals[0]))
         _log.info("jobs_handed_over", jobs=went.count(True))  # the rest has ended, or is with others already
 
     def cancel(self) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
@@ -140,7 +141,10 @@ async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(gr
     leases = [(delivery, 0.0) for delivery in (first, *others)]
     await redis.config_set("min-replicas-to-write", "1")
     try:
-        assert await one.hand_over(leases) == [False, None, None]
+        said = await one.hand_over(leases)
+        assert [type(reply) for reply in said] == [bool, *[ResponseError] * 2]
+        assert said[0] is False
+        assert "NOREPLICAS" in str(said[1])
     finally:
         await redis.config_set("min-replicas-to-write", "0")
     assert await one.hand_over(leases) == [False, True, True]
@@ -199,6 +203,18 @@ async def test_jobs_that_were_purged_while_pending_do_not_hold_up_the_take_over(
     one = group.consumer("one")
     assert [delivery.id for delivery in await one.take_expired("default", 1)] == [ids[-1]]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "what was purged is pending no more"
+
+
+async def test_the_question_whether_redis_takes_writes_writes_nothing(group: Group, redis: Redis) -> None:
+    """D13: nor does it let a stream grow that somebody made of its key."""
+    one = group.consumer("one")
+    await one.try_to_write()
+    assert not await redis.exists("chat:probe")
+    await redis.xadd("chat:probe", {"of": "somebody"})
+    for _ in range(3):
+        await one.try_to_write()
+    assert await redis.xlen("chat:probe") == 1
+    await redis.delete("chat:probe")
 
 
 async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Redis) -> None:

@@ -137,10 +137,10 @@ class JobQueue:
             for delivery, lines in zip(deliveries, replies, strict=True)
         ]
 
-    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
+    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
         """Renew leases, each given with the seconds since its own last renewal.
 
-        False where the job is ours no more, None where Redis could not say.
+        False where the job is ours no more, and Redis's error where it refused.
 
         XCLAIM only takes an entry that is idle for longer than a thief's can be: a thief has reset it since. With 0
         long after the last renewal it would steal the entry back. Those last renewed together are renewed together.
@@ -157,13 +157,13 @@ class JobQueue:
         ]
         for queue, idle, ids in parts:
             pipe.xclaim(self._keys.jobs(queue), GROUP, self._consumer, idle, ids, justid=True)  # type: ignore[arg-type]  # list is invariant
-        said: dict[tuple[str, str], bool | None] = {}
+        said: dict[tuple[str, str], bool | Exception] = {}
         for (queue, _, ids), reply in zip(parts, await pipe.execute(raise_on_error=False), strict=True):
-            kept = None if isinstance(reply, Exception) else set(reply)
-            said |= {(queue, job): None if kept is None else job.encode() in kept for job in ids}
+            kept = reply if isinstance(reply, Exception) else set(reply)
+            said |= {(queue, job): kept if isinstance(kept, Exception) else job.encode() in kept for job in ids}
         return [said[delivery.queue, delivery.id] for delivery, _ in leases]
 
-    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | None]:
+    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
         """Let other workers take running jobs at once, without counting against them; each is given with its age.
 
         The age is the seconds since its own last renewal, and the replies are those of `renew`.
@@ -188,7 +188,7 @@ class JobQueue:
             )
         replies = iter(await pipe.execute(raise_on_error=False))
         last = [lines if not lines or isinstance(lines, Exception) else next(replies) for lines in held]
-        return [None if isinstance(reply, Exception) else bool(reply) for reply in last]
+        return [reply if isinstance(reply, Exception) else bool(reply) for reply in last]
 
     async def holds(self, delivery: Delivery) -> bool:
         """Whether the group still counts this job as ours."""
@@ -226,10 +226,12 @@ class JobQueue:
     async def try_to_write(self) -> None:
         """Ask Redis whether it takes writes, and write nothing: XREADGROUP works while it does not.
 
+        Where somebody made a stream of the key, it is kept at one entry.
+
         Raises:
             RedisError: what it would answer to a write, such as an OutOfMemoryError.
         """
-        await self._commands.xadd(self._keys.probe, {"type": "probe"}, nomkstream=True)
+        await self._commands.xadd(self._keys.probe, {"type": "probe"}, nomkstream=True, maxlen=1, approximate=False)
 
     async def depth(self, queue: str) -> Depth:
         """How many jobs wait, and how old the oldest is that a worker has."""
