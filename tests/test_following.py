@@ -8,6 +8,7 @@ from typing import Self
 
 import pytest
 from conftest import eventually
+from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client, Delta, Entry, Expired, IncompleteLog, Unavailable, UnknownRequest
@@ -24,8 +25,9 @@ from worker.contract.entries import (
     to_fields,
     to_json,
 )
-from worker.contract.ids import SEAL, EntryId
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
 from worker.following import Follower
+from worker.logs import PageSize
 from worker.sandbox.redis import start_redis
 
 
@@ -682,3 +684,55 @@ async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Clie
     with pytest.raises(IncompleteLog) as told:
         await client.result("r")
     assert told.value.after == (1, length - 1)
+
+
+@pytest.fixture
+def slow_way(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """3 MB a second, where Redis has 0.3 s to say something: the scale is a twentieth of the real one."""
+    monkeypatch.setattr("worker.broker.wire.COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.3)
+    redis_proxy.down = 0.02  # for each piece of 64 KiB
+    return redis_proxy
+
+
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize(("logs", "entries", "size"), [(40, 100, 1000), (1, 600, 6500)])
+async def test_d3_large_logs_on_a_slow_way_are_read(
+    logs: int, entries: int, size: int, redis: Redis, slow_way: Proxy
+) -> None:
+    """D3: 100 logs of 100 kB at 1 MB/s: 70 of 100 `Unavailable`; a page of 1,000 entries of 6.5 kB: never."""
+    stories = [Story(redis, f"r{number}") for number in range(logs)]
+    text = "x" * size
+    for story in stories:
+        deltas = (Delta(id=EntryId(1, n), content=text) for n in range(1, entries + 1))
+        await story.write(START, *deltas, END)
+    async with Client(slow_way.redis_url, patience=0.5) as client:
+        answers = await asyncio.gather(*(client.result(story.id) for story in stories))
+    assert all(len(answer.text) == entries * size for answer in answers)
+
+
+async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones(
+    redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.broker.wire.COMMAND_TIMEOUT", 0.1)
+    story = Story(redis)
+    await story.write(START, *(delta(1, n) for n in range(1, 300)), END)
+    for count in (b"200", b"50"):
+        redis_proxy.hold(b"XRANGE .* COUNT " + count)
+    async with Client(redis_proxy.redis_url, patience=5) as client:
+        reader = Reader(client)
+        await reader.task
+    assert reader.seen == story.written
+
+
+async def test_d3_pages_are_of_so_many_bytes(client: Client, story: Story) -> None:
+    """D3: a page of 1,000 entries of 6.5 kB was one reply."""
+    await story.write(START, *(Delta(id=EntryId(1, n), content="x" * 6500) for n in range(1, 500)), END)
+    logs, place, size, pages = client._following.logs, BEFORE_ALL, PageSize(), []
+    while (page := await logs.read("r", place, size)) is not None:
+        pages.append(len(list(page.entries)))
+        place = page.last
+        if place == SEAL:
+            break
+    assert sum(pages) == 501
+    assert max(pages[1:]) < 50

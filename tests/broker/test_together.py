@@ -7,6 +7,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.connection import command_client
 from worker.broker.together import Together
@@ -86,3 +87,23 @@ async def test_questions_that_nobody_waits_for_any_more_are_not_asked(redis_prox
         assert await together.ask("k", pack(b"ECHO", b"z"), 1) == [b"z"]
         await together.aclose()
     assert redis_proxy.accepted == 1
+
+
+async def test_d3_after_a_timeout_fewer_questions_go_as_one(
+    redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: one question that is not answered in time then keeps fewer others from theirs."""
+    monkeypatch.setattr("worker.broker.wire.COMMAND_TIMEOUT", 0.1)
+    async with command_client(redis_proxy.redis_url, connections=1) as client:
+        together = Together(client)
+        assert await together.ask("k", pack(b"PING"), 1) == [b"PONG"]
+        failed = []
+        for _ in range(2):
+            redis_proxy.hold(b"ECHO bad")
+            values = [b"bad", *(b"%d" % number for number in range(127))]
+            asked = (together.ask("k", pack(b"ECHO", value), 1) for value in values)
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            failed.append(sum(isinstance(answer, RedisTimeoutError) for answer in answers))
+            await redis_proxy.heal()
+        assert failed == [128, 32]
+        await together.aclose()

@@ -5,13 +5,17 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.cluster import ELSEWHERE, forget_masters, server_of
 from worker.broker.connection import is_transient
 from worker.broker.wire import Wire, lost
 
 _AT_ONCE = 128
-"""Questions that go as one: more of them would keep the process from everything else while it reads the answers."""
+"""Questions that go as one: more of them would keep the process from everything else while it reads the answers.
+
+After a timeout it is a quarter, so that what can be answered in time is, and then twice as many with each answer.
+"""
 
 
 class Together:
@@ -59,6 +63,7 @@ class _Line:
         self._wire: Wire | None = None
         self._waiting: list[tuple[bytes, int, asyncio.Future[list[Any]]]] = []
         self._asking: asyncio.Task[None] | None = None
+        self._at_once = _AT_ONCE
         self._is_closed = False
 
     async def ask(self, packed: bytes, count: int) -> list[Any]:
@@ -72,7 +77,7 @@ class _Line:
 
     async def _ask_all(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[:_AT_ONCE], self._waiting[_AT_ONCE:]
+            batch, self._waiting = self._waiting[: self._at_once], self._waiting[self._at_once :]
             batch = [each for each in batch if not each[2].done()]
             if not batch:  # all who asked were cancelled
                 continue
@@ -84,7 +89,10 @@ class _Line:
                         answer.set_exception(error if isinstance(error, Exception) else lost())
                 if not isinstance(error, RedisError | OSError):
                     raise
+                if isinstance(error, RedisTimeoutError):
+                    self._at_once = max(1, self._at_once // 4)
                 continue
+            self._at_once = min(2 * self._at_once, _AT_ONCE)
             begin = 0
             for _, count, answer in batch:
                 if not answer.done():
