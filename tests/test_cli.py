@@ -339,7 +339,9 @@ def test_a_command_gives_up_when_redis_stays_away(arguments: list[str], monkeypa
 def test_a_wrong_password_is_said_to_be_of_redis(redis_url: str) -> None:
     result = CliRunner().invoke(main, ["enqueue", "Hi", "--redis-url", redis_url.replace("//", "//no:body@")])
     assert result.exit_code == 1
-    assert result.stderr == "Error: Redis says: invalid username-password pair or user is disabled. (see REDIS_URL)\n"
+    assert result.stderr == (
+        "Error: Redis refuses: invalid username-password pair or user is disabled. `worker check` says what to do\n"
+    )
 
 
 # mistakes

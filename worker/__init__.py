@@ -1,7 +1,19 @@
 """vllm-relay: a durable, shareable token stream between vLLM and everything that follows a generation."""
 
 from worker.client import Client, JobOptions, State, Status
-from worker.client_errors import ClientError, Conflict, Expired, IncompleteLog, QueueFull, Unavailable, UnknownRequest
+from worker.client_errors import (
+    ClientError,
+    Conflict,
+    Expired,
+    IncompleteLog,
+    InvalidArgument,
+    Misused,
+    QueueFull,
+    Refused,
+    Unavailable,
+    UnknownRequest,
+    Unreadable,
+)
 from worker.contract.answer import Answer, Choice
 from worker.contract.entries import (
     BadEntry,
@@ -39,11 +51,14 @@ __all__ = [
     "Expired",
     "Failed",
     "IncompleteLog",
+    "InvalidArgument",
     "InvalidJob",
     "JobOptions",
+    "Misused",
     "Opened",
     "QueueFull",
     "Queued",
+    "Refused",
     "Restarted",
     "Resumed",
     "Started",
@@ -54,4 +69,5 @@ __all__ = [
     "Unavailable",
     "Unknown",
     "UnknownRequest",
+    "Unreadable",
 ]

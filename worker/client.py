@@ -10,14 +10,14 @@ from typing import Self, TypeAlias, TypedDict, Unpack, cast
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import WatchError
 
 from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
-from worker.broker.connection import command_client, is_transient
+from worker.broker.connection import command_client
 from worker.broker.depth import waiting_in
 from worker.broker.urls import keys_at
-from worker.client_errors import Conflict, QueueFull, Unavailable
+from worker.client_errors import MAPPED, Conflict, InvalidArgument, QueueFull, check_id, check_place, mapped
 from worker.contract.answer import Answer
 from worker.contract.entries import (
     Cancelled,
@@ -25,7 +25,6 @@ from worker.contract.entries import (
     Queued,
     Started,
     is_terminal,
-    parse,
     parse_leniently,
     to_fields,
     to_json,
@@ -125,11 +124,14 @@ class Client:
         self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
     ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
-        self._keys = keys_at(url, prefix)
         self._patience = Patience(patience)
         self._queue_limit = queue_limit
-        self._redis = command_client(url)
-        self._following = Following(url, self._keys, self._patience)
+        try:
+            self._keys = keys_at(url, prefix)
+            self._redis = command_client(url)
+            self._following = Following(url, self._keys, self._patience)
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,13 +149,12 @@ class Client:
 
         Raises:
             Unavailable: when it does not answer.
+            Refused: when it refuses, such as a password.
         """
         try:
             await self._redis.ping()
-        except (RedisError, OSError) as error:
-            if not is_transient(error):
-                raise
-            raise Unavailable(f"Redis does not answer: {error}") from error
+        except MAPPED as error:
+            raise mapped(error) from error
 
     async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
         """Add a chat job; gives the request id, under which its tokens can be followed.
@@ -206,7 +207,7 @@ class Client:
             follower.leave()
 
     def _follower(self, request_id: str, after: str | EntryId | None) -> Follower:
-        return self._following.follow(request_id, BEFORE_ALL if after is None else EntryId.parse(str(after)))
+        return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after))
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[Entry]:
         """Enqueue and follow in one. Raises what these two raise."""
@@ -227,6 +228,7 @@ class Client:
         Raises:
             Unavailable: when Redis does not answer.
         """
+        check_id(request_id)
         tail, stone = await self._patience.retry(lambda: self._look(request_id))
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
@@ -320,8 +322,9 @@ class Client:
         pipe.get(self._keys.ended(request_id))
         pipe.xrevrange(self._keys.tokens(request_id), count=1)
         raw, tail = await pipe.execute()
-        stone = msgspec.json.decode(raw, type=Tombstone) if raw else None
-        return (parse_leniently(*tail[0]) if tail else None), stone
+        if tail:
+            return parse_leniently(*tail[0]), None
+        return None, msgspec.json.decode(raw, type=Tombstone) if raw is not None else None
 
     async def _cancel(self, request_id: str) -> bool:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
@@ -349,7 +352,7 @@ class Client:
 
     async def _first_entry(self, redis: Redis, request_id: str) -> Entry | None:
         raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=1))
-        return parse(*raw[0]) if raw else None
+        return parse_leniently(*raw[0]) if raw else None
 
 
 def _unix_ms(redis_time: tuple[int, int]) -> int:

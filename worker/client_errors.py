@@ -1,8 +1,14 @@
-"""What the client raises: each error says what could not be done, and why."""
+"""What the client raises: each error says what could not be done, and why.
+
+`mapped` is the one place where errors of Redis, and of what stands in it, become these.
+"""
 
 import msgspec
+from redis.exceptions import RedisError, ResponseError
 
-from worker.contract.ids import BEFORE_ALL, EntryId
+from worker.broker.connection import is_transient, what_redis_said
+from worker.contract.entries import BadEntry
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
 from worker.contract.records import Tombstone
 
 
@@ -59,7 +65,67 @@ class IncompleteLog(ClientError):
 
 
 class Unavailable(ClientError):
-    """Redis does not answer."""
+    """Redis does not answer, or refuses for now, as while it is full; or the client is closed."""
+
+
+class Refused(ClientError):
+    """Redis refuses, and trying again does not help: a password, a right, a key that is not of the contract."""
+
+
+class Unreadable(ClientError):
+    """What Redis has of the request cannot be read: an entry of its log, or its tombstone."""
+
+
+class InvalidArgument(ClientError, ValueError):
+    """A request id, a place in a log or a URL that cannot be one."""
+
+
+class Misused(ClientError, RuntimeError):
+    """The client is used in another event loop or process than its own."""
+
+
+_READING = (BadEntry, msgspec.DecodeError, UnicodeDecodeError)
+
+MAPPED = (RedisError, OSError, *_READING)
+"""The kinds of errors that `mapped` knows."""
+
+
+def mapped(error: Exception) -> ClientError:
+    """What the client raises for one of `MAPPED`."""
+    if isinstance(error, _READING):
+        what = str(error) if isinstance(error, BadEntry) else f"the tombstone cannot be read: {error}"
+        return Unreadable(f"{what}. Another program wrote it, or Redis lost a part of it")
+    verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
+    text = f"Redis {verdict}: {what_redis_said(error).rstrip('.')}. `worker check` says what to do"
+    return Unavailable(text) if is_transient(error) else Refused(text)
+
+
+def check_id(request_id: str) -> str:
+    """A request id, if it can be one.
+
+    Raises:
+        InvalidArgument: when it cannot.
+    """
+    if not is_request_id(request_id):
+        raise InvalidArgument(f"the request id is {request_id!r:.160}: it must be 1 to 128 characters of A-Za-z0-9_-")
+    return request_id
+
+
+def check_place(after: str | EntryId) -> EntryId:
+    """A place in a log or stream, as Redis takes it.
+
+    Raises:
+        InvalidArgument: when it is none.
+    """
+    try:
+        place = EntryId.parse(str(after))
+    except ValueError:  # also of thousands of digits, which Python does not read
+        place = None
+    if place is None or place.attempt > SEAL.attempt or place.n > SEAL.n:
+        raise InvalidArgument(
+            f"{str(after)!r:.60} is no id of a log entry: give one such as 1-0, as it stood in the log"
+        )
+    return place
 
 
 def gone(request_id: str, stone: bytes | None) -> ClientError:

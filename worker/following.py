@@ -227,7 +227,7 @@ class Follower:
         """The next entries, if there are any; `is_over` says that the seal is among them.
 
         Raises:
-            BadEntry: while they are taken, when one cannot be read.
+            Unreadable: while they are taken, when one cannot be read.
         """
         if self._read_on:
             entries, self._read_on = self._read_on, ()

@@ -17,8 +17,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from worker.broker.connection import blocking_client
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import ClientError, IncompleteLog, Unavailable, gone
-from worker.contract.entries import Entry, Restarted, Resumed, parse, parse_leniently
+from worker.client_errors import ClientError, IncompleteLog, Unavailable, gone, mapped
+from worker.contract.entries import BadEntry, Entry, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.patience import Patience
@@ -57,7 +57,7 @@ class Page:
     """What came next in a log."""
 
     entries: Iterable[Entry]
-    """They are parsed while they are taken, which raises `BadEntry` where one cannot be."""
+    """They are parsed while they are taken, which raises `Unreadable` where one cannot be."""
     last: EntryId
     is_full: bool
     """Whether there may be more already."""
@@ -119,7 +119,7 @@ class Logs:
     async def check(self, request_id: str, after: EntryId) -> None:
         """See whether a log can be read on from a place.
 
-        Raises what `read` does, where it is the first reading, and `BadEntry` when the next entry cannot be read.
+        Raises what `read` does, where it is the first reading, and `Unreadable` when the next entry cannot be read.
         """
         page = await self.read(request_id, after, PageSize(1), first=True)
         next(iter(page.entries if page else ()), None)
@@ -130,12 +130,12 @@ class Logs:
     ) -> Page:  # fmt: skip
         """A page of these entries; where some are missing among them that count, it ends in an `IncompleteLog`."""
         last = EntryId.parse(raw[-1][0])
-        entries: Iterable[Entry] = (parse(entry_id, fields_of(told)) for entry_id, told in raw)
+        entries = _parsed(raw, fields_of)
         if (gap := _gap(after, raw, fields_of)) is not None:
             number, before = gap
             if not await self._is_void(request_id, before):
                 error = IncompleteLog(request_id, before)
-                entries = chain((parse(entry_id, fields_of(told)) for entry_id, told in raw[:number]), _raise(error))
+                return Page(chain(_parsed(raw[:number], fields_of), _raise(error)), last, is_full)
         return Page(entries, last, is_full)
 
     async def _goes_on(self, request_id: str, after: EntryId, found: EntryId) -> bool:
@@ -193,6 +193,14 @@ class Logs:
     def _check_open(self) -> None:
         if self.is_closed:
             raise Unavailable("the client is closed")
+
+
+def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[Entry]:
+    try:
+        for entry_id, told in raw:
+            yield parse(entry_id, fields_of(told))
+    except BadEntry as error:
+        raise mapped(error) from error
 
 
 def _fields(flat: list[bytes]) -> dict[bytes, bytes]:

@@ -5,10 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from redis.exceptions import RedisError, ResponseError
-
-from worker.broker.connection import Backoff, is_transient, what_redis_said
-from worker.client_errors import Unavailable
+from worker.broker.connection import Backoff, is_transient
+from worker.client_errors import MAPPED, mapped
 
 _T = TypeVar("_T")
 
@@ -24,18 +22,16 @@ class Patience:
 
         Raises:
             Unavailable: when it does not in time.
+            Refused: when it refuses for good.
+            Unreadable: when what it has cannot be read.
         """
         backoff, since = Backoff(None), time.monotonic()
         while True:
             try:
                 return await _cancellable(operation())
-            except (RedisError, OSError) as error:
-                if not is_transient(error):
-                    raise
-                if time.monotonic() - since > self._seconds:
-                    verdict = "refuses" if isinstance(error, ResponseError) else "does not answer"
-                    said = what_redis_said(error).rstrip(".")
-                    raise Unavailable(f"Redis {verdict}: {said}. `worker check` says what to do") from error
+            except MAPPED as error:
+                if not is_transient(error) or time.monotonic() - since > self._seconds:
+                    raise mapped(error) from error
                 await backoff.wait(error)
 
 

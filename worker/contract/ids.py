@@ -61,9 +61,9 @@ def follows(entry: EntryId, before: EntryId) -> bool:
     return entry.n == before.n + 1 if same else entry.attempt > before.attempt and entry.n == 0
 
 
-def is_request_id(text: str) -> bool:
+def is_request_id(text: object) -> bool:
     """Whether a text can name a request: 1 to 128 characters of `A-Za-z0-9_-`."""
-    return _REQUEST_ID.fullmatch(text) is not None
+    return isinstance(text, str) and _REQUEST_ID.fullmatch(text) is not None
 
 
 def new_request_id() -> str:
