@@ -8,6 +8,7 @@ from command import run
 from redis.asyncio import Redis
 
 from worker import Client, ClientError, Conflict, InvalidArgument, Refused, State, Unreadable
+from worker.contract.ids import SEAL
 
 ASK: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
 
@@ -53,6 +54,25 @@ async def test_b5_a_missing_right_is_refused(name: str, redis: Redis, redis_url:
             await CALLS[name](client)
 
 
+async def test_b1_a_cancel_that_redis_refuses_raises(redis: Redis, redis_url: str, user: str) -> None:
+    async with Client(redis_url.replace("//", f"//{user}:pw@")) as client:
+        await client.enqueue(ASK, id="r")
+        await redis.acl_setuser(user, enabled=True, commands=["-xadd"])
+        with pytest.raises(Refused, match="permission"):
+            await client.cancel("r")
+        result = await run("cancel", "r", REDIS_URL=redis_url.replace("//", f"//{user}:pw@"))
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith("Error: Redis refuses: ")
+        assert (await client.status("r")).state is State.QUEUED
+
+
+async def test_b1_a_log_that_has_lost_its_seal_is_no_error(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r")
+    await client.cancel("r")
+    await redis.xdel("chat:tokens:{r}", str(SEAL))
+    assert (await client.cancel("r")).state is State.QUEUED
+
+
 @pytest.mark.parametrize("name", ["enqueue", "follow", "pour", "result", "status", "cancel"])
 async def test_b5_a_log_that_is_none_is_refused(name: str, client: Client, redis: Redis) -> None:
     await redis.set("chat:tokens:{r}", "x", ex=60)
@@ -84,6 +104,7 @@ async def test_b5_a_tombstone_that_cannot_be_read_is_in_nobodys_way_while_the_lo
 @pytest.mark.parametrize("name", ["follow", "pour", "result"])
 async def test_b5_an_entry_that_cannot_be_read_is_said(name: str, client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r")
+    await redis.xadd("chat:tokens:{r}", {"type": "started"}, id="1-0")
     await redis.xadd("chat:tokens:{r}", {"type": "delta", "token_ids": "?"}, id="1-1")
     with pytest.raises(Unreadable, match=r"entry 1-1 \(delta\): field token_ids cannot be read"):
         await CALLS[name](client)
@@ -93,6 +114,7 @@ async def test_b5_worker_follow_names_an_entry_that_cannot_be_read(
     client: Client, redis: Redis, redis_url: str
 ) -> None:
     await client.enqueue(ASK, id="r")
+    await redis.xadd("chat:tokens:{r}", {"type": "started"}, id="1-0")
     await redis.xadd("chat:tokens:{r}", {"type": "delta", "token_ids": "?"}, id="1-1")
     result = await run("follow", "r", REDIS_URL=redis_url)
     assert result.status == 1

@@ -5,6 +5,7 @@ log is the truth, and every log is looked at three times a lease. Whatever is lo
 """
 
 import asyncio
+import re
 from contextlib import suppress
 from typing import cast
 
@@ -34,6 +35,9 @@ _ASK_AGAIN = 5.0
 _COUNTS = 4
 """How often the usage of a log is counted that goes on meanwhile, until its seal is written without one."""
 
+_SEALED = re.compile("(ERR )?The stream has exhausted the last possible ID")
+"""What Redis 6.2 and 7 say when a stream already has the greatest id. redis-py cuts `ERR ` off."""
+
 
 async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] | None:
     """Seal a log, or begin it with the seal; gives its first entry and the seal's fields, or nothing if it had a seal.
@@ -42,7 +46,7 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
     not in the usage. So the log is watched, and where they come too fast for that a cancel does not wait for them.
 
     Raises:
-        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal.
+        RedisError: what Redis says, unless it says that there is a seal. Repeating this after a lost reply is safe.
     """
     log: list[Entry] = []
     left = _COUNTS
@@ -65,7 +69,7 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
                 left -= 1  # an entry came meanwhile, or the reply was lost: look again
                 continue
             except ResponseError as error:
-                if is_transient(error):
+                if not _SEALED.match(what_redis_said(error)):
                     raise
                 return None
             return (log[0] if log else None), seal
