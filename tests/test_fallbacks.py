@@ -33,7 +33,9 @@ async def test_the_next_model_is_asked_once_the_first_is_exhausted(
     assert isinstance(answer.end, Done)
     assert (answer.end.model, answer.model) == ("small", "small")
     assert answer.text == answer_to(ask()["messages"])
-    assert (len(large.served), len(small.served)) == (2, 1)
+    # What is answered by nothing at all, over a connection that was kept from before, is sent again at once.
+    assert len(large.served) in ({2, 3} if fault == "refuse" else {2})
+    assert len(small.served) == 1
 
 
 async def test_a_prompt_too_long_for_one_model_is_not_tried_twice(

@@ -360,7 +360,8 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
     answer = await client.result(await client.enqueue(ask(simulate=order)))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == code
-    assert len(simulator.served) == 2
+    # Over a connection that was kept from before, a request that is answered by nothing at all is sent again at once.
+    assert len(simulator.served) in ({2, 3} if fault == "refuse" else {2})
     await settled(redis)
 
 

@@ -28,7 +28,8 @@ from worker.request import Stop
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
-from worker.vllm.transport import Answer, Body, Target, Transport
+from worker.vllm.target import Target
+from worker.vllm.transport import Answer, Body, Transport
 from worker.vllm.upstream import Upstream
 
 _PROMPT = [0]

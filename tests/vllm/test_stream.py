@@ -27,7 +27,8 @@ from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import Limits, Watchdog, open_stream
-from worker.vllm.transport import Target, Transport
+from worker.vllm.target import Target
+from worker.vllm.transport import Transport
 from worker.vllm.upstream import Upstream, base_url, body_for
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)

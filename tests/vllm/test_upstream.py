@@ -198,6 +198,7 @@ async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
             await stack.aclose()
             assert await fails(upstream) == {"upstream_unreachable"}
             async with Server(Options(model="new"), port=port):
+                await until(lambda: not upstream.endpoints[0].away)
                 assert await ask(upstream, model="new")
                 assert upstream.endpoints[0].models == {"new"}
 

@@ -17,7 +17,8 @@ from worker.contract.entries import Object, to_json
 from worker.vllm.error_bodies import decoded, excerpt
 from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
-from worker.vllm.transport import Answer, Target, Transport
+from worker.vllm.target import Target
+from worker.vllm.transport import Answer, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0

@@ -10,12 +10,13 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Self, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import httptools
 import httpx
 
-_Origin: TypeAlias = tuple[str, str, int]
+from worker.vllm.target import Origin, Target, head_of, origin_of
+
 _Head: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
 
 _IDLE = 4.0
@@ -23,8 +24,14 @@ _IDLE = 4.0
 _HIGH_WATER = 64 * 1024
 """Bytes of an answer that wait for their reader until no more is read from the server."""
 _MAX_HEAD = 64 * 1024
-_ENDS = frozenset(b"\r\n\0")
-"""What ends a line, and may not stand in a header."""
+_TLS_ALERT = b"\x15\x03"
+_LENIENCIES = {
+    "lenient_chunked_length": True,  # Content-Length beside chunked, which is overruled by it (RFC 9112, 6.3)
+    "lenient_optional_cr_before_lf": True,  # lines that end in LF alone
+    "lenient_spaces_after_chunk_size": True,
+}
+"""What simple servers and proxies send. It is dangerous where others read the same connection; here nobody does."""
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class Body(httpx.AsyncByteStream):
@@ -125,40 +132,12 @@ class Answer:
         return b", ".join([value for one, value in self.headers if one.lower() == name]).decode("latin-1")
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where JSON is posted to, with the head that all these requests share but for their length.
-
-    httpx (0.28) makes it, once: what it does for a single request takes 0.2 ms.
-    """
-
-    url: str
-    origin: _Origin
-    head: bytes
-
-    @classmethod
-    def of(cls, client: httpx.AsyncClient, url: str) -> Self:
-        """The target that a URL is to a client: with its headers, and the user of the URL before its authorization.
-
-        Raises:
-            httpx.HTTPError: for a URL that is no address of a server, and for a header with a line end in it.
-        """
-        request = client.build_request(
-            "POST", url, headers={"content-type": "application/json", "accept-encoding": "identity"}
-        )
-        user, password = request.url.username, request.url.password
-        if user or password:
-            request = next(httpx.BasicAuth(user, password).auth_flow(request))
-        del request.headers["content-length"]
-        return cls(url, _origin_of(request.url), _head_of(request))
-
-
 class _Connection(asyncio.Protocol):
     """One connection; requests go over it one after the other."""
 
     __slots__ = (
-        "_body", "_done", "_head", "_headers", "_lost", "_parser", "_paused", "_pieces", "_room", "_transport",
-        "_until_close", "idle_since", "on_body",
+        "_body", "_done", "_head", "_headers", "_is_ambiguous", "_lost", "_parser", "_paused", "_pieces", "_room",
+        "_transport", "_until_close", "has_answered", "idle_since", "on_body",
     )  # fmt: skip
 
     def __init__(self, done: Callable[["_Connection"], None], lost: Callable[["_Connection"], None]) -> None:
@@ -172,7 +151,10 @@ class _Connection(asyncio.Protocol):
         self._body: Body | None = None
         self._pieces: list[bytes] = []
         self._until_close = False
+        self._is_ambiguous = False
         self._paused = False
+        self.has_answered = False
+        """Whether something came in answer to the last request."""
 
     @property
     def is_open(self) -> bool:
@@ -186,8 +168,10 @@ class _Connection(asyncio.Protocol):
             httpx.TransportError: when there is none.
         """
         self._headers, self._room, self._pieces, self._until_close = [], _MAX_HEAD, [], False
+        self.has_answered = False
         self.on_body = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(**_LENIENCIES)
         self._body = body = Body(self)
         self._head = asyncio.get_running_loop().create_future()
         try:
@@ -236,7 +220,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(httpx.RemoteProtocolError(f"no HTTP/1.1: {error}"))
+            self._fail(httpx.RemoteProtocolError(_why_no_http(error, data)))
             self.abort()
             return
         if self._pieces:
@@ -267,12 +251,13 @@ class _Connection(asyncio.Protocol):
     # What httptools finds
 
     def on_message_begin(self) -> None:
+        self.has_answered = True
         self._headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._room -= len(name) + len(value)
         if self._room < 0:
-            raise ValueError("the head of the answer is too large")
+            raise ValueError(f"the head of the answer is larger than {_MAX_HEAD} bytes")
         if self._head is not None and not self._head.done():
             self._headers.append((name, value))
 
@@ -281,7 +266,8 @@ class _Connection(asyncio.Protocol):
         if status < 200 or self._head is None or self._head.done():
             return
         names = {name.lower() for name, _ in self._headers}
-        self._until_close = not names & {b"content-length", b"transfer-encoding"}
+        self._until_close = not names & _FRAMING
+        self._is_ambiguous = names >= _FRAMING
         self._head.set_result((status, self._headers))
 
     def on_message_complete(self) -> None:
@@ -291,7 +277,7 @@ class _Connection(asyncio.Protocol):
             self._hand_on()
         body, self._body = self._body, None
         body.end()
-        if self._parser.should_keep_alive() and self.is_open:
+        if self._parser.should_keep_alive() and self.is_open and not self._is_ambiguous:
             self.read_on()  # or nobody would see the server close it
             self._done(self)
         else:
@@ -305,14 +291,14 @@ class Transport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self) -> None:
-        self._idle: dict[_Origin, dict[_Connection, None]] = {}
+        self._idle: dict[Origin, dict[_Connection, None]] = {}
         self._open: set[_Connection] = set()
         self._ssl: ssl.SSLContext | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """See httpx. Of its timeouts only `connect` is known here."""
-        packed = b"%b\r\n%b" % (_head_of(request), await request.aread())
-        answer = await self._ask(_origin_of(request.url), packed, request.extensions["timeout"]["connect"])
+        packed = b"%b\r\n%b" % (head_of(request), await request.aread())
+        answer = await self._ask(origin_of(request.url), packed, request.extensions["timeout"]["connect"])
         return httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
 
     async def post(self, target: Target, content: bytes, within: float) -> Answer:
@@ -324,8 +310,15 @@ class Transport(httpx.AsyncBaseTransport):
         packed = b"%bcontent-length: %d\r\n\r\n%b" % (target.head, len(content), content)
         return await self._ask(target.origin, packed, within)
 
-    async def _ask(self, origin: _Origin, packed: bytes, within: float | None) -> Answer:
-        connection = self._take_idle(origin) or await self._connect(origin, within)
+    async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> Answer:
+        if (reused := self._take_idle(origin)) is not None:
+            try:
+                return await reused.ask(packed)
+            except httpx.TransportError:
+                if reused.has_answered:
+                    raise
+                # The server had closed it while it was idle, which shows only now (RFC 9112, 9.3.1): that is no try.
+        connection = await self._connect(origin, within)
         return await connection.ask(packed)
 
     async def aclose(self) -> None:
@@ -333,7 +326,7 @@ class Transport(httpx.AsyncBaseTransport):
         for connection in list(self._open):
             connection.abort()
 
-    def _take_idle(self, origin: _Origin) -> _Connection | None:
+    def _take_idle(self, origin: Origin) -> _Connection | None:
         idle = self._idle.get(origin, {})
         oldest = asyncio.get_running_loop().time() - _IDLE
         while idle:
@@ -343,7 +336,7 @@ class Transport(httpx.AsyncBaseTransport):
             connection.abort()
         return None
 
-    async def _connect(self, origin: _Origin, within: float | None) -> _Connection:
+    async def _connect(self, origin: Origin, within: float | None) -> _Connection:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
         idle = self._idle.setdefault(origin, {})
@@ -374,17 +367,8 @@ class Transport(httpx.AsyncBaseTransport):
         return self._ssl if scheme == "https" else None
 
 
-def _origin_of(url: httpx.URL) -> _Origin:
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise httpx.UnsupportedProtocol(f"{url.scheme}://{url.host} is no address of a server")
-    return url.scheme, url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
-
-
-def _head_of(request: httpx.Request) -> bytes:
-    """The request line and the headers, each with its line end."""
-    headers = request.headers.raw
-    if any(_ENDS.intersection(value) for _, value in headers):
-        raise httpx.LocalProtocolError("a header has a line end in it")
-    lines = [b"%b %b HTTP/1.1" % (request.method.encode(), request.url.raw_path)]
-    lines += [b"%b: %b" % header for header in headers]
-    return b"\r\n".join([*lines, b""])
+def _why_no_http(error: Exception, data: bytes) -> str:
+    if data.startswith(_TLS_ALERT):
+        return "the server speaks TLS: its URL begins with https://"
+    raised = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
+    return f"no HTTP/1.1: {raised or error}"

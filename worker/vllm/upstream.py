@@ -17,7 +17,8 @@ from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
 from worker.vllm.stream import ChatStream, Limits, Watchdog, open_stream
-from worker.vllm.transport import Target, Transport
+from worker.vllm.target import Target
+from worker.vllm.transport import Transport
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

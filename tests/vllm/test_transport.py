@@ -1,0 +1,152 @@
+"""The HTTP client: connections that the server has closed, and what is read of answers that are not quite HTTP/1.1."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+import pytest
+from raw_server import sending
+
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.endpoints import State
+from worker.vllm.errors import UpstreamError
+from worker.vllm.stream import Limits
+from worker.vllm.target import Target
+from worker.vllm.transport import Transport
+from worker.vllm.upstream import Upstream
+
+PATIENT = Limits(connect=5, first_token=10, gap=10)
+EVENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(EVENT) + EVENT
+
+
+@asynccontextmanager
+async def answering(*answers: bytes) -> AsyncIterator[tuple[str, list[int]]]:
+    """A server whose connections give these answers to one request after the other, and are closed after the last.
+
+    Shows how many requests each of its connections had.
+    """
+    requests: list[int] = []
+    tasks = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        number = len(requests)
+        requests.append(0)
+        with suppress(asyncio.IncompleteReadError):
+            for answer in answers:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r")[0]))
+                requests[number] += 1
+                writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", requests
+    finally:
+        server.close()
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+
+
+@asynccontextmanager
+async def reaching(url: str) -> AsyncIterator[Upstream]:
+    upstream = Upstream([url], limits=PATIENT)
+    try:
+        yield upstream
+    finally:
+        await upstream.aclose()
+
+
+async def ask(upstream: Upstream) -> str:
+    parser, texts = ChunkParser(), list[str]()
+
+    def take(events: list[bytes]) -> bool:
+        texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
+        return parser.done
+
+    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
+        while await stream.pour(take) and not parser.done:
+            pass
+        await stream.finish()
+        parser.check_complete(stream.passed_over)
+    return "".join(texts)
+
+
+async def test_a16_idle_connections_that_the_server_has_closed_cost_no_try() -> None:
+    async with answering(WHOLE, b"") as (url, requests), reaching(url) as upstream:
+        for _ in range(2):
+            assert await asyncio.gather(*(ask(upstream) for _ in range(12))) == ["a"] * 12
+        assert sorted(requests) == [1] * 12 + [2] * 12
+        assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+async def test_a16_a_fresh_connection_that_closes_without_an_answer_is_a_failed_try() -> None:
+    async with answering(b"") as (url, requests), reaching(url) as upstream:
+        with pytest.raises(UpstreamError, match="the server closed the connection"):
+            await ask(upstream)
+        assert requests == [1]
+
+
+async def test_a16_a_request_whose_answer_had_begun_is_not_sent_again_in_silence() -> None:
+    async with answering(WHOLE, b"HTTP/1.1 20") as (url, requests), reaching(url) as upstream:
+        assert await ask(upstream) == "a"
+        with pytest.raises(UpstreamError, match="the server closed the connection"):
+            await ask(upstream)
+        assert requests == [2]
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 7\r\n\r\n", b"%x\r\n%b\r\n0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\ntransfer-encoding: chunked\r\n\r\n", b"%x\r\n%b\r\n0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"%x   \r\n%b\r\n0 \r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"000%x\r\n%b\r\n000\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"%x\r\n%b\r\n0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\ncontent-type: text/event-stream\n\n", b""),
+        (b"HTTP/1.0 200 OK\r\n\r\n", b""),
+    ],
+)
+async def test_a16_answers_that_are_not_quite_http_are_read(head: bytes, body: bytes) -> None:
+    async with sending(head, body % (len(EVENT), EVENT) if body else EVENT) as url, reaching(url) as upstream:
+        assert await ask(upstream) == "a"
+
+
+async def test_a16_a_connection_whose_answer_had_two_lengths_serves_no_other_request() -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 7\r\n\r\n"
+    answer = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT)
+    async with answering(answer, answer) as (url, requests), reaching(url) as upstream:
+        assert [await ask(upstream), await ask(upstream)] == ["a", "a"]
+        assert requests == [1, 1]
+
+
+async def test_a16_a_head_that_is_too_large_is_told_as_such() -> None:
+    head = b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: %b\r\n" % (n, b"y" * 1000) for n in range(70)) + b"\r\n"
+    async with sending(head) as url, reaching(url) as upstream:
+        with pytest.raises(UpstreamError, match="the head of the answer is larger than 65536 bytes"):
+            await ask(upstream)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("https://user:hidden@other:8443/v1/chat/completions?key=hidden", "https://other:8443/v1/chat/completions"),
+        ("/v2/chat/completions", "/v2/chat/completions"),
+    ],
+)
+async def test_a16_a_redirect_shows_where_it_leads_and_is_not_followed(status: int, location: str, shown: str) -> None:
+    answer = f"HTTP/1.1 {status} X\r\nlocation: {location}\r\ncontent-length: 4\r\n\r\nmove".encode()
+    async with sending(answer) as url, reaching(url) as upstream:
+        with pytest.raises(UpstreamError, match=f"the server redirects to {shown}, which is not followed") as caught:
+            await ask(upstream)
+    assert (caught.value.status, caught.value.retryable) == (status, False)
+    assert "hidden" not in caught.value.message
+
+
+async def test_c8_a_server_that_speaks_tls_is_named_as_such() -> None:
+    async with sending(b"\x15\x03\x01\x00\x02\x02\x46") as url, Transport() as transport:
+        with pytest.raises(httpx.RemoteProtocolError, match="speaks TLS: its URL begins with https://"):
+            await transport.post(Target.of(httpx.AsyncClient(), url), b"{}", 5)
