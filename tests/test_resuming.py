@@ -8,7 +8,7 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 
 from worker import Answer, Client, Delta, Done, Entry, Failed, Restarted, Resumed
-from worker.contract.entries import Claimed, Object, Opened, parse
+from worker.contract.entries import Claimed, Object, Opened, Usage, parse
 from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
@@ -59,7 +59,7 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
             pass
     await upstream.aclose()
     parser.check_complete()
-    return Answer([*entries, Done(id=SEAL, usage=parser.usage, model=parser.model)])
+    return Answer([*entries, Done(id=SEAL, usage=cast("Usage", parser.usage), model=parser.model)])
 
 
 def same(answer: Answer, expected: Answer) -> None:

@@ -16,6 +16,7 @@ from worker.client_errors import (
 )
 from worker.contract.answer import Answer, Choice
 from worker.contract.entries import (
+    AnyEntry,
     BadEntry,
     Cancelled,
     Claimed,
@@ -30,6 +31,7 @@ from worker.contract.entries import (
     Started,
     Terminal,
     Unknown,
+    Usage,
 )
 from worker.contract.ids import EntryId
 from worker.contract.job import InvalidJob
@@ -37,6 +39,7 @@ from worker.sync_client import SyncClient
 
 __all__ = [
     "Answer",
+    "AnyEntry",
     "BadEntry",
     "Cancelled",
     "Choice",
@@ -70,4 +73,5 @@ __all__ = [
     "Unknown",
     "UnknownRequest",
     "Unreadable",
+    "Usage",
 ]

@@ -15,7 +15,6 @@ from worker.contract.entries import (
     Restarted,
     Resumed,
     Started,
-    as_dict,
     to_json,
 )
 
@@ -34,7 +33,7 @@ class Printer:
         self.answer.add(entry)
         self._last = str(entry.id)
         if self._json:
-            click.echo(to_json(as_dict(entry)))
+            click.echo(entry.to_json())
             return
         match entry:
             case Delta(index=0):

@@ -5,14 +5,14 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, cast
 
 import structlog
 
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
-from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, to_fields
+from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.request import Request, Stopped, drained, insist
@@ -302,12 +302,12 @@ class Generation:
         if self._log.loss is not None or self._request.stop.done():
             raise self._log.loss or Stopped
 
-    def _done(self, finish_reason: str, usage: Object, model: str, extra: Object | None = None) -> Done:
+    def _done(self, finish_reason: str, usage: Usage | Object, model: str, extra: Object | None = None) -> Done:
         return Done(
             id=SEAL,
             attempt=self._log.attempt,
             finish_reason=finish_reason,
-            usage=usage,
+            usage=cast("Usage", usage),
             model=model,
             timings=self._timings(),
             extra=extra or {},

@@ -14,7 +14,7 @@ from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.wire import Command, Wires
-from worker.contract.entries import Cancelled, Failed, parse
+from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.telemetry.logs import configure_logging
@@ -473,7 +473,8 @@ async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Deli
 
     await eventually(there)
     entry = parse(*(await stream(redis, KEY))[1])
-    assert (entry.content, entry.stop_reason) == ("\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "x")  # type: ignore[attr-defined]
+    assert isinstance(entry, Delta)
+    assert (entry.content, entry.stop_reason) == ("\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "x")
 
 
 async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery: Delivery, redis: Redis) -> None:

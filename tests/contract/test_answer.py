@@ -67,6 +67,16 @@ def test_a_plain_answer() -> None:
     assert whole.started == Started(id=EntryId(1, 0), owner="o1")
 
 
+def test_c6_an_answer_shows_how_far_it_is_and_nothing_of_what_it_says() -> None:
+    log = answer(OPENED, delta(content="secret"), delta(3, extra={"delta": {"refusal": "secret"}}))
+    assert repr(log) == "Answer(model='reciter', attempt=1, characters=6)"
+    log.add(Failed(id=SEAL, code="deadline", message="secret", usage={"total_tokens": 3}))
+    assert repr(log) == (
+        "Answer(outcome='error', error='deadline', model='reciter', attempt=1, characters=6, usage={'total_tokens': 3})"
+    )
+    assert repr(Answer()) == "Answer()"
+
+
 def test_choices_are_kept_apart_and_in_order() -> None:
     both = answer(
         delta(2, index=1, content="b", token_ids=[7]),

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionChunk
 
 from worker.contract.entries import (
     BadEntry,
@@ -21,7 +22,6 @@ from worker.contract.entries import (
     Resumed,
     Started,
     Unknown,
-    as_dict,
     is_terminal,
     parse,
     to_fields,
@@ -87,11 +87,48 @@ def test_every_entry_is_read_back_from_text_and_from_bytes(entry: Entry) -> None
 
 @given(_entries())
 def test_an_entry_as_a_dict_says_the_same(entry: Entry) -> None:
-    shown = as_dict(entry)
+    shown = entry.as_dict()
     assert list(shown)[:2] == ["id", "type"]
     assert (shown.pop("id"), shown.pop("type")) == (str(entry.id), entry.type)
     again = msgspec.convert(msgspec.json.decode(to_json(shown)), dict[str, Any])
     assert type(entry)(id=entry.id, **again) == entry
+
+
+def test_c6_an_entry_is_json_with_its_id_as_text() -> None:
+    entry = Delta(id=EntryId(1, 3), content="é世", token_ids=[1])
+    assert entry.as_dict() == {"id": "1-3", "type": "delta", "content": "é世", "token_ids": [1]}
+    assert entry.to_json() == '{"id":"1-3","type":"delta","content":"é世","token_ids":[1]}'
+    assert (str(entry.id), f"{entry.id}") == ("1-3", "1-3")
+
+
+OPENED = Opened(id=EntryId(1, 1), response_id="chatcmpl-1", model="m", created=7, role="assistant")
+_HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7, "model": "m"}
+_CHOICE = {"index": 0, "logprobs": None, "finish_reason": None}
+
+
+@pytest.mark.parametrize(
+    ("entry", "choice"),
+    [
+        (OPENED, {"delta": {"role": "assistant", "content": ""}}),
+        (Delta(id=EntryId(1, 2), content="a", reasoning="b"), {"delta": {"content": "a", "reasoning": "b"}}),
+        (Delta(id=EntryId(1, 2), index=1, finish_reason="stop", stop_reason=7, token_ids=[2]),
+         {"index": 1, "delta": {}, "finish_reason": "stop", "stop_reason": 7, "token_ids": [2]}),
+        (Delta(id=EntryId(1, 2), tool_calls=[{"index": 0}], logprobs={"content": []}),
+         {"delta": {"tool_calls": [{"index": 0}]}, "logprobs": {"content": []}}),
+        (Delta(id=EntryId(1, 2), extra={"delta": {"refusal": "no", "tool_calls": "odd"}, "message": {"content": "a"}}),
+         {"delta": {"refusal": "no"}}),
+    ],
+)  # fmt: skip
+def test_c6_deltas_and_the_beginning_are_chunks_of_openai(entry: Entry, choice: dict[str, Any]) -> None:
+    assert entry.chunk(OPENED) == _HEAD | {"choices": [_CHOICE | choice]}
+    alone: Any = entry.chunk()
+    assert alone["choices"] == [_CHOICE | choice]
+    ChatCompletionChunk.model_validate(alone)
+
+
+@pytest.mark.parametrize("name", KINDS.keys() - {"opened", "delta"})
+def test_c6_other_entries_are_no_chunks(name: str) -> None:
+    assert KINDS[name](id=EntryId(1, 2)).chunk(OPENED) is None
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "resumed"])
@@ -159,7 +196,7 @@ def test_an_entry_of_another_type_is_unknown_and_keeps_its_fields(fields: dict[s
     raw = {name.encode(): value.encode() for name, value in fields.items()}
     wanted = Unknown(id=EntryId(1, 1), name=fields.get("type", ""), fields={"for": "3"})
     assert parse("1-1", fields) == parse(b"1-1", raw) == wanted
-    assert as_dict(wanted) == {"id": "1-1", "type": wanted.name, "for": "3"}
+    assert wanted.as_dict() == {"id": "1-1", "type": wanted.name, "for": "3"}
 
 
 def test_only_the_seal_ends_a_log_whatever_its_type() -> None:
@@ -237,12 +274,15 @@ _MANY_DIGITS = "9" * 5000
         ("started", "time", "yesterday", 0),
         ("done", "usage", '{"prompt_tokens":3,"cost":1e999}', {"prompt_tokens": 3, "cost": None}),
         ("error", "timings", '{"total_ms":1e999}', {"total_ms": None}),
+        ("done", "usage", '{"prompt_tokens":null,"completion_tokens":2.0,"total_tokens":"3","x":1}',
+         {"completion_tokens": 2, "x": 1}),
+        ("done", "usage", '{"prompt_tokens":true,"completion_tokens":0.5}', {}),
     ],
 )  # fmt: skip
 def test_a10_a_number_that_cannot_be_read_is_in_nobodys_way(name: str, field: str, text: str, value: object) -> None:
     entry = parse("3-4", {"type": name, "model": "m", field: text})
     assert getattr(entry, field) == value
-    to_json(as_dict(entry))  # and can be written again
+    to_json(entry.as_dict())  # and can be written again
 
 
 def test_b2_an_answer_that_goes_on_says_after_what() -> None:

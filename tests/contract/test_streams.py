@@ -5,16 +5,17 @@ one is a file there or a line here.
 """
 
 import json
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
 from openai import APIError, OpenAI
-from streams import STREAMS, Object, Stream
+from streams import DONE, STREAMS, Object, Stream, event
 
 from worker.contract.answer import Answer
-from worker.contract.entries import Done, parse, to_fields
+from worker.contract.entries import AnyEntry, Done, Usage, parse, to_fields
 from worker.contract.feed import read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.vllm.chunks import ChunkParser
@@ -36,24 +37,6 @@ def read_by_openai(body: bytes) -> Object:
     ):
         stream.until_done()
         return stream.current_completion_snapshot.to_dict()
-
-
-def read(*pieces: bytes, n: int = 1) -> Object:
-    """The completion that a reader of the log puts together, from an answer that arrives in these pieces.
-
-    Raises:
-        UpstreamError: when the answer is not whole.
-    """
-    decoder, parser, answer, from_feed = SSEDecoder(), ChunkParser(n=n), Answer(), Answer()
-    entries = [fields for piece in pieces for data in decoder.feed(piece) for fields in parser.parse(data)]
-    parser.check_complete()
-    end = to_fields(Done(id=SEAL, finish_reason=parser.finish_reason, usage=parser.usage, model=parser.model))
-    log = [*((EntryId(1, number), fields) for number, fields in enumerate(entries, 1)), (SEAL, end)]
-    for entry_id, fields in log:
-        answer.add(parse(str(entry_id), {name.encode(): value.encode() for name, value in fields.items()}))
-        from_feed.add(*read_message(json.dumps([[str(entry_id), fields]]).encode()))
-    assert from_feed.completion() == answer.completion()
-    return answer.completion()
 
 
 def said(completion: Object) -> list[Object]:
@@ -84,6 +67,30 @@ def _without_nothing(value: Any) -> Any:  # noqa: ANN401 - JSON
 
 def each_byte(body: bytes) -> list[bytes]:
     return [body[at : at + 1] for at in range(len(body))]
+
+
+def entries_of(*pieces: bytes, n: int = 1) -> list[AnyEntry]:
+    """The log of an answer that arrives in these pieces, as a reader has it.
+
+    Raises:
+        UpstreamError: when the answer is not whole.
+    """
+    decoder, parser = SSEDecoder(), ChunkParser(n=n)
+    written = [fields for piece in pieces for data in decoder.feed(piece) for fields in parser.parse(data)]
+    parser.check_complete()
+    end = Done(id=SEAL, finish_reason=parser.finish_reason, usage=cast("Usage", parser.usage), model=parser.model)
+    log = [*((EntryId(1, number), fields) for number, fields in enumerate(written, 1)), (SEAL, to_fields(end))]
+    read = [
+        parse(str(entry_id), {name.encode(): value.encode() for name, value in fields.items()})
+        for entry_id, fields in log
+    ]
+    assert [*chain(*(read_message(json.dumps([[str(one), fields]]).encode()) for one, fields in log))] == read
+    return read
+
+
+def read(*pieces: bytes, n: int = 1) -> Object:
+    """The completion that a reader puts together of that log."""
+    return Answer(entries_of(*pieces, n=n)).completion()
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -118,3 +125,14 @@ def test_a_made_up_stream_is_read_as_is_right(stream: Stream) -> None:
         assert said(ours) == right
         assert by_openai != right, "openai's client has what is right: the line need not say it"
     assert read(*each_byte(stream.body)) == ours
+
+
+@pytest.mark.parametrize("stream", [stream for stream in STREAMS if stream.right is None], ids=str)
+def test_c6_the_chunks_of_entries_are_read_by_openai_as_the_answer_is(stream: Stream) -> None:
+    log = entries_of(stream.body)
+    answer = Answer(log)
+    # The beginning is sent once: openai's client joins roles.
+    chunks = [entry.chunk(answer.opened) for n, entry in enumerate(log) if entry.type != "opened" or n == 0]
+    again = read_by_openai(b"".join(event(chunk) for chunk in chunks if chunk) + DONE)
+    assert said(again | {"usage": answer.usage}) == said(answer.completion())
+    assert again["id"] == answer.completion()["id"]

@@ -192,7 +192,7 @@ def test_nothing_that_a_recorded_answer_says_is_lost(name: str) -> None:
     opened: list[Any] = []
     unsettled = []
     for one in said:
-        told: list[Any] = [entries.as_dict(entry) for entry in read(parser.parse(json.dumps(one).encode()))]
+        told: list[Any] = [entry.as_dict() for entry in read(parser.parse(json.dumps(one).encode()))]
         opened += [entry for entry in told if entry["type"] == "opened"]
         for choice in one["choices"] or [{}]:
             for path, value in what_is_said(one, choice):

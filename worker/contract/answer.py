@@ -1,7 +1,7 @@
 """A whole answer, put together from the entries of its log: the one place that knows how a log is read."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 
@@ -20,13 +20,13 @@ from worker.contract.entries import (
     Started,
     Terminal,
     Unknown,
+    Usage,
     refusal_of,
+    rest_of_message,
 )
 from worker.contract.ids import SEAL, EntryId
 
 _IN_PLACE_OF_TEXT = frozenset({"refusal", "function_call", "audio"})
-_READ_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
-"""Fields of a message that have one of their own here. What stands in `extra` under these names is of an odd shape."""
 
 
 class Choice(msgspec.Struct):
@@ -62,11 +62,9 @@ class Choice(msgspec.Struct):
 
     def message(self) -> Object:
         """The choice as the `message` of a chat completion, with whatever else the deltas held."""
-        said = self.extra.get("delta")
-        others = dict(said) if isinstance(said, dict) else {}
-        parts = others.get("content")
-        message: Object = {"role": "assistant", "content": self.content or (parts if isinstance(parts, list) else "")}
-        if not message["content"] and (self.tool_calls or not _IN_PLACE_OF_TEXT.isdisjoint(others)):
+        rest = rest_of_message(self.extra)
+        message: Object = {"role": "assistant", "content": self.content or rest.pop("content", "")}
+        if not message["content"] and (self.tool_calls or not _IN_PLACE_OF_TEXT.isdisjoint(rest)):
             message["content"] = None
         if self.reasoning:
             message["reasoning"] = self.reasoning
@@ -74,7 +72,7 @@ class Choice(msgspec.Struct):
             message["tool_calls"] = [
                 {name: value for name, value in call.items() if name != "index"} for call in self.tool_calls
             ]
-        return message | {name: value for name, value in others.items() if name not in _READ_OF_MESSAGE}
+        return rest | message
 
 
 class Answer:
@@ -89,6 +87,19 @@ class Answer:
         self._unmarked = False
         for entry in entries:
             self.add(entry)
+
+    def __repr__(self) -> str:
+        """How far it is, in a line that may stand in any log: of what it says there is only the length."""
+        said = {
+            "outcome": self.outcome,
+            "finish_reason": self.finish_reason,
+            "error": self.end.code if isinstance(self.end, Failed) else "",
+            "model": self.model,
+            "attempt": self.attempt,
+            "characters": len(self.text),
+            "usage": dict(self.usage),
+        }
+        return f"Answer({', '.join(f'{name}={value!r}' for name, value in said.items() if value)})"
 
     def add(self, entry: Entry) -> Self:
         """Take the next entry of the log."""
@@ -151,9 +162,9 @@ class Answer:
         return self.end.type if self.end else ""
 
     @property
-    def usage(self) -> Object:
+    def usage(self) -> Usage:
         """The tokens that were used: as vLLM counts them or, where it came to no end, as the log shows them."""
-        said = self.end.usage if self.end else {}
+        said = self.end.usage if self.end else Usage()
         # Anybody may cancel, knowing more or less of the log.
         return (self._counted_usage() or said) if isinstance(self.end, Cancelled) else (said or self._counted_usage())
 
@@ -178,11 +189,11 @@ class Answer:
         """What went wrong, in a sentence with its code; or nothing."""
         return f"{self.end.message} ({self.end.code})" if isinstance(self.end, Failed) else ""
 
-    def _counted_usage(self) -> Object:
+    def _counted_usage(self) -> Usage:
         completion = sum(len(delta.token_ids) for delta in self._deltas)
         prompt = self.opened.prompt_tokens if self.opened else None
         if not completion or prompt is None:
-            return {}
+            return Usage()
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def completion(self) -> Object:
@@ -206,7 +217,7 @@ class Answer:
             "created": opened.created if opened else 0,
             "model": opened.model if opened else "",
             "choices": choices,
-            "usage": self.usage or None,
+            "usage": cast("Object", self.usage) or None,
         }
 
 

@@ -4,15 +4,13 @@ A field that is JSON on the wire is a Python value here; a field that is not the
 Readers pass over types and fields that they do not know (`Unknown`), so that the contract can grow.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 import msgspec
 
+from worker.contract.fields import READERS, TEXTS, Reader
 from worker.contract.ids import SEAL, EntryId
-from worker.contract.keys import is_queue_name
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Object: TypeAlias = dict[str, JSON]
@@ -32,16 +30,36 @@ class BadEntry(ValueError):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """What every entry has: its id, and the name of its type."""
+    """What every entry has: its id, and the name of its type.
+
+    The id compares as in Redis, and `str` makes it the text that Redis has: what to keep, and to follow on after.
+    """
 
     type: ClassVar[str] = ""
     id: EntryId
+
+    def as_dict(self) -> Object:
+        """The entry as one JSON object, id (as text) and type first, without what is not said."""
+        return {"id": str(self.id), "type": self.type, **dict(_values(self))}
+
+    def to_json(self) -> str:
+        """The same as compact JSON text: what `--json` prints."""
+        return to_json(self.as_dict())
+
+    def chunk(self, opened: "Opened | None" = None) -> Object | None:  # noqa: ARG002 - see Delta and Opened
+        """The entry as a `chat.completion.chunk` of OpenAI's API; None where it is none.
+
+        `opened` is the latest of the log, whose id, model and time every chunk has. Deltas are chunks, and `opened`
+        is the one that begins a message: of several only the first is to be sent. A failed answer has no last chunk,
+        and clients take one that simply ends for whole: whoever sends chunks sends an error event then.
+        """
+        return None
 
 
 class Queued(Entry, frozen=True, kw_only=True):
     """The client has enqueued the request: no worker has it yet."""
 
-    type: ClassVar[str] = "queued"
+    type: ClassVar[Literal["queued"]] = "queued"
     v: int = 1
     digest: str = ""
 
@@ -52,7 +70,7 @@ class Started(Entry, frozen=True, kw_only=True):
     `delivery` is how often the group had delivered the job by then. A hand-over does not raise it.
     """
 
-    type: ClassVar[str] = "started"
+    type: ClassVar[Literal["started"]] = "started"
     v: int = 1
     queue: str = ""
     job: str = ""
@@ -66,7 +84,7 @@ class Started(Entry, frozen=True, kw_only=True):
 class Claimed(Entry, frozen=True, kw_only=True):
     """An owner took the request over: it fences every earlier attempt. `delivery` as in `Started`, if one led here."""
 
-    type: ClassVar[str] = "claimed"
+    type: ClassVar[Literal["claimed"]] = "claimed"
     queue: str = ""
     job: str = ""
     worker: str = ""
@@ -83,7 +101,7 @@ class Resumed(Entry, frozen=True, kw_only=True):
     sampling settings that count generated tokens and do not see those from before.
     """
 
-    type: ClassVar[str] = "resumed"
+    type: ClassVar[Literal["resumed"]] = "resumed"
     after: str = ""
     cut: int = 0
     forgets: list[str] = msgspec.field(default_factory=list)
@@ -92,13 +110,13 @@ class Resumed(Entry, frozen=True, kw_only=True):
 class Restarted(Entry, frozen=True, kw_only=True):
     """What came before is void: the answer begins again."""
 
-    type: ClassVar[str] = "restarted"
+    type: ClassVar[Literal["restarted"]] = "restarted"
 
 
 class Opened(Entry, frozen=True, kw_only=True):
     """What is the same in every chunk of vLLM's answer. It may come again; the latest holds."""
 
-    type: ClassVar[str] = "opened"
+    type: ClassVar[Literal["opened"]] = "opened"
     response_id: str = ""
     model: str = ""
     created: int = 0
@@ -107,11 +125,15 @@ class Opened(Entry, frozen=True, kw_only=True):
     prompt_digest: str = ""
     extra: Object = msgspec.field(default_factory=dict)
 
+    def chunk(self, opened: "Opened | None" = None) -> Object:
+        delta: Object = {"role": self.role or "assistant", "content": ""}
+        return _chunk(opened or self, {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None})
+
 
 class Delta(Entry, frozen=True, kw_only=True):
     """What one chunk added to one choice."""
 
-    type: ClassVar[str] = "delta"
+    type: ClassVar[Literal["delta"]] = "delta"
     content: str = ""
     reasoning: str = ""
     tool_calls: list[Object] = msgspec.field(default_factory=list)
@@ -127,13 +149,55 @@ class Delta(Entry, frozen=True, kw_only=True):
         """What the model says in place of an answer."""
         return refusal_of(self.extra)
 
+    def chunk(self, opened: Opened | None = None) -> Object:
+        delta = rest_of_message(self.extra)
+        if self.content:
+            delta["content"] = self.content
+        if self.reasoning:
+            delta["reasoning"] = self.reasoning
+        if self.tool_calls:
+            delta["tool_calls"] = list(self.tool_calls)
+        choice: Object = {"index": self.index, "delta": delta, "logprobs": self.logprobs}
+        choice["finish_reason"] = self.finish_reason or None
+        if self.stop_reason is not None:
+            choice["stop_reason"] = self.stop_reason
+        if self.token_ids:
+            choice["token_ids"] = list(self.token_ids)
+        return _chunk(opened, choice)
+
+
+class PromptTokensDetails(TypedDict, total=False):
+    """Of the tokens of a prompt."""
+
+    cached_tokens: int | None
+    audio_tokens: int | None
+
+
+class CompletionTokensDetails(TypedDict, total=False):
+    """Of the tokens of a completion."""
+
+    reasoning_tokens: int | None
+    audio_tokens: int | None
+    accepted_prediction_tokens: int | None
+    rejected_prediction_tokens: int | None
+
+
+class Usage(TypedDict, total=False):
+    """The tokens that an answer took, as its server counts them. It may hold more than is named here."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None
+    completion_tokens_details: CompletionTokensDetails | None
+
 
 class Terminal(Entry, frozen=True, kw_only=True):
     """The seal: how the request ended. `timings` are in milliseconds."""
 
     attempt: int = 0
     finish_reason: str = ""
-    usage: Object = msgspec.field(default_factory=dict)
+    usage: Usage = msgspec.field(default_factory=Usage)
     model: str = ""
     timings: Object = msgspec.field(default_factory=dict)
     extra: Object = msgspec.field(default_factory=dict)
@@ -142,13 +206,13 @@ class Terminal(Entry, frozen=True, kw_only=True):
 class Done(Terminal, frozen=True, kw_only=True):
     """The answer is whole."""
 
-    type: ClassVar[str] = "done"
+    type: ClassVar[Literal["done"]] = "done"
 
 
 class Failed(Terminal, frozen=True, kw_only=True):
     """The answer could not be had: `code` is for programs, `message` for people."""
 
-    type: ClassVar[str] = "error"
+    type: ClassVar[Literal["error"]] = "error"
     code: str = ""
     message: str = ""
 
@@ -156,121 +220,47 @@ class Failed(Terminal, frozen=True, kw_only=True):
 class Cancelled(Terminal, frozen=True, kw_only=True):
     """Somebody cancelled the request."""
 
-    type: ClassVar[str] = "cancelled"
+    type: ClassVar[Literal["cancelled"]] = "cancelled"
 
 
 class Unknown(Entry, frozen=True, kw_only=True):
     """An entry of a type that this version does not know. At the seal's id it still ends the log."""
 
+    type: ClassVar[Literal[""]] = ""
     name: str = ""
     fields: Fields = msgspec.field(default_factory=dict)
 
-
-def _count(text: str) -> int:
-    """A number of things.
-
-    Raises:
-        ValueError: when it is no whole number, or below 0.
-    """
-    if (count := int(text)) < 0:
-        raise ValueError(f"{text} is below 0")
-    return count
+    def as_dict(self) -> Object:
+        named: Object = {"id": str(self.id), "type": self.name}
+        return named | self.fields | named
 
 
-def _stream_id(text: str) -> str:
-    """An id of an entry, as text.
+AnyEntry: TypeAlias = (
+    Queued | Started | Claimed | Resumed | Restarted | Opened | Delta | Done | Failed | Cancelled | Unknown
+)
+"""One of all types of entries: a comparison of its `type` tells a type checker which."""
 
-    Raises:
-        ValueError: when Redis has no such id; a command that held it would fail each time.
-    """
-    if text and max(EntryId.parse(text)) > SEAL.n:
-        raise ValueError(f"{text[:50]!r} is above the greatest id")
-    return text
-
-
-def _queue(text: str) -> str:
-    """The name of a queue.
-
-    Raises:
-        ValueError: when no queue has such a name.
-    """
-    if text and not is_queue_name(text):
-        raise ValueError(f"{text[:80]!r} is no name of a queue")
-    return text
-
-
-_Reader: TypeAlias = Callable[[str], object]
-
-
-def _time(text: str) -> int:
-    """Unix seconds or milliseconds; 0 where a server or another writer has something else, for nothing hangs on it."""
-    try:
-        return int(text)
-    except ValueError:
-        return 0
-
-
-def _json_reader(kind: type | None = None) -> _Reader:
-    """Reads a field that is JSON, of one type if a reader relies on that.
-
-    What msgspec cannot decode and others can is no reason not to read the rest: a number that is too large, NaN and
-    Infinity are null, as in JavaScript's own JSON, and half of a surrogate pair is a question mark.
-    """
-    decode: Callable[[str | bytes], object] = msgspec.json.Decoder(kind or Any).decode
-
-    def read(text: str) -> object:
-        try:
-            return decode(text)
-        except msgspec.DecodeError as error:
-            try:
-                value = json.loads(text, parse_float=_number, parse_int=_whole_number, parse_constant=lambda _: None)
-            except ValueError:
-                raise error from None
-            return decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-
-    return read
-
-
-def _number(text: str) -> float | None:
-    return number if math.isfinite(number := float(text)) else None
-
-
-def _whole_number(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:  # of more digits than Python reads
-        return None
-
-
-_READERS: dict[str, _Reader] = {
-    "v": int,
-    "time": _time,
-    "index": int,
-    "created": _time,
-    "attempt": int,
-    "delivery": _count,
-    "prompt_tokens": int,
-    "cut": _count,
-    "usage": _json_reader(dict),
-    "timings": _json_reader(dict),
-    "extra": _json_reader(dict),
-    "tool_calls": _json_reader(list[dict[str, Any]]),
-    "token_ids": msgspec.json.Decoder(list[int]).decode,
-    "forgets": msgspec.json.Decoder(list[str]).decode,
-    "logprobs": _json_reader(),
-    "stop_reason": _json_reader(),
-}
-_TEXTS: dict[str, _Reader] = {"queue": _queue, "job": _stream_id, "after": _stream_id}
-"""Texts that others make a key or a command of; any other text is taken as it is."""
-_KNOWN = (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled)
+_FIELDS_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
+_KNOWN: tuple[type[AnyEntry], ...] = (
+    Queued,
+    Started,
+    Claimed,
+    Resumed,
+    Restarted,
+    Opened,
+    Delta,
+    Done,
+    Failed,
+    Cancelled,
+)
 _BLANK: dict[type[Entry], Entry] = {kind: kind(id=SEAL) for kind in _KNOWN}
-_TYPES: dict[str, tuple[type[Entry], dict[str, _Reader]]] = {
-    kind.type: (kind, {name: (_READERS | _TEXTS).get(name, str) for name in kind.__struct_fields__ if name != "id"})
+_TYPES: dict[str, tuple[Callable[..., AnyEntry], dict[str, Reader]]] = {
+    kind.type: (kind, {name: (READERS | TEXTS).get(name, str) for name in kind.__struct_fields__ if name != "id"})
     for kind in _KNOWN
 }
 
 
-def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> Entry:
+def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
     """Read an entry as Redis (bytes) or the feed (text) gives it.
 
     Whoever reads an entry relies on what it says, so all of it is checked here. The `after` of a `resumed` is the one
@@ -302,7 +292,7 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
     return kind(id=where, **values)
 
 
-def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> Entry:
+def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
     """Read an entry, whatever it holds: one that cannot be read is of an unknown type, and in nobody's way."""
     try:
         return parse(entry_id, fields)
@@ -317,6 +307,18 @@ def refusal_of(extra: Object) -> str:
     return refusal if isinstance(refusal, str) else ""
 
 
+def rest_of_message(extra: Object) -> Object:
+    """What a message holds beyond the fields that have a place of their own, from the `delta` in `extra`."""
+    delta = extra.get("delta")
+    rest = delta if isinstance(delta, dict) else {}
+    # What stands there under the names of these fields is of an odd shape, but for a content of several parts.
+    return {
+        name: value
+        for name, value in rest.items()
+        if name not in _FIELDS_OF_MESSAGE or (name == "content" and isinstance(value, list))
+    }
+
+
 def is_terminal(entry: Entry) -> bool:
     """Whether the log ends with this entry."""
     return entry.id == SEAL
@@ -325,23 +327,25 @@ def is_terminal(entry: Entry) -> bool:
 def to_fields(entry: Entry) -> Fields:
     """The entry as Redis fields: its type, and of the rest what is not the default."""
     texts = {
-        name: value if isinstance(value, str) and name not in _READERS else to_json(value)
+        name: value if isinstance(value, str) and name not in READERS else to_json(value)
         for name, value in _values(entry)
     }
     return {"type": entry.type, **texts}
 
 
-def as_dict(entry: Entry) -> Object:
-    """The entry as one JSON object, id and type first: what `--json` prints."""
-    if isinstance(entry, Unknown):
-        named: Object = {"id": str(entry.id), "type": entry.name}
-        return named | entry.fields | named
-    return {"id": str(entry.id), "type": entry.type, **dict(_values(entry))}
-
-
 def to_json(value: object) -> str:
     """A value as compact JSON text."""
     return msgspec.json.encode(value).decode()
+
+
+def _chunk(opened: Opened | None, choice: Object) -> Object:
+    return {
+        "id": opened.response_id if opened else "",
+        "object": "chat.completion.chunk",
+        "created": opened.created if opened else 0,
+        "model": opened.model if opened else "",
+        "choices": [choice],
+    }
 
 
 def _values(entry: Entry) -> Iterator[tuple[str, Any]]:

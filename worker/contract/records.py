@@ -5,7 +5,7 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from worker.contract.entries import Fields, Object, to_json
+from worker.contract.entries import Fields, Object, Usage, to_json
 
 _T = TypeVar("_T")
 
@@ -31,7 +31,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     tenant: str = ""
     retry_of: str = ""
-    usage: Object = msgspec.field(default_factory=dict)
+    usage: Usage = msgspec.field(default_factory=Usage)
     timings: Object = msgspec.field(default_factory=dict)
 
     def to_fields(self) -> Fields:

@@ -23,7 +23,7 @@ from redis.exceptions import RedisError
 from worker.client import Client
 from worker.client_errors import Unavailable
 from worker.contract.answer import Answer
-from worker.contract.entries import Entry, Object, as_dict
+from worker.contract.entries import Entry, Object
 from worker.sandbox.redis import start_redis
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.settings import load_settings, shown_url
@@ -158,7 +158,7 @@ def _sum_up(followers: list[Follower], tell: Tell) -> None:
     failed = [follower.answer.error or "no end" for follower in followers if follower.answer.outcome != "done"]
     if failed:
         raise DemoFailed(f"not every answer is whole: {failed[0]}")
-    seen = [[as_dict(entry) for entry in follower.entries] for follower in followers if follower.question == STORY]
+    seen = [[entry.as_dict() for entry in follower.entries] for follower in followers if follower.question == STORY]
     if any(entries != seen[0] for entries in seen):
         raise DemoFailed("the followers of one request did not see the same stream")
     tell(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
