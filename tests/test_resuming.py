@@ -1,6 +1,7 @@
 """An answer that breaks off is gone on with, so that nothing of it shows in the text; what cannot be begins again."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -29,7 +30,7 @@ async def entries_of(client: Client, request: dict[str, object], **options: Any)
     return [entry async for entry in client.follow(await client.enqueue(request, **options))]
 
 
-def kinds(entries: list[Entry]) -> list[str]:
+def kinds(entries: Sequence[Entry]) -> list[str]:
     return [entry.type for entry in entries if isinstance(entry, Resumed | Restarted)]
 
 

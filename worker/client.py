@@ -20,6 +20,7 @@ from worker.broker.urls import keys_at
 from worker.client_errors import MAPPED, Conflict, InvalidArgument, QueueFull, check_id, check_place, mapped
 from worker.contract.answer import Answer
 from worker.contract.entries import (
+    AnyEntry,
     Cancelled,
     Entry,
     Queued,
@@ -174,7 +175,7 @@ class Client:
         await self._patience.retry(lambda: self._enqueue(job, queue, within))
         return job.id
 
-    async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[Entry]:
+    async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[AnyEntry]:
         """Every entry of the log, from the start or after an id that was seen, up to the terminal one.
 
         Raises:
@@ -192,7 +193,7 @@ class Client:
             follower.leave()
 
     async def pour(
-        self, request_id: str, into: Callable[[Entry], object], *, after: str | EntryId | None = None
+        self, request_id: str, into: Callable[[AnyEntry], object], *, after: str | EntryId | None = None
     ) -> None:
         """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
 
@@ -209,7 +210,7 @@ class Client:
     def _follower(self, request_id: str, after: str | EntryId | None) -> Follower:
         return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after))
 
-    async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[Entry]:
+    async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
         """Enqueue and follow in one. Raises what these two raise."""
         request_id = await self.enqueue(request, **options)
         async with aclosing(self.follow(request_id)) as entries:

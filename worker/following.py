@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from worker.broker.connection import command_client
 from worker.broker.subscriptions import Subscriptions
-from worker.contract.entries import BadEntry, Entry
+from worker.contract.entries import AnyEntry, BadEntry
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
@@ -187,17 +187,17 @@ class Follower:
         self._attempt, self._n = last
         """The end of what is ready."""
         self._has_read, self._page_size = False, PageSize()
-        self._read_on: Iterable[Entry] = ()
+        self._read_on: Iterable[AnyEntry] = ()
         """What was read from the log; it comes before what is ready."""
-        self._ready: list[Entry] = []
+        self._ready: list[AnyEntry] = []
         """What was told: one attempt's, without a gap."""
         self._bytes = 0
-        self._held: list[tuple[list[Entry], int]] | None = None
+        self._held: list[tuple[list[AnyEntry], int]] | None = None
         """What is told while the log is read."""
         self._is_behind = self._is_alone = False
         """Whether the log is to be read; and without the feed, where it always is."""
         self._must_be_alive = False
-        self._into: Callable[[Entry], object] | None = None
+        self._into: Callable[[AnyEntry], object] | None = None
         """What takes entries as they are told, while it waits for more."""
         self._error: BaseException | None = None
         """What that raised."""
@@ -223,7 +223,7 @@ class Follower:
         self._waiter = waiter = self._new_future()
         return waiter
 
-    def take(self) -> Iterable[Entry]:
+    def take(self) -> Iterable[AnyEntry]:
         """The next entries, if there are any; `is_over` says that the seal is among them.
 
         Raises:
@@ -235,7 +235,7 @@ class Follower:
         ready, self._ready, self._bytes = self._ready, [], 0
         return ready
 
-    async def pour(self, into: Callable[[Entry], object]) -> None:
+    async def pour(self, into: Callable[[AnyEntry], object]) -> None:
         """Hand over all there is to `take`, up to the seal: what is told, in the step in which it is told.
 
         Raises what `news` and `take` do, and what `into` does.
@@ -255,7 +255,7 @@ class Follower:
         """Follow no more."""
         self._request.leave(self)
 
-    def tell(self, entries: list[Entry], size: int) -> None:
+    def tell(self, entries: list[AnyEntry], size: int) -> None:
         """The feed says that the log has these, in a message of so many bytes. They may be shared with others."""
         if self._held is not None:
             self._held.append((entries, size))
@@ -279,7 +279,7 @@ class Follower:
         if self._bytes > _KEPT_BYTES:
             self._drop()
 
-    def _hand_over(self, into: Callable[[Entry], object], waiter: "asyncio.Future[None]") -> None:
+    def _hand_over(self, into: Callable[[AnyEntry], object], waiter: "asyncio.Future[None]") -> None:
         """In the step of the connection, which others share: so nothing is raised here, but in the task that waits."""
         try:
             for entry in self.take():

@@ -18,7 +18,7 @@ from worker.broker.connection import blocking_client
 from worker.broker.together import Together
 from worker.broker.wire import pack
 from worker.client_errors import ClientError, IncompleteLog, Unavailable, gone, mapped
-from worker.contract.entries import BadEntry, Entry, Restarted, Resumed, parse, parse_leniently
+from worker.contract.entries import AnyEntry, BadEntry, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.patience import Patience
@@ -56,7 +56,7 @@ class PageSize:
 class Page:
     """What came next in a log."""
 
-    entries: Iterable[Entry]
+    entries: Iterable[AnyEntry]
     """They are parsed while they are taken, which raises `Unreadable` where one cannot be."""
     last: EntryId
     is_full: bool
@@ -195,7 +195,7 @@ class Logs:
             raise Unavailable("the client is closed")
 
 
-def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[Entry]:
+def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[AnyEntry]:
     try:
         for entry_id, told in raw:
             yield parse(entry_id, fields_of(told))
@@ -220,7 +220,7 @@ async def _shrinking(size: PageSize, ask: Callable[[], Awaitable[_T]]) -> _T:
         raise
 
 
-def _raise(error: ClientError) -> Iterator[Entry]:
+def _raise(error: ClientError) -> Iterator[AnyEntry]:
     yield from ()
     raise error
 

@@ -9,7 +9,7 @@ from anyio.from_thread import start_blocking_portal
 
 from worker.client import Client, JobOptions, Status
 from worker.contract.answer import Answer
-from worker.contract.entries import Entry
+from worker.contract.entries import AnyEntry
 from worker.contract.ids import EntryId
 
 
@@ -43,7 +43,7 @@ class SyncClient:
         """See `Client.enqueue`."""
         return self._portal.call(partial(self._client.enqueue, request, **options))
 
-    def follow(self, request_id: str, *, after: str | EntryId | None = None) -> Iterator[Entry]:
+    def follow(self, request_id: str, *, after: str | EntryId | None = None) -> Iterator[AnyEntry]:
         """See `Client.follow`."""
         entries = self._client.follow(request_id, after=after)
         try:
@@ -52,7 +52,7 @@ class SyncClient:
         finally:
             self._portal.call(entries.aclose)
 
-    def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> Iterator[Entry]:
+    def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> Iterator[AnyEntry]:
         """See `Client.generate`."""
         return self.follow(self.enqueue(request, **options))
 

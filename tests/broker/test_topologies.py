@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -45,7 +45,7 @@ def expected(content: str) -> str:
     return answer_to([{"role": "user", "content": content}])
 
 
-def whole(entries: list[Entry], content: str) -> None:
+def whole(entries: Sequence[Entry], content: str) -> None:
     """One end, the right text, and ids without a gap within each attempt."""
     assert [entry.id for entry in entries].count(SEAL) == 1
     assert Answer(entries).text == expected(content)
@@ -145,7 +145,7 @@ async def test_streams_go_on_when_the_master_is_killed(
     begun: set[str] = set()
     async with Client(url, patience=20) as client:
 
-        async def generate(question: str) -> list[Entry]:
+        async def generate(question: str) -> Sequence[Entry]:
             entries = []
             async for entry in client.generate(ask(question)):
                 entries.append(entry)
@@ -538,7 +538,7 @@ async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
         )
         async with Client(url, patience=20) as client:
 
-            async def generate(question: str) -> list[Entry]:
+            async def generate(question: str) -> Sequence[Entry]:
                 entries = []
                 request_id = await client.enqueue(ask(question), id=question.replace(" ", "-"))
                 async for entry in client.follow(request_id):

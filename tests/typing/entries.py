@@ -7,6 +7,7 @@ from worker import (
     AnyEntry,
     Cancelled,
     Claimed,
+    Client,
     Delta,
     Done,
     Failed,
@@ -15,6 +16,7 @@ from worker import (
     Restarted,
     Resumed,
     Started,
+    SyncClient,
     Unknown,
     Usage,
 )
@@ -74,3 +76,12 @@ def c6_usage_is_typed(answer: Answer) -> int:
     assert_type(answer.usage, Usage)
     assert_type(answer.usage.get("completion_tokens"), int | None)
     return answer.usage["prompt_tokens"]
+
+
+async def c6_followers_get_entries_of_all_types(client: Client, sync_client: SyncClient) -> None:
+    async for entry in client.follow("r"):
+        assert_type(entry, AnyEntry)
+    async for entry in client.generate({}):
+        assert_type(entry, AnyEntry)
+    for entry in sync_client.follow("r"):
+        assert_type(entry, AnyEntry)

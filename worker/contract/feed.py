@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from worker.contract.entries import BadEntry, Delta, Entry, parse
+from worker.contract.entries import AnyEntry, BadEntry, Delta, parse
 from worker.contract.ids import EntryId
 
 UNTOLD_FOR = 0.25
@@ -30,7 +30,7 @@ _read_any = msgspec.json.Decoder(list[tuple[str, dict[str, str]]]).decode
 _read_ids = msgspec.json.Decoder(list[int]).decode
 
 
-def read_message(payload: bytes) -> list[Entry]:
+def read_message(payload: bytes) -> list[AnyEntry]:
     """The entries of a message: what `parse` makes of each, in a third of the time where they are plain deltas.
 
     Raises:
@@ -41,7 +41,7 @@ def read_message(payload: bytes) -> list[Entry]:
             plain = _read_plain(payload)
         except msgspec.ValidationError:
             return [parse(entry_id, fields) for entry_id, fields in _read_any(payload)]
-        entries: list[Entry] = []
+        entries: list[AnyEntry] = []
         for entry_id, told in plain:
             entries.append(  # a comprehension is a call of its own in Python 3.11
                 Delta(
