@@ -110,7 +110,7 @@ async def answer_of(redis: Redis, request_id: str) -> Answer:
     "bad",
     [
         {"type": "delta", "content": "a", "token_ids": "1 2 3"},
-        {"type": "claimed", "time": "noon"},
+        {"type": "claimed", "job": "none"},
     ],
 )
 async def test_a_log_that_cannot_be_read_is_sealed_and_its_job_buried(
