@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -19,17 +20,18 @@ from worker.contract.answer import Answer
 from worker.contract.entries import Object
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
-from worker.sandbox.wire import Connection
+from worker.sandbox.wire import Connection, Request
 from worker.vllm import stream as stream_module
 from worker.vllm import transport as transport_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
+from worker.vllm.fields import body_for
 from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import Limits, Watchdog, open_stream
+from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
 from worker.vllm.target import Target
 from worker.vllm.transport import Transport
-from worker.vllm.upstream import Upstream, base_url, body_for
+from worker.vllm.upstream import Upstream, base_url
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
@@ -72,6 +74,11 @@ async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> A
 
 def to(url: str) -> Target:
     return Target.of(httpx.AsyncClient(), url)
+
+
+async def opened(transport: Transport, url: str) -> ChatStream:
+    watchdog = Watchdog(PATIENT)
+    return ChatStream(await open_answer(transport, to(url), REQUEST, PATIENT, watchdog), watchdog)
 
 
 def enough(_events: list[bytes]) -> bool:
@@ -179,7 +186,7 @@ async def test_a4_events_are_streamed_as_they_come_whatever_they_are_labelled(la
     event = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
     head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\n\r\n".encode()
     async with sending(head, start[:2], start[2:] + event, then_close=False) as url, Transport() as transport:
-        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
+        stream = await opened(transport, url)
         events: list[bytes] = []
 
         def take(new: list[bytes]) -> bool:
@@ -375,7 +382,7 @@ async def test_an_error_page_without_end_is_read_to_a_limit(monkeypatch: pytest.
 
 async def test_an_event_without_end_is_malformed() -> None:
     async with sending(HEAD + b"\r\ndata: ", again=b"x" * 100) as url, Transport() as transport:
-        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
+        stream = await opened(transport, url)
         stream._decoder = SSEDecoder(max_event_bytes=1000)
         with pytest.raises(UpstreamError, match="larger than 1000 bytes") as caught:
             await stream.pour(enough)
@@ -413,7 +420,7 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
     loop = asyncio.get_running_loop()
     async with sending(HEAD + b"\r\n", then_close=False) as url, Transport() as transport:
         asked = loop.time()
-        stream = await open_stream(transport, to(url), REQUEST, PATIENT)
+        stream = await opened(transport, url)
         watchdog = stream._watchdog
         assert asked + 10 <= watchdog._due() < loop.time() + 10
         watchdog._since = asked - 10
@@ -536,6 +543,53 @@ async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Ite
         assert [served.status for served in simulator.served] == [400] * len(rejects) + [200, 200]
         assert BOTH - simulator.served[-1].request.keys() == rejects
         assert upstream.endpoints[0].without == rejects
+
+
+UNKNOWN = "Unrecognized request argument supplied"
+IN_MESSAGE = {"message": f"{UNKNOWN}: return_token_ids"}
+IN_PARAM = {"message": UNKNOWN, "param": "return_token_ids", "code": None}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, {"error": IN_MESSAGE}),
+        (403, {"detail": IN_MESSAGE["message"]}),
+        (422, {"error": IN_PARAM}),
+        (400, {"error": IN_PARAM}),
+        (400, {"error": IN_PARAM | {"param": "body.return_token_ids"}}),
+        (200, {"error": IN_MESSAGE | {"code": 400}}),
+        (200, {"error": IN_PARAM | {"type": "invalid_request_error"}}),
+        (200, {"error": IN_MESSAGE}),
+    ],
+)
+@pytest.mark.parametrize("shape", ["%s", "data: %s\n\ndata: [DONE]\n\n"])
+async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
+    status: int, body: dict[str, Any], shape: str
+) -> None:
+    class Refusing(Counting):
+        async def _handle(self, request: Request, connection: Connection) -> None:
+            if b"return_token_ids" in request.body:
+                self.refused += 1
+                await connection.respond(status, "text/event-stream", (shape % json.dumps(body)).encode())
+            else:
+                await super()._handle(request, connection)
+
+        refused = 0
+
+    async with Refusing() as server, reaching(server.url) as upstream:
+        for _ in range(2):
+            assert (await ask(upstream))[0].text == answer_to(WHO)
+        assert (server.refused, len(server.served)) == (1, 2)
+        assert upstream.endpoints[0].without == {"return_token_ids"}
+
+
+async def test_a16_an_error_event_that_names_a_field_and_stays_costs_nobody_the_field() -> None:
+    error = {"error": {"message": "cannot sample {'return_token_ids': True}", "code": 500}}
+    answer = b"HTTP/1.1 200 OK\r\n\r\ndata: %b\n\n" % json.dumps(error).encode()
+    async with sending(answer) as url, reaching(url) as upstream:
+        assert (await error_of(upstream)).message == error["error"]["message"]
+        assert upstream.endpoints[0].without == set()
 
 
 async def test_a_field_that_a_server_ignores_does_no_harm() -> None:

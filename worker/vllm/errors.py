@@ -43,10 +43,18 @@ class UpstreamError(Exception):
         status: the HTTP status, or the code inside an error event; 0 where there was none.
         retryable: whether the same request may succeed elsewhere or later.
         retry_after: seconds the server asked to wait, at most 60, or None.
+        words: what the server said beside the message for programs, such as the parameter that it refuses.
     """
 
     def __init__(
-        self, code: str, message: str, *, status: int = 0, retryable: bool, retry_after: float | None = None
+        self,
+        code: str,
+        message: str,
+        *,
+        status: int = 0,
+        retryable: bool,
+        retry_after: float | None = None,
+        words: AbstractSet[str] = frozenset(),
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -54,6 +62,7 @@ class UpstreamError(Exception):
         self.status = status
         self.retryable = retryable
         self.retry_after = retry_after
+        self.words = words
 
 
 class CannotResume(Exception):
@@ -116,7 +125,7 @@ def classify(
         code = "invalid_request"
     elif 200 <= status < 300:  # 204 and the like: nothing came in place of an answer
         code, retryable = "not_a_stream", True
-    return UpstreamError(code, message, status=status, retryable=retryable, retry_after=retry_after)
+    return UpstreamError(code, message, status=status, retryable=retryable, retry_after=retry_after, words=said)
 
 
 def unreachable(url: str, error: Exception) -> UpstreamError:

@@ -5,7 +5,7 @@ one data event to the next. Keep-alive comments do not count, since a vLLM that 
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -75,6 +75,11 @@ class Watchdog:
             self._begun = True
             self._look_again()
 
+    def restart(self) -> None:
+        """The request is sent again, in another way: what came was no answer."""
+        self._since = monotonic()
+        self._begun = False
+
     def is_silent(self) -> bool:
         """Whether it has waited for longer than moments by now."""
         return self._timer is not None and monotonic() - self._since > _MOMENTS
@@ -118,14 +123,16 @@ class Watchdog:
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    __slots__ = ("_answer", "_decoder", "_is_new", "_take", "_watchdog", "on_first")
+    __slots__ = ("_answer", "_decoder", "_is_new", "_take", "_watchdog", "on_first", "reopen")
 
     def __init__(self, answer: Answer, watchdog: Watchdog) -> None:
         self._answer = answer
         self._watchdog = watchdog
         self._is_new = True
         self.on_first: Callable[[], None] | None = None
-        """Called when the first event is there."""
+        """Called when the first event is there and was taken."""
+        self.reopen: Callable[[UpstreamError], Awaitable[Answer | None]] | None = None
+        """Called with an error that came in place of the first event; gives the answer to a request that avoids it."""
         self._decoder: SSEDecoder | _Whole | _Opening = _Opening(self._become)
         self._take: Callable[[list[bytes]], bool]
 
@@ -143,6 +150,18 @@ class ChatStream:
             UpstreamError: after too long a silence, when the connection breaks, and for an event without end.
         """
         self._take = take
+        while True:
+            try:
+                return await self._pour()
+            except UpstreamError as error:
+                another = await self.reopen(error) if self._is_new and self.reopen is not None else None
+                if another is None:
+                    raise
+                await self._answer.body.aclose()
+                self._answer, self._decoder = another, _Opening(self._become)
+                self._watchdog.restart()
+
+    async def _pour(self) -> bool:
         try:
             async with self._watchdog:
                 more = await self._answer.body.pour(self._arrived)
@@ -161,17 +180,18 @@ class ChatStream:
         if not events:
             return False
         self._watchdog.heard()
-        if self._is_new:
-            self._begin()
         take = self._take
-        return take(events)
+        is_enough = take(events)
+        if self._is_new:  # and no error in place of an answer
+            self._begin()
+        return is_enough
 
     def _hand_over(self, events: list[bytes]) -> bool:
         """The last events, which show only once the body has ended; whether there are any."""
         if events:
+            self._take(events)
             if self._is_new:
                 self._begin()
-            self._take(events)
         return bool(events)
 
     def _become(self, is_whole: bool) -> "SSEDecoder | _Whole":  # noqa: FBT001 - called back by position
@@ -195,15 +215,12 @@ class ChatStream:
         await self._answer.body.aclose()
 
 
-async def open_stream(
-    transport: Transport, target: Target, body: Object, limits: Limits, watchdog: Watchdog | None = None
-) -> ChatStream:
-    """Post a completion and give its stream, which the caller closes. `watchdog` is for who may hurry it.
+async def open_answer(transport: Transport, target: Target, body: Object, limits: Limits, watchdog: Watchdog) -> Answer:
+    """Post a completion, and give the answer that holds its stream.
 
     Raises:
-        UpstreamError: when there is no stream: no connection, a status other than 200, or a page in its place.
+        UpstreamError: when there is none: no connection, or a status that is none of an answer.
     """
-    watchdog = watchdog or Watchdog(limits)
     try:
         async with watchdog:
             answer = await transport.post(target, to_json(body).encode(), limits.connect)
@@ -216,7 +233,7 @@ async def open_stream(
     except BaseException:
         await answer.body.aclose()
         raise
-    return ChatStream(answer, watchdog)
+    return answer
 
 
 async def _refuse(answer: Answer, limits: Limits) -> None:

@@ -3,8 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -16,17 +15,15 @@ import structlog
 from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
-from worker.vllm.stream import ChatStream, Limits, Watchdog, open_stream
+from worker.vllm.fields import body_for, refused_fields
+from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
 from worker.vllm.target import Target
-from worker.vllm.transport import Transport
+from worker.vllm.transport import Answer, Transport
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
-__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream", "base_url", "body_for"]
-
-_OPTIONAL = ("return_token_ids", "stream_options")
-"""What the worker adds to a request for its own ends; a server that refuses one is asked without it."""
+__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream", "base_url"]
 
 _FEW_SECONDS = 3.0
 _PROBE_EVERY = 2.0
@@ -223,8 +220,7 @@ class Upstream:
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
-            stream = await self._open(endpoint, request, route, watchdog)
-            stream.on_first = partial(circuit.began, run)
+            stream = await self._open(endpoint, request, route, watchdog, partial(circuit.began, run))
             try:
                 yield stream
             finally:
@@ -242,25 +238,41 @@ class Upstream:
         if endpoint.circuit.state is State.HALF_OPEN:
             self._wake()
 
-    async def _open(self, endpoint: Endpoint, request: Object, route: str, watchdog: Watchdog) -> ChatStream:
-        """Open the stream, without what the server does not know.
+    async def _open(
+        self, endpoint: Endpoint, request: Object, route: str, watchdog: Watchdog, on_first: Callable[[], None]
+    ) -> ChatStream:
+        """Open the stream, without what the server does not know, whether it says so before the stream or within.
 
         A field is held to be unknown only once the same request was taken without it, and never for a request that
         has it of its own: a bad job, or one whose text quotes such a name in an error, must not cost the others theirs.
         """
         without = set(endpoint.without)
         target = self._target(endpoint.url + route)
-        while True:
-            try:
-                stream = await open_stream(self._transport, target, body_for(request, without), self._limits, watchdog)
-            except UpstreamError as error:
-                refused = {name for name in _OPTIONAL if name not in request and _names(error, name)} - without
-                if not refused:
-                    raise
-                without |= refused
-            else:
-                endpoint.without |= without
-                return stream
+
+        async def opened() -> Answer:
+            while True:
+                try:
+                    body = body_for(request, without)
+                    return await open_answer(self._transport, target, body, self._limits, watchdog)
+                except UpstreamError as error:
+                    if not leave_out(error):
+                        raise
+
+        async def reopened(error: UpstreamError) -> Answer | None:
+            return await opened() if leave_out(error) else None
+
+        def leave_out(error: UpstreamError) -> bool:
+            refused = refused_fields(error, request) - without
+            without.update(refused)
+            return bool(refused)
+
+        def begun() -> None:
+            endpoint.without |= without
+            on_first()
+
+        stream = ChatStream(await opened(), watchdog)
+        stream.on_first, stream.reopen = begun, reopened
+        return stream
 
     def _target(self, url: str) -> Target:
         if url not in self._targets:
@@ -340,17 +352,6 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def body_for(request: Object, without: AbstractSet[str]) -> Object:
-    """The request as it is sent: streamed, and with what the worker wants to know beside what the job asks."""
-    body: Object = {**request, "stream": True}
-    if "return_token_ids" not in without:
-        body["return_token_ids"] = True
-    if "stream_options" not in without:
-        asked = request.get("stream_options")
-        body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
-    return body
-
-
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
     """In a context of its own: it is not about the job that ran into it."""
     structlog.contextvars.unbind_contextvars("request_id")
@@ -365,7 +366,3 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()
-
-
-def _names(error: UpstreamError, field_name: str) -> bool:
-    return error.status in {400, 422} and field_name in error.message
