@@ -12,7 +12,8 @@ import structlog
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
-from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
+from worker.contract.entries import Done, Entry, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
+from worker.contract.history import fault_in
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.request import Request, Stopped, drained, insist
@@ -41,7 +42,7 @@ class Generation:
     """The answer to one request, as this process makes it. `now` is Redis's clock in Unix ms."""
 
     __slots__ = (
-        "_began", "_committed", "_endpoint", "_first_delta", "_history", "_log", "_metrics", "_now", "_owner",
+        "_began", "_committed", "_endpoint", "_fault", "_first_delta", "_history", "_log", "_metrics", "_now", "_owner",
         "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms", "_went_on",
     )  # fmt: skip
 
@@ -49,7 +50,7 @@ class Generation:
         self,
         request: Request,
         log: TokenLog,
-        history: Answer,
+        history: Sequence[Entry],
         *,
         owner: Owner,
         upstream: Upstream,
@@ -59,7 +60,7 @@ class Generation:
     ) -> None:
         self._request = request
         self._log = log
-        self._history = history
+        self._recall(history)
         self._owner = owner
         self._upstream = upstream
         self._settings = settings
@@ -87,7 +88,7 @@ class Generation:
         job, history = self._request.job, self._history
         if isinstance(job, InvalidJob):
             return self._failed(job.code, str(job))
-        if history.finished(choices_of(job.request)):
+        if not self._fault and history.finished(choices_of(job.request)):
             # After the last finish_reason there is nothing to generate: only the seal was missing.
             return self._done(history.finish_reason, history.usage, history.model)
         if history.begun and self._settings.on_interrupt == "fail":
@@ -113,15 +114,20 @@ class Generation:
         if not isinstance(self._log.loss, LogDiverged | LogGone):
             await drained(self._log, request.stop)
         await insist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
-        self._history = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
+        self._recall(await insist(lambda: self._owner.read(request.id), request.stop))
         self._committed = self._went_on = False
         self._metrics.attempt(reason)
+
+    def _recall(self, history: Sequence[Entry]) -> None:
+        """What former attempts wrote is the answer so far."""
+        self._history = Answer(history)
+        self._fault = fault_in(history)
 
     def _restart(self, reason: str) -> None:
         _log.info("answer_restarted", reason=reason, attempt=self._log.attempt)
         self._metrics.interrupted("restarted")
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
-        self._history = Answer()
+        self._history, self._fault = Answer(), ""
         self._committed = True
         self._first_delta = None
 
@@ -193,6 +199,8 @@ class Generation:
 
     async def _answer(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
+        if self._fault:
+            self._restart(self._fault)
         if self._history.begun:
             try:
                 return await self._go_on(endpoint, request, last=last)

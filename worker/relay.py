@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from worker.broker.connection import persist
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogRefused, LogSealed, TokenLog
+from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
 from worker.broker.publisher import Publisher
 from worker.broker.urls import keys_at
@@ -46,6 +46,9 @@ _DAY_MS = 24 * 3600 * 1000
 
 _UNREAD = InvalidJob("the job is not read yet")
 """In the place of a job that may kill whoever reads it: its log is claimed first, so that a death in it counts."""
+
+_DIVERGED = "diverged"
+"""The `reason` of an attempt that became necessary because Redis has lost something of the log."""
 
 _log = structlog.get_logger()
 
@@ -117,6 +120,16 @@ class Relay:
         return is_suspect(failures(history, request.delivery), self._settings.max_deliveries)
 
     async def _take(self, request: Request, turn: Turn | None) -> None:
+        """Take the log and do what is to be done with it; again, where an end that was found there is lost since."""
+        while True:
+            try:
+                await self._take_once(request, turn)
+            except LogDiverged as loss:
+                _log.warning("log_diverged", reason=str(loss))
+            else:
+                return
+
+    async def _take_once(self, request: Request, turn: Turn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
         delivery = request.delivery
         taken = await insist(
@@ -146,35 +159,14 @@ class Relay:
             _log.info("job_taken_over", attempt=log.attempt, delivery=request.delivery.count)
         try:
             if reason := self._to_bury(request, owned):
-                standing = await self._seal(request, log, _buried(reason, log.attempt))
-                await self._settle(request, await self._whole(request, standing))
+                await self._finish(request, log, None, reason)
                 return
             request = self._read(request)
             await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
-            generation = Generation(
-                self._to_send(request),
-                log,
-                Answer(owned.history),
-                owner=self._owner,
-                upstream=self._upstream,
-                settings=self._settings,
-                metrics=self._metrics,
-                now=self._now,
-            )
-            while True:
-                try:
-                    end = await self._seal(request, log, await _end_of(generation, log))
-                    answer = await self._whole(request, end)
-                    await self._settle(request, answer)
-                    self._count_first_delta(answer)
-                    break
-                except (LogDiverged, LogGone) as loss:
-                    _log.warning("log_diverged", reason=str(loss))
-                    await self._begin_again(request, log)
-                    await generation.begin_again("diverged")
+            await self._finish(request, log, self._generation(request, owned))
         except LogSealed:
             await self._settle_found(request)
-        except LogGone:
+        except LogOver:
             _log.warning("log_gone", attempt=log.attempt)
             await self._done_with(request)
         except LogFenced as loss:
@@ -183,6 +175,45 @@ class Relay:
             _log.info("job_left", reason=stop.result().value, attempt=log.attempt)
         finally:
             self._publisher.detach(log)
+
+    async def _finish(self, request: Request, log: TokenLog, generation: Generation | None, reason: str = "") -> None:
+        """Bring a log that is ours to its end: with an answer or, where there is to be none, with a `reason`.
+
+        A log that is deleted, or of which Redis has lost something, is gone on with under a next attempt. That may be
+        lost as well, at any step: so there is one loop around all of it.
+        """
+        is_lost = False
+        while True:
+            try:
+                if is_lost:
+                    await self._begin_again(request, log)
+                    if generation is None:
+                        await insist(lambda: self._owner.advance(log, request.delivery, _DIVERGED), request.stop)
+                    else:
+                        await generation.begin_again(_DIVERGED)
+                end = _buried(reason, log.attempt) if generation is None else await _end_of(generation, log)
+                answer = await self._whole(request, await self._seal(request, log, end))
+                await self._settle(request, answer)
+            except LogOver:
+                raise
+            except (LogDiverged, LogGone) as loss:
+                _log.warning("log_diverged", reason=str(loss))
+                is_lost = True
+            else:
+                self._count_first_delta(answer)
+                return
+
+    def _generation(self, request: Request, owned: Owned) -> Generation:
+        return Generation(
+            self._to_send(request),
+            owned.log,
+            owned.history,
+            owner=self._owner,
+            upstream=self._upstream,
+            settings=self._settings,
+            metrics=self._metrics,
+            now=self._now,
+        )
 
     def _to_bury(self, request: Request, owned: Owned) -> str:
         """Why a job that is ours must not run, or nothing."""
@@ -194,8 +225,14 @@ class Relay:
     async def _condemn(self, request: Request, reason: str) -> None:
         """End a job with which this process cannot deal, lest it come again for ever."""
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
-        if await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+        if not await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+            return
+        try:
             await self._settle_found(request)
+        except (RedisError, OSError, LogLost):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is that the log holds, it must not bring the job back for ever
+            await self._bury(request.delivery, reason, request.stop, BURIED)
 
     def _count_start(self, request: Request, attempt: int) -> None:
         if attempt == 1:
@@ -211,7 +248,7 @@ class Relay:
         """Make a log anew that is gone before its time: it was lost with the Redis that had it, or deleted."""
         expire_at = request.deadline + request.retention * 1000
         if self._now() >= expire_at:
-            raise LogGone("the log has expired")
+            raise LogOver("the log has expired")
         await insist(
             lambda: self._owner.begin_again(log, request.delivery, expire_at, _digest(request.job)), request.stop
         )
@@ -248,8 +285,8 @@ class Relay:
             LogDiverged: when the seal is lost, as after a failover.
         """
         end = answer.end
+        await self._confirm(request, answer.outcome or "unknown")  # of a log that has expired the tombstone is left
         if end is not None:
-            await self._confirm(request, end)
             if reason := _dead_for(request, answer):
                 await self._dead_letter(request.delivery, reason, request.stop)
             await self._lifecycle(request, "finished", answer)
@@ -260,8 +297,8 @@ class Relay:
         code = end.code if isinstance(end, Failed) else None
         _log.info("job_finished", outcome=answer.outcome, code=code, attempt=answer.attempt)
 
-    async def _confirm(self, request: Request, end: Terminal) -> None:
-        stone = self._tombstone(request, end.type)
+    async def _confirm(self, request: Request, outcome: str) -> None:
+        stone = self._tombstone(request, outcome)
         sealed = await insist(
             lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
             request.stop,

@@ -32,6 +32,10 @@ class LogGone(LogLost):
     """The log is not there: it has expired or was deleted."""
 
 
+class LogOver(LogGone):
+    """The log is not there and is not to be made anew: its request has ended, or its time is over."""
+
+
 class LogDiverged(LogLost):
     """Redis does not hold what it has acknowledged, as after a failover: the owner must begin a new attempt."""
 

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError, WatchError
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogFenced, LogGone, TokenLog, judge, refusal_of
+from worker.broker.log import LogFenced, LogOver, TokenLog, judge, refusal_of
 from worker.broker.publisher import Publisher
 from worker.broker.wire import pack
 from worker.contract.entries import (
@@ -154,9 +154,10 @@ class Owner:
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
-        if isinstance(holder, Started | Claimed) and (holder.queue, holder.job) != (delivery.queue, delivery.id):
+        named = (holder.queue, holder.job) if isinstance(holder, Started | Claimed) and holder.job else None
+        if named and named != (delivery.queue, delivery.id):
             # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
-            return Duplicate() if await self._jobs.is_live(holder.queue, holder.job) else None
+            return Duplicate() if await self._jobs.is_live(*named) else None
         return None if await self._jobs.holds(delivery) else NotOurs()
 
     async def begin_again(self, log: TokenLog, delivery: Delivery, expire_at: int, digest: str = "") -> None:
@@ -166,7 +167,7 @@ class Owner:
         log that was lost sees what is new. Nothing is done to a log that is there.
 
         Raises:
-            LogGone: when the request has ended: it was deleted or has expired.
+            LogOver: when the request has ended: its log was deleted or has expired.
             LogFenced: when the job is not ours any more.
         """
         ended = self._keys.ended(log.request_id)
@@ -176,7 +177,7 @@ class Owner:
                 if last is not None:
                     return
                 if is_over:
-                    raise LogGone("the request has ended")
+                    raise LogOver("the request has ended")
                 if await self._start(line, log.request_id, delivery, expire_at, digest):
                     return
         raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")

@@ -31,7 +31,7 @@ class EntryId(NamedTuple):
         """
         text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else raw
         first, _, second = text.partition("-")
-        if not (first.isdecimal() and (not second or second.isdecimal())):
+        if not (text.isascii() and first.isdecimal() and (not second or second.isdecimal())):
             raise ValueError(f"{text!r} is no id of a log entry: give one such as 1-0, as it stood in the log")
         return _new(cls, (int(first), int(second or 0)))
 

@@ -1,0 +1,217 @@
+"""Somebody deletes or damages what a worker has written: the request ends once, and what a reader has shows it."""
+
+import json
+from collections.abc import Iterable
+
+import pytest
+from checks import Line, ask, expected, has_begun, log_of, pending, promise_kept
+from conftest import StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client
+from worker.broker.log import TokenLog
+from worker.broker.owner import Owner
+from worker.contract.entries import parse
+from worker.contract.history import fault_in
+from worker.contract.ids import SEAL
+from worker.sandbox.answers import END, encode
+from worker.sandbox.simulator import Options, Orders, Simulator
+
+KEY = "chat:tokens:{r}"
+BEGUN = {"type": "started", "queue": "default", "job": "", "worker": "w", "owner": "gone", "delivery": "1"}
+CLAIMED = BEGUN | {"type": "claimed", "reason": "takeover"}
+
+
+async def left_behind(redis: Redis, log: Iterable[tuple[str, dict[str, str]]], deliveries: int = 1) -> bytes:
+    """A job whose worker died, with what it has written; gives the job's entry id."""
+    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
+    job = await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
+    assert isinstance(job, bytes)
+    await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
+    for where, fields in log:
+        await redis.xadd(KEY, {name: job if name == "job" else value for name, value in fields.items()}, id=where)
+    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, retrycount=deliveries, justid=True)
+    return job
+
+
+def begun(tokens: int, *, finished: bool = False) -> list[tuple[str, dict[str, str]]]:
+    """A log with the first tokens of the answer."""
+    log = [("1-0", BEGUN), ("1-1", {"type": "opened", "model": "reciter", "role": "assistant"})]
+    for number, token in enumerate(encode(expected())[:tokens], 2):
+        text = expected().split()[number - 2] + " "
+        log.append((f"1-{number}", {"type": "delta", "content": text, "token_ids": json.dumps([token])}))
+    if finished:
+        log[-1][1]["finish_reason"] = "stop"
+    return log
+
+
+async def ended(redis: Redis, request_id: str) -> list[Line]:
+    """Wait for the end of a request whose log was meddled with, and assert that a reader has the whole answer."""
+
+    async def settled() -> bool:
+        return await redis.exists(f"chat:ended:{{{request_id}}}") == 1 and not await pending(redis)
+
+    await eventually(settled)
+    entries = [parse(where, fields) for where, fields in await stream(redis, f"chat:tokens:{{{request_id}}}")]
+    assert not fault_in(entries)
+    answer = Answer(entries)
+    assert (answer.outcome, answer.text) == ("done", expected())
+    assert answer.choices[0].token_ids == [*encode(expected()), END]
+    return await log_of(redis, request_id)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "damaged"),
+    [
+        (CLAIMED, {"type": "resumed"}),
+        (CLAIMED, {"type": "resumed", "after": ""}),
+        (CLAIMED, {"type": "resumed", "after": "somewhere"}),
+        (CLAIMED, {"type": "resumed", "after": "1-1-1"}),
+        (CLAIMED, {"type": "delta", "token_ids": "[1,"}),
+        ({"type": "claimed"}, {"type": "resumed"}),
+        (CLAIMED | {"queue": "no queue", "job": "no id"}, {"type": "resumed"}),
+        (CLAIMED | {"job": "\u0663-1"}, {"type": "resumed"}),
+    ],
+)
+async def test_b2_a_job_whose_log_cannot_be_read_is_buried_once(
+    claimed: dict[str, str], damaged: dict[str, str], redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    job = await left_behind(redis, [*begun(2), ("2-0", claimed), ("2-1", damaged)])
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    log = await log_of(redis, "r")
+    assert (log[-1].id, log[-1].fields["code"]) == (SEAL, "buried")
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"job"] == job
+    assert b"cannot be read" in letter[b"reason"]
+    assert not simulator.served
+
+
+async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_log_holds(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("as a fault of ours")
+
+    await left_behind(redis, begun(2), deliveries=9)
+    monkeypatch.setattr("worker.relay.Answer", broken)
+    await start_worker(simulator, max_deliveries=5)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    assert (await log_of(redis, "r"))[-1].fields["code"] == "buried"
+    assert len(await stream(redis, "chat:dead")) == 1
+
+
+@pytest.mark.parametrize("step", ["advance", "seal"])
+async def test_b4_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_is_acknowledged(
+    step: str,
+    client: Client,
+    redis: Redis,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await start_worker(await start_simulator(Options(orders=Orders(rate=100))))
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id)
+    key, left = f"chat:tokens:{{{request_id}}}", 3
+    take_step = getattr(Owner, step)
+
+    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            await redis.delete(key)
+        return await take_step(owner, log, *args, **more)
+
+    monkeypatch.setattr(Owner, step, deleted_before)
+    await redis.delete(key)
+    log = await ended(redis, request_id)
+    assert left < 0
+    assert [line.type for line in log].count("restarted") == 1
+
+
+async def test_b4_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_without_one(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await left_behind(redis, [*begun(2), ("2-0", CLAIMED), ("2-1", {"type": "resumed"})])
+    left, seal = 2, Owner.seal
+
+    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            await redis.delete(KEY)
+        return await seal(owner, log, *args, **more)  # type: ignore[arg-type]  # handed on as they came
+
+    monkeypatch.setattr(Owner, "seal", deleted_before)
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    assert (await log_of(redis, "r"))[-1].fields["code"] == "buried"
+    assert len(await stream(redis, "chat:dead")) == 1
+
+
+async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled by a bare XADD, which leaves no tombstone, and deleted between the worker's look and its settlement."""
+    read = Owner.read
+
+    async def deleted_before(owner: Owner, request_id: str) -> object:
+        monkeypatch.setattr(Owner, "read", read)
+        await redis.delete(KEY)
+        return await read(owner, request_id)
+
+    monkeypatch.setattr(Owner, "read", deleted_before)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
+    await start_worker(simulator)
+    await promise_kept(redis, "r")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "finished", "deleted"),
+    [(9, False, ("1-4", "1-5", "1-6")), (9, False, ("1-0", "1-1", "1-2")), (9, True, ("1-4",))],
+    ids=["in the middle", "at the front", "of a whole answer"],
+)
+async def test_d8_a_log_with_a_hole_begins_again(
+    tokens: int,
+    deleted: tuple[str, ...],
+    redis: Redis,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    *,
+    finished: bool,
+) -> None:
+    await left_behind(redis, begun(tokens, finished=finished))
+    await redis.xdel(KEY, *deleted)
+    await start_worker(simulator)
+    log = await ended(redis, "r")
+    assert [line.type for line in log if line.id.attempt == 2][:2] == ["claimed", "restarted"]
+
+
+async def test_d8_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    worker = await start_worker(simulator)
+    other = await start_worker(simulator)
+    request_id = await client.enqueue(ask())
+    await has_begun(redis, request_id, 8)
+    await redis.xdel(f"chat:tokens:{{{request_id}}}", "1-4", "1-5", "1-6")
+    holder = worker if len(worker._leases) else other
+    holder.leave()
+    holder.leave()
+    log = await ended(redis, request_id)
+    assert "restarted" in [line.type for line in log]
