@@ -27,7 +27,7 @@ from worker.vllm.upstream import CHAT, Endpoint, Upstream
 _T = TypeVar("_T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 _LONGEST_NAME = 200
-"""Characters of a model's name in the log."""
+"""Characters of a model's name, or of a finish reason, in the worker's log."""
 _MOVES_ON = frozenset({"context_length_exceeded", "model_not_found"})
 """Refusals that another model may not share; whatever could be tried again moves on too, once its tries are used."""
 
@@ -248,6 +248,10 @@ class Generation:
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
                 self._commit()
+        if parser.unknown_reason:
+            reason = parser.unknown_reason[:_LONGEST_NAME]
+            _log.warning("unknown_finish_reason", reason=reason, endpoint=shown_url(endpoint.url))
+            self._metrics.unknown_finish_reason(reason)
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     def _take(self, events: list[bytes]) -> bool:

@@ -95,6 +95,13 @@ def test_choices_are_kept_apart_and_in_order() -> None:
     assert both.finish_reason == "stop"
 
 
+def test_a14_a_choice_that_goes_on_after_a_finish_reason_has_not_finished() -> None:
+    log = answer(delta(2, content="a", finish_reason="stop"), delta(3, content="b"))
+    assert not log.finished(1)
+    assert log.add(delta(4, finish_reason="stop")).finished(1)
+    assert log.add(delta(5, token_ids=[7])).finished(1)
+
+
 def test_whether_so_many_choices_have_finished_is_settled_at_once_for_any_number() -> None:
     assert not answer(delta(2, finish_reason="stop")).finished(10**18)
 

@@ -32,12 +32,16 @@ async def test_a_scrape_shows_what_was_counted() -> None:
     metrics.attempt("started")
     metrics.interrupted("resumed")
     metrics.waited(0.2)
+    for reason in ("eos_token", "eos_token", "a reason in words", *("x" * n for n in range(1, 40))):
+        metrics.unknown_finish_reason(reason)
     metrics.queue("default", waiting=3, oldest=None)
     async with httpx.AsyncClient(trust_env=False) as http:
         page = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
     await metrics.aclose()
     assert 'vllm_relay_jobs_finished_total{outcome="done"} 1.0' in page
     assert 'vllm_relay_interrupted_total{how="resumed"} 1.0' in page
+    assert 'vllm_relay_unknown_finish_reasons_total{reason="eos_token"} 2.0' in page
+    assert page.count("vllm_relay_unknown_finish_reasons_total{") == 20  # a server cannot fill the page
     assert 'vllm_relay_queue_waiting{queue="default"} 3.0' in page
     assert 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0' in page
 

@@ -290,14 +290,55 @@ def test_a_finish_reason_without_done_is_success() -> None:
     assert (parser.complete, parser.done, parser.finish_reason) == (True, False, "stop")
 
 
-@pytest.mark.parametrize("reason", ["abort", "error"])
-def test_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) -> None:
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "abort", "error", "cancelled", "canceled", "timeout", "CANCELLED", "ABORTED", "timed_out", "server_error",
+        "request_timeout", "internal_error", "failed", "insufficient_system_resource", "interrupted", "engine_shutdown",
+    ],
+)  # fmt: skip
+def test_a14_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) -> None:
     told = parsed(chunk({"content": "a"}), chunk({"content": "b"}, reason))
     assert Answer(told[1]).text == "ab"
     assert Answer(told[1]).finish_reason == ""
     error = error_of(chunk({"content": "a"}), chunk({}, reason))
     assert (error.code, error.retryable) == ("upstream_aborted", True)
     assert reason in error.message
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", "function_call", "content_filter", "repetition"])
+def test_a14_good_finish_reasons_are_known(reason: str) -> None:
+    parser, _ = parsed(chunk({"content": "a"}, reason))
+    parser.check_complete()
+    assert (parser.finish_reason, parser.unknown_reason) == (reason, "")
+
+
+@pytest.mark.parametrize("reason", ["eos_token", "MAX_TOKENS", "end_turn", "model_length", "because"])
+def test_a14_an_unknown_finish_reason_ends_the_answer_and_is_told(reason: str) -> None:
+    parser, told = parsed(chunk({"content": "a"}), chunk({}, reason))
+    parser.check_complete()
+    assert (parser.finish_reason, parser.unknown_reason, Answer(told).finish_reason) == (reason, reason, reason)
+
+
+@pytest.mark.parametrize("reason", ["null", "none", "not_finished"])
+def test_a14_words_for_no_finish_reason_end_nothing(reason: str) -> None:
+    assert error_of(chunk({"content": "a"}, reason), chunk({"content": "b"}, reason)).code == "upstream_truncated"
+
+
+@pytest.mark.parametrize("more", [{"content": "b"}, {"reasoning": "b"}, {"tool_calls": [{"id": "x"}]}])
+@pytest.mark.parametrize("done", [True, False])
+def test_a14_an_end_that_is_followed_by_more_is_none(more: Object, done: bool) -> None:  # noqa: FBT001 - a parameter
+    both = [chunk({"content": "a"}, "stop"), chunk(more)]
+    assert error_of(*both, done=done).code == "upstream_truncated"
+    assert error_of(*both, chunk(more), done=done).code == "upstream_truncated"
+    parser, _ = parsed(*both, chunk({}, "length"), done=done)
+    parser.check_complete()
+    assert parser.finish_reason == "length"
+
+
+@pytest.mark.parametrize("late", [{}, {"content": ""}, {"content": None}, {"annotations": [1]}])
+def test_a14_what_is_no_text_may_follow_an_end(late: Object) -> None:
+    parsed(chunk({"content": "a"}, "stop"), chunk(late), done=False)[0].check_complete()
 
 
 @pytest.mark.parametrize("done", [True, False])

@@ -180,7 +180,12 @@ class Answer:
 
     def finished(self, n: int) -> bool:
         """Whether `n` choices have their finish_reason: then nothing is left to generate."""
-        ended = {delta.index for delta in self._deltas if delta.finish_reason}
+        ended: set[int] = set()
+        for delta in self._deltas:
+            if delta.content or delta.reasoning or delta.tool_calls:  # an end that is followed by text was none
+                ended.discard(delta.index)
+            if delta.finish_reason:
+                ended.add(delta.index)
         # Stops at the first that lacks: a job may ask for any `n`.
         return all(index in ended for index in range(n))
 

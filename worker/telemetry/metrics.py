@@ -5,10 +5,13 @@ Nothing is counted per token, and no label holds what a job says.
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+_WORD = re.compile(r"[A-Za-z_]{1,40}")
+_MOST_REASONS = 20
 _PREFIX = "vllm_relay"
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 """Seconds; from a free worker to a queue that is an hour long."""
@@ -31,6 +34,10 @@ class Metrics:
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
+        self._unknown_finish_reasons = self._counter(
+            "unknown_finish_reasons", "Answers taken as whole whose finish reason is on no list", "reason"
+        )
+        self._reasons: set[str] = set()
         self._vllm_up = self._gauge("vllm_up", "Whether a vLLM server gets requests", "endpoint")
         self._vllm_requests = self._gauge("vllm_requests", "Requests that are for a vLLM server", "endpoint")
         self._paused = self._gauge("claims_paused", "Whether no jobs are taken, by why", "reason")
@@ -54,6 +61,13 @@ class Metrics:
     def interrupted(self, how: str) -> None:
         """An answer broke off: `resumed` or `restarted`."""
         self._interrupted.labels(how).inc()
+
+    def unknown_finish_reason(self, reason: str) -> None:
+        """A server ended an answer for a reason that is on no list: `other`, if it is no plain word or one too many."""
+        if not _WORD.fullmatch(reason) or (reason not in self._reasons and len(self._reasons) >= _MOST_REASONS):
+            reason = "other"
+        self._reasons.add(reason)
+        self._unknown_finish_reasons.labels(reason).inc()
 
     def waited(self, seconds: float) -> None:
         """A job has begun that waited for so long."""

@@ -60,7 +60,14 @@ _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 _CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"})
-_BROKEN_OFF = frozenset({"abort", "error"})
+_WHOLE = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "repetition"})
+"""The finish reasons of a whole answer that OpenAI and vLLM 0.32.0 give."""
+_BROKEN_OFF = (
+    "abort", "cancel", "error", "timeout", "timed_out", "time_limit", "fail", "interrupt", "disconnect", "exception",
+    "shutdown", "preempt", "evict", "insufficient", "unavailable", "overload", "crash", "kill",
+)  # fmt: skip
+"""Words in any other finish reason by which a server says that it broke the answer off, itself."""
+_LONGEST_REASON = 100
 
 
 class ChunkParser:
@@ -76,7 +83,8 @@ class ChunkParser:
 
     __slots__ = (
         "_begun", "_broken_off", "_chunk_extra", "_decoder", "_finished", "_head", "_keep_prompt_ids", "_keep_usage",
-        "_kept", "_n", "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason", "usage",
+        "_kept", "_n", "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason",
+        "unknown_reason", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +99,8 @@ class ChunkParser:
         self.done = False
         self.usage: Object = {}
         self.finish_reason = ""
+        self.unknown_reason = ""
+        """A finish reason that is on no list: the answer counts as whole, and people should know."""
         self._decoder = ChunkDecoder()
         self._begun = False
         self._n = n
@@ -218,7 +228,8 @@ class ChunkParser:
             if len(fields) > 1 + ("index" in fields):
                 self._begun = True
                 entries.append(fields)
-        if not self._unsaid and 0 in self._spoken and not self._decoder.holds_half:
+        is_running = 0 in self._spoken and 0 not in self._finished
+        if is_running and not self._unsaid and not self._decoder.holds_half:
             self._same = _of_every_chunk(self._head)
         return entries
 
@@ -300,6 +311,8 @@ class ChunkParser:
         fields: Fields = {"type": "delta"}
         read_message(delta, fields)
         unread = {name: raw for name, raw in delta.items() if says(raw)}
+        if len(fields) > 1:
+            self._finished.discard(index)  # an end that is followed by text was none
         if unread or len(fields) > 1:
             self._spoken.add(index)
         if index:
@@ -316,9 +329,11 @@ class ChunkParser:
 
     def _take_end(self, choice: RawObject, index: int, fields: Fields) -> None:
         if reason := read_finish_reason(choice):
-            if reason in _BROKEN_OFF:
-                self._broken_off = reason
+            if reason not in _WHOLE and any(word in reason.lower() for word in _BROKEN_OFF):
+                self._broken_off = reason[:_LONGEST_REASON]
             else:
+                if reason not in _WHOLE:
+                    self.unknown_reason = reason
                 fields["finish_reason"] = reason
                 self._finished.add(index)
                 self.finish_reason = reason if index == 0 else self.finish_reason or reason

@@ -18,6 +18,8 @@ _EMPTY_LIST = b"[]"
 """What servers in PHP write for an empty object."""
 _LONGEST_INDEX = 18
 """Digits of an index that comes as text."""
+_UNFINISHED = ("null", "none", "None", "not_finished")
+"""Texts that some servers put into `finish_reason` while a choice goes on."""
 _ASSISTANT = Raw(b'"assistant"')
 
 _decode = msgspec.json.decode
@@ -116,7 +118,7 @@ def read_finish_reason(choice: RawObject) -> str:
     if isinstance(value, dict):
         named = next((reason for name in ("type", "reason") if isinstance(reason := value.get(name), str)), "")
         return named or (bytes(raw).decode() if value else "")
-    if not value:
+    if not value or value in _UNFINISHED:
         return ""
     del choice["finish_reason"]
     return value if isinstance(value, str) else bytes(raw).decode()

@@ -1,0 +1,42 @@
+"""How a server's finish reason decides about an answer, from its bytes to the seal."""
+
+import json
+
+import pytest
+from conftest import StartWorker
+from raw_server import sending
+from structlog.testing import capture_logs
+
+from worker import Client
+from worker.telemetry.logs import configure_logging
+
+REQUEST = {"messages": [{"role": "user", "content": "a secret prompt"}]}
+
+
+def answer_that_ends(reason: str) -> bytes:
+    chunks = [{"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"delta": {}, "finish_reason": reason}]}]
+    events = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+    return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + events
+
+
+async def test_a14_an_unknown_finish_reason_is_done_and_named(client: Client, start_worker: StartWorker) -> None:
+    configure_logging("json", "info")
+    async with sending(answer_that_ends("eos_token")) as url:
+        worker = await start_worker(vllm_urls=url)
+        with capture_logs() as logs:
+            answer = await client.result(await client.enqueue(REQUEST))
+    assert (answer.outcome, answer.text, answer.finish_reason) == ("done", "a", "eos_token")
+    (line,) = [line for line in logs if line["event"] == "unknown_finish_reason"]
+    assert (line["reason"], line["endpoint"]) == ("eos_token", url)
+    name = "vllm_relay_unknown_finish_reasons_total"
+    assert worker._metrics.registry.get_sample_value(name, {"reason": "eos_token"}) == 1
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout"])
+async def test_a14_an_answer_that_its_server_broke_off_is_not_done(
+    client: Client, start_worker: StartWorker, reason: str
+) -> None:
+    async with sending(answer_that_ends(reason)) as url:
+        await start_worker(vllm_urls=url, tries=1)
+        answer = await client.result(await client.enqueue(REQUEST))
+    assert (answer.outcome, answer.error) == ("error", f"vLLM broke the answer off ({reason}) (upstream_aborted)")
