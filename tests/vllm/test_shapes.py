@@ -205,6 +205,24 @@ SHAPES = [
         for usage in (7, "7", [7])
     ),
     Shape("A15: an empty list as delta", ROLE + x([]) + x({"content": "a"}) + x([], "stop") + DONE, "a", openai=False),
+    *(
+        Shape(
+            f"A12: no blank line at the end but {end!r}", ROLE + x({"content": "a"}, "stop").rstrip() + end, "a", False
+        )
+        for end in (b"", b"\n", b"\r", b"\r\n")
+    ),
+    Shape(
+        "A12: several chunks in one event",
+        ROLE + b"".join(x({"content": text})[:-1] for text in "abc") + END,
+        "abc",
+        openai=False,
+    ),
+    Shape(
+        "A12: several chunks in one event, and the end",
+        ROLE + x({"content": "a"})[:-1] + x({}, "stop")[:-1] + DONE,
+        "a",
+        openai=False,
+    ),
     Shape("A15: halves of a character", ROLE + x({"content": "a\ud83d"}) + x({"content": "\ude42b"}) + END, "a🙂b"),
     Shape(
         "A15: halves of a character with nothing between",
@@ -283,7 +301,7 @@ SHAPES = [
 def read(body: bytes) -> tuple[ChunkParser, Answer]:
     """The answer as a reader of the log has it."""
     parser, answer, decoder = ChunkParser(), Answer(), SSEDecoder()
-    fields = [fields for data in decoder.feed(body) for fields in parser.parse(data)]
+    fields = [fields for data in decoder.feed(body) + decoder.end() for fields in parser.parse(data)]
     for n, one in enumerate(fields, 1):
         raw = {name.encode(): value.encode() for name, value in one.items()}
         answer.add(entries.parse(str(EntryId(1, n)), raw))

@@ -1,7 +1,8 @@
 """The decoder of server-sent events as data: the standard's examples, every cut of the same bytes, and its limits."""
 
+import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,18 @@ def by_the_standard(body: bytes) -> list[bytes]:
             line += text[place]
             place += 1
     # What is left in `line` has no end: it is dropped, and so is the event that it belongs to.
-    events = []
+    return list(events_of(lines))
+
+
+def events_of(lines: list[str]) -> Iterator[bytes]:
     buffer = ""
     for line in lines:
         if line == "":
             if buffer != "":
-                events.append(buffer.removesuffix("\n").encode())
+                yield from beside_the_standard(buffer.removesuffix("\n"))
             buffer = ""
+        elif line[0] in "{[" and line[-1] in "}]" and buffer == "":  # it is no field: servers put errors there
+            yield line.encode()
         elif line[0] == ":":
             continue
         elif ":" in line:
@@ -61,10 +67,60 @@ def by_the_standard(body: bytes) -> list[bytes]:
                 buffer += value.removeprefix(" ") + "\n"
         elif line == "data":
             buffer += "\n"
-    return events
+
+
+def beside_the_standard(data: str) -> list[bytes]:
+    """Lines that are JSON objects of their own are events of their own (A12)."""
+    lines = data.split("\n")
+    return [line.encode() for line in (lines if all(map(is_object, lines)) else [data])]
+
+
+def is_object(text: str) -> bool:
+    try:
+        return text == "[DONE]" or (text[0] == "{" and isinstance(json.loads(text), dict))
+    except (ValueError, IndexError):
+        return False
 
 
 # Examples
+
+
+@pytest.mark.parametrize(
+    ("lines", "events"),
+    [
+        ([b'{"a":1}', b'{"b":2}'], [b'{"a":1}', b'{"b":2}']),
+        ([b'{"a":1}', b"[DONE]"], [b'{"a":1}', b"[DONE]"]),
+        ([b'{"a":-1e999}', b'{"a":"\\ud83d"}'], [b'{"a":-1e999}', b'{"a":"\\ud83d"}']),
+        ([b'{"a":', b"1}"], [b'{"a":\n1}']),
+        ([b'{"a":1}', b"{"], [b'{"a":1}\n{']),
+        ([b'{"a":', b"{}", b"}"], [b'{"a":\n{}\n}']),
+        ([b"1", b"2"], [b"1\n2"]),
+    ],
+)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a12_whole_chunks_on_lines_of_one_event_are_several(
+    lines: list[bytes], events: list[bytes], end: bytes
+) -> None:
+    body = b"".join(b"data: " + line + end for line in lines) + end
+    assert decoded(body) == decoded(*byte_by_byte(body)) == events
+    assert decoded(b"data: a\n\n", body, b"data: a\n\n") == [b"a", *events, b"a"]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r", b"\r\n"])
+def test_a12_the_last_event_needs_no_blank_line(end: bytes) -> None:
+    for start in (b"", BOM, b"data: a\n\n", b"data: {}\r\n"):
+        for pieces in ([start + b'data: {"a":1}' + end], byte_by_byte(start + b'data: {"a":1}' + end)):
+            decoder = SSEDecoder()
+            for piece in pieces:
+                decoder.feed(piece)
+            assert decoder.end()[-1] == b'{"a":1}'
+            assert decoder.end() == []
+
+
+@pytest.mark.parametrize("rest", [b'data: {"a":', b'data: {"a":1}x', b"data", b": {}", b"", b"id: {}"])
+def test_a12_an_event_that_is_cut_off_stays_cut_off(rest: bytes) -> None:
+    decoder = SSEDecoder()
+    assert (decoder.feed(b"data: a\n\n" + rest), decoder.end()) == ([b"a"], [])
 
 
 @pytest.mark.parametrize(

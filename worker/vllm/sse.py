@@ -3,10 +3,14 @@
 The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream": lines end at CR, LF or CRLF
 and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
 colon is dropped, several data lines are joined by LF, a BOM at the start is passed over, and an event that the end
-of the stream cuts off is dropped unless it is whole JSON. Fields other than `data` carry nothing in a stream of
-completions, but for errors: the data of an event that is called `error` or `exception`, and the value of a field of
-that name, come out as `{"error": …}`, and a line of JSON without `data:` as an event of its own.
+of the stream cuts off is dropped. Fields other than `data` carry nothing in a stream of completions.
+
+Three things go beyond the standard. Data lines of one event that are whole chunks, each of its own, are several events.
+The last event is not dropped where it is whole JSON. Errors come out too: the data of an event that is called `error`
+or `exception`, and the value of a field of that name, as `{"error": …}`, and a line of JSON without `data:` as it is.
 """
+
+import json
 
 import msgspec
 
@@ -14,6 +18,7 @@ from worker.vllm.error_bodies import decoded
 
 _BOM = b"\xef\xbb\xbf"
 _LF = 0x0A
+_DONE = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 """Room for the first chunk of a prompt of a million tokens, whose ids stand in it."""
 
@@ -107,11 +112,12 @@ class SSEDecoder:
             if not line:
                 if data:
                     event = data[0] if len(data) == 1 else b"\n".join(data)
+                    whole = data.copy() if len(data) > 1 and all(map(_is_chunk, data)) else []
                     data.clear()
                     self._held = 0
                     if len(event) > self._max:
                         raise self._too_large()
-                    events.append(_as_error(event) if self._is_error else event)
+                    events += whole or [_as_error(event) if self._is_error else event]
                 self._is_error = False
             elif line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
@@ -153,11 +159,16 @@ class SSEDecoder:
 
 
 def _is_json(data: bytes) -> bool:
+    """Whether it is what a chunk may be, however odd: the parser reads more than a strict decoder does."""
     try:
-        msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return data == b"[DONE]"
+        json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return data == _DONE
     return True
+
+
+def _is_chunk(line: bytes) -> bool:
+    return line == _DONE or (line.startswith(b"{") and _is_json(line))
 
 
 def _as_error(data: bytes) -> bytes:
