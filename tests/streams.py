@@ -183,6 +183,8 @@ STREAMS = [
     Stream("A10", "a number that is none",
            whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-Infinity}]}')),
            {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
+    Stream("A12", "several data lines of an event, each a chunk",
+           whole(x({"content": "a"})[:-1] + x({"content": "b"})), {"content": "ab"}),
     Stream("A15", "an object as tool calls", whole(x({"content": "a", "tool_calls": {"id": "c"}})), {"content": "a"}),
     Stream("A15", "null among tool calls", whole(x({"content": "a", "tool_calls": [None]})), {"content": "a"}),
     Stream("A15", "odd token ids", whole(x({"content": "a"}, token_ids=[[1]]), x({"content": "b"}, token_ids=[0.5]))),

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worker.contract.answer import Answer
 from worker.contract.entries import (
@@ -18,6 +20,7 @@ from worker.contract.entries import (
     Resumed,
     Started,
     Unknown,
+    to_json,
 )
 from worker.contract.ids import QUEUED, SEAL, EntryId
 
@@ -362,6 +365,32 @@ def test_the_usage_of_an_answer_without_end_is_counted_from_its_token_ids() -> N
     assert answer(opened).usage == {}
     assert answer(OPENED, delta(2, token_ids=[1])).usage == {}
     assert answer(delta(2, token_ids=[1])).usage == {}
+
+
+_NAMES = st.sampled_from(
+    ["id", "index", "type", "name", "function", "arguments", "delta", "chunk", "refusal", "content"]
+)
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "a", "delta"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+_OBJECT = st.dictionaries(_NAMES, _JSON, max_size=3)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.builds(
+    delta, index=st.integers(-1, 1), content=st.sampled_from(["", "a"]), logprobs=_JSON,
+    tool_calls=st.lists(_OBJECT, max_size=3), extra=_OBJECT,
+), max_size=4))  # fmt: skip
+def test_whatever_deltas_hold_an_answer_can_be_put_together_and_handed_on(deltas: list[Delta]) -> None:
+    before = to_json([entry.as_dict() for entry in deltas])
+    log = answer(*deltas)
+    assert to_json(log.completion()) == to_json(log.completion())
+    for one in deltas:
+        to_json(one.chunk(OPENED))
+    assert to_json([entry.as_dict() for entry in deltas]) == before, "what was read has not changed"
 
 
 # Attempts
