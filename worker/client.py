@@ -1,11 +1,12 @@
 """For other Python services: enqueue a chat job, follow its tokens, get its answer, cancel it."""
 
+import asyncio
 import enum
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Self, TypeAlias, TypedDict, Unpack, cast
+from typing import Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -17,7 +18,17 @@ from worker.broker.cluster import ClusterClient
 from worker.broker.connection import command_client
 from worker.broker.depth import waiting_in
 from worker.broker.urls import keys_at
-from worker.client_errors import MAPPED, Conflict, InvalidArgument, QueueFull, check_id, check_place, mapped
+from worker.client_errors import (
+    MAPPED,
+    Conflict,
+    InvalidArgument,
+    Misused,
+    QueueFull,
+    Unavailable,
+    check_id,
+    check_place,
+    mapped,
+)
 from worker.contract.answer import Answer
 from worker.contract.entries import (
     AnyEntry,
@@ -37,6 +48,7 @@ from worker.contract.records import Tombstone
 from worker.following import Follower, Following
 from worker.patience import Patience
 
+_T = TypeVar("_T")
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 _DAY = 24 * 3600
 _LONGEST = 365 * _DAY
@@ -125,6 +137,9 @@ class Client:
         self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
     ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop of the first call, which has the connections."""
+        self._is_closed = False
         self._patience = Patience(patience)
         self._queue_limit = queue_limit
         try:
@@ -141,9 +156,15 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection. Whoever still follows a request gets `Unavailable`."""
-        await self._following.aclose()
-        await self._redis.aclose()
+        """Close every connection. Whoever still waits for something, or asks later, gets `Unavailable`."""
+        if self._is_closed:
+            return
+        self._check_usable()
+        self._is_closed = True
+        try:
+            await self._following.aclose()
+        finally:
+            await self._redis.aclose()
 
     async def ping(self) -> None:
         """Ask Redis once, without patience.
@@ -152,6 +173,7 @@ class Client:
             Unavailable: when it does not answer.
             Refused: when it refuses, such as a password.
         """
+        self._check_usable()
         try:
             await self._redis.ping()
         except MAPPED as error:
@@ -172,7 +194,7 @@ class Client:
         job = new_job(request, **options)
         queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
         await self._check_room(queue, job.id)
-        await self._patience.retry(lambda: self._enqueue(job, queue, within))
+        await self._ask(lambda: self._enqueue(job, queue, within))
         return job.id
 
     async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[AnyEntry]:
@@ -208,6 +230,7 @@ class Client:
             follower.leave()
 
     def _follower(self, request_id: str, after: str | EntryId | None) -> Follower:
+        self._check_usable()
         return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after))
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
@@ -230,7 +253,7 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         check_id(request_id)
-        tail, stone = await self._patience.retry(lambda: self._look(request_id))
+        tail, stone = await self._ask(lambda: self._look(request_id))
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
         if is_terminal(tail):
@@ -244,16 +267,36 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         before = await self.status(request_id)
-        if before.state not in (State.ENDED, State.EXPIRED) and not await self._patience.retry(
-            lambda: self._cancel(request_id)
-        ):
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(lambda: self._cancel(request_id)):
             return await self.status(request_id)
         return before
+
+    async def _ask(self, operation: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat an operation until Redis answers, or the client is closed. Raises what `Patience.retry` raises."""
+
+        async def unless_closed() -> _T:
+            self._check_usable()
+            return await operation()
+
+        try:
+            return await self._patience.retry(unless_closed)
+        finally:
+            if self._is_closed:  # the operation may have connected again while the client was closed
+                await self._redis.aclose()
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise Unavailable("the client is closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise Misused("this Client belongs to another event loop: make one in each")
 
     async def _check_room(self, queue: str, request_id: str) -> None:
         if not self._queue_limit:
             return
-        waiting = await self._patience.retry(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
+        waiting = await self._ask(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
         if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
             raise QueueFull(queue, waiting, self._queue_limit)
 
@@ -281,6 +324,7 @@ class Client:
                 try:
                     await pipe.execute()
                 except WatchError:
+                    self._check_usable()  # the connection may be gone because the client was closed
                     continue
             if is_cluster:
                 await self._add_after_log(job, queue)

@@ -65,8 +65,10 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
             pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
             try:
                 await pipe.execute()
-            except WatchError:
-                left -= 1  # an entry came meanwhile, or the reply was lost: look again
+            except WatchError as error:
+                if "while watching" in str(error):  # this is how redis-py 8.1 says that the connection is lost
+                    raise
+                left -= 1  # an entry came meanwhile: look again
                 continue
             except ResponseError as error:
                 if not _SEALED.match(what_redis_said(error)):
