@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.contract.answer import Answer
@@ -379,7 +379,6 @@ _JSON = st.recursive(
 _OBJECT = st.dictionaries(_NAMES, _JSON, max_size=3)
 
 
-@settings(max_examples=300)
 @given(st.lists(st.builds(
     delta, index=st.integers(-1, 1), content=st.sampled_from(["", "a"]), logprobs=_JSON,
     tool_calls=st.lists(_OBJECT, max_size=3), extra=_OBJECT,

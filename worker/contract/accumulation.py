@@ -1,8 +1,8 @@
 """How the pieces of a streamed message become whole values: text, lists, objects, logprobs and tool calls.
 
 Strings are joined, lists are extended, objects are accumulated field by field, and of numbers the latest holds. What is
-null or empty changes nothing, nor does a piece of another type than what is there. No value that is given is changed: a
-piece belongs to the entry that it came in.
+null or empty changes nothing, nor does a piece of another type than what is there. What is whole is changed in place,
+for an answer may have many pieces; a piece never is, since it belongs to the entry that it came in.
 """
 
 from worker.contract.entries import JSON, Object
@@ -14,12 +14,14 @@ _EMPTY: tuple[JSON, ...] = (None, "", [], {})
 
 
 def accumulate(whole: Object, piece: Object) -> Object:
-    """An object with the next piece of it."""
-    return whole | {name: accumulate_value(whole.get(name), value, name) for name, value in piece.items()}
+    """Add the next piece of an object; gives the object."""
+    for name, value in piece.items():
+        whole[name] = accumulate_value(whole.get(name), value, name)
+    return whole
 
 
 def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
-    """A value, None before its first piece, with the next piece of it. `name` is that of its field."""
+    """Add the next piece of a value, which is None before the first; gives the value. `name` is that of its field."""
     if whole in _EMPTY:
         return whole if piece is None else _first(piece)
     if piece in _EMPTY or name in _NAMING:
@@ -29,7 +31,8 @@ def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
             # The name of a function may come in pieces, and may be repeated.
             return whole if name == "name" and whole == piece else whole + piece
         case list(), list():
-            return _extended(whole, piece)
+            _extend(whole, piece)
+            return whole
         case dict(), dict():
             return accumulate(whole, piece)
         case int() | float(), int() | float():
@@ -47,31 +50,34 @@ def add_tool_call(calls: list[Object], piece: Object) -> None:
     piece = {name: value for name, value in piece.items() if value is not None}
     place = _place(calls, piece)
     if place is not None:
-        calls[place] = accumulate(calls[place], piece)
+        accumulate(calls[place], piece)
     elif _says_anything(piece):
         calls.append(accumulate({}, piece))
 
 
 def _first(piece: JSON) -> JSON:
-    """A value that begins; one list may hold several pieces of the same thing."""
+    """A value of one's own, made of its first piece; a list may hold several pieces of the same thing."""
     if isinstance(piece, dict):
         return accumulate({}, piece)
-    return _extended([], piece) if isinstance(piece, list) else piece
+    if isinstance(piece, list):
+        whole: list[JSON] = []
+        _extend(whole, piece)
+        return whole
+    return piece
 
 
-def _extended(whole: list[JSON], piece: list[JSON]) -> list[JSON]:
-    """A list with more at its end. An object with an `index` is a piece of the one that has the same index and type."""
-    extended = list(whole)
+def _extend(whole: list[JSON], piece: list[JSON]) -> None:
+    """Add to a list. An object with an `index` is a piece of the one that has the same index and type."""
     for value in piece:
-        place = None
-        if isinstance(value, dict) and value.get("index") is not None:
-            same = (value["index"], value.get("type"))
-            place = next((at for at, one in enumerate(extended) if _index_and_type(one) == same), None)
+        if not isinstance(value, dict) or value.get("index") is None:
+            whole.append(value)
+            continue
+        same = (value["index"], value.get("type"))
+        place = next((at for at, one in enumerate(whole) if _index_and_type(one) == same), None)
         if place is None:
-            extended.append(_first(value))
+            whole.append(_first(value))
         else:
-            extended[place] = accumulate_value(extended[place], value)
-    return extended
+            whole[place] = accumulate_value(whole[place], value)
 
 
 def _index_and_type(value: JSON) -> tuple[JSON, JSON] | None:
