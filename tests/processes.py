@@ -32,7 +32,7 @@ class Process:
         self.lines = Lines(self.commands)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
-        self.publisher = Publisher(url)
+        self.publisher = Publisher(command_client(url, connections=1))
         self.owner = Owner(
             self.lines, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
         )  # fmt: skip

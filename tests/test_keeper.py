@@ -7,7 +7,8 @@ from typing import cast
 
 import pytest
 from conftest import eventually
-from processes import Process
+from processes import Process, process
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
@@ -39,10 +40,10 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
     configure_logging("json")
     with capture_logs() as logs:
         leases.begin([Delivery("default", "1-0", {})], time.monotonic())
-        keeping = asyncio.create_task(keeper.keep_leases())
+        keeping = [asyncio.create_task(keep()) for keep in (keeper.keep_leases, keeper.stop_expired)]
         await eventually(rounds_without_a_job)
         keeper.leave()
-        await keeping
+        await asyncio.gather(*keeping)
     await redis.aclose()
     assert [line["event"] for line in logs] == ["renewal_failed"]
 
@@ -67,3 +68,31 @@ async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis
 
 async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
     await stop
+
+
+async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis(
+    redis_proxy: Proxy, redis: Redis
+) -> None:
+    """B9."""
+    await redis.xadd("chat:jobs", {"id": "a"})
+    async with process(redis_proxy.redis_url, "behind") as behind:
+        await behind.jobs.ensure_group("default")
+        stopped: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+
+        async def work(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
+            stopped.set_result(await stop)
+
+        leases = Leases(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
+        parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+        keeper = Keeper(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+        leases.begin(await behind.jobs.read("default", 1, 500), time.monotonic())
+        renewal = redis_proxy.hold(b"XCLAIM")
+        configure_logging("json")
+        with capture_logs() as logs:
+            keeping = [asyncio.create_task(keep()) for keep in (keeper.keep_leases, keeper.stop_expired)]
+            assert await stopped is Stop.LEASE_LOST
+        assert renewal.met.is_set()
+        assert logs == [], "the renewal waits yet"
+        await redis_proxy.heal()
+        keeper.leave()
+        await asyncio.gather(*keeping)

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from worker import Answer, Client
 from worker.broker.jobs import Delivery
+from worker.broker.publisher import Publisher
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders
 from worker.service import Service
@@ -152,6 +153,7 @@ async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
     await eventually(runs)
     for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave")):
         monkeypatch.setattr(part, what, never)
+    assert isinstance(worker._publisher, Publisher)
     monkeypatch.setattr(worker._publisher._wires, "execute", lambda _commands, _done: None)
     configure_logging("json")
     with capture_logs() as logs:

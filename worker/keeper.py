@@ -9,10 +9,10 @@ from contextlib import suppress
 from redis.exceptions import RedisError, ResponseError
 
 from worker.broker.clock import Clock
+from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import Backoff
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.publisher import Publisher
 from worker.contract.records import WorkerLine
 from worker.leases import Leases
 from worker.settings import Settings
@@ -34,7 +34,7 @@ class Keeper:
         jobs: JobQueue,
         leases: Leases,
         ledger: Ledger,
-        publisher: Publisher,
+        publisher: AnyPublisher,
         clock: Clock,
         line: Callable[[], WorkerLine],
         metrics: Metrics,
@@ -70,7 +70,16 @@ class Keeper:
             except (RedisError, OSError) as error:
                 await backoff.wait(error)
             self._publisher.look_at_silent()
-            self._leases.stop_expired()
+
+    async def stop_expired(self) -> None:
+        """Stop the jobs whose lease ends, on time: a renewal that Redis does not answer takes some seconds."""
+        wait = self._pause
+        due = time.monotonic() + wait
+        while await self._rest(wait):
+            now, wait = time.monotonic(), self._pause
+            if now - due < self._pause:  # else this process stood still, and a renewal comes first
+                wait = min(wait, self._leases.stop_expired())
+            due = now + wait
 
     async def keep_house(self) -> None:
         """Show that this worker lives, measure, and clear up; at once, and then time and again."""
@@ -149,9 +158,9 @@ class Keeper:
             await self._jobs.remove_stale(queue, alive, stale)
         self._swept = time.monotonic()
 
-    async def _rest(self) -> bool:
-        """Pause; false when all is over."""
+    async def _rest(self, seconds: float | None = None) -> bool:
+        """Pause, for a third of a lease where no seconds are given; false when all is over."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._pause):
+            async with asyncio.timeout(self._pause if seconds is None else seconds):
                 await self._over.wait()
         return not self._over.is_set()

@@ -120,12 +120,17 @@ class Leases:
             raise refusal
         return True
 
-    def stop_expired(self) -> None:
-        """Whoever could not renew before the lease ended stops: another worker may have the job by now."""
+    def stop_expired(self) -> float:
+        """Stop the jobs whose lease could not be renewed before it ended: another worker may have them by now.
+
+        Gives the seconds until the next one may have to stop.
+        """
         ended = time.monotonic() - self._lease
         for running in self._running.values():
             if running.renewed < ended:
                 self._lose(running)
+        left = [running.renewed - ended for running in self._running.values() if not running.stop.done()]
+        return min(left, default=self._lease)
 
     def _lose(self, running: Running) -> None:
         if not running.stop.done():

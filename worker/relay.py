@@ -12,12 +12,12 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
+from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import persist
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
-from worker.broker.publisher import Publisher
 from worker.broker.urls import keys_at
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
@@ -63,7 +63,7 @@ class Relay:
         jobs: JobQueue,
         owner: Owner,
         ledger: Ledger,
-        publisher: Publisher,
+        publisher: AnyPublisher,
         upstream: Upstream,
         now: Callable[[], int],
         metrics: Metrics,

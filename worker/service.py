@@ -13,12 +13,12 @@ from redis.exceptions import RedisError
 
 from worker.broker.cancels import CancelHints
 from worker.broker.clock import Clock
+from worker.broker.cluster_publisher import open_publisher
 from worker.broker.connection import blocking_client, command_client, is_transient, persist
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.lines import Lines
 from worker.broker.owner import Owner
-from worker.broker.publisher import Publisher
 from worker.broker.urls import keys_at
 from worker.claims import Claims
 from worker.contract.records import WorkerLine
@@ -55,7 +55,7 @@ class Service:
         self._metrics = Metrics()
         keys = keys_at(url, settings.prefix)
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
-        self._publisher = Publisher(url, self._metrics)
+        self._publisher = open_publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
         self._ledger = Ledger(self._commands, keys, self._metrics)
         self._upstream = Upstream(
@@ -181,7 +181,9 @@ class Service:
         async with asyncio.TaskGroup() as group:
             claiming = [group.create_task(self._claims.read(rank, q)) for rank, q in enumerate(self._settings.queues)]
             claiming.append(group.create_task(self._claims.take_over()))
-            working = (self._publisher.run, self._hints.run, self._keeper.keep_leases, self._keeper.keep_house)
+            keeper = self._keeper
+            keeping = (keeper.keep_leases, keeper.stop_expired, keeper.keep_house)
+            working = (self._publisher.run, self._hints.run, *keeping)
             parts = [group.create_task(work()) for work in working]
             watching = group.create_task(self._upstream.watch())
             try:

@@ -12,10 +12,10 @@ import topology
 from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import RedisError
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
-from worker.broker.cluster import slot_of
+from worker.broker.cluster import ClusterClient, slot_of
 from worker.broker.connection import command_client, is_transient
 from worker.broker.wire import Outcome, Wires, pack
 from worker.checks import check
@@ -448,14 +448,26 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
     await settled(redis)
 
 
-async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(redis: Redis) -> None:
-    keys = [f"{{{number}}}" for number in range(20)]
+@pytest.fixture
+async def master(redis: Redis, nodes: list[topology.Node]) -> Redis:
+    """The client of the first master, by which the publisher reaches it."""
+    assert isinstance(redis, ClusterClient)
+    at_port = {it.connection_pool.connection_kwargs["port"]: it for it in await redis.masters()}
+    found = at_port[nodes[0].port]
+    assert isinstance(found, Redis)
+    return found
+
+
+async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(
+    master: Redis, nodes: list[topology.Node]
+) -> None:
+    keys = [key for key in (f"{{{number}}}" for number in range(60)) if nodes[0].owns(slot_of(key))]
     commands = [
         (key, pack(b"SET", key.encode(), value) + pack(b"GET", key.encode()), 2)
         for value in (b"a", b"b")
         for key in keys
     ]
-    wires = Wires(redis)
+    wires = Wires(master, by_slot=True)
     await wires.connect()
     executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     wires.execute(commands, executed.set_result)
@@ -463,36 +475,69 @@ async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(re
     assert await executed == await wires.ask(commands) == expected
     await wires.close()
     for key in keys:
-        await redis.delete(key)
+        await master.delete(key)
 
 
 async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
-    redis: Redis, nodes: list[topology.Node]
+    redis: Redis, master: Redis, nodes: list[topology.Node]
 ) -> None:
-    keys = [f"chat:tokens:{{{number}}}" for number in range(60)]
-    for key in keys:
+    """One of the slots is on its way to another master, where a MULTI of new keys is refused."""
+    owned = [number for number in range(60) if nodes[0].owns(slot_of(f"{{{number}}}"))]
+    keys = [f"chat:tokens:{{{number}}}" for number in owned]
+    for key in keys[1:]:
         await redis.xadd(key, {"a": "b"}, id="1-0")
     commands = [
         (key, b"".join([pack(b"XADD", key.encode(), f"1-{n}".encode(), b"a", b"b") for n in added]), len(added))
         for added in ((1,), (2, 3)) for key in keys
     ]  # fmt: skip
-    wires = Wires(redis)
+    wires = Wires(master, by_slot=True)
     await wires.connect()
-    nodes[0].client.config_set("maxmemory", 1)
+    moving = slot_of(keys[0])
+    nodes[0].ask("CLUSTER SETSLOT", moving, "MIGRATING", nodes[1].ask("CLUSTER MYID"))
     try:
         executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         wires.execute(commands, executed.set_result)
         refusal = await executed
     finally:
-        nodes[0].client.config_set("maxmemory", 0)
-    assert isinstance(refusal, OutOfMemoryError)
+        nodes[0].ask("CLUSTER SETSLOT", moving, "STABLE")
+    assert isinstance(refusal, RedisError)
     assert is_transient(refusal)
-    full = [nodes[0].owns(slot_of(key)) for key in keys]
-    assert any(full)
-    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [1 if it else 4 for it in full]
+    assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [0] + [4] * (len(keys) - 1)
     await wires.close()
     for key in keys:
         await redis.delete(key)
+
+
+async def test_a_master_that_stands_still_holds_up_no_stream_of_another(
+    cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    """B9."""
+    await start_worker(await start_simulator(Options(orders=Orders(rate=40))), redis_url=cluster_url, lease=20)
+    lasting = [slot_of("chat:jobs"), slot_of("chat:lifecycle")]
+    stands = next(node for node in nodes if not any(map(node.owns, lasting)))
+    runs = next(node for node in nodes if node is not stands)
+    ids = {
+        node.port: next(name for name in map(str, range(1000)) if node.owns(slot_of(name))) for node in (stands, runs)
+    }
+    for request_id in ids.values():
+        await client.enqueue(ask("Who are you?"), id=request_id)
+
+    async def both_run() -> bool:
+        return all([await redis.xlen(f"chat:tokens:{{{name}}}") > 4 for name in ids.values()])
+
+    async def the_other_is_whole() -> bool:
+        return (await stream(redis, f"chat:tokens:{{{ids[runs.port]}}}"))[-1][0] == str(SEAL).encode()
+
+    await eventually(both_run)
+    stands.process.send_signal(signal.SIGSTOP)
+    try:
+        await eventually(the_other_is_whole)
+    finally:
+        stands.process.send_signal(signal.SIGCONT)
+    for request_id in ids.values():
+        whole([entry async for entry in client.follow(request_id)], "Who are you?")
+    await settled(redis)
 
 
 async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redis: Redis) -> None:

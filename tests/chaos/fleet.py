@@ -77,7 +77,7 @@ class Worker:
         self._commands = command_client(world.url)
         self._blocking = blocking_client(world.url, 1)
         self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE)
-        self._publisher = Publisher(world.url)
+        self._publisher = Publisher(command_client(world.url, connections=1))
         for redis in (self._commands, self._blocking, self._publisher._redis):
             self.gate.guard(redis)
         self._publisher._wires = GatedWires(self._publisher._redis, self.gate)

@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from worker import Client, Entry
 from worker.broker.log import HIGH_WATER_BYTES
+from worker.broker.publisher import Publisher
 from worker.contract.ids import SEAL
 from worker.sandbox.redis import EmbeddedRedis, free_port
 from worker.sandbox.requests import answer_to
@@ -247,7 +248,8 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
 
 def waiting(worker: Service) -> int:
     """Bytes that the worker's logs hold until Redis has accepted them."""
-    return sum(log._bytes for log in worker._publisher._logs)
+    assert isinstance(worker._publisher, Publisher)
+    return sum(log.size for log in worker._publisher.logs)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError, WatchError
 
+from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import Backoff, is_transient, what_redis_said
-from worker.broker.publisher import Publisher
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Fields, parse_leniently, to_fields
 from worker.contract.ids import SEAL
@@ -80,7 +80,7 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
 class CancelHints:
     """The process's one subscription; for a request that runs here, it has the end of that log read at once."""
 
-    def __init__(self, redis: Redis, channel: str, publisher: Publisher) -> None:
+    def __init__(self, redis: Redis, channel: str, publisher: AnyPublisher) -> None:
         self._redis = redis
         self._channel = channel
         self._publisher = publisher

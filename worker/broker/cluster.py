@@ -8,7 +8,7 @@ refused since its slot has moved is not sent elsewhere: it is a passing fault, a
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -68,6 +68,7 @@ class ClusterPool(ConnectionPool):
         self._stale = True
         self._asking: asyncio.Task[None] | None = None
         self._lent: dict[AbstractConnection, Redis] = {}
+        self._drops: list[Callable[[Redis], Awaitable[None]]] = []
 
     async def master_of(self, key: str | bytes | None) -> Redis:
         """The client of the master that holds a key, or of any one."""
@@ -80,10 +81,18 @@ class ClusterPool(ConnectionPool):
             raise ClusterDownError("CLUSTERDOWN no master holds the slot")
         return master
 
+    def known_master_of(self, key: str | bytes) -> Redis | None:
+        """The client of the master that held a key when the cluster was asked last, if one did."""
+        return self._by_slot[slot_of(key)]
+
     async def masters(self) -> list[Redis]:
         """A client for each master."""
         await self._learn()
         return list(self._masters.values())
+
+    def when_gone(self, drop: Callable[[Redis], Awaitable[None]]) -> None:
+        """Have `drop` called with each master that is none any more."""
+        self._drops.append(drop)
 
     async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:  # noqa: ANN401 - as redis-py has it
         """A connection to any master, as for pub/sub: a cluster hands messages to every node."""
@@ -151,6 +160,8 @@ class ClusterPool(ConnectionPool):
         for former in gone.values():
             await former.connection_pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
             await former.connection_pool.disconnect(inuse_connections=False)
+            for drop in self._drops:
+                await drop(former)
         if not told:
             self._stale = True
             raise ClusterDownError("CLUSTERDOWN no master holds a slot")
@@ -194,7 +205,9 @@ class _ClusterPipeline(Pipeline):
             by_master.values(), await asyncio.gather(*parts, return_exceptions=True), strict=True
         ):
             if isinstance(outcome, BaseException):
-                raise outcome
+                if raise_on_error or not isinstance(outcome, RedisError | OSError):
+                    raise outcome
+                outcome = [outcome] * len(places)  # noqa: PLW2901 - the replies of the other masters are there
             for place, reply in zip(places, outcome, strict=True):
                 replies[place] = reply
         if raise_on_error:
@@ -243,6 +256,12 @@ async def server_of(redis: Redis, key: str) -> Redis:
         RedisError: when no master does, or no node of the cluster tells.
     """
     return await redis.connection_pool.master_of(key) if isinstance(redis, ClusterClient) else redis
+
+
+def when_gone(redis: Redis, drop: Callable[[Redis], Awaitable[None]]) -> None:
+    """Have `drop` called with the client of each master of a cluster that is none any more."""
+    if isinstance(redis, ClusterClient):
+        redis.connection_pool.when_gone(drop)
 
 
 def forget_masters(redis: Redis) -> None:

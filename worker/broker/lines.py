@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.cluster import ELSEWHERE, forget_masters, server_of
+from worker.broker.cluster import ELSEWHERE, forget_masters, server_of, when_gone
 from worker.broker.wire import Wire, in_multi, pack
 
 _MOST = 16
@@ -67,6 +67,7 @@ class Lines:
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
         self._places: dict[Redis, _Place] = {}
+        when_gone(redis, self._drop)
 
     @asynccontextmanager
     async def to(self, key: str) -> AsyncIterator[Line]:
@@ -86,7 +87,10 @@ class Lines:
                 self._forget()
                 raise
             finally:
-                place.free.append(wire)
+                if self._places.get(server) is place:
+                    place.free.append(wire)
+                else:  # the server was dropped meanwhile
+                    await wire.close()
 
     async def ask(self, key: str, command: bytes) -> Any:  # noqa: ANN401 - whatever Redis replies
         """Send one command about a key, and give its reply.
@@ -105,6 +109,11 @@ class Lines:
                 return wire
             await wire.close()
         return await self.kind.open(server.connection_pool)
+
+    async def _drop(self, server: Redis) -> None:
+        place = self._places.pop(server, None)
+        for wire in place.free if place else ():
+            await wire.close()
 
     def _forget(self) -> None:
         """One connection has met a server that is away, or is no master any more: so would the others."""

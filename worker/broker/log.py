@@ -130,6 +130,11 @@ class TokenLog:
         """What Redis has not accepted, oldest first."""
         return list(self._pending)
 
+    @property
+    def size(self) -> int:
+        """Bytes of what Redis has not accepted, as commands."""
+        return self._bytes
+
     def accept(self, run: Run) -> bool:
         """Redis holds these entries, and those before them; false where they were forgotten meanwhile."""
         pending = self._pending

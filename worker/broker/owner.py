@@ -14,11 +14,11 @@ from typing import Any, TypeAlias, cast
 
 from redis.exceptions import ResponseError, WatchError
 
+from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
 from worker.broker.log import LogFenced, LogOver, TokenLog, judge, refusal_of
-from worker.broker.publisher import Publisher
 from worker.broker.wire import pack
 from worker.contract.entries import (
     TAKEOVER,
@@ -83,7 +83,7 @@ class Owner:
     """
 
     def __init__(
-        self, lines: Lines, keys: Keys, jobs: JobQueue, publisher: Publisher, *, worker: str, nonce: str,
+        self, lines: Lines, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str, nonce: str,
         now: Callable[[], int], replicas: int = 0,
     ) -> None:  # fmt: skip
         self._lines = lines

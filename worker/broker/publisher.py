@@ -1,9 +1,9 @@
-"""The publisher: one for the process, it writes what all logs have appended, a MULTI at a time.
+"""The publisher: one for the process (in a cluster one for each master), it writes what all logs have appended.
 
 One flush is on its way at a time, and whatever is appended meanwhile goes with the next: so a stream never has two
 unanswered batches, and the busier the worker, the larger its batches. A flush is one MULTI, in a cluster one for each
-slot: Redis takes all of it or nothing, so that a refusal leaves no hole. The connection is the publisher's own (in a
-cluster one to each master). After a loss every log's end is read before anything is written on a new one, since a
+slot: Redis takes all of it or nothing, so that a refusal leaves no hole. The connection is the publisher's own. After
+a loss every log's end is read before anything is written on a new one, since a
 failover may have dropped what had been acknowledged.
 
 Flush follows flush without a task, for waking one costs more than a small flush; `run` connects, reads the ends of
@@ -25,8 +25,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from worker.broker.cluster import ClusterClient
-from worker.broker.connection import Backoff, command_client, what_redis_said
+from worker.broker.connection import Backoff, what_redis_said
 from worker.broker.log import LogDiverged, LogGone, Run, TokenLog, refusal_of
 from worker.broker.wire import Command, Outcome, Wires, pack
 from worker.contract.entries import Fields
@@ -69,10 +68,11 @@ _encode = msgspec.json.encode
 class Publisher:
     """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
 
-    def __init__(self, url: str, metrics: Metrics | None = None) -> None:
-        self._redis: Redis = command_client(url, connections=1)
-        self._wires = Wires(self._redis)
-        self._in_cluster = isinstance(self._redis, ClusterClient)
+    def __init__(self, redis: Redis, metrics: Metrics | None = None, *, in_cluster: bool = False) -> None:
+        """Write to the server of a client, which the publisher closes at its end."""
+        self._redis = redis
+        self._wires = Wires(redis, by_slot=in_cluster)
+        self._in_cluster = in_cluster
         self._metrics = metrics or Metrics()
         self.is_full = False
         self._bytes = 0
@@ -98,17 +98,39 @@ class Publisher:
 
         It may have been cancelled since it was read, by a hint that came before this: then it is looked at now.
         """
+        log.sink = self
         self._logs.add(log)
         self._by_request[log.request_id] = log
         if log.request_id in self._hinted:
             self._ask(log)
 
+    @property
+    def logs(self) -> list[TokenLog]:
+        """All that it watches over."""
+        return list(self._logs)
+
     def detach(self, log: TokenLog) -> None:
         """The process is done with a log."""
         log.forget()
+        self._leave_out(log)
+
+    def _leave_out(self, log: TokenLog) -> None:
         self._logs.discard(log)
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
+
+    def adopt(self, log: TokenLog) -> None:
+        """Go on with a log that another publisher has given up: its end is read before more is written."""
+        self.attach(log)
+        self._bytes += log.size
+        self._ask(log)
+
+    def give_up(self, log: TokenLog) -> None:
+        """Be done with a log that another publisher goes on with."""
+        self.drop(log)
+        self.relieve(log.size)
+        self._feed.pop(log, None)
+        self._leave_out(log)
 
     def take(self, run: Run) -> None:
         """Entries to write, after all others of their log."""
@@ -256,8 +278,13 @@ class Publisher:
             loop.call_soon(loop.call_soon, self._rest)  # after uvloop has sent it, which it does at the end of a step
 
     @property
+    def has_shards(self) -> bool:
+        """Whether the feed goes to sharded channels."""
+        return self._wires.has_shards
+
+    @property
     def _publish(self) -> bytes:
-        return b"SPUBLISH" if self._wires.has_shards else b"PUBLISH"
+        return b"SPUBLISH" if self.has_shards else b"PUBLISH"
 
     def _rest(self) -> None:
         """Sleep until the next beat: as a network driver that moderates its interrupts."""
@@ -313,7 +340,7 @@ class Publisher:
 
     def _note_listeners(self, told: _Feed, counts: list[Any], now: float) -> None:
         """How many heard what was told last, of each log."""
-        if self._in_cluster and not self._wires.has_shards:  # each node counts its own alone
+        if self._in_cluster and not self.has_shards:  # each node counts its own alone
             return
         for it, count in zip(told, counts, strict=True):
             if isinstance(it, TokenLog):

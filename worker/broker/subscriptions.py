@@ -14,7 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.cluster import ClusterClient, forget_masters, server_of
+from worker.broker.cluster import ClusterClient, forget_masters, server_of, when_gone
 from worker.broker.connection import Backoff, is_transient
 from worker.broker.wire import TakenConnection, lost, pack
 
@@ -52,6 +52,8 @@ class Subscriptions:
         self._placing: asyncio.Task[None] | None = None
         self._backoff = Backoff(None)
         self._is_closed = False
+        self._retired: set[asyncio.Task[None]] = set()
+        when_gone(redis, self._drop)
 
     def subscribe(self, channel: str, listener: Listener) -> None:
         """Listen to a channel; each has one listener."""
@@ -69,11 +71,22 @@ class Subscriptions:
     async def aclose(self) -> None:
         """Close the connections."""
         self._is_closed = True
-        tasks = [self._placing, *(station.task for station in self._stations.values())]
+        tasks = [self._placing, *(station.task for station in self._stations.values()), *self._retired]
         for task in tasks:
             while task is not None and not task.done():  # redis-py 8.1 may swallow a cancellation while it connects
                 task.cancel()
                 await asyncio.wait([task], timeout=0.1)
+
+    async def _drop(self, server: Redis) -> None:
+        """A server is no master any more: what was heard there is heard elsewhere."""
+        station = self._stations.pop(server, None)
+        if station is None:
+            return
+        if station.task is not None and not station.task.done():
+            self._retired.add(station.task)
+            station.task.add_done_callback(self._retired.discard)
+        self.displace(station.retire())
+        self.place()
 
     def place(self) -> None:
         """Find a server for every channel that has none, and subscribe there."""
@@ -150,6 +163,13 @@ class _Station:
     def drop(self, channel: bytes) -> None:
         del self._listeners[channel]
         self._change(channel)
+
+    def retire(self) -> dict[bytes, Listener]:
+        """Come to an end; gives those who listened here."""
+        listeners = self._take_all()
+        if self._line is not None:
+            self._line.give_up(lost())
+        return listeners
 
     def take(self, replies: list[object]) -> None:
         """What Redis has sent at once, messages most of all."""

@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.cluster import ELSEWHERE, forget_masters, server_of
+from worker.broker.cluster import ELSEWHERE, forget_masters, server_of, when_gone
 from worker.broker.connection import is_transient
 from worker.broker.wire import Wire, lost
 
@@ -26,6 +26,7 @@ class Together:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._lines: dict[Redis, _Line] = {}
+        when_gone(redis, self._drop)
 
     async def ask(self, key: str, packed: bytes, count: int) -> list[Any]:
         """Send commands about a key, and give their `count` replies.
@@ -47,6 +48,10 @@ class Together:
                 forget_masters(self._redis)
             raise
         return replies
+
+    async def _drop(self, server: Redis) -> None:
+        if line := self._lines.pop(server, None):
+            await line.aclose()
 
     async def aclose(self) -> None:
         """Close the connections; what waits for an answer gets an error."""

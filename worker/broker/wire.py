@@ -5,7 +5,7 @@ closes them. In between they are ours, for redis-py 8.1 packs a command in 13 us
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
@@ -19,7 +19,7 @@ from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseErro
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.cluster import ClusterClient, ClusterPool, servers_of, slot_of
+from worker.broker.cluster import slot_of
 from worker.broker.connection import COMMAND_TIMEOUT
 from worker.broker.sending import unsent
 
@@ -201,43 +201,41 @@ class Wire(TakenConnection):
         super().connection_lost(exc)
 
 
-_Exchange: TypeAlias = Callable[[Wire, list[list[Packed]]], Coroutine[Any, Any, list[Any]]]
-"""Sends the commands of some slots of one server, and gives their replies in this order."""
-
-
 class Wires:
-    """A connection to each server that a client knows, and the way from a key to its server."""
+    """The publisher's connection to one server, opened again whenever it was lost.
+
+    With `by_slot` the server is a master of a cluster, where a MULTI has the keys of one slot.
+    """
 
     kind = Wire
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, *, by_slot: bool = False) -> None:
         self._redis = redis
-        self._in_cluster = isinstance(redis, ClusterClient)
-        self._wires: dict[Redis, Wire] = {}
-        self._shards: dict[Redis, bool] = {}
+        self._by_slot = by_slot
+        self._wire: Wire | None = None
+        self._shards = False
 
     @property
     def has_shards(self) -> bool:
-        """Whether a message to a channel goes to the channel's own slot: in a cluster that is Redis 7 throughout."""
-        return bool(self._shards) and all(self._shards.values())
+        """Whether this master of a cluster knows sharded channels, as Redis 7 does."""
+        return self._shards
 
     async def connect(self) -> bool:
-        """Have a connection to every server, or raise; tells whether one is new."""
-        new = False
-        for server in await servers_of(self._redis):
-            if server in self._wires and not self._wires[server].is_open:
-                await self._wires.pop(server).close()
-            if server not in self._wires:
-                self._wires[server] = await self.kind.open(server.connection_pool)
-                new = True
-                if isinstance(self._redis, ClusterClient):
-                    self._shards[server] = await _knows_shards(self._wires[server])
-        return new
+        """Have a connection, or raise; tells whether it is new."""
+        if self._wire is not None and self._wire.is_open:
+            return False
+        if self._wire is not None:
+            wire, self._wire = self._wire, None
+            await wire.close()
+        self._wire = await self.kind.open(self._redis.connection_pool)
+        if self._by_slot:
+            self._shards = await _knows_shards(self._wire)
+        return True
 
     async def close(self) -> None:
-        """Close all connections, and forget where keys are."""
-        wires, self._wires, self._shards = self._wires, {}, {}
-        for wire in wires.values():
+        """Close the connection."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
             await wire.close()
         with suppress(RedisError, OSError):
             await self._redis.connection_pool.disconnect()
@@ -246,9 +244,14 @@ class Wires:
         """Send commands, each with the key it is about; gives their replies, errors among them as values.
 
         Raises:
-            RedisError: when a server has no connection, or it is lost.
+            RedisError: when there is no connection, or it is lost.
         """
-        return await self._each(commands, _plainly)
+        if not commands:
+            return []
+        if self._wire is None:
+            raise lost()
+        packed = b"".join([packed for _, packed, _ in commands])
+        return await self._wire.ask(packed, sum([count for _, _, count in commands]))
 
     def execute(self, commands: Sequence[Command], done: Done) -> None:
         """The same in a MULTI, in a cluster one for each slot: Redis does all of it or nothing.
@@ -256,46 +259,18 @@ class Wires:
         `done` is told the replies, or in their place the RedisError: also when a MULTI was refused, with the reason.
         Others may have been done.
         """
-        if self._in_cluster:  # where finding the way may take asking
-            task = asyncio.ensure_future(self._each(commands, in_multi))
-            task.add_done_callback(partial(pass_on, done))
-            return
-        wire = self._wires.get(self._redis)
+        wire = self._wire
         if wire is None:
             done(lost())
-            return
-        wire.send(
-            b"".join([_MULTI, *[packed for _, packed, _ in commands], _EXEC]),
-            sum([count for _, _, count in commands]) + 2,
-            lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
-        )
-
-    async def _each(self, commands: Sequence[Command], exchange: _Exchange) -> list[Any]:
-        if not commands:
-            return []
-        if not isinstance(self._redis, ClusterClient):
-            return await exchange(self._to(self._redis), [[command[1:] for command in commands]])
-        slots = await _slots_of(commands, self._redis.connection_pool)
-        wires = [self._to(server) for server in slots]
-        asked = [
-            exchange(wire, [[commands[number][1:] for number in numbers] for numbers in by_slot])
-            for wire, by_slot in zip(wires, slots.values(), strict=True)
-        ]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        replies: list[list[Any]] = [[] for _ in commands]
-        for by_slot, answer in zip(slots.values(), answers, strict=True):
-            if isinstance(answer, BaseException):
-                raise answer
-            whose = [replies[number] for number in chain.from_iterable(by_slot) for _ in range(commands[number][2])]
-            for of_one, reply in zip(whose, answer, strict=True):
-                of_one.append(reply)
-        return list(chain.from_iterable(replies))
-
-    def _to(self, server: Redis) -> Wire:
-        wire = self._wires.get(server)
-        if wire is None:
-            raise lost()
-        return wire
+        elif self._by_slot:
+            task = asyncio.ensure_future(_in_multi_by_slot(wire, commands))
+            task.add_done_callback(partial(pass_on, done))
+        else:
+            wire.send(
+                b"".join([_MULTI, *[packed for _, packed, _ in commands], _EXEC]),
+                sum([count for _, _, count in commands]) + 2,
+                lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
+            )
 
 
 async def _knows_shards(wire: Wire) -> bool:
@@ -303,18 +278,16 @@ async def _knows_shards(wire: Wire) -> bool:
     return isinstance(told, list) and told[0] is not None
 
 
-async def _slots_of(commands: Sequence[Command], cluster: ClusterPool) -> dict[Redis, list[Sequence[int]]]:
-    """Which commands are for which server, and there for which slot."""
-    slots: dict[Redis, dict[int, list[int]]] = {}
+async def _in_multi_by_slot(wire: Wire, commands: Sequence[Command]) -> list[Any]:
+    """Send commands in a MULTI for each slot; gives their replies in the order of the commands."""
+    slots: dict[int, list[int]] = {}
     for number, (key, _, _) in enumerate(commands):
-        server = await cluster.master_of(key)
-        slots.setdefault(server, {}).setdefault(slot_of(key), []).append(number)
-    return {server: list(by_slot.values()) for server, by_slot in slots.items()}
-
-
-async def _plainly(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
-    parts = list(chain.from_iterable(slots))
-    return await wire.ask(b"".join([packed for packed, _ in parts]), sum([count for _, count in parts]))
+        slots.setdefault(slot_of(key), []).append(number)
+    done = iter(await in_multi(wire, [[commands[number][1:] for number in numbers] for numbers in slots.values()]))
+    replies: list[list[Any]] = [[] for _ in commands]
+    for number in chain.from_iterable(slots.values()):
+        replies[number] = list(islice(done, commands[number][2]))
+    return list(chain.from_iterable(replies))
 
 
 async def in_multi(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
