@@ -10,6 +10,7 @@ import pytest
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
+from story import END, START, Story, delta
 
 from worker import Client, Delta, Entry, Expired, IncompleteLog, Unavailable, UnknownRequest
 from worker.contract.entries import (
@@ -17,7 +18,6 @@ from worker.contract.entries import (
     Claimed,
     Done,
     Failed,
-    Fields,
     Queued,
     Restarted,
     Resumed,
@@ -31,52 +31,10 @@ from worker.logs import PageSize
 from worker.sandbox.redis import start_redis
 
 
-def delta(attempt: int, n: int) -> Delta:
-    return Delta(id=EntryId(attempt, n), content=f"{attempt}-{n} ", token_ids=[n])
-
-
-class Story:
-    """A log, written and told by hand."""
-
-    def __init__(self, redis: Redis, request_id: str = "r", channel: str = "") -> None:
-        self.id = request_id
-        self.key, self.channel = f"chat:tokens:{{{request_id}}}", channel or f"chat:feed:{{{request_id}}}"
-        self.written: list[Entry] = []
-        self._redis = redis
-
-    async def write(self, *entries: Entry) -> None:
-        """Add to the log, and tell nobody."""
-        pipe = self._redis.pipeline(transaction=False)
-        for entry in entries:
-            fields: Fields = to_fields(entry)
-            pipe.xadd(self.key, fields, id=str(entry.id))  # type: ignore[arg-type]  # dict is invariant
-            self.written.append(entry)
-        pipe.expire(self.key, 600)
-        await pipe.execute()
-
-    async def tell(self, *entries: Entry) -> None:
-        """Publish a message of these entries."""
-        await self._redis.publish(self.channel, to_json([[str(entry.id), to_fields(entry)] for entry in entries]))
-
-    async def go_on(self, *entries: Entry) -> None:
-        """Write each, and tell of it."""
-        for entry in entries:
-            await self.write(entry)
-            await self.tell(entry)
-
-    async def listeners(self) -> int:
-        """How many connections listen."""
-        ((_, count),) = await self._redis.pubsub_numsub(self.channel)
-        return int(count)
-
-
 @pytest.fixture
 async def story(redis: Redis) -> Story:
     await redis.config_resetstat()
     return Story(redis)
-
-
-START, END = Started(id=EntryId(1, 0)), Done(id=SEAL, attempt=1)
 
 
 class Reader:

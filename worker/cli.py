@@ -16,7 +16,7 @@ from worker.client import Client, JobOptions, State, new_job
 from worker.client_errors import ClientError, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
-from worker.contract.ids import EntryId, is_request_id
+from worker.contract.ids import SEAL, EntryId, is_request_id
 from worker.contract.job import InvalidJob
 from worker.settings import ConfigError, load_settings, variable
 from worker.telemetry.logs import configure_logging
@@ -293,6 +293,10 @@ async def _print(client: Client, request_id: str, after: EntryId | None, *, as_j
         if not last or not isinstance(error, Unavailable):
             raise
         raise Unavailable(f"{error}\nGo on later with: worker follow {request_id} --after {last}") from None
+    if after == SEAL:  # nothing comes after it, and so nothing has shown how it ended
+        outcome = (await client.status(request_id)).outcome
+        click.echo(f"· it has ended: {outcome}", err=True)
+        return outcome == "done"
     return printer.answer.outcome == "done"
 
 

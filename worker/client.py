@@ -34,6 +34,7 @@ from worker.contract.entries import (
     AnyEntry,
     Cancelled,
     Entry,
+    Idle,
     Queued,
     Started,
     is_terminal,
@@ -197,25 +198,54 @@ class Client:
         await self._ask(lambda: self._enqueue(job, queue, within))
         return job.id
 
-    async def follow(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[AnyEntry]:
+    async def follow(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
         """Every entry of the log, from the start or after an id that was seen, up to the terminal one.
+
+        A log that is not there yet has `wait` seconds to appear: without `queued` it begins when a worker takes the
+        job. With `idle` there is an `Idle` among the entries whenever nothing has come for so many seconds, as for
+        a heartbeat.
 
         Raises:
             UnknownRequest: when nothing is known of the id.
             Expired: when it has ended and its log is gone.
+            IncompleteLog: when the log lacks entries, or does not have `after`.
             Unavailable: when Redis does not answer.
         """
-        follower = self._follower(request_id, after)
+        if idle is not None and not idle > 0:
+            raise InvalidArgument(f"idle is {idle:g}: it must be more than 0 seconds")
+        follower = self._follower(request_id, after, wait)
         try:
             while not follower.is_over:
-                await follower.news()
+                if idle is None:
+                    await follower.news()
+                elif not await follower.news_within(idle):
+                    yield Idle(id=follower.end)
                 for entry in follower.take():
                     yield entry
         finally:
-            follower.leave()
+            await follower.leave()
+
+    async def open(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
+        """What `follow` gives, once it is known that the log is there and can be read on from `after`.
+
+        So whoever serves it to others can still answer otherwise. Raises what `follow` raises.
+        """
+        self._check_usable()
+        place = BEFORE_ALL if after is None else check_place(after)
+        await self._following.logs.check(check_id(request_id), place, wait)
+        return self.follow(request_id, after=place, idle=idle)
 
     async def pour(
-        self, request_id: str, into: Callable[[AnyEntry], object], *, after: str | EntryId | None = None
+        self,
+        request_id: str,
+        into: Callable[[AnyEntry], object],
+        *,
+        after: str | EntryId | None = None,
+        wait: float = 0.0,
     ) -> None:
         """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
 
@@ -223,15 +253,15 @@ class Client:
         the event loop, which it must not keep waiting, mostly outside of this task and its context variables. What it
         raises ends this, and comes out here. Raises what `follow` raises.
         """
-        follower = self._follower(request_id, after)
+        follower = self._follower(request_id, after, wait)
         try:
             await follower.pour(into)
         finally:
-            follower.leave()
+            await follower.leave()
 
-    def _follower(self, request_id: str, after: str | EntryId | None) -> Follower:
+    def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
         self._check_usable()
-        return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after))
+        return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
         """Enqueue and follow in one. Raises what these two raise."""

@@ -55,13 +55,16 @@ class Following:
         """Whose followers read the log again and again."""
         self._tick: asyncio.TimerHandle | None = None
 
-    def follow(self, request_id: str, last: EntryId) -> "Follower":
-        """Somebody who follows a request from what comes after `last`; who calls `leave` at the end."""
+    def follow(self, request_id: str, last: EntryId, wait: float = 0.0) -> "Follower":
+        """Somebody who follows a request from what comes after `last`, and calls `leave` at the end.
+
+        A log that is not there yet has `wait` seconds to appear.
+        """
         if request_id not in self._requests:
             self._requests[request_id] = _Request(self, request_id)
         if self._tick is None:
             self._tick = asyncio.get_running_loop().call_later(_TICK, self._look_for_silence)
-        return Follower(self.logs, self._requests[request_id], last)
+        return Follower(self.logs, self._requests[request_id], last, wait)
 
     def settle(self, request: "_Request") -> None:
         """Have its followers read the log again and again, until it is settled."""
@@ -179,13 +182,15 @@ class _Request:
 class Follower:
     """One who follows a request. The log is read in the task that asks for more; the rest leaves word, or pours."""
 
-    def __init__(self, logs: Logs, request: _Request, last: EntryId) -> None:
+    def __init__(self, logs: Logs, request: _Request, last: EntryId, wait: float = 0.0) -> None:
         self._logs = logs
         self._request = request
         request.followers[self] = None
         self.is_over = False
         self._attempt, self._n = last
         """The end of what is ready."""
+        self._wait = wait
+        """Seconds that the log may take to appear."""
         self._has_read, self._page_size = False, PageSize()
         self._read_on: Iterable[AnyEntry] = ()
         """What was read from the log; it comes before what is ready."""
@@ -208,7 +213,17 @@ class Follower:
         self._doubts = False
         self._misses, self._missed = 0, last
         """How often in a row a silent feed had left something out, and the end of what was read last."""
+        self._idle_at = 0.0
+        """When it will have been idle for as long as it asks to wait, by the event loop's clock."""
+        self._alarm: asyncio.TimerHandle | None = None
+        self._reading: asyncio.Task[None] | None = None
+        """The reading of the log, which may outlast that."""
         self.look_up(alive=True)
+
+    @property
+    def end(self) -> EntryId:
+        """The last entry that was taken, once all that is ready is."""
+        return EntryId(self._attempt, self._n)
 
     def news(self) -> Awaitable[None]:
         """What to wait for before there can be something to `take`. It is made to cost little.
@@ -222,6 +237,42 @@ class Follower:
             return self._catch_up()
         self._waiter = waiter = self._new_future()
         return waiter
+
+    async def news_within(self, seconds: float) -> bool:
+        """Wait as `news` does; false once nothing has come for so many seconds, and again after each so many more.
+
+        It may be true with nothing to `take`. One timer serves many waits.
+        """
+        loop = asyncio.get_running_loop()
+        if self._ready and self._reading is None:
+            self._idle_at = loop.time() + seconds
+            return True
+        self._idle_at = self._idle_at or loop.time() + seconds
+        if self._reading is None and not self._is_behind:
+            if self._alarm is None:
+                self._alarm = loop.call_at(self._idle_at, self._ring)
+            await self.news()
+        else:
+            self._reading = self._reading or asyncio.ensure_future(self._catch_up())
+            await asyncio.wait([self._reading], timeout=self._idle_at - loop.time())
+            if self._reading.done():
+                done, self._reading = self._reading, None
+                done.result()
+        has_news, now = bool(self._ready or self._read_on) and self._reading is None, loop.time()
+        is_idle = not has_news and now >= self._idle_at and not self.is_over
+        if has_news or is_idle:
+            self._idle_at = now + seconds
+        return not is_idle
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._waiter is None or self._waiter.done():
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._idle_at:
+            self._waiter.set_result(None)
+        else:  # something has come since
+            self._alarm = loop.call_at(self._idle_at, self._ring)
 
     def take(self) -> Iterable[AnyEntry]:
         """The next entries, if there are any; `is_over` says that the seal is among them.
@@ -251,9 +302,14 @@ class Follower:
             for entry in self.take():
                 into(entry)
 
-    def leave(self) -> None:
+    async def leave(self) -> None:
         """Follow no more."""
         self._request.leave(self)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
 
     def tell(self, entries: list[AnyEntry], size: int) -> None:
         """The feed says that the log has these, in a message of so many bytes. They may be shared with others."""
@@ -342,6 +398,8 @@ class Follower:
         alive, self._must_be_alive = self._must_be_alive, False
         self._is_behind, self._held, self._bytes = False, [], 0
         try:
+            if self._wait and not self._has_read:
+                await self._logs.check(self._request.id, where, self._wait)
             page = await self._logs.read(
                 self._request.id, where, self._page_size, alive=alive, first=not self._has_read
             )

@@ -4,6 +4,7 @@ Logs are read in pages of so many bytes, as far as that can be known: Redis coun
 shows in their ids.
 """
 
+import asyncio
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from worker.broker.connection import blocking_client
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import ClientError, IncompleteLog, Unavailable, gone, mapped
+from worker.client_errors import ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
 from worker.contract.entries import AnyEntry, BadEntry, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
@@ -31,6 +32,9 @@ _PAGE_BYTES = 256 * 1024
 
 _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
+"""Seconds from one look for a log that is not there yet to the next."""
 
 _T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
@@ -116,13 +120,24 @@ class Logs:
             size.learn(len(raw), sum([sum(map(len, chain(*fields.items()))) for _, fields in raw]))
         return await self._page(request_id, after, raw, _as_it_is, is_full=is_full)
 
-    async def check(self, request_id: str, after: EntryId) -> None:
-        """See whether a log can be read on from a place.
+    async def check(self, request_id: str, after: EntryId, wait: float = 0.0) -> None:
+        """See whether a log can be read on from a place; one that is not there yet has `wait` seconds to appear.
 
-        Raises what `read` does, where it is the first reading, and `Unreadable` when the next entry cannot be read.
+        Raises what `read` does, where it is the first reading, and `BadEntry` when the next entry cannot be read.
         """
-        page = await self.read(request_id, after, PageSize(1), first=True)
-        next(iter(page.entries if page else ()), None)
+        until, pause = asyncio.get_running_loop().time() + wait, _FIRST_PAUSE
+        while True:
+            try:
+                page = await self.read(request_id, after, PageSize(1), first=True)
+            except UnknownRequest:
+                left = until - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise
+                await asyncio.sleep(min(pause, left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                next(iter(page.entries if page else ()), None)
+                return
 
     async def _page(
         self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",

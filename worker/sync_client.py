@@ -1,6 +1,6 @@
 """The same client for services without asyncio: it runs the asynchronous one on a thread of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Self, Unpack
@@ -43,9 +43,19 @@ class SyncClient:
         """See `Client.enqueue`."""
         return self._portal.call(partial(self._client.enqueue, request, **options))
 
-    def follow(self, request_id: str, *, after: str | EntryId | None = None) -> Iterator[AnyEntry]:
+    def follow(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
         """See `Client.follow`."""
-        entries = self._client.follow(request_id, after=after)
+        return self._each(self._client.follow(request_id, after=after, wait=wait, idle=idle))
+
+    def open(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
+        """See `Client.open`."""
+        return self._each(self._portal.call(partial(self._client.open, request_id, after=after, wait=wait, idle=idle)))
+
+    def _each(self, entries: AsyncGenerator[AnyEntry]) -> Iterator[AnyEntry]:
         try:
             while (entry := self._portal.call(anext, entries, None)) is not None:
                 yield entry

@@ -11,6 +11,7 @@ from worker import (
     Delta,
     Done,
     Failed,
+    Idle,
     Opened,
     Queued,
     Restarted,
@@ -32,7 +33,7 @@ def c6_a_comparison_of_the_type_tells_which_entry_it_is(entry: AnyEntry) -> str:
     return ""
 
 
-def c6_a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: C901 - one case for each type
+def c6_a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: C901, PLR0912 - one case for each type
     match entry.type:
         case "queued":
             assert_type(entry, Queued)
@@ -54,6 +55,8 @@ def c6_a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: 
             assert_type(entry, Failed)
         case "cancelled":
             assert_type(entry, Cancelled)
+        case "idle":
+            assert_type(entry, Idle)
         case "":
             assert_type(entry, Unknown)
         case _:
@@ -66,6 +69,8 @@ def c6_a_match_on_the_class_may_be_exhaustive(entry: AnyEntry) -> None:
             pass
         case Done() | Failed() | Cancelled():
             assert_type(entry.usage, Usage)
+        case Idle():
+            pass
         case Unknown():
             assert_type(entry.name, str)
         case _:

@@ -223,6 +223,12 @@ class Cancelled(Terminal, frozen=True, kw_only=True):
     type: ClassVar[Literal["cancelled"]] = "cancelled"
 
 
+class Idle(Entry, frozen=True, kw_only=True):
+    """Nothing has come for as long as a follower asked to wait. No log has it; its id is that of the entry before."""
+
+    type: ClassVar[Literal["idle"]] = "idle"
+
+
 class Unknown(Entry, frozen=True, kw_only=True):
     """An entry of a type that this version does not know. At the seal's id it still ends the log."""
 
@@ -236,9 +242,9 @@ class Unknown(Entry, frozen=True, kw_only=True):
 
 
 AnyEntry: TypeAlias = (
-    Queued | Started | Claimed | Resumed | Restarted | Opened | Delta | Done | Failed | Cancelled | Unknown
+    Queued | Started | Claimed | Resumed | Restarted | Opened | Delta | Done | Failed | Cancelled | Idle | Unknown
 )
-"""One of all types of entries: a comparison of its `type` tells a type checker which."""
+"""One of all types of entries: a comparison of its `type` tells a type checker which. `Idle` is there if asked for."""
 
 _FIELDS_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
 _KNOWN: tuple[type[AnyEntry], ...] = (
@@ -253,7 +259,7 @@ _KNOWN: tuple[type[AnyEntry], ...] = (
     Failed,
     Cancelled,
 )
-_BLANK: dict[type[Entry], Entry] = {kind: kind(id=SEAL) for kind in _KNOWN}
+_BLANK: dict[type[Entry], Entry] = {kind: kind(id=SEAL) for kind in (*_KNOWN, Idle)}
 _TYPES: dict[str, tuple[Callable[..., AnyEntry], dict[str, Reader]]] = {
     kind.type: (kind, {name: (READERS | TEXTS).get(name, str) for name in kind.__struct_fields__ if name != "id"})
     for kind in _KNOWN

@@ -1,0 +1,49 @@
+"""A log that a test writes and tells by hand."""
+
+from redis.asyncio import Redis
+
+from worker import Delta, Entry
+from worker.contract.entries import Done, Fields, Started, to_fields, to_json
+from worker.contract.ids import SEAL, EntryId
+
+
+def delta(attempt: int, n: int) -> Delta:
+    return Delta(id=EntryId(attempt, n), content=f"{attempt}-{n} ", token_ids=[n])
+
+
+class Story:
+    """A log, written and told by hand."""
+
+    def __init__(self, redis: Redis, request_id: str = "r", channel: str = "") -> None:
+        self.id = request_id
+        self.key, self.channel = f"chat:tokens:{{{request_id}}}", channel or f"chat:feed:{{{request_id}}}"
+        self.written: list[Entry] = []
+        self._redis = redis
+
+    async def write(self, *entries: Entry) -> None:
+        """Add to the log, and tell nobody."""
+        pipe = self._redis.pipeline(transaction=False)
+        for entry in entries:
+            fields: Fields = to_fields(entry)
+            pipe.xadd(self.key, fields, id=str(entry.id))  # type: ignore[arg-type]  # dict is invariant
+            self.written.append(entry)
+        pipe.expire(self.key, 600)
+        await pipe.execute()
+
+    async def tell(self, *entries: Entry) -> None:
+        """Publish a message of these entries."""
+        await self._redis.publish(self.channel, to_json([[str(entry.id), to_fields(entry)] for entry in entries]))
+
+    async def go_on(self, *entries: Entry) -> None:
+        """Write each, and tell of it."""
+        for entry in entries:
+            await self.write(entry)
+            await self.tell(entry)
+
+    async def listeners(self) -> int:
+        """How many connections listen."""
+        ((_, count),) = await self._redis.pubsub_numsub(self.channel)
+        return int(count)
+
+
+START, END = Started(id=EntryId(1, 0)), Done(id=SEAL, attempt=1)
