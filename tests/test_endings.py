@@ -1,5 +1,6 @@
 """How a server's finish reason decides about an answer, from its bytes to the seal."""
 
+import asyncio
 import json
 
 import pytest
@@ -14,7 +15,9 @@ REQUEST = {"messages": [{"role": "user", "content": "a secret prompt"}]}
 
 
 def answer_that_ends(reason: str) -> bytes:
-    chunks = [{"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"delta": {}, "finish_reason": reason}]}]
+    chunks = [{"choices": [{"delta": {"content": text}}]} for text in ("", "a")] + [
+        {"choices": [{"delta": {}, "finish_reason": reason}]}
+    ]
     events = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
     return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + events
 
@@ -40,3 +43,19 @@ async def test_a14_an_answer_that_its_server_broke_off_is_not_done(
         await start_worker(vllm_urls=url, tries=1)
         answer = await client.result(await client.enqueue(REQUEST))
     assert (answer.outcome, answer.error) == ("error", f"vLLM broke the answer off ({reason}) (upstream_aborted)")
+
+
+async def test_a13_a_role_that_comes_long_before_the_text_is_no_gap(client: Client, start_worker: StartWorker) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head, role, rest = answer_that_ends("stop").partition(b'data: {"choices": [{"delta": {"content": ""}}]}\n\n')
+        writer.write(head + role)
+        await asyncio.sleep(0.3)  # longer than the gap, and nothing else is limited
+        writer.write(rest)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        await start_worker(vllm_urls=url, tries=1, gap_timeout=0.1)
+        answered = await client.result(await client.enqueue(REQUEST))
+    assert (answered.outcome, answered.text, answered.error) == ("done", "a", "")

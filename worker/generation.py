@@ -237,6 +237,7 @@ class Generation:
         """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
         self._endpoint, self._parser = endpoint, parser
         async with self._upstream.stream(endpoint, body, route) as stream:
+            stream.has_begun = lambda: parser.has_spoken
             try:
                 while await stream.pour(self._take) and not parser.done:
                     await self._log.room()

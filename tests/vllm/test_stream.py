@@ -17,7 +17,7 @@ from raw_server import sending
 
 from worker.contract import entries
 from worker.contract.answer import Answer
-from worker.contract.entries import Object
+from worker.contract.entries import Object, to_json
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
@@ -90,6 +90,7 @@ async def ask(upstream: Upstream, request: Object | None = None) -> tuple[Answer
     """The whole answer, read as the service reads it."""
     parser, answer = ChunkParser(), Answer()
     async with upstream.stream(upstream.endpoints[0], request or REQUEST) as stream:
+        stream.has_begun = lambda: parser.has_spoken
 
         def take(events: list[bytes]) -> bool:
             for fields in (fields for data in events for fields in parser.parse(data)):
@@ -449,6 +450,43 @@ async def test_a_gap_mid_stream() -> None:
         assert (error.code, error.retryable) == ("gap_timeout", True)
         assert error.message == "vLLM sent nothing for 0.1 s mid-stream"
         await until(lambda: simulator.served[-1].closed_early)
+
+
+@pytest.mark.parametrize("delta", [{"role": "assistant", "content": ""}, {"role": "assistant"}, {}, None])
+async def test_a13_what_comes_before_the_first_token_does_not_begin_the_gap(delta: Any) -> None:  # noqa: ANN401
+    event = b"data: " + to_json({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+    error = await error_of_server(HEAD + b"\r\n" + event, limits=SHORT_FIRST, then_close=False)
+    assert error.code == "first_token_timeout"
+
+
+@pytest.mark.parametrize(
+    "delta", [{"content": "a"}, {"reasoning": "a"}, {"tool_calls": [{"id": "x"}]}, {"refusal": "a"}]
+)
+async def test_a13_the_first_delta_begins_the_gap(delta: Object) -> None:
+    event = b"data: " + to_json({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
+    error = await error_of_server(HEAD + b"\r\n" + event, limits=SHORT_GAP, then_close=False)
+    assert error.code == "gap_timeout"
+
+
+async def test_a13_events_that_say_nothing_are_no_silence() -> None:
+    """A server sends them while it holds back what may be a tool call."""
+    role, nothing, text = (
+        b"data: " + to_json({"choices": [{"delta": delta}]}).encode() + b"\n\n"
+        for delta in ({"role": "assistant"}, {}, {"content": "a"})
+    )
+    async with sending(HEAD + b"\r\n" + role, then_close=False, again=nothing) as url, reaching(url) as upstream:
+        parser = ChunkParser()
+        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
+            stream.has_begun = lambda: parser.has_spoken
+            watchdog = stream._watchdog
+            begun = []
+            for data in (b"", b"", text[6:]):
+                parser.parse(data)
+                watchdog._since -= 9
+                await stream.pour(enough)
+                begun.append(watchdog._begun)
+                assert watchdog._due() > asyncio.get_running_loop().time() + 9
+            assert begun == [False, False, True]
 
 
 async def test_comments_do_not_fill_a_gap() -> None:

@@ -128,6 +128,11 @@ class ChunkParser:
         return self._begun
 
     @property
+    def has_spoken(self) -> bool:
+        """Whether text, a tool call or something else of a delta has come: the role alone is none."""
+        return bool(self._spoken)
+
+    @property
     def committed(self) -> bool:
         """Whether something came out that a further try would say twice."""
         return self._begun

@@ -1,6 +1,6 @@
 """The token stream of one answer, read from a vLLM server: the one place that holds an open HTTP response.
 
-Its limits are on silence: from the request to the first event (a long queue at vLLM is silence after 200), and from
+Its limits are on silence: from the request to the first token (a long queue at vLLM is silence after 200), and from
 one data event to the next. Keep-alive comments do not count, since a vLLM that is being shut down sends them on.
 """
 
@@ -38,7 +38,10 @@ class Limits:
 
 
 class Watchdog:
-    """How long one request may be silent: until its first event, and then from each event to the next.
+    """How long one request may be silent: until its answer begins, and then from each event to the next.
+
+    What comes before the first token, such as a chunk with the role alone, begins nothing. Silence is counted anew from
+    it all the same: events that say nothing come while a server holds back what may be a tool call.
 
     Within its context the server is waited for. It is left with TimeoutError when it is silent for too long.
     """
@@ -70,6 +73,10 @@ class Watchdog:
 
     def heard(self) -> None:
         """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
+        self._since = monotonic()
+
+    def begin(self) -> None:
+        """The answer has begun: from here on the gap is the limit."""
         self._since = monotonic()
         if not self._begun:
             self._begun = True
@@ -123,12 +130,25 @@ class Watchdog:
 class ChatStream:
     """The events of an answer, as they arrive."""
 
-    __slots__ = ("_answer", "_decoder", "_is_new", "_take", "_watchdog", "on_first", "reopen")
+    __slots__ = (
+        "_answer",
+        "_decoder",
+        "_has_begun",
+        "_is_new",
+        "_take",
+        "_watchdog",
+        "has_begun",
+        "on_first",
+        "reopen",
+    )
 
     def __init__(self, answer: Answer, watchdog: Watchdog) -> None:
         self._answer = answer
         self._watchdog = watchdog
         self._is_new = True
+        self._has_begun = False
+        self.has_begun: Callable[[], bool] = lambda: True
+        """Asked after each event until it says that the answer has begun: only who reads the events knows."""
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there and was taken."""
         self.reopen: Callable[[UpstreamError], Awaitable[Answer | None]] | None = None
@@ -182,7 +202,7 @@ class ChatStream:
         self._watchdog.heard()
         take = self._take
         is_enough = take(events)
-        if self._is_new:  # and no error in place of an answer
+        if not self._has_begun:  # and no error in place of an answer
             self._begin()
         return is_enough
 
@@ -190,7 +210,7 @@ class ChatStream:
         """The last events, which show only once the body has ended; whether there are any."""
         if events:
             self._take(events)
-            if self._is_new:
+            if not self._has_begun:
                 self._begin()
         return bool(events)
 
@@ -200,9 +220,12 @@ class ChatStream:
         return decoder
 
     def _begin(self) -> None:
-        self._is_new = False
-        if self.on_first is not None:
+        if self._is_new and self.on_first is not None:
             self.on_first()
+        self._is_new = False
+        if self.has_begun():
+            self._has_begun = True
+            self._watchdog.begin()
 
     async def finish(self) -> None:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
@@ -288,7 +311,7 @@ class _Whole:
         self.passed_over = b""
 
     def feed(self, piece: bytes) -> list[bytes]:
-        self._watchdog.heard()
+        self._watchdog.begin()
         self._pieces.append(piece)
         self._size += len(piece)
         if self._size > MAX_EVENT_BYTES:
