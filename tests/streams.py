@@ -119,6 +119,8 @@ STREAMS = [
            whole(call("f", "{", id="c"), call("", "}"), call("g", "[", id="d"), call("", "]")), TWO_CALLS),
     Stream("A3", "calls without index and id", whole(call("f", "{}"), call("g", "[]")),
            {"tool_calls": [piece("f", "{}"), piece("g", "[]")]}),
+    Stream("A3", "calls at one index without ids", whole(call("f", "{}", index=0), call("g", "[]", index=0)),
+           {"tool_calls": [piece("f", "{}"), piece("g", "[]")]}),
     Stream("A3", "an empty call", whole(calls({}), x({"content": "hi"})), {"content": "hi"}),
     Stream("A3", "a call of an index and a type", whole(call(index=0, type="function"), x({"content": "hi"})),
            {"content": "hi"}),

@@ -218,6 +218,16 @@ A3: list[tuple[str, list[Any], list[Any]]] = [
         [function("get_time", "{", index=0), function("x", "12", index=1)],
     ),
     (
+        "at the same index and without ids, another name after arguments begins a call",
+        [function("f", "{}", index=0), function("g", "[", index=0), function("", "]", index=0)],
+        [function("f", "{}", index=0), function("g", "[]", index=0)],
+    ),
+    (
+        "and so it does where every call has the same id",
+        [function("f", "{}", id="c"), function("g", "[", id="c"), function("", "]", id="c")],
+        [function("f", "{}", id="c"), function("g", "[]", id="c")],
+    ),
+    (
         "arguments that are an object stay one",
         [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}, function("", "", index=0)],
         [{"index": 0, "function": {"name": "f", "arguments": {"a": 1}}}],

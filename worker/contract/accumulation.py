@@ -99,11 +99,13 @@ def _place(calls: list[Object], piece: Object) -> int | None:
     # A call without an index may be the one that a server numbers only in later pieces.
     places = [at for at, call in enumerate(calls) if index is None or call.get("index") in (None, index)]
     same = [at for at in places if call_id and calls[at].get("id") == call_id]
-    if same or not places:
-        return same[-1] if same else None
-    latest = calls[places[-1]]
-    is_told_apart = not call_id and index is not None and latest.get("index") == index
-    return None if name and _is_named(latest) and not is_told_apart else places[-1]
+    place = next(reversed(same or places), None)
+    if place is None or not name or not _is_named(calls[place]):
+        return place
+    call = calls[place]
+    # A name goes on in a later piece or is said again, but no other name comes once there are arguments.
+    is_same = same or (not call_id and index is not None and call.get("index") == index)
+    return place if is_same and (name == _name_of(call) or not _has_arguments(call)) else None
 
 
 def _is_named(call: Object) -> bool:
@@ -112,5 +114,12 @@ def _is_named(call: Object) -> bool:
 
 def _name_of(piece: Object) -> JSON:
     """The name of the function, or of the custom tool, if the piece has it."""
-    kinds = (piece.get("function"), piece.get("custom"))
-    return next((kind["name"] for kind in kinds if isinstance(kind, dict) and kind.get("name")), None)
+    return next((tool["name"] for tool in _tools(piece) if tool.get("name")), None)
+
+
+def _has_arguments(piece: Object) -> bool:
+    return any(tool.get("arguments") or tool.get("input") for tool in _tools(piece))
+
+
+def _tools(piece: Object) -> list[Object]:
+    return [tool for tool in (piece.get("function"), piece.get("custom")) if isinstance(tool, dict)]
