@@ -7,6 +7,7 @@ acknowledge. A crash between any two of these is repaired by whoever gets the jo
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import structlog
@@ -17,7 +18,7 @@ from worker.broker.connection import persist
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver, LogRefused, LogSealed, TokenLog
-from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
+from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
 from worker.broker.urls import keys_at
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
@@ -29,6 +30,7 @@ from worker.contract.job import (
     Job,
     check_limits,
     digest,
+    is_digest_of,
     parse_job,
     request_id_of,
     times_of,
@@ -49,6 +51,8 @@ _UNREAD = InvalidJob("the job is not read yet")
 
 _DIVERGED = "diverged"
 """The `reason` of an attempt that became necessary because Redis has lost something of the log."""
+
+_REUSED = "the id of the job was used before, for another request: give each request an id of its own"
 
 _log = structlog.get_logger()
 
@@ -131,9 +135,9 @@ class Relay:
 
     async def _take_once(self, request: Request, turn: Turn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
-        delivery = request.delivery
+        delivery, own_digest, is_same = request.delivery, _digest(request.job), partial(_is_same, request.job)
         taken = await insist(
-            lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), _digest(request.job)),
+            lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), own_digest, is_same),
             request.stop,
         )
         match taken:
@@ -147,6 +151,8 @@ class Relay:
             case Duplicate():
                 _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
                 await self._done_with(request)
+            case Reused():
+                await self._bury(delivery, _REUSED, request.stop, "id_reused")
             case NotOurs():
                 _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
@@ -414,6 +420,11 @@ def _dead_for(request: Request, answer: Answer) -> str:
 
 def _digest(job: Job | InvalidJob) -> str:
     return digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
+
+
+def _is_same(job: Job | InvalidJob, known: str) -> bool:
+    """Whether a log with this digest may be the job's: where one of the two is not known, it may."""
+    return not isinstance(job, Job) or not known or is_digest_of(known, job.request, job.fallbacks)
 
 
 async def _end_of(generation: Generation, log: TokenLog) -> Terminal:

@@ -69,11 +69,16 @@ class Duplicate:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """The log was begun for another request under the same id: nothing of it is this job's."""
+
+
+@dataclass(frozen=True, slots=True)
 class NotOurs:
     """Another worker holds the job by now: nothing is to be done, not even an acknowledgement."""
 
 
-Taken: TypeAlias = Owned | Ended | Duplicate | NotOurs
+Taken: TypeAlias = Owned | Ended | Duplicate | Reused | NotOurs
 
 
 class Owner:
@@ -96,10 +101,14 @@ class Owner:
         self._replicas = replicas
         self._may_wait = asyncio.Semaphore(_MAX_WAITING)
 
-    async def take(self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "") -> Taken:
+    async def take(
+        self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "",
+        is_same: Callable[[str], bool] = lambda _: True,
+    ) -> Taken:  # fmt: skip
         """Come to own the log of a delivered job, or find why not.
 
-        `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's.
+        `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's, and `is_same` tells
+        whether another digest is: there may be none, and it may be of an earlier version's making.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
@@ -107,11 +116,14 @@ class Owner:
                 last, is_over = await _look(line, key, ended)
                 tail = _id_of(last)
                 if tail == SEAL or is_over:
-                    return Ended()
+                    return Reused() if await self._is_reused(line, request_id, delivery, is_same) else Ended()
                 attempt = tail.attempt if tail else 0
                 if attempt == 0 and not await self._start(line, request_id, delivery, expire_at, digest):
                     continue
                 holder = await _entry(line, key, EntryId(attempt, 0)) if attempt else None
+                is_ours = isinstance(holder, Started | Claimed) and _job_of(holder) == _job_of(delivery)
+                if attempt and not is_ours and await self._is_reused(line, request_id, delivery, is_same):
+                    return Reused()
             # The connection is given back before more is asked: callers that each hold one and wait for a second
             # would wait for ever.
             if attempt == 0:
@@ -152,10 +164,18 @@ class Owner:
                     continue
             return True
 
+    async def _is_reused(self, line: Line, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> bool:
+        """Whether a log, or the tombstone that is left of it, is of another job and another request."""
+        began = await _entry(line, self._keys.tokens(request_id), EntryId(1, 0))
+        if isinstance(began, Started):
+            return _job_of(began) != _job_of(delivery) and not is_same(began.digest)
+        (stone,) = await line.ask(_command("GET", self._keys.ended(request_id)))
+        return stone is not None and not is_same(Tombstone.read(stone).digest)
+
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
-        named = (holder.queue, holder.job) if isinstance(holder, Started | Claimed) and holder.job else None
-        if named and named != (delivery.queue, delivery.id):
+        named = _job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
+        if named and named != _job_of(delivery):
             # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
             return Duplicate() if await self._jobs.is_live(*named) else None
         return None if await self._jobs.holds(delivery) else NotOurs()
@@ -344,7 +364,7 @@ class Owner:
     def _wrote(self, entry: Entry | None, delivery: Delivery) -> bool:
         return (
             isinstance(entry, Started | Claimed)
-            and (entry.owner, entry.queue, entry.job) == (self._nonce, delivery.queue, delivery.id)
+            and entry.owner == self._nonce and _job_of(entry) == _job_of(delivery)
         )  # fmt: skip
 
 
@@ -364,6 +384,11 @@ async def _look(line: Line, key: str, ended: str) -> tuple[_RawEntry | None, boo
     """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
     reply, gone = await line.watch([key, ended], _last(key), _command("EXISTS", ended))
     return _first_of(reply), bool(gone)
+
+
+def _job_of(what: Started | Claimed | Delivery) -> tuple[str, str]:
+    """What names a job: its queue and the id of its entry there."""
+    return what.queue, what.id if isinstance(what, Delivery) else what.job
 
 
 def _is_over(replies: list[Any]) -> bool:

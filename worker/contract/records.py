@@ -17,6 +17,11 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     time: int
     digest: str = ""
 
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """A tombstone as it stands in Redis; one that cannot be read says nothing."""
+        return _decoded(raw, cls, cls(outcome="", time=0))
+
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `type`, `id` and `attempt`."""
@@ -98,7 +103,7 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     paused: str = ""
 
 
-def _decoded(text: str, kind: type[_T], otherwise: _T) -> _T:
+def _decoded(text: str | bytes, kind: type[_T], otherwise: _T) -> _T:
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.DecodeError:
