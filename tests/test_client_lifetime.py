@@ -1,15 +1,20 @@
 """When a client may be used: until it is closed, in the event loop and the process that are its own."""
 
 import asyncio
+import sys
+import threading
+from asyncio.subprocess import PIPE
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
+from command import environment
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
 
-from worker import Client, Misused, Unavailable
+from worker import Client, InvalidArgument, Misused, SyncClient, Unavailable
 
 ASK: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
 
@@ -92,3 +97,95 @@ def test_c5_a_client_belongs_to_one_event_loop(call: Call, redis_url: str) -> No
         with pytest.raises(Misused):
             other.run(client.aclose())
         one.run(client.aclose())
+
+
+SYNC_CALLS: dict[str, Callable[[SyncClient], object]] = {
+    "enqueue": lambda client: client.enqueue(ASK, id="r"),
+    "follow": lambda client: list(client.follow("r")),
+    "generate": lambda client: list(client.generate(ASK, id="r")),
+    "result": lambda client: client.result("r"),
+    "status": lambda client: client.status("r"),
+    "cancel": lambda client: client.cancel("r"),
+}
+
+
+def test_b3_a_url_that_is_none_leaves_no_thread() -> None:
+    before = threading.enumerate()
+    with pytest.raises(InvalidArgument):
+        SyncClient("nonsense://x")
+    assert threading.enumerate() == before
+
+
+@pytest.mark.parametrize("call", SYNC_CALLS.values(), ids=SYNC_CALLS)
+def test_b6_a_closed_blocking_client_says_so(call: Callable[[SyncClient], object], redis_url: str) -> None:
+    before = threading.enumerate()
+    client = SyncClient(redis_url)
+    client.enqueue(ASK, id="r")
+    client.close()
+    client.close()
+    assert threading.enumerate() == before
+    with pytest.raises(Unavailable, match="the client is closed"):
+        call(client)
+
+
+@pytest.mark.parametrize("name", ["follow", "result"])
+def test_b6_who_waits_in_another_thread_while_a_blocking_client_is_closed_gets_an_error(
+    name: str, redis_url: str
+) -> None:
+    client = SyncClient(redis_url)
+    client.enqueue(ASK, id="r")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(SYNC_CALLS[name], client)
+        wait([waiting], timeout=0.1)
+        client.close()
+        with pytest.raises(Unavailable, match="the client is closed"):
+            waiting.result(timeout=10)
+
+
+def test_b6_a_follower_that_was_left_in_the_middle_is_in_nobodys_way(redis_url: str) -> None:
+    client = SyncClient(redis_url)
+    client.enqueue(ASK, id="r")
+    entries = client.follow("r")
+    assert next(entries).type == "queued"
+    client.close()
+    del entries
+
+
+PROGRAM = """
+import os
+from worker import ClientError, Misused, SyncClient
+client = SyncClient({url!r})
+print(client.status("r").state.value, flush=True)
+"""
+
+FORK = """
+child = os.fork()
+if child == 0:
+    with client:
+        try:
+            client.status("r")
+        except Misused as error:
+            print(error, flush=True)
+else:
+    assert os.waitpid(child, 0)[1] == 0
+    print(client.status("r").state.value, flush=True)
+    client.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "printed"),
+    [
+        ("", "unknown\n"),
+        (FORK, "unknown\nthis SyncClient was made before a fork, by another process: make one in each\nunknown\n"),
+    ],
+    ids=["b3 it is not closed", "d13 it is used after a fork"],
+)
+async def test_an_interpreter_ends_whatever_became_of_a_blocking_client(
+    more: str, printed: str, redis_url: str
+) -> None:
+    program = PROGRAM.format(url=redis_url) + more
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=environment(), stdout=PIPE)
+    async with asyncio.timeout(20):
+        out, _ = await process.communicate()
+    assert (process.returncode, out.decode()) == (0, printed)
