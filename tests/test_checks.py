@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import StartSimulator, eventually
+from raw_server import sending
 from redis.asyncio import Redis
 
 from worker.checks import Finding, check
@@ -140,6 +141,23 @@ async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, sim
     assert redis.text
     assert no_http.text.startswith(f"cannot reach http://127.0.0.1:{port}/v1/models: ")
     assert no_route.text == "Not Found"
+
+
+async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
+    redis_url: str, simulator: Simulator
+) -> None:
+    page = b"<!doctype html><title>Dashboard</title>"
+    pages = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(page), page)
+    moved = b"HTTP/1.1 308 X\r\nlocation: https://other/v1/models\r\ncontent-length: 0\r\n\r\n"
+    async with sending(pages) as web, sending(moved) as redirect:
+        urls = [web, redirect, simulator.url.replace("http:", "https:"), simulator.url + "/v1/chat/completions"]
+        page_found, moved_found, plain, good = about(await found(redis_url=redis_url, vllm_urls=",".join(urls)), "vLLM")
+    assert page_found.text == "a web page came in place of an answer: <!doctype html><title>Dashboard</title>"
+    assert page_found.mend == "see whether VLLM_URLS is the URL of a vLLM server"
+    assert moved_found.text == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
+    assert moved_found.mend == "set VLLM_URLS to the server's own URL"
+    assert plain.mend == "if the server does not speak TLS there, its URL begins with http://"
+    assert (good.level, good.text) == ("ok", "serves reciter")
 
 
 async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:

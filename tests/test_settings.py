@@ -226,6 +226,9 @@ def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> 
         ("VLLM_URLS", "http://host:99999"),
         ("VLLM_URLS", "http://host..local"),
         ("VLLM_URLS", "http://xn--a"),
+        ("VLLM_URLS", "http://h/v1?key=1"),
+        ("VLLM_URLS", "http://h/#v1"),
+        ("VLLM_URLS", "http://h/openai/chat/completions"),
         ("REDIS_URL", "127.0.0.1:6379"),
         ("REDIS_URL", "redis:127.0.0.1"),
         ("REDIS_URL", "redis://host:port"),
@@ -264,7 +267,9 @@ def test_each_kind_of_redis_url_is_taken(url: str) -> None:
     assert load_settings(redis_url=url).redis_url.get_secret_value() == url
 
 
-@pytest.mark.parametrize("url", ["http://h", "https://u:p@h/llm/v1", "http://[::1]:8000"])
+@pytest.mark.parametrize(
+    "url", ["http://h", "https://u:p@h/llm/v1", "http://[::1]:8000", "http://h/v1/chat/completions"]
+)
 def test_each_kind_of_vllm_url_is_taken(url: str) -> None:
     assert load_settings(vllm_urls=url).vllm_urls == (url,)
 

@@ -264,10 +264,10 @@ async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:
     try:
         models = await upstream.models(endpoint)
     except UpstreamError as error:
-        mend = (
+        mend = error.fix or (
             f"set {variable('vllm_api_key')} to the key that the server was started with"
             if error.code == "unauthorized"
             else f"start vLLM there, or set {variable('vllm_urls')}"
         )
-        return Finding("error", where, error.message, mend)
+        return Finding("error", where, error.message.removesuffix(f"; {error.fix}"), mend)
     return Finding("ok", where, f"serves {', '.join(models) or 'no model'}")

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from worker.broker.urls import parse_redis_url
 from worker.contract.job import MAX_REQUEST_BYTES
 from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
+from worker.vllm.target import base_url
 
 PREFIX = "WORKER_"
 _OWN_NAMES = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
@@ -142,6 +143,11 @@ class Settings(BaseSettings):
         for url in value:
             if not _is_http(url):
                 raise ValueError(f"holds {shown_url(url)!r}, which is no URL such as http://127.0.0.1:8000")
+            parts = urlsplit(base_url(url))
+            if parts.query or parts.fragment or parts.path.endswith("/completions"):
+                raise ValueError(
+                    f"holds {shown_url(url)!r}: give the base of the server, such as http://127.0.0.1:8000"
+                )
         return value
 
     @field_validator("queues")

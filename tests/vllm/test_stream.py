@@ -29,9 +29,9 @@ from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.fields import body_for
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
-from worker.vllm.target import Target
+from worker.vllm.target import Target, base_url
 from worker.vllm.transport import Transport
-from worker.vllm.upstream import Upstream, base_url
+from worker.vllm.upstream import Upstream
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
@@ -230,11 +230,34 @@ async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
             error = await error_of(upstream)
             assert isinstance(error, NoConnection)
             assert "CERTIFICATE_VERIFY_FAILED" in error.message
+            assert error.message.endswith(
+                "; set SSL_CERT_FILE to a PEM file with the certificate of the server's authority"
+            )
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         async with reaching(url) as upstream:
             assert (await ask(upstream))[0].text == "a"
         async with reaching(url.replace("127.0.0.1", "localhost")) as upstream:  # which the certificate is not for
-            assert "Hostname mismatch" in (await error_of(upstream)).message
+            assert "Hostname mismatch" in (error := await error_of(upstream)).message
+            assert error.message.endswith("; use the name in VLLM_URLS that the server's certificate is for")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+        async with reaching(url) as upstream:
+            assert "the certificates of SSL_CERT_FILE cannot be read" in (await error_of(upstream)).message
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n", b""])
+async def test_c8_tls_to_a_server_that_does_not_speak_it(answer: bytes) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, reaching(url) as upstream:
+        error = await error_of(upstream)
+    assert error.code == "upstream_unreachable"
+    assert "does not speak TLS" in error.fix
+    assert error.message.endswith("its URL begins with http://")
 
 
 async def test_the_key_is_sent() -> None:
@@ -700,6 +723,12 @@ def test_what_a_request_asks_for_itself_is_sent_on() -> None:
 def test_a_server_may_be_given_with_or_without_v1(url: str) -> None:
     assert base_url(url) == "http://a:1"
     assert base_url(url.replace("a:1", "a:1/llm")) == "http://a:1/llm"
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions/", "/v1/models"])
+def test_c8_a_server_may_be_given_with_a_route(route: str) -> None:
+    assert base_url("http://a:1" + route) == "http://a:1"
+    assert base_url("http://a:1/llm" + route) == "http://a:1/llm"
 
 
 async def test_requests_spread_over_the_servers() -> None:

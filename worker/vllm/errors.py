@@ -31,6 +31,21 @@ _TOO_LONG_WORDS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """How servers say that a prompt has no room in the model."""
+_NO_TLS = "the server does not speak TLS there: its URL begins with http://"
+_FIXES = (
+    ("Hostname mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
+    ("IP address mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
+    ("certificate has expired", "renew the server's certificate"),
+    ("CERTIFICATE_VERIFY_FAILED", "set SSL_CERT_FILE to a PEM file with the certificate of the server's authority"),
+    ("WRONG_VERSION_NUMBER", _NO_TLS),
+    ("RECORD_LAYER_FAILURE", _NO_TLS),  # the same, as OpenSSL 3.2 has it
+    ("HTTP_REQUEST", _NO_TLS),
+    (
+        "closed the connection in the TLS handshake",
+        "if the server does not speak TLS there, its URL begins with http://",
+    ),
+)
+"""What to do about a connection that fails in the way to TLS: the first whose words are in its message."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
@@ -44,6 +59,7 @@ class UpstreamError(Exception):
         retryable: whether the same request may succeed elsewhere or later.
         retry_after: seconds the server asked to wait, at most 60, or None.
         words: what the server said beside the message for programs, such as the parameter that it refuses.
+        fix: what to do about it, where that is known; the message ends with it.
     """
 
     def __init__(
@@ -55,14 +71,16 @@ class UpstreamError(Exception):
         retryable: bool,
         retry_after: float | None = None,
         words: AbstractSet[str] = frozenset(),
+        fix: str = "",
     ) -> None:
-        super().__init__(message)
         self.code = code
-        self.message = message
+        self.message = f"{message}; {fix}" if fix else message
+        super().__init__(self.message)
         self.status = status
         self.retryable = retryable
         self.retry_after = retry_after
         self.words = words
+        self.fix = fix
 
 
 class CannotResume(Exception):
@@ -86,7 +104,10 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
     message = message_of(error) or excerpt(body) or f"HTTP {status} with an empty body"
     if 300 <= status < 400 and (location := headers.get("location")):
         place = excerpt(without_user(location).partition("?")[0])
-        message = f"HTTP {status}: the server redirects to {place}, which is not followed: set VLLM_URLS to its own URL"
+        message = f"HTTP {status}: the server redirects to {place}, which is not followed"
+        return UpstreamError(
+            "upstream_error", message, status=status, retryable=False, fix="set VLLM_URLS to the server's own URL"
+        )
     return classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
 
 
@@ -134,7 +155,8 @@ def unreachable(url: str, error: Exception) -> UpstreamError:
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         kind = Refused if _is_refused(error) else NoConnection
     why = str(error) or type(error).__name__
-    return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True)
+    fix = next((fix for part, fix in _FIXES if part in why), "")
+    return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True, fix=fix)
 
 
 def without_user(url: str) -> str:
@@ -146,6 +168,14 @@ def without_user(url: str) -> str:
 def truncated(message: str) -> UpstreamError:
     """The stream ended before every choice had finished."""
     return UpstreamError("upstream_truncated", message, retryable=True)
+
+
+def web_page(page: bytes, *, retryable: bool = True) -> UpstreamError:
+    """A page for people came in place of a stream or a list."""
+    return UpstreamError(
+        "not_a_stream", f"a web page came in place of an answer: {excerpt(page[:200])}", status=200,
+        retryable=retryable, fix="see whether VLLM_URLS is the URL of a vLLM server",
+    )  # fmt: skip
 
 
 def malformed(message: str) -> UpstreamError:

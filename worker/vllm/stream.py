@@ -14,8 +14,8 @@ from types import TracebackType
 import httpx
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.error_bodies import decoded, excerpt
-from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable
+from worker.vllm.error_bodies import decoded
+from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
 from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from worker.vllm.target import Target
 from worker.vllm.transport import Answer, Transport
@@ -179,7 +179,6 @@ class ChatStream:
                     raise
                 await self._answer.body.aclose()
                 self._answer, self._decoder = another, _Opening(self._become)
-                self._watchdog.restart()
 
     async def _pour(self) -> bool:
         try:
@@ -266,7 +265,9 @@ async def _refuse(answer: Answer, limits: Limits) -> None:
         body = await _body(response, limits, _MAX_ERROR_BYTES)
         raise from_response(answer.status, body, response.headers)
     if answer.header(b"content-encoding") not in {"", "identity"}:
-        raise _no_stream("the stream is compressed, though it was asked not to be")
+        raise UpstreamError(
+            "not_a_stream", "the stream is compressed, though it was asked not to be", status=200, retryable=True
+        )
 
 
 class _Opening:
@@ -292,7 +293,7 @@ class _Opening:
         if not start:
             return []
         if start.startswith(b"<"):
-            raise _no_stream(f"a web page came in place of a stream, is VLLM_URLS the URL of a vLLM? {excerpt(start)}")
+            raise web_page(start)
         return self._become(start.startswith((b"{", b"["))).feed(start)
 
     def end(self) -> list[bytes]:
@@ -339,10 +340,6 @@ async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
         if not body:
             raise truncated(f"the answer with status {response.status_code} broke off: {_why(error)}") from None
     return body[:most]
-
-
-def _no_stream(text: str) -> UpstreamError:
-    return UpstreamError("not_a_stream", text, status=200, retryable=True)
 
 
 def _why(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Where requests go, and the head that they have: without I/O, and made once for a URL."""
 
+import re
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -37,6 +38,11 @@ class Target:
             request = next(httpx.BasicAuth(user, password).auth_flow(request))
         del request.headers["content-length"]
         return cls(url, origin_of(request.url), head_of(request))
+
+
+def base_url(url: str) -> str:
+    """The server's base: given with or without `/v1`, a route behind it, and a slash at the end."""
+    return re.sub(r"(/v1(/(chat/)?completions|/models)?)?/*$", "", url.rstrip("/"))
 
 
 def origin_of(url: httpx.URL) -> Origin:

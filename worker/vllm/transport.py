@@ -357,13 +357,16 @@ class Transport(httpx.AsyncBaseTransport):
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {within:g} s") from error
         except (OSError, RuntimeError) as error:  # the latter of uvloop 0.22, for a server that goes meanwhile
-            raise httpx.ConnectError(str(error)) from error
+            raise httpx.ConnectError(str(error) or "the server closed the connection in the TLS handshake") from error
         self._open.add(connection)
         return connection
 
     def _secure(self, scheme: str) -> ssl.SSLContext | None:
         if scheme == "https" and self._ssl is None:
-            self._ssl = httpx.create_ssl_context()
+            try:
+                self._ssl = httpx.create_ssl_context()
+            except OSError as error:
+                raise httpx.ConnectError(f"the certificates of SSL_CERT_FILE cannot be read: {error}") from error
         return self._ssl if scheme == "https" else None
 
 

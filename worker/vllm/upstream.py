@@ -14,16 +14,24 @@ import structlog
 
 from worker.contract.entries import Object, to_json
 from worker.vllm.endpoints import Endpoint, State, best_of
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, from_response, unreachable, without_user
+from worker.vllm.errors import (
+    UNAUTHORIZED,
+    NoConnection,
+    UpstreamError,
+    from_response,
+    unreachable,
+    web_page,
+    without_user,
+)
 from worker.vllm.fields import body_for, refused_fields
 from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
-from worker.vllm.target import Target
+from worker.vllm.target import Target, base_url
 from worker.vllm.transport import Answer, Transport
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
-__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream", "base_url"]
+__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream"]
 
 _FEW_SECONDS = 3.0
 _PROBE_EVERY = 2.0
@@ -259,7 +267,10 @@ class Upstream:
                         raise
 
         async def reopened(error: UpstreamError) -> Answer | None:
-            return await opened() if leave_out(error) else None
+            if not leave_out(error):
+                return None
+            watchdog.restart()
+            return await opened()
 
         def leave_out(error: UpstreamError) -> bool:
             refused = refused_fields(error, request) - without
@@ -326,6 +337,8 @@ class Upstream:
         response = await self._get(url)
         if response.status_code != 200:
             raise from_response(response.status_code, response.content, response.headers)
+        if response.content.lstrip().startswith(b"<"):
+            raise web_page(response.content, retryable=False)
         try:
             return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -345,11 +358,6 @@ class _Model(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Model]
-
-
-def base_url(url: str) -> str:
-    """The server's base: given with or without `/v1` and a slash at the end."""
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
