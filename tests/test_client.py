@@ -62,6 +62,33 @@ async def test_another_request_under_the_same_id_is_refused(client: Client, redi
     assert await redis.xlen("chat:jobs") == 1
 
 
+async def enqueue_by_hand(redis: Redis, request_id: str) -> None:
+    """As the examples for other languages do: without the digest."""
+    pipe = redis.pipeline()
+    pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "queued", "v": 1}, id="0-1")
+    pipe.expire(f"chat:tokens:{{{request_id}}}", 90_000)
+    pipe.xadd("chat:jobs", {"id": request_id, "request": json.dumps(ASK)})
+    await pipe.execute()
+
+
+async def test_c2_a_queued_without_digest_makes_a_request_known_and_is_taken(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """C2: while it waits, in every language; and enqueue knows by `started` what was asked."""
+    await enqueue_by_hand(redis, "mine")
+    assert (await client.status("mine")).state is State.QUEUED
+    entry = await anext(client.follow("mine"))
+    assert (entry.type, entry.id) == ("queued", (0, 1))
+    with pytest.raises(Conflict, match="left out the digest"):
+        await client.enqueue(ASK, id="mine")
+    await start_worker(simulator)
+    assert (await client.result("mine")).text == TEXT
+    assert await client.enqueue(ASK, id="mine") == "mine"
+    with pytest.raises(Conflict, match="another request"):
+        await client.enqueue(ASK | {"temperature": 1}, id="mine")
+    assert await redis.xlen("chat:jobs") <= 1
+
+
 @pytest.mark.usefixtures("worker")
 async def test_an_id_stays_taken_when_its_log_has_expired(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)

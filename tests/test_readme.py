@@ -54,16 +54,17 @@ async def test_the_python_example_prints_the_answer(redis_url: str, tmp_path: Pa
 
 @pytest.mark.usefixtures("worker")
 async def test_the_redis_cli_lines_enqueue_follow_and_cancel(redis_url: str, redis: Redis) -> None:
-    enqueue, follow, cancel = [line for line in example("redis-cli").splitlines() if not line.startswith("#")]
+    enqueue, follow, cancel = re.split(r"(?:^#.*\n)+", example("redis-cli"), flags=re.MULTILINE)[1:]
 
-    async def run(line: str) -> str:
-        command = line.replace("redis-cli", f"{redis_cli()} -p {urlsplit(redis_url).port}", 1)
+    async def run(lines: str) -> str:
+        command = lines.replace("redis-cli", f"{redis_cli()} -p {urlsplit(redis_url).port}", 1)
         process = await asyncio.create_subprocess_shell(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         printed, _ = await process.communicate()
         return printed.decode()
 
-    assert re.fullmatch(r"\d+-\d+\n", await run(enqueue))
-    assert "chat:tokens:{demo-1}\n1-0\ntype\nstarted" in await run(follow)
+    assert re.fullmatch(r"OK\n(QUEUED\n){3}0-1\n1\n\d+-\d+\n", await run(enqueue))
+    assert "chat:tokens:{demo-1}\n0-1\ntype\nqueued\nv\n1" in await run(follow)
+    assert "\n1-0\ntype\nstarted" in await run(follow.replace("' 0", "' 0-1"))
     await eventually(lambda: redis.exists("chat:ended:{demo-1}"))
     assert "exhausted the last possible ID" in await run(cancel), "it had ended before"
 

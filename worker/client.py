@@ -376,16 +376,21 @@ class Client:
 
     async def _attaches(self, pipe: Pipeline, job: Job) -> bool:
         """Whether the same request was enqueued before, read on the connection that watches its keys."""
-        first = await self._first_entry(pipe, job.id)
+        begin = await self._begin(pipe, job.id)
         raw = await pipe.get(self._keys.ended(job.id))
-        if first is None and raw is None:
+        if not begin and raw is None:
             return False
-        if first is None:
+        if not begin:
             known = msgspec.json.decode(cast("bytes", raw), type=Tombstone).digest
-        else:
-            known = first.digest if isinstance(first, Queued | Started) else ""
-        if isinstance(first, Cancelled):
+        else:  # `queued` by another client may come without one
+            known = next((entry.digest for entry in begin if isinstance(entry, Queued | Started) and entry.digest), "")
+        if begin and isinstance(begin[0], Cancelled):
             raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another")
+        if not known and begin and isinstance(begin[-1], Queued):
+            raise Conflict(
+                f"the id {job.id} is enqueued, and whoever did so left out the digest that would tell whether it is "
+                "the same request: choose another"
+            )
         if not is_digest_of(known, job.request, job.fallbacks):
             raise Conflict(f"the id {job.id} belongs to another request: leave the id out, or choose another")
         return True
@@ -425,9 +430,10 @@ class Client:
                 raise reply
         return True
 
-    async def _first_entry(self, redis: Redis, request_id: str) -> Entry | None:
-        raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=1))
-        return parse_leniently(*raw[0]) if raw else None
+    async def _begin(self, redis: Redis, request_id: str) -> list[AnyEntry]:
+        """The first two entries of a log: `queued` and `started`, where it has both."""
+        raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=2))
+        return [parse_leniently(*entry) for entry in raw]
 
 
 def _unix_ms(redis_time: tuple[int, int]) -> int:
