@@ -56,7 +56,7 @@ async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
     await redis.set("chat:jobs", "something else", ex=60)
     (queue,) = about(await found(redis_url=redis_url, vllm_urls=simulator.url), "queue")
     assert queue == Finding(
-        "error", "queue default", "the key chat:jobs is a string, not a stream", "choose another WORKER_PREFIX"
+        "error", "queue default", "the key chat:jobs is not a stream", "choose another WORKER_PREFIX"
     )
 
 

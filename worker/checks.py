@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import MasterNotFoundError
@@ -17,11 +16,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from worker.broker.cluster import ClusterClient
-from worker.broker.connection import COMMAND_TIMEOUT, OLDEST, command_client, is_transient, what_redis_said
+from worker.broker.cluster import ClusterClient, servers_of
+from worker.broker.connection import OLDEST, command_client, what_redis_said, withholds_right
 from worker.broker.depth import waiting_in
 from worker.broker.jobs import JobQueue
 from worker.broker.ledger import Ledger
+from worker.broker.rights import Missing, find_missing
 from worker.broker.urls import keys_at, parse_redis_url
 from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
@@ -110,39 +110,63 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
     redis = command_client(url)
     keys = keys_at(url, settings.prefix)
     try:
-        is_cluster, is_full = isinstance(redis, ClusterClient), False
-        servers = await redis.masters() if isinstance(redis, ClusterClient) else [redis]
+        is_cluster = isinstance(redis, ClusterClient)
+        servers, is_full = await servers_of(redis), False
         for number, server in enumerate(servers, 1):
             name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
-            try:
-                info = await server.info()
-            except NoPermissionError as error:
-                text = f"its version, memory and storage are not looked at: {what_redis_said(error)}"
-                yield Finding("warning", name, text, "ACL SETUSER <user> +info")
-                continue
+            info = await _info(server)
             if wrong := _wrong_server(name, info, "cluster" if is_cluster else "standalone"):
                 yield wrong
                 return
-            yield Finding("ok", name, f"version {info.get('redis_version')} answers")
             for finding in _storage_findings(name, info):
                 is_full |= finding.level == "error"
                 yield finding
         refusal = None if is_full else await _check_writing(redis, where, keys, settings.lease)
         if refusal:
             yield refusal
-        async for finding in _check_channels(redis, where, keys):
+        rights = [finding async for finding in _check_rights(servers, where, keys, settings)]
+        for finding in rights:
             yield finding
-        undone = 0
-        for queue in settings.queues:
-            finding, jobs = await _check_queue(redis, keys, queue, settings.queue_limit)
-            undone += jobs
-            yield finding
-        for finding in () if is_full or refusal else await _worker_findings(redis, keys, settings.lease, undone):
-            yield finding  # while Redis takes no writes no worker can show that it lives
+        if not any(finding.level == "error" for finding in rights):  # else all that comes would be refused
+            # While Redis takes no writes no worker can show that it lives.
+            async for finding in _check_state(redis, keys, settings, workers=not (is_full or refusal)):
+                yield finding
     except (RedisError, OSError) as error:
         yield Finding("error", where, what_redis_said(error), _mend(error, keys))
     finally:
         await redis.aclose()
+
+
+async def _info(server: Redis) -> dict[str, object]:
+    """What a server says of itself; nothing where the user may not ask, which is told with what else is missing."""
+    try:
+        return dict(await server.info())
+    except ResponseError as error:
+        if withholds_right(error):
+            return {}
+        raise
+
+
+async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers: bool) -> AsyncIterator[Finding]:
+    """The queues and the workers, as far as the user may see them."""
+    undone = 0
+    for queue in settings.queues:
+        try:
+            finding, jobs = await _check_queue(redis, keys, queue, settings.queue_limit)
+        except ResponseError as error:
+            if not withholds_right(error):
+                raise
+            continue
+        undone += jobs
+        yield finding
+    try:
+        findings = await _worker_findings(redis, keys, settings.lease, undone) if workers else []
+    except ResponseError as error:
+        if not (withholds_right(error) or str(error).startswith("WRONGTYPE")):  # which is told by now
+            raise
+        return
+    for finding in findings:
+        yield finding
 
 
 def _mend(error: Exception, keys: Keys) -> str:
@@ -160,13 +184,52 @@ async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> 
     try:
         await JobQueue(redis, redis, keys, "check", lease).try_to_write()
     except ResponseError as error:
-        level = "error" if is_transient(error) else "warning"  # such as a right to this one key: the rest may be well
-        return Finding(level, where, f"it takes no writes: {what_redis_said(error)}", _mend(error, keys))
+        if withholds_right(error):
+            return None
+        return Finding("error", where, f"it takes no writes: {what_redis_said(error)}", _mend(error, keys))
     return None
 
 
+async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: Settings) -> AsyncIterator[Finding]:
+    """What the user may not do, and what Redis cannot."""
+    lacks: dict[Missing, None] = {}
+    kind, replicas = parse_redis_url(settings.redis_url.get_secret_value()).kind, settings.wait_replicas > 0
+    for server in servers:
+        found = await find_missing(server, keys, settings.queues, cluster=kind == "cluster", replicas=replicas)
+        lacks |= dict.fromkeys(found)
+    of_worker = [lack for lack in lacks if "worker" in lack.roles]
+    needed = [lack for lack in of_worker if not lack.without]
+    if needed:
+        yield _lacking("error", where, "no job can be done", needed)
+    names = {lack.name for lack in needed}
+    others = [lack for lack in of_worker if lack.name not in names]
+    for without in dict.fromkeys(lack.without for lack in others):
+        yield _lacking("warning", where, without, [lack for lack in others if lack.without == without])
+    of_client = {lack.name: lack for lack in lacks} if not of_worker else {}
+    if of_client:
+        text = "the user may do what a worker does; a client (enqueue, follow, cancel, dead) needs another, or besides"
+        yield Finding("ok", where, f"{text}: {' '.join(of_client)}")
+
+
+def _lacking(level: str, where: str, so: str, lacks: list[Missing]) -> Finding:
+    rights, commands, keys = (
+        list(dict.fromkeys(lack.name for lack in lacks if lack.kind == kind)) for kind in ("right", "command", "key")
+    )
+    told, mends = [], []
+    if rights:
+        told.append(f"the user lacks the rights {' '.join(rights)}")
+        mends.append(f"ACL SETUSER <user> {' '.join(rights)}")
+    if commands:
+        told.append(f"Redis does not know {', '.join(commands)}: renamed, or switched off")
+        mends.append("give the commands their names back (rename-command in its configuration)")
+    if keys:
+        told.append(f"something else stands at {', '.join(keys)}")
+        mends.append(f"remove it, or choose another {variable('prefix')}")
+    return Finding(level, where, f"{so}: {'; '.join(told)}", "; ".join(mends))
+
+
 def _wrong_server(where: str, info: dict[str, object], wanted: str) -> Finding | None:
-    version, mode = str(info.get("redis_version", "0")), info.get("redis_mode", wanted)
+    version, mode = str(info.get("redis_version", "7.0")), info.get("redis_mode", wanted)
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
     if mode != wanted:
@@ -176,7 +239,9 @@ def _wrong_server(where: str, info: dict[str, object], wanted: str) -> Finding |
 
 
 def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
-    findings = []
+    if not info:
+        return []
+    findings = [Finding("ok", where, f"version {info.get('redis_version')} answers")]
     used, most = int(str(info.get("used_memory", 0))), int(str(info.get("maxmemory", 0)))
     if most and used >= most:
         findings.append(
@@ -203,30 +268,18 @@ def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
     return findings
 
 
-async def _check_channels(redis: Redis, where: str, keys: Keys) -> AsyncIterator[Finding]:
-    """From Redis 7 on a user of one's own may use no channel unless it is said."""
-    try:
-        await redis.publish(keys.feed("check"), "[]")
-        async with redis.pubsub() as hints:
-            await hints.subscribe(keys.cancel)
-            await hints.get_message(timeout=COMMAND_TIMEOUT)
-    except NoPermissionError as error:
-        yield Finding(
-            "warning", where, f"the user lacks a right: without it the feed is silent, or a cancel late: {error}",
-            f"ACL SETUSER <user> &{keys.prefix}:* +publish +subscribe",
-        )  # fmt: skip
-
-
 async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tuple[Finding, int]:
     """What there is to say of a queue, and how many jobs of it are not done with."""
     key = keys.jobs(queue)
-    kind = cast("bytes", await redis.type(key))
-    if kind == b"none":
+    if not await redis.exists(key):
         return Finding("ok", f"queue {queue}", "no job has been added yet"), 0
-    if kind != b"stream":
-        text = f"the key {key} is a {kind.decode()}, not a stream"
+    try:
+        groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
+    except ResponseError as error:
+        if not str(error).startswith("WRONGTYPE"):
+            raise
+        text = f"the key {key} is not a stream"
         return Finding("error", f"queue {queue}", text, "choose another WORKER_PREFIX"), 0
-    groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
     group = groups.get(GROUP.encode())
     pending = group["pending"] if group else 0
     waiting = await waiting_in(redis, key)

@@ -79,15 +79,25 @@ def blocking_client(url: str, block: float) -> Redis:
 def is_transient(error: BaseException) -> bool:
     """Whether Redis may answer the same command well in a moment: no connection, a failover, memory that is full."""
     if isinstance(error, _TRANSIENT):
-        return not isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError)
+        return not withholds_right(error)
     return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith(_TRANSIENT_WORDS)
 
 
 def withholds_right(error: BaseException) -> bool:
-    """Whether Redis refuses a right or a password (NOPERM, NOAUTH, WRONGPASS): an operator can give it back."""
-    return isinstance(
+    """Whether Redis refuses a right or a password (NOPERM, NOAUTH, WRONGPASS): an operator can give it back.
+
+    So it is with a command that was renamed or switched off, and with a transaction that is refused for such a reason.
+    """
+    if isinstance(error, exceptions.ExecAbortError):
+        return "because of: NOPERM" in str(error)
+    return lacks_command(error) or isinstance(
         error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
     )
+
+
+def lacks_command(error: BaseException) -> bool:
+    """Whether Redis does not know a command: it was renamed, or is switched off."""
+    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith("unknown command")
 
 
 def what_redis_said(error: BaseException) -> str:
