@@ -146,6 +146,28 @@ async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
         await log.drained()
 
 
+async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    logs = []
+    for number in range(50):
+        taken = await one.owner.take(f"r{number}", delivery, FAR)
+        assert isinstance(taken, Owned)
+        one.publisher.attach(taken.log)
+        logs.append(taken.log)
+    cancelled, *others = logs
+    await redis.xadd(cancelled.key, {"type": "cancelled"}, id=str(SEAL))
+    await redis.config_resetstat()
+    for log in logs:
+        log.extend([delta("a"), delta("b")])
+    with pytest.raises(LogSealed):
+        await cancelled.drained()
+    for log in others:
+        await log.drained()
+    stats = await redis.info("commandstats")
+    assert stats["cmdstat_xrevrange"]["calls"] == 1
+
+
 async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:

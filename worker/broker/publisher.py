@@ -364,7 +364,7 @@ class Publisher:
             return
         text = what_redis_said(first)
         if "equal or smaller" in text or "exhausted the last" in text:
-            self.look()  # written already, fenced or sealed: the log's end tells which
+            self._asked.add(log)  # written already, fenced or sealed: the log's end tells which
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
             log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
         elif refusal := refusal_of(first):
@@ -395,7 +395,7 @@ class Publisher:
             if log.attempt == attempt:
                 self._reconcile(log, reply)
             else:  # its owner began another meanwhile: the reply may be older than that
-                self.look()
+                self._asked.add(log)
         for log in looked_at:
             self._out += log.pending
 
