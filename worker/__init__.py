@@ -1,42 +1,69 @@
 """vllm-relay: a durable, shareable token stream between vLLM and everything that follows a generation."""
 
-from worker.client import Client, JobOptions, State, Status
-from worker.client_errors import (
-    ClientError,
-    Conflict,
-    Expired,
-    IncompleteLog,
-    InvalidArgument,
-    Misused,
-    QueueFull,
-    Refused,
-    Unavailable,
-    UnknownRequest,
-    Unreadable,
-)
-from worker.contract.answer import Answer, Choice
-from worker.contract.entries import (
-    AnyEntry,
-    BadEntry,
-    Cancelled,
-    Claimed,
-    Delta,
-    Done,
-    Entry,
-    Failed,
-    Idle,
-    Opened,
-    Queued,
-    Restarted,
-    Resumed,
-    Started,
-    Terminal,
-    Unknown,
-    Usage,
-)
-from worker.contract.ids import EntryId
-from worker.contract.job import InvalidJob
-from worker.sync_client import SyncClient
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.client import Client, JobOptions, State, Status
+    from worker.client_errors import (
+        ClientError,
+        Conflict,
+        Expired,
+        IncompleteLog,
+        InvalidArgument,
+        Misused,
+        QueueFull,
+        Refused,
+        Unavailable,
+        UnknownRequest,
+        Unreadable,
+    )
+    from worker.contract.answer import Answer, Choice
+    from worker.contract.entries import (
+        AnyEntry,
+        BadEntry,
+        Cancelled,
+        Claimed,
+        Delta,
+        Done,
+        Entry,
+        Failed,
+        Idle,
+        Opened,
+        Queued,
+        Restarted,
+        Resumed,
+        Started,
+        Terminal,
+        Unknown,
+        Usage,
+    )
+    from worker.contract.ids import EntryId
+    from worker.contract.job import InvalidJob
+    from worker.sync_client import SyncClient
+else:
+    _HOMES = (
+        "client",
+        "client_errors",
+        "contract.answer",
+        "contract.entries",
+        "contract.ids",
+        "contract.job",
+        "sync_client",
+    )
+
+    def __getattr__(name: str) -> object:
+        """Load a public name when it is first used.
+
+        The program `worker` imports this package before its own first line, and SIGTERM is lost until then: see
+        `worker.__main__`.
+        """
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        homes = (import_module(f"{__name__}.{home}") for home in _HOMES)
+        globals()[name] = found = next(getattr(home, name) for home in homes if hasattr(home, name))
+        return found
+
 
 __all__ = [
     "Answer",
