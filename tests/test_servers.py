@@ -14,7 +14,7 @@ from worker.sandbox.requests import Fault, answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.telemetry.logs import configure_logging
-from worker.vllm import endpoints
+from worker.vllm.circuit import FAILURES
 
 
 def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
@@ -107,21 +107,24 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
 ) -> None:
     monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
     async with Sick() as server:
-        await start_worker(server, tries=1, slots=1)
+        worker = await start_worker(server, tries=1, slots=1)
         await answers(client, ask("before"))
         server.options = Options(orders=Orders(fault=fault, after=3))
-        ids = [await client.enqueue(ask(f"question {n}")) for n in range(endpoints.FAILURES + 5)]
-        for request_id in ids[: endpoints.FAILURES]:
-            assert (await client.result(request_id)).outcome == "error"
+        ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
 
+        async def away() -> bool:
+            return not worker._upstream.is_there
+
+        await eventually(away)
+        states = [(await client.status(request_id)).state for request_id in ids]
+        lost = states.count(State.ENDED)
         # What was read before the circuit opened runs, and waits; nothing else is claimed.
-        waiting = [(await client.status(request_id)).state for request_id in ids[endpoints.FAILURES :]]
-        assert set(waiting) <= {State.QUEUED, State.RUNNING}
-        assert waiting.count(State.RUNNING) <= 1
-        assert len(server.served) == endpoints.FAILURES + 1
+        assert lost <= FAILURES
+        assert states.count(State.RUNNING) <= 1
+        assert len(server.served) <= lost + 2
         server.options = Options()
-        rest = await asyncio.gather(*map(client.result, ids[endpoints.FAILURES :]))
-        assert {answer.outcome for answer in rest} == {"done"}
+        outcomes = [answer.outcome for answer in await asyncio.gather(*map(client.result, ids))]
+        assert outcomes.count("done") >= len(ids) - lost - 1
 
 
 async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them(

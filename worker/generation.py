@@ -20,6 +20,7 @@ from worker.request import Request, Stopped, drained, insist
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
+from worker.vllm.circuit import Caller, State
 from worker.vllm.errors import UNAUTHORIZED, CannotResume, NoConnection, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
@@ -42,8 +43,8 @@ class Generation:
     """The answer to one request, as this process makes it. `now` is Redis's clock in Unix ms."""
 
     __slots__ = (
-        "_began", "_committed", "_endpoint", "_fault", "_first_delta", "_history", "_log", "_metrics", "_now", "_owner",
-        "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms", "_went_on",
+        "_began", "_caller", "_committed", "_endpoint", "_fault", "_first_delta", "_history", "_log", "_metrics",
+        "_now", "_owner", "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms", "_went_on",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +67,7 @@ class Generation:
         self._settings = settings
         self._metrics = metrics
         self._now = now
+        self._caller = Caller()
         self._endpoint: Endpoint
         """The server that is read from, and what reads it."""
         self._parser: ChunkParser
@@ -162,14 +164,17 @@ class Generation:
         endpoint, pause, tried = None, _FIRST_PAUSE, 0
         while True:
             await self._until_taken(model, others)
-            endpoint = self._upstream.choose(model, other_than=endpoint)
+            endpoint = self._upstream.choose(model, self._caller, other_than=endpoint)
+            is_trial = endpoint.circuit.state is State.HALF_OPEN
             tried += 1
             try:
                 with endpoint.in_use():
                     return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
-                if _at_the_door(error):  # it goes to another server, or waits for one as any other does
+                # One that was not let in goes to another server, or waits for one as any other does. Nor does a trial
+                # count: others have failed there too, and once it has, it gets no other.
+                if _at_the_door(error) or (is_trial and endpoint.circuit in self._caller.failed_at):
                     tried -= 1
                 if self._went_on:
                     tried, pause = 1, _FIRST_PAUSE
@@ -180,22 +185,22 @@ class Generation:
                     raise
                 wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
                 pause *= 2
-                if error.retry_after and self._upstream.is_busy(model):  # not before it; elsewhere one need not wait
-                    wait += error.retry_after
+                if error.retry_after and self._upstream.is_busy(model, self._caller):
+                    wait += error.retry_after  # not before it; elsewhere one need not wait
                 await self._guarded(asyncio.sleep(wait))
                 if self._committed:
                     await self._advance(error.code)
 
     async def _until_taken(self, model: str, others: Sequence[str]) -> None:
         """Wait until a server can take a request for this model, which is no try; said once of each model."""
-        if self._upstream.can_take(model):
+        if self._upstream.can_take(model, self._caller):
             return
         if model not in self._waited_for:
             self._waited_for.add(model)
             _log.info("waiting_for_model", model=model[:_LONGEST_NAME])
         with self._metrics.waiting_for_model.track_inprogress():
-            while not self._upstream.can_take(model):
-                await self._guarded(self._upstream.available(model, others))
+            while not self._upstream.can_take(model, self._caller):
+                await self._guarded(self._upstream.available(model, others, caller=self._caller))
 
     async def _answer(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
@@ -213,7 +218,7 @@ class Generation:
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
         try:
-            way = await continuation(self._upstream, endpoint, request, history)
+            way = await continuation(self._upstream, endpoint, request, history, self._caller)
         except UpstreamError as error:
             if not last or _at_the_door(error):
                 raise
@@ -236,7 +241,7 @@ class Generation:
     async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
         self._endpoint, self._parser = endpoint, parser
-        async with self._upstream.stream(endpoint, body, route) as stream:
+        async with self._upstream.stream(endpoint, body, route, caller=self._caller) as stream:
             stream.has_begun = lambda: parser.has_spoken
             try:
                 while await stream.pour(self._take) and not parser.done:

@@ -9,7 +9,7 @@ import pytest
 from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.endpoints import State
+from worker.vllm.circuit import State
 from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.target import Target

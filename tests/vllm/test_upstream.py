@@ -20,10 +20,11 @@ from worker.sandbox.requests import Fault
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.telemetry.logs import configure_logging
-from worker.vllm import endpoints as endpoints_module
+from worker.vllm import circuit as circuit_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.endpoints import FAILURES, Endpoint, State
+from worker.vllm.circuit import FAILURES, Caller, State
+from worker.vllm.endpoints import Endpoint
 from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Upstream
@@ -64,8 +65,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses are short here: nothing is measured."""
     for name in ("_PROBE_EVERY", "_LIST_AGAIN"):
         monkeypatch.setattr(upstream_module, name, SHORT)
-    monkeypatch.setattr(endpoints_module, "FIRST_PAUSE", SHORT)
-    monkeypatch.setattr(endpoints_module, "LONGEST_PAUSE", SHORT)
+    monkeypatch.setattr(circuit_module, "FIRST_PAUSE", SHORT)
+    monkeypatch.setattr(circuit_module, "LONGEST_PAUSE", SHORT)
 
 
 @asynccontextmanager
@@ -103,11 +104,15 @@ async def chosen(upstream: Upstream, model: str = "") -> Endpoint:
     return upstream.choose(model)
 
 
-async def ask(upstream: Upstream, endpoint: Endpoint | None = None, *, model: str = "", **fields: Any) -> str:  # noqa: ANN401
+async def ask(
+    upstream: Upstream, endpoint: Endpoint | None = None, *, model: str = "", caller: Caller | None = None,
+    **fields: Any,  # noqa: ANN401
+) -> str:  # fmt: skip
     """The text of a whole answer."""
     parser, texts = ChunkParser(), list[str]()
     request: Object = {"messages": [{"role": "user", "content": "Who are you?"}], **({"model": model} if model else {})}
-    async with upstream.stream(endpoint or await chosen(upstream, model), request | fields) as stream:
+    endpoint = endpoint or await chosen(upstream, model)
+    async with upstream.stream(endpoint, request | fields, caller=caller) as stream:
 
         def take(events: list[bytes]) -> bool:
             texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
@@ -326,11 +331,11 @@ def limits_for(fault: Fault) -> Limits:
 )
 async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_it(fault: Fault, code: str) -> None:
     async with serving("reciter", limits=limits_for(fault)) as ((server,), upstream):
-        server.statuses["/health"] = 503
         # Mid-stream where that matters: a connection that is reset drops what was not read.
         server.orders(fault, after=2 if fault in {"stall", "freeze", "malformed", "abort"} else 0)
         await fails(upstream, FAILURES - 1)
         assert upstream.is_there
+        server.statuses["/health"] = 503
         assert await fails(upstream) == {code}
         assert (upstream.is_there, len(upstream.endpoints[0].requests)) == (False, 0)
         server.orders()
@@ -370,7 +375,7 @@ async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIt
     """A server that is on trial, whose further pauses are so long that nobody waits for them."""
     async with serving("reciter", **settings) as ((server,), upstream):
         for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
-            monkeypatch.setattr(endpoints_module, name, 3600)
+            monkeypatch.setattr(circuit_module, name, 3600)
         server.orders("503")
         await fails(upstream, FAILURES)
         await upstream.available("")
@@ -398,13 +403,57 @@ async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_thro
 @pytest.mark.parametrize(
     ("fault", "code"), [("hang", "first_token_timeout"), ("freeze", "gap_timeout"), ("503", "upstream_unavailable")]
 )
-async def test_the_limits_hold_for_a_trial_and_one_that_fails_opens_the_circuit_again(
+async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_through(
     fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with half_open(monkeypatch, limits=limits_for(fault)) as (server, upstream):
         server.orders(fault, after=2 if fault == "freeze" else 0)
-        assert await fails(upstream) == {code}
-        assert upstream.endpoints[0].away
+        caller = Caller()
+        (circuit,) = (endpoint.circuit for endpoint in upstream.endpoints)
+        with pytest.raises(UpstreamError) as caught:
+            await ask(upstream, await chosen(upstream), caller=caller)
+        assert caught.value.code == code
+        await until(lambda: circuit.state is State.HALF_OPEN)
+        assert (circuit.admits(caller, pressed=True), circuit.admits(Caller())) == (False, False)
+
+
+async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_workers_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A1. It is for one token, and so short that it is no matter which server it costs it."""
+    async with half_open(monkeypatch) as (server, upstream):
+        caller = Caller(failed_at={upstream.endpoints[0].circuit})
+        tried = len(server.served)
+        await upstream.available("reciter", caller=caller)
+        (trial,) = list(server.served)[tried:]
+        assert (trial.request["model"], trial.request["max_tokens"], trial.status) == ("reciter", 1, 200)
+        assert upstream.can_take("reciter", caller)
+
+
+@pytest.mark.parametrize("status", [400, 404, 429])
+async def test_a_server_that_refuses_the_workers_own_request_answers(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1. A base model has no template, say: nobody is to wait for it for ever."""
+    async with half_open(monkeypatch) as (server, upstream):
+        caller = Caller(failed_at={upstream.endpoints[0].circuit})
+        server.statuses["/v1/chat/completions"] = status
+        await upstream.available("", caller=caller)
+        assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fallbacks_can_be_had() -> None:
+    """A1."""
+    async with serving("large", "small") as ((large, _), upstream):
+        circuit = upstream.endpoints[0].circuit
+        caller = Caller()
+        large.orders("500")
+        with pytest.raises(UpstreamError):
+            await ask(upstream, upstream.endpoints[0], model="large", caller=caller)
+        await fails(upstream, FAILURES - 1, model="large")
+        await until(lambda: circuit.state is State.HALF_OPEN)
+        with pytest.raises(UpstreamError, match="every server of `large` is away"):
+            await upstream.available("large", ["small"], caller=caller)
 
 
 async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next(

@@ -1,126 +1,15 @@
 """What is known of each vLLM server: its models, its load and its circuit. No I/O, and the clock is handed in."""
 
-import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from worker.vllm.circuit import Caller, Circuit, Run, State
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
 from worker.vllm.stream import Watchdog
 
-FAILURES = 5
-"""Failures in a row that open a circuit."""
-TRIAL = 10.0
-"""Seconds that a trial keeps others away while nothing is known of it."""
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
-"""Seconds that a circuit stays open at least, from the second time on. The first time it is for the probe to say."""
 BUSY = 1.0
 """Seconds that a server is passed over after a 429 without Retry-After."""
-
-
-class State(enum.Enum):
-    """Of a circuit."""
-
-    UNKNOWN = "unknown"
-    """Not asked yet."""
-    CLOSED = "closed"
-    """Requests go there."""
-    OPEN = "open"
-    """Away: it is probed, and gets no requests."""
-    HALF_OPEN = "half_open"
-    """Its probe was answered: one request at a time tries whether it works."""
-
-
-class Circuit:
-    """Whether a server gets requests, told from how the last ones went.
-
-    The first data event of a trial closes the circuit, since the end of the answer may be minutes away. A vLLM that
-    begins answers and never ends them is not believed for long all the same: until one stream has come whole, a
-    single failure opens the circuit again, each time for longer. A trial of which nothing is heard, as in a long queue
-    at vLLM, keeps its place for `TRIAL` seconds, then another may try.
-
-    How a request went that was sent before the circuit opened says nothing about the server since: streams that a
-    dying vLLM left frozen end long after it is back.
-
-    Args:
-        clock: monotonic seconds.
-        on_change: called with the former state, the new one and the reason.
-    """
-
-    def __init__(self, clock: Callable[[], float], on_change: Callable[[State, State, str], None]) -> None:
-        self.state = State.UNKNOWN
-        self.reason = ""
-        """Why it is open."""
-        self._clock = clock
-        self._on_change = on_change
-        self._failures = 0
-        self._opened = 0
-        self._next_pause = 0.0
-        self._paused_until = 0.0
-        self._held_until = 0.0
-
-    @property
-    def admits(self) -> bool:
-        """Whether a request may go there now."""
-        return self.state is State.CLOSED or (self.state is State.HALF_OPEN and self._clock() >= self._held_until)
-
-    @property
-    def wants_probe(self) -> bool:
-        """Whether the server is to be asked if it is there."""
-        return self.state is State.UNKNOWN or (self.state is State.OPEN and self._clock() >= self._paused_until)
-
-    def probed(self, trouble: str) -> None:
-        """A probe was answered; or not, and `trouble` says why."""
-        if self.state is State.UNKNOWN:
-            self._become(State.OPEN if trouble else State.CLOSED, trouble)
-        elif self.state is State.OPEN and not trouble:
-            self._held_until = 0.0
-            self._become(State.HALF_OPEN)
-
-    def hold(self) -> None:
-        """A request is about to go there: while the circuit is half open, it is the trial."""
-        self._held_until = self._clock() + TRIAL
-
-    @property
-    def run(self) -> int:
-        """What a request that begins now tells its fate with."""
-        return self._opened
-
-    def begin(self) -> int:
-        """A request goes there; gives what to tell its fate with."""
-        self.hold()
-        return self._opened
-
-    def began(self, run: int) -> None:
-        """The first data event of a request came."""
-        if run == self._opened and self.state is not State.CLOSED:
-            self._failures = 0 if self.state is State.UNKNOWN else FAILURES - 1
-            self._become(State.CLOSED)
-
-    def succeeded(self, run: int) -> None:
-        """The stream of a request came whole."""
-        if run == self._opened:
-            self._failures, self._next_pause = 0, 0.0
-
-    def failed(self, run: int, reason: str, *, at_once: bool = False) -> None:
-        """A request failed by a fault of the server; `at_once` when another one need not be tried."""
-        if run != self._opened or self.state is State.OPEN:
-            return
-        self._failures += 1
-        if at_once or self.state is State.HALF_OPEN or self._failures >= FAILURES:
-            self._opened += 1
-            self._paused_until = self._clock() + self._next_pause
-            self._next_pause = min(max(2 * self._next_pause, FIRST_PAUSE), LONGEST_PAUSE)
-            self._become(State.OPEN, reason)
-
-    def left(self, run: int) -> None:
-        """A request is over, whatever came of it: a trial that said nothing gives its place up."""
-        if run == self._opened:
-            self._held_until = 0.0
-
-    def _become(self, state: State, reason: str = "") -> None:
-        former, self.state, self.reason = self.state, state, reason
-        self._on_change(former, state, reason)
 
 
 class Endpoint:
@@ -187,33 +76,38 @@ class Endpoint:
         """Whether a request for this model may go there, as far as is known; the empty name is any model."""
         return not model or not self.models or model in self.models
 
-    def takes(self, model: str) -> bool:
-        """Whether a request for this model may go there now."""
-        return self.serves(model) and self.circuit.admits
+    def takes(self, model: str, caller: Caller) -> bool:
+        """Whether a request of a job for this model may go there now, where no other server takes it."""
+        return self.serves(model) and self.circuit.admits(caller, pressed=True)
 
-    def failed(self, run: int, error: UpstreamError) -> None:
+    def failed(self, run: Run, error: UpstreamError) -> None:
         """A request failed: what that says about the server.
 
-        A refusal (4xx) is no fault of it, nor is being busy. All its requests have the same key, so one 401 is enough:
-        it answers at once, and with the fewest in flight it would get nearly all of them. A 403 may be about what is
-        asked, so it counts as other faults do.
+        All its requests have the same key, so one 401 is enough: it answers at once, and with the fewest in flight it
+        would get nearly all of them. A 403 may be about what is asked, so it counts as other faults do.
         """
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if error.code == "model_not_found":
             self.listed = float("-inf")  # it is not what it said: ask again
-        if error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500):
+        if may_be_its_fault(error):
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
         if isinstance(error, Refused):
             for watchdog in self.requests:
                 watchdog.hurry()
 
 
-def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | None = None) -> Endpoint:
-    """The server to send a request to.
+def may_be_its_fault(error: UpstreamError) -> bool:
+    """Whether an error counts against the server: a refusal of the request (4xx) does not, nor does being busy."""
+    return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
-    Those that let it through go before those that do not, then those that are not busy, then others than the last,
-    and then the one with the fewest requests in flight.
+
+def best_of(endpoints: Sequence[Endpoint], model: str, caller: Caller, other_than: Endpoint | None = None) -> Endpoint:
+    """The server to send a request of a job to.
+
+    Those that let it through go before those that do so only where no other does, and these before the rest; then
+    those that are not busy, then those at which the job has not failed, then others than the last, and then the one
+    with the fewest requests in flight.
 
     Raises:
         UpstreamError: `model_not_found`, when none serves the model.
@@ -222,9 +116,11 @@ def best_of(endpoints: Sequence[Endpoint], model: str, other_than: Endpoint | No
     def rank(endpoint: Endpoint) -> tuple[object, ...]:
         circuit = endpoint.circuit
         return (
-            not circuit.admits,
+            not circuit.admits(caller),
+            not circuit.admits(caller, pressed=True),
             endpoint.away is True,
             endpoint.is_busy,
+            circuit in caller.failed_at,
             endpoint is other_than,
             endpoint.in_flight,
         )

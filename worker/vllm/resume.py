@@ -5,9 +5,10 @@ exact only where the kept tokens end with a whole character: a cut inside one ma
 prompt as text (vllm#48853).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -15,11 +16,14 @@ from worker.contract.answer import Answer
 from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields
 from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.vllm.chunks import ChunkParser, digest_of
+from worker.vllm.circuit import Caller
 from worker.vllm.errors import CannotResume, UpstreamError
 from worker.vllm.stops import StopStrings, stops_of
 from worker.vllm.upstream import CHAT, COMPLETIONS, Endpoint, Upstream
 
 _T = TypeVar("_T")
+_Post: TypeAlias = Callable[[str, Object], Awaitable[bytes]]
+"""Asks the server something: a path and a body."""
 
 _STRUCTURED = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
@@ -215,8 +219,10 @@ def kept_of(deltas: Sequence[Delta]) -> Kept:
     )
 
 
-async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, history: Answer) -> Continuation:
-    """Find out how a server can go on with an answer.
+async def continuation(
+    upstream: Upstream, endpoint: Endpoint, request: Object, history: Answer, caller: Caller | None = None
+) -> Continuation:
+    """Find out how a server can go on with an answer; `caller` is the job.
 
     Raises:
         CannotResume: when it cannot.
@@ -232,12 +238,13 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
         raise CannotResume("stop strings with reasoning")
     if stops and isinstance(least := request.get("min_tokens"), int) and least > len(kept.tokens):
         raise CannotResume("stop strings before min_tokens")  # no server looks for them until then
-    prompt, longest = await _tokenize(upstream, endpoint, request)
+    post = partial(upstream.post, endpoint, caller=caller)
+    prompt, longest = await _tokenize(post, request)
     if history.opened is None or digest_of(prompt) != history.opened.prompt_digest:
         raise CannotResume("the prompt's tokens are not those of the first attempt")
     held = ""
     if kept.last > 1 or stops:
-        kept, text = await _whole_characters(upstream, endpoint, request, kept)
+        kept, text = await _whole_characters(post, request, kept)
         if stops and not request.get("include_stop_str_in_output"):
             held = _held_back(text, kept.content, max(map(len, stops)) - 1)
     whole = prompt + kept.tokens
@@ -247,21 +254,21 @@ async def continuation(upstream: Upstream, endpoint: Endpoint, request: Object, 
     return Continuation(request, kept, whole, held, room, history.opened.model)
 
 
-async def _tokenize(upstream: Upstream, endpoint: Endpoint, request: Object) -> tuple[list[int], int | None]:
+async def _tokenize(post: _Post, request: Object) -> tuple[list[int], int | None]:
     """The ids of the prompt as this server makes them, and how many tokens its model has room for in all."""
     body = {name: request[name] for name in _TOKENIZED if request.get(name) is not None}
-    answer = await _ask(upstream, endpoint, "/tokenize", body, _Tokens)
+    answer = await _ask(post, "/tokenize", body, _Tokens)
     return answer.tokens, answer.max_model_len
 
 
-async def _whole_characters(upstream: Upstream, endpoint: Endpoint, request: Object, kept: Kept) -> tuple[Kept, str]:
+async def _whole_characters(post: _Post, request: Object, kept: Kept) -> tuple[Kept, str]:
     """The kept tokens up to the end of a character, and their text."""
     for cut in range(max(1, kept.last)):
         tokens = kept.tokens[: len(kept.tokens) - cut]
         body: Object = {"tokens": list(tokens)}
         if request.get("model"):
             body["model"] = request["model"]
-        text = (await _ask(upstream, endpoint, "/detokenize", body, _Text)).prompt
+        text = (await _ask(post, "/detokenize", body, _Text)).prompt
         if not text.endswith(_BROKEN):
             return replace(kept, tokens=tokens, cut=cut), text
     raise CannotResume("its last chunk ends inside a character")
@@ -284,9 +291,9 @@ class _Text(msgspec.Struct):
     prompt: str
 
 
-async def _ask(upstream: Upstream, endpoint: Endpoint, path: str, body: Object, kind: type[_T]) -> _T:
+async def _ask(post: _Post, path: str, body: Object, kind: type[_T]) -> _T:
     try:
-        return msgspec.json.decode(await upstream.post(endpoint, path, body), type=kind)
+        return msgspec.json.decode(await post(path, body), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise CannotResume(f"{path} gives no answer that can be read") from None
     except UpstreamError as error:

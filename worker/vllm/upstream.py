@@ -13,7 +13,9 @@ import msgspec
 import structlog
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.endpoints import Endpoint, State, best_of
+from worker.vllm.chunks import ChunkParser
+from worker.vllm.circuit import Caller, Run, State
+from worker.vllm.endpoints import Endpoint, best_of, may_be_its_fault
 from worker.vllm.errors import (
     UNAUTHORIZED,
     NoConnection,
@@ -48,10 +50,12 @@ class Upstream:
     Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
     circuit is half open keeps others away:
 
-        while not upstream.can_take(model):
-            await upstream.available(model)
-        with (endpoint := upstream.choose(model)).in_use():
-            async with upstream.stream(endpoint, request) as stream: ...
+        while not upstream.can_take(model, caller):
+            await upstream.available(model, caller=caller)
+        with (endpoint := upstream.choose(model, caller)).in_use():
+            async with upstream.stream(endpoint, request, caller=caller) as stream: ...
+
+    The caller is the job that asks, the same for all of its requests. Without one, a request is of a job of its own.
     """
 
     def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
@@ -78,58 +82,92 @@ class Upstream:
         """Whether a server can take work, as far as is known."""
         return self.can_take("")
 
-    def can_take(self, model: str) -> bool:
-        """Whether a server can take a request for this model now, as far as is known; the empty name is any.
+    def can_take(self, model: str, caller: Caller | None = None) -> bool:
+        """Whether a server can take a request of a job for this model now, as far as is known; the empty name is any.
 
         None is said to before all have been asked once, or the first to answer would get all that had waited.
         """
         if any(endpoint.away is None for endpoint in self.endpoints):
             return False
-        return any(endpoint.takes(model) for endpoint in self.endpoints)
+        caller = caller or Caller()
+        return any(endpoint.takes(model, caller) for endpoint in self.endpoints)
 
-    def is_busy(self, model: str) -> bool:
-        """Whether all that take requests for this model have asked to be left alone for now."""
-        return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model))
+    def is_busy(self, model: str, caller: Caller) -> bool:
+        """Whether all that take requests of a job for this model have asked to be left alone for now."""
+        return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model, caller))
 
     def refuses_key(self, model: str) -> bool:
         """Whether every server of this model is away because it does not take the worker's key."""
         serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
 
-    async def available(self, model: str, others: Sequence[str] = ()) -> None:
-        """Wait until a server can take a request for this model; `watch` finds out.
+    async def available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
+        """Wait until a server can take a request of a job for this model; `watch` finds out.
 
         A model that no server lists is asked for again first, for adapters are loaded at run time. Servers that are
         away and have never said what they serve may have it, so it is waited for, unless one of `others` can be had.
+        A server where the job has failed, and others too, is tried with a request of the worker's own meanwhile.
 
         Raises:
             UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable`, when all that may have it
-                are away and a server can take a request for one of `others`; `unauthorized`, when all that may have it
-                refuse the key and a server of other models does not.
+                are away, or have failed this job and others, and a server can take a request for one of `others`;
+                `unauthorized`, when all that may have it refuse the key and a server of other models does not.
         """
-        while not self.can_take(model):
+        caller = caller or Caller()
+        while not self.can_take(model, caller):
             changed = self._changed
             serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
             if self.is_there and self.refuses_key(model):
                 raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the worker's key", retryable=True)
-            if serving and all(endpoint.away for endpoint in serving) and any(map(self.can_take, others)):
+            lost = [endpoint for endpoint in serving if endpoint.away or endpoint.circuit in caller.failed_at]
+            if serving == lost and any(self.can_take(other, caller) for other in others) and serving:
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
-            if serving or not await self._list_again():
+            suspect = next((endpoint for endpoint in serving if endpoint.circuit.wants_trial(caller)), None)
+            if suspect is not None:
+                await self._try_out(suspect, model)
+            elif serving or not await self._list_again():
                 await _either(changed, _PROBE_EVERY)  # a trial that is not heard of gives its place up in silence
             else:
-                best_of(self.endpoints, model)
+                best_of(self.endpoints, model, caller)
 
-    def choose(self, model: str, *, other_than: Endpoint | None = None) -> Endpoint:
+    def choose(self, model: str, caller: Caller | None = None, *, other_than: Endpoint | None = None) -> Endpoint:
         """The server for a request: of those that serve the model and can take it the one with the fewest of ours.
 
-        It is another than the last one where that may be. When none can take it (see `can_take`) it is one that may.
+        It is another than those where the job has failed, and than the last one, where that may be. When none can take
+        it (see `can_take`) it is one that may.
 
         Raises:
             UpstreamError: `model_not_found`, when no server lists the model; `available` asks them again.
         """
-        endpoint = best_of(self.endpoints, model, other_than)
+        endpoint = best_of(self.endpoints, model, caller or Caller(), other_than)
         endpoint.circuit.hold()
         return endpoint
+
+    async def _try_out(self, endpoint: Endpoint, model: str) -> None:
+        """Ask a server for one token, in place of a job that may be what it fails at.
+
+        Only so can jobs that have all failed there find out whether they wait for a server or fail by themselves.
+        """
+        _log.info("vllm_tried_out", endpoint=without_user(endpoint.url))
+        endpoint.circuit.hold()
+        request: Object = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        parser = ChunkParser()
+
+        def take(events: list[bytes]) -> bool:
+            for data in events:
+                parser.parse(data)
+            return parser.done
+
+        try:
+            body = request | ({"model": model} if model else {})
+            async with self.stream(endpoint, body, caller=Caller(is_job=False)) as stream:
+                while await stream.pour(take) and not parser.done:
+                    pass
+                parser.check_complete()
+        except UpstreamError as error:
+            if not may_be_its_fault(error):  # it has no template, or is busy, say: it answers
+                circuit = endpoint.circuit
+                circuit.succeeded(circuit.run_of(Caller(is_job=False)))
 
     async def watch(self) -> None:
         """Until cancelled: probe servers that are away every two seconds, and ask the others what they serve."""
@@ -150,7 +188,7 @@ class Upstream:
 
     async def _still_there(self, endpoint: Endpoint) -> None:
         """Ask a server whose streams are silent, lest all of them wait for their limit when it is going down."""
-        run = endpoint.circuit.run
+        run = endpoint.circuit.run_of(Caller())
         try:
             await self._get(f"{endpoint.url}/health")
         except NoConnection as error:
@@ -212,7 +250,9 @@ class Upstream:
         self._changed = asyncio.Event()
 
     @asynccontextmanager
-    async def stream(self, endpoint: Endpoint, request: Object, route: str = CHAT) -> AsyncIterator[ChatStream]:
+    async def stream(
+        self, endpoint: Endpoint, request: Object, route: str = CHAT, *, caller: Caller | None = None
+    ) -> AsyncIterator[ChatStream]:
         """The token stream of a request; leaving the context closes it.
 
         How it is left is what the server's circuit learns: an UpstreamError that is raised inside the context too, such
@@ -224,7 +264,7 @@ class Upstream:
             UpstreamError: when the server does not give one.
         """
         circuit = endpoint.circuit
-        run = circuit.begin()
+        run = circuit.begin(caller or Caller())
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
@@ -241,7 +281,7 @@ class Upstream:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
-    def _left(self, endpoint: Endpoint, run: int) -> None:
+    def _left(self, endpoint: Endpoint, run: Run) -> None:
         endpoint.circuit.left(run)
         if endpoint.circuit.state is State.HALF_OPEN:
             self._wake()
@@ -293,7 +333,7 @@ class Upstream:
                 raise unreachable(url, error) from None
         return self._targets[url]
 
-    async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
+    async def post(self, endpoint: Endpoint, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
         It has as long as a first token, for all streams that broke with another server ask at once. That it is slow
@@ -302,7 +342,7 @@ class Upstream:
         Raises:
             UpstreamError: when it does not answer, or refuses.
         """
-        run = endpoint.circuit.begin()
+        run = endpoint.circuit.begin(caller or Caller())
         url = endpoint.url + path
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)

@@ -1,0 +1,389 @@
+"""The circuit of a server, as pure state: the clock is the test's own."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.vllm.circuit import FAILURES, LONGEST_PAUSE, TRIAL, Caller, Circuit, Run, State
+
+Change = tuple[State, State, str]
+
+
+class Clock:
+    """Monotonic seconds that pass when told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def changes() -> list[Change]:
+    return []
+
+
+@pytest.fixture
+def circuit(clock: Clock, changes: list[Change]) -> Circuit:
+    circuit = Circuit(clock, lambda *change: changes.append(change))
+    circuit.probed("")
+    changes.clear()
+    return circuit
+
+
+def begin(circuit: Circuit) -> Run:
+    """A request of a job of its own."""
+    return circuit.begin(Caller())
+
+
+def admits(circuit: Circuit) -> bool:
+    """Whether a job that has not been here is let through."""
+    return circuit.admits(Caller())
+
+
+def fail(circuit: Circuit, times: int = 1, reason: str = "broken") -> None:
+    """So many jobs."""
+    for _ in range(times):
+        circuit.failed(begin(circuit), reason)
+
+
+def opened(circuit: Circuit) -> Circuit:
+    circuit.failed(begin(circuit), "gone", at_once=True)
+    return circuit
+
+
+def half_open(circuit: Circuit) -> Circuit:
+    opened(circuit).probed("")
+    return circuit
+
+
+def failed_here(circuit: Circuit) -> Caller:
+    """A job that has failed there, with others."""
+    caller = Caller()
+    circuit.failed(circuit.begin(caller), "broken")
+    fail(circuit, FAILURES - 1)
+    circuit.probed("")
+    return caller
+
+
+# Opening
+
+
+@pytest.mark.parametrize(("trouble", "state"), [("", State.CLOSED), ("upstream_unreachable", State.OPEN)])
+def test_a_server_gets_nothing_before_its_first_probe_which_decides(clock: Clock, trouble: str, state: State) -> None:
+    circuit = Circuit(clock, lambda *_: None)
+    assert (circuit.state, admits(circuit), circuit.wants_probe) == (State.UNKNOWN, False, True)
+    circuit.probed(trouble)
+    assert (circuit.state, admits(circuit)) == (state, not trouble)
+
+
+def test_one_missing_connection_opens_the_circuit(circuit: Circuit) -> None:
+    opened(circuit)
+    assert (circuit.state, admits(circuit), circuit.wants_probe) == (State.OPEN, False, True)
+
+
+def test_failures_in_a_row_open_the_circuit(circuit: Circuit) -> None:
+    fail(circuit, FAILURES - 1)
+    assert admits(circuit)
+    fail(circuit)
+    assert circuit.state is State.OPEN
+
+
+def test_a_whole_stream_in_between_starts_the_row_anew(circuit: Circuit) -> None:
+    for _ in range(3):
+        fail(circuit, FAILURES - 1)
+        circuit.succeeded(begin(circuit))
+    assert admits(circuit)
+
+
+def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> None:
+    for _ in range(FAILURES):
+        run = begin(circuit)
+        circuit.began(run)
+        circuit.failed(run, "frozen")
+    assert circuit.state is State.OPEN
+
+
+# Whose failures count
+
+
+def test_one_job_opens_no_circuit_however_often_it_fails(circuit: Circuit) -> None:
+    """A1."""
+    caller = Caller()
+    for _ in range(10 * FAILURES):
+        circuit.failed(circuit.begin(caller), "broken")
+    assert admits(circuit)
+    fail(circuit, FAILURES - 2)
+    assert admits(circuit)
+    fail(circuit)
+    assert circuit.state is State.OPEN
+
+
+def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circuit: Circuit) -> None:
+    """A1. Good answers may take minutes, and bad jobs fail within a moment."""
+    for _ in range(FAILURES):
+        fail(circuit, FAILURES - 1)
+        circuit.began(begin(circuit))
+    assert admits(circuit)
+    for _ in range(FAILURES - 1):
+        run = begin(circuit)
+        circuit.began(run)
+        circuit.failed(run, "broke off")
+    fail(circuit)
+    assert circuit.state is State.OPEN
+
+
+def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
+    """A1. It waits for that of another."""
+    bad = failed_here(circuit)
+    assert (circuit.state, circuit.admits(bad, pressed=True), admits(circuit)) == (State.HALF_OPEN, False, True)
+    circuit.began(begin(circuit))
+    assert circuit.admits(bad)
+
+
+def test_a_job_that_had_failed_and_breaks_off_again_does_not_end_the_probation(circuit: Circuit) -> None:
+    """A1."""
+    bad = failed_here(circuit)
+    circuit.began(begin(circuit))
+    run = circuit.begin(bad)
+    circuit.began(run)
+    circuit.failed(run, "broke off")
+    assert admits(circuit)
+    run = begin(circuit)
+    circuit.began(run)
+    circuit.failed(run, "broke off")
+    assert circuit.state is State.OPEN
+
+
+def test_a_job_whose_request_was_not_let_in_has_not_failed(circuit: Circuit) -> None:
+    """A1. All that wait for a server that was away may be its trial."""
+    caller = Caller()
+    circuit.failed(circuit.begin(caller), "refused", at_once=True)
+    circuit.probed("")
+    assert circuit.admits(caller)
+
+
+def test_a_job_that_fails_after_the_circuit_opened_has_failed_too(circuit: Circuit) -> None:
+    """A1. Bad jobs that come together fail together."""
+    caller = Caller()
+    run = circuit.begin(caller)
+    half_open(circuit)
+    circuit.failed(run, "broken")
+    assert (circuit.admits(caller), admits(circuit)) == (False, True)
+
+
+def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit: Circuit) -> None:
+    """A1. So one that says that it is away is left before `FAILURES` jobs have failed."""
+    wanted = [circuit.wants_probe]
+    fail(circuit)
+    wanted.append(circuit.wants_probe)
+    circuit.probed("")
+    wanted.append(circuit.wants_probe)
+    assert wanted == [False, True, False]
+    fail(circuit)
+    circuit.probed("health_503")
+    assert (circuit.state, circuit.reason) == (State.OPEN, "health_503")
+
+
+# Half open
+
+
+def test_a_probe_lets_one_request_at_a_time_through(circuit: Circuit) -> None:
+    admitted = []
+    steps: list[Callable[[], object]] = [
+        lambda: opened(circuit).probed("upstream_unreachable"),
+        lambda: circuit.probed(""),
+        circuit.hold,
+        lambda: begin(circuit),
+    ]
+    for step in steps:
+        step()
+        admitted.append(admits(circuit))
+    assert admitted == [False, True, False, False], "what is chosen, and not sent yet, counts too"
+
+
+def test_the_first_event_of_a_trial_closes_the_circuit_on_probation(circuit: Circuit) -> None:
+    run = begin(half_open(circuit))
+    circuit.began(run)
+    assert admits(circuit)
+    circuit.failed(run, "frozen")
+    assert circuit.state is State.OPEN, "it begins answers and does not end them"
+
+
+def test_after_a_whole_stream_it_takes_as_many_failures_as_ever(circuit: Circuit) -> None:
+    run = begin(half_open(circuit))
+    circuit.began(run)
+    circuit.succeeded(run)
+    fail(circuit, FAILURES - 1)
+    assert admits(circuit)
+
+
+def pauses_of(clock: Clock, is_over: Callable[[], bool], then: Callable[[], object]) -> list[float]:
+    """How long each of seven pauses was."""
+    pauses = []
+    for _ in range(7):
+        began = clock.now
+        while not is_over():
+            clock.now += 1
+        pauses.append(clock.now - began)
+        then()
+    return pauses
+
+
+PAUSES = [0, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE]
+
+
+def whole(circuit: Circuit) -> None:
+    run = begin(circuit)
+    circuit.began(run)
+    circuit.succeeded(run)
+
+
+def test_every_connection_that_is_missing_again_makes_the_pause_of_the_probe_longer(
+    circuit: Circuit, clock: Clock
+) -> None:
+    def again() -> None:
+        circuit.probed("")
+        opened(circuit)
+
+    assert pauses_of(clock, lambda: opened(circuit).wants_probe, again) == PAUSES
+    clock.now += LONGEST_PAUSE
+    circuit.probed("")
+    whole(circuit)
+    assert opened(circuit).wants_probe, "all is forgiven"
+
+
+def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere(
+    circuit: Circuit, clock: Clock
+) -> None:
+    """A1. A job that cannot waits for no pause."""
+    fail(circuit, FAILURES)
+    assert circuit.wants_probe
+    circuit.probed("")
+
+    def trial() -> None:
+        assert circuit.admits(Caller(), pressed=True)
+        run = begin(circuit)
+        circuit.failed(run, "broken")
+        circuit.left(run)
+        assert circuit.admits(Caller(), pressed=True)
+
+    assert pauses_of(clock, lambda: admits(circuit), trial) == PAUSES
+    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False)
+    whole(circuit)
+    fail(circuit, FAILURES)
+    circuit.probed("")
+    assert admits(circuit), "all is forgiven"
+
+
+def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: Circuit, clock: Clock) -> None:
+    """A1. It is made while a job waits that has failed there."""
+    waiting = failed_here(circuit)
+
+    def trial() -> None:
+        run = circuit.begin(Caller(is_job=False))
+        assert not circuit.wants_trial(waiting), "one at a time"
+        circuit.failed(run, "broken")
+        circuit.left(run)
+
+    assert not circuit.wants_trial(Caller()), "such a job is a trial itself"
+    assert pauses_of(clock, lambda: circuit.wants_trial(waiting), trial) == PAUSES
+    clock.now += LONGEST_PAUSE
+    run = circuit.begin(Caller(is_job=False))
+    circuit.began(run)
+    assert circuit.state is State.HALF_OPEN, "it is short, and must come whole"
+    circuit.succeeded(run)
+    assert circuit.admits(waiting)
+
+
+def test_a_trial_that_says_nothing_gives_its_place_up(circuit: Circuit) -> None:
+    run = begin(half_open(circuit))
+    circuit.left(run)
+    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, True)
+
+
+@pytest.mark.parametrize("take", [Circuit.hold, begin])
+def test_a_trial_that_is_not_heard_of_keeps_others_away_for_a_while_only(
+    circuit: Circuit, clock: Clock, take: Callable[[Circuit], object]
+) -> None:
+    take(half_open(circuit))
+    clock.now += TRIAL - 0.1
+    assert not admits(circuit)
+    clock.now += 0.1
+    assert admits(circuit)
+
+
+def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(circuit: Circuit) -> None:
+    frozen = [begin(circuit) for _ in range(20)]
+    half_open(circuit)
+    trial = begin(circuit)
+    for run in frozen[:10]:
+        circuit.failed(run, "gap_timeout")
+        circuit.left(run)
+    circuit.began(frozen[10])
+    circuit.succeeded(frozen[10])
+    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False), "the trial goes on"
+    circuit.began(trial)
+    for run in frozen[11:]:
+        circuit.failed(run, "gap_timeout")
+    assert circuit.state is State.CLOSED
+
+
+def test_a_server_that_answers_while_it_is_held_to_be_away_is_back(circuit: Circuit) -> None:
+    circuit.began(begin(opened(circuit)))
+    assert admits(circuit)
+
+
+def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: list[Change]) -> None:
+    runs = [begin(circuit) for _ in range(3 * FAILURES)]
+    for run in runs:
+        circuit.failed(run, "upstream_truncated")
+    for trouble in ("upstream_unreachable", "", ""):
+        circuit.probed(trouble)
+    run = begin(circuit)
+    circuit.began(run)
+    circuit.began(run)
+    circuit.succeeded(run)
+    assert changes == [
+        (State.CLOSED, State.OPEN, "upstream_truncated"),
+        (State.OPEN, State.HALF_OPEN, ""),
+        (State.HALF_OPEN, State.CLOSED, ""),
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20), st.floats(0, 20)), max_size=60))
+def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list[tuple[int, int, float]]) -> None:
+    clock = Clock()
+    circuit = Circuit(clock, lambda *_: None)
+    callers = [Caller() for _ in range(4)]
+    runs = [circuit.begin(callers[0])]
+    for step, which, passed in steps:
+        clock.now += passed
+        run = runs[which % len(runs)]
+        match step:
+            case 0:
+                runs.append(circuit.begin(callers[which % 4]))
+            case 1:
+                circuit.began(run)
+            case 2:
+                circuit.succeeded(run)
+            case 3:
+                circuit.failed(run, "x", at_once=which % 2 == 0)
+            case 4:
+                circuit.left(run)
+            case 5:
+                circuit.hold()
+            case _:
+                circuit.probed("" if which % 2 else "x")
+    clock.now += LONGEST_PAUSE + TRIAL
+    if circuit.wants_probe:
+        circuit.probed("")
+    assert admits(circuit)
+    assert all(circuit.admits(caller) or circuit.wants_trial(caller) for caller in callers)

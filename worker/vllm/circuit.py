@@ -1,0 +1,206 @@
+"""Whether a vLLM server gets requests, decided from how the last ones went. No I/O, and the clock is handed in."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+FAILURES = 5
+"""Jobs whose requests failed, with no success between them, that open a circuit."""
+TRIAL = 10.0
+"""Seconds that a trial keeps others away while nothing is known of it."""
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
+"""Seconds between trials at least, from the second time on. The first time it is for the probe to say."""
+
+
+class State(enum.Enum):
+    """Of a circuit."""
+
+    UNKNOWN = "unknown"
+    """Not asked yet."""
+    CLOSED = "closed"
+    """Requests go there."""
+    OPEN = "open"
+    """Away: it is probed, and gets no requests."""
+    HALF_OPEN = "half_open"
+    """Its probe was answered: one request at a time tries whether it works."""
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """One job, as the servers see it.
+
+    `failed_at` has the servers at which one of its requests failed in a way that may be its own fault: the job is no
+    measure of them any more. The worker itself, which asks to find out, is no job.
+    """
+
+    is_job: bool = True
+    failed_at: "set[Circuit]" = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One request at a server: `era` is how often the circuit had opened before it was sent."""
+
+    caller: Caller
+    era: int
+    begun: bool = False
+
+
+@dataclass(slots=True)
+class _Pause:
+    """The times between tries, each longer than the one before."""
+
+    length: float = 0.0
+    until: float = 0.0
+
+    def begin(self, now: float) -> None:
+        self.until = now + self.length
+        self.length = min(max(2 * self.length, FIRST_PAUSE), LONGEST_PAUSE)
+
+
+class Circuit:
+    """Whether a server gets requests.
+
+    One job, or a few, may fail wherever they go, so failures are counted by jobs: the circuit opens when `FAILURES`
+    different ones have failed with no success between them. A request without an answer so far is outweighed by any
+    other that begins to be answered; one that broke off only by one that comes whole.
+
+    While the circuit is half open, requests go one at a time, and only those of jobs that have not failed here. Jobs
+    that can go elsewhere wait longer after every trial that failed; a job that cannot is let through at once, for
+    those before it may have failed by their own fault. A job that has failed here waits for the trial of another, or
+    for one that the worker makes with a request of its own.
+
+    The first data event of a trial closes the circuit, since the end of the answer may be minutes away; the worker's
+    own is short, and must come whole. A vLLM that begins answers and never ends them is not believed for long all the
+    same: until one stream has come whole, a single one that breaks off opens the circuit again. A trial of which
+    nothing is heard, as in a long queue at vLLM, keeps its place for `TRIAL` seconds, then another may try.
+
+    How a request went that was sent before the circuit opened says nothing about the server since: streams that a
+    dying vLLM left frozen end long after it is back.
+
+    Args:
+        clock: monotonic seconds.
+        on_change: called with the former state, the new one and the reason.
+    """
+
+    def __init__(self, clock: Callable[[], float], on_change: Callable[[State, State, str], None]) -> None:
+        self.state = State.UNKNOWN
+        self.reason = ""
+        """Why it is open."""
+        self._clock = clock
+        self._on_change = on_change
+        self._unanswered: set[Caller] = set()
+        self._broken: set[Caller] = set()
+        self._is_suspect = False
+        self._on_probation = False
+        self._era = 0
+        self._held_until = 0.0
+        self._before_probes, self._before_trials, self._before_own_trials = _Pause(), _Pause(), _Pause(FIRST_PAUSE)
+
+    def admits(self, caller: Caller, *, pressed: bool = False) -> bool:
+        """Whether a request of a job may go there now; `pressed` when it can go nowhere else."""
+        if self.state is not State.HALF_OPEN:
+            return self.state is State.CLOSED
+        is_due = pressed or self._clock() >= self._before_trials.until
+        return self not in caller.failed_at and self._is_free and is_due
+
+    def wants_trial(self, caller: Caller) -> bool:
+        """Whether a job that has failed here, and so waits, may have the server tried with another request."""
+        is_due = self._is_free and self._clock() >= self._before_own_trials.until
+        return self.state is State.HALF_OPEN and self in caller.failed_at and is_due
+
+    @property
+    def _is_free(self) -> bool:
+        return self._clock() >= self._held_until
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether the server is to be asked if it is there: a request failed, or it is away, or nothing is known."""
+        if self.state is State.OPEN:
+            return self._clock() >= self._before_probes.until
+        return self.state is State.UNKNOWN or self._is_suspect
+
+    def probed(self, trouble: str) -> None:
+        """A probe was answered; or not, and `trouble` says why."""
+        self._is_suspect = False
+        if self.state is State.OPEN:
+            if not trouble:
+                self._held_until = 0.0
+                self._become(State.HALF_OPEN)
+        elif trouble:
+            self._open(trouble)
+        elif self.state is State.UNKNOWN:
+            self._become(State.CLOSED)
+
+    def hold(self) -> None:
+        """A request is about to go there: while the circuit is half open, it is the trial."""
+        self._held_until = self._clock() + TRIAL
+
+    def run_of(self, caller: Caller) -> Run:
+        """What a request of a job that begins now tells its fate with."""
+        return Run(caller, self._era)
+
+    def begin(self, caller: Caller) -> Run:
+        """A request of a job goes there; gives what to tell its fate with."""
+        self.hold()
+        return self.run_of(caller)
+
+    def began(self, run: Run) -> None:
+        """The first data event of a request came."""
+        if run.era != self._era:
+            return
+        run.begun = True
+        self._unanswered.clear()
+        if self.state is not State.CLOSED and run.caller.is_job:
+            self._on_probation = self.state is not State.UNKNOWN
+            self._become(State.CLOSED)
+
+    def succeeded(self, run: Run) -> None:
+        """The stream of a request came whole."""
+        if run.era == self._era:
+            self._forget()
+            self._before_probes, self._before_trials, self._before_own_trials = _Pause(), _Pause(), _Pause(FIRST_PAUSE)
+            if self.state is State.HALF_OPEN:
+                self._become(State.CLOSED)
+
+    def failed(self, run: Run, reason: str, *, at_once: bool = False) -> None:
+        """A request failed, perhaps by a fault of the server; `at_once` when it is one for certain."""
+        caller, is_new = run.caller, self not in run.caller.failed_at
+        if not at_once:
+            caller.failed_at.add(self)
+        if run.era != self._era or self.state is State.OPEN:
+            return
+        if at_once:
+            self._before_probes.begin(self._clock())
+            self._open(reason)
+            return
+        self._is_suspect = True
+        if self.state is State.HALF_OPEN:
+            self._before_trials.begin(self._clock())
+            if not caller.is_job:
+                self._before_own_trials.begin(self._clock())
+            return
+        (self._broken if run.begun else self._unanswered).add(caller)
+        breaks_again = self._on_probation and run.begun and is_new
+        if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
+            self._open(reason)
+
+    def left(self, run: Run) -> None:
+        """A request is over, whatever came of it: a trial that said nothing gives its place up."""
+        if run.era == self._era:
+            self._held_until = 0.0
+
+    def _open(self, reason: str) -> None:
+        self._era += 1
+        self._forget()
+        self._before_trials.begin(self._clock())
+        self._become(State.OPEN, reason)
+
+    def _forget(self) -> None:
+        self._unanswered.clear()
+        self._broken.clear()
+        self._is_suspect = self._on_probation = False
+
+    def _become(self, state: State, reason: str = "") -> None:
+        former, self.state, self.reason = self.state, state, reason
+        self._on_change(former, state, reason)
