@@ -1,18 +1,20 @@
-"""What the errors of servers are taken for, as a table: A7, A9 and the statuses of A4.
+"""What the errors of servers are taken for, as a table: A7, A9, the statuses of A4, and of C8 what is no vLLM.
 
 A further error is a further line: the status and the body as the server sends them, the code that the log gets, whether
-it is tried again, and words that its message holds. `{M}` stands for the same message in all of them.
+it is tried again, and words that its message holds.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.stream import Limits
+from worker.vllm.stream import ChatStream, Limits, Watchdog
+from worker.vllm.transport import Answer
 from worker.vllm.upstream import Upstream
 
 M = "top_k is too large"
@@ -114,6 +116,13 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (424, M, "upstream_unavailable", AGAIN, M),
     (499, M, "upstream_unavailable", AGAIN, M),
     (502, f"<html>{M}</html>", "upstream_unavailable", AGAIN, M),
+    # No answer of a vLLM at all, with 0 for the status: the whole of what is sent.
+    (0, "", "upstream_unreachable", AGAIN, "the server closed the connection"),
+    (0, "SSH-2.0-OpenSSH_9.6\r\n", "upstream_unreachable", AGAIN, "no HTTP/1.1"),
+    (0, "\x15\x03\x01\x00\x02\x02\x46", "upstream_unreachable", AGAIN, "its URL begins with https://"),
+    (0, "HTTP/1.1 307 X\r\nlocation: https://other/v1\r\ncontent-length: 0\r\n\r\n",
+     "upstream_error", ONCE, "the server redirects to https://other/v1, which is not followed; set VLLM_URLS to"),
+    (0, "HTTP/1.1 200 X\r\ncontent-length: 9\r\n\r\n<html>", "not_a_stream", AGAIN, "see whether VLLM_URLS is"),
     # A prompt that is too long: vLLM, its multimodal path, SGLang, llama.cpp, TGI, and others.
     (400, json.dumps({"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}}),
      "context_length_exceeded", ONCE, "4096"),
@@ -152,11 +161,44 @@ async def test_a7_a9_each_error_has_its_code_and_its_words(
     retried: bool,  # noqa: FBT001 - a column of the table
     words: str,
 ) -> None:
-    head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n\r\n"
+    head = (
+        ""
+        if not status
+        else f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body.encode())}\r\n\r\n"
+    )
     async with sending(head.encode() + body.encode()) as url:
         error = await error_of(url)
     assert (error.code, error.retryable) == (code, retried), error.message
     assert words in error.message
+
+
+class Pieces:
+    """An answer whose body comes in these pieces."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.body = self
+        self._pieces = list(pieces)
+
+    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+        return bool(self._pieces) and (into(self._pieces.pop(0)) or True)
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [(body.encode(), code) for status, body, code, _, _ in TABLE if status == 200 and body]
+)
+async def test_a4_a7_it_does_not_matter_how_an_error_is_cut_into_pieces(body: bytes, code: str) -> None:
+    cuts = [[body], [bytes([byte]) for byte in body], *([body[:at], body[at:]] for at in range(1, len(body)))]
+    told = set()
+    for pieces in cuts:
+        stream = ChatStream(cast("Answer", Pieces(*pieces)), Watchdog(Limits()))
+        with pytest.raises(UpstreamError) as caught:
+            await drain(stream)
+        told.add((caught.value.code, caught.value.message))
+    assert len(told) == 1
+    assert {found for found, _ in told} == {code}
 
 
 NO_ERRORS: list[Any] = [None, False, 0, 0.0, "", [], {}, {"code": None, "message": ""}]
@@ -191,6 +233,11 @@ async def error_of(url: str) -> UpstreamError:
 
 
 async def read(upstream: Upstream) -> None:
+    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
+        await drain(stream)
+
+
+async def drain(stream: ChatStream) -> None:
     parser = ChunkParser()
 
     def take(events: list[bytes]) -> bool:
@@ -198,8 +245,7 @@ async def read(upstream: Upstream) -> None:
             parser.parse(data)
         return parser.done
 
-    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
-        while await stream.pour(take) and not parser.done:
-            pass
-        await stream.finish()
-        parser.check_complete(stream.passed_over)
+    while await stream.pour(take) and not parser.done:
+        pass
+    await stream.finish()
+    parser.check_complete(stream.passed_over)

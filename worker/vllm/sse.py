@@ -70,7 +70,7 @@ class SSEDecoder:
                 return events
         self._is_between = False
         events = self._by_lines(chunk if self._start is None else self._without_bom(chunk))
-        self._is_between = self._start is None and not (self._pending or self._data or self._after_cr)
+        self._is_between = self._start is None and not (self._pending or self._data or self._after_cr or self._is_error)
         return events
 
     def end(self) -> list[bytes]:

@@ -25,6 +25,7 @@ _MOMENTS = 2.0
 _MAX_ERROR_BYTES = 1024 * 1024
 _ANSWERS = frozenset({200, 201, 202, 203, 206})
 _BOM = b"\xef\xbb\xbf"
+_SHOWN_OF_PAGE = 200
 _BLANK = b" \t\r\n"
 
 
@@ -293,10 +294,15 @@ class _Opening:
         if not start:
             return []
         if start.startswith(b"<"):
+            if len(start) < _SHOWN_OF_PAGE:
+                self._held = start
+                return []
             raise web_page(start)
         return self._become(start.startswith((b"{", b"["))).feed(start)
 
     def end(self) -> list[bytes]:
+        if self._held.startswith(b"<"):
+            raise web_page(self._held)
         return []
 
 
