@@ -19,8 +19,8 @@ from worker import (
     Unavailable,
     UnknownRequest,
 )
-from worker.client import JobOptions
 from worker.contract.ids import SEAL
+from worker.new_jobs import JobOptions
 from worker.sandbox.redis import free_port
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Simulator

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.client import Client, JobOptions, State, Status
+    from worker.client import Client, State, Status
     from worker.client_errors import (
         ClientError,
         Conflict,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from worker.contract.ids import EntryId
     from worker.contract.job import InvalidJob
+    from worker.new_jobs import JobOptions
     from worker.sync_client import SyncClient
 else:
     _HOMES = (
@@ -49,6 +50,7 @@ else:
         "contract.entries",
         "contract.ids",
         "contract.job",
+        "new_jobs",
         "sync_client",
     )
 

@@ -12,12 +12,13 @@ from redis.exceptions import RedisError
 from worker.broker.connection import what_redis_said
 from worker.cli_dead import dead
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
-from worker.client import Client, JobOptions, State, new_job
+from worker.client import Client, State
 from worker.client_errors import ClientError, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import SEAL, EntryId, is_request_id
 from worker.contract.job import InvalidJob
+from worker.new_jobs import JobOptions, new_job
 from worker.settings import ConfigError, load_settings, variable
 from worker.telemetry.logs import configure_logging
 

@@ -12,12 +12,13 @@ import msgspec
 from worker.broker.connection import command_client
 from worker.broker.dead import DeadLetters, Filed, NotRetryable, Wanted, retry_of
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options
-from worker.client import Client, JobOptions
+from worker.client import Client
 from worker.client_errors import Conflict
 from worker.contract.entries import Object, to_json
 from worker.contract.ids import EntryId
 from worker.contract.job import InvalidJob
 from worker.contract.keys import Keys
+from worker.new_jobs import JobOptions
 from worker.settings import load_settings
 
 _NO_LETTER = "there is no such letter: worker dead list shows which there are (one that is retried gets a new id)"

@@ -3,10 +3,10 @@
 import asyncio
 import enum
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Self, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Self, TypeAlias, TypeVar, Unpack, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -42,19 +42,17 @@ from worker.contract.entries import (
     to_fields,
     to_json,
 )
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, new_request_id
-from worker.contract.job import InvalidJob, Job, check_request, digest, is_digest_of, parse_job
-from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
+from worker.contract.job import Job, digest, is_digest_of
 from worker.contract.records import Tombstone
 from worker.following import Follower, Following
+from worker.new_jobs import JobOptions, new_job
 from worker.patience import Patience
 
 _T = TypeVar("_T")
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 _DAY = 24 * 3600
-_LONGEST = 365 * _DAY
 _RETENTION = 3600
-_NO_LIMIT = 2**31
 
 
 class State(enum.Enum):
@@ -73,54 +71,6 @@ class Status:
 
     state: State
     outcome: str = ""
-
-
-class JobOptions(TypedDict, total=False):
-    """What may be said of a job beside its request.
-
-    `id`: the request id, 1 to 128 of A-Za-z0-9_-, made up when it is left out. `queue`: `default` when left out.
-    `timeout`: seconds within which the answer must be whole (24 hours). `retention`: seconds that the log is kept
-    after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
-    `retry_of`: the request that this one is another try of.
-    """
-
-    id: str
-    queue: str
-    timeout: float
-    retention: int
-    fallbacks: Sequence[str]
-    tenant: str
-    traceparent: str
-    retry_of: str
-
-
-def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> Job:
-    """The job that `enqueue` adds, checked without asking Redis.
-
-    Raises:
-        InvalidJob: when the request or an option cannot be.
-    """
-    job = Job(
-        id=options.get("id") or new_request_id(),
-        request=check_request(dict(request)),
-        retention=options.get("retention"),
-        fallbacks=tuple(options.get("fallbacks", ())),
-        tenant=options.get("tenant", ""),
-        traceparent=options.get("traceparent", ""),
-        retry_of=options.get("retry_of", ""),
-    )
-    # What a worker would refuse is refused here; the size limit is the worker's own.
-    try:
-        fields = {name.encode(): value.encode() for name, value in job.to_fields().items()}
-    except UnicodeEncodeError:
-        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: mend it there") from None
-    parse_job(fields, _NO_LIMIT)
-    queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
-    if not is_queue_name(queue):
-        raise InvalidJob(f"the queue {queue[:80]!r} cannot be: its name must be 1 to 64 characters of A-Za-z0-9_-")
-    if within is not None and not 0 < within <= _LONGEST:  # NaN is neither
-        raise InvalidJob(f"the timeout is {within:g}: it must be more than 0 seconds and at most a year")
-    return job
 
 
 class Client:
@@ -192,10 +142,9 @@ class Client:
             QueueFull: when too many jobs wait; a request that was enqueued before is never refused for this.
             Unavailable: when Redis does not answer.
         """
-        job = new_job(request, **options)
-        queue, within = options.get("queue", DEFAULT_QUEUE), options.get("timeout")
+        job, queue, timeout = new_job(request, **options)
         await self._check_room(queue, job.id)
-        await self._ask(lambda: self._enqueue(job, queue, within))
+        await self._ask(lambda: self._enqueue(job, queue, timeout))
         return job.id
 
     async def follow(

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mappi
 from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
-from worker.client import Client, JobOptions, Status
+from worker.client import Client, Status
 from worker.client_errors import ClientError, Misused, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import AnyEntry
 from worker.contract.ids import EntryId
+from worker.new_jobs import JobOptions
 
 _T = TypeVar("_T")
 
