@@ -339,6 +339,63 @@ def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> 
     assert message["finish_reason"] == shape.finish_reason
 
 
+def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
+    chunks = [chunk({"content": text}) | {"id": f"chatcmpl-{n}", "created": n} for n, text in enumerate("abc", 5)]
+    parser = ChunkParser()
+    told = [fields for one in chunks for fields in parser.parse(json.dumps(one).encode())]
+    head = {"type": "opened", "response_id": "chatcmpl-5", "model": "m", "created": "5"}
+    assert told == [head, *({"type": "delta", "content": text} for text in "abc")]
+
+
+def test_a16_a_time_that_is_no_whole_number_and_new_in_each_chunk_is_told_once() -> None:
+    _, answer = read(b"".join(event(chunk({"content": "a"}) | {"created": 1.5 + n}) for n in range(3)))
+    assert answer.opened is not None
+    assert answer.opened.extra == {"created": 1.5}
+    assert [delta.extra for delta in answer.deltas] == [{}, {}, {}]
+
+
+def test_a16_a_head_that_is_empty_at_first_is_told_when_it_is_there() -> None:
+    first = {"id": "", "created": 0, "model": "", "object": "", "choices": [], "prompt_filter_results": [1]}
+    _, answer = read(event(first) + x({"content": "a"}) + END)
+    assert answer.opened is not None
+    assert (answer.opened.response_id, answer.opened.created) == ("chatcmpl-1", 1700000000)
+    assert answer.opened.extra == {"prompt_filter_results": [1]}
+
+
+USAGE: Object = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        x({"content": "a"}) + x({}, "stop", usage=USAGE) + DONE,
+        x({"content": "a"}, usage={"prompt_tokens": 1}) + x({}, "stop", usage=USAGE) + DONE,
+        x({"content": "a"}) + x({}, "stop") + DONE + event({"choices": [], "usage": USAGE}),
+        x({"content": "a"}) + x({}, "stop") + DONE + event({"usage": USAGE}).rstrip(),
+        x({"content": "a"}) + x({}, "stop") + DONE + b"data: {\n\n" + event({"usage": USAGE}),
+        x({"content": "a"}) + event(chunk({}, "stop") | {"usage": USAGE}) + DONE + event({"usage": {"odd": 1}}),
+    ],
+)
+def test_a16_usage_may_stand_in_a_choice_and_come_after_done(body: bytes) -> None:
+    parser, answer = read(body)
+    parser.check_complete()
+    assert (answer.text, parser.usage, parser.extra) == ("a", USAGE, {})
+    assert [delta.extra for delta in answer.deltas] == [{}, {}]
+
+
+def test_a16_what_servers_say_to_each_other_does_not_reach_readers() -> None:
+    secret: Object = {"kv_transfer_params": {"remote_host": "10.0.0.1", "remote_block_ids": [1]}}
+    parser, answer = read(
+        event(chunk({"content": "a", **secret}, **secret) | secret)
+        + event(chunk({}, "stop") | secret)
+        + event({"choices": [], **secret})
+        + DONE
+    )
+    parser.check_complete()
+    assert answer.text == "a"
+    assert "kv_transfer_params" not in str([answer.opened, answer.deltas, parser.extra])
+
+
 def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:
     _, answer = read(event(chunk({"content": "a"}) | {"prompt_token_ids": "1 2", "usage": 7}) * 2 + END)
     assert answer.opened is not None

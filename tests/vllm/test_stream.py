@@ -588,6 +588,14 @@ async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_fo
             assert (await ask(upstream))[0].text == "a"
 
 
+async def test_a16_usage_that_comes_after_done_in_a_piece_of_its_own_is_taken() -> None:
+    event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    head = HEAD + b"connection: close\r\n\r\n"
+    async with sending(head + event, b'data: {"usage":{"total_tokens":3}}\n\n') as url, reaching(url) as upstream:
+        answer, parser = await ask(upstream)
+    assert (answer.text, parser.usage) == ("a", {"total_tokens": 3})
+
+
 # Servers that do not know what the worker adds
 
 BOTH = frozenset({"return_token_ids", "stream_options"})

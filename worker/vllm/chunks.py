@@ -6,6 +6,7 @@ null, null content, an empty finish_reason, `reasoning_content` for `reasoning`,
 """
 
 import hashlib
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -15,16 +16,19 @@ from worker.contract.entries import Fields, Object
 from worker.vllm.chunk_json import ChunkDecoder
 from worker.vllm.error_bodies import decoded, excerpt, is_error, says_nothing
 from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
+from worker.vllm.finish_reasons import is_known, is_of_a_fault
 from worker.vllm.shapes import (
     NULL,
+    PRIVATE,
     RawObject,
     delta_of,
     ids_of,
-    lift_prompt_ids,
+    lift,
     read_finish_reason,
     read_index,
     read_message,
     read_tokens,
+    said_in,
     says,
 )
 
@@ -59,14 +63,7 @@ _decode_plain = msgspec.json.Decoder(_Plain).decode
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
-_CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids"})
-_WHOLE = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "repetition"})
-"""The finish reasons of a whole answer that OpenAI and vLLM 0.32.0 give."""
-_BROKEN_OFF = (
-    "abort", "cancel", "error", "timeout", "timed_out", "time_limit", "fail", "interrupt", "disconnect", "exception",
-    "shutdown", "preempt", "evict", "insufficient", "unavailable", "overload", "crash", "kill",
-)  # fmt: skip
-"""Words in any other finish reason by which a server says that it broke the answer off, itself."""
+_CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids", *PRIVATE})
 _LONGEST_REASON = 100
 
 
@@ -113,7 +110,7 @@ class ChunkParser:
         self._finished: set[int] = set()
         self._broken_off = ""
         self._head: Fields = {}
-        self._same: tuple[str, str, int] | None = None  # id, model and time of plain chunks, once these may come
+        self._same = ""  # the model of plain chunks, once these may come
         self._chunk_extra: dict[str, bytes] = {}
         self._unsaid: RawObject = {}
 
@@ -178,11 +175,13 @@ class ChunkParser:
             UpstreamError: for an error event, and for data that is no chunk.
         """
         if self.done or not data:
+            if data and not self.usage:
+                self._take_late_usage(data)
             return []
         if data == b"[DONE]":
             self.done = True
             return []
-        if self._same is not None:
+        if self._same:
             try:
                 return self._plain(_decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -196,10 +195,10 @@ class ChunkParser:
         """A chunk as nearly all are, at a fifth of the price; what comes out is the same as below.
 
         Raises:
-            ValidationError: when its head is a new one.
+            ValidationError: when another model answers.
         """
-        if (chunk.id, chunk.model, chunk.created) != self._same:
-            raise msgspec.ValidationError("a new head")
+        if chunk.model != self._same:
+            raise msgspec.ValidationError("a new model")
         (choice,) = chunk.choices
         fields: Fields = {"type": "delta"}
         if choice.delta.content:
@@ -214,11 +213,11 @@ class ChunkParser:
         return [fields]
 
     def _entries(self, chunk: RawObject) -> list[Fields]:
-        self._same = None
+        self._same = ""
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
         _raise_error_in(chunk, choices)
         for choice in choices:
-            lift_prompt_ids(chunk, choice)
+            lift(chunk, choice)
         if choices and self._unproven is not None:
             self._prove(chunk)
         indexes = [read_index(choice) for choice in choices]
@@ -235,7 +234,7 @@ class ChunkParser:
                 entries.append(fields)
         is_running = 0 in self._spoken and 0 not in self._finished
         if is_running and not self._unsaid and not self._decoder.holds_half:
-            self._same = _of_every_chunk(self._head)
+            self._same = _plain_model(self._head)
         return entries
 
     def _prove(self, chunk: RawObject) -> None:
@@ -264,6 +263,11 @@ class ChunkParser:
         if self._keep_usage and of_choices:
             self._unsaid["usage"] = Raw(_encode(self.usage)) if self._kept else usage
 
+    def _take_late_usage(self, data: bytes) -> None:
+        """Some servers send it after `[DONE]`."""
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self._take_usage(self._decoder.decode(data), of_choices=False)
+
     def _take_extra(self, chunk: RawObject) -> None:
         """Keep what the chunk holds beyond the known fields, once for as long as it stays the same."""
         if chunk.keys() <= _CHUNK_FIELDS:
@@ -280,17 +284,18 @@ class ChunkParser:
     def _opened(self, chunk: RawObject, deltas: list[RawObject]) -> list[Fields]:
         """The `opened` entry, when something that should be the same in every chunk is new."""
         head = dict(self._head) or {"type": "opened"}
-        for name, field in (("id", "response_id"), ("model", "model")):
-            if (raw := chunk.get(name)) is not None and says(raw):
-                head[field] = _plain(raw)
-        if (raw := chunk.get("created")) is not None and says(raw):
-            created = _plain(raw)
+        # Some servers make a new id and time for each chunk. The first holds, or each delta would bring its `opened`.
+        if "response_id" not in head and says(raw := chunk.get("id", NULL)):
+            head["response_id"] = _plain(raw)
+        if says(raw := chunk.get("model", NULL)):
+            head["model"] = _plain(raw)
+        if "created" not in head and says(raw := chunk.get("created", NULL)) and (created := _plain(raw)) != "0":
             if created.isdecimal():
                 head["created"] = created
-            else:  # a fraction or a date: readers rely on a whole number
+            elif "created" not in self._chunk_extra:  # a fraction or a date: readers rely on a whole number
                 self._keep("created", raw)
         for delta in deltas:
-            if (raw := delta.pop("role", None)) is not None and says(raw):
+            if says(raw := delta.pop("role", NULL)):
                 head["role"] = _plain(raw)
         prompt = chunk.get("prompt_token_ids")
         if prompt is not None and says(prompt):
@@ -315,7 +320,7 @@ class ChunkParser:
         """The `delta` entry of one choice: only what it says, and nothing of what it says left out."""
         fields: Fields = {"type": "delta"}
         read_message(delta, fields)
-        unread = {name: raw for name, raw in delta.items() if says(raw)}
+        unread = said_in(delta)
         if len(fields) > 1:
             self._finished.discard(index)  # an end that is followed by text was none
         if unread or len(fields) > 1:
@@ -325,7 +330,7 @@ class ChunkParser:
         self._seen.add(index)
         self._take_end(choice, index, fields)
         read_tokens(choice, fields)
-        extra = {name: raw for name, raw in choice.items() if says(raw)}
+        extra = said_in(choice)
         if unread:
             extra["delta"] = Raw(_encode(unread))
         if extra or (self._unsaid and len(fields) > 1 + ("index" in fields)):
@@ -334,10 +339,10 @@ class ChunkParser:
 
     def _take_end(self, choice: RawObject, index: int, fields: Fields) -> None:
         if reason := read_finish_reason(choice):
-            if reason not in _WHOLE and any(word in reason.lower() for word in _BROKEN_OFF):
+            if is_of_a_fault(reason):
                 self._broken_off = reason[:_LONGEST_REASON]
             else:
-                if reason not in _WHOLE:
+                if not is_known(reason):
                     self.unknown_reason = reason
                 fields["finish_reason"] = reason
                 self._finished.add(index)
@@ -353,11 +358,9 @@ class ChunkParser:
         return {"extra": _encode(shown).decode()} if shown else {}
 
 
-def _of_every_chunk(head: Fields) -> tuple[str, str, int] | None:
-    """What a head says of id, model and time; nothing while one is missing."""
-    if not head.keys() >= {"response_id", "model", "created"}:
-        return None
-    return head["response_id"], head["model"], int(head["created"])
+def _plain_model(head: Fields) -> str:
+    """The model that plain chunks name; nothing while one could still bring something new of a head."""
+    return head["model"] if head.keys() >= {"response_id", "model", "created"} else ""
 
 
 def digest_of(prompt: list[int]) -> str:

@@ -13,6 +13,8 @@ from worker.contract.entries import Fields
 RawObject: TypeAlias = dict[str, Raw]
 
 NULL = Raw(b"null")
+PRIVATE = frozenset({"kv_transfer_params"})
+"""What a server says to another, such as where its cache is to be had: nothing for readers."""
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _EMPTY_LIST = b"[]"
 """What servers in PHP write for an empty object."""
@@ -58,11 +60,19 @@ def delta_of(choice: RawObject, *, has_spoken: bool) -> RawObject:
     return delta
 
 
-def lift_prompt_ids(chunk: RawObject, choice: RawObject) -> None:
-    """Put the prompt's ids where the chat route has them; `/v1/completions` has them in the choice."""
-    ids = choice.get("prompt_token_ids", NULL)
-    if says(ids) and not says(chunk.get("prompt_token_ids", NULL)):
-        chunk["prompt_token_ids"] = choice.pop("prompt_token_ids")
+def lift(chunk: RawObject, choice: RawObject) -> None:
+    """Put what stands in a choice where the chat route has it: beside the choices.
+
+    `/v1/completions` has the prompt's ids there, Moonshot's servers the usage.
+    """
+    for name in ("prompt_token_ids", "usage"):
+        if says(choice.get(name, NULL)) and not says(chunk.get(name, NULL)):
+            chunk[name] = choice.pop(name)
+
+
+def said_in(part: RawObject) -> RawObject:
+    """What is left of a choice or a delta, and is for readers."""
+    return {name: raw for name, raw in part.items() if name not in PRIVATE and says(raw)}
 
 
 def read_message(delta: RawObject, fields: Fields) -> None:

@@ -228,10 +228,19 @@ class ChatStream:
             self._watchdog.begin()
 
     async def finish(self) -> None:
-        """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again."""
-        with suppress(httpx.HTTPError, TimeoutError):
+        """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again.
+
+        What comes by then is handed over as before: it may be the usage.
+        """
+
+        def arrived(piece: bytes) -> bool:
+            if events := self._decoder.feed(piece):
+                self._take(events)
+            return False
+
+        with suppress(httpx.HTTPError, TimeoutError, EventTooLarge):
             async with asyncio.timeout(_END_OF_ANSWER):
-                await self._answer.body.pour(lambda _: False)
+                await self._answer.body.pour(arrived)
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""
