@@ -185,6 +185,8 @@ STREAMS = [
     Stream("A10", "a number that is none",
            whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-Infinity}]}')),
            {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
+    Stream("A12", "a last event with one line end", ROLE + x({"content": "a"}) + STOP[:-1], {"content": "a"}),
+    Stream("A12", "a last event without a line end", ROLE + x({"content": "a"}) + STOP[:-2], {"content": "a"}),
     Stream("A12", "several data lines of an event, each a chunk",
            whole(x({"content": "a"})[:-1] + x({"content": "b"})), {"content": "ab"}),
     Stream("A15", "an object as tool calls", whole(x({"content": "a", "tool_calls": {"id": "c"}})), {"content": "a"}),

@@ -76,7 +76,8 @@ def entries_of(*pieces: bytes, n: int = 1) -> list[AnyEntry]:
         UpstreamError: when the answer is not whole.
     """
     decoder, parser = SSEDecoder(), ChunkParser(n=n)
-    written = [fields for piece in pieces for data in decoder.feed(piece) for fields in parser.parse(data)]
+    events = [*(data for piece in pieces for data in decoder.feed(piece)), *decoder.end()]
+    written = [fields for data in events for fields in parser.parse(data)]
     parser.check_complete()
     end = Done(id=SEAL, finish_reason=parser.finish_reason, usage=cast("Usage", parser.usage), model=parser.model)
     log = [*((EntryId(1, number), fields) for number, fields in enumerate(written, 1)), (SEAL, to_fields(end))]
