@@ -165,6 +165,25 @@ async def test_generate_enqueues_and_follows(client: Client) -> None:
     assert await client.status("both") == Status(State.ENDED, "done")
 
 
+@pytest.mark.usefixtures("worker")
+async def test_c6_the_id_of_a_submitted_request_is_known_before_its_first_entry(client: Client) -> None:
+    handle = await client.submit(ASK)
+    assert (await client.status(handle.id)).state in {State.QUEUED, State.RUNNING, State.ENDED}
+    entries = [entry async for entry in handle.entries()]
+    assert "".join(entry.content for entry in entries if isinstance(entry, Delta)) == TEXT
+    assert [entry async for entry in handle.entries(after=entries[2].id)] == entries[3:]
+    assert (await handle.result()).text == TEXT
+    assert await handle.cancel() == Status(State.ENDED, "done")
+    assert repr(handle) == f"RequestHandle(id={handle.id!r})"
+
+
+async def test_c6_a_submitted_request_is_cancelled_before_anybody_has_it(client: Client) -> None:
+    handle = await client.submit(ASK, id="mine")
+    assert handle.id == "mine"
+    assert await handle.cancel() == Status(State.QUEUED)
+    assert (await handle.result()).outcome == "cancelled"
+
+
 async def test_cancelling_what_waits_seals_it_with_everything(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)
     assert await client.cancel(request_id) == Status(State.QUEUED)
@@ -232,6 +251,10 @@ async def test_the_blocking_twin_does_the_same(
             stopped = next(iter(client.follow(request_id)))
             assert stopped == entries[0], "a follower may stop early"
             assert client.cancel(request_id) == Status(State.ENDED, "done")
+            handle = client.submit(ASK, id="handled")  # C6
+            assert [entry.id for entry in handle.entries()][-1] == SEAL
+            assert (handle.id, handle.result().text) == ("handled", TEXT)
+            assert handle.cancel() == Status(State.ENDED, "done")
             with pytest.raises(UnknownRequest):
                 client.result("nobody")
 

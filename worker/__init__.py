@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from worker.contract.ids import EntryId
     from worker.contract.job import InvalidJob
+    from worker.handles import RequestHandle, SyncRequestHandle
     from worker.new_jobs import JobOptions
     from worker.sync_client import SyncClient
 else:
@@ -50,6 +51,7 @@ else:
         "contract.entries",
         "contract.ids",
         "contract.job",
+        "handles",
         "new_jobs",
         "sync_client",
     )
@@ -93,12 +95,14 @@ __all__ = [
     "QueueFull",
     "Queued",
     "Refused",
+    "RequestHandle",
     "Restarted",
     "Resumed",
     "Started",
     "State",
     "Status",
     "SyncClient",
+    "SyncRequestHandle",
     "Terminal",
     "Unavailable",
     "Unknown",

@@ -46,6 +46,7 @@ from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.job import Job, digest, is_digest_of
 from worker.contract.records import Tombstone
 from worker.following import Follower, Following
+from worker.handles import RequestHandle
 from worker.new_jobs import JobOptions, new_job
 from worker.patience import Patience
 
@@ -147,6 +148,10 @@ class Client:
         await self._ask(lambda: self._enqueue(job, queue, timeout))
         return job.id
 
+    async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
+        """Add a chat job, as `enqueue` does and raising what it raises; gives a handle to follow and cancel it."""
+        return RequestHandle(await self.enqueue(request, **options), self)
+
     async def follow(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
@@ -213,9 +218,9 @@ class Client:
         return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
-        """Enqueue and follow in one. Raises what these two raise."""
-        request_id = await self.enqueue(request, **options)
-        async with aclosing(self.follow(request_id)) as entries:
+        """Submit and follow in one. Raises what these two raise."""
+        handle = await self.submit(request, **options)
+        async with aclosing(handle.entries()) as entries:
             async for entry in entries:
                 yield entry
 

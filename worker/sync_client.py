@@ -13,6 +13,7 @@ from worker.client_errors import ClientError, Misused, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import AnyEntry
 from worker.contract.ids import EntryId
+from worker.handles import SyncRequestHandle
 from worker.new_jobs import JobOptions
 
 _T = TypeVar("_T")
@@ -65,6 +66,10 @@ class SyncClient:
         """See `Client.enqueue`."""
         return self._call(lambda: self._client.enqueue(request, **options))
 
+    def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> SyncRequestHandle:
+        """See `Client.submit`."""
+        return SyncRequestHandle(self.enqueue(request, **options), self)
+
     def follow(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> Iterator[AnyEntry]:
@@ -79,7 +84,7 @@ class SyncClient:
 
     def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> Iterator[AnyEntry]:
         """See `Client.generate`."""
-        return self.follow(self.enqueue(request, **options))
+        return self.submit(request, **options).entries()
 
     def result(self, request_id: str) -> Answer:
         """See `Client.result`."""
