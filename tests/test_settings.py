@@ -173,24 +173,68 @@ def test_a_bad_option_is_told_by_the_same_name() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("WORKER_SLOT", "did you mean WORKER_SLOTS?"),
-        ("WORKER_QUEUE", "did you mean WORKER_QUEUES?"),
-        ("worker_leese", "did you mean WORKER_LEASE?"),
-        ("WORKER_REDIS_URL", "did you mean REDIS_URL?"),
-        ("WORKER_VLLM_URLS", "did you mean VLLM_URLS?"),
-        ("WORKER_XYZZY_PLUGH_42", "worker run --help lists all settings"),
-    ],
-)
-def test_an_unknown_variable_comes_with_a_hint(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
-    assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is no setting: {hint}"
+VARIABLES = [
+    # a variable, and which of ours it is taken for; "pass" where it is another program's, "warn" where nobody can know
+    ("WORKER_SLOT", "WORKER_SLOTS"),
+    ("WORKER_QUEUE", "WORKER_QUEUES"),
+    ("worker_leese", "WORKER_LEASE"),
+    ("WORKER_LEAES", "WORKER_LEASE"),
+    ("WORKER_LOGLEVEL", "WORKER_LOG_LEVEL"),
+    ("WORKER_GAP_TIMOUT", "WORKER_GAP_TIMEOUT"),
+    ("WORKER_DRAIN_TIMEOUT_S", "WORKER_DRAIN_TIMEOUT"),
+    ("WORKER_REDIS_URL", "REDIS_URL"),
+    ("WORKER_VLLM_URLS", "VLLM_URLS"),
+    ("WORKER_XYZZY_PLUGH_42", "warn"),
+    ("WORKER_CONCURRENCY", "warn"),
+    ("WORKER_TIMEOUT", "warn"),
+    ("WORKER_RETRIES", "warn"),
+    ("WORKER_CLASS", "warn"),
+    ("WORKER_NAME", "warn"),
+    # What Kubernetes gives every pod beside a service that is called `worker`, or `worker-lease`.
+    ("WORKER_SERVICE_HOST", "pass"),
+    ("WORKER_SERVICE_PORT", "pass"),
+    ("WORKER_SERVICE_PORT_HTTP", "pass"),
+    ("WORKER_PORT", "pass"),
+    ("WORKER_PORT_8000_TCP", "pass"),
+    ("WORKER_PORT_8000_TCP_ADDR", "pass"),
+    ("WORKER_LEASE_SERVICE_HOST", "pass"),
+    ("WORKER_LEASE_PORT_80_TCP_PROTO", "pass"),
+]
 
 
-def test_an_unknown_variable_in_dotenv_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path(".env").write_text("WORKER_SLOTZ=4\nSLOTZ=4\n")
+@pytest.mark.parametrize(("name", "verdict"), VARIABLES)
+def test_c1_only_what_is_nearly_one_of_ours_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, verdict: str
+) -> None:
+    if verdict in ("warn", "pass"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
+        assert load_settings().unknown == ((name,) if verdict == "warn" else ())
+    else:
+        assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is no setting: did you mean {verdict}?"
+
+
+def test_c1_a_variable_in_dotenv_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("WORKER_SLOTZ=4\nSLOTZ=4\nWORKER_CONCURRENCY=2\n")
     assert problems(monkeypatch) == ["WORKER_SLOTZ (in .env) is no setting: did you mean WORKER_SLOTS?"]
+    Path(".env").write_text("WORKER_CONCURRENCY=2\n")
+    assert load_settings().unknown == ("WORKER_CONCURRENCY (in .env)",)
+
+
+def test_c1_a_command_that_needs_few_settings_judges_only_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "WORKER_SLOTS": "many",
+        "WORKER_SLOT": "3",
+        "VLLM_URLS": "nowhere",
+        "VLLM_API_KEY": "clé",
+        "WORKER_PREFIX": "mine",
+        "REDIS_URL": "redis://h",
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings(("redis_url", "prefix"), redis_url=None)
+    assert (settings.prefix, settings.redis_url.get_secret_value(), settings.slots) == ("mine", "redis://h", 256)
+    monkeypatch.setenv("WORKER_PREFX", "other")
+    with pytest.raises(ConfigError, match=r"^WORKER_PREFX is no setting: did you mean WORKER_PREFIX\?$"):
+        load_settings(("redis_url", "prefix"))
 
 
 def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:

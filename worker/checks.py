@@ -84,7 +84,10 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
         for problem in error.problems:
             yield Finding("error", "settings", problem, "worker run --help lists all settings with their meaning")
         return
-    yield Finding("ok", "settings", "every setting is known and has a good value")
+    yield Finding("ok", "settings", "every setting has a good value")
+    if settings.unknown:
+        text = f"variables that are no settings are passed over: {', '.join(settings.unknown)}"
+        yield Finding("warning", "settings", text, "worker run --help lists all settings with their meaning")
     if passed_over := parse_redis_url(settings.redis_url.get_secret_value()).passed_over:
         text = f"options of {variable('redis_url')} without effect: {', '.join(passed_over)}"
         yield Finding("warning", "settings", text, "leave them out: the worker sets these by itself")

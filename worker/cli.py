@@ -7,6 +7,7 @@ from typing import IO, NoReturn, get_args
 
 import click
 import msgspec
+import structlog
 from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
@@ -84,6 +85,8 @@ def run(**options: object) -> None:
 
     settings = load_settings(**options)
     configure_logging(settings.log_format, settings.log_level)
+    if settings.unknown:
+        structlog.get_logger().warning("unknown_settings", names=settings.unknown)
     _spare_the_collector()
     run_async(lambda: Service(settings).run())
 

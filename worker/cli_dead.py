@@ -203,7 +203,7 @@ def _on_a_terminal() -> bool:
 
 @asynccontextmanager
 async def _letters(options: dict[str, object]) -> AsyncIterator[tuple[Client, DeadLetters]]:
-    settings = load_settings(**options)
+    settings = load_settings(options, **options)
     async with open_client(options) as client:
         redis = command_client(settings.redis_url.get_secret_value())
         try:

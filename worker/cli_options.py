@@ -86,7 +86,7 @@ async def until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
 @asynccontextmanager
 async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
     """A client; when Redis is not there it says so at once, and where it looked, and then has patience."""
-    settings = load_settings(**options)
+    settings = load_settings(options, **options)
     url = settings.redis_url.get_secret_value()
     limit = settings.queue_limit if "queue_limit" in options else 0  # a command that cannot name it is not held to it
     async with Client(url, prefix=settings.prefix, patience=_PATIENCE, queue_limit=limit) as client:

@@ -1,9 +1,9 @@
 """The settings of the service, from options, the environment and a .env file, in this order."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -22,6 +22,8 @@ PREFIX = "WORKER_"
 _OWN_NAMES = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
 _SECRET = frozenset({"redis_url", "vllm_api_key"})
 _DAY = 24 * 3600
+_LONG_NAME = 10
+"""Letters, without the prefix."""
 
 Seconds = Annotated[float, Field(gt=0, le=_DAY)]
 
@@ -106,6 +108,13 @@ class Settings(BaseSettings):
         "info", description="The least level that is logged"
     )
 
+    _unknown: tuple[str, ...] = ()
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Variables that begin with WORKER_ and are no settings: another program's, or very much misspelt."""
+        return self._unknown
+
     @field_validator("vllm_urls", "queues", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -160,25 +169,41 @@ class Settings(BaseSettings):
         return value
 
 
-def load_settings(**options: object) -> Settings:
+def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
     """Read the settings; options that are None are left to the environment.
 
+    With `only` it reads no more than these settings, as a command does that needs few of them: the others keep their
+    defaults, whatever the environment says.
+
     Raises:
-        ConfigError: naming every variable that is unknown or has a bad value.
+        ConfigError: naming every variable that has a bad value, or a name that is nearly one of ours.
     """
-    given = {_OWN_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    used = [name for name in Settings.model_fields if name in only or not only]
+    given = {
+        _OWN_NAMES.get(name, name): field.get_default() for name, field in Settings.model_fields.items()
+        if name not in used
+    }  # fmt: skip
+    given |= {_OWN_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     env_file = Path(".env")
     try:
-        problems = _unknown(dotenv_values(env_file), f" (in {env_file})") if env_file.is_file() else []
+        in_file = dotenv_values(env_file) if env_file.is_file() else {}
     except UnicodeDecodeError:
         raise ConfigError([f"{env_file} is not UTF-8: save it as UTF-8"]) from None
-    problems += _unknown(os.environ)
+    problems, strange = [], []
+    for names, where in ((in_file, f" (in {env_file})"), (os.environ, "")):
+        for name in sorted(filter(_is_strange, names)):
+            near = next((own for own in map(variable, used) if _is_misspelt(name.upper(), own)), "")
+            if near:
+                problems.append(f"{name}{where} is no setting: did you mean {near}?")
+            else:
+                strange.append(f"{name}{where}")
     try:
-        settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg,arg-type]  # pydantic checks them
+        settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg]  # pydantic checks them
     except ValidationError as error:
         raise ConfigError([*problems, *map(_told, error.errors())]) from None
     if problems:
         raise ConfigError(problems)
+    settings._unknown = tuple(strange)  # noqa: SLF001 - pydantic has no other way to keep what is no setting
     return settings
 
 
@@ -219,15 +244,30 @@ def _is_http(url: str) -> bool:
         return False
 
 
-def _unknown(names: Mapping[str, object], where: str = "") -> list[str]:
-    known = {variable(name) for name in Settings.model_fields}
-    problems = []
-    for name in sorted(names):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "worker run --help lists all settings"
-            problems.append(f"{name}{where} is no setting: {hint}")
-    return problems
+def _is_strange(name: str) -> bool:
+    """Whether a variable begins as ours do and is none, and is not of Kubernetes for a service named `worker`."""
+    name = name.upper()
+    own = {variable(field) for field in Settings.model_fields}
+    return name.startswith(PREFIX) and name not in own and not re.search(r"_SERVICE_|_PORT(_|$)", name)
+
+
+def _is_misspelt(name: str, own: str) -> bool:
+    """Whether one letter is missing, too many, another or swapped, or two where the name is long; or the prefix is
+    where ours has none. Whatever is further off may be another program's.
+    """
+    said, meant = name.removeprefix(PREFIX), own.removeprefix(PREFIX)
+    if said == meant:
+        return True
+    begin = _same(said, meant)
+    end = _same(said[begin:][::-1], meant[begin:][::-1])
+    rest = [text[begin : len(text) - end] for text in (said, meant)]
+    most = 1 if len(meant) < _LONG_NAME else 2
+    return max(map(len, rest)) <= most or (len(rest[0]) == len(rest[1]) == 2 and rest[0] == rest[1][::-1])
+
+
+def _same(one: str, other: str) -> int:
+    """With how many letters both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _told(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
