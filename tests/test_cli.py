@@ -421,19 +421,20 @@ async def test_a_misspelt_setting_stops_a_worker_with_a_hint() -> None:
 
 
 async def test_c1_variables_of_kubernetes_and_of_other_programs_stop_no_command(
-    redis_url: str, simulator: Simulator
+    redis_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strange = {
+    for name, value in {
         "WORKER_PORT": "tcp://10.0.0.1:80", "WORKER_SERVICE_HOST": "10.0.0.1", "WORKER_PORT_80_TCP_ADDR": "10.0.0.1",
         "WORKER_CONCURRENCY": "4", "WORKER_CLASS": "sync",
-    }  # fmt: skip
-    enqueued = await run("enqueue", "Hi", REDIS_URL=redis_url, WORKER_SLOTS="0", VLLM_URLS="nowhere", **strange)
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    enqueued = await run("enqueue", "Hi", REDIS_URL=redis_url, WORKER_SLOTS="0", VLLM_URLS="nowhere")
     assert (enqueued.status, enqueued.err) == (0, "")
-    checked = await run("check", REDIS_URL=redis_url, VLLM_URLS=simulator.url, **strange)
+    checked = await run("check", REDIS_URL=redis_url, VLLM_URLS=simulator.url)
     assert checked.status == 0
     assert checked.out.count("WORKER_CLASS, WORKER_CONCURRENCY") == 1
     assert "WORKER_PORT" not in checked.out
-    async with started("run", REDIS_URL=redis_url, VLLM_URLS=simulator.url, **strange) as process:
+    async with started("run", REDIS_URL=redis_url, VLLM_URLS=simulator.url) as process:
         warning = json.loads(await line_with(process.stderr, "unknown_settings"))
         assert (warning["level"], warning["names"]) == ("warning", ["WORKER_CLASS", "WORKER_CONCURRENCY"])
         await line_with(process.stderr, "worker_started")
