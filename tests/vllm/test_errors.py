@@ -1,12 +1,14 @@
 """What the server's errors are taken for: those that a real vLLM sent, and the shapes of others and of proxies."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from worker.vllm.chunks import ChunkParser
 from worker.vllm.error_bodies import message_of
 from worker.vllm.errors import (
     NoConnection,
@@ -153,6 +155,17 @@ def test_a_page_of_a_proxy_is_cut_short() -> None:
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error":' * 100_000, b'{"error":' * 400 + b"1" + b"}" * 400])
 def test_a_body_of_great_depth_is_an_error_like_others(body: bytes) -> None:
     assert summary(from_body(500, body)) == ("upstream_error", 500, True)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(b'{"error":', b"}"), (b'{"a":', b"}"), (b"[", b"]"), (b'{"choices":[],"error_code":[', b"]}")]
+)
+def test_an_error_at_the_edge_of_what_can_be_decoded_is_one_like_others(start: bytes, end: bytes) -> None:
+    for depth in range(300, 1100, 3):
+        body = start * depth + b"1" + end * depth
+        assert from_response(500, body, {}).code == "upstream_error"
+        with suppress(UpstreamError):
+            ChunkParser().parse(body)
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,14 @@ def message_of(error: object, depth: int = 0) -> str:
         first = error[0] if error else None
         if isinstance(first, dict) and ("error" in first or "message" in first) and depth < _DEEPEST:
             return message_of(first, depth + 1)
-        return msgspec.json.encode(error).decode() if error else ""
+        return as_json(error) if error else ""
     if not isinstance(error, dict):
         return ""
     if depth < _DEEPEST:
         texts = (message_of(error.get(name), depth + 1) for name in _MESSAGES)
         if text := next(filter(None, texts), ""):
             return text
-    return excerpt(msgspec.json.encode(error)) if depth and error else ""
+    return excerpt(as_json(error)) if depth and error else ""
 
 
 def words_of(error: object) -> set[str]:
@@ -90,8 +90,8 @@ def is_error(event: object) -> bool:
 
 
 def says_nothing(error: object) -> bool:
-    """Whether an `error` field reports none: null, false, 0, or an object of such values."""
-    return all(map(says_nothing, error.values())) if isinstance(error, dict) else not error
+    """Whether an `error` field reports none: null, false, 0, or an object of such."""
+    return not any(error.values()) if isinstance(error, dict) else not error
 
 
 def decoded(data: bytes) -> object:
@@ -111,6 +111,14 @@ def decoded(data: bytes) -> object:
         return ast.literal_eval(text) if text.startswith(("{'", "[{'")) else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+
+
+def as_json(value: object) -> str:
+    """JSON for people; of what is too deep to be written again only that."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except RecursionError:
+        return "JSON of great depth"
 
 
 def excerpt(text: str | bytes) -> str:

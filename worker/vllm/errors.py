@@ -8,9 +8,8 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 import httpx
-import msgspec
 
-from worker.vllm.error_bodies import decoded, excerpt, message_of, says_nothing, status_of, words_of
+from worker.vllm.error_bodies import as_json, decoded, excerpt, message_of, says_nothing, status_of, words_of
 
 UNAUTHORIZED = "unauthorized"
 """The code of a server that does not take the worker's key."""
@@ -119,7 +118,7 @@ def from_event(error: object) -> UpstreamError:
 
 def _without_words(error: object) -> str:
     text = "the server sent an error without a message"
-    return text if says_nothing(error) else f"{text}: {excerpt(msgspec.json.encode(error))}"
+    return text if says_nothing(error) else f"{text}: {excerpt(as_json(error))}"
 
 
 def classify(
