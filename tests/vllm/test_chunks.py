@@ -646,6 +646,38 @@ def test_any_chunks_in_good_shape_give_all_their_text(chunks: list[Object], esca
             assert wanted == {"content": "", "reasoning": "", "ids": []}
 
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+_OF_DELTAS = [
+    "content", "reasoning", "reasoning_content", "tool_calls", "refusal", "audio", "reasoning_details", "function_call",
+    "images", "annotations", "text", "index", "type", "delta", "message", "error_of", "0",
+]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(_OF_DELTAS), _JSON, max_size=5))
+def test_a6_nothing_of_a_delta_is_lost_whatever_it_holds(delta: Object) -> None:
+    delta = json.loads(msgspec.json.encode(delta))  # without NaN and Infinity
+    kept: Object = {}
+    for entry in parsed(chunk(delta))[1]:
+        if isinstance(entry, Delta):
+            beside = entry.extra.get("delta", {})
+            assert isinstance(beside, dict)
+            kept = {"content": entry.content, "reasoning": entry.reasoning, "tool_calls": entry.tool_calls, **beside}
+            if delta.get("reasoning_content") == entry.reasoning:
+                kept["reasoning_content"] = entry.reasoning
+            if isinstance(
+                delta.get("tool_calls"), list
+            ):  # what is no call is beside the calls, and nothing is left out
+                calls = [call for call in delta["tool_calls"] if call not in _NOTHING]
+                others = beside.get("tool_calls", [])
+                assert isinstance(others, list)
+                assert len(entry.tool_calls) + len(others) == len(calls)
+                assert all(call in [*entry.tool_calls, *others] for call in calls)
+                kept["tool_calls"] = delta["tool_calls"]
+    assert {name: kept.get(name) for name, value in delta.items() if value not in _NOTHING} == {
+        name: value for name, value in delta.items() if value not in _NOTHING
+    }
+
+
 @given(st.lists(_ODD, max_size=3))
 def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[Object]) -> None:
     parser = ChunkParser()
