@@ -128,6 +128,21 @@ async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_c
     assert (await client.status(request_id)).outcome == "cancelled"
 
 
+async def test_d13_a_log_above_redis_output_limit_can_be_cancelled(client: Client, redis: Redis) -> None:
+    key, limit = "chat:tokens:{long}", "client-output-buffer-limit"
+    async with redis.pipeline() as pipe:
+        for number in range(300):
+            pipe.xadd(key, {"type": "delta", "content": "x" * 4000}, id=f"1-{number}")
+        await pipe.execute()
+    limits = (await redis.config_get(limit))[limit] or ""
+    await redis.config_set(limit, "normal 100000 0 0")
+    try:
+        await client.cancel("long")
+    finally:
+        await redis.config_set(limit, limits)
+    assert await redis.xlen(key) == 301
+
+
 async def test_before_it_is_taken(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from story import END, START, Story, delta
 
 from worker import Client, Delta, Entry, Expired, IncompleteLog, Unavailable, UnknownRequest
+from worker.broker.pages import PageSize
 from worker.contract.entries import (
     Cancelled,
     Claimed,
@@ -27,7 +28,6 @@ from worker.contract.entries import (
 )
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
 from worker.following import Follower
-from worker.logs import PageSize
 from worker.sandbox.redis import start_redis
 
 

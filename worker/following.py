@@ -11,12 +11,13 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from worker.broker.connection import command_client
+from worker.broker.pages import PageSize
 from worker.broker.subscriptions import Subscriptions
 from worker.contract.entries import AnyEntry, BadEntry
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.logs import Logs, Page, PageSize
+from worker.logs import Logs, Page
 from worker.patience import Patience
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05

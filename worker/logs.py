@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.connection import blocking_client
+from worker.broker.pages import PageSize
 from worker.broker.together import Together
 from worker.broker.wire import pack
 from worker.client_errors import ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
@@ -23,12 +24,6 @@ from worker.contract.entries import AnyEntry, BadEntry, Restarted, Resumed, pars
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.patience import Patience
-
-_MOST_ENTRIES, _FIRST_ENTRIES = 1000, 200
-"""Entries in a page at most, and in the first one of a log, of whose entries nothing is known."""
-
-_PAGE_BYTES = 256 * 1024
-"""What the entries of a page amount to, if they are as large as those of the page before."""
 
 _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
@@ -39,21 +34,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 _T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
 _Streams: TypeAlias = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
-
-
-@dataclass(slots=True)
-class PageSize:
-    """How many entries of one log are read at once."""
-
-    entries: int = _FIRST_ENTRIES
-
-    def learn(self, entries: int, size: int) -> None:
-        """So many entries were of so many bytes. What has shrunk grows slowly again."""
-        self.entries = max(1, min(_PAGE_BYTES * entries // max(1, size), 4 * self.entries, _MOST_ENTRIES))
-
-    def shrink(self) -> None:
-        """The last page did not come in time."""
-        self.entries = max(1, self.entries // 4)
 
 
 @dataclass(frozen=True, slots=True)

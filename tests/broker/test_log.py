@@ -9,10 +9,13 @@ from conftest import eventually, stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
+from worker.broker.connection import persist
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
+from worker.broker.pages import read_all
 from worker.broker.wire import Command, Wires
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
@@ -166,6 +169,44 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
         await log.drained()
     stats = await redis.info("commandstats")
     assert stats["cmdstat_xrevrange"]["calls"] == 1
+
+
+async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
+    one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    for number in range(300):
+        log.append(delta(f"{number:04000d}"))
+    await log.drained()
+    again = await stolen(redis, two, delivery)
+    limits = (await redis.config_get("client-output-buffer-limit"))["client-output-buffer-limit"] or ""
+    await redis.config_set("client-output-buffer-limit", "normal 100000 0 0")
+    try:
+        taken = await persist(lambda: two.owner.take("r", again, FAR))
+    finally:
+        await redis.config_set("client-output-buffer-limit", limits)
+    assert isinstance(taken, Owned)
+    assert [str(entry.id) for entry in taken.history] == [f"1-{n}" for n in range(301)]
+    assert (await texts(redis))[301:] == ["2-0:claimed"]
+
+
+async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
+    one: Process, two: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await one.take(delivery)
+    again, left = await stolen(redis, two, delivery), 3
+
+    async def cut_off(*_: object) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RedisConnectionError("cut off")
+        return await read_all(two.commands, KEY)
+
+    monkeypatch.setattr("worker.broker.owner.read_all", cut_off)
+    assert isinstance(await persist(lambda: two.owner.take("r", again, FAR)), Owned)
+    assert left < 0
+    assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
 async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import Backoff, is_transient, what_redis_said
+from worker.broker.pages import RawEntry, read_all
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Fields, parse_leniently, to_fields
 from worker.contract.ids import SEAL
@@ -48,13 +49,13 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
     Raises:
         RedisError: what Redis says, unless it says that there is a seal. Repeating this after a lost reply is safe.
     """
-    log: list[Entry] = []
+    log = [parse_leniently(*entry) for entry in await read_all(redis, key)]
     left = _COUNTS
     while True:
         async with redis.pipeline() as pipe:
             await pipe.watch(key)
             unread = await pipe.xrange(key, min=f"({log[-1].id}" if log else "-")
-            log += [parse_leniently(*entry) for entry in cast("list[tuple[bytes, dict[bytes, bytes]]]", unread)]
+            log += [parse_leniently(*entry) for entry in cast("list[RawEntry]", unread)]
             so_far = Answer(log)
             if so_far.end:
                 return None

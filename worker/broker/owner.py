@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from redis.exceptions import ResponseError, WatchError
 
@@ -19,6 +19,7 @@ from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
 from worker.broker.log import LogFenced, LogOver, TokenLog, judge, refusal_of
+from worker.broker.pages import RawEntry, read_all
 from worker.broker.wire import pack
 from worker.contract.entries import (
     TAKEOVER,
@@ -36,8 +37,6 @@ from worker.contract.entries import (
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
-
-_RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 _WAIT_MS = 1000
 """How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
@@ -130,8 +129,8 @@ class Owner:
                 # Under the WATCH there was at most `0-1` before `1-0`: what was seen is all there was.
                 return await self._owned(request_id, 1, [last] if last else [])
             # Not where this process had the job before: what that run sent may still be on its way to Redis.
-            if tail is not None and tail.n == 0 and not delivery.again and self._wrote(holder, delivery):
-                return await self._owned(request_id, attempt)  # our own entry, whose reply was lost
+            if tail is not None and tail.n == 0 and self._wrote(holder, delivery, delivery.count):
+                return await self._owned(request_id, attempt)  # our own: its reply was lost, or the reading failed
             if (refusal := await self._refusal(holder, delivery)) is not None:
                 return refusal
             if await self._claim(request_id, attempt + 1, delivery, TAKEOVER, delivery.count):
@@ -216,7 +215,7 @@ class Owner:
             lost = judge(_id_of(_first_of(reply)), attempt, EntryId(attempt, 0))
             if lost is not None:
                 raise lost
-            if not self._wrote(first, delivery):
+            if not self._wrote(first, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
         log.begin_attempt(attempt)
 
@@ -305,7 +304,7 @@ class Owner:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
         return [parse_leniently(*entry) for entry in await self._raw(request_id)]
 
-    async def _owned(self, request_id: str, attempt: int, known: list[_RawEntry] | None = None) -> Owned:
+    async def _owned(self, request_id: str, attempt: int, known: list[RawEntry] | None = None) -> Owned:
         """The log under an attempt of ours, with what was written before: it is read where it is not `known`."""
         key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
@@ -315,10 +314,9 @@ class Owner:
             return Owned(log, [], f"the log cannot be read: {error}")
         return Owned(log, [entry for entry in entries if entry.id.attempt < attempt])
 
-    async def _raw(self, request_id: str) -> list[_RawEntry]:
-        """By redis-py, which waits for each piece of a long reply by itself."""
+    async def _raw(self, request_id: str) -> list[RawEntry]:
         with _of_the_log():
-            return cast("list[_RawEntry]", await self._lines.redis.xrange(self._keys.tokens(request_id)))
+            return await read_all(self._lines.redis, self._keys.tokens(request_id))
 
     @asynccontextmanager
     async def _line(self, key: str) -> AsyncIterator[Line]:
@@ -361,10 +359,11 @@ class Owner:
     def _announce(self, request_id: str, entry: Entry) -> None:
         self._publisher.announce(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
 
-    def _wrote(self, entry: Entry | None, delivery: Delivery) -> bool:
+    def _wrote(self, entry: Entry | None, delivery: Delivery, count: int) -> bool:
+        """Whether an entry is this process's own, for a job's delivery of this `count`: 0 where none led to it."""
         return (
             isinstance(entry, Started | Claimed)
-            and entry.owner == self._nonce and _job_of(entry) == _job_of(delivery)
+            and (entry.owner, entry.delivery, *_job_of(entry)) == (self._nonce, count, *_job_of(delivery))
         )  # fmt: skip
 
 
@@ -380,7 +379,7 @@ def _of_the_log() -> Iterator[None]:
         raise refusal from error
 
 
-async def _look(line: Line, key: str, ended: str) -> tuple[_RawEntry | None, bool]:
+async def _look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]:
     """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
     reply, gone = await line.watch([key, ended], _last(key), _command("EXISTS", ended))
     return _first_of(reply), bool(gone)
@@ -403,7 +402,7 @@ async def _entry(line: Line, key: str, entry_id: EntryId) -> Entry | None:
     return parse_leniently(*raw) if raw else None
 
 
-def _first_of(reply: list[tuple[bytes, list[bytes]]]) -> _RawEntry | None:
+def _first_of(reply: list[tuple[bytes, list[bytes]]]) -> RawEntry | None:
     """The first entry of what XRANGE and XREVRANGE give."""
     if not reply:
         return None
@@ -411,7 +410,7 @@ def _first_of(reply: list[tuple[bytes, list[bytes]]]) -> _RawEntry | None:
     return entry_id, dict(zip(flat[::2], flat[1::2], strict=True))
 
 
-def _id_of(entry: _RawEntry | None) -> EntryId | None:
+def _id_of(entry: RawEntry | None) -> EntryId | None:
     return EntryId.parse(entry[0]) if entry else None
 
 
