@@ -13,6 +13,7 @@ from worker import (
     Delta,
     Expired,
     InvalidJob,
+    Lifecycle,
     State,
     Status,
     SyncClient,
@@ -184,6 +185,53 @@ async def test_c6_a_submitted_request_is_cancelled_before_anybody_has_it(client:
     assert (await handle.result()).outcome == "cancelled"
 
 
+@pytest.mark.usefixtures("worker")
+async def test_c7_the_lifecycle_of_all_requests_is_followed(client: Client) -> None:
+    lines: list[Lifecycle] = []
+    request_ids = [await client.enqueue(ASK, tenant="t"), await client.enqueue(ASK)]
+    async for line in client.lifecycle():
+        lines.append(line)
+        if len(lines) == 2:
+            request_ids.append(await client.enqueue(ASK))
+        if len(lines) == 6:
+            break
+    seen = {(line.type, line.id) for line in lines}
+    assert seen == {(kind, request_id) for kind in ("started", "finished") for request_id in request_ids}
+    (finished,) = [line for line in lines if line.type == "finished" and line.tenant]
+    assert (finished.id, finished.outcome, finished.model, finished.attempt) == (request_ids[0], "done", "reciter", 1)
+    assert finished.usage["completion_tokens"] > 0
+    assert finished.time > 1_700_000_000_000
+    async for line in client.lifecycle(after=lines[3].line):
+        assert line == lines[4]
+        break
+    async for line in client.lifecycle(after=lines[0].line.split("-")[0]):  # a time
+        assert line in lines
+        break
+
+
+async def test_c7_a_line_that_cannot_be_read_is_in_nobodys_way(client: Client, redis: Redis) -> None:
+    await redis.xadd(
+        "chat:lifecycle", {"type": b"\xff", "attempt": "x", "time": "9" * 40, "usage": "[", "timings": "5"}
+    )
+    async for line in client.lifecycle():
+        assert (line.type, line.attempt, line.time, line.usage, line.timings) == ("\ufffd", 0, 0, {}, {})
+        break
+
+
+async def test_c7_who_follows_the_lifecycle_is_told_that_the_client_is_closed(redis_url: str) -> None:
+    client = Client(redis_url)
+
+    async def follow() -> None:
+        async for _ in client.lifecycle():
+            pass
+
+    following = asyncio.create_task(follow())
+    await asyncio.wait({following}, timeout=0.05)
+    await client.aclose()
+    with pytest.raises(Unavailable, match="the client is closed"):
+        await following
+
+
 async def test_cancelling_what_waits_seals_it_with_everything(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)
     assert await client.cancel(request_id) == Status(State.QUEUED)
@@ -255,6 +303,7 @@ async def test_the_blocking_twin_does_the_same(
             assert [entry.id for entry in handle.entries()][-1] == SEAL
             assert (handle.id, handle.result().text) == ("handled", TEXT)
             assert handle.cancel() == Status(State.ENDED, "done")
+            assert next(iter(client.lifecycle())).id == "sync"  # C7
             with pytest.raises(UnknownRequest):
                 client.result("nobody")
 

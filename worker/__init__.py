@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from worker.contract.ids import EntryId
     from worker.contract.job import InvalidJob
+    from worker.contract.records import Lifecycle
     from worker.handles import RequestHandle, SyncRequestHandle
     from worker.new_jobs import JobOptions
     from worker.sync_client import SyncClient
@@ -51,6 +52,7 @@ else:
         "contract.entries",
         "contract.ids",
         "contract.job",
+        "contract.records",
         "handles",
         "new_jobs",
         "sync_client",
@@ -90,6 +92,7 @@ __all__ = [
     "InvalidArgument",
     "InvalidJob",
     "JobOptions",
+    "Lifecycle",
     "Misused",
     "Opened",
     "QueueFull",

@@ -44,7 +44,7 @@ from worker.contract.entries import (
 )
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.job import Job, digest, is_digest_of
-from worker.contract.records import Tombstone
+from worker.contract.records import Lifecycle, Tombstone
 from worker.following import Follower, Following
 from worker.handles import RequestHandle
 from worker.new_jobs import JobOptions, new_job
@@ -223,6 +223,21 @@ class Client:
         async with aclosing(handle.entries()) as entries:
             async for entry in entries:
                 yield entry
+
+    async def lifecycle(self, *, after: str | EntryId | None = None) -> AsyncGenerator[Lifecycle]:
+        """What starts and what finishes, of all requests: every line that is kept, and then those that come.
+
+        It does not end. Whoever comes back gives the `line` of the last one as `after`; a time in Unix ms is a place
+        too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        self._check_usable()
+        place = BEFORE_ALL if after is None else check_place(after)
+        async with aclosing(self._following.logs.lifecycle(place)) as lines:
+            async for line in lines:
+                yield line
 
     async def result(self, request_id: str) -> Answer:
         """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""

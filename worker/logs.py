@@ -6,7 +6,7 @@ shows in their ids.
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ from worker.client_errors import ClientError, IncompleteLog, Unavailable, Unknow
 from worker.contract.entries import AnyEntry, BadEntry, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
 from worker.contract.keys import Keys
+from worker.contract.records import Lifecycle
 from worker.patience import Patience
 
 _BLOCK = 5.0
@@ -153,6 +154,22 @@ class Logs:
             if len(raw) < size.entries:
                 return False
             place = EntryId.parse(raw[-1][0])
+
+    async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
+        """Every line of the lifecycle after a place, and those that come.
+
+        Raises:
+            Unavailable: when Redis does not answer, or this is closed.
+        """
+        size = PageSize()
+        while True:
+            ask = partial(self._xread, self._keys.lifecycle, after, size)
+            for _, lines in await self._patience.retry(partial(_shrinking, size, ask)):
+                if len(lines) == size.entries:
+                    size.learn(len(lines), sum([sum(map(len, chain(*fields.items()))) for _, fields in lines]))
+                for line, fields in lines:
+                    yield Lifecycle.read(line.decode(), fields)
+                after = EntryId.parse(lines[-1][0])
 
     async def aclose(self) -> None:
         """Close the connections; whoever reads, or will, gets `Unavailable`."""

@@ -57,7 +57,7 @@ class Service:
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
-        self._ledger = Ledger(self._commands, keys, self._metrics)
+        self._ledger = Ledger(self._commands, keys, self._metrics, settings.lifecycle_length)
         self._upstream = Upstream(
             _in_an_order_of_its_own(settings.vllm_urls),
             api_key=settings.vllm_api_key.get_secret_value(),

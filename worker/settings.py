@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     retention: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds that a log is kept after its end")
     remember: int = Field(_DAY, ge=1, le=365 * _DAY, description="Seconds that the outcome is kept after the end")
     dead_retention: int = Field(7 * _DAY, ge=1, le=365 * _DAY, description="Seconds that dead letters are kept")
+    lifecycle_length: int = Field(
+        100_000, ge=1, le=1_000_000_000, description="How many lines the lifecycle stream keeps, two for each request"
+    )
     wait_replicas: int = Field(
         0, ge=0, le=100, description="How many replicas of Redis must have the end of a log before its job is done"
     )

@@ -13,6 +13,7 @@ from worker.client_errors import ClientError, Misused, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import AnyEntry
 from worker.contract.ids import EntryId
+from worker.contract.records import Lifecycle
 from worker.handles import SyncRequestHandle
 from worker.new_jobs import JobOptions
 
@@ -85,6 +86,10 @@ class SyncClient:
     def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> Iterator[AnyEntry]:
         """See `Client.generate`."""
         return self.submit(request, **options).entries()
+
+    def lifecycle(self, *, after: str | EntryId | None = None) -> Iterator[Lifecycle]:
+        """See `Client.lifecycle`."""
+        return self._each(self._client.lifecycle(after=after))
 
     def result(self, request_id: str) -> Answer:
         """See `Client.result`."""

@@ -75,6 +75,13 @@ async def test_the_same_entry_id_in_another_queue_is_another_job(ledger: Ledger,
     assert len(await stream(fake, "chat:dead")) == 2
 
 
+async def test_c7_the_lifecycle_keeps_as_many_lines_as_are_set(redis: Redis) -> None:
+    ledger = Ledger(redis, Keys(), lifecycle_length=200)
+    for number in range(1000):
+        await ledger.lifecycle(Lifecycle(type="started", id=f"r{number}", job="5-1", queue="q", attempt=1, time=9))
+    assert 200 <= await redis.xlen("chat:lifecycle") <= 300  # Redis drops whole nodes, of 100 entries by default
+
+
 async def test_a_lifecycle_line_leaves_out_what_is_empty(redis: Redis) -> None:
     ledger = Ledger(redis, Keys())
     await ledger.lifecycle(Lifecycle(type="started", id="r", job="5-1", queue="default", attempt=1, time=9))

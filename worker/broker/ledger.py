@@ -23,7 +23,6 @@ from worker.contract.keys import Keys
 from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
 from worker.telemetry.metrics import Metrics
 
-_LIFECYCLE_LENGTH = 100_000
 _DEAD_LENGTH = 1000
 _LATEST = 50
 _CUT = 1024
@@ -32,23 +31,26 @@ _Letters: TypeAlias = list[tuple[bytes, Mapping[bytes, bytes]]]
 
 
 class Ledger:
-    """Writes the records that are not the log of one request."""
+    """Writes the records that are not the log of one request. `lifecycle_length` is in lines."""
 
-    def __init__(self, redis: Redis, keys: Keys, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, redis: Redis, keys: Keys, metrics: Metrics | None = None, lifecycle_length: int = 100_000
+    ) -> None:
         self._redis = redis
         self._metrics = metrics or Metrics()
         self._lifecycle_refused = Voice("lifecycle_refused")
         self._together = Together(redis)  # many jobs begin and end at once
         self._keys = keys
+        self._lifecycle_length = lifecycle_length
         self._burying = asyncio.Lock()
 
     async def lifecycle(self, line: Lifecycle) -> None:
-        """Add a line to the lifecycle stream, which keeps the last hundred thousand.
+        """Add a line to the lifecycle stream, which keeps the latest ones.
 
         A line that Redis refuses is left out, and that is logged: it must not keep a job from its end.
         """
         key = self._keys.lifecycle
-        words = ("XADD", key, "MAXLEN", "~", str(_LIFECYCLE_LENGTH), "*", *chain(*line.to_fields().items()))
+        words = ("XADD", key, "MAXLEN", "~", str(self._lifecycle_length), "*", *chain(*line.to_fields().items()))
         try:
             with self._counted("lifecycle"):
                 await self._together.ask(key, pack(*[word.encode() for word in words]), 1)

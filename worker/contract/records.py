@@ -1,7 +1,7 @@
 """What is written beside the log: the tombstone, the lifecycle, dead letters and the workers' own lines."""
 
 from collections.abc import Mapping
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import msgspec
 
@@ -24,8 +24,12 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `type`, `id` and `attempt`."""
+    """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `type`, `id` and `attempt`.
 
+    `time` is Unix ms, `timings` are in milliseconds. `line` is the id of the line itself, where it was read.
+    """
+
+    line: str = ""
     type: str
     id: str
     job: str
@@ -41,8 +45,22 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_fields(self) -> Fields:
         """One stream field each; empty ones are left out."""
-        values = {name: getattr(self, name) for name in self.__struct_fields__}
+        values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "line"}
         return {name: v if isinstance(v, str) else to_json(v) for name, v in values.items() if v not in ("", {})}
+
+    @classmethod
+    def read(cls, line: str, raw: Mapping[bytes, bytes]) -> Self:
+        """A line as it stands in the stream; what is missing or cannot be read there is empty."""
+        texts = _texts(raw)
+        named = ("type", "id", "job", "queue", "outcome", "model", "tenant", "retry_of")
+        return cls(
+            line=line,
+            attempt=_count(texts.get("attempt", "")),
+            time=_count(texts.get("time", "")),
+            usage=cast("Usage", _decoded(texts.get("usage", ""), dict[str, Any], {})),
+            timings=_decoded(texts.get("timings", ""), dict[str, Any], {}),
+            **{name: texts.get(name, "") for name in named},
+        )
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,13 +95,12 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def read(cls, raw: Mapping[bytes, bytes]) -> Self:
         """A letter as it stands in the stream; what is missing or cannot be read there is empty."""
-        texts = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in raw.items()}
-        time = texts.get("time", "")
+        texts = _texts(raw)
         return cls(
             reason=texts.get("reason", ""),
             queue=texts.get("queue", ""),
             job=texts.get("job", ""),
-            time=int(time) if time.isascii() and time.isdecimal() and len(time) < 15 else 0,
+            time=_count(texts.get("time", "")),
             fields=_decoded(texts.get("fields", ""), Fields, {}),
             cut=_decoded(texts.get("cut", ""), tuple[str, ...], ()),
             retried_as=texts.get("retried_as", ""),
@@ -101,6 +118,14 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     finished: int
     draining: bool = False
     paused: str = ""
+
+
+def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in raw.items()}
+
+
+def _count(text: str) -> int:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 15 else 0
 
 
 def _decoded(text: str | bytes, kind: type[_T], otherwise: _T) -> _T:
