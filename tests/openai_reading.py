@@ -4,21 +4,44 @@ from typing import Any
 
 import httpx2
 from openai import OpenAI
-from openai.lib.streaming._deltas import accumulate_delta
+
+Object = dict[str, Any]
 
 
-def read_by_openai(body: bytes) -> dict[int, dict[str, Any]]:
-    """The message of each choice, with its `finish_reason`, put together as openai's client does."""
+def read_by_openai(body: bytes) -> Object:
+    """The completion that openai's client puts together."""
     answer = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=body)
     http = httpx2.Client(transport=httpx2.MockTransport(lambda _: answer))
-    messages: dict[int, dict[Any, Any]] = {}
-    with OpenAI(base_url="http://127.0.0.1:1/v1", api_key="none", max_retries=0, http_client=http) as client:
-        for chunk in client.chat.completions.create(model="m", messages=[], stream=True):
-            for choice in chunk.choices or ():
-                message = messages.setdefault(choice.index, {})
-                delta: Any = choice.delta  # null for some servers, whatever its type says
-                if delta is not None:
-                    accumulate_delta(message, delta.to_dict())
-                if choice.finish_reason:
-                    message["finish_reason"] = choice.finish_reason
-    return messages
+    with (
+        OpenAI(base_url="http://127.0.0.1:1/v1", api_key="none", max_retries=0, http_client=http) as client,
+        client.chat.completions.stream(model="m", messages=[]) as stream,
+    ):
+        stream.until_done()
+        return stream.current_completion_snapshot.to_dict()
+
+
+def said(completion: Object) -> list[Object]:
+    """What a completion says, without what is empty: each choice's message, finish reason and logprobs, and the usage.
+
+    The usage is the first choice's here.
+    """
+    choices: list[Object] = []
+    for choice in completion["choices"]:
+        message = choice["message"] | {name: choice.get(name) for name in ("finish_reason", "logprobs")}
+        message["reasoning"] = message.get("reasoning") or message.pop("reasoning_content", None)
+        message["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "index"} for call in message.get("tool_calls") or []
+        ]
+        message.pop("role", None)
+        message["usage"] = None if choices else completion.get("usage")
+        choices.append(without_nothing(message))
+    return choices
+
+
+def without_nothing(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """JSON without what is empty in it."""
+    if isinstance(value, list):
+        return [without_nothing(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_nothing(one) for name, one in value.items() if one not in (None, "", [], {})}
+    return value

@@ -7,11 +7,11 @@ one is a file there or a line here.
 import json
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import httpx2
 import pytest
-from openai import APIError, OpenAI
+from openai import APIError
+from openai_reading import read_by_openai, said, without_nothing
 from streams import DONE, STREAMS, Object, Stream, event
 
 from worker.contract.answer import Answer
@@ -25,44 +25,6 @@ from worker.vllm.sse import SSEDecoder
 _TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 _INDEX: dict[str, Object] = json.loads((_TRANSCRIPTS / "index.json").read_text())
 RECORDED = [name for name, answer in _INDEX.items() if answer["content_type"].startswith("text/event-stream")]
-
-
-def read_by_openai(body: bytes) -> Object:
-    """The completion that openai's client puts together."""
-    answer = httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=body)
-    http = httpx2.Client(transport=httpx2.MockTransport(lambda _: answer))
-    with (
-        OpenAI(base_url="http://127.0.0.1:1/v1", api_key="none", max_retries=0, http_client=http) as client,
-        client.chat.completions.stream(model="m", messages=[]) as stream,
-    ):
-        stream.until_done()
-        return stream.current_completion_snapshot.to_dict()
-
-
-def said(completion: Object) -> list[Object]:
-    """What a completion says, without what is empty: each choice's message, finish reason and logprobs, and the usage.
-
-    The usage is the first choice's here.
-    """
-    choices: list[Object] = []
-    for choice in completion["choices"]:
-        message = choice["message"] | {name: choice.get(name) for name in ("finish_reason", "logprobs")}
-        message["reasoning"] = message.get("reasoning") or message.pop("reasoning_content", None)
-        message["tool_calls"] = [
-            {name: value for name, value in call.items() if name != "index"} for call in message.get("tool_calls") or []
-        ]
-        message.pop("role", None)
-        message["usage"] = None if choices else completion.get("usage")
-        choices.append(_without_nothing(message))
-    return choices
-
-
-def _without_nothing(value: Any) -> Any:  # noqa: ANN401 - JSON
-    if isinstance(value, list):
-        return [_without_nothing(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _without_nothing(one) for name, one in value.items() if one not in (None, "", [], {})}
-    return value
 
 
 def each_byte(body: bytes) -> list[bytes]:
@@ -122,7 +84,7 @@ def test_a_made_up_stream_is_read_as_is_right(stream: Stream) -> None:
     if stream.right is None:
         assert said(ours) == by_openai
     else:
-        right = [_without_nothing({"finish_reason": "stop"} | stream.right)]
+        right = [without_nothing({"finish_reason": "stop"} | stream.right)]
         assert said(ours) == right
         assert by_openai != right, "openai's client has what is right: the line need not say it"
     assert read(*each_byte(stream.body)) == ours

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from openai_reading import read_by_openai
+from openai_reading import read_by_openai, said
 
 from worker.contract import entries
 from worker.contract.answer import Answer, Choice
@@ -39,6 +39,7 @@ def without_delta(finish_reason: object = None, **choice: object) -> bytes:
     return event(value)
 
 
+COMPARED = frozenset({"content", "reasoning", "tool_calls", "finish_reason"})
 ROLE = x({"role": "assistant", "content": ""})
 DONE = b"data: [DONE]\n\n"
 END = x({}, "stop") + DONE
@@ -102,6 +103,7 @@ SHAPES = [
         "A5: the whole message beside a delta of null",
         ROLE + x({"content": "hi"}) + x(None, "stop", message=HI) + DONE,
         "hi",
+        openai=False,  # its stream helper fails, its chunks have the right content
         extra=[{"message": HI}],
     ),
     Shape(
@@ -294,7 +296,12 @@ SHAPES = [
             ("1" * 300, int("1" * 300)),
         )
     ),
-    Shape("A15: odd heads", event(chunk({"role": {"a": 1}, "content": "a"}) | {"id": [1], "model": 7}) + END, "a"),
+    Shape(
+        "A15: odd heads",
+        event(chunk({"role": {"a": 1}, "content": "a"}) | {"id": [1], "model": 7}) + END,
+        "a",
+        openai=False,
+    ),
 ]
 
 
@@ -332,11 +339,10 @@ def joined(message: Object) -> Object:
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.openai], ids=lambda shape: shape.name)
 def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> None:
-    message = joined(read_by_openai(shape.body)[0])
-    assert (message.get("content") or "") == shape.content
-    assert (message.get("reasoning") or "") == shape.reasoning
-    assert message.get("tool_calls", []) == shape.tool_calls
-    assert message["finish_reason"] == shape.finish_reason
+    (message, *_) = said(joined(read_by_openai(shape.body)))
+    ours = {"content": shape.content, "reasoning": shape.reasoning, "tool_calls": shape.tool_calls}
+    choice = {"message": ours, "finish_reason": shape.finish_reason}
+    assert said({"choices": [choice]}) == [{name: value for name, value in message.items() if name in COMPARED}]
 
 
 def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
@@ -384,7 +390,7 @@ def test_a16_usage_may_stand_in_a_choice_and_come_after_done(body: bytes) -> Non
 
 
 def test_a16_what_servers_say_to_each_other_does_not_reach_readers() -> None:
-    secret: Object = {"kv_transfer_params": {"remote_host": "10.0.0.1", "remote_block_ids": [1]}}
+    secret: Object = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"ids": [1]}}
     parser, answer = read(
         event(chunk({"content": "a", **secret}, **secret) | secret)
         + event(chunk({}, "stop") | secret)
@@ -393,7 +399,7 @@ def test_a16_what_servers_say_to_each_other_does_not_reach_readers() -> None:
     )
     parser.check_complete()
     assert answer.text == "a"
-    assert "kv_transfer_params" not in str([answer.opened, answer.deltas, parser.extra])
+    assert "transfer_params" not in str([answer.opened, answer.deltas, parser.extra])
 
 
 def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:

@@ -13,7 +13,7 @@ from worker.contract.entries import Fields
 RawObject: TypeAlias = dict[str, Raw]
 
 NULL = Raw(b"null")
-PRIVATE = frozenset({"kv_transfer_params"})
+PRIVATE = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """What a server says to another, such as where its cache is to be had: nothing for readers."""
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _EMPTY_LIST = b"[]"
