@@ -259,6 +259,16 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
     assert {line["endpoint"] for line in logs} == {first.url}
 
 
+async def test_c8_the_log_says_what_to_do_about_a_server_that_speaks_no_tls() -> None:
+    configure_logging("json", "info")
+    with capture_logs() as logs:
+        async with Server() as server, watching(server.url.replace("http:", "https:")):
+            pass
+    (line,) = logs
+    assert (line["event"], line["reason"]) == ("vllm_away", "upstream_unreachable")
+    assert line["fix"] == "if the server does not speak TLS there, its URL begins with http://"
+
+
 async def test_what_is_told_of_a_server_names_no_job() -> None:
     configure_logging("json", "info")
     async with Server() as server, watching(server.url) as upstream:

@@ -21,6 +21,7 @@ class Endpoint:
         without: the fields that it does not understand.
         models: the names that it serves; empty while they are not known, and for a server that does not list them.
         listed: when it was last asked for them, by the clock.
+        fix: what to do about its last error, where that is known.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Endpoint:
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
         self.listed = float("-inf")
+        self.fix = ""
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
         self._clock = clock
         self._busy_until = 0.0
@@ -86,6 +88,7 @@ class Endpoint:
         All its requests have the same key, so one 401 is enough: it answers at once, and with the fewest in flight it
         would get nearly all of them. A 403 may be about what is asked, so it counts as other faults do.
         """
+        self.fix = error.fix
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if error.code == "model_not_found":

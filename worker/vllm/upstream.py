@@ -201,6 +201,7 @@ class Upstream:
         try:
             health = await self._get(f"{endpoint.url}/health")
         except UpstreamError as error:
+            endpoint.fix = error.fix
             return error.code
         if health.status_code >= 500:
             return f"health_{health.status_code}"
@@ -404,7 +405,8 @@ def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
     """In a context of its own: it is not about the job that ran into it."""
     structlog.contextvars.unbind_contextvars("request_id")
     if state is State.OPEN:
-        _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason)
+        fix = {"fix": endpoint.fix} if endpoint.fix else {}
+        _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason, **fix)
     elif former is State.OPEN:
         _log.info("vllm_back", endpoint=without_user(endpoint.url))
 
