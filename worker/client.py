@@ -6,12 +6,9 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Self, TypeAlias, TypeVar, Unpack, cast
+from typing import Self, TypeVar, Unpack
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
-from redis.exceptions import WatchError
 
 from worker.broker.cancels import seal_cancelled
 from worker.broker.cluster import ClusterClient
@@ -20,7 +17,6 @@ from worker.broker.depth import waiting_in
 from worker.broker.urls import keys_at
 from worker.client_errors import (
     MAPPED,
-    Conflict,
     InvalidArgument,
     Misused,
     QueueFull,
@@ -39,21 +35,17 @@ from worker.contract.entries import (
     Started,
     is_terminal,
     parse_leniently,
-    to_fields,
     to_json,
 )
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
-from worker.contract.job import Job, digest, is_digest_of
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
 from worker.contract.records import Lifecycle, Tombstone
+from worker.enqueuing import DAY, RETENTION, Enqueuer, unix_ms
 from worker.following import Follower, Following
 from worker.handles import RequestHandle
 from worker.new_jobs import JobOptions, new_job
 from worker.patience import Patience
 
 _T = TypeVar("_T")
-_RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
-_DAY = 24 * 3600
-_RETENTION = 3600
 
 
 class State(enum.Enum):
@@ -97,6 +89,7 @@ class Client:
         try:
             self._keys = keys_at(url, prefix)
             self._redis = command_client(url)
+            self._enqueuer = Enqueuer(self._redis, self._keys, self._check_usable)
             self._following = Following(url, self._keys, self._patience)
         except ValueError as error:
             raise InvalidArgument(str(error)) from None
@@ -145,7 +138,7 @@ class Client:
         """
         job, queue, timeout = new_job(request, **options)
         await self._check_room(queue, job.id)
-        await self._ask(lambda: self._enqueue(job, queue, timeout))
+        await self._ask(lambda: self._enqueuer.add(job, queue, timeout))
         return job.id
 
     async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
@@ -299,71 +292,6 @@ class Client:
         if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
             raise QueueFull(queue, waiting, self._queue_limit)
 
-    async def _enqueue(self, job: Job, queue: str, within: float | None) -> None:
-        log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)
-        asked = digest(job.request, job.fallbacks)
-        is_cluster = isinstance(self._redis, ClusterClient)
-        while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(log, ended)
-                attaches = await self._attaches(pipe, job)
-                if attaches and not (is_cluster and await self._waits(pipe, log)):
-                    return
-                now = _unix_ms(await pipe.time())
-                if within is not None:
-                    job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
-                expire_at = (job.deadline or now + _DAY * 1000) + (job.retention or _RETENTION) * 1000
-                pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-                if not attaches:
-                    queued = Queued(id=QUEUED, digest=asked)
-                    pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
-                    pipe.pexpireat(log, expire_at)
-                if not is_cluster:
-                    pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
-                try:
-                    await pipe.execute()
-                except WatchError:
-                    self._check_usable()  # the connection may be gone because the client was closed
-                    continue
-            if is_cluster:
-                await self._add_after_log(job, queue)
-            return
-
-    async def _add_after_log(self, job: Job, queue: str) -> None:
-        """Add the job where one MULTI cannot hold both: log and job stream are in different slots of a cluster.
-
-        Whoever dies between the two leaves a log with nothing but `queued`, and the same call made again finds that
-        and adds the job. It cannot tell whether the job is there and waits, so there may be two of it: workers
-        acknowledge the second one without running it. Where nobody calls again, the log expires with the deadline.
-        """
-        await self._redis.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
-
-    async def _waits(self, pipe: Pipeline, log: str) -> bool:
-        """Whether a log holds `queued` and nothing else."""
-        ((entry_id, _),) = cast("list[_RawEntry]", await pipe.xrevrange(log, count=1)) or [(b"", {})]
-        return entry_id == str(QUEUED).encode()
-
-    async def _attaches(self, pipe: Pipeline, job: Job) -> bool:
-        """Whether the same request was enqueued before, read on the connection that watches its keys."""
-        begin = await self._begin(pipe, job.id)
-        raw = await pipe.get(self._keys.ended(job.id))
-        if not begin and raw is None:
-            return False
-        if not begin:
-            known = msgspec.json.decode(cast("bytes", raw), type=Tombstone).digest
-        else:  # `queued` by another client may come without one
-            known = next((entry.digest for entry in begin if isinstance(entry, Queued | Started) and entry.digest), "")
-        if begin and isinstance(begin[0], Cancelled):
-            raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another")
-        if not known and begin and isinstance(begin[-1], Queued):
-            raise Conflict(
-                f"the id {job.id} is enqueued, and whoever did so left out the digest that would tell whether it is "
-                "the same request: choose another"
-            )
-        if not is_digest_of(known, job.request, job.fallbacks):
-            raise Conflict(f"the id {job.id} belongs to another request: leave the id out, or choose another")
-        return True
-
     async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
         # No MULTI, which a Redis that is full refuses. The tombstone is read first: it is written with the seal, and
         # so a request without one has a log to be read after it, unless nothing is known of it.
@@ -378,7 +306,7 @@ class Client:
     async def _cancel(self, request_id: str) -> bool:
         """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
         key = self._keys.tokens(request_id)
-        now = _unix_ms(await self._redis.time())
+        now = unix_ms(await self._redis.time())
         sealed = await seal_cancelled(self._redis, key)
         if sealed is None:
             return False
@@ -386,8 +314,8 @@ class Client:
         asked = first.digest if isinstance(first, Queued | Started) else ""
         stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
         pipe = self._redis.pipeline(transaction=False)
-        pipe.expire(key, _RETENTION)
-        pipe.set(self._keys.ended(request_id), to_json(stone), ex=_DAY, nx=True)
+        pipe.expire(key, RETENTION)
+        pipe.set(self._keys.ended(request_id), to_json(stone), ex=DAY, nx=True)
         pipe.publish(self._keys.cancel, request_id)
         told = self._keys.feed(request_id), to_json([[str(SEAL), fields]])
         pipe.publish(*told)
@@ -398,13 +326,3 @@ class Client:
             if isinstance(reply, Exception):
                 raise reply
         return True
-
-    async def _begin(self, redis: Redis, request_id: str) -> list[AnyEntry]:
-        """The first two entries of a log: `queued` and `started`, where it has both."""
-        raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=2))
-        return [parse_leniently(*entry) for entry in raw]
-
-
-def _unix_ms(redis_time: tuple[int, int]) -> int:
-    seconds, micros = redis_time
-    return seconds * 1000 + micros // 1000
