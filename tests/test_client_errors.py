@@ -7,7 +7,7 @@ import pytest
 from command import run
 from redis.asyncio import Redis
 
-from worker import Client, ClientError, Conflict, InvalidArgument, Refused, State, Unreadable
+from worker import Client, ClientError, Conflict, InvalidArgument, Refused, State, UnknownRequest, Unreadable
 from worker.contract.ids import SEAL
 
 ASK: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
@@ -155,6 +155,15 @@ async def test_c5_an_id_that_cannot_be_one_costs_redis_nothing(request_id: str, 
         with pytest.raises(InvalidArgument, match="1 to 128 characters"):
             await call(request_id)
     assert await redis.dbsize() == 0
+
+
+async def test_c5_a_cancel_of_what_must_exist_writes_nothing_where_it_does_not(client: Client, redis: Redis) -> None:
+    with pytest.raises(UnknownRequest, match="nothing is known of a request nobody"):
+        await client.cancel("nobody", must_exist=True)
+    assert await redis.dbsize() == 0
+    await client.enqueue(ASK, id="r")
+    assert (await client.cancel("r", must_exist=True)).state is State.QUEUED
+    assert (await client.cancel("r", must_exist=True)).state is State.ENDED
 
 
 def test_b5_a_url_that_is_none_is_said() -> None:

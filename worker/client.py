@@ -23,6 +23,7 @@ from worker.client_errors import (
     Unavailable,
     check_id,
     check_place,
+    gone,
     mapped,
 )
 from worker.contract.answer import Answer
@@ -252,13 +253,19 @@ class Client:
             return Status(State.ENDED, Answer([tail]).outcome)
         return Status(State.RUNNING if tail.id.attempt else State.QUEUED)
 
-    async def cancel(self, request_id: str) -> Status:
+    async def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
         """End a request, whether it waits or runs; gives how far it was. One that has ended is left as it is.
 
+        An id of which nothing is known is ended too, for its job may come. With `must_exist` it is not: a public
+        endpoint needs that, where anybody could fill Redis with ends of what never was.
+
         Raises:
+            UnknownRequest: when nothing is known of the id, but must be.
             Unavailable: when Redis does not answer.
         """
         before = await self.status(request_id)
+        if must_exist and before.state is State.UNKNOWN:
+            raise gone(request_id, None)
         if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(lambda: self._cancel(request_id)):
             return await self.status(request_id)
         return before

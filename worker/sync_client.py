@@ -99,9 +99,9 @@ class SyncClient:
         """See `Client.status`."""
         return self._call(lambda: self._client.status(request_id))
 
-    def cancel(self, request_id: str) -> Status:
+    def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
         """See `Client.cancel`."""
-        return self._call(lambda: self._client.cancel(request_id))
+        return self._call(lambda: self._client.cancel(request_id, must_exist=must_exist))
 
     def _call(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Have the thread do it, and wait for it."""
