@@ -16,12 +16,15 @@ from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_asy
 from worker.client import Client, State
 from worker.client_errors import ClientError, Unavailable
 from worker.console import Printer
-from worker.contract.entries import Object, to_json
+from worker.contract.entries import Idle, Object, to_json
 from worker.contract.ids import SEAL, EntryId, is_request_id
 from worker.contract.job import InvalidJob
 from worker.new_jobs import JobOptions, new_job
 from worker.settings import ConfigError, load_settings, variable
 from worker.telemetry.logs import configure_logging
+
+_LONELY = 3.0
+"""Seconds that a job waits until it is asked whether any worker serves its queue."""
 
 
 class _Commands(click.Group):
@@ -287,11 +290,18 @@ def _exit(well: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-async def _print(client: Client, request_id: str, after: EntryId | None, *, as_json: bool) -> bool:
+async def _print(client: Client, request_id: str, after: EntryId | None, *, as_json: bool, queue: str = "") -> bool:
+    """Print a log as it comes, and that no worker serves the queue, if one is given; true where the answer is whole."""
     printer = Printer(as_json=as_json)
     try:
-        async for entry in client.follow(request_id, after=after):
-            printer.show(entry)
+        async for entry in client.follow(request_id, after=after, idle=_LONELY if queue else None):
+            if not isinstance(entry, Idle):
+                printer.show(entry)
+            elif queue and not printer.answer.started and not await _is_served(client, queue):
+                click.echo(
+                    f"· no worker serves the queue {queue}: start one with worker run --queues {queue}", err=True
+                )
+                queue = ""
     except ClientError as error:
         last = printer.break_off()
         if not last or not isinstance(error, Unavailable):
@@ -302,6 +312,13 @@ async def _print(client: Client, request_id: str, after: EntryId | None, *, as_j
         click.echo(f"· it has ended: {outcome}", err=True)
         return outcome == "done"
     return printer.answer.outcome == "done"
+
+
+async def _is_served(client: Client, queue: str) -> bool:
+    try:
+        return await client.is_served(queue)
+    except ClientError:  # whoever may not see the workers, or cannot now, can say nothing against them
+        return True
 
 
 def _request(prompt: str | None, source: bytes | None) -> Object:

@@ -4,22 +4,22 @@ import asyncio
 import enum
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Self, TypeVar, Unpack
 
 import msgspec
 
-from worker.broker.cancels import seal_cancelled
-from worker.broker.cluster import ClusterClient
+from worker.broker.client_seals import cancel, end_overdue, may_be_overdue
 from worker.broker.connection import command_client
-from worker.broker.depth import waiting_in
+from worker.broker.depth import is_served, waiting_in
 from worker.broker.urls import keys_at
 from worker.client_errors import (
     MAPPED,
     InvalidArgument,
     Misused,
     QueueFull,
+    Refused,
     Unavailable,
     check_id,
     check_place,
@@ -29,18 +29,15 @@ from worker.client_errors import (
 from worker.contract.answer import Answer
 from worker.contract.entries import (
     AnyEntry,
-    Cancelled,
     Entry,
     Idle,
-    Queued,
-    Started,
     is_terminal,
     parse_leniently,
-    to_json,
 )
-from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from worker.contract.ids import BEFORE_ALL, EntryId
+from worker.contract.keys import DEFAULT_QUEUE
 from worker.contract.records import Lifecycle, Tombstone
-from worker.enqueuing import DAY, RETENTION, Enqueuer, unix_ms
+from worker.enqueuing import Enqueuer
 from worker.following import Follower, Following
 from worker.handles import RequestHandle
 from worker.new_jobs import JobOptions, new_job
@@ -242,11 +239,17 @@ class Client:
     async def status(self, request_id: str) -> Status:
         """How far a request is.
 
+        One whose deadline has passed by some seconds, and that no worker has begun, is ended here.
+
         Raises:
             Unavailable: when Redis does not answer.
         """
         check_id(request_id)
         tail, stone = await self._ask(lambda: self._look(request_id))
+        if may_be_overdue(tail):
+            with suppress(Refused):  # whoever may only read is told how it stands
+                await self._ask(lambda: end_overdue(self._redis, self._keys, request_id))
+            tail, stone = await self._ask(lambda: self._look(request_id))
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
         if is_terminal(tail):
@@ -266,9 +269,19 @@ class Client:
         before = await self.status(request_id)
         if must_exist and before.state is State.UNKNOWN:
             raise gone(request_id, None)
-        if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(lambda: self._cancel(request_id)):
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(
+            lambda: cancel(self._redis, self._keys, request_id)
+        ):
             return await self.status(request_id)
         return before
+
+    async def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
+        """Whether a worker lives that serves a queue: where none does, its jobs wait until one is started.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        return await self._ask(lambda: is_served(self._redis, self._keys, queue))
 
     async def _ask(self, operation: Callable[[], Awaitable[_T]]) -> _T:
         """Repeat an operation until Redis answers, or the client is closed. Raises what `Patience.retry` raises."""
@@ -309,27 +322,3 @@ class Client:
         if tail:
             return parse_leniently(*tail[0]), None
         return None, msgspec.json.decode(raw, type=Tombstone) if raw is not None else None
-
-    async def _cancel(self, request_id: str) -> bool:
-        """Write the seal; false when the log has one. What belongs with it is the worker's to mend if we die here."""
-        key = self._keys.tokens(request_id)
-        now = unix_ms(await self._redis.time())
-        sealed = await seal_cancelled(self._redis, key)
-        if sealed is None:
-            return False
-        first, fields = sealed
-        asked = first.digest if isinstance(first, Queued | Started) else ""
-        stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.expire(key, RETENTION)
-        pipe.set(self._keys.ended(request_id), to_json(stone), ex=DAY, nx=True)
-        pipe.publish(self._keys.cancel, request_id)
-        told = self._keys.feed(request_id), to_json([[str(SEAL), fields]])
-        pipe.publish(*told)
-        if isinstance(self._redis, ClusterClient):  # where Redis 7 has the feed
-            pipe.execute_command("SPUBLISH", *told)
-        kept = (await pipe.execute(raise_on_error=False))[:2]  # a user may lack the right to publish: speed only
-        for reply in kept:
-            if isinstance(reply, Exception):
-                raise reply
-        return True

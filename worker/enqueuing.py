@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
+from worker.broker.client_seals import now_of
 from worker.broker.cluster import ClusterClient
 from worker.client_errors import Conflict
 from worker.contract.entries import AnyEntry, Cancelled, Queued, Started, parse_leniently, to_fields
@@ -16,8 +17,8 @@ from worker.contract.job import Job, digest, is_digest_of
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
-DAY = 24 * 3600
-RETENTION = 3600
+_DAY = 24 * 3600
+_RETENTION = 3600
 """Seconds that a log is kept where nobody says how long, as WORKER_RETENTION is by default."""
 
 _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
@@ -47,13 +48,14 @@ class Enqueuer:
                 attaches = await self._attaches(pipe, job)
                 if attaches and not (is_cluster and await self._waits(pipe, log)):
                     return
-                now = unix_ms(await pipe.time())
+                now = await now_of(pipe)
                 if within is not None:
                     job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
-                expire_at = (job.deadline or now + DAY * 1000) + (job.retention or RETENTION) * 1000
+                deadline = job.deadline or now + _DAY * 1000
+                expire_at = deadline + (job.retention or _RETENTION) * 1000
                 pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
                 if not attaches:
-                    queued = Queued(id=QUEUED, digest=asked)
+                    queued = Queued(id=QUEUED, digest=asked, deadline=deadline)
                     pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
                     pipe.pexpireat(log, expire_at)
                 if not is_cluster:
@@ -106,9 +108,3 @@ class Enqueuer:
         """The first two entries of a log: `queued` and `started`, where it has both."""
         raw = cast("list[_RawEntry]", await redis.xrange(self._keys.tokens(request_id), count=2))
         return [parse_leniently(*entry) for entry in raw]
-
-
-def unix_ms(redis_time: tuple[int, int]) -> int:
-    """The reply to TIME in Unix milliseconds."""
-    seconds, micros = redis_time
-    return seconds * 1000 + micros // 1000

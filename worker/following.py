@@ -10,10 +10,12 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from worker.broker.client_seals import may_be_overdue
 from worker.broker.connection import command_client
 from worker.broker.pages import PageSize
 from worker.broker.subscriptions import Subscriptions
-from worker.contract.entries import AnyEntry, BadEntry
+from worker.client_errors import Refused
+from worker.contract.entries import AnyEntry, BadEntry, Queued
 from worker.contract.feed import UNTOLD_FOR, read_message
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
@@ -193,6 +195,8 @@ class Follower:
         self._wait = wait
         """Seconds that the log may take to appear."""
         self._has_read, self._page_size = False, PageSize()
+        self._queued: Queued | None = None
+        """Where there is nothing but that so far."""
         self._read_on: Iterable[AnyEntry] = ()
         """What was read from the log; it comes before what is ready."""
         self._ready: list[AnyEntry] = []
@@ -391,6 +395,11 @@ class Follower:
             self._go_on(await self._logs.wait(self._request.id, where, self._page_size))
         else:
             await self._read()
+        if may_be_overdue(self._queued):
+            try:
+                self._is_behind |= await self._logs.end_overdue(self._request.id)
+            except Refused:  # this user may only read
+                self._queued = None
 
     async def _read(self) -> None:
         """Read the log on from where this one is; what is told meanwhile comes after that."""
@@ -425,5 +434,6 @@ class Follower:
         """All of it has been read from the log."""
         if page is not None:
             self._read_on = page.entries
+            self._queued = page.queued
             self._attempt, self._n = page.last
             self.is_over = page.last == SEAL

@@ -15,13 +15,14 @@ from typing import TypeAlias, TypeVar, cast
 from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from worker.broker.client_seals import end_overdue
 from worker.broker.connection import blocking_client
 from worker.broker.pages import PageSize
 from worker.broker.together import Together
 from worker.broker.wire import pack
 from worker.client_errors import ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
-from worker.contract.entries import AnyEntry, BadEntry, Restarted, Resumed, parse, parse_leniently
-from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, follows
+from worker.contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resumed, parse, parse_leniently
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle
 from worker.patience import Patience
@@ -46,6 +47,8 @@ class Page:
     last: EntryId
     is_full: bool
     """Whether there may be more already."""
+    queued: Queued | None = None
+    """Where that is all there is so far."""
 
 
 class Logs:
@@ -80,7 +83,7 @@ class Logs:
         if is_cursor:
             if raw and EntryId.parse(raw[0][0]) == after:
                 if len(raw) == 1:
-                    return Page((), after, is_full)
+                    return Page((), after, is_full, _queued(raw[0][0], _fields(raw[0][1])))
                 del raw[0]
             elif not (raw and await self._goes_on(request_id, after, EntryId.parse(raw[0][0]))):
                 raise IncompleteLog(request_id, after, is_cursor=True)
@@ -132,7 +135,17 @@ class Logs:
             if not await self._is_void(request_id, before):
                 error = IncompleteLog(request_id, before)
                 return Page(chain(_parsed(raw[:number], fields_of), _raise(error)), last, is_full)
-        return Page(entries, last, is_full)
+        return Page(entries, last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
+
+    async def end_overdue(self, request_id: str) -> bool:
+        """Seal a log that holds nothing but `queued` and whose deadline has passed; whether it was.
+
+        Raises:
+            Refused: when the user may only read.
+            Unavailable: when Redis does not answer, or this is closed.
+        """
+        self._check_open()
+        return await self._patience.retry(partial(end_overdue, self._reader, self._keys, request_id))
 
     async def _goes_on(self, request_id: str, after: EntryId, found: EntryId) -> bool:
         """Whether somebody who has a log up to a place that is not there can go on with what is found behind it."""
@@ -213,6 +226,11 @@ def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[b
             yield parse(entry_id, fields_of(told))
     except BadEntry as error:
         raise mapped(error) from error
+
+
+def _queued(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Queued | None:
+    entry = parse_leniently(entry_id, fields) if EntryId.parse(entry_id) == QUEUED else None
+    return entry if isinstance(entry, Queued) else None
 
 
 def _fields(flat: list[bytes]) -> dict[bytes, bytes]:

@@ -214,6 +214,7 @@ class Service:
             finished=self._leases.finished,
             draining=self._leaving.is_set(),
             paused=self._claims.paused,
+            queues=self._settings.queues,
         )
 
     async def _drain(self, deadline: float) -> None:

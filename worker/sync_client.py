@@ -13,6 +13,7 @@ from worker.client_errors import ClientError, Misused, Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import AnyEntry
 from worker.contract.ids import EntryId
+from worker.contract.keys import DEFAULT_QUEUE
 from worker.contract.records import Lifecycle
 from worker.handles import SyncRequestHandle
 from worker.new_jobs import JobOptions
@@ -102,6 +103,10 @@ class SyncClient:
     def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
         """See `Client.cancel`."""
         return self._call(lambda: self._client.cancel(request_id, must_exist=must_exist))
+
+    def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
+        """See `Client.is_served`."""
+        return self._call(lambda: self._client.is_served(queue))
 
     def _call(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         """Have the thread do it, and wait for it."""

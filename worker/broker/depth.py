@@ -1,12 +1,19 @@
-"""How many jobs of a queue wait, and how old the oldest is that a worker has."""
+"""How many jobs of a queue wait, how old the oldest is that a worker has, and whether any worker serves it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 from redis.asyncio import Redis
 
 from worker.contract.ids import EntryId
-from worker.contract.keys import GROUP
+from worker.contract.keys import GROUP, Keys
+from worker.contract.records import WorkerLine
+
+_SILENT = 60.0
+"""Seconds after which a worker's line is that of a dead one: it is renewed each third of a lease, which few have longer
+than three minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,21 @@ async def waiting_in(redis: Redis, key: str) -> int:
         return int(length)
     unread = await _unread(redis, key, group, int(length))
     return max(0, int(length) - int(group["pending"])) if unread is None else unread
+
+
+async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
+    """Whether a worker lives that serves a queue, or that does not say which ones it serves.
+
+    Raises:
+        RedisError: what Redis says.
+    """
+    seconds, _ = await redis.time()
+    for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            line = msgspec.json.decode(raw, type=WorkerLine)
+            if abs(seconds - line.beat / 1000) < _SILENT and (not line.queues or queue in line.queues):
+                return True
+    return False
 
 
 async def _unread(redis: Redis, key: str, group: dict[str, Any], length: int) -> int | None:

@@ -57,11 +57,12 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Queued(Entry, frozen=True, kw_only=True):
-    """The client has enqueued the request: no worker has it yet."""
+    """The client has enqueued the request: no worker has it yet. `deadline` is the job's, in Unix ms."""
 
     type: ClassVar[Literal["queued"]] = "queued"
     v: int = 1
     digest: str = ""
+    deadline: int = 0
 
 
 class Started(Entry, frozen=True, kw_only=True):

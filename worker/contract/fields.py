@@ -110,6 +110,7 @@ READERS: dict[str, Reader] = {
     "time": _time,
     "index": int,
     "created": _time,
+    "deadline": _time,
     "attempt": int,
     "delivery": _count,
     "prompt_tokens": int,

@@ -108,7 +108,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs."""
+    """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs.
+
+    `queues` are those that it serves; a worker of an earlier version does not say.
+    """
 
     name: str
     beat: int
@@ -118,6 +121,7 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     finished: int
     draining: bool = False
     paused: str = ""
+    queues: tuple[str, ...] = ()
 
 
 def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:
