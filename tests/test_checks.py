@@ -1,10 +1,15 @@
 """What `check` finds of each thing it looks at, and what it says to do."""
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import trustme
 from conftest import StartSimulator, eventually
 from raw_server import sending
 from redis.asyncio import Redis
@@ -276,3 +281,70 @@ async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator
         where = "redis://{}:{}".format(*server.sockets[0].getsockname())
         (loading,) = about(await found(redis_url=where, vllm_urls=simulator.url), "Redis")
     assert (loading.level, loading.mend.split(":")[0]) == ("error", "wait")
+
+
+@pytest.fixture
+async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Path]]:
+    """A port before the Redis that speaks TLS, as `localhost`; and the certificate of who signed for it."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    port = urlsplit(redis_url).port
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, before = await asyncio.open_connection("127.0.0.1", port)
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+            target.close()
+            with suppress(OSError):
+                await target.wait_closed()
+
+        await asyncio.gather(copy(reader, before), copy(behind, writer))
+
+    async with await asyncio.start_server(pass_on, "localhost", 0, family=socket.AF_INET, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1], tmp_path / "ca.pem"
+
+
+WORDS: list[tuple[str, str, str]] = [
+    # REDIS_URL, what is said of it and how to mend it; {plain} and {tls} are ports, {ca} a file
+    ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
+    ("redis://no-such-host.invalid/0", "not known", "is the name of the host right? set REDIS_URL"),
+    ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
+    ("rediss+cluster://127.0.0.1:{plain}", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
+    ("redis://127.0.0.1:{tls}/0", "", "this port wants TLS: begin REDIS_URL with rediss, not redis"),
+    ("redis+sentinel://127.0.0.1:{tls}/m", "no sentinel answers", "this port wants TLS: begin REDIS_URL with rediss"),
+    ("rediss://localhost:{tls}/0", "CERTIFICATE_VERIFY_FAILED", "trust who signed it: ?ssl_ca_certs=/path/to/ca.pem"),
+    ("rediss://127.0.0.1:{tls}/0?ssl_ca_certs={ca}", "address mismatch", "name the server in REDIS_URL as its cert"),
+    ("redis://127.0.0.1:{plain}/99", "DB index is out of range", "set REDIS_URL to a database that there is: 0 to 15"),
+    ("redis://:pw@127.0.0.1:{plain}/0", "without any password", "leave the password out of REDIS_URL"),
+    ("redis+cluster://127.0.0.1:{plain}", "cluster support disabled", "this is no cluster: begin REDIS_URL with redis"),
+    ("redis+sentinel://127.0.0.1:{plain}/m", "unknown command 'SENTINEL'", "no sentinel listens there: set REDIS_URL"),
+]
+
+
+@pytest.mark.parametrize(("url", "words", "mend"), WORDS)
+async def test_c8_what_is_wrong_with_the_way_to_redis_is_told_with_how_to_mend_it(
+    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.5)
+    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
+    (told,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert told.level == "error"
+    assert words.lower() in told.text.lower().replace("`", "'")
+    assert told.mend.startswith(mend)
+
+
+async def test_c8_a_certificate_is_trusted_by_either_way(
+    secure: tuple[int, Path], simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, authority = secure
+    url = f"rediss://localhost:{port}/0"
+    named = about(await found(redis_url=f"{url}?ssl_ca_certs={authority}", vllm_urls=simulator.url), "Redis")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    trusted = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert named[0].level == trusted[0].level == "ok"

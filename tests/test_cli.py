@@ -248,12 +248,14 @@ async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     assert ended.status == 0
     assert ended.out == ""
     events = [json.loads(line)["event"] for line in ended.err.splitlines()]
-    assert events == ["worker_started", "worker_draining", "job_finished", "worker_stopped"]
+    assert events == ["worker_starting", "worker_started", "worker_draining", "job_finished", "worker_stopped"]
 
 
 async def test_a_worker_that_waits_for_redis_says_so_and_can_be_ended() -> None:
     async with started("run", REDIS_URL=NOWHERE) as process:
+        starting = json.loads(await line_with(process.stderr, "worker_starting"))  # C8
         line = json.loads(await line_with(process.stderr, "redis_unavailable"))
+        assert starting["redis"] == line["redis"] == "redis://***@127.0.0.1:1/0"
         assert "refused" in line["error"]
         process.terminate()
         ended = await rest(process)
@@ -532,7 +534,8 @@ async def test_what_needs_the_extra_says_so(name: str, tmp_path: Path) -> None:
     (tmp_path / "h11.py").write_text("raise ModuleNotFoundError(\"No module named 'h11'\", name='h11')\n")
     ended = await run(name, PYTHONPATH=str(tmp_path))
     assert (ended.status, ended.out) == (1, "")
-    assert ended.err == "Error: h11 is missing: pip install 'vllm-relay[demo]'\n"
+    expected = "h11 is missing, of the extra `demo`: install it, in a clone of vllm-relay: pip install '.[demo]'"
+    assert ended.err == f"Error: {expected}\n"  # C8: the package is on no index
 
 
 async def test_a_port_in_use_is_told_in_a_line(simulator: Simulator) -> None:

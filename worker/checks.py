@@ -4,18 +4,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
-from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    MasterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
     RedisError,
     ResponseError,
 )
 
+from worker.broker.advice import MORE_ROOM, advice_on, advice_on_silence
 from worker.broker.cluster import ClusterClient, servers_of
 from worker.broker.connection import OLDEST, command_client, what_redis_said, withholds_right
 from worker.broker.depth import waiting_in
@@ -31,35 +25,13 @@ from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Endpoint, Upstream
 
-_OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
-_MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
 _WHEN_PAUSED = {
     NO_VLLM: "start a vLLM server that it can reach: its log says what is wrong with each (vllm_away)",
-    REDIS_FULL: f"Redis has no memory for more: {_MORE_ROOM}",
+    REDIS_FULL: f"Redis has no memory for more: {MORE_ROOM}",
     REDIS_REFUSES: "Redis took no writes: see what is said of it here",
     REDIS_AWAY: "Redis did not answer it: see to the network between them",
 }
 """What to do about a worker that takes no jobs, by its reason."""
-
-_MENDS: tuple[tuple[type[Exception], str, str], ...] = (
-    (
-        AuthenticationError,
-        "",
-        "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…",
-    ),
-    (
-        MasterNotFoundError,
-        "no sentinel tells",
-        "put the password of the sentinels into REDIS_URL: redis+sentinel://host/<master>?sentinel_password=PASSWORD",
-    ),
-    (BusyLoadingError, "", "wait: it reads its data from the disk, and then answers"),
-    (ReadOnlyError, "", _OF_A_REPLICA),
-    (MasterDownError, "", _OF_A_REPLICA),
-    (OutOfMemoryError, "", _MORE_ROOM),
-    (ResponseError, "MISCONF", "give it room on its disk and the right to write there: its own log says what is wrong"),
-    (ResponseError, "NOREPLICAS", "start its replicas, or lower its min-replicas-to-write"),
-)
-"""What to do about an error of Redis: the first that is of its type and begins so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +107,10 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
             async for finding in _check_state(redis, keys, settings, workers=not (is_full or refusal)):
                 yield finding
     except (RedisError, OSError) as error:
-        yield Finding("error", where, what_redis_said(error), _mend(error, keys))
+        advice = (
+            advice_on(error) or await advice_on_silence(url) or f"start Redis there, or set {variable('redis_url')}"
+        )
+        yield Finding("error", where, what_redis_said(error), advice)
     finally:
         await redis.aclose()
 
@@ -172,16 +147,6 @@ async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers:
         yield finding
 
 
-def _mend(error: Exception, keys: Keys) -> str:
-    """What to do about something that Redis said, or about its silence."""
-    if isinstance(error, NoPermissionError):
-        return f"give the user that right: ACL SETUSER <user> ~{keys.prefix}:* &{keys.prefix}:* +<command>"
-    for kind, begin, mend in _MENDS:
-        if isinstance(error, kind) and str(error).startswith(begin):
-            return mend
-    return f"start Redis there, or set {variable('redis_url')}"
-
-
 async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> Finding | None:
     """Reading works where writing does not: on a replica, without room on the disk, with too few replicas."""
     try:
@@ -189,7 +154,7 @@ async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> 
     except ResponseError as error:
         if withholds_right(error):
             return None
-        return Finding("error", where, f"it takes no writes: {what_redis_said(error)}", _mend(error, keys))
+        return Finding("error", where, f"it takes no writes: {what_redis_said(error)}", advice_on(error))
     return None
 
 
@@ -250,7 +215,7 @@ def _storage_findings(where: str, info: dict[str, object]) -> list[Finding]:
         findings.append(
             Finding(
                 "error", where, f"it is full: {used} of {most} bytes (maxmemory) are used, and nothing can be written",
-                _MORE_ROOM,
+                MORE_ROOM,
             )
         )  # fmt: skip
     policy = str(info.get("maxmemory_policy", "noeviction"))

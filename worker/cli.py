@@ -10,6 +10,7 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
+from worker.broker.advice import advice_on
 from worker.broker.connection import what_redis_said
 from worker.cli_dead import dead
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
@@ -38,7 +39,8 @@ class _Commands(click.Group):
         except (ConfigError, InvalidJob) as error:
             raise _Misused(str(error)) from None
         except RedisError as error:
-            raise click.ClickException(f"Redis says: {what_redis_said(error)} (see {variable('redis_url')})") from None
+            advice = advice_on(error) or f"see {variable('redis_url')}"
+            raise click.ClickException(f"Redis says: {what_redis_said(error)}: {advice}") from None
         except (ClientError, OSError) as error:
             raise click.ClickException(str(error) or type(error).__name__) from None
 
@@ -347,4 +349,5 @@ def _is_text(argument: str) -> bool:
 
 
 def _needs_extra(error: ModuleNotFoundError) -> NoReturn:
-    raise click.ClickException(f"{error.name} is missing: pip install 'vllm-relay[demo]'") from None
+    install = "in a clone of vllm-relay: pip install '.[demo]'"
+    raise click.ClickException(f"{error.name} is missing, of the extra `demo`: install it, {install}") from None

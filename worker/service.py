@@ -155,10 +155,13 @@ class Service:
     async def _begin(self) -> bool:
         """Wait for Redis and make what is needed there; false when told to leave before it answered."""
         told = asyncio.ensure_future(self._leaving.wait())
+        redis = shown_url(self._settings.redis_url.get_secret_value())
+        _log.info("worker_starting", redis=redis, vllm=[shown_url(url) for url in self._settings.vllm_urls])
         try:
-            await persist(self._clock.sync, told)
-            for queue in self._settings.queues:
-                await persist(lambda queue=queue: self._jobs.ensure_group(queue), told)  # type: ignore[misc]
+            with structlog.contextvars.bound_contextvars(redis=redis):  # who waits sees for what
+                await persist(self._clock.sync, told)
+                for queue in self._settings.queues:
+                    await persist(lambda queue=queue: self._jobs.ensure_group(queue), told)  # type: ignore[misc]
         except Exception as error:
             if told.done() and is_transient(error):
                 return False
@@ -170,7 +173,7 @@ class Service:
             "worker_started",
             queues=self._settings.queues,
             slots=self._settings.slots,
-            redis=shown_url(self._settings.redis_url.get_secret_value()),
+            redis=redis,
             vllm=[shown_url(url) for url in self._settings.vllm_urls],
         )
         return True

@@ -15,6 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker.broker.advice import advice_on
 from worker.broker.cluster import ClusterClient, ClusterPool
 from worker.broker.sending import unsent
 from worker.broker.sentinel import sentinel_pool
@@ -119,7 +120,8 @@ class Voice:
         now = time.monotonic()
         if now - self._said > SAY_AGAIN:
             self._said = now
-            _log.warning(self._what, error=what_redis_said(error))
+            advice = advice_on(error)
+            _log.warning(self._what, error=what_redis_said(error), **({"advice": advice} if advice else {}))
 
     def relent(self) -> None:
         if self._said > float("-inf"):

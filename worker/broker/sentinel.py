@@ -53,21 +53,26 @@ class _Sentinels(Sentinel):
         Raises:
             MasterNotFoundError: in words for people, with what was refused: redis-py's quotes its connections.
         """
-        why = ""
+        refused = silent = ""
+        answered = False
         for sentinel in list(self.sentinels):  # others may move one to the front meanwhile
             try:
                 masters = cast("dict[str, dict[str, Any]]", await sentinel.sentinel_masters())
             except (AuthenticationError, ResponseError) as refusal:
-                why = f"no sentinel tells where the master {service_name!r} is: {refusal.status_code or ''} {refusal}"
-            except (RedisError, OSError):
-                pass
+                refused = (
+                    f"no sentinel tells where the master {service_name!r} is: {refusal.status_code or ''} {refusal}"
+                )
+            except (RedisError, OSError) as error:
+                silent = f"no sentinel answers: {error}"
             else:
+                answered = True
                 state = masters.get(service_name)
                 if state and self.check_master_state(state, service_name):
                     self.sentinels.remove(sentinel)
                     self.sentinels.insert(0, sentinel)
                     return state["ip"], state["port"]
-        raise MasterNotFoundError(why or f"no sentinel that answers knows a master {service_name!r}")
+        unknown = f"no sentinel that answers knows a master {service_name!r}"
+        raise MasterNotFoundError(unknown if answered else refused or silent)
 
 
 def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN401 - whatever connections take
