@@ -148,6 +148,23 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (200, event({"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. Given: 5000",
                  "error_type": "validation"}),
      "context_length_exceeded", ONCE, "Given: 5000"),
+    (200, event({"error": "Prompt length (5056) exceeds maximum input length (2048). Set log level to info"}),
+     "context_length_exceeded", ONCE, "5056"),
+    (500, json.dumps({"message": "The sum of prompt length (5000), query length (0) should not exceed max_num_tokens "
+                                 "(4096)"}),
+     "context_length_exceeded", ONCE, "5000"),
+    (400, json.dumps({"error": "Trying to keep the first 5000 tokens when context overflows: that is greater than the "
+                               "context length of 4096"}),
+     "context_length_exceeded", ONCE, "5000"),
+    (400, json.dumps({"error": {"message": "Your input exceeds the context window of this model."}}),
+     "context_length_exceeded", ONCE, "context window"),
+    (400, json.dumps({"error": {"message": "litellm.ContextWindowExceededError: x", "code": "400"}}),
+     "context_length_exceeded", ONCE, "litellm"),
+    # What has other limits in it is about the request.
+    (400, json.dumps({"error": {"message": "max_tokens=100000 cannot be greater than max_model_len=4096"}}),
+     "invalid_request", ONCE, "max_model_len"),
+    (400, json.dumps({"error": {"message": "The stop string exceeds the maximum allowed length"}}),
+     "invalid_request", ONCE, "stop string"),
 ]  # fmt: skip
 
 

@@ -26,6 +26,9 @@ _TOO_LONG_WORDS = re.compile(
     | exceeds\ the\ available\ context\ size                                     # llama.cpp
     | `inputs`\ must\ have\ less\ than                                           # TGI
     | `inputs`\ tokens\ \+\ `max_new_tokens`\ must\ be\ <=
+    | prompt\ length\ .{1,80}\ exceeds?\ (the\ )?max(imum\ (input|sequence)\ length|_num_tokens)  # TensorRT-LLM
+    | greater\ than\ the\ context\ length                                        # LM Studio
+    | exceeds\ the\ context\ window | ContextWindowExceeded                      # OpenAI, LiteLLM
     """,
     re.IGNORECASE | re.VERBOSE,
 )
