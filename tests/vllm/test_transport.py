@@ -10,7 +10,7 @@ from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import State
-from worker.vllm.errors import UpstreamError
+from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.target import Target
 from worker.vllm.transport import Transport
@@ -95,6 +95,22 @@ async def test_a16_a_request_whose_answer_had_begun_is_not_sent_again_in_silence
         with pytest.raises(UpstreamError, match="the server closed the connection"):
             await ask(upstream)
         assert requests == [2]
+
+
+async def test_a16_a_request_that_takes_its_server_down_is_held_against_it() -> None:
+    """It would be sent for ever, were it taken for one that has reached nobody."""
+    async with answering(WHOLE, b"") as (url, requests), reaching(url) as upstream:
+        assert await ask(upstream) == "a"
+        with pytest.MonkeyPatch.context() as gone:
+            gone.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+            with pytest.raises(UpstreamError) as caught:
+                await ask(upstream)
+        assert requests == [2]
+    assert (caught.value.code, isinstance(caught.value, NoConnection)) == ("upstream_unreachable", False)
+
+
+async def refuse(*_: object, **__: object) -> None:
+    raise ConnectionRefusedError
 
 
 @pytest.mark.parametrize(

@@ -311,14 +311,19 @@ class Transport(httpx.AsyncBaseTransport):
         return await self._ask(target.origin, packed, within)
 
     async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> Answer:
-        if (reused := self._take_idle(origin)) is not None:
-            try:
-                return await reused.ask(packed)
-            except httpx.TransportError:
-                if reused.has_answered:
-                    raise
-                # The server had closed it while it was idle, which shows only now (RFC 9112, 9.3.1): that is no try.
-        connection = await self._connect(origin, within)
+        if (reused := self._take_idle(origin)) is None:
+            return await (await self._connect(origin, within)).ask(packed)
+        try:
+            return await reused.ask(packed)
+        except httpx.TransportError as error:
+            if reused.has_answered:
+                raise
+            stale = error
+        # The server had closed it while it was idle, which shows only now (RFC 9112, 9.3.1): that is no try.
+        try:
+            connection = await self._connect(origin, within)
+        except httpx.TransportError:
+            raise stale from None  # it may have died of this request, which would never be given up as not received
         return await connection.ask(packed)
 
     async def aclose(self) -> None:
