@@ -199,6 +199,10 @@ STREAMS = [
     Stream("A15", "an index as text", whole(x({"content": "a"}, index="0")), {"content": "a"}),
     Stream("A15", "a character in two chunks, each with half of a surrogate pair",
            whole(raw('{"content":"a\\ud83d"}'), raw('{"content":"\\ude42b"}')), {"content": "a🙂b"}),
+    Stream("A16", "usage in the choice", ROLE + x({"content": "a"}) + x({}, "stop", usage=USED) + DONE,
+           {"content": "a", "usage": USED}),
+    Stream("A16", "usage after [DONE]", ROLE + x({"content": "a"}) + STOP + DONE + chunk(usage=USED),
+           {"content": "a", "usage": USED}),
     Stream("A16", "usage after the end", ROLE + x({"content": "a"}) + STOP + chunk(usage=USED) + DONE),
     Stream("A16", "another id in each chunk", whole(x({"content": "a"}).replace(b"chatcmpl-1", b"chatcmpl-2"))),
 ]  # fmt: skip
