@@ -186,12 +186,13 @@ class Relay:
         """Bring a log that is ours to its end: with an answer or, where there is to be none, with a `reason`.
 
         A log that is deleted, or of which Redis has lost something, is gone on with under a next attempt. That may be
-        lost as well, at any step: so there is one loop around all of it.
+        lost as well, at any step: so there is one loop around all of it. Where it happens again and again, vLLM is not
+        asked for the answer for ever: the job is buried.
         """
-        is_lost = False
+        losses, most = 0, self._settings.max_deliveries
         while True:
             try:
-                if is_lost:
+                if losses:
                     await self._begin_again(request, log)
                     if generation is None:
                         await insist(lambda: self._owner.advance(log, request.delivery, _DIVERGED), request.stop)
@@ -204,7 +205,9 @@ class Relay:
                 raise
             except (LogDiverged, LogGone) as loss:
                 _log.warning("log_diverged", reason=str(loss))
-                is_lost = True
+                losses += 1
+                if losses > most:
+                    generation, reason = None, f"its log was deleted or lost entries {losses} times while it ran"
             else:
                 self._count_first_delta(answer)
                 return

@@ -1,5 +1,6 @@
 """Somebody deletes or damages what a worker has written: the request ends once, and what a reader has shows it."""
 
+import asyncio
 import json
 from collections.abc import Iterable
 
@@ -8,7 +9,7 @@ from checks import Line, ask, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
-from worker import Answer, Client
+from worker import Answer, Client, IncompleteLog
 from worker.broker.log import TokenLog
 from worker.broker.owner import Owner
 from worker.contract.entries import parse
@@ -178,6 +179,62 @@ async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
     await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
     await start_worker(simulator)
     await promise_kept(redis, "r")
+
+
+async def test_b4_a_job_whose_log_loses_entries_for_ever_is_buried(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = Owner.seal
+
+    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+        if len(simulator.served) < 9:
+            await redis.xdel(log.key, f"{log.attempt}-3")
+        return await seal(owner, log, *args, **more)  # type: ignore[arg-type]  # handed on as they came
+
+    monkeypatch.setattr(Owner, "seal", deleted_before)
+    await start_worker(simulator, max_deliveries=2)
+    request_id = await client.enqueue(ask())
+
+    async def is_done_with() -> bool:
+        return bool(await redis.exists("chat:dead")) and not await pending(redis)
+
+    await eventually(is_done_with)
+    assert (await log_of(redis, request_id))[-1].fields["code"] == "buried"
+    assert len(simulator.served) == 3
+
+
+@pytest.mark.parametrize("step", ["renamed away and back", "deleted from"])
+async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_whole(
+    step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """D13 for the renaming: the entries that come after it have greater ids than the log that is back, and fit in."""
+    await start_worker(await start_simulator(Options(orders=Orders(rate=50))))
+    request_id = await client.enqueue(ask())
+    key = f"chat:tokens:{{{request_id}}}"
+    await has_begun(redis, request_id, 6)
+    match step:
+        case "renamed away and back":
+            await redis.rename(key, f"chat:away:{{{request_id}}}")
+            await has_begun(redis, request_id, 3, attempt=2)
+            await redis.rename(f"chat:away:{{{request_id}}}", key)
+        case _:
+            await redis.xdel(key, "1-4")
+    log = await ended(redis, request_id)
+    assert "restarted" in [line.type for line in log]
+
+
+async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await start_worker(await start_simulator(Options(orders=Orders(rate=50))))
+    request_id = await client.enqueue(ask())
+    following = asyncio.create_task(client.result(request_id))
+    await has_begun(redis, request_id, 6)
+    await redis.xtrim(f"chat:tokens:{{{request_id}}}", maxlen=3, approximate=False)
+    answer = await following
+    assert (answer.outcome, answer.text, answer.attempt) == ("done", expected(), 1)
+    with pytest.raises(IncompleteLog):
+        await client.result(request_id)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ class TokenLog:
     feed: str
     attempt: int
     sink: Sink
+    before: int = 0
+    """How many entries Redis had of the log when the attempt began."""
     goal: int = 0
     """How many deltas it must surpass to have got on, where the answer begins again."""
     seen: EntryId | None = field(init=False, default=None)
@@ -111,10 +113,10 @@ class TokenLog:
     def _run(self, first: int, entries: list[Fields]) -> Run:
         return self, first, entries, _xadds(self._key, self.attempt, first, entries)
 
-    def begin_attempt(self, attempt: int) -> None:
-        """Go on under a later attempt, whose first entry Redis has accepted."""
+    def begin_attempt(self, attempt: int, before: int) -> None:
+        """Go on under a later attempt, whose first entry Redis has accepted, after so many others."""
         self.forget()
-        self.attempt, self._accepted, self._next = attempt, 0, 1
+        self.attempt, self.before, self._accepted, self._next = attempt, before, 0, 1
         self.untold_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
         if self.loss is not None:
             self.loss = None
@@ -124,6 +126,11 @@ class TokenLog:
     def accepted(self) -> EntryId:
         """The last entry of this owner that Redis has accepted."""
         return EntryId(self.attempt, self._accepted)
+
+    @property
+    def length(self) -> int:
+        """How many entries Redis must have of the log."""
+        return self.before + 1 + self._accepted
 
     @property
     def pending(self) -> list[Run]:

@@ -18,7 +18,7 @@ from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogFenced, LogOver, TokenLog, judge, refusal_of
+from worker.broker.log import LogDiverged, LogFenced, LogOver, TokenLog, judge, refusal_of
 from worker.broker.pages import RawEntry, read_all
 from worker.broker.wire import pack
 from worker.contract.entries import (
@@ -34,7 +34,7 @@ from worker.contract.entries import (
     to_fields,
     to_json,
 )
-from worker.contract.ids import SEAL, EntryId
+from worker.contract.ids import QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
@@ -126,8 +126,8 @@ class Owner:
             # The connection is given back before more is asked: callers that each hold one and wait for a second
             # would wait for ever.
             if attempt == 0:
-                # Under the WATCH there was at most `0-1` before `1-0`: what was seen is all there was.
-                return await self._owned(request_id, 1, [last] if last else [])
+                # What was seen under the WATCH is all there was before `1-0`, if nobody but a client wrote there.
+                return await self._owned(request_id, 1, [last] if last and tail == QUEUED else None if last else [])
             # Not where this process had the job before: what that run sent may still be on its way to Redis.
             if tail is not None and tail.n == 0 and self._wrote(holder, delivery, delivery.count):
                 return await self._owned(request_id, attempt)  # our own: its reply was lost, or the reading failed
@@ -217,13 +217,19 @@ class Owner:
                 raise lost
             if not self._wrote(first, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
-        log.begin_attempt(attempt)
+        async with self._line(log.key) as line:
+            (length,) = await line.ask(_length(log.key))
+        log.begin_attempt(attempt, length - 1)
 
     async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
         """Write the terminal entry with expiry and tombstone, all at once; gives the one that stands.
 
         The seal's id is above every attempt's, so it has a fence of its own: the log is watched while its last entry
         is compared with what this owner has written. `retention` and `remember` are seconds.
+
+        So is the number of its entries: a log from which somebody deleted some, or that was renamed away and back while
+        another was begun in its place, is not sealed as a whole answer. One that was trimmed at its front is: whoever
+        follows it has all of it, and whoever comes later sees in the ids what is missing.
 
         Raises:
             LogLost: when the log is no longer ours.
@@ -232,13 +238,15 @@ class Owner:
         ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
         while True:
             async with self._line(log.key) as line:
-                (reply,) = await line.watch([log.key], _last(log.key))
+                reply, length = await line.watch([log.key], _last(log.key), _length(log.key))
                 last = _first_of(reply)
                 if last and _id_of(last) == SEAL:
                     return parse_leniently(*last)
                 lost = judge(_id_of(last), log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
+                if length != log.length and not await _is_trimmed(line, log, length):
+                    raise LogDiverged(f"Redis holds {length} entries of the log, and has acknowledged {log.length}")
                 try:
                     await line.execute(
                         _xadd(log.key, SEAL, to_fields(end), create=False),
@@ -308,11 +316,15 @@ class Owner:
         """The log under an attempt of ours, with what was written before: it is read where it is not `known`."""
         key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
+        raw = await self._raw(request_id) if known is None else known
         try:
-            entries = [parse(*entry) for entry in (await self._raw(request_id) if known is None else known)]
+            entries = [parse(*entry) for entry in raw]
         except BadEntry as error:
+            log.before = sum(EntryId.parse(entry_id).attempt < attempt for entry_id, _ in raw)
             return Owned(log, [], f"the log cannot be read: {error}")
-        return Owned(log, [entry for entry in entries if entry.id.attempt < attempt])
+        history: list[Entry] = [entry for entry in entries if entry.id.attempt < attempt]
+        log.before = len(history)
+        return Owned(log, history)
 
     async def _raw(self, request_id: str) -> list[RawEntry]:
         with _of_the_log():
@@ -396,6 +408,13 @@ def _is_over(replies: list[Any]) -> bool:
     return _id_of(_first_of(last)) == SEAL if last else bool(ended)
 
 
+async def _is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
+    """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
+    (reply,) = await line.ask(_command("XRANGE", log.key, "-", "+", "COUNT", "1"))
+    first = _id_of(_first_of(reply))
+    return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
+
+
 async def _entry(line: Line, key: str, entry_id: EntryId) -> Entry | None:
     (reply,) = await line.ask(_command("XRANGE", key, str(entry_id), str(entry_id)))
     raw = _first_of(reply)
@@ -420,6 +439,10 @@ def _command(*words: str) -> bytes:
 
 def _last(key: str) -> bytes:
     return _command("XREVRANGE", key, "+", "-", "COUNT", "1")
+
+
+def _length(key: str) -> bytes:
+    return _command("XLEN", key)
 
 
 def _xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
