@@ -381,7 +381,7 @@ async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr(client, "_add_after_log", die)
+        patch.setattr("worker.enqueuing.Enqueuer._add_after_log", die)
         with pytest.raises(Died):
             await client.enqueue(ask("Who are you?"), id="once")
     assert await client.status("once") == Status(State.QUEUED)
