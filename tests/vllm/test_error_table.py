@@ -73,6 +73,8 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (200, event({"type": "error", "error": {"type": "overloaded_error", "message": M}}),
      "upstream_unavailable", AGAIN, M),
     (200, event({"code": 400, "message": M}), "invalid_request", ONCE, M),
+    (200, event({"code": "InvalidParameter", "message": M, "request_id": "7"}), "invalid_request", ONCE, M),
+    (200, event({"status": "error", "message": M}), "upstream_error", AGAIN, M),
     (200, event({"status": 503, "text": M}), "upstream_unavailable", AGAIN, M),
     (200, event([{"error": {"code": 400, "message": M, "status": "INVALID_ARGUMENT"}}]), "invalid_request", ONCE, M),
     (200, chunk({"content": ""}, "error", choices=[{"error": {"code": 502, "message": M}, "finish_reason": "error"}]),
@@ -236,6 +238,20 @@ def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> Non
     (entry,) = parser.parse(json.dumps(shown).encode())
     assert entry == {"type": "delta", "content": "hi", "finish_reason": "stop"}
     parser.check_complete()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"error_code": 0, "error_msg": "success", "choices": []},
+        {"code": 200, "message": "ok"},
+        {"object": "chat.completion.chunk", "choices": [], "detail": "x", "usage": {"total_tokens": 7}},
+        {"type": "message_start", "message": {"role": "assistant"}},
+        {"choices": [{"delta": {"content": "hi"}}], "error_type": "x", "status": 500},
+    ],
+)
+def test_a7_what_is_no_error_is_none(data: object) -> None:
+    ChunkParser().parse(json.dumps(data).encode())
 
 
 async def error_of(url: str) -> UpstreamError:

@@ -20,6 +20,7 @@ _STATUSES = ("code", "status", "status_code", "http_status_code", "error_code")
 _NAMES = ("type", "error_type", "code", "status", "error_code")
 _MARKS = ("error_message", "error_msg", "error_type", "error_code")
 """Fields that no chunk of an answer has."""
+_SUCCESS = (0, "0")
 
 _STATUS_OF_NAME = (
     ("ratelimit", 429), ("toomanyrequest", 429), ("quota", 429), ("exhausted", 429),
@@ -59,16 +60,7 @@ def words_of(error: object) -> set[str]:
 
 def status_of(error: object) -> int:
     """The HTTP status that an error names by a number, or else by its type; 500 where it names none."""
-    levels = _levels(error)[::-1]  # what is said inside is more exact than what is said beside it
-    for level in levels:
-        for name in _STATUSES:
-            if status := _as_status(level.get(name)):
-                return status
-    for level in levels:
-        for name in _NAMES:
-            if isinstance(word := level.get(name), str) and (status := _status_of_name(word)):
-                return status
-    return 500
+    return _named_status(_levels(error)[::-1]) or 500  # what is said inside is more exact than what is said beside it
 
 
 def is_error(event: object) -> bool:
@@ -81,12 +73,14 @@ def is_error(event: object) -> bool:
         return True
     if event.get("choices"):
         return False
-    # Older vLLM sends the error itself: {"object": "error", "message": …}; Anthropic's servers call it a type.
-    if "error" in (event.get("object"), event.get("type")) or any(event.get(name) for name in _MARKS):
+    if event.get("error_code") in _SUCCESS:
+        return False
+    # Older vLLM sends the error itself: {"object": "error", "message": …}; others call it so in another field.
+    if "error" in (event.get("object"), event.get("type"), event.get("status")) or any(map(event.get, _MARKS)):
         return True
     if "object" in event or not message_of(event):
         return False
-    return bool(event.get("detail")) or any((_as_status(event.get(name)) or 0) >= 400 for name in _STATUSES)
+    return bool(event.get("detail")) or (_named_status([event]) or 0) >= 400
 
 
 def says_nothing(error: object) -> bool:
@@ -138,6 +132,18 @@ def _levels(error: object) -> list[dict[str, object]]:
         levels.append(error)
         error = next((inner for name in _INNER if isinstance(inner := error.get(name), dict | list)), None)
     return levels
+
+
+def _named_status(levels: list[dict[str, object]]) -> int | None:
+    for level in levels:
+        for name in _STATUSES:
+            if status := _as_status(level.get(name)):
+                return status
+    for level in levels:
+        for name in _NAMES:
+            if isinstance(word := level.get(name), str) and (status := _status_of_name(word)):
+                return status
+    return None
 
 
 def _as_status(value: object) -> int | None:
