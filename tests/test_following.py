@@ -27,7 +27,7 @@ from worker.contract.entries import (
     to_json,
 )
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
-from worker.following import Follower
+from worker.follower import Follower
 from worker.sandbox.redis import start_redis
 
 

@@ -38,7 +38,8 @@ from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.contract.keys import DEFAULT_QUEUE
 from worker.contract.records import Lifecycle, Tombstone
 from worker.enqueuing import Enqueuer
-from worker.following import Follower, Following
+from worker.follower import Follower
+from worker.following import Following
 from worker.handles import RequestHandle
 from worker.new_jobs import JobOptions, new_job
 from worker.patience import Patience
