@@ -108,7 +108,12 @@ def test_every_key_entry_type_and_field_of_the_contract_is_described() -> None:
 
 def test_every_error_code_is_in_the_table() -> None:
     named = {code for row in re.findall(r"^\| (`.*?) \|", README, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)}
-    sources = [*(ROOT / "worker/vllm").glob("*.py"), ROOT / "worker/generation.py", ROOT / "worker/relay.py"]
+    sources = [
+        *(ROOT / "worker/vllm").glob("*.py"),
+        ROOT / "worker/generation.py",
+        ROOT / "worker/relay.py",
+        ROOT / "worker/settlement.py",
+    ]
     text = "".join(path.read_text() for path in sources)
     used = set(re.findall(r'UpstreamError\(\s*"(\w+)"', text)) | set(re.findall(r'_failed\("(\w+)"', text))
     used |= set(re.findall(r'code(?:, retryable)? = "(\w+)"', text)) | set(re.findall(r'code="(\w+)"', text))

@@ -1,7 +1,7 @@
 """One job from claim to acknowledgement.
 
-The way of a job: take its log, have vLLM answer into it, seal it, write it into the lifecycle, tell the feed,
-acknowledge. A crash between any two of these is repaired by whoever gets the job next and looks at the log.
+The way of a job: take its log, have vLLM answer into it, settle it. A crash between any two of these is repaired by
+whoever gets the job next and looks at the log.
 """
 
 import asyncio
@@ -9,45 +9,36 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import msgspec
 import structlog
 from redis.exceptions import RedisError
 
 from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.connection import persist
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver, LogRefused, LogSealed, TokenLog
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
-from worker.broker.urls import keys_at
 from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
+from worker.contract.entries import BURIED, Failed, Started, Terminal
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import (
-    INVALID,
-    MAX_BESIDE_BYTES,
     InvalidJob,
     Job,
     check_limits,
-    digest,
     is_digest_of,
     parse_job,
     request_id_of,
     times_of,
     with_limit,
 )
-from worker.contract.records import Lifecycle, Tombstone
 from worker.generation import Generation
-from worker.request import Request, Stop, Stopped, drained, insist
+from worker.request import UNREAD, Request, Stop, Stopped, digest_of, insist
 from worker.settings import Settings
+from worker.settlement import Settlement
 from worker.suspects import Turn, Turns, failures, goal_of, is_doubtful, is_suspect
 from worker.telemetry.metrics import Metrics
 from worker.vllm.upstream import Upstream
 
 _DAY_MS = 24 * 3600 * 1000
-
-_UNREAD = InvalidJob("the job is not read yet")
-"""In the place of a job that may kill whoever reads it: its log is claimed first, so that a death in it counts."""
 
 _DIVERGED = "diverged"
 """The `reason` of an attempt that became necessary because Redis has lost something of the log."""
@@ -73,10 +64,10 @@ class Relay:
         metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._keys = keys_at(settings.redis_url.get_secret_value(), settings.prefix)
-        self._jobs = jobs
         self._owner = owner
-        self._ledger = ledger
+        self._settlement = Settlement(
+            settings, jobs=jobs, owner=owner, ledger=ledger, publisher=publisher, now=now, metrics=metrics
+        )
         self._publisher = publisher
         self._upstream = upstream
         self._now = now
@@ -88,7 +79,7 @@ class Relay:
         try:
             request = self._request(delivery, stop)
         except InvalidJob as problem:  # without a usable id there is no log to say it in
-            await self._bury(delivery, str(problem), stop, problem.code)
+            await self._settlement.bury(delivery, str(problem), stop, problem.code)
             return
         with structlog.contextvars.bound_contextvars(request_id=request.id):
             turn = None
@@ -101,7 +92,7 @@ class Relay:
                     # Without a turn its deadline has passed: it is ended, and vLLM is asked for nothing.
                 await self._take(request, turn)
             except LogRefused as refusal:
-                await self._bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
+                await self._settlement.bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
             except (RedisError, OSError, LogLost):  # not the job's fault
                 raise
             except Exception as error:
@@ -115,7 +106,7 @@ class Relay:
 
     async def _is_suspect(self, request: Request) -> bool:
         """Whether the job may be what killed the workers that had it, and so is to run alone."""
-        if request.job is not _UNREAD:
+        if request.job is not UNREAD:
             return False
         try:
             history = await insist(lambda: self._owner.read(request.id), request.stop)
@@ -135,7 +126,7 @@ class Relay:
 
     async def _take_once(self, request: Request, turn: Turn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
-        delivery, own_digest, is_same = request.delivery, _digest(request.job), partial(_is_same, request.job)
+        delivery, own_digest, is_same = request.delivery, digest_of(request.job), partial(_is_same, request.job)
         taken = await insist(
             lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), own_digest, is_same),
             request.stop,
@@ -147,12 +138,12 @@ class Relay:
                     taken.log.progress.add_done_callback(turn.end)
                 await self._own(request, taken)
             case Ended():
-                await self._settle_found(request)
+                await self._settlement.settle_found(request)
             case Duplicate():
                 _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
-                await self._done_with(request)
+                await self._settlement.done_with(request)
             case Reused():
-                await self._bury(delivery, _REUSED, request.stop, "id_reused")
+                await self._settlement.bury(delivery, _REUSED, request.stop, "id_reused")
             case NotOurs():
                 _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
@@ -168,13 +159,13 @@ class Relay:
                 await self._finish(request, log, None, reason)
                 return
             request = self._read(request)
-            await self._lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
+            await self._settlement.lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
             await self._finish(request, log, self._generation(request, owned))
         except LogSealed:
-            await self._settle_found(request)
+            await self._settlement.settle_found(request)
         except LogOver:
             _log.warning("log_gone", attempt=log.attempt)
-            await self._done_with(request)
+            await self._settlement.done_with(request)
         except LogFenced as loss:
             _log.warning("job_taken_elsewhere", reason=str(loss))
         except Stopped:
@@ -199,8 +190,8 @@ class Relay:
                     else:
                         await generation.begin_again(_DIVERGED)
                 end = _buried(reason, log.attempt) if generation is None else await _end_of(generation, log)
-                answer = await self._whole(request, await self._seal(request, log, end))
-                await self._settle(request, answer)
+                answer = await self._settlement.seal(request, log, end)
+                await self._settlement.settle(request, answer)
             except LogOver:
                 raise
             except (LogDiverged, LogGone) as loss:
@@ -237,11 +228,11 @@ class Relay:
         if not await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
             return
         try:
-            await self._settle_found(request)
+            await self._settlement.settle_found(request)
         except (RedisError, OSError, LogLost):
             raise
         except Exception:  # noqa: BLE001 - whatever it is that the log holds, it must not bring the job back for ever
-            await self._bury(request.delivery, reason, request.stop, BURIED)
+            await self._settlement.bury(request.delivery, reason, request.stop, BURIED)
 
     def _count_start(self, request: Request, attempt: int) -> None:
         if attempt == 1:
@@ -259,106 +250,8 @@ class Relay:
         if self._now() >= expire_at:
             raise LogOver("the log has expired")
         await insist(
-            lambda: self._owner.begin_again(log, request.delivery, expire_at, _digest(request.job)), request.stop
+            lambda: self._owner.begin_again(log, request.delivery, expire_at, digest_of(request.job)), request.stop
         )
-
-    async def _seal(self, request: Request, log: TokenLog, end: Terminal) -> Entry:
-        """Write the terminal entry; gives the one that stands, which somebody else may have written."""
-        await drained(log, request.stop)
-        if isinstance(end, Failed):  # vLLM gives the usage only at the end of an answer
-            known = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
-            end = msgspec.structs.replace(end, usage=known.usage, model=known.model)
-        stone = self._tombstone(request, end.type)
-        return await insist(
-            lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
-            request.stop,
-        )
-
-    async def _whole(self, request: Request, end: Entry) -> Answer:
-        """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was.
-
-        Whoever cancels cannot know all of it.
-        """
-        if isinstance(end, Done | Failed) and end.usage:
-            return Answer([end])
-        return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
-
-    async def _settle_found(self, request: Request) -> None:
-        """Finish with a request whose end somebody else has written."""
-        await self._settle(request, Answer(await insist(lambda: self._owner.read(request.id), request.stop)))
-
-    async def _settle(self, request: Request, answer: Answer) -> None:
-        """After the seal: expiry and tombstone, lifecycle, feed, acknowledgement.
-
-        Raises:
-            LogDiverged: when the seal is lost, as after a failover.
-        """
-        end = answer.end
-        await self._confirm(request, answer.outcome or "unknown")  # of a log that has expired the tombstone is left
-        if end is not None:
-            if reason := _dead_for(request, answer):
-                await self._dead_letter(request.delivery, reason, request.stop)
-            await self._lifecycle(request, "finished", answer)
-            self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
-        await self._done_with(request)
-        if answer.outcome:
-            self._metrics.finished(answer.outcome)
-        code = end.code if isinstance(end, Failed) else None
-        _log.info("job_finished", outcome=answer.outcome, code=code, attempt=answer.attempt)
-
-    async def _confirm(self, request: Request, outcome: str) -> None:
-        stone = self._tombstone(request, outcome)
-        sealed = await insist(
-            lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
-            request.stop,
-        )
-        if not sealed:
-            raise LogDiverged("the seal is not there any more")
-
-    async def _lifecycle(self, request: Request, kind: str, answer: Answer) -> None:
-        line = Lifecycle(
-            type=kind,
-            id=request.id,
-            job=request.delivery.id,
-            queue=request.delivery.queue,
-            attempt=answer.attempt,
-            time=self._now(),
-            tenant=request.job.tenant if isinstance(request.job, Job) else "",
-            retry_of=request.job.retry_of if isinstance(request.job, Job) else "",
-            outcome=answer.outcome,
-            model=answer.model,
-            usage=answer.usage,
-            timings=answer.end.timings if answer.end else {},
-        )
-        await insist(lambda: self._ledger.lifecycle(line), request.stop)
-
-    async def _done_with(self, request: Request) -> None:
-        """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
-        if isinstance(request.job, InvalidJob) and request.job is not _UNREAD:
-            await self._bury(request.delivery, str(request.job), request.stop, request.job.code)
-        else:
-            await self._acknowledge(request.delivery, request.stop)
-
-    async def _bury(
-        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = "log_refused"
-    ) -> None:
-        """Put a job among the dead letters, and acknowledge it."""
-        await self._dead_letter(delivery, reason, stop, code)
-        await self._acknowledge(delivery, stop)
-
-    async def _dead_letter(
-        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
-    ) -> None:
-        # One that does not validate is of no use as it is, and anybody may add as many of these as there are.
-        most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
-        # Without its letter a job is not acknowledged. Where Redis refuses that, it does not wait for it here, where
-        # it would take a slot: it comes again once its lease has ended.
-        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
-        _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
-        self._metrics.buried.inc()
-
-    async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
-        await insist(lambda: self._jobs.acknowledge(delivery), stop)
 
     def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
         request_id = request_id_of(delivery.fields)
@@ -371,7 +264,7 @@ class Relay:
         return Request(
             id=request_id,
             delivery=delivery,
-            job=_UNREAD if unread else self._job(delivery),
+            job=UNREAD if unread else self._job(delivery),
             deadline=deadline or delivery.enqueued + _DAY_MS,
             retention=retention,
             remember=max(self._settings.remember, retention),
@@ -379,7 +272,7 @@ class Relay:
         )
 
     def _read(self, request: Request) -> Request:
-        return replace(request, job=self._job(request.delivery)) if request.job is _UNREAD else request
+        return replace(request, job=self._job(request.delivery)) if request.job is UNREAD else request
 
     def _job(self, delivery: Delivery) -> Job | InvalidJob:
         settings = self._settings
@@ -396,9 +289,6 @@ class Relay:
             return request
         return replace(request, job=with_limit(request.job, self._settings.max_tokens))
 
-    def _tombstone(self, request: Request, outcome: str) -> Tombstone:
-        return Tombstone(outcome=outcome, time=self._now(), digest=_digest(request.job))
-
 
 def _expiry(request: Request, now: int) -> int:
     """When a log that is never sealed expires, in Unix ms."""
@@ -407,22 +297,6 @@ def _expiry(request: Request, now: int) -> int:
 
 def _buried(reason: str, attempt: int) -> Failed:
     return Failed(id=SEAL, attempt=attempt, code=BURIED, message=reason)
-
-
-def _dead_for(request: Request, answer: Answer) -> str:
-    """Why a job is a dead letter, as its seal says; nothing when it is none.
-
-    A log that was begun for another job tells of that one, not of its duplicate. One that does not validate is
-    known by itself, unless it was not read.
-    """
-    end, began, delivery = answer.end, answer.started, request.delivery
-    if not isinstance(end, Failed) or (began and (began.queue, began.job) != (delivery.queue, delivery.id)):
-        return ""
-    return end.message or end.code if end.code == BURIED or (request.job is _UNREAD and end.code in INVALID) else ""
-
-
-def _digest(job: Job | InvalidJob) -> str:
-    return digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
 
 
 def _is_same(job: Job | InvalidJob, known: str) -> bool:

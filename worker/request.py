@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 from worker.broker.connection import is_transient, persist, withholds_right
 from worker.broker.jobs import Delivery
 from worker.broker.log import TokenLog
-from worker.contract.job import InvalidJob, Job
+from worker.contract.job import InvalidJob, Job, digest
 
 _T = TypeVar("_T")
+
+UNREAD = InvalidJob("the job is not read yet")
+"""In the place of a job that may kill whoever reads it: its log is claimed first, so that a death in it counts."""
 
 
 class Stop(enum.Enum):
@@ -63,3 +66,8 @@ async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:
         waiting.cancel()
         raise Stopped
     waiting.result()
+
+
+def digest_of(job: Job | InvalidJob) -> str:
+    """The digest of what a job asks for; empty where that cannot be read."""
+    return digest(job.request, job.fallbacks) if isinstance(job, Job) else ""

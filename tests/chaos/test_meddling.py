@@ -100,6 +100,7 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
 
     await left_behind(redis, begun(2), deliveries=9)
     monkeypatch.setattr("worker.relay.Answer", broken)
+    monkeypatch.setattr("worker.settlement.Answer", broken)
     await start_worker(simulator, max_deliveries=5)
 
     async def is_done_with() -> bool:

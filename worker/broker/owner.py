@@ -9,8 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from redis.exceptions import ResponseError, WatchError
 
@@ -19,14 +18,26 @@ from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
 from worker.broker.log import LogDiverged, LogFenced, LogOver, TokenLog, judge, refusal_of
+from worker.broker.log_commands import (
+    command,
+    entry_at,
+    expire,
+    first_of,
+    has_ended,
+    id_of,
+    is_trimmed,
+    last_of,
+    look,
+    pexpireat,
+    xadd,
+    xlen,
+)
 from worker.broker.pages import RawEntry, read_all
-from worker.broker.wire import pack
 from worker.contract.entries import (
     TAKEOVER,
     BadEntry,
     Claimed,
     Entry,
-    Fields,
     Started,
     Terminal,
     parse,
@@ -112,14 +123,14 @@ class Owner:
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             async with self._line(key) as line:
-                last, is_over = await _look(line, key, ended)
-                tail = _id_of(last)
+                last, is_over = await look(line, key, ended)
+                tail = id_of(last)
                 if tail == SEAL or is_over:
                     return Reused() if await self._is_reused(line, request_id, delivery, is_same) else Ended()
                 attempt = tail.attempt if tail else 0
                 if attempt == 0 and not await self._start(line, request_id, delivery, expire_at, digest):
                     continue
-                holder = await _entry(line, key, EntryId(attempt, 0)) if attempt else None
+                holder = await entry_at(line, key, EntryId(attempt, 0)) if attempt else None
                 is_ours = isinstance(holder, Started | Claimed) and _job_of(holder) == _job_of(delivery)
                 if attempt and not is_ours and await self._is_reused(line, request_id, delivery, is_same):
                     return Reused()
@@ -146,29 +157,29 @@ class Owner:
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             async with self._line(key) as line:
-                last, is_over = await _look(line, key, ended)
-                tail = _id_of(last)
+                last, is_over = await look(line, key, ended)
+                tail = id_of(last)
                 if tail == SEAL or is_over:
                     return True
-                holder = await _entry(line, key, EntryId(tail.attempt, 0)) if tail else None
+                holder = await entry_at(line, key, EntryId(tail.attempt, 0)) if tail else None
             if await self._refusal(holder, delivery) is not None:
                 return False
             async with self._line(key) as line:
-                last, is_over = await _look(line, key, ended)
-                if _id_of(last) != tail or is_over:
+                last, is_over = await look(line, key, ended)
+                if id_of(last) != tail or is_over:
                     continue
                 try:
-                    await line.execute(_xadd(key, SEAL, to_fields(end), create=True), _expire_at(key, expire_at))
+                    await line.execute(xadd(key, SEAL, to_fields(end), create=True), pexpireat(key, expire_at))
                 except WatchError:
                     continue
             return True
 
     async def _is_reused(self, line: Line, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> bool:
         """Whether a log, or the tombstone that is left of it, is of another job and another request."""
-        began = await _entry(line, self._keys.tokens(request_id), EntryId(1, 0))
+        began = await entry_at(line, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(began, Started):
             return _job_of(began) != _job_of(delivery) and not is_same(began.digest)
-        (stone,) = await line.ask(_command("GET", self._keys.ended(request_id)))
+        (stone,) = await line.ask(command("GET", self._keys.ended(request_id)))
         return stone is not None and not is_same(Tombstone.read(stone).digest)
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
@@ -192,7 +203,7 @@ class Owner:
         ended = self._keys.ended(log.request_id)
         while await self._jobs.holds(delivery):
             async with self._line(log.key) as line:
-                last, is_over = await _look(line, log.key, ended)
+                last, is_over = await look(line, log.key, ended)
                 if last is not None:
                     return
                 if is_over:
@@ -210,15 +221,15 @@ class Owner:
         attempt = log.attempt + 1
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._line(log.key) as line:
-                (reply,) = await line.ask(_last(log.key))
-                first = await _entry(line, log.key, EntryId(attempt, 0))
-            lost = judge(_id_of(_first_of(reply)), attempt, EntryId(attempt, 0))
+                (reply,) = await line.ask(last_of(log.key))
+                first = await entry_at(line, log.key, EntryId(attempt, 0))
+            lost = judge(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
             if lost is not None:
                 raise lost
             if not self._wrote(first, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
         async with self._line(log.key) as line:
-            (length,) = await line.ask(_length(log.key))
+            (length,) = await line.ask(xlen(log.key))
         log.begin_attempt(attempt, length - 1)
 
     async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
@@ -238,20 +249,20 @@ class Owner:
         ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
         while True:
             async with self._line(log.key) as line:
-                reply, length = await line.watch([log.key], _last(log.key), _length(log.key))
-                last = _first_of(reply)
-                if last and _id_of(last) == SEAL:
+                reply, length = await line.watch([log.key], last_of(log.key), xlen(log.key))
+                last = first_of(reply)
+                if last and id_of(last) == SEAL:
                     return parse_leniently(*last)
-                lost = judge(_id_of(last), log.attempt, log.accepted)
+                lost = judge(id_of(last), log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
-                if length != log.length and not await _is_trimmed(line, log, length):
+                if length != log.length and not await is_trimmed(line, log, length):
                     raise LogDiverged(f"Redis holds {length} entries of the log, and has acknowledged {log.length}")
                 try:
                     await line.execute(
-                        _xadd(log.key, SEAL, to_fields(end), create=False),
-                        _expire(log.key, retention),
-                        _command("SET", ended, stone, "EX", str(remember)),
+                        xadd(log.key, SEAL, to_fields(end), create=False),
+                        expire(log.key, retention),
+                        command("SET", ended, stone, "EX", str(remember)),
                     )
                 except WatchError:
                     continue  # cancelled meanwhile, or touched by somebody: look again
@@ -269,11 +280,11 @@ class Owner:
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             async with self._line(key) as line:
-                if not _is_over(await line.watch([key], _last(key), _command("EXISTS", ended))):
+                if not has_ended(await line.watch([key], last_of(key), command("EXISTS", ended))):
                     return False
                 try:
                     await line.execute(
-                        _expire(key, retention), _command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
+                        expire(key, retention), command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
                     )
                 except WatchError:
                     continue  # somebody else set the expiry: look again
@@ -286,11 +297,11 @@ class Owner:
         written before it.
         """
         key = self._keys.tokens(request_id)
-        wait = _command("WAIT", str(self._replicas), str(_WAIT_MS))
+        wait = command("WAIT", str(self._replicas), str(_WAIT_MS))
         async with self._turn_to_wait(), self._line(key) as line:
-            if not _is_over(await line.ask(_last(key), _command("EXISTS", self._keys.ended(request_id)))):
+            if not has_ended(await line.ask(last_of(key), command("EXISTS", self._keys.ended(request_id)))):
                 return False
-            _, there = await line.ask(_expire(key, retention), wait)
+            _, there = await line.ask(expire(key, retention), wait)
         if there < self._replicas:
             raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
         return True
@@ -344,7 +355,7 @@ class Owner:
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         try:
-            await line.execute(_xadd(key, started.id, to_fields(started), create=True), _expire_at(key, expire_at))
+            await line.execute(xadd(key, started.id, to_fields(started), create=True), pexpireat(key, expire_at))
         except WatchError:
             return False
         self._announce(request_id, started)
@@ -359,7 +370,7 @@ class Owner:
         key = self._keys.tokens(request_id)
         try:
             async with self._line(key) as line:
-                (written,) = await line.ask(_xadd(key, claimed.id, to_fields(claimed), create=False))
+                (written,) = await line.ask(xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
             if "equal or smaller" in str(error) or "exhausted the last" in str(error):
                 return False
@@ -391,67 +402,6 @@ def _of_the_log() -> Iterator[None]:
         raise refusal from error
 
 
-async def _look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]:
-    """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
-    reply, gone = await line.watch([key, ended], _last(key), _command("EXISTS", ended))
-    return _first_of(reply), bool(gone)
-
-
 def _job_of(what: Started | Claimed | Delivery) -> tuple[str, str]:
     """What names a job: its queue and the id of its entry there."""
     return what.queue, what.id if isinstance(what, Delivery) else what.job
-
-
-def _is_over(replies: list[Any]) -> bool:
-    """Whether a log has its seal, or is gone and has left a tombstone; of the replies to its last entry and to that."""
-    last, ended = replies
-    return _id_of(_first_of(last)) == SEAL if last else bool(ended)
-
-
-async def _is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
-    """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
-    (reply,) = await line.ask(_command("XRANGE", log.key, "-", "+", "COUNT", "1"))
-    first = _id_of(_first_of(reply))
-    return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
-
-
-async def _entry(line: Line, key: str, entry_id: EntryId) -> Entry | None:
-    (reply,) = await line.ask(_command("XRANGE", key, str(entry_id), str(entry_id)))
-    raw = _first_of(reply)
-    return parse_leniently(*raw) if raw else None
-
-
-def _first_of(reply: list[tuple[bytes, list[bytes]]]) -> RawEntry | None:
-    """The first entry of what XRANGE and XREVRANGE give."""
-    if not reply:
-        return None
-    entry_id, flat = reply[0]
-    return entry_id, dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _id_of(entry: RawEntry | None) -> EntryId | None:
-    return EntryId.parse(entry[0]) if entry else None
-
-
-def _command(*words: str) -> bytes:
-    return pack(*[word.encode() for word in words])
-
-
-def _last(key: str) -> bytes:
-    return _command("XREVRANGE", key, "+", "-", "COUNT", "1")
-
-
-def _length(key: str) -> bytes:
-    return _command("XLEN", key)
-
-
-def _xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
-    return _command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
-
-
-def _expire(key: str, seconds: int) -> bytes:
-    return _command("EXPIRE", key, str(seconds))
-
-
-def _expire_at(key: str, when: int) -> bytes:
-    return _command("PEXPIREAT", key, str(when))

@@ -1,0 +1,80 @@
+"""The commands about one log that its owner sends, packed, and what is read from their replies."""
+
+from itertools import chain
+from typing import Any
+
+from worker.broker.lines import Line
+from worker.broker.log import TokenLog
+from worker.broker.pages import RawEntry
+from worker.broker.wire import pack
+from worker.contract.entries import Entry, Fields, parse_leniently
+from worker.contract.ids import SEAL, EntryId
+
+
+async def look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]:
+    """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
+    reply, gone = await line.watch([key, ended], last_of(key), command("EXISTS", ended))
+    return first_of(reply), bool(gone)
+
+
+def has_ended(replies: list[Any]) -> bool:
+    """Whether a log has its seal, or is gone and has left a tombstone; of the replies to its last entry and to that."""
+    last, ended = replies
+    return id_of(first_of(last)) == SEAL if last else bool(ended)
+
+
+async def is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
+    """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
+    (reply,) = await line.ask(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
+    first = id_of(first_of(reply))
+    return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
+
+
+async def entry_at(line: Line, key: str, entry_id: EntryId) -> Entry | None:
+    """The entry of this id, if the log has it; one that cannot be read is of an unknown type."""
+    (reply,) = await line.ask(command("XRANGE", key, str(entry_id), str(entry_id)))
+    raw = first_of(reply)
+    return parse_leniently(*raw) if raw else None
+
+
+def first_of(reply: list[tuple[bytes, list[bytes]]]) -> RawEntry | None:
+    """The first entry of what XRANGE and XREVRANGE give."""
+    if not reply:
+        return None
+    entry_id, flat = reply[0]
+    return entry_id, dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def id_of(entry: RawEntry | None) -> EntryId | None:
+    """The id of an entry, if there is one."""
+    return EntryId.parse(entry[0]) if entry else None
+
+
+def command(*words: str) -> bytes:
+    """Any command."""
+    return pack(*[word.encode() for word in words])
+
+
+def last_of(key: str) -> bytes:
+    """Reads the last entry."""
+    return command("XREVRANGE", key, "+", "-", "COUNT", "1")
+
+
+def xlen(key: str) -> bytes:
+    """Counts the entries."""
+    return command("XLEN", key)
+
+
+def xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
+    """Adds an entry; where the log is not there, only if it may `create` it."""
+    return command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
+
+
+def expire(key: str, seconds: int) -> bytes:
+    """Lets a key expire after so many seconds."""
+    return command("EXPIRE", key, str(seconds))
+
+
+def pexpireat(key: str, when: int) -> bytes:
+    """Lets a key expire at a time in Unix ms."""
+    return command("PEXPIREAT", key, str(when))

@@ -1,0 +1,172 @@
+"""The end of a job: seal, expiry and tombstone, dead letter, lifecycle, feed, acknowledgement.
+
+A crash between any two of these is repaired by whoever gets the job next and finds the seal.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from worker.broker.cluster_publisher import AnyPublisher
+from worker.broker.connection import persist
+from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.ledger import Ledger
+from worker.broker.log import LogDiverged, TokenLog
+from worker.broker.owner import Owner
+from worker.broker.urls import keys_at
+from worker.contract.answer import Answer
+from worker.contract.entries import BURIED, Done, Entry, Failed, Terminal, to_fields
+from worker.contract.ids import SEAL
+from worker.contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
+from worker.contract.records import Lifecycle, Tombstone
+from worker.request import UNREAD, Request, Stop, digest_of, drained, insist
+from worker.settings import Settings
+from worker.telemetry.metrics import Metrics
+
+_log = structlog.get_logger()
+
+
+class Settlement:
+    """Ends jobs; all of a process share one. `now` is Redis's clock in Unix ms."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        jobs: JobQueue,
+        owner: Owner,
+        ledger: Ledger,
+        publisher: AnyPublisher,
+        now: Callable[[], int],
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys_at(settings.redis_url.get_secret_value(), settings.prefix)
+        self._jobs = jobs
+        self._owner = owner
+        self._ledger = ledger
+        self._publisher = publisher
+        self._now = now
+        self._metrics = metrics
+
+    async def seal(self, request: Request, log: TokenLog, end: Terminal) -> Answer:
+        """Write the terminal entry; gives what the one that stands says, which somebody else may have written.
+
+        Raises:
+            LogLost: when the log is no longer ours.
+            Stopped: when the job is to stop before.
+        """
+        await drained(log, request.stop)
+        if isinstance(end, Failed):  # vLLM gives the usage only at the end of an answer
+            known = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
+            end = msgspec.structs.replace(end, usage=known.usage, model=known.model)
+        stone = self._tombstone(request, end.type)
+        standing = await insist(
+            lambda: self._owner.seal(log, end, stone, retention=request.retention, remember=request.remember),
+            request.stop,
+        )
+        return await self._whole(request, standing)
+
+    async def _whole(self, request: Request, end: Entry) -> Answer:
+        """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was.
+
+        Whoever cancels cannot know all of it.
+        """
+        if isinstance(end, Done | Failed) and end.usage:
+            return Answer([end])
+        return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
+
+    async def settle_found(self, request: Request) -> None:
+        """Finish with a request whose end somebody else has written."""
+        await self.settle(request, Answer(await insist(lambda: self._owner.read(request.id), request.stop)))
+
+    async def settle(self, request: Request, answer: Answer) -> None:
+        """After the seal: expiry and tombstone, lifecycle, feed, acknowledgement.
+
+        Raises:
+            LogDiverged: when the seal is lost, as after a failover.
+        """
+        end = answer.end
+        await self._confirm(request, answer.outcome or "unknown")  # of a log that has expired the tombstone is left
+        if end is not None:
+            if reason := _dead_for(request, answer):
+                await self._dead_letter(request.delivery, reason, request.stop)
+            await self.lifecycle(request, "finished", answer)
+            self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
+        await self.done_with(request)
+        if answer.outcome:
+            self._metrics.finished(answer.outcome)
+        code = end.code if isinstance(end, Failed) else None
+        _log.info("job_finished", outcome=answer.outcome, code=code, attempt=answer.attempt)
+
+    async def _confirm(self, request: Request, outcome: str) -> None:
+        stone = self._tombstone(request, outcome)
+        sealed = await insist(
+            lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
+            request.stop,
+        )
+        if not sealed:
+            raise LogDiverged("the seal is not there any more")
+
+    async def lifecycle(self, request: Request, kind: str, answer: Answer) -> None:
+        """Write a line of the lifecycle: `started` or `finished`."""
+        line = Lifecycle(
+            type=kind,
+            id=request.id,
+            job=request.delivery.id,
+            queue=request.delivery.queue,
+            attempt=answer.attempt,
+            time=self._now(),
+            tenant=request.job.tenant if isinstance(request.job, Job) else "",
+            retry_of=request.job.retry_of if isinstance(request.job, Job) else "",
+            outcome=answer.outcome,
+            model=answer.model,
+            usage=answer.usage,
+            timings=answer.end.timings if answer.end else {},
+        )
+        await insist(lambda: self._ledger.lifecycle(line), request.stop)
+
+    async def done_with(self, request: Request) -> None:
+        """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
+        if isinstance(request.job, InvalidJob) and request.job is not UNREAD:
+            await self.bury(request.delivery, str(request.job), request.stop, request.job.code)
+        else:
+            await self._acknowledge(request.delivery, request.stop)
+
+    async def bury(
+        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = "log_refused"
+    ) -> None:
+        """Put a job among the dead letters, and acknowledge it."""
+        await self._dead_letter(delivery, reason, stop, code)
+        await self._acknowledge(delivery, stop)
+
+    async def _dead_letter(
+        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
+    ) -> None:
+        # One that does not validate is of no use as it is, and anybody may add as many of these as there are.
+        most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
+        # Without its letter a job is not acknowledged. Where Redis refuses that, it does not wait for it here, where
+        # it would take a slot: it comes again once its lease has ended.
+        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
+        _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
+        self._metrics.buried.inc()
+
+    async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        await insist(lambda: self._jobs.acknowledge(delivery), stop)
+
+    def _tombstone(self, request: Request, outcome: str) -> Tombstone:
+        return Tombstone(outcome=outcome, time=self._now(), digest=digest_of(request.job))
+
+
+def _dead_for(request: Request, answer: Answer) -> str:
+    """Why a job is a dead letter, as its seal says; nothing when it is none.
+
+    A log that was begun for another job tells of that one, not of its duplicate. One that does not validate is
+    known by itself, unless it was not read.
+    """
+    end, began, delivery = answer.end, answer.started, request.delivery
+    if not isinstance(end, Failed) or (began and (began.queue, began.job) != (delivery.queue, delivery.id)):
+        return ""
+    return end.message or end.code if end.code == BURIED or (request.job is UNREAD and end.code in INVALID) else ""
