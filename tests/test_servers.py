@@ -62,14 +62,6 @@ async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
             assert worker._upstream.endpoints[0].refuses_key
 
 
-async def test_a_key_that_every_server_refuses_is_an_error(client: Client, start_worker: StartWorker) -> None:
-    async with Guarded() as one, Guarded() as other:
-        await start_worker(one, other)
-        (answer,) = await answers(client, ask("Hi"))
-    assert isinstance(answer.end, Failed)
-    assert (answer.end.code, answer.attempt) == ("unauthorized", 1)
-
-
 async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_key(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:

@@ -129,7 +129,7 @@ def test_an_env_file_that_is_not_text_is_said(tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_setting_has_a_variable_and_a_description() -> None:
-    own = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
+    own = {name: name.upper() for name in Settings.model_fields if name.startswith(("redis_", "vllm_"))}
     for name, field in Settings.model_fields.items():
         assert variable(name) == own.get(name, f"WORKER_{name.upper()}")
         assert field.description

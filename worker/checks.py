@@ -67,7 +67,7 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
         yield finding
     upstream = Upstream(
         settings.vllm_urls,
-        api_key=settings.vllm_api_key.get_secret_value(),
+        keys=settings.api_keys(),
         limits=Limits(connect=settings.connect_timeout),
     )
     try:

@@ -44,7 +44,8 @@ class Generation:
 
     __slots__ = (
         "_began", "_caller", "_committed", "_endpoint", "_fault", "_first_delta", "_history", "_log", "_metrics",
-        "_now", "_owner", "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms", "_went_on",
+        "_now", "_owner", "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms",
+        "_was_allowed", "_went_on",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +62,8 @@ class Generation:
     ) -> None:
         self._request = request
         self._log = log
+        self._was_allowed = False
+        """Whether a server has begun to answer with this model: it is not what is asked that is forbidden then."""
         self._recall(history)
         self._owner = owner
         self._upstream = upstream
@@ -124,6 +127,7 @@ class Generation:
         """What former attempts wrote is the answer so far."""
         self._history = Answer(history)
         self._fault = fault_in(history)
+        self._was_allowed |= self._history.begun
 
     def _restart(self, reason: str) -> None:
         _log.info("answer_restarted", reason=reason, attempt=self._log.attempt)
@@ -153,6 +157,7 @@ class Generation:
                     await self._advance(error.code)
                 if self._history.begun:
                     self._restart("another model")
+                self._was_allowed = False
 
     async def _ask(self, request: Object, others: Sequence[str]) -> Done:
         """Ask for one model, as often as is allowed without getting on; `others` may be asked for in its place.
@@ -172,15 +177,15 @@ class Generation:
                     return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
             except UpstreamError as error:
                 _warn(error, endpoint, tried)
-                # One that was not let in goes to another server, or waits for one as any other does. Nor does a trial
-                # count: others have failed there too, and once it has, it gets no other.
-                if _at_the_door(error) or (is_trial and endpoint.circuit in self._caller.failed_at):
+                # One that was not let in goes to another server, or waits for one as any other does, and so does one
+                # that is forbidden what was allowed when its answer began. Nor does a trial count: others have failed
+                # there too, and once it has, it gets no other.
+                is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
+                if _at_the_door(error) or is_forbidden or (is_trial and endpoint.circuit in self._caller.failed_at):
                     tried -= 1
                 if self._went_on:
                     tried, pause = 1, _FIRST_PAUSE
-                out_of_tries = tried >= self._settings.tries or (
-                    error.code == UNAUTHORIZED and self._upstream.refuses_key(model)
-                )
+                out_of_tries = tried >= self._settings.tries
                 if not error.retryable or out_of_tries or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
                 wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
@@ -277,6 +282,7 @@ class Generation:
         parser = self._parser
         if self._first_delta is None and parser.begun:
             self._first_delta = time.monotonic()
+            self._was_allowed = True
         if not parser.committed:
             return
         if isinstance(parser, ContinuationParser):

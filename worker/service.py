@@ -60,7 +60,7 @@ class Service:
         self._ledger = Ledger(self._commands, keys, self._metrics, settings.lifecycle_length)
         self._upstream = Upstream(
             _in_an_order_of_its_own(settings.vllm_urls),
-            api_key=settings.vllm_api_key.get_secret_value(),
+            keys=settings.api_keys(),
             limits=Limits(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
         )
         relay = Relay(

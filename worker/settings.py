@@ -16,11 +16,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from worker.broker.urls import parse_redis_url
 from worker.contract.job import MAX_REQUEST_BYTES
 from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
+from worker.vllm.credentials import ApiKeys, checked_key, keys_in
 from worker.vllm.target import base_url
 
 PREFIX = "WORKER_"
-_OWN_NAMES = {"redis_url": "REDIS_URL", "vllm_urls": "VLLM_URLS", "vllm_api_key": "VLLM_API_KEY"}
-_SECRET = frozenset({"redis_url", "vllm_api_key"})
+_OWN_NAMES = {
+    name: name.upper() for name in ("redis_url", "vllm_urls", "vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
+}
+_SECRET = frozenset({"redis_url", "vllm_api_key", "vllm_api_key_2"})
 _DAY = 24 * 3600
 _LONG_NAME = 10
 """Letters, without the prefix."""
@@ -58,6 +61,16 @@ class Settings(BaseSettings):
         SecretStr(""),
         validation_alias="VLLM_API_KEY",
         description="The bearer key that the vLLM servers ask for, if they do",
+    )
+    vllm_api_key_2: SecretStr = Field(
+        SecretStr(""),
+        validation_alias="VLLM_API_KEY_2",
+        description="Another key, tried where the first is refused: servers may take the one or the other for a while",
+    )
+    vllm_api_key_file: str = Field(
+        "",
+        validation_alias="VLLM_API_KEY_FILE",
+        description="A file with such keys, one a line, which go before the others; it is read again after a 401",
     )
     prefix: str = Field("chat", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="What all keys in Redis begin with")
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -131,14 +144,20 @@ class Settings(BaseSettings):
         parse_redis_url(value.get_secret_value())
         return value
 
-    @field_validator("vllm_api_key")
+    @field_validator("vllm_api_key", "vllm_api_key_2")
     @classmethod
     def _header_value(cls, value: SecretStr) -> SecretStr:
-        """What no header can carry is refused here: the HTTP client would quote it in its error."""
-        key = value.get_secret_value().strip()  # a secret from a file often ends with a newline
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError("holds characters that cannot be sent in an HTTP header")
-        return SecretStr(key)
+        return SecretStr(checked_key(value.get_secret_value()))
+
+    @field_validator("vllm_api_key_file")
+    @classmethod
+    def _key_file(cls, value: str) -> str:
+        try:
+            if value:
+                keys_in(Path(value))
+        except OSError as error:
+            raise ValueError(f"is {value[:80]!r}, which cannot be read: {error.strerror or error}") from None
+        return value
 
     @field_validator("metrics")
     @classmethod
@@ -170,6 +189,12 @@ class Settings(BaseSettings):
         if len(set(value)) != len(value):
             raise ValueError("names a queue twice")
         return value
+
+    def api_keys(self) -> ApiKeys:
+        """All keys that the vLLM servers may take."""
+        given = (self.vllm_api_key, self.vllm_api_key_2)
+        file = Path(self.vllm_api_key_file) if self.vllm_api_key_file else None
+        return ApiKeys(*(key.get_secret_value() for key in given), file=file)
 
 
 def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:

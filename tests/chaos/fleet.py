@@ -85,8 +85,8 @@ class Worker:
         ledger = Ledger(self._commands, Keys())
         ledger._together.kind = gated(self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
-        self._upstream._transport = _Vllm(self.gate)
-        self._upstream._client = httpx.AsyncClient(transport=self._upstream._transport)
+        self._upstream._api._transport = _Vllm(self.gate)
+        self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
         self._upstream.endpoints[0].circuit.probed("")
         self._relay = Relay(
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),

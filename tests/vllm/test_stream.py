@@ -25,6 +25,7 @@ from worker.vllm import stream as stream_module
 from worker.vllm import transport as transport_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
+from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.fields import body_for
 from worker.vllm.sse import SSEDecoder
@@ -65,7 +66,7 @@ async def serving(
 
 @asynccontextmanager
 async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
-    upstream = Upstream(urls, api_key=api_key, limits=limits)
+    upstream = Upstream(urls, keys=ApiKeys(api_key), limits=limits)
     try:
         yield upstream
     finally:
@@ -73,7 +74,7 @@ async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> A
 
 
 def to(url: str) -> Target:
-    return Target.of(httpx.AsyncClient(), url)
+    return Target.of(httpx.AsyncClient(), url, {})
 
 
 async def opened(transport: Transport, url: str) -> ChatStream:

@@ -165,4 +165,4 @@ async def test_a16_a_redirect_shows_where_it_leads_and_is_not_followed(status: i
 async def test_c8_a_server_that_speaks_tls_is_named_as_such() -> None:
     async with sending(b"\x15\x03\x01\x00\x02\x02\x46") as url, Transport() as transport:
         with pytest.raises(httpx.RemoteProtocolError, match="speaks TLS: its URL begins with https://"):
-            await transport.post(Target.of(httpx.AsyncClient(), url), b"{}", 5)
+            await transport.post(Target.of(httpx.AsyncClient(), url, {}), b"{}", 5)

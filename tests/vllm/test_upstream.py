@@ -24,6 +24,7 @@ from worker.vllm import circuit as circuit_module
 from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import FAILURES, Caller, State
+from worker.vllm.credentials import ApiKeys
 from worker.vllm.endpoints import Endpoint
 from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
@@ -72,7 +73,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def watching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
     """The servers, watched once each has been probed."""
-    upstream = Upstream(urls, api_key=api_key, limits=limits)
+    upstream = Upstream(urls, keys=ApiKeys(api_key), limits=limits)
     task = asyncio.create_task(upstream.watch())
     try:
         await until(lambda: all(endpoint.away is not None for endpoint in upstream.endpoints))
@@ -299,12 +300,12 @@ async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refu
         assert await ask(upstream, endpoint)
 
 
-async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_beside_another() -> None:
+async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_beside_a_fallback() -> None:
     async with serving("small", "large") as ((small, _), upstream):
         small.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
         await fails(upstream, model="small")
-        with pytest.raises(UpstreamError, match="every server of `small` refuses the worker's key") as caught:
-            await upstream.available("small")
+        with pytest.raises(UpstreamError, match="every server of `small` refuses the keys") as caught:
+            await upstream.available("small", ["large"])
         assert caught.value.code == "unauthorized"
 
 
@@ -617,7 +618,7 @@ async def test_a_connection_that_goes_as_it_is_made_is_a_failure_of_the_server(m
 
     async with serving("reciter") as (_, upstream):
         (endpoint,) = upstream.endpoints
-        await upstream._transport.aclose()
+        await upstream._api._transport.aclose()
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)
             with pytest.raises(UpstreamError) as raised:

@@ -182,7 +182,7 @@ async def _check_redis(url: str) -> None:
 
 
 async def _model_of(url: str) -> str:
-    upstream = Upstream([url], api_key=load_settings().vllm_api_key.get_secret_value(), limits=Limits())
+    upstream = Upstream([url], keys=load_settings().api_keys(), limits=Limits())
     try:
         return (await upstream.models(upstream.endpoints[0]))[0]
     except (UpstreamError, IndexError) as error:

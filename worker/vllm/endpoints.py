@@ -22,6 +22,7 @@ class Endpoint:
         models: the names that it serves; empty while they are not known, and for a server that does not list them.
         listed: when it was last asked for them, by the clock.
         fix: what to do about its last error, where that is known.
+        key: the one that it took last; empty while it has taken none.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Endpoint:
         self.models: frozenset[str] = frozenset()
         self.listed = float("-inf")
         self.fix = ""
+        self.key = ""
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
         self._clock = clock
         self._busy_until = 0.0

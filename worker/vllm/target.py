@@ -1,6 +1,7 @@
 """Where requests go, and the head that they have: without I/O, and made once for a URL."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
@@ -24,14 +25,14 @@ class Target:
     head: bytes
 
     @classmethod
-    def of(cls, client: httpx.AsyncClient, url: str) -> Self:
-        """The target that a URL is to a client: with its headers, and the user of the URL before its authorization.
+    def of(cls, client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> Self:
+        """The target that a URL is to a client: with these headers, and the user of the URL before an authorization.
 
         Raises:
             httpx.HTTPError: for a URL that is no address of a server, and for a header with a line end in it.
         """
         request = client.build_request(
-            "POST", url, headers={"content-type": "application/json", "accept-encoding": "identity"}
+            "POST", url, headers={"content-type": "application/json", "accept-encoding": "identity", **headers}
         )
         user, password = request.url.username, request.url.password
         if user or password:

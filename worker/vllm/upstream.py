@@ -8,27 +8,19 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
 from functools import partial
 
-import httpx
-import msgspec
 import structlog
 
-from worker.contract.entries import Object, to_json
+from worker.contract.entries import Object
+from worker.vllm.api import VllmApi
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, Run, State
+from worker.vllm.credentials import ApiKeys
 from worker.vllm.endpoints import Endpoint, best_of, may_be_its_fault
-from worker.vllm.errors import (
-    UNAUTHORIZED,
-    NoConnection,
-    UpstreamError,
-    from_response,
-    unreachable,
-    web_page,
-    without_user,
-)
+from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, without_user
 from worker.vllm.fields import body_for, refused_fields
-from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
-from worker.vllm.target import Target, base_url
-from worker.vllm.transport import Answer, Transport
+from worker.vllm.stream import ChatStream, Limits, Watchdog
+from worker.vllm.target import base_url
+from worker.vllm.transport import Answer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -45,7 +37,7 @@ _log = structlog.get_logger()
 
 
 class Upstream:
-    """All servers together. One HTTP transport serves them, with no limit on connections but the worker's slots.
+    """All servers together.
 
     Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
     circuit is half open keeps others away:
@@ -58,24 +50,17 @@ class Upstream:
     The caller is the job that asks, the same for all of its requests. Without one, a request is of a job of its own.
     """
 
-    def __init__(self, urls: Sequence[str], *, api_key: str = "", limits: Limits) -> None:
+    def __init__(self, urls: Sequence[str], *, keys: ApiKeys | None = None, limits: Limits) -> None:
         self.endpoints = [Endpoint(base_url(url), on_change=self._on_change) for url in urls]
         self._limits = limits
         self._changed = asyncio.Event()
         self._listing = asyncio.Lock()
         self._all_asked = self._all_listed = float("-inf")
-        # A user and a password in a URL go before the key: httpx makes Basic authorization of them.
-        self._transport = Transport()
-        self._client = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=limits.connect),
-            transport=self._transport,
-        )
-        self._targets: dict[str, Target] = {}
+        self._api = VllmApi(keys or ApiKeys(), connect=limits.connect)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        await self._api.aclose()
 
     @property
     def is_there(self) -> bool:
@@ -97,7 +82,7 @@ class Upstream:
         return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model, caller))
 
     def refuses_key(self, model: str) -> bool:
-        """Whether every server of this model is away because it does not take the worker's key."""
+        """Whether every server of this model is away because it takes none of the worker's keys."""
         serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
 
@@ -109,18 +94,18 @@ class Upstream:
         A server where the job has failed, and others too, is tried with a request of the worker's own meanwhile.
 
         Raises:
-            UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable`, when all that may have it
-                are away, or have failed this job and others, and a server can take a request for one of `others`;
-                `unauthorized`, when all that may have it refuse the key and a server of other models does not.
+            UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable` or `unauthorized`, when all
+                that may have it are away, or have failed this job and others, or refuse the keys, and a server can take
+                a request for one of `others`.
         """
         caller = caller or Caller()
         while not self.can_take(model, caller):
             changed = self._changed
             serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
-            if self.is_there and self.refuses_key(model):
-                raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the worker's key", retryable=True)
             lost = [endpoint for endpoint in serving if endpoint.away or endpoint.circuit in caller.failed_at]
             if serving == lost and any(self.can_take(other, caller) for other in others) and serving:
+                if self.refuses_key(model):
+                    raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
             suspect = next((endpoint for endpoint in serving if endpoint.circuit.wants_trial(caller)), None)
             if suspect is not None:
@@ -190,7 +175,7 @@ class Upstream:
         """Ask a server whose streams are silent, lest all of them wait for their limit when it is going down."""
         run = endpoint.circuit.run_of(Caller())
         try:
-            await self._get(f"{endpoint.url}/health")
+            await self._api.health(endpoint, _FEW_SECONDS)
         except NoConnection as error:
             endpoint.failed(run, error)
         except UpstreamError:
@@ -199,21 +184,21 @@ class Upstream:
     async def _trouble(self, endpoint: Endpoint) -> str:
         """Why a server takes no requests; empty when it does. It has said what it serves then, if it ever does."""
         try:
-            health = await self._get(f"{endpoint.url}/health")
+            health = await self._api.health(endpoint, _FEW_SECONDS)
         except UpstreamError as error:
             endpoint.fix = error.fix
             return error.code
-        if health.status_code >= 500:
-            return f"health_{health.status_code}"
+        if health >= 500:
+            return f"health_{health}"
         problem = await self._list(endpoint)
         if problem is None:
             return ""
         if not problem.status:  # no connection after all
             return problem.code
-        if problem.status == 401 and endpoint.refuses_key:  # once a request was refused, its list tells of the key
+        if problem.code == UNAUTHORIZED and endpoint.refuses_key:  # once a request was refused, the list tells of it
             return problem.code
         # Without /health the list is the probe; one that asks for a key is there too.
-        return problem.code if health.status_code == 404 and problem.status >= 500 else ""
+        return problem.code if health == 404 and problem.status >= 500 else ""
 
     async def _list(self, endpoint: Endpoint) -> UpstreamError | None:
         """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
@@ -221,7 +206,7 @@ class Upstream:
         try:
             endpoint.models = frozenset(await self.models(endpoint))
         except UpstreamError as error:
-            if error.status == 403 or not error.retryable:
+            if not error.retryable or (error.status == 403 and not endpoint.models):
                 endpoint.models = frozenset()
                 return None
             return error
@@ -237,7 +222,7 @@ class Upstream:
             self._all_asked = began = time.monotonic()
             there = [endpoint for endpoint in self.endpoints if not endpoint.away]
             errors = await asyncio.gather(*map(self._list, there))
-            if any(error and error.status != 401 for error in errors):
+            if any(error and error.code != UNAUTHORIZED for error in errors):
                 return False
             self._all_listed = began
             return True
@@ -276,11 +261,23 @@ class Upstream:
                 await stream.aclose()
             circuit.succeeded(run)
         except UpstreamError as error:
+            if await self._is_about_the_key(endpoint, error):
+                error.status = 401
             endpoint.failed(run, error)
             raise
         finally:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
+
+    async def _is_about_the_key(self, endpoint: Endpoint, error: UpstreamError) -> bool:
+        """Whether a server forbids (403) everything: its list too, which it gave before."""
+        if error.code != UNAUTHORIZED or error.status != 403 or not endpoint.models:
+            return False
+        try:
+            await self.models(endpoint)
+        except UpstreamError as refusal:
+            return refusal.code == UNAUTHORIZED
+        return False
 
     def _left(self, endpoint: Endpoint, run: Run) -> None:
         endpoint.circuit.left(run)
@@ -296,13 +293,12 @@ class Upstream:
         has it of its own: a bad job, or one whose text quotes such a name in an error, must not cost the others theirs.
         """
         without = set(endpoint.without)
-        target = self._target(endpoint.url + route)
 
         async def opened() -> Answer:
             while True:
                 try:
                     body = body_for(request, without)
-                    return await open_answer(self._transport, target, body, self._limits, watchdog)
+                    return await self._api.open(endpoint, route, body, self._limits, watchdog)
                 except UpstreamError as error:
                     if not leave_out(error):
                         raise
@@ -326,14 +322,6 @@ class Upstream:
         stream.on_first, stream.reopen = begun, reopened
         return stream
 
-    def _target(self, url: str) -> Target:
-        if url not in self._targets:
-            try:
-                self._targets[url] = Target.of(self._client, url)
-            except httpx.HTTPError as error:
-                raise unreachable(url, error) from None
-        return self._targets[url]
-
     async def post(self, endpoint: Endpoint, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
@@ -344,29 +332,21 @@ class Upstream:
             UpstreamError: when it does not answer, or refuses.
         """
         run = endpoint.circuit.begin(caller or Caller())
-        url = endpoint.url + path
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
             async with watchdog:
-                response = await self._client.post(
-                    url, content=to_json(body), headers={"content-type": "application/json"}
-                )
-            if response.status_code != 200:
-                raise from_response(response.status_code, response.content, response.headers)
+                return await self._api.post(endpoint, path, body)
         except TimeoutError:
             raise watchdog.silence() from None
-        except httpx.HTTPError as problem:
-            error = unreachable(url, problem)
-            endpoint.failed(run, error)
-            raise error from None
         except UpstreamError as error:
+            if await self._is_about_the_key(endpoint, error):
+                error.status = 401
             endpoint.failed(run, error)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
-        return response.content
 
     async def models(self, endpoint: Endpoint) -> list[str]:
         """The names of the models that a server serves.
@@ -374,31 +354,7 @@ class Upstream:
         Raises:
             UpstreamError: when it does not say.
         """
-        url = f"{endpoint.url}/v1/models"
-        response = await self._get(url)
-        if response.status_code != 200:
-            raise from_response(response.status_code, response.content, response.headers)
-        if response.content.lstrip().startswith(b"<"):
-            raise web_page(response.content, retryable=False)
-        try:
-            return [model.id for model in msgspec.json.decode(response.content, type=_Models).data]
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
-
-    async def _get(self, url: str) -> httpx.Response:
-        try:
-            async with asyncio.timeout(_FEW_SECONDS):
-                return await self._client.get(url)
-        except (httpx.HTTPError, TimeoutError) as error:
-            raise unreachable(url, error) from None
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
+        return await self._api.models(endpoint, _FEW_SECONDS)
 
 
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
