@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 from checks import Line, ask, expected, has_begun, log_of, pending, promise_kept
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
 from worker import Answer, Client, IncompleteLog
@@ -202,6 +202,42 @@ async def test_b4_a_job_whose_log_loses_entries_for_ever_is_buried(
     await eventually(is_done_with)
     assert (await log_of(redis, request_id))[-1].fields["code"] == "buried"
     assert len(simulator.served) == 3
+
+
+@pytest.mark.parametrize("how", ["XACK", "XGROUP DELCONSUMER"])
+async def test_d13_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker_or_else_by_a_cancel(
+    how: str,
+    client: Client,
+    redis: Redis,
+    start_worker: StartWorker,
+    start_process: StartProcess,
+    start_simulator: StartSimulator,
+) -> None:
+    """As the contract says: nobody else can know of the job any more."""
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+
+    async def take_out(job: str, consumer: str) -> None:
+        if how == "XACK":
+            await redis.xack("chat:jobs", "workers", job)
+        else:
+            await redis.xgroup_delconsumer("chat:jobs", "workers", consumer)
+
+    worker = start_process(simulator)
+    dies = await client.enqueue(ask())
+    await has_begun(redis, dies)
+    ((job, consumer),) = await pending(redis)
+    worker.kill()
+    worker.wait()
+    await take_out(job, consumer)
+    await start_worker(simulator, lease=0.5)
+    lives = await client.enqueue(ask())
+    await has_begun(redis, lives)
+    ((job, consumer),) = await pending(redis)
+    await take_out(job, consumer)
+    await promise_kept(redis, lives)
+    assert (await log_of(redis, dies))[-1].type == "delta"
+    await client.cancel(dies)
+    assert (await client.result(dies)).outcome == "cancelled"
 
 
 @pytest.mark.parametrize("step", ["renamed away and back", "deleted from"])
