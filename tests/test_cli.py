@@ -22,6 +22,7 @@ from worker.contract.ids import SEAL
 from worker.sandbox.redis import find_servers, free_port, start_redis
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.version import version
 
 WHO = [{"role": "user", "content": "Who are you?"}]
 STORY = [{"role": "user", "content": "Tell me a story"}]
@@ -303,8 +304,13 @@ async def test_no_secret_prompt_or_output_is_printed_or_logged(
 
     lines = [json.loads(line) for line in ended.err.splitlines()]
     assert all(line["worker"] and line["level"] and line["timestamp"] for line in lines)
-    finished = {line["request_id"]: line["outcome"] for line in lines if line["event"] == "job_finished"}
-    assert finished == {"good": "done", "bad": "error"}
+    finished = {line["request_id"]: line for line in lines if line["event"] == "job_finished"}
+    assert {name: line["outcome"] for name, line in finished.items()} == {"good": "done", "bad": "error"}
+    good, bad = finished["good"], finished["bad"]  # C9
+    assert (good["queue"], good["model"], good["tokens"]) == ("default", "reciter", done.usage["completion_tokens"])
+    assert (bad["code"], bad["queue"], bad["seconds"] >= 0) == ("upstream_truncated", "default", True)
+    versions = {line["version"] for line in lines if line["event"] in ("worker_starting", "worker_started")}
+    assert versions == {version()}
 
 
 # Redis is away

@@ -2,7 +2,6 @@
 
 import gc
 from contextlib import suppress
-from importlib import metadata
 from typing import IO, NoReturn, get_args
 
 import click
@@ -23,6 +22,7 @@ from worker.contract.job import InvalidJob
 from worker.new_jobs import JobOptions, new_job
 from worker.settings import ConfigError, load_settings, variable
 from worker.telemetry.logs import configure_logging
+from worker.version import version
 
 _LONELY = 3.0
 """Seconds that a job waits until it is asked whether any worker serves its queue."""
@@ -53,15 +53,14 @@ class _Misused(click.ClickException):
 
 def _version(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> None:
     if asked:
-        try:
-            click.echo(f"vllm-relay {metadata.version('vllm-relay')}")
-        except metadata.PackageNotFoundError:
-            click.echo("vllm-relay (not installed: run from its source)")
+        click.echo(f"vllm-relay {version() or '(not installed: run from its source)'}")
         ctx.exit()
 
 
 @click.group(cls=_Commands, epilog="Try it: worker demo", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.option(
+    "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+)
 def main() -> None:
     """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
 

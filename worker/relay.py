@@ -262,6 +262,7 @@ class Relay:
             deadline = retention = None
         retention = retention or self._settings.retention
         return Request(
+            began=self._now(),
             id=request_id,
             delivery=delivery,
             job=UNREAD if unread else self._job(delivery),

@@ -30,11 +30,15 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A delivered job with what follows from it. `deadline` is Unix ms by Redis's clock, the rest seconds."""
+    """A delivered job with what follows from it.
+
+    `began` is when this process took it, and `deadline` its own, in Unix ms by Redis's clock; the rest is seconds.
+    """
 
     id: str
     delivery: Delivery
     job: Job | InvalidJob
+    began: int
     deadline: int
     retention: int
     remember: int

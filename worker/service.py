@@ -28,6 +28,7 @@ from worker.relay import Relay
 from worker.settings import ConfigError, Settings, address_of, shown_url, variable
 from worker.slots import Slots
 from worker.telemetry.metrics import Metrics
+from worker.version import version
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Endpoint, Upstream
 
@@ -156,7 +157,8 @@ class Service:
         """Wait for Redis and make what is needed there; false when told to leave before it answered."""
         told = asyncio.ensure_future(self._leaving.wait())
         redis = shown_url(self._settings.redis_url.get_secret_value())
-        _log.info("worker_starting", redis=redis, vllm=[shown_url(url) for url in self._settings.vllm_urls])
+        vllm = [shown_url(url) for url in self._settings.vllm_urls]
+        _log.info("worker_starting", version=version(), redis=redis, vllm=vllm)
         try:
             with structlog.contextvars.bound_contextvars(redis=redis):  # who waits sees for what
                 await persist(self._clock.sync, told)
@@ -171,10 +173,11 @@ class Service:
         self._started = self._clock.now()
         _log.info(
             "worker_started",
+            version=version(),
             queues=self._settings.queues,
             slots=self._settings.slots,
             redis=redis,
-            vllm=[shown_url(url) for url in self._settings.vllm_urls],
+            vllm=vllm,
         )
         return True
 
@@ -218,6 +221,7 @@ class Service:
             draining=self._leaving.is_set(),
             paused=self._claims.paused,
             queues=self._settings.queues,
+            version=version(),
         )
 
     async def _drain(self, deadline: float) -> None:

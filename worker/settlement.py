@@ -96,10 +96,19 @@ class Settlement:
             await self.lifecycle(request, "finished", answer)
             self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
         await self.done_with(request)
-        if answer.outcome:
-            self._metrics.finished(answer.outcome)
         code = end.code if isinstance(end, Failed) else None
-        _log.info("job_finished", outcome=answer.outcome, code=code, attempt=answer.attempt)
+        if answer.outcome:
+            self._metrics.finished(answer.outcome, code or "")
+        _log.info(
+            "job_finished",
+            outcome=answer.outcome,
+            code=code,
+            attempt=answer.attempt,
+            queue=request.delivery.queue,
+            model=answer.model,
+            tokens=answer.usage.get("completion_tokens"),
+            seconds=(self._now() - request.began) / 1000,
+        )
 
     async def _confirm(self, request: Request, outcome: str) -> None:
         stone = self._tombstone(request, outcome)

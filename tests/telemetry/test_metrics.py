@@ -15,6 +15,7 @@ from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.service import Service
 from worker.settings import ConfigError, load_settings
 from worker.telemetry.metrics import Metrics
+from worker.version import version
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -29,6 +30,8 @@ async def test_a_scrape_shows_what_was_counted() -> None:
     metrics = Metrics()
     port = metrics.serve("127.0.0.1", 0)
     metrics.finished("done")
+    for code in ("gap_timeout", "what a job says", *(f"code_{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(90))):
+        metrics.finished("error", code)
     metrics.attempt("started")
     metrics.interrupted("resumed")
     metrics.waited(0.2)
@@ -38,7 +41,11 @@ async def test_a_scrape_shows_what_was_counted() -> None:
     async with httpx.AsyncClient(trust_env=False) as http:
         page = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
     await metrics.aclose()
-    assert 'vllm_relay_jobs_finished_total{outcome="done"} 1.0' in page
+    assert 'vllm_relay_jobs_finished_total{code="",outcome="done"} 1.0' in page
+    assert 'vllm_relay_jobs_finished_total{code="gap_timeout",outcome="error"} 1.0' in page  # C9
+    assert 'vllm_relay_jobs_finished_total{code="other",outcome="error"}' in page
+    assert page.count("vllm_relay_jobs_finished_total{") == 51, "whoever writes seals cannot fill the page"
+    assert f'vllm_relay_build_info{{version="{version()}"}} 1.0' in page
     assert 'vllm_relay_interrupted_total{how="resumed"} 1.0' in page
     assert 'vllm_relay_unknown_finish_reasons_total{reason="eos_token"} 2.0' in page
     assert page.count("vllm_relay_unknown_finish_reasons_total{") == 20  # a server cannot fill the page
@@ -115,11 +122,14 @@ async def test_a_workers_jobs_are_counted(
     await eventually(all_counted)
     await eventually(measured)
     assert value(one, "slots") == 7
-    assert value(one, "jobs_finished_total", outcome="done") == 3
+    assert value(one, "jobs_finished_total", outcome="done", code="") == 3
     assert value(one, "attempts_total", reason="started") == 3
     assert value(one, "job_wait_seconds_count") == value(one, "first_delta_seconds_count") == 3
     assert value(one, "log_entries_total") > 3
-    assert other._metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done"}) is None
+    assert (
+        other._metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done", "code": ""})
+        is None
+    )
 
 
 async def test_a_redis_that_is_away_shows_and_what_was_measured_before_does_not(

@@ -94,7 +94,7 @@ _PROBES = (
     _Probe(_C, "XDEL @dead 0-0"),
     _Probe(_W, f"HSET @workers {_NOBODY} 1 {_NOBODY}", _SEEN),  # the second field has no value
     _Probe(_W, f"HDEL @workers {_NOBODY}", _SEEN),
-    _Probe(_W, "HGETALL @workers", _SEEN),
+    _Probe(_BOTH, "HGETALL @workers", _SEEN),
     _Probe(_W, "HKEYS @workers", _SEEN),
     _Probe(_BOTH, "PUBLISH @feed []", _FEED),
     _Probe(_C, f"PUBLISH @cancel {_NOBODY}"),

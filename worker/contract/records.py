@@ -110,7 +110,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs.
 
-    `queues` are those that it serves; a worker of an earlier version does not say.
+    `queues` are those that it serves, and `version` is that of its package; a worker of an earlier one does not say.
     """
 
     name: str
@@ -122,6 +122,7 @@ class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
     draining: bool = False
     paused: str = ""
     queues: tuple[str, ...] = ()
+    version: str = ""
 
 
 def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:

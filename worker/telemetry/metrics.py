@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from worker.version import version
+
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
 _MOST_REASONS = 20
+_MOST_CODES = 50
 _PREFIX = "vllm_relay"
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 """Seconds; from a free worker to a queue that is an hour long."""
@@ -31,13 +34,15 @@ class Metrics:
         self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
         self.write_failures = self._counter("redis_write_failures", "Writes to logs, and looks at them, that failed")
         self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
-        self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome")
+        self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome", "code")
+        self._codes: set[str] = set()
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
         self._unknown_finish_reasons = self._counter(
             "unknown_finish_reasons", "Answers taken as whole whose finish reason is on no list", "reason"
         )
         self._reasons: set[str] = set()
+        self._gauge("build_info", "1, with the version of this worker", "version").labels(version() or "unknown").set(1)
         self._vllm_up = self._gauge("vllm_up", "Whether a vLLM server gets requests", "endpoint")
         self._vllm_requests = self._gauge("vllm_requests", "Requests that are for a vLLM server", "endpoint")
         self._paused = self._gauge("claims_paused", "Whether no jobs are taken, by why", "reason")
@@ -46,9 +51,9 @@ class Metrics:
         self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start")
         self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta")
 
-    def finished(self, outcome: str) -> None:
-        """A job has ended: `done`, `error` or `cancelled`."""
-        self._finished.labels(outcome).inc()
+    def finished(self, outcome: str, code: str = "") -> None:
+        """A job has ended: `done`, `error` or `cancelled`; with `error` the code says why."""
+        self._finished.labels(outcome, _bounded(code, self._codes, _MOST_CODES) if code else "").inc()
 
     def refused(self, record: str) -> None:
         """Redis refused a record beside the logs: `lifecycle`, `dead`, `workers` or `feed`."""
@@ -64,10 +69,7 @@ class Metrics:
 
     def unknown_finish_reason(self, reason: str) -> None:
         """A server ended an answer for a reason that is on no list: `other`, if it is no plain word or one too many."""
-        if not _WORD.fullmatch(reason) or (reason not in self._reasons and len(self._reasons) >= _MOST_REASONS):
-            reason = "other"
-        self._reasons.add(reason)
-        self._unknown_finish_reasons.labels(reason).inc()
+        self._unknown_finish_reasons.labels(_bounded(reason, self._reasons, _MOST_REASONS)).inc()
 
     def waited(self, seconds: float) -> None:
         """A job has begun that waited for so long."""
@@ -123,3 +125,11 @@ class Metrics:
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, (), namespace=_PREFIX, registry=self.registry, buckets=_WAITS)
+
+
+def _bounded(word: str, seen: set[str], most: int) -> str:
+    """A word as a label: `other`, if it is no plain word or one too many, for others choose these words."""
+    if not _WORD.fullmatch(word) or (word not in seen and len(seen) >= most):
+        word = "other"
+    seen.add(word)
+    return word
