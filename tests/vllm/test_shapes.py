@@ -428,6 +428,22 @@ def test_a15_nothing_as_finish_reason_ends_nothing(reason: object) -> None:
     assert not read(x({"content": "a"}, reason))[0].complete
 
 
+@pytest.mark.parametrize(("levels", "kept"), [(40, 40), (90, 90), (300, 97), (900, 97)])
+@pytest.mark.parametrize("half", ["", "\ud83d"])
+def test_a10_what_is_nested_deeply_makes_no_log_unreadable(levels: int, kept: int, half: str) -> None:
+    deep = "[" * levels + "1" + "]" * levels
+    body = ROLE + x({"content": "a" + half}) + x({"content": half and "\ude42"}, odd="DEEP", also=["DEEP"]) + END
+    _, answer = read(body.replace(b'"DEEP"', deep.encode()))
+    assert answer.text == ("a🙂" if half else "a")
+    (extra,) = [delta.extra for delta in answer.deltas if delta.extra]
+    assert isinstance(extra["also"], list)
+    for value, most in ((extra["odd"], kept), (extra["also"][0], min(kept, 96))):
+        found, inner = 0, value
+        while isinstance(inner, list):
+            found, (inner,) = found + 1, inner
+        assert (found, inner) == (most, 1 if most == levels else None)
+
+
 @pytest.mark.parametrize("number", ["-1e999", "NaN", "9" * 5000])
 @pytest.mark.parametrize(
     "where",

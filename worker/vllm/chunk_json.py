@@ -4,6 +4,7 @@ Servers send what strict decoders refuse: bytes that are no UTF-8, characters cu
 """
 
 import json
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -17,11 +18,16 @@ _LONGEST_INTEGER = 300
 """Digits; a longer one is more than a float can hold, which is what most readers make of it."""
 
 
+_MOST_LEVELS = 100
+"""Of lists and objects in each other; decoders in Python give up at 1,000, less what called them."""
+
+
 class ChunkDecoder:
     """Decodes the chunks of one stream into objects whose fields are still JSON.
 
     Bytes that are no UTF-8 become replacement marks, and so do halves of surrogate pairs, except that two halves in
-    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float become null.
+    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float become null, and
+    so does what is nested so deeply that a reader might not decode it.
     """
 
     __slots__ = ("_halves",)
@@ -41,21 +47,15 @@ class ChunkDecoder:
             DecodeError: when it is no JSON, or no object.
             RecursionError: when it is nested too deeply.
         """
-        if not self._halves:
-            try:
-                _decode(data)  # all of it, as a reader of the log will: undecoded fields are not looked into
-                return _decode_object(data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                pass
         try:
-            value = json.loads(
-                data.decode("utf-8", "replace"),
-                parse_constant=lambda _: None, parse_float=_float_or_null, parse_int=_int_or_null,
-            )  # fmt: skip
-        except (ValueError, RecursionError):
-            raise msgspec.DecodeError("no JSON") from None
+            value = _decode(data)  # all of it, as a reader of the log will: undecoded fields are not looked into
+            if not self._halves and not _is_deep(value, data):
+                return _decode_object(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            value = _leniently_decoded(data)
         if isinstance(value, dict):
             self._join_halves(value)
+        value = _flattened(value, _MOST_LEVELS)
         return _decode_object(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
     def _join_halves(self, chunk: dict[str, Any]) -> None:
@@ -95,6 +95,38 @@ class ChunkDecoder:
             field = inner[0] if inner else name
             if len(inner) < 2 and isinstance(holder, dict) and isinstance(said := holder.get(field) or "", str):
                 holder[field] = said + half
+
+
+def _leniently_decoded(data: bytes) -> Any:  # noqa: ANN401 - any JSON
+    try:
+        return json.loads(
+            data.decode("utf-8", "replace"),
+            parse_constant=lambda _: None, parse_float=_float_or_null, parse_int=_int_or_null,
+        )  # fmt: skip
+    except (ValueError, RecursionError):
+        raise msgspec.DecodeError("no JSON") from None
+
+
+def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401
+    """Whether a value, which is that of the data, has too many levels."""
+    if data.count(b"[") + data.count(b"{") <= _MOST_LEVELS:
+        return False
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        inside = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in inside if isinstance(one, dict | list)]
+    return bool(level)
+
+
+def _flattened(value: Any, levels: int) -> Any:  # noqa: ANN401
+    """A value with null in the place of what lies below so many levels."""
+    if not isinstance(value, dict | list):
+        return value
+    if not levels:
+        return None
+    if isinstance(value, list):
+        return [_flattened(one, levels - 1) for one in value]
+    return {name: _flattened(one, levels - 1) for name, one in value.items()}
 
 
 def _float_or_null(text: str) -> float | None:
