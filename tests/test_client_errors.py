@@ -33,8 +33,9 @@ CALLS: dict[str, Call] = {
 @pytest.fixture
 async def user(redis: Redis) -> AsyncIterator[str]:
     await redis.acl_setuser(
-        "somebody", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], channels=["chat:*"]
-    )
+        "somebody", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], channels=["chat:*"],
+        reset_channels=True,
+    )  # fmt: skip
     yield "somebody"
     await redis.acl_deluser("somebody")
 
