@@ -108,7 +108,13 @@ async def test_c3_a_deadline_that_queued_does_not_name_is_nobodys_to_keep(client
 async def test_c3_a_user_who_may_only_read_goes_on_waiting(client: Client, redis: Redis, redis_url: str) -> None:
     await client.enqueue(ASK, id="r", timeout=0.01)
     await redis.acl_setuser(
-        "reader", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all", "-@write"], channels=["chat:*"]
+        "reader",
+        enabled=True,
+        passwords="+pw",
+        keys=["chat:*"],
+        categories=["+@all", "-@write"],
+        reset_channels=True,
+        channels=["chat:*"],
     )
     try:
         async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
