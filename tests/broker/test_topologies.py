@@ -357,6 +357,22 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_a
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
+async def test_c3_what_nobody_took_before_its_deadline_is_ended_in_a_cluster(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.following._TICK", 0.01)
+    monkeypatch.setattr("worker.logs._BLOCK", 0.05)
+    monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
+    followed, asked_for = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
+    assert [entry.type async for entry in client.follow(followed)] == ["queued", "error"]
+
+    async def is_over() -> bool:
+        return await client.status(asked_for) == Status(State.ENDED, "error")
+
+    await eventually(is_over)
+    assert not await client.is_served()
+
+
 async def test_cancel_ends_a_stream_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
