@@ -662,6 +662,28 @@ async def test_a16_an_error_event_that_names_a_field_and_stays_costs_nobody_the_
         assert upstream.endpoints[0].without == set()
 
 
+async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() -> None:
+    chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "said"}}]}
+    error = {"error": {"message": "cannot sample {'return_token_ids': True}", "code": 500}}
+    answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(b"data: %b\n\n" % json.dumps(it).encode() for it in (chunk, error))
+    parser, said = ChunkParser(), list[entries.Fields]()
+
+    def take(events: list[bytes]) -> bool:
+        for data in events:
+            said.extend(parser.parse(data))
+        return False
+
+    async def read(upstream: Upstream) -> None:
+        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
+            stream.has_begun = lambda: parser.has_spoken
+            await stream.pour(take)
+
+    async with sending(answer) as url, reaching(url) as upstream:
+        with pytest.raises(UpstreamError, match="cannot sample"):
+            await read(upstream)
+    assert [fields["content"] for fields in said if "content" in fields] == ["said"]
+
+
 async def test_a_field_that_a_server_ignores_does_no_harm() -> None:
     async with serving(Options(ignores=BOTH)) as (simulator, upstream):
         answer, parser = await ask(upstream)

@@ -148,8 +148,9 @@ class ChatStream:
         self._watchdog = watchdog
         self._is_new = True
         self._has_begun = False
-        self.has_begun: Callable[[], bool] = lambda: True
-        """Asked after each event until it says that the answer has begun: only who reads the events knows."""
+        self.has_begun: Callable[[], bool] | None = None
+        """Asked after each event until it says that the answer has begun, which only the reader of the events knows.
+        Without it the first event begins the answer."""
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there and was taken."""
         self.reopen: Callable[[UpstreamError], Awaitable[Answer | None]] | None = None
@@ -175,7 +176,10 @@ class ChatStream:
             try:
                 return await self._pour()
             except UpstreamError as error:
-                another = await self.reopen(error) if self._is_new and self.reopen is not None else None
+                has_text = self.has_begun is not None and self.has_begun()
+                another = None  # text may have come in one piece with the error: it is not asked for again
+                if self._is_new and not has_text and self.reopen is not None:
+                    another = await self.reopen(error)
                 if another is None:
                     raise
                 await self._answer.body.aclose()
@@ -223,7 +227,7 @@ class ChatStream:
         if self._is_new and self.on_first is not None:
             self.on_first()
         self._is_new = False
-        if self.has_begun():
+        if self.has_begun is None or self.has_begun():
             self._has_begun = True
             self._watchdog.begin()
 
