@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import aclosing
 
 import pytest
 from conftest import StartWorker, eventually, stream
@@ -79,6 +80,18 @@ async def test_c3_a_worker_that_begins_in_the_same_moment_has_it(redis: Redis, r
         sealing.release()
         assert await looks == Status(State.RUNNING)
     assert not await redis.exists(ENDED)
+
+
+async def test_c5_idle_comes_after_what_was_read_while_the_end_is_on_its_way(redis: Redis, redis_proxy: Proxy) -> None:
+    """Whoever goes on after the id of an `Idle` misses nothing."""
+    async with Client(redis_proxy.redis_url) as client:
+        await client.enqueue(ASK, id="r", timeout=0.01)
+        await eventually(lambda: is_past(redis))
+        sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
+        async with aclosing(client.follow("r", idle=0.02)) as entries:
+            assert [(await anext(entries)).type for _ in range(3)] == ["queued", "idle", "idle"]
+            sealing.release()
+            assert [entry.type async for entry in entries if entry.type != "idle"] == ["error"]
 
 
 async def until_it_is_sealed(client: Client) -> Status:

@@ -106,7 +106,7 @@ class Follower:
             if self._reading.done():
                 done, self._reading = self._reading, None
                 done.result()
-        has_news, now = bool(self._ready or self._read_on) and self._reading is None, loop.time()
+        has_news, now = bool(self._ready or self._read_on), loop.time()
         is_idle = not has_news and now >= self._idle_at and not self.is_over
         if has_news or is_idle:
             self._idle_at = now + seconds
