@@ -68,6 +68,8 @@ class Status:
 class Client:
     """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
 
+    Beside the errors that it names, a method may raise the others of `worker.client_errors`: each is a `ClientError`.
+
     Args:
         redis_url: the workers' Redis; REDIS_URL of the environment when left out, else redis://127.0.0.1:6379/0.
         prefix: the workers' prefix.
