@@ -140,6 +140,20 @@ async def test_c3_a_user_who_may_only_read_goes_on_waiting(client: Client, redis
         await redis.acl_deluser("reader")
 
 
+async def test_c3_a_redis_that_is_full_is_read_on_and_ends_it_when_there_is_room(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.01)
+    await eventually(lambda: is_past(redis))
+    await redis.config_set("maxmemory", "1")
+    try:
+        async with aclosing(client.follow("r", idle=0.02)) as entries:
+            assert [(await anext(entries)).type for _ in range(4)] == ["queued", "idle", "idle", "idle"]
+            assert await client.status("r") == WAITS
+            await redis.config_set("maxmemory", "0")
+            assert [entry.type async for entry in entries if entry.type != "idle"] == ["error"]
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
 async def test_c3_a_worker_that_comes_later_does_the_rest(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Self, TypeVar, Unpack
 
 import msgspec
 
-from worker.broker.client_seals import cancel, end_overdue, may_be_overdue
+from worker.broker.client_seals import cancel, may_be_overdue
 from worker.broker.connection import command_client
 from worker.broker.depth import is_served, waiting_in
 from worker.broker.urls import keys_at
@@ -251,7 +251,7 @@ class Client:
         tail, stone = await self._ask(lambda: self._look(request_id))
         if may_be_overdue(tail):
             with suppress(Refused):  # whoever may only read is told how it stands
-                await self._ask(lambda: end_overdue(self._redis, self._keys, request_id))
+                await self._following.logs.end_overdue(request_id)
             tail, stone = await self._ask(lambda: self._look(request_id))
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)

@@ -16,11 +16,11 @@ from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.client_seals import end_overdue
-from worker.broker.connection import blocking_client
+from worker.broker.connection import blocking_client, is_transient
 from worker.broker.pages import PageSize
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
+from worker.client_errors import MAPPED, ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
 from worker.contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from worker.contract.keys import Keys
@@ -140,12 +140,19 @@ class Logs:
     async def end_overdue(self, request_id: str) -> bool:
         """Seal a log that holds nothing but `queued` and whose deadline has passed; whether it was.
 
+        It is tried once: a Redis that is full or away is no reason not to read on, and whoever waits looks again.
+
         Raises:
             Refused: when the user may only read.
-            Unavailable: when Redis does not answer, or this is closed.
+            Unavailable: when this is closed.
         """
         self._check_open()
-        return await self._patience.retry(partial(end_overdue, self._reader, self._keys, request_id))
+        try:
+            return await end_overdue(self._reader, self._keys, request_id)
+        except MAPPED as error:
+            if is_transient(error):
+                return False
+            raise mapped(error) from error
 
     async def _goes_on(self, request_id: str, after: EntryId, found: EntryId) -> bool:
         """Whether somebody who has a log up to a place that is not there can go on with what is found behind it."""
