@@ -27,7 +27,7 @@ _CHAT = "/v1/chat/completions"
 def _long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuit, "FIRST_PAUSE", 3600)
     monkeypatch.setattr(circuit, "LONGEST_PAUSE", 3600)
-    monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.01)
 
 
 class Picky(Simulator):

@@ -23,8 +23,8 @@ CUT = Orders(fault="cut", after=4, times=1, rate=100)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.generation._LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.tries.LONGEST_PAUSE", 0.01)
     monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
     monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 0.05)
     monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 0.05)

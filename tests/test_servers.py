@@ -36,15 +36,35 @@ async def test_every_job_goes_to_a_server_that_has_its_model(
     assert [len(small.served), len(large.served)] == [5, 5]
 
 
-async def test_a_model_that_no_server_has_is_an_error_that_names_those_there_are(
+async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
+    """A11. One is asked, and only the first time."""
     servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(*servers)
+    for _ in range(3):
+        (answer,) = await answers(client, ask("Hi", "no"))
+        assert isinstance(answer.end, Failed)
+        assert (answer.end.code, answer.attempt) == ("model_not_found", 1)
+        assert answer.end.message.startswith("The model `no` does not exist.")
+    assert sum(len(server.served) for server in servers) == 1
+
+
+async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_lists_nothing(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A11. Each of them may have any: that the first does not is no answer yet, and is remembered."""
+    servers = [
+        await start_simulator(Options(model=model, lacks=frozenset({"/v1/models"}))) for model in ("small", "large")
+    ]
+    await start_worker(*servers, tries=1)
+    for _ in range(3):
+        got = await answers(client, ask("Hi", "large"), ask("Hi", "small"))
+        assert [answer.outcome for answer in got] == ["done", "done"]
+    assert [sum(served.status == 404 for served in server.served) for server in servers] in ([1, 0], [1, 1], [0, 1])
     (answer,) = await answers(client, ask("Hi", "no"))
     assert isinstance(answer.end, Failed)
-    assert (answer.end.code, answer.attempt) == ("model_not_found", 1)
-    assert answer.end.message == "The model `no` does not exist. Served are: large, small."
+    assert answer.end.code == "model_not_found"
 
 
 @pytest.mark.parametrize("guards_its_list", [True, False])
@@ -178,7 +198,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
-    monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
     ports = [free_port() for _ in range(3)]
     servers = [Simulator(Options(orders=Orders(rate=50)), port=port) for port in ports]

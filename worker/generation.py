@@ -1,7 +1,6 @@
 """Having vLLM answer one job into its log: tries, pauses, and what makes it stop before its end."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -19,17 +18,18 @@ from worker.contract.job import InvalidJob, Job
 from worker.request import Request, Stopped, drained, insist
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
+from worker.tries import Tries, was_not_let_in
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, State
-from worker.vllm.errors import UNAUTHORIZED, CannotResume, NoConnection, UpstreamError
+from worker.vllm.endpoints import MODEL_NOT_FOUND
+from worker.vllm.errors import UNAUTHORIZED, CannotResume, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
 _T = TypeVar("_T")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 _LONGEST_NAME = 200
 """Characters of a model's name, or of a finish reason, in the worker's log."""
-_MOVES_ON = frozenset({"context_length_exceeded", "model_not_found"})
+_MOVES_ON = frozenset({"context_length_exceeded", MODEL_NOT_FOUND})
 """Refusals that another model may not share; whatever could be tried again moves on too, once its tries are used."""
 
 _log = structlog.get_logger()
@@ -165,36 +165,41 @@ class Generation:
         Raises:
             UpstreamError: of the last try.
         """
-        model = model_of(request)
-        endpoint, pause, tried = None, _FIRST_PAUSE, 0
+        model, tries, endpoint = model_of(request), Tries(self._settings.tries), None
         while True:
             await self._until_taken(model, others)
             endpoint = self._upstream.choose(model, self._caller, other_than=endpoint)
             is_trial = endpoint.circuit.state is State.HALF_OPEN
-            tried += 1
+            is_last = tries.begin()
             try:
                 with endpoint.in_use():
-                    return await self._guarded(self._answer(endpoint, request, last=tried >= self._settings.tries))
+                    return await self._guarded(self._answer(endpoint, request, last=is_last))
             except UpstreamError as error:
-                _warn(error, endpoint, tried)
-                # One that was not let in goes to another server, or waits for one as any other does, and so does one
-                # that is forbidden what was allowed when its answer began. Nor does a trial count: others have failed
-                # there too, and once it has, it gets no other.
-                is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
-                if _at_the_door(error) or is_forbidden or (is_trial and endpoint.circuit in self._caller.failed_at):
-                    tried -= 1
+                _warn(error, endpoint, tries.made)
+                is_elsewhere = error.code == MODEL_NOT_FOUND and bool(self._upstream.serving(model))
+                if is_elsewhere or self._was_no_try(error, endpoint, is_trial=is_trial):
+                    tries.take_back()
                 if self._went_on:
-                    tried, pause = 1, _FIRST_PAUSE
-                out_of_tries = tried >= self._settings.tries
-                if not error.retryable or out_of_tries or (self._committed and self._settings.on_interrupt == "fail"):
+                    tries.got_on()
+                is_final = not (error.retryable or is_elsewhere) or tries.are_over
+                if is_final or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
-                wait = min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
-                pause *= 2
+                wait = tries.pause()
                 if error.retry_after and self._upstream.is_busy(model, self._caller):
                     wait += error.retry_after  # not before it; elsewhere one need not wait
                 await self._guarded(asyncio.sleep(wait))
                 if self._committed:
                     await self._advance(error.code)
+
+    def _was_no_try(self, error: UpstreamError, endpoint: Endpoint, *, is_trial: bool) -> bool:
+        """Whether a request that failed counts for nothing.
+
+        One that was not let in goes to another server, or waits for one as any other does, and so does one that is
+        forbidden what was allowed when its answer began. Nor does a trial count: others have failed there too, and
+        once a job has, it gets no other.
+        """
+        is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
+        return was_not_let_in(error) or is_forbidden or (is_trial and endpoint.circuit in self._caller.failed_at)
 
     async def _until_taken(self, model: str, others: Sequence[str]) -> None:
         """Wait until a server can take a request for this model, which is no try; said once of each model."""
@@ -225,7 +230,7 @@ class Generation:
         try:
             way = await continuation(self._upstream, endpoint, request, history, self._caller)
         except UpstreamError as error:
-            if not last or _at_the_door(error):
+            if not last or was_not_let_in(error):
                 raise
             raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
         if way.is_over and not way.held:
@@ -358,11 +363,6 @@ def model_of(request: Object) -> str:
     """The model that is asked for; empty when that is left to the server."""
     model = request.get("model")
     return model if isinstance(model, str) else ""
-
-
-def _at_the_door(error: UpstreamError) -> bool:
-    """Whether the server was not reached, or did not let us in: it has seen nothing of the request."""
-    return isinstance(error, NoConnection) or error.status == 401
 
 
 def _warn(error: UpstreamError, endpoint: Endpoint, tried: int) -> None:

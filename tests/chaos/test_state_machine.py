@@ -346,7 +346,7 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
         Machine.url = redis_url
         # Each pause ends at a gate as it is.
         monkeypatch.setattr("worker.broker.connection.Backoff.wait", _no_pause)
-        monkeypatch.setattr("worker.generation._FIRST_PAUSE", 0.0)
+        monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.0)
         monkeypatch.setattr("worker.broker.publisher._FEED_WAITS", 0.0)
         # Reading all certificates anew takes longer than the life of such a worker.
         context = ssl.create_default_context()

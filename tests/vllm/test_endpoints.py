@@ -56,9 +56,9 @@ def admits(endpoint: Endpoint) -> bool:
     return endpoint.circuit.admits(Caller())
 
 
-def best(servers: list[Endpoint], model: str = "", other_than: Endpoint | None = None) -> Endpoint:
+def best(servers: list[Endpoint], other_than: Endpoint | None = None) -> Endpoint:
     """The choice for a job that has not been anywhere."""
-    return best_of(servers, model, Caller(), other_than)
+    return best_of(servers, Caller(), other_than)
 
 
 def half_open(endpoint: Endpoint) -> None:
@@ -122,15 +122,15 @@ def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_d
         endpoint.circuit.probed("")
     one.failed(begin(one), classify(429, "busy", retry_after=7))
     burden(other, 50)
-    assert best([one, other], "") is other
-    assert best([one, other], "", other) is other, "even if it was the last"
-    assert best([one], "") is one
+    assert best([one, other]) is other
+    assert best([one, other], other) is other, "even if it was the last"
+    assert best([one]) is one
     clock.now += 7
-    assert best([one, other], "") is one
+    assert best([one, other]) is one
     one.failed(begin(one), classify(429, "busy"))
-    assert best([one, other], "") is other
+    assert best([one, other]) is other
     clock.now += endpoints.BUSY
-    assert best([one, other], "") is one
+    assert best([one, other]) is one
 
 
 def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(endpoint: Endpoint) -> None:
@@ -139,18 +139,43 @@ def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(
     assert [endpoint.serves(model) for model in ("small", "large", "", "any")] == [True, True, True, False]
 
 
-def test_the_choice_is_among_those_that_serve_the_model(clock: Clock, burden: Burden) -> None:
-    small, large = (Endpoint(url, clock=clock) for url in ("http://a:1", "http://b:1"))
-    small.models, large.models = frozenset({"small", "tiny"}), frozenset({"large"})
-    burden(large, 9)
-    assert best([small, large], "large", other_than=large) is large
-    with pytest.raises(
-        UpstreamError, match=r"^The model `no` does not exist\. Served are: large, small, tiny\.$"
-    ) as caught:
-        best([small, large], "no")
-    assert (caught.value.code, caught.value.retryable) == ("model_not_found", False)
-    large.models = frozenset()
-    assert best([small, large], "no") is large
+def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_lists_it(
+    endpoint: Endpoint, clock: Clock
+) -> None:
+    """A11."""
+    serves = []
+    steps: list[Callable[[], object]] = [
+        lambda: endpoint.lacks("x"),
+        lambda: setattr(clock, "now", clock.now + endpoints.MISSING),
+        lambda: endpoint.lacks("x"),
+        lambda: endpoint.lists(["x"]),
+        lambda: endpoint.lacks("x"),
+    ]
+    for step in steps:
+        step()
+        serves.append(endpoint.serves("x"))
+    assert serves == [False, True, False, True, False]
+    assert endpoint.serves("")
+
+
+def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(endpoint: Endpoint, clock: Clock) -> None:
+    """A11. Such as `llama3` for `llama3:latest`."""
+    endpoint.lists(["llama3:latest"])
+    assert not endpoint.serves("llama3")
+    endpoint.answers("llama3")
+    clock.now += 1e6
+    endpoint.lists(["llama3:latest"])
+    assert endpoint.serves("llama3")
+    endpoint.lacks("llama3")
+    assert not endpoint.serves("llama3")
+
+
+def test_a_server_that_lists_nothing_is_asked_for_any_model_whatever_it_has_answered() -> None:
+    """A11. Or the first of several to be asked would get all requests."""
+    endpoint = Endpoint("http://a:1")
+    endpoint.answers("x")
+    assert "x" not in endpoint.unlisted
+    assert endpoint.serves("y")
 
 
 def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(
@@ -160,9 +185,9 @@ def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_
     for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
         burden(endpoint, in_flight)
         endpoint.circuit.probed("")
-    assert best(servers, "") is servers[1]
-    assert best(servers, "", servers[1]) is servers[2]
-    assert best(servers[:1], "", servers[0]) is servers[0]
+    assert best(servers) is servers[1]
+    assert best(servers, servers[1]) is servers[2]
+    assert best(servers[:1], servers[0]) is servers[0]
 
 
 def test_the_choice_is_another_than_those_where_the_job_has_failed(clock: Clock, burden: Burden) -> None:
@@ -174,9 +199,9 @@ def test_the_choice_is_another_than_those_where_the_job_has_failed(clock: Clock,
     for endpoint in servers[:2]:
         endpoint.failed(endpoint.circuit.begin(caller), classify(500, "no"))
     burden(servers[2], 9)
-    assert best_of(servers, "", caller, servers[1]) is servers[2]
+    assert best_of(servers, caller, servers[1]) is servers[2]
     servers[2].failed(endpoint.circuit.begin(caller), classify(500, "no"))
-    assert best_of(servers, "", caller, servers[1]) is servers[0]
+    assert best_of(servers, caller, servers[1]) is servers[0]
 
 
 def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) -> None:
@@ -188,7 +213,7 @@ def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) 
         half_open(resting)
     other.failed(begin(other), classify(429, "busy"))
     assert best([resting, other]) is other
-    assert resting.takes("", Caller())
+    assert resting.circuit.admits(Caller(), pressed=True)
     half_open(other)
     other.circuit.hold()
     assert best([resting, other]) is resting
@@ -202,12 +227,12 @@ def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Bu
     half_open(trial)
     burden(good, 1)
     servers = [away, trial, good]
-    assert best(servers, "") is trial, "or it would never be tried"
+    assert best(servers) is trial, "or it would never be tried"
     begin(trial)
-    assert best(servers, "") is good
-    assert best(servers, "", good) is good
-    assert best([away, trial], "") is trial
-    assert [endpoint.takes("", Caller()) for endpoint in servers] == [False, False, True]
+    assert best(servers) is good
+    assert best(servers, good) is good
+    assert best([away, trial]) is trial
+    assert [endpoint.circuit.admits(Caller()) for endpoint in servers] == [False, False, True]
     assert [endpoint.away for endpoint in servers] == [True, False, False]
 
 
@@ -215,5 +240,5 @@ def test_a_server_that_does_not_know_a_model_that_it_listed_is_asked_for_its_lis
     endpoint: Endpoint, clock: Clock
 ) -> None:
     endpoint.listed = clock()
-    endpoint.failed(begin(endpoint), classify(404, "The model `x` does not exist."))
+    endpoint.lacks("x")
     assert endpoint.listed < 0

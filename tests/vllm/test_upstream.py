@@ -155,22 +155,67 @@ async def test_a_model_that_is_loaded_later_is_found_when_it_is_asked_for() -> N
         assert await ask(upstream, model="adapter")
 
 
-async def test_a_model_that_nobody_serves_is_an_error_once_all_have_been_asked_again() -> None:
+async def test_a_model_that_no_server_lists_is_asked_of_one_once_the_lists_have_been_asked_for_again() -> None:
+    """A11. Its answer holds for a minute, for all who ask."""
     async with serving("small", "large") as (servers, upstream):
         before = [server.asked.count("/v1/models") for server in servers]
-        with pytest.raises(UpstreamError, match=r"`no` does not exist\. Served are: large, small\.") as caught:
-            await upstream.available("no")
-        assert (caught.value.code, caught.value.retryable) == ("model_not_found", False)
-        with pytest.raises(UpstreamError, match="`no` does not exist"):
-            upstream.choose("no")
+        await upstream.available("no")
         assert [server.asked.count("/v1/models") for server in servers] == [count + 1 for count in before]
+        with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small"):
+            await ask(upstream, model="no")
+        assert not upstream.can_take("no")
+        for _ in range(3):
+            with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small") as caught:
+                await upstream.available("no")
+            assert (caught.value.code, caught.value.status, caught.value.retryable) == ("model_not_found", 404, False)
+        assert [len(server.served) for server in servers] == [1, 0]
+
+
+async def test_a_model_that_nobody_knew_is_found_once_a_server_lists_it() -> None:
+    """A11."""
+    async with serving("small") as ((server,), upstream):
+        with pytest.raises(UpstreamError):
+            await ask(upstream, model="adapter")
+        server.options = Options(model="adapter")
+        await until(lambda: upstream.can_take("adapter"))
+        assert await ask(upstream, model="adapter")
+
+
+async def test_a_model_that_a_server_without_a_list_did_not_know_is_asked_for_again() -> None:
+    """A11. Its answer may change any time, and nothing else would tell."""
+    async with Server() as server:
+        server.statuses["/v1/models"] = 404
+        async with watching(server.url) as upstream:
+            for _ in range(2):
+                with pytest.raises(UpstreamError):
+                    await ask(upstream, model="adapter")
+            server.options = Options(model="adapter")
+            assert await ask(upstream, model="adapter")
+
+
+class Resolving(Server):
+    """A server that has more names for its model than it lists, as one that loads an adapter on first use."""
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        self.options = Options(model="listed" if request.path == "/v1/models" else "other")
+        await super()._handle(request, connection)
+
+
+async def test_a_name_that_a_server_answers_to_is_asked_for_at_once_from_then_on() -> None:
+    """A11. LoRA resolvers, and `llama3` for `llama3:latest`."""
+    async with Resolving() as server, watching(server.url) as upstream:
+        assert await ask(upstream, model="other")
+        asked = server.asked.count("/v1/models")
+        for _ in range(3):
+            assert upstream.can_take("other")
+            assert await ask(upstream, model="other")
+        assert server.asked.count("/v1/models") == asked
 
 
 async def test_many_that_miss_a_model_ask_together() -> None:
     async with serving("small") as ((server,), upstream):
         before = server.asked.count("/v1/models")
-        misses = await asyncio.gather(*(upstream.available(f"no-{n}") for n in range(100)), return_exceptions=True)
-        assert {getattr(miss, "code", miss) for miss in misses} == {"model_not_found"}
+        await asyncio.gather(*(upstream.available(f"no-{n}") for n in range(100)))
         assert server.asked.count("/v1/models") - before == 1
 
 

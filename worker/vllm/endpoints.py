@@ -6,8 +6,12 @@ from contextlib import contextmanager
 
 from worker.vllm.circuit import Caller, Circuit, Run, State
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
+from worker.vllm.recent import Recent
 from worker.vllm.stream import Watchdog
 
+MODEL_NOT_FOUND = "model_not_found"
+MISSING = 60.0
+"""Seconds that the answer holds that there is no such model."""
 BUSY = 1.0
 """Seconds that a server is passed over after a 429 without Retry-After."""
 
@@ -19,7 +23,9 @@ class Endpoint:
         url: its base, without `/v1`.
         requests: those that it has, each by the watchdog over it.
         without: the fields that it does not understand.
-        models: the names that it serves; empty while they are not known, and for a server that does not list them.
+        models: the names that it lists; empty while they are not known, and for a server that does not list them.
+        unlisted: names that it has answered to all the same, for as long as it does.
+        lacking: names that it did not know lately.
         listed: when it was last asked for them, by the clock.
         fix: what to do about its last error, where that is known.
         key: the one that it took last; empty while it has taken none.
@@ -37,6 +43,8 @@ class Endpoint:
         self.requests: set[Watchdog] = set()
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
+        self.unlisted: Recent[bool] = Recent(clock, float("inf"))
+        self.lacking: Recent[bool] = Recent(clock, MISSING)
         self.listed = float("-inf")
         self.fix = ""
         self.key = ""
@@ -78,11 +86,26 @@ class Endpoint:
 
     def serves(self, model: str) -> bool:
         """Whether a request for this model may go there, as far as is known; the empty name is any model."""
-        return not model or not self.models or model in self.models
+        if not model or model in self.models:
+            return model not in self.lacking
+        return model in self.unlisted or (not self.models and model not in self.lacking)
 
-    def takes(self, model: str, caller: Caller) -> bool:
-        """Whether a request of a job for this model may go there now, where no other server takes it."""
-        return self.serves(model) and self.circuit.admits(caller, pressed=True)
+    def lists(self, names: Iterable[str]) -> None:
+        """It says what it serves."""
+        self.models = frozenset(names)
+        for name in self.models:
+            self.lacking.drop(name)
+
+    def answers(self, model: str) -> None:
+        """It has begun to answer a request for this model."""
+        if model and self.models and model not in self.models:
+            self.unlisted.put(model, True)
+
+    def lacks(self, model: str) -> None:
+        """It does not know a model, whatever it said: it is asked for its list again."""
+        self.listed = float("-inf")
+        self.unlisted.drop(model)
+        self.lacking.put(model, True)
 
     def failed(self, run: Run, error: UpstreamError) -> None:
         """A request failed: what that says about the server.
@@ -93,8 +116,6 @@ class Endpoint:
         self.fix = error.fix
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
-        if error.code == "model_not_found":
-            self.listed = float("-inf")  # it is not what it said: ask again
         if may_be_its_fault(error):
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
         if isinstance(error, Refused):
@@ -107,15 +128,12 @@ def may_be_its_fault(error: UpstreamError) -> bool:
     return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
 
-def best_of(endpoints: Sequence[Endpoint], model: str, caller: Caller, other_than: Endpoint | None = None) -> Endpoint:
-    """The server to send a request of a job to.
+def best_of(endpoints: Sequence[Endpoint], caller: Caller, other_than: Endpoint | None = None) -> Endpoint:
+    """The one of these servers to send a request of a job to.
 
     Those that let it through go before those that do so only where no other does, and these before the rest; then
     those that are not busy, then those at which the job has not failed, then others than the last, and then the one
     with the fewest requests in flight.
-
-    Raises:
-        UpstreamError: `model_not_found`, when none serves the model.
     """
 
     def rank(endpoint: Endpoint) -> tuple[object, ...]:
@@ -130,15 +148,4 @@ def best_of(endpoints: Sequence[Endpoint], model: str, caller: Caller, other_tha
             endpoint.in_flight,
         )
 
-    serving = [endpoint for endpoint in endpoints if endpoint.serves(model)]
-    if not serving:
-        raise nobody_serves(model, endpoints)
-    return min(serving, key=rank)
-
-
-def nobody_serves(model: str, endpoints: Iterable[Endpoint]) -> UpstreamError:
-    """Every server lists its models, and this is none of them."""
-    served = ", ".join(sorted({name for endpoint in endpoints for name in endpoint.models}))
-    return UpstreamError(
-        "model_not_found", f"The model `{model}` does not exist. Served are: {served}.", status=404, retryable=False
-    )
+    return min(endpoints, key=rank)

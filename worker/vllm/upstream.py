@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
-from functools import partial
 
 import structlog
 
@@ -15,9 +14,10 @@ from worker.vllm.api import VllmApi
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, Run, State
 from worker.vllm.credentials import ApiKeys
-from worker.vllm.endpoints import Endpoint, best_of, may_be_its_fault
+from worker.vllm.endpoints import MISSING, MODEL_NOT_FOUND, Endpoint, best_of, may_be_its_fault
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, without_user
 from worker.vllm.fields import body_for, refused_fields
+from worker.vllm.recent import Recent
 from worker.vllm.stream import ChatStream, Limits, Watchdog
 from worker.vllm.target import base_url
 from worker.vllm.transport import Answer
@@ -55,6 +55,8 @@ class Upstream:
         self._limits = limits
         self._changed = asyncio.Event()
         self._listing = asyncio.Lock()
+        self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
+        self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
         self._all_asked = self._all_listed = float("-inf")
         self._api = VllmApi(keys or ApiKeys(), connect=limits.connect)
 
@@ -74,34 +76,47 @@ class Upstream:
         """
         if any(endpoint.away is None for endpoint in self.endpoints):
             return False
-        caller = caller or Caller()
-        return any(endpoint.takes(model, caller) for endpoint in self.endpoints)
+        return bool(self._taking(model, caller or Caller()))
 
     def is_busy(self, model: str, caller: Caller) -> bool:
         """Whether all that take requests of a job for this model have asked to be left alone for now."""
-        return all(endpoint.is_busy for endpoint in self.endpoints if endpoint.takes(model, caller))
+        return all(endpoint.is_busy for endpoint in self._taking(model, caller))
 
     def refuses_key(self, model: str) -> bool:
         """Whether every server of this model is away because it takes none of the worker's keys."""
-        serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+        serving = self.serving(model)
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
+
+    def serving(self, model: str) -> list[Endpoint]:
+        """The servers that a request for this model may go to, as far as is known; the empty name is any model.
+
+        A model that no server lists may be asked of any, once `available` has asked for the lists again.
+        """
+        serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+        return serving or (self.endpoints if model in self._unlisted else [])
+
+    def _taking(self, model: str, caller: Caller) -> list[Endpoint]:
+        """Those of them that take a request of a job now, if need be."""
+        return [endpoint for endpoint in self.serving(model) if endpoint.circuit.admits(caller, pressed=True)]
 
     async def available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
         """Wait until a server can take a request of a job for this model; `watch` finds out.
 
-        A model that no server lists is asked for again first, for adapters are loaded at run time. Servers that are
-        away and have never said what they serve may have it, so it is waited for, unless one of `others` can be had.
+        Where no server lists a model, the lists are asked for again, and then any server may be asked: adapters are
+        loaded at run time, some by the first request, and some servers have more names for a model than they list.
+        That it did not know the model is the answer, for a minute. Servers that are away and have never said what they
+        serve may have it, so it is waited for, unless one of `others` can be had.
         A server where the job has failed, and others too, is tried with a request of the worker's own meanwhile.
 
         Raises:
-            UpstreamError: `model_not_found`, when no server has it; `upstream_unreachable` or `unauthorized`, when all
-                that may have it are away, or have failed this job and others, or refuse the keys, and a server can take
-                a request for one of `others`.
+            UpstreamError: `model_not_found`, when a server said so lately; `upstream_unreachable` or `unauthorized`,
+                when all that may have it are away, or have failed this job and others, or refuse the keys, and a server
+                can take a request for one of `others`.
         """
         caller = caller or Caller()
         while not self.can_take(model, caller):
             changed = self._changed
-            serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
+            serving = self.serving(model)
             lost = [endpoint for endpoint in serving if endpoint.away or endpoint.circuit in caller.failed_at]
             if serving == lost and any(self.can_take(other, caller) for other in others) and serving:
                 if self.refuses_key(model):
@@ -110,21 +125,22 @@ class Upstream:
             suspect = next((endpoint for endpoint in serving if endpoint.circuit.wants_trial(caller)), None)
             if suspect is not None:
                 await self._try_out(suspect, model)
-            elif serving or not await self._list_again():
+            elif serving:
                 await _either(changed, _PROBE_EVERY)  # a trial that is not heard of gives its place up in silence
-            else:
-                best_of(self.endpoints, model, caller)
+            elif answer := self._missing.get(model):
+                raise UpstreamError(answer.code, answer.message, status=answer.status, retryable=False)
+            elif not await self._list_again():
+                await _either(changed, _PROBE_EVERY)
+            elif not self.serving(model):
+                self._unlisted.put(model, True)
 
     def choose(self, model: str, caller: Caller | None = None, *, other_than: Endpoint | None = None) -> Endpoint:
         """The server for a request: of those that serve the model and can take it the one with the fewest of ours.
 
         It is another than those where the job has failed, and than the last one, where that may be. When none can take
         it (see `can_take`) it is one that may.
-
-        Raises:
-            UpstreamError: `model_not_found`, when no server lists the model; `available` asks them again.
         """
-        endpoint = best_of(self.endpoints, model, caller or Caller(), other_than)
+        endpoint = best_of(self.serving(model) or self.endpoints, caller or Caller(), other_than)
         endpoint.circuit.hold()
         return endpoint
 
@@ -204,10 +220,10 @@ class Upstream:
         """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
         endpoint.listed = time.monotonic()
         try:
-            endpoint.models = frozenset(await self.models(endpoint))
+            endpoint.lists(await self.models(endpoint))
         except UpstreamError as error:
             if not error.retryable or (error.status == 403 and not endpoint.models):
-                endpoint.models = frozenset()
+                endpoint.lists([])
                 return None
             return error
         return None
@@ -249,12 +265,18 @@ class Upstream:
         Raises:
             UpstreamError: when the server does not give one.
         """
-        circuit = endpoint.circuit
+        circuit, model = endpoint.circuit, request.get("model")
         run = circuit.begin(caller or Caller())
+
+        def begun() -> None:
+            circuit.began(run)
+            if isinstance(model, str):
+                endpoint.answers(model)
+
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
-            stream = await self._open(endpoint, request, route, watchdog, partial(circuit.began, run))
+            stream = await self._open(endpoint, request, route, watchdog, begun)
             try:
                 yield stream
             finally:
@@ -263,11 +285,20 @@ class Upstream:
         except UpstreamError as error:
             if await self._is_about_the_key(endpoint, error):
                 error.status = 401
+            if error.code == MODEL_NOT_FOUND and isinstance(model, str):
+                self._lacks(endpoint, model, error)
             endpoint.failed(run, error)
             raise
         finally:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
+
+    def _lacks(self, endpoint: Endpoint, model: str, answer: UpstreamError) -> None:
+        """A server does not know a model. Where all list others, that is the answer to all who ask."""
+        endpoint.lacks(model)
+        self._unlisted.drop(model)
+        if endpoint.models and model not in endpoint.models and not self.serving(model):
+            self._missing.put(model, answer)
 
     async def _is_about_the_key(self, endpoint: Endpoint, error: UpstreamError) -> bool:
         """Whether a server forbids (403) everything: its list too, which it gave before."""
