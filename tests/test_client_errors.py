@@ -1,13 +1,25 @@
 """What the clients raise: one tree of errors, whatever Redis says and whatever stands in it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
 from command import run
+from proxy import Proxy
 from redis.asyncio import Redis
 
-from worker import Client, ClientError, Conflict, InvalidArgument, Refused, State, UnknownRequest, Unreadable
+from worker import (
+    Client,
+    ClientError,
+    Conflict,
+    InvalidArgument,
+    Refused,
+    State,
+    Unavailable,
+    UnknownRequest,
+    Unreadable,
+)
 from worker.contract.ids import SEAL
 
 ASK: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
@@ -72,6 +84,18 @@ async def test_b1_a_log_that_has_lost_its_seal_is_no_error(client: Client, redis
     await client.cancel("r")
     await redis.xdel("chat:tokens:{r}", str(SEAL))
     assert (await client.cancel("r")).state is State.QUEUED
+
+
+@pytest.mark.parametrize("name", ["enqueue", "cancel"])
+async def test_b5_a_connection_that_is_lost_in_every_transaction_is_no_reason_to_try_for_ever(
+    name: str, client: Client, redis_proxy: Proxy
+) -> None:
+    if name == "cancel":
+        await client.enqueue(ASK, id="r")
+    redis_proxy.cut_before(rb"XADD", times=1_000_000)
+    async with Client(redis_proxy.redis_url, patience=0.2) as cut, asyncio.timeout(20):
+        with pytest.raises(Unavailable, match="Redis does not answer"):
+            await CALLS[name](cut)
 
 
 @pytest.mark.parametrize("name", ["enqueue", "follow", "pour", "result", "status", "cancel"])

@@ -90,7 +90,7 @@ class Client:
         try:
             self._keys = keys_at(url, prefix)
             self._redis = command_client(url)
-            self._enqueuer = Enqueuer(self._redis, self._keys, self._check_usable)
+            self._enqueuer = Enqueuer(self._redis, self._keys)
             self._following = Following(url, self._keys, self._patience)
         except ValueError as error:
             raise InvalidArgument(str(error)) from None

@@ -1,6 +1,5 @@
 """Adding a job to its queue, once: the log is begun in the same step, and tells that a second call is one."""
 
-from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import msgspec
@@ -10,6 +9,7 @@ from redis.exceptions import WatchError
 
 from worker.broker.client_seals import now_of
 from worker.broker.cluster import ClusterClient
+from worker.broker.connection import is_lost
 from worker.client_errors import Conflict
 from worker.contract.entries import AnyEntry, Cancelled, Queued, Started, parse_leniently, to_fields
 from worker.contract.ids import QUEUED
@@ -25,12 +25,11 @@ _RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 
 
 class Enqueuer:
-    """Adds jobs. `check_usable` raises when the client is closed."""
+    """Adds jobs."""
 
-    def __init__(self, redis: Redis, keys: Keys, check_usable: Callable[[], None]) -> None:
+    def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._keys = keys
-        self._check_usable = check_usable
 
     async def add(self, job: Job, queue: str, within: float | None) -> None:
         """Add a job, or nothing where the same request was added before. `within` is seconds until its deadline.
@@ -62,8 +61,9 @@ class Enqueuer:
                     pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
                 try:
                     await pipe.execute()
-                except WatchError:
-                    self._check_usable()  # the connection may be gone because the client was closed
+                except WatchError as error:
+                    if is_lost(error):  # it may be lost each time, so how long to go on is for the caller to say
+                        raise
                     continue
             if is_cluster:
                 await self._add_after_log(job, queue)

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.connection import Backoff, is_transient, what_redis_said
+from worker.broker.connection import Backoff, is_lost, is_transient, what_redis_said
 from worker.broker.pages import RawEntry, read_all
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Fields, parse_leniently, to_fields
@@ -67,7 +67,7 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
             try:
                 await pipe.execute()
             except WatchError as error:
-                if "while watching" in str(error):  # this is how redis-py 8.1 says that the connection is lost
+                if is_lost(error):
                     raise
                 left -= 1  # an entry came meanwhile: look again
                 continue

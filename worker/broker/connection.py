@@ -101,6 +101,11 @@ def lacks_command(error: BaseException) -> bool:
     return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith("unknown command")
 
 
+def is_lost(error: exceptions.WatchError) -> bool:
+    """Whether redis-py 8.1 says in this way that the connection is gone, and not that what is watched has changed."""
+    return "while watching" in str(error)
+
+
 def what_redis_said(error: BaseException) -> str:
     """The text of an error without the arguments of commands, which may hold a prompt or an answer.
 

@@ -13,7 +13,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.connection import Voice, is_transient
+from worker.broker.connection import Voice, is_lost, is_transient
 from worker.broker.jobs import Delivery
 from worker.broker.together import Together
 from worker.broker.wire import pack
@@ -95,7 +95,9 @@ class Ledger:
             pipe.xadd(self._keys.dead, letter.to_fields(), maxlen=_DEAD_LENGTH)  # type: ignore[arg-type]  # likewise
             try:
                 await pipe.execute()
-            except WatchError:
+            except WatchError as error:
+                if is_lost(error):
+                    raise
                 return f"({newest[0][0].decode()}" if newest else since
         return None
 
