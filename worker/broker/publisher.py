@@ -302,7 +302,8 @@ class Publisher:
                 self._take_replies(batch, told, outcome)
             except Exception as error:  # noqa: BLE001 - `run` raises it
                 self._trouble = error
-            self._backoff.reset()  # not after a look: reading works while Redis has no room to write
+            else:
+                self._backoff.reset()  # not after a look: reading works while Redis has no room to write
         if self._out or self._trouble or self._look or self._asked or self._leaving:
             self._schedule()
         else:
