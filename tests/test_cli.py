@@ -3,9 +3,11 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from asyncio.subprocess import Process
 from pathlib import Path
 
 import pytest
@@ -160,7 +162,7 @@ async def test_following_what_is_unknown_or_expired_is_exit_status_1(redis_url: 
     )
     assert (unknown.status, unknown.out, expired.status, expired.out) == (1, "", 1, "")
     says(unknown, "Error: nothing is known of a request nope")
-    says(expired, "Error: request old ended (done) and its log has expired")
+    says(expired, '{"error":"request old ended (done) and its log has expired","status":1}')
 
 
 async def test_reasoning_goes_to_standard_error_and_ends_its_line(redis_url: str, redis: Redis) -> None:
@@ -340,7 +342,7 @@ def test_a_command_gives_up_when_redis_stays_away(arguments: list[str], monkeypa
     monkeypatch.setenv("REDIS_URL", NOWHERE)
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "Error: Redis does not answer" in result.stderr
+    assert ('{"error":"' if "--json" in arguments else "Error: ") + "Redis does not answer" in result.stderr
     assert "hidden-pw" not in result.output
 
 
@@ -511,13 +513,15 @@ def test_the_help_of_each_command_has_an_example(name: str) -> None:
 
 
 async def test_the_help_lists_every_command_and_where_to_begin() -> None:
-    helped, version = await asyncio.gather(run("--help"), run("--version"))
-    assert (helped.status, version.status) == (0, 0)
+    helped, told, short = await asyncio.gather(run("--help"), run("--version"), run("-V"))
+    assert (helped.status, told.status, short.out) == (0, 0, told.out)
     for name in HELP:
         assert f"\n  {name} " in helped.out
-    assert "..." not in helped.out.partition("Commands:")[2], "every line is whole"
+    sections = re.findall(r"^(\w.*):$", helped.out, re.MULTILINE)
+    assert sections == ["Options", "To ask", "To run workers", "To try it"]
+    assert "..." not in helped.out.partition("Options:")[2], "every line is whole"
     assert "worker demo" in helped.out
-    assert version.out.startswith("vllm-relay ")
+    assert told.out.startswith("vllm-relay ")
 
 
 # simulate, and what is not installed
@@ -568,3 +572,97 @@ async def test_enqueue_is_there_for_a_worker_that_comes_later(
         return (await client.status(request_id)).outcome == "done"
 
     await eventually(done)
+
+
+# C9: the small things
+
+
+async def interrupted(process: Process) -> Ended:
+    """Ctrl-C, and what comes of it."""
+    process.send_signal(signal.SIGINT)
+    return await rest(process)
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["plain", "json"])
+async def test_c9_whoever_stops_following_is_told_how_to_go_on_and_how_to_end_it(
+    redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, as_json: bool
+) -> None:
+    await start_worker(await start_simulator(Options(orders=Orders(fault="stall", after=3))), gap_timeout=60)
+    flag = ["--json"] if as_json else []
+    async with started("enqueue", "Hi", "--id", "mine", "--follow", *flag, REDIS_URL=redis_url) as process:
+        await line_with(process.stdout if as_json else process.stderr, '"1-3"' if as_json else "taken by")
+        ended = await interrupted(process)
+    said = json.loads(ended.err.splitlines()[-1])["error"] if as_json else ended.err
+    found = re.search(r"still running: worker follow mine --after (\d+-\d+), or worker cancel mine", said)
+    assert found
+    assert ended.status == 130
+    assert "Traceback" not in ended.err
+    async with started("follow", "mine", REDIS_URL=redis_url) as process:
+        await line_with(process.stderr, "taken by")
+        again = await interrupted(process)
+    assert again.status == 130
+    await client.cancel("mine")
+
+
+async def test_c9_ctrl_c_before_anything_was_added_ends_quietly() -> None:
+    async with started("enqueue", "Hi", REDIS_URL=NOWHERE) as process:
+        await line_with(process.stderr, "Redis does not answer")
+        ended = await interrupted(process)
+    assert (ended.status, ended.out, ended.err) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["enqueue", "--json", ""], 2, "the PROMPT is empty"),
+        (["enqueue", "--json", "Hi", "--odd"], 2, "No such option '--odd'"),
+        (["follow", "--json", "a b"], 2, "a request id is 1 to 128"),
+        (["follow", "nope", "--json"], 1, "nothing is known of a request nope"),
+        (["dead", "show", "--json", "1-1"], 1, "there is no such letter"),
+        (["run", "--json"], 2, "No such option '--json'"),
+    ],
+)
+def test_c9_errors_are_json_where_the_rest_is(
+    arguments: list[str], status: int, words: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.cli_options._PATIENCE", 5.0)
+    result = CliRunner().invoke(main, arguments, env={"REDIS_URL": redis_url})
+    assert (result.exit_code, result.stdout) == (status, "")
+    error = json.loads(result.stderr)
+    assert error["status"] == status
+    assert words in error["error"]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_c9_an_empty_prompt_is_refused(prompt: str) -> None:
+    mistaken(["enqueue", prompt], "the PROMPT is empty")
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_c9_no_color_is_heeded(no_color: str) -> None:
+    arguments = ["check", "--redis-url", NOWHERE, "--vllm-urls", "http://127.0.0.1:1"]
+    result = CliRunner().invoke(main, arguments, color=True, env={"NO_COLOR": no_color})
+    assert ("\x1b[" in result.stdout) == (not no_color)
+
+
+def test_c9_help_says_what_stands_for_a_value() -> None:
+    helped = CliRunner().invoke(main, ["run", "--help"]).stdout
+    for option in ("--metrics HOST:PORT", "--retention SECONDS", "--lease SECONDS", "--vllm-api-key KEY"):
+        assert option in helped
+    assert "--timeout SECONDS" in CliRunner().invoke(main, ["enqueue", "--help"]).stdout
+
+
+def test_c9_a_shell_completes_the_commands() -> None:
+    def ask(**variables: str) -> str:
+        return CliRunner().invoke(main, prog_name="worker", env=variables).stdout
+
+    assert "_worker_completion" in ask(_WORKER_COMPLETE="zsh_source")  # of bash its version is asked first
+    assert ask(_WORKER_COMPLETE="bash_complete", COMP_WORDS="worker enq", COMP_CWORD="1") == "plain,enqueue\n"
+
+
+async def test_c3_enqueue_says_that_no_worker_serves_the_queue(redis_url: str) -> None:
+    async with started("enqueue", "Hi", "--queue", "slow", "--follow", REDIS_URL=redis_url) as process:
+        line = await line_with(process.stderr, "no worker serves the queue slow")
+        ended = await interrupted(process)
+    assert "worker run --queues slow" in line
+    assert ended.status == 130

@@ -1,54 +1,30 @@
 """The command `worker`: every subcommand, its options and its exit status."""
 
+import asyncio
 import gc
+import os
 from contextlib import suppress
 from typing import IO, NoReturn, get_args
 
 import click
 import msgspec
 import structlog
-from redis.exceptions import RedisError
 
-from worker.broker.advice import advice_on
-from worker.broker.connection import what_redis_said
 from worker.cli_dead import dead
+from worker.cli_group import Commands, Interrupted
 from worker.cli_options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
 from worker.client import Client, State
 from worker.client_errors import ClientError, Unavailable
 from worker.console import Printer
 from worker.contract.entries import Idle, Object, to_json
 from worker.contract.ids import SEAL, EntryId, is_request_id
-from worker.contract.job import InvalidJob
 from worker.new_jobs import JobOptions, new_job
-from worker.settings import ConfigError, load_settings, variable
+from worker.settings import load_settings
 from worker.telemetry.logs import configure_logging
 from worker.version import version
 
 _LONELY = 3.0
 """Seconds that a job waits until it is asked whether any worker serves its queue."""
-
-
-class _Commands(click.Group):
-    """Turns a user's mistake into a sentence and an exit status, in one place."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # as in `worker follow … | head`; click ends the process quietly
-            raise
-        except (ConfigError, InvalidJob) as error:
-            raise _Misused(str(error)) from None
-        except RedisError as error:
-            advice = advice_on(error) or f"see {variable('redis_url')}"
-            raise click.ClickException(f"Redis says: {what_redis_said(error)}: {advice}") from None
-        except (ClientError, OSError) as error:
-            raise click.ClickException(str(error) or type(error).__name__) from None
-
-
-class _Misused(click.ClickException):
-    """A setting, an option or a request that cannot be: trying again does not help, hence a status of its own."""
-
-    exit_code = 2
 
 
 def _version(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> None:
@@ -57,12 +33,15 @@ def _version(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> No
         ctx.exit()
 
 
-@click.group(cls=_Commands, epilog="Try it: worker demo", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, epilog="Try it: worker demo", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-V", "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
 )
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def _check_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -111,12 +90,12 @@ def _spare_the_collector() -> None:
 @main.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
 @click.argument("prompt", required=False)
 @click.option("--request", "source", type=click.File("rb"), help="A JSON chat completion request; - is standard input.")
-@click.option("--model", help="The model to ask, when it is not in the request.")
+@click.option("--model", metavar="MODEL", help="The model to ask, when it is not in the request.")
 @click.option("--max-tokens", type=int, help="How long the answer may become.")
-@click.option("--id", "request_id", help="The request id; made up when left out.")
-@click.option("--queue", default="default", show_default=True, help="The queue to add the job to.")
-@click.option("--timeout", type=float, help="Seconds within which the answer must be whole.")
-@click.option("--retention", type=int, help="Seconds that the log is kept after its end.")
+@click.option("--id", "request_id", metavar="ID", help="The request id; made up when left out.")
+@click.option("--queue", default="default", metavar="QUEUE", show_default=True, help="The queue to add the job to.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Seconds within which the answer must be whole.")
+@click.option("--retention", type=int, metavar="SECONDS", help="Seconds that the log is kept after its end.")
 @click.option("--fallback", "fallbacks", multiple=True, metavar="MODEL", help="A further model; may be given again.")
 @click.option("--follow", is_flag=True, help="Print the answer as it comes.")
 @json_option
@@ -149,7 +128,7 @@ def enqueue(
                 click.echo(to_json({"id": added}) if as_json else added)
                 return True
             click.echo(f"· request {added}", err=True)
-            return await _print(client, added, None, as_json=as_json)
+            return await _print(client, added, None, as_json=as_json, queue=queue)
 
     _exit(run_async(add_and_follow))
 
@@ -257,12 +236,22 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     help="Tokens per second and stream; 0 is without a pause.",
 )
 @click.option(
-    "--first-token", default=0.0, type=click.FloatRange(0), show_default=True, help="Seconds before the first token."
+    "--first-token",
+    default=0.0,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    show_default=True,
+    help="Seconds before the first token.",
 )
 @click.option("--fault", help="What goes wrong, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
 @click.option("--after", default=0, type=click.IntRange(0), show_default=True, help="Delta chunks before the fault.")
 @click.option("--times", type=click.IntRange(0), help="Only the first so many tries of a request meet the fault.")
-@click.option("--retry-after", type=click.FloatRange(0), help="Seconds, for the Retry-After header of 429 and 503.")
+@click.option(
+    "--retry-after",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="Seconds, for the Retry-After header of 429 and 503.",
+)
 def simulate(host: str, port: int, model: str, api_key: str | None, **orders: object) -> None:
     """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
     try:
@@ -303,6 +292,10 @@ async def _print(client: Client, request_id: str, after: EntryId | None, *, as_j
                     f"· no worker serves the queue {queue}: start one with worker run --queues {queue}", err=True
                 )
                 queue = ""
+    except asyncio.CancelledError:  # by Ctrl-C
+        last = printer.break_off() or ("" if after is None else str(after))
+        more = f" --after {last}" if last else ""
+        raise Interrupted(f"still running: worker follow {request_id}{more}, or worker cancel {request_id}") from None
     except ClientError as error:
         last = printer.break_off()
         if not last or not isinstance(error, Unavailable):
@@ -325,6 +318,8 @@ async def _is_served(client: Client, queue: str) -> bool:
 def _request(prompt: str | None, source: bytes | None) -> Object:
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --request FILE")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("the PROMPT is empty")
     if prompt is not None and not _is_text(prompt):
         raise click.UsageError("the PROMPT is not UTF-8")
     if source is None:

@@ -171,7 +171,9 @@ async def _each(letters: DeadLetters, chosen: list[EntryId], act: _Act, *, as_js
                 problem = str(error)
         if not done:
             undone += 1
-            click.echo(f"{letter_id}: {problem}", err=True)
+            click.echo(
+                to_json({"id": str(letter_id), "error": problem}) if as_json else f"{letter_id}: {problem}", err=True
+            )
             continue
         told = "dropped"
         if "retried_as" in done:

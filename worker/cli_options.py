@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 
 from worker.client import Client
 from worker.client_errors import Unavailable
@@ -30,11 +31,12 @@ def settings_options(*names: str) -> Callable[[_F], _F]:
         for name in reversed(names or tuple(Settings.model_fields)):
             field = Settings.model_fields[name]
             secret = "SecretStr" in repr(field.annotation)
-            shown = "" if secret and not name.endswith("_url") else f"  [default: {_shown(field.get_default())}]"
+            default = _shown(field.get_default())
+            shown = "" if not default or (secret and not name.endswith("_url")) else f"  [default: {default}]"
             command = click.option(
                 f"--{name.replace('_', '-')}",
                 name,
-                metavar=_kind(name, field.annotation),
+                metavar=_kind(name, field),
                 help=f"{field.description} ({variable(name)}){shown}",
             )(command)
         return command
@@ -54,13 +56,15 @@ def _shown(default: object) -> str:
     )
 
 
-def _kind(name: str, annotation: object) -> str:
+def _kind(name: str, field: FieldInfo) -> str:
     """What stands for the value in the help."""
-    if get_origin(annotation) is Literal:
-        return f"[{'|'.join(get_args(annotation))}]"
-    if annotation is float:
+    if get_origin(field.annotation) is Literal:
+        return f"[{'|'.join(get_args(field.annotation))}]"
+    if str(field.description).startswith("Seconds "):
         return "SECONDS"
-    return "INTEGER" if annotation is int else name.rpartition("_")[2].upper()
+    if name == "metrics":
+        return "HOST:PORT"
+    return "INTEGER" if field.annotation is int else name.rstrip("_2").rpartition("_")[2].upper()
 
 
 def run_async(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:

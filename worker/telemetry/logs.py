@@ -6,6 +6,7 @@ would add to them.
 """
 
 import logging
+import os
 import sys
 from typing import Literal
 
@@ -18,10 +19,11 @@ Format = Literal["auto", "json", "console"]
 def configure_logging(log_format: Format = "auto", level: str = "info") -> None:
     """Set up structlog for the process. `auto` is readable on a terminal and JSON elsewhere."""
     readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     # Tracebacks without the values of variables, which structlog shows by default: they hold prompts and outputs.
     tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     renderers: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
         if readable
         else [tracebacks, structlog.processors.JSONRenderer()]
     )
