@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.vllm.circuit import FAILURES, LONGEST_PAUSE, TRIAL, Caller, Circuit, Run, State
+from worker.vllm.circuit import FAILURES, LATE_TRIAL, LONGEST_PAUSE, TRIAL, Caller, Circuit, Run, State
 
 Change = tuple[State, State, str]
 
@@ -336,6 +336,46 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
     assert circuit.state is State.CLOSED
 
 
+def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) -> None:
+    """A8. With one request, until that is heard of or a probe is answered."""
+    circuit = Circuit(clock, lambda *_: None)
+    circuit.probed_late(is_longest=False)
+    assert (admits(circuit), circuit.wants_probe) == (True, True)
+    run = begin(circuit)
+    clock.now += TRIAL
+    assert not admits(circuit), "its queue is long"
+    circuit.began(run)
+    assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, State.CLOSED, False)
+
+
+@pytest.mark.parametrize(("trouble", "state"), [("", State.HALF_OPEN), ("health_503", State.OPEN)])
+def test_a_probe_that_is_answered_after_a_late_one_says_more(clock: Clock, trouble: str, state: State) -> None:
+    """A8."""
+    circuit = Circuit(clock, lambda *_: None)
+    circuit.probed_late(is_longest=False)
+    circuit.probed(trouble)
+    assert circuit.state is state
+    assert circuit.wants_probe is bool(trouble)
+
+
+def test_a_server_that_is_away_is_tried_once_the_longest_probe_is_late(circuit: Circuit) -> None:
+    """A8. It may be busy; a frozen one costs no more than the one request."""
+    fail(circuit, FAILURES)
+    circuit.probed_late(is_longest=False)
+    assert circuit.state is State.OPEN
+    circuit.probed_late(is_longest=True)
+    assert (admits(circuit), circuit.wants_probe) == (True, True)
+    fail(circuit)
+    assert circuit.state is State.OPEN
+
+
+def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
+    """A8. Nor does it after a failure, which alone says nothing."""
+    fail(circuit)
+    circuit.probed_late(is_longest=True)
+    assert (circuit.state, circuit.wants_probe) == (State.CLOSED, False)
+
+
 def test_a_server_that_answers_while_it_is_held_to_be_away_is_back(circuit: Circuit) -> None:
     circuit.began(begin(opened(circuit)))
     assert admits(circuit)
@@ -358,7 +398,7 @@ def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: li
     ]
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20), st.floats(0, 20)), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 20), st.floats(0, 20)), max_size=60))
 def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list[tuple[int, int, float]]) -> None:
     clock = Clock()
     circuit = Circuit(clock, lambda *_: None)
@@ -380,9 +420,11 @@ def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list
                 circuit.left(run)
             case 5:
                 circuit.hold()
+            case 6:
+                circuit.probed_late(is_longest=which % 2 == 0)
             case _:
                 circuit.probed("" if which % 2 else "x")
-    clock.now += LONGEST_PAUSE + TRIAL
+    clock.now += LONGEST_PAUSE + LATE_TRIAL
     if circuit.wants_probe:
         circuit.probed("")
     assert admits(circuit)

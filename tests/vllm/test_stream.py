@@ -811,10 +811,10 @@ async def test_what_is_no_list_of_models(body: bytes) -> None:
 
 
 async def test_models_of_a_server_that_is_not_there_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "_FEW_SECONDS", 0.1)
+    monkeypatch.setattr(upstream_module, "FIRST_LIMIT", 0.1)
     async with sending(then_close=False) as url, reaching(url) as upstream:
         error = await models_error(upstream)
-    assert (error.code, error.message) == ("upstream_unreachable", f"cannot reach {url}/v1/models: TimeoutError")
+    assert (error.code, error.message) == ("upstream_unreachable", f"{url}/v1/models did not answer within 0.1 s")
     async with reaching(url) as upstream:
         error = await models_error(upstream)
     assert (error.code, error.retryable) == ("upstream_unreachable", True)

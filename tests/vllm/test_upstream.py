@@ -21,7 +21,9 @@ from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.telemetry.logs import configure_logging
 from worker.vllm import circuit as circuit_module
+from worker.vllm import probes
 from worker.vllm import upstream as upstream_module
+from worker.vllm.api import Late, VllmApi
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import FAILURES, Caller, State
 from worker.vllm.credentials import ApiKeys
@@ -64,8 +66,8 @@ class Server(Simulator):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses are short here: nothing is measured."""
-    for name in ("_PROBE_EVERY", "_LIST_AGAIN"):
-        monkeypatch.setattr(upstream_module, name, SHORT)
+    monkeypatch.setattr(upstream_module, "_PROBE_EVERY", SHORT)
+    monkeypatch.setattr(probes, "LIST_AGAIN", SHORT)
     monkeypatch.setattr(circuit_module, "FIRST_PAUSE", SHORT)
     monkeypatch.setattr(circuit_module, "LONGEST_PAUSE", SHORT)
 
@@ -285,6 +287,86 @@ async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, in
             assert (upstream.is_there, upstream.endpoints[0].away) == (False, True)
             server.statuses.clear()
             assert await ask(upstream)
+
+
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes are late at once, and have no more time than a little."""
+    monkeypatch.setattr(probes, "FIRST_LIMIT", SHORT)
+    monkeypatch.setattr(probes, "LONGEST_LIMIT", 4 * SHORT)
+
+
+@pytest.mark.usefixtures("_brief")
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
+    """A8. A busy vLLM takes half a minute, and a router asks every model; neither was ever asked for anything."""
+    async with Server() as server:
+        server.slow = {path}
+        async with watching(server.url) as upstream:
+            assert await ask(upstream, model="reciter")
+            assert upstream.endpoints[0].circuit.state is State.CLOSED
+
+
+@pytest.mark.usefixtures("_brief")
+async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8."""
+    limits: list[float] = []
+
+    async def health(_: object, __: Endpoint, within: float) -> int:
+        limits.append(within)
+        if len(limits) in {5, 6}:
+            return 503
+        raise Late("http://a", within)
+
+    monkeypatch.setattr(VllmApi, "health", health)
+    async with watching("http://127.0.0.1:1"):
+        await until(lambda: len(limits) > 7)
+    assert limits[:8] == [n * SHORT for n in (1, 2, 4, 4, 4, 1, 1, 2)]
+
+
+@pytest.mark.usefixtures("_brief")
+async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8. Until it is there the server may have any model, as one that lists nothing."""
+    async with Server() as server:
+        server.slow = {"/v1/models"}
+        async with watching(server.url) as upstream:
+            assert await ask(upstream, model="reciter")
+            asked = server.asked.count("/v1/models")
+            await until(lambda: server.asked.count("/v1/models") > asked)
+            monkeypatch.setattr(probes, "FIRST_LIMIT", 5)
+            monkeypatch.setattr(probes, "LONGEST_LIMIT", 5)
+            server.released.set()
+            await until(lambda: upstream.endpoints[0].models == {"reciter"})
+
+
+@pytest.mark.usefixtures("_brief")
+async def test_a_model_is_asked_for_though_the_lists_are_never_there_in_time() -> None:
+    """A8 and A11."""
+    async with Resolving() as server, watching(server.url) as upstream:
+        server.slow = {"/v1/models"}
+        assert await ask(upstream, model="other")
+
+
+@pytest.mark.usefixtures("_brief")
+async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time() -> None:
+    """A8. It takes connections, and answers nothing: neither its health nor any request."""
+    async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
+        circuit = upstream.endpoints[0].circuit
+        server.slow = {"/health", "/v1/models"}
+        server.orders("hang")
+        await fails(upstream, FAILURES)
+        assert circuit.state is State.OPEN
+        upstream._limits = PATIENT
+        tried = len(server.served)
+        waiting = [asyncio.create_task(ask(upstream)) for _ in range(5)]
+        await until(lambda: len(server.served) > tried)
+        asked = server.asked.count("/health")
+        await until(lambda: server.asked.count("/health") > asked + 2)
+        assert len(server.served) == tried + 1
+        server.orders()
+        server.released.set()
+        waiting[0].cancel()
+        assert all(text for text in await asyncio.gather(*waiting, return_exceptions=True))
 
 
 async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> None:
@@ -542,10 +624,10 @@ async def test_a_question_has_as_long_as_a_first_token(monkeypatch: pytest.Monke
         server.slow = {"/tokenize", "/v1/models"}
         question: Object = {"messages": [{"role": "user", "content": "Hi"}]}
         with monkeypatch.context() as brief:
-            brief.setattr(upstream_module, "_FEW_SECONDS", SHORT)
+            brief.setattr(upstream_module, "FIRST_LIMIT", SHORT)
             asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", question))
             await until(lambda: "/tokenize" in server.asked)
-            with pytest.raises(UpstreamError, match="TimeoutError"):  # so the time of a probe is over
+            with pytest.raises(UpstreamError, match="did not answer within"):  # so the time of a probe is over
                 await upstream.models(upstream.endpoints[0])
         server.released.set()
         assert b"tokens" in await asking

@@ -10,7 +10,7 @@ import msgspec
 from worker.contract.entries import Object, to_json
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.endpoints import Endpoint
-from worker.vllm.errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page
+from worker.vllm.errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
 from worker.vllm.stream import Limits, Watchdog, open_answer
 from worker.vllm.target import Target
 from worker.vllm.transport import Answer, Transport
@@ -18,11 +18,26 @@ from worker.vllm.transport import Answer, Transport
 _T = TypeVar("_T")
 
 
+_TO_CONNECT = 0.9
+"""Part of the time for an answer in which there must be a connection: one that is missing is not late."""
+
+
+class Late(UpstreamError):
+    """A server took the connection and did not answer `within` so many seconds: it may be busy."""
+
+    def __init__(self, url: str, within: float) -> None:
+        super().__init__(
+            "upstream_unreachable", f"{without_user(url)} did not answer within {within:g} s", retryable=True
+        )
+        self.within = within
+
+
 class VllmApi:
     """The HTTP client of all servers: one transport, with no limit on connections but the worker's slots."""
 
     def __init__(self, keys: ApiKeys, *, connect: float) -> None:
         self._keys = keys
+        self._connect = connect
         self._transport = Transport()
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=connect), transport=self._transport)
         self._targets: dict[tuple[str, str], Target] = {}
@@ -66,7 +81,8 @@ class VllmApi:
         """The status of a server's `/health`.
 
         Raises:
-            UpstreamError: when it does not answer within so many seconds.
+            Late: when it does not answer within so many seconds.
+            UpstreamError: when it does not answer.
         """
         key = await self._keys.untried(endpoint.key, frozenset()) or ""
         return (await self._get(f"{endpoint.url}/health", key, within)).status_code
@@ -75,7 +91,8 @@ class VllmApi:
         """The names of the models that a server serves.
 
         Raises:
-            UpstreamError: when it does not say within so many seconds.
+            Late: when it does not answer within so many seconds.
+            UpstreamError: when it does not say.
         """
         url = f"{endpoint.url}/v1/models"
 
@@ -125,9 +142,12 @@ class VllmApi:
     async def _get(self, url: str, key: str, within: float) -> httpx.Response:
         try:
             async with asyncio.timeout(within):
-                return await self._client.get(url, headers=_authorization(key))
-        except (httpx.HTTPError, TimeoutError) as error:
+                timeout = httpx.Timeout(None, connect=min(self._connect, _TO_CONNECT * within))
+                return await self._client.get(url, headers=_authorization(key), timeout=timeout)
+        except httpx.HTTPError as error:
             raise unreachable(url, error) from None
+        except TimeoutError:
+            raise Late(url, within) from None
 
 
 class _Model(msgspec.Struct):

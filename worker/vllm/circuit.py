@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 FAILURES = 5
 """Jobs whose requests failed, with no success between them, that open a circuit."""
-TRIAL = 10.0
-"""Seconds that a trial keeps others away while nothing is known of it."""
+TRIAL, LATE_TRIAL = 10.0, 60.0
+"""Seconds that a trial keeps others away while nothing is known of it; also where no probe was answered."""
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
 """Seconds between trials at least, from the second time on. The first time it is for the probe to say."""
 
@@ -75,6 +75,9 @@ class Circuit:
     same: until one stream has come whole, a single one that breaks off opens the circuit again. A trial of which
     nothing is heard, as in a long queue at vLLM, keeps its place for `TRIAL` seconds, then another may try.
 
+    A probe that is late says nothing: a server of which nothing is known yet is tried all the same, and one that is
+    away is once the longest probe is late, too. Should that trial fail, it is away again.
+
     How a request went that was sent before the circuit opened says nothing about the server since: streams that a
     dying vLLM left frozen end long after it is back.
 
@@ -92,6 +95,7 @@ class Circuit:
         self._unanswered: set[Caller] = set()
         self._broken: set[Caller] = set()
         self._is_suspect = False
+        self._is_late = False
         self._on_probation = False
         self._era = 0
         self._held_until = 0.0
@@ -118,11 +122,11 @@ class Circuit:
         """Whether the server is to be asked if it is there: a request failed, or it is away, or nothing is known."""
         if self.state is State.OPEN:
             return self._clock() >= self._before_probes.until
-        return self.state is State.UNKNOWN or self._is_suspect
+        return self.state is State.UNKNOWN or self._is_suspect or self._is_late
 
     def probed(self, trouble: str) -> None:
         """A probe was answered; or not, and `trouble` says why."""
-        self._is_suspect = False
+        self._is_suspect = self._is_late = False
         if self.state is State.OPEN:
             if not trouble:
                 self._held_until = 0.0
@@ -132,9 +136,17 @@ class Circuit:
         elif self.state is State.UNKNOWN:
             self._become(State.CLOSED)
 
+    def probed_late(self, *, is_longest: bool) -> None:
+        """A probe was not answered in the time it had; `is_longest` where it gets no more."""
+        self._is_suspect = False
+        if self.state is State.UNKNOWN or (self.state is State.OPEN and is_longest):
+            self._held_until = 0.0
+            self._become(State.HALF_OPEN)
+            self._is_late = True
+
     def hold(self) -> None:
         """A request is about to go there: while the circuit is half open, it is the trial."""
-        self._held_until = self._clock() + TRIAL
+        self._held_until = self._clock() + (LATE_TRIAL if self._is_late else TRIAL)
 
     def run_of(self, caller: Caller) -> Run:
         """What a request of a job that begins now tells its fate with."""
@@ -175,6 +187,9 @@ class Circuit:
             self._open(reason)
             return
         self._is_suspect = True
+        if self.state is State.HALF_OPEN and self._is_late:
+            self._open(reason)
+            return
         if self.state is State.HALF_OPEN:
             self._before_trials.begin(self._clock())
             if not caller.is_job:
@@ -202,5 +217,5 @@ class Circuit:
         self._is_suspect = self._on_probation = False
 
     def _become(self, state: State, reason: str = "") -> None:
-        former, self.state, self.reason = self.state, state, reason
+        former, self.state, self.reason, self._is_late = self.state, state, reason, False
         self._on_change(former, state, reason)

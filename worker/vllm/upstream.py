@@ -15,8 +15,9 @@ from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, Run, State
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.endpoints import MISSING, MODEL_NOT_FOUND, Endpoint, best_of, may_be_its_fault
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, without_user
+from worker.vllm.errors import UNAUTHORIZED, UpstreamError, without_user
 from worker.vllm.fields import body_for, refused_fields
+from worker.vllm.probes import FIRST_LIMIT, Probes
 from worker.vllm.recent import Recent
 from worker.vllm.stream import ChatStream, Limits, Watchdog
 from worker.vllm.target import base_url
@@ -27,11 +28,8 @@ COMPLETIONS = "/v1/completions"
 
 __all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream"]
 
-_FEW_SECONDS = 3.0
 _PROBE_EVERY = 2.0
 _LIST_EVERY = 60.0
-_LIST_AGAIN = 2.0
-"""Seconds between two lists that are asked for because a model is missing in the last."""
 
 _log = structlog.get_logger()
 
@@ -54,11 +52,10 @@ class Upstream:
         self.endpoints = [Endpoint(base_url(url), on_change=self._on_change) for url in urls]
         self._limits = limits
         self._changed = asyncio.Event()
-        self._listing = asyncio.Lock()
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
-        self._all_asked = self._all_listed = float("-inf")
         self._api = VllmApi(keys or ApiKeys(), connect=limits.connect)
+        self._probes = Probes(self._api, self.endpoints)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -129,7 +126,7 @@ class Upstream:
                 await _either(changed, _PROBE_EVERY)  # a trial that is not heard of gives its place up in silence
             elif answer := self._missing.get(model):
                 raise UpstreamError(answer.code, answer.message, status=answer.status, retryable=False)
-            elif not await self._list_again():
+            elif not await self._probes.list_again():
                 await _either(changed, _PROBE_EVERY)
             elif not self.serving(model):
                 self._unlisted.put(model, True)
@@ -175,73 +172,23 @@ class Upstream:
         async with asyncio.TaskGroup() as group:
             for endpoint in self.endpoints:
                 group.create_task(self._watch(endpoint))
+                group.create_task(self._watch_list(endpoint))
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:
             changed = self._changed
             if endpoint.circuit.wants_probe:
-                endpoint.circuit.probed(await self._trouble(endpoint))
-            elif not endpoint.away and time.monotonic() - endpoint.listed > _LIST_EVERY:
-                await self._list(endpoint)
+                await self._probes.probe(endpoint)
             elif not endpoint.away and any(watchdog.is_silent() for watchdog in endpoint.requests):
-                await self._still_there(endpoint)
+                await self._probes.still_there(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
-    async def _still_there(self, endpoint: Endpoint) -> None:
-        """Ask a server whose streams are silent, lest all of them wait for their limit when it is going down."""
-        run = endpoint.circuit.run_of(Caller())
-        try:
-            await self._api.health(endpoint, _FEW_SECONDS)
-        except NoConnection as error:
-            endpoint.failed(run, error)
-        except UpstreamError:
-            pass  # a server that answers late may well send on
-
-    async def _trouble(self, endpoint: Endpoint) -> str:
-        """Why a server takes no requests; empty when it does. It has said what it serves then, if it ever does."""
-        try:
-            health = await self._api.health(endpoint, _FEW_SECONDS)
-        except UpstreamError as error:
-            endpoint.fix = error.fix
-            return error.code
-        if health >= 500:
-            return f"health_{health}"
-        problem = await self._list(endpoint)
-        if problem is None:
-            return ""
-        if not problem.status:  # no connection after all
-            return problem.code
-        if problem.code == UNAUTHORIZED and endpoint.refuses_key:  # once a request was refused, the list tells of it
-            return problem.code
-        # Without /health the list is the probe; one that asks for a key is there too.
-        return problem.code if health == 404 and problem.status >= 500 else ""
-
-    async def _list(self, endpoint: Endpoint) -> UpstreamError | None:
-        """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
-        endpoint.listed = time.monotonic()
-        try:
-            endpoint.lists(await self.models(endpoint))
-        except UpstreamError as error:
-            if not error.retryable or (error.status == 403 and not endpoint.models):
-                endpoint.lists([])
-                return None
-            return error
-        return None
-
-    async def _list_again(self) -> bool:
-        """Ask all servers that are there what they serve, at most once in two seconds; whether all have said it."""
-        missed = time.monotonic()
-        async with self._listing:
-            if self._all_listed >= missed:  # meanwhile, for another request
-                return True
-            await asyncio.sleep(self._all_asked + _LIST_AGAIN - time.monotonic())
-            self._all_asked = began = time.monotonic()
-            there = [endpoint for endpoint in self.endpoints if not endpoint.away]
-            errors = await asyncio.gather(*map(self._list, there))
-            if any(error and error.code != UNAUTHORIZED for error in errors):
-                return False
-            self._all_listed = began
-            return True
+    async def _watch_list(self, endpoint: Endpoint) -> None:
+        while True:
+            changed = self._changed
+            if endpoint.away is False and time.monotonic() - endpoint.listed > _LIST_EVERY:
+                await self._probes.ask_list(endpoint)
+            await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
     def _on_change(self, endpoint: Endpoint, former: State, state: State, reason: str) -> None:
         copy_context().run(_tell, endpoint, former, state, reason)
@@ -385,7 +332,7 @@ class Upstream:
         Raises:
             UpstreamError: when it does not say.
         """
-        return await self._api.models(endpoint, _FEW_SECONDS)
+        return await self._api.models(endpoint, FIRST_LIMIT)
 
 
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
