@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import re
-import shlex
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import cast
 
 import pytest
+from acl import ROLES, acl
 from click.testing import CliRunner
 from conftest import StartWorker, eventually
 from redis.asyncio import Redis
@@ -25,7 +24,6 @@ from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Simulator
 from worker.telemetry.logs import configure_logging
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
 REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
 
@@ -80,16 +78,6 @@ async def test_a_right_to_channels_that_is_given_later_is_used(
     await redis.acl_setuser("mute", enabled=True, channels=["chat:*"])
     await eventually(subscribed)
     assert (said + capfd.readouterr().err).count("cancel_hints_refused") == 1
-
-
-ROLES: tuple[Role, ...] = ("worker", "client")
-
-
-def acl(role: Role) -> list[str]:
-    """The user that the README gives to workers or to clients."""
-    found = re.search(rf"redis-cli ACL SETUSER ({role} .*?)\n(?:redis-cli|```)", README, re.DOTALL)
-    assert found
-    return shlex.split(found[1].replace("\\\n", ""))
 
 
 async def change(redis: Redis, *words: str) -> None:

@@ -93,7 +93,7 @@ class Client:
             self._enqueuer = Enqueuer(self._redis, self._keys)
             self._following = Following(url, self._keys, self._patience)
         except ValueError as error:
-            raise InvalidArgument(str(error)) from None
+            raise InvalidArgument(f"the URL of Redis {error}") from None
 
     async def __aenter__(self) -> Self:
         return self

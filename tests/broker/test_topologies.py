@@ -9,17 +9,21 @@ from typing import cast
 
 import pytest
 import topology
+from acl import ROLES, acl
 from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
-from worker.broker.cluster import ClusterClient, slot_of
+from worker.broker.cluster import ClusterClient, server_of, slot_of
 from worker.broker.connection import command_client, is_transient
+from worker.broker.jobs import JobQueue
+from worker.broker.rights import commands_of
 from worker.broker.wire import Outcome, Wires, pack
 from worker.checks import check
 from worker.contract.ids import SEAL
+from worker.contract.keys import GROUP, Keys
 from worker.sandbox.redis import EmbeddedRedis
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Options, Orders, Simulator
@@ -293,6 +297,48 @@ async def test_logs_of_every_master_are_written_and_followed(
     assert await client.status(ids[0]) == Status(State.ENDED, "done")
     lifecycle = [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")]
     assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
+
+
+async def test_what_dead_workers_leave_is_removed_at_every_master(redis: Redis) -> None:
+    queues = [f"q{number}" for number in range(8)]
+    jobs = JobQueue(redis, redis, Keys(), "me", 1)
+    for queue in queues:
+        await jobs.ensure_group(queue)
+        await redis.xgroup_createconsumer(Keys().jobs(queue), GROUP, "stale")
+        await jobs.remove_stale(queue, [], 0)
+        assert await redis.xinfo_consumers(Keys().jobs(queue), GROUP) == []
+    assert len({(await server_of(redis, Keys().jobs(queue))).connection_pool for queue in queues}) == 3
+
+
+@pytest.fixture
+def users(nodes: list[topology.Node]) -> Iterator[None]:
+    """At every master the users of the README, with what a cluster needs besides."""
+    for node in nodes:
+        for role in ROLES:
+            sharded = [f"+{command}" for command in commands_of(role, "cluster")] if has_shards(node) else []
+            node.ask("ACL", "SETUSER", *acl(role), "+cluster|slots", "+command", *sharded)
+        node.ask("ACL", "LOG", "RESET")
+    yield
+    for node in nodes:
+        node.ask("ACL", "DELUSER", *ROLES)
+
+
+@pytest.mark.usefixtures("users")
+async def test_d5_in_a_cluster_the_rights_of_the_readme_do(
+    cluster_url: str, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    urls = {role: cluster_url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
+    await start_worker(simulator, redis_url=urls["worker"])
+    async with Client(urls["client"]) as client:
+        for number in range(12):
+            answer = await client.result(await client.enqueue(ask(f"question {number}")))
+            assert answer.text == expected(f"question {number}")
+        await client.cancel("never")
+    refused = {str(entry["object"]) for node in nodes for entry in node.client.acl_log()}
+    assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
+    found = [it async for it in check({"redis_url": urls["worker"], "vllm_urls": simulator.url})]
+    of_redis = [it for it in found if it.subject.startswith("Redis")]
+    assert [it.text for it in of_redis if it.level != "ok" and "append-only" not in it.text] == []
 
 
 async def test_d1_what_the_url_says_of_connections_changes_nothing_in_a_cluster(

@@ -279,5 +279,7 @@ def _key_of(args: tuple[Any, ...]) -> str | bytes | None:
     """The first key of a command; of PUBLISH the channel, so that it goes with the log of the same braces."""
     if args[0] in ("XREAD", "XREADGROUP"):
         args = args[args.index(b"STREAMS") :]
+    elif args[0] == "EVAL":
+        args = args[2:]  # the script comes first, then how many keys there are
     key = args[1] if len(args) > 1 else None
     return key if isinstance(key, str | bytes) else None

@@ -137,23 +137,23 @@ async def find_missing(
         RedisError: when Redis does not answer.
     """
     used = {"", "cluster" if cluster else "", "replicas" if replicas else ""}
-    probes = [
-        (probe, queue)
-        for probe in _PROBES
-        if probe.where in used
-        for queue in (queues if "@jobs" in probe.words else ("",))
-    ]
-    sent = [pack(*[_word(word, keys, queue).encode() for word in probe.words.split()]) for probe, queue in probes]
-    wire = await Wire.open(server.connection_pool)
-    try:
-        replies = await wire.ask(b"".join(sent), len(sent))
-    finally:
-        await wire.close()
-    found = [
-        _missing(probe, reply, keys)
-        for (probe, _), reply in zip(probes, replies, strict=True)
-        if isinstance(reply, ResponseError)
-    ]
+    probes = [probe for probe in _PROBES if probe.where in used]
+    # After a subscription messages come among the replies: it has a connection of its own, and its reply is the first.
+    alone = [[probe] for probe in probes if probe.words.startswith(("SUBSCRIBE", "SSUBSCRIBE"))]
+    found: list[Missing | None] = []
+    for group in [[probe for probe in probes if [probe] not in alone], *alone]:
+        asked = [
+            (probe, pack(*[_word(word, keys, queue).encode() for word in probe.words.split()]))
+            for probe in group
+            for queue in (queues if "@jobs" in probe.words else ("",))
+        ]
+        wire = await Wire.open(server.connection_pool)
+        try:
+            replies = await wire.ask(b"".join([packed for _, packed in asked]), len(asked))
+        finally:
+            await wire.close()
+        refusals = zip([probe for probe, _ in asked], replies[: len(asked)], strict=True)
+        found += [_missing(probe, reply, keys) for probe, reply in refusals if isinstance(reply, ResponseError)]
     return list(dict.fromkeys(filter(None, found)))
 
 
