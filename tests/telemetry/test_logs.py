@@ -1,6 +1,7 @@
 """Logs: JSON or readable, with the context, and without the values of variables."""
 
 import json
+import sys
 
 import pytest
 import structlog
@@ -22,6 +23,17 @@ def test_a_traceback_shows_no_values(log_format: Format, capsys: pytest.CaptureF
     logged = capsys.readouterr().err
     assert "fail_with" in logged
     assert "a secret prompt" not in logged.replace('fail_with("a secret prompt")', "")
+
+
+@pytest.mark.parametrize(("terminal", "no_color", "colors"), [(True, "", True), (True, "1", False), (False, "", False)])
+def test_c9_colors_are_for_a_terminal_and_for_whoever_wants_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, terminal: bool, no_color: str, colors: bool
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    configure_logging("console")
+    structlog.get_logger().info("job_finished")
+    assert ("\x1b[" in capsys.readouterr().err) == colors
 
 
 def test_json_lines_carry_the_context(capsys: pytest.CaptureFixture[str]) -> None:

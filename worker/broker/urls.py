@@ -141,13 +141,13 @@ def _db(path: str) -> str:
 
 def _check_tls(options: Mapping[str, Any]) -> None:
     """What TLS needs is looked at now: while connecting it would look like a server that is away."""
-    if options.get("connection_class") is not SSLConnection:
+    tls = {name: value for name, value in options.items() if name in _TLS}
+    if not tls:
         return
     for name in _FILES:
         if name in options and not Path(options[name]).is_file():
             raise _Told(f"has the option {name}, and there is no such file")
     try:
-        tls = {name: value for name, value in options.items() if name in _TLS}
         SSLConnection(**tls).ssl_context.get()
     except (RedisError, OSError, ValueError, TypeError) as error:
         why = str(error) if isinstance(error, RedisError) else getattr(error, "reason", None) or type(error).__name__
