@@ -216,6 +216,12 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
         "ACL SETUSER <user> ~chat:ended:*",
     ),
     (
+        ["resetkeys", "~chat:jobs*", "~chat:tokens:*", "~chat:ended:*", "~chat:[ldw]*"],
+        "warning",
+        "jobs are taken while Redis takes no writes",
+        "ACL SETUSER <user> ~chat:probe",
+    ),
+    (
         ["resetkeys", "~chat:jobs*", "~chat:tokens:*", "~chat:ended:*", "~chat:[pdw]*"],
         "warning",
         "the lifecycle is not written",

@@ -35,6 +35,7 @@ _HINTS = "a cancel takes effect within two thirds of a lease, not at once"
 _SEEN = "nobody sees this worker, neither this check nor the other workers"
 _TOLD = "the lifecycle is not written"
 _DEAD = "buried jobs are not kept as they should be"
+_FULL = "jobs are taken while Redis takes no writes"
 _TIDY = "nobody removes what dead workers leave in the group"
 _TRIM = "the job streams are not trimmed, and nobody sees how many jobs wait"
 
@@ -84,7 +85,7 @@ _PROBES = (
     _Probe(_W, f"XINFO CONSUMERS @jobs {GROUP}", _TIDY),
     _Probe(_W, f"XGROUP DELCONSUMER @jobs {GROUP} {_NOBODY}", _TIDY),
     _Probe(_W, "EVAL return 1 @jobs", _TIDY),
-    _Probe(_W, "XADD @probe NOMKSTREAM 0-0 type check"),
+    _Probe(_W, "XADD @probe NOMKSTREAM 0-0 type check", _FULL),
     _Probe(_W, "XADD @lifecycle 0-0 type check", _TOLD),
     _Probe(_W, "XLEN @lifecycle", _TOLD),  # shows what else stands there
     _Probe(_W, "XADD @dead 0-0 type check", _DEAD),
