@@ -11,8 +11,8 @@ import structlog
 from worker.broker.log import LogDiverged, LogGone, TokenLog
 from worker.broker.owner import Owner
 from worker.contract.answer import Answer
-from worker.contract.entries import Done, Entry, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
-from worker.contract.history import fault_in
+from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
+from worker.contract.history import History, fault_in
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
 from worker.request import Request, Stopped, drained, insist
@@ -52,7 +52,7 @@ class Generation:
         self,
         request: Request,
         log: TokenLog,
-        history: Sequence[Entry],
+        history: History,
         *,
         owner: Owner,
         upstream: Upstream,
@@ -119,14 +119,14 @@ class Generation:
         if not isinstance(self._log.loss, LogDiverged | LogGone):
             await drained(self._log, request.stop)
         await insist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
-        self._recall(await insist(lambda: self._owner.read(request.id), request.stop))
+        entries = await insist(lambda: self._owner.read(request.id), request.stop)
+        self._recall(History(entries, fault_in(entries)))
         self._committed = self._went_on = False
         self._metrics.attempt(reason)
 
-    def _recall(self, history: Sequence[Entry]) -> None:
+    def _recall(self, history: History) -> None:
         """What former attempts wrote is the answer so far."""
-        self._history = Answer(history)
-        self._fault = fault_in(history)
+        self._history, self._fault = Answer(history.entries), history.fault
         self._was_allowed |= self._history.begun
 
     def _restart(self, reason: str) -> None:

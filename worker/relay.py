@@ -19,6 +19,7 @@ from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver,
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Failed, Started, Terminal
+from worker.contract.history import History
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import (
     InvalidJob,
@@ -207,7 +208,7 @@ class Relay:
         return Generation(
             self._to_send(request),
             owned.log,
-            owned.history,
+            History(owned.history, owned.fault),
             owner=self._owner,
             upstream=self._upstream,
             settings=self._settings,

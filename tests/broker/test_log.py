@@ -209,6 +209,60 @@ async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
+async def test_d8_an_owner_whose_log_was_emptied_goes_on_under_a_next_attempt(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """XTRIM leaves the key and its greatest id: `1-0` is refused for ever."""
+    log = await one.take(delivery)
+    log.extend([delta("a"), delta("b")])
+    await log.drained()
+    await redis.xtrim(KEY, maxlen=0, approximate=False)
+    one.publisher.look()
+    assert isinstance(await log.lost, LogGone)
+    await one.owner.begin_again(log, delivery, FAR)
+    await one.owner.advance(log, delivery, "diverged")
+    log.append(delta("again"))
+    await log.drained()
+    assert await one.seal(log) == "done"
+    assert await texts(redis) == ["2-0:claimed", "2-1:again", f"{SEAL}:done"]
+
+
+async def test_d8_an_entry_that_is_refused_though_the_log_lacks_it_is_not_sent_for_ever(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    """Sealed by somebody, and the seal deleted: Redis takes nothing more, and the log's end does not show why."""
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    await redis.xdel(KEY, str(SEAL))
+    log.append(delta("refused"))
+    with pytest.raises(LogDiverged):
+        await log.drained()
+    with pytest.raises(LogRefused):
+        await one.owner.advance(log, delivery, "diverged")
+    with pytest.raises(LogRefused):
+        await one.owner.take("r", delivery, FAR)
+
+
+async def test_d8_a_log_whose_seal_was_deleted_cannot_be_sealed_and_that_is_said(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+    await redis.xdel(KEY, str(SEAL))
+    with pytest.raises(LogRefused):
+        await one.seal(log)
+
+
+async def test_d8_an_owner_whose_next_attempt_was_begun_by_another_and_deleted_stops(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    await redis.xadd(KEY, {"type": "claimed"}, id="2-0")
+    await redis.xdel(KEY, "2-0")
+    with pytest.raises(LogFenced):
+        await one.owner.advance(log, delivery, "diverged")
+
+
 async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:

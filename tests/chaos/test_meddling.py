@@ -276,8 +276,14 @@ async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_foll
 
 @pytest.mark.parametrize(
     ("tokens", "finished", "deleted"),
-    [(9, False, ("1-4", "1-5", "1-6")), (9, False, ("1-0", "1-1", "1-2")), (9, True, ("1-4",))],
-    ids=["in the middle", "at the front", "of a whole answer"],
+    [
+        (9, False, ("1-4", "1-5", "1-6")),
+        (9, False, ("1-0", "1-1", "1-2")),
+        (9, False, ("1-9", "1-10")),
+        (9, False, tuple(f"1-{n}" for n in range(11))),
+        (9, True, ("1-4",)),
+    ],
+    ids=["in the middle", "at the front", "at the end", "all of it", "in a whole answer"],
 )
 async def test_d8_a_log_with_a_hole_begins_again(
     tokens: int,
@@ -293,6 +299,37 @@ async def test_d8_a_log_with_a_hole_begins_again(
     await start_worker(simulator)
     log = await ended(redis, "r")
     assert [line.type for line in log if line.id.attempt == 2][:2] == ["claimed", "restarted"]
+
+
+async def test_d8_a_claim_that_was_deleted_is_not_claimed_for_ever(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await left_behind(redis, [*begun(4), ("2-0", CLAIMED), ("2-1", {"type": "resumed", "after": "1-5"})])
+    await redis.xdel(KEY, "2-0", "2-1")
+    await start_worker(simulator)
+    log = await ended(redis, "r")
+    assert [str(line.id) for line in log if line.type in {"claimed", "restarted"}] == ["3-0", "3-1"]
+
+
+@pytest.mark.parametrize("has_tombstone", [False, True])
+async def test_d8_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator, *, has_tombstone: bool
+) -> None:
+    await left_behind(redis, [*begun(4), (str(SEAL), {"type": "done"})])
+    await redis.xdel(KEY, str(SEAL))
+    if has_tombstone:
+        await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    letters = [letter for _, letter in await stream(redis, "chat:dead")]
+    assert len(letters) == (not has_tombstone)
+    assert all(b"its end was deleted" in letter[b"reason"] for letter in letters)
+    assert not simulator.served
+    await redis.expire(KEY, 60)
 
 
 async def test_d8_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(

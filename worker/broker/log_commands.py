@@ -3,6 +3,8 @@
 from itertools import chain
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from worker.broker.lines import Line
 from worker.broker.log import TokenLog
 from worker.broker.pages import RawEntry
@@ -18,9 +20,9 @@ async def look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]
 
 
 def has_ended(replies: list[Any]) -> bool:
-    """Whether a log has its seal, or is gone and has left a tombstone; of the replies to its last entry and to that."""
+    """Whether a log has its seal, or there is a tombstone; of the replies to its last entry and to that."""
     last, ended = replies
-    return id_of(first_of(last)) == SEAL if last else bool(ended)
+    return id_of(first_of(last)) == SEAL or bool(ended)
 
 
 async def is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
@@ -28,6 +30,22 @@ async def is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
     (reply,) = await line.ask(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
     first = id_of(first_of(reply))
     return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
+
+
+async def greatest_id(line: Line, key: str) -> EntryId | None:
+    """The greatest id that a log ever had, also where its entry was deleted; nothing where there is no log."""
+    try:
+        (reply,) = await line.ask(command("XINFO", "STREAM", key))
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return None
+    return EntryId.parse(dict(zip(reply[::2], reply[1::2], strict=True))[b"last-generated-id"])
+
+
+def is_taken(error: ResponseError) -> bool:
+    """Whether Redis refused an entry because the log has, or had, one of that id or a greater one."""
+    return "equal or smaller" in str(error) or "exhausted the last" in str(error)
 
 
 async def entry_at(line: Line, key: str, entry_id: EntryId) -> Entry | None:

@@ -7,7 +7,7 @@ another type stands in the log's place.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,14 +17,16 @@ from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogDiverged, LogFenced, LogOver, TokenLog, judge, refusal_of
+from worker.broker.log import LogDiverged, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
 from worker.broker.log_commands import (
     command,
     entry_at,
     expire,
     first_of,
+    greatest_id,
     has_ended,
     id_of,
+    is_taken,
     is_trimmed,
     last_of,
     look,
@@ -45,7 +47,8 @@ from worker.contract.entries import (
     to_fields,
     to_json,
 )
-from worker.contract.ids import QUEUED, SEAL, EntryId
+from worker.contract.history import fault_in
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
@@ -55,17 +58,20 @@ _WAIT_MS = 1000
 _MAX_WAITING = 8
 """How many connections may wait for replicas at once: the renewals of leases need one of the rest."""
 
+_NO_END = "its end was deleted, and Redis takes no other"
+
 
 @dataclass(frozen=True, slots=True)
 class Owned:
     """The log is ours to write. `history` is what earlier attempts wrote; empty at the first.
 
-    `unreadable` says why the history cannot be read; it is empty then.
+    `unreadable` says why the history cannot be read; it is empty then. `fault` says why an answer cannot go on from it.
     """
 
     log: TokenLog
     history: list[Entry]
     unreadable: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,30 +128,52 @@ class Owner:
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._line(key) as line:
-                last, is_over = await look(line, key, ended)
-                tail = id_of(last)
-                if tail == SEAL or is_over:
-                    return Reused() if await self._is_reused(line, request_id, delivery, is_same) else Ended()
-                attempt = tail.attempt if tail else 0
-                if attempt == 0 and not await self._start(line, request_id, delivery, expire_at, digest):
-                    continue
-                holder = await entry_at(line, key, EntryId(attempt, 0)) if attempt else None
-                is_ours = isinstance(holder, Started | Claimed) and _job_of(holder) == _job_of(delivery)
-                if attempt and not is_ours and await self._is_reused(line, request_id, delivery, is_same):
-                    return Reused()
+            try:
+                async with self._line(key) as line:
+                    last, is_over = await look(line, key, ended)
+                    tail = id_of(last)
+                    if tail == SEAL or is_over:
+                        return Reused() if await self._is_reused(line, request_id, delivery, is_same) else Ended()
+                    if tail is None or tail.attempt == 0:
+                        is_ours = await self._start(line, request_id, delivery, expire_at, digest)
+                    else:
+                        is_ours = False
+            except WatchError:
+                continue
             # The connection is given back before more is asked: callers that each hold one and wait for a second
             # would wait for ever.
-            if attempt == 0:
+            if is_ours:
                 # What was seen under the WATCH is all there was before `1-0`, if nobody but a client wrote there.
                 return await self._owned(request_id, 1, [last] if last and tail == QUEUED else None if last else [])
-            # Not where this process had the job before: what that run sent may still be on its way to Redis.
-            if tail is not None and tail.n == 0 and self._wrote(holder, delivery, delivery.count):
-                return await self._owned(request_id, attempt)  # our own: its reply was lost, or the reading failed
-            if (refusal := await self._refusal(holder, delivery)) is not None:
-                return refusal
-            if await self._claim(request_id, attempt + 1, delivery, TAKEOVER, delivery.count):
-                return await self._owned(request_id, attempt + 1)
+            if (taken := await self._take_over(request_id, delivery, is_same)) is not None:
+                return taken
+
+    async def _take_over(self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> Taken | None:
+        """Come to own a log that was begun, or find why not; nothing where it has changed meanwhile.
+
+        It goes by the greatest id that the log ever had: the entries that had it may have been deleted.
+        """
+        key = self._keys.tokens(request_id)
+        async with self._line(key) as line:
+            greatest = await greatest_id(line, key)
+            if greatest is None:
+                return None
+            if greatest == SEAL:
+                if await entry_at(line, key, SEAL):
+                    return None
+                raise LogRefused(_NO_END)
+            holder = await entry_at(line, key, EntryId(greatest.attempt, 0))
+            is_ours = isinstance(holder, Started | Claimed) and _job_of(holder) == _job_of(delivery)
+            if not is_ours and await self._is_reused(line, request_id, delivery, is_same):
+                return Reused()
+        # Not where this process had the job before: what that run sent may still be on its way to Redis.
+        if greatest.n == 0 and self._wrote(holder, delivery, delivery.count):
+            return await self._owned(request_id, greatest.attempt)  # its reply was lost, or the reading failed
+        if (refusal := await self._refusal(holder, delivery)) is not None:
+            return refusal
+        if not await self._claim(request_id, greatest.attempt + 1, delivery, TAKEOVER, delivery.count):
+            return None
+        return await self._owned(request_id, greatest.attempt + 1, greatest=greatest)
 
     async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
         """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
@@ -172,6 +200,10 @@ class Owner:
                     await line.execute(xadd(key, SEAL, to_fields(end), create=True), pexpireat(key, expire_at))
                 except WatchError:
                     continue
+                except ResponseError as error:
+                    if not is_taken(error):
+                        raise
+                    raise LogRefused(_NO_END) from error
             return True
 
     async def _is_reused(self, line: Line, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> bool:
@@ -208,7 +240,8 @@ class Owner:
                     return
                 if is_over:
                     raise LogOver("the request has ended")
-                if await self._start(line, log.request_id, delivery, expire_at, digest):
+                with suppress(WatchError):
+                    await self._start(line, log.request_id, delivery, expire_at, digest)
                     return
         raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
 
@@ -223,7 +256,10 @@ class Owner:
             async with self._line(log.key) as line:
                 (reply,) = await line.ask(last_of(log.key))
                 first = await entry_at(line, log.key, EntryId(attempt, 0))
+                greatest = await greatest_id(line, log.key)
             lost = judge(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
+            if isinstance(lost, LogDiverged) and greatest is not None and greatest >= (attempt, 0):
+                lost = LogRefused(_NO_END) if greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
             if lost is not None:
                 raise lost
             if not self._wrote(first, delivery, 0):
@@ -266,6 +302,10 @@ class Owner:
                     )
                 except WatchError:
                     continue  # cancelled meanwhile, or touched by somebody: look again
+                except ResponseError as error:
+                    if not is_taken(error):
+                        raise
+                    raise LogRefused(_NO_END) from error
             return parse(str(SEAL), to_fields(end))
 
     async def confirm(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
@@ -323,8 +363,13 @@ class Owner:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
         return [parse_leniently(*entry) for entry in await self._raw(request_id)]
 
-    async def _owned(self, request_id: str, attempt: int, known: list[RawEntry] | None = None) -> Owned:
-        """The log under an attempt of ours, with what was written before: it is read where it is not `known`."""
+    async def _owned(
+        self, request_id: str, attempt: int, known: list[RawEntry] | None = None, greatest: EntryId | None = None
+    ) -> Owned:
+        """The log under an attempt of ours, with what was written before: it is read where it is not `known`.
+
+        `greatest` is the greatest id that the log had before the attempt.
+        """
         key = self._keys.tokens(request_id)
         log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
         raw = await self._raw(request_id) if known is None else known
@@ -335,7 +380,9 @@ class Owner:
             return Owned(log, [], f"the log cannot be read: {error}")
         history: list[Entry] = [entry for entry in entries if entry.id.attempt < attempt]
         log.before = len(history)
-        return Owned(log, history)
+        last = history[-1].id if history else BEFORE_ALL
+        is_cut = greatest is not None and last < greatest
+        return Owned(log, history, fault=f"entries are missing after {last}" if is_cut else fault_in(history))
 
     async def _raw(self, request_id: str) -> list[RawEntry]:
         with _of_the_log():
@@ -349,6 +396,11 @@ class Owner:
                 yield line
 
     async def _start(self, line: Line, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
+        """Write `1-0` into a log that has no attempt. False where it had one, whose entries somebody has deleted.
+
+        Raises:
+            WatchError: when the log or its tombstone was touched meanwhile.
+        """
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), digest=digest, delivery=delivery.count,
@@ -356,7 +408,9 @@ class Owner:
         key = self._keys.tokens(request_id)
         try:
             await line.execute(xadd(key, started.id, to_fields(started), create=True), pexpireat(key, expire_at))
-        except WatchError:
+        except ResponseError as error:
+            if not is_taken(error):
+                raise
             return False
         self._announce(request_id, started)
         return True
@@ -372,7 +426,7 @@ class Owner:
             async with self._line(key) as line:
                 (written,) = await line.ask(xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
-            if "equal or smaller" in str(error) or "exhausted the last" in str(error):
+            if is_taken(error):
                 return False
             raise
         if written is not None:

@@ -84,6 +84,8 @@ class Publisher:
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
+        self._refused: dict[TokenLog, int] = {}
+        """Those that Redis says have an entry already, and its attempt: their ends must show it."""
         self._hinted: set[str] = set()
         self._trouble: Exception | None = None
         self._mute = False
@@ -116,6 +118,7 @@ class Publisher:
 
     def _leave_out(self, log: TokenLog) -> None:
         self._logs.discard(log)
+        self._refused.pop(log, None)
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
@@ -366,6 +369,7 @@ class Publisher:
         text = what_redis_said(first)
         if "equal or smaller" in text or "exhausted the last" in text:
             self._asked.add(log)  # written already, fenced or sealed: the log's end tells which
+            self._refused[log] = log.attempt
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
             log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
         elif refusal := refusal_of(first):
@@ -409,6 +413,9 @@ class Publisher:
             return
         tail = cast("list[list[bytes]]", reply)
         accepted = log.reconcile(EntryId.parse(tail[0][0]) if tail else None)
+        was_refused = self._refused.pop(log, 0) == log.attempt
+        if was_refused and log.loss is None and not accepted:  # sent again, it would be refused again
+            log.lose(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
         for _, first, entries, _ in accepted:
             self._metrics.written.inc(len(entries))
             self._tell_of(log, first, entries)
@@ -423,6 +430,7 @@ class Publisher:
             self._feed.clear()
             self._metrics.refused("feed")
             _log.warning("feed_refused", error=said)
+        self._refused.clear()  # by another server perhaps
         await self._backoff.wait(error)
         await self._wires.close()
         self._look = True

@@ -64,6 +64,7 @@ _PROBES = (
     _Probe(_BOTH, "XREVRANGE @tokens 0-0 0-0"),
     _Probe(_C, "XREAD COUNT 1 STREAMS @tokens 0-0"),
     _Probe(_W, "XLEN @tokens"),
+    _Probe(_W, "XINFO STREAM @tokens"),
     _Probe(_BOTH, "EXISTS @tokens"),
     _Probe(_BOTH, "EXPIRE @tokens 1"),
     _Probe(_BOTH, "PEXPIREAT @tokens 1"),

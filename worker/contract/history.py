@@ -1,9 +1,18 @@
 """What a log's former attempts wrote: whether an answer may go on from it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from worker.contract.entries import Entry, Restarted, Unknown
 from worker.contract.ids import BEFORE_ALL, SEAL, follows
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What former attempts wrote, and why an answer cannot go on from it: nothing where it can."""
+
+    entries: Sequence[Entry]
+    fault: str
 
 
 def fault_in(history: Sequence[Entry]) -> str:
