@@ -664,7 +664,7 @@ async def test_d3_large_logs_on_a_slow_way_are_read(
     for story in stories:
         deltas = (Delta(id=EntryId(1, n), content=text) for n in range(1, entries + 1))
         await story.write(START, *deltas, END)
-    async with Client(slow_way.redis_url, patience=0.5) as client:
+    async with Client(slow_way.redis_url, patience=5) as client:
         answers = await asyncio.gather(*(client.result(story.id) for story in stories))
     assert all(len(answer.text) == entries * size for answer in answers)
 

@@ -93,7 +93,7 @@ async def test_d3_after_a_timeout_fewer_questions_go_as_one(
     redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D3: one question that is not answered in time then keeps fewer others from theirs."""
-    monkeypatch.setattr("worker.broker.wire.COMMAND_TIMEOUT", 0.1)
+    monkeypatch.setattr("worker.broker.wire.COMMAND_TIMEOUT", 0.3)
     async with command_client(redis_proxy.redis_url, connections=1) as client:
         together = Together(client)
         assert await together.ask("k", pack(b"PING"), 1) == [b"PONG"]
