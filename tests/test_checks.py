@@ -185,7 +185,6 @@ async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypat
     [
         "redis://127.0.0.1:port/0",
         "redis://[::1",
-        "redis://h?db=x",
         "redis://:pa#ss@127.0.0.1",
         "http://127.0.0.1",
         "127.0.0.1:6379",

@@ -183,3 +183,10 @@ async def test_a_worker_that_dies_is_told_and_not_waited_for() -> None:
         ended = await rest(process)
     assert ended.status == 1
     assert ended.err.startswith("Error: a worker ended before its time")
+
+
+def test_c1_the_demo_judges_only_the_settings_that_it_uses() -> None:
+    result = CliRunner().invoke(main, ["demo", "--vllm-url", "nowhere"], env={"WORKER_SLOTS": "many", "REDIS_URL": "x"})
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: VLLM_URLS holds 'nowhere'")
+    assert len(result.stderr.splitlines()) == 1

@@ -57,6 +57,8 @@ def test_what_is_wrong_is_told_without_the_url(url: str) -> None:
         ("rediss://h?ssl_ca_certs=/no/ca.pem", "has the option ssl_ca_certs, and there is no such file"),
         ("rediss://h?ssl_cert_reqs=maybe", "has options of TLS that cannot be used: Invalid SSL Certificate Req"),
         ("rediss://h?ssl_ciphers=none", "has options of TLS that cannot be used: "),
+        ("redis://h?db=x", "has an option db that cannot be"),
+        ("rediss://h?ssl_min_version=new", "has an option ssl_min_version that cannot be"),
         ("redis://h/prod", "ends in '/prod', which is no database: these have numbers, as in redis://127.0.0.1:6379/0"),
         ("redis://h/-1", "ends in '/-1', which is no database"),
         ("redis://h/0/1", "ends in '/0/1', which is no database"),

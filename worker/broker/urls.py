@@ -91,8 +91,9 @@ def parse_redis_url(url: str) -> RedisUrl:
             del options["host"]
     except _Told:
         raise
-    except ValueError:  # its text may quote a part of the password
-        raise ValueError(_MUST[kind]) from None
+    except ValueError as error:  # its text may quote a part of the password
+        option = re.match(r"Invalid value for '(\w+)'", str(error))
+        raise ValueError(f"has an option {option[1]} that cannot be" if option else _MUST[kind]) from None
     taken = cast("dict[str, Any]", options)
     _check_tls(taken)
     return RedisUrl(

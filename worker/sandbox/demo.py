@@ -36,6 +36,9 @@ Tell: TypeAlias = Callable[[str, Object], None]
 
 STORY = "Tell me a story"
 QUESTIONS = (STORY, "Who are you?", "你是谁?", "Send emoji")
+_KEYS = ("vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
+"""All of the settings that the demo reads: its workers get values of its own for the rest."""
+
 _RATE = 60.0
 _LINE = 48
 _LATE_AFTER = 100
@@ -82,7 +85,8 @@ async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | Non
             streams.
         ConfigError: when a URL is none.
     """
-    load_settings(redis_url=redis_url, vllm_urls=vllm_url)
+    given = {name: url for name, url in (("redis_url", redis_url), ("vllm_urls", vllm_url)) if url is not None}
+    load_settings([*_KEYS, *given], **given)
     prefix = f"demo-{secrets.token_hex(3)}"
     began = time.monotonic()
 
@@ -182,7 +186,7 @@ async def _check_redis(url: str) -> None:
 
 
 async def _model_of(url: str) -> str:
-    upstream = Upstream([url], keys=load_settings().api_keys(), limits=Limits())
+    upstream = Upstream([url], keys=load_settings(_KEYS).api_keys(), limits=Limits())
     try:
         return (await upstream.models(upstream.endpoints[0]))[0]
     except (UpstreamError, IndexError) as error:
