@@ -8,8 +8,9 @@ from conftest import StartSimulator, StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 
-from worker import Answer, Client, Delta, State
-from worker.broker.cancels import _COUNTS
+from worker import Answer, Client, Delta, IncompleteLog, State
+from worker.broker.cancels import _COUNTS, seal_cancelled
+from worker.broker.pages import PageSize, read_all
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.sandbox.requests import answer_to
@@ -141,6 +142,32 @@ async def test_d13_a_log_above_redis_output_limit_can_be_cancelled(client: Clien
     finally:
         await redis.config_set(limit, limits)
     assert await redis.xlen(key) == 301
+
+
+@pytest.mark.parametrize("entries", [PageSize().entries - 1, PageSize().entries, PageSize().entries + 1])
+async def test_a_log_is_read_to_its_seal_wherever_a_page_ends(entries: int, client: Client, redis: Redis) -> None:
+    key = "chat:tokens:{r}"
+    pipe = redis.pipeline()
+    for n in range(entries - 1):
+        pipe.xadd(key, {"type": "started"} if n == 0 else {"type": "delta", "content": "x"}, id=f"1-{n}")
+    pipe.xadd(key, {"type": "done"}, id=str(SEAL))
+    pipe.expire(key, 60)
+    await pipe.execute()
+    assert len(await read_all(redis, key)) == entries
+    assert await seal_cancelled(redis, key) is None
+    assert (await client.result("r")).text == "x" * (entries - 2)
+    await redis.xdel(key, "1-5")
+    with pytest.raises(IncompleteLog):
+        await client.result("r")
+
+
+async def test_b1_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client: Client, redis: Redis) -> None:
+    request_id = await client.enqueue(ask())
+    key = f"chat:tokens:{{{request_id}}}"
+    await client.cancel(request_id)
+    before = await stream(redis, key)
+    assert await seal_cancelled(redis, key) is None
+    assert await stream(redis, key) == before
 
 
 async def test_before_it_is_taken(

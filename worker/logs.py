@@ -171,9 +171,9 @@ class Logs:
                     isinstance(entry, Resumed) and EntryId.parse(entry.after) <= before
                 ):
                     return True
-            if len(raw) < size.entries:
+            place = EntryId.parse(raw[-1][0]) if raw else place
+            if len(raw) < size.entries or place == SEAL:  # Redis refuses to be asked for what comes after it
                 return False
-            place = EntryId.parse(raw[-1][0])
 
     async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
         """Every line of the lifecycle after a place, and those that come.

@@ -19,7 +19,7 @@ from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import Backoff, is_lost, is_transient, what_redis_said
 from worker.broker.pages import RawEntry, read_all
 from worker.contract.answer import Answer
-from worker.contract.entries import Cancelled, Entry, Fields, parse_leniently, to_fields
+from worker.contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
 from worker.contract.ids import SEAL
 
 _log = structlog.get_logger()
@@ -50,6 +50,8 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
         RedisError: what Redis says, unless it says that there is a seal. Repeating this after a lost reply is safe.
     """
     log = [parse_leniently(*entry) for entry in await read_all(redis, key)]
+    if log and is_terminal(log[-1]):  # Redis refuses to be asked for what comes after it
+        return None
     left = _COUNTS
     while True:
         async with redis.pipeline() as pipe:

@@ -11,11 +11,15 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from worker.contract.ids import SEAL
+
 RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """An entry as redis-py gives it: its id, and its fields."""
 
 _MOST_ENTRIES, _FIRST_ENTRIES = 1000, 200
 """Entries in a page at most, and in the first one of a log, of whose entries nothing is known."""
+
+_SEAL = str(SEAL).encode()
 
 _PAGE_BYTES = 256 * 1024
 """What the entries of a page amount to, if they are as large as those of the page before."""
@@ -53,7 +57,7 @@ async def read_all(redis: Redis, key: str) -> list[RawEntry]:
             size.shrink()
             continue
         entries += page
-        if len(page) < size.entries:
+        if len(page) < size.entries or page[-1][0] == _SEAL:  # Redis refuses to be asked for what comes after it
             return entries
         size.learn(len(page), sum([len(name) + len(value) for _, fields in page for name, value in fields.items()]))
         after = f"({page[-1][0].decode()}"
