@@ -327,7 +327,6 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
     for run in frozen[:10]:
         circuit.failed(run, "gap_timeout")
         circuit.left(run)
-    circuit.began(frozen[10])
     circuit.succeeded(frozen[10])
     assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False), "the trial goes on"
     circuit.began(trial)
@@ -374,6 +373,19 @@ def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
     fail(circuit)
     circuit.probed_late(is_longest=True)
     assert (circuit.state, circuit.wants_probe) == (State.CLOSED, False)
+
+
+def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Circuit) -> None:
+    """A1. Good jobs are on their way while bad ones fail; a server that goes down may end its answers, too."""
+    runs = [begin(circuit) for _ in range(3)]
+    opened(circuit)
+    circuit.began(runs[0])
+    assert circuit.state is State.OPEN
+    circuit.probed("")
+    circuit.began(runs[1])
+    assert admits(circuit)
+    circuit.failed(runs[1], "broke off")
+    assert admits(circuit)
 
 
 def test_a_server_that_answers_while_it_is_held_to_be_away_is_back(circuit: Circuit) -> None:

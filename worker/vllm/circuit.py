@@ -78,7 +78,7 @@ class Circuit:
     A probe that is late says nothing: a server of which nothing is known yet is tried all the same, and one that is
     away is once the longest probe is late, too. Should that trial fail, it is away again.
 
-    How a request went that was sent before the circuit opened says nothing about the server since: streams that a
+    How a request ended that was sent before the circuit opened says nothing about the server since: streams that a
     dying vLLM left frozen end long after it is back.
 
     Args:
@@ -158,8 +158,12 @@ class Circuit:
         return self.run_of(caller)
 
     def began(self, run: Run) -> None:
-        """The first data event of a request came."""
-        if run.era != self._era:
+        """The first data event of a request came.
+
+        One that was sent before the circuit opened shows as well that a server works whose probe was answered since;
+        without that it may only be ending its answers.
+        """
+        if run.era != self._era and self.state is not State.HALF_OPEN:
             return
         run.begun = True
         self._unanswered.clear()
