@@ -691,7 +691,7 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_tho
 async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.broker.owner._WAIT_MS", 60_000)  # for this test, for ever
+    monkeypatch.setattr("worker.broker.replicas._WAIT_MS", 60_000)  # for this test, for ever
     owner = Owner(
         one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
     )  # fmt: skip

@@ -15,13 +15,16 @@ The rules by their numbers:
 |---|---|---|---|
 | 1 | the seal has a fence | a_former_owner_cannot_seal_… | the last entry is not judged: the former owner seals |
 | 1 | … under a WATCH | below | another key is watched: the former owner seals |
+| 1 | … and counts the entries | test_meddling: a_log_that_is_meddled_with_… | not counted: `done`, text is missing |
 | 1 | … whose lost reply is looked up | below | no seal is looked for: `LogSealed`, though it is ours |
 | 2 | only seal after the last finish_reason | below | the history is not asked: the answer comes again |
 | 3 | `resumed` names what is kept | below, for the reader | nothing is dropped: token ids 2 and 4 are there |
 | 4 | no holes | memory_that_is_full_… | no MULTI: the log is lost as refused while memory is full |
-| 4 | … and if there is one | below | later entries are not looked at: `LogRefused` |
+| 4 | … and if there is one | below | later entries are not looked at: it is waited for what has passed |
+| 4 | … or was made by others | test_meddling: a_log_with_a_hole_… | not looked at: it is resumed as if whole |
 | 5 | the nonce tells whose | below | the name tells: the second life goes on in attempt 1 |
 | 6 | the loser looks again | below | it takes what it lost: both own attempt 2 |
+| 6 | … unless this delivery has claimed | test_log: a_claim_is_not_repeated_… | it claims with each try to read |
 | 6 | … or stops | of_two_that_take_over_… | the lease is not asked for: both own the log |
 | 7 | NOMKSTREAM | a_log_that_is_gone_… | the log is made again, without a beginning |
 | 7 | the tombstone | a_tombstone_keeps_a_late_job_… | not looked at: the job runs again |
@@ -30,6 +33,7 @@ The rules by their numbers:
 | 8 | the seal before the acknowledgement | confirming_tells_when_… | not looked at: a lost seal is taken for there |
 | 9 | a duplicate waits | a_duplicate_waits_for_no_run_… | the first is not asked for: the duplicate takes over |
 | 9 | … and takes over | the same | it never does: the request has no end |
+| 9 | … of the same request | test_reused_ids | not compared: another request's answer, as `done` |
 | 9 | … before it is validated | test_service: a_bad_duplicate_… | as above: it spoils the log of the first |
 | 10 | burial seals first | below | the letter first: the log has no end while it cannot be written |
 | 10 | … and acknowledges last | below | acknowledged before the letter: nobody writes it any more |

@@ -5,7 +5,6 @@ after a lost reply: what is already there is found and taken for what it is. Eac
 another type stands in the log's place.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import TypeAlias
 from redis.exceptions import ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.connection import TooFewReplicas
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
 from worker.broker.log import LogDiverged, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
@@ -35,6 +33,7 @@ from worker.broker.log_commands import (
     xlen,
 )
 from worker.broker.pages import RawEntry, read_all
+from worker.broker.replicas import Replicas
 from worker.contract.entries import (
     TAKEOVER,
     BadEntry,
@@ -51,12 +50,6 @@ from worker.contract.history import fault_in
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
-
-_WAIT_MS = 1000
-"""How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
-
-_MAX_WAITING = 8
-"""How many connections may wait for replicas at once: the renewals of leases need one of the rest."""
 
 _NO_END = "its end was deleted, and Redis takes no other"
 
@@ -114,8 +107,7 @@ class Owner:
         self._worker = worker
         self._nonce = nonce
         self._now = now
-        self._replicas = replicas
-        self._may_wait = asyncio.Semaphore(_MAX_WAITING)
+        self._replicas = Replicas(replicas)
 
     async def take(
         self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "",
@@ -328,36 +320,10 @@ class Owner:
                     )
                 except WatchError:
                     continue  # somebody else set the expiry: look again
-            return await self._replicated(request_id, retention) if self._replicas else True
-
-    async def _replicated(self, request_id: str, retention: int) -> bool:
-        """Wait until replicas have the end of a log; false when it is not there.
-
-        WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was
-        written before it.
-        """
-        key = self._keys.tokens(request_id)
-        wait = command("WAIT", str(self._replicas), str(_WAIT_MS))
-        async with self._turn_to_wait(), self._line(key) as line:
-            if not has_ended(await line.ask(last_of(key), command("EXISTS", self._keys.ended(request_id)))):
-                return False
-            _, there = await line.ask(expire(key, retention), wait)
-        if there < self._replicas:
-            raise TooFewReplicas(f"{there} of {self._replicas} replicas have the end of a log: its job is kept")
-        return True
-
-    @asynccontextmanager
-    async def _turn_to_wait(self) -> AsyncIterator[None]:
-        """A turn that does not come soon is no turn: whoever is told to stop meanwhile must see it."""
-        try:
-            async with asyncio.timeout(_WAIT_MS / 1000):
-                await self._may_wait.acquire()
-        except TimeoutError:
-            raise TooFewReplicas("the ends of other logs wait for replicas: this one's job is kept") from None
-        try:
-            yield
-        finally:
-            self._may_wait.release()
+            if not self._replicas.count:
+                return True
+            async with self._replicas.turn(), self._line(key) as line:
+                return await self._replicas.have_end(line, key, ended, retention)
 
     async def read(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
