@@ -20,6 +20,12 @@ from worker.vllm import circuit
 from worker.vllm.circuit import FAILURES
 
 _ERROR = {"message": "list index out of range", "type": "InternalServerError", "param": None, "code": 500}
+_EVENTS = {
+    "event 500": _ERROR,
+    "event 422": {"message": "Input validation error", "http_status_code": 422},
+}
+"""Errors under status 200."""
+WAYS = ("500", *_EVENTS, "cut")
 _CHAT = "/v1/chat/completions"
 
 
@@ -50,9 +56,8 @@ class Picky(Simulator):
             await super()._handle(request, connection)
         elif self.way == "500":
             await connection.respond(500, "application/json", msgspec.json.encode({"error": _ERROR}))
-        elif self.way == "event":
-            error = {"message": "Input validation error", "status": 422, "type": "overloaded"}
-            body = b"data: " + msgspec.json.encode({"error": error}) + b"\n\ndata: [DONE]\n\n"
+        elif self.way in _EVENTS:
+            body = b"data: " + msgspec.json.encode({"error": _EVENTS[self.way]}) + b"\n\ndata: [DONE]\n\n"
             await connection.respond(200, "text/event-stream", body)
         else:
             chunk = {"choices": [{"index": 0, "delta": {"content": "well"}, "finish_reason": None}]}
@@ -68,13 +73,10 @@ async def ended(client: Client, *ids: str) -> list[Answer]:
     return list(await asyncio.gather(*map(client.result, ids)))
 
 
-WAYS = ("500", "event", "cut")
-
-
 @pytest.mark.parametrize(
     ("bad", "servers", "way"),
     [(bad, servers, "500") for bad in (2, 3, 4, 6, 8, 20) for servers in (1, 2)]
-    + [(8, servers, way) for servers in (1, 2) for way in ("event", "cut")],
+    + [(8, servers, way) for servers in (1, 2) for way in WAYS[1:]],
 )
 async def test_the_good_job_behind_bad_ones_is_asked_at_once(
     client: Client, start_worker: StartWorker, bad: int, servers: int, way: str

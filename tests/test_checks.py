@@ -347,3 +347,12 @@ async def test_c8_a_certificate_is_trusted_by_either_way(
     monkeypatch.setenv("SSL_CERT_FILE", str(authority))
     trusted = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
     assert named[0].level == trusted[0].level == "ok"
+
+
+async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8. Or it is a router that asks all of its servers first; workers do not hold it to be away."""
+    monkeypatch.setattr("worker.vllm.upstream.FIRST_LIMIT", 0.1)
+    async with sending(then_close=False) as url:
+        findings = await found(redis_url=redis_url, vllm_urls=url)
+    assert findings[-1].text == f"{url}/v1/models did not answer within 0.1 s"
+    assert findings[-1].mend == "see whether it is busy: workers give it more time to answer"

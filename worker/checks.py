@@ -21,6 +21,7 @@ from worker.claims import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.contract.entries import Object
 from worker.contract.keys import GROUP, Keys
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
+from worker.vllm.api import Late
 from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import Limits
 from worker.vllm.upstream import Endpoint, Upstream
@@ -284,6 +285,8 @@ async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:
     where = f"vLLM {shown_url(endpoint.url)}"
     try:
         models = await upstream.models(endpoint)
+    except Late as late:
+        return Finding("error", where, late.message, "see whether it is busy: workers give it more time to answer")
     except UpstreamError as error:
         mend = error.fix or (
             f"set {variable('vllm_api_key')} to the key that the server was started with"
