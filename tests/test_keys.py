@@ -128,7 +128,7 @@ async def test_a_job_whose_key_every_server_refuses_waits_for_another(
     client: Client, start_worker: StartWorker, key_file: Path
 ) -> None:
     """C4. No further job is taken meanwhile: the queue is the buffer."""
-    async with Changing(lists=True) as one, Changing(lists=True) as other:
+    async with Changing() as one, Changing() as other:
         for server in (one, other):
             server.options = Options(api_key=NEW)
         worker = await start_worker(one, other, vllm_api_key_file=str(key_file))
@@ -139,16 +139,16 @@ async def test_a_job_whose_key_every_server_refuses_waits_for_another(
     assert isinstance(answer.end, Done)
 
 
+@pytest.mark.parametrize("lists", [False, True], ids=["its list guarded", "its list open"])
 async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer(
-    client: Client, start_worker: StartWorker
+    client: Client, start_worker: StartWorker, *, lists: bool
 ) -> None:
     """C4."""
-    async with Changing(lists=True) as server:
-        worker = await start_worker(server, vllm_api_key=OLD)
+    async with Changing(lists=lists) as server:
         server.options = Options(api_key=NEW)
-        request_id = await client.enqueue(ask(), timeout=1)
-        await eventually(lambda: waits(worker))
-        answer = await client.result(request_id)
+        await start_worker(server, vllm_api_key=OLD, tries=1)
+        answer = await client.result(await client.enqueue(ask(), timeout=1))
+        assert server.refused
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"
 
@@ -192,6 +192,38 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
         assert isinstance(answer.end, Failed)
         assert (answer.end.code, server.asked) == ("unauthorized", 3)
         assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+
+
+async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_the_server_from_nobody(
+    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C4 and A1. A router whose key for one of its servers is wrong says so; those jobs wait, and the others do not."""
+    monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 3600)
+    monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 3600)
+
+    class Router(Simulator):
+        mended = False
+        refused = 0
+
+        async def _handle(self, request: Request, connection: Connection) -> None:
+            if b"refused" in request.body and not self.mended:
+                self.refused += 1
+                await connection.respond(401, "application/json", b'{"error": "invalid key for this model"}')
+            else:
+                await super()._handle(request, connection)
+
+    async with Router() as router:
+        await start_worker(router, tries=1)
+        waiting = [await client.enqueue(ask(user="refused")) for _ in range(8)]
+
+        async def asked() -> bool:
+            return router.refused > 8
+
+        await eventually(asked)
+        for _ in range(3):
+            assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+        router.mended = True
+        assert {(await client.result(request_id)).outcome for request_id in waiting} == {"done"}
 
 
 # The keys

@@ -182,6 +182,8 @@ class Generation:
                 if self._went_on:
                     tries.got_on()
                 is_final = not (error.retryable or is_elsewhere) or tries.are_over
+                if error.code == UNAUTHORIZED:  # which would be waited for
+                    is_final |= self._upstream.is_lost(model, others, self._caller)
                 if is_final or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
                 wait = tries.pause()

@@ -94,10 +94,12 @@ def test_no_connection_is_enough_where_a_broken_one_is_not(endpoint: Endpoint) -
     assert endpoint.away
 
 
-def test_a_refused_key_is_enough_where_a_forbidden_request_is_not(endpoint: Endpoint) -> None:
-    endpoint.failed(begin(endpoint), classify(403, "not this"))
-    assert (endpoint.away, endpoint.refuses_key) == (False, False)
-    endpoint.failed(begin(endpoint), classify(401, "not you"))
+def test_a_refused_key_is_enough_where_a_refused_request_is_not(endpoint: Endpoint) -> None:
+    """C4 and A1."""
+    for status in (401, 403):
+        endpoint.failed(begin(endpoint), classify(status, "not this"))
+        assert (endpoint.away, endpoint.refuses_key) == (False, False)
+    endpoint.failed(begin(endpoint), classify(401, "not you"), refuses_key=True)
     assert (endpoint.away, endpoint.refuses_key) == (True, True)
 
 

@@ -107,17 +107,17 @@ class Endpoint:
         self.unlisted.drop(model)
         self.lacking.put(model, True)
 
-    def failed(self, run: Run, error: UpstreamError) -> None:
-        """A request failed: what that says about the server.
+    def failed(self, run: Run, error: UpstreamError, *, refuses_key: bool = False) -> None:
+        """A request failed: what that says about the server; `refuses_key` where it takes no key of ours for anything.
 
-        All its requests have the same key, so one 401 is enough: it answers at once, and with the fewest in flight it
-        would get nearly all of them. A 403 may be about what is asked, so it counts as other faults do.
+        Then one request is enough: it answers at once, and with the fewest in flight it would get nearly all of them.
+        Otherwise a 401 or 403 may be about what is asked, and counts as other faults do.
         """
         self.fix = error.fix
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if may_be_its_fault(error):
-            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or error.status == 401)
+            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
         if isinstance(error, Refused):
             for watchdog in self.requests:
                 watchdog.hurry()

@@ -84,6 +84,15 @@ class Upstream:
         serving = self.serving(model)
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
 
+    def is_lost(self, model: str, others: Sequence[str], caller: Caller) -> bool:
+        """Whether every server of this model is away or has failed the job, and one can take one of the others."""
+        serving = self.serving(model)
+        return (
+            bool(serving)
+            and all(endpoint.away or endpoint.circuit in caller.failed_at for endpoint in serving)
+            and any(self.can_take(other, caller) for other in others)
+        )
+
     def serving(self, model: str) -> list[Endpoint]:
         """The servers that a request for this model may go to, as far as is known; the empty name is any model.
 
@@ -114,8 +123,7 @@ class Upstream:
         while not self.can_take(model, caller):
             changed = self._changed
             serving = self.serving(model)
-            lost = [endpoint for endpoint in serving if endpoint.away or endpoint.circuit in caller.failed_at]
-            if serving == lost and any(self.can_take(other, caller) for other in others) and serving:
+            if self.is_lost(model, others, caller):
                 if self.refuses_key(model):
                     raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
@@ -230,11 +238,10 @@ class Upstream:
                 await stream.aclose()
             circuit.succeeded(run)
         except UpstreamError as error:
-            if await self._is_about_the_key(endpoint, error):
-                error.status = 401
+            refuses_key = await self._refuses_key(endpoint, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
                 self._lacks(endpoint, model, error)
-            endpoint.failed(run, error)
+            endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:
             endpoint.requests.discard(watchdog)
@@ -247,14 +254,20 @@ class Upstream:
         if endpoint.models and model not in endpoint.models and not self.serving(model):
             self._missing.put(model, answer)
 
-    async def _is_about_the_key(self, endpoint: Endpoint, error: UpstreamError) -> bool:
-        """Whether a server forbids (403) everything: its list too, which it gave before."""
-        if error.code != UNAUTHORIZED or error.status != 403 or not endpoint.models:
+    async def _refuses_key(self, endpoint: Endpoint, error: UpstreamError) -> bool:
+        """Whether a server that refused a request refuses the keys, and so its list, too; said in the error then.
+
+        Otherwise it may refuse what is asked: a router has keys of its own for its servers. A list that it never gave
+        says nothing where it forbids it (403).
+        """
+        if error.code != UNAUTHORIZED or (error.status == 403 and not endpoint.models):
             return False
         try:
             await self.models(endpoint)
         except UpstreamError as refusal:
-            return refusal.code == UNAUTHORIZED
+            if refusal.code == UNAUTHORIZED and (refusal.status == 401 or endpoint.models):
+                error.status = 401
+                return True
         return False
 
     def _left(self, endpoint: Endpoint, run: Run) -> None:
@@ -318,9 +331,8 @@ class Upstream:
         except TimeoutError:
             raise watchdog.silence() from None
         except UpstreamError as error:
-            if await self._is_about_the_key(endpoint, error):
-                error.status = 401
-            endpoint.failed(run, error)
+            refuses_key = await self._refuses_key(endpoint, error)
+            endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
             endpoint.requests.discard(watchdog)
