@@ -40,6 +40,12 @@ def _server(config: pytest.Config) -> Path | None:
     return given if isinstance(given, Path) else next(iter(find_servers()), None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """Log to what is there now: pytest closes what `capfd` gave a test before a worker of the test has left."""
+    configure_logging("json", "error")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     server = _server(config)
     return f"redis-server: {version_of(server)} ({server})" if server else "redis-server: none at hand"
