@@ -296,7 +296,7 @@ async def test_d5_a_command_that_was_renamed_is_told_as_such(
 
 @pytest.mark.parametrize(
     ("key", "without"),
-    [("lifecycle", "the lifecycle is not written"), ("dead", "buried jobs are not"), ("workers", "nobody sees this")],
+    [("lifecycle", "the lifecycle is not written"), ("dead", "jobs that are to be"), ("workers", "nobody sees this")],
 )
 async def test_d6_something_else_in_the_place_of_a_side_record_is_told(
     key: str, without: str, redis: Redis, redis_url: str, simulator: Simulator
