@@ -86,6 +86,11 @@ def test_d1_what_is_the_workers_own_business_is_passed_over(kind: str) -> None:
     assert not told.options.keys() & {*told.passed_over}
 
 
+@pytest.mark.parametrize("url", ["redis://h:1/2\n", " redis://h:1/2", "redis://h:1/2/", "redis://h:1?db=2"])
+def test_a_url_is_read_however_it_is_written(url: str) -> None:
+    assert parse_redis_url(url).options == {"host": "h", "port": 1, "db": 2}
+
+
 def test_d1_tls_takes_what_it_needs(tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(authority))

@@ -64,6 +64,7 @@ def parse_redis_url(url: str) -> RedisUrl:
         ValueError: what it must be like. Names of options and the database are in the text, nothing else: it may hold
             a password.
     """
+    url = url.strip()  # one from a file often ends with a newline
     several, plain = _SEVERAL.fullmatch(url), _PLAIN.fullmatch(url)
     kind = several[2] if several else ""
     if several:
