@@ -226,13 +226,13 @@ class Relay:
     async def _condemn(self, request: Request, reason: str) -> None:
         """End a job with which this process cannot deal, lest it come again for ever."""
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
-        if not await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
-            return
         try:
-            await self._settlement.settle_found(request)
-        except (RedisError, OSError, LogLost):
-            raise
-        except Exception:  # noqa: BLE001 - whatever it is that the log holds, it must not bring the job back for ever
+            if await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+                await self._settlement.settle_found(request)
+        except Exception as error:
+            if isinstance(error, RedisError | OSError | LogLost) and not isinstance(error, LogRefused):
+                raise
+            # Whatever it is that the log holds, it must not bring the job back for ever.
             await self._settlement.bury(request.delivery, reason, request.stop, BURIED)
 
     def _count_start(self, request: Request, attempt: int) -> None:

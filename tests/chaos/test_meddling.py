@@ -92,22 +92,32 @@ async def test_b2_a_job_whose_log_cannot_be_read_is_buried_once(
     assert not simulator.served
 
 
+@pytest.mark.parametrize("takes_no_end", [False, True])
 async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_log_holds(
-    redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    redis: Redis,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    takes_no_end: bool,
 ) -> None:
-    def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("as a fault of ours")
 
     await left_behind(redis, begun(2), deliveries=9)
-    monkeypatch.setattr("worker.relay.Answer", broken)
-    monkeypatch.setattr("worker.settlement.Answer", broken)
+    if takes_no_end:
+        await redis.xadd(KEY, {"type": "done"}, id=str(SEAL))
+        await redis.xdel(KEY, str(SEAL))
+        await redis.expire(KEY, 60)
+    monkeypatch.setattr("worker.relay.Relay._take", broken)
+    monkeypatch.setattr("worker.settlement.Settlement.settle_found", broken)
     await start_worker(simulator, max_deliveries=5)
 
     async def is_done_with() -> bool:
         return not await pending(redis)
 
     await eventually(is_done_with)
-    assert (await log_of(redis, "r"))[-1].fields["code"] == "buried"
+    assert (await log_of(redis, "r"))[-1].fields.get("code") == (None if takes_no_end else "buried")
     assert len(await stream(redis, "chat:dead")) == 1
 
 
