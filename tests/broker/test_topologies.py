@@ -129,6 +129,21 @@ async def test_d2_what_sentinels_refuse_is_told(
     assert "guard" not in str(told)
 
 
+async def test_d5_under_sentinel_the_rights_of_the_readme_do(
+    guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    url, (master, *_) = guarded
+    for role in ROLES:
+        master.ask("ACL", "SETUSER", *acl(role), "+role", "+select")  # the URL names database 1
+    urls = {role: url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
+    await start_worker(simulator, redis_url=urls["worker"])
+    async with Client(urls["client"]) as client:
+        answer = await client.result(await client.enqueue(ask("Who are you?")))
+    assert answer.text == expected("Who are you?")
+    refused = {str(entry["object"]) for entry in master.client.acl_log()}
+    assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
+
+
 async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
     guarded: tuple[str, list[topology.Node]],
 ) -> None:
