@@ -82,6 +82,16 @@ A3_A6: list[tuple[str, list[dict[str, str]], str]] = [
         ],
         '{"name":"f","arguments":"{}"}\n',
     ),
+    (
+        "content in parts, and then as text",
+        [
+            {"extra": '{"delta":{"content":[{"type":"text","text":"hello "},{"type":"thinking","thinking":[]}]}}'},
+            {"content": "parts"},
+            {"index": "1", "extra": '{"delta":{"content":[{"type":"text","text":"b"}]}}'},
+        ],
+        "hello parts\n[1] b\n",
+    ),
+    ("what is spoken", [{"extra": '{"delta":{"audio":{"id":"a","transcript":"Hi"}}}'}], "Hi\n"),
 ]
 
 

@@ -15,7 +15,9 @@ from worker.contract.entries import (
     Restarted,
     Resumed,
     Started,
+    text_of_parts,
     to_json,
+    transcript_of,
 )
 
 
@@ -38,8 +40,7 @@ class Printer:
         match entry:
             case Delta(index=0):
                 self._piece(entry.reasoning, "err")
-                self._piece(entry.content, "out")
-                self._piece(entry.refusal, "out")
+                self._piece(f"{entry.text}{entry.refusal}{transcript_of(entry.extra)}", "out")
             case Queued():
                 self._note("waiting for a worker")
             case Started():
@@ -64,7 +65,9 @@ class Printer:
         self._end_line()
         for choice in self.answer.choices:
             if choice.index:
-                click.echo(f"[{choice.index}] {choice.content}{choice.refusal}")
+                extra = choice.extra
+                text = f"{text_of_parts(extra)}{choice.content}{choice.refusal}{transcript_of(extra)}"
+                click.echo(f"[{choice.index}] {text}")
             function_call = choice.message().get("function_call")
             for call in [*choice.tool_calls, *([function_call] if function_call else [])]:
                 click.echo(to_json(call))

@@ -95,17 +95,23 @@ def _says_anything(piece: Object) -> bool:
 
 def _place(calls: list[Object], piece: Object) -> int | None:
     """Where the call stands to which a piece belongs; None when the piece begins a call."""
-    index, call_id, name = piece.get("index"), piece.get("id"), _name_of(piece)
+    index, call_id, name = _index_of(piece), piece.get("id"), _name_of(piece)
     # A call without an index may be the one that a server numbers only in later pieces.
-    places = [at for at, call in enumerate(calls) if index is None or call.get("index") in (None, index)]
+    places = [at for at, call in enumerate(calls) if index is None or _index_of(call) in (None, index)]
     same = [at for at in places if call_id and calls[at].get("id") == call_id]
     place = next(reversed(same or places), None)
     if place is None or not name or not _is_named(calls[place]):
         return place
     call = calls[place]
     # A name goes on in a later piece or is said again, but no other name comes once there are arguments.
-    is_same = same or (not call_id and index is not None and call.get("index") == index)
+    is_same = same or (not call_id and index is not None and _index_of(call) == index)
     return place if is_same and (name == _name_of(call) or not _has_arguments(call)) else None
+
+
+def _index_of(piece: Object) -> str | None:
+    """The index of a call, which some servers send as a number in one piece and as text in another."""
+    index = piece.get("index")
+    return None if index is None else str(int(index) if isinstance(index, float) and index.is_integer() else index)
 
 
 def _is_named(call: Object) -> bool:

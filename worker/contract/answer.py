@@ -63,7 +63,11 @@ class Choice(msgspec.Struct):
     def message(self) -> Object:
         """The choice as the `message` of a chat completion, with whatever else the deltas held."""
         rest = rest_of_message(self.extra)
-        message: Object = {"role": "assistant", "content": self.content or rest.pop("content", "")}
+        content: JSON = self.content
+        if parts := rest.pop("content", None):  # some servers send thoughts in parts, and then the answer as text
+            text: list[JSON] = [{"type": "text", "text": self.content}] if self.content else []
+            content = [*cast("list[JSON]", parts), *text]
+        message: Object = {"role": "assistant", "content": content}
         if not message["content"] and (self.tool_calls or not _IN_PLACE_OF_TEXT.isdisjoint(rest)):
             message["content"] = None
         if self.reasoning:
@@ -153,8 +157,8 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The content of the first choice."""
-        return "".join(delta.content for delta in self._deltas if delta.index == 0)
+        """The content of the first choice, as text."""
+        return "".join(delta.text for delta in self._deltas if delta.index == 0)
 
     @property
     def outcome(self) -> str:

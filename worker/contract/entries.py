@@ -150,6 +150,11 @@ class Delta(Entry, frozen=True, kw_only=True):
         """What the model says in place of an answer."""
         return refusal_of(self.extra)
 
+    @property
+    def text(self) -> str:
+        """The content, also where a server sends it in parts."""
+        return self.content + text_of_parts(self.extra)
+
     def chunk(self, opened: Opened | None = None) -> Object:
         delta = rest_of_message(self.extra)
         if self.content:
@@ -312,6 +317,22 @@ def refusal_of(extra: Object) -> str:
     delta = extra.get("delta")
     refusal = delta.get("refusal") if isinstance(delta, dict) else None
     return refusal if isinstance(refusal, str) else ""
+
+
+def text_of_parts(extra: Object) -> str:
+    """The text of a content in parts, `[{"type": "text", "text": …}]`: it is the `content` of the delta in `extra`."""
+    delta = extra.get("delta")
+    parts = delta.get("content") if isinstance(delta, dict) else None
+    texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def transcript_of(extra: Object) -> str:
+    """The words of spoken audio: what stands in `extra` as the `transcript` of the delta's `audio`."""
+    delta = extra.get("delta")
+    audio = delta.get("audio") if isinstance(delta, dict) else None
+    transcript = audio.get("transcript") if isinstance(audio, dict) else None
+    return transcript if isinstance(transcript, str) else ""
 
 
 def rest_of_message(extra: Object) -> Object:
