@@ -92,6 +92,58 @@ async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_k
             assert (answer.outcome, answer.model) == ("done", "small")
 
 
+class Choosy(Simulator):
+    """A server that answers some requests that the model is not there, and gives its list only once."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.lists = 0
+        self.released = asyncio.Event()
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/v1/models":
+            self.lists += 1
+            if self.lists > 1:
+                await self.released.wait()
+        if b"a bad one" in request.body:
+            error = b'{"error":{"message":"The model does not exist: http://files/image.png","code":404}}'
+            await connection.respond(404, "application/json", error)
+        else:
+            await super()._handle(request, connection)
+
+
+async def test_a_job_that_a_server_of_its_model_does_not_know_takes_the_model_from_no_other(
+    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1 and A11. The server is asked for its list again meanwhile."""
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    async with Choosy() as server:
+        await start_worker(server)
+        (bad,) = await answers(client, ask("a bad one"))
+        assert isinstance(bad.end, Failed)
+        assert bad.end.code == "model_not_found"
+
+        async def asked_again() -> bool:
+            return server.lists > 1
+
+        await eventually(asked_again)
+        got = await answers(client, *(ask(f"question {n}") for n in range(3)))
+        assert [answer.outcome for answer in got] == ["done"] * 3
+        server.released.set()
+
+
+async def test_a_job_that_one_server_of_its_model_does_not_know_is_asked_of_the_other(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A1 and A11."""
+    async with Choosy() as choosy:
+        good = await start_simulator()
+        await start_worker(choosy, good, tries=1)
+        got = await answers(client, *(ask(f"a bad one {n}") for n in range(6)))
+        assert [answer.outcome for answer in got] == ["done"] * 6
+        assert len(good.served) == 6
+
+
 class Guarded(Simulator):
     """A server that asks for a key that the worker does not have; `lists`: not to say what it serves."""
 

@@ -166,6 +166,7 @@ class Generation:
             UpstreamError: of the last try.
         """
         model, tries, endpoint = model_of(request), Tries(self._settings.tries), None
+        self._caller.refused_at.clear()  # another model may be another matter
         while True:
             await self._until_taken(model, others)
             endpoint = self._upstream.choose(model, self._caller, other_than=endpoint)
@@ -176,7 +177,7 @@ class Generation:
                     return await self._guarded(self._answer(endpoint, request, last=is_last))
             except UpstreamError as error:
                 _warn(error, endpoint, tries.made)
-                is_elsewhere = error.code == MODEL_NOT_FOUND and bool(self._upstream.serving(model))
+                is_elsewhere = error.code == MODEL_NOT_FOUND and self._upstream.remains(model, self._caller)
                 if is_elsewhere or self._was_no_try(error, endpoint, is_trial=is_trial):
                     tries.take_back()
                 if self._went_on:

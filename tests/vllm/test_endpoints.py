@@ -147,17 +147,45 @@ def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_list
     """A11."""
     serves = []
     steps: list[Callable[[], object]] = [
-        lambda: endpoint.lacks("x"),
+        lambda: endpoint.lacks("x", Caller()),
         lambda: setattr(clock, "now", clock.now + endpoints.MISSING),
-        lambda: endpoint.lacks("x"),
+        lambda: endpoint.lacks("x", Caller()),
         lambda: endpoint.lists(["x"]),
-        lambda: endpoint.lacks("x"),
     ]
     for step in steps:
         step()
         serves.append(endpoint.serves("x"))
-    assert serves == [False, True, False, True, False]
+    assert serves == [False, True, False, True]
     assert endpoint.serves("")
+
+
+def test_a_model_that_a_server_lists_is_not_taken_away_by_one_job(endpoint: Endpoint, clock: Clock) -> None:
+    """A1 and A11. Its 404 may be about an image; the list is asked for again, and decides."""
+    endpoint.lists(["x"])
+    endpoint.listed = clock()
+    caller = Caller()
+    for _ in range(2 * FAILURES):
+        endpoint.lacks("x", caller)
+    assert endpoint.listed < 0
+    assert endpoint.serves("x")
+    endpoint.lists(["y"])
+    assert not endpoint.serves("x")
+
+
+@pytest.mark.parametrize("between", [lambda endpoint: endpoint.answers("x"), lambda endpoint: endpoint.lists(["x"])])
+def test_a_model_that_a_server_lists_is_taken_away_by_many_jobs_in_a_row(
+    endpoint: Endpoint, between: Callable[[Endpoint], None]
+) -> None:
+    """A1 and A11."""
+    endpoint.lists(["x"])
+    for _ in range(3):
+        for _ in range(FAILURES - 1):
+            endpoint.lacks("x", Caller())
+        between(endpoint)
+    assert endpoint.serves("x")
+    for _ in range(FAILURES):
+        endpoint.lacks("x", Caller())
+    assert not endpoint.serves("x")
 
 
 def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(endpoint: Endpoint, clock: Clock) -> None:
@@ -168,7 +196,7 @@ def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(en
     clock.now += 1e6
     endpoint.lists(["llama3:latest"])
     assert endpoint.serves("llama3")
-    endpoint.lacks("llama3")
+    endpoint.lacks("llama3", Caller())
     assert not endpoint.serves("llama3")
 
 
@@ -236,11 +264,3 @@ def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Bu
     assert best([away, trial]) is trial
     assert [endpoint.circuit.admits(Caller()) for endpoint in servers] == [False, False, True]
     assert [endpoint.away for endpoint in servers] == [True, False, False]
-
-
-def test_a_server_that_does_not_know_a_model_that_it_listed_is_asked_for_its_list(
-    endpoint: Endpoint, clock: Clock
-) -> None:
-    endpoint.listed = clock()
-    endpoint.lacks("x")
-    assert endpoint.listed < 0

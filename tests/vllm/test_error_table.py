@@ -162,6 +162,16 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
      "context_length_exceeded", ONCE, "context window"),
     (400, json.dumps({"error": {"message": "litellm.ContextWindowExceededError: x", "code": "400"}}),
      "context_length_exceeded", ONCE, "litellm"),
+    # A model that is not there, or something else.
+    (404, json.dumps({"error": {"message": "The model `x` does not exist.", "type": "NotFoundError", "code": 404}}),
+     "model_not_found", ONCE, "`x`"),
+    (404, json.dumps({"error": "model 'x' not found"}), "model_not_found", ONCE, "'x'"),
+    (404, json.dumps({"error": {"message": "models/x is not found for API version v1"}}),
+     "model_not_found", ONCE, "models/x"),
+    (404, json.dumps({"error": {"message": "404, Not Found, url=http://files/model.png", "type": "NotFoundError"}}),
+     "not_found", ONCE, "model.png"),
+    (404, json.dumps({"error": {"message": "404, Not Found, url=http://files/model/1?model=x"}}),
+     "not_found", ONCE, "model/1"),
     # What has other limits in it is about the request.
     (400, json.dumps({"error": {"message": "max_tokens=100000 cannot be greater than max_model_len=4096"}}),
      "invalid_request", ONCE, "max_model_len"),

@@ -30,11 +30,13 @@ class Caller:
     """One job, as the servers see it.
 
     `failed_at` has the servers at which one of its requests failed in a way that may be its own fault: the job is no
-    measure of them any more. The worker itself, which asks to find out, is no job.
+    measure of them any more. `refused_at` has the servers that will not answer it, each with its last error: no further
+    request of the job goes there. The worker itself, which asks to find out, is no job.
     """
 
     is_job: bool = True
     failed_at: "set[Circuit]" = field(default_factory=set)
+    refused_at: "dict[Circuit, Exception]" = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +105,8 @@ class Circuit:
 
     def admits(self, caller: Caller, *, pressed: bool = False) -> bool:
         """Whether a request of a job may go there now; `pressed` when it can go nowhere else."""
+        if self in caller.refused_at:
+            return False
         if self.state is not State.HALF_OPEN:
             return self.state is State.CLOSED
         is_due = pressed or self._clock() >= self._before_trials.until
@@ -111,7 +115,8 @@ class Circuit:
     def wants_trial(self, caller: Caller) -> bool:
         """Whether a job that has failed here, and so waits, may have the server tried with another request."""
         is_due = self._is_free and self._clock() >= self._before_own_trials.until
-        return self.state is State.HALF_OPEN and self in caller.failed_at and is_due
+        waits = self in caller.failed_at and self not in caller.refused_at
+        return self.state is State.HALF_OPEN and waits and is_due
 
     @property
     def _is_free(self) -> bool:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from worker.vllm.circuit import Caller, Circuit, Run, State
+from worker.vllm.circuit import FAILURES, Caller, Circuit, Run, State
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
 from worker.vllm.recent import Recent
 from worker.vllm.stream import Watchdog
@@ -46,6 +46,7 @@ class Endpoint:
         self.unlisted: Recent[bool] = Recent(clock, float("inf"))
         self.lacking: Recent[bool] = Recent(clock, MISSING)
         self.listed = float("-inf")
+        self._deniers: dict[str, set[Caller]] = {}
         self.fix = ""
         self.key = ""
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
@@ -93,18 +94,29 @@ class Endpoint:
     def lists(self, names: Iterable[str]) -> None:
         """It says what it serves."""
         self.models = frozenset(names)
+        self._deniers.clear()
         for name in self.models:
             self.lacking.drop(name)
 
     def answers(self, model: str) -> None:
         """It has begun to answer a request for this model."""
+        self._deniers.pop(model, None)
         if model and self.models and model not in self.models:
             self.unlisted.put(model, True)
 
-    def lacks(self, model: str) -> None:
-        """It does not know a model, whatever it said: it is asked for its list again."""
+    def lacks(self, model: str, caller: Caller) -> None:
+        """It answered a job that it does not know a model: it is asked for its list again.
+
+        Where it lists the model, that may be about this one job, such as an image that is not found. Then only the new
+        list takes the model away, or `FAILURES` jobs with the same answer and no other answer between them.
+        """
         self.listed = float("-inf")
         self.unlisted.drop(model)
+        if model in self.models:
+            deniers = self._deniers.setdefault(model, set())
+            deniers.add(caller)
+            if len(deniers) < FAILURES:
+                return
         self.lacking.put(model, True)
 
     def failed(self, run: Run, error: UpstreamError, *, refuses_key: bool = False) -> None:

@@ -33,6 +33,8 @@ _TOO_LONG_WORDS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """How servers say that a prompt has no room in the model."""
+_A_MODEL = re.compile(r"(?<![\w/.?&-])models?(?![\w-]|\.\w)", re.IGNORECASE)
+"""The word for a model, but not as a part of a URL, such as that of an image which was not found."""
 _NO_TLS = "the server does not speak TLS there: its URL begins with http://"
 _FIXES = (
     ("Hostname mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
@@ -139,7 +141,7 @@ def classify(
     elif status in {401, 403}:
         code, retryable = UNAUTHORIZED, True  # at a server that takes the key
     elif status == 404:
-        code = "model_not_found" if "model" in message.lower() else "not_found"
+        code = "model_not_found" if _A_MODEL.search(message) else "not_found"
     elif status == 429:
         code, retryable = "rate_limited", True
     elif status in _RETRYABLE_STATUS or status >= 500:

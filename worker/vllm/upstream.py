@@ -85,11 +85,17 @@ class Upstream:
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
 
     def is_lost(self, model: str, others: Sequence[str], caller: Caller) -> bool:
-        """Whether every server of this model is away or has failed the job, and one can take one of the others."""
+        """Whether every server of this model is away or has failed the job, and one can take one of the others.
+
+        A server that refused the job has failed it, too.
+        """
         serving = self.serving(model)
         return (
             bool(serving)
-            and all(endpoint.away or endpoint.circuit in caller.failed_at for endpoint in serving)
+            and all(
+                endpoint.away or endpoint.circuit in caller.failed_at or endpoint.circuit in caller.refused_at
+                for endpoint in serving
+            )
             and any(self.can_take(other, caller) for other in others)
         )
 
@@ -100,6 +106,10 @@ class Upstream:
         """
         serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
         return serving or (self.endpoints if model in self._unlisted else [])
+
+    def remains(self, model: str, caller: Caller) -> bool:
+        """Whether a server of this model has not refused the job."""
+        return any(endpoint.circuit not in caller.refused_at for endpoint in self.serving(model))
 
     def _taking(self, model: str, caller: Caller) -> list[Endpoint]:
         """Those of them that take a request of a job now, if need be."""
@@ -115,14 +125,17 @@ class Upstream:
         A server where the job has failed, and others too, is tried with a request of the worker's own meanwhile.
 
         Raises:
-            UpstreamError: `model_not_found`, when a server said so lately; `upstream_unreachable` or `unauthorized`,
-                when all that may have it are away, or have failed this job and others, or refuse the keys, and a server
-                can take a request for one of `others`.
+            UpstreamError: the last refusal, when every server of the model has refused the job; `model_not_found`, when
+                a server said so lately; `upstream_unreachable` or `unauthorized`, when all that may have it are away,
+                or have failed this job and others, or refuse the keys, and a server can take a request for one of
+                `others`.
         """
         caller = caller or Caller()
         while not self.can_take(model, caller):
             changed = self._changed
             serving = self.serving(model)
+            if serving and not self.remains(model, caller):
+                raise list(caller.refused_at.values())[-1] from None
             if self.is_lost(model, others, caller):
                 if self.refuses_key(model):
                     raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
@@ -221,7 +234,8 @@ class Upstream:
             UpstreamError: when the server does not give one.
         """
         circuit, model = endpoint.circuit, request.get("model")
-        run = circuit.begin(caller or Caller())
+        caller = caller or Caller()
+        run = circuit.begin(caller)
 
         def begun() -> None:
             circuit.began(run)
@@ -240,16 +254,18 @@ class Upstream:
         except UpstreamError as error:
             refuses_key = await self._refuses_key(endpoint, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
-                self._lacks(endpoint, model, error)
+                self._lacks(endpoint, model, caller, error)
+            if error.code == MODEL_NOT_FOUND and route == CHAT:
+                caller.refused_at[circuit] = error
             endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
-    def _lacks(self, endpoint: Endpoint, model: str, answer: UpstreamError) -> None:
+    def _lacks(self, endpoint: Endpoint, model: str, caller: Caller, answer: UpstreamError) -> None:
         """A server does not know a model. Where all list others, that is the answer to all who ask."""
-        endpoint.lacks(model)
+        endpoint.lacks(model, caller)
         self._unlisted.drop(model)
         if endpoint.models and model not in endpoint.models and not self.serving(model):
             self._missing.put(model, answer)
