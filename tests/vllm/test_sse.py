@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,6 @@ TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 BODIES = sorted(path.stem for path in TRANSCRIPTS.glob("*.body"))
 STREAMS = [name for name in BODIES if (TRANSCRIPTS / f"{name}.body").read_bytes().startswith(b"data:")]
 SMALL = [name for name in STREAMS if (TRANSCRIPTS / f"{name}.body").stat().st_size < 10_000]
-BOM = b"\xef\xbb\xbf"
 
 
 def recorded(name: str) -> bytes:
@@ -34,7 +34,6 @@ def byte_by_byte(body: bytes) -> Iterable[bytes]:
 def by_the_standard(body: bytes) -> list[bytes]:
     """The data of each event: section 9.2.6 of the HTML standard, sentence by sentence and a character at a time."""
     text = body.decode()
-    text = text.removeprefix("\ufeff")
     lines = []
     line = ""
     place = 0
@@ -50,29 +49,44 @@ def by_the_standard(body: bytes) -> list[bytes]:
     return list(events_of(lines))
 
 
-def events_of(lines: list[str]) -> Iterator[bytes]:
+def events_of(lines: list[str]) -> Iterator[bytes]:  # noqa: C901 - the rules, one after the other
     buffer = ""
+    unfinished = ""  # JSON that stands there without `data:`
     for line in lines:
-        if line == "":
-            if buffer != "":
-                yield from beside_the_standard(buffer.removesuffix("\n"))
-            buffer = ""
-        elif line[0] in "{[" and line[-1] in "}]" and buffer == "":  # it is no field: servers put errors there
-            yield line.encode()
-        elif line[0] == ":":
+        if unfinished and not line.startswith(("data:", "event:", "error:")):
+            unfinished += "\n" + line
+            if depth(unfinished) <= 0:
+                yield unfinished.strip(" \t").encode()
+                unfinished = ""
             continue
-        elif ":" in line:
-            field, value = line.split(":", 1)
-            if field == "data":
-                buffer += value.removeprefix(" ") + "\n"
-        elif line == "data":
-            buffer += "\n"
+        unfinished = ""
+        field, _, value = line.partition(":")
+        text = line.strip(" \t")
+        if field == "data":
+            if is_object(buffer.removesuffix("\n")):  # A12: it needs no blank line
+                yield buffer.removesuffix("\n").encode()
+                buffer = ""
+            buffer += value.removeprefix(" ") + "\n"
+        elif line == "":
+            if buffer != "":
+                yield buffer.removesuffix("\n").encode()
+            buffer = ""
+        elif (
+            text and text[0] in "{[" and (text[-1] in "}]" or depth(text) > 0)
+        ):  # it is no field: servers put errors there
+            if is_object(buffer.removesuffix("\n")):
+                yield buffer.removesuffix("\n").encode()
+                buffer = ""
+            if buffer == "" and depth(text) > 0:
+                unfinished = text
+            elif buffer == "":
+                yield text.encode()
 
 
-def beside_the_standard(data: str) -> list[bytes]:
-    """Lines that are JSON objects of their own are events of their own (A12)."""
-    lines = data.split("\n")
-    return [line.encode() for line in (lines if all(map(is_object, lines)) else [data])]
+def depth(text: str) -> int:
+    """How many brackets are open at the end of JSON, of which no string spans lines."""
+    bare = re.sub(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"', "", text)
+    return sum(map(bare.count, "{[")) - sum(map(bare.count, "}]"))
 
 
 def is_object(text: str) -> bool:
@@ -92,7 +106,8 @@ def is_object(text: str) -> bool:
         ([b'{"a":1}', b"[DONE]"], [b'{"a":1}', b"[DONE]"]),
         ([b'{"a":-1e999}', b'{"a":"\\ud83d"}'], [b'{"a":-1e999}', b'{"a":"\\ud83d"}']),
         ([b'{"a":', b"1}"], [b'{"a":\n1}']),
-        ([b'{"a":1}', b"{"], [b'{"a":1}\n{']),
+        ([b'{"a":1}', b"{"], [b'{"a":1}', b"{"]),
+        ([b"1", b'{"a":1}', b'{"b":2}'], [b'1\n{"a":1}\n{"b":2}']),
         ([b'{"a":', b"{}", b"}"], [b'{"a":\n{}\n}']),
         ([b"1", b"2"], [b"1\n2"]),
     ],
@@ -108,7 +123,7 @@ def test_a12_whole_chunks_on_lines_of_one_event_are_several(
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r", b"\r\n"])
 def test_a12_the_last_event_needs_no_blank_line(end: bytes) -> None:
-    for start in (b"", BOM, b"data: a\n\n", b"data: {}\r\n"):
+    for start in (b"", b"data: a\n\n", b"data: {}\r\n"):
         for pieces in ([start + b'data: {"a":1}' + end], byte_by_byte(start + b'data: {"a":1}' + end)):
             decoder = SSEDecoder()
             for piece in pieces:
@@ -121,6 +136,66 @@ def test_a12_the_last_event_needs_no_blank_line(end: bytes) -> None:
 def test_a12_an_event_that_is_cut_off_stays_cut_off(rest: bytes) -> None:
     decoder = SSEDecoder()
     assert (decoder.feed(b"data: a\n\n" + rest), decoder.end()) == ([b"a"], [])
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a12_events_that_end_in_one_line_end_go_out_when_the_next_begins(end: bytes) -> None:
+    decoder = SSEDecoder()
+    lines = [b'{"a":1}', b'{"b":2}', b'{"c":3}', b"[DONE]"]
+    told = [decoder.feed(b"data: " + line + end) for line in lines]
+    assert told == [[], [b'{"a":1}'], [b'{"b":2}'], [b'{"c":3}', b"[DONE]"]]
+    assert decoder.end() == []
+
+
+@pytest.mark.parametrize("rest", [b'data: {"c":', b'data: {"c":\n', b"dat", b'data: {"c":1}x\n'])
+def test_a12_a_cut_last_line_costs_only_itself(rest: bytes) -> None:
+    body = b'data: {"a":1}\ndata: {"b":2}\n' + rest
+    for pieces in ([body], byte_by_byte(body)):
+        decoder = SSEDecoder()
+        assert [event for piece in pieces for event in decoder.feed(piece)] + decoder.end() == [b'{"a":1}', b'{"b":2}']
+        assert decoder.passed_over.strip() == rest.removeprefix(b"data: ").strip()
+
+
+BARE = [
+    (b'{"a":1}\n', [b'{"a":1}']),
+    (b' {"a":1} \n', [b'{"a":1}']),
+    (b'{\n "a": 1\n}\n', [b'{\n "a": 1\n}']),
+    (b'[\n{\n "a": "}"\n}]\n', [b'[\n{\n "a": "}"\n}]']),
+    (b'{"a":[\n1,\n\n2]}\n', [b'{"a":[\n1,\n\n2]}']),
+    (b'{"a":1}\n{"b":"\\""}\n', [b'{"a":1}', b'{"b":"\\""}']),
+    (b'data: {"x":1}\n{"a":1}\n', [b'{"x":1}', b'{"a":1}']),
+    (b"{ a log line\ndata: 1\n\n", [b"1"]),
+    (b"[INFO] a log line\ndata: 1\n\n", [b"1"]),
+    (b'data: 1\n{"a":1}\n\n', [b"1"]),
+]
+
+
+@pytest.mark.parametrize(("body", "events"), BARE)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_a7_json_without_data_is_an_event_as_soon_as_it_is_whole(body: bytes, events: list[bytes], end: bytes) -> None:
+    for start in (b"", b"data: a\n\n", b": a comment\n\n"):
+        cut = (start + body).replace(b"\n", end)
+        wanted = [b"a", *events] if b"a\n" in start and start.startswith(b"data") else events
+        assert decoded(cut) == decoded(*byte_by_byte(cut)) == wanted
+
+
+def test_a7_what_began_as_json_and_was_cut_off_can_be_quoted() -> None:
+    decoder = SSEDecoder()
+    assert (decoder.feed(b'{"error": {\n"message": "no'), decoder.end()) == ([], [])
+    assert decoder.passed_over == b'{"error": {\n"message": "no\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "events"),
+    [
+        (b'data: {"a":1}\nevent: error\ndata: {"b":2}\n\n', [b'{"a":1}', b'{"error":{"b":2}}']),
+        (b'event: error\ndata: {"a":1}\nevent: message\ndata: {"b":2}\n', [b'{"error":{"a":1}}']),
+        (b'data: {"a":1}\nerror: {"b":2}\n', [b'{"a":1}', b'{"error":{"b":2}}']),
+        (b'data: {"a":1}\nevent: error\n\n', [b'{"error":{"a":1}}']),
+    ],
+)
+def test_a7_errors_are_told_from_chunks_that_end_in_one_line_end(body: bytes, events: list[bytes]) -> None:
+    assert decoded(body) == decoded(*byte_by_byte(body)) == events
 
 
 @pytest.mark.parametrize(
@@ -177,18 +252,6 @@ def test_a_character_may_come_in_parts() -> None:
 
 def test_bytes_that_are_no_utf8_are_handed_on_as_they_are() -> None:
     assert decoded(b"data: \xff\xfe\n\n") == [b"\xff\xfe"]
-
-
-@pytest.mark.parametrize("cut", range(4))
-def test_a_bom_is_passed_over_however_it_comes(cut: int) -> None:
-    body = BOM + b"data: a\n\n"
-    assert decoded(body[:cut], body[cut:]) == decoded(*byte_by_byte(body)) == [b"a"]
-
-
-def test_only_the_first_bom_is_passed_over() -> None:
-    assert decoded(BOM + BOM + b"data: a\n\ndata: b\n\n") == [b"b"]
-    assert decoded(b"data: a\n\n", BOM + b"data: b\n\n") == [b"a"]
-    assert decoded(b"data: " + BOM + b"\n\n") == [BOM]
 
 
 @pytest.mark.parametrize("start", [b"\xef", b"\xef\xbb", b"\xef\xbbx", b"x"])
@@ -254,8 +317,7 @@ _END = st.sampled_from(["\n", "\r", "\r\n"])
 @st.composite
 def _streams(draw: st.DrawFn) -> bytes:
     lines = draw(st.lists(st.tuples(_LINE, _END).map("".join), max_size=24))
-    start = draw(st.sampled_from(["", "\ufeff", "\ufeff\ufeff"]))
-    return (start + "".join(lines) + draw(_LINE)).encode()
+    return ("".join(lines) + draw(_LINE)).encode()
 
 
 @given(_streams(), st.randoms(use_true_random=False))

@@ -211,6 +211,112 @@ async def test_a4_a_whole_completion_is_one_whatever_it_is_labelled(label: str, 
         assert (await ask(upstream))[0].text == "a"
 
 
+TEXT = b'{"choices":[{"delta":{"content":"%c"}}]}'
+FINISH = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
+
+
+@pytest.mark.parametrize("prefix", [b"data: ", b"data:", b""])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+async def test_a12_a7_lines_that_are_chunks_show_while_the_stream_flows(prefix: bytes, end: bytes) -> None:
+    """With one line end behind each, or as lines of JSON."""
+    body = b"".join(prefix + TEXT % letter + end for letter in b"abc")
+    async with sending(HEAD + b"\r\n", body, then_close=False) as url, Transport() as transport:
+        stream = await opened(transport, url)
+        events: list[bytes] = []
+
+        def take(new: list[bytes]) -> bool:
+            events.extend(new)
+            return True
+
+        async with asyncio.timeout(5):  # the answer does not end
+            while len(events) < 2:
+                await stream.pour(take)
+        assert events[:2] == [TEXT % b"a", TEXT % b"b"]
+        await stream.aclose()
+
+
+@pytest.mark.parametrize("prefix", [b"data: ", b""])
+async def test_a12_a7_lines_that_are_chunks_are_a_whole_answer(prefix: bytes) -> None:
+    lines = [*(TEXT % letter for letter in b"abc"), FINISH]
+    answer = HEAD + b"\r\n" + b"".join(prefix + line + b"\n" for line in lines)
+    for rest in (b"", b"data: [DONE]\n"):
+        async with sending(answer + rest) as url, reaching(url) as upstream:
+            assert (await ask(upstream))[0].text == "abc"
+
+
+ERROR = b'{"error":{"message":"no such thing","code":400}}'
+LIMITED = Limits(connect=5, first_token=0.3, gap=0.3)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ERROR + b"\n",
+        b" " + ERROR + b" \r\n",
+        json.dumps(json.loads(ERROR), indent=1).encode() + b"\n",
+        b"data: " + TEXT % b"a" + b"\n\n" + ERROR + b"\n",
+        b"data: " + TEXT % b"a" + b"\n" + ERROR + b"\n",
+        b"[" + ERROR + b"]\n",
+    ],
+)
+async def test_a7_an_error_on_a_line_is_one_at_once_where_the_connection_stays_open(body: bytes) -> None:
+    error = await error_of_server(HEAD + b"\r\n" + body, then_close=False)
+    assert (error.code, error.message) == ("invalid_request", "no such thing")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [ERROR, b"data: " + ERROR + b"\n", b"data: " + ERROR, b"event: error\ndata: " + ERROR + b"\n", b"\n " + ERROR],
+)
+async def test_a7_an_error_without_an_end_is_one_where_the_connection_stays_open(body: bytes) -> None:
+    error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
+    assert (error.code, error.message) == ("invalid_request", "no such thing")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        (b"the quota is gone\n", "first_token_timeout", "the quota is gone"),
+        (b"data: the quota is go", "first_token_timeout", "the quota is go"),
+        (b'{"error": {"message": "the quota', "gap_timeout", "the quota"),
+        (b"<p>the quota is gone", "not_a_stream", "the quota is gone"),
+    ],
+)
+async def test_a7_what_came_in_place_of_an_answer_is_quoted_after_silence(body: bytes, code: str, words: str) -> None:
+    error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
+    assert error.code == code
+    assert words in error.message
+
+
+async def test_a7_text_is_not_quoted_after_silence() -> None:
+    body = b"data: " + TEXT % b"a" + b"\n\ndata: " + (TEXT % b"b")[:-3]
+    error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
+    assert (error.code, error.message) == ("gap_timeout", "vLLM sent nothing for 0.3 s mid-stream")
+
+
+async def test_a4_a_whole_completion_counts_where_the_connection_stays_open() -> None:
+    body = b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
+    async with sending(HEAD + b"\r\n", body, then_close=False) as url, reaching(url, limits=LIMITED) as upstream:
+        parser = ChunkParser()
+        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
+
+            def take(events: list[bytes]) -> bool:
+                for data in events:
+                    parser.parse(data)
+                return parser.done
+
+            with pytest.raises(UpstreamError, match="sent nothing"):
+                await stream.pour(take)
+        assert parser.complete
+
+
+@pytest.mark.parametrize("cut", range(4))
+async def test_a4_a_bom_may_come_in_pieces(cut: int) -> None:
+    body = b"\xef\xbb\xbfdata: " + TEXT % b"a" + b"\n\ndata: " + FINISH + b"\n\n"
+    async with sending(HEAD + b"\r\n", body[:cut], body[cut:]) as url, reaching(url) as upstream:
+        assert (await ask(upstream))[0].text == "a"
+
+
 @pytest.mark.parametrize("status", [200, 201, 202, 203, 206])
 @pytest.mark.parametrize("body", [b'data: {"choices":[%b]}\n\n', b'{"choices":[%b]}'])
 async def test_a4_these_statuses_are_answers(status: int, body: bytes) -> None:
@@ -390,7 +496,7 @@ async def test_a_stream_that_is_compressed_against_our_wish_is_none() -> None:
 
 
 async def test_a_completion_cut_short_is_no_completion() -> None:
-    assert (await error_of_server(JSON_HEAD + b'{"choices":[{"mess')).code == "upstream_malformed"
+    assert (await error_of_server(JSON_HEAD + b'{"choices":[{"mess')).code == "upstream_truncated"
 
 
 async def test_an_error_page_cut_short_is_an_error_of_its_status() -> None:

@@ -2,21 +2,23 @@
 
 The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream": lines end at CR, LF or CRLF
 and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
-colon is dropped, several data lines are joined by LF, a BOM at the start is passed over, and an event that the end
-of the stream cuts off is dropped. Fields other than `data` carry nothing in a stream of completions.
+colon is dropped, several data lines are joined by LF, and an event that the end of the stream cuts off is dropped.
+Fields other than `data` carry nothing in a stream of completions. The BOM at the start of a stream is taken away by
+`stream.py`, which looks at the first bytes of every answer.
 
-Three things go beyond the standard. Data lines of one event that are whole chunks, each of its own, are several events.
-The last event is not dropped where it is whole JSON. Errors come out too: the data of an event that is called `error`
-or `exception`, and the value of a field of that name, as `{"error": …}`, and a line of JSON without `data:` as it is.
+Four things go beyond the standard. A data line that is a whole chunk is an event of its own, and goes out when the next
+one is there: some servers end their events with one LF. The last event is not dropped where it is whole JSON. Errors
+come out too: the data of an event that is called `error` or `exception`, and the value of a field of that name, as
+`{"error": …}`. So does JSON without `data:`, on one line or over several, as it is.
 """
 
 import json
+import re
 
 import msgspec
 
 from worker.vllm.error_bodies import decoded
 
-_BOM = b"\xef\xbb\xbf"
 _LF = 0x0A
 _DONE = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024 * 1024
@@ -25,7 +27,11 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 _ERRORS = frozenset({b"error", b"exception"})
 _FIELDS = frozenset({b"id", b"retry"})
+_AFTER_JSON = (b"data:", b"event:", b"error:")
+"""Lines that cannot be inside JSON: an object that has no end by then is none."""
 _MOST_PASSED_OVER = 500
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_BLANK = b" \t"
 
 
 class EventTooLarge(ValueError):
@@ -36,21 +42,31 @@ class SSEDecoder:
     """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
 
     __slots__ = (
-        "_after_cr", "_data", "_held", "_is_between", "_is_error", "_max", "_pending", "_size", "_start", "passed_over",
+        "_after_cr", "_data", "_depth", "_has_data", "_held", "_is_between", "_is_error", "_is_late", "_json", "_max",
+        "_objects", "_pending", "_size", "passed_over",
     )  # fmt: skip
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes
-        self._is_between = False  # nothing is held of what came before, and no BOM can come
-        self._start: bytes | None = b""  # the bytes so far that may be a BOM; None once that is settled
+        self._is_between = False  # nothing is held of what came before, and it is a stream of events
         self._after_cr = False  # the last read ended in CR, so an LF that comes next belongs to it
         self._pending: list[bytes] = []  # pieces of a line whose end has not come
         self._data: list[bytes] = []  # data lines of an event whose end has not come
+        self._json: list[bytes] = []  # lines of JSON without `data:` whose end has not come
+        self._depth = 0  # of brackets that are open in it
         self._size = 0  # bytes in the pieces
-        self._held = 0  # bytes in the data lines, each with its end: empty ones take room too
+        self._held = 0  # bytes in the data lines and in the JSON, each with its end: empty ones take room too
         self._is_error = False  # the event whose end has not come is called an error
+        self._is_late = False  # it is called so only behind the data that is held
+        self._has_data = False
+        self._objects = 0  # that came without `data:`
         self.passed_over = b""
-        """The first lines that are of no event, for who has to say what came in place of an answer."""
+        """The first lines that are of no event, for errors that say what came in place of an answer."""
+
+    @property
+    def holds_json(self) -> bool:
+        """Whether JSON without `data:` has begun and not ended, such as a completion that is no stream."""
+        return bool(self._json) or (bool(self._pending) and self._pending[0].startswith((b"{", b"[")))
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of every event that this chunk completes, in order.
@@ -68,16 +84,30 @@ class SSEDecoder:
             events = chunk[6:-2].split(b"\n\ndata: ")
             if b"\n" not in b"".join(events):  # at a third of the price of looking into each, or of counting
                 return events
-        self._is_between = False
-        events = self._by_lines(chunk if self._start is None else self._without_bom(chunk))
-        self._is_between = self._start is None and not (self._pending or self._data or self._after_cr or self._is_error)
+        events = self._by_lines(chunk)
+        is_holding = self._pending or self._data or self._json or self._after_cr or self._is_error
+        self._is_between = self._has_data and not is_holding
         return events
 
     def end(self) -> list[bytes]:
-        """The last event of a stream that has ended, where nothing but its line ends is missing: it is whole JSON."""
-        events = self._events([b"".join(self._pending), b""])
+        """What the end of the stream completes, where nothing but its line ends is missing: it is whole JSON.
+
+        One object without `data:` is a whole completion where nothing else came: `[DONE]` follows it. What is not
+        completed goes to `passed_over`.
+        """
+        events = self._events([b"".join(self._pending)] if self._pending else [])
         self._pending.clear()
-        return [event for event in events if _is_json(event)]
+        if self._json:
+            self._give_up_json()
+        for event in self._events([b""]):
+            if _is_json(event):
+                events.append(event)
+            else:
+                self._pass_over(event)
+        if self._objects == 1 and not self._has_data:
+            self._objects = 0
+            events.append(_DONE)
+        return events
 
     def _by_lines(self, chunk: bytes) -> list[bytes]:
         if self._after_cr and chunk:
@@ -106,48 +136,90 @@ class SSEDecoder:
         return events
 
     def _events(self, lines: list[bytes]) -> list[bytes]:
-        events = []
+        events: list[bytes] = []
         data = self._data
         for line in lines:
+            if self._json:
+                if not line.startswith(_AFTER_JSON):
+                    self._take_json(line, events)
+                    continue
+                self._give_up_json()
             if not line:
                 if data:
                     event = data[0] if len(data) == 1 else b"\n".join(data)
-                    whole = data.copy() if len(data) > 1 and all(map(_is_chunk, data)) else []
                     data.clear()
                     self._held = 0
                     if len(event) > self._max:
                         raise self._too_large()
-                    events += whole or [_as_error(event) if self._is_error else event]
-                self._is_error = False
+                    events.append(_as_error(event) if self._is_error else event)
+                self._is_error = self._is_late = False
             elif line.startswith(b"data:"):
-                data.append(line[6:] if line[5:6] == b" " else line[5:])
-                self._held += len(data[-1]) + 1
+                self._take_data(line[6:] if line[5:6] == b" " else line[5:], events)
             elif line == b"data":
-                data.append(b"")
-                self._held += 1
+                self._take_data(b"", events)
             elif not line.startswith(b":"):
                 self._take_other(line, events)
         return events
+
+    def _take_data(self, line: bytes, events: list[bytes]) -> None:
+        self._has_data = True
+        self._let_go(events)
+        if line == _DONE and not self._data and not self._is_error:
+            events.append(line)
+            return
+        self._data.append(line)
+        self._held += len(line) + 1
+
+    def _let_go(self, events: list[bytes]) -> None:
+        """Something else begins. A data line that is held and is a whole chunk needs no blank line."""
+        if len(self._data) == 1 and _is_chunk(self._data[0]):
+            event = self._data.pop()
+            self._held = 0
+            if len(event) > self._max:
+                raise self._too_large()
+            events.append(_as_error(event) if self._is_error and not self._is_late else event)
+            self._is_late = False
 
     def _take_other(self, line: bytes, events: list[bytes]) -> None:
         """A line of another field, or of none."""
         name, _, value = line.partition(b":")
         if name in _ERRORS:
+            self._let_go(events)
             events.append(_as_error(value.strip()))
         elif name == b"event":
-            self._is_error = value.strip() in _ERRORS
-        elif line.startswith((b"{", b"[")) and line.endswith((b"}", b"]")) and not self._data:
-            events.append(line)
-        elif name not in _FIELDS and len(self.passed_over) < _MOST_PASSED_OVER:
-            self.passed_over += line[:_MOST_PASSED_OVER] + b"\n"
+            is_error = value.strip() in _ERRORS
+            self._is_late = is_error and not self._is_error and bool(self._data)
+            self._is_error = is_error or (self._is_error and bool(self._data))
+        elif _begins_json(text := line.strip(_BLANK)):
+            self._let_go(events)
+            if not self._data:
+                self._take_json(text, events)
+        elif name not in _FIELDS:
+            self._pass_over(line)
 
-    def _without_bom(self, chunk: bytes) -> bytes:
-        start = (self._start or b"") + chunk
-        if len(start) < len(_BOM) and _BOM.startswith(start):
-            self._start = start
-            return b""
-        self._start = None
-        return start.removeprefix(_BOM)
+    def _take_json(self, line: bytes, events: list[bytes]) -> None:
+        """The next line of JSON that stands there without `data:`; perhaps its last."""
+        self._json.append(line)
+        self._held += len(line) + 1
+        self._depth += _opened(line)
+        if self._depth <= 0:
+            events.append(b"\n".join(self._json).strip(_BLANK))
+            self._objects += 1
+            self._clear_json()
+
+    def _give_up_json(self) -> None:
+        """What began as JSON is none."""
+        for line in self._json:
+            self._pass_over(line)
+        self._clear_json()
+
+    def _clear_json(self) -> None:
+        self._json.clear()
+        self._depth = self._held = 0
+
+    def _pass_over(self, line: bytes) -> None:
+        if len(self.passed_over) < _MOST_PASSED_OVER:
+            self.passed_over += line[:_MOST_PASSED_OVER] + b"\n"
 
     def _grow(self, size: int) -> None:
         self._size += size
@@ -156,6 +228,17 @@ class SSEDecoder:
 
     def _too_large(self) -> EventTooLarge:
         return EventTooLarge(f"an event of the stream is larger than {self._max} bytes")
+
+
+def _begins_json(line: bytes) -> bool:
+    """Whether a line is an object or a list, or the first line of one that has more lines."""
+    return line.startswith((b"{", b"[")) and (line.endswith((b"}", b"]")) or _opened(line) > 0)
+
+
+def _opened(line: bytes) -> int:
+    """How many brackets a line of JSON leaves open; below 0 where it closes more. No string of JSON spans lines."""
+    line = _STRING.sub(b"", line)
+    return line.count(b"{") + line.count(b"[") - line.count(b"}") - line.count(b"]")
 
 
 def _is_json(data: bytes) -> bool:

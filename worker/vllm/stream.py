@@ -14,9 +14,9 @@ from types import TracebackType
 import httpx
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.error_bodies import decoded
+from worker.vllm.error_bodies import excerpt
 from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
-from worker.vllm.sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
+from worker.vllm.sse import EventTooLarge, SSEDecoder
 from worker.vllm.target import Target
 from worker.vllm.transport import Answer, Transport
 
@@ -101,14 +101,15 @@ class Watchdog:
             self._hurried = monotonic()
         self._look_again()
 
-    def silence(self) -> UpstreamError:
-        """What to say when it is over."""
+    def silence(self, passed_over: str = "") -> UpstreamError:
+        """The error of a server that was silent for too long; it quotes what the server sent in place of events."""
+        quoted = f"; what it sent is no event: {excerpt(passed_over)}" if passed_over else ""
         if self._hurried is not None:
-            return truncated("vLLM takes no connections any more, and its open stream is silent")
+            return truncated(f"vLLM takes no connections any more, and its open stream is silent{quoted}")
         if self._begun:
-            text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream"
+            text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream{quoted}"
             return UpstreamError("gap_timeout", text, retryable=True)
-        text = f"vLLM sent no token within {self._limits.first_token:g} s"
+        text = f"vLLM sent no token within {self._limits.first_token:g} s{quoted}"
         return UpstreamError("first_token_timeout", text, retryable=True)
 
     def _due(self) -> float:
@@ -155,7 +156,7 @@ class ChatStream:
         """Called when the first event is there and was taken."""
         self.reopen: Callable[[UpstreamError], Awaitable[Answer | None]] | None = None
         """Called with an error that came in place of the first event; gives the answer to a request that avoids it."""
-        self._decoder: SSEDecoder | _Whole | _Opening = _Opening(self._become)
+        self._decoder: SSEDecoder | _Opening = _Opening(self._become)
         self._take: Callable[[list[bytes]], bool]
 
     @property
@@ -191,7 +192,8 @@ class ChatStream:
                 more = await self._answer.body.pour(self._arrived)
             return more or self._hand_over(self._decoder.end())
         except TimeoutError:
-            raise self._watchdog.silence() from None
+            self._hand_over(self._decoder.end())  # perhaps it is an error
+            raise self._watchdog.silence("" if self._has_begun else self.passed_over) from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
@@ -202,6 +204,8 @@ class ChatStream:
     def _arrived(self, piece: bytes) -> bool:
         events = self._decoder.feed(piece)
         if not events:
+            if self._decoder.holds_json:
+                self._watchdog.begin()  # a completion that is no stream, in more than one piece
             return False
         self._watchdog.heard()
         take = self._take
@@ -218,9 +222,9 @@ class ChatStream:
                 self._begin()
         return bool(events)
 
-    def _become(self, is_whole: bool) -> "SSEDecoder | _Whole":  # noqa: FBT001 - called back by position
-        """The answer has shown what it is."""
-        self._decoder = decoder = _Whole(self._watchdog) if is_whole else SSEDecoder()
+    def _become(self) -> SSEDecoder:
+        """The answer is no web page."""
+        self._decoder = decoder = SSEDecoder()
         return decoder
 
     def _begin(self) -> None:
@@ -285,17 +289,20 @@ async def _refuse(answer: Answer, limits: Limits) -> None:
 
 
 class _Opening:
-    """Stands in for the decoder of an answer until its first byte that is not blank shows what it is.
+    """Stands in for the decoder of an answer until its first byte that is not blank shows whether it is a web page.
 
-    vLLM's own proxies label a stream as JSON, and other servers a completion as a stream.
+    What else it is its label does not tell: vLLM's own proxies label a stream as JSON, and other servers a completion
+    as a stream.
     """
 
-    __slots__ = ("_become", "_held", "passed_over")
+    __slots__ = ("_become", "_held")
 
-    def __init__(self, become: Callable[[bool], "SSEDecoder | _Whole"]) -> None:
+    holds_json = False
+    passed_over = b""
+
+    def __init__(self, become: Callable[[], SSEDecoder]) -> None:
         self._become = become
         self._held = b""
-        self.passed_over = b""
 
     def feed(self, piece: bytes) -> list[bytes]:
         start = self._held + piece
@@ -311,39 +318,12 @@ class _Opening:
                 self._held = start
                 return []
             raise web_page(start)
-        return self._become(start.startswith((b"{", b"["))).feed(start)
+        return self._become().feed(start)
 
     def end(self) -> list[bytes]:
         if self._held.startswith(b"<"):
             raise web_page(self._held)
         return []
-
-
-class _Whole:
-    """A whole completion as the events of a stream, once it has ended."""
-
-    __slots__ = ("_pieces", "_size", "_watchdog", "passed_over")
-
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self.passed_over = b""
-
-    def feed(self, piece: bytes) -> list[bytes]:
-        self._watchdog.begin()
-        self._pieces.append(piece)
-        self._size += len(piece)
-        if self._size > MAX_EVENT_BYTES:
-            raise EventTooLarge(f"the answer is larger than {MAX_EVENT_BYTES} bytes")
-        return []
-
-    def end(self) -> list[bytes]:
-        body = b"".join(self._pieces).strip()
-        self._pieces.clear()
-        if b"\n" in body and decoded(body) is None and (events := SSEDecoder().feed(body + b"\n\n")):
-            return events  # an object on a line of its own, and others or events behind it
-        return [body, b"[DONE]"] if body else []
 
 
 async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
