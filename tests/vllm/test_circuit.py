@@ -338,7 +338,7 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
 def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) -> None:
     """A8. With one request, until that is heard of or a probe is answered."""
     circuit = Circuit(clock, lambda *_: None)
-    circuit.probed_late(is_longest=False)
+    circuit.probed_late()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     run = begin(circuit)
     clock.now += TRIAL
@@ -347,31 +347,50 @@ def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) 
     assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, State.CLOSED, False)
 
 
-@pytest.mark.parametrize(("trouble", "state"), [("", State.HALF_OPEN), ("health_503", State.OPEN)])
-def test_a_probe_that_is_answered_after_a_late_one_says_more(clock: Clock, trouble: str, state: State) -> None:
-    """A8."""
+@pytest.mark.parametrize(("trouble", "state"), [("", State.CLOSED), ("health_503", State.OPEN)])
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_probe_that_is_answered_after_a_late_one_says_as_much_as_the_first(
+    clock: Clock, trouble: str, state: State, late: int
+) -> None:
+    """A8. One request at a time went to a new server for up to a minute, whose health took five seconds."""
     circuit = Circuit(clock, lambda *_: None)
-    circuit.probed_late(is_longest=False)
+    for _ in range(late):
+        circuit.probed_late()
+        begin(circuit)
     circuit.probed(trouble)
-    assert circuit.state is state
+    assert (circuit.state, admits(circuit)) == (state, not trouble)
     assert circuit.wants_probe is bool(trouble)
 
 
-def test_a_server_that_is_away_is_tried_once_the_longest_probe_is_late(circuit: Circuit) -> None:
-    """A8. It may be busy; a frozen one costs no more than the one request."""
-    fail(circuit, FAILURES)
-    circuit.probed_late(is_longest=False)
-    assert circuit.state is State.OPEN
-    circuit.probed_late(is_longest=True)
+@pytest.mark.parametrize("open_it", [opened, lambda circuit: fail(circuit, FAILURES)])
+def test_a_server_that_is_away_is_tried_once_a_probe_is_late(
+    circuit: Circuit, open_it: Callable[[Circuit], object]
+) -> None:
+    """A8. An accepted connection is enough for a trial. A frozen server costs no more than the one request."""
+    open_it(circuit)
+    circuit.probed_late()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     fail(circuit)
     assert circuit.state is State.OPEN
 
 
+def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_away(
+    circuit: Circuit, clock: Clock
+) -> None:
+    """A8. The trial goes on, for as long as any other; without that probe its queue may be long."""
+    opened(circuit).probed_late()
+    begin(circuit)
+    clock.now += TRIAL - 0.1
+    circuit.probed("")
+    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False)
+    clock.now += 0.1
+    assert admits(circuit)
+
+
 def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
     """A8. Nor does it after a failure, which alone says nothing."""
     fail(circuit)
-    circuit.probed_late(is_longest=True)
+    circuit.probed_late()
     assert (circuit.state, circuit.wants_probe) == (State.CLOSED, False)
 
 
@@ -433,7 +452,7 @@ def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list
             case 5:
                 circuit.hold()
             case 6:
-                circuit.probed_late(is_longest=which % 2 == 0)
+                circuit.probed_late()
             case _:
                 circuit.probed("" if which % 2 else "x")
     clock.now += LONGEST_PAUSE + LATE_TRIAL

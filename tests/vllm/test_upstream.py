@@ -348,6 +348,37 @@ async def test_a_model_is_asked_for_though_the_lists_are_never_there_in_time() -
 
 
 @pytest.mark.usefixtures("_brief")
+async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_health_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A8. The first of them may take minutes: the others are not asked one at a time meanwhile."""
+    async with Server() as server:
+        server.slow = {"/health"}
+        server.orders("hang")
+        async with watching(server.url) as upstream:
+            asking = [asyncio.create_task(ask(upstream)) for _ in range(5)]
+            await until(lambda: len(server.served) == 1)
+            monkeypatch.setattr(probes, "FIRST_LIMIT", 5)
+            monkeypatch.setattr(probes, "LONGEST_LIMIT", 5)
+            server.released.set()
+            await until(lambda: len(server.served) == 5)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_a_server_that_takes_connections_again_is_tried_before_its_health_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A8. A vLLM that came back with a health of 40 s was away for a minute and a half: each longer probe was late."""
+    monkeypatch.setattr(probes, "FIRST_LIMIT", 0.2)
+    port = free_port()
+    async with watching(f"http://127.0.0.1:{port}") as upstream, Server(port=port) as server:
+        server.slow = {"/health", "/v1/models"}
+        assert await ask(upstream)
+
+
+@pytest.mark.usefixtures("_brief")
 async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time() -> None:
     """A8. It takes connections, and answers nothing: neither its health nor any request."""
     async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):

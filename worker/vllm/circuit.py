@@ -77,8 +77,9 @@ class Circuit:
     same: until one stream has come whole, a single one that breaks off opens the circuit again. A trial of which
     nothing is heard, as in a long queue at vLLM, keeps its place for `TRIAL` seconds, then another may try.
 
-    A probe that is late says nothing: a server of which nothing is known yet is tried all the same, and one that is
-    away is once the longest probe is late, too. Should that trial fail, it is away again.
+    A probe that is late says only that something takes connections: a server of which nothing is known yet is tried
+    with one request, and so is one that is away. Should that trial fail, it is away again. A good probe after a late
+    one says as much as the first would have.
 
     How a request ended that was sent before the circuit opened says nothing about the server since: streams that a
     dying vLLM left frozen end long after it is back.
@@ -97,7 +98,8 @@ class Circuit:
         self._unanswered: set[Caller] = set()
         self._broken: set[Caller] = set()
         self._is_suspect = False
-        self._is_late = False
+        self._late_from: State | None = None
+        """The state before a late probe; None when the last probe was not late."""
         self._on_probation = False
         self._era = 0
         self._held_until = 0.0
@@ -127,31 +129,35 @@ class Circuit:
         """Whether the server is to be asked if it is there: a request failed, or it is away, or nothing is known."""
         if self.state is State.OPEN:
             return self._clock() >= self._before_probes.until
-        return self.state is State.UNKNOWN or self._is_suspect or self._is_late
+        return self.state is State.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def probed(self, trouble: str) -> None:
         """A probe was answered; or not, and `trouble` says why."""
-        self._is_suspect = self._is_late = False
+        self._is_suspect = False
+        late_from, self._late_from = self._late_from, None
         if self.state is State.OPEN:
             if not trouble:
                 self._held_until = 0.0
                 self._become(State.HALF_OPEN)
         elif trouble:
             self._open(trouble)
-        elif self.state is State.UNKNOWN:
+        elif State.UNKNOWN in (self.state, late_from):
             self._become(State.CLOSED)
+        elif late_from is not None:
+            self._held_until -= LATE_TRIAL - TRIAL
 
-    def probed_late(self, *, is_longest: bool) -> None:
-        """A probe was not answered in the time it had; `is_longest` where it gets no more."""
+    def probed_late(self) -> None:
+        """A probe was not answered in the time it had."""
         self._is_suspect = False
-        if self.state is State.UNKNOWN or (self.state is State.OPEN and is_longest):
+        if self.state in {State.UNKNOWN, State.OPEN}:
             self._held_until = 0.0
+            former = self.state
             self._become(State.HALF_OPEN)
-            self._is_late = True
+            self._late_from = former
 
     def hold(self) -> None:
         """A request is about to go there: while the circuit is half open, it is the trial."""
-        self._held_until = self._clock() + (LATE_TRIAL if self._is_late else TRIAL)
+        self._held_until = self._clock() + (TRIAL if self._late_from is None else LATE_TRIAL)
 
     def run_of(self, caller: Caller) -> Run:
         """What a request of a job that begins now tells its fate with."""
@@ -196,7 +202,7 @@ class Circuit:
             self._open(reason)
             return
         self._is_suspect = True
-        if self.state is State.HALF_OPEN and self._is_late:
+        if self.state is State.HALF_OPEN and self._late_from is not None:
             self._open(reason)
             return
         if self.state is State.HALF_OPEN:
@@ -226,5 +232,5 @@ class Circuit:
         self._is_suspect = self._on_probation = False
 
     def _become(self, state: State, reason: str = "") -> None:
-        former, self.state, self.reason, self._is_late = self.state, state, reason, False
+        former, self.state, self.reason, self._late_from = self.state, state, reason, None
         self._on_change(former, state, reason)

@@ -36,8 +36,8 @@ class Probes:
         """Ask a server whether it is there, and tell its circuit."""
         try:
             trouble = await self._trouble(endpoint)
-        except Late as late:
-            endpoint.circuit.probed_late(is_longest=late.within >= LONGEST_LIMIT)
+        except Late:
+            endpoint.circuit.probed_late()
         else:
             endpoint.circuit.probed(trouble)
 

@@ -96,7 +96,7 @@ class Upstream:
                 endpoint.away or endpoint.circuit in caller.failed_at or endpoint.circuit in caller.refused_at
                 for endpoint in serving
             )
-            and any(self.can_take(other, caller) for other in others)
+            and any(self.can_take(other, Caller(failed_at=caller.failed_at)) for other in others)
         )
 
     def serving(self, model: str) -> list[Endpoint]:
