@@ -559,6 +559,7 @@ WHOLE = log_of("0-1", "1-0", "1-1", "1-2", "1-3", "1-4", seal=END)
 BEGAN_AGAIN = [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2), Done(id=SEAL, attempt=2)]
 WENT_ON = [Claimed(id=EntryId(2, 0)), Resumed(id=EntryId(2, 1), after="1-2"), delta(2, 2), Done(id=SEAL, attempt=2)]
 HOLE = log_of("1-0", "1-1", "1-2", "1-5")
+TOP = log_of(f"{SEAL.attempt}-0", f"{SEAL.attempt}-1", seal=Failed(id=SEAL, code="buried"))
 
 
 @pytest.mark.parametrize(
@@ -606,6 +607,7 @@ async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
         pytest.param(WHOLE, "0-1", WHOLE[1:], id="a cursor"),
         pytest.param(WHOLE[1:], "0-0", WHOLE[1:], id="no queued"),
         pytest.param(WHOLE, str(SEAL), [], id="the seal of what has ended"),
+        pytest.param([*WHOLE[:2], *TOP], None, [*WHOLE[:2], *TOP], id="an attempt with the seal's number"),
         pytest.param([Cancelled(id=SEAL)], None, [Cancelled(id=SEAL)], id="cancelled before it was enqueued"),
         pytest.param([Failed(id=SEAL, code="deadline")], None, [Failed(id=SEAL, code="deadline")], id="never begun"),
     ],
@@ -617,6 +619,24 @@ async def test_d8_a_log_that_has_what_counts_is_read(
     reader = Reader(client, after=EntryId.parse(after) if after else None)
     await reader.task
     assert reader.seen == (log[1:] if is_seen is None else is_seen)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_the_end(
+    client: Client, redis: Redis, story: Story
+) -> None:
+    before = delta(SEAL.attempt, SEAL.n - 1)
+    await story.write(START, before)
+    reader = Reader(client, after=before.id)
+
+    async def waits() -> bool:
+        return bool((await redis.info("clients"))["blocked_clients"] or await story.listeners())
+
+    await eventually(waits)
+    await story.go_on(END)
+    async with asyncio.timeout(5):
+        await reader.task
+    assert reader.seen == [END]
 
 
 @pytest.mark.usefixtures("impatient")

@@ -264,7 +264,9 @@ class Follower:
             if doubts:
                 self._misses = self._misses + 1 if self._missed == where else 1
             self._missed = page.last
-        if page is not None and page.is_full:
+        if self._attempt == SEAL.attempt and not self.is_over:
+            self.go_alone()  # the seal's id may be the next one, and what is told does not end the log
+        elif page is not None and page.is_full:
             self._is_behind = True
         elif not self.is_over and not self._is_alone:
             self._request.subscribe()

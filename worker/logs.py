@@ -275,6 +275,8 @@ def _gap(
         if not follows(first, before) or (first == SEAL and _knows_more(fields_of(raw[number][1]), before)):
             return number, before
         end = bisect_right(raw, first.attempt, lo=number, key=lambda entry: EntryId.parse(entry[0]).attempt)
+        if first != SEAL and EntryId.parse(raw[end - 1][0]) == SEAL:  # which is in no attempt, whatever its number
+            end -= 1
         before = EntryId.parse(raw[end - 1][0])
         if before.n - first.n != end - 1 - number:
             ids = [EntryId.parse(entry_id) for entry_id, _ in raw[number:end]]

@@ -15,7 +15,17 @@ from redis.exceptions import RedisError
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.log import LogDiverged, LogFenced, LogGone, LogLost, LogOver, LogRefused, LogSealed, TokenLog
+from worker.broker.log import (
+    LogDiverged,
+    LogExhausted,
+    LogFenced,
+    LogGone,
+    LogLost,
+    LogOver,
+    LogRefused,
+    LogSealed,
+    TokenLog,
+)
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Failed, Started, Terminal
@@ -94,6 +104,8 @@ class Relay:
                 await self._take(request, turn)
             except LogRefused as refusal:
                 await self._settlement.bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
+            except LogExhausted as problem:
+                await self._condemn(request, str(problem))
             except (RedisError, OSError, LogLost):  # not the job's fault
                 raise
             except Exception as error:

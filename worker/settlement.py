@@ -176,6 +176,8 @@ def _dead_for(request: Request, answer: Answer) -> str:
     known by itself, unless it was not read.
     """
     end, began, delivery = answer.end, answer.started, request.delivery
-    if not isinstance(end, Failed) or (began and (began.queue, began.job) != (delivery.queue, delivery.id)):
+    if not isinstance(end, Failed) or (
+        began and began.job and (began.queue, began.job) != (delivery.queue, delivery.id)
+    ):
         return ""
     return end.message or end.code if end.code == BURIED or (request.job is UNREAD and end.code in INVALID) else ""

@@ -127,6 +127,23 @@ async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
     await redis.expire(KEY, 60)
 
 
+@pytest.mark.parametrize("n", [3, SEAL.n - 1, SEAL.n])
+async def test_b2_an_id_that_somebody_else_writes_into_an_attempt_is_not_taken_for_its_owners(
+    n: int, one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    log = await one.take(delivery)
+    log.append(delta("ours"))
+    await log.drained()
+    await redis.xadd(KEY, {"type": "delta", "content": "not ours"}, id=f"1-{n}")
+    log.append(delta("never accepted"))
+    with pytest.raises(LogDiverged, match="its owner has not written"):
+        await log.drained()
+    await one.owner.advance(log, delivery, "diverged")
+    log.append(delta("written"))
+    await log.drained()
+    assert await texts(redis) == ["1-0:started", "1-1:ours", f"1-{n}:not ours", "2-0:claimed", "2-1:written"]
+
+
 async def test_a_log_that_is_gone_is_not_made_again(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.take(delivery)
     await redis.delete(KEY)

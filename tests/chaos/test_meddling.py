@@ -92,6 +92,78 @@ async def test_b2_a_job_whose_log_cannot_be_read_is_buried_once(
     assert not simulator.served
 
 
+TOP = SEAL.attempt
+"""The number of the seal, which no attempt can have."""
+
+
+@pytest.mark.parametrize(
+    ("last", "what"),
+    [
+        (f"{TOP - 1}-{TOP}", "delta"),
+        (f"{TOP}-0", "delta"),
+        (f"{TOP}-5", "delta"),
+        (f"{TOP}-{TOP - 1}", "delta"),
+        (f"{TOP - 1}-0", "claimed"),
+        (f"{TOP}-0", "deleted"),
+    ],
+)
+async def test_b2_a_job_whose_log_no_attempt_can_follow_is_buried_once(
+    last: str, what: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """B2: 15 deliveries in 30 s, each of which asked Redis for an attempt of the number 2^64."""
+    job = await left_behind(redis, [*begun(2), (last, {"type": "claimed" if what == "claimed" else "delta"})])
+    if what == "deleted":
+        await redis.xdel(KEY, last)
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    log = await log_of(redis, "r")
+    assert (log[-1].id, log[-1].fields["code"]) == (SEAL, "buried")
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"job"] == job
+    assert b"no attempt can follow" in letter[b"reason"]
+    assert (await client.status("r")).outcome == "error"
+    assert [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")] == [b"finished"]
+    assert not simulator.served
+
+
+@pytest.mark.parametrize("last", [f"1-{TOP}", f"{TOP - 2}-0", f"{TOP - 2}-{TOP}"])
+async def test_b2_a_job_whose_log_one_more_attempt_can_follow_is_done_in_it(
+    last: str, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await left_behind(redis, [*begun(2), (last, {"type": "delta"})])
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    answer = Answer(parse(where, fields) for where, fields in await stream(redis, KEY))
+    assert (answer.outcome, answer.text) == ("done", expected())
+
+
+async def test_b2_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ended(
+    redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    job = await left_behind(redis, [*begun(2), (f"{TOP - 2}-0", {"type": "claimed"})])
+    server = await start_simulator(Options(orders=Orders(fault="cut", after=3)))
+    await start_worker(server)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    log = await log_of(redis, "r")
+    assert (log[-1].id, log[-1].fields["code"]) == (SEAL, "buried")
+    assert log[-2].type == "delta", "what was written stands"
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"job"] == job
+    assert len(server.served) == 1
+
+
 @pytest.mark.parametrize("takes_no_end", [False, True])
 async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_log_holds(
     redis: Redis,

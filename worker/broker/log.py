@@ -40,6 +40,10 @@ class LogDiverged(LogLost):
     """Redis does not hold what it has acknowledged, as after a failover: the owner must begin a new attempt."""
 
 
+class LogExhausted(LogLost):
+    """No attempt can follow the last one of the log: somebody has written an id of the greatest there are."""
+
+
 class LogRefused(LogLost):
     """A key of another type stands in the log's place: the only refusal of Redis that is of one log alone."""
 
@@ -172,6 +176,8 @@ class TokenLog:
     def reconcile(self, tail: EntryId | None) -> list[Run]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
+        if lost is None and tail is not None and tail.n >= self._next:
+            lost = LogDiverged(f"Redis holds the log up to {tail}, which its owner has not written")
         if lost is not None:
             self.lose(lost)
             return []

@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError, WatchError
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogDiverged, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
+from worker.broker.log import LogDiverged, LogExhausted, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
 from worker.broker.log_commands import (
     command,
     entry_at,
@@ -47,7 +47,7 @@ from worker.contract.entries import (
     to_json,
 )
 from worker.contract.history import fault_in
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
+from worker.contract.ids import BEFORE_ALL, LAST_ATTEMPT, QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
@@ -117,6 +117,9 @@ class Owner:
 
         `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's, and `is_same` tells
         whether another digest is: there may be none, and it may be of an earlier version's making.
+
+        Raises:
+            LogExhausted: when no attempt can follow.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
@@ -163,9 +166,10 @@ class Owner:
             return await self._owned(request_id, greatest.attempt)  # its reply was lost, or the reading failed
         if (refusal := await self._refusal(holder, delivery)) is not None:
             return refusal
-        if not await self._claim(request_id, greatest.attempt + 1, delivery, TAKEOVER, delivery.count):
+        attempt = _after(greatest.attempt)
+        if not await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count):
             return None
-        return await self._owned(request_id, greatest.attempt + 1, greatest=greatest)
+        return await self._owned(request_id, attempt, greatest=greatest)
 
     async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
         """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
@@ -241,9 +245,10 @@ class Owner:
         """Go on under the next attempt of one's own log.
 
         Raises:
+            LogExhausted: when no attempt can follow.
             LogLost: when the log is no longer ours.
         """
-        attempt = log.attempt + 1
+        attempt = _after(log.attempt)
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._line(log.key) as line:
                 (reply,) = await line.ask(last_of(log.key))
@@ -420,6 +425,17 @@ def _of_the_log() -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
+
+
+def _after(attempt: int) -> int:
+    """The number of the next attempt.
+
+    Raises:
+        LogExhausted: when there is none; Redis would refuse its id each time.
+    """
+    if attempt >= LAST_ATTEMPT:
+        raise LogExhausted(f"no attempt can follow attempt {attempt} of its log")
+    return attempt + 1
 
 
 def _job_of(what: Started | Claimed | Delivery) -> tuple[str, str]:

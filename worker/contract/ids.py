@@ -45,6 +45,9 @@ QUEUED = EntryId(0, 1)
 SEAL = EntryId(_LAST, _LAST)
 """The terminal entry: the greatest id there is, so Redis itself refuses whatever would follow."""
 
+LAST_ATTEMPT = SEAL.attempt - 1
+"""The greatest number that an attempt can have: the one above it is the seal's."""
+
 
 def follows(entry: EntryId, before: EntryId) -> bool:
     """Whether a log lacks nothing between two of its entries, as far as their ids tell; `BEFORE_ALL` may be the first.
