@@ -15,6 +15,7 @@ from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.sandbox.wire import Connection, Request
 from worker.telemetry.logs import configure_logging
 from worker.vllm.circuit import FAILURES
+from worker.vllm.circuit import State as CircuitState
 
 
 def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
@@ -142,6 +143,88 @@ async def test_a_job_that_one_server_of_its_model_does_not_know_is_asked_of_the_
         got = await answers(client, *(ask(f"a bad one {n}") for n in range(6)))
         assert [answer.outcome for answer in got] == ["done"] * 6
         assert len(good.served) == 6
+
+
+class Wrong(Simulator):
+    """A server that is set up wrongly: everything but its health and its list gets this answer."""
+
+    def __init__(self, status: int, body: bytes, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.answer = status, body
+        self.asked = 0
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path in {"/health", "/v1/models"}:
+            await super()._handle(request, connection)
+        else:
+            self.asked += request.path == "/v1/chat/completions"
+            await connection.respond(self.answer[0], "text/plain", self.answer[1])
+
+
+WRONG = [
+    (307, b"elsewhere", "upstream_error"),
+    (404, b'{"detail":"Not Found"}', "not_found"),
+    (405, b'{"detail":"Method Not Allowed"}', "upstream_error"),
+    (501, b"", "upstream_unavailable"),
+    (404, b"<html>404 Not Found</html>", "not_found"),
+    (413, b"<html>413 Request Entity Too Large</html>", "invalid_request"),
+    (200, b"<html>Welcome to nginx!</html>", "not_a_stream"),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), [case[:2] for case in WRONG])
+async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serve(
+    status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """It answers at once, and so would always be the one with the least to do."""
+    async with Wrong(status, body) as wrong:
+        good = await start_simulator()
+        worker = await start_worker(wrong, good, tries=2)
+        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(12)))
+        assert [answer.outcome for answer in got] == ["done"] * 12
+        assert len(good.served) == 12
+        got = await answers(client, *(ask(f"again {n}", max_tokens=5) for n in range(12)))
+        assert [answer.outcome for answer in got] == ["done"] * 12
+        if status != 413:
+            assert wrong.asked <= 12
+            assert worker._upstream.endpoints[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
+
+
+@pytest.mark.parametrize(("status", "body", "code"), WRONG)
+async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
+    status: int, body: bytes, code: str, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked once by each job, also after all have been found to fail."""
+    monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    async with Wrong(status, body) as one, Wrong(status, body) as other:
+        await start_worker(one, other, tries=1 if status in {200, 501} else 5)
+        got = await answers(client, *(ask(f"question {n}") for n in range(2 * FAILURES)))
+        codes = {answer.end.code for answer in got if isinstance(answer.end, Failed)}
+        assert (codes, len(got)) == ({code}, 2 * FAILURES)
+        if status not in {200, 501}:
+            assert (one.asked, other.asked) == (2 * FAILURES, 2 * FAILURES)
+
+
+async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """It does not begin again because that server does not say how to go on."""
+    first = await start_simulator(Options(orders=Orders(fault="cut", after=4)))
+    async with Wrong(307, b"") as wrong:
+        await start_worker(first, wrong, await start_simulator(), tries=5)
+        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+    assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["resumed"]
+    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+
+
+async def test_a16_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Wrong(307, b"", Options(model="large")) as wrong:
+        await start_worker(wrong, await start_simulator(Options(model="small")))
+        answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+    assert (answer.outcome, answer.model) == ("done", "small")
 
 
 class Guarded(Simulator):

@@ -21,8 +21,7 @@ from worker.telemetry.metrics import Metrics
 from worker.tries import Tries, was_not_let_in
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, State
-from worker.vllm.endpoints import MODEL_NOT_FOUND
-from worker.vllm.errors import UNAUTHORIZED, CannotResume, UpstreamError
+from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
 from worker.vllm.resume import ContinuationParser, continuation
 from worker.vllm.upstream import CHAT, Endpoint, Upstream
 
@@ -149,7 +148,8 @@ class Generation:
                 return await self._ask(job.request | {"model": model} if model else job.request, models)
             except UpstreamError as error:
                 broke_off = self._committed and self._settings.on_interrupt == "fail"
-                if not models or broke_off or not (error.retryable or error.code in _MOVES_ON):
+                moves_on = error.retryable or error.elsewhere or error.code in _MOVES_ON
+                if not models or broke_off or not moves_on:
                     return self._failed(error.code, error.message + (given_up and f" (before it: {given_up})"))
                 given_up += f"{'; ' if given_up else ''}{model}: {error.code}"
                 _log.warning("model_given_up", code=error.code, model=model, next=models[0])
@@ -177,7 +177,7 @@ class Generation:
                     return await self._guarded(self._answer(endpoint, request, last=is_last))
             except UpstreamError as error:
                 _warn(error, endpoint, tries.made)
-                is_elsewhere = error.code == MODEL_NOT_FOUND and self._upstream.remains(model, self._caller)
+                is_elsewhere = error.elsewhere and self._upstream.remains(model, self._caller)
                 if is_elsewhere or self._was_no_try(error, endpoint, is_trial=is_trial):
                     tries.take_back()
                 if self._went_on:
@@ -233,7 +233,7 @@ class Generation:
         try:
             way = await continuation(self._upstream, endpoint, request, history, self._caller)
         except UpstreamError as error:
-            if not last or was_not_let_in(error):
+            if not last or error.elsewhere or was_not_let_in(error):
                 raise
             raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
         if way.is_over and not way.held:
@@ -246,7 +246,7 @@ class Generation:
             except CannotResume as reason:
                 refusal = str(reason)
             except UpstreamError as error:
-                if self._committed or error.retryable or not way.prompt:
+                if self._committed or error.retryable or error.elsewhere or not way.prompt:
                     raise
                 refusal = f"the server refuses to go on: {error.code}"
         raise CannotResume(refusal)

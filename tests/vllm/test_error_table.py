@@ -12,6 +12,7 @@ import pytest
 from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
+from worker.vllm.endpoints import may_be_its_fault
 from worker.vllm.errors import UpstreamError
 from worker.vllm.stream import ChatStream, Limits, Watchdog
 from worker.vllm.transport import Answer
@@ -172,6 +173,11 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
      "not_found", ONCE, "model.png"),
     (404, json.dumps({"error": {"message": "404, Not Found, url=http://files/model/1?model=x"}}),
      "not_found", ONCE, "model/1"),
+    # A server that is set up wrongly: see also `test_a16_what_is_asked_of_another_server`.
+    (405, json.dumps({"detail": "Method Not Allowed"}), "upstream_error", ONCE, "Method Not Allowed"),
+    (402, json.dumps({"error": {"message": "Insufficient Balance"}}), "upstream_error", ONCE, "Insufficient Balance"),
+    (400, "<html><h1>400 Bad Request</h1>The plain HTTP request was sent to HTTPS port</html>",
+     "not_a_stream", ONCE, "sent to HTTPS port"),
     # What has other limits in it is about the request.
     (400, json.dumps({"error": {"message": "max_tokens=100000 cannot be greater than max_model_len=4096"}}),
      "invalid_request", ONCE, "max_model_len"),
@@ -199,6 +205,54 @@ async def test_a7_a9_each_error_has_its_code_and_its_words(
         error = await error_of(url)
     assert (error.code, error.retryable) == (code, retried), error.message
     assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "elsewhere", "blamed"),
+    [
+        (301, "", True, True),
+        (307, "Temporary Redirect", True, True),
+        (402, '{"error":{"message":"Insufficient Balance"}}', True, True),
+        (404, "", True, True),
+        (404, '{"detail":"Not Found"}', True, True),
+        (404, '{"error":{"message":"Not Found","type":"NotFoundError","param":null,"code":404}}', True, True),
+        (404, '{"error":{"message":"File Not Found","type":"not_found_error","code":404}}', True, True),
+        (404, "404 page not found\n", True, True),
+        (404, "default backend - 404", True, True),
+        (404, '{"message":"no Route matched with those values"}', True, True),
+        (404, '{"error":{"message":"Invalid URL (POST /v1/v1/chat/completions)"}}', True, True),
+        (404, "<pre>Cannot POST /v1/chat/completions</pre>", True, True),
+        (404, "Cannot POST /v1/chat/completions", True, True),
+        (404, "<html><title>404 Not Found</title><center>nginx</center></html>", True, True),
+        (404, '{"error":{"message":"404, message=\'Not Found\', url=http://files/cat.png"}}', False, False),
+        (404, '{"error":{"message":"Response with id r-1 not found."}}', False, False),
+        (404, '{"error":{"message":"The model `x` does not exist."}}', True, False),
+        (405, '{"detail":"Method Not Allowed"}', True, True),
+        (407, "", True, True),
+        (426, "", True, True),
+        (400, "<html>The plain HTTP request was sent to HTTPS port</html>", True, True),
+        (413, "<html>413 Request Entity Too Large</html>", True, False),
+        (413, '{"message":"Payload Too Large"}', True, False),
+        (431, "", True, False),
+        (400, '{"error":{"message":"top_k is too large"}}', False, False),
+        (422, '{"detail":"bad"}', False, False),
+        # These are worth another try wherever it is.
+        (200, "<html>Welcome</html>", False, True),
+        (501, "", False, True),
+    ],
+)
+async def test_a16_what_is_asked_of_another_server(
+    status: int,
+    body: str,
+    elsewhere: bool,  # noqa: FBT001 - a column of the table
+    blamed: bool,  # noqa: FBT001 - a column of the table
+) -> None:
+    """A16. The server's place, proxy or account is wrong, not the request; `blamed`: it counts as its failure."""
+    answer = f"HTTP/1.1 {status} X\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}"
+    async with sending(answer.encode()) as url:
+        error = await error_of(url)
+    assert (error.elsewhere, may_be_its_fault(error)) == (elsewhere, blamed)
+    assert error.retryable is (status in {200, 501})
 
 
 class Pieces:

@@ -97,7 +97,7 @@ def test_every_recorded_error_is_among_these() -> None:
         (401, "unauthorized", True),
         (403, "unauthorized", True),
         (404, "not_found", False),
-        (405, "invalid_request", False),
+        (405, "upstream_error", False),
         (408, "upstream_unavailable", True),
         (409, "upstream_unavailable", True),
         (413, "invalid_request", False),

@@ -5,11 +5,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from worker.vllm.circuit import FAILURES, Caller, Circuit, Run, State
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, Refused, UpstreamError
+from worker.vllm.errors import (
+    MODEL_NOT_FOUND,
+    TOO_LARGE_STATUS,
+    UNAUTHORIZED,
+    NoConnection,
+    Refused,
+    UpstreamError,
+)
 from worker.vllm.recent import Recent
 from worker.vllm.stream import Watchdog
 
-MODEL_NOT_FOUND = "model_not_found"
 MISSING = 60.0
 """Seconds that the answer holds that there is no such model."""
 BUSY = 1.0
@@ -136,7 +142,12 @@ class Endpoint:
 
 
 def may_be_its_fault(error: UpstreamError) -> bool:
-    """Whether an error counts against the server: a refusal of the request (4xx) does not, nor does being busy."""
+    """Whether an error counts against the server: a refusal of the request (4xx) does not, nor does being busy.
+
+    That the server is set up wrongly does, such as a redirect.
+    """
+    if error.elsewhere:
+        return error.code != MODEL_NOT_FOUND and error.status not in TOO_LARGE_STATUS
     return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
 

@@ -11,11 +11,27 @@ import httpx
 
 from worker.vllm.error_bodies import as_json, decoded, excerpt, message_of, says_nothing, status_of, words_of
 
+MODEL_NOT_FOUND = "model_not_found"
 UNAUTHORIZED = "unauthorized"
 """The code of a server that does not take the worker's key."""
 
 _LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 421, 424, 425, 429, 499})
+_SETUP_STATUS = frozenset({402, 405, 407, 426})
+"""What a server says whose account, route or proxy is wrong, whatever is asked."""
+TOO_LARGE_STATUS = frozenset({413, 414, 431})
+"""What a proxy says of a request that exceeds a limit of its own."""
+_NO_ROUTE = re.compile(
+    r"""
+      \W* | (404\W*)?((page|path|file|route|endpoint|url)\ )?(not\ found)?\W*  # FastAPI, Go, llama.cpp, Axum
+    | cannot\ (get|post)\ .*                                   # Express
+    | .*\b(no\ (matching\ )?route|default\ backend)\b.*         # Kong, Envoy, Kubernetes
+    | .*\b(invalid|unknown)\ (request\ )?url\b.*                # OpenAI
+    | .*/chat/completions.*
+    """,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+"""The whole message of a 404 that is about the route, and not about what is asked."""
 _TOO_LONG = frozenset({"input_tokens", "context_length_exceeded", "exceed_context_size_error"})
 _TOO_LONG_WORDS = re.compile(
     r"""
@@ -61,6 +77,8 @@ class UpstreamError(Exception):
         message: for people: what the server said.
         status: the HTTP status, or the code inside an error event; 0 where there was none.
         retryable: whether the same request may succeed elsewhere or later.
+        elsewhere: whether another server may answer the request that this one never will, since it lacks the model or
+            is set up wrongly.
         retry_after: seconds the server asked to wait, at most 60, or None.
         words: what the server said beside the message for programs, such as the parameter that it refuses.
         fix: what to do about it, where that is known; the message ends with it.
@@ -73,6 +91,7 @@ class UpstreamError(Exception):
         *,
         status: int = 0,
         retryable: bool,
+        elsewhere: bool = False,
         retry_after: float | None = None,
         words: AbstractSet[str] = frozenset(),
         fix: str = "",
@@ -82,6 +101,7 @@ class UpstreamError(Exception):
         super().__init__(self.message)
         self.status = status
         self.retryable = retryable
+        self.elsewhere = elsewhere
         self.retry_after = retry_after
         self.words = words
         self.fix = fix
@@ -110,9 +130,15 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
         place = excerpt(without_user(location).partition("?")[0])
         message = f"HTTP {status}: the server redirects to {place}, which is not followed"
         return UpstreamError(
-            "upstream_error", message, status=status, retryable=False, fix="set VLLM_URLS to the server's own URL"
-        )
-    return classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
+            "upstream_error", message, status=status, retryable=False, elsewhere=True,
+            fix="set VLLM_URLS to the server's own URL",
+        )  # fmt: skip
+    found = classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
+    if found.code == "invalid_request" and status not in TOO_LARGE_STATUS and _is_page(body):
+        return web_page(body, status=status, retryable=False, elsewhere=True)
+    if found.code == "not_found" and (_is_page(body) or not body.strip() or _NO_ROUTE.fullmatch(message)):
+        found.elsewhere = True
+    return found
 
 
 def from_event(error: object) -> UpstreamError:
@@ -133,7 +159,7 @@ def classify(
 
     `context_length_exceeded` may fit another model; `content_policy` is about the request, whatever the model.
     """
-    code, retryable = "upstream_error", False
+    code, retryable, elsewhere = "upstream_error", False, False
     if _is_context_error(message, said):
         code = "context_length_exceeded"
     elif said & _POLICY:
@@ -141,16 +167,20 @@ def classify(
     elif status in {401, 403}:
         code, retryable = UNAUTHORIZED, True  # at a server that takes the key
     elif status == 404:
-        code = "model_not_found" if _A_MODEL.search(message) else "not_found"
+        code, elsewhere = (MODEL_NOT_FOUND, True) if _A_MODEL.search(message) else ("not_found", False)
     elif status == 429:
         code, retryable = "rate_limited", True
     elif status in _RETRYABLE_STATUS or status >= 500:
         code, retryable = "upstream_unavailable" if status != 500 else "upstream_error", True
+    elif status in _SETUP_STATUS or 300 <= status < 400:
+        elsewhere = True
     elif 400 <= status < 500:
-        code = "invalid_request"
+        code, elsewhere = "invalid_request", status in TOO_LARGE_STATUS
     elif 200 <= status < 300:  # 204 and the like: nothing came in place of an answer
         code, retryable = "not_a_stream", True
-    return UpstreamError(code, message, status=status, retryable=retryable, retry_after=retry_after, words=said)
+    return UpstreamError(
+        code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=said
+    )
 
 
 def unreachable(url: str, error: Exception) -> UpstreamError:
@@ -174,11 +204,15 @@ def truncated(message: str) -> UpstreamError:
     return UpstreamError("upstream_truncated", message, retryable=True)
 
 
-def web_page(page: bytes, *, retryable: bool = True) -> UpstreamError:
+def _is_page(body: bytes) -> bool:
+    return body.lstrip().startswith(b"<")
+
+
+def web_page(page: bytes, *, status: int = 200, retryable: bool = True, elsewhere: bool = False) -> UpstreamError:
     """A page for people came in place of a stream or a list."""
     return UpstreamError(
-        "not_a_stream", f"a web page came in place of an answer: {excerpt(page[:200])}", status=200,
-        retryable=retryable, fix="see whether VLLM_URLS is the URL of a vLLM server",
+        "not_a_stream", f"a web page came in place of an answer: {excerpt(page[:200])}", status=status,
+        retryable=retryable, elsewhere=elsewhere, fix="see whether VLLM_URLS is the URL of a vLLM server",
     )  # fmt: skip
 
 

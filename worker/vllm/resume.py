@@ -297,6 +297,8 @@ async def _ask(post: _Post, path: str, body: Object, kind: type[_T]) -> _T:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise CannotResume(f"{path} gives no answer that can be read") from None
     except UpstreamError as error:
-        if error.retryable and error.status != 403:  # a route may be forbidden as it may be missing
+        if error.elsewhere or (
+            error.retryable and error.status != 403
+        ):  # a route may be forbidden as it may be missing
             raise
         raise CannotResume(f"{path}: {error.code}") from None

@@ -14,8 +14,8 @@ from worker.vllm.api import VllmApi
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import Caller, Run, State
 from worker.vllm.credentials import ApiKeys
-from worker.vllm.endpoints import MISSING, MODEL_NOT_FOUND, Endpoint, best_of, may_be_its_fault
-from worker.vllm.errors import UNAUTHORIZED, UpstreamError, without_user
+from worker.vllm.endpoints import MISSING, Endpoint, best_of, may_be_its_fault
+from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
 from worker.vllm.fields import body_for, refused_fields
 from worker.vllm.probes import FIRST_LIMIT, Probes
 from worker.vllm.recent import Recent
@@ -255,8 +255,7 @@ class Upstream:
             refuses_key = await self._refuses_key(endpoint, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
                 self._lacks(endpoint, model, caller, error)
-            if error.code == MODEL_NOT_FOUND and route == CHAT:
-                caller.refused_at[circuit] = error
+            _note_refusal(endpoint, route, caller, error)
             endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:
@@ -338,7 +337,8 @@ class Upstream:
         Raises:
             UpstreamError: when it does not answer, or refuses.
         """
-        run = endpoint.circuit.begin(caller or Caller())
+        caller = caller or Caller()
+        run = endpoint.circuit.begin(caller)
         watchdog = Watchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
@@ -348,6 +348,7 @@ class Upstream:
             raise watchdog.silence() from None
         except UpstreamError as error:
             refuses_key = await self._refuses_key(endpoint, error)
+            _note_refusal(endpoint, path, caller, error)
             endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
@@ -361,6 +362,14 @@ class Upstream:
             UpstreamError: when it does not say.
         """
         return await self._api.models(endpoint, FIRST_LIMIT)
+
+
+def _note_refusal(endpoint: Endpoint, route: str, caller: Caller, error: UpstreamError) -> None:
+    """Take down that a server will not answer a job. A server may do without the other routes than that of chats."""
+    if route != CHAT and error.code != MODEL_NOT_FOUND and not 300 <= error.status < 400:
+        error.elsewhere = False
+    if error.elsewhere:
+        caller.refused_at[endpoint.circuit] = error
 
 
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
