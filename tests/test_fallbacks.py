@@ -57,6 +57,37 @@ async def test_a_model_that_no_server_has_gives_way_to_the_next(
     assert (answer.outcome, answer.model) == ("done", "small")
 
 
+class Forgetful(Simulator):
+    """A server that lists its model and says in these words that it does not have it."""
+
+    def __init__(self, status: int, body: bytes, options: Options) -> None:
+        super().__init__(options)
+        self.answer = status, body
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/v1/chat/completions":
+            await connection.respond(self.answer[0], "application/json", self.answer[1])
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b'{"error":{"message":"no","type":"invalid_request_error","code":"model_not_found"}}'),
+        (400, b'{"error":{"message":"no","type":"invalid_request_error","code":"model_not_found"}}'),
+        (400, b'{"error":{"message":"Invalid model name passed in model=large","code":"400"}}'),
+    ],
+)
+async def test_a7_a9_a_model_that_is_missing_by_a_word_only_gives_way_to_the_next(
+    status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Forgetful(status, body, Options(model="large")) as large:
+        await start_worker(large, await start_simulator(Options(model="small")))
+        answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+    assert (answer.outcome, answer.model) == ("done", "small")
+
+
 class Prudish(Simulator):
     """A server that refuses every request by its policy."""
 

@@ -17,7 +17,8 @@ _MOST_PRINTED = 64 * 1024
 _INNER = ("error", "message", "detail")
 _MESSAGES = ("error", "message", "error_message", "error_msg", "detail", "text", "msg")
 _STATUSES = ("code", "status", "status_code", "http_status_code", "error_code")
-_NAMES = ("type", "error_type", "code", "status", "error_code")
+_NAMES = ("code", "error_code", "status", "type", "error_type")
+"""The more exact first: OpenAI has the type `invalid_request_error` for a key that is wrong, too."""
 _MARKS = ("error_message", "error_msg", "error_type", "error_code")
 """Fields that no chunk of an answer has."""
 _SUCCESS = (0, "0")

@@ -17,7 +17,7 @@ UNAUTHORIZED = "unauthorized"
 
 _LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 421, 424, 425, 429, 499})
-_SETUP_STATUS = frozenset({402, 405, 407, 426})
+_SETUP_STATUS = frozenset({*range(300, 400), 402, 405, 407, 426})
 """What a server says whose account, route or proxy is wrong, whatever is asked."""
 TOO_LARGE_STATUS = frozenset({413, 414, 431})
 """What a proxy says of a request that exceeds a limit of its own."""
@@ -36,8 +36,10 @@ _TOO_LONG = frozenset({"input_tokens", "context_length_exceeded", "exceed_contex
 _TOO_LONG_WORDS = re.compile(
     r"""
       maximum\ context\ length | context_length_exceeded                           # vLLM, OpenAI
+    | model's\ context\ length\ is\ only                                          # vLLM
     | longer\ than\ the\ maximum\ model\ length | too\ long\ to\ fit\ into\ the\ model  # vLLM, multimodal
     | longer\ than\ the\ model's\ context\ length                                # SGLang
+    | input\ length\ exceeds\ (the\ )?(maximum\ )?context\ length                 # Ollama
     | input\ length\ .{1,40}\ exceeds\ the\ maximum\ allowed\ length
     | exceeds\ the\ available\ context\ size                                     # llama.cpp
     | `inputs`\ must\ have\ less\ than                                           # TGI
@@ -45,10 +47,24 @@ _TOO_LONG_WORDS = re.compile(
     | prompt\ length\ .{1,80}\ exceeds?\ (the\ )?max(imum\ (input|sequence)\ length|_num_tokens)  # TensorRT-LLM
     | greater\ than\ the\ context\ length                                        # LM Studio
     | exceeds\ the\ context\ window | ContextWindowExceeded                      # OpenAI, LiteLLM
+    | prompt\ is\ too\ long:\ \d+\ tokens                                         # Anthropic
+    | input\ is\ too\ long\ for\ (the\ )?requested\ model                        # Bedrock
+    | input\ token\ count\ .{1,40}\ exceeds\ the\ maximum\ number\ of\ tokens     # Gemini
+    | maximum\ prompt\ length\ is                                                # xAI
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 """How servers say that a prompt has no room in the model."""
+_NO_MODEL = frozenset({MODEL_NOT_FOUND, "model_decommissioned", "DeploymentNotFound"})
+_NO_MODEL_WORDS = re.compile(
+    r"""
+      \bmodel\ ([`'"]?[^\s`'"]{1,200}[`'"]?\ )?(does\ not\ exist|(is\ )?not\ found)   # vLLM and its router, Ollama
+    | \binvalid\ model\ name\b                                                     # LiteLLM
+    | \b(unknown|no\ such)\ model\b | \binvalid\ model: | \bmodel\ not\ exist\b      # Mistral, DeepSeek
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""How servers say that they do not have a model, also with another status than 404."""
 _A_MODEL = re.compile(r"(?<![\w/.?&-])models?(?![\w-]|\.\w)", re.IGNORECASE)
 """The word for a model, but not as a part of a URL, such as that of an image which was not found."""
 _NO_TLS = "the server does not speak TLS there: its URL begins with http://"
@@ -164,15 +180,15 @@ def classify(
         code = "context_length_exceeded"
     elif said & _POLICY:
         code = "content_policy"
+    elif _is_model_error(status, message, said):
+        code, elsewhere = MODEL_NOT_FOUND, True
     elif status in {401, 403}:
         code, retryable = UNAUTHORIZED, True  # at a server that takes the key
     elif status == 404:
-        code, elsewhere = (MODEL_NOT_FOUND, True) if _A_MODEL.search(message) else ("not_found", False)
-    elif status == 429:
-        code, retryable = "rate_limited", True
+        code = "not_found"
     elif status in _RETRYABLE_STATUS or status >= 500:
-        code, retryable = "upstream_unavailable" if status != 500 else "upstream_error", True
-    elif status in _SETUP_STATUS or 300 <= status < 400:
+        code, retryable = {429: "rate_limited", 500: "upstream_error"}.get(status, "upstream_unavailable"), True
+    elif status in _SETUP_STATUS:
         elsewhere = True
     elif 400 <= status < 500:
         code, elsewhere = "invalid_request", status in TOO_LARGE_STATUS
@@ -235,6 +251,12 @@ def _is_refused(error: BaseException | None) -> bool:
 
 def _is_context_error(message: str, said: AbstractSet[str]) -> bool:
     return bool(said & _TOO_LONG) or _TOO_LONG_WORDS.search(message) is not None
+
+
+def _is_model_error(status: int, message: str, said: AbstractSet[str]) -> bool:
+    if said & _NO_MODEL or (status == 404 and _A_MODEL.search(message)):
+        return True
+    return status in {400, 422} and _NO_MODEL_WORDS.search(message) is not None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
