@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import click
 import msgspec
 from redis.exceptions import RedisError
-from soak_checker import SEAL, Evidence, Tally, Violation, check
+from soak_checker import SEAL, Evidence, Tally, Violation, check, is_own_trial
 from soak_jobs import Plan, plan
 from soak_processes import Chaos, Processes
 
@@ -281,7 +281,7 @@ class Soak:
                 except msgspec.MsgspecError:
                     continue  # the last line of one that was killed
                 # One of an earlier wave may end after its check: what must not be is that one begins.
-                if record.prompt is not None and record.started >= self._began:
+                if record.prompt is not None and record.started >= self._began and not is_own_trial(record):
                     starts.setdefault(record.prompt, {})[path, record.order, record.started] = record
         return {digest: list(records.values()) for digest, records in starts.items()}
 

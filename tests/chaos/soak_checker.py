@@ -17,10 +17,15 @@ from soak_jobs import Expected, Plan
 
 from worker.sandbox.record import Served
 
-__all__ = ["Evidence", "Tally", "Violation", "check"]
+__all__ = ["Evidence", "Tally", "Violation", "check", "is_own_trial"]
 
 SEAL = "18446744073709551615-18446744073709551615"
 TERMINAL = {"done", "error", "cancelled"}
+OWN_TRIAL = {
+    "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "model": "reciter",
+    "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True},
+}  # fmt: skip
+"""The request by which a worker tries out a server at which jobs have failed. No job has it: each has a temperature."""
 
 Fields = Mapping[str, str]
 
@@ -264,6 +269,11 @@ class _Check:
                 sent = [tuple(texts) for texts in zip(start.texts, start.reasonings, start.arguments, strict=True)]
                 if sent != [choice[:3] for choice in self._plan.choices]:
                     self._wrong("simulator", "sent another answer than the one expected")
+
+
+def is_own_trial(start: Served) -> bool:
+    """Whether an upstream start is a worker's own and belongs to no job."""
+    return start.route == "/v1/chat/completions" and start.request == OWN_TRIAL
 
 
 def came_to_nothing(start: Served) -> bool:

@@ -6,10 +6,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from soak_checker import SEAL, Evidence, Tally, came_to_nothing, check
+from soak_checker import OWN_TRIAL, SEAL, Evidence, Tally, came_to_nothing, check, is_own_trial
 from soak_jobs import Plan, plan
 
 from worker.sandbox.record import Served
+from worker.sandbox.simulator import Simulator
+from worker.vllm.circuit import Caller
+from worker.vllm.stream import Limits
+from worker.vllm.upstream import Upstream
 
 Log = list[tuple[str, dict[str, str]]]
 
@@ -221,3 +225,37 @@ def test_a_cancelled_answer_may_be_short_but_not_wrong() -> None:
     assert not found(made, log, **left)
     log[1] = ("1-1", begun | {"content": "x" + expected.content[:8]})
     assert found(made, log, **left) == {"different"}
+
+
+async def test_the_request_by_which_a_worker_tries_a_server_out_is_known_as_such() -> None:
+    async with Simulator() as simulator:
+        upstream = Upstream([simulator.url], limits=Limits(connect=5, first_token=10, gap=10))
+        (circuit,) = (endpoint.circuit for endpoint in upstream.endpoints)
+        circuit.probed_late()
+        await upstream.available("reciter", caller=Caller(failed_at={circuit}))
+        await upstream.aclose()
+        assert [is_own_trial(served) for served in simulator.served] == [True]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"messages": [{"role": "user", "content": "Who are you?"}]},
+        {"messages": [{"role": "user", "content": "Hi"}] * 2},
+        {"max_tokens": 2},
+        {"model": "nope"},
+        {"temperature": 0},
+        {"kv_transfer_params": {"prompt_token_ids": [1]}},
+        {"stream_options": None},
+    ],
+)
+def test_no_other_request_is_taken_for_the_workers_own(other: dict[str, object]) -> None:
+    assert is_own_trial(start(route="/v1/chat/completions", request=OWN_TRIAL))
+    assert not is_own_trial(start(route="/v1/chat/completions", request=OWN_TRIAL | other))
+    assert not is_own_trial(start(route="/v1/completions", request=OWN_TRIAL))
+
+
+def test_no_job_of_the_soak_has_the_workers_own_request() -> None:
+    dice = random.Random(1)  # noqa: S311 - no secret
+    for number in range(2000):
+        assert plan(dice, number, "t").request.get("temperature") == 0
