@@ -24,15 +24,15 @@ def answer_that_ends(reason: str) -> bytes:
 
 async def test_a14_an_unknown_finish_reason_is_done_and_named(client: Client, start_worker: StartWorker) -> None:
     configure_logging("json", "info")
-    async with sending(answer_that_ends("eos_token")) as url:
+    async with sending(answer_that_ends("because")) as url:
         worker = await start_worker(vllm_urls=url)
         with capture_logs() as logs:
             answer = await client.result(await client.enqueue(REQUEST))
-    assert (answer.outcome, answer.text, answer.finish_reason) == ("done", "a", "eos_token")
+    assert (answer.outcome, answer.text, answer.finish_reason) == ("done", "a", "because")
     (line,) = [line for line in logs if line["event"] == "unknown_finish_reason"]
-    assert (line["reason"], line["endpoint"]) == ("eos_token", url)
+    assert (line["reason"], line["endpoint"]) == ("because", url)
     name = "vllm_relay_unknown_finish_reasons_total"
-    assert worker._metrics.registry.get_sample_value(name, {"reason": "eos_token"}) == 1
+    assert worker._metrics.registry.get_sample_value(name, {"reason": "because"}) == 1
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "timeout"])

@@ -1,19 +1,34 @@
 """What a finish reason says of an answer: that it is whole, that its server broke it off, or nothing that is known."""
 
-_WHOLE = frozenset({"stop", "length", "tool_calls", "function_call", "content_filter", "repetition"})
-"""Those of OpenAI and vLLM 0.32.0."""
-_BROKEN_OFF = (
-    "abort", "cancel", "error", "timeout", "timed_out", "time_limit", "fail", "interrupt", "disconnect", "exception",
-    "shutdown", "preempt", "evict", "insufficient", "unavailable", "overload", "crash", "kill",
-)  # fmt: skip
+import re
+
+_WHOLE = frozenset({
+    # OpenAI and vLLM 0.32.0.
+    "stop", "length", "tool_calls", "function_call", "content_filter", "repetition",
+    # TGI, Anthropic, Gemini, Cohere, Mistral, Bedrock, Zhipu, and servers that pass these on.
+    "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed",
+    "max_tokens", "max_length", "model_length", "model_context_window_exceeded",
+    "tool_call", "tool_use", "refusal", "safety", "recitation", "sensitive", "content_filtered", "guardrail_intervened",
+})  # fmt: skip
+"""Reasons of a whole answer, in lower case."""
+_BROKEN_OFF = re.compile(
+    r"""
+      abort | cancel | interrupt | preempt | evict | kill | terminat | shutdown | unload | stopped_by | stall
+    | error | fail | exception | crash | broken | incomplete
+    | timeout | timed_out | time_limit | max_time | deadline | expire
+    | disconnect | connection | closed | lost
+    | insufficient | unavailable | overload | rate_limit | quota | memory | (?<![a-z]) oom (?![a-z])
+    """,
+    re.VERBOSE,
+)
 """Words in any other reason by which a server says that it broke the answer off, itself."""
 
 
 def is_known(reason: str) -> bool:
     """Whether it is a reason of a whole answer. One that is neither this nor of a fault counts as one all the same."""
-    return reason in _WHOLE
+    return reason.lower() in _WHOLE
 
 
 def is_of_a_fault(reason: str) -> bool:
     """Whether it says that the server broke the answer off."""
-    return not is_known(reason) and any(word in reason.lower() for word in _BROKEN_OFF)
+    return not is_known(reason) and _BROKEN_OFF.search(reason.lower()) is not None
