@@ -103,6 +103,8 @@ def test_a14_a_choice_that_goes_on_after_a_finish_reason_has_not_finished() -> N
     assert not log.finished(1)
     assert log.add(delta(4, finish_reason="stop")).finished(1)
     assert log.add(delta(5, token_ids=[7])).finished(1)
+    assert log.add(delta(6, extra={"delta": {"annotations": [1]}})).finished(1)
+    assert not log.add(delta(7, extra={"delta": {"refusal": "no"}})).finished(1)
 
 
 def test_whether_so_many_choices_have_finished_is_settled_at_once_for_any_number() -> None:

@@ -295,6 +295,8 @@ def test_a_finish_reason_without_done_is_success() -> None:
     [
         "abort", "error", "cancelled", "canceled", "timeout", "CANCELLED", "ABORTED", "timed_out", "server_error",
         "request_timeout", "internal_error", "failed", "insufficient_system_resource", "interrupted", "engine_shutdown",
+        "deadline_exceeded", "connection_lost", "lost_worker", "out_of_memory", "oom", "gpu_oom", "terminated",
+        "expired", "max_time", "stopped_by_server", "stalled", "closed", "broken", "incomplete", "unload",
     ],
 )  # fmt: skip
 def test_a14_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) -> None:
@@ -306,14 +308,20 @@ def test_a14_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) 
     assert reason in error.message
 
 
-@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls", "function_call", "content_filter", "repetition"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "eos_token", "stop_sequence",
+        "STOP", "Length", "MAX_TOKENS", "end_turn", "model_length",
+    ],
+)  # fmt: skip
 def test_a14_good_finish_reasons_are_known(reason: str) -> None:
     parser, _ = parsed(chunk({"content": "a"}, reason))
     parser.check_complete()
     assert (parser.finish_reason, parser.unknown_reason) == (reason, "")
 
 
-@pytest.mark.parametrize("reason", ["eos_token", "MAX_TOKENS", "end_turn", "model_length", "because"])
+@pytest.mark.parametrize("reason", ["because", "unknown", "room", "boom"])
 def test_a14_an_unknown_finish_reason_ends_the_answer_and_is_told(reason: str) -> None:
     parser, told = parsed(chunk({"content": "a"}), chunk({}, reason))
     parser.check_complete()
@@ -325,12 +333,16 @@ def test_a14_words_for_no_finish_reason_end_nothing(reason: str) -> None:
     assert error_of(chunk({"content": "a"}, reason), chunk({"content": "b"}, reason)).code == "upstream_truncated"
 
 
-@pytest.mark.parametrize("more", [{"content": "b"}, {"reasoning": "b"}, {"tool_calls": [{"id": "x"}]}])
+@pytest.mark.parametrize("more", [
+    {"content": "b"}, {"reasoning": "b"}, {"tool_calls": [{"id": "x"}]},
+    {"refusal": "b"}, {"content": [{"type": "text", "text": "b"}]}, {"function_call": {"name": "f"}},
+])  # fmt: skip
 @pytest.mark.parametrize("done", [True, False])
 def test_a14_an_end_that_is_followed_by_more_is_none(more: Object, done: bool) -> None:  # noqa: FBT001 - a parameter
     both = [chunk({"content": "a"}, "stop"), chunk(more)]
     assert error_of(*both, done=done).code == "upstream_truncated"
     assert error_of(*both, chunk(more), done=done).code == "upstream_truncated"
+    assert not Answer(parsed(*both, done=done)[1]).finished(1)
     parser, _ = parsed(*both, chunk({}, "length"), done=done)
     parser.check_complete()
     assert parser.finish_reason == "length"

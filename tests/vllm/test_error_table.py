@@ -14,6 +14,7 @@ from raw_server import sending
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.endpoints import may_be_its_fault
 from worker.vllm.errors import UpstreamError
+from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import ChatStream, Limits, Watchdog
 from worker.vllm.transport import Answer
 from worker.vllm.upstream import Upstream
@@ -84,6 +85,13 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (200, event([{"error": {"code": 400, "message": M, "status": "INVALID_ARGUMENT"}}]), "invalid_request", ONCE, M),
     (200, chunk({"content": ""}, "error", choices=[{"error": {"code": 502, "message": M}, "finish_reason": "error"}]),
      "upstream_unavailable", AGAIN, M),
+    (200, chunk({"error": {"code": 400, "message": M}}, "error"), "invalid_request", ONCE, M),
+    (200, ROLE + chunk({"content": "", "error": M}), "upstream_error", AGAIN, M),
+    (200, chunk({}, choices=[{"delta": {"content": "a"}, "error": {"code": 400, "message": M}}]),
+     "invalid_request", ONCE, M),
+    (200, chunk({"content": "a"}, error={"code": 400, "message": M}) + DONE, "invalid_request", ONCE, M),
+    (200, chunk({"content": "a"}) + DONE + event({"error": {"code": 400, "message": M}}), "invalid_request", ONCE, M),
+    (200, DONE + "event: error\n" + event({"code": 400, "message": M}), "invalid_request", ONCE, M),
     (200, event({"error": {"message": {"top_k": [M]}, "status": 400}}), "invalid_request", ONCE, M),
     (200, event({"error": {"message": M, "code": 400}, "choices": {}}), "invalid_request", ONCE, M),
     # What Python prints.
@@ -106,11 +114,18 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (200, json.dumps({"error": M, "code": 400}) + "\n" + DONE, "invalid_request", ONCE, M),
     (200, json.dumps([{"error": {"message": M, "code": 400}}], indent=2), "invalid_request", ONCE, M),
     (200, json.dumps({"detail": M}), "upstream_error", AGAIN, M),
+    (200, ROLE + " " + json.dumps({"error": {"message": M, "code": 400}}) + " \n", "invalid_request", ONCE, M),
+    (200, ROLE + json.dumps({"error": {"message": M, "code": 400}}, indent=1), "invalid_request", ONCE, M),
+    (200, event({"choices": []})[:-1] + json.dumps({"error_code": 400, "text": M}), "invalid_request", ONCE, M),
     (202, json.dumps({"detail": M, "status_code": 422}), "invalid_request", ONCE, M),
     # Nothing that can be read: what was passed over is quoted.
     (200, f"upstream connect error: {M}\n", "upstream_truncated", AGAIN, M),
     (200, f": ping\n\nid: 7\nunknown: {M}\n\n{DONE}", "upstream_truncated", AGAIN, M),
     (200, event({"reason": M}) + DONE, "upstream_truncated", AGAIN, M),
+    (200, event({"id": "x", "choices": None, "base_resp": {"status_code": 1008, "status_msg": M}}),
+     "upstream_truncated", AGAIN, M),
+    (200, ROLE + event({"id": "x", "choices": [], "warning": M}) + DONE, "upstream_truncated", AGAIN, M),
+    (200, 'data: {"error": {"message": "' + M, "upstream_truncated", AGAIN, M),
     (200, event(f"Internal Server Error: {M}"), "upstream_malformed", AGAIN, M),
     (200, event(json.dumps(M)), "upstream_malformed", AGAIN, M),
     (200, f"\n<!doctype html><title>{M}</title>", "not_a_stream", AGAIN, M),
@@ -307,7 +322,7 @@ class Pieces:
         self._pieces = list(pieces)
 
     async def pour(self, into: Callable[[bytes], bool]) -> bool:
-        return bool(self._pieces) and (into(self._pieces.pop(0)) or True)
+        return any(into(self._pieces.pop(0)) for _ in range(len(self._pieces)))
 
     async def aclose(self) -> None:
         """There is nothing to close."""
@@ -328,11 +343,12 @@ async def test_a4_a7_it_does_not_matter_how_an_error_is_cut_into_pieces(body: by
     assert {found for found, _ in told} == {code}
 
 
-NO_ERRORS: list[Any] = [None, False, 0, 0.0, "", [], {}, {"code": None, "message": ""}]
+NO_ERRORS: list[Any] = [None, False, 0, 0.0, "", [], {}, {"code": None, "message": ""},
+                        {"code": 0, "message": "success"}, {"code": "0", "message": "OK"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", NO_ERRORS)
-@pytest.mark.parametrize("place", ["chunk", "choice", "alone"])
+@pytest.mark.parametrize("place", ["chunk", "choice", "delta", "alone"])
 def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> None:
     parser = ChunkParser()
     choice = {"delta": {"content": "hi"}, "finish_reason": "stop"}
@@ -341,6 +357,7 @@ def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> Non
     shown = {
         "chunk": {"choices": [choice], "error": value},
         "choice": {"choices": [choice | {"error": value}]},
+        "delta": {"choices": [{"delta": {"content": "hi", "error": value}, "finish_reason": "stop"}]},
         "alone": {"choices": [choice]},
     }[place]
     (entry,) = parser.parse(json.dumps(shown).encode())
@@ -360,6 +377,31 @@ def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> Non
 )
 def test_a7_what_is_no_error_is_none(data: object) -> None:
     ChunkParser().parse(json.dumps(data).encode())
+
+
+@pytest.mark.parametrize("value", ["null", "false", "{}", ""])
+def test_a7_an_event_called_an_error_that_says_nothing_is_none(value: str) -> None:
+    parser, decoder = ChunkParser(), SSEDecoder()
+    body = f"event: error\ndata: {value}\n\n" + chunk({"content": "hi"}, "stop")
+    assert [len(parser.parse(data)) for data in decoder.feed(body.encode())] == [0, 2]
+    parser.check_complete()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chunk({"content": "last words", "error": {"code": 400, "message": M}}, "error"),
+        chunk({}, choices=[{"delta": {"content": "last words"}, "error": {"code": 400, "message": M}}]),
+        chunk({"content": "last words"}, error={"code": 400, "message": M}),
+    ],
+)
+def test_a7_the_text_beside_an_error_is_not_lost(body: str) -> None:
+    parser = ChunkParser()
+    _, entry = [fields for data in SSEDecoder().feed(body.encode()) for fields in parser.parse(data)]
+    assert entry["content"] == "last words"
+    assert (parser.done, parser.complete) == (True, False)
+    with pytest.raises(UpstreamError, match=M):
+        parser.check_complete()
 
 
 async def error_of(url: str) -> UpstreamError:

@@ -128,6 +128,41 @@ SHAPES = [
         openai=False,
     ),
     Shape(
+        "A5: messages that are pieces",
+        b"".join(without_delta(message={"role": "assistant", "content": text}) for text in "hey") + END,
+        "hey",
+        openai=False,
+    ),
+    Shape(
+        "A5: messages that are pieces, and the whole of them",
+        b"".join(x({}, message={"content": text}) for text in "hi") + x({}, "stop", message=HI) + DONE,
+        "hi",
+        openai=False,
+        extra=[{"message": HI}],
+    ),
+    Shape(
+        "A5: messages of all so far",
+        b"".join(x(None, message={"reasoning": "r", "content": text}) for text in ("", "h", "hi", "hi")) + END,
+        "hi",
+        openai=False,
+        reasoning="r",
+        extra=[{"message": {"reasoning": "r", "content": "hi"}}],
+    ),
+    Shape(
+        "A5: a message with a tool call, twice",
+        x({}, message={"tool_calls": CALL}) + x({}, "stop", message={"tool_calls": CALL}) + DONE,
+        tool_calls=CALL,
+        openai=False,
+        extra=[{"message": {"tool_calls": CALL}}],
+    ),
+    Shape(
+        "A5: a message after a message and a delta",
+        x({}, message={"content": "h"}) + x({"content": "i"}) + x({}, "stop", message=HI) + DONE,
+        "hi",
+        openai=False,
+        extra=[{"message": HI}],
+    ),
+    Shape(
         "A5: a message that is a text",
         ROLE + x({"content": "hi"}) + x({}, "stop", message="done") + DONE,
         "hi",
@@ -353,6 +388,15 @@ def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
     assert told == [head, *({"type": "delta", "content": text} for text in "abc")]
 
 
+def test_a16_a_model_that_alternates_is_told_twice_at_most() -> None:
+    chunks = [chunk({"content": text}) | {"model": "mn"[n % 2]} for n, text in enumerate("abcdef")]
+    _, answer = read(b"".join(map(event, chunks)) + END)
+    parser = ChunkParser()
+    told = [fields for one in chunks for fields in parser.parse(json.dumps(one).encode())]
+    assert [fields["model"] for fields in told if fields["type"] == "opened"] == ["m", "n"]
+    assert answer.text == "abcdef"
+
+
 def test_a16_a_time_that_is_no_whole_number_and_new_in_each_chunk_is_told_once() -> None:
     _, answer = read(b"".join(event(chunk({"content": "a"}) | {"created": 1.5 + n}) for n in range(3)))
     assert answer.opened is not None
@@ -368,6 +412,7 @@ def test_a16_a_head_that_is_empty_at_first_is_told_when_it_is_there() -> None:
     assert answer.opened.extra == {"prompt_filter_results": [1]}
 
 
+EARLY: Object = {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
 USAGE: Object = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
 
@@ -377,6 +422,8 @@ USAGE: Object = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
         x({"content": "a"}) + x({}, "stop", usage=USAGE) + DONE,
         x({"content": "a"}, usage={"prompt_tokens": 1}) + x({}, "stop", usage=USAGE) + DONE,
         x({"content": "a"}) + x({}, "stop") + DONE + event({"choices": [], "usage": USAGE}),
+        x({"content": "a"}) + event(chunk({}, "stop") | {"usage": EARLY}) + DONE + event({"usage": USAGE}),
+        x({"content": "a"}, usage=EARLY) + x({}, "stop") + DONE + event({"choices": [{"usage": USAGE}]}),
         x({"content": "a"}) + x({}, "stop") + DONE + event({"usage": USAGE}).rstrip(),
         x({"content": "a"}) + x({}, "stop") + DONE + b"data: {\n\n" + event({"usage": USAGE}),
         x({"content": "a"}) + event(chunk({}, "stop") | {"usage": USAGE}) + DONE + event({"usage": {"odd": 1}}),
@@ -410,9 +457,13 @@ def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "number"), [("0", 0), ("1", 1), ("12", 12), ("0" * 5000, 0), ("-1", 0), ("\u0661", 0)]
-)
-def test_a15_an_index_may_be_text(index: str, number: int) -> None:
+    ("index", "number"),
+    [
+        ("0", 0), ("1", 1), ("12", 12), ("0" * 5000, 0), ("-1", 0), ("\u0661", 0),
+        (0.0, 0), (1.0, 1), (1.5, 0), (-1, 0), (-1.0, 0), (True, 0),
+    ],
+)  # fmt: skip
+def test_a15_an_index_may_be_text_or_a_float(index: object, number: int) -> None:
     assert [choice.index for choice in read(x({"content": "a"}, index=index))[1].choices] == [number]
 
 

@@ -8,6 +8,7 @@ import msgspec
 from worker.contract.accumulation import accumulate_value, add_tool_call
 from worker.contract.entries import (
     JSON,
+    TEXT_FIELDS,
     Cancelled,
     Claimed,
     Delta,
@@ -186,7 +187,13 @@ class Answer:
         """Whether `n` choices have their finish_reason: then nothing is left to generate."""
         ended: set[int] = set()
         for delta in self._deltas:
-            if delta.content or delta.reasoning or delta.tool_calls:  # an end that is followed by text was none
+            rest = delta.extra.get("delta")
+            if (
+                delta.content
+                or delta.reasoning
+                or delta.tool_calls
+                or (isinstance(rest, dict) and not TEXT_FIELDS.isdisjoint(rest))
+            ):  # fmt: skip - an end that is followed by text was none
                 ended.discard(delta.index)
             if delta.finish_reason:
                 ended.add(delta.index)

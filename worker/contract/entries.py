@@ -252,6 +252,8 @@ AnyEntry: TypeAlias = (
 )
 """One of all types of entries: a comparison of its `type` tells a type checker which. `Idle` is there if asked for."""
 
+TEXT_FIELDS = frozenset({"content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call"})
+"""Fields of a delta that hold the model's own words: a finish reason that is followed by one of them was none."""
 _FIELDS_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
 _KNOWN: tuple[type[AnyEntry], ...] = (
     Queued,

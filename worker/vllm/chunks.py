@@ -6,17 +6,17 @@ null, null content, an empty finish_reason, `reasoning_content` for `reasoning`,
 """
 
 import hashlib
-from contextlib import suppress
-from typing import Literal
 
 import msgspec
 from msgspec import Raw
 
-from worker.contract.entries import Fields, Object
+from worker.contract.entries import TEXT_FIELDS, Fields, Object
+from worker.vllm.chunk_errors import error_beside, error_in_place_of, unreadable
 from worker.vllm.chunk_json import ChunkDecoder
-from worker.vllm.error_bodies import decoded, excerpt, is_error, says_nothing
-from worker.vllm.errors import CannotResume, UpstreamError, from_event, malformed, truncated
+from worker.vllm.error_bodies import excerpt
+from worker.vllm.errors import CannotResume, UpstreamError, truncated
 from worker.vllm.finish_reasons import is_known, is_of_a_fault
+from worker.vllm.plain_chunks import PlainChunk, decode_plain
 from worker.vllm.shapes import (
     NULL,
     PRIVATE,
@@ -30,41 +30,19 @@ from worker.vllm.shapes import (
     read_tokens,
     said_in,
     says,
+    text_of,
 )
 
-
-class _PlainDelta(msgspec.Struct, forbid_unknown_fields=True):
-    content: str = ""
-    reasoning: str = ""
-
-
-class _PlainChoice(msgspec.Struct, forbid_unknown_fields=True):
-    delta: _PlainDelta
-    index: Literal[0]
-    logprobs: None = None
-    finish_reason: None = None
-    stop_reason: None = None
-    token_ids: list[int] | None = None
-
-
-class _Plain(msgspec.Struct, forbid_unknown_fields=True):
-    """What nearly every chunk is: one choice with text and token ids, and nothing else that says something."""
-
-    id: str
-    model: str
-    created: int
-    choices: tuple[_PlainChoice]
-    object: str = ""
-    usage: None = None
-
-
 _decode_choices = msgspec.json.Decoder(list[RawObject | None] | None).decode
-_decode_plain = msgspec.json.Decoder(_Plain).decode
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 _CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids", *PRIVATE})
+_OF_THE_SERVER = frozenset({"system_fingerprint", "service_tier"})
+"""Fields beside the choices that say nothing of an error."""
+_SAID = frozenset({"content", "reasoning", "tool_calls"})
 _LONGEST_REASON = 100
+_MOST_MODELS = 2
 
 
 class ChunkParser:
@@ -79,9 +57,9 @@ class ChunkParser:
     """
 
     __slots__ = (
-        "_begun", "_broken_off", "_chunk_extra", "_decoder", "_finished", "_head", "_keep_prompt_ids", "_keep_usage",
-        "_kept", "_n", "_same", "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason",
-        "unknown_reason", "usage",
+        "_begun", "_broken_off", "_chunk_extra", "_decoder", "_fault", "_finished", "_head", "_is_ended_here",
+        "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n", "_same", "_seen", "_spoken",
+        "_unproven", "_unsaid", "done", "finish_reason", "unknown_reason", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -108,7 +86,11 @@ class ChunkParser:
         self._seen: set[int] = set()
         self._spoken: set[int] = set()  # choices of which something was said, beside their end
         self._finished: set[int] = set()
+        self._is_ended_here = False
         self._broken_off = ""
+        self._fault: UpstreamError | None = None  # that came beside text
+        self._messages: dict[int, str] = {}  # what was said of choices that come as `message` only
+        self._models = 0  # names of models that were written down
         self._head: Fields = {}
         self._same = ""  # the model of plain chunks, once these may come
         self._chunk_extra: dict[str, bytes] = {}
@@ -142,14 +124,15 @@ class ChunkParser:
     @property
     def complete(self) -> bool:
         """Whether every choice has finished. After `[DONE]` those that came count: some servers pass over `n`."""
-        if not self._seen <= self._finished:
+        if self._fault is not None or not self._seen <= self._finished:
             return False
         # Stops at the first that lacks: a job may ask for any `n`.
         return bool(self.done and self._seen) or all(index in self._finished for index in range(self._n))
 
     def finish(self, reason: str) -> None:
         """End the answer here, whatever the server would say: its one choice has finished."""
-        self.done, self.finish_reason = True, reason
+        self.done = self._is_ended_here = True
+        self.finish_reason = reason
         self._finished.add(0)
 
     def check_complete(self, passed_over: str = "") -> None:
@@ -158,13 +141,15 @@ class ChunkParser:
         Raises:
             UpstreamError: when the answer is not whole; `[DONE]` alone does not make it so.
         """
+        if self._fault is not None:
+            raise self._fault
         if self._broken_off:
             raise UpstreamError(
                 "upstream_aborted", f"vLLM broke the answer off ({self._broken_off})", status=200, retryable=True
             )
         if not self.complete:
-            unsaid = _encode(self._unsaid).decode() if self._unsaid else ""
-            said = "" if self._begun else excerpt(f"{passed_over} {unsaid}")
+            beside = {name: Raw(raw) for name, raw in self._chunk_extra.items() if name not in _OF_THE_SERVER}
+            said = "" if self._begun else excerpt(f"{passed_over} {_encode(beside).decode() if beside else ''}")
             text = f"the stream ended with nothing said but: {said}"
             raise truncated(text if said else "the stream ended before the answer had a finish_reason")
 
@@ -175,23 +160,23 @@ class ChunkParser:
             UpstreamError: for an error event, and for data that is no chunk.
         """
         if self.done or not data:
-            if data and not self.usage:
-                self._take_late_usage(data)
+            if data and not self._is_ended_here:
+                self._take_late(data)
             return []
         if data == b"[DONE]":
             self.done = True
             return []
         if self._same:
             try:
-                return self._plain(_decode_plain(data))
+                return self._plain(decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass  # it says more, or something is wrong with it: see below
         try:
             return self._entries(self._decoder.decode(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise _unreadable(data, str(error)) from error
+            raise unreadable(data, str(error)) from error
 
-    def _plain(self, chunk: _Plain) -> list[Fields]:
+    def _plain(self, chunk: PlainChunk) -> list[Fields]:
         """A chunk as nearly all are, at a fifth of the price; what comes out is the same as below.
 
         Raises:
@@ -215,15 +200,15 @@ class ChunkParser:
     def _entries(self, chunk: RawObject) -> list[Fields]:
         self._same = ""
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
-        _raise_error_in(chunk, choices)
+        if not choices and (error := error_in_place_of(chunk)):
+            raise error
         for choice in choices:
             lift(chunk, choice)
-        if choices and self._unproven is not None:
-            self._prove(chunk)
         indexes = [read_index(choice) for choice in choices]
-        deltas = [
-            delta_of(choice, has_spoken=index in self._spoken) for choice, index in zip(choices, indexes, strict=True)
-        ]
+        deltas = [self._delta_of(index, choice) for index, choice in zip(indexes, choices, strict=True)]
+        error = error_beside(chunk, choices, deltas)
+        if choices and self._unproven is not None and not error:
+            self._prove(chunk)
         self._take_usage(chunk, of_choices=bool(choices))
         self._take_extra(chunk)
         entries = self._opened(chunk, deltas)
@@ -232,8 +217,12 @@ class ChunkParser:
             if len(fields) > 1 + ("index" in fields):
                 self._begun = True
                 entries.append(fields)
+        if error:
+            if not any(_SAID & fields.keys() for fields in entries):
+                raise error
+            self.done, self._fault = True, error  # the text is not lost: see check_complete
         is_running = 0 in self._spoken and 0 not in self._finished
-        if is_running and not self._unsaid and not self._decoder.holds_half:
+        if is_running and not (self._unsaid or self._messages or self._decoder.holds_half):
             self._same = _plain_model(self._head)
         return entries
 
@@ -263,10 +252,23 @@ class ChunkParser:
         if self._keep_usage and of_choices:
             self._unsaid["usage"] = Raw(_encode(self.usage)) if self._kept else usage
 
-    def _take_late_usage(self, data: bytes) -> None:
-        """Some servers send it after `[DONE]`."""
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            self._take_usage(self._decoder.decode(data), of_choices=False)
+    def _take_late(self, data: bytes) -> None:
+        """What comes after `[DONE]`: some servers send the usage there, and an error.
+
+        Raises:
+            UpstreamError: for an error, where the answer is not whole.
+        """
+        try:
+            chunk = self._decoder.decode(data)
+            for choice in _decode_choices(chunk.get("choices", NULL)) or ():
+                lift(chunk, choice or {})
+            if not self.usage or b'"completion_tokens"' in bytes(chunk.get("usage", NULL)):
+                self._take_usage(chunk, of_choices=False)
+            error = None if self.complete else error_beside(chunk, [], []) or error_in_place_of(chunk)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return
+        if error:
+            raise error
 
     def _take_extra(self, chunk: RawObject) -> None:
         """Keep what the chunk holds beyond the known fields, once for as long as it stays the same."""
@@ -287,8 +289,10 @@ class ChunkParser:
         # Some servers make a new id and time for each chunk. The first holds, or each delta would bring its `opened`.
         if "response_id" not in head and says(raw := chunk.get("id", NULL)):
             head["response_id"] = _plain(raw)
-        if says(raw := chunk.get("model", NULL)):
+        # A router may name itself first. A model that alternates would bring an `opened` with each delta.
+        if self._models < _MOST_MODELS and says(raw := chunk.get("model", NULL)):
             head["model"] = _plain(raw)
+            self._models += head["model"] != self.model
         if "created" not in head and says(raw := chunk.get("created", NULL)) and (created := _plain(raw)) != "0":
             if created.isdecimal():
                 head["created"] = created
@@ -316,12 +320,23 @@ class ChunkParser:
         if self._keep_prompt_ids:
             self._unsaid["prompt_token_ids"] = Raw(_encode(ids))
 
+    def _delta_of(self, index: int, choice: RawObject) -> RawObject:
+        """What a choice adds. Its `message` counts where nothing was said of it so far but in such messages."""
+        message = choice.get("message")
+        said = (self._messages.get(index) or None) if index in self._spoken else ""
+        delta = delta_of(choice, said=said)
+        if message is not None and "message" not in choice:
+            self._messages[index] = (said or "") + text_of(delta)
+        elif self._messages and said_in(delta):
+            self._messages.pop(index, None)
+        return delta
+
     def _delta(self, index: int, choice: RawObject, delta: RawObject) -> Fields:
         """The `delta` entry of one choice: only what it says, and nothing of what it says left out."""
         fields: Fields = {"type": "delta"}
         read_message(delta, fields)
         unread = said_in(delta)
-        if len(fields) > 1:
+        if len(fields) > 1 or not TEXT_FIELDS.isdisjoint(unread):
             self._finished.discard(index)  # an end that is followed by text was none
         if unread or len(fields) > 1:
             self._spoken.add(index)
@@ -366,24 +381,6 @@ def _plain_model(head: Fields) -> str:
 def digest_of(prompt: list[int]) -> str:
     """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
     return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
-
-
-def _raise_error_in(chunk: RawObject, choices: list[RawObject]) -> None:
-    """An error takes the place of a chunk, stands in it, or in a choice. `"error": false` and the like are dropped."""
-    for place in (chunk, *choices):
-        if (raw := place.get("error")) is not None:
-            if not says_nothing(error := _decode(raw)):
-                raise from_event({**_decode(_encode(place)), "error": error})
-            del place["error"]
-    if not choices and is_error(event := _decode(_encode(chunk))):
-        raise from_event(event)
-
-
-def _unreadable(data: bytes, why: str) -> UpstreamError:
-    """What to say of data that is no chunk: perhaps it is an error in a shape of its own."""
-    if is_error(value := decoded(data)):
-        return from_event(value)
-    return malformed(f"the stream holds what is no chunk of a completion ({why}): {excerpt(data[:150])}")
 
 
 def _plain(raw: Raw) -> str:

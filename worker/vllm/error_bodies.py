@@ -22,6 +22,7 @@ _NAMES = ("code", "error_code", "status", "type", "error_type")
 _MARKS = ("error_message", "error_msg", "error_type", "error_code")
 """Fields that no chunk of an answer has."""
 _SUCCESS = (0, "0")
+_SUCCESS_WORDS = ("success", "ok", "succeeded", "no error")
 
 _STATUS_OF_NAME = (
     ("ratelimit", 429), ("toomanyrequest", 429), ("quota", 429), ("exhausted", 429),
@@ -85,8 +86,11 @@ def is_error(event: object) -> bool:
 
 
 def says_nothing(error: object) -> bool:
-    """Whether an `error` field reports none: null, false, 0, or an object of such."""
-    return not any(error.values()) if isinstance(error, dict) else not error
+    """Whether an `error` field reports none: null, false, 0, an object of such, or one that reports success."""
+    if not isinstance(error, dict):
+        return not error
+    is_success = error.get("code") in _SUCCESS and str(error.get("message")).lower() in _SUCCESS_WORDS
+    return is_success or not any(error.values())
 
 
 def decoded(data: bytes) -> object:

@@ -16,6 +16,7 @@ NULL = Raw(b"null")
 PRIVATE = frozenset({"kv_transfer_params", "ec_transfer_params"})
 """What a server says to another, such as where its cache is to be had: nothing for readers."""
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
+_TEXTS = ("reasoning", "reasoning_content", "content")
 _EMPTY_LIST = b"[]"
 """What servers in PHP write for an empty object."""
 _LONGEST_INDEX = 18
@@ -36,14 +37,15 @@ def says(raw: Raw) -> bool:
     return bytes(raw) not in _NOTHING
 
 
-def delta_of(choice: RawObject, *, has_spoken: bool) -> RawObject:
+def delta_of(choice: RawObject, *, said: str | None) -> RawObject:
     """What a choice adds: its `delta`, or what stands for it.
 
     `text` is that of `/v1/completions`, and counts only where there is no delta. Beside one it is empty or repeats
     the delta, alone or with all text before it. What repeats is dropped: a log would grow with the square of it.
 
-    A `message` is that of an answer that is no stream, or repeats the whole answer at its end. It counts only where
-    neither the delta nor the choice so far (`has_spoken`) says anything.
+    A `message` is that of an answer that is no stream, or repeats the whole answer at its end. It counts only where the
+    delta says nothing, and the choice has said nothing so far but what came in such messages. That is `said`: its
+    reasoning and text, or None where the choice has said something else. A message that begins with it repeats it.
 
     Raises:
         ValidationError: when the delta is no object.
@@ -55,9 +57,18 @@ def delta_of(choice: RawObject, *, has_spoken: bool) -> RawObject:
         delta = {"role": _ASSISTANT, "content": choice.pop("text")}
     elif "text" in choice and _repeats(choice["text"], delta.get("content", NULL)):
         del choice["text"]
-    if not has_spoken and "message" in choice and not _speaks(delta) and bytes(choice["message"]).startswith(b"{"):
-        delta |= _decode_delta(choice.pop("message")) or {}
+    if said is not None and "message" in choice and not _speaks(delta) and bytes(choice["message"]).startswith(b"{"):
+        message = _decode_delta(choice["message"]) or {}
+        if not said or ((text := text_of(message)) and text != said):
+            del choice["message"]
+            delta |= _without(message, said) if said and text.startswith(said) else message
     return delta
+
+
+def text_of(message: RawObject) -> str:
+    """The reasoning and the content of a message or a delta, as far as they are text."""
+    texts = (_decode(message[name]) for name in _TEXTS if name in message)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def lift(chunk: RawObject, choice: RawObject) -> None:
@@ -107,12 +118,14 @@ def ids_of(raw: Raw) -> list[int] | None:
 
 
 def read_index(choice: RawObject) -> int:
-    """The index of a choice, which may be text. What is no index counts as the first."""
+    """The index of a choice, which may be text or a float. What is no index counts as the first."""
     raw = choice.get("index", NULL)
     value = _decode(raw)
     if isinstance(value, str) and value.isascii() and value.isdecimal():
         value = int(value[:_LONGEST_INDEX])
-    if not isinstance(value, int) or isinstance(value, bool):
+    elif isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return 0
     del choice["index"]
     return value
@@ -154,6 +167,14 @@ def _read_tool_calls(delta: RawObject, fields: Fields) -> None:
 def _repeats(text: Raw, content: Raw) -> bool:
     said, new = _decode(text), _decode(content)
     return isinstance(said, str) and isinstance(new, str) and bool(new) and said.endswith(new)
+
+
+def _without(message: RawObject, said: str) -> RawObject:
+    """A message less what was said of it, with which its text begins."""
+    for name in _TEXTS:
+        if isinstance(text := _decode(message.get(name, NULL)), str):
+            message[name], said = Raw(_encode(text[len(said) :])), said[len(text) :]
+    return message
 
 
 def _speaks(delta: RawObject) -> bool:

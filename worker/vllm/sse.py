@@ -259,4 +259,5 @@ def _as_error(data: bytes) -> bytes:
     value = decoded(data)
     if isinstance(value, dict) and "error" in value:
         return msgspec.json.encode(value)
-    return msgspec.json.encode({"error": data.decode("utf-8", "replace") if value is None else value})
+    is_text = value is None and data != b"null"
+    return msgspec.json.encode({"error": data.decode("utf-8", "replace") if is_text else value})
