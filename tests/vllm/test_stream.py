@@ -760,6 +760,25 @@ async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
         assert upstream.endpoints[0].without == {"return_token_ids"}
 
 
+@pytest.mark.parametrize("own", [{}, {"stream_options": {"continuous_usage_stats": True}}])
+async def test_a16_a_server_that_refuses_include_usage_is_asked_without_it(own: dict[str, Any]) -> None:
+    """It names the inner field alone."""
+
+    class Refusing(Simulator):
+        async def _handle(self, request: Request, connection: Connection) -> None:
+            if b"include_usage" in request.body:
+                error = {"error": {"message": f"{UNKNOWN}: include_usage"}}
+                await connection.respond(400, "application/json", json.dumps(error).encode())
+            else:
+                await super()._handle(request, connection)
+
+    async with Refusing() as server, reaching(server.url) as upstream:
+        assert (await ask(upstream, REQUEST | own))[0].text == answer_to(WHO)
+        assert upstream.endpoints[0].without == {"stream_options"}
+        asked = REQUEST | {"stream_options": {"include_usage": True}}
+        assert (await error_of(upstream, asked)).code == "invalid_request"
+
+
 async def test_a16_an_error_event_that_names_a_field_and_stays_costs_nobody_the_field() -> None:
     error = {"error": {"message": "cannot sample {'return_token_ids': True}", "code": 500}}
     answer = b"HTTP/1.1 200 OK\r\n\r\ndata: %b\n\n" % json.dumps(error).encode()

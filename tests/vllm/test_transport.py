@@ -82,6 +82,33 @@ async def test_a16_idle_connections_that_the_server_has_closed_cost_no_try() -> 
         assert upstream.endpoints[0].circuit.state is State.CLOSED
 
 
+IDLE_TOO_LONG = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+async def test_a16_idle_connections_that_the_server_closes_with_a_word_cost_no_try() -> None:
+    async with answering(WHOLE, IDLE_TOO_LONG) as (url, requests), reaching(url) as upstream:
+        for _ in range(2):
+            assert await asyncio.gather(*(ask(upstream) for _ in range(12))) == ["a"] * 12
+        assert sorted(requests) == [1] * 12 + [2] * 12
+
+
+async def test_a16_a_408_on_a_fresh_connection_is_a_failed_try() -> None:
+    async with answering(IDLE_TOO_LONG) as (url, requests), reaching(url) as upstream:
+        with pytest.raises(UpstreamError) as caught:
+            await ask(upstream)
+        assert (caught.value.status, requests) == (408, [1])
+
+
+async def test_a16_a_408_is_the_answer_where_there_is_no_other_connection() -> None:
+    async with answering(WHOLE, IDLE_TOO_LONG) as (url, _), reaching(url) as upstream:
+        assert await ask(upstream) == "a"
+        with pytest.MonkeyPatch.context() as gone:
+            gone.setattr(asyncio.get_running_loop(), "create_connection", refuse)
+            with pytest.raises(UpstreamError) as caught:
+                await ask(upstream)
+    assert caught.value.status == 408
+
+
 async def test_a16_a_fresh_connection_that_closes_without_an_answer_is_a_failed_try() -> None:
     async with answering(b"") as (url, requests), reaching(url) as upstream:
         with pytest.raises(UpstreamError, match="the server closed the connection"):
@@ -120,6 +147,10 @@ async def refuse(*_: object, **__: object) -> None:
         (b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\ntransfer-encoding: chunked\r\n\r\n", b"%x\r\n%b\r\n0\r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"%x   \r\n%b\r\n0 \r\n\r\n"),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"000%x\r\n%b\r\n000\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"%x\n%b\n0\n\n"),
+        (b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"%x\n%b\n0\n\n"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"   %x\r\n%b\r\n   0\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\nContent-Length: %d\r\n\r\n" % (len(EVENT), len(EVENT)), b""),
         (b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n", b"%x\r\n%b\r\n0\r\n\r\n"),
         (b"HTTP/1.1 200 OK\ncontent-type: text/event-stream\n\n", b""),
         (b"HTTP/1.0 200 OK\r\n\r\n", b""),
@@ -128,6 +159,21 @@ async def refuse(*_: object, **__: object) -> None:
 async def test_a16_answers_that_are_not_quite_http_are_read(head: bytes, body: bytes) -> None:
     async with sending(head, body % (len(EVENT), EVENT) if body else EVENT) as url, reaching(url) as upstream:
         assert await ask(upstream) == "a"
+
+
+@pytest.mark.parametrize("lines", [b"%x\n%b\n%x\n%b\n0\n\n", b" %x\r\n%b\r\n %x\r\n%b\r\n 0\r\n\r\n"])
+async def test_a16_an_answer_that_is_mended_comes_piece_by_piece(lines: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = lines % (len(EVENT) // 2, EVENT[: len(EVENT) // 2], (len(EVENT) + 1) // 2, EVENT[len(EVENT) // 2 :])
+    async with sending(head, *(bytes([byte]) for byte in body), then_close=False) as url, reaching(url) as upstream:
+        assert await ask(upstream) == "a"
+
+
+async def test_a16_a_connection_whose_answer_was_mended_serves_no_other_request() -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\ncontent-length: %d\r\n\r\n" % (len(EVENT), len(EVENT)) + EVENT
+    async with answering(answer, answer) as (url, requests), reaching(url) as upstream:
+        assert [await ask(upstream), await ask(upstream)] == ["a", "a"]
+        assert requests == [1, 1]
 
 
 async def test_a16_a_connection_whose_answer_had_two_lengths_serves_no_other_request() -> None:

@@ -6,6 +6,8 @@ from worker.contract.entries import Object
 from worker.vllm.errors import UpstreamError
 
 _ADDED = ("return_token_ids", "stream_options")
+_USAGE = "include_usage"
+"""What is added inside of `stream_options`."""
 _REFUSALS = frozenset({400, 403, 422, 500, 501})
 
 
@@ -16,7 +18,7 @@ def body_for(request: Object, without: AbstractSet[str]) -> Object:
         body["return_token_ids"] = True
     if "stream_options" not in without:
         asked = request.get("stream_options")
-        body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), "include_usage": True}
+        body["stream_options"] = {**(asked if isinstance(asked, dict) else {}), _USAGE: True}
     return body
 
 
@@ -27,7 +29,9 @@ def refused_fields(error: UpstreamError, request: Object) -> set[str]:
     """
     if error.status not in _REFUSALS:
         return set()
-    return {
-        name for name in _ADDED
-        if name not in request and (name in error.message or any(name in word for word in error.words))
-    }  # fmt: skip
+    said = (error.message, *error.words)
+    refused = {name for name in _ADDED if name not in request and any(name in words for words in said)}
+    asked = request.get("stream_options")
+    if not (isinstance(asked, dict) and _USAGE in asked) and any(_USAGE in words for words in said):
+        refused.add("stream_options")
+    return refused

@@ -15,6 +15,7 @@ from typing import TypeAlias, cast
 import httptools
 import httpx
 
+from worker.vllm.framing import Mended, may_be_mended, parser_for, why_no_http
 from worker.vllm.target import Origin, Target, head_of, origin_of
 
 _Head: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
@@ -24,13 +25,6 @@ _IDLE = 4.0
 _HIGH_WATER = 64 * 1024
 """Bytes of an answer that wait for their reader until no more is read from the server."""
 _MAX_HEAD = 64 * 1024
-_TLS_ALERT = b"\x15\x03"
-_LENIENCIES = {
-    "lenient_chunked_length": True,  # Content-Length beside chunked, which is overruled by it (RFC 9112, 6.3)
-    "lenient_optional_cr_before_lf": True,  # lines that end in LF alone
-    "lenient_spaces_after_chunk_size": True,
-}
-"""What simple servers and proxies send. It is dangerous where others read the same connection; here nobody does."""
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -136,8 +130,8 @@ class _Connection(asyncio.Protocol):
     """One connection; requests go over it one after the other."""
 
     __slots__ = (
-        "_body", "_done", "_head", "_headers", "_is_ambiguous", "_lost", "_parser", "_paused", "_pieces", "_room",
-        "_transport", "_until_close", "has_answered", "idle_since", "on_body",
+        "_body", "_done", "_head", "_headers", "_is_ambiguous", "_lost", "_mended", "_parser", "_paused", "_pieces",
+        "_room", "_start", "_transport", "_until_close", "has_answered", "idle_since", "on_body",
     )  # fmt: skip
 
     def __init__(self, done: Callable[["_Connection"], None], lost: Callable[["_Connection"], None]) -> None:
@@ -150,6 +144,9 @@ class _Connection(asyncio.Protocol):
         self._room = _MAX_HEAD
         self._body: Body | None = None
         self._pieces: list[bytes] = []
+        self._start: bytes | None = None
+        """The answer so far, until something of its body was handed on."""
+        self._mended: Mended | None = None
         self._until_close = False
         self._is_ambiguous = False
         self._paused = False
@@ -168,10 +165,10 @@ class _Connection(asyncio.Protocol):
             httpx.TransportError: when there is none.
         """
         self._headers, self._room, self._pieces, self._until_close = [], _MAX_HEAD, [], False
+        self._start, self._mended = b"", None
         self.has_answered = False
         self.on_body = self._pieces.append
-        self._parser = httptools.HttpResponseParser(self)
-        self._parser.set_dangerous_leniencies(**_LENIENCIES)
+        self._parser = parser_for(self)
         self._body = body = Body(self)
         self._head = asyncio.get_running_loop().create_future()
         try:
@@ -217,16 +214,34 @@ class _Connection(asyncio.Protocol):
         if self._body is None:  # nothing was asked
             self.abort()
             return
+        if self._start is not None:
+            self._start += data
+        if self._mended is not None:
+            data = self._mended.feed(data)
         try:
-            self._parser.feed_data(data)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                if self._start is None or self._mended is not None or not may_be_mended(error, self._start):
+                    raise
+                self._read_mended(self._start)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(httpx.RemoteProtocolError(_why_no_http(error, data)))
+            self._fail(httpx.RemoteProtocolError(why_no_http(error, data)))
             self.abort()
             return
         if self._pieces:
             self._hand_on()
 
+    def _read_mended(self, start: bytes) -> None:
+        """Read the answer once more from its start, with its framing mended."""
+        self._mended = Mended()
+        self._parser = parser_for(self)
+        self._headers, self._room = [], _MAX_HEAD
+        self._pieces.clear()
+        self._parser.feed_data(self._mended.feed(start))
+
     def _hand_on(self) -> None:
+        self._start = None
         pieces = self._pieces
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -277,7 +292,8 @@ class _Connection(asyncio.Protocol):
             self._hand_on()
         body, self._body = self._body, None
         body.end()
-        if self._parser.should_keep_alive() and self.is_open and not self._is_ambiguous:
+        is_clear = self._mended is None and not self._is_ambiguous
+        if self._parser.should_keep_alive() and self.is_open and is_clear:
             self.read_on()  # or nobody would see the server close it
             self._done(self)
         else:
@@ -313,17 +329,24 @@ class Transport(httpx.AsyncBaseTransport):
     async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> Answer:
         if (reused := self._take_idle(origin)) is None:
             return await (await self._connect(origin, within)).ask(packed)
+        stale: Answer | httpx.TransportError
         try:
-            return await reused.ask(packed)
+            stale = await reused.ask(packed)
+            if stale.status != httpx.codes.REQUEST_TIMEOUT:
+                return stale
         except httpx.TransportError as error:
             if reused.has_answered:
                 raise
             stale = error
-        # The server had closed it while it was idle, which shows only now (RFC 9112, 9.3.1): that is no try.
+        # The server had closed it while it was idle, which shows only now (RFC 9112, 9.3.1), perhaps with a word
+        # before (408: RFC 9110, 15.5.9): that is no try.
         try:
             connection = await self._connect(origin, within)
         except httpx.TransportError:
+            if isinstance(stale, Answer):
+                return stale
             raise stale from None  # it may have died of this request, which would never be given up as not received
+        reused.abort()
         return await connection.ask(packed)
 
     async def aclose(self) -> None:
@@ -373,10 +396,3 @@ class Transport(httpx.AsyncBaseTransport):
             except OSError as error:
                 raise httpx.ConnectError(f"the certificates of SSL_CERT_FILE cannot be read: {error}") from error
         return self._ssl if scheme == "https" else None
-
-
-def _why_no_http(error: Exception, data: bytes) -> str:
-    if data.startswith(_TLS_ALERT):
-        return "the server speaks TLS: its URL begins with https://"
-    raised = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
-    return f"no HTTP/1.1: {raised or error}"
