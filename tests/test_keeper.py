@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -66,7 +67,7 @@ async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis
     leases.cancel()
 
 
-async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
+async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
     await stop
 
 
@@ -79,7 +80,7 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
         await behind.jobs.ensure_group("default")
         stopped: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
 
-        async def work(_: Delivery, stop: "asyncio.Future[Stop]") -> None:
+        async def work(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
             stopped.set_result(await stop)
 
         leases = Leases(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())

@@ -4,12 +4,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from checks import begun_by_a_dead_worker
 from conftest import StartWorker, eventually, stream
 from redis.asyncio import Redis
 from redis.exceptions import ExecAbortError, NoPermissionError, ResponseError
 
 from worker import Client
 from worker.broker.connection import what_redis_said
+from worker.contract.ids import SEAL
 from worker.sandbox.redis import EmbeddedRedis, start_redis
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Simulator
@@ -80,6 +82,25 @@ async def test_d6_without_the_right_to_side_records_answers_are_whole(
     await settled(redis)
     assert refused(worker, "lifecycle") == 2, "of its start and of its end"
     assert not await redis.exists("chat:dead")
+
+
+async def test_b9_whoever_finds_an_end_without_its_lines_writes_both(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """The worker died after the seal: its line of the start is written beside the answer, and may be missing too."""
+    await redis.xadd("chat:jobs", {"id": "r", "request": "{}"})
+    await begun_by_a_dead_worker(redis, "r")
+    await redis.xadd("chat:tokens:{r}", {"type": "done", "attempt": "1"}, id=str(SEAL))
+    await start_worker(simulator)
+
+    async def acknowledged() -> bool:
+        return bool(
+            await redis.exists("chat:ended:{r}") and not (await redis.xpending("chat:jobs", "workers"))["pending"]
+        )
+
+    await eventually(acknowledged)
+    told = [(fields[b"type"], fields[b"attempt"]) for _, fields in await stream(redis, "chat:lifecycle")]
+    assert told == [(b"started", b"1"), (b"finished", b"1")]
 
 
 async def test_d6_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_written(

@@ -4,14 +4,18 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from redis.exceptions import RedisError
 
 from worker.broker.connection import what_redis_said
 from worker.broker.jobs import Delivery, JobQueue
-from worker.request import Stop
+from worker.request import Stop, Stopped
 from worker.telemetry.metrics import Metrics
+
+_MOST_WITHOUT_SLOT = 1000
+"""Jobs that may have given their slot back before they are done with: each is in memory, with its request."""
 
 _log = structlog.get_logger()
 
@@ -24,6 +28,7 @@ class Running:
     stop: "asyncio.Future[Stop]"
     renewed: float
     task: "asyncio.Task[None]"
+    has_slot: bool = True
 
     def stop_for(self, reason: Stop) -> None:
         """Tell the job to stop; the first reason holds."""
@@ -32,12 +37,16 @@ class Running:
 
 
 class Leases:
-    """The jobs at work. `work` does one, `freed` is called after each; `lease` is in seconds."""
+    """The jobs at work. `work` does one, `freed` is called after each; `lease` is in seconds.
+
+    A job may give its slot back before its end, and keeps its lease then: its log has its end, and what is left to do
+    waits for Redis.
+    """
 
     def __init__(
         self,
         jobs: JobQueue,
-        work: "Callable[[Delivery, asyncio.Future[Stop]], Awaitable[None]]",
+        work: "Callable[[Delivery, asyncio.Future[Stop], Callable[[], None]], Awaitable[None]]",
         freed: Callable[[], None],
         *,
         lease: float,
@@ -58,6 +67,11 @@ class Leases:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    @property
+    def at_work(self) -> int:
+        """How many jobs have a slot."""
+        return sum(running.has_slot for running in self._running.values())
 
     def running_in(self, queue: str) -> set[str]:
         """The ids of the jobs of a queue that are at work here."""
@@ -82,8 +96,10 @@ class Leases:
 
     async def _run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         try:
-            await self._work(delivery, stop)
+            await self._work(delivery, stop, partial(self._free, delivery))
             self.finished += not stop.done()
+        except Stopped:  # its log has its end: whoever gets it next does the rest
+            _log.info("job_left", queue=delivery.queue, job=delivery.id, reason=stop.result().value)
         except Exception as error:  # noqa: BLE001 - one job must not end the others
             # Left pending: whoever gets it next finds in the log how far it came.
             if isinstance(error, RedisError):  # its traceback would quote the command, and so the answer
@@ -91,10 +107,17 @@ class Leases:
             else:
                 _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
         finally:
-            del self._running[delivery.queue, delivery.id]
+            running = self._running.pop((delivery.queue, delivery.id))
             self.to_trim.add(delivery.queue)
-            self._freed()
+            if running.has_slot:
+                self._freed()
             self.changed.set()
+
+    def _free(self, delivery: Delivery) -> None:
+        running = self._running[delivery.queue, delivery.id]
+        if running.has_slot and len(self) - self.at_work < _MOST_WITHOUT_SLOT:
+            running.has_slot = False
+            self._freed()
 
     async def renew(self) -> bool:
         """Renew every lease, and say whether there was any; a job that another worker has by now is told to stop.

@@ -28,9 +28,9 @@ from worker.broker.log import (
 )
 from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
 from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Failed, Started, Terminal
+from worker.contract.entries import BURIED, Failed, Terminal
 from worker.contract.history import History
-from worker.contract.ids import SEAL, EntryId
+from worker.contract.ids import SEAL
 from worker.contract.job import (
     InvalidJob,
     Job,
@@ -85,12 +85,17 @@ class Relay:
         self._turns = Turns(settings.first_token_timeout)
         self._metrics = metrics
 
-    async def run(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
-        """Do a job. It ends acknowledged, or is left to another worker when `stop` or a fence says so."""
+    async def run(
+        self, delivery: Delivery, stop: "asyncio.Future[Stop]", free: Callable[[], None] = lambda: None
+    ) -> None:
+        """Do a job. It ends acknowledged, or is left to another worker when `stop` or a fence says so.
+
+        `free` gives its slot to another job: it is called where vLLM is not asked any more, and Redis is waited for.
+        """
         try:
-            request = self._request(delivery, stop)
+            request = self._request(delivery, stop, free)
         except InvalidJob as problem:  # without a usable id there is no log to say it in
-            await self._settlement.bury(delivery, str(problem), stop, problem.code)
+            await self._settlement.bury(delivery, str(problem), stop, problem.code, free=free)
             return
         with structlog.contextvars.bound_contextvars(request_id=request.id):
             turn = None
@@ -103,10 +108,10 @@ class Relay:
                     # Without a turn its deadline has passed: it is ended, and vLLM is asked for nothing.
                 await self._take(request, turn)
             except LogRefused as refusal:
-                await self._settlement.bury(delivery, f"Redis refuses to write the log: {refusal}", stop)
+                await self._settlement.bury(delivery, f"Redis refuses to write the log: {refusal}", stop, free=free)
             except LogExhausted as problem:
                 await self._condemn(request, str(problem))
-            except (RedisError, OSError, LogLost):  # not the job's fault
+            except (RedisError, OSError, LogLost, Stopped):  # not the job's fault
                 raise
             except Exception as error:
                 if delivery.count <= self._settings.max_deliveries:
@@ -151,12 +156,12 @@ class Relay:
                     taken.log.progress.add_done_callback(turn.end)
                 await self._own(request, taken)
             case Ended():
-                await self._settlement.settle_found(request)
+                await self._settlement.settle_found(request, is_repair=True)
             case Duplicate():
                 _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
                 await self._settlement.done_with(request)
             case Reused():
-                await self._settlement.bury(delivery, _REUSED, request.stop, "id_reused")
+                await self._settlement.bury(delivery, _REUSED, request.stop, "id_reused", free=request.free)
             case NotOurs():
                 _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
@@ -172,7 +177,7 @@ class Relay:
                 await self._finish(request, log, None, reason)
                 return
             request = self._read(request)
-            await self._settlement.lifecycle(request, "started", Answer([Started(id=EntryId(log.attempt, 0))]))
+            self._settlement.tell_start(request, log.attempt)
             await self._finish(request, log, self._generation(request, owned))
         except LogSealed:
             await self._settlement.settle_found(request)
@@ -245,7 +250,7 @@ class Relay:
             if isinstance(error, RedisError | OSError | LogLost) and not isinstance(error, LogRefused):
                 raise
             # Whatever it is that the log holds, it must not bring the job back for ever.
-            await self._settlement.bury(request.delivery, reason, request.stop, BURIED)
+            await self._settlement.bury(request.delivery, reason, request.stop, BURIED, free=request.free)
 
     def _count_start(self, request: Request, attempt: int) -> None:
         if attempt == 1:
@@ -266,7 +271,7 @@ class Relay:
             lambda: self._owner.begin_again(log, request.delivery, expire_at, digest_of(request.job)), request.stop
         )
 
-    def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> Request:
+    def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]", free: Callable[[], None]) -> Request:
         request_id = request_id_of(delivery.fields)
         unread = is_doubtful(delivery, self._settings.max_deliveries)
         try:
@@ -283,6 +288,7 @@ class Relay:
             retention=retention,
             remember=max(self._settings.remember, retention),
             stop=stop,
+            free=free,
         )
 
     def _read(self, request: Request) -> Request:

@@ -33,6 +33,7 @@ class Request:
     """A delivered job with what follows from it.
 
     `began` is when this process took it, and `deadline` its own, in Unix ms by Redis's clock; the rest is seconds.
+    `free` gives its slot to another job.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Request:
     retention: int
     remember: int
     stop: "asyncio.Future[Stop]"
+    free: Callable[[], None]
 
 
 async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[Stop]") -> _T:

@@ -101,7 +101,7 @@ class Service:
             metrics=self._metrics,
         )
         self._metrics.slots.set(settings.slots)
-        self._metrics.running.set_function(lambda: len(self._leases))
+        self._metrics.running.set_function(lambda: self._leases.at_work)
         for endpoint in self._upstream.endpoints:
             self._measure(endpoint)
         self._started = 0
@@ -216,7 +216,7 @@ class Service:
             beat=self._clock.now(),
             started=self._started,
             slots=self._settings.slots,
-            running=len(self._leases),
+            running=self._leases.at_work,
             finished=self._leases.finished,
             draining=self._leaving.is_set(),
             paused=self._claims.paused,
@@ -248,6 +248,7 @@ class Service:
         await self._metrics.aclose()
         await self._upstream.aclose()
         await self._publisher.aclose()
+        await self._ledger.aclose()
         await self._commands.aclose()
         await self._blocking.aclose()
         _log.info("worker_stopped", finished=self._leases.finished)

@@ -1,10 +1,14 @@
-"""The end of a job: seal, expiry and tombstone, dead letter, lifecycle, feed, acknowledgement.
+"""The end of a job: seal, expiry and tombstone, feed, dead letter, lifecycle, acknowledgement.
 
-A crash between any two of these is repaired by whoever gets the job next and finds the seal.
+A crash between any two of these is repaired by whoever gets the job next and finds the seal. The acknowledgement comes
+last, for it is what ends that. What is written beside the log holds nothing up before it: readers are told of the end
+while a letter or a line still waits for Redis, and the job soon gives its slot to another.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 import structlog
@@ -17,13 +21,16 @@ from worker.broker.log import LogDiverged, TokenLog
 from worker.broker.owner import Owner
 from worker.broker.urls import keys_at
 from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Done, Entry, Failed, Terminal, to_fields
-from worker.contract.ids import SEAL
+from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
+from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
 from worker.contract.records import Lifecycle, Tombstone
-from worker.request import UNREAD, Request, Stop, digest_of, drained, insist
+from worker.request import UNREAD, Request, Stop, Stopped, digest_of, drained, insist
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
+
+_MOMENT = 0.2
+"""Seconds that the rest may take, once a log has its end, until the job gives its slot back."""
 
 _log = structlog.get_logger()
 
@@ -78,24 +85,38 @@ class Settlement:
             return Answer([end])
         return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
 
-    async def settle_found(self, request: Request) -> None:
-        """Finish with a request whose end somebody else has written."""
-        await self.settle(request, Answer(await insist(lambda: self._owner.read(request.id), request.stop)))
+    async def settle_found(self, request: Request, *, is_repair: bool = False) -> None:
+        """Finish with a request whose end somebody else has written.
+
+        With `is_repair` it is the job of another worker, which may have come to its end, and no further, before its
+        line of the start was written: that comes again then.
+        """
+        answer = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
+        began, delivery = answer.started, request.delivery
+        if is_repair and began and (began.queue, began.job) == (delivery.queue, delivery.id):
+            self.tell_start(request, answer.attempt)
+        await self.settle(request, answer)
 
     async def settle(self, request: Request, answer: Answer) -> None:
-        """After the seal: expiry and tombstone, lifecycle, feed, acknowledgement.
+        """After the seal: expiry and tombstone, feed, dead letter, lifecycle, acknowledgement.
 
         Raises:
             LogDiverged: when the seal is lost, as after a failover.
+            Stopped: when the job is to stop before.
         """
         end = answer.end
         await self._confirm(request, answer.outcome or "unknown")  # of a log that has expired the tombstone is left
-        if end is not None:
-            if reason := _dead_for(request, answer):
-                await self._dead_letter(request.delivery, reason, request.stop)
-            await self.lifecycle(request, "finished", answer)
-            self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
-        await self.done_with(request)
+        with _slot_for_a_moment(request.free):
+            if end is not None:
+                finished = self._lifecycle(request, "finished", answer)
+                self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
+                if reason := _dead_for(request, answer):
+                    await self._dead_letter(request.delivery, reason, request.stop)
+                events: set[asyncio.Future[Any]] = {finished, request.stop}
+                await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+                if not finished.done():
+                    raise Stopped
+            await self.done_with(request)
         code = end.code if isinstance(end, Failed) else None
         if answer.outcome:
             self._metrics.finished(answer.outcome, code or "")
@@ -119,8 +140,12 @@ class Settlement:
         if not sealed:
             raise LogDiverged("the seal is not there any more")
 
-    async def lifecycle(self, request: Request, kind: str, answer: Answer) -> None:
-        """Write a line of the lifecycle: `started` or `finished`."""
+    def tell_start(self, request: Request, attempt: int) -> None:
+        """Have the lifecycle tell that a request has started. Nothing waits for it but the line of its end."""
+        self._lifecycle(request, "started", Answer([Started(id=EntryId(attempt, 0))]))
+
+    def _lifecycle(self, request: Request, kind: str, answer: Answer) -> "asyncio.Future[None]":
+        """Add a line of the lifecycle; gives what is done once Redis has it and all that came before."""
         line = Lifecycle(
             type=kind,
             id=request.id,
@@ -135,21 +160,28 @@ class Settlement:
             usage=answer.usage,
             timings=answer.end.timings if answer.end else {},
         )
-        await insist(lambda: self._ledger.lifecycle(line), request.stop)
+        return self._ledger.lifecycle(line)
 
     async def done_with(self, request: Request) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
         if isinstance(request.job, InvalidJob) and request.job is not UNREAD:
-            await self.bury(request.delivery, str(request.job), request.stop, request.job.code)
+            await self.bury(request.delivery, str(request.job), request.stop, request.job.code, free=request.free)
         else:
             await self._acknowledge(request.delivery, request.stop)
 
     async def bury(
-        self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = "log_refused"
+        self,
+        delivery: Delivery,
+        reason: str,
+        stop: "asyncio.Future[Stop]",
+        code: str = "log_refused",
+        *,
+        free: Callable[[], None],
     ) -> None:
-        """Put a job among the dead letters, and acknowledge it."""
-        await self._dead_letter(delivery, reason, stop, code)
-        await self._acknowledge(delivery, stop)
+        """Put a job among the dead letters, and acknowledge it. See `Request` for `free`."""
+        with _slot_for_a_moment(free):
+            await self._dead_letter(delivery, reason, stop, code)
+            await self._acknowledge(delivery, stop)
 
     async def _dead_letter(
         self, delivery: Delivery, reason: str, stop: "asyncio.Future[Stop]", code: str = BURIED
@@ -167,6 +199,16 @@ class Settlement:
 
     def _tombstone(self, request: Request, outcome: str) -> Tombstone:
         return Tombstone(outcome=outcome, time=self._now(), digest=digest_of(request.job))
+
+
+@contextmanager
+def _slot_for_a_moment(free: Callable[[], None]) -> Iterator[None]:
+    """Have a job give its slot back where what is done here takes longer than a moment: a timer costs little."""
+    timer = asyncio.get_running_loop().call_later(_MOMENT, free)
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _dead_for(request: Request, answer: Answer) -> str:

@@ -618,6 +618,76 @@ async def test_a_master_that_stands_still_holds_up_no_stream_of_another(
     await settled(redis)
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["the worker stays", "the worker leaves"])
+async def test_b9_a_master_of_the_lifecycle_alone_holds_up_neither_answers_nor_slots(
+    cluster_url: str, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator,
+    *, leaves: bool,
+) -> None:  # fmt: skip
+    """Each job waited for its line before vLLM was asked, and in its slot at the end. What is due is written later."""
+    stands = next(node for node in nodes if node.owns(slot_of("chat:lifecycle")))
+    assert not stands.owns(slot_of("chat:jobs"))
+    names = [name for name in map(str, range(100)) if not stands.owns(slot_of(name))][:6]
+    first = await start_worker(simulator, redis_url=cluster_url, lease=20, slots=2, drain_timeout=0)
+
+    async def ended() -> bool:
+        ends = [await redis.xrevrange(f"chat:tokens:{{{name}}}", count=1) for name in names]
+        return all(end and end[0][0] == str(SEAL).encode() for end in ends)
+
+    async def handed_over() -> bool:
+        jobs = await redis.xpending_range("chat:jobs", "workers", "-", "+", 10)
+        return len(jobs) == len(names) and all(int(str(job["time_since_delivered"])) >= 20_000 for job in jobs)
+
+    async def has_begun() -> bool:
+        return bool(await redis.exists("chat:workers"))
+
+    await eventually(has_begun)
+    stands.process.send_signal(signal.SIGSTOP)
+    try:
+        for name in names:
+            await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(ask("Who are you?"))})
+        await eventually(ended)
+        assert (await redis.xpending("chat:jobs", "workers"))["pending"] == len(names), "none without its line"
+        if leaves:
+            first.leave()
+            await eventually(handed_over, within=20)
+    finally:
+        stands.process.send_signal(signal.SIGCONT)
+    if leaves:
+        await start_worker(simulator, redis_url=cluster_url, lease=20)
+    await settled(redis)
+    told = {(fields[b"id"].decode(), fields[b"type"].decode()) for _, fields in await stream(redis, "chat:lifecycle")}
+    assert told == {(name, kind) for name in names for kind in ("started", "finished")}
+
+
+async def test_b9_a_master_of_the_dead_letters_alone_holds_up_no_answer(
+    cluster_url: str, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    stands = next(node for node in nodes if node.owns(slot_of("chat:dead")))
+    assert not stands.owns(slot_of("chat:jobs"))
+    name = next(name for name in map(str, range(100)) if not stands.owns(slot_of(name)))
+    await start_worker(simulator, redis_url=cluster_url, lease=20, slots=2)
+
+    async def ended() -> bool:
+        end = await redis.xrevrange(f"chat:tokens:{{{name}}}", count=1)
+        return bool(end and end[0][0] == str(SEAL).encode())
+
+    async def has_begun() -> bool:
+        return bool(await redis.exists("chat:workers"))
+
+    await eventually(has_begun)
+    stands.process.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(4):
+            await redis.xadd("chat:jobs", {"id": "no/id", "request": "{}"})
+        await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(ask("Who are you?"))})
+        await eventually(ended)
+    finally:
+        stands.process.send_signal(signal.SIGCONT)
+    await settled(redis)
+    assert len(await stream(redis, "chat:dead")) == 4
+    await redis.delete("chat:dead")
+
+
 async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redis: Redis) -> None:
     names = [f"k{number}" for number in range(100)]
     pipe = redis.pipeline(transaction=False)

@@ -82,8 +82,8 @@ class Worker:
             self.gate.guard(redis)
         self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
         lines = GatedLines(self._commands, self.gate)
-        ledger = Ledger(self._commands, Keys())
-        ledger._together.kind = gated(self.gate)
+        self._ledger = ledger = Ledger(self._commands, Keys())
+        ledger._lifecycle._together.kind = gated(self.gate)
         self._upstream = Upstream(["http://vllm"], limits=Limits())
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
@@ -143,6 +143,7 @@ class Worker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._ledger.aclose()
         for redis in (self._commands, self._blocking, self._publisher._redis):
             await redis.aclose()
         await self._upstream.aclose()

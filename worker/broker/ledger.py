@@ -6,17 +6,15 @@ Where Redis refuses one of these records (another type of key, a right), the met
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain
 from typing import TypeAlias, cast
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.connection import Voice, is_lost, is_transient
+from worker.broker.connection import is_lost, is_transient
 from worker.broker.jobs import Delivery
-from worker.broker.together import Together
-from worker.broker.wire import pack
+from worker.broker.lifecycle import LifecycleWriter
 from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
@@ -38,28 +36,17 @@ class Ledger:
     ) -> None:
         self._redis = redis
         self._metrics = metrics or Metrics()
-        self._lifecycle_refused = Voice("lifecycle_refused")
-        self._together = Together(redis)  # many jobs begin and end at once
         self._keys = keys
-        self._lifecycle_length = lifecycle_length
+        self._lifecycle = LifecycleWriter(redis, keys, self._metrics, lifecycle_length)
         self._burying = asyncio.Lock()
 
-    async def lifecycle(self, line: Lifecycle) -> None:
-        """Add a line to the lifecycle stream, which keeps the latest ones.
+    def lifecycle(self, line: Lifecycle) -> "asyncio.Future[None]":
+        """Add a line to the lifecycle stream, which keeps the latest ones. See `LifecycleWriter.write`."""
+        return self._lifecycle.write(line)
 
-        A line that Redis refuses is left out, and that is logged: it must not keep a job from its end.
-        """
-        key = self._keys.lifecycle
-        words = ("XADD", key, "MAXLEN", "~", str(self._lifecycle_length), "*", *chain(*line.to_fields().items()))
-        try:
-            with self._counted("lifecycle"):
-                await self._together.ask(key, pack(*[word.encode() for word in words]), 1)
-        except ResponseError as error:
-            if is_transient(error):
-                raise
-            self._lifecycle_refused.complain(error)
-        else:
-            self._lifecycle_refused.relent()
+    async def aclose(self) -> None:
+        """Write no more lines of the lifecycle."""
+        await self._lifecycle.aclose()
 
     async def bury(self, delivery: Delivery, reason: str, time: int, most: int) -> None:
         """Put a job among the dead letters, once: a job that is there already is not put there again.
