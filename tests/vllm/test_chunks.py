@@ -711,10 +711,25 @@ def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
 
 
 class Thorough(ChunkParser):
-    """Takes no chunk for a plain one."""
+    """Takes no chunk for a plain or a rich one."""
 
     def _plain(self, chunk: object) -> list[Fields]:
         raise msgspec.ValidationError(repr(chunk))
+
+    _rich = _plain
+
+
+def test_a10_logprobs_and_tool_calls_are_checked_in_chunks_that_are_nearly_plain() -> None:
+    """The price of a thorough reading is theirs only where not every reader can decode them."""
+    head: Object = {"id": "c", "model": "m", "created": 1}
+    good: Object = {"content": [{"token": "a", "logprob": -1e-5}]}
+    for odd in ('"\\ud83d"', "-1e999", "NaN", "9" * 400, "[" * 200 + "]" * 200, '"\xff"'):
+        parser, thorough = ChunkParser(), Thorough()
+        for logprobs in (good, good, {"content": "ODD"}, good):
+            delta = {"content": "a", "tool_calls": [{"id": "x", "odd": logprobs}]}
+            one = head | {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs}]}
+            data = json.dumps(one).replace('"ODD"', odd).encode("latin-1")
+            both(parser, thorough, data)
 
 
 def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
@@ -725,7 +740,9 @@ def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
         except UpstreamError as error:
             told.append(str(error))
     assert told[0] == told[1]
-    state = attrgetter(*(name for name in ChunkParser.__slots__ if name != "_decoder"), "_decoder._halves")
+    state = attrgetter(
+        *(name for name in ChunkParser.__slots__ if name not in {"_decoder", "_is_rich"}), "_decoder._halves"
+    )
     assert state(parser) == state(thorough)
 
 
@@ -739,7 +756,15 @@ def test_plain_chunks_of_a_recorded_answer_give_the_same_as_when_read_thoroughly
 
 _PLAINLY = st.fixed_dictionaries(
     {
-        "delta": st.fixed_dictionaries({}, optional={"content": _TEXT, "reasoning": _TEXT, "role": st.just("x")}),
+        "delta": st.fixed_dictionaries(
+            {},
+            optional={
+                "content": _TEXT,
+                "reasoning": _TEXT,
+                "role": st.just("x"),
+                "tool_calls": st.none() | _JSON | st.lists(st.just({}) | st.just({"id": "a"}) | _JSON, max_size=2),
+            },
+        ),
         "index": st.sampled_from([0, 0, 0, 1, None]),
     },
     optional={
@@ -755,7 +780,8 @@ _NEARLY_PLAIN = st.fixed_dictionaries(
         "created": st.sampled_from([1, 1, "1", 2, 1.5]),
         "choices": st.lists(_PLAINLY, min_size=1, max_size=2),
     },
-    optional={"usage": st.none() | st.just({"a": 1}), "object": st.just("chunk"), "odd": _JSON},
+    optional={"usage": st.none() | st.just({"a": 1}), "object": st.just("chunk"), "odd": _JSON,
+              "system_fingerprint": st.sampled_from([None, "", "f", "f", "g", 1])},
 )  # fmt: skip
 
 

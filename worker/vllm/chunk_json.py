@@ -4,6 +4,7 @@ Servers send what strict decoders refuse: bytes that are no UTF-8, characters cu
 """
 
 import json
+import re
 from itertools import chain
 from typing import Any
 
@@ -21,13 +22,15 @@ _LONGEST_INTEGER = 300
 _MOST_LEVELS = 100
 """Of lists and objects in each other; decoders in Python give up at 1,000, less what called them."""
 
+_TWO_DIGITS = re.compile(rb"[0-9][0-9]")
+
 
 class ChunkDecoder:
     """Decodes the chunks of one stream into objects whose fields are still JSON.
 
     Bytes that are no UTF-8 become replacement marks, and so do halves of surrogate pairs, except that two halves in
-    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float become null, and
-    so does what is nested so deeply that a reader might not decode it.
+    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float, or have more
+    than 300 digits, become null, and so does what is nested so deeply that a reader might not decode it.
     """
 
     __slots__ = ("_halves",)
@@ -49,8 +52,10 @@ class ChunkDecoder:
         """
         try:
             value = _decode(data)  # all of it, as a reader of the log will: undecoded fields are not looked into
-            if not self._halves and not _is_deep(value, data):
+            if not self._halves and is_readable(value, data):
                 return _decode_object(data)
+            if _may_have_long_number(data):
+                value = _leniently_decoded(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
             value = _leniently_decoded(data)
         if isinstance(value, dict):
@@ -105,6 +110,16 @@ def _leniently_decoded(data: bytes) -> Any:  # noqa: ANN401 - any JSON
         )  # fmt: skip
     except (ValueError, RecursionError):
         raise msgspec.DecodeError("no JSON") from None
+
+
+def is_readable(value: Any, data: bytes) -> bool:  # noqa: ANN401 - any JSON
+    """Whether every reader can decode this JSON, of which Python made the value."""
+    return not (_is_deep(value, data) or _may_have_long_number(data))
+
+
+def _may_have_long_number(data: bytes) -> bool:
+    """Whether there may be more than 300 digits in a row: then two of each 150th byte in a row are digits."""
+    return len(data) > _LONGEST_INTEGER and _TWO_DIGITS.search(data[:: _LONGEST_INTEGER // 2]) is not None
 
 
 def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401

@@ -16,11 +16,12 @@ from worker.vllm.chunk_json import ChunkDecoder
 from worker.vllm.error_bodies import excerpt
 from worker.vllm.errors import CannotResume, UpstreamError, truncated
 from worker.vllm.finish_reasons import is_known, is_of_a_fault
-from worker.vllm.plain_chunks import PlainChunk, decode_plain
+from worker.vllm.plain_chunks import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
 from worker.vllm.shapes import (
     NULL,
     PRIVATE,
     RawObject,
+    as_text,
     delta_of,
     ids_of,
     lift,
@@ -40,6 +41,7 @@ _encode = msgspec.json.encode
 _CHUNK_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids", *PRIVATE})
 _OF_THE_SERVER = frozenset({"system_fingerprint", "service_tier"})
 """Fields beside the choices that say nothing of an error."""
+_RICH = frozenset({"logprobs", "tool_calls"})
 _SAID = frozenset({"content", "reasoning", "tool_calls"})
 _LONGEST_REASON = 100
 _MOST_MODELS = 2
@@ -57,9 +59,9 @@ class ChunkParser:
     """
 
     __slots__ = (
-        "_begun", "_broken_off", "_chunk_extra", "_decoder", "_fault", "_finished", "_head", "_is_ended_here",
-        "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n", "_same", "_seen", "_spoken",
-        "_unproven", "_unsaid", "done", "finish_reason", "unknown_reason", "usage",
+        "_begun", "_broken_off", "_chunk_extra", "_decoder", "_fault", "_fingerprint", "_finished", "_head",
+        "_is_ended_here", "_is_rich", "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n", "_same",
+        "_seen", "_spoken", "_unproven", "_unsaid", "done", "finish_reason", "unknown_reason", "usage",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +95,8 @@ class ChunkParser:
         self._models = 0  # names of models that were written down
         self._head: Fields = {}
         self._same = ""  # the model of plain chunks, once these may come
+        self._is_rich = False  # the last chunk had logprobs or a tool call
+        self._fingerprint = ""
         self._chunk_extra: dict[str, bytes] = {}
         self._unsaid: RawObject = {}
 
@@ -168,7 +172,7 @@ class ChunkParser:
             return []
         if self._same:
             try:
-                return self._plain(decode_plain(data))
+                return self._rich(decode_rich(data)) if self._is_rich else self._plain(decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass  # it says more, or something is wrong with it: see below
         try:
@@ -180,10 +184,10 @@ class ChunkParser:
         """A chunk as nearly all are, at a fifth of the price; what comes out is the same as below.
 
         Raises:
-            ValidationError: when another model answers.
+            ValidationError: when another model or system answers.
         """
-        if chunk.model != self._same:
-            raise msgspec.ValidationError("a new model")
+        if chunk.model != self._same or (chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint):
+            raise msgspec.ValidationError("something new")
         (choice,) = chunk.choices
         fields: Fields = {"type": "delta"}
         if choice.delta.content:
@@ -192,6 +196,16 @@ class ChunkParser:
             fields["reasoning"] = choice.delta.reasoning
         if choice.token_ids:
             fields["token_ids"] = _encode(choice.token_ids).decode()
+        if len(fields) == 1:
+            return []
+        self._begun = True
+        return [fields]
+
+    def _rich(self, chunk: RichChunk) -> list[Fields]:
+        """A plain chunk with logprobs or pieces of tool calls; it raises as above, and what `rich_fields` raises."""
+        if chunk.model != self._same or (chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint):
+            raise msgspec.ValidationError("something new")
+        fields = rich_fields(chunk)
         if len(fields) == 1:
             return []
         self._begun = True
@@ -224,6 +238,9 @@ class ChunkParser:
         is_running = 0 in self._spoken and 0 not in self._finished
         if is_running and not (self._unsaid or self._messages or self._decoder.holds_half):
             self._same = _plain_model(self._head)
+            self._is_rich = bool(entries) and not _RICH.isdisjoint(entries[-1])
+            if fingerprint := self._chunk_extra.get("system_fingerprint"):
+                self._fingerprint = as_text(fingerprint)
         return entries
 
     def _prove(self, chunk: RawObject) -> None:
@@ -288,19 +305,19 @@ class ChunkParser:
         head = dict(self._head) or {"type": "opened"}
         # Some servers make a new id and time for each chunk. The first holds, or each delta would bring its `opened`.
         if "response_id" not in head and says(raw := chunk.get("id", NULL)):
-            head["response_id"] = _plain(raw)
+            head["response_id"] = as_text(raw)
         # A router may name itself first. A model that alternates would bring an `opened` with each delta.
         if self._models < _MOST_MODELS and says(raw := chunk.get("model", NULL)):
-            head["model"] = _plain(raw)
+            head["model"] = as_text(raw)
             self._models += head["model"] != self.model
-        if "created" not in head and says(raw := chunk.get("created", NULL)) and (created := _plain(raw)) != "0":
+        if "created" not in head and says(raw := chunk.get("created", NULL)) and (created := as_text(raw)) != "0":
             if created.isdecimal():
                 head["created"] = created
             elif "created" not in self._chunk_extra:  # a fraction or a date: readers rely on a whole number
                 self._keep("created", raw)
         for delta in deltas:
             if says(raw := delta.pop("role", NULL)):
-                head["role"] = _plain(raw)
+                head["role"] = as_text(raw)
         prompt = chunk.get("prompt_token_ids")
         if prompt is not None and says(prompt):
             self._take_prompt(prompt, head)
@@ -381,9 +398,3 @@ def _plain_model(head: Fields) -> str:
 def digest_of(prompt: list[int]) -> str:
     """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
     return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
-
-
-def _plain(raw: Raw) -> str:
-    """A value as the text of a field: a string without its quotes, anything else as JSON."""
-    text = bytes(raw).decode()
-    return _decode(raw, type=str) if text.startswith('"') else text

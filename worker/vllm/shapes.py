@@ -37,6 +37,12 @@ def says(raw: Raw) -> bool:
     return bytes(raw) not in _NOTHING
 
 
+def as_text(raw: Raw | bytes) -> str:
+    """A value as the text of a field: a string without its quotes, anything else as JSON."""
+    text = bytes(raw).decode()
+    return _decode(raw, type=str) if text.startswith('"') else text
+
+
 def delta_of(choice: RawObject, *, said: str | None) -> RawObject:
     """What a choice adds: its `delta`, or what stands for it.
 
@@ -95,7 +101,7 @@ def read_message(delta: RawObject, fields: Fields) -> None:
         if isinstance(text, str) and fields.get(field, text) == text:
             fields[field] = text
             del delta[name]
-    _read_tool_calls(delta, fields)
+    read_tool_calls(delta, fields)
 
 
 def read_tokens(choice: RawObject, fields: Fields) -> None:
@@ -147,8 +153,8 @@ def read_finish_reason(choice: RawObject) -> str:
     return value if isinstance(value, str) else bytes(raw).decode()
 
 
-def _read_tool_calls(delta: RawObject, fields: Fields) -> None:
-    """Readers rely on a list of objects: what is none stays where it was."""
+def read_tool_calls(delta: RawObject, fields: Fields) -> None:
+    """Move tool calls out of a delta. Readers rely on a list of objects: what is none stays where it was."""
     raw = delta.get("tool_calls", NULL)
     if not says(raw):
         return
