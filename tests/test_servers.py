@@ -218,6 +218,28 @@ async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
     assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
 
 
+class Guarding(Simulator):
+    """A server behind a proxy that lets completions through, and redirects whatever else to its login."""
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/tokenize":
+            await connection.respond(302, "text/plain", b"log in")
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a16_an_answer_begins_again_where_no_server_says_how_to_go_on(
+    client: Client, start_worker: StartWorker, count: int
+) -> None:
+    first = Options(orders=Orders(fault="cut", after=4, times=1))
+    async with Guarding(first) as one, Guarding() as other:
+        await start_worker(*[one, other][:count], tries=2)
+        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+    assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["restarted"]
+    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+
+
 async def test_a16_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:

@@ -233,8 +233,10 @@ class Generation:
         try:
             way = await continuation(self._upstream, endpoint, request, history, self._caller)
         except UpstreamError as error:
-            if not last or error.elsewhere or was_not_let_in(error):
+            others = self._upstream.remains(model_of(request), self._caller)
+            if others if error.elsewhere else (not last or was_not_let_in(error)):
                 raise
+            self._caller.refused_at.clear()
             raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
         if way.is_over and not way.held:
             return self._done("length", history.usage, history.model)

@@ -255,7 +255,9 @@ class Upstream:
             refuses_key = await self._refuses_key(endpoint, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
                 self._lacks(endpoint, model, caller, error)
-            _note_refusal(endpoint, route, caller, error)
+            error.elsewhere &= route == CHAT  # a server may do without the other routes
+            if error.elsewhere:
+                caller.refused_at[circuit] = error
             endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:
@@ -332,7 +334,7 @@ class Upstream:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
         It has as long as a first token, for all streams that broke with another server ask at once. That it is slow
-        says nothing about the server.
+        says nothing about the server, nor does a redirect: the server may send on only its completions.
 
         Raises:
             UpstreamError: when it does not answer, or refuses.
@@ -348,8 +350,11 @@ class Upstream:
             raise watchdog.silence() from None
         except UpstreamError as error:
             refuses_key = await self._refuses_key(endpoint, error)
-            _note_refusal(endpoint, path, caller, error)
-            endpoint.failed(run, error, refuses_key=refuses_key)
+            error.elsewhere &= 300 <= error.status < 400  # it may do without this path
+            if error.elsewhere:
+                caller.refused_at[endpoint.circuit] = error
+            else:
+                endpoint.failed(run, error, refuses_key=refuses_key)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
             endpoint.requests.discard(watchdog)
@@ -362,14 +367,6 @@ class Upstream:
             UpstreamError: when it does not say.
         """
         return await self._api.models(endpoint, FIRST_LIMIT)
-
-
-def _note_refusal(endpoint: Endpoint, route: str, caller: Caller, error: UpstreamError) -> None:
-    """Take down that a server will not answer a job. A server may do without the other routes than that of chats."""
-    if route != CHAT and error.code != MODEL_NOT_FOUND and not 300 <= error.status < 400:
-        error.elsewhere = False
-    if error.elsewhere:
-        caller.refused_at[endpoint.circuit] = error
 
 
 def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
