@@ -59,3 +59,48 @@ async def test_a13_a_role_that_comes_long_before_the_text_is_no_gap(client: Clie
         await start_worker(vllm_urls=url, tries=1, gap_timeout=0.1)
         answered = await client.result(await client.enqueue(REQUEST))
     assert (answered.outcome, answered.text, answered.error) == ("done", "a", "")
+
+
+@pytest.mark.parametrize("place", ["delta", "choice", "chunk", "after [DONE]"])
+async def test_a7_text_beside_an_error_is_in_the_log_and_the_error_ends_it(
+    client: Client, start_worker: StartWorker, place: str
+) -> None:
+    error = {"message": "no such thing", "code": 400}
+    lasts: dict[str, list[object]] = {
+        "delta": [{"choices": [{"delta": {"content": "b", "error": error}, "finish_reason": "error"}]}],
+        "choice": [{"choices": [{"delta": {"content": "b"}, "error": error, "finish_reason": "error"}]}],
+        "chunk": [{"choices": [{"delta": {"content": "b"}}], "error": error}],
+        "after [DONE]": [{"choices": [{"delta": {"content": "b"}}]}, "[DONE]", {"error": error}],
+    }
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    chunks: list[object] = [{"choices": [{"delta": {"content": "a"}}]}, *lasts[place]]
+    events = [f"data: {one if isinstance(one, str) else json.dumps(one)}\n\n".encode() for one in chunks]
+    async with sending(head, *events) as url:
+        await start_worker(vllm_urls=url, tries=1)
+        answer = await client.result(await client.enqueue(REQUEST))
+    assert (answer.outcome, answer.text, answer.error) == ("error", "ab", "no such thing (invalid_request)")
+
+
+async def test_a12_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows(
+    client: Client, start_worker: StartWorker
+) -> None:
+    """The server sends nothing more after the text until a reader has it."""
+    shown = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        head, *events = answer_that_ends("stop").replace(b"\n\n", b"\n").split(b"data: ")
+        writer.write(head + b"".join(b"data: " + event.strip() + b"\n" for event in events[:3]))
+        if asked.startswith(b"POST"):  # and is no probe
+            await shown.wait()
+        writer.write(b"data: " + events[3].strip() + b"\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        await start_worker(vllm_urls=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", tries=1)
+        request_id = await client.enqueue(REQUEST)
+        async with asyncio.timeout(10):
+            async for entry in client.follow(request_id):
+                if getattr(entry, "content", ""):
+                    shown.set()
+        assert (await client.result(request_id)).text == "a"
