@@ -92,8 +92,7 @@ class Settlement:
         line of the start was written: that comes again then.
         """
         answer = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
-        began, delivery = answer.started, request.delivery
-        if is_repair and began and (began.queue, began.job) == (delivery.queue, delivery.id):
+        if is_repair and answer.started and not _is_of_another(answer, request.delivery):
             self.tell_start(request, answer.attempt)
         await self.settle(request, answer)
 
@@ -117,6 +116,9 @@ class Settlement:
                 if not finished.done():
                     raise Stopped
             await self.done_with(request)
+        if _is_of_another(answer, request.delivery):  # which has told how it ended, and was counted
+            _log.info("duplicate_job", queue=request.delivery.queue, job=request.delivery.id)
+            return
         code = end.code if isinstance(end, Failed) else None
         if answer.outcome:
             self._metrics.finished(answer.outcome, code or "")
@@ -217,9 +219,13 @@ def _dead_for(request: Request, answer: Answer) -> str:
     A log that was begun for another job tells of that one, not of its duplicate. One that does not validate is
     known by itself, unless it was not read.
     """
-    end, began, delivery = answer.end, answer.started, request.delivery
-    if not isinstance(end, Failed) or (
-        began and began.job and (began.queue, began.job) != (delivery.queue, delivery.id)
-    ):
+    end = answer.end
+    if not isinstance(end, Failed) or _is_of_another(answer, request.delivery):
         return ""
     return end.message or end.code if end.code == BURIED or (request.job is UNREAD and end.code in INVALID) else ""
+
+
+def _is_of_another(answer: Answer, delivery: Delivery) -> bool:
+    """Whether another job of the same request began the log."""
+    began = answer.started
+    return bool(began and began.job and (began.queue, began.job) != (delivery.queue, delivery.id))

@@ -11,6 +11,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client, State
+from worker.contract.entries import to_json
 from worker.sandbox.simulator import Options, Orders, Simulator
 from worker.service import Service
 from worker.settings import ConfigError, load_settings
@@ -109,8 +110,11 @@ async def test_a_workers_jobs_are_counted(
 ) -> None:
     one = await start_worker(simulator, lease=0.5, slots=7)
     other = await start_worker(simulator, lease=0.5, queues="other")
-    for _ in range(3):
-        await client.result(await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}))
+    ask: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
+    for number in range(3):
+        await client.result(await client.enqueue(ask, id=f"r-{number}"))
+    for _ in range(2):  # the same request again is no further job that ended
+        await redis.xadd("chat:jobs", {"id": "r-1", "request": to_json(ask)})
     await redis.xadd("chat:jobs", {"id": "no/id"})
 
     async def all_counted() -> bool:
