@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from conftest import StartSimulator, StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 
-from worker import Answer, Client, Delta, IncompleteLog, State
+from worker import Answer, Client, Delta, IncompleteLog, Refused, State
 from worker.broker.cancels import _COUNTS, seal_cancelled
 from worker.broker.pages import PageSize, read_all
 from worker.contract.entries import parse
@@ -357,3 +358,31 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
     for request_id in ids:
         await client.cancel(request_id)
     await settled(redis)
+
+
+@pytest.mark.parametrize("which", ["expire", "set", "xadd", "watch", "exec", "multi"])
+async def test_b1_without_a_right_a_cancel_is_whole_or_nothing_and_names_the_right(
+    which: str, redis: Redis, redis_url: str, client: Client
+) -> None:
+    """The seal was written and the cancel failed: without an expiry, which calling again did not mend."""
+    request_id = await client.enqueue(ask())
+    key = f"chat:tokens:{{{request_id}}}"
+    await redis.persist(key)
+    user: dict[str, Any] = {"enabled": True, "passwords": "+pw", "keys": ["*"], "channels": ["*"]}
+    await redis.acl_setuser("narrow", **user, categories=["+@all"], commands=[f"-{which}"])
+    try:
+        async with Client(redis_url.replace("//", "//narrow:pw@")) as narrow:
+            if which != "multi":
+                for _ in range(2):
+                    with pytest.raises(Refused, match=f"'{which}'"):
+                        await narrow.cancel(request_id)
+                assert (await narrow.status(request_id)).state is State.QUEUED
+                assert await redis.xlen(key) == 1
+                assert not await redis.exists(f"chat:ended:{{{request_id}}}")
+                await redis.acl_setuser("narrow", **user, commands=[f"+{which}"])
+            assert (await narrow.cancel(request_id)).state is State.QUEUED
+            assert (await narrow.status(request_id)).outcome == "cancelled"
+    finally:
+        await redis.acl_deluser("narrow")
+    assert 0 < await redis.ttl(key) <= 3600
+    assert await redis.exists(f"chat:ended:{{{request_id}}}")

@@ -6,14 +6,16 @@ log is the truth, and every log is looked at three times a lease. Whatever is lo
 
 import asyncio
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import cast
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
+from redis.asyncio.client import Pipeline, PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError, WatchError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.connection import Backoff, is_lost, is_transient, what_redis_said
@@ -40,8 +42,30 @@ _SEALED = re.compile("(ERR )?The stream has exhausted the last possible ID")
 """What Redis 6.2 and 7 say when a stream already has the greatest id. redis-py cuts `ERR ` off."""
 
 
-async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] | None:
-    """Seal a log, or begin it with the seal; gives its first entry and the seal's fields, or nothing if it had a seal.
+_NO_MULTI = "EXEC without MULTI"
+"""What Redis says where a user may not MULTI: it has done each command by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A seal that was written: the log's first entry before it, its fields, and whether all that belongs with it is."""
+
+    first: Entry | None
+    fields: Fields
+    is_whole: bool
+
+
+def _nothing(_pipe: Pipeline, _first: Entry | None) -> None:
+    """Add nothing."""
+
+
+async def seal_cancelled(
+    redis: Redis, key: str, beside: Callable[[Pipeline, Entry | None], None] = _nothing
+) -> Sealed | None:
+    """Seal a log, or begin it with the seal; gives nothing if it had a seal.
+
+    `beside` adds what belongs with the seal of a log, given its first entry: all of it is written, or nothing, as where
+    the user lacks a right to it. Only where entries come too fast, and where the user may not MULTI, it may be missing.
 
     The seal tells the usage of the whole log or none: entries that come between count and seal would be in the log and
     not in the usage. So the log is watched, and where they come too fast for that a cancel does not wait for them.
@@ -66,6 +90,9 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
             seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if left else {}, model=so_far.model))
             pipe.multi()  # type: ignore[no-untyped-call]  # and this one
             pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
+            first = log[0] if log else None
+            if left:  # else another seal may have come, which has its own
+                beside(pipe, first)
             try:
                 await pipe.execute()
             except WatchError as error:
@@ -74,10 +101,25 @@ async def seal_cancelled(redis: Redis, key: str) -> tuple[Entry | None, Fields] 
                 left -= 1  # an entry came meanwhile: look again
                 continue
             except ResponseError as error:
-                if not _SEALED.match(what_redis_said(error)):
-                    raise
-                return None
-            return (log[0] if log else None), seal
+                return Sealed(first, seal, is_whole=False) if await _stands(redis, key, seal, error) else None
+            return Sealed(first, seal, is_whole=bool(left))
+
+
+async def _stands(redis: Redis, key: str, seal: Fields, error: ResponseError) -> bool:
+    """Whether a seal was written in spite of an error; false where the log had another.
+
+    Raises:
+        ResponseError: when there is none.
+    """
+    said = what_redis_said(error)
+    if _SEALED.match(said):
+        return False
+    if _NO_MULTI not in said:
+        raise error
+    end = cast("list[RawEntry]", await redis.xrevrange(key, count=1))
+    if not end or end[0][0] != str(SEAL).encode():
+        raise NoPermissionError("this user has no permissions to run the 'multi' command") from error
+    return {name.decode(): value.decode() for name, value in end[0][1].items()} == seal
 
 
 class CancelHints:

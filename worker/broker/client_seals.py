@@ -44,18 +44,23 @@ async def cancel(redis: Redis, keys: Keys, request_id: str) -> bool:
         RedisError: what Redis says; whoever repeats this after a lost reply finds the seal.
     """
     key, now = keys.tokens(request_id), await now_of(redis)
-    sealed = await seal_cancelled(redis, key)
+
+    def keep(pipe: Pipeline, first: Entry | None) -> None:
+        asked = first.digest if isinstance(first, Queued | Started) else ""
+        stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
+        pipe.expire(key, _RETENTION)
+        pipe.set(keys.ended(request_id), to_json(stone), ex=_REMEMBER, nx=True)
+
+    sealed = await seal_cancelled(redis, key, keep)
     if sealed is None:
         return False
-    first, fields = sealed
-    asked = first.digest if isinstance(first, Queued | Started) else ""
-    stone = Tombstone(outcome=Cancelled.type, time=now, digest=asked)
     pipe = redis.pipeline(transaction=False)
-    pipe.expire(key, _RETENTION)
-    pipe.set(keys.ended(request_id), to_json(stone), ex=_REMEMBER, nx=True)
-    _tell(redis, pipe, keys, request_id, fields)
-    kept = (await pipe.execute(raise_on_error=False))[:2]  # a user may lack the right to publish: speed only
-    for reply in kept:
+    if not sealed.is_whole:
+        keep(pipe, sealed.first)
+    kept = len(pipe.command_stack)
+    _tell(redis, pipe, keys, request_id, sealed.fields)
+    replies = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish: speed only
+    for reply in replies[:kept]:
         if isinstance(reply, Exception):
             raise reply
     return True
