@@ -18,6 +18,7 @@ from structlog.testing import capture_logs
 from worker import Client
 from worker.broker import connection, wire
 from worker.broker.connection import command_client, is_transient, persist, what_redis_said
+from worker.broker.sending import unsent
 from worker.broker.wire import Wire, pack
 from worker.sandbox.requests import answer_to
 from worker.sandbox.simulator import Simulator
@@ -253,3 +254,10 @@ async def test_d1_what_the_url_says_of_connections_changes_nothing(
         return all(not group["pending"] for group in await redis.xinfo_groups("chat:jobs"))
 
     await eventually(acknowledged)
+
+
+async def test_d3_of_a_closed_connection_nothing_is_on_its_way(redis_proxy: Proxy) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
+    writer.transport.abort()
+    await asyncio.sleep(0)  # the loop closes it in its next step
+    assert unsent(writer.transport) == 0
