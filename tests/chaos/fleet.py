@@ -24,7 +24,7 @@ from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.relay import Relay
-from worker.request import Stop
+from worker.request import Stop, Stopped
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.stream import Limits
@@ -202,10 +202,10 @@ class Worker:
         self._tasks[what] = asyncio.create_task(self._guarded(what, work))
 
     async def _guarded(self, what: str, work: Coroutine[object, object, None]) -> None:
-        """What the service lives through: a passing fault of Redis, and a log that is lost; the job comes back."""
+        """What the service lives through: a passing fault of Redis, a lost log, and a stop; the job comes back."""
         try:
             await work
-        except LogLost:
+        except (LogLost, Stopped):  # as `Leases` has it
             pass
         except (RedisError, OSError) as error:
             if not is_transient(error):
