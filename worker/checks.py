@@ -1,6 +1,7 @@
 """What `worker check` looks at: settings, Redis, workers and every vLLM server, and how to mend what is wrong."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
@@ -49,8 +50,8 @@ class Finding:
         return {"level": self.level, "subject": self.subject, "text": self.text, "mend": self.mend}
 
 
-async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
-    """Look at everything, one finding at a time."""
+async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
+    """Look at everything, one finding at a time. Whoever stops before the end closes it (`contextlib.aclosing`)."""
     try:
         settings = load_settings(**options)
     except ConfigError as error:
@@ -64,8 +65,9 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
     if passed_over := parse_redis_url(settings.redis_url.get_secret_value()).passed_over:
         text = f"options of {variable('redis_url')} without effect: {', '.join(passed_over)}"
         yield Finding("warning", "settings", text, "leave them out: the worker sets these by itself")
-    async for finding in _check_redis(settings):
-        yield finding
+    async with aclosing(_check_redis(settings)) as of_redis:
+        async for finding in of_redis:
+            yield finding
     upstream = Upstream(
         settings.vllm_urls,
         keys=settings.api_keys(),
@@ -80,7 +82,7 @@ async def check(options: dict[str, object]) -> AsyncIterator[Finding]:
         await upstream.aclose()
 
 
-async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
+async def _check_redis(settings: Settings) -> AsyncGenerator[Finding]:
     url = settings.redis_url.get_secret_value()
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
@@ -105,8 +107,9 @@ async def _check_redis(settings: Settings) -> AsyncIterator[Finding]:
             yield finding
         if not any(finding.level == "error" for finding in rights):  # else all that comes would be refused
             # While Redis takes no writes no worker can show that it lives.
-            async for finding in _check_state(redis, keys, settings, workers=not (is_full or refusal)):
-                yield finding
+            async with aclosing(_check_state(redis, keys, settings, workers=not (is_full or refusal))) as state:
+                async for finding in state:
+                    yield finding
     except (RedisError, OSError) as error:
         advice = (
             advice_on(error) or await advice_on_silence(url) or f"start Redis there, or set {variable('redis_url')}"
@@ -126,7 +129,7 @@ async def _info(server: Redis) -> dict[str, object]:
         raise
 
 
-async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers: bool) -> AsyncIterator[Finding]:
+async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers: bool) -> AsyncGenerator[Finding]:
     """The queues and the workers, as far as the user may see them."""
     undone = 0
     for queue in settings.queues:
@@ -159,7 +162,7 @@ async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> 
     return None
 
 
-async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: Settings) -> AsyncIterator[Finding]:
+async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: Settings) -> AsyncGenerator[Finding]:
     """What the user may not do, and what Redis cannot."""
     lacks: dict[Missing, None] = {}
     kind, replicas = parse_redis_url(settings.redis_url.get_secret_value()).kind, settings.wait_replicas > 0

@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import os
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import IO, NoReturn, get_args
 
 import click
@@ -179,13 +179,14 @@ def check(as_json: bool, **options: object) -> None:
     async def report() -> bool:
         well = True
         marks = {"ok": click.style("ok     ", fg="green"), "warning": click.style("warning", fg="yellow")}
-        async for finding in look(options):
-            well = well and finding.level != "error"
-            if as_json:
-                click.echo(to_json(finding.as_dict()))
-                continue
-            mark = marks.get(finding.level, click.style("error  ", fg="red"))
-            click.echo(f"{mark} {finding.subject}: {finding.text}" + (f" → {finding.mend}" if finding.mend else ""))
+        async with aclosing(look(options)) as findings:  # a closed pipe ends it in the middle
+            async for finding in findings:
+                well = well and finding.level != "error"
+                if as_json:
+                    click.echo(to_json(finding.as_dict()))
+                    continue
+                mark = marks.get(finding.level, click.style("error  ", fg="red"))
+                click.echo(f"{mark} {finding.subject}: {finding.text}" + (f" → {finding.mend}" if finding.mend else ""))
         return well
 
     _exit(run_async(report))
@@ -284,14 +285,14 @@ async def _print(client: Client, request_id: str, after: EntryId | None, *, as_j
     """Print a log as it comes, and that no worker serves the queue, if one is given; true where the answer is whole."""
     printer = Printer(as_json=as_json)
     try:
-        async for entry in client.follow(request_id, after=after, idle=_LONELY if queue else None):
-            if not isinstance(entry, Idle):
-                printer.show(entry)
-            elif queue and not printer.answer.started and not await _is_served(client, queue):
-                click.echo(
-                    f"· no worker serves the queue {queue}: start one with worker run --queues {queue}", err=True
-                )
-                queue = ""
+        async with aclosing(client.follow(request_id, after=after, idle=_LONELY if queue else None)) as entries:
+            async for entry in entries:
+                if not isinstance(entry, Idle):
+                    printer.show(entry)
+                elif queue and not printer.answer.started and not await _is_served(client, queue):
+                    start = f"start one with worker run --queues {queue}"
+                    click.echo(f"· no worker serves the queue {queue}: {start}", err=True)
+                    queue = ""
     except asyncio.CancelledError:  # by Ctrl-C
         last = printer.break_off() or ("" if after is None else str(after))
         more = f" --after {last}" if last else ""
