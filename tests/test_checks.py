@@ -13,13 +13,17 @@ import trustme
 from conftest import StartSimulator, eventually
 from raw_server import sending
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
+from worker.broker.connection import Voice
 from worker.checks import Finding, check
 from worker.contract.entries import to_json
 from worker.contract.records import WorkerLine
 from worker.sandbox.redis import start_redis
 from worker.sandbox.simulator import Options, Simulator
+from worker.service import Service
 from worker.settings import ConfigError, load_settings, shown_url
+from worker.telemetry.logs import configure_logging
 
 
 @pytest.fixture
@@ -336,6 +340,34 @@ async def test_c8_what_is_wrong_with_the_way_to_redis_is_told_with_how_to_mend_i
     assert told.level == "error"
     assert words.lower() in told.text.lower().replace("`", "'")
     assert told.mend.startswith(mend)
+
+
+MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
+
+
+@pytest.mark.parametrize(("url", "words", "mend"), MIXED_UP)
+async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
+    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """F3 of C8: the error itself is a timeout, or a connection that was closed."""
+    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr("worker.broker.connection._OUTAGE", Voice("redis_unavailable"))  # another test's was told
+    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
+    service = Service(load_settings(redis_url=url, vllm_urls=simulator.url))
+    configure_logging("json")
+    with capture_logs() as logs:
+        running = asyncio.create_task(service.run())
+
+        async def has_said_it() -> bool:
+            return any(line["event"] == "redis_unavailable" for line in logs)
+
+        await eventually(has_said_it)
+        service.leave()
+        await running
+    told = next(line for line in logs if line["event"] == "redis_unavailable")
+    assert words in told["error"]
+    assert told["advice"] == mend
 
 
 async def test_c8_a_certificate_is_trusted_by_either_way(

@@ -156,12 +156,13 @@ class Service:
     async def _begin(self) -> bool:
         """Wait for Redis and make what is needed there; false when told to leave before it answered."""
         told = asyncio.ensure_future(self._leaving.wait())
-        redis = shown_url(self._settings.redis_url.get_secret_value())
+        url = self._settings.redis_url.get_secret_value()
+        redis = shown_url(url)
         vllm = [shown_url(url) for url in self._settings.vllm_urls]
         _log.info("worker_starting", version=version(), redis=redis, vllm=vllm)
         try:
             with structlog.contextvars.bound_contextvars(redis=redis):  # who waits sees for what
-                await persist(self._clock.sync, told)
+                await persist(self._clock.sync, told, url=url)
                 for queue in self._settings.queues:
                     await persist(lambda queue=queue: self._jobs.ensure_group(queue), told)  # type: ignore[misc]
         except Exception as error:

@@ -15,7 +15,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from worker.broker.advice import advice_on
+from worker.broker.advice import advice_on, advice_on_silence
 from worker.broker.cluster import ClusterClient, ClusterPool
 from worker.broker.sending import unsent
 from worker.broker.sentinel import sentinel_pool
@@ -121,11 +121,16 @@ class Voice:
         self._what = what
         self._said = float("-inf")
 
-    def complain(self, error: BaseException) -> None:
-        now = time.monotonic()
-        if now - self._said > SAY_AGAIN:
-            self._said = now
-            advice = advice_on(error)
+    @property
+    def is_due(self) -> bool:
+        """Whether the next complaint is said."""
+        return time.monotonic() - self._said > SAY_AGAIN
+
+    def complain(self, error: BaseException, advice: str = "") -> None:
+        """Say it, with what to do about it: as the error has it, or else the advice given."""
+        if self.is_due:
+            self._said = time.monotonic()
+            advice = advice_on(error) or advice
             _log.warning(self._what, error=what_redis_said(error), **({"advice": advice} if advice else {}))
 
     def relent(self) -> None:
@@ -137,18 +142,21 @@ class Voice:
 class Backoff:
     """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends.
 
-    Without a name for what is wrong it says nothing, as in a process that is not ours.
+    Without a name for what is wrong it says nothing, as in a process that is not ours. With the `url` of Redis it finds
+    out before it speaks whether TLS is mixed up there.
     """
 
-    def __init__(self, what: "str | Voice | None", *, first: float = 0.05, most: float = 2.0) -> None:
+    def __init__(self, what: "str | Voice | None", *, first: float = 0.05, most: float = 2.0, url: str = "") -> None:
         self._voice = Voice(what) if isinstance(what, str) else what
         self._first = self._pause = first
         self._most = most
+        self._url = url
 
     async def wait(self, error: BaseException) -> None:
         """Pause after a failure."""
         if self._voice:
-            self._voice.complain(error)
+            is_asked = self._url and self._voice.is_due and not advice_on(error)
+            self._voice.complain(error, await advice_on_silence(self._url) if is_asked else "")
         await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
         self._pause = min(self._pause * 2, self._most)
 
@@ -167,15 +175,18 @@ async def persist(
     operation: Callable[[], Awaitable[_T]],
     give_up: asyncio.Future[Any] | None = None,
     waits_for: Callable[[BaseException], bool] = is_transient,
+    *,
+    url: str = "",
 ) -> _T:
     """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
 
-    `waits_for` tells the errors after which it is repeated.
+    `waits_for` tells the errors after which it is repeated. With the `url` of Redis, as at a worker's start, the log
+    also says where TLS is mixed up: no error names this.
 
     Raises:
         Exception: what the operation raised, when it is no passing fault or there is no more time.
     """
-    backoff = Backoff(_OUTAGE)
+    backoff = Backoff(_OUTAGE, url=url)
     while True:
         try:
             return await operation()
