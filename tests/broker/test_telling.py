@@ -9,7 +9,6 @@ from processes import Process, delta
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from worker.broker import publisher
 from worker.broker.jobs import Delivery
 from worker.broker.log import TokenLog
 
@@ -54,7 +53,7 @@ async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: 
 async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
     log: TokenLog, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher, "UNTOLD_FOR", math.inf)
+    monkeypatch.setattr("worker.broker.feed.UNTOLD_FOR", math.inf)
     log.append(delta("1"))
 
     async def unheard() -> bool:

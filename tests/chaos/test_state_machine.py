@@ -347,7 +347,7 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
         # Each pause ends at a gate as it is.
         monkeypatch.setattr("worker.broker.connection.Backoff.wait", _no_pause)
         monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.0)
-        monkeypatch.setattr("worker.broker.publisher._FEED_WAITS", 0.0)
+        monkeypatch.setattr("worker.broker.feed._FEED_WAITS", 0.0)
         # Reading all certificates anew takes longer than the life of such a worker.
         context = ssl.create_default_context()
         monkeypatch.setattr("httpx._transports.default.create_ssl_context", lambda **_: context)

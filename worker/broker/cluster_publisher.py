@@ -195,7 +195,7 @@ class _Part(Publisher):
             await self._whole.rehome(self)
             if not self.logs:
                 self._look, self._asked, self._leaving = False, set(), True
-                self._feed.clear()
+                self._feed.news.clear()
                 return
         await super()._look_at_logs()
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol, TypeAlias
 
 from worker.broker.connection import what_redis_said
@@ -266,6 +267,22 @@ def refusal_of(error: BaseException) -> LogRefused | None:
     """
     said = what_redis_said(error)
     return LogRefused(said) if said.startswith("WRONGTYPE") else None
+
+
+def refused_in(batch: list[Run], verdicts: list[object]) -> dict[TokenLog, list[object]]:
+    """What Redis said to each log of which it refused an entry, from that one on.
+
+    Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.
+    """
+    refused: dict[TokenLog, list[object]] = {}
+    said = iter(verdicts)
+    for log, _, entries, _ in batch:
+        for verdict in islice(said, len(entries)):
+            if log in refused:
+                refused[log].append(verdict)
+            elif not isinstance(verdict, bytes):
+                refused[log] = [verdict]
+    return refused
 
 
 _HEADS = [f"*{4 + 2 * count}\r\n$4\r\nXADD\r\n" for count in range(32)]

@@ -13,30 +13,22 @@ a flush, for less than a millisecond.
 
 import asyncio
 import enum
-import re
 import time
 from collections.abc import Iterable
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-import msgspec
-import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from worker.broker.connection import Backoff, what_redis_said
-from worker.broker.log import LogDiverged, LogGone, Run, TokenLog, refusal_of
+from worker.broker.feed import FeedPublisher, News, note_listeners, trial
+from worker.broker.log import LogDiverged, LogGone, Run, TokenLog, refusal_of, refused_in
 from worker.broker.wire import Command, Outcome, Wires, pack
 from worker.contract.entries import Fields
-from worker.contract.feed import UNTOLD_FOR
 from worker.contract.ids import EntryId
 from worker.telemetry.metrics import Metrics
-
-_log = structlog.get_logger()
-
-_Feed: TypeAlias = dict[TokenLog | str, list[tuple[str, Fields]]]
-"""What to tell, by log or by the channel of one."""
 
 
 class _Phase(enum.Enum):
@@ -58,11 +50,6 @@ _BUSY = 10_000
 """Entries a second, since the flush before, from which on the process reads and writes in a beat."""
 _BEAT = 0.0007
 """Seconds. Waking for each token, where many come, costs a seventh more CPU than reading at once what has come."""
-_FEED_WAITS = 0.001
-"""Seconds; a MULTI for the feed alone costs as much as one for entries."""
-_OF_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
-"""In what Redis 6.2 to 8 say of a PUBLISH that a user has no right to, or that was renamed."""
-_encode = msgspec.json.encode
 
 
 class Publisher:
@@ -79,8 +66,7 @@ class Publisher:
         self._logs: set[TokenLog] = set()
         self._by_request: dict[str, TokenLog] = {}
         self._out: list[Run] = []
-        self._feed: _Feed = {}
-        self._told_soon = False
+        self._feed = FeedPublisher(self._tell, self._metrics)
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[TokenLog] = set()
@@ -88,7 +74,6 @@ class Publisher:
         """Those that Redis says have an entry already, and its attempt: their ends must show it."""
         self._hinted: set[str] = set()
         self._trouble: Exception | None = None
-        self._mute = False
         self._leaving = False
         self._work = asyncio.Event()
         self._backoff = Backoff("log_write_failed")
@@ -132,7 +117,7 @@ class Publisher:
         """Be done with a log that another publisher goes on with."""
         self.drop(log)
         self.relieve(log.size)
-        self._feed.pop(log, None)
+        self._feed.news.pop(log, None)
         self._leave_out(log)
 
     def take(self, run: Run) -> None:
@@ -158,19 +143,11 @@ class Publisher:
 
     def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Tell the feed of entries that Redis has accepted, each with its id. It is only speed: it may be lost."""
-        if not self._mute:
-            self._feed.setdefault(channel, []).extend(entries)
-            self._tell_soon()
-
-    def _tell_soon(self) -> None:
-        """The feed goes with the next entries, or alone if there are none."""
-        if not self._told_soon:
-            self._told_soon = True
-            asyncio.get_running_loop().call_later(_FEED_WAITS, self._tell)
+        self._feed.announce(channel, entries)
 
     def _tell(self) -> None:
-        self._told_soon = False
-        if self._feed and self._phase is _Phase.IDLE:
+        """There are news, and no entries with which they could go."""
+        if self._phase is _Phase.IDLE:
             self._phase = _Phase.DUE
             self._go_on()
 
@@ -189,7 +166,7 @@ class Publisher:
             if log.seen == accepted:
                 self._asked.add(log)
             log.seen = accepted
-        if self._mute:
+        if self._feed.is_mute:
             self._asked.update(islice(self._logs, 1))  # with any look it is tried whether the feed is refused still
         self._hinted.clear()
         self._call()
@@ -248,13 +225,13 @@ class Publisher:
                 await self._recover(error)
                 self._go_on()
                 continue
-            if self._leaving and not (self._out or self._feed):
+            if self._leaving and not (self._out or self._feed.news):
                 return
             self._flush()
 
     def _flush(self) -> None:
         """Write what there is to write, and tell the feed."""
-        if not (self._out or self._feed):
+        if not (self._out or self._feed.news):
             self._phase = _Phase.IDLE
             return
         commands: list[Command] = []
@@ -266,11 +243,8 @@ class Publisher:
                 batch = batch[: len(commands)]
                 break
         self._out = self._out[len(batch) :]
-        told, self._feed = self._feed, {}
-        publish = self._publish
-        for it, news in told.items():
-            channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
+        told, of_the_feed = self._feed.take(self._publish)
+        commands += of_the_feed
         now = time.monotonic()
         is_busy = entries > _BUSY * (now - self._flushed)
         self._flushed = now
@@ -296,7 +270,7 @@ class Publisher:
             time.sleep(left)
         self._rested = time.monotonic()
 
-    def _land(self, batch: list[Run], told: _Feed, outcome: Outcome) -> None:
+    def _land(self, batch: list[Run], told: News, outcome: Outcome) -> None:
         """The replies to a flush are there."""
         if isinstance(outcome, Exception):
             self._trouble = outcome
@@ -311,20 +285,21 @@ class Publisher:
             self._schedule()
         else:
             self._phase = _Phase.IDLE
-            if self._feed:
-                self._tell_soon()
+            if self._feed.news:
+                self._feed.tell_soon()
 
     async def aclose(self) -> None:
         """Close the connection."""
         await self._wires.close()
         await self._redis.aclose()
 
-    def _take_replies(self, batch: list[Run], told: _Feed, replies: list[Any]) -> None:
+    def _take_replies(self, batch: list[Run], told: News, replies: list[Any]) -> None:
         now = time.monotonic()
         verdicts = replies[: len(replies) - len(told)]
         # First: whoever did not listen yet when this was written reads it, and whoever did is to be told of it.
-        self._note_listeners(told, replies[len(verdicts) :], now)
-        refused = {} if {*map(type, verdicts)} <= {bytes} else _refused(batch, verdicts)
+        if self.has_shards or not self._in_cluster:  # else each node counts its own alone
+            note_listeners(told, replies[len(verdicts) :], now)
+        refused = {} if {*map(type, verdicts)} <= {bytes} else refused_in(batch, verdicts)
         unheard: dict[TokenLog, Run] = {}
         written = 0
         for run in batch:
@@ -332,29 +307,15 @@ class Publisher:
             if log not in refused and log.accept(run):
                 written += len(run[2])
                 if not log.untold_until:
-                    self._tell_of(log, run[1], run[2])
+                    self._feed.tell_of(log, run[1], run[2])
                 elif now >= log.untold_until:
                     unheard[log] = run
         for log, first, entries, _ in unheard.values():
             # The last is enough: whoever has come since reads the log up to there.
-            self._tell_of(log, first + len(entries) - 1, entries[-1:])
+            self._feed.tell_of(log, first + len(entries) - 1, entries[-1:])
         self._metrics.written.inc(written)
         for log, since in refused.items():
             self._judge(log, since)
-
-    def _note_listeners(self, told: _Feed, counts: list[Any], now: float) -> None:
-        """How many heard what was told last, of each log."""
-        if self._in_cluster and not self.has_shards:  # each node counts its own alone
-            return
-        for it, count in zip(told, counts, strict=True):
-            if isinstance(it, TokenLog):
-                it.untold_until = 0.0 if count else now + UNTOLD_FOR
-
-    def _tell_of(self, log: TokenLog, first: int, entries: list[Fields]) -> None:
-        if not self._mute:
-            told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
-            self._feed.setdefault(log, []).extend(told)
-            self._tell_soon()
 
     def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
         """Redis refused an entry, the first of these: find out what its id ran into.
@@ -387,13 +348,11 @@ class Publisher:
         asked: list[Command] = [
             (log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs
         ]
-        if is_trial := bool(self._mute and logs):
-            feed = f"{logs[0][0].feed}:trial"  # not the channel itself: followers rely on what they hear there
-            asked.append((feed, pack(self._publish, feed.encode(), b"[]"), 1))
+        if is_trial := bool(self._feed.is_mute and logs):
+            asked.append(trial(logs[0][0], self._publish))
         replies = await self._wires.ask(asked)
         if is_trial and not isinstance(replies.pop(), RedisError):
-            self._mute = False
-            _log.info("recovered", after="feed_refused")
+            self._feed.speak()
         looked_at = {log for log, _ in logs}
         self._out = [run for run in self._out if run[0] not in looked_at]
         for (log, attempt), reply in zip(logs, replies, strict=True):
@@ -418,35 +377,13 @@ class Publisher:
             log.lose(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
         for _, first, entries, _ in accepted:
             self._metrics.written.inc(len(entries))
-            self._tell_of(log, first, entries)
+            self._feed.tell_of(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         self._metrics.write_failures.inc()
-        said = what_redis_said(error)
-        if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
-            # It is in one MULTI with entries, and would hold them back for ever.
-            self._mute = True
-            self._feed.clear()
-            self._metrics.refused("feed")
-            _log.warning("feed_refused", error=said)
+        self._feed.silence(error)
         self._refused.clear()  # by another server perhaps
         await self._backoff.wait(error)
         await self._wires.close()
         self._look = True
-
-
-def _refused(batch: list[Run], verdicts: list[object]) -> dict[TokenLog, list[object]]:
-    """What Redis said to each log of which it refused an entry, from that one on.
-
-    Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.
-    """
-    refused: dict[TokenLog, list[object]] = {}
-    said = iter(verdicts)
-    for log, _, entries, _ in batch:
-        for verdict in islice(said, len(entries)):
-            if log in refused:
-                refused[log].append(verdict)
-            elif not isinstance(verdict, bytes):
-                refused[log] = [verdict]
-    return refused

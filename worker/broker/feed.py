@@ -1,0 +1,101 @@
+"""What the publisher tells the feed: the entries that Redis has accepted, of logs to which somebody listens.
+
+It goes with the next flush, or alone soon. It is only speed: where Redis refuses it, it is silent, and followers read.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import msgspec
+import structlog
+from redis.exceptions import ResponseError
+
+from worker.broker.connection import what_redis_said
+from worker.broker.log import TokenLog
+from worker.broker.wire import Command, pack
+from worker.contract.entries import Fields
+from worker.contract.feed import UNTOLD_FOR
+from worker.telemetry.metrics import Metrics
+
+News: TypeAlias = dict[TokenLog | str, list[tuple[str, Fields]]]
+"""What to tell, by log or by the channel of one."""
+
+_FEED_WAITS = 0.001
+"""Seconds; a MULTI for the feed alone costs as much as one for entries."""
+_OF_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
+"""In what Redis 6.2 to 8 say of a PUBLISH that a user has no right to, or that was renamed."""
+_encode = msgspec.json.encode
+_log = structlog.get_logger()
+
+
+class FeedPublisher:
+    """Collects news for a publisher's next flush; `due` is called when there are some and nothing else may come."""
+
+    def __init__(self, due: Callable[[], None], metrics: Metrics) -> None:
+        self.news: News = {}
+        self.is_mute = False
+        self._due = due
+        self._metrics = metrics
+        self._is_soon = False
+
+    def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
+        """Tell of entries that Redis has accepted, each with its id."""
+        if not self.is_mute:
+            self.news.setdefault(channel, []).extend(entries)
+            self.tell_soon()
+
+    def tell_of(self, log: TokenLog, first: int, entries: list[Fields]) -> None:
+        """Tell of entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
+        if not self.is_mute:
+            told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
+            self.news.setdefault(log, []).extend(told)
+            self.tell_soon()
+
+    def tell_soon(self) -> None:
+        """The news go with the next entries, or alone if there are none."""
+        if not self._is_soon:
+            self._is_soon = True
+            asyncio.get_running_loop().call_later(_FEED_WAITS, self._tell)
+
+    def _tell(self) -> None:
+        self._is_soon = False
+        if self.news:
+            self._due()
+
+    def take(self, publish: bytes) -> tuple[News, list[Command]]:
+        """The news, and the commands that tell them by SPUBLISH or PUBLISH; from now on there are none."""
+        told, self.news = self.news, {}
+        commands: list[Command] = []
+        for it, news in told.items():
+            channel = it if isinstance(it, str) else it.feed
+            commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
+        return told, commands
+
+    def silence(self, error: BaseException) -> None:
+        """Fall silent if it is this that Redis refuses: it is in one MULTI with entries, and would hold them back."""
+        said = what_redis_said(error)
+        if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
+            self.is_mute = True
+            self.news.clear()
+            self._metrics.refused("feed")
+            _log.warning("feed_refused", error=said)
+
+    def speak(self) -> None:
+        """Redis has taken a trial message."""
+        self.is_mute = False
+        _log.info("recovered", after="feed_refused")
+
+
+def trial(log: TokenLog, publish: bytes) -> Command:
+    """Tries whether Redis takes the feed: not on the channel itself, for followers rely on what they hear there."""
+    channel = f"{log.feed}:trial"
+    return channel, pack(publish, channel.encode(), b"[]"), 1
+
+
+def note_listeners(told: News, counts: list[Any], now: float) -> None:
+    """How many heard what was told last, of each log; `now` is of the monotonic clock."""
+    for it, count in zip(told, counts, strict=True):
+        if isinstance(it, TokenLog):
+            it.untold_until = 0.0 if count else now + UNTOLD_FOR
