@@ -305,9 +305,11 @@ async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
 async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
     """As after a lost reply: the entries are there, and Redis answers `equal or smaller`."""
     log = await one.take(delivery)
-    for number, text in enumerate("abc", 1):
+    log.append(delta("a"))
+    await log.drained()  # after this nothing looks at the log by itself
+    for number, text in enumerate("bc", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
-    for text in "abcd":
+    for text in "bcd":
         log.append(delta(text))
     await log.drained()
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
@@ -317,17 +319,19 @@ async def test_of_entries_appended_together_only_what_redis_lacks_is_written_aga
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.take(delivery)
-    for number, text in enumerate("ab", 1):
+    log.append(delta("0"))
+    await log.drained()  # after this nothing looks at the log by itself
+    for number, text in enumerate("ab", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
     log.extend([delta(text) for text in "abcd"])
     one.publisher.look()
-    held = log.reconcile(EntryId(1, 2))
-    assert [(first, entries) for _, first, entries, _ in held] == [(1, [delta("a"), delta("b")])]
-    assert [(first, entries) for _, first, entries, _ in log.pending] == [(3, [delta("c"), delta("d")])]
+    held = log.reconcile(EntryId(1, 3))
+    assert [(first, entries) for _, first, entries, _ in held] == [(2, [delta("a"), delta("b")])]
+    assert [(first, entries) for _, first, entries, _ in log.pending] == [(4, [delta("c"), delta("d")])]
     assert log._bytes == sum(len(packed) for _, _, _, packed in log.pending)
     await log.drained()
-    assert log.accepted == EntryId(1, 4)
-    assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
+    assert log.accepted == EntryId(1, 5)
+    assert await texts(redis) == ["1-0:started", "1-1:0", "1-2:a", "1-3:b", "1-4:c", "1-5:d"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 70_000])
