@@ -11,8 +11,9 @@ from worker.broker.connection import blocking_client, command_client
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Lines
 from worker.broker.log import TokenLog
-from worker.broker.owner import Owned, Owner
+from worker.broker.owner import Owner
 from worker.broker.publisher import Publisher
+from worker.broker.taken import Owned
 from worker.contract.entries import Done, Failed
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys

@@ -26,7 +26,8 @@ from worker.broker.log import (
     LogSealed,
     TokenLog,
 )
-from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner, Reused
+from worker.broker.owner import Owner
+from worker.broker.taken import Duplicate, Ended, NotOurs, Owned, Reused
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Failed, Terminal
 from worker.contract.history import History

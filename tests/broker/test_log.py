@@ -14,8 +14,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from worker.broker.connection import persist
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
-from worker.broker.owner import Duplicate, Ended, NotOurs, Owned, Owner
+from worker.broker.owner import Owner
 from worker.broker.pages import read_all
+from worker.broker.taken import Duplicate, Ended, NotOurs, Owned
 from worker.broker.wire import Command, Wires
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId

@@ -58,7 +58,8 @@ from redis.exceptions import ResponseError
 from worker.broker.connection import persist
 from worker.broker.jobs import Delivery
 from worker.broker.log import LogDiverged, LogFenced
-from worker.broker.owner import Ended, NotOurs, Owned, Owner
+from worker.broker.owner import Owner
+from worker.broker.taken import Ended, NotOurs, Owned
 from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL

@@ -7,15 +7,13 @@ another type stands in the log's place.
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TypeAlias
 
 from redis.exceptions import ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.jobs import Delivery, JobQueue
 from worker.broker.lines import Line, Lines
-from worker.broker.log import LogDiverged, LogExhausted, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
+from worker.broker.log import LogDiverged, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
 from worker.broker.log_commands import (
     command,
     entry_at,
@@ -34,6 +32,7 @@ from worker.broker.log_commands import (
 )
 from worker.broker.pages import RawEntry, read_all
 from worker.broker.replicas import Replicas
+from worker.broker.taken import Duplicate, Ended, NotOurs, Owned, Reused, Taken, attempt_after, job_of
 from worker.contract.entries import (
     TAKEOVER,
     BadEntry,
@@ -47,47 +46,11 @@ from worker.contract.entries import (
     to_json,
 )
 from worker.contract.history import fault_in
-from worker.contract.ids import BEFORE_ALL, LAST_ATTEMPT, QUEUED, SEAL, EntryId
+from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 
 _NO_END = "its end was deleted, and Redis takes no other"
-
-
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """The log is ours to write. `history` is what earlier attempts wrote; empty at the first.
-
-    `unreadable` says why the history cannot be read; it is empty then. `fault` says why an answer cannot go on from it.
-    """
-
-    log: TokenLog
-    history: list[Entry]
-    unreadable: str = ""
-    fault: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The request has ended: the log has its terminal entry, or only the tombstone is left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """Another job of the same request id is at work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reused:
-    """The log was begun for another request under the same id: nothing of it is this job's."""
-
-
-@dataclass(frozen=True, slots=True)
-class NotOurs:
-    """Another worker holds the job by now: nothing is to be done, not even an acknowledgement."""
-
-
-Taken: TypeAlias = Owned | Ended | Duplicate | Reused | NotOurs
 
 
 class Owner:
@@ -158,7 +121,7 @@ class Owner:
                     return None
                 raise LogRefused(_NO_END)
             holder = await entry_at(line, key, EntryId(greatest.attempt, 0))
-            is_ours = isinstance(holder, Started | Claimed) and _job_of(holder) == _job_of(delivery)
+            is_ours = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
             if not is_ours and await self._is_reused(line, request_id, delivery, is_same):
                 return Reused()
         # Not where this process had the job before: what that run sent may still be on its way to Redis.
@@ -166,7 +129,7 @@ class Owner:
             return await self._owned(request_id, greatest.attempt)  # its reply was lost, or the reading failed
         if (refusal := await self._refusal(holder, delivery)) is not None:
             return refusal
-        attempt = _after(greatest.attempt)
+        attempt = attempt_after(greatest.attempt)
         if not await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count):
             return None
         return await self._owned(request_id, attempt, greatest=greatest)
@@ -206,14 +169,14 @@ class Owner:
         """Whether a log, or the tombstone that is left of it, is of another job and another request."""
         began = await entry_at(line, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(began, Started):
-            return _job_of(began) != _job_of(delivery) and not is_same(began.digest)
+            return job_of(began) != job_of(delivery) and not is_same(began.digest)
         (stone,) = await line.ask(command("GET", self._keys.ended(request_id)))
         return stone is not None and not is_same(Tombstone.read(stone).digest)
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
-        named = _job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
-        if named and named != _job_of(delivery):
+        named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
+        if named and named != job_of(delivery):
             # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
             return Duplicate() if await self._jobs.is_live(*named) else None
         return None if await self._jobs.holds(delivery) else NotOurs()
@@ -248,7 +211,7 @@ class Owner:
             LogExhausted: when no attempt can follow.
             LogLost: when the log is no longer ours.
         """
-        attempt = _after(log.attempt)
+        attempt = attempt_after(log.attempt)
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._line(log.key) as line:
                 (reply,) = await line.ask(last_of(log.key))
@@ -411,7 +374,7 @@ class Owner:
         """Whether an entry is this process's own, for a job's delivery of this `count`: 0 where none led to it."""
         return (
             isinstance(entry, Started | Claimed)
-            and (entry.owner, entry.delivery, *_job_of(entry)) == (self._nonce, count, *_job_of(delivery))
+            and (entry.owner, entry.delivery, *job_of(entry)) == (self._nonce, count, *job_of(delivery))
         )  # fmt: skip
 
 
@@ -425,19 +388,3 @@ def _of_the_log() -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
-
-
-def _after(attempt: int) -> int:
-    """The number of the next attempt.
-
-    Raises:
-        LogExhausted: when there is none; Redis would refuse its id each time.
-    """
-    if attempt >= LAST_ATTEMPT:
-        raise LogExhausted(f"no attempt can follow attempt {attempt} of its log")
-    return attempt + 1
-
-
-def _job_of(what: Started | Claimed | Delivery) -> tuple[str, str]:
-    """What names a job: its queue and the id of its entry there."""
-    return what.queue, what.id if isinstance(what, Delivery) else what.job
