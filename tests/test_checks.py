@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -161,12 +162,49 @@ async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
     async with sending(pages) as web, sending(moved) as redirect:
         urls = [web, redirect, simulator.url.replace("http:", "https:"), simulator.url + "/v1/chat/completions"]
         page_found, moved_found, plain, good = about(await found(redis_url=redis_url, vllm_urls=",".join(urls)), "vLLM")
-    assert page_found.text == "a web page came in place of an answer: <!doctype html><title>Dashboard</title>"
+    assert page_found.text == "a web page came in place of an answer: Dashboard"
     assert page_found.mend == "see whether VLLM_URLS is the URL of a vLLM server"
     assert moved_found.text == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
     assert moved_found.mend == "set VLLM_URLS to the server's own URL"
     assert plain.mend == "if the server does not speak TLS there, its URL begins with http://"
     assert (good.level, good.text) == ("ok", "serves reciter")
+
+
+@pytest.mark.parametrize(
+    ("sent", "text", "mend"),
+    [
+        (b"", "the server closed the connection", "if the server speaks TLS, its URL begins with https://"),
+        (None, "Connection reset by peer", "if the server speaks TLS, its URL begins with https://"),
+        (b"HTTP/1.1 404 X\r\nconnection: close\r\n\r\n<html><title>Nothing matches</title>" + b"<p>x</p>" * 999,
+         "HTTP 404: a web page came in place of an answer: Nothing matches",
+         "see whether VLLM_URLS is the URL of a vLLM server"),
+        (b"HTTP/1.1 401 X\r\nconnection: close\r\n\r\n<html><title>401</title></html>",
+         "HTTP 401: a web page came in place of an answer: 401",
+         "set VLLM_API_KEY to the key that the server was started with"),
+        (b"HTTP/1.1 502 X\r\nconnection: close\r\n\r\n<html><title>502 Bad Gateway</title></html>",
+         "HTTP 502: a web page came in place of an answer: 502 Bad Gateway",
+         "start vLLM there, or set VLLM_URLS"),
+    ],
+)  # fmt: skip
+async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
+    redis_url: str, sent: bytes | None, text: str, mend: str
+) -> None:
+    """F4 and F7 of C8. Nothing sent is a connection that is closed, None one that is reset."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if sent is None:
+            of_socket = writer.get_extra_info("socket")
+            of_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.write(sent or b"")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        where = "http://{}:{}".format(*server.sockets[0].getsockname())
+        (told,) = about(await found(redis_url=redis_url, vllm_urls=where), "vLLM")
+    assert told.level == "error"
+    assert told.text.endswith(text)
+    assert told.mend == mend
 
 
 async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:

@@ -21,6 +21,10 @@ from worker.vllm.upstream import Upstream
 
 M = "top_k is too large"
 AGAIN, ONCE = True, False
+WEB_PAGE = (
+    f"<!doctype html><html lang=en><head><title>Sorry &amp;\n no</title></head><body>{'<p>…</p>' * 99}</body></html>"
+)
+WANTS_TLS = "the server speaks TLS: its URL begins with https://"
 
 
 def event(data: object) -> str:
@@ -138,6 +142,21 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (424, M, "upstream_unavailable", AGAIN, M),
     (499, M, "upstream_unavailable", AGAIN, M),
     (502, f"<html>{M}</html>", "upstream_unavailable", AGAIN, M),
+    # A web page with any status (F4 of C8): what it says without its markup.
+    (403, WEB_PAGE, "unauthorized", AGAIN, "HTTP 403: a web page came in place of an answer: Sorry & no; see whether"),
+    (404, WEB_PAGE, "not_found", ONCE, "HTTP 404: a web page came in place of an answer: Sorry & no; see whether"),
+    (400, WEB_PAGE, "not_a_stream", ONCE, "HTTP 400: a web page came in place of an answer: Sorry & no; see whether"),
+    (501, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 501: a web page came in place of an answer: Sorry & no; see"),
+    (502, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 502: a web page came in place of an answer: Sorry & no"),
+    (429, WEB_PAGE, "rate_limited", AGAIN, "HTTP 429: a web page came in place of an answer: Sorry & no"),
+    (413, WEB_PAGE, "invalid_request", ONCE, "HTTP 413: a web page came in place of an answer: Sorry & no"),
+    (404, "<title>Models</title>", "not_found", ONCE, "in place of an answer: Models; see whether VLLM_URLS is"),
+    (503, "<title>\n</title><h1>Away</h1>", "upstream_unavailable", AGAIN, "in place of an answer: Away"),
+    (503, "<" * 70_000, "upstream_unavailable", AGAIN, "in place of an answer: it has no words"),
+    # A server that speaks TLS, asked without (F7 of C8): nginx, Go, Apache.
+    (400, "<title>400 The plain HTTP request was sent to HTTPS port</title>", "not_a_stream", ONCE, WANTS_TLS),
+    (400, "Client sent an HTTP request to an HTTPS server.\n", "not_a_stream", ONCE, WANTS_TLS),
+    (400, "<p>You're speaking plain HTTP to an SSL-enabled server port.</p>", "not_a_stream", ONCE, WANTS_TLS),
     # No answer of a vLLM at all, with 0 for the status: the whole of what is sent.
     (0, "", "upstream_unreachable", AGAIN, "the server closed the connection"),
     (0, "SSH-2.0-OpenSSH_9.6\r\n", "upstream_unreachable", AGAIN, "no HTTP/1.1"),
@@ -264,6 +283,7 @@ async def test_a7_a9_each_error_has_its_code_and_its_words(
         error = await error_of(url)
     assert (error.code, error.retryable) == (code, retried), error.message
     assert words in error.message
+    assert not body or body.lstrip()[:1] != "<" or (len(error.message) < 400 and "<" not in error.message)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ class VllmApi:
                 timeout = httpx.Timeout(None, connect=min(self._connect, _TO_CONNECT * within))
                 return await self._client.get(url, headers=_authorization(key), timeout=timeout)
         except httpx.HTTPError as error:
-            raise unreachable(url, error) from None
+            raise unreachable(url, error, is_probe=True) from None
         except TimeoutError:
             raise Late(url, within) from None
 

@@ -5,10 +5,14 @@ lists them. What a status means is decided in `errors.py`.
 """
 
 import ast
+import html
 import re
 
 import msgspec
 
+HEAD_OF_PAGE = 1024
+"""Bytes of a web page that its words are taken from."""
+_TITLE = 200
 _EXCERPT = 500
 _DEEPEST = 8
 """Levels of objects inside each other that are looked into."""
@@ -124,6 +128,19 @@ def excerpt(text: str | bytes) -> str:
     """The beginning of what a server sent, on one line."""
     text = " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
     return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+
+
+def is_page(body: bytes) -> bool:
+    """Whether a body is a web page, or XML, and so for people."""
+    return body.lstrip().startswith(b"<")
+
+
+def words_of_page(page: bytes) -> str:
+    """What a web page says, without its markup: its title, or else the beginning of its text."""
+    head = page[:HEAD_OF_PAGE].decode("utf-8", "replace")
+    title = re.search(r"<title\b[^>]*>([^<]*)", head, re.IGNORECASE)
+    text = title[1] if title and title[1].strip() else re.sub(r"<!--.*?-->|<[^>]*>?", " ", head, flags=re.DOTALL)
+    return " ".join(html.unescape(text).split())[:_TITLE].rstrip() or "it has no words"
 
 
 def _levels(error: object) -> list[dict[str, object]]:

@@ -9,7 +9,17 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from worker.vllm.error_bodies import as_json, decoded, excerpt, message_of, says_nothing, status_of, words_of
+from worker.vllm.error_bodies import (
+    as_json,
+    decoded,
+    excerpt,
+    is_page,
+    message_of,
+    says_nothing,
+    status_of,
+    words_of,
+    words_of_page,
+)
 
 MODEL_NOT_FOUND = "model_not_found"
 UNAUTHORIZED = "unauthorized"
@@ -82,6 +92,14 @@ _FIXES = (
     ),
 )
 """What to do about a connection that fails in the way to TLS: the first whose words are in its message."""
+_MAY_SPEAK_TLS = "if the server speaks TLS, its URL begins with https://"
+_CUT_OFF = ("the server closed the connection", "Connection reset by peer")
+"""What a server that speaks TLS does to a request without."""
+_WANTS_TLS = re.compile(r"HTTP request (was sent )?to (an )?HTTPS (port|server)|plain HTTP to an SSL", re.IGNORECASE)
+"""What nginx, Go and Apache say to a request without TLS, with status 400."""
+_NO_VLLM = "see whether VLLM_URLS is the URL of a vLLM server"
+_STATUS_OF_A_SITE = frozenset({403, 404, 405, 501})
+"""With these a web page comes from a site that is no vLLM, nor a proxy before one that is away."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
@@ -149,12 +167,28 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
             "upstream_error", message, status=status, retryable=False, elsewhere=True,
             fix="set VLLM_URLS to the server's own URL",
         )  # fmt: skip
+    if status == 400 and _WANTS_TLS.search(message):
+        message = words_of_page(body) if is_page(body) else message
+        fix = "the server speaks TLS: its URL begins with https://"
+        return UpstreamError("not_a_stream", message, status=status, retryable=False, elsewhere=True, fix=fix)
+    if is_page(body):
+        return _page_with_status(status, body, headers)
     found = classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
-    if found.code == "invalid_request" and status not in TOO_LARGE_STATUS and _is_page(body):
-        return web_page(body, status=status, retryable=False, elsewhere=True)
-    if found.code == "not_found" and (_is_page(body) or not body.strip() or _NO_ROUTE.fullmatch(message)):
+    if found.code == "not_found" and (not body.strip() or _NO_ROUTE.fullmatch(message)):
         found.elsewhere = True
     return found
+
+
+def _page_with_status(status: int, page: bytes, headers: Mapping[str, str]) -> UpstreamError:
+    """A web page in place of an error, of a proxy or of a site that is no vLLM: only its status counts."""
+    found = classify(status, "", retry_after=_retry_after(headers))
+    is_setup = found.code == "invalid_request" and status not in TOO_LARGE_STATUS
+    return UpstreamError(
+        "not_a_stream" if is_setup else found.code,
+        f"HTTP {status}: a web page came in place of an answer: {words_of_page(page)}",
+        status=status, retryable=found.retryable, elsewhere=found.elsewhere or is_setup or status == 404,
+        retry_after=found.retry_after, fix=_NO_VLLM if is_setup or status in _STATUS_OF_A_SITE else "",
+    )  # fmt: skip
 
 
 def from_event(error: object) -> UpstreamError:
@@ -199,13 +233,19 @@ def classify(
     )
 
 
-def unreachable(url: str, error: Exception) -> UpstreamError:
-    """There is no connection, or it broke before an answer."""
+def unreachable(url: str, error: Exception, *, is_probe: bool = False) -> UpstreamError:
+    """There is no connection, or it broke before an answer.
+
+    A probe that is cut off may have met a server that speaks TLS; a chat request comes after a probe, and is rather cut
+    off by a server that goes.
+    """
     kind = UpstreamError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         kind = Refused if _is_refused(error) else NoConnection
     why = str(error) or type(error).__name__
     fix = next((fix for part, fix in _FIXES if part in why), "")
+    if is_probe and not fix and url.startswith("http://") and any(words in why for words in _CUT_OFF):
+        fix = _MAY_SPEAK_TLS
     return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True, fix=fix)
 
 
@@ -220,16 +260,10 @@ def truncated(message: str) -> UpstreamError:
     return UpstreamError("upstream_truncated", message, retryable=True)
 
 
-def _is_page(body: bytes) -> bool:
-    return body.lstrip().startswith(b"<")
-
-
-def web_page(page: bytes, *, status: int = 200, retryable: bool = True, elsewhere: bool = False) -> UpstreamError:
-    """A page for people came in place of a stream or a list."""
-    return UpstreamError(
-        "not_a_stream", f"a web page came in place of an answer: {excerpt(page[:200])}", status=status,
-        retryable=retryable, elsewhere=elsewhere, fix="see whether VLLM_URLS is the URL of a vLLM server",
-    )  # fmt: skip
+def web_page(page: bytes, *, retryable: bool = True) -> UpstreamError:
+    """A page for people came in place of a stream or a list, with status 200."""
+    message = f"a web page came in place of an answer: {words_of_page(page)}"
+    return UpstreamError("not_a_stream", message, status=200, retryable=retryable, fix=_NO_VLLM)
 
 
 def malformed(message: str) -> UpstreamError:

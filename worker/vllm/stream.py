@@ -14,7 +14,7 @@ from types import TracebackType
 import httpx
 
 from worker.contract.entries import Object, to_json
-from worker.vllm.error_bodies import excerpt
+from worker.vllm.error_bodies import HEAD_OF_PAGE, excerpt
 from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
 from worker.vllm.sse import EventTooLarge, SSEDecoder
 from worker.vllm.target import Target
@@ -25,7 +25,6 @@ _MOMENTS = 2.0
 _MAX_ERROR_BYTES = 1024 * 1024
 _ANSWERS = frozenset({200, 201, 202, 203, 206})
 _BOM = b"\xef\xbb\xbf"
-_SHOWN_OF_PAGE = 200
 _BLANK = b" \t\r\n"
 
 
@@ -314,7 +313,7 @@ class _Opening:
         if not start:
             return []
         if start.startswith(b"<"):
-            if len(start) < _SHOWN_OF_PAGE:
+            if len(start) < HEAD_OF_PAGE:
                 self._held = start
                 return []
             raise web_page(start)
