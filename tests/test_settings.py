@@ -101,19 +101,29 @@ def test_of_both_names_the_plural_holds(monkeypatch: pytest.MonkeyPatch) -> None
     assert load_settings().vllm_urls == ("http://many:1",)
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("VLLM_URLS", "VLLM_URLS is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000"),
-        ("REDIS_URL", "REDIS_URL must be a URL"),
-        ("WORKER_SLOTS", "WORKER_SLOTS is ''"),
-        ("WORKER_QUEUES", "WORKER_QUEUES must be names"),
-    ],
-)
-def test_an_empty_variable_is_said(monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+@pytest.mark.parametrize("name", [*map(variable, Settings.model_fields), "VLLM_URL"])
+def test_c1_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """F11: compose writes it for `${X:-}`, in the environment or in .env."""
+    default = load_settings()
     monkeypatch.setenv(name, "")
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        load_settings()
+    assert load_settings() == default
+    (tmp_path / ".env").write_text(f"{name}=")
+    assert load_settings() == default
+    monkeypatch.delenv(name)
+    assert load_settings() == default
+
+
+def test_c1_an_empty_variable_leaves_the_value_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """F11."""
+    (tmp_path / ".env").write_text("WORKER_SLOTS=7")
+    monkeypatch.setenv("WORKER_SLOTS", "")
+    assert load_settings().slots == 7
+
+
+def test_an_empty_option_is_said() -> None:
+    for option, says in (("redis_url", "REDIS_URL must be a URL"), ("slots", "WORKER_SLOTS is ''")):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load_settings(**{option: ""})
 
 
 def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The settings of the service, from options, the environment and a .env file, in this order."""
+"""The settings of the service, from options, the environment and a .env file, in this order.
+
+A variable that is empty counts as not set.
+"""
 
 import os
 import re
@@ -42,7 +45,12 @@ class ConfigError(ValueError):
 class Settings(BaseSettings):
     """All settings of a worker. Durations are seconds and take fractions."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,  # compose sets what it has no value for: `WORKER_SLOTS: ${SLOTS:-}`
+        extra="ignore",
+        populate_by_name=True,
+    )
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
