@@ -1,5 +1,6 @@
 """What cannot be a job is said before Redis is asked, whatever it is."""
 
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -66,6 +67,12 @@ def test_c5_an_option_that_is_none_is_left_out() -> None:
         (ASK | {"a": 10**5000}, "the request cannot be written as JSON: "),
         (ASK | {"a": "\ud83d"}, "text that is not Unicode"),
         (ASK | {None: 1}, "the request cannot be written as JSON: "),
+        # F10 of C8: msgspec writes null for what JSON has no number for
+        (ASK | {"temperature": float("nan")}, "the request's temperature holds nan: JSON has no such number"),
+        (ASK | {"top_p": -float("inf")}, "the request's top_p holds -inf: JSON has no such number"),
+        (ASK | {"x": {"y": [1.5, ({"z": float("inf")},)]}}, "the request's x holds inf: JSON has no such number"),
+        (ASK | {"x": MappingProxyType({"y": float("nan")})}, "the request's x holds nan: JSON has no such number"),
+        (ASK | {"messages": [{"role": "user", "content": [float("nan")]}]}, "the request's messages holds nan"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else type(value).__name__,
 )
@@ -83,7 +90,7 @@ def test_a_request_that_refers_to_itself_is_no_job() -> None:
 
 
 def test_b10_the_digest_of_a_client_is_that_of_what_a_worker_reads() -> None:
-    odd = ASK | {"messages": tuple(ASK["messages"]), "a": {1: 1.0}, "b": b"bytes", "c": float("nan"), "d": 2**70}
+    odd = ASK | {"messages": tuple(ASK["messages"]), "a": {1: 1.0}, "b": b"bytes", "c": 1.5, "d": 2**70}
     job = new_job(odd).job
     read = parse_job({name.encode(): text.encode() for name, text in job.to_fields().items()})
     assert digest(job.request) == digest(read.request)

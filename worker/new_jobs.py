@@ -1,5 +1,6 @@
 """What a service may ask for, and the job that becomes of it: everything is checked here, before Redis is asked."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -61,6 +62,9 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> New
         raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
     given["fallbacks"] = tuple(given.get("fallbacks", ()))
     asked: dict[str, Any] = dict(request)
+    for name, value in asked.items():
+        if (number := _no_number(value)) is not None:
+            raise InvalidJob(f"the request's {name} holds {number}: JSON has no such number")
     job = Job(request=asked, **({"id": new_request_id()} | given))
     try:
         fields = {name.encode(): value.encode() for name, value in job.to_fields().items()}
@@ -70,6 +74,21 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> New
         raise InvalidJob(f"the request cannot be written as JSON: {error}") from None
     # What a worker would refuse is refused here, as it would read it; the size limit is the worker's own.
     return NewJob(parse_job(fields, _NO_LIMIT), queue, timeout)
+
+
+def _no_number(value: object) -> float | None:
+    """The first float in a value that JSON cannot hold (NaN, Infinity), if any: msgspec writes null in its place."""
+    unread = [value]
+    seen: set[int] = set()  # what holds itself is refused where it is written
+    while unread:
+        item = unread.pop()
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                return item
+        elif isinstance(item, Mapping | list | tuple | set | frozenset) and id(item) not in seen:
+            seen.add(id(item))
+            unread.extend(item.values() if isinstance(item, Mapping) else item)
+    return None
 
 
 def _checked(options: JobOptions) -> dict[str, Any]:
