@@ -348,6 +348,29 @@ async def test_a_job_that_waits_for_its_model_says_so_once(
     said = [line for line in logs if line["event"] == "waiting_for_model"]
     assert said == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
     assert "a secret prompt" not in str(logs)
+
+
+async def test_c8_a_job_without_a_model_that_waits_names_none(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F10 of C8: the log had an empty model."""
+    monkeypatch.setattr("worker.vllm.upstream._PROBE_EVERY", 0.05)
+    configure_logging("json", "info")
+    async with Simulator() as away:
+        worker = await start_worker(away)
+        await answers(client, ask("before"))
+    with capture_logs() as logs:
+        request = {"messages": [{"role": "user", "content": "Hi"}]}
+        request_id = await client.enqueue(request)
+
+        async def waits() -> bool:
+            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+
+        await eventually(waits)
+        await start_simulator(Options(), int(away.url.rpartition(":")[2]))
+        assert (await client.result(request_id)).outcome == "done"
+    said = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert said == [{"event": "waiting_for_model", "log_level": "info"}]
     assert not await waits()
 
 

@@ -210,7 +210,8 @@ class Generation:
             return
         if model not in self._waited_for:
             self._waited_for.add(model)
-            _log.info("waiting_for_model", model=model[:_LONGEST_NAME])
+            named = {"model": model[:_LONGEST_NAME]} if model else {}  # a job may leave the model to the server
+            _log.info("waiting_for_model", **named)
         with self._metrics.waiting_for_model.track_inprogress():
             while not self._upstream.can_take(model, self._caller):
                 await self._guarded(self._upstream.available(model, others, caller=self._caller))
