@@ -322,7 +322,7 @@ async def test_a_command_says_at_once_that_redis_is_away_and_goes_on_when_it_com
     port = free_port()
     async with started("enqueue", "Hi", REDIS_URL=f"redis://:hidden-pw@127.0.0.1:{port}/0") as process:
         line = await line_with(process.stderr, "Redis does not answer")
-        assert f"redis://***@127.0.0.1:{port}/0 (REDIS_URL)" in line
+        assert f"`worker check` says what to do. Trying redis://***@127.0.0.1:{port}/0 (REDIS_URL) for 10 s" in line
         server = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
             [find_servers()[0], "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", "hidden-pw"],
             stdout=subprocess.DEVNULL,

@@ -8,6 +8,8 @@ import pytest
 from command import run
 from proxy import Proxy
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
 
 from worker import (
     Client,
@@ -20,6 +22,7 @@ from worker import (
     UnknownRequest,
     Unreadable,
 )
+from worker.client_errors import mapped
 from worker.contract.ids import SEAL
 
 ASK: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}
@@ -103,6 +106,26 @@ async def test_b5_a_log_that_is_none_is_refused(name: str, client: Client, redis
     await redis.set("chat:tokens:{r}", "x", ex=60)
     with pytest.raises(Refused, match="WRONGTYPE"):
         await CALLS[name](client)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RedisConnectionError("Connection closed by server."),
+         "Redis does not answer: Connection closed by server. `worker check` says what to do"),
+        (RedisConnectionError("Connection refused"),
+         "Redis does not answer: Connection refused. `worker check` says what to do"),
+        (RedisError("Is the configuration correct?"),
+         "Redis refuses: Is the configuration correct? `worker check` says what to do"),
+        (ResponseError("WRONGTYPE Operation against a key"),
+         ("Redis refuses: WRONGTYPE Operation against a key. Another program wrote to a key of this request "
+          "(<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to one that all share: `worker check` names the latter. "
+          "Remove what it wrote, or choose another prefix")),
+    ],
+)  # fmt: skip
+def test_c8_an_error_of_redis_is_a_sentence_with_what_to_do(error: Exception, text: str) -> None:
+    """F10 of C8. A check looks at no key of a single request."""
+    assert str(mapped(error)) == text
 
 
 @pytest.mark.parametrize("stone", ["x", "{}", b'{"outcome":"\xff","time":1}', "null"])

@@ -98,5 +98,5 @@ async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
             await client.ping()
         except Unavailable as error:
             where = f"{shown_url(url)} ({variable('redis_url')})"
-            click.echo(f"· {error} Trying {where} for {_PATIENCE:g} s", err=True)
+            click.echo(f"· {error}. Trying {where} for {_PATIENCE:g} s", err=True)
         yield client

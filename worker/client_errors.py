@@ -86,6 +86,12 @@ class Misused(ClientError, RuntimeError):
 
 _READING = (BadEntry, msgspec.DecodeError, UnicodeDecodeError)
 
+_WRONG_TYPE = (
+    "Another program wrote to a key of this request (<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to one that all "
+    "share: `worker check` names the latter. Remove what it wrote, or choose another prefix"
+)
+"""What to do about a key of another type: `worker check` looks at none of a single request."""
+
 MAPPED = (RedisError, OSError, *_READING)
 """The kinds of errors that `mapped` knows."""
 
@@ -95,8 +101,10 @@ def mapped(error: Exception) -> ClientError:
     if isinstance(error, _READING):
         what = str(error) if isinstance(error, BadEntry) else f"the tombstone cannot be read: {error}"
         return Unreadable(f"{what}. Another program wrote it, or Redis lost a part of it")
+    said = what_redis_said(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
-    text = f"Redis {verdict}: {what_redis_said(error).rstrip('.')}. `worker check` says what to do"
+    advice = _WRONG_TYPE if said.startswith("WRONGTYPE") else "`worker check` says what to do"
+    text = f"Redis {verdict}: {said if said.endswith(('?', '!')) else said.rstrip('.') + '.'} {advice}"
     return Unavailable(text) if is_transient(error) else Refused(text)
 
 
