@@ -12,7 +12,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 from story import END, START, Story, delta
 
-from worker import Client, Delta, Entry, Expired, IncompleteLog, Unavailable, UnknownRequest
+from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
 from worker.broker.pages import PageSize
 from worker.contract.entries import (
     Cancelled,
@@ -569,12 +569,9 @@ TOP = log_of(f"{SEAL.attempt}-0", f"{SEAL.attempt}-1", seal=Failed(id=SEAL, code
         pytest.param(WHOLE[-1:], None, "0-0", id="trimmed to its seal"),
         pytest.param([*WHOLE[:1], *WHOLE[-1:]], None, "0-1", id="its attempt deleted"),
         pytest.param([*WHOLE[:3], *WHOLE[5:]], None, "1-1", id="a hole"),
-        pytest.param(HOLE, None, "1-2", id="a hole in an answer that goes on"),
-        pytest.param([*HOLE, *WENT_ON[:1]], None, "1-2", id="a hole, and another attempt"),
         pytest.param([*WHOLE[:4], BEGAN_AGAIN[-1]], None, "1-2", id="another attempt deleted"),
-        pytest.param(log_of("2-0", "2-1"), None, "0-0", id="an attempt trimmed"),
+        pytest.param(log_of("2-0", "2-1", seal=Done(id=SEAL, attempt=2)), None, "0-0", id="an attempt trimmed"),
         pytest.param(WHOLE[-2:], "1-1", "1-1", id="a cursor before what is there"),
-        pytest.param(WHOLE[:4], "1-9", "1-9", id="a cursor beyond what is there"),
         pytest.param(WHOLE, "1-9", "1-9", id="a cursor beyond the end"),
         pytest.param(WHOLE[:4], str(SEAL), str(SEAL), id="the seal of a log that goes on"),
     ],
@@ -592,6 +589,121 @@ async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
     if after is None:
         with pytest.raises(IncompleteLog):
             await client.result("r")
+
+
+RUNNING = [
+    pytest.param(HOLE, None, 3, id="deleted entries"),
+    pytest.param([*HOLE, *WENT_ON[:1]], None, 3, id="deleted entries, and another attempt begins"),
+    pytest.param([*WHOLE[:4], delta(2, 9)], None, 4, id="renamed away and back"),
+    pytest.param(HOLE[2:3], None, 0, id="a trimmed start"),
+    pytest.param(log_of("2-0", "2-1"), None, 0, id="an attempt trimmed"),
+    pytest.param(HOLE[:3], "1-3", 0, id="a cursor that a failover lost"),
+    pytest.param([*HOLE[:3], *WENT_ON[:1]], "1-3", 0, id="a lost cursor, and another attempt begins"),
+]
+"""Logs that are still written: what they hold, after which entry a reader begins, and how many come before a hole."""
+
+MENDS = [
+    [Claimed(id=EntryId(3, 0)), Restarted(id=EntryId(3, 1)), delta(3, 2), Done(id=SEAL, attempt=3)],
+    [Claimed(id=EntryId(3, 0)), Resumed(id=EntryId(3, 1), after="0-0"), delta(3, 2), Done(id=SEAL, attempt=3)],
+]
+
+
+async def at_hole(client: Client, redis: Redis, log: list[Entry], after: str | None, seen: int) -> Reader:
+    """Somebody who has all that comes before the hole, and has looked several times for what comes behind it."""
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+
+    async def waits_there() -> bool:
+        if reader.task.done():
+            reader.task.result()
+        request = client._following._requests.get("r")
+        return request is not None and all(follower._is_at_hole for follower in request.followers)
+
+    await eventually(waits_there)
+    looks = await calls(redis, "xrange")
+
+    async def has_looked_again() -> bool:
+        return await calls(redis, "xrange") > looks + 4
+
+    await eventually(has_looked_again)
+    assert not reader.task.done()
+    assert reader.seen == log[:seen]
+    return reader
+
+
+@pytest.mark.parametrize("mend", MENDS, ids=["restarted", "resumed"])
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_void(
+    log: list[Entry], after: str | None, seen: int, mend: list[Entry], client: Client, redis: Redis, story: Story
+) -> None:
+    """F1: a reader failed for good on a job that its worker made whole seconds later."""
+    await story.write(*log)
+    reader = await at_hole(client, redis, log, after, seen)
+    await story.go_on(delta(2, 10), *mend)
+    await reader.task
+    assert reader.seen == story.written[-len(reader.seen) :]
+    assert reader.seen[-len(mend) :] == mend
+    assert after or reader.seen == story.written
+
+
+@pytest.mark.parametrize("end", ["its seal", "its log is gone", "its seal is deleted"])
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_a_hole_that_is_never_void_ends_the_reading(
+    log: list[Entry], after: str | None, seen: int, end: str, client: Client, redis: Redis, story: Story
+) -> None:
+    await story.write(*log)
+    reader = await at_hole(client, redis, log, after, seen)
+    match end:
+        case "its seal":
+            await story.go_on(END)
+        case "its log is gone":
+            await redis.delete(story.key)
+        case _:
+            await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
+    with pytest.raises(IncompleteLog) as told:
+        await reader.task
+    assert str(told.value.after) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
+    assert reader.seen == log[:seen]
+
+
+@pytest.mark.parametrize("_way", ["follow"], indirect=True)
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
+    log: list[Entry], after: str | None, seen: int, client: Client, story: Story
+) -> None:
+    await story.write(*log)
+    entries = await client.open("r", after=after, idle=0.02)
+    async with aclosing(entries):
+        assert [await anext(entries) for _ in range(seen)] == log[:seen]
+        for _ in range(3):
+            assert isinstance(idle := await anext(entries), Idle)
+            assert str(idle.id) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
+        await story.write(END)
+        with pytest.raises(IncompleteLog):
+            [entry async for entry in entries]
+    with pytest.raises(IncompleteLog):
+        [entry async for entry in await client.open("r", after=after)]
+
+
+async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    await redis.xdel(story.key, str(START.id))
+    reader = await at_hole(client, redis, [], None, 0)
+    story.written.clear()
+    await story.go_on(delta(1, 1), *MENDS[0])
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def test_f1_a_log_that_comes_back_whole_is_read_on(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(*WHOLE[:6])
+    await redis.rename(story.key, "chat:away:{r}")
+    story.written.clear()
+    await story.write(*WHOLE[4:6])
+    reader = await at_hole(client, redis, [], None, 0)
+    await redis.rename("chat:away:{r}", story.key)
+    await story.write(END)
+    await reader.task
+    assert reader.seen == [*WHOLE[:6], END]
 
 
 @pytest.mark.parametrize(
@@ -649,8 +761,10 @@ async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(client: Client
         pipe.xadd(story.key, to_fields(delta(1, n)), id=f"1-{n}")  # type: ignore[arg-type]  # dict is invariant
     pipe.xtrim(story.key, maxlen=3, approximate=False)
     await pipe.execute()
+    await story.write(END)
     with pytest.raises(IncompleteLog, match="after 1-8"):
         await reader.task
+    assert reader.seen[-1] == delta(1, 8)
 
 
 @pytest.mark.parametrize("_way", ["pour"], indirect=True)

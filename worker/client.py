@@ -158,7 +158,8 @@ class Client:
         Raises:
             UnknownRequest: when nothing is known of the id.
             Expired: when it has ended and its log is gone.
-            IncompleteLog: when the log lacks entries, or does not have `after`.
+            IncompleteLog: when the log lacks entries, or does not have `after`, and has ended. Before that what comes
+                behind the hole waits: a worker that notices it writes `restarted`, or `resumed` from before it.
             Unavailable: when Redis does not answer.
         """
         if idle is not None and not idle > 0:
@@ -178,7 +179,7 @@ class Client:
     async def open(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
-        """What `follow` gives, once it is known that the log is there and can be read on from `after`.
+        """What `follow` gives, once it is known that the log is there, and that it has `after` if it has ended.
 
         So whoever serves it to others can still answer otherwise. Raises what `follow` raises.
         """

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from worker.broker.client_seals import may_be_overdue
 from worker.broker.pages import PageSize
-from worker.client_errors import Refused
+from worker.client_errors import Expired, IncompleteLog, Refused, UnknownRequest
 from worker.contract.entries import AnyEntry, Queued
-from worker.contract.ids import SEAL, EntryId
-from worker.logs import Logs, Page
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from worker.logs import FIRST_PAUSE, LONGEST_PAUSE, Logs, Page
 
 if TYPE_CHECKING:
     from worker.following import RequestFollowers
@@ -50,6 +50,8 @@ class Follower:
         self._is_behind = self._is_alone = False
         """Whether the log is to be read; and without the feed, where it always is."""
         self._must_be_alive = False
+        self._is_at_hole, self._pause = False, FIRST_PAUSE
+        """Whether what comes next is missing and may be called void yet; and seconds until the log is read again."""
         self._into: Callable[[AnyEntry], object] | None = None
         """What takes entries as they are told, while it waits for more."""
         self._error: BaseException | None = None
@@ -79,6 +81,7 @@ class Follower:
         Raises:
             UnknownRequest: when nothing is known of the request.
             Expired: when it has ended and its log is gone.
+            IncompleteLog: when entries are missing, and the log has ended without calling them void.
             Unavailable: when Redis does not answer, or the client is closed.
         """
         if self._ready or self._is_behind:
@@ -233,7 +236,10 @@ class Follower:
     async def _catch_up(self) -> None:
         if self._ready:
             return
-        if self._is_alone and self._has_read:
+        if self._is_at_hole:
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if self._is_alone and self._has_read and not self._is_at_hole:
             where = EntryId(self._attempt, self._n)
             self._go_on(await self._logs.wait(self._request.id, where, self._page_size))
         else:
@@ -248,15 +254,10 @@ class Follower:
         """Read the log on from where this one is; what is told meanwhile comes after that."""
         where = EntryId(self._attempt, self._n)
         doubts, self._doubts = self._doubts, False
-        alive, self._must_be_alive = self._must_be_alive, False
+        alive, self._must_be_alive = self._must_be_alive or self._is_at_hole, False
         self._is_behind, self._held, self._bytes = False, [], 0
         try:
-            if self._wait and not self._has_read:
-                await self._logs.check(self._request.id, where, self._wait)
-            page = await self._logs.read(
-                self._request.id, where, self._page_size, alive=alive, first=not self._has_read
-            )
-            self._has_read = True
+            page = await self._page(where, alive=alive)
         finally:
             held, self._held, self._bytes = self._held, None, 0
         self._go_on(page)
@@ -266,7 +267,7 @@ class Follower:
             self._missed = page.last
         if self._attempt == SEAL.attempt and not self.is_over:
             self.go_alone()  # the seal's id may be the next one, and what is told does not end the log
-        elif page is not None and page.is_full:
+        elif page is not None and (page.is_full or page.is_at_hole):
             self._is_behind = True
         elif not self.is_over and not self._is_alone:
             self._request.subscribe()
@@ -275,6 +276,20 @@ class Follower:
         if self._misses >= _MISSES:
             self.go_alone()
 
+    async def _page(self, where: EntryId, *, alive: bool) -> Page | None:
+        request_id, first = self._request.id, not self._has_read
+        try:
+            if self._wait and first:
+                await self._logs.check(request_id, where, self._wait)
+                self._wait = 0.0
+            page = await self._logs.read(request_id, where, self._page_size, alive=alive, first=first)
+        except (UnknownRequest, Expired) as error:
+            if not self._is_at_hole:
+                raise
+            raise IncompleteLog(request_id, where, is_cursor=first and where != BEFORE_ALL) from error
+        self._has_read |= page is None or not page.is_at_hole or page.last != where
+        return page
+
     def _go_on(self, page: Page | None) -> None:
         """All of it has been read from the log."""
         if page is not None:
@@ -282,3 +297,8 @@ class Follower:
             self._queued = page.queued
             self._attempt, self._n = page.last
             self.is_over = page.last == SEAL
+        self._is_at_hole = page is not None and page.is_at_hole
+        if self._is_at_hole:
+            self._is_behind = True
+        else:
+            self._pause = FIRST_PAUSE

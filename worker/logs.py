@@ -30,8 +30,8 @@ from worker.patience import Patience
 _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
-"""Seconds from one look for a log that is not there yet to the next."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.5
+"""Seconds from one look for a log that is not there yet, or for the end of a hole, to the next."""
 
 _T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
@@ -49,6 +49,8 @@ class Page:
     """Whether there may be more already."""
     queued: Queued | None = None
     """Where that is all there is so far."""
+    is_at_hole: bool = False
+    """Whether entries are missing after `last` that a log without a seal may still call void."""
 
 
 class Logs:
@@ -66,12 +68,13 @@ class Logs:
     ) -> Page | None:
         """What a log has after a place, if anything; if `alive`, the log has to be there.
 
-        If this is the `first` reading, both the log and the place have to be there.
+        If this is the `first` reading, both the log and the place have to be there. Where entries are missing, or the
+        place is, and the log has no seal yet, the page ends before the hole: a worker that notices it begins again.
 
         Raises:
             UnknownRequest: when it has to be and nothing is known of the request.
             Expired: when it has to be, but the request has ended and its log is gone.
-            IncompleteLog: when the place has to be there and is not.
+            IncompleteLog: when the place has to be there, is not, and the log has ended.
             Unavailable: when Redis does not answer, or this is closed.
         """
         is_cursor = first and after != BEFORE_ALL
@@ -85,8 +88,11 @@ class Logs:
                 if len(raw) == 1:
                     return Page((), after, is_full, _queued(raw[0][0], _fields(raw[0][1])))
                 del raw[0]
-            elif not (raw and await self._goes_on(request_id, after, EntryId.parse(raw[0][0]))):
-                raise IncompleteLog(request_id, after, is_cursor=True)
+            elif not (await self._goes_on(request_id, after, EntryId.parse(raw[0][0]) if raw else None)):
+                return Page((), after, is_full=False, is_at_hole=True)
+        elif not raw and (alive or first) and after == BEFORE_ALL:  # the log is there, and empty
+            await self._is_void(request_id, after)
+            return Page((), after, is_full=False, is_at_hole=True)
         return await self._page(request_id, after, raw, _fields, is_full=is_full) if raw else None
 
     async def wait(self, request_id: str, after: EntryId, size: PageSize) -> Page | None:
@@ -109,7 +115,7 @@ class Logs:
 
         Raises what `read` does, where it is the first reading, and `BadEntry` when the next entry cannot be read.
         """
-        until, pause = asyncio.get_running_loop().time() + wait, _FIRST_PAUSE
+        until, pause = asyncio.get_running_loop().time() + wait, FIRST_PAUSE
         while True:
             try:
                 page = await self.read(request_id, after, PageSize(1), first=True)
@@ -118,7 +124,7 @@ class Logs:
                 if left <= 0:
                     raise
                 await asyncio.sleep(min(pause, left))
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 next(iter(page.entries if page else ()), None)
                 return
@@ -127,15 +133,20 @@ class Logs:
         self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",
         fields_of: "Callable[[_T], Mapping[bytes, bytes]]", *, is_full: bool,
     ) -> Page:  # fmt: skip
-        """A page of these entries; where some are missing among them that count, it ends in an `IncompleteLog`."""
+        """A page of these entries; where some are missing among them that count, it ends before the hole.
+
+        If the log has ended, an `IncompleteLog` comes there.
+        """
         last = EntryId.parse(raw[-1][0])
-        entries = _parsed(raw, fields_of)
         if (gap := _gap(after, raw, fields_of)) is not None:
             number, before = gap
-            if not await self._is_void(request_id, before):
-                error = IncompleteLog(request_id, before)
-                return Page(chain(_parsed(raw[:number], fields_of), _raise(error)), last, is_full)
-        return Page(entries, last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
+            entries = _parsed(raw[:number], fields_of)
+            try:
+                if not await self._is_void(request_id, before):
+                    return Page(entries, before, is_full=False, is_at_hole=True)
+            except IncompleteLog as error:
+                return Page(chain(entries, _raise(error)), last, is_full)
+        return Page(_parsed(raw, fields_of), last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
 
     async def end_overdue(self, request_id: str) -> bool:
         """Seal a log that holds nothing but `queued` and whose deadline has passed; whether it was.
@@ -154,26 +165,44 @@ class Logs:
                 return False
             raise mapped(error) from error
 
-    async def _goes_on(self, request_id: str, after: EntryId, found: EntryId) -> bool:
-        """Whether somebody who has a log up to a place that is not there can go on with what is found behind it."""
-        is_next = found.attempt <= max(1, after.attempt) and follows(found, after)
-        return is_next or await self._is_void(request_id, after)
+    async def _goes_on(self, request_id: str, after: EntryId, found: EntryId | None) -> bool:
+        """Whether somebody who has a log up to a place that is not there can go on with what is found behind it.
 
-    async def _is_void(self, request_id: str, before: EntryId) -> bool:
-        """Whether nothing of what is missing after an entry counts: the log says later that it is void."""
-        size, place = PageSize(), before
-        while True:
-            ask = partial(self._ask, request_id, place, size, alive=False, inclusive=False)
-            raw = await self._patience.retry(partial(_shrinking, size, ask))
+        Raises what `_is_void` does.
+        """
+        is_next = found is not None and found.attempt <= max(1, after.attempt) and follows(found, after)
+        return is_next or (await self._is_void(request_id, after, is_cursor=True) and found is not None)
+
+    async def _is_void(self, request_id: str, before: EntryId, *, is_cursor: bool = False) -> bool:
+        """Whether nothing of what is missing after an entry counts: the log says later that it is void.
+
+        That stands at the beginning of an attempt, and so two entries of each are read.
+
+        Raises:
+            IncompleteLog: when it does not say so and never will, for the request has ended.
+            UnknownRequest, Expired: when the log is gone.
+        """
+        place, size = before, PageSize(2)
+        while place != SEAL:  # Redis refuses to be asked for what comes after it
+            look = partial(self._look, request_id, place, size, inclusive=False)
+            stone, raw, is_there = await self._patience.retry(look)
+            if not raw and not is_there:
+                raise gone(request_id, stone)
             for entry_id, flat in raw:
                 entry = parse_leniently(entry_id, _fields(flat))
                 if isinstance(entry, Restarted) or (
                     isinstance(entry, Resumed) and EntryId.parse(entry.after) <= before
                 ):
                     return True
-            place = EntryId.parse(raw[-1][0]) if raw else place
-            if len(raw) < size.entries or place == SEAL:  # Redis refuses to be asked for what comes after it
+                if entry.id == SEAL:
+                    raise IncompleteLog(request_id, before, is_cursor=is_cursor)
+            if len(raw) < size.entries:
+                if stone is not None:  # it is written with the seal, which somebody has deleted
+                    break
                 return False
+            attempt = EntryId.parse(raw[0][0]).attempt
+            place = EntryId(attempt, SEAL.n - (attempt == SEAL.attempt))
+        raise IncompleteLog(request_id, before, is_cursor=is_cursor)
 
     async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
         """Every line of the lifecycle after a place, and those that come.
@@ -200,22 +229,30 @@ class Logs:
     async def _ask(
         self, request_id: str, after: EntryId, size: PageSize, *, alive: bool, inclusive: bool
     ) -> list[_Raw]:
+        if alive:
+            stone, raw, is_there = await self._look(request_id, after, size, inclusive=inclusive)
+            if not raw and not is_there:
+                raise gone(request_id, stone)
+            return raw
         self._check_open()
-        ask, key = self._together.ask, self._keys.tokens(request_id)
-        since = b"%d-%d" if inclusive else b"(%d-%d"
-        read = pack(b"XRANGE", key.encode(), since % after, b"+", b"COUNT", b"%d" % size.entries)
-        if not alive:
-            (raw,) = await ask(key, read, 1)
-            return cast("list[_Raw]", raw)
-        # The tombstone is read first: it is written with the seal, and so a request without one has a log to be read
-        # after it, unless nothing is known of it.
-        ended = pack(b"GET", self._keys.ended(request_id).encode())
-        stone, raw, is_there = await ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
-        if not raw and not is_there:
-            raise gone(request_id, stone)
-        if not raw and after == BEFORE_ALL:
-            raise IncompleteLog(request_id, after)
+        key = self._keys.tokens(request_id)
+        (raw,) = await self._together.ask(key, _xrange(key, after, size, inclusive=inclusive), 1)
         return cast("list[_Raw]", raw)
+
+    async def _look(
+        self, request_id: str, after: EntryId, size: PageSize, *, inclusive: bool
+    ) -> tuple[bytes | None, list[_Raw], bool]:
+        """The tombstone, what the log has after a place, and whether the log is there.
+
+        The tombstone is read first: it is written with the seal, and so a request without one has a log to be read
+        after it, unless nothing is known of it.
+        """
+        self._check_open()
+        key = self._keys.tokens(request_id)
+        ended = pack(b"GET", self._keys.ended(request_id).encode())
+        read = _xrange(key, after, size, inclusive=inclusive)
+        stone, raw, is_there = await self._together.ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
+        return stone, cast("list[_Raw]", raw), bool(is_there)
 
     async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:
         self._check_open()
@@ -225,6 +262,11 @@ class Logs:
     def _check_open(self) -> None:
         if self.is_closed:
             raise Unavailable("the client is closed")
+
+
+def _xrange(key: str, after: EntryId, size: PageSize, *, inclusive: bool) -> bytes:
+    since = b"%d-%d" if inclusive else b"(%d-%d"
+    return pack(b"XRANGE", key.encode(), since % after, b"+", b"COUNT", b"%d" % size.entries)
 
 
 def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[AnyEntry]:

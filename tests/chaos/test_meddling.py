@@ -338,8 +338,11 @@ async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_
             await redis.rename(f"chat:away:{{{request_id}}}", key)
         case _:
             await redis.xdel(key, "1-4")
+    reading = asyncio.create_task(client.result(request_id))
     log = await ended(redis, request_id)
     assert "restarted" in [line.type for line in log]
+    answer = await reading  # F1: it was an `IncompleteLog` at once
+    assert (answer.outcome, answer.text) == ("done", expected())
 
 
 async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
