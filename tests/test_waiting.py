@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from inspect import signature
 
 import pytest
 from command import run
@@ -14,6 +15,7 @@ from story import END, START, Story, delta
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest
 from worker.contract.entries import Done, Failed, parse
 from worker.contract.ids import BEFORE_ALL, SEAL
+from worker.handles import RequestHandle, SyncRequestHandle
 
 
 @pytest.fixture
@@ -97,6 +99,27 @@ async def test_c5_whoever_waits_with_a_limit_may_stop_at_any_time(
         return asyncio.all_tasks() <= before
 
     await eventually(nothing_left)
+
+
+async def test_f12_handles_follow_with_the_arguments_of_their_client() -> None:
+    """F12: there was no `wait`."""
+    pairs = (RequestHandle.entries, Client.follow), (SyncRequestHandle.entries, SyncClient.follow)
+    for entries, follow in pairs:
+        asked = [parameter for name, parameter in signature(follow).parameters.items() if name != "request_id"]
+        assert list(signature(entries).parameters.values()) == asked
+
+
+async def test_f12_a_handle_waits_for_its_log(client: Client, story: Story, redis_url: str) -> None:
+    async with aclosing(RequestHandle("r", client).entries(wait=30, idle=0.05)) as entries:
+        assert (await idle(entries)).id == BEFORE_ALL
+        await story.write(START, END)
+        assert await until(entries, END) == [START, END]
+
+    def synchronously() -> list[Entry]:
+        with SyncClient(redis_url) as blocking:
+            return list(SyncRequestHandle("r", blocking).entries(wait=30))
+
+    assert await asyncio.to_thread(synchronously) == [START, END]
 
 
 async def test_c5_idle_is_an_entry_of_no_log(client: Client) -> None:

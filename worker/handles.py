@@ -20,9 +20,11 @@ class RequestHandle:
     id: str
     _client: "Client" = field(repr=False)
 
-    def entries(self, *, after: str | EntryId | None = None, idle: float | None = None) -> AsyncGenerator[AnyEntry]:
+    def entries(
+        self, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
         """See `Client.follow`."""
-        return self._client.follow(self.id, after=after, idle=idle)
+        return self._client.follow(self.id, after=after, wait=wait, idle=idle)
 
     async def result(self) -> Answer:
         """See `Client.result`."""
@@ -40,9 +42,11 @@ class SyncRequestHandle:
     id: str
     _client: "SyncClient" = field(repr=False)
 
-    def entries(self, *, after: str | EntryId | None = None, idle: float | None = None) -> Iterator[AnyEntry]:
+    def entries(
+        self, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
         """See `Client.follow`."""
-        return self._client.follow(self.id, after=after, idle=idle)
+        return self._client.follow(self.id, after=after, wait=wait, idle=idle)
 
     def result(self) -> Answer:
         """See `Client.result`."""
