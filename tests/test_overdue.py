@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 
-from worker import Client, Entry, Failed, Queued, State, Status
+from worker import Client, Entry, Failed, Queued, Refused, State, Status
 from worker.contract.ids import SEAL
 from worker.sandbox.simulator import Simulator
 
@@ -118,24 +119,58 @@ async def test_c3_a_deadline_that_queued_does_not_name_is_nobodys_to_keep(client
     assert 0 < await redis.ttl(LOG) <= 3600, "a log without an expiry gets one"
 
 
-async def test_c3_a_user_who_may_only_read_goes_on_waiting(client: Client, redis: Redis, redis_url: str) -> None:
-    await client.enqueue(ASK, id="r", timeout=0.01)
+READING = ["+@read", "+@connection", "+@pubsub"]
+"""Rights of a user who may not write."""
+
+
+async def add_reader(redis: Redis, rights: list[str]) -> None:
     await redis.acl_setuser(
-        "reader",
-        enabled=True,
-        passwords="+pw",
-        keys=["chat:*"],
-        categories=["+@all", "-@write"],
-        reset_channels=True,
-        channels=["chat:*"],
-    )
+        "reader", enabled=True, passwords="+pw", keys=["chat:*"], categories=rights, commands=["+time"],
+        reset_channels=True, channels=["chat:*"],
+    )  # fmt: skip
+
+
+async def types_of(entries: AsyncIterator[Entry], seen: list[str]) -> None:
+    async for entry in entries:
+        seen.append(entry.type)  # noqa: PERF401 - what was seen before an error counts
+
+
+@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("rights", [READING, [*READING, "+@transaction"], ["+@all", "-@write"]])
+async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
+    rights: list[str], *, hears: bool, client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F2: the follower waited for ever."""
+    await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely")
+    await add_reader(redis, rights)
     try:
         async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
-            following = asyncio.create_task(follow(reader))
-            await eventually(lambda: is_past(redis))
+            if not hears:
+                monkeypatch.setattr(reader._following.subscriptions, "subscribe", lambda _, it: it.refused())
+            seen: list[str] = []
+            with pytest.raises(Refused, match=r"deadline of request r passed before a worker took it.*may not write"):
+                await types_of(reader.follow("r", idle=0.02), seen)
+            assert [kind for kind in seen if kind != "idle"] == ["queued"]
             assert await reader.status("r") == WAITS
             await eventually(lambda: is_over(client))
-            assert [entry.type for entry in await following] == ["queued", "error"]
+            assert [entry.type for entry in await follow(reader)] == ["queued", "error"]
+    finally:
+        await redis.acl_deluser("reader")
+
+
+@pytest.mark.parametrize("rights", [READING, ["+@all", "-@write"]])
+async def test_f2_the_clock_of_redis_decides_for_a_user_who_may_only_read(
+    rights: list[str], client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.enqueue(ASK, id="r", timeout=60)
+    monkeypatch.setattr("worker.broker.client_seals.time.time", lambda: time.monotonic() + 1e11)
+    await add_reader(redis, rights)
+    try:
+        async with (
+            Client(redis_url.replace("//", "//reader:pw@")) as reader,
+            aclosing(reader.follow("r", idle=0.02)) as entries,
+        ):
+            assert [(await anext(entries)).type for _ in range(4)] == ["queued", "idle", "idle", "idle"]
     finally:
         await redis.acl_deluser("reader")
 

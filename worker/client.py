@@ -160,6 +160,7 @@ class Client:
             Expired: when it has ended and its log is gone.
             IncompleteLog: when the log lacks entries, or does not have `after`, and has ended. Before that what comes
                 behind the hole waits: a worker that notices it writes `restarted`, or `resumed` from before it.
+            Refused: when no worker took the job before its deadline, and this user may not write that end.
             Unavailable: when Redis does not answer.
         """
         if idle is not None and not idle > 0:
@@ -251,7 +252,7 @@ class Client:
         check_id(request_id)
         tail, stone = await self._ask(lambda: self._look(request_id))
         if may_be_overdue(tail):
-            with suppress(Refused):  # whoever may only read is told how it stands
+            with suppress(Refused):  # a user who may only read gets `queued`
                 await self._following.logs.end_overdue(request_id)
             tail, stone = await self._ask(lambda: self._look(request_id))
         if tail is None:

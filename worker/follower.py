@@ -82,6 +82,7 @@ class Follower:
             UnknownRequest: when nothing is known of the request.
             Expired: when it has ended and its log is gone.
             IncompleteLog: when entries are missing, and the log has ended without calling them void.
+            Refused: when nobody took the job before its deadline, and this user may not write the end.
             Unavailable: when Redis does not answer, or the client is closed.
         """
         if self._ready or self._is_behind:
@@ -247,8 +248,10 @@ class Follower:
         if may_be_overdue(self._queued):
             try:
                 self._is_behind |= await self._logs.end_overdue(self._request.id)
-            except Refused:  # this user may only read
-                self._queued = None
+            except Refused:
+                if not self._read_on:
+                    raise
+                self._is_behind = True  # what was read is given first
 
     async def _read(self) -> None:
         """Read the log on from where this one is; what is told meanwhile comes after that."""

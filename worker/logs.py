@@ -20,7 +20,7 @@ from worker.broker.connection import blocking_client, is_transient
 from worker.broker.pages import PageSize
 from worker.broker.together import Together
 from worker.broker.wire import pack
-from worker.client_errors import MAPPED, ClientError, IncompleteLog, Unavailable, UnknownRequest, gone, mapped
+from worker.client_errors import MAPPED, ClientError, IncompleteLog, Refused, Unavailable, UnknownRequest, gone, mapped
 from worker.contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resumed, parse, parse_leniently
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from worker.contract.keys import Keys
@@ -154,7 +154,7 @@ class Logs:
         It is tried once: a Redis that is full or away is no reason not to read on, and whoever waits looks again.
 
         Raises:
-            Refused: when the user may only read.
+            Refused: when it is overdue and this user may not write the end.
             Unavailable: when this is closed.
         """
         self._check_open()
@@ -163,7 +163,12 @@ class Logs:
         except MAPPED as error:
             if is_transient(error):
                 return False
-            raise mapped(error) from error
+            if isinstance(reason := mapped(error), Refused):
+                raise Refused(
+                    f"the deadline of request {request_id} passed before a worker took it, and this user may not write "
+                    f"that end to its log. {reason}"
+                ) from error
+            raise reason from error
 
     async def _goes_on(self, request_id: str, after: EntryId, found: EntryId | None) -> bool:
         """Whether somebody who has a log up to a place that is not there can go on with what is found behind it.

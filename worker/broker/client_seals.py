@@ -77,15 +77,18 @@ async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
     Look and write are one step, under a WATCH: a worker that begins meanwhile has it, and what it has written stays.
 
     Raises:
-        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal.
+        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal. A user who may read but
+            not write gets it only where there is something to seal.
     """
     key, ended = keys.tokens(request_id), keys.ended(request_id)
+    if await _overdue(redis, key) is None:
+        return False
     async with redis.pipeline() as pipe:
         await pipe.watch(key, ended)
-        tail = cast("list[tuple[bytes, dict[bytes, bytes]]]", await pipe.xrevrange(key, count=1))
-        last, now = parse_leniently(*tail[0]) if tail else None, await now_of(pipe)
-        if not isinstance(last, Queued) or not _is_overdue(last, now) or await pipe.exists(ended):
+        overdue = await _overdue(pipe, key)
+        if overdue is None or await pipe.exists(ended):
             return False
+        last, now = overdue
         left = int(await pipe.ttl(key))
         seal = to_fields(Failed(id=SEAL, code="deadline", message=_MESSAGE))
         stone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
@@ -108,6 +111,13 @@ async def now_of(redis: Redis) -> int:
     """Redis's clock, in Unix ms."""
     seconds, micros = await redis.time()
     return int(seconds) * 1000 + int(micros) // 1000
+
+
+async def _overdue(redis: Redis, key: str) -> tuple[Queued, int] | None:
+    """What a log ends in and the time, if that is `queued` and Redis's clock is past the deadline."""
+    tail = cast("list[tuple[bytes, dict[bytes, bytes]]]", await redis.xrevrange(key, count=1))
+    last, now = parse_leniently(*tail[0]) if tail else None, await now_of(redis)
+    return (last, now) if isinstance(last, Queued) and _is_overdue(last, now) else None
 
 
 def _is_overdue(queued: Queued, now: int) -> bool:
