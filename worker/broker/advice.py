@@ -82,7 +82,8 @@ async def advice_on_silence(url: str) -> str:
         return ""
     secure = kind is SSLConnection
     here = (place.options.get("host", "localhost"), place.options.get("port", 6379))
-    other_way = [await _answers(host, port, secure=not secure) for host, port in place.nodes or (here,)]
+    nodes = place.nodes or (here,)  # at once: a worker that starts waits for this
+    other_way = await asyncio.gather(*(_answers(host, port, secure=not secure) for host, port in nodes))
     return (_PLAIN if secure else _SECURE) if any(other_way) else ""
 
 
