@@ -51,7 +51,7 @@ class Finding:
 
 
 async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
-    """Look at everything, one finding at a time. Whoever stops before the end closes it (`contextlib.aclosing`)."""
+    """Look at everything, one finding at a time; a caller that stops early closes it (`contextlib.aclosing`)."""
     try:
         settings = load_settings(**options)
     except ConfigError as error:

@@ -312,7 +312,7 @@ async def _print(client: Client, request_id: str, after: EntryId | None, *, as_j
 async def _is_served(client: Client, queue: str) -> bool:
     try:
         return await client.is_served(queue)
-    except ClientError:  # whoever may not see the workers, or cannot now, can say nothing against them
+    except ClientError:  # a user who may not see the workers, or cannot now, can say nothing against them
         return True
 
 

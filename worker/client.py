@@ -102,7 +102,7 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection. Whoever still waits for something, or asks later, gets `Unavailable`."""
+        """Close every connection. A call that still waits, and every later one, raises `Unavailable`."""
         if self._is_closed:
             return
         self._check_usable()
@@ -182,7 +182,7 @@ class Client:
     ) -> AsyncGenerator[AnyEntry]:
         """What `follow` gives, once it is known that the log is there, and that it has `after` if it has ended.
 
-        So whoever serves it to others can still answer otherwise. Raises what `follow` raises.
+        So a server can still answer otherwise. Raises what `follow` raises.
         """
         self._check_usable()
         place = BEFORE_ALL if after is None else check_place(after)
@@ -223,8 +223,8 @@ class Client:
     async def lifecycle(self, *, after: str | EntryId | None = None) -> AsyncGenerator[Lifecycle]:
         """What starts and what finishes, of all requests: every line that is kept, and then those that come.
 
-        It does not end. Whoever comes back gives the `line` of the last one as `after`; a time in Unix ms is a place
-        too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
+        It does not end. A reader that comes back gives the `line` of the last one as `after`; a time in Unix ms is a
+        place too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
 
         Raises:
             Unavailable: when Redis does not answer.

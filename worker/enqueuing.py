@@ -97,7 +97,7 @@ class Enqueuer:
             raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another")
         if not known and begin and isinstance(begin[-1], Queued):
             raise Conflict(
-                f"the id {job.id} is enqueued, and whoever did so left out the digest that would tell whether it is "
+                f"the id {job.id} is enqueued, and its client left out the digest that would tell whether it is "
                 "the same request: choose another"
             )
         if not is_digest_of(known, job.request, job.fallbacks):

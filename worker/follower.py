@@ -211,7 +211,7 @@ class Follower:
         self.look_up()
 
     def tick(self) -> None:
-        """Another `_TICK` is over. Whoever waits at the same place as before has heard nothing."""
+        """Another `_TICK` is over. A follower that waits at the same place as before has heard nothing."""
         if self._waiter is None or self._waiter.done() or self._place != (self._attempt, self._n):
             self._place, self._silent = EntryId(self._attempt, self._n), 0.0
             self._silent_most = _SILENT_TICKS if self._request.has_told else _FIRST_TICKS

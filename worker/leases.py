@@ -98,7 +98,7 @@ class Leases:
         try:
             await self._work(delivery, stop, partial(self._free, delivery))
             self.finished += not stop.done()
-        except Stopped:  # its log has its end: whoever gets it next does the rest
+        except Stopped:  # its log has its end: the worker that gets it next does the rest
             _log.info("job_left", queue=delivery.queue, job=delivery.id, reason=stop.result().value)
         except Exception as error:  # noqa: BLE001 - one job must not end the others
             # Left pending: whoever gets it next finds in the log how far it came.

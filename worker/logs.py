@@ -151,7 +151,7 @@ class Logs:
     async def end_overdue(self, request_id: str) -> bool:
         """Seal a log that holds nothing but `queued` and whose deadline has passed; whether it was.
 
-        It is tried once: a Redis that is full or away is no reason not to read on, and whoever waits looks again.
+        It is tried once: a Redis that is full or away is no reason not to read on, and a follower looks again.
 
         Raises:
             Refused: when it is overdue and this user may not write the end.

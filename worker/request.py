@@ -50,7 +50,7 @@ class Request:
 async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[Stop]") -> _T:
     """Repeat what a running job asks of Redis, until Redis answers or the job is to stop.
 
-    It also waits while Redis withholds a right: whoever took it may give it back, and it is not the job's fault.
+    It also waits while Redis withholds a right: an operator may give it back, and it is not the job's fault.
 
     Raises:
         Exception: what the operation raised, when waiting does not help or there is no more time.

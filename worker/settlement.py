@@ -1,8 +1,8 @@
 """The end of a job: seal, expiry and tombstone, feed, dead letter, lifecycle, acknowledgement.
 
-A crash between any two of these is repaired by whoever gets the job next and finds the seal. The acknowledgement comes
-last, for it is what ends that. What is written beside the log holds nothing up before it: readers are told of the end
-while a letter or a line still waits for Redis, and the job soon gives its slot to another.
+A crash between any two of these is repaired by the worker that gets the job next and finds the seal. The
+acknowledgement comes last, for it is what ends that. What is written beside the log holds nothing up before it: readers
+get the end while a letter or a line still waits for Redis, and the job soon gives its slot to another.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Settlement:
     async def _whole(self, request: Request, end: Entry) -> Answer:
         """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was.
 
-        Whoever cancels cannot know all of it.
+        A client that cancels cannot know all of it.
         """
         if isinstance(end, Done | Failed) and end.usage:
             return Answer([end])

@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 class SyncClient:
     """What `Client` does, blocking; the methods, their arguments and errors are the same.
 
-    Make it after a fork, not before: it has a thread, and whoever uses it in another process gets `Misused`. It may be
+    Make it after a fork, not before: it has a thread, and its use in another process raises `Misused`. It may be
     used from several threads at once. A process may end without closing it.
     """
 
@@ -51,7 +51,7 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """Close every connection, and end the thread. Whoever still waits for something gets `Unavailable`."""
+        """Close every connection, and end the thread. A call that still waits raises `Unavailable`."""
         if os.getpid() != self._pid:
             return  # what there is to close belongs to the process that made it
         with self._closing:

@@ -1,7 +1,7 @@
 """The seals that clients write: a cancel, and the end of a request whose deadline passed before anybody took it.
 
-Whoever writes one gives the log what belongs with it (expiry, tombstone) and tells followers and workers. A worker that
-gets the job later finds the seal, mends what is missing, and does the rest.
+The client that writes one gives the log what belongs with it (expiry, tombstone) and informs followers and workers.
+A worker that gets the job later finds the seal, mends what is missing, and does the rest.
 """
 
 import time
@@ -41,7 +41,7 @@ async def cancel(redis: Redis, keys: Keys, request_id: str) -> bool:
     """Seal a log as cancelled; false when it has a seal.
 
     Raises:
-        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal.
+        RedisError: what Redis says; a caller that repeats this after a lost reply finds the seal.
     """
     key, now = keys.tokens(request_id), await now_of(redis)
 
@@ -77,8 +77,8 @@ async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
     Look and write are one step, under a WATCH: a worker that begins meanwhile has it, and what it has written stays.
 
     Raises:
-        RedisError: what Redis says; whoever repeats this after a lost reply finds the seal. A user who may read but
-            not write gets it only where there is something to seal.
+        RedisError: what Redis says; a caller that repeats this after a lost reply finds the seal. A user who may read
+            but not write gets it only where there is something to seal.
     """
     key, ended = keys.tokens(request_id), keys.ended(request_id)
     if await _overdue(redis, key) is None:

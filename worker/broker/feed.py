@@ -41,13 +41,13 @@ class FeedPublisher:
         self._is_soon = False
 
     def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
-        """Tell of entries that Redis has accepted, each with its id."""
+        """Publish entries that Redis has accepted, each with its id."""
         if not self.is_mute:
             self.news.setdefault(channel, []).extend(entries)
             self.tell_soon()
 
     def tell_of(self, log: TokenLog, first: int, entries: list[Fields]) -> None:
-        """Tell of entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
+        """Publish entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
         if not self.is_mute:
             told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
             self.news.setdefault(log, []).extend(told)

@@ -235,8 +235,8 @@ class Owner:
         is compared with what this owner has written. `retention` and `remember` are seconds.
 
         So is the number of its entries: a log from which somebody deleted some, or that was renamed away and back while
-        another was begun in its place, is not sealed as a whole answer. One that was trimmed at its front is: whoever
-        follows it has all of it, and whoever comes later sees in the ids what is missing.
+        another was begun in its place, is not sealed as a whole answer. One that was trimmed at its front is:
+        its followers have all of it, and later readers see in the ids what is missing.
 
         Raises:
             LogLost: when the log is no longer ours.

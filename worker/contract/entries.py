@@ -51,7 +51,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
         `opened` is the latest of the log, whose id, model and time every chunk has. Deltas are chunks, and `opened`
         is the one that begins a message: of several only the first is to be sent. A failed answer has no last chunk,
-        and clients take one that simply ends for whole: whoever sends chunks sends an error event then.
+        and clients take one that simply ends for whole: a server of chunks sends an error event then.
         """
         return None
 
@@ -277,7 +277,7 @@ _TYPES: dict[str, tuple[Callable[..., AnyEntry], dict[str, Reader]]] = {
 def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
     """Read an entry as Redis (bytes) or the feed (text) gives it.
 
-    Whoever reads an entry relies on what it says, so all of it is checked here. The `after` of a `resumed` is the one
+    Readers rely on what an entry says, so all of it is checked here. The `after` of a `resumed` is the one
     field that has to be there: without it nobody knows what of the text stands.
 
     Raises:

@@ -42,7 +42,7 @@ class Probes:
             endpoint.circuit.probed(trouble)
 
     async def still_there(self, endpoint: Endpoint) -> None:
-        """Ask a server whose streams are silent, lest all of them wait for their limit when it is going down."""
+        """Ask a server whose streams are silent: else all of them wait for their limit when it is going down."""
         run = endpoint.circuit.run_of(Caller())
         try:
             await self._api.health(endpoint, FIRST_LIMIT)
