@@ -211,15 +211,15 @@ async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_no
     monkeypatch: pytest.MonkeyPatch, *, stands: bool
 ) -> None:
     """D3: as a publisher's flush, or a large job, at 150 kB a second."""
-    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.2)
-    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.2)
-    command = pack(b"SET", b"k", b"x" * 200_000)
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 1.0)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 1.0)
+    command = pack(b"SET", b"k", b"x" * 600_000)
     async with Slow(len(command)) as slow, command_client(slow.url, connections=2) as client:
         slow.stands = stands
         asked = await Wire.open(client.connection_pool)
         writes: list[asyncio.Future[Any]] = [
             asked.ask(command, 1),
-            asyncio.ensure_future(client.set("k", "x" * 200_000)),
+            asyncio.ensure_future(client.set("k", "x" * 600_000)),
         ]
         for write in writes:
             if stands:
