@@ -4,7 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-from worker.broker.rights import Role
+from worker.ops.rights import Role
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 ROLES: tuple[Role, ...] = ("worker", "client")

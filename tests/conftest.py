@@ -18,11 +18,11 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.sandbox.redis import EmbeddedRedis, find_servers, start_redis, version_of
-from worker.sandbox.simulator import Options, Simulator
-from worker.service import Service
+from worker.engine.application import Service
+from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_redis, version_of
+from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import load_settings
-from worker.telemetry.logs import configure_logging
+from worker.telemetry.logging import configure_logging
 
 # Busy machines make single examples slow: no test is about time.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,8 +146,12 @@ StartWorker = Callable[..., Awaitable[Service]]
 @pytest.fixture
 async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartWorker]:
     """Starts workers in the test's own process, which leave in order when it ends."""
-    monkeypatch.setattr("worker.service._LONGEST_BLOCK", 0.1)  # a worker leaves when its last read has come back
-    monkeypatch.setattr("worker.service._in_an_order_of_its_own", list)  # a test means the first server that it gives
+    monkeypatch.setattr(
+        "worker.engine.application._LONGEST_BLOCK", 0.1
+    )  # a worker leaves when its last read has come back
+    monkeypatch.setattr(
+        "worker.engine.application._in_an_order_of_its_own", list
+    )  # a test means the first server that it gives
     started: list[tuple[Service, asyncio.Task[None]]] = []
 
     async def start(*vllm: Simulator, **settings: object) -> Service:

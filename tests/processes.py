@@ -7,17 +7,17 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from worker.broker.connection import blocking_client, command_client
-from worker.broker.jobs import Delivery, JobQueue
-from worker.broker.lines import Lines
-from worker.broker.log import TokenLog
-from worker.broker.owner import Owner
+from worker.broker.acquisition import Owned
+from worker.broker.job_queue import Delivery, JobQueue
+from worker.broker.log_writer import TokenLog
+from worker.broker.ownership import Owner
 from worker.broker.publisher import Publisher
-from worker.broker.taken import Owned
 from worker.contract.entries import Done, Failed
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
+from worker.redisio.clients import blocking_client, command_client
+from worker.redisio.transactions import Lines
 
 KEY = "chat:tokens:{r}"
 FAR = 4_000_000_000_000

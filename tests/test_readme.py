@@ -16,8 +16,8 @@ from redis.asyncio import Redis
 from worker.contract.entries import Cancelled, Claimed, Delta, Done, Failed, Opened, Queued, Restarted, Resumed, Started
 from worker.contract.job import digest
 from worker.contract.keys import Keys
-from worker.sandbox.redis import find_servers
-from worker.sandbox.requests import answer_to
+from worker.sandbox.embedded_redis import find_servers
+from worker.sandbox.simulator.requests import answer_to
 from worker.settings import Settings, variable
 
 ROOT = Path(__file__).parents[1]
@@ -110,9 +110,9 @@ def test_every_error_code_is_in_the_table() -> None:
     named = {code for row in re.findall(r"^\| (`.*?) \|", README, re.MULTILINE) for code in re.findall(r"`(\w+)`", row)}
     sources = [
         *(ROOT / "worker/vllm").glob("*.py"),
-        ROOT / "worker/generation.py",
-        ROOT / "worker/relay.py",
-        ROOT / "worker/settlement.py",
+        ROOT / "worker/engine/generation.py",
+        ROOT / "worker/engine/job_runner.py",
+        ROOT / "worker/engine/settlement.py",
     ]
     text = "".join(path.read_text() for path in sources)
     used = set(re.findall(r'UpstreamError\(\s*"(\w+)"', text)) | set(re.findall(r'_failed\("(\w+)"', text))

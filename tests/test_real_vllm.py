@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from worker import Answer, Client
-from worker.service import Service
+from worker.engine.application import Service
 from worker.settings import load_settings
 
 VLLM_URL = os.environ.get("VLLM_URL", "").rstrip("/").removesuffix("/v1")

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.client import Client, State, Status
-    from worker.client_errors import (
+    from worker.client.async_client import Client, State, Status
+    from worker.client.errors import (
         ClientError,
         Conflict,
         Expired,
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
         UnknownRequest,
         Unreadable,
     )
+    from worker.client.handles import RequestHandle, SyncRequestHandle
+    from worker.client.new_job import JobOptions
+    from worker.client.sync_client import SyncClient
     from worker.contract.answer import Answer, Choice
     from worker.contract.entries import (
         AnyEntry,
@@ -41,21 +44,18 @@ if TYPE_CHECKING:
     from worker.contract.ids import EntryId
     from worker.contract.job import InvalidJob
     from worker.contract.records import Lifecycle
-    from worker.handles import RequestHandle, SyncRequestHandle
-    from worker.new_jobs import JobOptions
-    from worker.sync_client import SyncClient
 else:
     _HOMES = (
-        "client",
-        "client_errors",
+        "client.async_client",
+        "client.errors",
         "contract.answer",
         "contract.entries",
         "contract.ids",
         "contract.job",
         "contract.records",
-        "handles",
-        "new_jobs",
-        "sync_client",
+        "client.handles",
+        "client.new_job",
+        "client.sync_client",
     )
 
     def __getattr__(name: str) -> object:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from worker.sandbox.redis import free_port
+from worker.sandbox.embedded_redis import free_port
 
 _HERE = Path(__file__).parent
 _BRIDGES = _HERE / "bridges"

@@ -16,7 +16,7 @@ from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile
 from rig import ELSE, RigFailed, helper
 from scenarios import FAST, TRIES, Figures, Run
 
-from worker.sandbox.redis import start_redis
+from worker.sandbox.embedded_redis import start_redis
 
 LOGS = (100, 1000, 5000)
 _SETTLED = 0.5

@@ -14,7 +14,7 @@ import msgspec
 from measure import median
 from scenarios import Figures
 
-from worker.sandbox.redis import find_servers, version_of
+from worker.sandbox.embedded_redis import find_servers, version_of
 
 BRIDGES = ("straightforward", "node", "ours", "floor")
 READERS = ("each", "shared", "follow", "pour")

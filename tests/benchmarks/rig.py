@@ -19,7 +19,7 @@ from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile, redis_
 from reader import key_of
 from redis import Redis
 
-from worker.sandbox.redis import start_redis
+from worker.sandbox.embedded_redis import start_redis
 
 _HERE = Path(__file__).parent
 _OF_AN_XREAD = 4

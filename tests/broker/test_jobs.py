@@ -9,10 +9,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.broker.connection import blocking_client, command_client
-from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.job_queue import Delivery, JobQueue
 from worker.contract.keys import GROUP, Keys
-from worker.telemetry.logs import configure_logging
+from worker.redisio.clients import blocking_client, command_client
+from worker.telemetry.logging import configure_logging
 
 LEASE = 0.5
 

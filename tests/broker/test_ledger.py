@@ -7,7 +7,7 @@ from conftest import stream
 from fakeredis import FakeAsyncRedis
 from redis.asyncio import Redis
 
-from worker.broker.jobs import Delivery
+from worker.broker.job_queue import Delivery
 from worker.broker.ledger import Ledger
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle, WorkerLine

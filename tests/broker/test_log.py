@@ -11,17 +11,17 @@ from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.broker.connection import persist
-from worker.broker.jobs import Delivery
-from worker.broker.log import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
-from worker.broker.owner import Owner
-from worker.broker.pages import read_all
-from worker.broker.taken import Duplicate, Ended, NotOurs, Owned
-from worker.broker.wire import Command, Wires
+from worker.broker.acquisition import Duplicate, Ended, NotOurs, Owned
+from worker.broker.job_queue import Delivery
+from worker.broker.log_pages import read_all
+from worker.broker.log_writer import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
+from worker.broker.ownership import Owner
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.telemetry.logs import configure_logging
+from worker.redisio.clients import persist
+from worker.redisio.pipelined import Command, Wires
+from worker.telemetry.logging import configure_logging
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
             raise RedisConnectionError("cut off")
         return await read_all(two.commands, KEY)
 
-    monkeypatch.setattr("worker.broker.owner.read_all", cut_off)
+    monkeypatch.setattr("worker.broker.ownership.read_all", cut_off)
     assert isinstance(await persist(lambda: two.owner.take("r", again, FAR)), Owned)
     assert left < 0
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]

@@ -9,8 +9,8 @@ from processes import Process, delta
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from worker.broker.jobs import Delivery
-from worker.broker.log import TokenLog
+from worker.broker.job_queue import Delivery
+from worker.broker.log_writer import TokenLog
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
-from worker.broker.cluster import ClusterClient, server_of, slot_of
-from worker.broker.connection import command_client, is_transient
-from worker.broker.jobs import JobQueue
-from worker.broker.rights import commands_of
-from worker.broker.wire import Outcome, Wires, pack
-from worker.checks import check
+from worker.broker.job_queue import JobQueue
 from worker.contract.ids import SEAL
 from worker.contract.keys import GROUP, Keys
-from worker.sandbox.redis import EmbeddedRedis
-from worker.sandbox.requests import answer_to
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.ops.checks import check
+from worker.ops.rights import commands_of
+from worker.redisio.clients import command_client, is_transient
+from worker.redisio.cluster import ClusterClient, server_of, slot_of
+from worker.redisio.pipelined import Outcome, Wires, pack
+from worker.sandbox.embedded_redis import EmbeddedRedis
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 MEDDLING = "?max_connections=1&protocol=3&decode_responses=yes&socket_timeout=0.001&timeout=0.001&retry_on_timeout=yes"
 MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers")
@@ -413,7 +413,7 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(Wires, "has_shards", False)
-    monkeypatch.setattr("worker.following._TICK", 0.05)
+    monkeypatch.setattr("worker.client.following._TICK", 0.05)
     await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=cluster_url)
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
@@ -421,8 +421,8 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_a
 async def test_c3_what_nobody_took_before_its_deadline_is_ended_in_a_cluster(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.following._TICK", 0.01)
-    monkeypatch.setattr("worker.logs._BLOCK", 0.05)
+    monkeypatch.setattr("worker.client.following._TICK", 0.01)
+    monkeypatch.setattr("worker.client.log_reader._BLOCK", 0.05)
     monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
     followed, asked_for = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
     assert [entry.type async for entry in client.follow(followed)] == ["queued", "error"]
@@ -458,7 +458,7 @@ async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.enqueuing.Enqueuer._add_after_log", die)
+        patch.setattr("worker.client.enqueuing.Enqueuer._add_after_log", die)
         with pytest.raises(Died):
             await client.enqueue(ask("Who are you?"), id="once")
     assert await client.status("once") == Status(State.QUEUED)

@@ -14,8 +14,8 @@ from redis.asyncio import Redis
 
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import GROUP
-from worker.sandbox.answers import END, encode
-from worker.sandbox.requests import answer_to
+from worker.sandbox.simulator.answers import END, encode
+from worker.sandbox.simulator.requests import answer_to
 
 QUESTION = "What do the river and the sea say to one another in the night?"
 """Its answer has some forty tokens, each a delta with text."""

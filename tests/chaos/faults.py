@@ -18,8 +18,8 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.broker.lines import Lines
-from worker.broker.wire import Done, Outcome, Wire, Wires, pass_on
+from worker.redisio.pipelined import Done, Outcome, Wire, Wires, pass_on
+from worker.redisio.transactions import Lines
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]

@@ -16,21 +16,21 @@ import httpx
 from faults import Fate, Gate, GatedLines, GatedWires, Network, gated
 from redis.exceptions import RedisError
 
-from worker.broker.connection import blocking_client, command_client, is_transient
-from worker.broker.jobs import Delivery, JobQueue
+from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.log import LogLost
-from worker.broker.owner import Owner
+from worker.broker.log_writer import LogLost
+from worker.broker.ownership import Owner
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
-from worker.relay import Relay
-from worker.request import Stop, Stopped
+from worker.engine.job_context import Stop, Stopped
+from worker.engine.job_runner import Relay
+from worker.redisio.clients import blocking_client, command_client, is_transient
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
+from worker.vllm.pool import Upstream
 from worker.vllm.stream import Limits
 from worker.vllm.target import Target
 from worker.vllm.transport import Answer, Body, Transport
-from worker.vllm.upstream import Upstream
 
 _PROMPT = [0]
 

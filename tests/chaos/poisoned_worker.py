@@ -6,15 +6,15 @@
 import asyncio
 import os
 
-from worker import relay
-from worker.broker.log import Run, TokenLog
+from worker.broker.log_writer import Run, TokenLog
 from worker.contract.entries import Terminal
 from worker.contract.job import Job, RawFields
 from worker.contract.job import parse_job as _parse
-from worker.generation import Generation
-from worker.service import Service
+from worker.engine import job_runner as relay
+from worker.engine.application import Service
+from worker.engine.generation import Generation
 from worker.settings import load_settings
-from worker.telemetry.logs import configure_logging
+from worker.telemetry.logging import configure_logging
 
 _healthy = Generation.end
 _accept = TokenLog.accept

@@ -30,10 +30,10 @@ from soak_jobs import Plan, plan
 from soak_processes import Chaos, Processes
 
 from worker import Client
-from worker.broker.connection import command_client, is_transient
 from worker.contract.keys import GROUP, Keys
-from worker.sandbox.record import Served
-from worker.sandbox.redis import find_servers
+from worker.redisio.clients import command_client, is_transient
+from worker.sandbox.embedded_redis import find_servers
+from worker.sandbox.simulator.record import Served
 
 _WAVE = 1000
 _STUCK_AFTER = 60.0

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 from soak_jobs import Expected, Plan
 
-from worker.sandbox.record import Served
+from worker.sandbox.simulator.record import Served
 
 __all__ = ["Evidence", "Tally", "Violation", "check", "is_own_trial"]
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from worker.contract.entries import JSON, Object
-from worker.sandbox.record import digest
-from worker.sandbox.replies import Reply
-from worker.sandbox.requests import Options, understand
+from worker.sandbox.simulator.record import digest
+from worker.sandbox.simulator.replies import Reply
+from worker.sandbox.simulator.requests import Options, understand
 
 __all__ = ["Expected", "Plan", "plan"]
 

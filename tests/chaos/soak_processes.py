@@ -13,7 +13,7 @@ from pathlib import Path
 from redis import Redis as BlockingRedis
 from redis.exceptions import RedisError
 
-from worker.sandbox.redis import free_port
+from worker.sandbox.embedded_redis import free_port
 from worker.settings import Settings
 
 __all__ = ["LEASE", "Chaos", "Processes"]

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from worker.sandbox.simulator import Options, Orders, serve_forever
+from worker.sandbox.simulator.server import Options, Orders, serve_forever
 
 if __name__ == "__main__":
     options = Options(

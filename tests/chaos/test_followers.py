@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from worker import Client
 from worker.contract.ids import EntryId
-from worker.sandbox.simulator import Options, Orders
+from worker.sandbox.simulator.server import Options, Orders
 
 
 async def test_three_hundred_followers_of_one_request_at_once(

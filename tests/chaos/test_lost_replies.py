@@ -7,7 +7,7 @@ from proxy import Order, Proxy
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.sandbox.simulator import Options, Orders
+from worker.sandbox.simulator.server import Options, Orders
 
 STARTED = rb"^MULTI\nXADD \S+ 1-0 "
 DELTAS = rb"^MULTI\nXADD \S+ NOMKSTREAM 1-\d+ type delta"

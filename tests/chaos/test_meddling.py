@@ -10,13 +10,13 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 
 from worker import Answer, Client, IncompleteLog
-from worker.broker.log import TokenLog
-from worker.broker.owner import Owner
+from worker.broker.log_writer import TokenLog
+from worker.broker.ownership import Owner
 from worker.contract.entries import parse
 from worker.contract.history import fault_in
 from worker.contract.ids import SEAL
-from worker.sandbox.answers import END, encode
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.simulator.answers import END, encode
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 KEY = "chat:tokens:{r}"
 BEGUN = {"type": "started", "queue": "default", "job": "", "worker": "w", "owner": "gone", "delivery": "1"}
@@ -181,8 +181,8 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
         await redis.xadd(KEY, {"type": "done"}, id=str(SEAL))
         await redis.xdel(KEY, str(SEAL))
         await redis.expire(KEY, 60)
-    monkeypatch.setattr("worker.relay.Relay._take", broken)
-    monkeypatch.setattr("worker.settlement.Settlement.settle_found", broken)
+    monkeypatch.setattr("worker.engine.job_runner.Relay._take", broken)
+    monkeypatch.setattr("worker.engine.settlement.Settlement.settle_found", broken)
     await start_worker(simulator, max_deliveries=5)
 
     async def is_done_with() -> bool:

@@ -9,10 +9,10 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 
 from worker import Answer, Client, Failed
-from worker.broker.owner import Owner
+from worker.broker.ownership import Owner
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 INNOCENT = 20
 WORKER = Path(__file__).parent / "poisoned_worker.py"

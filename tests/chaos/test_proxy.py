@@ -10,8 +10,8 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.connection import command_client
-from worker.sandbox.simulator import Simulator
+from worker.redisio.clients import command_client
+from worker.sandbox.simulator.server import Simulator
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from worker import Client, Entry
-from worker.broker.log import HIGH_WATER_BYTES
+from worker.broker.log_writer import HIGH_WATER_BYTES
 from worker.broker.publisher import Publisher
 from worker.contract.ids import SEAL
-from worker.sandbox.redis import EmbeddedRedis, free_port
-from worker.sandbox.requests import answer_to
-from worker.sandbox.simulator import Options, Orders, Simulator
-from worker.service import Service
+from worker.engine.application import Service
+from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ async def test_a_silent_redis_is_left_and_what_was_sent_to_it_may_come_late(
     paced: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
     await start_worker(paced, lease=15, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
@@ -136,7 +136,7 @@ async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
     paced: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("worker.broker.connection.COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
     first = await start_worker(paced, lease=1, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)

@@ -55,16 +55,16 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.broker.connection import persist
-from worker.broker.jobs import Delivery
-from worker.broker.log import LogDiverged, LogFenced
-from worker.broker.owner import Owner
-from worker.broker.taken import Ended, NotOurs, Owned
+from worker.broker.acquisition import Ended, NotOurs, Owned
+from worker.broker.job_queue import Delivery
+from worker.broker.log_writer import LogDiverged, LogFenced
+from worker.broker.ownership import Owner
 from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
-from worker.sandbox.simulator import Simulator
+from worker.redisio.clients import persist
+from worker.sandbox.simulator.server import Simulator
 
 
 @pytest.fixture

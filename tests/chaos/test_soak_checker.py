@@ -9,11 +9,11 @@ import pytest
 from soak_checker import OWN_TRIAL, SEAL, Evidence, Tally, came_to_nothing, check, is_own_trial
 from soak_jobs import Plan, plan
 
-from worker.sandbox.record import Served
-from worker.sandbox.simulator import Simulator
+from worker.sandbox.simulator.record import Served
+from worker.sandbox.simulator.server import Simulator
 from worker.vllm.circuit import Caller
+from worker.vllm.pool import Upstream
 from worker.vllm.stream import Limits
-from worker.vllm.upstream import Upstream
 
 Log = list[tuple[str, dict[str, str]]]
 

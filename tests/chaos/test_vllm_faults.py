@@ -7,7 +7,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 """Silence is noticed soon; that a busy machine is taken for a silent one costs a try more, and no answer."""
@@ -15,7 +15,7 @@ QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.tries.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.02)
 
 
 async def paced(start_simulator: StartSimulator) -> Simulator:
@@ -79,7 +79,7 @@ async def test_a_server_that_asks_for_time_holds_up_nobody_whom_another_can_serv
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("worker.tries.LONGEST_PAUSE", 3600)
+    monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 3600)
     busy = await start_simulator(Options(orders=Orders(fault="503", retry_after=600)))
     well = await start_simulator()
     await start_worker(busy, well)

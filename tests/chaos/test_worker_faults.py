@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from worker import Client
 from worker.contract.entries import to_json
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 
 LEASE = 1.0
 

@@ -9,9 +9,9 @@ import httpx
 import msgspec
 import pytest
 
-from worker.sandbox.answers import END, VOCABULARY, decode, encode
-from worker.sandbox.requests import ChatRequest, Message, answer_to
-from worker.sandbox.simulator import Options, Served, Simulator
+from worker.sandbox.simulator.answers import END, VOCABULARY, decode, encode
+from worker.sandbox.simulator.requests import ChatRequest, Message, answer_to
+from worker.sandbox.simulator.server import Options, Served, Simulator
 
 Event = dict[str, Any]
 RECORDED: dict[str, Event] = msgspec.json.decode(

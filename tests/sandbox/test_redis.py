@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.sandbox.redis import NoRedis, find_servers, start_redis, version_of
+from worker.sandbox.embedded_redis import NoRedis, find_servers, start_redis, version_of
 
 SERVERS = find_servers()
 
@@ -90,7 +90,7 @@ def test_a_server_that_is_too_old_or_broken_is_passed_over(
 
 
 def test_without_a_server_fakeredis_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.sandbox.redis.find_servers", list)
+    monkeypatch.setattr("worker.sandbox.embedded_redis.find_servers", list)
     with start_redis() as embedded:
         assert "fakeredis" in embedded.what
         assert embedded.process is None

@@ -9,9 +9,9 @@ import httpx
 import msgspec
 import pytest
 
-from worker.sandbox.answers import VOCABULARY, encode, pseudo_text
-from worker.sandbox.requests import answer_to
-from worker.sandbox.simulator import Options, Orders, Served, Simulator, serve_forever
+from worker.sandbox.simulator.answers import VOCABULARY, encode, pseudo_text
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Served, Simulator, serve_forever
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 INDEX: dict[str, dict[str, Any]] = msgspec.json.decode((TRANSCRIPTS / "index.json").read_bytes())

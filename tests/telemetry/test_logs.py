@@ -6,7 +6,7 @@ import sys
 import pytest
 import structlog
 
-from worker.telemetry.logs import Format, configure_logging
+from worker.telemetry.logging import Format, configure_logging
 
 
 def fail_with(prompt: str) -> None:

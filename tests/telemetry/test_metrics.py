@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from worker import Client, State
 from worker.contract.entries import to_json
-from worker.sandbox.simulator import Options, Orders, Simulator
-from worker.service import Service
+from worker.engine.application import Service
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 from worker.settings import ConfigError, load_settings
 from worker.telemetry.metrics import Metrics
 from worker.version import version

@@ -5,10 +5,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from worker.vllm import endpoints
+from worker.vllm import server as endpoints
 from worker.vllm.circuit import FAILURES, Caller, Run
-from worker.vllm.endpoints import Endpoint, best_of
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
+from worker.vllm.server import Endpoint, best_of
 
 Burden = Callable[[Endpoint, int], None]
 

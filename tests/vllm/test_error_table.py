@@ -12,12 +12,12 @@ import pytest
 from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.endpoints import may_be_its_fault
 from worker.vllm.errors import UpstreamError
+from worker.vllm.pool import Upstream
+from worker.vllm.server import may_be_its_fault
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import ChatStream, Limits, Watchdog
 from worker.vllm.transport import Answer
-from worker.vllm.upstream import Upstream
 
 M = "top_k is too large"
 AGAIN, ONCE = True, False

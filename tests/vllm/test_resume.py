@@ -11,6 +11,7 @@ from worker.contract.entries import JSON, Delta, Resumed, parse
 from worker.contract.ids import EntryId
 from worker.vllm.chunks import digest_of
 from worker.vllm.errors import CannotResume
+from worker.vllm.pool import CHAT, COMPLETIONS
 from worker.vllm.resume import (
     Continuation,
     ContinuationParser,
@@ -18,8 +19,7 @@ from worker.vllm.resume import (
     kept_of,
     obstacle,
 )
-from worker.vllm.stops import StopStrings
-from worker.vllm.upstream import CHAT, COMPLETIONS
+from worker.vllm.stop_strings import StopStrings
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
 PROMPT = [1, 2, 3]

@@ -18,21 +18,21 @@ from raw_server import sending
 from worker.contract import entries
 from worker.contract.answer import Answer
 from worker.contract.entries import Object, to_json
-from worker.sandbox.requests import answer_to
-from worker.sandbox.simulator import Options, Orders, Simulator
-from worker.sandbox.wire import Connection, Request
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+from worker.vllm import pool as upstream_module
 from worker.vllm import stream as stream_module
 from worker.vllm import transport as transport_module
-from worker.vllm import upstream as upstream_module
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.fields import body_for
+from worker.vllm.pool import Upstream
 from worker.vllm.sse import SSEDecoder
 from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
 from worker.vllm.target import Target, base_url
 from worker.vllm.transport import Transport
-from worker.vllm.upstream import Upstream
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]

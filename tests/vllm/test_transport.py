@@ -11,10 +11,10 @@ from raw_server import sending
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import State
 from worker.vllm.errors import NoConnection, UpstreamError
+from worker.vllm.pool import Upstream
 from worker.vllm.stream import Limits
 from worker.vllm.target import Target
 from worker.vllm.transport import Transport
-from worker.vllm.upstream import Upstream
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
 EVENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'

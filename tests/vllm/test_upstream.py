@@ -15,22 +15,22 @@ from conftest import eventually
 from structlog.testing import capture_logs
 
 from worker.contract.entries import Object
-from worker.sandbox.redis import free_port
-from worker.sandbox.requests import Fault
-from worker.sandbox.simulator import Options, Orders, Simulator
-from worker.sandbox.wire import Connection, Request
-from worker.telemetry.logs import configure_logging
+from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.simulator.requests import Fault
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+from worker.telemetry.logging import configure_logging
 from worker.vllm import circuit as circuit_module
+from worker.vllm import pool as upstream_module
 from worker.vllm import probes
-from worker.vllm import upstream as upstream_module
 from worker.vllm.api import Late, VllmApi
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.circuit import FAILURES, Caller, State
 from worker.vllm.credentials import ApiKeys
-from worker.vllm.endpoints import Endpoint
 from worker.vllm.errors import UpstreamError
+from worker.vllm.pool import Upstream
+from worker.vllm.server import Endpoint
 from worker.vllm.stream import Limits
-from worker.vllm.upstream import Upstream
 
 PATIENT = Limits(connect=5, first_token=10, gap=10)
 IMPATIENT = Limits(connect=5, first_token=0.1, gap=0.1)

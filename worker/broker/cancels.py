@@ -18,11 +18,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
 
 from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.connection import Backoff, is_lost, is_transient, what_redis_said
-from worker.broker.pages import RawEntry, read_all
+from worker.broker.log_pages import RawEntry, read_all
 from worker.contract.answer import Answer
 from worker.contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
 from worker.contract.ids import SEAL
+from worker.redisio.clients import Backoff, is_lost, is_transient, what_redis_said
 
 _log = structlog.get_logger()
 

@@ -12,7 +12,6 @@ from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
 from worker.broker.cancels import seal_cancelled
-from worker.broker.cluster import ClusterClient
 from worker.contract.entries import (
     Cancelled,
     Entry,
@@ -27,6 +26,7 @@ from worker.contract.entries import (
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
+from worker.redisio.cluster import ClusterClient
 
 GRACE = 5.0
 """Seconds after its deadline until a client ends a request that nobody has begun: a worker that is there is first."""

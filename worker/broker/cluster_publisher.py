@@ -12,11 +12,11 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import ClusterDownError, RedisError
 
-from worker.broker.cluster import ClusterClient, when_gone
-from worker.broker.connection import Backoff, command_client
-from worker.broker.log import Run, TokenLog
+from worker.broker.log_writer import Run, TokenLog
 from worker.broker.publisher import Publisher
 from worker.contract.entries import Fields
+from worker.redisio.clients import Backoff, command_client
+from worker.redisio.cluster import ClusterClient, when_gone
 from worker.telemetry.metrics import Metrics
 
 

@@ -12,11 +12,11 @@ import msgspec
 import structlog
 from redis.exceptions import ResponseError
 
-from worker.broker.connection import what_redis_said
-from worker.broker.log import TokenLog
-from worker.broker.wire import Command, pack
+from worker.broker.log_writer import TokenLog
 from worker.contract.entries import Fields
 from worker.contract.feed import UNTOLD_FOR
+from worker.redisio.clients import what_redis_said
+from worker.redisio.pipelined import Command, pack
 from worker.telemetry.metrics import Metrics
 
 News: TypeAlias = dict[TokenLog | str, list[tuple[str, Fields]]]

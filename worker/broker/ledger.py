@@ -12,13 +12,13 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.connection import is_lost, is_transient
-from worker.broker.jobs import Delivery
+from worker.broker.job_queue import Delivery
 from worker.broker.lifecycle import LifecycleWriter
 from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
 from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
+from worker.redisio.clients import is_lost, is_transient
 from worker.telemetry.metrics import Metrics
 
 _DEAD_LENGTH = 1000

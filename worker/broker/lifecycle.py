@@ -11,11 +11,11 @@ from itertools import chain, islice
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from worker.broker.connection import Backoff, Voice, is_transient
-from worker.broker.together import Together
-from worker.broker.wire import pack
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle
+from worker.redisio.batching import Together
+from worker.redisio.clients import Backoff, Voice, is_transient
+from worker.redisio.pipelined import pack
 from worker.telemetry.metrics import Metrics
 
 _AT_ONCE = 100

@@ -5,12 +5,12 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from worker.broker.lines import Line
-from worker.broker.log import TokenLog
-from worker.broker.pages import RawEntry
-from worker.broker.wire import pack
+from worker.broker.log_pages import RawEntry
+from worker.broker.log_writer import TokenLog
 from worker.contract.entries import Entry, Fields, parse_leniently
 from worker.contract.ids import SEAL, EntryId
+from worker.redisio.pipelined import pack
+from worker.redisio.transactions import Line
 
 
 async def look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]:

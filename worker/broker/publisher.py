@@ -22,12 +22,12 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.connection import Backoff, what_redis_said
 from worker.broker.feed import FeedPublisher, News, note_listeners, trial
-from worker.broker.log import LogDiverged, LogGone, Run, TokenLog, refusal_of, refused_in
-from worker.broker.wire import Command, Outcome, Wires, pack
+from worker.broker.log_writer import LogDiverged, LogGone, Run, TokenLog, refusal_of, refused_in
 from worker.contract.entries import Fields
 from worker.contract.ids import EntryId
+from worker.redisio.clients import Backoff, what_redis_said
+from worker.redisio.pipelined import Command, Outcome, Wires, pack
 from worker.telemetry.metrics import Metrics
 
 

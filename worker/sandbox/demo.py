@@ -20,16 +20,16 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.client import Client
-from worker.client_errors import Unavailable
+from worker.client.async_client import Client
+from worker.client.errors import Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import Entry, Object
-from worker.sandbox.redis import start_redis
-from worker.sandbox.simulator import Options, Orders, Simulator
+from worker.sandbox.embedded_redis import start_redis
+from worker.sandbox.simulator.server import Options, Orders, Simulator
 from worker.settings import load_settings, shown_url
 from worker.vllm.errors import UpstreamError
+from worker.vllm.pool import Upstream
 from worker.vllm.stream import Limits
-from worker.vllm.upstream import Upstream
 
 Tell: TypeAlias = Callable[[str, Object], None]
 """Takes a line for people and the same as JSON."""

@@ -9,8 +9,8 @@ import msgspec
 
 from worker.contract.entries import Object, to_json
 from worker.vllm.credentials import ApiKeys
-from worker.vllm.endpoints import Endpoint
 from worker.vllm.errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
+from worker.vllm.server import Endpoint
 from worker.vllm.stream import Limits, Watchdog, open_answer
 from worker.vllm.target import Target
 from worker.vllm.transport import Answer, Transport

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from worker.vllm.api import Late, VllmApi
 from worker.vllm.circuit import Caller
-from worker.vllm.endpoints import Endpoint
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
+from worker.vllm.server import Endpoint
 
 _T = TypeVar("_T")
 FIRST_LIMIT, LONGEST_LIMIT = 3.0, 60.0

@@ -18,8 +18,8 @@ from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.vllm.chunks import ChunkParser, digest_of
 from worker.vllm.circuit import Caller
 from worker.vllm.errors import CannotResume, UpstreamError
-from worker.vllm.stops import StopStrings, stops_of
-from worker.vllm.upstream import CHAT, COMPLETIONS, Endpoint, Upstream
+from worker.vllm.pool import CHAT, COMPLETIONS, Endpoint, Upstream
+from worker.vllm.stop_strings import StopStrings, stops_of
 
 _T = TypeVar("_T")
 _Post: TypeAlias = Callable[[str, Object], Awaitable[bytes]]

@@ -1,0 +1,84 @@
+"""A reader that has gone, as `head` goes (F8 of C8, C9): every command ends without a word on standard error."""
+
+import asyncio
+import errno
+import gc
+import os
+import sys
+from collections.abc import Callable
+
+import click
+import pytest
+from click.testing import CliRunner
+from command import environment, rest
+from conftest import StartSimulator, StartWorker
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.cli.main import main
+from worker.sandbox.simulator.server import Simulator
+
+BURIED = {"time": "1", "queue": "default", "job": "1-0", "reason": "bad", "fields": "{}"}
+
+
+class _Head:
+    """Takes so many lines, and is gone; then every line fails as the operating system has it fail."""
+
+    def __init__(self, lines: int, echo: Callable[..., None]) -> None:
+        self._left, self._echo = lines, echo
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        if not self._left:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        self._left -= 1
+        self._echo(*arguments, **options)
+
+
+@pytest.mark.parametrize("lines", range(6))
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_c8_check_closes_what_it_began_however_many_lines_are_read(
+    lines: int, form: tuple[str, ...], redis_url: str, simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """F8: `worker check | head -2` said that a task was destroyed while it was pending."""
+    monkeypatch.setenv("WORKER_CONCURRENCY", "4")
+    monkeypatch.setattr(click, "echo", _Head(lines, click.echo))
+    ended = CliRunner().invoke(main, ["check", "--redis-url", redis_url, "--vllm-urls", simulator.url, *form])
+    gc.collect()
+    assert (ended.exit_code, ended.stderr, caplog.messages) == (1, "", [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",), ("run", "--help"),
+        ("check",),
+        ("enqueue", "Hi"), ("enqueue", "Hi", "--json"),
+        ("enqueue", "Hi", "--follow", "--json"),
+        ("follow", "ended"), ("follow", "ended", "--json"),
+        ("cancel", "unknown"), ("cancel", "unknown", "--json"),
+        ("dead", "list"), ("dead", "list", "--json"),
+        ("demo",),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+async def test_c8_no_command_says_anything_of_a_closed_pipe(
+    arguments: tuple[str, ...], redis_url: str, redis: Redis, client: Client,
+    start_worker: StartWorker, start_simulator: StartSimulator,
+) -> None:  # fmt: skip
+    """F8: what is asked on standard error stays there; of the pipe there is nothing."""
+    server = await start_simulator()
+    await redis.xadd("chat:dead", BURIED)  # type: ignore[arg-type]
+    if "ended" in arguments or "--follow" in arguments:
+        await start_worker(server)
+        await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}, id="ended")
+        await client.result("ended")
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", *arguments,
+        stdout=writer, stderr=asyncio.subprocess.PIPE, env=environment(REDIS_URL=redis_url, VLLM_URLS=server.url),
+    )  # fmt: skip
+    os.close(writer)
+    ended = await rest(process)
+    assert (ended.status, [line for line in ended.err.splitlines() if not line.startswith("· ")]) == (1, [])

@@ -1,0 +1,117 @@
+"""What `worker follow` prints of an answer that broke off: the text whole, and everything about it elsewhere."""
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from click.testing import CliRunner
+from command import run
+from redis.asyncio import Redis
+
+from worker import Client, Unavailable
+from worker.cli.main import main
+from worker.cli.printer import Printer
+from worker.contract.entries import Delta, parse
+from worker.contract.ids import SEAL, EntryId
+
+BROKEN_OFF: Sequence[tuple[str, dict[str, str]]] = (
+    ("1-0", {"type": "started", "worker": "w1"}),
+    ("1-1", {"type": "delta", "content": "One, "}),
+)
+RESUMED = {"type": "resumed", "after": "1-1"}
+RESTARTED = {"type": "restarted"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "how", "printed", "told"),
+    [
+        ("takeover", RESUMED, "One, two\n", "· taken by w1\n· taken over by w2\n· the answer goes on\n· done\n"),
+        ("upstream_truncated", RESUMED, "One, two\n", "· upstream_truncated: tried again by w2\n"),
+        ("takeover", RESTARTED, "One, \ntwo\n", "· the answer starts again: what stands above is void\n"),
+    ],
+)
+async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
+    reason: str, how: dict[str, str], printed: str, told: str, redis: Redis, redis_url: str
+) -> None:
+    rest = (
+        ("2-0", {"type": "claimed", "worker": "w2", "reason": reason}),
+        ("2-1", how),
+        ("2-2", {"type": "delta", "content": "two"}),
+        (str(SEAL), {"type": "done"}),
+    )
+    for entry_id, fields in (*BROKEN_OFF, *rest):
+        await redis.xadd("chat:tokens:{r}", fields, id=entry_id)  # type: ignore[arg-type]  # dict is invariant
+    await redis.expire("chat:tokens:{r}", 60)
+    ended = await run("follow", "r", REDIS_URL=redis_url)
+    assert (ended.status, ended.out) == (0, printed)
+    assert told in ended.err
+
+
+A3_A6: list[tuple[str, list[dict[str, str]], str]] = [
+    # what is shown, the deltas, what is printed of them
+    (
+        "a refusal in pieces",
+        [{"extra": '{"delta":{"refusal":"I can"}}'}, {"extra": '{"delta":{"refusal":"not."}}'}],
+        "I cannot.\n",
+    ),
+    (
+        "a refusal after text, and that of another choice",
+        [
+            {"content": "Well: "},
+            {"extra": '{"delta":{"refusal":"no"}}'},
+            {"index": "1", "extra": '{"delta":{"refusal":"No."}}'},
+        ],
+        "Well: no\n[1] No.\n",
+    ),
+    (
+        "two calls at one index",
+        [
+            {"tool_calls": '[{"index":0,"id":"c","function":{"name":"f","arguments":"{"}}]'},
+            {"tool_calls": '[{"index":0,"id":"","function":{"name":"","arguments":"}"}}]'},
+            {"tool_calls": '[{"index":0,"id":"d","function":{"name":"g","arguments":"[]"}},{}]'},
+        ],
+        (
+            '{"index":0,"id":"c","function":{"name":"f","arguments":"{}"}}\n'
+            '{"index":0,"id":"d","function":{"name":"g","arguments":"[]"}}\n'
+        ),
+    ),
+    (
+        "a function call",
+        [
+            {"extra": '{"delta":{"function_call":{"name":"f","arguments":""}}}'},
+            {"extra": '{"delta":{"function_call":{"arguments":"{}"}}}'},
+        ],
+        '{"name":"f","arguments":"{}"}\n',
+    ),
+    (
+        "content in parts, and then as text",
+        [
+            {"extra": '{"delta":{"content":[{"type":"text","text":"hello "},{"type":"thinking","thinking":[]}]}}'},
+            {"content": "parts"},
+            {"index": "1", "extra": '{"delta":{"content":[{"type":"text","text":"b"}]}}'},
+        ],
+        "hello parts\n[1] b\n",
+    ),
+    ("what is spoken", [{"extra": '{"delta":{"audio":{"id":"a","transcript":"Hi"}}}'}], "Hi\n"),
+]
+
+
+@pytest.mark.parametrize(("deltas", "printed"), [case[1:] for case in A3_A6], ids=[case[0] for case in A3_A6])
+def test_a3_a6_whatever_a_model_says_is_printed(
+    deltas: list[dict[str, str]], printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printer = Printer(as_json=False)
+    for n, fields in enumerate(deltas, 1):
+        printer.show(parse(f"1-{n}", {"type": "delta"} | fields))
+    printer.show(parse(str(SEAL), {"type": "done"}))
+    assert capsys.readouterr().out == printed
+
+
+def test_whoever_loses_redis_mid_answer_learns_how_to_go_on(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def lose(_: Client, request_id: str, **_more: object) -> AsyncIterator[Delta]:
+        yield Delta(id=EntryId(1, 7), content=f"As {request_id}")
+        raise Unavailable("Redis does not answer: gone")
+
+    monkeypatch.setattr(Client, "follow", lose)
+    result = CliRunner(env={"REDIS_URL": redis_url}).invoke(main, ["follow", "r"])
+    assert (result.exit_code, result.stdout) == (1, "As r\n")
+    assert result.stderr == "Error: Redis does not answer: gone\nGo on later with: worker follow r --after 1-7\n"

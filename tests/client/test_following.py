@@ -1,0 +1,830 @@
+"""Following by the feed: whatever it tells, loses, doubles or makes up, a follower sees what the log says, in order."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Self
+
+import pytest
+from conftest import eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+from story import END, START, Story, delta
+
+from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
+from worker.broker.log_pages import PageSize
+from worker.client.follower import Follower
+from worker.contract.entries import (
+    Cancelled,
+    Claimed,
+    Done,
+    Failed,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    to_fields,
+    to_json,
+)
+from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from worker.sandbox.embedded_redis import start_redis
+
+
+@pytest.fixture
+async def story(redis: Redis) -> Story:
+    await redis.config_resetstat()
+    return Story(redis)
+
+
+class Reader:
+    """Somebody who follows a request, and what was seen."""
+
+    pours = False
+
+    def __init__(
+        self, client: Client, request_id: str = "r", after: EntryId | None = None,
+        into: Callable[[Entry], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.seen: list[Entry] = []
+        self._into = into or self.seen.append
+        self._client = client
+        self._id = request_id
+        self.task = asyncio.create_task(self._read(after))
+
+    @classmethod
+    async def of(cls, client: Client, story: Story) -> Self:
+        """One who listens to a request that has begun."""
+        await story.write(START)
+        reader = cls(client)
+        await reader.hears()
+        return reader
+
+    async def _read(self, after: EntryId | None) -> None:
+        if self.pours:
+            await self._client.pour(self._id, self._into, after=after)
+            return
+        async for entry in self._client.follow(self._id, after=after):
+            self._into(entry)
+
+    async def has(self, *entries: Entry) -> None:
+        """Wait until the last that was seen are these."""
+
+        async def seen() -> bool:
+            if self.task.done():
+                self.task.result()
+            return self.seen[-len(entries) :] == list(entries)
+
+        await eventually(seen)
+
+    async def hears(self) -> None:
+        """Wait until nothing is read but what is not told."""
+
+        async def settled() -> bool:
+            request = self._client._following._requests.get(self._id)
+            return request is not None and request.is_settled and all(map(waits, request.followers))
+
+        await eventually(settled)
+
+
+@pytest.fixture(autouse=True, params=["follow", "pour"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows does it in either way."""
+    monkeypatch.setattr(Reader, "pours", request.param == "pour")
+
+
+def waits(follower: Follower) -> bool:
+    return follower._waiter is not None and not follower._waiter.done()
+
+
+async def calls(redis: Redis, command: str) -> int:
+    stats = await redis.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+@pytest.fixture
+async def nobody_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is never too long."""
+    monkeypatch.setattr("worker.client.following._TICK", 1000.0)
+
+
+@pytest.fixture
+async def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is too long very soon."""
+    monkeypatch.setattr("worker.client.following._TICK", 0.01)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    reader = Reader(client)
+    await reader.has(START)
+    await reader.hears()
+    read = await calls(redis, "xrange")
+    for n in range(1, 20):
+        await story.go_on(delta(1, n))
+        await reader.has(delta(1, n))
+    assert await calls(redis, "xrange") == read
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+    assert await calls(redis, "xread") == 0
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: Client, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    told = delta(1, 1)
+    client._following._requests["r"].hear(to_json([[str(told.id), to_fields(told)]]).encode())
+    assert reader.seen == [START, told]
+    await story.write(told)
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_what_the_taker_raises_comes_out_and_ends_it(*, is_told: bool, client: Client, story: Story) -> None:
+    def take(entry: Entry) -> None:
+        if isinstance(entry, Delta):
+            raise ZeroDivisionError
+
+    await story.write(START, *([] if is_told else [delta(1, 1)]))
+    reader = Reader(client, into=take)
+    if is_told:
+        await reader.hears()
+        await story.go_on(delta(1, 1))
+    with pytest.raises(ZeroDivisionError):
+        await reader.task
+    assert not client._following._requests
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize(("raised", "out"), [(StopIteration, RuntimeError), (asyncio.CancelledError,) * 2])
+async def test_whatever_a_taker_raises_the_others_hear_on(
+    raised: type[BaseException], out: type[BaseException], client: Client, redis: Redis, story: Story
+) -> None:
+    def take(entry: Entry) -> None:
+        if isinstance(entry, Delta):
+            raise raised
+
+    await story.write(START)
+    readers = [Reader(client, into=take), Reader(client)]
+    await readers[1].hears()
+    read = await calls(redis, "xrange")
+    await story.go_on(delta(1, 1), delta(1, 2))
+    with pytest.raises(out):
+        await readers[0].task
+    await readers[1].has(delta(1, 1), delta(1, 2))
+    assert await calls(redis, "xrange") == read
+    readers[1].task.cancel()
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: Story) -> None:
+    taken: list[Entry] = []
+
+    def take(entry: Entry) -> None:
+        taken.append(entry)
+        if isinstance(entry, Delta):
+            reader.task.cancel()
+
+    await story.write(START)
+    reader = Reader(client, into=take)
+    await reader.hears()
+    await story.write(delta(1, 1), delta(1, 2))
+    await story.tell(delta(1, 1), delta(1, 2))
+    with pytest.raises(asyncio.CancelledError):
+        await reader.task
+    assert taken == [START, delta(1, 1)]
+
+
+@pytest.mark.usefixtures("nobody_polls")
+@pytest.mark.parametrize("seed", range(8))
+async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing(
+    seed: int, client: Client, story: Story
+) -> None:
+    dice = random.Random(seed)  # noqa: S311 - no secret
+    entries: list[Entry] = [START, *(delta(1, n) for n in range(1, 40))]
+    entries += [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), *(delta(2, n) for n in range(2, 40))]
+    await story.write(START)
+    readers = [Reader(client) for _ in range(2)]
+    untold: list[Entry] = []
+    await readers[0].has(START)
+    if seed % 2:
+        await readers[0].hears()
+    for entry in entries[1:]:
+        await story.write(entry)
+        untold.append(entry)
+        if dice.random() < 0.5:
+            dice.shuffle(untold)
+        while untold and dice.random() < 0.6:
+            told = [untold.pop() for _ in range(min(len(untold), dice.randint(1, 3)))]
+            if dice.random() < 0.8:
+                await story.tell(*told)
+            if dice.random() < 0.3:
+                untold += told[:1]
+        if dice.random() < 0.2:
+            readers.append(Reader(client, after=dice.choice(story.written).id))
+    await story.go_on(END)
+    for reader in readers:
+        await reader.task
+        assert reader.seen == story.written[-len(reader.seen) :]
+    assert readers[0].seen == readers[1].seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_nobody_told_as_the_subscription_began_is_found(
+    client: Client, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.client.following._SETTLED_AFTER", 60.0)
+    await story.write(START)
+    reader = Reader(client)
+    await eventually(story.listeners)
+    for n in (1, 2, 3):
+        await story.write(delta(1, n))
+        await reader.has(delta(1, n))
+    await story.go_on(delta(1, 4))
+    await reader.hears()
+    reader.task.cancel()
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(client: Client, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.go_on(delta(1, 1))
+    await story.write(delta(1, 2), delta(1, 3))
+    await story.go_on(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
+    await reader.has(delta(2, 2))
+    await story.tell(delta(1, 3))  # by an owner who is late
+    await story.write(delta(2, 3))
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.go_on(delta(1, 1))
+    await story.write(delta(1, 2))
+    await client.cancel("r")
+    await reader.task
+    assert [entry.id for entry in reader.seen] == [(1, 0), (1, 1), (1, 2), SEAL]
+    assert isinstance(reader.seen[-1], Cancelled)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redis: Redis, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.tell(delta(1, 7))
+    await story.tell(END)
+    await story.tell(delta(3, 0))
+    await redis.publish(story.channel, "no message")
+    await story.go_on(delta(1, 1), delta(1, 2), END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+def in_database(url: str, number: int) -> str:
+    return url.removesuffix("/0") + f"/{number}"
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_d4_equal_ids_in_two_databases_are_two_requests(redis_url: str, redis: Redis) -> None:
+    """D4: pub/sub knows no databases, so the channel says which one it is of."""
+    url = in_database(redis_url, 1)
+    async with Redis.from_url(url, protocol=2) as other, Client(redis_url) as client, Client(url) as neighbour:
+        mine, theirs = Story(redis), Story(other, channel="chat:feed:1:{r}")
+        readers = [await Reader.of(client, mine), await Reader.of(neighbour, theirs)]
+        for n in range(1, 5):
+            await mine.go_on(delta(1, n))
+            await theirs.go_on(Delta(id=EntryId(1, n), content="theirs"))
+        await mine.go_on(END)
+        await neighbour.cancel("r")
+        for reader in readers:
+            await reader.task
+        assert readers[0].seen == mine.written
+        assert readers[1].seen[:-1] == theirs.written
+        assert isinstance(readers[1].seen[-1], Cancelled)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_d4_a_publisher_from_before_the_channel_had_its_database_is_read(redis_url: str) -> None:
+    """During a rolling upgrade one of the two may use the other channel: whoever hears nothing reads."""
+    url = in_database(redis_url, 1)
+    async with Redis.from_url(url, protocol=2) as other, Client(url) as client:
+        story = Story(other)
+        reader = await Reader.of(client, story)
+        for n in range(1, 5):
+            await story.go_on(delta(1, n))
+            await reader.has(delta(1, n))
+        await story.go_on(END)
+        await reader.task
+        assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_silence_has_the_log_read(client: Client, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.write(delta(1, 1), END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_log_that_vanishes_is_noticed(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    readers = [Reader(client), Reader(client)]
+    await readers[0].hears()
+    await redis.delete(story.key)
+    for reader in readers:
+        with pytest.raises(UnknownRequest):
+            await reader.task
+    reader = await Reader.of(client, story)
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
+    await redis.delete(story.key)
+    with pytest.raises(Expired):
+        await reader.task
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(client: Client, redis: Redis, story: Story) -> None:
+    """As one is whose publisher may not publish, or takes the cluster for an older one."""
+    reader = await Reader.of(client, story)
+    n = 0
+    while not await calls(redis, "xread"):
+        n += 1
+        await story.write(delta(1, n))
+        await reader.has(delta(1, n))
+    await eventually(lambda: nobody_listens(story))
+    await story.write(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def nobody_listens(*stories: Story) -> bool:
+    return not any([await story.listeners() for story in stories])
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redis, redis_url: str) -> None:
+    await redis.config_resetstat()
+    await redis.acl_setuser(
+        "deaf", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
+    )
+    try:
+        async with Client(redis_url.replace("//", "//deaf:pw@"), patience=5) as client:
+            for request_id in ("r", "s"):
+                told = Story(redis, request_id)
+                await told.write(START)
+                reader = Reader(client, request_id)
+                await reader.has(START)
+                await told.go_on(delta(1, 1))
+                await reader.has(delta(1, 1))
+                await told.go_on(END)
+                await reader.task
+                assert reader.seen == told.written
+        assert await calls(redis, "xread")
+    finally:
+        await redis.acl_deluser("deaf")
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_whoever_does_not_read_keeps_little_and_misses_nothing(client: Client, story: Story) -> None:
+    await story.write(START)
+    async with aclosing(client.follow("r")) as entries:
+        seen = [await anext(entries)]
+        following = asyncio.ensure_future(anext(entries))
+        (follower,) = client._following._requests["r"].followers
+        await eventually(lambda: is_settled(follower))
+        kept = 0
+        for n in range(1, 2000):
+            await story.go_on(delta(1, n))
+            kept = max(kept, follower._bytes)
+        seen.append(await following)
+        assert 0 < kept <= 32 * 1024
+        assert len(follower._ready) < 1000
+        await story.go_on(END)
+        seen += [entry async for entry in entries]
+    assert seen == story.written
+
+
+async def is_settled(follower: Follower) -> bool:
+    return follower._request.is_settled and waits(follower)
+
+
+async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
+    client: Client, redis: Redis, story: Story
+) -> None:
+    reader = await Reader.of(client, story)
+    for n in range(1, 60):
+        await story.go_on(delta(1, n))
+        if n % 10 == 0:
+            await redis.client_kill_filter(_type="pubsub")
+        if n % 20 == 0:
+            await reader.hears()
+    await story.go_on(END)
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def test_followers_of_one_request_share_its_subscription(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    readers = [Reader(client) for _ in range(20)]
+    for reader in readers:
+        await reader.has(START)
+    await readers[0].hears()
+    assert await story.listeners() == 1
+    await story.go_on(delta(1, 1))
+    for reader in readers:
+        await reader.has(delta(1, 1))
+    for reader in readers[1:]:
+        reader.task.cancel()
+    await asyncio.wait([reader.task for reader in readers[1:]])
+    await story.go_on(delta(1, 2))
+    await readers[0].has(delta(1, 2))
+    assert await story.listeners() == 1
+    await story.go_on(END)
+    await readers[0].task
+    await eventually(lambda: nobody_listens(story))
+    assert not client._following._requests
+    assert await redis.ping()
+
+
+async def test_many_requests_are_followed_on_two_connections(client: Client, redis: Redis) -> None:
+    stories = [Story(redis, f"r{number}") for number in range(300)]
+    for story in stories:
+        await story.write(START)
+    before = len(await redis.client_list())
+    readers = [Reader(client, story.id) for story in stories]
+    for reader in readers:
+        await reader.hears()
+    assert len(await redis.client_list()) - before == 2
+    for story in stories:
+        await story.go_on(delta(1, 1), END)
+    for reader, story in zip(readers, stories, strict=True):
+        await reader.task
+        assert reader.seen == story.written
+    await eventually(lambda: nobody_listens(*stories[::50]))
+
+
+def others() -> set["asyncio.Task[object]"]:
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+@pytest.fixture
+async def nothing_left(redis: Redis) -> AsyncIterator[None]:
+    """Fails a test that leaves a task or a connection."""
+    tasks, connections = others(), len(await redis.client_list())
+    yield
+    assert others() <= tasks
+
+    async def closed() -> bool:
+        return len(await redis.client_list()) <= connections
+
+    await eventually(closed)
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("when", ["at once", "while it reads", "while it waits", "without the feed"])
+async def test_closing_the_client_ends_who_still_follows(
+    when: str, redis_url: str, redis: Redis, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await story.write(START)
+    client = Client(redis_url)
+    if when == "without the feed":
+        monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, listener: listener.refused())
+    reader = Reader(client)
+    if when == "while it reads":
+        await asyncio.sleep(0)
+    elif when == "while it waits":
+        await reader.hears()
+    elif when == "without the feed":
+        await reader.has(START)
+        await eventually(lambda: calls(redis, "xread"))
+    await client.aclose()
+    with pytest.raises(Unavailable, match="closed"):
+        await reader.task
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_follower_may_stop_at_any_time(redis_url: str, story: Story) -> None:
+    await story.write(START)
+    async with Client(redis_url) as client:
+        for steps in range(30):
+            reader = Reader(client)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            reader.task.cancel()
+            await asyncio.wait([reader.task])
+            assert reader.task.cancelled()
+        assert not client._following._requests
+        await eventually(lambda: nobody_listens(story))
+        reader = Reader(client)
+        await reader.has(START)
+        await story.go_on(delta(1, 1), END)
+        await reader.task
+    assert reader.seen == story.written
+
+
+async def test_a_redis_that_goes_is_said_when_patience_ends() -> None:
+    with start_redis() as server:
+        async with Client(server.url, patience=0.2) as client, Redis.from_url(server.url, protocol=2) as redis:
+            story = Story(redis)
+            await story.write(START)
+            reader = Reader(client)
+            await reader.hears()
+            assert server.process
+            server.process.kill()
+            with pytest.raises(Unavailable, match="does not answer"):
+                await reader.task
+
+
+def log_of(*ids: str, seal: Entry | None = None) -> list[Entry]:
+    """Entries with these ids: those that begin an attempt, deltas, and how the log ends."""
+    made: list[Entry] = []
+    for attempt, n in map(EntryId.parse, ids):
+        first = {True: Queued, False: Started if attempt == 1 else Claimed}[attempt == 0]
+        made.append(first(id=EntryId(attempt, n)) if n == (attempt == 0) else delta(attempt, n))
+    return [*made, seal] if seal else made
+
+
+WHOLE = log_of("0-1", "1-0", "1-1", "1-2", "1-3", "1-4", seal=END)
+BEGAN_AGAIN = [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2), Done(id=SEAL, attempt=2)]
+WENT_ON = [Claimed(id=EntryId(2, 0)), Resumed(id=EntryId(2, 1), after="1-2"), delta(2, 2), Done(id=SEAL, attempt=2)]
+HOLE = log_of("1-0", "1-1", "1-2", "1-5")
+TOP = log_of(f"{SEAL.attempt}-0", f"{SEAL.attempt}-1", seal=Failed(id=SEAL, code="buried"))
+
+
+@pytest.mark.parametrize(
+    ("log", "after", "lacks"),
+    [
+        pytest.param(WHOLE[-3:], None, "0-0", id="trimmed"),
+        pytest.param(WHOLE[-1:], None, "0-0", id="trimmed to its seal"),
+        pytest.param([*WHOLE[:1], *WHOLE[-1:]], None, "0-1", id="its attempt deleted"),
+        pytest.param([*WHOLE[:3], *WHOLE[5:]], None, "1-1", id="a hole"),
+        pytest.param([*WHOLE[:4], BEGAN_AGAIN[-1]], None, "1-2", id="another attempt deleted"),
+        pytest.param(log_of("2-0", "2-1", seal=Done(id=SEAL, attempt=2)), None, "0-0", id="an attempt trimmed"),
+        pytest.param(WHOLE[-2:], "1-1", "1-1", id="a cursor before what is there"),
+        pytest.param(WHOLE, "1-9", "1-9", id="a cursor beyond the end"),
+        pytest.param(WHOLE[:4], str(SEAL), str(SEAL), id="the seal of a log that goes on"),
+    ],
+)
+async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
+    log: list[Entry], after: str | None, lacks: str, client: Client, story: Story
+) -> None:
+    """D8: XTRIM, and the answer was `done` with its last tokens."""
+    await story.write(*log)
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    with pytest.raises(IncompleteLog) as told:
+        await reader.task
+    assert str(told.value.after) == lacks
+    assert not reader.seen or reader.seen[-1].id == told.value.after, "what comes before is given"
+    if after is None:
+        with pytest.raises(IncompleteLog):
+            await client.result("r")
+
+
+RUNNING = [
+    pytest.param(HOLE, None, 3, id="deleted entries"),
+    pytest.param([*HOLE, *WENT_ON[:1]], None, 3, id="deleted entries, and another attempt begins"),
+    pytest.param([*WHOLE[:4], delta(2, 9)], None, 4, id="renamed away and back"),
+    pytest.param(HOLE[2:3], None, 0, id="a trimmed start"),
+    pytest.param(log_of("2-0", "2-1"), None, 0, id="an attempt trimmed"),
+    pytest.param(HOLE[:3], "1-3", 0, id="a cursor that a failover lost"),
+    pytest.param([*HOLE[:3], *WENT_ON[:1]], "1-3", 0, id="a lost cursor, and another attempt begins"),
+]
+"""Logs that are still written: what they hold, after which entry a reader begins, and how many come before a hole."""
+
+MENDS = [
+    [Claimed(id=EntryId(3, 0)), Restarted(id=EntryId(3, 1)), delta(3, 2), Done(id=SEAL, attempt=3)],
+    [Claimed(id=EntryId(3, 0)), Resumed(id=EntryId(3, 1), after="0-0"), delta(3, 2), Done(id=SEAL, attempt=3)],
+]
+
+
+async def at_hole(client: Client, redis: Redis, log: list[Entry], after: str | None, seen: int) -> Reader:
+    """Somebody who has all that comes before the hole, and has looked several times for what comes behind it."""
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+
+    async def waits_there() -> bool:
+        if reader.task.done():
+            reader.task.result()
+        request = client._following._requests.get("r")
+        return request is not None and all(follower._is_at_hole for follower in request.followers)
+
+    await eventually(waits_there)
+    looks = await calls(redis, "xrange")
+
+    async def has_looked_again() -> bool:
+        return await calls(redis, "xrange") > looks + 4
+
+    await eventually(has_looked_again)
+    assert not reader.task.done()
+    assert reader.seen == log[:seen]
+    return reader
+
+
+@pytest.mark.parametrize("mend", MENDS, ids=["restarted", "resumed"])
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_void(
+    log: list[Entry], after: str | None, seen: int, mend: list[Entry], client: Client, redis: Redis, story: Story
+) -> None:
+    """F1: a reader failed for good on a job that its worker made whole seconds later."""
+    await story.write(*log)
+    reader = await at_hole(client, redis, log, after, seen)
+    await story.go_on(delta(2, 10), *mend)
+    await reader.task
+    assert reader.seen == story.written[-len(reader.seen) :]
+    assert reader.seen[-len(mend) :] == mend
+    assert after or reader.seen == story.written
+
+
+@pytest.mark.parametrize("end", ["its seal", "its log is gone", "its seal is deleted"])
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_a_hole_that_is_never_void_ends_the_reading(
+    log: list[Entry], after: str | None, seen: int, end: str, client: Client, redis: Redis, story: Story
+) -> None:
+    await story.write(*log)
+    reader = await at_hole(client, redis, log, after, seen)
+    match end:
+        case "its seal":
+            await story.go_on(END)
+        case "its log is gone":
+            await redis.delete(story.key)
+        case _:
+            await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
+    with pytest.raises(IncompleteLog) as told:
+        await reader.task
+    assert str(told.value.after) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
+    assert reader.seen == log[:seen]
+
+
+@pytest.mark.parametrize("_way", ["follow"], indirect=True)
+@pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
+async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
+    log: list[Entry], after: str | None, seen: int, client: Client, story: Story
+) -> None:
+    await story.write(*log)
+    entries = await client.open("r", after=after, idle=0.02)
+    async with aclosing(entries):
+        assert [await anext(entries) for _ in range(seen)] == log[:seen]
+        for _ in range(3):
+            assert isinstance(idle := await anext(entries), Idle)
+            assert str(idle.id) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
+        await story.write(END)
+        with pytest.raises(IncompleteLog):
+            [entry async for entry in entries]
+    with pytest.raises(IncompleteLog):
+        [entry async for entry in await client.open("r", after=after)]
+
+
+async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(START)
+    await redis.xdel(story.key, str(START.id))
+    reader = await at_hole(client, redis, [], None, 0)
+    story.written.clear()
+    await story.go_on(delta(1, 1), *MENDS[0])
+    await reader.task
+    assert reader.seen == story.written
+
+
+async def test_f1_a_log_that_comes_back_whole_is_read_on(client: Client, redis: Redis, story: Story) -> None:
+    await story.write(*WHOLE[:6])
+    await redis.rename(story.key, "chat:away:{r}")
+    story.written.clear()
+    await story.write(*WHOLE[4:6])
+    reader = await at_hole(client, redis, [], None, 0)
+    await redis.rename("chat:away:{r}", story.key)
+    await story.write(END)
+    await reader.task
+    assert reader.seen == [*WHOLE[:6], END]
+
+
+@pytest.mark.parametrize(
+    ("log", "after", "is_seen"),
+    [
+        pytest.param(WHOLE, None, WHOLE, id="whole"),
+        pytest.param([*HOLE, *BEGAN_AGAIN], None, [*HOLE, *BEGAN_AGAIN], id="a hole, and it began again"),
+        pytest.param([*HOLE, *WENT_ON], None, [*HOLE, *WENT_ON], id="a hole, and it went on from before"),
+        pytest.param(BEGAN_AGAIN, None, BEGAN_AGAIN, id="trimmed to where it began again"),
+        pytest.param(WHOLE[4:], "1-2", WHOLE[4:], id="trimmed to the cursor"),
+        pytest.param([*HOLE[:3], *WENT_ON], "1-9", WENT_ON, id="a cursor lost in a failover, and it went on"),
+        pytest.param([*WHOLE[:2], *log_of("5-0", "5-1", seal=Done(id=SEAL, attempt=5))], "0-1", None, id="made anew"),
+        pytest.param(WHOLE, "0-1", WHOLE[1:], id="a cursor"),
+        pytest.param(WHOLE[1:], "0-0", WHOLE[1:], id="no queued"),
+        pytest.param(WHOLE, str(SEAL), [], id="the seal of what has ended"),
+        pytest.param([*WHOLE[:2], *TOP], None, [*WHOLE[:2], *TOP], id="an attempt with the seal's number"),
+        pytest.param([Cancelled(id=SEAL)], None, [Cancelled(id=SEAL)], id="cancelled before it was enqueued"),
+        pytest.param([Failed(id=SEAL, code="deadline")], None, [Failed(id=SEAL, code="deadline")], id="never begun"),
+    ],
+)
+async def test_d8_a_log_that_has_what_counts_is_read(
+    log: list[Entry], after: str | None, is_seen: list[Entry] | None, client: Client, story: Story
+) -> None:
+    await story.write(*log)
+    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    await reader.task
+    assert reader.seen == (log[1:] if is_seen is None else is_seen)
+
+
+@pytest.mark.usefixtures("nobody_polls")
+async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_the_end(
+    client: Client, redis: Redis, story: Story
+) -> None:
+    before = delta(SEAL.attempt, SEAL.n - 1)
+    await story.write(START, before)
+    reader = Reader(client, after=before.id)
+
+    async def waits() -> bool:
+        return bool((await redis.info("clients"))["blocked_clients"] or await story.listeners())
+
+    await eventually(waits)
+    await story.go_on(END)
+    async with asyncio.timeout(5):
+        await reader.task
+    assert reader.seen == [END]
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(client: Client, redis: Redis, story: Story) -> None:
+    reader = await Reader.of(client, story)
+    await story.write(*(delta(1, n) for n in range(1, 9)))
+    await reader.has(delta(1, 8))
+    pipe = redis.pipeline()
+    for n in range(9, 20):
+        pipe.xadd(story.key, to_fields(delta(1, n)), id=f"1-{n}")  # type: ignore[arg-type]  # dict is invariant
+    pipe.xtrim(story.key, maxlen=3, approximate=False)
+    await pipe.execute()
+    await story.write(END)
+    with pytest.raises(IncompleteLog, match="after 1-8"):
+        await reader.task
+    assert reader.seen[-1] == delta(1, 8)
+
+
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize("length", [1, 199, 200, 201, 1500])
+async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Client, redis: Redis, story: Story) -> None:
+    await story.write(*log_of("0-1", "1-0"), *(delta(1, n) for n in range(1, length + 4)), END)
+    assert len((await client.result("r")).deltas) == length + 3
+    await redis.xdel(story.key, f"1-{length}")
+    with pytest.raises(IncompleteLog) as told:
+        await client.result("r")
+    assert told.value.after == (1, length - 1)
+
+
+@pytest.fixture
+def slow_way(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """3 MB a second, where Redis has 0.3 s to say something: the scale is a twentieth of the real one."""
+    monkeypatch.setattr("worker.redisio.pipelined.COMMAND_TIMEOUT", 0.3)
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
+    redis_proxy.down = 0.02  # for each piece of 64 KiB
+    return redis_proxy
+
+
+@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@pytest.mark.parametrize(("logs", "entries", "size"), [(40, 100, 1000), (1, 600, 6500)])
+async def test_d3_large_logs_on_a_slow_way_are_read(
+    logs: int, entries: int, size: int, redis: Redis, slow_way: Proxy
+) -> None:
+    """D3: 100 logs of 100 kB at 1 MB/s: 70 of 100 `Unavailable`; a page of 1,000 entries of 6.5 kB: never."""
+    stories = [Story(redis, f"r{number}") for number in range(logs)]
+    text = "x" * size
+    for story in stories:
+        deltas = (Delta(id=EntryId(1, n), content=text) for n in range(1, entries + 1))
+        await story.write(START, *deltas, END)
+    async with Client(slow_way.redis_url, patience=5) as client:
+        answers = await asyncio.gather(*(client.result(story.id) for story in stories))
+    assert all(len(answer.text) == entries * size for answer in answers)
+
+
+async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones(
+    redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.redisio.pipelined.COMMAND_TIMEOUT", 0.1)
+    story = Story(redis)
+    await story.write(START, *(delta(1, n) for n in range(1, 300)), END)
+    for count in (b"200", b"50"):
+        redis_proxy.hold(b"XRANGE .* COUNT " + count)
+    async with Client(redis_proxy.redis_url, patience=5) as client:
+        reader = Reader(client)
+        await reader.task
+    assert reader.seen == story.written
+
+
+async def test_d3_pages_are_of_so_many_bytes(client: Client, story: Story) -> None:
+    """D3: a page of 1,000 entries of 6.5 kB was one reply."""
+    await story.write(START, *(Delta(id=EntryId(1, n), content="x" * 6500) for n in range(1, 500)), END)
+    logs, place, size, pages = client._following.logs, BEFORE_ALL, PageSize(), []
+    while (page := await logs.read("r", place, size)) is not None:
+        pages.append(len(list(page.entries)))
+        place = page.last
+        if place == SEAL:
+            break
+    assert sum(pages) == 501
+    assert max(pages[1:]) < 50

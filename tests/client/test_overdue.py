@@ -1,0 +1,207 @@
+"""A deadline that passes while nobody takes the job: whoever looks ends it, unless somebody has begun."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+from conftest import StartWorker, eventually, stream
+from proxy import Proxy
+from redis.asyncio import Redis
+
+from worker import Client, Entry, Failed, Queued, Refused, State, Status
+from worker.contract.ids import SEAL
+from worker.sandbox.simulator.server import Simulator
+
+ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
+LOG, ENDED = "chat:tokens:{r}", "chat:ended:{r}"
+WAITS = Status(State.QUEUED)
+OVER = Status(State.ENDED, "error")
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is too long very soon, and so is a deadline that has passed."""
+    monkeypatch.setattr("worker.client.following._TICK", 0.01)
+    monkeypatch.setattr("worker.client.log_reader._BLOCK", 0.05)
+    monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
+
+
+async def follow(client: Client) -> list[Entry]:
+    return [entry async for entry in client.follow("r")]
+
+
+async def has_sealed(redis: Redis) -> bool:
+    return await redis.xlen(LOG) == 2
+
+
+@pytest.mark.parametrize("hears", [True, False])
+async def test_c3_a_follower_ends_what_nobody_took_before_its_deadline(
+    *, hears: bool, redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C3: nobody sealed it."""
+    async with Client(redis_url) as client:
+        if not hears:
+            monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, it: it.refused())
+        await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely", retention=60)
+        for seen in await asyncio.gather(*(follow(client) for _ in range(5))):
+            assert [type(entry) for entry in seen] == [Queued, Failed]
+            assert isinstance(end := seen[-1], Failed)
+            assert (end.id, end.code) == (SEAL, "deadline")
+        assert await client.status("r") == OVER
+    assert 0 < await redis.ttl(LOG) <= 61
+    assert b'"outcome":"error"' in (await redis.get(ENDED) or b"")
+    assert await redis.ttl(ENDED) > 3600
+
+
+async def test_c3_status_ends_it(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.1)
+    await eventually(lambda: is_over(client))
+    assert await has_sealed(redis)
+
+
+async def is_past(redis: Redis) -> bool:
+    """Whether a client that looked now would find it overdue."""
+    ((_, queued),) = await stream(redis, LOG)
+    return time.time() * 1000 > int(queued[b"deadline"]) + 50
+
+
+async def is_over(client: Client) -> bool:
+    return await client.status("r") == OVER
+
+
+async def test_c3_a_worker_that_begins_in_the_same_moment_has_it(redis: Redis, redis_proxy: Proxy) -> None:
+    async with Client(redis_proxy.redis_url) as client:
+        await client.enqueue(ASK, id="r", timeout=0.01)
+        sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
+        looks = asyncio.create_task(until_it_is_sealed(client))
+        await sealing.met.wait()
+        await redis.xadd(LOG, {"type": "started"}, id="1-0")
+        sealing.release()
+        assert await looks == Status(State.RUNNING)
+    assert not await redis.exists(ENDED)
+
+
+async def test_c5_idle_comes_after_what_was_read_while_the_end_is_on_its_way(redis: Redis, redis_proxy: Proxy) -> None:
+    """Whoever goes on after the id of an `Idle` misses nothing."""
+    async with Client(redis_proxy.redis_url) as client:
+        await client.enqueue(ASK, id="r", timeout=0.01)
+        await eventually(lambda: is_past(redis))
+        sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
+        async with aclosing(client.follow("r", idle=0.02)) as entries:
+            assert [(await anext(entries)).type for _ in range(3)] == ["queued", "idle", "idle"]
+            sealing.release()
+            assert [entry.type async for entry in entries if entry.type != "idle"] == ["error"]
+
+
+async def until_it_is_sealed(client: Client) -> Status:
+    """How far it is, as soon as it does not only wait."""
+    while (status := await client.status("r")) == WAITS:  # noqa: ASYNC110 - what is waited for is in Redis
+        await asyncio.sleep(0.01)
+    return status
+
+
+async def test_c3_the_clock_of_redis_decides(client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    await client.enqueue(ASK, id="r", timeout=60)
+    monkeypatch.setattr("worker.broker.client_seals.time.time", lambda: time.monotonic() + 1e11)
+    assert await client.status("r") == WAITS
+    assert await redis.xlen(LOG) == 1
+
+
+async def test_c3_a_deadline_that_queued_does_not_name_is_nobodys_to_keep(client: Client, redis: Redis) -> None:
+    await redis.xadd(LOG, {"type": "queued", "v": 1, "deadline": "soon"}, id="0-1")
+    await redis.expire(LOG, 60)
+    assert await client.status("r") == WAITS
+    await redis.delete(LOG)
+    await redis.xadd(LOG, {"type": "queued", "v": 1, "deadline": 1}, id="0-1")
+    assert await client.status("r") == OVER
+    assert 0 < await redis.ttl(LOG) <= 3600, "a log without an expiry gets one"
+
+
+READING = ["+@read", "+@connection", "+@pubsub"]
+"""Rights of a user who may not write."""
+
+
+async def add_reader(redis: Redis, rights: list[str]) -> None:
+    await redis.acl_setuser(
+        "reader", enabled=True, passwords="+pw", keys=["chat:*"], categories=rights, commands=["+time"],
+        reset_channels=True, channels=["chat:*"],
+    )  # fmt: skip
+
+
+async def types_of(entries: AsyncIterator[Entry], seen: list[str]) -> None:
+    async for entry in entries:
+        seen.append(entry.type)  # noqa: PERF401 - what was seen before an error counts
+
+
+@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("rights", [READING, [*READING, "+@transaction"], ["+@all", "-@write"]])
+async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
+    rights: list[str], *, hears: bool, client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F2: the follower waited for ever."""
+    await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely")
+    await add_reader(redis, rights)
+    try:
+        async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
+            if not hears:
+                monkeypatch.setattr(reader._following.subscriptions, "subscribe", lambda _, it: it.refused())
+            seen: list[str] = []
+            with pytest.raises(Refused, match=r"deadline of request r passed before a worker took it.*may not write"):
+                await types_of(reader.follow("r", idle=0.02), seen)
+            assert [kind for kind in seen if kind != "idle"] == ["queued"]
+            assert await reader.status("r") == WAITS
+            await eventually(lambda: is_over(client))
+            assert [entry.type for entry in await follow(reader)] == ["queued", "error"]
+    finally:
+        await redis.acl_deluser("reader")
+
+
+@pytest.mark.parametrize("rights", [READING, ["+@all", "-@write"]])
+async def test_f2_the_clock_of_redis_decides_for_a_user_who_may_only_read(
+    rights: list[str], client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.enqueue(ASK, id="r", timeout=60)
+    monkeypatch.setattr("worker.broker.client_seals.time.time", lambda: time.monotonic() + 1e11)
+    await add_reader(redis, rights)
+    try:
+        async with (
+            Client(redis_url.replace("//", "//reader:pw@")) as reader,
+            aclosing(reader.follow("r", idle=0.02)) as entries,
+        ):
+            assert [(await anext(entries)).type for _ in range(4)] == ["queued", "idle", "idle", "idle"]
+    finally:
+        await redis.acl_deluser("reader")
+
+
+async def test_c3_a_redis_that_is_full_is_read_on_and_ends_it_when_there_is_room(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.01)
+    await eventually(lambda: is_past(redis))
+    await redis.config_set("maxmemory", "1")
+    try:
+        async with aclosing(client.follow("r", idle=0.02)) as entries:
+            assert [(await anext(entries)).type for _ in range(4)] == ["queued", "idle", "idle", "idle"]
+            assert await client.status("r") == WAITS
+            await redis.config_set("maxmemory", "0")
+            assert [entry.type async for entry in entries if entry.type != "idle"] == ["error"]
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_c3_a_worker_that_comes_later_does_the_rest(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.1)
+    before = await follow(client)
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        groups = await redis.xinfo_groups("chat:jobs")
+        return bool(groups) and not groups[0]["pending"] and bool(await redis.xlen("chat:lifecycle"))
+
+    await eventually(is_done_with)
+    ((_, line),) = await stream(redis, "chat:lifecycle")
+    assert (line[b"type"], line[b"id"], line[b"outcome"]) == (b"finished", b"r", b"error")
+    assert await follow(client) == before
+    assert not simulator.served

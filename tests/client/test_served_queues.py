@@ -1,0 +1,70 @@
+"""Whether anybody serves a queue: known from the workers' lines, and said to whoever waits in vain."""
+
+import asyncio
+import time
+
+import pytest
+from conftest import StartWorker, eventually
+from redis.asyncio import Redis
+
+from worker import Client
+from worker.cli.main import _print
+from worker.contract.entries import to_json
+from worker.contract.records import WorkerLine
+from worker.sandbox.simulator.server import Simulator
+
+ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
+
+
+@pytest.mark.parametrize(
+    ("workers", "is_served"),
+    [
+        pytest.param([], False, id="no worker"),
+        pytest.param([(1, ["fast", "slow"])], True, id="one that serves it"),
+        pytest.param([(1, ["default"]), (1, ["fast"])], False, id="others"),
+        pytest.param([(1, ["fast"]), (1, [])], True, id="one of an earlier version, which does not say"),
+        pytest.param([(3600, ["slow"])], False, id="one that died"),
+    ],
+)
+async def test_c3_a_queue_is_served_while_a_worker_lives_that_names_it(
+    workers: list[tuple[int, list[str]]], *, is_served: bool, client: Client, redis: Redis
+) -> None:
+    """C3: jobs waited in silence."""
+    await redis.hset("chat:workers", "w", "unreadable")
+    for number, (age, queues) in enumerate(workers):
+        beat = int((time.time() - age) * 1000)
+        line = WorkerLine(name="w", beat=beat, started=1, slots=1, running=0, finished=0, queues=tuple(queues))
+        await redis.hset("chat:workers", f"w{number}", to_json(line))
+    assert await client.is_served("slow") is is_served
+
+
+async def test_c3_a_worker_says_which_queues_it_serves(
+    client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, queues=("fast", "slow"))
+    await eventually(lambda: client.is_served("slow"))
+    assert not await client.is_served("default")
+
+
+async def test_c3_whoever_follows_what_was_enqueued_is_told_that_no_worker_serves_its_queue(
+    client: Client,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """C3: after 3 s of waiting `worker enqueue --follow` says so, once."""
+    monkeypatch.setattr("worker.cli.main._LONELY", 0.02)
+    request_id = await client.enqueue(ASK, queue="slow")
+    printing = asyncio.create_task(_print(client, request_id, None, as_json=False, queue="slow"))
+    said = ""
+
+    async def is_said() -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return "no worker serves the queue slow: start one with worker run --queues slow" in said
+
+    await eventually(is_said)
+    await start_worker(simulator, queues=("slow",))
+    assert await printing
+    assert "serves" not in capsys.readouterr().err

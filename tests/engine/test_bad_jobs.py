@@ -1,0 +1,164 @@
+"""A1: jobs that fail wherever they go end by themselves, and take no server from the others.
+
+All by counts: the pauses of the circuit are so long here that nobody could wait for one.
+"""
+
+import asyncio
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import StartSimulator, StartWorker, eventually
+
+from worker import Answer, Client
+from worker.contract.entries import Object
+from worker.sandbox.simulator.server import Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+from worker.vllm import circuit
+from worker.vllm.circuit import FAILURES
+
+_ERROR = {"message": "list index out of range", "type": "InternalServerError", "param": None, "code": 500}
+_EVENTS = {
+    "event 500": _ERROR,
+    "event 422": {"message": "Input validation error", "http_status_code": 422},
+}
+"""Errors under status 200."""
+WAYS = ("500", *_EVENTS, "cut")
+_CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(autouse=True)
+def _long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuit, "FIRST_PAUSE", 3600)
+    monkeypatch.setattr(circuit, "LONGEST_PAUSE", 3600)
+    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
+
+
+class Picky(Simulator):
+    """A server at which every question that begins with "bad" fails, in a way of its own."""
+
+    def __init__(self, way: str = "500") -> None:
+        super().__init__()
+        self.way = way
+        self.asked: Counter[str] = Counter()
+        """How often each question came."""
+        self.fails_all = False
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path != _CHAT:
+            await super()._handle(request, connection)
+            return
+        question = msgspec.json.decode(request.body)["messages"][0]["content"]
+        self.asked[question] += 1
+        if not self.fails_all and not question.startswith("bad"):
+            await super()._handle(request, connection)
+        elif self.way == "500":
+            await connection.respond(500, "application/json", msgspec.json.encode({"error": _ERROR}))
+        elif self.way in _EVENTS:
+            body = b"data: " + msgspec.json.encode({"error": _EVENTS[self.way]}) + b"\n\ndata: [DONE]\n\n"
+            await connection.respond(200, "text/event-stream", body)
+        else:
+            chunk = {"choices": [{"index": 0, "delta": {"content": "well"}, "finish_reason": None}]}
+            body = b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+            await connection.respond(200, "text/event-stream", body)
+
+
+def ask(content: str, **more: Any) -> Object:  # noqa: ANN401
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
+
+
+async def ended(client: Client, *ids: str) -> list[Answer]:
+    return list(await asyncio.gather(*map(client.result, ids)))
+
+
+@pytest.mark.parametrize(
+    ("bad", "servers", "way"),
+    [(bad, servers, "500") for bad in (2, 3, 4, 6, 8, 20) for servers in (1, 2)]
+    + [(8, servers, way) for servers in (1, 2) for way in WAYS[1:]],
+)
+async def test_the_good_job_behind_bad_ones_is_asked_at_once(
+    client: Client, start_worker: StartWorker, bad: int, servers: int, way: str
+) -> None:
+    """A1. What stands between the good job and its answer is no pause; and it is asked once."""
+    async with Picky(way) as one, Picky(way) as other:
+        picky = [one, other][:servers]
+        await start_worker(*picky)
+        ids = []
+        for n in range(bad):  # one after the other, so that each finds what those before it have left
+            ids.append(await client.enqueue(ask(f"bad {n}")))
+            await eventually(partial(_asked, picky, f"bad {n}"))
+        (good,) = await ended(client, await client.enqueue(ask("good")))
+        assert good.outcome == "done"
+        assert sum(server.asked["good"] for server in picky) == 1
+        outcomes = [answer.outcome for answer in await ended(client, *ids)]
+    assert outcomes == ["error"] * bad
+    # Three tries, and one more at each server where the job was the trial.
+    assert all(sum(server.asked[f"bad {n}"] for server in picky) <= 3 + servers for n in range(bad))
+
+
+async def _asked(servers: list[Picky], question: str) -> bool:
+    return any(server.asked[question] for server in servers)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_bad_jobs_in_a_stream_of_good_ones_cost_them_nothing(
+    client: Client, start_worker: StartWorker, way: str
+) -> None:
+    """A1. Half of all jobs are bad."""
+    async with Picky(way) as picky:
+        await start_worker(picky, slots=16)
+        ids = [await client.enqueue(ask(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
+        outcomes = [answer.outcome for answer in await ended(client, *ids)]
+        assert outcomes == ["error", "done"] * 40
+        assert all(picky.asked[f"good {n}"] == 1 for n in range(1, 80, 2))
+
+
+async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
+    """A1. No other job can be the trial then: the server is tried with a request of the worker's own."""
+    async with Picky() as picky:
+        await start_worker(picky, slots=FAILURES + 2)
+        ids = [await client.enqueue(ask(f"bad {n}")) for n in range(4 * FAILURES)]
+        (good,) = await ended(client, await client.enqueue(ask("good")))
+        assert good.outcome == "done"
+        assert {answer.outcome for answer in await ended(client, *ids)} == {"error"}
+        assert picky.asked["Hi"], "or this test would prove nothing"
+
+
+async def test_a_server_that_fails_at_everything_keeps_no_job_that_can_go_elsewhere(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A1. Its health is well; once it is found out, it gets one trial and no more for as long as the pause is."""
+    async with Picky() as broken:
+        broken.fails_all = True
+        good = await start_simulator()
+        await start_worker(broken, good, slots=1)
+        for n in range(4 * FAILURES):
+            (answer,) = await ended(client, await client.enqueue(ask(f"question {n}")))
+            assert answer.outcome == "done"
+        assert broken.asked.total() == FAILURES + 1  # those that found it out, and the first trial, which is at once
+        assert len(good.served) == 4 * FAILURES
+
+
+async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
+    client: Client, start_worker: StartWorker
+) -> None:
+    """A1. Each job is asked at most once more, and then waits, also where it has a single try."""
+    async with Picky() as broken:
+        worker = await start_worker(broken, tries=1, slots=4)
+        await ended(client, await client.enqueue(ask("before")))
+        broken.fails_all = True
+        ids = [await client.enqueue(ask(f"question {n}")) for n in range(4 * FAILURES)]
+
+        async def waits() -> bool:
+            waiting = worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model")
+            return waiting == 4 and broken.asked["Hi"] > 0
+
+        await eventually(waits)
+        lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
+        assert lost <= FAILURES + 4
+        broken.fails_all = False
+        worker._upstream.endpoints[0].circuit._before_own_trials.until = 0.0
+        outcomes = [answer.outcome for answer in await ended(client, *ids)]
+    assert outcomes.count("error") <= lost

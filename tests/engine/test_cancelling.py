@@ -1,0 +1,388 @@
+"""A cancel ends vLLM's work at any phase of a job: at once by the hint, and without it by the lease's tick."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from conftest import StartSimulator, StartWorker, eventually, stream
+from proxy import Proxy
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Delta, IncompleteLog, Refused, State
+from worker.broker.cancels import _COUNTS, seal_cancelled
+from worker.broker.log_pages import PageSize, read_all
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.engine.application import Service
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+
+SEALING = rb"XADD \S+ 18446744073709551615-18446744073709551615 type cancelled"
+
+NEVER = 60
+"""A lease of a minute: the logs are not looked at within a test, so that only a hint can be the cause."""
+
+
+def ask(content: str = "Tell me a story") -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
+
+
+async def listening(redis: Redis) -> None:
+    """Wait until a worker has subscribed to the hints."""
+
+    async def subscribed() -> bool:
+        return [count for _, count in await redis.pubsub_numsub("chat:cancel")] == [1]
+
+    await eventually(subscribed)
+
+
+async def settled(redis: Redis) -> dict[bytes, bytes]:
+    """Wait until nothing is pending; gives the last line of the lifecycle."""
+
+    async def nothing_pending() -> bool:
+        groups = await redis.xinfo_groups("chat:jobs")
+        return bool(groups) and all(not group["pending"] and group["consumers"] for group in groups)
+
+    await eventually(nothing_pending)
+    return (await stream(redis, "chat:lifecycle"))[-1][1]
+
+
+async def asked(server: Simulator, times: int = 1) -> None:
+    async def enough() -> bool:
+        return len(server.served) == times
+
+    await eventually(enough)
+
+
+async def closed_early(server: Simulator) -> None:
+    async def closed() -> bool:
+        return [served.closed_early for served in server.served] == [True]
+
+    await eventually(closed)
+
+
+async def begun(client: Client, request_id: str, deltas: int = 0) -> None:
+    """Wait until a request runs and so many of its deltas are there."""
+    async for entry in client.follow(request_id):
+        deltas -= isinstance(entry, Delta)
+        if entry.id.attempt and deltas <= 0:
+            return
+
+
+async def read(redis: Redis, request_id: str) -> Answer:
+    return Answer(parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}"))
+
+
+async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simulator, **more: object) -> Service:
+    """A worker that listens, and that gives up nothing by itself within a test."""
+    given: dict[str, object] = {"lease": NEVER, "first_token_timeout": 600, "gap_timeout": 600}
+    service = await start_worker(*servers, **(given | more))
+    await listening(redis)
+    return service
+
+
+async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await worker_before(start_worker, redis, await start_simulator(Options(orders=Orders(fault="stall", after=5))))
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=5)
+    await client.cancel(request_id)
+    line = await settled(redis)
+    answer = await read(redis, request_id)
+    assert answer.end
+    assert answer.end.model == "reciter"
+    assert answer.end.usage["completion_tokens"] == sum(len(delta.token_ids) for delta in answer.deltas)
+    assert json.loads(line[b"usage"]) == answer.end.usage == answer.usage
+
+
+@pytest.mark.parametrize("too_late", [1, _COUNTS + 1], ids=["one comes", "they never stop"])
+async def test_entries_that_come_between_count_and_seal_are_in_its_usage_or_it_has_none(
+    too_late: int, redis: Redis, redis_proxy: Proxy
+) -> None:
+    key = "chat:tokens:{r}"
+    await redis.xadd(key, {"type": "opened", "model": "reciter", "prompt_tokens": "7"}, id="1-1")
+    await redis.xadd(key, {"type": "delta", "content": "a", "token_ids": "[1]"}, id="1-2")
+    async with Client(redis_proxy.redis_url) as client, asyncio.timeout(10):
+        seal = redis_proxy.hold(SEALING)
+        cancel = asyncio.create_task(client.cancel("r"))
+        for n in range(too_late):
+            await seal.met.wait()
+            await redis.xadd(key, {"type": "delta", "content": "b", "token_ids": "[2, 3]"}, id=f"1-{3 + n}")
+            held, seal = seal, redis_proxy.hold(SEALING)
+            held.release()
+        seal.release()
+        await cancel
+    answer = await read(redis, "r")
+    assert answer.end
+    assert (answer.outcome, answer.end.model) == ("cancelled", "reciter")
+    assert answer.end.usage == (answer.usage if too_late == 1 else {})
+
+
+async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_cancelled(
+    client: Client, redis: Redis
+) -> None:
+    request_id = await client.enqueue(ask())
+    await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "delta", "token_ids": "?"}, id="1-1")
+    await client.cancel(request_id)
+    assert (await client.status(request_id)).outcome == "cancelled"
+
+
+async def test_d13_a_log_above_redis_output_limit_can_be_cancelled(client: Client, redis: Redis) -> None:
+    key, limit = "chat:tokens:{long}", "client-output-buffer-limit"
+    async with redis.pipeline() as pipe:
+        for number in range(300):
+            pipe.xadd(key, {"type": "delta", "content": "x" * 4000}, id=f"1-{number}")
+        await pipe.execute()
+    limits = (await redis.config_get(limit))[limit] or ""
+    await redis.config_set(limit, "normal 100000 0 0")
+    try:
+        await client.cancel("long")
+    finally:
+        await redis.config_set(limit, limits)
+    assert await redis.xlen(key) == 301
+
+
+@pytest.mark.parametrize("entries", [PageSize().entries - 1, PageSize().entries, PageSize().entries + 1])
+async def test_a_log_is_read_to_its_seal_wherever_a_page_ends(entries: int, client: Client, redis: Redis) -> None:
+    key = "chat:tokens:{r}"
+    pipe = redis.pipeline()
+    for n in range(entries - 1):
+        pipe.xadd(key, {"type": "started"} if n == 0 else {"type": "delta", "content": "x"}, id=f"1-{n}")
+    pipe.xadd(key, {"type": "done"}, id=str(SEAL))
+    pipe.expire(key, 60)
+    await pipe.execute()
+    assert len(await read_all(redis, key)) == entries
+    assert await seal_cancelled(redis, key) is None
+    assert (await client.result("r")).text == "x" * (entries - 2)
+    await redis.xdel(key, "1-5")
+    with pytest.raises(IncompleteLog):
+        await client.result("r")
+
+
+async def test_b1_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client: Client, redis: Redis) -> None:
+    request_id = await client.enqueue(ask())
+    key = f"chat:tokens:{{{request_id}}}"
+    await client.cancel(request_id)
+    before = await stream(redis, key)
+    assert await seal_cancelled(redis, key) is None
+    assert await stream(redis, key) == before
+
+
+async def test_before_it_is_taken(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request_id = await client.enqueue(ask())
+    assert (await client.cancel(request_id)).state is State.QUEUED
+    await worker_before(start_worker, redis, simulator)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+    assert not simulator.served
+
+
+async def test_before_the_first_token(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+    await asked(silent)
+    assert (await client.cancel(request_id)).state is State.RUNNING
+    await closed_early(silent)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_mid_stream_while_nothing_comes(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A stream that goes on would find the seal with its next entry, hint or not."""
+    stalls = await start_simulator(Options(orders=Orders(fault="stall", after=5)))
+    await worker_before(start_worker, redis, stalls)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=5)
+    await client.cancel(request_id)
+    await closed_early(stalls)
+    finished = await settled(redis)
+    assert finished[b"outcome"] == b"cancelled"
+    assert json.loads(finished[b"usage"])["completion_tokens"] >= 5, "the usage so far is told"
+    answer = await read(redis, request_id)
+    assert answer.text
+    assert answer_to(ask()["messages"]).startswith(answer.text)
+
+
+async def test_between_two_tries(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    busy = await start_simulator(Options(orders=Orders(fault="503", retry_after=600)))
+    await worker_before(start_worker, redis, busy)
+    request_id = await client.enqueue(ask())
+
+    async def refused() -> bool:
+        return [served.ended is not None for served in busy.served] == [True]
+
+    await eventually(refused)
+    await client.cancel(request_id)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+    assert len(busy.served) == 1, "there was no second try"
+
+
+class Silent(Simulator):
+    """A server whose first stream breaks off, and which never says how it would go on."""
+
+    asked = closed = 0
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path != "/tokenize":
+            await super()._handle(request, connection)
+            return
+        self.asked += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
+async def test_while_a_server_is_asked_how_to_go_on(
+    client: Client, redis: Redis, start_worker: StartWorker, ended_by: str
+) -> None:
+    async with Silent(Options(orders=Orders(fault="cut", after=8))) as silent:
+        await worker_before(start_worker, redis, silent)
+        request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
+
+        async def is_asked() -> bool:
+            return silent.asked == 1
+
+        await eventually(is_asked)
+        if ended_by == "cancel":
+            await client.cancel(request_id)
+        finished = await settled(redis)
+        assert silent.closed == 1
+    assert finished[b"outcome"] == (b"cancelled" if ended_by == "cancel" else b"error")
+    assert json.loads(finished[b"usage"])["completion_tokens"] == 8, "the usage so far is told"
+
+
+async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Redis, start_worker: StartWorker) -> None:
+    leaves = Simulator(Options(orders=Orders(rate=50)))
+    await leaves.__aenter__()
+    worker = await worker_before(start_worker, redis, leaves)
+    request_id = await client.enqueue(ask())
+    await begun(client, request_id, deltas=3)
+    await leaves.__aexit__(None, None, None)
+
+    async def away() -> bool:
+        return not worker._upstream.is_there
+
+    await eventually(away)
+    await client.cancel(request_id)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_after_the_end_it_is_said_and_nothing_changes(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await worker_before(start_worker, redis, simulator)
+    request_id = await client.enqueue(ask())
+    await client.result(request_id)
+    before = await stream(redis, f"chat:tokens:{{{request_id}}}")
+    said = await client.cancel(request_id)
+    assert (said.state, said.outcome) == (State.ENDED, "done")
+    assert await stream(redis, f"chat:tokens:{{{request_id}}}") == before
+
+
+async def test_without_a_hint_the_lease_tick_finds_it(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent, lease=1)
+    request_id = await client.enqueue(ask())
+    await asked(silent)
+    await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
+    await closed_early(silent)
+    assert (await settled(redis))[b"outcome"] == b"cancelled"
+
+
+async def test_a_subscription_that_is_cut_is_made_again(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+    await asked(silent)
+    assert await redis.client_kill_filter(_type="pubsub") == 1
+    await listening(redis)
+    await client.cancel(request_id)
+    await closed_early(silent)
+    await settled(redis)
+
+
+async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_does(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    request_id = await client.enqueue(ask())
+    await asked(silent)
+    pipe = redis.pipeline()
+    pipe.client_kill_filter(_type="pubsub")
+    pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
+    await pipe.execute()
+    await closed_early(silent)
+    await settled(redis)
+
+
+async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    await worker_before(start_worker, redis, silent)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+
+    async def reads() -> int:
+        return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
+
+    await asked(silent, times=5)
+    before = await reads()
+    pipe = redis.pipeline()
+    for n in range(1000):
+        pipe.publish("chat:cancel", f"somebody-else-{n}")
+    pipe.publish("chat:cancel", ids[0])
+    await pipe.execute()
+
+    async def looked() -> bool:
+        return await reads() > before
+
+    await eventually(looked)
+    assert await reads() == before + 1
+    for request_id in ids:
+        await client.cancel(request_id)
+    await settled(redis)
+
+
+@pytest.mark.parametrize("which", ["expire", "set", "xadd", "watch", "exec", "multi"])
+async def test_b1_without_a_right_a_cancel_is_whole_or_nothing_and_names_the_right(
+    which: str, redis: Redis, redis_url: str, client: Client
+) -> None:
+    """The seal was written and the cancel failed: without an expiry, which calling again did not mend."""
+    request_id = await client.enqueue(ask())
+    key = f"chat:tokens:{{{request_id}}}"
+    await redis.persist(key)
+    user: dict[str, Any] = {"enabled": True, "passwords": "+pw", "keys": ["*"], "channels": ["*"]}
+    await redis.acl_setuser("narrow", **user, categories=["+@all"], commands=[f"-{which}"])
+    try:
+        async with Client(redis_url.replace("//", "//narrow:pw@")) as narrow:
+            if which != "multi":
+                for _ in range(2):
+                    with pytest.raises(Refused, match=f"'{which}'"):
+                        await narrow.cancel(request_id)
+                assert (await narrow.status(request_id)).state is State.QUEUED
+                assert await redis.xlen(key) == 1
+                assert not await redis.exists(f"chat:ended:{{{request_id}}}")
+                await redis.acl_setuser("narrow", **user, commands=[f"+{which}"])
+            assert (await narrow.cancel(request_id)).state is State.QUEUED
+            assert (await narrow.status(request_id)).outcome == "cancelled"
+    finally:
+        await redis.acl_deluser("narrow")
+    assert 0 < await redis.ttl(key) <= 3600
+    assert await redis.exists(f"chat:ended:{{{request_id}}}")

@@ -1,0 +1,210 @@
+"""Redis without memory: streams wait, nothing more is taken, and when there is room again nothing is missing."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from conftest import Entries, StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+from structlog.testing import capture_logs
+
+from worker import Answer, Client, State, UnknownRequest
+from worker.broker.ownership import Owner
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.engine.application import Service
+from worker.engine.intake import NO_VLLM, REDIS_FULL
+from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.telemetry.logging import configure_logging
+
+
+def ask(content: str = "Who are you?") -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
+
+
+async def paused(worker: Service, why: str) -> None:
+    async def it_is() -> bool:
+        return worker._claims.paused == why
+
+    await eventually(it_is)
+
+
+async def log_of(redis: Redis, request_id: str) -> Entries:
+    return await stream(redis, f"chat:tokens:{{{request_id}}}")
+
+
+async def whole(redis: Redis, client: Client, request_id: str, content: str) -> None:
+    """One attempt without a hole, its seal, the whole text; and nothing is pending."""
+    answer = await client.result(request_id)
+    assert answer.text == answer_to(ask(content)["messages"])
+    ids = [str(parse(*entry).id) for entry in await log_of(redis, request_id)]
+    assert ids == ["0-1", *(f"1-{n}" for n in range(len(ids) - 2)), str(SEAL)]
+
+    async def nothing_pending() -> bool:
+        return all(not group["pending"] for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(nothing_pending)
+
+
+async def calls(redis: Redis, command: str) -> int:
+    return int((await redis.info("commandstats"))[f"cmdstat_{command}"]["calls"])
+
+
+async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    worker = await start_worker(simulator, lease=1)
+    request_id = await client.enqueue(ask())
+
+    async def begun() -> bool:
+        return len(await log_of(redis, request_id)) > 4
+
+    async def answered() -> bool:
+        return simulator.served[0].finished
+
+    async def outlasted() -> bool:
+        """Renewed three times a lease: the lease would have ended twice."""
+        return await calls(redis, "xclaim") > before + 7
+
+    await eventually(begun)
+    await redis.config_set("maxmemory", "1")
+    try:
+        await paused(worker, REDIS_FULL)
+        await eventually(answered)
+        before = await calls(redis, "xclaim")
+        await eventually(outlasted)
+        assert worker._metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 1
+        assert not Answer(parse(*entry) for entry in await log_of(redis, request_id)).outcome
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await whole(redis, client, request_id, "Who are you?")
+    await paused(worker, "")
+    assert worker._metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 0
+    assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
+    assert (worker._metrics.registry.get_sample_value("vllm_relay_redis_write_failures_total") or 0) > 0
+
+
+async def test_at_the_seal_there_is_none_until_there_is_room(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = Owner.seal
+    refused: list[Exception] = []
+
+    async def seal_without_room(owner: Owner, *args: object, **more: object) -> object:
+        if not refused:
+            await redis.config_set("maxmemory", "1")
+        try:
+            return await seal(owner, *args, **more)  # type: ignore[arg-type]  # as they came
+        except Exception as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(Owner, "seal", seal_without_room)
+    await start_worker(simulator)
+    request_id = await client.enqueue(ask())
+
+    async def tried_twice() -> bool:
+        return len(refused) > 1
+
+    try:
+        await eventually(tried_twice)
+        assert (await log_of(redis, request_id))[-1][0] != str(SEAL).encode()
+        assert not await redis.exists(f"chat:ended:{{{request_id}}}")
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await whole(redis, client, request_id, "Who are you?")
+    assert await redis.exists(f"chat:ended:{{{request_id}}}")
+
+
+async def test_whoever_only_reads_goes_on_while_there_is_no_room(client: Client, redis: Redis) -> None:
+    """Redis refuses a whole MULTI then, whatever is in it; `follow` asks this whenever there is nothing to read."""
+    request_id = await client.enqueue(ask())
+    await redis.config_set("maxmemory", "1")
+    try:
+        assert (await client.status(request_id)).state is State.QUEUED
+        with pytest.raises(UnknownRequest):
+            await client.result("nope")
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_jobs_that_wait_are_not_taken_until_there_is_room(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    port = free_port()
+    worker = await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"))
+    await paused(worker, NO_VLLM)
+
+    async def shown() -> bool:
+        lines = [json.loads(line) for line in (await redis.hgetall("chat:workers")).values()]
+        return [line["paused"] for line in lines] == [NO_VLLM]
+
+    await eventually(shown)
+    questions = ["Who are you?", "Tell me a story", "你是谁?"]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+    await redis.config_set("maxmemory", "1")
+    try:
+        simulator = await start_simulator(port=port)
+        await paused(worker, REDIS_FULL)
+        assert [group["pending"] for group in await redis.xinfo_groups("chat:jobs")] == [0]
+        assert not simulator.served
+    finally:
+        await redis.config_set("maxmemory", "0")
+    for request_id, question in zip(ids, questions, strict=True):
+        await whole(redis, client, request_id, question)
+
+
+async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_room(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """Between the question whether there is room and the job's first entry the memory may be used up."""
+    worker = await start_worker(simulator, slots=4)
+    read = worker._jobs.read
+
+    async def read_as_the_memory_ends(queue: str, count: int, block_ms: int) -> object:
+        deliveries = await read(queue, count, block_ms)
+        if deliveries:
+            await redis.config_set("maxmemory", "1")
+        return deliveries
+
+    worker._jobs.read = read_as_the_memory_ends  # type: ignore[method-assign,assignment]  # to be in between
+    request_id = await client.enqueue(ask())
+
+    async def waits() -> bool:
+        return worker._claims.paused == REDIS_FULL and len(worker._leases) == 1
+
+    try:
+        await eventually(waits)
+        assert not simulator.served
+    finally:
+        worker._jobs.read = read  # type: ignore[method-assign]
+        await redis.config_set("maxmemory", "0")
+    await whole(redis, client, request_id, "Who are you?")
+
+
+async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
+    start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.engine.intake._LOOK_AGAIN", 0.01)
+    worker = await start_worker(simulator)
+    asked = 0
+
+    async def refuse_now_and_then() -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+    async def asked_often() -> bool:
+        return asked > 20
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        worker._jobs.try_to_write = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
+        await eventually(asked_often)
+    said = [line["event"] for line in logs if line["event"].startswith("claims_")]
+    assert said == ["claims_paused", "claims_resumed"]

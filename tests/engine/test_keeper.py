@@ -1,0 +1,99 @@
+"""What the keeper says of a Redis that is away or refuses: all that it has seen, and nothing else."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from conftest import eventually
+from processes import Process, process
+from proxy import Proxy
+from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
+from structlog.testing import capture_logs
+
+from worker.broker.job_queue import Delivery, JobQueue
+from worker.contract.keys import Keys
+from worker.engine.job_context import Stop
+from worker.engine.maintenance import Keeper
+from worker.engine.running_jobs import Leases
+from worker.redisio.clients import command_client
+from worker.settings import load_settings
+from worker.telemetry.logging import configure_logging
+from worker.telemetry.metrics import Metrics
+
+
+async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -> None:
+    redis = command_client("redis://127.0.0.1:1")
+    leases = Leases(JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, metrics=Metrics())
+    looks: list[None] = []
+    publisher = SimpleNamespace(look_at_silent=lambda: looks.append(None))
+    parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+    keeper = Keeper(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+
+    async def rounds_without_a_job() -> bool:
+        if leases:
+            looks.clear()
+        return len(looks) > 1
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        leases.begin([Delivery("default", "1-0", {})], time.monotonic())
+        keeping = [asyncio.create_task(keep()) for keep in (keeper.keep_leases, keeper.stop_expired)]
+        await eventually(rounds_without_a_job)
+        keeper.leave()
+        await asyncio.gather(*keeping)
+    await redis.aclose()
+    assert [line["event"] for line in logs] == ["renewal_failed"]
+
+
+async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis) -> None:
+    """D13: of a user without the right to XCLAIM a job stream nothing was said until its jobs were lost."""
+    await redis.xadd("chat:jobs", {"id": "a"})
+    await one.jobs.ensure_group("other")
+    await redis.xadd("chat:jobs:other", {"id": "b"})
+    leases = Leases(one.jobs, until_stopped, lambda: None, lease=10, metrics=Metrics())
+    for queue in ("default", "other"):
+        leases.begin(await one.jobs.read(queue, 1, 500), sent=0.0)
+    await redis.acl_setuser("default", commands=["-xclaim"], enabled=True)
+    try:
+        with pytest.raises(NoPermissionError):
+            await leases.renew()
+    finally:
+        await redis.acl_setuser("default", commands=["+xclaim"], enabled=True)
+    assert await leases.renew()
+    leases.cancel()
+
+
+async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
+    await stop
+
+
+async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis(
+    redis_proxy: Proxy, redis: Redis
+) -> None:
+    """B9."""
+    await redis.xadd("chat:jobs", {"id": "a"})
+    async with process(redis_proxy.redis_url, "behind") as behind:
+        await behind.jobs.ensure_group("default")
+        stopped: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+
+        async def work(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
+            stopped.set_result(await stop)
+
+        leases = Leases(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
+        parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+        keeper = Keeper(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+        leases.begin(await behind.jobs.read("default", 1, 500), time.monotonic())
+        renewal = redis_proxy.hold(b"XCLAIM")
+        configure_logging("json")
+        with capture_logs() as logs:
+            keeping = [asyncio.create_task(keep()) for keep in (keeper.keep_leases, keeper.stop_expired)]
+            assert await stopped is Stop.LEASE_LOST
+        assert renewal.met.is_set()
+        assert logs == [], "the renewal waits yet"
+        await redis_proxy.heal()
+        keeper.leave()
+        await asyncio.gather(*keeping)

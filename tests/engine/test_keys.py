@@ -1,0 +1,277 @@
+"""C4: keys that are refused or changed while jobs run. A refusal that is the operator's to mend ends no job."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import StartSimulator, StartWorker, eventually
+from structlog.testing import capture_logs
+
+from worker import Client, Done, Failed
+from worker import State as JobState
+from worker.contract.entries import Object
+from worker.engine.application import Service
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+from worker.telemetry.logging import configure_logging
+from worker.vllm.credentials import ApiKeys, keys_in
+
+OLD, NEW = "the-old-key", "the-new-key"
+CUT = Orders(fault="cut", after=4, times=1, rate=100)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 0.05)
+
+
+def ask(**more: Any) -> Object:  # noqa: ANN401
+    return {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}], **more}
+
+
+TEXT = answer_to(ask()["messages"])
+
+
+class Changing(Simulator):
+    """A server whose key changes once an answer has broken off; `status` is what it says to the old one."""
+
+    def __init__(self, *, status: int = 401, lists: bool = False, orders: Orders = CUT) -> None:
+        super().__init__(Options(api_key=OLD, orders=orders))
+        self.status = status
+        self.refused = 0
+        self._lists = lists
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if any(served.fault for served in self.served):
+            self.options = Options(api_key=NEW)
+        if self._authorized(request) or request.path == "/health" or (self._lists and request.path == "/v1/models"):
+            await super()._handle(request, connection)
+            return
+        self.refused += request.path != "/v1/models"
+        await connection.respond(self.status, "application/json", b'{"error": "no"}')
+
+    def _authorized(self, request: Request) -> bool:
+        return (self._lists and request.path == "/v1/models") or super()._authorized(request)
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    file = tmp_path / "keys"
+    file.write_text(f"{OLD}\n")
+    return file
+
+
+def write(file: Path, text: str) -> None:
+    """As whatever changes keys does: at one stroke."""
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").rename(file)
+
+
+async def waits(worker: Service) -> bool:
+    return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+
+
+@pytest.mark.parametrize("lists", [False, True], ids=["its list guarded", "its list open"])
+@pytest.mark.parametrize("status", [401, 403])
+async def test_an_answer_whose_key_was_changed_in_mid_sentence_goes_on_with_the_files_new_one(
+    client: Client, start_worker: StartWorker, key_file: Path, status: int, *, lists: bool
+) -> None:
+    """C4. A refusal is no try: the one that broke off was the last but one. And nothing of the keys is logged."""
+    configure_logging("json", "info")
+    async with Changing(status=status, lists=lists) as server:
+        await start_worker(server, tries=2, vllm_api_key_file=str(key_file))
+        with capture_logs() as logs:
+            request_id = await client.enqueue(ask())
+
+            async def refused() -> bool:
+                return server.refused > (3 if lists else 0)
+
+            await eventually(refused)
+            assert (await client.status(request_id)).state is JobState.RUNNING
+            write(key_file, f"{NEW}\n")
+            answer = await client.result(request_id)
+    assert (answer.outcome, answer.text) == ("done", TEXT)
+    assert OLD not in str(logs)
+    assert NEW not in str(logs)
+
+
+async def test_an_answer_whose_key_is_refused_goes_on_at_a_server_that_takes_it(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """C4."""
+    async with Changing() as server:
+        other = await start_simulator(Options(api_key=OLD))
+        await start_worker(server, other, tries=2, vllm_api_key=OLD)
+        answer = await client.result(await client.enqueue(ask()))
+    assert (answer.outcome, answer.text) == ("done", TEXT)
+    assert len(other.served) == 1
+
+
+async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """C4. That one is not refused again and again: it is found once."""
+    servers = [await start_simulator(Options(api_key=key)) for key in (OLD, NEW)]
+    worker = await start_worker(*servers, vllm_api_key=OLD, vllm_api_key_2=NEW)
+    for _ in range(4):
+        answer = await client.result(await client.enqueue(ask()))
+        assert answer.outcome == "done"
+    assert [endpoint.key for endpoint in worker._upstream.endpoints] == [OLD, NEW]
+
+
+async def test_a_job_whose_key_every_server_refuses_waits_for_another(
+    client: Client, start_worker: StartWorker, key_file: Path
+) -> None:
+    """C4. No further job is taken meanwhile: the queue is the buffer."""
+    async with Changing() as one, Changing() as other:
+        for server in (one, other):
+            server.options = Options(api_key=NEW)
+        worker = await start_worker(one, other, vllm_api_key_file=str(key_file))
+        request_id = await client.enqueue(ask())
+        await eventually(lambda: waits(worker))
+        write(key_file, f"{OLD}\n\n  {NEW}  \n")
+        answer = await client.result(request_id)
+    assert isinstance(answer.end, Done)
+
+
+@pytest.mark.parametrize("lists", [False, True], ids=["its list guarded", "its list open"])
+async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer(
+    client: Client, start_worker: StartWorker, *, lists: bool
+) -> None:
+    """C4."""
+    async with Changing(lists=lists) as server:
+        server.options = Options(api_key=NEW)
+        await start_worker(server, vllm_api_key=OLD, tries=1)
+        answer = await client.result(await client.enqueue(ask(), timeout=1))
+        assert server.refused
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == "deadline"
+
+
+async def test_a_server_that_forbids_everything_refuses_the_key(
+    client: Client, start_worker: StartWorker, key_file: Path
+) -> None:
+    """C4. It gave its list before, and gives it no more: that is not about this request."""
+    async with Changing(status=403) as server:
+        worker = await start_worker(server, tries=1, vllm_api_key_file=str(key_file))
+        await eventually(lambda: _has_listed(worker))
+        server.options = Options(api_key=NEW)
+        request_id = await client.enqueue(ask())
+        await eventually(lambda: waits(worker))
+        write(key_file, NEW)
+        assert (await client.result(request_id)).outcome == "done"
+
+
+async def _has_listed(worker: Service) -> bool:
+    return bool(worker._upstream.endpoints[0].models)
+
+
+async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tries(
+    client: Client, start_worker: StartWorker
+) -> None:
+    """C4. A policy before the server may refuse what is asked, and says so with 403."""
+
+    class Choosy(Simulator):
+        asked = 0
+
+        async def _handle(self, request: Request, connection: Connection) -> None:
+            if b"forbidden" in request.body:
+                self.asked += 1
+                await connection.respond(403, "text/html", b"<h1>Forbidden</h1>")
+            else:
+                await super()._handle(request, connection)
+
+    async with Choosy() as server:
+        await start_worker(server)
+        answer = await client.result(await client.enqueue(ask(user="forbidden")))
+        assert isinstance(answer.end, Failed)
+        assert (answer.end.code, server.asked) == ("unauthorized", 3)
+        assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+
+
+async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_the_server_from_nobody(
+    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C4 and A1. A router whose key for one of its servers is wrong says so; those jobs wait, and the others do not."""
+    monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 3600)
+    monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 3600)
+
+    class Router(Simulator):
+        mended = False
+        refused = 0
+
+        async def _handle(self, request: Request, connection: Connection) -> None:
+            if b"refused" in request.body and not self.mended:
+                self.refused += 1
+                await connection.respond(401, "application/json", b'{"error": "invalid key for this model"}')
+            else:
+                await super()._handle(request, connection)
+
+    async with Router() as router:
+        await start_worker(router, tries=1)
+        waiting = [await client.enqueue(ask(user="refused")) for _ in range(8)]
+
+        async def asked() -> bool:
+            return router.refused > 8
+
+        await eventually(asked)
+        for _ in range(3):
+            assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+        router.mended = True
+        assert {(await client.result(request_id)).outcome for request_id in waiting} == {"done"}
+
+
+# The keys
+
+
+async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) -> None:
+    """C4."""
+    file = tmp_path / "keys"
+    file.write_text("\ufeffone\r\n two \n\n")
+    keys = ApiKeys("three", "", "four", file=file)
+    tried: list[str] = []
+    while (key := await keys.untried("three", set(tried))) is not None:
+        tried.append(key)
+    assert tried == ["three", "one", "two", "four"]
+    assert await keys.untried("gone", set()) == "one"
+    assert await ApiKeys().untried("", set()) == ""
+    assert await ApiKeys().untried("", {""}) is None
+
+
+async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once(tmp_path: Path) -> None:
+    """C4."""
+    configure_logging("json", "info")
+    file = tmp_path / "keys"
+    file.write_text("secret")
+    keys = ApiKeys(file=file)
+    with capture_logs() as logs:
+        for content in (None, b"ke\xffy", b"", b"cl\xc3\xa9"):
+            if content is None:
+                file.unlink()
+            else:
+                file.write_bytes(content)
+            for _ in range(2):
+                assert await keys.untried("", {"secret"}) is None
+                assert await keys.untried("", set()) == "secret"
+        file.write_text("another")
+        assert await keys.untried("", {"secret"}) == "another"
+    assert [(line["event"], line["error"]) for line in logs] == [
+        ("key_file_unreadable", "FileNotFoundError"),
+        ("key_file_unreadable", "ValueError"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"", "holds no key"), (b"\n \n", "holds no key"), (b"\xff", "is not UTF-8"), (b"a\x01b", "cannot be sent")],
+)
+def test_a_file_without_a_usable_key_says_what_is_wrong(tmp_path: Path, content: bytes, problem: str) -> None:
+    """C4. And quotes nothing of it."""
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ValueError, match=problem):
+        keys_in(tmp_path / "keys")

@@ -1,0 +1,163 @@
+"""A worker that is told to leave at once: what it has, or is still given, goes on elsewhere, and nothing is lost."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from conftest import StartSimulator, StartWorker, eventually
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from worker import Answer, Client
+from worker.broker.job_queue import Delivery
+from worker.broker.publisher import Publisher
+from worker.engine.application import Service
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders
+from worker.settings import load_settings
+from worker.telemetry.logging import configure_logging
+
+NEVER = 60
+"""A lease of a minute: within a test only a job that is handed over goes to another worker."""
+
+
+def ask(content: str = "Who are you?") -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
+
+
+def stop_at_once(worker: Service) -> None:
+    """As the second SIGTERM or SIGINT does."""
+    worker.leave()
+    worker.leave()
+
+
+async def pending(redis: Redis) -> int:
+    return sum([group["pending"] for group in await redis.xinfo_groups("chat:jobs")])
+
+
+async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -> None:
+    assert [answer.text for answer in answers] == [answer_to(ask(question)["messages"]) for question in questions]
+
+    async def nothing_pending() -> bool:
+        return not await pending(redis)
+
+    await eventually(nothing_pending)
+
+
+class Held:
+    """Holds back the reply of a call that takes jobs, until it is let go."""
+
+    def __init__(self, take: Callable[..., Awaitable[list[Delivery]]]) -> None:
+        self._take = take
+        self.here = asyncio.Event()
+        self.go = asyncio.Event()
+
+    async def __call__(self, *args: object) -> list[Delivery]:
+        deliveries = await self._take(*args)
+        if deliveries:
+            self.here.set()
+            await self.go.wait()
+        return deliveries
+
+
+async def test_being_told_twice_to_leave_loses_nothing(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
+    questions = [f"question {n}" for n in range(10)]
+    ids = [await client.enqueue(ask(question)) for question in questions]
+
+    async def all_run() -> bool:
+        return sum(served.chunks > 2 for served in simulator.served) == 10
+
+    await eventually(all_run)
+    configure_logging("json")
+    with capture_logs() as logs:
+        stop_at_once(first)
+        await start_worker(simulator, lease=NEVER)
+        await all_whole(redis, list(await asyncio.gather(*map(client.result, ids))), questions)
+
+    # Some may have been told to stop when their end was written already: these are handed over, and not taken over.
+    taken = [line["attempt"] for line in logs if line["event"] == "job_taken_over"]
+    assert set(taken) == {2}
+    (handed,) = [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"]
+    assert len(taken) <= handed <= 10
+    assert first._leases.finished <= 10 - len(taken), "what is handed over has not ended here"
+
+
+async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
+    request_id = await client.enqueue(ask())
+
+    async def runs() -> bool:
+        return [served.chunks > 2 for served in simulator.served] == [True]
+
+    await eventually(runs)
+    second = await start_worker(simulator, lease=NEVER, slots=1, queues="default,other,third")
+
+    async def all_slots_wait() -> bool:
+        return second._claims._slots._free == 0
+
+    await eventually(all_slots_wait)
+    stop_at_once(first)
+    await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
+
+
+@pytest.mark.parametrize("how", ["read", "take_expired"])
+async def test_what_comes_while_it_leaves_is_handed_over_too(
+    how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
+    request_id = await client.enqueue(ask())
+    if how == "take_expired":  # it was with a worker that died
+        await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
+        job = (await redis.xpending("chat:jobs", "workers"))["min"]
+        await redis.xclaim("chat:jobs", "workers", "dead", 0, [job], idle=2000 * NEVER, justid=True)
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
+    held = Held(getattr(first._jobs, how))
+    setattr(first._jobs, how, held)
+    await held.here.wait()
+    stop_at_once(first)
+
+    async def no_other_read_is_out() -> bool:
+        return not (await redis.info("clients"))["blocked_clients"]
+
+    await eventually(no_other_read_is_out)
+    for _ in range(100):  # let the worker do all that it would do without what is held
+        await asyncio.sleep(0)
+    held.go.set()
+    await start_worker(simulator, lease=NEVER)
+    await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
+
+
+async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
+    client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100, tokens=2000)))
+    monkeypatch.setattr("worker.engine.application._LAST_STEPS", 0.2)
+    worker = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600))
+    running = asyncio.create_task(worker.run())
+    await client.enqueue(ask())
+
+    async def runs() -> bool:
+        return [served.chunks > 2 for served in simulator.served] == [True]
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    await eventually(runs)
+    for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave")):
+        monkeypatch.setattr(part, what, never)
+    assert isinstance(worker._publisher, Publisher)
+    monkeypatch.setattr(worker._publisher._wires, "execute", lambda _commands, _done: None)
+    configure_logging("json")
+    with capture_logs() as logs:
+        stop_at_once(worker)
+        async with asyncio.timeout(30):
+            await running
+    assert [line["event"] for line in logs if line["event"].endswith("_failed")] == ["hand_over_failed", "leave_failed"]

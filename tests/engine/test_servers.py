@@ -1,0 +1,404 @@
+"""A worker before several vLLM servers, or one that fails: where its jobs go, and that they wait rather than fail."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from conftest import StartSimulator, StartWorker, eventually
+from structlog.testing import capture_logs
+
+from worker import Answer, Client, Failed, State
+from worker.contract.entries import Object
+from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.simulator.requests import Fault, answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.wire import Connection, Request
+from worker.telemetry.logging import configure_logging
+from worker.vllm.circuit import FAILURES
+from worker.vllm.circuit import State as CircuitState
+
+
+def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
+    return {"model": model, "messages": [{"role": "user", "content": content}], **more}
+
+
+async def answers(client: Client, *requests: Object) -> list[Answer]:
+    ids = [await client.enqueue(request) for request in requests]
+    return list(await asyncio.gather(*map(client.result, ids)))
+
+
+async def test_every_job_goes_to_a_server_that_has_its_model(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    small, large = [await start_simulator(Options(model=model)) for model in ("small", "large")]
+    await start_worker(small, large)
+    got = await answers(client, *(ask(f"q{n}", ("small", "large")[n % 2]) for n in range(10)))
+    assert [answer.model for answer in got] == ["small", "large"] * 5
+    assert [len(small.served), len(large.served)] == [5, 5]
+
+
+async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A11. One is asked, and only the first time."""
+    servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
+    await start_worker(*servers)
+    for _ in range(3):
+        (answer,) = await answers(client, ask("Hi", "no"))
+        assert isinstance(answer.end, Failed)
+        assert (answer.end.code, answer.attempt) == ("model_not_found", 1)
+        assert answer.end.message.startswith("The model `no` does not exist.")
+    assert sum(len(server.served) for server in servers) == 1
+
+
+async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_lists_nothing(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A11. Each of them may have any: that the first does not is no answer yet, and is remembered."""
+    servers = [
+        await start_simulator(Options(model=model, lacks=frozenset({"/v1/models"}))) for model in ("small", "large")
+    ]
+    await start_worker(*servers, tries=1)
+    for _ in range(3):
+        got = await answers(client, ask("Hi", "large"), ask("Hi", "small"))
+        assert [answer.outcome for answer in got] == ["done", "done"]
+    assert [sum(served.status == 404 for served in server.served) for server in servers] in ([1, 0], [1, 1], [0, 1])
+    (answer,) = await answers(client, ask("Hi", "no"))
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == "model_not_found"
+
+
+@pytest.mark.parametrize("guards_its_list", [True, False])
+async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, guards_its_list: bool
+) -> None:
+    """It answers at once, and so would always be the one with the least to do."""
+    async with Guarded(lists=not guards_its_list) as refusing:
+        good = await start_simulator(Options(orders=Orders(rate=200)))
+        worker = await start_worker(refusing, good, tries=1)
+        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(40)))
+        assert [answer.outcome for answer in got] == ["done"] * 40
+        assert len(good.served) == 40
+        if guards_its_list:
+            assert worker._upstream.endpoints[0].refuses_key
+
+
+async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_key(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Guarded(Options(model="large", api_key="another"), lists=True) as refusing:
+        await start_worker(refusing, await start_simulator(Options(model="small")))
+        for _ in range(2):
+            answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+            assert (answer.outcome, answer.model) == ("done", "small")
+
+
+class Choosy(Simulator):
+    """A server that answers some requests that the model is not there, and gives its list only once."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.lists = 0
+        self.released = asyncio.Event()
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/v1/models":
+            self.lists += 1
+            if self.lists > 1:
+                await self.released.wait()
+        if b"a bad one" in request.body:
+            error = b'{"error":{"message":"The model does not exist: http://files/image.png","code":404}}'
+            await connection.respond(404, "application/json", error)
+        else:
+            await super()._handle(request, connection)
+
+
+async def test_a_job_that_a_server_of_its_model_does_not_know_takes_the_model_from_no_other(
+    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A1 and A11. The server is asked for its list again meanwhile."""
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    async with Choosy() as server:
+        await start_worker(server)
+        (bad,) = await answers(client, ask("a bad one"))
+        assert isinstance(bad.end, Failed)
+        assert bad.end.code == "model_not_found"
+
+        async def asked_again() -> bool:
+            return server.lists > 1
+
+        await eventually(asked_again)
+        got = await answers(client, *(ask(f"question {n}") for n in range(3)))
+        assert [answer.outcome for answer in got] == ["done"] * 3
+        server.released.set()
+
+
+async def test_a_job_that_one_server_of_its_model_does_not_know_is_asked_of_the_other(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """A1 and A11."""
+    async with Choosy() as choosy:
+        good = await start_simulator()
+        await start_worker(choosy, good, tries=1)
+        got = await answers(client, *(ask(f"a bad one {n}") for n in range(6)))
+        assert [answer.outcome for answer in got] == ["done"] * 6
+        assert len(good.served) == 6
+
+
+class Wrong(Simulator):
+    """A server that is set up wrongly: everything but its health and its list gets this answer."""
+
+    def __init__(self, status: int, body: bytes, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.answer = status, body
+        self.asked = 0
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path in {"/health", "/v1/models"}:
+            await super()._handle(request, connection)
+        else:
+            self.asked += request.path == "/v1/chat/completions"
+            await connection.respond(self.answer[0], "text/plain", self.answer[1])
+
+
+WRONG = [
+    (307, b"elsewhere", "upstream_error"),
+    (404, b'{"detail":"Not Found"}', "not_found"),
+    (405, b'{"detail":"Method Not Allowed"}', "upstream_error"),
+    (501, b"", "upstream_unavailable"),
+    (404, b"<html>404 Not Found</html>", "not_found"),
+    (413, b"<html>413 Request Entity Too Large</html>", "invalid_request"),
+    (200, b"<html>Welcome to nginx!</html>", "not_a_stream"),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), [case[:2] for case in WRONG])
+async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serve(
+    status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """It answers at once, and so would always be the one with the least to do."""
+    async with Wrong(status, body) as wrong:
+        good = await start_simulator()
+        worker = await start_worker(wrong, good, tries=2)
+        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(12)))
+        assert [answer.outcome for answer in got] == ["done"] * 12
+        assert len(good.served) == 12
+        got = await answers(client, *(ask(f"again {n}", max_tokens=5) for n in range(12)))
+        assert [answer.outcome for answer in got] == ["done"] * 12
+        if status != 413:
+            assert wrong.asked <= 12
+            assert worker._upstream.endpoints[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
+
+
+@pytest.mark.parametrize(("status", "body", "code"), WRONG)
+async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
+    status: int, body: bytes, code: str, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is asked once by each job, also after all have been found to fail."""
+    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    async with Wrong(status, body) as one, Wrong(status, body) as other:
+        await start_worker(one, other, tries=1 if status in {200, 501} else 5)
+        got = await answers(client, *(ask(f"question {n}") for n in range(2 * FAILURES)))
+        codes = {answer.end.code for answer in got if isinstance(answer.end, Failed)}
+        assert (codes, len(got)) == ({code}, 2 * FAILURES)
+        if status not in {200, 501}:
+            assert (one.asked, other.asked) == (2 * FAILURES, 2 * FAILURES)
+
+
+async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """It does not begin again because that server does not say how to go on."""
+    first = await start_simulator(Options(orders=Orders(fault="cut", after=4)))
+    async with Wrong(307, b"") as wrong:
+        await start_worker(first, wrong, await start_simulator(), tries=5)
+        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+    assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["resumed"]
+    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+
+
+class Guarding(Simulator):
+    """A server behind a proxy that lets completions through, and redirects whatever else to its login."""
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/tokenize":
+            await connection.respond(302, "text/plain", b"log in")
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a16_an_answer_begins_again_where_no_server_says_how_to_go_on(
+    client: Client, start_worker: StartWorker, count: int
+) -> None:
+    first = Options(orders=Orders(fault="cut", after=4, times=1))
+    async with Guarding(first) as one, Guarding() as other:
+        await start_worker(*[one, other][:count], tries=2)
+        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+    assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["restarted"]
+    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+
+
+async def test_a16_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    async with Wrong(307, b"", Options(model="large")) as wrong:
+        await start_worker(wrong, await start_simulator(Options(model="small")))
+        answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+    assert (answer.outcome, answer.model) == ("done", "small")
+
+
+class Guarded(Simulator):
+    """A server that asks for a key that the worker does not have; `lists`: not to say what it serves."""
+
+    def __init__(self, options: Options | None = None, *, lists: bool = False) -> None:
+        super().__init__(options or Options(api_key="another"))
+        self._lists = lists
+
+    def _authorized(self, request: Request) -> bool:
+        return (self._lists and request.path == "/v1/models") or super()._authorized(request)
+
+
+class Sick(Simulator):
+    """A server whose health says so while it fails."""
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        if request.path == "/health" and self.options.orders.fault:
+            await connection.respond(503, "text/plain", b"")
+        else:
+            await super()._handle(request, connection)
+
+
+@pytest.mark.parametrize("fault", ["503", "cut"])
+async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
+    fault: Fault, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    async with Sick() as server:
+        worker = await start_worker(server, tries=1, slots=1)
+        await answers(client, ask("before"))
+        server.options = Options(orders=Orders(fault=fault, after=3))
+        ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
+
+        async def away() -> bool:
+            return not worker._upstream.is_there
+
+        await eventually(away)
+        states = [(await client.status(request_id)).state for request_id in ids]
+        lost = states.count(State.ENDED)
+        # What was read before the circuit opened runs, and waits; nothing else is claimed.
+        assert lost <= FAILURES
+        assert states.count(State.RUNNING) <= 1
+        assert len(server.served) <= lost + 2
+        server.options = Options()
+        outcomes = [answer.outcome for answer in await asyncio.gather(*map(client.result, ids))]
+        assert outcomes.count("done") >= len(ids) - lost - 1
+
+
+async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them(
+    client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator)
+    poison = [ask(f"poison {n}", simulate={"fault": "error_under_200"}) for n in range(4)]
+    good = [ask(f"question {n}") for n in range(20)]
+    got = await answers(client, *poison, *good)
+    assert [answer.outcome for answer in got] == ["error"] * 4 + ["done"] * 20
+
+
+@pytest.mark.parametrize("fault", ["freeze", "hang"])
+async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for(
+    fault: Fault, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As vLLM 0.32.0 does on SIGTERM: it takes no connections any more, and its open streams send comments for ever."""
+    monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    async with Simulator(Options(keep_alive=0.02, orders=Orders(fault=fault, after=6))) as going_down:
+        # The limits are so long that only the refused connection can be what ends the wait.
+        await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
+        request_id = await client.enqueue(ask("Who are you?"))
+
+        async def frozen() -> bool:
+            return bool(going_down.served and going_down.served[0].fault)
+
+        await eventually(frozen)
+        going_down.refuse()
+        answer = await client.result(request_id)
+    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
+
+
+async def test_a_job_that_waits_for_its_model_says_so_once(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    configure_logging("json", "info")
+    async with Simulator(Options(model="large")) as large:
+        worker = await start_worker(large, await start_simulator(Options(model="small")))
+        await answers(client, ask("before", "large"))
+    with capture_logs() as logs:
+        request_id = await client.enqueue(ask("a secret prompt", "large"))
+
+        async def waits() -> bool:
+            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+
+        await eventually(waits)
+        await start_simulator(Options(model="large"), int(large.url.rpartition(":")[2]))
+        assert (await client.result(request_id)).outcome == "done"
+    said = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert said == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
+    assert "a secret prompt" not in str(logs)
+
+
+async def test_c8_a_job_without_a_model_that_waits_names_none(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F10 of C8: the log had an empty model."""
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    configure_logging("json", "info")
+    async with Simulator() as away:
+        worker = await start_worker(away)
+        await answers(client, ask("before"))
+    with capture_logs() as logs:
+        request = {"messages": [{"role": "user", "content": "Hi"}]}
+        request_id = await client.enqueue(request)
+
+        async def waits() -> bool:
+            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+
+        await eventually(waits)
+        await start_simulator(Options(), int(away.url.rpartition(":")[2]))
+        assert (await client.result(request_id)).outcome == "done"
+    said = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert said == [{"event": "waiting_for_model", "log_level": "info"}]
+    assert not await waits()
+
+
+async def test_an_answer_waits_while_all_of_several_servers_are_away(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
+    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
+    ports = [free_port() for _ in range(3)]
+    servers = [Simulator(Options(orders=Orders(rate=50)), port=port) for port in ports]
+    for server in servers:
+        await server.__aenter__()
+    worker = await start_worker(*servers, tries=2)
+    request_id = await client.enqueue(ask("Who are you?"))
+
+    async def begun() -> bool:
+        return any(served.chunks > 3 for server in servers for served in server.served)
+
+    await eventually(begun)
+    for server in servers:
+        await server.__aexit__(None, None, None)
+
+    async def refused() -> bool:
+        return not worker._upstream.is_there
+
+    await eventually(refused)
+    assert (await client.status(request_id)).state is State.RUNNING
+    await start_simulator(port=ports[1])
+    answer = await client.result(request_id)
+    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))

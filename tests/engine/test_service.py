@@ -1,0 +1,625 @@
+"""The main job: what is added to the job stream comes out of the request's own stream, whole and in order."""
+
+import asyncio
+import json
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import StartSimulator, StartWorker, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.engine.application import Service
+from worker.engine.maintenance import Keeper
+from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.settings import load_settings
+
+TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
+STORY = [{"role": "user", "content": "Tell me a story"}]
+
+
+def ask(content: str = "Who are you?", **more: object) -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
+
+
+async def read(redis: Redis, request_id: str) -> Answer:
+    """The log as it stands, read without the client."""
+    return Answer(parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}"))
+
+
+async def settled(redis: Redis) -> None:
+    """Wait until every job is acknowledged."""
+
+    async def nothing_pending() -> bool:
+        groups = await redis.xinfo_groups("chat:jobs")
+        return all(not group["pending"] for group in groups)
+
+    await eventually(nothing_pending)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_job_becomes_a_log_with_every_delta_in_order(client: Client) -> None:
+    request_id = await client.enqueue(ask())
+    entries = [entry async for entry in client.follow(request_id)]
+
+    assert [type(entry) for entry in entries[:3]] == [Queued, Started, Opened]
+    assert [entry.id.n for entry in entries[1:-1]] == list(range(len(entries) - 2))
+    assert all(isinstance(entry, Delta) and entry.id.attempt == 1 for entry in entries[3:-1])
+    end = entries[-1]
+    assert isinstance(end, Done)
+    assert end.id == SEAL
+    assert (end.attempt, end.finish_reason, end.model) == (1, "stop", "reciter")
+    assert end.usage["completion_tokens"] == sum(len(e.token_ids) for e in entries if isinstance(e, Delta))
+    assert Answer(entries).text == answer_to(ask()["messages"])
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_bare_xadd_is_enough_for_a_job(redis: Redis) -> None:
+    await redis.xadd("chat:jobs", {"id": "bare-1", "request": json.dumps(ask("你是谁?"))})
+
+    async def ended() -> bool:
+        return (await read(redis, "bare-1")).outcome == "done"
+
+    await eventually(ended)
+    assert (await read(redis, "bare-1")).text == answer_to(ask("你是谁?")["messages"])
+    await settled(redis)
+
+
+async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
+    start_worker: StartWorker, start_simulator: StartSimulator, client: Client
+) -> None:
+    await start_worker(await start_simulator(Options(orders=Orders(rate=200))))
+    request_id = await client.enqueue(ask("Tell me a story"))
+    first = [entry async for entry in client.follow(request_id)]
+    late = [entry async for entry in client.follow(request_id)]
+    both = await asyncio.gather(client.result(request_id), client.result(request_id))
+    assert first == late
+    assert [answer.text for answer in both] == [answer_to(STORY)] * 2
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_follower_that_comes_back_goes_on_after_its_last_id(client: Client) -> None:
+    request_id = await client.enqueue(ask())
+    entries = [entry async for entry in client.follow(request_id)]
+    for place in (0, 3, len(entries) - 2, len(entries) - 1):
+        rest = [entry async for entry in client.follow(request_id, after=entries[place].id)]
+        assert rest == entries[place + 1 :]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_after_the_end_nothing_is_pending_and_the_job_stream_is_trimmed(redis: Redis, client: Client) -> None:
+    ids = [await client.enqueue(ask()) for _ in range(10)]
+    for request_id in ids:
+        await client.result(request_id)
+    await settled(redis)
+
+    async def trimmed() -> bool:
+        return await redis.xlen("chat:jobs") <= 1
+
+    await eventually(trimmed)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_log_and_tombstone_expire_as_the_job_says(redis: Redis, client: Client) -> None:
+    request_id = await client.enqueue(ask(), retention=120)
+    await client.result(request_id)
+    await settled(redis)
+    assert 0 < await redis.ttl(f"chat:tokens:{{{request_id}}}") <= 120
+    assert 120 < await redis.ttl(f"chat:ended:{{{request_id}}}") <= 24 * 3600
+    stone = json.loads(await redis.get(f"chat:ended:{{{request_id}}}") or b"")
+    assert stone["outcome"] == "done"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_lifecycle_tells_a_logger_of_every_request(redis: Redis, client: Client) -> None:
+    request_id = await client.enqueue(ask(), tenant="acme")
+    answer = await client.result(request_id)
+    await settled(redis)
+    lines = [fields for _, fields in await stream(redis, "chat:lifecycle")]
+    assert [line[b"type"] for line in lines] == [b"started", b"finished"]
+    assert all(line[b"id"] == request_id.encode() and line[b"tenant"] == b"acme" for line in lines)
+    assert lines[1][b"outcome"] == b"done"
+    assert json.loads(lines[1][b"usage"]) == answer.usage
+
+
+async def test_the_feed_carries_the_same_entries(redis: Redis, start_worker: StartWorker, simulator: Simulator) -> None:
+    async with redis.pubsub() as feed:
+        await feed.subscribe("chat:feed:{fed}")
+        await start_worker(simulator)
+        await redis.xadd("chat:jobs", {"id": "fed", "request": json.dumps(ask())})
+        heard = []
+        async for message in feed.listen():
+            if message["type"] == "message":
+                heard += [parse(entry_id, fields) for entry_id, fields in json.loads(message["data"])]
+                if heard[-1].id == SEAL:
+                    break
+    assert heard == [parse(*entry) for entry in await stream(redis, "chat:tokens:{fed}")]
+    await settled(redis)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "says"),
+    [
+        ({"request": "{"}, "invalid_job", "not JSON"),
+        ({"request": b"\xff\xfe"}, "invalid_job", "not JSON"),
+        ({"request": "{}"}, "invalid_job", "no messages"),
+        ({"request": "[]"}, "invalid_job", "not a JSON object"),
+        ({}, "invalid_job", "no request"),
+        ({"request": json.dumps(ask()), "v": "2"}, "invalid_job", "version 1"),
+        ({"request": json.dumps(ask()), "deadline": "soon"}, "invalid_job", "Unix milliseconds"),
+        ({"request": json.dumps(ask("x" * 3000))}, "job_too_large", "WORKER_MAX_REQUEST_BYTES"),
+        ({"request": json.dumps(ask() | {"kv_transfer_params": {}})}, "invalid_job", "only the worker"),
+    ],
+)
+async def test_a_job_that_does_not_validate_ends_in_an_error_and_among_the_dead(
+    fields: dict[str, str | bytes], code: str, says: str, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, max_request_bytes=2048)
+    await redis.xadd("chat:jobs", {"id": "bad", **fields})  # type: ignore[dict-item]  # dict is invariant
+    await redis.xadd("chat:jobs", {"id": "good", "request": json.dumps(ask())})
+
+    async def ended() -> bool:
+        return bool((await read(redis, "good")).outcome and (await read(redis, "bad")).outcome)
+
+    await eventually(ended)
+    end = (await read(redis, "bad")).end
+    assert isinstance(end, Failed)
+    assert end.code == code
+    assert says in end.message
+    await settled(redis)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert letter[b"reason"].decode() == end.message
+    assert json.loads(letter[b"fields"])["id"] == "bad"
+    assert (await read(redis, "good")).outcome == "done"
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("fields", [{}, {"id": ""}, {"id": "no/slash"}, {"id": "x" * 129}, {"id": b"\xff"}])
+async def test_a_job_without_a_usable_id_goes_to_the_dead_letters(fields: dict[str, str | bytes], redis: Redis) -> None:
+    job = await redis.xadd("chat:jobs", {**fields, "request": json.dumps(ask())})  # type: ignore[dict-item]
+
+    async def buried() -> bool:
+        return bool(await redis.xlen("chat:dead"))
+
+    await eventually(buried)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert b"id" in letter[b"reason"]
+    assert (letter[b"queue"], letter[b"job"]) == (b"default", job)
+    await settled(redis)
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(
+    ("request_", "code", "says"),
+    [
+        (ask() | {"model": "nope"}, "model_not_found", "`nope` does not exist"),
+        (ask("word " * 30_000), "context_length_exceeded", "maximum context length"),
+        (ask(temperature=-3), "invalid_request", "temperature"),
+        (ask(logprobs=True, top_logprobs=500), "invalid_request", "logprobs"),
+    ],
+)
+async def test_what_vllm_refuses_is_an_error_with_its_words(
+    request_: dict[str, object], code: str, says: str, client: Client, redis: Redis, simulator: Simulator
+) -> None:
+    answer = await client.result(await client.enqueue(request_))
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == code
+    assert says in answer.end.message
+    assert len(simulator.served) <= 1, "what is the job's fault is not tried again"
+    await settled(redis)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_deadline_that_has_passed_ends_the_job_without_asking_vllm(redis: Redis, simulator: Simulator) -> None:
+    await redis.xadd("chat:jobs", {"id": "late", "request": json.dumps(ask()), "deadline": "1000"})
+
+    async def ended() -> bool:
+        return bool((await read(redis, "late")).outcome)
+
+    await eventually(ended)
+    end = (await read(redis, "late")).end
+    assert isinstance(end, Failed)
+    assert end.code == "deadline"
+    assert not simulator.served
+    await settled(redis)
+
+
+async def test_a_deadline_that_passes_mid_stream_ends_the_answer_with_what_came(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    slow = await start_simulator(Options(orders=Orders(rate=20)))
+    await start_worker(slow)
+    answer = await client.result(await client.enqueue(ask("Tell me a story"), timeout=1.0))
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == "deadline"
+    assert answer.text
+    assert answer_to(STORY).startswith(answer.text)
+
+    async def closed() -> bool:
+        return slow.served[0].closed_early
+
+    await eventually(closed)
+    await settled(redis)
+    finished = (await stream(redis, "chat:lifecycle"))[-1][1]
+    assert json.loads(finished[b"usage"]) == answer.usage != {}
+
+
+async def test_cancelling_stops_vllm_and_seals_the_log(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    slow = await start_simulator(Options(orders=Orders(rate=30)))
+    await start_worker(slow)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    answer = Answer()
+    async for entry in client.follow(request_id):
+        answer.add(entry)
+        if isinstance(entry, Delta) and entry.id.n == 5:
+            assert (await client.cancel(request_id)).state.value == "running"
+    assert answer.outcome == "cancelled"
+    assert answer_to(STORY).startswith(answer.text)
+    await settled(redis)
+    assert slow.served[0].closed_early
+    finished = (await stream(redis, "chat:lifecycle"))[-1][1]
+    assert finished[b"outcome"] == b"cancelled"
+    assert json.loads(finished[b"usage"])["completion_tokens"] >= 4, "the usage so far is told"
+
+
+async def test_a_job_cancelled_before_it_starts_never_runs(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    request_id = await client.enqueue(ask())
+    await redis.execute_command(  # type: ignore[no-untyped-call]  # the line of the contract, as it stands
+        "XADD", f"chat:tokens:{{{request_id}}}", str(SEAL), "type", "cancelled"
+    )
+    await start_worker(simulator)
+    assert (await client.result(request_id)).outcome == "cancelled"
+    await settled(redis)
+    assert not simulator.served
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_same_id_added_twice_by_hand_runs_once(redis: Redis, simulator: Simulator) -> None:
+    job = {"id": "twice", "request": json.dumps(ask())}
+    for _ in range(3):
+        await redis.xadd("chat:jobs", job)  # type: ignore[arg-type]  # dict is invariant
+
+    async def ended() -> bool:
+        return (await read(redis, "twice")).outcome == "done"
+
+    await eventually(ended)
+    await settled(redis)
+    assert len(simulator.served) == 1
+    assert (await read(redis, "twice")).text == answer_to(ask()["messages"])
+
+
+@pytest.mark.parametrize("style", ["openai", "vllm", "fastapi"])
+@pytest.mark.parametrize("field", ["return_token_ids", "stream_options"])
+@pytest.mark.parametrize("manner", ["rejects", "ignores"])
+async def test_servers_that_do_not_know_our_fields_still_work(
+    style: str, field: str, manner: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    if manner == "rejects":
+        options = Options(rejects=frozenset({field}), reject_style=style)  # type: ignore[arg-type]  # a Literal
+    else:
+        options = Options(ignores=frozenset({field}))
+    await start_worker(await start_simulator(options))
+    answer = await client.result(await client.enqueue(ask()))
+    assert answer.text == answer_to(ask()["messages"])
+    assert answer.outcome == "done"
+
+
+async def test_a_passing_fault_before_the_first_token_does_not_show(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await start_worker(await start_simulator())
+    order = {"fault": "503", "times": 2}
+    answer = await client.result(await client.enqueue(ask(simulate=order)))
+    assert answer.text == answer_to(ask()["messages"])
+    assert answer.attempt == 1
+
+
+async def test_a_stream_that_breaks_starts_again_visibly_where_it_is_not_to_go_on(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    await start_worker(await start_simulator(), on_interrupt="restart")
+    order = {"fault": "reset", "after": 5, "times": 1}
+    request_id = await client.enqueue(ask(simulate=order))
+    entries = [entry async for entry in client.follow(request_id)]
+    kinds = [entry.type for entry in entries]
+    assert kinds.count("restarted") == 1
+    assert [str(entry.id) for entry in entries if entry.type in ("claimed", "restarted")] == ["2-0", "2-1"]
+    assert Answer(entries).text == answer_to(ask()["messages"])
+    assert Answer(entries).outcome == "done"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("429", "rate_limited"),
+        ("500", "upstream_error"),
+        ("refuse", "upstream_unreachable"),
+        ("html", "not_a_stream"),
+        ("cut", "upstream_truncated"),
+        ("error_under_200", "upstream_error"),
+        ("malformed", "upstream_malformed"),
+        ("abort", "upstream_aborted"),
+    ],
+)
+async def test_a_fault_that_stays_becomes_an_error_with_its_code(
+    fault: str, code: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, tries=2)
+    order = {"fault": fault, "retry_after": 0.01}  # before any text: an answer that gets on is gone on with
+    answer = await client.result(await client.enqueue(ask(simulate=order)))
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == code
+    # Over a connection that was kept from before, a request that is answered by nothing at all is sent again at once.
+    assert len(simulator.served) in ({2, 3} if fault == "refuse" else {2})
+    await settled(redis)
+
+
+async def test_every_slot_works_at_once(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    slow = await start_simulator(Options(orders=Orders(fault="hang")))
+    await start_worker(slow, slots=8, first_token_timeout=60)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(8)]
+
+    async def all_wait() -> bool:
+        return [served.ended for served in slow.served] == [None] * 8
+
+    await eventually(all_wait)
+    for request_id in ids:
+        await client.cancel(request_id)
+
+
+async def test_no_more_jobs_are_taken_than_there_are_slots(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    slow = await start_simulator(Options(orders=Orders(first_token=0.3, text="yes")))
+    await start_worker(slow, slots=2)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(6)]
+    most = 0
+
+    async def all_done() -> bool:
+        nonlocal most
+        groups = await redis.xinfo_groups("chat:jobs")
+        most = max([most, *(int(group["pending"]) for group in groups)])
+        return all([(await read(redis, request_id)).outcome == "done" for request_id in ids])
+
+    await eventually(all_done)
+    assert most == 2
+
+
+async def test_jobs_of_several_queues_are_all_served(
+    client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, queues="high,default,low", slots=2)
+    ids = [await client.enqueue(ask(f"q{n}"), queue=("high", "default", "low")[n % 3]) for n in range(30)]
+    answers = await asyncio.gather(*map(client.result, ids))
+    assert all(answer.outcome == "done" for answer in answers)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_group_that_vanishes_is_made_again(client: Client, redis: Redis) -> None:
+    await client.result(await client.enqueue(ask()))
+    await settled(redis)
+    await redis.flushall()
+    answer = await client.result(await client.enqueue(ask("after the flood")))
+    assert answer.outcome == "done"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redis: Redis) -> None:
+    slow = ask(simulate={"rate": 40})
+    request_id = await client.enqueue(slow)
+
+    async def begun() -> bool:
+        return (await read(redis, request_id)).started is not None
+
+    await eventually(begun)
+    await redis.xadd("chat:jobs", {"id": request_id, "request": "{"})
+    assert (await client.result(request_id)).text == answer_to(ask()["messages"])
+    await redis.xadd("chat:jobs", {"id": request_id, "request": "{}"})
+
+    async def buried() -> bool:
+        return await redis.xlen("chat:dead") == 2
+
+    await eventually(buried)
+    await settled(redis)
+    assert (await client.result(request_id)).outcome == "done"
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_job_whose_log_is_a_key_of_another_type_is_buried(redis: Redis) -> None:
+    await redis.set("chat:tokens:{odd}", "not a stream", ex=60)
+    await redis.xadd("chat:jobs", {"id": "odd", "request": json.dumps(ask())})
+
+    async def buried() -> bool:
+        return bool(await redis.xlen("chat:dead"))
+
+    await eventually(buried)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert b"WRONGTYPE" in letter[b"reason"]
+    await settled(redis)
+
+
+async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
+    client: Client, start_worker: StartWorker
+) -> None:
+    """The error must not hide that text was written: the second try would add the whole answer to it."""
+    bodies = [(TRANSCRIPTS / f"{name}.body").read_bytes() for name in ("engine_death_mid_stream", "plain")]
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"POST /v1/chat/completions"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            writer.close()
+            return
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        await reader.readexactly(int(length[1]) if length else 0)
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + bodies.pop(0))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"))
+        request_id = await client.enqueue(ask())
+        entries = [entry async for entry in client.follow(request_id)]
+    assert [entry.type for entry in entries].count("restarted") == 1
+    assert Answer(entries).text == answer_to(ask()["messages"])
+
+
+@pytest.mark.usefixtures("worker")
+async def test_a_request_whose_first_job_went_with_its_queue_is_taken_over_by_the_next(
+    client: Client, redis: Redis
+) -> None:
+    begun = {"type": "started", "v": "1", "queue": "gone", "job": "1-1", "worker": "w", "owner": "o", "time": "1"}
+    await redis.xadd("chat:tokens:{again}", begun, id="1-0")  # type: ignore[arg-type]  # dict is invariant
+    await redis.expire("chat:tokens:{again}", 60)
+    await redis.xadd("chat:jobs", {"id": "again", "request": json.dumps(ask())})
+    answer = await client.result("again")
+    assert (answer.outcome, answer.attempt) == ("done", 2)
+    await settled(redis)
+    assert not await redis.exists("chat:dead")
+
+
+@pytest.mark.usefixtures("worker")
+async def test_setting_the_clock_of_the_machine_ends_no_job(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    await client.result(await client.enqueue(ask()))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3600)
+    answer = await client.result(await client.enqueue(ask("and now?"), timeout=60))
+    assert answer.outcome == "done", answer.error
+
+
+async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    port = free_port()
+    worker = await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"), tries=1)
+    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+
+    async def known_to_be_away() -> bool:
+        return [endpoint.away for endpoint in worker._upstream.endpoints] == [True]
+
+    await eventually(known_to_be_away)
+    assert {(await client.status(request_id)).state for request_id in ids} == {State.QUEUED}, "the queue is the buffer"
+    await start_simulator(port=port)
+    answers = await asyncio.gather(*map(client.result, ids))
+    assert {answer.outcome for answer in answers} == {"done"}
+
+
+async def test_a_stream_whose_vllm_goes_away_goes_on_when_it_is_back(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    port = free_port()
+    simulator = Simulator(Options(orders=Orders(rate=50)), port=port)
+    await simulator.__aenter__()
+    await start_worker(simulator)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 5):
+            await simulator.__aexit__(None, None, None)
+        if entry.type == "claimed":
+            await start_simulator(port=port)
+    assert [entry.type for entry in entries if entry.type in ("resumed", "restarted")] == ["resumed"]
+    assert Answer(entries).text == answer_to(STORY)
+
+
+async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client, redis: Redis, worker: Service) -> None:
+    assert worker is not None
+    await redis.xadd("chat:jobs", {"id": "both", "request": json.dumps(ask())})
+    await eventually(lambda: redis.exists("chat:ended:{both}"))
+    assert await client.enqueue(ask(), id="both") == "both"
+    with pytest.raises(Conflict, match="belongs to another request"):
+        await client.enqueue(ask("Something else"), id="both")
+    await client.cancel("never")
+    with pytest.raises(Conflict, match="was cancelled before"):
+        await client.enqueue(ask(), id="never")
+
+
+async def test_a_server_that_never_answers_delays_no_renewal(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    longest = 0
+
+    async def ended() -> bool:
+        """Meanwhile, see how old the lease becomes."""
+        nonlocal longest
+        pending = await redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
+        longest = max([longest, *(int(line["time_since_delivered"]) for line in pending)])
+        return (await read(redis, request_id)).outcome == "done"
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        silent = SimpleNamespace(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await start_worker(simulator, silent, lease=1.5)
+        request_id = await client.enqueue(ask("Tell me a story", simulate={"rate": 80}))
+        await eventually(ended)
+    assert 0 < longest < 1300, "renewed three times a lease"
+
+
+async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
+) -> None:
+    async def fail(_self: Keeper) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Keeper, "_beat", fail)
+    service = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
+    with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
+        await asyncio.wait_for(service.run(), 10)
+    assert caught.group_contains(KeyError)
+
+
+async def test_a_flood_while_a_read_waits_is_survived(
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7.0 wakes the read at once, 6.2 as its wait ends."""
+    monkeypatch.setattr("worker.engine.application._LONGEST_BLOCK", 1.0)
+    await start_worker(simulator, lease=4)
+
+    async def waits() -> bool:
+        return bool((await redis.info("clients"))["blocked_clients"])
+
+    await eventually(waits)
+    await redis.flushall()
+    assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+
+
+async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """7.0 drops it from the pending list, so that its lease cannot be renewed."""
+    worker = await start_worker(await start_simulator(Options(orders=Orders(rate=40, tokens=120))), lease=1)
+    request_id = await client.enqueue(ask())
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 3):
+            ((job, _),) = await stream(redis, "chat:jobs")
+            await redis.xdel("chat:jobs", job)
+    assert (Answer(entries).outcome, Answer(entries).attempt) == ("done", 1)
+    assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
+    await settled(redis)
+
+
+async def test_a_worker_shows_itself_as_soon_as_it_works(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, lease=3600)
+    await eventually(lambda: redis.hexists("chat:workers", worker._name))

@@ -1,0 +1,184 @@
+"""What is kept beside the logs may be refused by Redis: no job ends by it, and it is said what is missing."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from checks import begun_by_a_dead_worker
+from conftest import StartWorker, eventually, stream
+from redis.asyncio import Redis
+from redis.exceptions import ExecAbortError, NoPermissionError, ResponseError
+
+from worker import Client
+from worker.contract.ids import SEAL
+from worker.engine.application import Service
+from worker.redisio.clients import what_redis_said
+from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Simulator
+from worker.telemetry.logging import configure_logging
+
+REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
+
+
+def refused(worker: Service, record: str) -> float:
+    """How many of these records Redis has refused."""
+    labels = {"record": record}
+    return worker._metrics.registry.get_sample_value("vllm_relay_records_refused_total", labels) or 0
+
+
+async def settled(redis: Redis) -> None:
+    """Wait until every job is acknowledged."""
+
+    async def nothing_pending() -> bool:
+        return not (await redis.xpending("chat:jobs", "workers"))["pending"]
+
+    await eventually(nothing_pending)
+
+
+@pytest.fixture
+async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The Redis, as a user without the right to any record beside the logs."""
+    keys = ["chat:jobs", "chat:tokens:*", "chat:ended:*", "chat:probe"]
+    await redis.acl_setuser("narrow", enabled=True, passwords="+pw", keys=keys, channels=["*"], categories=["+@all"])
+    yield redis_url.replace("//", "//narrow:pw@")
+    await redis.acl_deluser("narrow")
+
+
+@pytest.mark.parametrize("record", ["lifecycle", "workers"])
+async def test_d6_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_job(
+    record: str,
+    client: Client,
+    redis: Redis,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json", "warning")
+    await redis.set(f"chat:{record}", "in the way")
+    worker = await start_worker(simulator)
+    for _ in range(3):
+        answer = await client.result(await client.enqueue(REQUEST))
+        assert answer.text == answer_to(REQUEST["messages"])
+    await settled(redis)
+
+    async def counted() -> bool:
+        return refused(worker, record) > 0
+
+    await eventually(counted)
+    assert not await redis.exists("chat:dead")
+    said = capfd.readouterr().err
+    assert said.count({"lifecycle": "lifecycle_refused", "workers": "beat_failed"}[record]) == 1
+    assert "job_left" not in said
+    assert await redis.get(f"chat:{record}") == b"in the way"
+
+
+async def test_d6_without_the_right_to_side_records_answers_are_whole(
+    redis: Redis, user_url: str, client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, redis_url=user_url)
+    answer = await client.result(await client.enqueue(REQUEST))
+    assert answer.text == answer_to(REQUEST["messages"])
+    await settled(redis)
+    assert refused(worker, "lifecycle") == 2, "of its start and of its end"
+    assert not await redis.exists("chat:dead")
+
+
+async def test_b9_whoever_finds_an_end_without_its_lines_writes_both(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """The worker died after the seal: its line of the start is written beside the answer, and may be missing too."""
+    await redis.xadd("chat:jobs", {"id": "r", "request": "{}"})
+    await begun_by_a_dead_worker(redis, "r")
+    await redis.xadd("chat:tokens:{r}", {"type": "done", "attempt": "1"}, id=str(SEAL))
+    await start_worker(simulator)
+
+    async def acknowledged() -> bool:
+        return bool(
+            await redis.exists("chat:ended:{r}") and not (await redis.xpending("chat:jobs", "workers"))["pending"]
+        )
+
+    await eventually(acknowledged)
+    told = [(fields[b"type"], fields[b"attempt"]) for _, fields in await stream(redis, "chat:lifecycle")]
+    assert told == [(b"started", b"1"), (b"finished", b"1")]
+
+
+async def test_d6_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_written(
+    redis: Redis,
+    user_url: str,
+    client: Client,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A letter is all that is left of such a job: it is not acknowledged without one, and keeps nobody's slot."""
+    configure_logging("json", "warning")
+    worker = await start_worker(simulator, redis_url=user_url, slots=1, lease=0.5)
+    await redis.xadd("chat:jobs", {"id": "no/id", "request": "{}"})
+
+    async def refused_again() -> bool:
+        return "job_left" in capfd.readouterr().err and refused(worker, "dead") > 2
+
+    await eventually(refused_again)
+    answer = await client.result(await client.enqueue(REQUEST))
+    assert answer.text == answer_to(REQUEST["messages"])
+
+    async def is_the_only_one_left() -> bool:
+        return bool((await redis.xpending("chat:jobs", "workers"))["pending"] == 1)
+
+    await eventually(is_the_only_one_left)
+    await redis.acl_setuser("narrow", enabled=True, keys=["*"])
+    await settled(redis)
+    ((_, letter),) = await stream(redis, "chat:dead")
+    assert b"no/id" in letter[b"fields"]
+
+
+async def test_d6_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_answer(
+    redis_server: EmbeddedRedis,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    configure_logging("json", "debug")
+    assert redis_server.process is not None
+    binary = Path(str(redis_server.process.args[0]))  # type: ignore[index]  # a list, as started
+    with start_redis(binary, "--rename-command", "PUBLISH", "") as other:
+        worker = await start_worker(simulator, redis_url=other.url, drain_timeout=0.1)
+        async with Client(other.url) as client:
+            answers = [await client.result(await client.enqueue(REQUEST)) for _ in range(3)]
+        text = answer_to(REQUEST["messages"])
+        assert [answer.text for answer in answers] == [text] * 3
+        assert refused(worker, "feed") == 1
+        worker.leave()
+
+        async def left() -> bool:
+            return "worker_stopped" in capfd.readouterr().err
+
+        said = capfd.readouterr().err
+        assert said.count("feed_refused") == 1
+        assert "unknown command" in said
+        assert not [word for word in text.split() if len(word) > 6 and word in said]
+        await eventually(left)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ResponseError('unknown command `PUBLISH`, with args beginning with: `chat:feed:{r}` `[["1-1",{"type`, '),
+            "unknown command `PUBLISH`",
+        ),
+        (
+            ResponseError("unknown command 'XADD', with args beginning with: 'chat:tokens:{r}' 'secret \nlines' "),
+            "unknown command 'XADD'",
+        ),
+        (
+            ResponseError("Command # 1 (XADD chat:dead * fields secret) of pipeline caused error: OOM command not"),
+            "OOM command not",
+        ),
+        (NoPermissionError("this user has no permissions to run the 'publish' command"), None),
+        (ExecAbortError("Transaction discarded because of previous errors."), None),
+    ],
+)
+def test_d6_what_redis_quotes_of_a_command_is_cut(error: Exception, said: str | None) -> None:
+    assert what_redis_said(error) == (str(error) if said is None else said)

@@ -1,0 +1,115 @@
+"""Slots: how many a reader is granted, who comes first, that nobody waits for ever, and the end."""
+
+import asyncio
+
+import pytest
+
+from worker.engine.slots import Slots
+
+
+async def waiting(*readers: asyncio.Task[int]) -> None:
+    """Let the readers come to where they wait."""
+    await asyncio.sleep(0)
+    assert not any(reader.done() for reader in readers)
+
+
+def reader(slots: Slots, rank: int = 0) -> asyncio.Task[int]:
+    return asyncio.create_task(slots.reserve(rank))
+
+
+async def test_a_reader_is_granted_half_of_what_is_free_and_leaves_the_rest_to_others() -> None:
+    slots = Slots(8)
+    assert [await slots.reserve(rank) for rank in (0, 1, 0, 1)] == [4, 2, 1, 1]
+
+
+async def test_one_read_brings_few_jobs_however_many_slots_are_free() -> None:
+    slots = Slots(1000)
+    assert [await slots.reserve(0) for _ in range(3)] == [16, 16, 16]
+
+
+async def test_a_read_that_took_too_long_is_followed_by_one_of_half_the_jobs() -> None:
+    """D3."""
+    slots = Slots(1000)
+    granted = []
+    for too_slow in (True, True, True, True, True, False, False, False, False, False):
+        slots.adapt(too_slow=too_slow)
+        granted.append(await slots.reserve(0))
+    assert granted == [8, 4, 2, 1, 1, 2, 4, 8, 16, 16]
+
+
+async def test_no_more_is_granted_than_there_is() -> None:
+    slots = Slots(5)
+    assert sum([await slots.reserve(0) for _ in range(4)]) == 5
+    await waiting(task := reader(slots))
+    slots.release(1)
+    assert await task == 1
+    await waiting(task := reader(slots))
+    slots.close()
+    assert await task == 0
+
+
+async def test_the_more_important_queue_comes_first() -> None:
+    slots = Slots(1)
+    assert await slots.reserve(0) == 1
+    tasks = [reader(slots, rank) for rank in (2, 1, 0)]
+    await waiting(*tasks)
+    for place in (2, 1):
+        slots.release(1)
+        assert await tasks[place] == 1
+        await waiting(*tasks[:place])
+    slots.release(1)
+    assert await tasks[0] == 1
+
+
+async def test_every_queue_has_its_share() -> None:
+    """Every queue always waits, so that rank alone would leave all but the first nothing."""
+    slots = Slots(1)
+    assert await slots.reserve(0) == 1
+    tasks = {rank: reader(slots, rank) for rank in range(3)}
+    grants = []
+    for _ in range(80):
+        await waiting(*tasks.values())
+        slots.release(1)
+        await asyncio.sleep(0)
+        rank = next(rank for rank, task in tasks.items() if task.done())
+        grants.append(rank)
+        tasks[rank] = reader(slots, rank)
+    assert [grants.count(rank) for rank in range(3)] == [70, 5, 5]
+    slots.close()
+    await asyncio.gather(*tasks.values())
+
+
+async def test_several_slots_given_back_at_once_go_to_several_readers() -> None:
+    slots = Slots(1)
+    assert await slots.reserve(0) == 1
+    tasks = [reader(slots, rank) for rank in (0, 1)]
+    await waiting(*tasks)
+    slots.release(4)
+    assert [await task for task in tasks] == [2, 1]
+    assert await slots.reserve(0) == 1
+
+
+async def test_a_reader_that_went_away_is_granted_nothing() -> None:
+    slots = Slots(1)
+    assert await slots.reserve(0) == 1
+    gone, stays = reader(slots, 0), reader(slots, 1)
+    await waiting(gone, stays)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    slots.release(1)
+    assert await stays == 1
+    slots.release(1)
+    assert await slots.reserve(0) == 1
+
+
+async def test_closing_sends_everybody_home() -> None:
+    slots = Slots(2)
+    assert await slots.reserve(0) == 1
+    assert await slots.reserve(0) == 1
+    tasks = [reader(slots, rank) for rank in (0, 1)]
+    await waiting(*tasks)
+    slots.close()
+    assert [await task for task in tasks] == [0, 0]
+    slots.release(2)
+    assert await slots.reserve(0) == 0

@@ -1,0 +1,207 @@
+"""Following with limits of time: until a log appears, while nothing comes; and what is known before the first entry."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from inspect import signature
+
+import pytest
+from command import run
+from conftest import eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+from story import END, START, Story, delta
+
+from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest
+from worker.client.handles import RequestHandle, SyncRequestHandle
+from worker.contract.entries import Done, Failed, parse
+from worker.contract.ids import BEFORE_ALL, SEAL
+
+
+@pytest.fixture
+def story(redis: Redis) -> Story:
+    return Story(redis)
+
+
+async def idle(entries: AsyncIterator[Entry]) -> Idle:
+    """The next entry, which must be an `Idle`."""
+    entry = await anext(entries)
+    assert isinstance(entry, Idle)
+    return entry
+
+
+async def until(entries: AsyncIterator[Entry], last: Entry) -> list[Entry]:
+    """What comes up to an entry, but for idle moments before it."""
+    seen: list[Entry] = []
+    while last not in seen:
+        if not isinstance(entry := await anext(entries), Idle):
+            seen.append(entry)
+    return seen
+
+
+async def test_c5_idle_is_said_whenever_nothing_has_come_and_ends_nothing(client: Client, story: Story) -> None:
+    """C5: `wait_for(anext(…))` ended the following."""
+    await story.write(START)
+    async with aclosing(client.follow("r", idle=0.05)) as entries:
+        assert await until(entries, START) == [START]
+        for _ in range(3):
+            assert (await idle(entries)).id == START.id
+        await story.go_on(delta(1, 1), delta(1, 2))
+        assert await until(entries, delta(1, 2)) == [delta(1, 1), delta(1, 2)]
+        assert (await idle(entries)).id == (1, 2)
+        await story.go_on(delta(1, 3), END)
+        assert await until(entries, END) == [delta(1, 3), END]
+
+
+async def test_c5_idle_is_said_while_redis_does_not_answer_and_patience_still_ends(
+    redis_proxy: Proxy, story: Story
+) -> None:
+    await story.write(START)
+    async with Client(redis_proxy.redis_url, patience=0.3) as client:
+        redis_proxy.refuse()
+        await redis_proxy.cut()
+        async with aclosing(client.follow("r", idle=0.05)) as entries:
+            assert (await idle(entries)).id == BEFORE_ALL
+            with pytest.raises(Unavailable):
+                [entry async for entry in entries]
+
+
+async def test_c5_idle_is_said_where_the_feed_cannot_be_heard(
+    client: Client, story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, listener: listener.refused())
+    await story.write(START)
+    async with aclosing(client.follow("r", idle=0.05)) as entries:
+        assert await until(entries, START) == [START]
+        for _ in range(3):
+            assert (await idle(entries)).id == START.id
+        await story.write(delta(1, 1), END)
+        assert await until(entries, END) == [delta(1, 1), END]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_c5_whoever_waits_with_a_limit_may_stop_at_any_time(
+    *, reads: bool, redis_url: str, redis_proxy: Proxy, story: Story
+) -> None:
+    before = asyncio.all_tasks()
+    await story.write(START)
+    async with Client(redis_proxy.redis_url if reads else redis_url) as client:
+        async with aclosing(client.follow("r", idle=0.05)) as entries:
+            if reads:
+                redis_proxy.half_open()
+                await idle(entries)
+            else:
+                await until(entries, START)
+        assert not client._following._requests
+        await redis_proxy.cut()
+
+    async def nothing_left() -> bool:
+        return asyncio.all_tasks() <= before
+
+    await eventually(nothing_left)
+
+
+async def test_f12_handles_follow_with_the_arguments_of_their_client() -> None:
+    """F12: there was no `wait`."""
+    pairs = (RequestHandle.entries, Client.follow), (SyncRequestHandle.entries, SyncClient.follow)
+    for entries, follow in pairs:
+        asked = [parameter for name, parameter in signature(follow).parameters.items() if name != "request_id"]
+        assert list(signature(entries).parameters.values()) == asked
+
+
+async def test_f12_a_handle_waits_for_its_log(client: Client, story: Story, redis_url: str) -> None:
+    async with aclosing(RequestHandle("r", client).entries(wait=30, idle=0.05)) as entries:
+        assert (await idle(entries)).id == BEFORE_ALL
+        await story.write(START, END)
+        assert await until(entries, END) == [START, END]
+
+    def synchronously() -> list[Entry]:
+        with SyncClient(redis_url) as blocking:
+            return list(SyncRequestHandle("r", blocking).entries(wait=30))
+
+    assert await asyncio.to_thread(synchronously) == [START, END]
+
+
+async def test_c5_idle_is_an_entry_of_no_log(client: Client) -> None:
+    assert Idle(id=START.id).as_dict() == {"id": "1-0", "type": "idle"}
+    assert not isinstance(parse("1-1", {"type": "idle"}), Idle)
+    with pytest.raises(ValueError, match="idle"):
+        await anext(client.follow("r", idle=0))
+
+
+async def test_c5_open_says_before_the_first_entry_that_there_is_none(
+    client: Client, redis: Redis, story: Story, redis_url: str
+) -> None:
+    """C5: so that an edge can answer 404 or 410."""
+    with pytest.raises(UnknownRequest):
+        await client.open("r")
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
+    with pytest.raises(Expired):
+        await client.open("r")
+    await story.write(START, delta(1, 1))
+    with pytest.raises(IncompleteLog):
+        await client.open("r", after=str(SEAL))
+    await story.write(END)
+    with pytest.raises(IncompleteLog):
+        await client.open("r", after="1-2")
+    for after, is_seen in ((None, story.written), ("0", story.written), ("1-0", story.written[1:]), (str(SEAL), [])):
+        assert [entry async for entry in await client.open("r", after=after)] == is_seen
+
+    def synchronously() -> list[Entry]:
+        with SyncClient(redis_url) as blocking:
+            with pytest.raises(UnknownRequest):
+                blocking.open("unknown")
+            assert list(blocking.open("r", after="1-1")) == [END]
+            return list(blocking.follow("r", wait=1, idle=1))
+
+    assert await asyncio.to_thread(synchronously) == story.written
+    await redis.xtrim(story.key, maxlen=1, approximate=False)
+    with pytest.raises(IncompleteLog):
+        await client.open("r")
+
+
+async def read_all(client: Client, how: str, wait: float) -> list[Entry]:
+    seen: list[Entry] = []
+    if how == "pour":
+        await client.pour("r", seen.append, wait=wait)
+        return seen
+    entries = await client.open("r", wait=wait) if how == "open" else client.follow("r", wait=wait)
+    return [entry async for entry in entries]
+
+
+@pytest.mark.parametrize("how", ["follow", "open", "pour"])
+async def test_c2_a_log_that_is_not_there_yet_is_waited_for(how: str, client: Client, story: Story) -> None:
+    """C2: a job added by a bare XADD was unknown while it waited."""
+    reading = asyncio.create_task(read_all(client, how, wait=30))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    await story.write(START, delta(1, 1), END)
+    assert await reading == story.written
+
+
+@pytest.mark.parametrize("how", ["follow", "open", "pour"])
+async def test_c2_a_log_that_does_not_appear_in_time_is_unknown(how: str, client: Client) -> None:
+    with pytest.raises(UnknownRequest):
+        await read_all(client, how, wait=0.05)
+
+
+async def test_c2_idle_is_said_while_a_log_is_waited_for(client: Client, story: Story) -> None:
+    async with aclosing(client.follow("r", wait=30, idle=0.05)) as entries:
+        assert (await idle(entries)).id == BEFORE_ALL
+        await story.write(START, END)
+        assert await until(entries, END) == [START, END]
+
+
+async def test_c9_following_a_whole_answer_from_its_seal_is_well(redis_url: str, story: Story, redis: Redis) -> None:
+    """C9: it ended with exit status 1."""
+    await story.write(START, Delta(id=delta(1, 1).id, content="whole"))
+    unended = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
+    assert (unended.status, unended.out) == (1, "")
+    await story.write(Done(id=SEAL, attempt=1))
+    ended = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
+    assert (ended.status, ended.out) == (0, "")
+    await redis.delete(story.key)
+    await story.write(START, Failed(id=SEAL, attempt=1, code="deadline"))
+    failed = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
+    assert (failed.status, failed.out) == (1, "")
+    assert "error" in failed.err

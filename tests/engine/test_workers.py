@@ -1,0 +1,187 @@
+"""Several worker processes on one Redis: they share the work, and take over from one another."""
+
+import asyncio
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import StartProcess, StartSimulator, eventually, stream
+from redis.asyncio import Redis
+
+from worker import Answer, Client, Delta, Entry
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL
+from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Orders
+
+JOBS = 200
+
+
+def ask(content: str, **more: object) -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
+
+
+def expected(content: str) -> str:
+    return answer_to([{"role": "user", "content": content}])
+
+
+async def log_of(redis: Redis, request_id: str) -> list[Entry]:
+    return [parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}")]
+
+
+async def nothing_pending(redis: Redis) -> bool:
+    groups = await redis.xinfo_groups("chat:jobs")
+    return bool(groups) and all(not group["pending"] for group in groups)
+
+
+@pytest.mark.timeout(120)
+async def test_two_workers_and_two_hundred_jobs_at_once(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    for _ in range(2):
+        # As many slots as half of the jobs, so that both take their share; time enough for two busy cores.
+        start_process(simulator, slots=JOBS // 2, lease=15)
+    questions = [f"question {number}" for number in range(JOBS)]
+    ids = await asyncio.gather(*(client.enqueue(ask(question)) for question in questions))
+    answers = await asyncio.gather(*map(client.result, ids))
+    assert [answer.text for answer in answers] == [expected(question) for question in questions]
+
+    await eventually(lambda: nothing_pending(redis))
+    workers: Counter[str] = Counter()
+    for request_id in ids:
+        entries = await log_of(redis, request_id)
+        assert [str(entry.id) for entry in entries] == ["0-1", *(f"1-{n}" for n in range(len(entries) - 2)), str(SEAL)]
+        assert [entry.type for entry in entries if entry.id == SEAL] == ["done"]
+        started = Answer(entries).started
+        assert started is not None
+        workers[started.worker] += 1
+    assert len(workers) == 2, "both took part"
+    finished = Counter(
+        fields[b"id"] for _, fields in await stream(redis, "chat:lifecycle") if fields[b"type"] == b"finished"
+    )
+    assert finished == {request_id.encode(): 1 for request_id in ids}
+    assert len(simulator.served) == JOBS
+
+
+async def test_a_worker_that_is_told_to_leave_lets_its_jobs_end(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    process = start_process(simulator, drain_timeout=20)
+    request_id = await client.enqueue(ask("Who are you?"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id.n == 3:
+            process.terminate()
+    assert Answer(entries).outcome == "done"
+    assert Answer(entries).attempt == 1
+    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert await redis.hgetall("chat:workers") == {}
+    assert await redis.xinfo_consumers("chat:jobs", "workers") == []
+
+
+async def test_what_does_not_end_in_time_is_handed_over_at_once(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    # With leases of a minute only a hand-over lets the second worker go on within the time of this test.
+    first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
+    request_id = await client.enqueue(ask("Tell me a story"))
+    entries = []
+    async for entry in client.follow(request_id):
+        entries.append(entry)
+        if isinstance(entry, Delta) and entry.id == (1, 5):
+            start_process(simulator, lease=60)
+            first.terminate()
+    assert await asyncio.to_thread(first.wait, 10) == 0
+    assert Answer(entries).text == expected("Tell me a story")
+    assert Answer(entries).attempt == 2
+    await eventually(lambda: nothing_pending(redis))
+
+
+async def test_a_worker_shows_itself_in_the_hash_of_workers(
+    redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    start_process(await start_simulator(), lease=0.5, slots=7)
+
+    async def shown() -> bool:
+        lines = [json.loads(line) for line in (await redis.hgetall("chat:workers")).values()]
+        return [line["slots"] for line in lines] == [7]
+
+    await eventually(shown)
+
+
+async def test_a_worker_that_waits_for_redis_leaves_when_told_to(start_process: StartProcess, tmp_path: Path) -> None:
+    process = start_process(redis_url=f"redis://127.0.0.1:{free_port()}/0")
+
+    async def waits() -> bool:
+        return "redis_unavailable" in (tmp_path / "worker-0.log").read_text()
+
+    await eventually(waits)
+    process.terminate()
+    assert await asyncio.to_thread(process.wait, 10) == 0
+
+
+async def test_a_read_waits_for_less_than_half_a_lease(
+    redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    """The lease of a job that comes at the end counts from the start: its first renewal must not look like a theft."""
+    start_process(await start_simulator(), lease=1)
+    async with redis.monitor() as monitor:
+        async for seen in monitor.listen():
+            _, found, rest = seen["command"].partition(" BLOCK ")
+            if found:
+                assert int(rest.split()[0]) <= 250
+                break
+
+
+async def test_what_waits_for_memory_in_redis_is_handed_over_too(
+    client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=50, tokens=20)))
+    process = start_process(simulator, drain_timeout=0.1, lease=60)
+    request_id = await client.enqueue(ask("Who are you?"))
+
+    async def begun() -> bool:
+        return len(await log_of(redis, request_id)) > 4
+
+    async def answered() -> bool:
+        return simulator.served[0].finished
+
+    await eventually(begun)
+    await redis.config_set("maxmemory", "1")
+    try:
+        await eventually(answered)
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 10) == 0
+        (line,) = await redis.xpending_range("chat:jobs", "workers", "-", "+", 10)
+        assert int(line["time_since_delivered"]) > 60_000
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+async def test_a_worker_leaves_soon_though_redis_does_not_answer(
+    client: Client, redis_server: EmbeddedRedis, start_simulator: StartSimulator, start_process: StartProcess
+) -> None:
+    simulator = await start_simulator(Options(orders=Orders(rate=20, tokens=2000)))
+    process = start_process(simulator, drain_timeout=0.1, lease=60)
+    for number in range(10):
+        await client.enqueue(ask(f"question {number}"))
+
+    async def begun() -> bool:
+        return len(simulator.served) == 10
+
+    await eventually(begun, within=30)
+    assert redis_server.process is not None
+    redis_server.process.send_signal(signal.SIGSTOP)
+    try:
+        process.terminate()
+        # A few commands time out, not one for each job.
+        assert await asyncio.to_thread(process.wait, 35) == 0
+    finally:
+        redis_server.process.send_signal(signal.SIGCONT)

@@ -1,0 +1,428 @@
+"""What `check` finds of each thing it looks at, and what it says to do."""
+
+import asyncio
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import trustme
+from conftest import StartSimulator, eventually
+from raw_server import sending
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from worker.contract.entries import to_json
+from worker.contract.records import WorkerLine
+from worker.engine.application import Service
+from worker.ops.checks import Finding, check
+from worker.redisio.clients import Voice
+from worker.sandbox.embedded_redis import start_redis
+from worker.sandbox.simulator.server import Options, Simulator
+from worker.settings import ConfigError, load_settings, shown_url
+from worker.telemetry.logging import configure_logging
+
+
+@pytest.fixture
+async def own_redis() -> AsyncIterator[tuple[Redis, str]]:
+    """A Redis whose configuration may be changed."""
+    with start_redis() as embedded:
+        async with Redis.from_url(embedded.url, protocol=2) as redis:
+            yield redis, embedded.url
+
+
+async def found(**options: object) -> list[Finding]:
+    return [finding async for finding in check(options)]
+
+
+def about(findings: list[Finding], subject: str) -> list[Finding]:
+    return [finding for finding in findings if finding.subject.startswith(subject)]
+
+
+async def test_an_eviction_policy_and_a_missing_append_only_file_are_warnings(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    answers, policy, storage = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert answers.level == "ok"
+    assert (policy.level, policy.mend) == ("warning", "set maxmemory-policy to noeviction")
+    assert "allkeys-lru" in policy.text
+    assert (storage.level, storage.mend) == ("warning", "set appendonly to yes")
+
+    await redis.config_set("maxmemory-policy", "noeviction")
+    await redis.config_set("appendonly", "yes")
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    assert {finding.level for finding in findings} == {"ok"}
+
+
+async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    await redis.set("chat:jobs", "something else", ex=60)
+    (queue,) = about(await found(redis_url=redis_url, vllm_urls=simulator.url), "queue")
+    assert queue == Finding(
+        "error", "queue default", "the key chat:jobs is not a stream", "choose another WORKER_PREFIX"
+    )
+
+
+async def test_every_queue_is_told_with_what_waits_in_it_and_that_nobody_does_it(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    await redis.xgroup_create("chat:jobs:high", "workers", id="0", mkstream=True)
+    for _ in range(3):
+        await redis.xadd("chat:jobs:high", {"id": "x"})
+    await redis.xreadgroup("workers", "somebody", {"chat:jobs:high": ">"}, count=1)
+    findings = await found(redis_url=redis_url, vllm_urls=simulator.url, queues="high,default")
+    assert [finding.text for finding in about(findings, "queue")] == [
+        "jobs that wait: 2; with a worker: 1",
+        "no job has been added yet",
+    ]
+    (workers,) = about(findings, "workers")
+    assert (workers.level, workers.mend) == ("warning", "start one: worker run")
+    assert workers.text == "alive: 0; of their 0 slots in use: 0; jobs to be done: 3"
+    await redis.delete("chat:jobs:high")
+
+
+async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are_told(
+    redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    now = (await redis.time())[0] * 1000
+    for name, beat, why in (("busy", now, ""), ("waiting", now, "no_vllm"), ("killed", now - 60_000, "")):
+        line = WorkerLine(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why)
+        await redis.hset("chat:workers", name, to_json(line))
+    await redis.hset("chat:workers", "garbled", "{")
+    findings = await found(redis_url=redis_url, vllm_urls=simulator.url, lease=15)
+    assert about(findings, "workers") == [Finding("ok", "workers", "alive: 2; of their 16 slots in use: 6")]
+    killed, waiting = about(findings, "worker ")
+    assert (killed.subject, killed.level) == ("worker killed", "warning")
+    assert killed.text.startswith("it has been silent for 6")
+    assert (waiting.subject, waiting.text) == ("worker waiting", "it takes no jobs at the moment: no_vllm")
+    assert waiting.mend.startswith("start a vLLM server")
+    await redis.delete("chat:workers")
+
+
+async def test_a_server_that_is_away_beside_one_that_answers_is_a_warning(redis_url: str, simulator: Simulator) -> None:
+    servers = about(await found(redis_url=redis_url, vllm_urls=f"http://127.0.0.1:1,{simulator.url}"), "vLLM")
+    assert [server.level for server in servers] == ["warning", "ok"]
+    (alone,) = about(await found(redis_url=redis_url, vllm_urls="http://127.0.0.1:1"), "vLLM")
+    assert alone.level == "error"
+
+
+async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.config_set("requirepass", "hidden-pw")
+    for bad in (url, url.replace("//", "//:wrong-pw@")):
+        (refused,) = about(await found(redis_url=bad, vllm_urls=simulator.url), "Redis")
+        assert refused.level == "error"
+        assert "redis://:PASSWORD@host" in refused.mend
+        assert "-pw" not in str(refused)
+    good = about(await found(redis_url=url.replace("//", "//:hidden-pw@"), vllm_urls=simulator.url), "Redis")
+    assert good[0].level == "ok"
+
+
+async def test_d1_options_of_the_url_that_have_no_effect_are_told(redis_url: str, simulator: Simulator) -> None:
+    findings = await found(redis_url=f"{redis_url}?protocol=3&max_connections=4", vllm_urls=simulator.url)
+    _, told = about(findings, "settings")
+    assert (told.level, told.text) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
+    assert about(findings, "queue")[0].level == "ok"
+
+
+async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, simulator: Simulator) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    port = redis_url.split(":")[2].partition("/")[0]
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        web = "{}:{}".format(*server.sockets[0].getsockname())
+        findings = await found(
+            redis_url=f"redis://{web}", vllm_urls=f"http://127.0.0.1:{port},{simulator.url}/elsewhere"
+        )
+    (redis,) = about(findings, "Redis")
+    no_http, no_route = about(findings, "vLLM")
+    assert (redis.level, no_http.level, no_route.level) == ("error", "error", "error")
+    assert redis.text
+    assert no_http.text.startswith(f"cannot reach http://127.0.0.1:{port}/v1/models: ")
+    assert no_route.text == "Not Found"
+
+
+async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
+    redis_url: str, simulator: Simulator
+) -> None:
+    page = b"<!doctype html><title>Dashboard</title>"
+    pages = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(page), page)
+    moved = b"HTTP/1.1 308 X\r\nlocation: https://other/v1/models\r\ncontent-length: 0\r\n\r\n"
+    async with sending(pages) as web, sending(moved) as redirect:
+        urls = [web, redirect, simulator.url.replace("http:", "https:"), simulator.url + "/v1/chat/completions"]
+        page_found, moved_found, plain, good = about(await found(redis_url=redis_url, vllm_urls=",".join(urls)), "vLLM")
+    assert page_found.text == "a web page came in place of an answer: Dashboard"
+    assert page_found.mend == "see whether VLLM_URLS is the URL of a vLLM server"
+    assert moved_found.text == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
+    assert moved_found.mend == "set VLLM_URLS to the server's own URL"
+    assert plain.mend == "if the server does not speak TLS there, its URL begins with http://"
+    assert (good.level, good.text) == ("ok", "serves reciter")
+
+
+@pytest.mark.parametrize(
+    ("sent", "text", "mend"),
+    [
+        (b"", "the server closed the connection", "if the server speaks TLS, its URL begins with https://"),
+        (None, "Connection reset by peer", "if the server speaks TLS, its URL begins with https://"),
+        (b"HTTP/1.1 404 X\r\nconnection: close\r\n\r\n<html><title>Nothing matches</title>" + b"<p>x</p>" * 999,
+         "HTTP 404: a web page came in place of an answer: Nothing matches",
+         "see whether VLLM_URLS is the URL of a vLLM server"),
+        (b"HTTP/1.1 401 X\r\nconnection: close\r\n\r\n<html><title>401</title></html>",
+         "HTTP 401: a web page came in place of an answer: 401",
+         "set VLLM_API_KEY to the key that the server was started with"),
+        (b"HTTP/1.1 502 X\r\nconnection: close\r\n\r\n<html><title>502 Bad Gateway</title></html>",
+         "HTTP 502: a web page came in place of an answer: 502 Bad Gateway",
+         "start vLLM there, or set VLLM_URLS"),
+    ],
+)  # fmt: skip
+async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
+    redis_url: str, sent: bytes | None, text: str, mend: str
+) -> None:
+    """F4 and F7 of C8. Nothing sent is a connection that is closed, None one that is reset."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if sent is None:
+            of_socket = writer.get_extra_info("socket")
+            of_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.write(sent or b"")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        where = "http://{}:{}".format(*server.sockets[0].getsockname())
+        (told,) = about(await found(redis_url=redis_url, vllm_urls=where), "vLLM")
+    assert told.level == "error"
+    assert told.text.endswith(text)
+    assert told.mend == mend
+
+
+async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
+    one = await start_simulator(Options(model="small"))
+    other = await start_simulator(Options(model="large", api_key="k"))
+    findings = await found(redis_url=redis_url, vllm_urls=f"{one.url},{other.url}", vllm_api_key="k")
+    assert [finding.text for finding in about(findings, "vLLM")] == ["serves small", "serves large"]
+
+
+async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_SLOT", "3")
+    findings = await found(redis_url="redis://:hidden-pw@h:port", vllm_urls="u:hidden-pw@h", vllm_api_key="ke\ny")
+    assert len(findings) == 4
+    assert {(finding.level, finding.subject) for finding in findings} == {("error", "settings")}
+    assert "hidden-pw" not in str(findings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:port/0",
+        "redis://[::1",
+        "redis://:pa#ss@127.0.0.1",
+        "http://127.0.0.1",
+        "127.0.0.1:6379",
+    ],
+)
+def test_a_redis_url_that_cannot_be_is_refused_in_our_words(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^REDIS_URL must be a URL such as [^']*$"):
+        load_settings(redis_url=url)
+
+
+def test_a_key_from_a_file_may_end_with_a_newline() -> None:
+    assert load_settings(vllm_api_key=" key\n").vllm_api_key.get_secret_value() == "key"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
+        ("redis://:pw@h:1/0?password=pw", "redis://***@h:1/0"),
+        ("rediss://u:p/w?#@@h/0", "rediss://***@h/0"),
+        ("u:pw@h:8000", "***@h:8000"),
+        ("unix://u:pw@/run/redis.sock?db=1", "unix://***@/run/redis.sock"),
+        ("http://h/v1#pw", "http://h/v1"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
+
+
+async def test_workers_that_cannot_show_themselves_in_a_full_redis_are_not_called_silent(
+    own_redis: tuple[Redis, str], simulator: Simulator
+) -> None:
+    redis, url = own_redis
+    await redis.hset(
+        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+    )
+    await redis.config_set("maxmemory", "1")
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    assert [finding.level for finding in findings] == ["ok", "ok", "error", "warning", "ok", "ok"]
+    assert not about(findings, "worker")
+
+
+async def become_a_replica(redis: Redis) -> None:
+    await redis.replicaof("127.0.0.1", "1")
+
+
+async def fail_to_save(redis: Redis) -> None:
+    await redis.config_set("save", "3600 1")
+    in_its_place = Path(str((await redis.config_get("dir"))["dir"]), "dump.rdb")
+    await asyncio.to_thread(in_its_place.mkdir)
+    await redis.bgsave(schedule=False)
+
+    async def failed() -> bool:
+        return bool((await redis.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+    await eventually(failed)
+
+
+async def miss_its_replicas(redis: Redis) -> None:
+    await redis.config_set("min-replicas-to-write", "2")
+
+
+@pytest.mark.parametrize(
+    ("harm", "mend"),
+    [
+        (become_a_replica, "this is a replica: set REDIS_URL to its master"),
+        (fail_to_save, "give it room on its disk"),
+        (miss_its_replicas, "start its replicas"),
+    ],
+)
+async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_silent(
+    own_redis: tuple[Redis, str], simulator: Simulator, harm: Callable[[Redis], Awaitable[None]], mend: str
+) -> None:
+    redis, url = own_redis
+    await redis.hset(
+        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+    )
+    await harm(redis)
+    findings = await found(redis_url=url, vllm_urls=simulator.url)
+    (refusal,) = [finding for finding in findings if finding.level == "error"]
+    assert refusal.text.startswith("it takes no writes: ")
+    assert refusal.mend.startswith(mend)
+    assert not about(findings, "worker")
+
+
+async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator) -> None:
+    async def load(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(load, "127.0.0.1", 0) as server:
+        where = "redis://{}:{}".format(*server.sockets[0].getsockname())
+        (loading,) = about(await found(redis_url=where, vllm_urls=simulator.url), "Redis")
+    assert (loading.level, loading.mend.split(":")[0]) == ("error", "wait")
+
+
+@pytest.fixture
+async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Path]]:
+    """A port before the Redis that speaks TLS, as `localhost`; and the certificate of who signed for it."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    port = urlsplit(redis_url).port
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, before = await asyncio.open_connection("127.0.0.1", port)
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+            target.close()
+            with suppress(OSError):
+                await target.wait_closed()
+
+        await asyncio.gather(copy(reader, before), copy(behind, writer))
+
+    async with await asyncio.start_server(pass_on, "localhost", 0, family=socket.AF_INET, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1], tmp_path / "ca.pem"
+
+
+WORDS: list[tuple[str, str, str]] = [
+    # REDIS_URL, what is said of it and how to mend it; {plain} and {tls} are ports, {ca} a file
+    ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
+    ("redis://no-such-host.invalid/0", "not known", "is the name of the host right? set REDIS_URL"),
+    ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
+    ("rediss+cluster://127.0.0.1:{plain}", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
+    ("redis://127.0.0.1:{tls}/0", "", "this port wants TLS: begin REDIS_URL with rediss, not redis"),
+    ("redis+sentinel://127.0.0.1:{tls}/m", "no sentinel answers", "this port wants TLS: begin REDIS_URL with rediss"),
+    ("rediss://localhost:{tls}/0", "CERTIFICATE_VERIFY_FAILED", "trust who signed it: ?ssl_ca_certs=/path/to/ca.pem"),
+    ("rediss://127.0.0.1:{tls}/0?ssl_ca_certs={ca}", "address mismatch", "name the server in REDIS_URL as its cert"),
+    ("redis://127.0.0.1:{plain}/99", "DB index is out of range", "set REDIS_URL to a database that there is: 0 to 15"),
+    ("redis://:pw@127.0.0.1:{plain}/0", "without any password", "leave the password out of REDIS_URL"),
+    ("redis+cluster://127.0.0.1:{plain}", "cluster support disabled", "this is no cluster: begin REDIS_URL with redis"),
+    ("redis+sentinel://127.0.0.1:{plain}/m", "unknown command 'SENTINEL'", "no sentinel listens there: set REDIS_URL"),
+]
+
+
+@pytest.mark.parametrize(("url", "words", "mend"), WORDS)
+async def test_c8_what_is_wrong_with_the_way_to_redis_is_told_with_how_to_mend_it(
+    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
+    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
+    (told,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert told.level == "error"
+    assert words.lower() in told.text.lower().replace("`", "'")
+    assert told.mend.startswith(mend)
+
+
+MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
+
+
+@pytest.mark.parametrize(("url", "words", "mend"), MIXED_UP)
+async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
+    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """F3 of C8: the error itself is a timeout, or a connection that was closed."""
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr("worker.redisio.clients._OUTAGE", Voice("redis_unavailable"))  # another test's was told
+    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
+    service = Service(load_settings(redis_url=url, vllm_urls=simulator.url))
+    configure_logging("json")
+    with capture_logs() as logs:
+        running = asyncio.create_task(service.run())
+
+        async def has_said_it() -> bool:
+            return any(line["event"] == "redis_unavailable" for line in logs)
+
+        await eventually(has_said_it)
+        service.leave()
+        await running
+    told = next(line for line in logs if line["event"] == "redis_unavailable")
+    assert words in told["error"]
+    assert told["advice"] == mend
+
+
+async def test_c8_a_certificate_is_trusted_by_either_way(
+    secure: tuple[int, Path], simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, authority = secure
+    url = f"rediss://localhost:{port}/0"
+    named = about(await found(redis_url=f"{url}?ssl_ca_certs={authority}", vllm_urls=simulator.url), "Redis")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    trusted = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert named[0].level == trusted[0].level == "ok"
+
+
+async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A8. Or it is a router that asks all of its servers first; workers do not hold it to be away."""
+    monkeypatch.setattr("worker.vllm.pool.FIRST_LIMIT", 0.1)
+    async with sending(then_close=False) as url:
+        findings = await found(redis_url=redis_url, vllm_urls=url)
+    assert findings[-1].text == f"{url}/v1/models did not answer within 0.1 s"
+    assert findings[-1].mend == "see whether it is busy: workers give it more time to answer"

@@ -1,0 +1,320 @@
+"""A Redis user without some rights: what works all the same, and what is said of what is missing."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import cast
+
+import pytest
+from acl import ROLES, acl
+from click.testing import CliRunner
+from conftest import StartWorker, eventually
+from redis.asyncio import Redis
+from redis.exceptions import ExecAbortError
+
+from worker import Claimed, Client, Delta, Entry
+from worker.cli.main import main
+from worker.ops.checks import Finding, check
+from worker.ops.rights import Role, commands_of
+from worker.redisio.clients import command_client, is_transient, withholds_right
+from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Simulator
+from worker.telemetry.logging import configure_logging
+
+REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
+
+
+@pytest.fixture
+async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The Redis, as a user that may use every command and key of ours, and no channel."""
+    await redis.acl_setuser(
+        "mute", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
+    )
+    yield redis_url.replace("//", "//mute:pw@")
+    await redis.acl_deluser("mute")
+
+
+async def test_without_the_right_to_channels_answers_are_whole_and_cancels_work(
+    user_url: str, start_worker: StartWorker, simulator: Simulator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("json", "warning")
+    await start_worker(simulator, redis_url=user_url)
+    async with Client(user_url) as client:
+        for _ in range(3):
+            answer = await client.result(await client.enqueue(REQUEST))
+            assert answer.text == answer_to(REQUEST["messages"])
+        assert (await client.cancel("never")).state.value == "unknown"
+        assert (await client.status("never")).outcome == "cancelled"
+    said = capfd.readouterr().err
+    assert said.count("feed_refused") == said.count("cancel_hints_refused") == 1
+
+
+async def test_a_right_to_channels_that_is_given_later_is_used(
+    redis: Redis,
+    user_url: str,
+    start_worker: StartWorker,
+    simulator: Simulator,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """D13: one refused subscription, as with a password that was changed, is not the end of the hints."""
+    monkeypatch.setattr("worker.broker.cancels._ASK_AGAIN", 0.05)
+    configure_logging("json", "warning")
+    said = ""
+
+    async def refused() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "cancel_hints_refused" in said
+
+    async def subscribed() -> bool:
+        return [count for _, count in await redis.pubsub_numsub("chat:cancel")] == [1]
+
+    await start_worker(simulator, redis_url=user_url)
+    await eventually(refused)
+    await redis.acl_setuser("mute", enabled=True, channels=["chat:*"])
+    await eventually(subscribed)
+    assert (said + capfd.readouterr().err).count("cancel_hints_refused") == 1
+
+
+async def change(redis: Redis, *words: str) -> None:
+    """Give a user rights, or take some away."""
+    await redis.execute_command("ACL SETUSER", *words)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
+
+
+@pytest.fixture
+async def users(redis: Redis, redis_url: str) -> AsyncIterator[dict[Role, str]]:
+    """The Redis, as the users that the README gives to workers and to clients."""
+    for role in ROLES:
+        await change(redis, *acl(role))
+    await redis.acl_log_reset()
+    yield {role: redis_url.replace("//", f"//{role}:PASSWORD@") for role in ROLES}
+    await redis.acl_deluser(*ROLES)
+
+
+async def findings(url: str, simulator: Simulator, **settings: object) -> list[Finding]:
+    return [it async for it in check({"redis_url": url, "vllm_urls": simulator.url, **settings})]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_d5_the_readme_gives_each_user_what_is_tried(role: Role) -> None:
+    rights = [f"+{command}" for command in commands_of(role)]
+    assert acl(role)[acl(role).index("-@all") + 1 :] == rights
+
+
+async def test_d5_with_the_rights_of_the_readme_nothing_is_refused(
+    redis: Redis, users: dict[Role, str], start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """D5: jobs of every kind from their start to their end, and all that goes on beside them."""
+    first = await start_worker(simulator, redis_url=users["worker"], lease=1)
+    async with Client(users["client"], queue_limit=100) as client:
+        for request in (REQUEST, REQUEST | {"simulate": {"fault": "cut", "after": 3, "times": 1}}):
+            request_id = await client.enqueue(request)
+            assert (await client.result(request_id)).text == answer_to(REQUEST["messages"])
+            assert await client.enqueue(request, id=request_id) == request_id
+            job = {"id": request_id, "request": json.dumps(request)}
+            await redis.xadd("chat:jobs", job)  # type: ignore[arg-type]  # dict is invariant
+        await redis.xadd("chat:jobs", {"id": "bad", "request": "{}"})
+        stays = await client.enqueue(REQUEST | {"simulate": {"fault": "stall", "after": 3}})
+        await reached(client, stays, Delta)
+        second = await start_worker(simulator, redis_url=users["worker"], lease=1)
+        first.leave()
+        first.leave()  # at once: the other worker takes the job over
+        await reached(client, stays, Claimed)
+        await client.cancel(stays)
+        assert (await client.result(stays)).outcome == "cancelled"
+
+    async def acknowledged() -> bool:
+        (group,) = await redis.xinfo_groups("chat:jobs")
+        return not group["pending"] and group["last-delivered-id"] == (await newest(redis, "chat:jobs"))
+
+    async def left() -> bool:
+        return not await redis.hlen("chat:workers")
+
+    await eventually(acknowledged)
+    second.leave()
+    await eventually(left)
+    command = CliRunner(env={"REDIS_URL": users["client"]})
+    for words in (["dead", "list"], ["dead", "drop", "--all", "--yes"]):
+        assert (await asyncio.to_thread(command.invoke, main, words)).exit_code == 0
+    refused = {str(entry["object"]) for entry in await redis.acl_log()}
+    assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
+
+
+async def test_d5_with_the_rights_of_the_readme_the_check_finds_nothing(
+    users: dict[Role, str], simulator: Simulator
+) -> None:
+    found = await findings(users["worker"], simulator)
+    assert [it.text for it in found if it.level != "ok"] == [
+        "the append-only file is off: a restart of Redis loses waiting jobs and logs"
+    ]
+
+
+async def reached(client: Client, request_id: str, kind: type[Entry]) -> None:
+    """Follow a request up to an entry of a type."""
+    async with aclosing(client.follow(request_id)) as entries:
+        async for entry in entries:
+            if isinstance(entry, kind):
+                return
+    raise AssertionError(f"{request_id} has ended")
+
+
+async def newest(redis: Redis, key: str) -> bytes:
+    return bytes((await redis.xinfo_stream(key))["last-generated-id"])
+
+
+NOTHING = "no job can be done: the user lacks the rights "
+RIGHTS: list[tuple[list[str], str, str, str]] = [
+    # what is changed of the rights of a worker, and of what is found: the level, how it begins, and how to mend it
+    *[
+        ([f"-{name}"], "error", f"{NOTHING}+{name}", f"ACL SETUSER <user> +{name}")
+        for name in (
+            "exec",
+            "exists",
+            "expire",
+            "multi",
+            "pexpireat",
+            "set",
+            "time",
+            "unwatch",
+            "watch",
+            "xack",
+            "xadd",
+            "xautoclaim",
+            "xclaim",
+            "xgroup",
+            "xpending",
+            "xrange",
+            "xreadgroup",
+            "xrevrange",
+        )
+    ],
+    (["-watch", "-xadd"], "error", f"{NOTHING}+xadd +watch", "ACL SETUSER <user> +xadd +watch"),
+    (["-publish"], "warning", "the feed is silent", "ACL SETUSER <user> +publish"),
+    (["-subscribe"], "warning", "a cancel takes effect within two thirds of a lease", "ACL SETUSER <user> +subscribe"),
+    (["-hset"], "warning", "nobody sees this worker", "ACL SETUSER <user> +hset"),
+    (["-hgetall"], "warning", "nobody sees this worker", "ACL SETUSER <user> +hgetall"),
+    (["-xtrim"], "warning", "the job streams are not trimmed", "ACL SETUSER <user> +xtrim"),
+    (["-xlen"], "error", f"{NOTHING}+xlen", "ACL SETUSER <user> +xlen"),
+    (["-eval"], "warning", "nobody removes what dead workers leave", "ACL SETUSER <user> +eval"),
+    (["-info"], "warning", "version, memory and storage of Redis are not looked at", "ACL SETUSER <user> +info"),
+    (["resetchannels"], "warning", "the feed is silent", "ACL SETUSER <user> &chat:feed:*"),
+    (["resetkeys"], "error", f"{NOTHING}~chat:tokens:* ~chat:ended:* ~chat:jobs*", "ACL SETUSER <user> ~chat:tokens:*"),
+    (
+        ["resetkeys", "~chat:jobs*", "~chat:ended:*", "~chat:[lpdw]*"],
+        "error",
+        f"{NOTHING}~chat:tokens:*",
+        "ACL SETUSER <user> ~chat:tokens:*",
+    ),
+    (
+        ["resetkeys", "~chat:jobs*", "~chat:tokens:*", "~chat:[lpdw]*"],
+        "error",
+        f"{NOTHING}~chat:ended:*",
+        "ACL SETUSER <user> ~chat:ended:*",
+    ),
+    (
+        ["resetkeys", "~chat:jobs*", "~chat:tokens:*", "~chat:ended:*", "~chat:[ldw]*"],
+        "warning",
+        "jobs are taken while Redis takes no writes",
+        "ACL SETUSER <user> ~chat:probe",
+    ),
+    (
+        ["resetkeys", "~chat:jobs*", "~chat:tokens:*", "~chat:ended:*", "~chat:[pdw]*"],
+        "warning",
+        "the lifecycle is not written",
+        "ACL SETUSER <user> ~chat:lifecycle",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "level", "begins", "mend"), RIGHTS, ids=[" ".join(row[0]) for row in RIGHTS])
+async def test_d5_and_c8_what_is_missing_is_found_and_told_with_how_to_give_it(
+    changed: list[str], level: str, begins: str, mend: str, redis: Redis, users: dict[Role, str], simulator: Simulator
+) -> None:
+    await change(redis, "worker", *changed)
+    found = [it for it in await findings(users["worker"], simulator) if "append-only" not in it.text]
+    told = next(it for it in found if it.level != "ok")
+    assert told.level == level
+    assert told.text.startswith(begins)
+    assert told.mend.startswith(mend)
+    assert [it.level for it in found].count("error") == (level == "error")
+    assert [it for it in found if it.subject.startswith("vLLM")]
+
+
+async def test_d5_what_only_a_client_needs_is_no_fault_of_a_worker(
+    users: dict[Role, str], simulator: Simulator
+) -> None:
+    (told,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.text]
+    assert (told.level, told.mend) == ("ok", "")
+    assert told.text.endswith(": +xread +xdel +unsubscribe")
+
+
+async def test_d5_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
+    for key in ("chat:jobs", "chat:lifecycle", "chat:dead"):
+        await redis.xadd(key, {"id": "r"})
+    await redis.xgroup_create("chat:jobs", "workers", id="0")
+    await redis.hset("chat:workers", "w", "{}")
+    before = await everything(redis)
+    await findings(users["worker"], simulator)
+    await findings(users["client"], simulator)
+    assert await everything(redis) == before
+
+
+async def everything(redis: Redis) -> dict[str, object]:
+    keys = sorted(cast("list[bytes]", await redis.keys()))
+    held = {key.decode(): await redis.dump(key.decode()) for key in keys}
+    return held | {"groups": await redis.xinfo_stream("chat:jobs", full=True)}
+
+
+RENAMED: list[tuple[str, str, str]] = [
+    ("TYPE", "ok", ""),
+    ("INFO", "warning", "version, memory and storage of Redis are not looked at: Redis does not know INFO"),
+    ("HSET", "warning", "nobody sees this worker, neither this check nor the other workers: Redis does not know HSET"),
+    ("EVAL", "warning", "nobody removes what dead workers leave in the group: Redis does not know EVAL"),
+    ("WATCH", "error", "no job can be done: Redis does not know WATCH"),
+    ("EXEC", "error", "no job can be done: Redis does not know EXEC"),
+    ("XAUTOCLAIM", "error", "no job can be done: Redis does not know XAUTOCLAIM"),
+]
+
+
+@pytest.mark.parametrize(("command", "level", "words"), RENAMED)
+async def test_d5_a_command_that_was_renamed_is_told_as_such(
+    command: str, level: str, words: str, redis_server: EmbeddedRedis, simulator: Simulator
+) -> None:
+    assert redis_server.process is not None
+    binary = Path(str(cast("list[object]", redis_server.process.args)[0]))
+    with start_redis(binary, "--rename-command", command, "hidden") as renamed:
+        found = [it for it in await findings(renamed.url, simulator) if "append-only" not in it.text]
+    assert [it.level for it in found].count("error") == (level == "error")
+    told = [it for it in found if it.level != "ok"]
+    assert [(it.level, it.text) for it in told] == ([(level, f"{words}: renamed, or switched off")] if words else [])
+    assert all("rename-command" in it.mend and "start Redis" not in it.mend for it in told)
+
+
+@pytest.mark.parametrize(
+    ("key", "without"),
+    [("lifecycle", "the lifecycle is not written"), ("dead", "jobs that are to be"), ("workers", "nobody sees this")],
+)
+async def test_d6_something_else_in_the_place_of_a_side_record_is_told(
+    key: str, without: str, redis: Redis, redis_url: str, simulator: Simulator
+) -> None:
+    await redis.set(f"chat:{key}", "something else", ex=60)
+    (told,) = [it for it in await findings(redis_url, simulator) if it.level != "ok" and "append-only" not in it.text]
+    assert told.level == "warning"
+    assert told.text.startswith(without)
+    assert told.text.endswith(f"something else stands at chat:{key}")
+
+
+async def test_d5_a_transaction_that_is_refused_for_a_missing_right_is_no_passing_trouble(
+    redis: Redis, users: dict[Role, str]
+) -> None:
+    await change(redis, "worker", "-exec")
+    async with command_client(users["worker"]) as worker, worker.client() as connection:
+        await connection.execute_command("MULTI")  # type: ignore[no-untyped-call]
+        with pytest.raises(ExecAbortError) as refusal:
+            await connection.execute_command("EXEC")  # type: ignore[no-untyped-call]
+    assert withholds_right(refusal.value)
+    assert not is_transient(refusal.value)

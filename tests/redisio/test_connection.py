@@ -1,0 +1,264 @@
+"""What counts as a passing fault of Redis, in whatever shape redis-py puts it, and what is said of it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import pytest
+from conftest import StartWorker, eventually
+from proxy import Proxy
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from structlog.testing import capture_logs
+
+from worker import Client
+from worker.redisio import clients as connection
+from worker.redisio import pipelined as wire
+from worker.redisio.clients import command_client, is_transient, persist, what_redis_said
+from worker.redisio.pipelined import Wire, pack
+from worker.redisio.unsent import unsent
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Simulator
+from worker.telemetry.logging import configure_logging
+
+SECRET = "what nobody else may read"
+
+
+@asynccontextmanager
+async def setting(redis: Redis, name: str, value: str) -> AsyncIterator[None]:
+    await redis.config_set(name, value)
+    try:
+        yield
+    finally:
+        await redis.config_set(name, "0")
+
+
+@pytest.mark.parametrize("transaction", [True, False])
+@pytest.mark.parametrize(("name", "value"), [("min-replicas-to-write", "1"), ("maxmemory", "1")])
+async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_without_the_command(
+    name: str,
+    value: str,
+    transaction: bool,  # noqa: FBT001 - a parameter of the test
+    redis: Redis,
+) -> None:
+    pipe = redis.pipeline(transaction=transaction)
+    pipe.xadd("chat:tokens:{r}", {"type": "delta", "content": SECRET}, id="1-1")
+    async with setting(redis, name, value):
+        with pytest.raises(ResponseError) as refusal:
+            await pipe.execute()
+    assert SECRET in str(refusal.value), "redis-py quotes the command"
+    assert is_transient(refusal.value)
+    assert SECRET not in what_redis_said(refusal.value)
+    assert what_redis_said(refusal.value).startswith(("NOREPLICAS", "command not allowed when used memory"))
+    assert what_redis_said(refusal.value).endswith((".", "replicas to write", "'maxmemory'"))
+
+
+async def test_a_refusal_that_comes_up_between_multi_and_exec_passes(redis: Redis) -> None:
+    async with redis.client() as connection:
+        for command in (("MULTI",), ("XADD", "k", "*", "a", "b")):
+            await connection.execute_command(*command)  # type: ignore[no-untyped-call]
+        async with setting(redis, "min-replicas-to-write", "1"):
+            with pytest.raises(ExecAbortError) as refusal:
+                await connection.execute_command("EXEC")  # type: ignore[no-untyped-call]
+    assert is_transient(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["MISCONF Errors writing to the AOF file", "BUSY Redis is busy running a script."])
+def test_trouble_of_the_server_itself_passes(text: str) -> None:
+    assert is_transient(ResponseError(text))
+
+
+@pytest.mark.parametrize("error", [ResponseError("WRONGTYPE Operation against a key"), RedisError("odd")])
+def test_what_stays_wrong_is_not_repeated(error: RedisError) -> None:
+    assert not is_transient(error)
+
+
+@pytest.mark.parametrize("how", ["command", "pipeline", "subscription"])
+async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_one(
+    how: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What uvloop raises then is a RuntimeError, and no error of redis-py."""
+
+    async def write(*_: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    async with command_client(redis_url) as commands, commands.pubsub() as hints:
+        await hints.subscribe("before")
+        await commands.ping()
+        pipe = commands.pipeline()
+        pipe.get("k")
+        done = {"command": commands.ping, "pipeline": pipe.execute, "subscription": lambda: hints.subscribe("after")}
+        with monkeypatch.context() as broken:
+            broken.setattr("redis.asyncio.Connection._send_packed_command", write)
+            with pytest.raises(RedisConnectionError) as loss:
+                await done[how]()
+        assert is_transient(loss.value)
+        assert await commands.ping()
+
+
+async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str, redis: Redis) -> None:
+    """redis-py calls this a WatchError, at the next command already and not only at EXEC."""
+    commands = command_client(redis_url)
+    async with commands.pipeline() as pipe:
+        await pipe.watch("k")
+        await redis.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(WatchError) as loss:
+            await pipe.get("k")
+    assert is_transient(loss.value)
+    await commands.aclose()
+
+
+async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection._OUTAGE, "_said", float("-inf"))
+    tries = 0
+
+    async def ask() -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= 20:
+            raise RedisConnectionError("Connection refused")
+
+    configure_logging("json")
+    with capture_logs() as logs:
+        await asyncio.gather(*(persist(ask) for _ in range(10)))
+    assert [(line["event"], line["error"]) for line in logs] == [("redis_unavailable", "Connection refused")]
+
+
+async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
+    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D3: limits are on silence, not on a whole reply."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 1.0)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 1.0)
+    await redis.set("large", b"x" * 8_000_000, ex=60)
+    redis_proxy.down = 0.02  # for each piece of 64 KiB
+    async with command_client(redis_proxy.redis_url, connections=2) as client:
+        asked = await Wire.open(client.connection_pool)
+        (reply,), same = await asyncio.gather(asked.ask(pack(b"GET", b"large"), 1), client.get("large"))
+        assert reply == same == b"x" * 8_000_000
+        await asked.close()
+
+
+async def test_d3_silence_in_the_middle_of_a_reply_is_too_long(
+    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.5)
+    await redis.set("large", b"x" * 4_000_000, ex=60)
+    async with command_client(redis_proxy.redis_url, connections=2) as client:
+        assert await client.ping()
+        asked = await Wire.open(client.connection_pool)
+        redis_proxy.down = 0.01
+        reads: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(client.get("large")),
+            asked.ask(pack(b"GET", b"large"), 1),
+        ]
+        asyncio.get_running_loop().call_later(0.1, redis_proxy.half_open)
+        for read in reads:
+            with pytest.raises(RedisTimeoutError):
+                await read
+        await asked.close()
+
+
+class Slow:
+    """Takes what is sent in small pieces, one after the other, and answers each connection's commands at their end."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._server: asyncio.Server | None = None
+        self._open: list[asyncio.StreamWriter] = []
+        self.url = ""
+        self.stands = False
+
+    async def __aenter__(self) -> Self:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.bind(("127.0.0.1", 0))
+        self._server = await asyncio.start_server(self._serve, sock=listening, limit=2048)
+        self.url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for writer in self._open:
+            writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._open), return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.append(writer)
+        read = 0
+        while data := await reader.read(2048):
+            if b"CLIENT" in data:  # redis-py's greeting
+                writer.write(b"+OK\r\n" * data.count(b"CLIENT"))
+                continue
+            read += len(data)
+            await asyncio.sleep(0.005)
+            if read >= self._size:
+                writer.write(b"+OK\r\n")
+                break
+            if self.stands:
+                await asyncio.Event().wait()
+        await reader.read(1)
+        writer.close()
+
+
+@pytest.mark.parametrize("stands", [False, True], ids=["slow", "silent"])
+async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_not(
+    monkeypatch: pytest.MonkeyPatch, *, stands: bool
+) -> None:
+    """D3: as a publisher's flush, or a large job, at 150 kB a second."""
+    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 1.0)
+    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 1.0)
+    command = pack(b"SET", b"k", b"x" * 600_000)
+    async with Slow(len(command)) as slow, command_client(slow.url, connections=2) as client:
+        slow.stands = stands
+        asked = await Wire.open(client.connection_pool)
+        writes: list[asyncio.Future[Any]] = [
+            asked.ask(command, 1),
+            asyncio.ensure_future(client.set("k", "x" * 600_000)),
+        ]
+        for write in writes:
+            if stands:
+                with pytest.raises(RedisTimeoutError):
+                    await write
+            else:
+                assert await write
+        await asked.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "max_connections=1&timeout=0.01",
+        "protocol=3",
+        "decode_responses=yes&encoding=latin-1",
+        "socket_timeout=0.0001&socket_connect_timeout=0.0001&retry_on_timeout=yes&health_check_interval=1",
+    ],
+)
+async def test_d1_what_the_url_says_of_connections_changes_nothing(
+    query: str, redis: Redis, redis_url: str, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    url = f"{redis_url}?{query}"
+    await start_worker(simulator, redis_url=url)
+    messages = [{"role": "user", "content": "Who are you?"}]
+    async with Client(url) as client:
+        ids = await asyncio.gather(*(client.enqueue({"messages": messages}) for _ in range(30)))
+        answers = await asyncio.gather(*map(client.result, ids))
+    assert {answer.text for answer in answers} == {answer_to(messages)}
+
+    async def acknowledged() -> bool:
+        return all(not group["pending"] for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(acknowledged)
+
+
+async def test_d3_of_a_closed_connection_nothing_is_on_its_way(redis_proxy: Proxy) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
+    writer.transport.abort()
+    await asyncio.sleep(0)  # the loop closes it in its next step
+    assert unsent(writer.transport) == 0

@@ -1,0 +1,1 @@
+"""The command line `worker`: a module for each group of commands."""

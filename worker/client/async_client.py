@@ -1,0 +1,329 @@
+"""For other Python services: enqueue a chat job, follow its tokens, get its answer, cancel it."""
+
+import asyncio
+import enum
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Self, TypeVar, Unpack
+
+import msgspec
+
+from worker.broker.client_seals import cancel, may_be_overdue
+from worker.broker.queue_depth import is_served, waiting_in
+from worker.client.enqueuing import Enqueuer
+from worker.client.errors import (
+    MAPPED,
+    InvalidArgument,
+    Misused,
+    QueueFull,
+    Refused,
+    Unavailable,
+    check_id,
+    check_place,
+    gone,
+    mapped,
+)
+from worker.client.follower import Follower
+from worker.client.following import Following
+from worker.client.handles import RequestHandle
+from worker.client.new_job import JobOptions, new_job
+from worker.client.patience import Patience
+from worker.contract.answer import Answer
+from worker.contract.entries import (
+    AnyEntry,
+    Entry,
+    Idle,
+    is_terminal,
+    parse_leniently,
+)
+from worker.contract.ids import BEFORE_ALL, EntryId
+from worker.contract.keys import DEFAULT_QUEUE
+from worker.contract.records import Lifecycle, Tombstone
+from worker.redisio.clients import command_client
+from worker.redisio.urls import keys_at
+
+_T = TypeVar("_T")
+
+
+class State(enum.Enum):
+    """How far a request is."""
+
+    UNKNOWN = "unknown"
+    QUEUED = "queued"
+    RUNNING = "running"
+    ENDED = "ended"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a request is; `outcome` (done, error, cancelled) is there once it has ended."""
+
+    state: State
+    outcome: str = ""
+
+
+class Client:
+    """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
+
+    Beside the errors that it names, a method may raise the others of `worker.client.errors`: each is a `ClientError`.
+
+    Args:
+        redis_url: the workers' Redis; REDIS_URL of the environment when left out, else redis://127.0.0.1:6379/0.
+        prefix: the workers' prefix.
+        patience: seconds without an answer of Redis until `Unavailable` is raised.
+        queue_limit: how many jobs may wait in a queue; 0 is any number. It is a soft limit: callers at the same time
+            may overshoot it by their number, and on Redis 6.2 what waits is known approximately.
+    """
+
+    def __init__(
+        self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
+    ) -> None:
+        url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop of the first call, which has the connections."""
+        self._is_closed = False
+        self._patience = Patience(patience)
+        self._queue_limit = queue_limit
+        try:
+            self._keys = keys_at(url, prefix)
+            self._redis = command_client(url)
+            self._enqueuer = Enqueuer(self._redis, self._keys)
+            self._following = Following(url, self._keys, self._patience)
+        except ValueError as error:
+            raise InvalidArgument(f"the URL of Redis {error}") from None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection. A call that still waits, and every later one, raises `Unavailable`."""
+        if self._is_closed:
+            return
+        self._check_usable()
+        self._is_closed = True
+        try:
+            await self._following.aclose()
+        finally:
+            await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """Ask Redis once, without patience.
+
+        Raises:
+            Unavailable: when it does not answer.
+            Refused: when it refuses, such as a password.
+        """
+        self._check_usable()
+        try:
+            await self._redis.ping()
+        except MAPPED as error:
+            raise mapped(error) from error
+
+    async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
+        """Add a chat job; gives the request id, under which its tokens can be followed.
+
+        The same request under the same id attaches to the first one, so that a call whose answer was lost can be
+        made again.
+
+        Raises:
+            InvalidJob: when the request cannot be one.
+            Conflict: when the id belongs to another request.
+            QueueFull: when too many jobs wait; a request that was enqueued before is never refused for this.
+            Unavailable: when Redis does not answer.
+        """
+        job, queue, timeout = new_job(request, **options)
+        await self._check_room(queue, job.id)
+        await self._ask(lambda: self._enqueuer.add(job, queue, timeout))
+        return job.id
+
+    async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
+        """Add a chat job, as `enqueue` does and raising what it raises; gives a handle to follow and cancel it."""
+        return RequestHandle(await self.enqueue(request, **options), self)
+
+    async def follow(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
+        """Every entry of the log, from the start or after an id that was seen, up to the terminal one.
+
+        A log that is not there yet has `wait` seconds to appear: without `queued` it begins when a worker takes the
+        job. With `idle` there is an `Idle` among the entries whenever nothing has come for so many seconds, as for
+        a heartbeat.
+
+        Raises:
+            UnknownRequest: when nothing is known of the id.
+            Expired: when it has ended and its log is gone.
+            IncompleteLog: when the log lacks entries, or does not have `after`, and has ended. Before that what comes
+                behind the hole waits: a worker that notices it writes `restarted`, or `resumed` from before it.
+            Refused: when no worker took the job before its deadline, and this user may not write that end.
+            Unavailable: when Redis does not answer.
+        """
+        if idle is not None and not idle > 0:
+            raise InvalidArgument(f"idle is {idle:g}: it must be more than 0 seconds")
+        follower = self._follower(request_id, after, wait)
+        try:
+            while not follower.is_over:
+                if idle is None:
+                    await follower.news()
+                elif not await follower.news_within(idle):
+                    yield Idle(id=follower.end)
+                for entry in follower.take():
+                    yield entry
+        finally:
+            await follower.leave()
+
+    async def open(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
+        """What `follow` gives, once it is known that the log is there, and that it has `after` if it has ended.
+
+        So a server can still answer otherwise. Raises what `follow` raises.
+        """
+        self._check_usable()
+        place = BEFORE_ALL if after is None else check_place(after)
+        await self._following.logs.check(check_id(request_id), place, wait)
+        return self.follow(request_id, after=place, idle=idle)
+
+    async def pour(
+        self,
+        request_id: str,
+        into: Callable[[AnyEntry], object],
+        *,
+        after: str | EntryId | None = None,
+        wait: float = 0.0,
+    ) -> None:
+        """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
+
+        Where one process follows many requests it costs less, for no task wakes for each entry. `into` is called from
+        the event loop, which it must not keep waiting, mostly outside of this task and its context variables. What it
+        raises ends this, and comes out here. Raises what `follow` raises.
+        """
+        follower = self._follower(request_id, after, wait)
+        try:
+            await follower.pour(into)
+        finally:
+            await follower.leave()
+
+    def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
+        self._check_usable()
+        return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
+
+    async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
+        """Submit and follow in one. Raises what these two raise."""
+        handle = await self.submit(request, **options)
+        async with aclosing(handle.entries()) as entries:
+            async for entry in entries:
+                yield entry
+
+    async def lifecycle(self, *, after: str | EntryId | None = None) -> AsyncGenerator[Lifecycle]:
+        """What starts and what finishes, of all requests: every line that is kept, and then those that come.
+
+        It does not end. A reader that comes back gives the `line` of the last one as `after`; a time in Unix ms is a
+        place too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        self._check_usable()
+        place = BEFORE_ALL if after is None else check_place(after)
+        async with aclosing(self._following.logs.lifecycle(place)) as lines:
+            async for line in lines:
+                yield line
+
+    async def result(self, request_id: str) -> Answer:
+        """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""
+        answer = Answer()
+        await self.pour(request_id, answer.add)
+        return answer
+
+    async def status(self, request_id: str) -> Status:
+        """How far a request is.
+
+        One whose deadline has passed by some seconds, and that no worker has begun, is ended here.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        check_id(request_id)
+        tail, stone = await self._ask(lambda: self._look(request_id))
+        if may_be_overdue(tail):
+            with suppress(Refused):  # a user who may only read gets `queued`
+                await self._following.logs.end_overdue(request_id)
+            tail, stone = await self._ask(lambda: self._look(request_id))
+        if tail is None:
+            return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
+        if is_terminal(tail):
+            return Status(State.ENDED, Answer([tail]).outcome)
+        return Status(State.RUNNING if tail.id.attempt else State.QUEUED)
+
+    async def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
+        """End a request, whether it waits or runs; gives how far it was. One that has ended is left as it is.
+
+        An id of which nothing is known is ended too, for its job may come. With `must_exist` it is not: a public
+        endpoint needs that, where anybody could fill Redis with ends of what never was.
+
+        Raises:
+            UnknownRequest: when nothing is known of the id, but must be.
+            Unavailable: when Redis does not answer.
+        """
+        before = await self.status(request_id)
+        if must_exist and before.state is State.UNKNOWN:
+            raise gone(request_id, None)
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(
+            lambda: cancel(self._redis, self._keys, request_id)
+        ):
+            return await self.status(request_id)
+        return before
+
+    async def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
+        """Whether a worker lives that serves a queue: where none does, its jobs wait until one is started.
+
+        Raises:
+            Unavailable: when Redis does not answer.
+        """
+        return await self._ask(lambda: is_served(self._redis, self._keys, queue))
+
+    async def _ask(self, operation: Callable[[], Awaitable[_T]]) -> _T:
+        """Repeat an operation until Redis answers, or the client is closed. Raises what `Patience.retry` raises."""
+
+        async def unless_closed() -> _T:
+            self._check_usable()
+            return await operation()
+
+        try:
+            return await self._patience.retry(unless_closed)
+        finally:
+            if self._is_closed:  # the operation may have connected again while the client was closed
+                await self._redis.aclose()
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise Unavailable("the client is closed")
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise Misused("this Client belongs to another event loop: make one in each")
+
+    async def _check_room(self, queue: str, request_id: str) -> None:
+        if not self._queue_limit:
+            return
+        waiting = await self._ask(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
+        if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
+            raise QueueFull(queue, waiting, self._queue_limit)
+
+    async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
+        # No MULTI, which a Redis that is full refuses. The tombstone is read first: it is written with the seal, and
+        # so a request without one has a log to be read after it, unless nothing is known of it.
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.get(self._keys.ended(request_id))
+        pipe.xrevrange(self._keys.tokens(request_id), count=1)
+        raw, tail = await pipe.execute()
+        if tail:
+            return parse_leniently(*tail[0]), None
+        return None, msgspec.json.decode(raw, type=Tombstone) if raw is not None else None

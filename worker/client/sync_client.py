@@ -1,0 +1,155 @@
+"""The same client for services without asyncio: it runs the asynchronous one on a thread of its own."""
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Self, TypeVar, Unpack
+
+from worker.client.async_client import Client, Status
+from worker.client.errors import ClientError, Misused, Unavailable
+from worker.client.handles import SyncRequestHandle
+from worker.client.new_job import JobOptions
+from worker.contract.answer import Answer
+from worker.contract.entries import AnyEntry
+from worker.contract.ids import EntryId
+from worker.contract.keys import DEFAULT_QUEUE
+from worker.contract.records import Lifecycle
+
+_T = TypeVar("_T")
+
+
+class SyncClient:
+    """What `Client` does, blocking; the methods, their arguments and errors are the same.
+
+    Make it after a fork, not before: it has a thread, and its use in another process raises `Misused`. It may be
+    used from several threads at once. A process may end without closing it.
+    """
+
+    def __init__(
+        self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
+    ) -> None:
+        self._client = Client(redis_url, prefix=prefix, patience=patience, queue_limit=queue_limit)
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._closing = threading.RLock()
+        """Held while a call is handed to the thread, so that none is handed over once the thread was told to end.
+
+        The collector may end a generator, which does so too, in the step that holds it.
+        """
+        self._loop = asyncio.new_event_loop()
+        # Not to be waited for at the interpreter's end, as a pool's threads are.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-relay-client", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection, and end the thread. A call that still waits raises `Unavailable`."""
+        if os.getpid() != self._pid:
+            return  # what there is to close belongs to the process that made it
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            closing = asyncio.run_coroutine_threadsafe(self._aclose(), self._loop)
+        closing.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
+        """See `Client.enqueue`."""
+        return self._call(lambda: self._client.enqueue(request, **options))
+
+    def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> SyncRequestHandle:
+        """See `Client.submit`."""
+        return SyncRequestHandle(self.enqueue(request, **options), self)
+
+    def follow(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
+        """See `Client.follow`."""
+        return self._each(self._client.follow(request_id, after=after, wait=wait, idle=idle))
+
+    def open(
+        self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
+        """See `Client.open`."""
+        return self._each(self._call(lambda: self._client.open(request_id, after=after, wait=wait, idle=idle)))
+
+    def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> Iterator[AnyEntry]:
+        """See `Client.generate`."""
+        return self.submit(request, **options).entries()
+
+    def lifecycle(self, *, after: str | EntryId | None = None) -> Iterator[Lifecycle]:
+        """See `Client.lifecycle`."""
+        return self._each(self._client.lifecycle(after=after))
+
+    def result(self, request_id: str) -> Answer:
+        """See `Client.result`."""
+        return self._call(lambda: self._client.result(request_id))
+
+    def status(self, request_id: str) -> Status:
+        """See `Client.status`."""
+        return self._call(lambda: self._client.status(request_id))
+
+    def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
+        """See `Client.cancel`."""
+        return self._call(lambda: self._client.cancel(request_id, must_exist=must_exist))
+
+    def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
+        """See `Client.is_served`."""
+        return self._call(lambda: self._client.is_served(queue))
+
+    def _call(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+        """Have the thread do it, and wait for it."""
+        future = self._start(work)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise Unavailable("the client is closed") from None
+        except BaseException:  # as of Ctrl-C: nobody waits for it any more
+            future.cancel()
+            raise
+
+    def _start(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> "concurrent.futures.Future[_T]":
+        if os.getpid() != self._pid:
+            raise Misused("this SyncClient was made before a fork, by another process: make one in each")
+        with self._closing:
+            if self._is_closed:
+                raise Unavailable("the client is closed")
+            return asyncio.run_coroutine_threadsafe(work(), self._loop)
+
+    def _each(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
+        nothing = object()
+
+        async def following() -> _T | object:
+            return await anext(items, nothing)
+
+        async def leave() -> None:
+            await items.aclose()
+
+        try:
+            while (item := self._call(following)) is not nothing:
+                yield item  # type: ignore[misc]  # it is no `nothing`
+        finally:
+            # Not waited for: a generator may be collected on any thread, this client's own among them.
+            with suppress(ClientError):
+                self._start(leave)
+
+    async def _aclose(self) -> None:
+        try:
+            await self._client.aclose()
+        finally:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._loop.shutdown_asyncgens()

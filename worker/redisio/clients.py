@@ -1,0 +1,286 @@
+"""Connections to Redis: which clients there are, why, and what counts as a passing fault."""
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+from redis import exceptions
+from redis._parsers.hiredis import _AsyncHiredisParser
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from worker.redisio.advice import advice_on, advice_on_silence
+from worker.redisio.cluster import ClusterClient, ClusterPool
+from worker.redisio.sentinel import sentinel_pool
+from worker.redisio.unsent import unsent
+from worker.redisio.urls import parse_redis_url
+
+_T = TypeVar("_T")
+
+_log = structlog.get_logger()
+
+OLDEST = (6, 2)
+"""The least version of Redis that has all that is used."""
+
+COMMAND_TIMEOUT = 5.0
+"""Seconds of silence until a command without a reply counts as lost. A reply that keeps coming is waited for."""
+
+SAY_AGAIN = 30.0
+"""Seconds until the same trouble is told of again."""
+
+_MAX_CONNECTIONS = 64
+_NO_LIMIT = 2**31
+
+
+class TooFewReplicas(exceptions.RedisError):
+    """Fewer replicas than asked for have what was written, so far."""
+
+
+_TRANSIENT = (
+    TooFewReplicas,
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.BusyLoadingError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+    exceptions.WatchError,  # also what redis-py makes of a connection that is lost while it watches
+    exceptions.ExecAbortError,  # EXEC itself was refused, for a reason that came up between MULTI and it
+    OSError,
+)
+_TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
+_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
+_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
+"""What Redis quotes of a command that it does not know: part of an answer, where that is a PUBLISH."""
+
+
+def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
+    """A client that sends each command once.
+
+    redis-py 8 repeats a command whose reply was lost up to ten times by itself: a plain XADD is then there twice, and
+    a repeated MULTI answers `equal or smaller` for what it has written. What to repeat is decided by who knows.
+    Callers wait for a free connection; more than that many commands at once do not fail.
+    """
+    return _client(url, socket_timeout=COMMAND_TIMEOUT, connections=connections)
+
+
+def blocking_client(url: str, block: float) -> Redis:
+    """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones."""
+    return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether Redis may answer the same command well in a moment: no connection, a failover, memory that is full."""
+    if isinstance(error, _TRANSIENT):
+        return not withholds_right(error)
+    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith(_TRANSIENT_WORDS)
+
+
+def withholds_right(error: BaseException) -> bool:
+    """Whether Redis refuses a right or a password (NOPERM, NOAUTH, WRONGPASS): an operator can give it back.
+
+    So it is with a command that was renamed or switched off, and with a transaction that is refused for such a reason.
+    """
+    if isinstance(error, exceptions.ExecAbortError):
+        return "because of: NOPERM" in str(error)
+    return lacks_command(error) or isinstance(
+        error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
+    )
+
+
+def lacks_command(error: BaseException) -> bool:
+    """Whether Redis does not know a command: it was renamed, or is switched off."""
+    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith("unknown command")
+
+
+def is_lost(error: exceptions.WatchError) -> bool:
+    """Whether redis-py 8.1 says in this way that the connection is gone, and not that what is watched has changed."""
+    return "while watching" in str(error)
+
+
+def what_redis_said(error: BaseException) -> str:
+    """The text of an error without the arguments of commands, which may hold a prompt or an answer.
+
+    redis-py quotes them in the errors of a pipeline, Redis in those of a command that it does not know.
+    """
+    return _QUOTED.sub("", _OF_PIPELINE.sub("", str(error))) or type(error).__name__
+
+
+class Voice:
+    """Says what is wrong at first and each half minute, however many meet it, and when it ends."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._said = float("-inf")
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next complaint is said."""
+        return time.monotonic() - self._said > SAY_AGAIN
+
+    def complain(self, error: BaseException, advice: str = "") -> None:
+        """Say it, with what to do about it: as the error has it, or else the advice given."""
+        if self.is_due:
+            self._said = time.monotonic()
+            advice = advice_on(error) or advice
+            _log.warning(self._what, error=what_redis_said(error), **({"advice": advice} if advice else {}))
+
+    def relent(self) -> None:
+        if self._said > float("-inf"):
+            _log.info("recovered", after=self._what)
+        self._said = float("-inf")
+
+
+class Backoff:
+    """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends.
+
+    Without a name for what is wrong it says nothing, as in a process that is not ours. With the `url` of Redis it finds
+    out before it speaks whether TLS is mixed up there.
+    """
+
+    def __init__(self, what: "str | Voice | None", *, first: float = 0.05, most: float = 2.0, url: str = "") -> None:
+        self._voice = Voice(what) if isinstance(what, str) else what
+        self._first = self._pause = first
+        self._most = most
+        self._url = url
+
+    async def wait(self, error: BaseException) -> None:
+        """Pause after a failure."""
+        if self._voice:
+            is_asked = self._url and self._voice.is_due and not advice_on(error)
+            self._voice.complain(error, await advice_on_silence(self._url) if is_asked else "")
+        await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
+        self._pause = min(self._pause * 2, self._most)
+
+    def reset(self) -> None:
+        """After a success: begin small again, and speak again at the next failure."""
+        if self._voice:
+            self._voice.relent()
+        self._pause = self._first
+
+
+_OUTAGE = Voice("redis_unavailable")
+"""One for the process: all of its jobs meet the same outage, and each would say so."""
+
+
+async def persist(
+    operation: Callable[[], Awaitable[_T]],
+    give_up: asyncio.Future[Any] | None = None,
+    waits_for: Callable[[BaseException], bool] = is_transient,
+    *,
+    url: str = "",
+) -> _T:
+    """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
+
+    `waits_for` tells the errors after which it is repeated. With the `url` of Redis, as at a worker's start, the log
+    also says where TLS is mixed up: no error names this.
+
+    Raises:
+        Exception: what the operation raised, when it is no passing fault or there is no more time.
+    """
+    backoff = Backoff(_OUTAGE, url=url)
+    while True:
+        try:
+            return await operation()
+        except Exception as error:
+            if not waits_for(error) or (give_up is not None and give_up.done()):
+                raise
+            await backoff.wait(error)
+
+
+class _Once(Retry):
+    """Does what is asked of a connection without repeating it; every command goes through here.
+
+    uvloop 0.22 raises a RuntimeError where a connection goes while it is being written to, which redis-py 8.1 lets
+    through as it is: that ended a worker. It is a lost connection like any other.
+    """
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[_T]], *args: Any, **options: Any) -> _T:  # noqa: ANN401 - redis-py's
+        async def told() -> _T:
+            try:
+                return await do()
+            except RuntimeError as error:
+                if "closed" not in str(error):
+                    raise
+                raise exceptions.ConnectionError("Connection closed while it was written to.") from error
+
+        return await super().call_with_retry(told, *args, **options)
+
+
+class _LimitOnSilence(_AsyncHiredisParser):
+    """Has the limit of a read begin again with each piece that comes, and while a large command still goes out.
+
+    redis-py 8.1 has it from the first byte of a reply to the last: one that takes longer on a slow way was cut off, and
+    asked for again for ever. Every kind of connection takes this: plain, TLS, of Sentinel and of a cluster.
+    """
+
+    _connection: AbstractConnection | None = None
+
+    def on_connect(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        super().on_connect(connection)  # type: ignore[no-untyped-call]  # here and below: redis-py 8.1 has no types
+
+    def on_disconnect(self) -> None:
+        self._connection = None
+        super().on_disconnect()  # type: ignore[no-untyped-call]
+
+    async def read_from_socket(self) -> bool:
+        sending = self._watch_sending()
+        try:
+            await super().read_from_socket()  # type: ignore[no-untyped-call]
+        finally:
+            if sending is not None:
+                sending.cancel()
+        self._is_alive()
+        return True
+
+    def _watch_sending(self) -> "asyncio.Task[None] | None":
+        """While what was sent last is still on its way."""
+        connection = self._connection
+        writer = connection and connection._writer  # noqa: SLF001 - here and below: no other way in 8.1
+        limit = connection and connection.socket_timeout
+        if not writer or not limit or not unsent(writer.transport):
+            return None
+        return asyncio.ensure_future(self._while_sending(writer.transport, limit))
+
+    async def _while_sending(self, transport: asyncio.WriteTransport, limit: float) -> None:
+        left = unsent(transport)
+        while True:
+            await asyncio.sleep(limit / 2)
+            before, left = left, unsent(transport)
+            if not 0 < left < before:
+                return
+            self._is_alive()
+
+    def _is_alive(self) -> None:
+        connection = self._connection
+        if connection is not None:
+            connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001
+
+
+def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
+    """Raises ValueError for a URL that is none."""
+    place = parse_redis_url(url)
+    options: dict[str, Any] = {
+        **place.options,
+        "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
+        "retry": _Once(NoBackoff(), 0),
+        "parser_class": _LimitOnSilence,
+        "socket_connect_timeout": COMMAND_TIMEOUT,
+        "socket_timeout": socket_timeout,
+        "max_connections": connections,
+        "timeout": None,
+    }
+    if place.kind == "sentinel":
+        return Redis.from_pool(sentinel_pool(place, **options))
+    if place.kind == "cluster":
+        return ClusterClient.from_pool(ClusterPool(place.nodes, **options))
+    return Redis.from_pool(BlockingConnectionPool(**options))

@@ -1,0 +1,392 @@
+"""What a client may ask of the simulated vLLM, and how a real one refuses it. Pure data, no I/O."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from worker.sandbox.simulator.answers import END, START, VOCABULARY, encode, known_answer, pseudo_text
+
+__all__ = [
+    "ASSISTANT",
+    "ChatRequest",
+    "Fault",
+    "Json",
+    "KvTransferParams",
+    "Message",
+    "Options",
+    "Orders",
+    "RefusedError",
+    "Shape",
+    "TextRequest",
+    "answer_to",
+    "bad",
+    "check",
+    "check_model",
+    "error_body",
+    "invalid",
+    "late_error",
+    "orders_of",
+    "parse",
+    "understand",
+]
+
+Json = dict[str, object]
+
+ASSISTANT = [START, *encode("assistant\n")]
+"""The token ids that ask for an answer, after those of the messages."""
+
+Fault = Literal[
+    "refuse",  # before an answer: closes the connection without a byte
+    "429",
+    "503",
+    "500",
+    "hang",  # never answers a byte
+    "html",  # 200 with a web page
+    "json",  # 200 with a complete chat.completion in place of the stream
+    "stall",  # after so many delta chunks: sends nothing more, and keeps the connection open
+    "freeze",  # the same, with keep-alive comments going on
+    "cut",  # ends the body cleanly, with neither finish nor [DONE]
+    "reset",  # TCP RST
+    "malformed",  # one chunk that is not JSON, then goes on
+    "error_under_200",  # an error event and [DONE]
+    "abort",  # finish_reason `abort` and [DONE]
+    "no_done",  # at the end: no [DONE]
+    "prefill",  # refuses to go on after the token ids given; every other request is answered
+]
+Shape = Literal[
+    "no_space",  # `data:` without a space
+    "crlf",
+    "cr",
+    "comments",  # a keep-alive comment before every event
+    "sloppy",  # odd chunks in between, and finish_reason "" where none is due
+    "bom",
+    "multiline",  # the JSON of an event over several data lines
+    "finish_text",  # the last text in the finish chunk
+    "reasoning_content",  # under this name, as older servers have it
+]
+
+
+class Orders(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to answer: defaults of a server, and what a request's `simulate` field may override."""
+
+    text: str | None = None
+    """The exact text to answer."""
+    tokens: int | None = None
+    """Answer pseudo-text of so many tokens."""
+    rate: float = 0.0
+    """Tokens per second and stream; 0 is as fast as possible."""
+    first_token: float = 0.0
+    """Seconds before the first chunk."""
+    fault: Fault | None = None
+    after: int = 0
+    """Delta chunks sent before the fault strikes; a finish chunk counts, and a shorter answer never meets the fault."""
+    times: int | None = None
+    """Only the first so many requests for the same messages meet the fault; None is all of them."""
+    then: Fault | None = None
+    """The fault of the requests for which `times` spares them the first one."""
+    retry_after: float | None = None
+    """Seconds, for the Retry-After header of 429 and 503."""
+    shape: Shape | frozenset[Shape] = frozenset()
+
+    @property
+    def shapes(self) -> frozenset[Shape]:
+        return frozenset((self.shape,)) if isinstance(self.shape, str) else self.shape
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a simulated server is like."""
+
+    model: str = "reciter"
+    api_key: str | None = None
+    """Asked for as `Authorization: Bearer …` under /v1 when set."""
+    max_model_len: int = 4096
+    """Tokens of prompt and answer together."""
+    reasoning: bool = True
+    """Whether a reasoning parser is on."""
+    rejects: frozenset[str] = frozenset()
+    """Request fields answered with a 400 that names them."""
+    reject_style: Literal["openai", "vllm", "fastapi"] = "openai"
+    ignores: frozenset[str] = frozenset()
+    """Request fields that change nothing."""
+    lacks: frozenset[str] = frozenset()
+    """Paths answered with a 404, such as `/tokenize`."""
+    keep_alive: float = 1.0
+    """Seconds between the comments of a frozen stream."""
+    orders: Orders = Orders()
+    record: Path | None = None
+    """Where the record of each request is appended as a JSON line, before its answer begins and when it ends."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[dict[str, object]] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(str(part.get("text", "")) for part in self.content)
+        return self.content or ""
+
+
+class KvTransferParams(msgspec.Struct, frozen=True):
+    prompt_token_ids: object = None
+
+
+class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of a chat completion that change the simulated answer; others are passed over."""
+
+    messages: list[Message]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    tools: list[dict[str, object]] | None = None
+    tool_choice: str | dict[str, object] | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    kv_transfer_params: KvTransferParams | None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def continued(self) -> str:
+        """The text of an unfinished last message that the answer goes on from; mostly empty."""
+        return self.messages[-1].text if self.continue_final_message else ""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids by the model's template (ChatML)."""
+        ids: list[int] = []
+        for message in self.messages:
+            ids += [START, *encode(f"{message.role}\n{message.text}"), END, *encode("\n")]
+        if self.continue_final_message:
+            return ids[: -1 - len(encode("\n"))]
+        return ids if self.add_generation_prompt is False else [*ids, *ASSISTANT]
+
+    @property
+    def given(self) -> list[int]:
+        """The token ids that were sent in place of the messages; mostly none."""
+        given = self.kv_transfer_params and self.kv_transfer_params.prompt_token_ids
+        return given if isinstance(given, list) else []
+
+
+class TextRequest(ChatRequest, frozen=True, kw_only=True):
+    """A text completion, read back as the chat that its prompt renders, with that prompt as the token ids given."""
+
+
+class RefusedError(Exception):
+    """An answer with an HTTP error status and this JSON."""
+
+    def __init__(self, status: int, body: object) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+def error_body(code: int, message: str, *, kind: str = "BadRequestError", param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def parse(raw: bytes) -> Json:
+    """The JSON object of a body; raises RefusedError."""
+    try:
+        return msgspec.json.decode(raw, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise invalid("json_invalid", "body", "JSON decode error", str(error)) from error
+
+
+def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
+    """What is asked, and how to answer it; raises RefusedError as vLLM's checks before the stream do."""
+    for field in sorted(options.rejects & body.keys()):
+        raise _rejected(field, body[field], options)
+    if "messages" not in body:
+        raise invalid("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
+    if not isinstance(body["messages"], list):
+        raise invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
+    heeded = {field: value for field, value in body.items() if field not in options.ignores}
+    try:
+        request = msgspec.convert(heeded, ChatRequest, strict=False)
+    except msgspec.ValidationError as error:
+        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+    orders = orders_of(body, options)
+    check(request, options)
+    return request, orders
+
+
+def orders_of(body: Json, options: Options) -> Orders:
+    """The server's orders with those of the request; raises RefusedError."""
+    try:
+        ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
+        return msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Orders)
+    except msgspec.ValidationError as error:
+        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+
+
+def check_model(model: str | None, options: Options) -> None:
+    """Raises RefusedError for a model that is not served."""
+    if model not in {None, "", options.model}:
+        message = f"The model `{model}` does not exist. Valid aliases: {options.model}."
+        raise RefusedError(404, error_body(404, message, kind="NotFoundError", param="model"))
+
+
+def check(request: ChatRequest, options: Options) -> None:
+    """Raises RefusedError, in the order of vLLM 0.32.0."""
+    check_model(request.model, options)
+    if not request.messages:
+        raise bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
+    if request.stream_options is not None and not request.stream:
+        raise bad("Stream options can only be defined when `stream=True`.", "stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise bad("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    if "" in request.stops:
+        raise bad("stop cannot contain an empty string.")
+    _check_given(request)
+    _check_numbers(request)
+    _check_length(request, options.max_model_len)
+    _check_least(request, options.max_model_len)
+
+
+def _check_given(request: ChatRequest) -> None:
+    if request.kv_transfer_params is None or request.kv_transfer_params.prompt_token_ids is None:
+        return
+    if not request.given or not all(type(number) is int and number >= 0 for number in request.given):
+        where = "kv_transfer_params.prompt_token_ids"
+        raise bad("`kv_transfer_params['prompt_token_ids']` must be a non-empty list of non-negative integers.", where)
+    if not isinstance(request, TextRequest) and (message := _unknown_token(request)):
+        raise bad(message, "kv_transfer_params.prompt_token_ids")
+
+
+def _unknown_token(request: ChatRequest) -> str | None:
+    unknown = next((number for number in request.given if number >= len(VOCABULARY)), None)
+    return None if unknown is None else f"Token id {unknown} is out of vocabulary"
+
+
+def _check_least(request: ChatRequest, longest: int) -> None:
+    least = request.min_tokens or 0
+    most = longest - len(request.given or request.prompt) if request.asked_tokens is None else request.asked_tokens
+    if least < 0:
+        raise bad(f"min_tokens must be greater than or equal to 0, got {least}.")
+    if least > most:
+        raise bad(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.")
+
+
+def _check_numbers(request: ChatRequest) -> None:
+    temperature = 1.0 if request.temperature is None else request.temperature
+    if temperature < 0:
+        raise bad(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+    if temperature > 2:
+        raise bad(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
+    choices = 1 if request.n is None else request.n
+    if choices < 1:
+        raise bad(f"n must be at least 1, got {choices}.")
+    if choices > 1 and temperature == 0:
+        raise bad(f"n must be 1 when using greedy sampling, got {choices}.")
+
+
+def _check_length(request: ChatRequest, longest: int) -> None:
+    asked = request.asked_tokens
+    if asked is not None and asked < 1:
+        raise bad(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
+    if asked is not None and asked > longest:
+        message = (
+            f"max_tokens={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
+        )
+        raise bad(message, "max_tokens", asked)
+    if request.given:
+        _check_given_length(request, longest)
+    elif len(request.prompt) >= longest:
+        # vLLM stops counting at the first token too many.
+        message = (
+            f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
+            f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        raise bad(message, "input_tokens", longest + 1)
+
+
+def _check_given_length(request: ChatRequest, longest: int) -> None:
+    count = len(request.given)
+    if count == longest:
+        raise bad("max_tokens must be at least 1, got 0.", "max_tokens", 0)
+    if count > longest and isinstance(request, TextRequest):
+        message = (
+            f"This model's maximum context length is {longest} tokens. However, your prompt contains {count} "
+            "input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        raise bad(message, "input_tokens", count)
+    if count > longest:
+        raise bad(f"Input length ({count}) exceeds model's maximum context length ({longest}).")
+
+
+def bad(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
+    """A refusal by vLLM's own checks."""
+    if param is not None:
+        message += f" (parameter={param}{'' if value is None else f', value={value}'})"
+    return RefusedError(400, error_body(400, message, param=param))
+
+
+def invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
+    """What FastAPI's validation becomes in vLLM: the repr of pydantic's details."""
+    details = {"type": kind, "loc": loc, "msg": reason, "input": value}
+    return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
+
+
+def _rejected(field: str, value: object, options: Options) -> RefusedError:
+    if options.reject_style == "vllm":
+        return invalid("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
+    if options.reject_style == "fastapi":
+        detail = {"type": "extra_forbidden", "loc": ["body", field], "msg": "Extra inputs are not permitted"}
+        return RefusedError(400, {"detail": [detail | {"input": value}]})
+    error = {"message": f"Unrecognized request argument supplied: {field}", "type": "invalid_request_error"}
+    return RefusedError(400, {"error": error | {"param": None, "code": None}})
+
+
+def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
+    """The whole text answered to these messages (JSON, as in a request) when `simulate` orders no other.
+
+    A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
+    the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
+    """
+    said = msgspec.convert(messages, list[Message])
+    while len(said) > 1 and said[-1].role == "assistant":
+        said.pop()
+    known = known_answer(said[-1].text)
+    if known is not None and tokens is None:
+        return known
+    seed = "\n".join([f"{message.role}: {message.text}" for message in said] + ([f"choice {choice}"] if choice else []))
+    return pseudo_text(seed, 24 + len(seed) % 24 if tokens is None else tokens)
+
+
+def late_error(request: ChatRequest) -> Json | None:
+    """The error that vLLM notices only once a stream has begun, and then sends under HTTP 200."""
+    if isinstance(request, TextRequest) and (message := _unknown_token(request)):
+        return error_body(400, message)
+    asked = request.top_logprobs or 0
+    if asked <= 20:
+        return None
+    message = f"Requested sample logprobs of {asked}, which is greater than max allowed: 20"
+    return error_body(400, f"{message} (parameter=logprobs, value={asked})", param="logprobs")

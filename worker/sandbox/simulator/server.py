@@ -1,0 +1,397 @@
+"""The simulated vLLM: its routes, the pace of its streams, the faults to order, and the record of what it sent."""
+
+import asyncio
+import hmac
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+from weakref import WeakSet
+
+import msgspec
+
+from worker.sandbox.simulator.framing import DONE, comment, framed
+from worker.sandbox.simulator.record import Served, digest
+from worker.sandbox.simulator.replies import Chunk, Reply
+from worker.sandbox.simulator.requests import (
+    ChatRequest,
+    Fault,
+    Json,
+    Options,
+    Orders,
+    RefusedError,
+    TextRequest,
+    bad,
+    error_body,
+    late_error,
+    parse,
+    understand,
+)
+from worker.sandbox.simulator.texts import TextReply, detokenize, tokenize, understand_text
+from worker.sandbox.simulator.wire import Connection, Request
+
+__all__ = ["Options", "Orders", "Served", "Simulator", "serve_forever"]
+
+KEPT = 10_000
+"""Records, and prompts whose tries are counted, that a server remembers."""
+
+_JSON = "application/json"
+_EVENTS = "text/event-stream; charset=utf-8"
+_PAGE = b"<!DOCTYPE html>\n<html><head><title>Welcome</title></head><body><h1>It works!</h1></body></html>\n"
+_ENGINE_DEAD = error_body(
+    500,
+    "EngineCore encountered an issue. See stack trace (above) for the root cause.",
+    kind="InternalServerError",
+)
+_REFUSALS: dict[str, Json] = {
+    "429": error_body(429, "Too many requests. Please retry later.", kind="RateLimitError"),
+    "503": error_body(503, "The server is overloaded. Please retry later.", kind="ServiceUnavailableError"),
+    "500": _ENGINE_DEAD,
+}
+_PREFILL = ("Token id 999999 is out of vocabulary", "kv_transfer_params.prompt_token_ids")
+_COMPLETIONS = "/v1/completions"
+_METHODS = {
+    "/v1/chat/completions": "POST",
+    _COMPLETIONS: "POST",
+    "/tokenize": "POST",
+    "/detokenize": "POST",
+    "/v1/models": "GET",
+    "/health": "GET",
+}
+
+
+class Simulator:
+    """A simulated vLLM, running inside `async with`."""
+
+    def __init__(self, options: Options | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.options = options or Options()
+        self.served: deque[Served] = deque(maxlen=KEPT)
+        """The latest 10,000 completions asked for, oldest first; the record of a running one grows."""
+        self._host = host
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._connections: WeakSet[Connection] = WeakSet()
+        self._count = 0
+        self._tries: Counter[str] = Counter()
+
+    @property
+    def url(self) -> str:
+        """The base URL, without `/v1`; the port is known once it runs."""
+        return f"http://{self._host}:{self._port}"
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, self._host, self._port, backlog=2048)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._server is not None:
+            self._server.close()
+        tasks = [task for connection in self._connections if (task := connection.drop()) is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def refuse(self) -> None:
+        """Take no connections any more, and close those on which nothing is asked: what vLLM does first on SIGTERM."""
+        if self._server is not None:
+            self._server.close()
+        for connection in self._connections:
+            connection.retire()
+
+    def _accept(self) -> Connection:
+        connection = Connection(self._handle)
+        self._connections.add(connection)
+        return connection
+
+    async def _handle(self, request: Request, connection: Connection) -> None:
+        method = None if request.path in self.options.lacks else _METHODS.get(request.path)
+        if request.path.startswith("/v1/") and not self._authorized(request):
+            await _respond(connection, 401, {"error": "Unauthorized"})
+        elif method is None:
+            await _respond(connection, 404, {"detail": "Not Found"})
+        elif method != request.method:
+            await _respond(connection, 405, {"detail": "Method Not Allowed"}, allow=method)
+        elif request.path == "/health":
+            await connection.respond(200, _JSON, b"")
+        elif request.path == "/v1/models":
+            await _respond(connection, 200, _models(self.options))
+        elif request.path in {"/tokenize", "/detokenize"}:
+            await self._convert(request, connection)
+        else:
+            await self._complete(request, connection)
+
+    async def _convert(self, request: Request, connection: Connection) -> None:
+        convert = tokenize if request.path == "/tokenize" else detokenize
+        try:
+            await _respond(connection, 200, convert(parse(request.body), self.options))
+        except RefusedError as error:
+            await _respond(connection, error.status, error.body)
+
+    def _authorized(self, request: Request) -> bool:
+        given = request.headers.get("authorization", "")
+        key = self.options.api_key
+        return key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
+
+    async def _complete(self, request: Request, connection: Connection) -> None:
+        self._count += 1
+        served = Served(order=self._count, route=request.path, request={}, started=time.monotonic())
+        self.served.append(served)
+        try:
+            served.request = parse(request.body)
+            understood = understand_text if request.path == _COMPLETIONS else understand
+            asked, orders = understood(served.request, self.options)
+            orders = msgspec.structs.replace(orders, fault=self._fault_for(asked, orders))
+            reply = _reply(asked, orders, self.options)
+            served.prompt, served.after = digest(reply.question), len(reply.begun)
+            self._write_down(served)
+            await _Answer(connection, served, asked, orders, self.options, reply).give()
+        except RefusedError as error:
+            served.status = error.status
+            await _respond(connection, error.status, error.body)
+        except asyncio.CancelledError:
+            served.closed_early = True
+            raise
+        finally:
+            served.ended = time.monotonic()
+            self._write_down(served)
+
+    def _fault_for(self, request: ChatRequest, orders: Orders) -> Fault | None:
+        fault = orders.fault if self._meets_fault(request, orders) else orders.then
+        return None if fault == "prefill" and not request.given else fault
+
+    def _meets_fault(self, request: ChatRequest, orders: Orders) -> bool:
+        if orders.fault is None or orders.times is None:
+            return orders.fault is not None
+        if orders.fault == "prefill" and not request.given:
+            return False
+        if len(self._tries) > KEPT:
+            self._tries.clear()
+        prompt = digest(request.prompt)
+        self._tries[prompt] += 1
+        return self._tries[prompt] <= orders.times
+
+    def _write_down(self, served: Served) -> None:
+        if self.options.record is not None:
+            with self.options.record.open("ab") as file:
+                file.write(msgspec.json.encode(served) + b"\n")
+
+
+async def serve_forever(
+    options: Options, *, host: str, port: int, ready: Callable[[str], None] = lambda _url: None
+) -> None:
+    """Serve until cancelled; `ready` is called with the base URL once connections are accepted."""
+    async with Simulator(options, host=host, port=port) as simulator:
+        ready(simulator.url)
+        await _for_ever()
+
+
+class _Answer:
+    """One answer on its way: good, or broken as ordered."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        served: Served,
+        request: ChatRequest,
+        orders: Orders,
+        options: Options,
+        reply: Reply,
+    ) -> None:
+        self._connection = connection
+        self._served = served
+        self._request = request
+        self._orders = orders
+        self._options = options
+        self._reply = reply
+        self._pending = orders.fault
+        """The fault that has yet to strike."""
+
+    async def give(self) -> None:
+        fault = self._orders.fault
+        if fault in _REFUSALS:
+            await self._refuse(fault)
+            return
+        if fault == "refuse":
+            self._strike(fault)
+            return
+        if fault == "prefill" and not (isinstance(self._request, TextRequest) and self._request.stream):
+            self._strike(fault)
+            raise bad(*_PREFILL)
+        if fault == "hang":
+            self._strike(fault)
+            await _for_ever()
+        await asyncio.sleep(self._orders.first_token)
+        if fault == "html":
+            self._strike(fault)
+            await self._respond(200, "text/html; charset=utf-8", _PAGE)
+        elif self._request.stream and fault != "json":
+            await self._stream()
+        else:
+            await self._whole()
+
+    def _strike(self, fault: Fault) -> None:
+        self._pending = None
+        self._served.fault = fault
+
+    async def _refuse(self, fault: Fault) -> None:
+        self._strike(fault)
+        after = self._orders.retry_after
+        headers = {} if after is None else {"retry_after": f"{after:g}"}
+        await self._respond(int(fault), _JSON, msgspec.json.encode(_REFUSALS[fault]), **headers)
+
+    async def _respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
+        self._served.status = status
+        self._served.first_chunk = time.monotonic()
+        await self._connection.respond(status, content_type, body, **headers)
+
+    async def _whole(self) -> None:
+        error = late_error(self._request)
+        if error is not None:
+            raise RefusedError(400, error)
+        reply = self._reply
+        if self._orders.rate:
+            await asyncio.sleep(max(reply.lengths) / self._orders.rate)
+        if self._pending == "json":
+            self._strike("json")
+        self._served.texts, self._served.reasonings = reply.contents, reply.reasonings
+        self._served.arguments = reply.arguments
+        self._served.tokens = sum(reply.lengths)
+        await self._respond(200, _JSON, msgspec.json.encode(reply.complete()))
+        self._served.finished = self._served.fault is None
+
+    async def _stream(self) -> None:
+        self._connection.begin(_EVENTS)
+        self._served.status = 200
+        error = late_error(self._request)
+        if self._pending == "prefill":
+            self._strike(self._pending)
+            error = error_body(400, _PREFILL[0])
+        if error is not None:
+            await self._end_with(error)
+            return
+        reply = self._reply
+        self._served.texts, self._served.reasonings, self._served.arguments = [[""] * reply.choices for _ in range(3)]
+        for body in reply.opening():
+            await self._event(body, reply)
+        began = time.monotonic()
+        for number, chunks in enumerate(reply.rounds()):
+            due = began + number / self._orders.rate if self._orders.rate else 0
+            # Yields in any case: other streams go on, and a close by the client is noticed.
+            await asyncio.sleep(max(0, due - time.monotonic()))
+            for chunk in chunks:
+                if await self._breaks(reply):
+                    return
+                await self._send(chunk, reply)
+            self._served.tokens = sum(reply.tokens)
+        if not await self._breaks(reply):
+            await self._close(reply)
+
+    async def _send(self, chunk: Chunk, reply: Reply) -> None:
+        # Recorded first: the client may have it while this waits for a slow connection.
+        self._served.chunks += 1
+        self._served.texts[chunk.choice] += chunk.content
+        self._served.reasonings[chunk.choice] += chunk.reasoning
+        self._served.arguments[chunk.choice] += chunk.arguments
+        await self._event(chunk.body, reply)
+
+    async def _event(self, body: Json, reply: Reply) -> None:
+        shapes = self._orders.shapes
+        if "sloppy" in shapes:
+            await self._frame(msgspec.json.encode(reply.oddity(self._served.chunks)))
+        await self._frame(msgspec.json.encode(body))
+
+    async def _frame(self, payload: bytes) -> None:
+        first = self._served.first_chunk is None
+        await self._connection.send(framed(payload, self._orders.shapes, first=first))
+        if first:
+            self._served.first_chunk = time.monotonic()
+
+    async def _close(self, reply: Reply) -> None:
+        for body in reply.closing():
+            await self._event(body, reply)
+        self._served.finished = True
+        if self._pending == "no_done":
+            self._strike("no_done")
+        else:
+            await self._frame(DONE)
+        self._connection.finish()
+
+    async def _end_with(self, error: Json) -> None:
+        # vLLM words these with json.dumps, hence the spaces.
+        await self._frame(json.dumps(error).encode())
+        await self._frame(DONE)
+        self._connection.finish()
+
+    async def _breaks(self, reply: Reply) -> bool:
+        """Whether the answer ended here by the ordered fault, which strikes once its number of chunks is sent."""
+        fault = self._pending
+        if fault is None or fault == "no_done" or self._served.chunks != self._orders.after:
+            return False
+        self._strike(fault)
+        if fault == "stall":
+            await _for_ever()
+        elif fault == "freeze":
+            while True:
+                await asyncio.sleep(self._options.keep_alive)
+                await self._connection.send(comment(self._orders.shapes))
+        elif fault == "malformed":
+            await self._frame(b'{"id":"chatcmpl-0","object":"chat.completion.chunk","choices":[{"index":0,"del')
+            return False
+        elif fault == "reset":
+            self._connection.reset()
+        elif fault == "error_under_200":
+            await self._end_with(_ENGINE_DEAD)
+        elif fault == "abort":
+            for body in reply.aborted():
+                await self._event(body, reply)
+            await self._frame(DONE)
+            self._connection.finish()
+        else:
+            self._connection.finish()
+        return True
+
+
+def _reply(request: ChatRequest, orders: Orders, options: Options) -> Reply:
+    kind = TextReply if isinstance(request, TextRequest) else Reply
+    return kind(request, orders, options)
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+async def _respond(connection: Connection, status: int, body: object, **headers: str) -> None:
+    await connection.respond(status, _JSON, msgspec.json.encode(body), **headers)
+
+
+def _models(options: Options) -> Json:
+    permission = {
+        "id": f"modelperm-{uuid4().hex[:16]}",
+        "object": "model_permission",
+        "created": int(time.time()),
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    model = {
+        "id": options.model,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "vllm",
+        "root": options.model,
+        "parent": None,
+        "max_model_len": options.max_model_len,
+        "permission": [permission],
+    }
+    return {"object": "list", "data": [model]}
