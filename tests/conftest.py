@@ -18,7 +18,7 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_redis, version_of
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import load_settings
@@ -140,7 +140,7 @@ async def simulator(start_simulator: StartSimulator) -> Simulator:
     return await start_simulator()
 
 
-StartWorker = Callable[..., Awaitable[Service]]
+StartWorker = Callable[..., Awaitable[Worker]]
 
 
 @pytest.fixture
@@ -152,12 +152,12 @@ async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Async
     monkeypatch.setattr(
         "worker.engine.application._in_an_order_of_its_own", list
     )  # a test means the first server that it gives
-    started: list[tuple[Service, asyncio.Task[None]]] = []
+    started: list[tuple[Worker, asyncio.Task[None]]] = []
 
-    async def start(*vllm: Simulator, **settings: object) -> Service:
+    async def start(*vllm: Simulator, **settings: object) -> Worker:
         given: dict[str, object] = {"lease": 2, "drain_timeout": 2, "gap_timeout": 5, "first_token_timeout": 5}
         urls = ",".join(server.url for server in vllm)
-        service = Service(load_settings(**(given | {"redis_url": redis_url, "vllm_urls": urls} | settings)))
+        service = Worker(load_settings(**(given | {"redis_url": redis_url, "vllm_urls": urls} | settings)))
         started.append((service, asyncio.create_task(service.run())))
         return service
 
@@ -168,7 +168,7 @@ async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Async
 
 
 @pytest.fixture
-async def worker(start_worker: StartWorker, simulator: Simulator) -> Service:
+async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
     """One worker before one simulated vLLM."""
     return await start_worker(simulator)
 

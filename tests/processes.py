@@ -7,17 +7,17 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from worker.broker.acquisition import Owned
+from worker.broker.acquisition import Acquired
 from worker.broker.job_queue import Delivery, JobQueue
-from worker.broker.log_writer import TokenLog
-from worker.broker.ownership import Owner
+from worker.broker.log_writer import LogWriter
+from worker.broker.ownership import LogOwnership
 from worker.broker.publisher import Publisher
 from worker.contract.entries import Done, Failed
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 from worker.redisio.clients import blocking_client, command_client
-from worker.redisio.transactions import Lines
+from worker.redisio.transactions import Transactions
 
 KEY = "chat:tokens:{r}"
 FAR = 4_000_000_000_000
@@ -30,11 +30,11 @@ class Process:
     def __init__(self, url: str, name: str) -> None:
         self.name = name
         self.commands = command_client(url)
-        self.lines = Lines(self.commands)
+        self.lines = Transactions(self.commands)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
         self.publisher = Publisher(command_client(url, connections=1))
-        self.owner = Owner(
+        self.owner = LogOwnership(
             self.lines, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
         )  # fmt: skip
 
@@ -42,13 +42,13 @@ class Process:
         (delivery,) = await self.jobs.read("default", 1, 500)
         return delivery
 
-    async def take(self, delivery: Delivery) -> TokenLog:
+    async def take(self, delivery: Delivery) -> LogWriter:
         taken = await self.owner.take("r", delivery, FAR)
-        assert isinstance(taken, Owned)
+        assert isinstance(taken, Acquired)
         self.publisher.attach(taken.log)
         return taken.log
 
-    async def seal(self, log: TokenLog, outcome: str = "done") -> str:
+    async def seal(self, log: LogWriter, outcome: str = "done") -> str:
         end = Done(id=SEAL, attempt=log.attempt) if outcome == "done" else Failed(id=SEAL, code=outcome)
         standing = await self.owner.seal(log, end, STONE, retention=60, remember=120)
         return standing.type

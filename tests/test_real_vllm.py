@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from worker import Answer, Client
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.settings import load_settings
 
 VLLM_URL = os.environ.get("VLLM_URL", "").rstrip("/").removesuffix("/v1")
@@ -125,7 +125,7 @@ def summary(answer: Answer) -> Summary:
 
 @pytest.fixture
 async def relay(redis_url: str) -> AsyncIterator[tuple[Client, str]]:
-    service = Service(load_settings(redis_url=redis_url, vllm_urls=VLLM_URL))
+    service = Worker(load_settings(redis_url=redis_url, vllm_urls=VLLM_URL))
     running = asyncio.create_task(service.run())
     async with Client(redis_url) as client:
         yield client, redis_url

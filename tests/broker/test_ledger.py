@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from worker.broker.job_queue import Delivery
 from worker.broker.ledger import Ledger
 from worker.contract.keys import Keys
-from worker.contract.records import Lifecycle, WorkerLine
+from worker.contract.records import Lifecycle, WorkerRecord
 
 JOB = Delivery("default", "5-1", {b"id": b"\xff", b"request": b"x" * 3000})
 
@@ -25,8 +25,8 @@ def ledger(fake: Redis) -> Ledger:
     return Ledger(fake, Keys())
 
 
-def line(name: str, beat: int) -> WorkerLine:
-    return WorkerLine(name=name, beat=beat, started=0, slots=1, running=0, finished=0)
+def line(name: str, beat: int) -> WorkerRecord:
+    return WorkerRecord(name=name, beat=beat, started=0, slots=1, running=0, finished=0)
 
 
 async def test_a_job_is_buried_once_ready_to_be_put_back(ledger: Ledger, fake: Redis) -> None:

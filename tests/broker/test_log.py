@@ -11,16 +11,16 @@ from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.broker.acquisition import Duplicate, Ended, NotOurs, Owned
+from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, LeaseLost
 from worker.broker.job_queue import Delivery
 from worker.broker.log_pages import read_all
-from worker.broker.log_writer import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, TokenLog
-from worker.broker.ownership import Owner
+from worker.broker.log_writer import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, LogWriter
+from worker.broker.ownership import LogOwnership
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.redisio.clients import persist
-from worker.redisio.pipelined import Command, Wires
+from worker.redisio.pipelined import Command, NodeConnections
 from worker.telemetry.logging import configure_logging
 
 
@@ -173,7 +173,7 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
     logs = []
     for number in range(50):
         taken = await one.owner.take(f"r{number}", delivery, FAR)
-        assert isinstance(taken, Owned)
+        assert isinstance(taken, Acquired)
         one.publisher.attach(taken.log)
         logs.append(taken.log)
     cancelled, *others = logs
@@ -203,7 +203,7 @@ async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_o
         taken = await persist(lambda: two.owner.take("r", again, FAR))
     finally:
         await redis.config_set("client-output-buffer-limit", limits)
-    assert isinstance(taken, Owned)
+    assert isinstance(taken, Acquired)
     assert [str(entry.id) for entry in taken.history] == [f"1-{n}" for n in range(301)]
     assert (await texts(redis))[301:] == ["2-0:claimed"]
 
@@ -222,7 +222,7 @@ async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
         return await read_all(two.commands, KEY)
 
     monkeypatch.setattr("worker.broker.ownership.read_all", cut_off)
-    assert isinstance(await persist(lambda: two.owner.take("r", again, FAR)), Owned)
+    assert isinstance(await persist(lambda: two.owner.take("r", again, FAR)), Acquired)
     assert left < 0
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
@@ -353,14 +353,14 @@ async def test_a_redis_that_loads_its_data_is_waited_for(
     log = await one.take(delivery)
     log.append(delta("before"))
     await log.drained()
-    ask, asked = Wires.ask, 0
+    ask, asked = NodeConnections.ask, 0
 
-    async def loading(wires: Wires, commands: Sequence[Command]) -> list[object]:
+    async def loading(wires: NodeConnections, commands: Sequence[Command]) -> list[object]:
         nonlocal asked
         asked += 1
         return await ask(wires, commands) if asked > 2 else [BusyLoadingError("Redis is loading")] * len(commands)
 
-    monkeypatch.setattr(Wires, "ask", loading)
+    monkeypatch.setattr(NodeConnections, "ask", loading)
     one.publisher.look()
     log.append(delta("after"))
     await log.drained()
@@ -436,7 +436,7 @@ async def test_of_two_that_take_over_at_once_one_wins(
     taken = await stolen(redis, two, delivery)
     async with process(redis_url, "three") as three:
         outcomes = await asyncio.gather(two.owner.take("r", taken, FAR), three.owner.take("r", taken, FAR))
-    assert [type(outcome) for outcome in outcomes] == [Owned, NotOurs]
+    assert [type(outcome) for outcome in outcomes] == [Acquired, LeaseLost]
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
@@ -447,7 +447,7 @@ async def test_a_take_over_reads_what_was_written_before(
     old.append(delta("half"))
     await old.drained()
     taken = await two.owner.take("r", await stolen(redis, two, delivery), FAR)
-    assert isinstance(taken, Owned)
+    assert isinstance(taken, Acquired)
     assert [entry.type for entry in taken.history] == ["started", "delta"]
 
 
@@ -455,8 +455,8 @@ async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     first, second = [await one.owner.take("r", delivery, FAR) for _ in range(2)]
-    assert isinstance(first, Owned)
-    assert isinstance(second, Owned)
+    assert isinstance(first, Acquired)
+    assert isinstance(second, Acquired)
     assert second.log.attempt == 1
     assert await texts(redis) == ["1-0:started"]
 
@@ -467,14 +467,14 @@ async def test_a_duplicate_waits_for_no_run_while_the_first_is_live_and_takes_ov
     await one.take(delivery)
     await redis.xadd("chat:jobs", {"id": "r"})
     duplicate = await two.claim()
-    assert isinstance(await two.owner.take("r", duplicate, FAR), Duplicate)
+    assert isinstance(await two.owner.take("r", duplicate, FAR), DuplicateJob)
     await one.jobs.acknowledge(delivery)  # gone without a seal
-    assert isinstance(await two.owner.take("r", duplicate, FAR), Owned)
+    assert isinstance(await two.owner.take("r", duplicate, FAR), Acquired)
 
 
 async def test_a_tombstone_keeps_a_late_job_from_running(one: Process, delivery: Delivery, redis: Redis) -> None:
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
-    assert isinstance(await one.owner.take("r", delivery, FAR), Ended)
+    assert isinstance(await one.owner.take("r", delivery, FAR), AlreadyEnded)
     assert not await redis.exists(KEY)
 
 
@@ -572,7 +572,7 @@ async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
     flooded = await one.take(delivery)
     await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
     await redis.expire("chat:tokens:{s}", 60)
-    other = TokenLog("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
+    other = LogWriter("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
     one.publisher.attach(other)
     flush, flushes, is_over = one.publisher._flush, 0, False
 
@@ -661,16 +661,16 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
     log.append(delta("first"))
     await log.drained()
     looked, advanced = asyncio.Event(), asyncio.Event()
-    ask = Wires.ask
+    ask = NodeConnections.ask
 
-    async def slow(wires: Wires, commands: Sequence[Command]) -> list[object]:
+    async def slow(wires: NodeConnections, commands: Sequence[Command]) -> list[object]:
         replies = await ask(wires, commands)
         if not looked.is_set():
             looked.set()
             await advanced.wait()
         return replies
 
-    monkeypatch.setattr(Wires, "ask", slow)
+    monkeypatch.setattr(NodeConnections, "ask", slow)
     one.publisher.look()
     await looked.wait()
     await one.owner.advance(log, delivery, "upstream")
@@ -701,7 +701,7 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_tho
     other = await one.take(delivery)  # so that the connection is there, whose first use looks at every log
     other.append(delta("x"))
     await other.drained()
-    taken = TokenLog("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
+    taken = LogWriter("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
     await redis.xadd(taken.key, {"type": "started"}, id="1-0")
     await redis.xadd(taken.key, {"type": "cancelled"}, id=str(SEAL))
     await redis.expire(taken.key, 60)
@@ -714,7 +714,7 @@ async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.broker.replicas._WAIT_MS", 60_000)  # for this test, for ever
-    owner = Owner(
+    owner = LogOwnership(
         one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
     )  # fmt: skip
     logs = [f"r{number}" for number in range(100)]

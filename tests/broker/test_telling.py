@@ -10,11 +10,11 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
 from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import TokenLog
+from worker.broker.log_writer import LogWriter
 
 
 @pytest.fixture
-async def log(one: Process, redis: Redis) -> TokenLog:
+async def log(one: Process, redis: Redis) -> LogWriter:
     await redis.xadd("chat:jobs", {"id": "r"})
     delivery: Delivery = await one.claim()
     return await one.take(delivery)
@@ -37,7 +37,7 @@ async def told(redis: Redis) -> int:
     return int(stats.get("cmdstat_publish", {"calls": 0})["calls"])
 
 
-async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: TokenLog, redis: Redis) -> None:
+async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: LogWriter, redis: Redis) -> None:
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{r}")
         assert (await feed.get_message(timeout=5) or {})["type"] == "subscribe"
@@ -51,7 +51,7 @@ async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: 
 
 
 async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
-    log: TokenLog, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    log: LogWriter, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.broker.feed.UNTOLD_FOR", math.inf)
     log.append(delta("1"))

@@ -23,10 +23,10 @@ from worker.ops.checks import check
 from worker.ops.rights import commands_of
 from worker.redisio.clients import command_client, is_transient
 from worker.redisio.cluster import ClusterClient, server_of, slot_of
-from worker.redisio.pipelined import Outcome, Wires, pack
+from worker.redisio.pipelined import NodeConnections, Outcome, pack
 from worker.sandbox.embedded_redis import EmbeddedRedis
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 MEDDLING = "?max_connections=1&protocol=3&decode_responses=yes&socket_timeout=0.001&timeout=0.001&retry_on_timeout=yes"
 MAY_STAY = (b"chat:jobs", b"chat:lifecycle", b"chat:workers")
@@ -159,7 +159,7 @@ async def test_streams_go_on_when_the_master_is_killed(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, replica, watcher) = guarded
-    await start_worker(await start_simulator(Options(orders=Orders(rate=40))), redis_url=url, lease=10)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), redis_url=url, lease=10)
     questions = [f"Tell me a story about {number}" for number in range(8)]
     begun: set[str] = set()
     async with Client(url, patience=20) as client:
@@ -198,7 +198,7 @@ async def test_what_a_failover_loses_is_written_again_visibly(
     lost: str, guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, copy, watcher) = guarded
-    await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=url, lease=10)
     async with Client(url, patience=20) as client, command_client(url) as redis:
         await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Tell me a story"))})
         await eventually(lambda: redis.exists("chat:tokens:{r}"))
@@ -388,7 +388,7 @@ async def test_followers_listen_in_the_slot_from_redis_7_on_and_read_as_ever_bef
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Orders(rate=50))), redis_url=cluster_url)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))), redis_url=cluster_url)
     node = nodes[0]
     node.client.config_resetstat()
     request_id = next(name for name in (f"heard-{number}" for number in range(100)) if node.owns(slot_of(name)))
@@ -412,9 +412,9 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_a
     cluster_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Wires, "has_shards", False)
+    monkeypatch.setattr(NodeConnections, "has_shards", False)
     monkeypatch.setattr("worker.client.following._TICK", 0.05)
-    await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=cluster_url)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=cluster_url)
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
@@ -437,7 +437,7 @@ async def test_c3_what_nobody_took_before_its_deadline_is_ended_in_a_cluster(
 async def test_cancel_ends_a_stream_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=20)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=20)))
     await start_worker(simulator, redis_url=cluster_url, lease=0.5)
     request_id = await client.enqueue(ask("Tell me a story"))
     async for entry in client.follow(request_id):
@@ -480,7 +480,7 @@ async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
 async def test_the_job_of_a_worker_that_is_gone_goes_to_another_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=200)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=200)))
     first = start_process(simulator, redis_url=cluster_url, lease=1)
     entries = []
     async for entry in client.generate(ask("Tell me a story")):
@@ -498,7 +498,7 @@ async def test_a_stream_goes_on_while_its_slot_moves(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Orders(rate=150))), redis_url=cluster_url, lease=10)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     slot = slot_of("chat:tokens:{moving}")
     entries = []
     async for entry in client.generate(ask("Tell me a story"), id="moving"):
@@ -514,7 +514,7 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Orders(rate=150))), redis_url=cluster_url, lease=10)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     entries = []
     async for entry in client.generate(ask("Who are you?")):
         entries.append(entry)
@@ -545,7 +545,7 @@ async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(
         for value in (b"a", b"b")
         for key in keys
     ]
-    wires = Wires(master, by_slot=True)
+    wires = NodeConnections(master, by_slot=True)
     await wires.connect()
     executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     wires.execute(commands, executed.set_result)
@@ -568,7 +568,7 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
         (key, b"".join([pack(b"XADD", key.encode(), f"1-{n}".encode(), b"a", b"b") for n in added]), len(added))
         for added in ((1,), (2, 3)) for key in keys
     ]  # fmt: skip
-    wires = Wires(master, by_slot=True)
+    wires = NodeConnections(master, by_slot=True)
     await wires.connect()
     moving = slot_of(keys[0])
     nodes[0].ask("CLUSTER SETSLOT", moving, "MIGRATING", nodes[1].ask("CLUSTER MYID"))
@@ -591,7 +591,7 @@ async def test_a_master_that_stands_still_holds_up_no_stream_of_another(
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
     """B9."""
-    await start_worker(await start_simulator(Options(orders=Orders(rate=40))), redis_url=cluster_url, lease=20)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), redis_url=cluster_url, lease=20)
     lasting = [slot_of("chat:jobs"), slot_of("chat:lifecycle")]
     stands = next(node for node in nodes if not any(map(node.owns, lasting)))
     runs = next(node for node in nodes if node is not stands)
@@ -723,7 +723,7 @@ async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
 ) -> None:
     with topology.cluster(server, tmp_path, replicas=True) as nodes:
         url = url_of(nodes)
-        await start_worker(await start_simulator(Options(orders=Orders(rate=100))), redis_url=url, lease=10)
+        await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=url, lease=10)
         questions = [f"Tell me a story about {number}" for number in range(12)]
         slot = slot_of(questions[0].replace(" ", "-"))
         victim, heir = next(

@@ -18,8 +18,8 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.redisio.pipelined import Done, Outcome, Wire, Wires, pass_on
-from worker.redisio.transactions import Lines
+from worker.redisio.pipelined import Done, NodeConnections, Outcome, PipelinedConnection, pass_on
+from worker.redisio.transactions import Transactions
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
@@ -197,7 +197,7 @@ class _Connection(Connection):
         return reply
 
 
-class GatedWires(Wires):
+class GatedWires(NodeConnections):
     """The publisher's connections, whose every question waits at a gate."""
 
     def __init__(self, redis: Redis, gate: Gate) -> None:
@@ -205,7 +205,7 @@ class GatedWires(Wires):
         self.kind = gated(gate)
 
 
-class GatedLines(Lines):
+class GatedLines(Transactions):
     """The same for those of everything else that is written."""
 
     def __init__(self, redis: Redis, gate: Gate) -> None:
@@ -213,12 +213,12 @@ class GatedLines(Lines):
         self.kind = gated(gate)
 
 
-def gated(gate: Gate) -> type[Wire]:
+def gated(gate: Gate) -> type[PipelinedConnection]:
     """Connections whose every question waits at a gate."""
-    return cast("type[Wire]", type("GatedWire", (_Wire,), {"gate": gate}))
+    return cast("type[PipelinedConnection]", type("GatedWire", (_Wire,), {"gate": gate}))
 
 
-class _Wire(Wire):
+class _Wire(PipelinedConnection):
     gate: ClassVar[Gate]
     _is_left = False
 

@@ -19,18 +19,18 @@ from redis.exceptions import RedisError
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.ledger import Ledger
 from worker.broker.log_writer import LogLost
-from worker.broker.ownership import Owner
+from worker.broker.ownership import LogOwnership
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.engine.job_context import Stop, Stopped
-from worker.engine.job_runner import Relay
+from worker.engine.job_runner import JobRunner
 from worker.redisio.clients import blocking_client, command_client, is_transient
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.stream import StreamTimeouts
 from worker.vllm.target import Target
-from worker.vllm.transport import Answer, Body, Transport
+from worker.vllm.transport import Body, HttpAnswer, Transport
 
 _PROMPT = [0]
 
@@ -84,14 +84,14 @@ class Worker:
         lines = GatedLines(self._commands, self.gate)
         self._ledger = ledger = Ledger(self._commands, Keys())
         ledger._lifecycle._together.kind = gated(self.gate)
-        self._upstream = Upstream(["http://vllm"], limits=Limits())
+        self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts())
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
         self._upstream.endpoints[0].circuit.probed("")
-        self._relay = Relay(
+        self._relay = JobRunner(
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
             jobs=self._jobs,
-            owner=Owner(
+            owner=LogOwnership(
                 lines, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
             ledger=ledger,
@@ -232,7 +232,7 @@ class _Vllm(Transport):
             return httpx.Response(503)
         return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
 
-    async def post(self, target: Target, content: bytes, within: float) -> Answer:  # noqa: ARG002 - all is one server
+    async def post(self, target: Target, content: bytes, within: float) -> HttpAnswer:  # noqa: ARG002 - all is one server
         if await self._gate.fate() is not Fate.FINE:
             raise httpx.ReadError("broken")
         asked = json.loads(content)
@@ -240,7 +240,7 @@ class _Vllm(Transport):
         kept = len(given) - len(_PROMPT)
         tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
-        return Answer(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
+        return HttpAnswer(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
 
 
 class _Tokens:

@@ -6,18 +6,18 @@
 import asyncio
 import os
 
-from worker.broker.log_writer import Run, TokenLog
+from worker.broker.log_writer import LogWriter, Run
 from worker.contract.entries import Terminal
 from worker.contract.job import Job, RawFields
 from worker.contract.job import parse_job as _parse
 from worker.engine import job_runner as relay
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.engine.generation import Generation
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
 
 _healthy = Generation.end
-_accept = TokenLog.accept
+_accept = LogWriter.accept
 _midway: set[str] = set()
 
 
@@ -38,7 +38,7 @@ async def _end(self: Generation) -> Terminal:
     return await _healthy(self)
 
 
-def _die_midway(self: TokenLog, run: Run) -> bool:
+def _die_midway(self: LogWriter, run: Run) -> bool:
     accepted = _accept(self, run)
     if self.request_id in _midway and self.accepted.n > 8:
         os._exit(1)
@@ -48,6 +48,6 @@ def _die_midway(self: TokenLog, run: Run) -> bool:
 if __name__ == "__main__":  # in this process only
     relay.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
     Generation.end = _end  # type: ignore[method-assign]
-    TokenLog.accept = _die_midway  # type: ignore[method-assign]
+    LogWriter.accept = _die_midway  # type: ignore[method-assign]
     configure_logging("json", "info")
-    asyncio.run(Service(load_settings()).run())
+    asyncio.run(Worker(load_settings()).run())

@@ -10,13 +10,13 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 
 from worker import Answer, Client, IncompleteLog
-from worker.broker.log_writer import TokenLog
-from worker.broker.ownership import Owner
+from worker.broker.log_writer import LogWriter
+from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
 from worker.contract.history import fault_in
 from worker.contract.ids import SEAL
 from worker.sandbox.simulator.answers import END, encode
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 KEY = "chat:tokens:{r}"
 BEGUN = {"type": "started", "queue": "default", "job": "", "worker": "w", "owner": "gone", "delivery": "1"}
@@ -149,7 +149,7 @@ async def test_b2_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ende
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     job = await left_behind(redis, [*begun(2), (f"{TOP - 2}-0", {"type": "claimed"})])
-    server = await start_simulator(Options(orders=Orders(fault="cut", after=3)))
+    server = await start_simulator(Options(orders=Scenario(fault="cut", after=3)))
     await start_worker(server)
 
     async def is_done_with() -> bool:
@@ -181,7 +181,7 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
         await redis.xadd(KEY, {"type": "done"}, id=str(SEAL))
         await redis.xdel(KEY, str(SEAL))
         await redis.expire(KEY, 60)
-    monkeypatch.setattr("worker.engine.job_runner.Relay._take", broken)
+    monkeypatch.setattr("worker.engine.job_runner.JobRunner._take", broken)
     monkeypatch.setattr("worker.engine.settlement.Settlement.settle_found", broken)
     await start_worker(simulator, max_deliveries=5)
 
@@ -202,20 +202,20 @@ async def test_b4_a_log_that_is_deleted_again_and_again_has_its_end_before_the_j
     start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Orders(rate=100))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))))
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
     key, left = f"chat:tokens:{{{request_id}}}", 3
-    take_step = getattr(Owner, step)
+    take_step = getattr(LogOwnership, step)
 
-    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+    async def deleted_before(owner: LogOwnership, log: LogWriter, *args: object, **more: object) -> object:
         nonlocal left
         left -= 1
         if left >= 0:
             await redis.delete(key)
         return await take_step(owner, log, *args, **more)
 
-    monkeypatch.setattr(Owner, step, deleted_before)
+    monkeypatch.setattr(LogOwnership, step, deleted_before)
     await redis.delete(key)
     log = await ended(redis, request_id)
     assert left < 0
@@ -226,16 +226,16 @@ async def test_b4_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_withou
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await left_behind(redis, [*begun(2), ("2-0", CLAIMED), ("2-1", {"type": "resumed"})])
-    left, seal = 2, Owner.seal
+    left, seal = 2, LogOwnership.seal
 
-    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+    async def deleted_before(owner: LogOwnership, log: LogWriter, *args: object, **more: object) -> object:
         nonlocal left
         left -= 1
         if left >= 0:
             await redis.delete(KEY)
         return await seal(owner, log, *args, **more)  # type: ignore[arg-type]  # handed on as they came
 
-    monkeypatch.setattr(Owner, "seal", deleted_before)
+    monkeypatch.setattr(LogOwnership, "seal", deleted_before)
     await start_worker(simulator)
 
     async def is_done_with() -> bool:
@@ -250,14 +250,14 @@ async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled by a bare XADD, which leaves no tombstone, and deleted between the worker's look and its settlement."""
-    read = Owner.read
+    read = LogOwnership.read
 
-    async def deleted_before(owner: Owner, request_id: str) -> object:
-        monkeypatch.setattr(Owner, "read", read)
+    async def deleted_before(owner: LogOwnership, request_id: str) -> object:
+        monkeypatch.setattr(LogOwnership, "read", read)
         await redis.delete(KEY)
         return await read(owner, request_id)
 
-    monkeypatch.setattr(Owner, "read", deleted_before)
+    monkeypatch.setattr(LogOwnership, "read", deleted_before)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
     await start_worker(simulator)
@@ -267,14 +267,14 @@ async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
 async def test_b4_a_job_whose_log_loses_entries_for_ever_is_buried(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal = Owner.seal
+    seal = LogOwnership.seal
 
-    async def deleted_before(owner: Owner, log: TokenLog, *args: object, **more: object) -> object:
+    async def deleted_before(owner: LogOwnership, log: LogWriter, *args: object, **more: object) -> object:
         if len(simulator.served) < 9:
             await redis.xdel(log.key, f"{log.attempt}-3")
         return await seal(owner, log, *args, **more)  # type: ignore[arg-type]  # handed on as they came
 
-    monkeypatch.setattr(Owner, "seal", deleted_before)
+    monkeypatch.setattr(LogOwnership, "seal", deleted_before)
     await start_worker(simulator, max_deliveries=2)
     request_id = await client.enqueue(ask())
 
@@ -296,7 +296,7 @@ async def test_d13_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_wo
     start_simulator: StartSimulator,
 ) -> None:
     """As the contract says: nobody else can know of the job any more."""
-    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
 
     async def take_out(job: str, consumer: str) -> None:
         if how == "XACK":
@@ -327,7 +327,7 @@ async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """D13 for the renaming: the entries that come after it have greater ids than the log that is back, and fit in."""
-    await start_worker(await start_simulator(Options(orders=Orders(rate=50))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))))
     request_id = await client.enqueue(ask())
     key = f"chat:tokens:{{{request_id}}}"
     await has_begun(redis, request_id, 6)
@@ -348,7 +348,7 @@ async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_
 async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Orders(rate=50))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))))
     request_id = await client.enqueue(ask())
     following = asyncio.create_task(client.result(request_id))
     await has_begun(redis, request_id, 6)
@@ -420,7 +420,7 @@ async def test_d8_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ev
 async def test_d8_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     worker = await start_worker(simulator)
     other = await start_worker(simulator)
     request_id = await client.enqueue(ask())

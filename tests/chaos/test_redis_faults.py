@@ -17,16 +17,16 @@ from worker import Client, Entry
 from worker.broker.log_writer import HIGH_WATER_BYTES
 from worker.broker.publisher import Publisher
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 
 @pytest.fixture
 async def paced(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers take about a second."""
-    return await start_simulator(Options(orders=Orders(rate=40)))
+    return await start_simulator(Options(orders=Scenario(rate=40)))
 
 
 class Durable:
@@ -227,7 +227,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     start_simulator: StartSimulator,
 ) -> None:
     tokens = 5000
-    simulator = await start_simulator(Options(max_model_len=2 * tokens, orders=Orders(tokens=tokens)))
+    simulator = await start_simulator(Options(max_model_len=2 * tokens, orders=Scenario(tokens=tokens)))
     worker = await start_worker(simulator, lease=30, redis_url=redis_proxy.redis_url)
     redis_proxy.up = 0.1
     # With its alternatives a token is two kilobytes and a half, and the answer more than sockets can hold on the way.
@@ -246,7 +246,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     await promise_kept(redis, request_id, answer_to(ask()["messages"], tokens=tokens))
 
 
-def waiting(worker: Service) -> int:
+def waiting(worker: Worker) -> int:
     """Bytes that the worker's logs hold until Redis has accepted them."""
     assert isinstance(worker._publisher, Publisher)
     return sum(log.size for log in worker._publisher.logs)

@@ -55,10 +55,10 @@ from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.broker.acquisition import Ended, NotOurs, Owned
+from worker.broker.acquisition import Acquired, AlreadyEnded, LeaseLost
 from worker.broker.job_queue import Delivery
 from worker.broker.log_writer import LogDiverged, LogFenced
-from worker.broker.ownership import Owner
+from worker.broker.ownership import LogOwnership
 from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
@@ -187,8 +187,8 @@ async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_o
 ) -> None:
     """As after a restart in a container: the name is the same, the job's lease is its own, and the log was begun."""
     await one.take(delivery)
-    again = Owner(one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1)
-    assert isinstance(await again.take("r", delivery, FAR), Owned)
+    again = LogOwnership(one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1)
+    assert isinstance(await again.take("r", delivery, FAR), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
@@ -202,9 +202,9 @@ async def test_rule_6_the_loser_of_a_race_takes_the_next_attempt_if_the_lease_is
     await let_through(gate, *[Fate.FINE] * 2)  # connected, watched and looked
     assert await one.owner._claim("r", 2, delivery, "race")
     await finish(gate, racing)
-    assert isinstance(racing.result(), Owned)
+    assert isinstance(racing.result(), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "3-0:claimed"]
-    assert isinstance(await one.owner.take("r", delivery, FAR), NotOurs)
+    assert isinstance(await one.owner.take("r", delivery, FAR), LeaseLost)
     assert (await redis.xpending("chat:jobs", "workers"))["pending"] == 1, "and it acknowledges nothing"
 
 
@@ -216,7 +216,7 @@ async def test_rule_7_a_tombstone_that_comes_between_the_look_and_the_start_keep
     await let_through(gate, *[Fate.FINE] * 2)  # connected, watched, log and tombstone looked at
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
     await finish(gate, taking)
-    assert isinstance(taking.result(), Ended)
+    assert isinstance(taking.result(), AlreadyEnded)
     assert not await redis.exists(KEY)
 
 

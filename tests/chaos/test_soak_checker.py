@@ -12,8 +12,8 @@ from soak_jobs import Plan, plan
 from worker.sandbox.simulator.record import Served
 from worker.sandbox.simulator.server import Simulator
 from worker.vllm.circuit import Caller
-from worker.vllm.pool import Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.stream import StreamTimeouts
 
 Log = list[tuple[str, dict[str, str]]]
 
@@ -229,7 +229,7 @@ def test_a_cancelled_answer_may_be_short_but_not_wrong() -> None:
 
 async def test_the_request_by_which_a_worker_tries_a_server_out_is_known_as_such() -> None:
     async with Simulator() as simulator:
-        upstream = Upstream([simulator.url], limits=Limits(connect=5, first_token=10, gap=10))
+        upstream = ServerPool([simulator.url], limits=StreamTimeouts(connect=5, first_token=10, gap=10))
         (circuit,) = (endpoint.circuit for endpoint in upstream.endpoints)
         circuit.probed_late()
         await upstream.available("reciter", caller=Caller(failed_at={circuit}))

@@ -7,7 +7,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 """Silence is noticed soon; that a busy machine is taken for a silent one costs a try more, and no answer."""
@@ -19,7 +19,7 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def paced(start_simulator: StartSimulator) -> Simulator:
-    return await start_simulator(Options(orders=Orders(rate=100)))
+    return await start_simulator(Options(orders=Scenario(rate=100)))
 
 
 @pytest.mark.parametrize("fault", ["refuse", "429", "503", "500", "hang", "html"])
@@ -80,7 +80,7 @@ async def test_a_server_that_asks_for_time_holds_up_nobody_whom_another_can_serv
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 3600)
-    busy = await start_simulator(Options(orders=Orders(fault="503", retry_after=600)))
+    busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
     well = await start_simulator()
     await start_worker(busy, well)
     request_id = await client.enqueue(ask("Who are you?"))

@@ -23,7 +23,7 @@ from worker.contract.ids import SEAL
 from worker.ops.checks import check
 from worker.sandbox.embedded_redis import find_servers, free_port, start_redis
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.version import version
 
 WHO = [{"role": "user", "content": "Who are you?"}]
@@ -48,7 +48,7 @@ def text_of(lines: list[str]) -> str:
 async def test_a_worker_process_serves_a_request_and_its_text_comes_as_it_is_made(
     redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(rate=100)))
+    slow = await start_simulator(Options(orders=Scenario(rate=100)))
     async with (
         started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as worker,
         started("enqueue", "Tell me a story", "--model", "reciter", "--follow", REDIS_URL=redis_url) as process,
@@ -67,7 +67,7 @@ async def test_a_worker_process_serves_a_request_and_its_text_comes_as_it_is_mad
 async def test_json_lines_come_as_entries_are_made(
     redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(rate=60)))
+    slow = await start_simulator(Options(orders=Scenario(rate=60)))
     await start_worker(slow)
     async with started("enqueue", "Who are you?", "--follow", "--json", REDIS_URL=redis_url) as process:
         first = await line_with(process.stdout, '"delta"')
@@ -183,7 +183,7 @@ async def test_reasoning_goes_to_standard_error_and_ends_its_line(redis_url: str
 async def test_a_broken_pipe_ends_follow_quietly(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Orders(rate=100))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))))
     request_id = await client.enqueue({"messages": STORY})
     reader, writer = os.pipe()
     process = await asyncio.create_subprocess_exec(
@@ -205,7 +205,7 @@ async def test_cancel_says_how_far_the_request_was(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     waiting = await client.enqueue({"messages": WHO}, queue="unserved")
-    await start_worker(await start_simulator(Options(orders=Orders(rate=3))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=3))))
     running = await client.enqueue({"messages": STORY})
 
     async with started("follow", running, REDIS_URL=redis_url) as follower:
@@ -237,7 +237,7 @@ async def test_cancel_says_how_far_the_request_was(
 async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     signum: signal.Signals, redis_url: str, client: Client, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(rate=40)))
+    slow = await start_simulator(Options(orders=Scenario(rate=40)))
     async with started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as process:
         request_id = await client.enqueue({"messages": WHO})
         text = ""
@@ -271,7 +271,7 @@ async def test_no_secret_prompt_or_output_is_printed_or_logged(
 ) -> None:
     key, password = "key-4711-secret", "pass-0815-secret"
     prompt, output = "my diary says zanzibar", "the answer is xylophone"
-    guarded = await start_simulator(Options(api_key=key, orders=Orders(text=output)))
+    guarded = await start_simulator(Options(api_key=key, orders=Scenario(text=output)))
     with start_redis() as embedded:
         with BlockingRedis.from_url(embedded.url, protocol=2) as redis:
             redis.config_set("requirepass", password)
@@ -587,7 +587,7 @@ async def interrupted(process: Process) -> Ended:
 async def test_c9_whoever_stops_following_is_told_how_to_go_on_and_how_to_end_it(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, as_json: bool
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Orders(fault="stall", after=3))), gap_timeout=60)
+    await start_worker(await start_simulator(Options(orders=Scenario(fault="stall", after=3))), gap_timeout=60)
     flag = ["--json"] if as_json else []
     async with started("enqueue", "Hi", "--id", "mine", "--follow", *flag, REDIS_URL=redis_url) as process:
         await line_with(process.stdout if as_json else process.stderr, '"1-3"' if as_json else "taken by")

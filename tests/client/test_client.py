@@ -22,7 +22,7 @@ from worker import (
 )
 from worker.client.new_job import JobOptions
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
@@ -276,7 +276,7 @@ async def test_a_redis_that_is_not_there_is_said() -> None:
             await client.enqueue(ASK)
 
 
-async def test_three_hundred_followers_see_the_same(client: Client, worker: Service) -> None:
+async def test_three_hundred_followers_see_the_same(client: Client, worker: Worker) -> None:
     assert worker is not None
     request_id = await client.enqueue(ASK | {"simulate": {"rate": 100}})
     answers = await asyncio.gather(*(client.result(request_id) for _ in range(300)))

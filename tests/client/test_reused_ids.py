@@ -7,7 +7,7 @@ from checks import ask, expected, has_begun, log_of, pending
 from conftest import StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 KEY = "chat:tokens:{r}"
 FIRST, SECOND = ({"id": "r", "request": json.dumps(ask(text))} for text in ("first", "second"))
@@ -28,7 +28,7 @@ async def test_d10_an_id_that_is_used_again_for_another_request_is_buried_and_le
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """While the first job runs, once it has ended, and once only the tombstone is left of it."""
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     await start_worker(simulator)
     await add(redis, FIRST)
     await has_begun(redis, "r", 1)

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from worker import Client
 from worker.cli.main import _print
 from worker.contract.entries import to_json
-from worker.contract.records import WorkerLine
+from worker.contract.records import WorkerRecord
 from worker.sandbox.simulator.server import Simulator
 
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -33,7 +33,7 @@ async def test_c3_a_queue_is_served_while_a_worker_lives_that_names_it(
     await redis.hset("chat:workers", "w", "unreadable")
     for number, (age, queues) in enumerate(workers):
         beat = int((time.time() - age) * 1000)
-        line = WorkerLine(name="w", beat=beat, started=1, slots=1, running=0, finished=0, queues=tuple(queues))
+        line = WorkerRecord(name="w", beat=beat, started=1, slots=1, running=0, finished=0, queues=tuple(queues))
         await redis.hset("chat:workers", f"w{number}", to_json(line))
     assert await client.is_served("slow") is is_served
 

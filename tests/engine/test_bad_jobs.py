@@ -15,7 +15,7 @@ from conftest import StartSimulator, StartWorker, eventually
 from worker import Answer, Client
 from worker.contract.entries import Object
 from worker.sandbox.simulator.server import Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm import circuit
 from worker.vllm.circuit import FAILURES
 
@@ -46,7 +46,7 @@ class Picky(Simulator):
         """How often each question came."""
         self.fails_all = False
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path != _CHAT:
             await super()._handle(request, connection)
             return

@@ -14,10 +14,10 @@ from worker.broker.cancels import _COUNTS, seal_cancelled
 from worker.broker.log_pages import PageSize, read_all
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 
 SEALING = rb"XADD \S+ 18446744073709551615-18446744073709551615 type cancelled"
 
@@ -75,7 +75,7 @@ async def read(redis: Redis, request_id: str) -> Answer:
     return Answer(parse(*entry) for entry in await stream(redis, f"chat:tokens:{{{request_id}}}"))
 
 
-async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simulator, **more: object) -> Service:
+async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simulator, **more: object) -> Worker:
     """A worker that listens, and that gives up nothing by itself within a test."""
     given: dict[str, object] = {"lease": NEVER, "first_token_timeout": 600, "gap_timeout": 600}
     service = await start_worker(*servers, **(given | more))
@@ -86,7 +86,7 @@ async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simul
 async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await worker_before(start_worker, redis, await start_simulator(Options(orders=Orders(fault="stall", after=5))))
+    await worker_before(start_worker, redis, await start_simulator(Options(orders=Scenario(fault="stall", after=5))))
     request_id = await client.enqueue(ask())
     await begun(client, request_id, deltas=5)
     await client.cancel(request_id)
@@ -184,7 +184,7 @@ async def test_before_it_is_taken(
 async def test_before_the_first_token(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -197,7 +197,7 @@ async def test_mid_stream_while_nothing_comes(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """A stream that goes on would find the seal with its next entry, hint or not."""
-    stalls = await start_simulator(Options(orders=Orders(fault="stall", after=5)))
+    stalls = await start_simulator(Options(orders=Scenario(fault="stall", after=5)))
     await worker_before(start_worker, redis, stalls)
     request_id = await client.enqueue(ask())
     await begun(client, request_id, deltas=5)
@@ -214,7 +214,7 @@ async def test_mid_stream_while_nothing_comes(
 async def test_between_two_tries(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    busy = await start_simulator(Options(orders=Orders(fault="503", retry_after=600)))
+    busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
     await worker_before(start_worker, redis, busy)
     request_id = await client.enqueue(ask())
 
@@ -232,7 +232,7 @@ class Silent(Simulator):
 
     asked = closed = 0
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path != "/tokenize":
             await super()._handle(request, connection)
             return
@@ -247,7 +247,7 @@ class Silent(Simulator):
 async def test_while_a_server_is_asked_how_to_go_on(
     client: Client, redis: Redis, start_worker: StartWorker, ended_by: str
 ) -> None:
-    async with Silent(Options(orders=Orders(fault="cut", after=8))) as silent:
+    async with Silent(Options(orders=Scenario(fault="cut", after=8))) as silent:
         await worker_before(start_worker, redis, silent)
         request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
 
@@ -264,7 +264,7 @@ async def test_while_a_server_is_asked_how_to_go_on(
 
 
 async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Redis, start_worker: StartWorker) -> None:
-    leaves = Simulator(Options(orders=Orders(rate=50)))
+    leaves = Simulator(Options(orders=Scenario(rate=50)))
     await leaves.__aenter__()
     worker = await worker_before(start_worker, redis, leaves)
     request_id = await client.enqueue(ask())
@@ -294,7 +294,7 @@ async def test_after_the_end_it_is_said_and_nothing_changes(
 async def test_without_a_hint_the_lease_tick_finds_it(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent, lease=1)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -306,7 +306,7 @@ async def test_without_a_hint_the_lease_tick_finds_it(
 async def test_a_subscription_that_is_cut_is_made_again(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -320,7 +320,7 @@ async def test_a_subscription_that_is_cut_is_made_again(
 async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_does(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -335,7 +335,7 @@ async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_d
 async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Orders(fault="hang")))
+    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
 

@@ -8,8 +8,8 @@ from conftest import StartSimulator, StartWorker, eventually
 
 from worker import Answer, Client, Done, Entry, Failed, State
 from worker.sandbox.simulator.requests import Fault, answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 
 LONG = "word " * 200
 
@@ -26,7 +26,7 @@ async def entries_of(client: Client, request: dict[str, object], **options: Any)
 async def test_the_next_model_is_asked_once_the_first_is_exhausted(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, fault: Fault
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Orders(fault=fault, retry_after=0.01)))
+    large = await start_simulator(Options(model="large", orders=Scenario(fault=fault, retry_after=0.01)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=2)
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
@@ -64,7 +64,7 @@ class Forgetful(Simulator):
         super().__init__(options)
         self.answer = status, body
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/v1/chat/completions":
             await connection.respond(self.answer[0], "application/json", self.answer[1])
         else:
@@ -91,7 +91,7 @@ async def test_a7_a9_a_model_that_is_missing_by_a_word_only_gives_way_to_the_nex
 class Prudish(Simulator):
     """A server that refuses every request by its policy."""
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/v1/chat/completions":
             error = {"message": "not allowed", "code": "content_policy_violation"}
             await connection.respond(400, "application/json", msgspec.json.encode({"error": error}))
@@ -123,7 +123,7 @@ async def test_a_request_that_is_wrong_goes_to_no_other_model(
 async def test_an_answer_that_another_model_takes_over_begins_again(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Orders(fault="cut", after=4, then="503")))
+    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=4, then="503")))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=1)
     entries = await entries_of(client, ask(), fallbacks=["small"])
@@ -136,7 +136,7 @@ async def test_an_error_names_every_model_that_was_asked(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(*[
-        await start_simulator(Options(model=model, orders=Orders(fault="429", retry_after=0.01)))
+        await start_simulator(Options(model=model, orders=Scenario(fault="429", retry_after=0.01)))
         for model in ("large", "small")
     ], tries=1)  # fmt: skip
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
@@ -148,7 +148,7 @@ async def test_an_error_names_every_model_that_was_asked(
 async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_says_fail(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Orders(fault="cut", after=4)))
+    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=4)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, on_interrupt="fail")
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))

@@ -10,14 +10,14 @@ from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from worker import Answer, Client, State, UnknownRequest
-from worker.broker.ownership import Owner
+from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.engine.intake import NO_VLLM, REDIS_FULL
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.telemetry.logging import configure_logging
 
 
@@ -25,7 +25,7 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 
-async def paused(worker: Service, why: str) -> None:
+async def paused(worker: Worker, why: str) -> None:
     async def it_is() -> bool:
         return worker._claims.paused == why
 
@@ -56,7 +56,7 @@ async def calls(redis: Redis, command: str) -> int:
 async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
     worker = await start_worker(simulator, lease=1)
     request_id = await client.enqueue(ask())
 
@@ -91,10 +91,10 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
 async def test_at_the_seal_there_is_none_until_there_is_room(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal = Owner.seal
+    seal = LogOwnership.seal
     refused: list[Exception] = []
 
-    async def seal_without_room(owner: Owner, *args: object, **more: object) -> object:
+    async def seal_without_room(owner: LogOwnership, *args: object, **more: object) -> object:
         if not refused:
             await redis.config_set("maxmemory", "1")
         try:
@@ -103,7 +103,7 @@ async def test_at_the_seal_there_is_none_until_there_is_room(
             refused.append(error)
             raise
 
-    monkeypatch.setattr(Owner, "seal", seal_without_room)
+    monkeypatch.setattr(LogOwnership, "seal", seal_without_room)
     await start_worker(simulator)
     request_id = await client.enqueue(ask())
 

@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.contract.keys import Keys
 from worker.engine.job_context import Stop
-from worker.engine.maintenance import Keeper
-from worker.engine.running_jobs import Leases
+from worker.engine.maintenance import Maintenance
+from worker.engine.running_jobs import RunningJobs
 from worker.redisio.clients import command_client
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
@@ -27,11 +27,13 @@ from worker.telemetry.metrics import Metrics
 
 async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -> None:
     redis = command_client("redis://127.0.0.1:1")
-    leases = Leases(JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, metrics=Metrics())
+    leases = RunningJobs(
+        JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, metrics=Metrics()
+    )
     looks: list[None] = []
     publisher = SimpleNamespace(look_at_silent=lambda: looks.append(None))
     parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
-    keeper = Keeper(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+    keeper = Maintenance(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
 
     async def rounds_without_a_job() -> bool:
         if leases:
@@ -54,7 +56,7 @@ async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis
     await redis.xadd("chat:jobs", {"id": "a"})
     await one.jobs.ensure_group("other")
     await redis.xadd("chat:jobs:other", {"id": "b"})
-    leases = Leases(one.jobs, until_stopped, lambda: None, lease=10, metrics=Metrics())
+    leases = RunningJobs(one.jobs, until_stopped, lambda: None, lease=10, metrics=Metrics())
     for queue in ("default", "other"):
         leases.begin(await one.jobs.read(queue, 1, 500), sent=0.0)
     await redis.acl_setuser("default", commands=["-xclaim"], enabled=True)
@@ -83,9 +85,9 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
         async def work(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
             stopped.set_result(await stop)
 
-        leases = Leases(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
+        leases = RunningJobs(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
         parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
-        keeper = Keeper(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
+        keeper = Maintenance(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
         leases.begin(await behind.jobs.read("default", 1, 500), time.monotonic())
         renewal = redis_proxy.hold(b"XCLAIM")
         configure_logging("json")

@@ -10,15 +10,15 @@ from structlog.testing import capture_logs
 from worker import Client, Done, Failed
 from worker import State as JobState
 from worker.contract.entries import Object
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
 from worker.vllm.credentials import ApiKeys, keys_in
 
 OLD, NEW = "the-old-key", "the-new-key"
-CUT = Orders(fault="cut", after=4, times=1, rate=100)
+CUT = Scenario(fault="cut", after=4, times=1, rate=100)
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +40,13 @@ TEXT = answer_to(ask()["messages"])
 class Changing(Simulator):
     """A server whose key changes once an answer has broken off; `status` is what it says to the old one."""
 
-    def __init__(self, *, status: int = 401, lists: bool = False, orders: Orders = CUT) -> None:
+    def __init__(self, *, status: int = 401, lists: bool = False, orders: Scenario = CUT) -> None:
         super().__init__(Options(api_key=OLD, orders=orders))
         self.status = status
         self.refused = 0
         self._lists = lists
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if any(served.fault for served in self.served):
             self.options = Options(api_key=NEW)
         if self._authorized(request) or request.path == "/health" or (self._lists and request.path == "/v1/models"):
@@ -55,7 +55,7 @@ class Changing(Simulator):
         self.refused += request.path != "/v1/models"
         await connection.respond(self.status, "application/json", b'{"error": "no"}')
 
-    def _authorized(self, request: Request) -> bool:
+    def _authorized(self, request: HttpRequest) -> bool:
         return (self._lists and request.path == "/v1/models") or super()._authorized(request)
 
 
@@ -72,7 +72,7 @@ def write(file: Path, text: str) -> None:
     file.with_suffix(".new").rename(file)
 
 
-async def waits(worker: Service) -> bool:
+async def waits(worker: Worker) -> bool:
     return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
 
@@ -167,7 +167,7 @@ async def test_a_server_that_forbids_everything_refuses_the_key(
         assert (await client.result(request_id)).outcome == "done"
 
 
-async def _has_listed(worker: Service) -> bool:
+async def _has_listed(worker: Worker) -> bool:
     return bool(worker._upstream.endpoints[0].models)
 
 
@@ -179,7 +179,7 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
     class Choosy(Simulator):
         asked = 0
 
-        async def _handle(self, request: Request, connection: Connection) -> None:
+        async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
             if b"forbidden" in request.body:
                 self.asked += 1
                 await connection.respond(403, "text/html", b"<h1>Forbidden</h1>")
@@ -205,7 +205,7 @@ async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_th
         mended = False
         refused = 0
 
-        async def _handle(self, request: Request, connection: Connection) -> None:
+        async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
             if b"refused" in request.body and not self.mended:
                 self.refused += 1
                 await connection.respond(401, "application/json", b'{"error": "invalid key for this model"}')

@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 from worker import Answer, Client
 from worker.broker.job_queue import Delivery
 from worker.broker.publisher import Publisher
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders
+from worker.sandbox.simulator.server import Options, Scenario
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
 
@@ -25,7 +25,7 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 
-def stop_at_once(worker: Service) -> None:
+def stop_at_once(worker: Worker) -> None:
     """As the second SIGTERM or SIGINT does."""
     worker.leave()
     worker.leave()
@@ -63,7 +63,7 @@ class Held:
 async def test_being_told_twice_to_leave_loses_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
     questions = [f"question {n}" for n in range(10)]
     ids = [await client.enqueue(ask(question)) for question in questions]
@@ -89,7 +89,7 @@ async def test_being_told_twice_to_leave_loses_nothing(
 async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
     request_id = await client.enqueue(ask())
 
@@ -111,7 +111,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
 async def test_what_comes_while_it_leaves_is_handed_over_too(
     how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(ask())
     if how == "take_expired":  # it was with a worker that died
@@ -138,9 +138,9 @@ async def test_what_comes_while_it_leaves_is_handed_over_too(
 async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
     client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulator = await start_simulator(Options(orders=Orders(rate=100, tokens=2000)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=100, tokens=2000)))
     monkeypatch.setattr("worker.engine.application._LAST_STEPS", 0.2)
-    worker = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600))
+    worker = Worker(load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600))
     running = asyncio.create_task(worker.run())
     await client.enqueue(ask())
 

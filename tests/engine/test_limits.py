@@ -11,7 +11,7 @@ from conftest import StartWorker, eventually, stream
 from redis.asyncio import Redis
 
 from worker import Client, Failed
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Simulator
 from worker.settings import load_settings
 
@@ -115,7 +115,7 @@ async def test_a_job_chooses_neither_a_url_nor_a_header(
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in wanted.items()}
     request = json.dumps(ASK | wanted | {"model": "reciter"})
     await redis.xadd("chat:jobs", texts | {"id": "sly", "request": request, "tenant": "a\r\nx-evil: 1"})  # type: ignore[arg-type]  # invariant
-    service = Service(load_settings(redis_url=redis_url, vllm_urls=wire.url, vllm_api_key="own"))
+    service = Worker(load_settings(redis_url=redis_url, vllm_urls=wire.url, vllm_api_key="own"))
     working = asyncio.create_task(service.run())
 
     async def ended() -> bool:

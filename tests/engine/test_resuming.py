@@ -12,11 +12,11 @@ from worker import Answer, Client, Delta, Done, Entry, Failed, Restarted, Resume
 from worker.contract.entries import Claimed, Object, Opened, Usage, parse
 from worker.contract.ids import SEAL
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.pool import Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.stream import StreamTimeouts
 
 QUESTIONS = ("Who are you?", "你是谁?", "Send emoji", "Write code", "Think first")
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
@@ -36,7 +36,7 @@ def kinds(entries: Sequence[Entry]) -> list[str]:
 
 async def breaking(start: StartSimulator, after: int, **options: Any) -> tuple[Simulator, Simulator]:  # noqa: ANN401
     """A server whose streams are cut after so many chunks, and one that is well."""
-    broken = await start(Options(orders=Orders(fault="cut", after=after)))
+    broken = await start(Options(orders=Scenario(fault="cut", after=after)))
     return broken, await start(Options(**options))
 
 
@@ -47,7 +47,7 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
         n=2 if request.get("n") else 1, keep_prompt_ids=bool(request.get("return_token_ids")), keep_usage=bool(options)
     )
     entries: list[Entry] = []
-    upstream = Upstream([server.url], limits=Limits())
+    upstream = ServerPool([server.url], limits=StreamTimeouts())
     plain = {name: value for name, value in request.items() if name != "simulate"}
     async with upstream.stream(upstream.endpoints[0], cast("Object", plain)) as stream:
 
@@ -112,7 +112,7 @@ async def test_an_answer_is_gone_on_with_more_than_once(
 ) -> None:
     """Getting on is no try, so that the number of tries does not limit how often."""
     request = ask("Tell me a story")
-    servers = [await start_simulator(Options(orders=Orders(fault="cut", after=40))) for _ in range(2)]
+    servers = [await start_simulator(Options(orders=Scenario(fault="cut", after=40))) for _ in range(2)]
     await start_worker(*servers)
     entries = await entries_of(client, request)
     assert kinds(entries) == ["resumed"] * 6
@@ -192,7 +192,7 @@ async def test_logprobs_ids_and_continuous_usage_are_those_of_one_answer(
             "restarted",
         ),
         ({"lacks": frozenset({"/tokenize"})}, "Who are you?", "restarted"),
-        ({"orders": Orders(fault="prefill")}, "Who are you?", "restarted"),
+        ({"orders": Scenario(fault="prefill")}, "Who are you?", "restarted"),
         ({"rejects": frozenset({"kv_transfer_params"})}, "Who are you?", "resumed"),
     ],
     ids=["ids passed over", "and reasoning", "and no completions", "no tokenize", "refused", "one route refused"],
@@ -256,7 +256,7 @@ async def test_another_worker_does_as_the_setting_says(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess,
     on_interrupt: str, expected: list[str],
 ) -> None:  # fmt: skip
-    simulator = await start_simulator(Options(orders=Orders(rate=50)))
+    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
     first = start_process(simulator, lease=1, on_interrupt=on_interrupt)
     entries = []
     async for entry in client.follow(await client.enqueue(ask("Tell me a story"))):
@@ -299,7 +299,7 @@ async def test_what_never_shows_text_is_begun_again_unseen(
 async def test_an_answer_with_its_least_of_tokens_goes_on_to_its_end(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    broken, well = await start_simulator(Options(orders=Orders(fault="cut", after=37))), await start_simulator()
+    broken, well = await start_simulator(Options(orders=Scenario(fault="cut", after=37))), await start_simulator()
     await start_worker(broken, well)
     entries = await entries_of(client, ask(min_tokens=37))
     assert kinds(entries) == ["resumed"]
@@ -311,7 +311,7 @@ async def test_tokens_without_text_are_no_getting_on(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, text: str
 ) -> None:
     """They are generated anew each time: a server that breaks off at them every time would be asked for ever."""
-    broken = await start_simulator(Options(orders=Orders(fault="cut", after=2)))
+    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=2)))
     await start_worker(broken)
     answer = Answer(await entries_of(client, ask(simulate={"text": text})))
     assert isinstance(answer.end, Failed)
@@ -322,7 +322,7 @@ async def test_another_model_does_not_go_on_though_it_reads_the_same_ids(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """A job that names no model may come to servers of two, of one family and so with the same tokenizer."""
-    large = await start_simulator(Options(model="large", orders=Orders(fault="cut", after=8)))
+    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=8)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small)
     request = ask()
@@ -336,7 +336,7 @@ async def test_a_server_with_less_room_does_not_end_what_it_cannot_go_on_with(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """What is kept is longer than anything that it could have said: the answer was not at its end."""
-    broken = await start_simulator(Options(orders=Orders(fault="cut", after=100)))
+    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=100)))
     await start_worker(broken, await start_simulator(Options(max_model_len=90)))
     entries = await entries_of(client, ask("Tell me a story"))
     assert kinds(entries) == ["restarted"]
@@ -346,10 +346,10 @@ class Odd(Simulator):
     """A server that answers one path in a way of its own, and breaks the first stream off."""
 
     def __init__(self, path: str, status: int, body: bytes) -> None:
-        super().__init__(Options(orders=Orders(fault="cut", after=8, times=1)))
+        super().__init__(Options(orders=Scenario(fault="cut", after=8, times=1)))
         self._path, self._status, self._body = path, status, body
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == self._path:
             await connection.respond(self._status, "application/json", self._body)
         else:

@@ -11,11 +11,10 @@ from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import Fault, answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
-from worker.vllm.circuit import FAILURES
-from worker.vllm.circuit import State as CircuitState
+from worker.vllm.circuit import FAILURES, CircuitState
 
 
 def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
@@ -74,7 +73,7 @@ async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
 ) -> None:
     """It answers at once, and so would always be the one with the least to do."""
     async with Guarded(lists=not guards_its_list) as refusing:
-        good = await start_simulator(Options(orders=Orders(rate=200)))
+        good = await start_simulator(Options(orders=Scenario(rate=200)))
         worker = await start_worker(refusing, good, tries=1)
         got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(40)))
         assert [answer.outcome for answer in got] == ["done"] * 40
@@ -101,7 +100,7 @@ class Choosy(Simulator):
         self.lists = 0
         self.released = asyncio.Event()
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/v1/models":
             self.lists += 1
             if self.lists > 1:
@@ -153,7 +152,7 @@ class Wrong(Simulator):
         self.answer = status, body
         self.asked = 0
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path in {"/health", "/v1/models"}:
             await super()._handle(request, connection)
         else:
@@ -210,7 +209,7 @@ async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """It does not begin again because that server does not say how to go on."""
-    first = await start_simulator(Options(orders=Orders(fault="cut", after=4)))
+    first = await start_simulator(Options(orders=Scenario(fault="cut", after=4)))
     async with Wrong(307, b"") as wrong:
         await start_worker(first, wrong, await start_simulator(), tries=5)
         entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
@@ -221,7 +220,7 @@ async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
 class Guarding(Simulator):
     """A server behind a proxy that lets completions through, and redirects whatever else to its login."""
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/tokenize":
             await connection.respond(302, "text/plain", b"log in")
         else:
@@ -232,7 +231,7 @@ class Guarding(Simulator):
 async def test_a16_an_answer_begins_again_where_no_server_says_how_to_go_on(
     client: Client, start_worker: StartWorker, count: int
 ) -> None:
-    first = Options(orders=Orders(fault="cut", after=4, times=1))
+    first = Options(orders=Scenario(fault="cut", after=4, times=1))
     async with Guarding(first) as one, Guarding() as other:
         await start_worker(*[one, other][:count], tries=2)
         entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
@@ -256,14 +255,14 @@ class Guarded(Simulator):
         super().__init__(options or Options(api_key="another"))
         self._lists = lists
 
-    def _authorized(self, request: Request) -> bool:
+    def _authorized(self, request: HttpRequest) -> bool:
         return (self._lists and request.path == "/v1/models") or super()._authorized(request)
 
 
 class Sick(Simulator):
     """A server whose health says so while it fails."""
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/health" and self.options.orders.fault:
             await connection.respond(503, "text/plain", b"")
         else:
@@ -278,7 +277,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
     async with Sick() as server:
         worker = await start_worker(server, tries=1, slots=1)
         await answers(client, ask("before"))
-        server.options = Options(orders=Orders(fault=fault, after=3))
+        server.options = Options(orders=Scenario(fault=fault, after=3))
         ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
 
         async def away() -> bool:
@@ -314,7 +313,7 @@ async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for
     """As vLLM 0.32.0 does on SIGTERM: it takes no connections any more, and its open streams send comments for ever."""
     monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
     monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
-    async with Simulator(Options(keep_alive=0.02, orders=Orders(fault=fault, after=6))) as going_down:
+    async with Simulator(Options(keep_alive=0.02, orders=Scenario(fault=fault, after=6))) as going_down:
         # The limits are so long that only the refused connection can be what ends the wait.
         await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
         request_id = await client.enqueue(ask("Who are you?"))
@@ -381,7 +380,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
     ports = [free_port() for _ in range(3)]
-    servers = [Simulator(Options(orders=Orders(rate=50)), port=port) for port in ports]
+    servers = [Simulator(Options(orders=Scenario(rate=50)), port=port) for port in ports]
     for server in servers:
         await server.__aenter__()
     worker = await start_worker(*servers, tries=2)

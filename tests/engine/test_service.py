@@ -14,11 +14,11 @@ from redis.asyncio import Redis
 from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
-from worker.engine.maintenance import Keeper
+from worker.engine.application import Worker
+from worker.engine.maintenance import Maintenance
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import load_settings
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
@@ -75,7 +75,7 @@ async def test_a_bare_xadd_is_enough_for_a_job(redis: Redis) -> None:
 async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
     start_worker: StartWorker, start_simulator: StartSimulator, client: Client
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Orders(rate=200))))
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=200))))
     request_id = await client.enqueue(ask("Tell me a story"))
     first = [entry async for entry in client.follow(request_id)]
     late = [entry async for entry in client.follow(request_id)]
@@ -234,7 +234,7 @@ async def test_a_deadline_that_has_passed_ends_the_job_without_asking_vllm(redis
 async def test_a_deadline_that_passes_mid_stream_ends_the_answer_with_what_came(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(rate=20)))
+    slow = await start_simulator(Options(orders=Scenario(rate=20)))
     await start_worker(slow)
     answer = await client.result(await client.enqueue(ask("Tell me a story"), timeout=1.0))
     assert isinstance(answer.end, Failed)
@@ -254,7 +254,7 @@ async def test_a_deadline_that_passes_mid_stream_ends_the_answer_with_what_came(
 async def test_cancelling_stops_vllm_and_seals_the_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(rate=30)))
+    slow = await start_simulator(Options(orders=Scenario(rate=30)))
     await start_worker(slow)
     request_id = await client.enqueue(ask("Tell me a story"))
     answer = Answer()
@@ -368,7 +368,7 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
 async def test_every_slot_works_at_once(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(fault="hang")))
+    slow = await start_simulator(Options(orders=Scenario(fault="hang")))
     await start_worker(slow, slots=8, first_token_timeout=60)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(8)]
 
@@ -383,7 +383,7 @@ async def test_every_slot_works_at_once(
 async def test_no_more_jobs_are_taken_than_there_are_slots(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Orders(first_token=0.3, text="yes")))
+    slow = await start_simulator(Options(orders=Scenario(first_token=0.3, text="yes")))
     await start_worker(slow, slots=2)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(6)]
     most = 0
@@ -522,7 +522,7 @@ async def test_a_stream_whose_vllm_goes_away_goes_on_when_it_is_back(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     port = free_port()
-    simulator = Simulator(Options(orders=Orders(rate=50)), port=port)
+    simulator = Simulator(Options(orders=Scenario(rate=50)), port=port)
     await simulator.__aenter__()
     await start_worker(simulator)
     request_id = await client.enqueue(ask("Tell me a story"))
@@ -537,7 +537,7 @@ async def test_a_stream_whose_vllm_goes_away_goes_on_when_it_is_back(
     assert Answer(entries).text == answer_to(STORY)
 
 
-async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client, redis: Redis, worker: Service) -> None:
+async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client, redis: Redis, worker: Worker) -> None:
     assert worker is not None
     await redis.xadd("chat:jobs", {"id": "both", "request": json.dumps(ask())})
     await eventually(lambda: redis.exists("chat:ended:{both}"))
@@ -576,11 +576,11 @@ async def test_a_server_that_never_answers_delays_no_renewal(
 async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
 ) -> None:
-    async def fail(_self: Keeper) -> None:
+    async def fail(_self: Maintenance) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(Keeper, "_beat", fail)
-    service = Service(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
+    monkeypatch.setattr(Maintenance, "_beat", fail)
+    service = Worker(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
     with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
         await asyncio.wait_for(service.run(), 10)
     assert caught.group_contains(KeyError)
@@ -605,7 +605,7 @@ async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """7.0 drops it from the pending list, so that its lease cannot be renewed."""
-    worker = await start_worker(await start_simulator(Options(orders=Orders(rate=40, tokens=120))), lease=1)
+    worker = await start_worker(await start_simulator(Options(orders=Scenario(rate=40, tokens=120))), lease=1)
     request_id = await client.enqueue(ask())
     entries = []
     async for entry in client.follow(request_id):

@@ -11,7 +11,7 @@ from redis.exceptions import ExecAbortError, NoPermissionError, ResponseError
 
 from worker import Client
 from worker.contract.ids import SEAL
-from worker.engine.application import Service
+from worker.engine.application import Worker
 from worker.redisio.clients import what_redis_said
 from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
 from worker.sandbox.simulator.requests import answer_to
@@ -21,7 +21,7 @@ from worker.telemetry.logging import configure_logging
 REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
 
-def refused(worker: Service, record: str) -> float:
+def refused(worker: Worker, record: str) -> float:
     """How many of these records Redis has refused."""
     labels = {"record": record}
     return worker._metrics.registry.get_sample_value("vllm_relay_records_refused_total", labels) or 0

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import Run, TokenLog
+from worker.broker.log_writer import LogWriter, Run
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
-from worker.engine.poison import Turns, failures, goal_of, is_doubtful, is_suspect
+from worker.engine.poison import Quarantine, failures, goal_of, is_doubtful, is_suspect
 
 
 def log(*steps: int | str) -> list[Entry]:
@@ -116,7 +116,7 @@ class Nowhere:
     def take(self, run: Run) -> None:
         pass
 
-    def drop(self, log: TokenLog) -> None:
+    def drop(self, log: LogWriter) -> None:
         pass
 
 
@@ -132,7 +132,7 @@ class Nowhere:
 async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
     goal: int, written: list[str], behind: int
 ) -> None:
-    log = TokenLog("r", "key", "feed", 2, Nowhere(), goal=goal)
+    log = LogWriter("r", "key", "feed", 2, Nowhere(), goal=goal)
     for kind in written:
         log.append({"type": kind})
     first, rest = log.pending[:behind], log.pending[behind:]
@@ -143,7 +143,7 @@ async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
 
 
 async def test_turns_are_taken_one_after_another() -> None:
-    turns, stop = Turns(60), asyncio.get_running_loop().create_future()
+    turns, stop = Quarantine(60), asyncio.get_running_loop().create_future()
     first = await turns.wait(stop, 60)
     assert first
     second = asyncio.create_task(turns.wait(stop, 60))
@@ -159,7 +159,7 @@ async def test_turns_are_taken_one_after_another() -> None:
 
 
 async def test_whoever_is_to_stop_does_not_wait_on_and_holds_up_nobody() -> None:
-    turns, stop, never = Turns(60), *(asyncio.get_running_loop().create_future() for _ in range(2))
+    turns, stop, never = Quarantine(60), *(asyncio.get_running_loop().create_future() for _ in range(2))
     first = await turns.wait(never, 60)
     assert first
     second, third = asyncio.create_task(turns.wait(stop, 60)), asyncio.create_task(turns.wait(never, 60))

@@ -17,8 +17,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from worker.contract.entries import to_json
-from worker.contract.records import WorkerLine
-from worker.engine.application import Service
+from worker.contract.records import WorkerRecord
+from worker.engine.application import Worker
 from worker.ops.checks import Finding, check
 from worker.redisio.clients import Voice
 from worker.sandbox.embedded_redis import start_redis
@@ -93,7 +93,7 @@ async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are
 ) -> None:
     now = (await redis.time())[0] * 1000
     for name, beat, why in (("busy", now, ""), ("waiting", now, "no_vllm"), ("killed", now - 60_000, "")):
-        line = WorkerLine(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why)
+        line = WorkerRecord(name=name, beat=beat, started=1, slots=8, running=3, finished=0, paused=why)
         await redis.hset("chat:workers", name, to_json(line))
     await redis.hset("chat:workers", "garbled", "{")
     findings = await found(redis_url=redis_url, vllm_urls=simulator.url, lease=15)
@@ -261,7 +261,7 @@ async def test_workers_that_cannot_show_themselves_in_a_full_redis_are_not_calle
 ) -> None:
     redis, url = own_redis
     await redis.hset(
-        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+        "chat:workers", "w", to_json(WorkerRecord(name="w", beat=1, started=1, slots=8, running=3, finished=0))
     )
     await redis.config_set("maxmemory", "1")
     findings = await found(redis_url=url, vllm_urls=simulator.url)
@@ -302,7 +302,7 @@ async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_
 ) -> None:
     redis, url = own_redis
     await redis.hset(
-        "chat:workers", "w", to_json(WorkerLine(name="w", beat=1, started=1, slots=8, running=3, finished=0))
+        "chat:workers", "w", to_json(WorkerRecord(name="w", beat=1, started=1, slots=8, running=3, finished=0))
     )
     await harm(redis)
     findings = await found(redis_url=url, vllm_urls=simulator.url)
@@ -392,7 +392,7 @@ async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
     monkeypatch.setattr("worker.redisio.clients._OUTAGE", Voice("redis_unavailable"))  # another test's was told
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
-    service = Service(load_settings(redis_url=url, vllm_urls=simulator.url))
+    service = Worker(load_settings(redis_url=url, vllm_urls=simulator.url))
     configure_logging("json")
     with capture_logs() as logs:
         running = asyncio.create_task(service.run())

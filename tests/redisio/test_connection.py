@@ -19,7 +19,7 @@ from worker import Client
 from worker.redisio import clients as connection
 from worker.redisio import pipelined as wire
 from worker.redisio.clients import command_client, is_transient, persist, what_redis_said
-from worker.redisio.pipelined import Wire, pack
+from worker.redisio.pipelined import PipelinedConnection, pack
 from worker.redisio.unsent import unsent
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
@@ -137,7 +137,7 @@ async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
     await redis.set("large", b"x" * 8_000_000, ex=60)
     redis_proxy.down = 0.02  # for each piece of 64 KiB
     async with command_client(redis_proxy.redis_url, connections=2) as client:
-        asked = await Wire.open(client.connection_pool)
+        asked = await PipelinedConnection.open(client.connection_pool)
         (reply,), same = await asyncio.gather(asked.ask(pack(b"GET", b"large"), 1), client.get("large"))
         assert reply == same == b"x" * 8_000_000
         await asked.close()
@@ -151,7 +151,7 @@ async def test_d3_silence_in_the_middle_of_a_reply_is_too_long(
     await redis.set("large", b"x" * 4_000_000, ex=60)
     async with command_client(redis_proxy.redis_url, connections=2) as client:
         assert await client.ping()
-        asked = await Wire.open(client.connection_pool)
+        asked = await PipelinedConnection.open(client.connection_pool)
         redis_proxy.down = 0.01
         reads: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(client.get("large")),
@@ -217,7 +217,7 @@ async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_no
     command = pack(b"SET", b"k", b"x" * 600_000)
     async with Slow(len(command)) as slow, command_client(slow.url, connections=2) as client:
         slow.stands = stands
-        asked = await Wire.open(client.connection_pool)
+        asked = await PipelinedConnection.open(client.connection_pool)
         writes: list[asyncio.Future[Any]] = [
             asked.ask(command, 1),
             asyncio.ensure_future(client.set("k", "x" * 600_000)),

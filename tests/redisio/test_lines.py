@@ -13,18 +13,18 @@ from redis.exceptions import ReadOnlyError, ResponseError, WatchError
 from worker.redisio import transactions as lines_module
 from worker.redisio.clients import command_client
 from worker.redisio.pipelined import pack
-from worker.redisio.transactions import Lines
+from worker.redisio.transactions import Transactions
 
 SET, GET = pack(b"SET", b"k", b"ours", b"EX", b"60"), pack(b"GET", b"k")
 
 
 @pytest.fixture
-async def lines(redis_proxy: Proxy) -> AsyncIterator[Lines]:
+async def lines(redis_proxy: Proxy) -> AsyncIterator[Transactions]:
     async with command_client(redis_proxy.redis_url) as client:
-        yield Lines(client)
+        yield Transactions(client)
 
 
-async def test_nothing_is_done_where_what_is_watched_was_touched(lines: Lines, redis: Redis) -> None:
+async def test_nothing_is_done_where_what_is_watched_was_touched(lines: Transactions, redis: Redis) -> None:
     async with lines.to("k") as line:
         assert await line.watch(["k"], GET) == [None]
         await redis.set("k", "theirs", ex=60)
@@ -34,7 +34,7 @@ async def test_nothing_is_done_where_what_is_watched_was_touched(lines: Lines, r
         assert await line.execute(SET) == [b"OK"]
 
 
-async def test_what_somebody_watched_before_is_nothing_to_the_next(lines: Lines, redis: Redis) -> None:
+async def test_what_somebody_watched_before_is_nothing_to_the_next(lines: Transactions, redis: Redis) -> None:
     async with lines.to("k") as line:
         await line.watch(["k"], GET)
     await redis.set("k", "theirs", ex=60)
@@ -43,7 +43,9 @@ async def test_what_somebody_watched_before_is_nothing_to_the_next(lines: Lines,
         assert await line.execute(SET) == [b"OK"]
 
 
-async def test_the_first_refusal_is_raised_and_the_connection_serves_again(lines: Lines, redis_proxy: Proxy) -> None:
+async def test_the_first_refusal_is_raised_and_the_connection_serves_again(
+    lines: Transactions, redis_proxy: Proxy
+) -> None:
     async with lines.to("k") as line:
         with pytest.raises(ResponseError, match="WRONGTYPE"):
             await line.ask(SET, pack(b"XLEN", b"k"))
@@ -54,7 +56,9 @@ async def test_the_first_refusal_is_raised_and_the_connection_serves_again(lines
     assert redis_proxy.accepted == 1
 
 
-async def test_a_connection_that_was_lost_while_nobody_had_it_is_made_again(lines: Lines, redis_proxy: Proxy) -> None:
+async def test_a_connection_that_was_lost_while_nobody_had_it_is_made_again(
+    lines: Transactions, redis_proxy: Proxy
+) -> None:
     await lines.ask("k", SET)
     await redis_proxy.cut()
 
@@ -67,7 +71,7 @@ async def test_a_connection_that_was_lost_while_nobody_had_it_is_made_again(line
 
 @pytest.mark.parametrize("how", ["lost", "no master any more"])
 async def test_one_connection_that_meets_a_server_that_is_gone_takes_the_others_along(
-    how: str, lines: Lines, redis_proxy: Proxy
+    how: str, lines: Transactions, redis_proxy: Proxy
 ) -> None:
     async with lines.to("k") as one, lines.to("k") as two:
         await one.ask(SET)
@@ -86,7 +90,7 @@ async def test_one_connection_that_meets_a_server_that_is_gone_takes_the_others_
 
 
 async def test_who_comes_when_all_are_taken_waits_and_leaves_the_rest_of_the_pool_alone(
-    lines: Lines, redis_proxy: Proxy
+    lines: Transactions, redis_proxy: Proxy
 ) -> None:
     await lines.ask("k", SET)
     held = redis_proxy.hold(rb"^GET")

@@ -9,7 +9,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.redisio.batching import Together
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import command_client
 from worker.redisio.pipelined import pack
 
@@ -18,7 +18,7 @@ async def test_each_gets_its_own_answer_on_one_connection(redis: Redis, redis_ur
     await redis.set("text", "x", ex=60)
     before = len(await redis.client_list())
     async with command_client(redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
 
         async def ask(number: int) -> list[object]:
             if number % 50 == 7:
@@ -43,7 +43,7 @@ async def test_each_gets_its_own_answer_on_one_connection(redis: Redis, redis_ur
 
 async def test_after_a_lost_connection_the_next_question_has_a_new_one(redis_proxy: Proxy) -> None:
     async with command_client(redis_proxy.redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
         held = redis_proxy.hold(b"ECHO")
         asked = [asyncio.ensure_future(together.ask("k", pack(b"ECHO", b"x"), 1)) for _ in range(3)]
         await held.met.wait()
@@ -58,7 +58,7 @@ async def test_after_a_lost_connection_the_next_question_has_a_new_one(redis_pro
 async def test_a_server_that_is_no_master_any_more_is_asked_on_a_new_connection(redis_proxy: Proxy) -> None:
     refuse = b"""return redis.error_reply("READONLY You can't write against a read only replica.")"""
     async with command_client(redis_proxy.redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
         with pytest.raises(ReadOnlyError):
             await together.ask("k", pack(b"EVAL", refuse, b"0"), 1)
         assert await together.ask("k", pack(b"ECHO", b"x"), 1) == [b"x"]
@@ -68,7 +68,7 @@ async def test_a_server_that_is_no_master_any_more_is_asked_on_a_new_connection(
 
 async def test_closing_answers_whoever_waits(redis_proxy: Proxy) -> None:
     async with command_client(redis_proxy.redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
         held = redis_proxy.hold(b"ECHO")
         asked = asyncio.ensure_future(together.ask("k", pack(b"ECHO", b"x"), 1))
         await held.met.wait()
@@ -79,7 +79,7 @@ async def test_closing_answers_whoever_waits(redis_proxy: Proxy) -> None:
 
 async def test_questions_that_nobody_waits_for_any_more_are_not_asked(redis_proxy: Proxy) -> None:
     async with command_client(redis_proxy.redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
         assert await together.ask("k", pack(b"ECHO", b"x"), 1) == [b"x"]
         asked = asyncio.ensure_future(together.ask("k", pack(b"ECHO", b"y"), 1))
         await asyncio.sleep(0)
@@ -95,7 +95,7 @@ async def test_d3_after_a_timeout_fewer_questions_go_as_one(
     """D3: one question that is not answered in time then keeps fewer others from theirs."""
     monkeypatch.setattr("worker.redisio.pipelined.COMMAND_TIMEOUT", 0.3)
     async with command_client(redis_proxy.redis_url, connections=1) as client:
-        together = Together(client)
+        together = CommandBatcher(client)
         assert await together.ask("k", pack(b"PING"), 1) == [b"PONG"]
         failed = []
         for _ in range(2):

@@ -22,7 +22,7 @@ from worker.contract.entries import Object
 from worker.sandbox.demo import run_demo
 from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders
+from worker.sandbox.simulator.server import Options, Scenario
 
 STORY = answer_to([{"role": "user", "content": "Tell me a story"}])
 READERS = {"websocket", "logger", "billing"}
@@ -67,7 +67,7 @@ async def test_the_demo_needs_nothing_and_ends_with_a_summary() -> None:
 async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
     redis: Redis, redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    paced = await start_simulator(Options(orders=Orders(rate=200)))
+    paced = await start_simulator(Options(orders=Scenario(rate=200)))
     await redis.set("somebody-elses", "key", ex=60)
     ended = await run("demo", "--json", "--redis-url", redis_url, "--vllm-url", f"{paced.url}/v1")
     assert (ended.status, ended.err) == (0, "")
@@ -96,7 +96,7 @@ async def test_without_any_redis_server_the_demo_imitates_one(
     monkeypatch: pytest.MonkeyPatch, start_simulator: StartSimulator
 ) -> None:
     monkeypatch.setattr("worker.sandbox.embedded_redis.find_servers", list)
-    paced = await start_simulator(Options(orders=Orders(rate=150)))
+    paced = await start_simulator(Options(orders=Scenario(rate=150)))
     lines: list[Object] = []
     await run_demo(lambda _, data: lines.append(data), vllm_url=paced.url)
     assert lines[0]["redis"] == "fakeredis (an imitation in Python)"
@@ -145,7 +145,7 @@ async def test_a_broken_pipe_ends_the_demo_quietly() -> None:
 async def test_answers_that_fail_are_exit_status_1_with_a_sentence(
     redis_url: str, redis: Redis, start_simulator: StartSimulator
 ) -> None:
-    broken = await start_simulator(Options(orders=Orders(fault="error_under_200")))
+    broken = await start_simulator(Options(orders=Scenario(fault="error_under_200")))
     ended = await run("demo", "--vllm-url", broken.url, "--redis-url", redis_url)
     assert ended.status == 1
     (error,) = ended.err.splitlines()

@@ -11,7 +11,7 @@ import pytest
 
 from worker.sandbox.simulator.answers import VOCABULARY, encode, pseudo_text
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Served, Simulator, serve_forever
+from worker.sandbox.simulator.server import Options, Scenario, Served, Simulator, serve_forever
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 INDEX: dict[str, dict[str, Any]] = msgspec.json.decode((TRANSCRIPTS / "index.json").read_bytes())
@@ -158,7 +158,7 @@ async def test_usage_is_as_recorded_where_a_limit_settles_it(client: httpx.Async
 async def test_an_error_is_as_recorded_to_the_byte(name: str) -> None:
     options = Options(
         api_key="secret" if name == "error_401_auth" else None,
-        orders=Orders(fault="500" if name == "error_500_engine_dead" else None),
+        orders=Scenario(fault="500" if name == "error_500_engine_dead" else None),
     )
     if name == "error_400_context":
         request = asking([{"role": "user", "content": "word " * 5000}])
@@ -402,7 +402,7 @@ async def test_a_fault_may_be_for_the_first_tries_of_a_prompt_alone(client: http
 
 
 async def test_a_request_overrides_the_orders_of_the_server() -> None:
-    options = Options(orders=Orders(fault="503", shape="crlf"))
+    options = Options(orders=Scenario(fault="503", shape="crlf"))
     async with Simulator(options) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         assert (await client.post(PATH, json=asking())).status_code == 503
         body = await post(client, asking(simulate={"fault": None}))

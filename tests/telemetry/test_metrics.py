@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from worker import Client, State
 from worker.contract.entries import to_json
-from worker.engine.application import Service
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.engine.application import Worker
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import ConfigError, load_settings
 from worker.telemetry.metrics import Metrics
 from worker.version import version
@@ -21,7 +21,7 @@ from worker.version import version
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def value(service: Service, name: str, **labels: str) -> float:
+def value(service: Worker, name: str, **labels: str) -> float:
     found = service._metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
     assert found is not None, name
     return found
@@ -68,7 +68,7 @@ async def test_how_a_broken_answer_went_on_is_counted(
 async def test_each_vllm_is_told_with_what_it_has_to_do(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    hangs = await start_simulator(Options(orders=Orders(fault="hang")))
+    hangs = await start_simulator(Options(orders=Scenario(fault="hang")))
     async with Simulator() as leaves:
         worker = await start_worker(hangs, leaves, first_token_timeout=600)
 
@@ -92,8 +92,8 @@ async def test_each_vllm_is_told_with_what_it_has_to_do(
 async def test_that_an_answer_went_on_is_told_while_it_does(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    broken = await start_simulator(Options(orders=Orders(fault="cut", after=3)))
-    stalls = await start_simulator(Options(orders=Orders(fault="stall", after=10)))
+    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=3)))
+    stalls = await start_simulator(Options(orders=Scenario(fault="stall", after=10)))
     worker = await start_worker(broken, stalls, gap_timeout=600)
     request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
 
@@ -172,7 +172,7 @@ async def test_an_address_that_is_taken_ends_the_worker_with_a_sentence(redis_ur
     address = f"127.0.0.1:{metrics.serve('127.0.0.1', 0)}"
     try:
         with pytest.raises(ConfigError, match=rf"^WORKER_METRICS is '{address}', and cannot be served: .*in use"):
-            await Service(load_settings(redis_url=redis_url, metrics=address)).run()
+            await Worker(load_settings(redis_url=redis_url, metrics=address)).run()
     finally:
         await metrics.aclose()
 

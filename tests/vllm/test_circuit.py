@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.vllm.circuit import FAILURES, LATE_TRIAL, LONGEST_PAUSE, TRIAL, Caller, Circuit, Run, State
+from worker.vllm.circuit import FAILURES, LATE_TRIAL, LONGEST_PAUSE, TRIAL, Caller, Circuit, CircuitState, ServerRequest
 
-Change = tuple[State, State, str]
+Change = tuple[CircuitState, CircuitState, str]
 
 
 class Clock:
@@ -38,7 +38,7 @@ def circuit(clock: Clock, changes: list[Change]) -> Circuit:
     return circuit
 
 
-def begin(circuit: Circuit) -> Run:
+def begin(circuit: Circuit) -> ServerRequest:
     """A request of a job of its own."""
     return circuit.begin(Caller())
 
@@ -76,24 +76,26 @@ def failed_here(circuit: Circuit) -> Caller:
 # Opening
 
 
-@pytest.mark.parametrize(("trouble", "state"), [("", State.CLOSED), ("upstream_unreachable", State.OPEN)])
-def test_a_server_gets_nothing_before_its_first_probe_which_decides(clock: Clock, trouble: str, state: State) -> None:
+@pytest.mark.parametrize(("trouble", "state"), [("", CircuitState.CLOSED), ("upstream_unreachable", CircuitState.OPEN)])
+def test_a_server_gets_nothing_before_its_first_probe_which_decides(
+    clock: Clock, trouble: str, state: CircuitState
+) -> None:
     circuit = Circuit(clock, lambda *_: None)
-    assert (circuit.state, admits(circuit), circuit.wants_probe) == (State.UNKNOWN, False, True)
+    assert (circuit.state, admits(circuit), circuit.wants_probe) == (CircuitState.UNKNOWN, False, True)
     circuit.probed(trouble)
     assert (circuit.state, admits(circuit)) == (state, not trouble)
 
 
 def test_one_missing_connection_opens_the_circuit(circuit: Circuit) -> None:
     opened(circuit)
-    assert (circuit.state, admits(circuit), circuit.wants_probe) == (State.OPEN, False, True)
+    assert (circuit.state, admits(circuit), circuit.wants_probe) == (CircuitState.OPEN, False, True)
 
 
 def test_failures_in_a_row_open_the_circuit(circuit: Circuit) -> None:
     fail(circuit, FAILURES - 1)
     assert admits(circuit)
     fail(circuit)
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_a_whole_stream_in_between_starts_the_row_anew(circuit: Circuit) -> None:
@@ -108,7 +110,7 @@ def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> 
         run = begin(circuit)
         circuit.began(run)
         circuit.failed(run, "frozen")
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 # Whose failures count
@@ -123,7 +125,7 @@ def test_one_job_opens_no_circuit_however_often_it_fails(circuit: Circuit) -> No
     fail(circuit, FAILURES - 2)
     assert admits(circuit)
     fail(circuit)
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circuit: Circuit) -> None:
@@ -137,13 +139,13 @@ def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circ
         circuit.began(run)
         circuit.failed(run, "broke off")
     fail(circuit)
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
     """A1. It waits for that of another."""
     bad = failed_here(circuit)
-    assert (circuit.state, circuit.admits(bad, pressed=True), admits(circuit)) == (State.HALF_OPEN, False, True)
+    assert (circuit.state, circuit.admits(bad, pressed=True), admits(circuit)) == (CircuitState.HALF_OPEN, False, True)
     circuit.began(begin(circuit))
     assert circuit.admits(bad)
 
@@ -159,7 +161,7 @@ def test_a_job_that_had_failed_and_breaks_off_again_does_not_end_the_probation(c
     run = begin(circuit)
     circuit.began(run)
     circuit.failed(run, "broke off")
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_a_job_whose_request_was_not_let_in_has_not_failed(circuit: Circuit) -> None:
@@ -189,7 +191,7 @@ def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit
     assert wanted == [False, True, False]
     fail(circuit)
     circuit.probed("health_503")
-    assert (circuit.state, circuit.reason) == (State.OPEN, "health_503")
+    assert (circuit.state, circuit.reason) == (CircuitState.OPEN, "health_503")
 
 
 # Half open
@@ -214,7 +216,7 @@ def test_the_first_event_of_a_trial_closes_the_circuit_on_probation(circuit: Cir
     circuit.began(run)
     assert admits(circuit)
     circuit.failed(run, "frozen")
-    assert circuit.state is State.OPEN, "it begins answers and does not end them"
+    assert circuit.state is CircuitState.OPEN, "it begins answers and does not end them"
 
 
 def test_after_a_whole_stream_it_takes_as_many_failures_as_ever(circuit: Circuit) -> None:
@@ -276,7 +278,7 @@ def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere
         assert circuit.admits(Caller(), pressed=True)
 
     assert pauses_of(clock, lambda: admits(circuit), trial) == PAUSES
-    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False)
+    assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
     whole(circuit)
     fail(circuit, FAILURES)
     circuit.probed("")
@@ -298,7 +300,7 @@ def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: C
     clock.now += LONGEST_PAUSE
     run = circuit.begin(Caller(is_job=False))
     circuit.began(run)
-    assert circuit.state is State.HALF_OPEN, "it is short, and must come whole"
+    assert circuit.state is CircuitState.HALF_OPEN, "it is short, and must come whole"
     circuit.succeeded(run)
     assert circuit.admits(waiting)
 
@@ -306,7 +308,7 @@ def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: C
 def test_a_trial_that_says_nothing_gives_its_place_up(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
     circuit.left(run)
-    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, True)
+    assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, True)
 
 
 @pytest.mark.parametrize("take", [Circuit.hold, begin])
@@ -328,11 +330,11 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
         circuit.failed(run, "gap_timeout")
         circuit.left(run)
     circuit.succeeded(frozen[10])
-    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False), "the trial goes on"
+    assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False), "the trial goes on"
     circuit.began(trial)
     for run in frozen[11:]:
         circuit.failed(run, "gap_timeout")
-    assert circuit.state is State.CLOSED
+    assert circuit.state is CircuitState.CLOSED
 
 
 def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) -> None:
@@ -344,13 +346,13 @@ def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) 
     clock.now += TRIAL
     assert not admits(circuit), "its queue is long"
     circuit.began(run)
-    assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, State.CLOSED, False)
+    assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, CircuitState.CLOSED, False)
 
 
-@pytest.mark.parametrize(("trouble", "state"), [("", State.CLOSED), ("health_503", State.OPEN)])
+@pytest.mark.parametrize(("trouble", "state"), [("", CircuitState.CLOSED), ("health_503", CircuitState.OPEN)])
 @pytest.mark.parametrize("late", [1, 2])
 def test_a_probe_that_is_answered_after_a_late_one_says_as_much_as_the_first(
-    clock: Clock, trouble: str, state: State, late: int
+    clock: Clock, trouble: str, state: CircuitState, late: int
 ) -> None:
     """A8. One request at a time went to a new server for up to a minute, whose health took five seconds."""
     circuit = Circuit(clock, lambda *_: None)
@@ -371,7 +373,7 @@ def test_a_server_that_is_away_is_tried_once_a_probe_is_late(
     circuit.probed_late()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     fail(circuit)
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
 
 
 def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_away(
@@ -382,7 +384,7 @@ def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_a
     begin(circuit)
     clock.now += TRIAL - 0.1
     circuit.probed("")
-    assert (circuit.state, admits(circuit)) == (State.HALF_OPEN, False)
+    assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
     clock.now += 0.1
     assert admits(circuit)
 
@@ -391,7 +393,7 @@ def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
     """A8. Nor does it after a failure, which alone says nothing."""
     fail(circuit)
     circuit.probed_late()
-    assert (circuit.state, circuit.wants_probe) == (State.CLOSED, False)
+    assert (circuit.state, circuit.wants_probe) == (CircuitState.CLOSED, False)
 
 
 def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Circuit) -> None:
@@ -399,7 +401,7 @@ def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Ci
     runs = [begin(circuit) for _ in range(3)]
     opened(circuit)
     circuit.began(runs[0])
-    assert circuit.state is State.OPEN
+    assert circuit.state is CircuitState.OPEN
     circuit.probed("")
     circuit.began(runs[1])
     assert admits(circuit)
@@ -423,9 +425,9 @@ def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: li
     circuit.began(run)
     circuit.succeeded(run)
     assert changes == [
-        (State.CLOSED, State.OPEN, "upstream_truncated"),
-        (State.OPEN, State.HALF_OPEN, ""),
-        (State.HALF_OPEN, State.CLOSED, ""),
+        (CircuitState.CLOSED, CircuitState.OPEN, "upstream_truncated"),
+        (CircuitState.OPEN, CircuitState.HALF_OPEN, ""),
+        (CircuitState.HALF_OPEN, CircuitState.CLOSED, ""),
     ]
 
 

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 import pytest
 
 from worker.vllm import server as endpoints
-from worker.vllm.circuit import FAILURES, Caller, Run
+from worker.vllm.circuit import FAILURES, Caller, ServerRequest
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
-from worker.vllm.server import Endpoint, best_of
+from worker.vllm.server import Server, best_of
 
-Burden = Callable[[Endpoint, int], None]
+Burden = Callable[[Server, int], None]
 
 
 class Clock:
@@ -28,8 +28,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def endpoint(clock: Clock) -> Endpoint:
-    endpoint = Endpoint("http://a:1", clock=clock)
+def endpoint(clock: Clock) -> Server:
+    endpoint = Server("http://a:1", clock=clock)
     endpoint.circuit.probed("")
     return endpoint
 
@@ -39,29 +39,29 @@ def burden() -> Iterator[Burden]:
     """Let so many requests be for a server."""
     with ExitStack() as requests:
 
-        def add(endpoint: Endpoint, count: int) -> None:
+        def add(endpoint: Server, count: int) -> None:
             for _ in range(count):
                 requests.enter_context(endpoint.in_use())
 
         yield add
 
 
-def begin(endpoint: Endpoint) -> Run:
+def begin(endpoint: Server) -> ServerRequest:
     """A request of a job of its own."""
     return endpoint.circuit.begin(Caller())
 
 
-def admits(endpoint: Endpoint) -> bool:
+def admits(endpoint: Server) -> bool:
     """Whether a job that has not been there is let through."""
     return endpoint.circuit.admits(Caller())
 
 
-def best(servers: list[Endpoint], other_than: Endpoint | None = None) -> Endpoint:
+def best(servers: list[Server], other_than: Server | None = None) -> Server:
     """The choice for a job that has not been anywhere."""
     return best_of(servers, Caller(), other_than)
 
 
-def half_open(endpoint: Endpoint) -> None:
+def half_open(endpoint: Server) -> None:
     endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
     endpoint.circuit.probed("")
 
@@ -70,7 +70,7 @@ def half_open(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 408, 409, 413, 422, 425, 429])
-def test_refusals_are_no_failures(endpoint: Endpoint, status: int) -> None:
+def test_refusals_are_no_failures(endpoint: Server, status: int) -> None:
     for _ in range(10 * FAILURES):
         endpoint.failed(begin(endpoint), classify(status, "no"))
     assert admits(endpoint)
@@ -80,21 +80,21 @@ def test_refusals_are_no_failures(endpoint: Endpoint, status: int) -> None:
     "error",
     [classify(500, "dead"), classify(503, "busy"), truncated("cut"), UpstreamError("gap_timeout", "", retryable=True)],
 )
-def test_what_is_the_fault_of_the_server_is_a_failure(endpoint: Endpoint, error: UpstreamError) -> None:
+def test_what_is_the_fault_of_the_server_is_a_failure(endpoint: Server, error: UpstreamError) -> None:
     for count in range(FAILURES):
         assert admits(endpoint), count
         endpoint.failed(begin(endpoint), error)
     assert endpoint.away
 
 
-def test_no_connection_is_enough_where_a_broken_one_is_not(endpoint: Endpoint) -> None:
+def test_no_connection_is_enough_where_a_broken_one_is_not(endpoint: Server) -> None:
     endpoint.failed(begin(endpoint), UpstreamError("upstream_unreachable", "hung up", retryable=True))
     assert admits(endpoint)
     endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
     assert endpoint.away
 
 
-def test_a_refused_key_is_enough_where_a_refused_request_is_not(endpoint: Endpoint) -> None:
+def test_a_refused_key_is_enough_where_a_refused_request_is_not(endpoint: Server) -> None:
     """C4 and A1."""
     for status in (401, 403):
         endpoint.failed(begin(endpoint), classify(status, "not this"))
@@ -103,14 +103,14 @@ def test_a_refused_key_is_enough_where_a_refused_request_is_not(endpoint: Endpoi
     assert (endpoint.away, endpoint.refuses_key) == (True, True)
 
 
-def test_a_server_that_forbids_everything_is_away(endpoint: Endpoint) -> None:
+def test_a_server_that_forbids_everything_is_away(endpoint: Server) -> None:
     for _ in range(FAILURES):
         assert admits(endpoint)
         endpoint.failed(begin(endpoint), classify(403, "no"))
     assert endpoint.refuses_key
 
 
-def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoint: Endpoint) -> None:
+def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoint: Server) -> None:
     endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
     assert (endpoint.away, endpoint.refuses_key) == (True, False)
 
@@ -119,7 +119,7 @@ def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoi
 
 
 def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_do(clock: Clock, burden: Burden) -> None:
-    one, other = (Endpoint(url, clock=clock) for url in ("http://a:1", "http://b:1"))
+    one, other = (Server(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     for endpoint in (one, other):
         endpoint.circuit.probed("")
     one.failed(begin(one), classify(429, "busy", retry_after=7))
@@ -135,14 +135,14 @@ def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_d
     assert best([one, other]) is one
 
 
-def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(endpoint: Endpoint) -> None:
+def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(endpoint: Server) -> None:
     assert endpoint.serves("any")
     endpoint.models = frozenset({"small", "large"})
     assert [endpoint.serves(model) for model in ("small", "large", "", "any")] == [True, True, True, False]
 
 
 def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_lists_it(
-    endpoint: Endpoint, clock: Clock
+    endpoint: Server, clock: Clock
 ) -> None:
     """A11."""
     serves = []
@@ -159,7 +159,7 @@ def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_list
     assert endpoint.serves("")
 
 
-def test_a_model_that_a_server_lists_is_not_taken_away_by_one_job(endpoint: Endpoint, clock: Clock) -> None:
+def test_a_model_that_a_server_lists_is_not_taken_away_by_one_job(endpoint: Server, clock: Clock) -> None:
     """A1 and A11. Its 404 may be about an image; the list is asked for again, and decides."""
     endpoint.lists(["x"])
     endpoint.listed = clock()
@@ -174,7 +174,7 @@ def test_a_model_that_a_server_lists_is_not_taken_away_by_one_job(endpoint: Endp
 
 @pytest.mark.parametrize("between", [lambda endpoint: endpoint.answers("x"), lambda endpoint: endpoint.lists(["x"])])
 def test_a_model_that_a_server_lists_is_taken_away_by_many_jobs_in_a_row(
-    endpoint: Endpoint, between: Callable[[Endpoint], None]
+    endpoint: Server, between: Callable[[Server], None]
 ) -> None:
     """A1 and A11."""
     endpoint.lists(["x"])
@@ -188,7 +188,7 @@ def test_a_model_that_a_server_lists_is_taken_away_by_many_jobs_in_a_row(
     assert not endpoint.serves("x")
 
 
-def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(endpoint: Endpoint, clock: Clock) -> None:
+def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(endpoint: Server, clock: Clock) -> None:
     """A11. Such as `llama3` for `llama3:latest`."""
     endpoint.lists(["llama3:latest"])
     assert not endpoint.serves("llama3")
@@ -202,7 +202,7 @@ def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(en
 
 def test_a_server_that_lists_nothing_is_asked_for_any_model_whatever_it_has_answered() -> None:
     """A11. Or the first of several to be asked would get all requests."""
-    endpoint = Endpoint("http://a:1")
+    endpoint = Server("http://a:1")
     endpoint.answers("x")
     assert "x" not in endpoint.unlisted
     assert endpoint.serves("y")
@@ -211,7 +211,7 @@ def test_a_server_that_lists_nothing_is_asked_for_any_model_whatever_it_has_answ
 def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_do(
     clock: Clock, burden: Burden
 ) -> None:
-    servers = [Endpoint(f"http://{name}:1", clock=clock) for name in "abc"]
+    servers = [Server(f"http://{name}:1", clock=clock) for name in "abc"]
     for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
         burden(endpoint, in_flight)
         endpoint.circuit.probed("")
@@ -222,7 +222,7 @@ def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_
 
 def test_the_choice_is_another_than_those_where_the_job_has_failed(clock: Clock, burden: Burden) -> None:
     """A1."""
-    servers = [Endpoint(f"http://{name}:1", clock=clock) for name in "abc"]
+    servers = [Server(f"http://{name}:1", clock=clock) for name in "abc"]
     caller = Caller()
     for endpoint in servers:
         endpoint.circuit.probed("")
@@ -236,7 +236,7 @@ def test_the_choice_is_another_than_those_where_the_job_has_failed(clock: Clock,
 
 def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) -> None:
     """A1."""
-    resting, other = (Endpoint(f"http://{name}:1", clock=clock) for name in "ab")
+    resting, other = (Server(f"http://{name}:1", clock=clock) for name in "ab")
     for endpoint in (resting, other):
         endpoint.circuit.probed("")
     for _ in range(2):
@@ -250,7 +250,7 @@ def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) 
 
 
 def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Burden) -> None:
-    away, trial, good = (Endpoint(f"http://{name}:1", clock=clock) for name in "abc")
+    away, trial, good = (Server(f"http://{name}:1", clock=clock) for name in "abc")
     for endpoint in (away, trial, good):
         endpoint.circuit.probed("")
     away.failed(begin(away), NoConnection("upstream_unreachable", "refused", retryable=True))

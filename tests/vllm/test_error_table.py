@@ -13,11 +13,11 @@ from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import Upstream
+from worker.vllm.pool import ServerPool
 from worker.vllm.server import may_be_its_fault
 from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import ChatStream, Limits, Watchdog
-from worker.vllm.transport import Answer
+from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog
+from worker.vllm.transport import HttpAnswer
 
 M = "top_k is too large"
 AGAIN, ONCE = True, False
@@ -355,7 +355,7 @@ async def test_a4_a7_it_does_not_matter_how_an_error_is_cut_into_pieces(body: by
     cuts = [[body], [bytes([byte]) for byte in body], *([body[:at], body[at:]] for at in range(1, len(body)))]
     told = set()
     for pieces in cuts:
-        stream = ChatStream(cast("Answer", Pieces(*pieces)), Watchdog(Limits()))
+        stream = ChatStream(cast("HttpAnswer", Pieces(*pieces)), StreamWatchdog(StreamTimeouts()))
         with pytest.raises(UpstreamError) as caught:
             await drain(stream)
         told.add((caught.value.code, caught.value.message))
@@ -426,7 +426,7 @@ def test_a7_the_text_beside_an_error_is_not_lost(body: str) -> None:
 
 async def error_of(url: str) -> UpstreamError:
     """The error of a request, as a job ends with it."""
-    upstream = Upstream([url], limits=Limits(connect=5, first_token=10, gap=10))
+    upstream = ServerPool([url], limits=StreamTimeouts(connect=5, first_token=10, gap=10))
     try:
         with pytest.raises(UpstreamError) as caught:
             await read(upstream)
@@ -435,7 +435,7 @@ async def error_of(url: str) -> UpstreamError:
     return caught.value
 
 
-async def read(upstream: Upstream) -> None:
+async def read(upstream: ServerPool) -> None:
     async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
         await drain(stream)
 

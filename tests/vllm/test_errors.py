@@ -11,8 +11,8 @@ import pytest
 from worker.vllm.chunks import ChunkParser
 from worker.vllm.error_bodies import message_of
 from worker.vllm.errors import (
+    ConnectionRefused,
     NoConnection,
-    Refused,
     UpstreamError,
     classify,
     from_event,
@@ -221,7 +221,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 def test_a_server_refuses_connections_when_every_address_of_it_does(causes: list[Exception], *, refused: bool) -> None:
     cause = causes[0] if len(causes) == 1 else ExceptionGroup("tried", causes)
     error = unreachable("http://a:1", caused(httpx.ConnectError("no"), caused(OSError("all failed"), cause)))
-    assert (isinstance(error, NoConnection), isinstance(error, Refused)) == (True, refused)
+    assert (isinstance(error, NoConnection), isinstance(error, ConnectionRefused)) == (True, refused)
 
 
 @pytest.mark.parametrize(

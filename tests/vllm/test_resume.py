@@ -13,9 +13,9 @@ from worker.vllm.chunks import digest_of
 from worker.vllm.errors import CannotResume
 from worker.vllm.pool import CHAT, COMPLETIONS
 from worker.vllm.resume import (
-    Continuation,
-    ContinuationParser,
     Kept,
+    ResumedChunkParser,
+    ResumePlan,
     kept_of,
     obstacle,
 )
@@ -101,7 +101,7 @@ def test_what_is_no_obstacle(field: dict[str, Any]) -> None:
 
 
 def test_the_limits_are_those_of_the_whole_answer() -> None:
-    way = Continuation(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
+    way = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
     (chat, body), (completions, plain) = way.bodies
     assert (chat, completions) == (CHAT, COMPLETIONS)
     assert body == ASKED | {
@@ -111,7 +111,7 @@ def test_the_limits_are_those_of_the_whole_answer() -> None:
 
 
 def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() -> None:
-    (_, body), (_, plain) = Continuation(ASKED, kept(7), [*PROMPT, 7], room=100).bodies
+    (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], room=100).bodies
     assert "max_tokens" not in body
     assert plain["max_tokens"] == 100
 
@@ -119,30 +119,30 @@ def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() ->
 @pytest.mark.parametrize(
     "way",
     [
-        Continuation(ASKED, kept(7, plain=False), [*PROMPT, 7], room=9),
-        Continuation(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], room=9),
-        Continuation(ASKED, kept(7), [*PROMPT, 7]),
+        ResumePlan(ASKED, kept(7, plain=False), [*PROMPT, 7], room=9),
+        ResumePlan(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], room=9),
+        ResumePlan(ASKED, kept(7), [*PROMPT, 7]),
     ],
     ids=["reasoning", "logprobs", "no limit known"],
 )
-def test_the_plain_route_is_for_plain_text(way: Continuation) -> None:
+def test_the_plain_route_is_for_plain_text(way: ResumePlan) -> None:
     assert [route for route, _ in way.bodies] == [CHAT]
 
 
 def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
-    assert list(Continuation(ASKED, kept(), []).bodies) == [(CHAT, ASKED)]
+    assert list(ResumePlan(ASKED, kept(), []).bodies) == [(CHAT, ASKED)]
 
 
 @pytest.mark.parametrize(
     ("asked", "room", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
 )
 def test_an_answer_with_all_its_tokens_is_over(asked: dict[str, Any], room: int, *, over: bool) -> None:
-    assert Continuation(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_over is over
+    assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_over is over
 
 
-def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ContinuationParser:
-    way = Continuation(ASKED | asked, kept(7, 8, content=content), [*PROMPT, 7, 8], held)
-    return ContinuationParser(way, n=1, keep_prompt_ids=True, keep_usage=False)
+def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ResumedChunkParser:
+    way = ResumePlan(ASKED | asked, kept(7, 8, content=content), [*PROMPT, 7, 8], held)
+    return ResumedChunkParser(way, n=1, keep_prompt_ids=True, keep_usage=False)
 
 
 def test_the_first_chunk_proves_that_the_server_goes_on() -> None:

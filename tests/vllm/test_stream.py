@@ -19,8 +19,8 @@ from worker.contract import entries
 from worker.contract.answer import Answer
 from worker.contract.entries import Object, to_json
 from worker.sandbox.simulator.requests import answer_to
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm import pool as upstream_module
 from worker.vllm import stream as stream_module
 from worker.vllm import transport as transport_module
@@ -28,13 +28,13 @@ from worker.vllm.chunks import ChunkParser
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import NoConnection, UpstreamError
 from worker.vllm.fields import body_for
-from worker.vllm.pool import Upstream
+from worker.vllm.pool import ServerPool
 from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import ChatStream, Limits, Watchdog, open_answer
+from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog, open_answer
 from worker.vllm.target import Target, base_url
 from worker.vllm.transport import Transport
 
-PATIENT = Limits(connect=5, first_token=10, gap=10)
+PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
 REQUEST: Object = {"model": "reciter", "messages": WHO}
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
@@ -51,22 +51,22 @@ class Counting(Simulator):
 
     accepted = 0
 
-    def _accept(self) -> Connection:
+    def _accept(self) -> HttpConnection:
         self.accepted += 1
         return super()._accept()
 
 
 @asynccontextmanager
 async def serving(
-    options: Options | None = None, limits: Limits = PATIENT, **settings: str
-) -> AsyncIterator[tuple[Counting, Upstream]]:
+    options: Options | None = None, limits: StreamTimeouts = PATIENT, **settings: str
+) -> AsyncIterator[tuple[Counting, ServerPool]]:
     async with Counting(options) as simulator, reaching(simulator.url, limits=limits, **settings) as upstream:
         yield simulator, upstream
 
 
 @asynccontextmanager
-async def reaching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
-    upstream = Upstream(urls, keys=ApiKeys(api_key), limits=limits)
+async def reaching(*urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "") -> AsyncIterator[ServerPool]:
+    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits)
     try:
         yield upstream
     finally:
@@ -78,7 +78,7 @@ def to(url: str) -> Target:
 
 
 async def opened(transport: Transport, url: str) -> ChatStream:
-    watchdog = Watchdog(PATIENT)
+    watchdog = StreamWatchdog(PATIENT)
     return ChatStream(await open_answer(transport, to(url), REQUEST, PATIENT, watchdog), watchdog)
 
 
@@ -87,7 +87,7 @@ def enough(_events: list[bytes]) -> bool:
     return True
 
 
-async def ask(upstream: Upstream, request: Object | None = None) -> tuple[Answer, ChunkParser]:
+async def ask(upstream: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
     """The whole answer, read as the service reads it."""
     parser, answer = ChunkParser(), Answer()
     async with upstream.stream(upstream.endpoints[0], request or REQUEST) as stream:
@@ -105,14 +105,14 @@ async def ask(upstream: Upstream, request: Object | None = None) -> tuple[Answer
     return answer, parser
 
 
-async def error_of(upstream: Upstream, request: Object | None = None) -> UpstreamError:
+async def error_of(upstream: ServerPool, request: Object | None = None) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         await ask(upstream, request)
     assert len(upstream.endpoints[0].requests) == 0
     return caught.value
 
 
-async def error_of_server(*pieces: bytes, limits: Limits = PATIENT, **settings: Any) -> UpstreamError:  # noqa: ANN401
+async def error_of_server(*pieces: bytes, limits: StreamTimeouts = PATIENT, **settings: Any) -> UpstreamError:  # noqa: ANN401
     async with sending(*pieces, **settings) as url, reaching(url, limits=limits) as upstream:
         return await error_of(upstream)
 
@@ -245,7 +245,7 @@ async def test_a12_a7_lines_that_are_chunks_are_a_whole_answer(prefix: bytes) ->
 
 
 ERROR = b'{"error":{"message":"no such thing","code":400}}'
-LIMITED = Limits(connect=5, first_token=0.3, gap=0.3)
+LIMITED = StreamTimeouts(connect=5, first_token=0.3, gap=0.3)
 
 
 @pytest.mark.parametrize(
@@ -529,8 +529,8 @@ async def test_a_redirect_is_not_followed() -> None:
 
 # Silence
 
-SHORT_FIRST = Limits(first_token=0.1, gap=10)
-SHORT_GAP = Limits(first_token=10, gap=0.1)
+SHORT_FIRST = StreamTimeouts(first_token=0.1, gap=10)
+SHORT_GAP = StreamTimeouts(first_token=10, gap=0.1)
 
 
 async def test_no_answer_at_all_is_a_late_first_token() -> None:
@@ -562,7 +562,7 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
 
 
 async def test_what_is_over_for_its_silence_can_still_be_hurried() -> None:
-    watchdog = Watchdog(SHORT_FIRST)
+    watchdog = StreamWatchdog(SHORT_FIRST)
 
     async def hurried_at_last() -> None:
         async with watchdog:
@@ -627,7 +627,7 @@ async def test_comments_do_not_fill_a_gap() -> None:
 
 
 async def test_the_gap_is_between_events_and_not_for_the_whole_answer() -> None:
-    async with serving(limits=Limits(first_token=0.1, gap=0.1)) as (_, upstream):
+    async with serving(limits=StreamTimeouts(first_token=0.1, gap=0.1)) as (_, upstream):
         answer, _ = await ask(upstream, asking(tokens=20, rate=100))
     assert answer.text == answer_to(WHO, tokens=20)
 
@@ -745,7 +745,7 @@ async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
     status: int, body: dict[str, Any], shape: str
 ) -> None:
     class Refusing(Counting):
-        async def _handle(self, request: Request, connection: Connection) -> None:
+        async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
             if b"return_token_ids" in request.body:
                 self.refused += 1
                 await connection.respond(status, "text/event-stream", (shape % json.dumps(body)).encode())
@@ -766,7 +766,7 @@ async def test_a16_a_server_that_refuses_include_usage_is_asked_without_it(own: 
     """It names the inner field alone."""
 
     class Refusing(Simulator):
-        async def _handle(self, request: Request, connection: Connection) -> None:
+        async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
             if b"include_usage" in request.body:
                 error = {"error": {"message": f"{UNKNOWN}: include_usage"}}
                 await connection.respond(400, "application/json", json.dumps(error).encode())
@@ -799,7 +799,7 @@ async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() ->
             said.extend(parser.parse(data))
         return False
 
-    async def read(upstream: Upstream) -> None:
+    async def read(upstream: ServerPool) -> None:
         async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
             stream.has_begun = lambda: parser.has_spoken
             await stream.pour(take)
@@ -917,7 +917,7 @@ async def test_the_models_of_a_server() -> None:
         assert await upstream.models(upstream.endpoints[0]) == ["tiny"]
 
 
-async def models_error(upstream: Upstream) -> UpstreamError:
+async def models_error(upstream: ServerPool) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         await upstream.models(upstream.endpoints[0])
     return caught.value
@@ -970,7 +970,7 @@ def url_of(server: socket.socket) -> str:
 
 
 async def test_a_connection_has_a_limit_of_its_own(listening: socket.socket) -> None:
-    limits = Limits(connect=0.1, first_token=600, gap=600)
+    limits = StreamTimeouts(connect=0.1, first_token=600, gap=600)
     with connections_waiting(listening):
         async with reaching(url_of(listening), limits=limits) as upstream:
             error = await error_of(upstream)
@@ -985,7 +985,7 @@ async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(
     """The server is busy, not gone."""
     monkeypatch.setattr(stream_module, "_MOMENTS", 0)
     loop = asyncio.get_running_loop()
-    async with reaching(url_of(listening), limits=Limits(connect=0.1, first_token=600, gap=600)) as upstream:
+    async with reaching(url_of(listening), limits=StreamTimeouts(connect=0.1, first_token=600, gap=600)) as upstream:
         asking = asyncio.create_task(ask(upstream))
         connection, _ = await loop.sock_accept(listening)
         with connection, connections_waiting(listening):
@@ -999,6 +999,6 @@ async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(
 
 
 async def test_orders_of_a_server_hold_for_every_request() -> None:
-    async with serving(Options(orders=Orders(fault="503", times=1))) as (_, upstream):
+    async with serving(Options(orders=Scenario(fault="503", times=1))) as (_, upstream):
         assert (await error_of(upstream)).code == "upstream_unavailable"
         assert (await ask(upstream))[0].text == answer_to(WHO)

@@ -9,14 +9,14 @@ import pytest
 from raw_server import sending
 
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import State
+from worker.vllm.circuit import CircuitState
 from worker.vllm.errors import NoConnection, UpstreamError
-from worker.vllm.pool import Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.stream import StreamTimeouts
 from worker.vllm.target import Target
 from worker.vllm.transport import Transport
 
-PATIENT = Limits(connect=5, first_token=10, gap=10)
+PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 EVENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(EVENT) + EVENT
 
@@ -51,15 +51,15 @@ async def answering(*answers: bytes) -> AsyncIterator[tuple[str, list[int]]]:
 
 
 @asynccontextmanager
-async def reaching(url: str) -> AsyncIterator[Upstream]:
-    upstream = Upstream([url], limits=PATIENT)
+async def reaching(url: str) -> AsyncIterator[ServerPool]:
+    upstream = ServerPool([url], limits=PATIENT)
     try:
         yield upstream
     finally:
         await upstream.aclose()
 
 
-async def ask(upstream: Upstream) -> str:
+async def ask(upstream: ServerPool) -> str:
     parser, texts = ChunkParser(), list[str]()
 
     def take(events: list[bytes]) -> bool:
@@ -79,7 +79,7 @@ async def test_a16_idle_connections_that_the_server_has_closed_cost_no_try() -> 
         for _ in range(2):
             assert await asyncio.gather(*(ask(upstream) for _ in range(12))) == ["a"] * 12
         assert sorted(requests) == [1] * 12 + [2] * 12
-        assert upstream.endpoints[0].circuit.state is State.CLOSED
+        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 IDLE_TOO_LONG = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"

@@ -17,27 +17,27 @@ from structlog.testing import capture_logs
 from worker.contract.entries import Object
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import Fault
-from worker.sandbox.simulator.server import Options, Orders, Simulator
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
 from worker.vllm import circuit as circuit_module
 from worker.vllm import pool as upstream_module
 from worker.vllm import probes
 from worker.vllm.api import Late, VllmApi
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import FAILURES, Caller, State
+from worker.vllm.circuit import FAILURES, Caller, CircuitState
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import Upstream
-from worker.vllm.server import Endpoint
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.server import Server
+from worker.vllm.stream import StreamTimeouts
 
-PATIENT = Limits(connect=5, first_token=10, gap=10)
-IMPATIENT = Limits(connect=5, first_token=0.1, gap=0.1)
+PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
+IMPATIENT = StreamTimeouts(connect=5, first_token=0.1, gap=0.1)
 SHORT = 0.02
 
 
-class Server(Simulator):
+class Recorder(Simulator):
     """A simulator that notes the paths it is asked for, answers some with a status alone, and some once released."""
 
     def __init__(self, options: Options | None = None, **settings: Any) -> None:  # noqa: ANN401
@@ -48,7 +48,7 @@ class Server(Simulator):
         self.slow: set[str] = set()
         self.released = asyncio.Event()
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         self.asked.append(request.path)
         self.authorization.append(request.headers.get("authorization", ""))
         if request.path in self.slow:
@@ -60,7 +60,7 @@ class Server(Simulator):
 
     def orders(self, fault: Fault | None = None, *, after: int = 0) -> None:
         """What happens to every request from now on."""
-        self.options = Options(model=self.options.model, orders=Orders(fault=fault, after=after))
+        self.options = Options(model=self.options.model, orders=Scenario(fault=fault, after=after))
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +73,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def watching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> AsyncIterator[Upstream]:
+async def watching(*urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "") -> AsyncIterator[ServerPool]:
     """The servers, watched once each has been probed."""
-    upstream = Upstream(urls, keys=ApiKeys(api_key), limits=limits)
+    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits)
     task = asyncio.create_task(upstream.watch())
     try:
         await until(lambda: all(endpoint.away is not None for endpoint in upstream.endpoints))
@@ -87,9 +87,9 @@ async def watching(*urls: str, limits: Limits = PATIENT, api_key: str = "") -> A
 
 
 @asynccontextmanager
-async def serving(*models: str, **settings: Any) -> AsyncIterator[tuple[list[Server], Upstream]]:  # noqa: ANN401
+async def serving(*models: str, **settings: Any) -> AsyncIterator[tuple[list[Recorder], ServerPool]]:  # noqa: ANN401
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(Server(Options(model=model))) for model in models]
+        servers = [await stack.enter_async_context(Recorder(Options(model=model))) for model in models]
         yield servers, await stack.enter_async_context(watching(*(server.url for server in servers), **settings))
 
 
@@ -100,7 +100,7 @@ async def until(condition: Callable[[], object]) -> None:
     await eventually(holds)
 
 
-async def chosen(upstream: Upstream, model: str = "") -> Endpoint:
+async def chosen(upstream: ServerPool, model: str = "") -> Server:
     """As whoever has a request does it."""
     while not upstream.can_take(model):
         await upstream.available(model)
@@ -108,7 +108,7 @@ async def chosen(upstream: Upstream, model: str = "") -> Endpoint:
 
 
 async def ask(
-    upstream: Upstream, endpoint: Endpoint | None = None, *, model: str = "", caller: Caller | None = None,
+    upstream: ServerPool, endpoint: Server | None = None, *, model: str = "", caller: Caller | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> str:  # fmt: skip
     """The text of a whole answer."""
@@ -128,7 +128,7 @@ async def ask(
     return "".join(texts)
 
 
-async def fails(upstream: Upstream, times: int = 1, **fields: Any) -> set[str]:  # noqa: ANN401
+async def fails(upstream: ServerPool, times: int = 1, **fields: Any) -> set[str]:  # noqa: ANN401
     """The codes of requests that fail, whatever the circuit says."""
     codes = set()
     for _ in range(times):
@@ -185,7 +185,7 @@ async def test_a_model_that_nobody_knew_is_found_once_a_server_lists_it() -> Non
 
 async def test_a_model_that_a_server_without_a_list_did_not_know_is_asked_for_again() -> None:
     """A11. Its answer may change any time, and nothing else would tell."""
-    async with Server() as server:
+    async with Recorder() as server:
         server.statuses["/v1/models"] = 404
         async with watching(server.url) as upstream:
             for _ in range(2):
@@ -195,10 +195,10 @@ async def test_a_model_that_a_server_without_a_list_did_not_know_is_asked_for_ag
             assert await ask(upstream, model="adapter")
 
 
-class Resolving(Server):
+class Resolving(Recorder):
     """A server that has more names for its model than it lists, as one that loads an adapter on first use."""
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         self.options = Options(model="listed" if request.path == "/v1/models" else "other")
         await super()._handle(request, connection)
 
@@ -223,7 +223,7 @@ async def test_many_that_miss_a_model_ask_together() -> None:
 
 @pytest.mark.parametrize("status", [401, 404, 501])
 async def test_a_server_that_does_not_list_its_models_may_serve_any(status: int) -> None:
-    async with Server() as server:
+    async with Recorder() as server:
         server.statuses["/v1/models"] = status
         async with watching(server.url) as upstream:
             assert await ask(upstream, model="reciter")
@@ -234,11 +234,14 @@ async def test_a_server_that_does_not_list_its_models_may_serve_any(status: int)
 
 async def test_a_model_waits_for_a_server_that_has_never_said_what_it_serves() -> None:
     port = free_port()
-    async with Server(Options(model="small")) as small, watching(small.url, f"http://127.0.0.1:{port}") as upstream:
+    async with (
+        Recorder(Options(model="small")) as small,
+        watching(small.url, f"http://127.0.0.1:{port}") as upstream,
+    ):
         asking = asyncio.create_task(ask(upstream, model="large"))
         assert await ask(upstream, model="small")
         assert not upstream.can_take("large")
-        async with Server(Options(model="large"), port=port) as large:
+        async with Recorder(Options(model="large"), port=port) as large:
             assert await asking
             assert len(large.served) == 1
 
@@ -246,11 +249,11 @@ async def test_a_model_waits_for_a_server_that_has_never_said_what_it_serves() -
 async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
     port = free_port()
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(Server(Options(model="old"), port=port))
+        first = await stack.enter_async_context(Recorder(Options(model="old"), port=port))
         async with watching(first.url) as upstream:
             await stack.aclose()
             assert await fails(upstream) == {"upstream_unreachable"}
-            async with Server(Options(model="new"), port=port):
+            async with Recorder(Options(model="new"), port=port):
                 await until(lambda: not upstream.endpoints[0].away)
                 assert await ask(upstream, model="new")
                 assert upstream.endpoints[0].models == {"new"}
@@ -273,7 +276,7 @@ async def test_the_lists_are_asked_for_again_from_time_to_time(monkeypatch: pyte
 
 @pytest.mark.parametrize("statuses", [{}, {"/health": 404}, {"/health": 404, "/v1/models": 404}, {"/health": 401}])
 async def test_a_server_is_there_when_its_health_or_its_list_is_answered(statuses: dict[str, int]) -> None:
-    async with Server() as server:
+    async with Recorder() as server:
         server.statuses = statuses
         async with watching(server.url) as upstream:
             assert upstream.is_there
@@ -281,7 +284,7 @@ async def test_a_server_is_there_when_its_health_or_its_list_is_answered(statuse
 
 @pytest.mark.parametrize("statuses", [{"/health": 503}, {"/health": 404, "/v1/models": 502}])
 async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, int]) -> None:
-    async with Server() as server:
+    async with Recorder() as server:
         server.statuses = dict(statuses)
         async with watching(server.url) as upstream:
             assert (upstream.is_there, upstream.endpoints[0].away) == (False, True)
@@ -300,11 +303,11 @@ def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
 async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
     """A8. A busy vLLM takes half a minute, and a router asks every model; neither was ever asked for anything."""
-    async with Server() as server:
+    async with Recorder() as server:
         server.slow = {path}
         async with watching(server.url) as upstream:
             assert await ask(upstream, model="reciter")
-            assert upstream.endpoints[0].circuit.state is State.CLOSED
+            assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 @pytest.mark.usefixtures("_brief")
@@ -312,7 +315,7 @@ async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest
     """A8."""
     limits: list[float] = []
 
-    async def health(_: object, __: Endpoint, within: float) -> int:
+    async def health(_: object, __: Server, within: float) -> int:
         limits.append(within)
         if len(limits) in {5, 6}:
             return 503
@@ -327,7 +330,7 @@ async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest
 @pytest.mark.usefixtures("_brief")
 async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A8. Until it is there the server may have any model, as one that lists nothing."""
-    async with Server() as server:
+    async with Recorder() as server:
         server.slow = {"/v1/models"}
         async with watching(server.url) as upstream:
             assert await ask(upstream, model="reciter")
@@ -352,7 +355,7 @@ async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_h
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A8. The first of them may take minutes: the others are not asked one at a time meanwhile."""
-    async with Server() as server:
+    async with Recorder() as server:
         server.slow = {"/health"}
         server.orders("hang")
         async with watching(server.url) as upstream:
@@ -373,7 +376,7 @@ async def test_a_server_that_takes_connections_again_is_tried_before_its_health_
     """A8. A vLLM that came back with a health of 40 s was away for a minute and a half: each longer probe was late."""
     monkeypatch.setattr(probes, "FIRST_LIMIT", 0.2)
     port = free_port()
-    async with watching(f"http://127.0.0.1:{port}") as upstream, Server(port=port) as server:
+    async with watching(f"http://127.0.0.1:{port}") as upstream, Recorder(port=port) as server:
         server.slow = {"/health", "/v1/models"}
         assert await ask(upstream)
 
@@ -386,7 +389,7 @@ async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time
         server.slow = {"/health", "/v1/models"}
         server.orders("hang")
         await fails(upstream, FAILURES)
-        assert circuit.state is State.OPEN
+        assert circuit.state is CircuitState.OPEN
         upstream._limits = PATIENT
         tried = len(server.served)
         waiting = [asyncio.create_task(ask(upstream)) for _ in range(5)]
@@ -404,12 +407,12 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
     configure_logging("json", "info")
     port = free_port()
     async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(Server(port=port))
+        first = await stack.enter_async_context(Recorder(port=port))
         with capture_logs() as logs:
             async with watching(first.url.replace("//", "//user:hidden@")) as upstream:
                 await stack.aclose()
                 await fails(upstream, 3)
-                async with Server(port=port):
+                async with Recorder(port=port):
                     await ask(upstream)
     assert [(line["event"], line.get("reason")) for line in logs] == [
         ("vllm_away", "upstream_unreachable"),
@@ -421,7 +424,7 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
 async def test_c8_the_log_says_what_to_do_about_a_server_that_speaks_no_tls() -> None:
     configure_logging("json", "info")
     with capture_logs() as logs:
-        async with Server() as server, watching(server.url.replace("http:", "https:")):
+        async with Recorder() as server, watching(server.url.replace("http:", "https:")):
             pass
     (line,) = logs
     assert (line["event"], line["reason"]) == ("vllm_away", "upstream_unreachable")
@@ -430,7 +433,7 @@ async def test_c8_the_log_says_what_to_do_about_a_server_that_speaks_no_tls() ->
 
 async def test_what_is_told_of_a_server_names_no_job() -> None:
     configure_logging("json", "info")
-    async with Server() as server, watching(server.url) as upstream:
+    async with Recorder() as server, watching(server.url) as upstream:
         server.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
         with (
             capture_logs([structlog.contextvars.merge_contextvars]) as logs,
@@ -470,12 +473,12 @@ async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_b
 # The circuit
 
 
-def limits_for(fault: Fault) -> Limits:
+def limits_for(fault: Fault) -> StreamTimeouts:
     """Short where the fault is a silence, and only there: a busy machine is slow to begin."""
     if fault == "hang":
-        return Limits(connect=PATIENT.connect, first_token=0.1, gap=PATIENT.gap)
+        return StreamTimeouts(connect=PATIENT.connect, first_token=0.1, gap=PATIENT.gap)
     return (
-        Limits(connect=PATIENT.connect, first_token=PATIENT.first_token, gap=0.1)
+        StreamTimeouts(connect=PATIENT.connect, first_token=PATIENT.first_token, gap=0.1)
         if fault in {"stall", "freeze"}
         else PATIENT
     )
@@ -511,21 +514,21 @@ async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_i
         server.statuses.clear()
         upstream._limits = PATIENT
         assert await ask(upstream)
-        assert upstream.endpoints[0].circuit.state is State.CLOSED
+        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 @pytest.mark.parametrize("fields", [{"simulate": {"fault": "429"}}, {"temperature": -3.0}, {"model": "no"}])
 async def test_refusals_leave_the_circuit_closed(fields: dict[str, Any]) -> None:
     async with serving("reciter") as (_, upstream):
         await fails(upstream, 2 * FAILURES, **fields)
-        assert upstream.endpoints[0].circuit.state is State.CLOSED
+        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> None:
     async with serving("reciter") as (_, upstream):
         for _ in range(3):
             await fails(upstream, FAILURES - 1, simulate={"fault": "500"})
-            assert upstream.endpoints[0].circuit.state is State.CLOSED
+            assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
             assert await ask(upstream)
 
 
@@ -536,11 +539,11 @@ async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_s
             with pytest.raises(ValueError, match="mine"):
                 async with upstream.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
                     raise ValueError("mine")
-        assert endpoint.circuit.state is State.CLOSED
+        assert endpoint.circuit.state is CircuitState.CLOSED
 
 
 @asynccontextmanager
-async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[tuple[Server, Upstream]]:  # noqa: ANN401
+async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[tuple[Recorder, ServerPool]]:  # noqa: ANN401
     """A server that is on trial, whose further pauses are so long that nobody waits for them."""
     async with serving("reciter", **settings) as ((server,), upstream):
         for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
@@ -556,7 +559,7 @@ async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_thro
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with half_open(monkeypatch) as (server, upstream):
-        server.options = Options(orders=Orders(first_token=0.2, tokens=400, rate=40))
+        server.options = Options(orders=Scenario(first_token=0.2, tokens=400, rate=40))
         tried = len(server.served)
         tasks = [asyncio.create_task(ask(upstream)) for _ in range(20)]
         await until(lambda: len(server.served) > tried)
@@ -582,7 +585,7 @@ async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_thr
         with pytest.raises(UpstreamError) as caught:
             await ask(upstream, await chosen(upstream), caller=caller)
         assert caught.value.code == code
-        await until(lambda: circuit.state is State.HALF_OPEN)
+        await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         assert (circuit.admits(caller, pressed=True), circuit.admits(Caller())) == (False, False)
 
 
@@ -608,7 +611,7 @@ async def test_a_server_that_refuses_the_workers_own_request_answers(
         caller = Caller(failed_at={upstream.endpoints[0].circuit})
         server.statuses["/v1/chat/completions"] = status
         await upstream.available("", caller=caller)
-        assert upstream.endpoints[0].circuit.state is State.CLOSED
+        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fallbacks_can_be_had() -> None:
@@ -620,7 +623,7 @@ async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fal
         with pytest.raises(UpstreamError):
             await ask(upstream, upstream.endpoints[0], model="large", caller=caller)
         await fails(upstream, FAILURES - 1, model="large")
-        await until(lambda: circuit.state is State.HALF_OPEN)
+        await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         with pytest.raises(UpstreamError, match="every server of `large` is away"):
             await upstream.available("large", ["small"], caller=caller)
 
@@ -637,7 +640,7 @@ async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next
         trial.cancel()
         endpoint = await waiting
         await fails(upstream, temperature=-3.0)
-        assert endpoint.circuit.state is State.HALF_OPEN
+        assert endpoint.circuit.state is CircuitState.HALF_OPEN
         server.orders()
         assert await ask(upstream)
 
@@ -672,12 +675,12 @@ async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> No
             *(upstream.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
         )
         assert {getattr(error, "code", error) for error in late} == {"first_token_timeout"}
-        assert (endpoint.circuit.state, len(endpoint.requests)) == (State.CLOSED, 0)
+        assert (endpoint.circuit.state, len(endpoint.requests)) == (CircuitState.CLOSED, 0)
 
 
 async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
-    async with serving("reciter", limits=Limits(connect=5, first_token=600, gap=600)) as ((server,), upstream):
+    async with serving("reciter", limits=StreamTimeouts(connect=5, first_token=600, gap=600)) as ((server,), upstream):
         server.slow = {"/tokenize"}
         asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", {}))
         await until(lambda: "/tokenize" in server.asked)
@@ -718,7 +721,7 @@ async def test_one_poisonous_request_does_not_shut_the_others_out() -> None:
         for _ in range(3):
             await fails(upstream, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
             assert all(await asyncio.gather(*(ask(upstream) for _ in range(10))))
-        assert upstream.endpoints[0].circuit.state is State.CLOSED
+        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_the_others_serve_while_one_is_frozen() -> None:
@@ -759,7 +762,7 @@ async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.Monke
 
 
 async def test_a_user_in_the_url_goes_before_the_key() -> None:
-    async with Server() as plain, Server() as own:
+    async with Recorder() as plain, Recorder() as own:
         url = re.sub("//", "//me:p%40ss@", own.url)
         async with watching(plain.url, url, api_key="key") as upstream:
             for endpoint in upstream.endpoints:

@@ -4,45 +4,45 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import LogExhausted, TokenLog
+from worker.broker.log_writer import LogExhausted, LogWriter
 from worker.contract.entries import Claimed, Entry, Started
 from worker.contract.ids import LAST_ATTEMPT
 
 
 @dataclass(frozen=True, slots=True)
-class Owned:
+class Acquired:
     """The log is ours to write. `history` is what earlier attempts wrote; empty at the first.
 
     `unreadable` says why the history cannot be read; it is empty then. `fault` says why an answer cannot go on from it.
     """
 
-    log: TokenLog
+    log: LogWriter
     history: list[Entry]
     unreadable: str = ""
     fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class AlreadyEnded:
     """The request has ended: the log has its terminal entry, or only the tombstone is left."""
 
 
 @dataclass(frozen=True, slots=True)
-class Duplicate:
+class DuplicateJob:
     """Another job of the same request id is at work."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reused:
+class IdReused:
     """The log was begun for another request under the same id: nothing of it is this job's."""
 
 
 @dataclass(frozen=True, slots=True)
-class NotOurs:
+class LeaseLost:
     """Another worker holds the job by now: nothing is to be done, not even an acknowledgement."""
 
 
-Taken: TypeAlias = Owned | Ended | Duplicate | Reused | NotOurs
+Taken: TypeAlias = Acquired | AlreadyEnded | DuplicateJob | IdReused | LeaseLost
 
 
 def attempt_after(attempt: int) -> int:

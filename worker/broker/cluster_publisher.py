@@ -12,7 +12,7 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import ClusterDownError, RedisError
 
-from worker.broker.log_writer import Run, TokenLog
+from worker.broker.log_writer import LogWriter, Run
 from worker.broker.publisher import Publisher
 from worker.contract.entries import Fields
 from worker.redisio.clients import Backoff, command_client
@@ -29,8 +29,8 @@ class ClusterPublisher:
         self._cluster = cluster
         self._metrics = metrics
         self._parts: dict[Redis, _Part] = {}
-        self._homes: dict[TokenLog, _Part] = {}
-        self._homeless: set[TokenLog] = set()
+        self._homes: dict[LogWriter, _Part] = {}
+        self._homeless: set[LogWriter] = set()
         self._group: asyncio.TaskGroup | None = None
         self._leaving = False
         self._work = asyncio.Event()
@@ -41,7 +41,7 @@ class ClusterPublisher:
         """Whether the feed goes to sharded channels: where every master knows them."""
         return all(part.knows_shards for part in self._parts.values())
 
-    def attach(self, log: TokenLog) -> None:
+    def attach(self, log: LogWriter) -> None:
         """See `Publisher.attach`."""
         part = self._part_of(log.key)
         if part is None:
@@ -51,7 +51,7 @@ class ClusterPublisher:
             self._homes[log] = part
             part.attach(log)
 
-    def detach(self, log: TokenLog) -> None:
+    def detach(self, log: LogWriter) -> None:
         """See `Publisher.detach`."""
         self._homeless.discard(log)
         part = self._homes.pop(log, None)
@@ -61,7 +61,7 @@ class ClusterPublisher:
     def take(self, run: Run) -> None:
         """Of a log without a home: it keeps this itself until it has one."""
 
-    def drop(self, log: TokenLog) -> None:
+    def drop(self, log: LogWriter) -> None:
         """Likewise there is nothing to drop."""
 
     def relieve(self, size: int) -> None:

@@ -21,7 +21,7 @@ _RawEntry: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Filed:
+class StoredLetter:
     """A dead letter and its id in the stream; `size` is that of its job, in bytes."""
 
     id: str
@@ -51,7 +51,7 @@ class NotRetryable(ValueError):
     """Why a letter cannot be put back."""
 
 
-def retry_of(filed: Filed) -> Job:
+def retry_of(filed: StoredLetter) -> Job:
     """The job that is another try of a buried one.
 
     Its id is made from what names the buried job, so that a retry of which nobody knows whether it went through can
@@ -82,9 +82,9 @@ class DeadLetters:
         self._redis = redis
         self._key = keys.dead
 
-    async def newest(self, limit: int, wanted: Wanted) -> list[Filed]:
+    async def newest(self, limit: int, wanted: Wanted) -> list[StoredLetter]:
         """The newest letters that are wanted, the newest of all last."""
-        found: list[Filed] = []
+        found: list[StoredLetter] = []
         last = "+"
         while len(found) < limit and (page := await self._redis.xrevrange(self._key, max=last, count=_PAGE)):
             filed = [_filed(raw) for raw in cast("list[_RawEntry]", page)]
@@ -92,7 +92,7 @@ class DeadLetters:
             last = f"({filed[-1].id}"
         return found[:limit][::-1]
 
-    async def every(self, wanted: Wanted) -> AsyncIterator[Filed]:
+    async def every(self, wanted: Wanted) -> AsyncIterator[StoredLetter]:
         """All letters that are wanted, the oldest first."""
         last = "-"
         while page := await self._redis.xrange(self._key, min=last, count=_PAGE):
@@ -102,7 +102,7 @@ class DeadLetters:
                 if wanted.takes(filed.letter):
                     yield filed
 
-    async def get(self, letter_id: EntryId) -> Filed | None:
+    async def get(self, letter_id: EntryId) -> StoredLetter | None:
         """One letter, or nothing where there is none of this id."""
         raw = cast("list[_RawEntry]", await self._redis.xrange(self._key, str(letter_id), str(letter_id)))
         return _filed(raw[0]) if raw else None
@@ -111,7 +111,7 @@ class DeadLetters:
         """Drop a letter; whether it was there."""
         return bool(await self._redis.xdel(self._key, str(letter_id)))
 
-    async def retried(self, filed: Filed, request_id: str) -> str:
+    async def retried(self, filed: StoredLetter, request_id: str) -> str:
         """Put a letter that names its retry in the place of one that was put back.
 
         It is a new entry of the stream; gives its id, or nothing where the letter is gone.
@@ -132,6 +132,6 @@ class DeadLetters:
                 return cast("bytes", added).decode()
 
 
-def _filed(raw: _RawEntry) -> Filed:
+def _filed(raw: _RawEntry) -> StoredLetter:
     entry_id, fields = raw
-    return Filed(entry_id.decode(), DeadLetter.read(fields), len(fields.get(b"fields", b"")))
+    return StoredLetter(entry_id.decode(), DeadLetter.read(fields), len(fields.get(b"fields", b"")))

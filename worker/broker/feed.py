@@ -12,14 +12,14 @@ import msgspec
 import structlog
 from redis.exceptions import ResponseError
 
-from worker.broker.log_writer import TokenLog
+from worker.broker.log_writer import LogWriter
 from worker.contract.entries import Fields
 from worker.contract.feed import UNTOLD_FOR
 from worker.redisio.clients import what_redis_said
 from worker.redisio.pipelined import Command, pack
 from worker.telemetry.metrics import Metrics
 
-News: TypeAlias = dict[TokenLog | str, list[tuple[str, Fields]]]
+News: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 """What to tell, by log or by the channel of one."""
 
 _FEED_WAITS = 0.001
@@ -46,7 +46,7 @@ class FeedPublisher:
             self.news.setdefault(channel, []).extend(entries)
             self.tell_soon()
 
-    def tell_of(self, log: TokenLog, first: int, entries: list[Fields]) -> None:
+    def tell_of(self, log: LogWriter, first: int, entries: list[Fields]) -> None:
         """Publish entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
         if not self.is_mute:
             told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
@@ -88,7 +88,7 @@ class FeedPublisher:
         _log.info("recovered", after="feed_refused")
 
 
-def trial(log: TokenLog, publish: bytes) -> Command:
+def trial(log: LogWriter, publish: bytes) -> Command:
     """Tries whether Redis takes the feed: not on the channel itself, for followers rely on what they hear there."""
     channel = f"{log.feed}:trial"
     return channel, pack(publish, channel.encode(), b"[]"), 1
@@ -97,5 +97,5 @@ def trial(log: TokenLog, publish: bytes) -> Command:
 def note_listeners(told: News, counts: list[Any], now: float) -> None:
     """How many heard what was told last, of each log; `now` is of the monotonic clock."""
     for it, count in zip(told, counts, strict=True):
-        if isinstance(it, TokenLog):
+        if isinstance(it, LogWriter):
             it.untold_until = 0.0 if count else now + UNTOLD_FOR

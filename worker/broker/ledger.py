@@ -17,7 +17,7 @@ from worker.broker.lifecycle import LifecycleWriter
 from worker.contract.entries import Fields, to_json
 from worker.contract.job import FIELDS, RawFields, size_of
 from worker.contract.keys import Keys
-from worker.contract.records import DeadLetter, Lifecycle, WorkerLine
+from worker.contract.records import DeadLetter, Lifecycle, WorkerRecord
 from worker.redisio.clients import is_lost, is_transient
 from worker.telemetry.metrics import Metrics
 
@@ -93,7 +93,7 @@ class Ledger:
         with self._counted("dead"):
             await self._redis.xtrim(self._keys.dead, minid=str(max(0, before)), approximate=False)
 
-    async def beat(self, line: WorkerLine, stale_after: float) -> dict[str, int]:
+    async def beat(self, line: WorkerRecord, stale_after: float) -> dict[str, int]:
         """Renew this worker's line, and drop those of workers that have not renewed theirs for so many seconds.
 
         A line as far in the future is dropped too: Redis's clock has stepped back, and a live worker writes a new one.
@@ -116,12 +116,12 @@ class Ledger:
             name.decode("utf-8", "replace") for name in cast("list[bytes]", await self._redis.hkeys(self._keys.workers))
         }
 
-    async def lines(self) -> dict[str, WorkerLine]:
+    async def lines(self) -> dict[str, WorkerRecord]:
         """The lines of all workers that show themselves, by name; those that cannot be read are left out."""
         lines = {}
         for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._keys.workers)).items():
             with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                lines[name.decode("utf-8", "replace")] = msgspec.json.decode(raw, type=WorkerLine)
+                lines[name.decode("utf-8", "replace")] = msgspec.json.decode(raw, type=WorkerRecord)
         return lines
 
     async def leave(self, worker: str) -> None:

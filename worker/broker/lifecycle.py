@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle
-from worker.redisio.batching import Together
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import Backoff, Voice, is_transient
 from worker.redisio.pipelined import pack
 from worker.telemetry.metrics import Metrics
@@ -26,7 +26,7 @@ class LifecycleWriter:
     """Writes the lines of a process in the order in which they come, each at least once. `length` is in lines."""
 
     def __init__(self, redis: Redis, keys: Keys, metrics: Metrics, length: int) -> None:
-        self._together = Together(redis)
+        self._together = CommandBatcher(redis)
         self._key = keys.lifecycle
         self._metrics = metrics
         self._add = ("XADD", self._key, "MAXLEN", "~", str(length), "*")

@@ -6,14 +6,14 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from worker.broker.log_pages import RawEntry
-from worker.broker.log_writer import TokenLog
+from worker.broker.log_writer import LogWriter
 from worker.contract.entries import Entry, Fields, parse_leniently
 from worker.contract.ids import SEAL, EntryId
 from worker.redisio.pipelined import pack
-from worker.redisio.transactions import Line
+from worker.redisio.transactions import Transaction
 
 
-async def look(line: Line, key: str, ended: str) -> tuple[RawEntry | None, bool]:
+async def look(line: Transaction, key: str, ended: str) -> tuple[RawEntry | None, bool]:
     """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
     reply, gone = await line.watch([key, ended], last_of(key), command("EXISTS", ended))
     return first_of(reply), bool(gone)
@@ -25,14 +25,14 @@ def has_ended(replies: list[Any]) -> bool:
     return id_of(first_of(last)) == SEAL or bool(ended)
 
 
-async def is_trimmed(line: Line, log: TokenLog, length: int) -> bool:
+async def is_trimmed(line: Transaction, log: LogWriter, length: int) -> bool:
     """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
     (reply,) = await line.ask(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
     first = id_of(first_of(reply))
     return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
 
 
-async def greatest_id(line: Line, key: str) -> EntryId | None:
+async def greatest_id(line: Transaction, key: str) -> EntryId | None:
     """The greatest id that a log ever had, also where its entry was deleted; nothing where there is no log."""
     try:
         (reply,) = await line.ask(command("XINFO", "STREAM", key))
@@ -48,7 +48,7 @@ def is_taken(error: ResponseError) -> bool:
     return "equal or smaller" in str(error) or "exhausted the last" in str(error)
 
 
-async def entry_at(line: Line, key: str, entry_id: EntryId) -> Entry | None:
+async def entry_at(line: Transaction, key: str, entry_id: EntryId) -> Entry | None:
     """The entry of this id, if the log has it; one that cannot be read is of an unknown type."""
     (reply,) = await line.ask(command("XRANGE", key, str(entry_id), str(entry_id)))
     raw = first_of(reply)

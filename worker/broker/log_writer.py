@@ -10,7 +10,7 @@ from worker.contract.entries import Delta, Fields, Restarted
 from worker.contract.ids import SEAL, EntryId
 from worker.redisio.clients import what_redis_said
 
-Run: TypeAlias = tuple["TokenLog", int, list[Fields], bytes]
+Run: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
 """Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""
 
 HIGH_WATER_BYTES = 256 * 1024
@@ -58,7 +58,7 @@ class Sink(Protocol):
     def take(self, run: Run) -> None:
         """Entries to write, after all others of their log."""
 
-    def drop(self, log: "TokenLog") -> None:
+    def drop(self, log: "LogWriter") -> None:
         """What it has taken of a log need not be written."""
 
     def relieve(self, size: int) -> None:
@@ -66,7 +66,7 @@ class Sink(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class TokenLog:
+class LogWriter:
     """One owner's end of a log. Appending never waits; `room` and `drained` do."""
 
     request_id: str
@@ -269,12 +269,12 @@ def refusal_of(error: BaseException) -> LogRefused | None:
     return LogRefused(said) if said.startswith("WRONGTYPE") else None
 
 
-def refused_in(batch: list[Run], verdicts: list[object]) -> dict[TokenLog, list[object]]:
+def refused_in(batch: list[Run], verdicts: list[object]) -> dict[LogWriter, list[object]]:
     """What Redis said to each log of which it refused an entry, from that one on.
 
     Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.
     """
-    refused: dict[TokenLog, list[object]] = {}
+    refused: dict[LogWriter, list[object]] = {}
     said = iter(verdicts)
     for log, _, entries, _ in batch:
         for verdict in islice(said, len(entries)):

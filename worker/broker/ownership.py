@@ -10,7 +10,16 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.acquisition import Duplicate, Ended, NotOurs, Owned, Reused, Taken, attempt_after, job_of
+from worker.broker.acquisition import (
+    Acquired,
+    AlreadyEnded,
+    DuplicateJob,
+    IdReused,
+    LeaseLost,
+    Taken,
+    attempt_after,
+    job_of,
+)
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.log_commands import (
@@ -30,7 +39,7 @@ from worker.broker.log_commands import (
     xlen,
 )
 from worker.broker.log_pages import RawEntry, read_all
-from worker.broker.log_writer import LogDiverged, LogFenced, LogOver, LogRefused, TokenLog, judge, refusal_of
+from worker.broker.log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, judge, refusal_of
 from worker.broker.replicas import Replicas
 from worker.contract.entries import (
     TAKEOVER,
@@ -48,19 +57,19 @@ from worker.contract.history import fault_in
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
-from worker.redisio.transactions import Line, Lines
+from worker.redisio.transactions import Transaction, Transactions
 
 _NO_END = "its end was deleted, and Redis takes no other"
 
 
-class Owner:
+class LogOwnership:
     """What this process does with the logs of requests. `nonce` tells it from every other process, and life of one.
 
     `replicas` must have the end of a log before it is confirmed.
     """
 
     def __init__(
-        self, lines: Lines, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str, nonce: str,
+        self, lines: Transactions, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str, nonce: str,
         now: Callable[[], int], replicas: int = 0,
     ) -> None:  # fmt: skip
         self._lines = lines
@@ -91,7 +100,9 @@ class Owner:
                     last, is_over = await look(line, key, ended)
                     tail = id_of(last)
                     if tail == SEAL or is_over:
-                        return Reused() if await self._is_reused(line, request_id, delivery, is_same) else Ended()
+                        return (
+                            IdReused() if await self._is_reused(line, request_id, delivery, is_same) else AlreadyEnded()
+                        )
                     if tail is None or tail.attempt == 0:
                         is_ours = await self._start(line, request_id, delivery, expire_at, digest)
                     else:
@@ -123,7 +134,7 @@ class Owner:
             holder = await entry_at(line, key, EntryId(greatest.attempt, 0))
             is_ours = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
             if not is_ours and await self._is_reused(line, request_id, delivery, is_same):
-                return Reused()
+                return IdReused()
         # Not where this process had the job before: what that run sent may still be on its way to Redis.
         if greatest.n == 0 and self._wrote(holder, delivery, delivery.count):
             return await self._owned(request_id, greatest.attempt)  # its reply was lost, or the reading failed
@@ -165,7 +176,9 @@ class Owner:
                     raise LogRefused(_NO_END) from error
             return True
 
-    async def _is_reused(self, line: Line, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> bool:
+    async def _is_reused(
+        self, line: Transaction, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
+    ) -> bool:
         """Whether a log, or the tombstone that is left of it, is of another job and another request."""
         began = await entry_at(line, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(began, Started):
@@ -173,15 +186,15 @@ class Owner:
         (stone,) = await line.ask(command("GET", self._keys.ended(request_id)))
         return stone is not None and not is_same(Tombstone.read(stone).digest)
 
-    async def _refusal(self, holder: Entry | None, delivery: Delivery) -> Duplicate | NotOurs | None:
+    async def _refusal(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
         """Why a log that was begun is not ours to take over, or nothing when it is."""
         named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
         if named and named != job_of(delivery):
             # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
-            return Duplicate() if await self._jobs.is_live(*named) else None
-        return None if await self._jobs.holds(delivery) else NotOurs()
+            return DuplicateJob() if await self._jobs.is_live(*named) else None
+        return None if await self._jobs.holds(delivery) else LeaseLost()
 
-    async def begin_again(self, log: TokenLog, delivery: Delivery, expire_at: int, digest: str = "") -> None:
+    async def begin_again(self, log: LogWriter, delivery: Delivery, expire_at: int, digest: str = "") -> None:
         """Make one's own log anew where it is gone though the request has not ended, as after a failover.
 
         It begins with `1-0`; its owner then goes on under a later attempt than it had, so that whoever has read the
@@ -204,7 +217,7 @@ class Owner:
                     return
         raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
 
-    async def advance(self, log: TokenLog, delivery: Delivery, reason: str) -> None:
+    async def advance(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
         """Go on under the next attempt of one's own log.
 
         Raises:
@@ -228,7 +241,9 @@ class Owner:
             (length,) = await line.ask(xlen(log.key))
         log.begin_attempt(attempt, length - 1)
 
-    async def seal(self, log: TokenLog, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int) -> Entry:
+    async def seal(
+        self, log: LogWriter, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int
+    ) -> Entry:
         """Write the terminal entry with expiry and tombstone, all at once; gives the one that stands.
 
         The seal's id is above every attempt's, so it has a fence of its own: the log is watched while its last entry
@@ -299,37 +314,37 @@ class Owner:
 
     async def _owned(
         self, request_id: str, attempt: int, known: list[RawEntry] | None = None, greatest: EntryId | None = None
-    ) -> Owned:
+    ) -> Acquired:
         """The log under an attempt of ours, with what was written before: it is read where it is not `known`.
 
         `greatest` is the greatest id that the log had before the attempt.
         """
         key = self._keys.tokens(request_id)
-        log = TokenLog(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
+        log = LogWriter(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
         raw = await self._raw(request_id) if known is None else known
         try:
             entries = [parse(*entry) for entry in raw]
         except BadEntry as error:
             log.before = sum(EntryId.parse(entry_id).attempt < attempt for entry_id, _ in raw)
-            return Owned(log, [], f"the log cannot be read: {error}")
+            return Acquired(log, [], f"the log cannot be read: {error}")
         history: list[Entry] = [entry for entry in entries if entry.id.attempt < attempt]
         log.before = len(history)
         last = history[-1].id if history else BEFORE_ALL
         is_cut = greatest is not None and last < greatest
-        return Owned(log, history, fault=f"entries are missing after {last}" if is_cut else fault_in(history))
+        return Acquired(log, history, fault=f"entries are missing after {last}" if is_cut else fault_in(history))
 
     async def _raw(self, request_id: str) -> list[RawEntry]:
         with _of_the_log():
             return await read_all(self._lines.redis, self._keys.tokens(request_id))
 
     @asynccontextmanager
-    async def _line(self, key: str) -> AsyncIterator[Line]:
+    async def _line(self, key: str) -> AsyncIterator[Transaction]:
         """A connection to the server of a log's key, to ask about that log and its tombstone alone."""
         with _of_the_log():
             async with self._lines.to(key) as line:
                 yield line
 
-    async def _start(self, line: Line, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
+    async def _start(self, line: Transaction, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
         """Write `1-0` into a log that has no attempt. False where it had one, whose entries somebody has deleted.
 
         Raises:

@@ -23,11 +23,11 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from worker.broker.feed import FeedPublisher, News, note_listeners, trial
-from worker.broker.log_writer import LogDiverged, LogGone, Run, TokenLog, refusal_of, refused_in
+from worker.broker.log_writer import LogDiverged, LogGone, LogWriter, Run, refusal_of, refused_in
 from worker.contract.entries import Fields
 from worker.contract.ids import EntryId
 from worker.redisio.clients import Backoff, what_redis_said
-from worker.redisio.pipelined import Command, Outcome, Wires, pack
+from worker.redisio.pipelined import Command, NodeConnections, Outcome, pack
 from worker.telemetry.metrics import Metrics
 
 
@@ -58,19 +58,19 @@ class Publisher:
     def __init__(self, redis: Redis, metrics: Metrics | None = None, *, in_cluster: bool = False) -> None:
         """Write to the server of a client, which the publisher closes at its end."""
         self._redis = redis
-        self._wires = Wires(redis, by_slot=in_cluster)
+        self._wires = NodeConnections(redis, by_slot=in_cluster)
         self._in_cluster = in_cluster
         self._metrics = metrics or Metrics()
         self.is_full = False
         self._bytes = 0
-        self._logs: set[TokenLog] = set()
-        self._by_request: dict[str, TokenLog] = {}
+        self._logs: set[LogWriter] = set()
+        self._by_request: dict[str, LogWriter] = {}
         self._out: list[Run] = []
         self._feed = FeedPublisher(self._tell, self._metrics)
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
-        self._asked: set[TokenLog] = set()
-        self._refused: dict[TokenLog, int] = {}
+        self._asked: set[LogWriter] = set()
+        self._refused: dict[LogWriter, int] = {}
         """Those that Redis says have an entry already, and its attempt: their ends must show it."""
         self._hinted: set[str] = set()
         self._trouble: Exception | None = None
@@ -80,7 +80,7 @@ class Publisher:
         self._flushed = 0.0
         self._rested = 0.0
 
-    def attach(self, log: TokenLog) -> None:
+    def attach(self, log: LogWriter) -> None:
         """Watch over a log that this process has begun to own.
 
         It may have been cancelled since it was read, by a hint that came before this: then it is looked at now.
@@ -92,28 +92,28 @@ class Publisher:
             self._ask(log)
 
     @property
-    def logs(self) -> list[TokenLog]:
+    def logs(self) -> list[LogWriter]:
         """All that it watches over."""
         return list(self._logs)
 
-    def detach(self, log: TokenLog) -> None:
+    def detach(self, log: LogWriter) -> None:
         """The process is done with a log."""
         log.forget()
         self._leave_out(log)
 
-    def _leave_out(self, log: TokenLog) -> None:
+    def _leave_out(self, log: LogWriter) -> None:
         self._logs.discard(log)
         self._refused.pop(log, None)
         if self._by_request.get(log.request_id) is log:
             del self._by_request[log.request_id]
 
-    def adopt(self, log: TokenLog) -> None:
+    def adopt(self, log: LogWriter) -> None:
         """Go on with a log that another publisher has given up: its end is read before more is written."""
         self.attach(log)
         self._bytes += log.size
         self._ask(log)
 
-    def give_up(self, log: TokenLog) -> None:
+    def give_up(self, log: LogWriter) -> None:
         """Be done with a log that another publisher goes on with."""
         self.drop(log)
         self.relieve(log.size)
@@ -129,7 +129,7 @@ class Publisher:
         if self._phase is _Phase.IDLE:
             self._schedule()
 
-    def drop(self, log: TokenLog) -> None:
+    def drop(self, log: LogWriter) -> None:
         """What it has taken of a log need not be written."""
         self._out = [run for run in self._out if run[0] is not log]
 
@@ -179,7 +179,7 @@ class Publisher:
         else:
             self._hinted.add(request_id)
 
-    def _ask(self, log: TokenLog) -> None:
+    def _ask(self, log: LogWriter) -> None:
         self._asked.add(log)
         self._call()
 
@@ -300,7 +300,7 @@ class Publisher:
         if self.has_shards or not self._in_cluster:  # else each node counts its own alone
             note_listeners(told, replies[len(verdicts) :], now)
         refused = {} if {*map(type, verdicts)} <= {bytes} else refused_in(batch, verdicts)
-        unheard: dict[TokenLog, Run] = {}
+        unheard: dict[LogWriter, Run] = {}
         written = 0
         for run in batch:
             log = run[0]
@@ -317,7 +317,7 @@ class Publisher:
         for log, since in refused.items():
             self._judge(log, since)
 
-    def _judge(self, log: TokenLog, verdicts: list[object]) -> None:
+    def _judge(self, log: LogWriter, verdicts: list[object]) -> None:
         """Redis refused an entry, the first of these: find out what its id ran into.
 
         Raises:
@@ -363,7 +363,7 @@ class Publisher:
         for log in looked_at:
             self._out += log.pending
 
-    def _reconcile(self, log: TokenLog, reply: object) -> None:
+    def _reconcile(self, log: LogWriter, reply: object) -> None:
         if isinstance(reply, RedisError):
             refusal = refusal_of(reply)
             if refusal is None:

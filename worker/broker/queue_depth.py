@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from worker.contract.ids import EntryId
 from worker.contract.keys import GROUP, Keys
-from worker.contract.records import WorkerLine
+from worker.contract.records import WorkerRecord
 
 _SILENT = 60.0
 """Seconds after which a worker's line is that of a dead one: it is renewed each third of a lease, which few have longer
@@ -74,7 +74,7 @@ async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
     seconds, _ = await redis.time()
     for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
-            line = msgspec.json.decode(raw, type=WorkerLine)
+            line = msgspec.json.decode(raw, type=WorkerRecord)
             if abs(seconds - line.beat / 1000) < _SILENT and (not line.queues or queue in line.queues):
                 return True
     return False

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from worker.broker.log_commands import command, expire, has_ended, last_of
 from worker.redisio.clients import TooFewReplicas
-from worker.redisio.transactions import Line
+from worker.redisio.transactions import Transaction
 
 _WAIT_MS = 1000
 """How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
@@ -22,7 +22,7 @@ class Replicas:
         self.count = count
         self._may_wait = asyncio.Semaphore(_MAX_WAITING)
 
-    async def have_end(self, line: Line, key: str, ended: str, retention: int) -> bool:
+    async def have_end(self, line: Transaction, key: str, ended: str, retention: int) -> bool:
         """Wait until replicas have the end of a log; false when it is not there. `retention` is seconds.
 
         WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was

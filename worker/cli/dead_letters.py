@@ -9,7 +9,7 @@ from functools import partial
 import click
 import msgspec
 
-from worker.broker.dead_letters import DeadLetters, Filed, NotRetryable, Wanted, retry_of
+from worker.broker.dead_letters import DeadLetters, NotRetryable, StoredLetter, Wanted, retry_of
 from worker.cli.options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options
 from worker.client.async_client import Client
 from worker.client.errors import Conflict
@@ -24,7 +24,7 @@ from worker.settings import load_settings
 _NO_LETTER = "there is no such letter: worker dead list shows which there are (one that is retried gets a new id)"
 _NONE = "· no dead letters"
 
-_Act = Callable[[Filed], Awaitable[Object]]
+_Act = Callable[[StoredLetter], Awaitable[Object]]
 
 
 def _check_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> EntryId:
@@ -136,7 +136,7 @@ def drop(
     run_async(remove)
 
 
-async def _retry(client: Client, letters: DeadLetters, filed: Filed) -> Object:
+async def _retry(client: Client, letters: DeadLetters, filed: StoredLetter) -> Object:
     """First the job, then the letter: after a crash in between, the same command attaches to the job that is there."""
     job = retry_of(filed)
     options: JobOptions = {
@@ -153,7 +153,7 @@ async def _retry(client: Client, letters: DeadLetters, filed: Filed) -> Object:
     return {"id": filed.id, "request": filed.request_id, "retried_as": request_id, "letter": letter}
 
 
-async def _drop(letters: DeadLetters, filed: Filed) -> Object:
+async def _drop(letters: DeadLetters, filed: StoredLetter) -> Object:
     await letters.drop(EntryId.parse(filed.id))
     return {"id": filed.id, "request": filed.request_id, "dropped": True}
 
@@ -214,7 +214,7 @@ async def _letters(options: dict[str, object]) -> AsyncIterator[tuple[Client, De
             await redis.aclose()
 
 
-def _summary(filed: Filed) -> Object:
+def _summary(filed: StoredLetter) -> Object:
     letter = filed.letter
     return {
         "id": filed.id, "time": letter.time, "queue": letter.queue, "job": letter.job, "request": filed.request_id,
@@ -222,7 +222,7 @@ def _summary(filed: Filed) -> Object:
     }  # fmt: skip
 
 
-def _line(filed: Filed) -> str:
+def _line(filed: StoredLetter) -> str:
     letter = filed.letter
     when = dt.datetime.fromtimestamp(letter.time / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     reason = " ".join(letter.reason.split())

@@ -20,7 +20,7 @@ _SECTIONS = {
 }
 
 
-class Misused(click.ClickException):
+class UsageProblem(click.ClickException):
     """A setting, an option or a request that cannot be: trying again does not help, hence a status of its own."""
 
     exit_code = 2
@@ -74,7 +74,7 @@ def _mapped(run: Callable[[], object]) -> object:
     except BrokenPipeError:  # as in `worker follow … | head`; click ends the process quietly
         raise
     except (ConfigError, InvalidJob) as error:
-        raise Misused(str(error)) from None
+        raise UsageProblem(str(error)) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
         raise click.ClickException(f"Redis says: {what_redis_said(error)}: {advice}") from None

@@ -64,14 +64,14 @@ _request_id = click.argument("request_id", metavar="ID", callback=_check_id)
 @settings_options()
 def run(**options: object) -> None:
     """Take jobs and relay their tokens, until SIGTERM."""
-    from worker.engine.application import Service  # noqa: PLC0415 - clients need not load it
+    from worker.engine.application import Worker  # noqa: PLC0415 - clients need not load it
 
     settings = load_settings(**options)
     configure_logging(settings.log_format, settings.log_level)
     if settings.unknown:
         structlog.get_logger().warning("unknown_settings", names=settings.unknown)
     _spare_the_collector()
-    run_async(lambda: Service(settings).run())
+    run_async(lambda: Worker(settings).run())
 
 
 def _spare_the_collector() -> None:
@@ -257,11 +257,11 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **orders: ob
     """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
     try:
         from worker.sandbox.simulator.requests import Fault  # noqa: PLC0415 - of the extra `demo`
-        from worker.sandbox.simulator.server import Options, Orders, serve_forever  # noqa: PLC0415 - of the extra `demo`
+        from worker.sandbox.simulator.server import Options, Scenario, serve_forever  # noqa: PLC0415 - of the extra `demo`
     except ModuleNotFoundError as error:
         _needs_extra(error)
     try:
-        ordered = msgspec.convert(orders, Orders)
+        ordered = msgspec.convert(orders, Scenario)
     except msgspec.ValidationError:  # all else is checked by click
         raise click.UsageError(f"--fault must be one of {', '.join(get_args(Fault))}") from None
     options = Options(model=model, api_key=api_key, orders=ordered)

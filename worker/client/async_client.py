@@ -26,7 +26,7 @@ from worker.client.errors import (
     mapped,
 )
 from worker.client.follower import Follower
-from worker.client.following import Following
+from worker.client.following import Followers
 from worker.client.handles import RequestHandle
 from worker.client.new_job import JobOptions, new_job
 from worker.client.patience import Patience
@@ -91,7 +91,7 @@ class Client:
             self._keys = keys_at(url, prefix)
             self._redis = command_client(url)
             self._enqueuer = Enqueuer(self._redis, self._keys)
-            self._following = Following(url, self._keys, self._patience)
+            self._following = Followers(url, self._keys, self._patience)
         except ValueError as error:
             raise InvalidArgument(f"the URL of Redis {error}") from None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from worker.broker.client_seals import may_be_overdue
 from worker.broker.log_pages import PageSize
 from worker.client.errors import Expired, IncompleteLog, Refused, UnknownRequest
-from worker.client.log_reader import FIRST_PAUSE, LONGEST_PAUSE, Logs, Page
+from worker.client.log_reader import FIRST_PAUSE, LONGEST_PAUSE, LogReader, Page
 from worker.contract.entries import AnyEntry, Queued
 from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
 
@@ -28,7 +28,7 @@ _KEPT_BYTES = 32 * 1024
 class Follower:
     """One who follows a request. The log is read in the task that asks for more; the rest leaves word, or pours."""
 
-    def __init__(self, logs: Logs, request: "RequestFollowers", last: EntryId, wait: float = 0.0) -> None:
+    def __init__(self, logs: LogReader, request: "RequestFollowers", last: EntryId, wait: float = 0.0) -> None:
         self._logs = logs
         self._request = request
         request.followers[self] = None

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from worker.client.follower import Follower
-from worker.client.log_reader import Logs
+from worker.client.log_reader import LogReader
 from worker.client.patience import Patience
 from worker.contract.entries import BadEntry
 from worker.contract.feed import UNTOLD_FOR, read_message
@@ -33,14 +33,14 @@ _AT_ONCE, _SPARED = 200, 0.001
 """Requests that are looked at in one step, and seconds until the next of these."""
 
 
-class Following:
+class Followers:
     """All that a client follows; two connections to each server do for any number of requests."""
 
     def __init__(self, url: str, keys: Keys, patience: Patience) -> None:
         self.keys = keys
         self._redis = command_client(url, connections=2)
         self.subscriptions = Subscriptions(self._redis)
-        self.logs = Logs(url, self._redis, keys, patience)
+        self.logs = LogReader(url, self._redis, keys, patience)
         self._requests: dict[str, RequestFollowers] = {}
         self.settling: dict[RequestFollowers, None] = {}
         """Whose followers read the log again and again."""
@@ -105,7 +105,7 @@ class Following:
 class RequestFollowers:
     """A request that is followed: a subscription, as soon as somebody has read all there is, for all who follow it."""
 
-    def __init__(self, following: Following, request_id: str) -> None:
+    def __init__(self, following: Followers, request_id: str) -> None:
         self.id = request_id
         self.followers: dict[Follower, None] = {}
         self.settles_until = 0.0

@@ -23,7 +23,7 @@ from worker.contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resum
 from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from worker.contract.keys import Keys
 from worker.contract.records import Lifecycle
-from worker.redisio.batching import Together
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import blocking_client, is_transient
 from worker.redisio.pipelined import pack
 
@@ -53,14 +53,14 @@ class Page:
     """Whether entries are missing after `last` that a log without a seal may still call void."""
 
 
-class Logs:
+class LogReader:
     """The logs of one namespace. Every question is repeated until Redis answers or patience ends."""
 
     def __init__(self, url: str, redis: Redis, keys: Keys, patience: Patience) -> None:
         self.is_closed = False
         self._keys = keys
         self._patience = patience
-        self._together = Together(redis)
+        self._together = CommandBatcher(redis)
         self._reader = blocking_client(url, _BLOCK)
 
     async def read(

@@ -107,7 +107,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class WorkerLine(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs.
 
     `queues` are those that it serves, and `version` is that of its package; a worker of an earlier one does not say.

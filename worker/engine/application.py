@@ -15,22 +15,22 @@ from worker.broker.cancels import CancelHints
 from worker.broker.cluster_publisher import open_publisher
 from worker.broker.job_queue import JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.ownership import Owner
-from worker.contract.records import WorkerLine
-from worker.engine.intake import Claims
-from worker.engine.job_runner import Relay
-from worker.engine.maintenance import Keeper
-from worker.engine.running_jobs import Leases
+from worker.broker.ownership import LogOwnership
+from worker.contract.records import WorkerRecord
+from worker.engine.intake import JobIntake
+from worker.engine.job_runner import JobRunner
+from worker.engine.maintenance import Maintenance
+from worker.engine.running_jobs import RunningJobs
 from worker.engine.slots import Slots
 from worker.redisio.clients import blocking_client, command_client, is_transient, persist
 from worker.redisio.clock import Clock
-from worker.redisio.transactions import Lines
+from worker.redisio.transactions import Transactions
 from worker.redisio.urls import keys_at
 from worker.settings import ConfigError, Settings, address_of, shown_url, variable
 from worker.telemetry.metrics import Metrics
 from worker.version import version
-from worker.vllm.pool import Endpoint, Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import Server, ServerPool
+from worker.vllm.stream import StreamTimeouts
 
 _LONGEST_BLOCK = 1.0
 
@@ -40,7 +40,7 @@ _LAST_STEPS = 10.0
 _log = structlog.get_logger()
 
 
-class Service:
+class Worker:
     """One worker process, from start to clean end."""
 
     def __init__(self, settings: Settings) -> None:
@@ -59,16 +59,16 @@ class Service:
         self._publisher = open_publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
         self._ledger = Ledger(self._commands, keys, self._metrics, settings.lifecycle_length)
-        self._upstream = Upstream(
+        self._upstream = ServerPool(
             _in_an_order_of_its_own(settings.vllm_urls),
             keys=settings.api_keys(),
-            limits=Limits(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
+            limits=StreamTimeouts(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
         )
-        relay = Relay(
+        relay = JobRunner(
             settings,
             jobs=self._jobs,
-            owner=Owner(
-                Lines(self._commands),
+            owner=LogOwnership(
+                Transactions(self._commands),
                 keys,
                 self._jobs,
                 self._publisher,
@@ -84,13 +84,13 @@ class Service:
             metrics=self._metrics,
         )
         slots = Slots(settings.slots)
-        self._leases = Leases(
+        self._leases = RunningJobs(
             self._jobs, relay.run, lambda: slots.release(1), lease=settings.lease, metrics=self._metrics
         )
-        self._claims = Claims(
+        self._claims = JobIntake(
             settings, self._jobs, self._upstream, self._leases, slots, block=block, metrics=self._metrics
         )
-        self._keeper = Keeper(
+        self._keeper = Maintenance(
             settings,
             jobs=self._jobs,
             leases=self._leases,
@@ -108,7 +108,7 @@ class Service:
         self._leaving = asyncio.Event()
         self._at_once = asyncio.Event()
 
-    def _measure(self, endpoint: Endpoint) -> None:
+    def _measure(self, endpoint: Server) -> None:
         self._metrics.server(
             shown_url(endpoint.url), up=lambda: endpoint.away is False, requests=lambda: endpoint.in_flight
         )
@@ -211,8 +211,8 @@ class Service:
                 task.cancel()
         return deadline
 
-    def _line(self) -> WorkerLine:
-        return WorkerLine(
+    def _line(self) -> WorkerRecord:
+        return WorkerRecord(
             name=self._name,
             beat=self._clock.now(),
             started=self._started,

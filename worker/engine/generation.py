@@ -8,22 +8,22 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import structlog
 
-from worker.broker.log_writer import LogDiverged, LogGone, TokenLog
-from worker.broker.ownership import Owner
+from worker.broker.log_writer import LogDiverged, LogGone, LogWriter
+from worker.broker.ownership import LogOwnership
 from worker.contract.answer import Answer
 from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
 from worker.contract.history import History, fault_in
 from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.contract.job import InvalidJob, Job
-from worker.engine.job_context import Request, Stopped, drained, insist
+from worker.engine.job_context import JobContext, Stopped, drained, insist
 from worker.engine.tries import Tries, was_not_let_in
 from worker.settings import Settings, shown_url
 from worker.telemetry.metrics import Metrics
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import Caller, State
+from worker.vllm.circuit import Caller, CircuitState
 from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
-from worker.vllm.pool import CHAT, Endpoint, Upstream
-from worker.vllm.resume import ContinuationParser, continuation
+from worker.vllm.pool import CHAT, Server, ServerPool
+from worker.vllm.resume import ResumedChunkParser, continuation
 
 _T = TypeVar("_T")
 _LONGEST_NAME = 200
@@ -49,12 +49,12 @@ class Generation:
 
     def __init__(
         self,
-        request: Request,
-        log: TokenLog,
+        request: JobContext,
+        log: LogWriter,
         history: History,
         *,
-        owner: Owner,
-        upstream: Upstream,
+        owner: LogOwnership,
+        upstream: ServerPool,
         settings: Settings,
         metrics: Metrics,
         now: Callable[[], int],
@@ -70,7 +70,7 @@ class Generation:
         self._metrics = metrics
         self._now = now
         self._caller = Caller()
-        self._endpoint: Endpoint
+        self._endpoint: Server
         """The server that is read from, and what reads it."""
         self._parser: ChunkParser
         self._committed = False
@@ -170,7 +170,7 @@ class Generation:
         while True:
             await self._until_taken(model, others)
             endpoint = self._upstream.choose(model, self._caller, other_than=endpoint)
-            is_trial = endpoint.circuit.state is State.HALF_OPEN
+            is_trial = endpoint.circuit.state is CircuitState.HALF_OPEN
             is_last = tries.begin()
             try:
                 with endpoint.in_use():
@@ -194,7 +194,7 @@ class Generation:
                 if self._committed:
                     await self._advance(error.code)
 
-    def _was_no_try(self, error: UpstreamError, endpoint: Endpoint, *, is_trial: bool) -> bool:
+    def _was_no_try(self, error: UpstreamError, endpoint: Server, *, is_trial: bool) -> bool:
         """Whether a request that failed counts for nothing.
 
         One that was not let in goes to another server, or waits for one as any other does, and so does one that is
@@ -216,7 +216,7 @@ class Generation:
             while not self._upstream.can_take(model, self._caller):
                 await self._guarded(self._upstream.available(model, others, caller=self._caller))
 
-    async def _answer(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
+    async def _answer(self, endpoint: Server, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
         if self._fault:
             self._restart(self._fault)
@@ -227,7 +227,7 @@ class Generation:
                 self._restart(str(reason))
         return await self._stream(endpoint, request, ChunkParser(**_parsing(request)))
 
-    async def _go_on(self, endpoint: Endpoint, request: Object, *, last: bool) -> Done:
+    async def _go_on(self, endpoint: Server, request: Object, *, last: bool) -> Done:
         history = self._history
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
@@ -243,7 +243,7 @@ class Generation:
             return self._done("length", history.usage, history.model)
         refusal = ""
         for route, body in way.bodies:
-            parser = ContinuationParser(way, **_parsing(request))
+            parser = ResumedChunkParser(way, **_parsing(request))
             try:
                 return await self._stream(endpoint, body, parser, route)
             except CannotResume as reason:
@@ -254,7 +254,7 @@ class Generation:
                 refusal = f"the server refuses to go on: {error.code}"
         raise CannotResume(refusal)
 
-    async def _stream(self, endpoint: Endpoint, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
+    async def _stream(self, endpoint: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
         self._endpoint, self._parser = endpoint, parser
         async with self._upstream.stream(endpoint, body, route, caller=self._caller) as stream:
@@ -296,7 +296,7 @@ class Generation:
             self._was_allowed = True
         if not parser.committed:
             return
-        if isinstance(parser, ContinuationParser):
+        if isinstance(parser, ResumedChunkParser):
             self._went_on = parser.got_on
             if not self._committed:  # at its first entry: the end of the answer may be minutes away
                 _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(self._endpoint.url))
@@ -371,7 +371,7 @@ def model_of(request: Object) -> str:
     return model if isinstance(model, str) else ""
 
 
-def _warn(error: UpstreamError, endpoint: Endpoint, tried: int) -> None:
+def _warn(error: UpstreamError, endpoint: Server, tried: int) -> None:
     """Without the message, which may quote the request."""
     _log.warning(
         "upstream_failed",

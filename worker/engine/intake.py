@@ -11,12 +11,12 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.broker.job_queue import Delivery, JobQueue
-from worker.engine.running_jobs import Leases
+from worker.engine.running_jobs import RunningJobs
 from worker.engine.slots import Slots
 from worker.redisio.clients import SAY_AGAIN, Backoff, is_transient
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import Upstream
+from worker.vllm.pool import ServerPool
 
 NO_VLLM = "no_vllm"
 REDIS_FULL = "redis_full"
@@ -35,15 +35,15 @@ _LOOK_AGAIN = 0.5
 _log = structlog.get_logger()
 
 
-class Claims:
+class JobIntake:
     """Fills the slots of a process. `block` is how many seconds a read waits for a job."""
 
     def __init__(
         self,
         settings: Settings,
         jobs: JobQueue,
-        upstream: Upstream,
-        leases: Leases,
+        upstream: ServerPool,
+        leases: RunningJobs,
         slots: Slots,
         *,
         block: float,

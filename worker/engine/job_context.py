@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import TokenLog
+from worker.broker.log_writer import LogWriter
 from worker.contract.job import InvalidJob, Job, digest
 from worker.redisio.clients import is_transient, persist, withholds_right
 
@@ -29,7 +29,7 @@ class Stopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class JobContext:
     """A delivered job with what follows from it.
 
     `began` is when this process took it, and `deadline` its own, in Unix ms by Redis's clock; the rest is seconds.
@@ -58,7 +58,7 @@ async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[S
     return await persist(operation, stop, lambda error: is_transient(error) or withholds_right(error))
 
 
-async def drained(log: TokenLog, stop: "asyncio.Future[Stop]") -> None:
+async def drained(log: LogWriter, stop: "asyncio.Future[Stop]") -> None:
     """Wait until Redis has accepted everything of a log, which takes as long as it is full or away.
 
     Raises:

@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 from redis.exceptions import RedisError
 
-from worker.broker.acquisition import Duplicate, Ended, NotOurs, Owned, Reused
+from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, IdReused, LeaseLost
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.ledger import Ledger
@@ -25,9 +25,9 @@ from worker.broker.log_writer import (
     LogOver,
     LogRefused,
     LogSealed,
-    TokenLog,
+    LogWriter,
 )
-from worker.broker.ownership import Owner
+from worker.broker.ownership import LogOwnership
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Failed, Terminal
 from worker.contract.history import History
@@ -43,12 +43,12 @@ from worker.contract.job import (
     with_limit,
 )
 from worker.engine.generation import Generation
-from worker.engine.job_context import UNREAD, Request, Stop, Stopped, digest_of, insist
-from worker.engine.poison import Turn, Turns, failures, goal_of, is_doubtful, is_suspect
+from worker.engine.job_context import UNREAD, JobContext, Stop, Stopped, digest_of, insist
+from worker.engine.poison import Quarantine, QuarantineTurn, failures, goal_of, is_doubtful, is_suspect
 from worker.engine.settlement import Settlement
 from worker.settings import Settings
 from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import Upstream
+from worker.vllm.pool import ServerPool
 
 _DAY_MS = 24 * 3600 * 1000
 
@@ -60,7 +60,7 @@ _REUSED = "the id of the job was used before, for another request: give each req
 _log = structlog.get_logger()
 
 
-class Relay:
+class JobRunner:
     """Runs jobs; all of a process share one. `now` is Redis's clock in Unix ms."""
 
     def __init__(
@@ -68,10 +68,10 @@ class Relay:
         settings: Settings,
         *,
         jobs: JobQueue,
-        owner: Owner,
+        owner: LogOwnership,
         ledger: Ledger,
         publisher: AnyPublisher,
-        upstream: Upstream,
+        upstream: ServerPool,
         now: Callable[[], int],
         metrics: Metrics,
     ) -> None:
@@ -83,7 +83,7 @@ class Relay:
         self._publisher = publisher
         self._upstream = upstream
         self._now = now
-        self._turns = Turns(settings.first_token_timeout)
+        self._turns = Quarantine(settings.first_token_timeout)
         self._metrics = metrics
 
     async def run(
@@ -123,7 +123,7 @@ class Relay:
                 if turn is not None:
                     turn.end()
 
-    async def _is_suspect(self, request: Request) -> bool:
+    async def _is_suspect(self, request: JobContext) -> bool:
         """Whether the job may be what killed the workers that had it, and so is to run alone."""
         if request.job is not UNREAD:
             return False
@@ -133,7 +133,7 @@ class Relay:
             return False
         return is_suspect(failures(history, request.delivery), self._settings.max_deliveries)
 
-    async def _take(self, request: Request, turn: Turn | None) -> None:
+    async def _take(self, request: JobContext, turn: QuarantineTurn | None) -> None:
         """Take the log and do what is to be done with it; again, where an end that was found there is lost since."""
         while True:
             try:
@@ -143,7 +143,7 @@ class Relay:
             else:
                 return
 
-    async def _take_once(self, request: Request, turn: Turn | None) -> None:
+    async def _take_once(self, request: JobContext, turn: QuarantineTurn | None) -> None:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
         delivery, own_digest, is_same = request.delivery, digest_of(request.job), partial(_is_same, request.job)
         taken = await insist(
@@ -151,22 +151,22 @@ class Relay:
             request.stop,
         )
         match taken:
-            case Owned():
+            case Acquired():
                 if turn is not None:
                     taken.log.goal = goal_of(taken.history)
                     taken.log.progress.add_done_callback(turn.end)
                 await self._own(request, taken)
-            case Ended():
+            case AlreadyEnded():
                 await self._settlement.settle_found(request, is_repair=True)
-            case Duplicate():
+            case DuplicateJob():
                 _log.info("duplicate_job", queue=delivery.queue, job=delivery.id)
                 await self._settlement.done_with(request)
-            case Reused():
+            case IdReused():
                 await self._settlement.bury(delivery, _REUSED, request.stop, "id_reused", free=request.free)
-            case NotOurs():
+            case LeaseLost():
                 _log.info("job_taken_elsewhere", queue=delivery.queue, job=delivery.id)
 
-    async def _own(self, request: Request, owned: Owned) -> None:
+    async def _own(self, request: JobContext, owned: Acquired) -> None:
         """Answer, seal and settle, for as long as the log is ours."""
         log, stop = owned.log, request.stop
         self._publisher.attach(log)
@@ -192,7 +192,9 @@ class Relay:
         finally:
             self._publisher.detach(log)
 
-    async def _finish(self, request: Request, log: TokenLog, generation: Generation | None, reason: str = "") -> None:
+    async def _finish(
+        self, request: JobContext, log: LogWriter, generation: Generation | None, reason: str = ""
+    ) -> None:
         """Bring a log that is ours to its end: with an answer or, where there is to be none, with a `reason`.
 
         A log that is deleted, or of which Redis has lost something, is gone on with under a next attempt. That may be
@@ -222,7 +224,7 @@ class Relay:
                 self._count_first_delta(answer)
                 return
 
-    def _generation(self, request: Request, owned: Owned) -> Generation:
+    def _generation(self, request: JobContext, owned: Acquired) -> Generation:
         return Generation(
             self._to_send(request),
             owned.log,
@@ -234,14 +236,14 @@ class Relay:
             now=self._now,
         )
 
-    def _to_bury(self, request: Request, owned: Owned) -> str:
+    def _to_bury(self, request: JobContext, owned: Acquired) -> str:
         """Why a job that is ours must not run, or nothing."""
         failed, most = failures(owned.history, request.delivery), self._settings.max_deliveries
         if failed >= most:
             return f"the job was delivered {failed} times without progress: whoever had it died or was cut off"
         return owned.unreadable
 
-    async def _condemn(self, request: Request, reason: str) -> None:
+    async def _condemn(self, request: JobContext, reason: str) -> None:
         """End a job with which this process cannot deal, lest it come again for ever."""
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
         try:
@@ -253,7 +255,7 @@ class Relay:
             # Whatever it is that the log holds, it must not bring the job back for ever.
             await self._settlement.bury(request.delivery, reason, request.stop, BURIED, free=request.free)
 
-    def _count_start(self, request: Request, attempt: int) -> None:
+    def _count_start(self, request: JobContext, attempt: int) -> None:
         if attempt == 1:
             self._metrics.waited(max(0, self._now() - request.delivery.enqueued) / 1000)
         self._metrics.attempt("started" if attempt == 1 else "takeover")
@@ -263,7 +265,7 @@ class Relay:
         if isinstance(after, int):
             self._metrics.first_delta(after / 1000)
 
-    async def _begin_again(self, request: Request, log: TokenLog) -> None:
+    async def _begin_again(self, request: JobContext, log: LogWriter) -> None:
         """Make a log anew that is gone before its time: it was lost with the Redis that had it, or deleted."""
         expire_at = request.deadline + request.retention * 1000
         if self._now() >= expire_at:
@@ -272,7 +274,7 @@ class Relay:
             lambda: self._owner.begin_again(log, request.delivery, expire_at, digest_of(request.job)), request.stop
         )
 
-    def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]", free: Callable[[], None]) -> Request:
+    def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]", free: Callable[[], None]) -> JobContext:
         request_id = request_id_of(delivery.fields)
         unread = is_doubtful(delivery, self._settings.max_deliveries)
         try:
@@ -280,7 +282,7 @@ class Relay:
         except InvalidJob:
             deadline = retention = None
         retention = retention or self._settings.retention
-        return Request(
+        return JobContext(
             began=self._now(),
             id=request_id,
             delivery=delivery,
@@ -292,7 +294,7 @@ class Relay:
             free=free,
         )
 
-    def _read(self, request: Request) -> Request:
+    def _read(self, request: JobContext) -> JobContext:
         return replace(request, job=self._job(request.delivery)) if request.job is UNREAD else request
 
     def _job(self, delivery: Delivery) -> Job | InvalidJob:
@@ -304,14 +306,14 @@ class Relay:
             return problem
         return job
 
-    def _to_send(self, request: Request) -> Request:
+    def _to_send(self, request: JobContext) -> JobContext:
         """The request as vLLM gets it; its digest is that of what was asked."""
         if isinstance(request.job, InvalidJob):
             return request
         return replace(request, job=with_limit(request.job, self._settings.max_tokens))
 
 
-def _expiry(request: Request, now: int) -> int:
+def _expiry(request: JobContext, now: int) -> int:
     """When a log that is never sealed expires, in Unix ms."""
     return max(request.deadline, now) + request.retention * 1000
 
@@ -325,7 +327,7 @@ def _is_same(job: Job | InvalidJob, known: str) -> bool:
     return not isinstance(job, Job) or not known or is_digest_of(known, job.request, job.fallbacks)
 
 
-async def _end_of(generation: Generation, log: TokenLog) -> Terminal:
+async def _end_of(generation: Generation, log: LogWriter) -> Terminal:
     """The terminal entry of an answer; an error of our own becomes one too, lest the job come again for ever."""
     try:
         return await generation.end()

@@ -11,8 +11,8 @@ from redis.exceptions import RedisError, ResponseError
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.job_queue import JobQueue
 from worker.broker.ledger import Ledger
-from worker.contract.records import WorkerLine
-from worker.engine.running_jobs import Leases
+from worker.contract.records import WorkerRecord
+from worker.engine.running_jobs import RunningJobs
 from worker.redisio.clients import Backoff
 from worker.redisio.clock import Clock
 from worker.settings import Settings
@@ -24,7 +24,7 @@ _SILENT = 2
 """After so many leases without a new beat a worker's jobs are looked at: Redis's clock may hide that they are left."""
 
 
-class Keeper:
+class Maintenance:
     """Keeps a process in order. `line` is how it shows itself."""
 
     def __init__(
@@ -32,11 +32,11 @@ class Keeper:
         settings: Settings,
         *,
         jobs: JobQueue,
-        leases: Leases,
+        leases: RunningJobs,
         ledger: Ledger,
         publisher: AnyPublisher,
         clock: Clock,
-        line: Callable[[], WorkerLine],
+        line: Callable[[], WorkerRecord],
         metrics: Metrics,
     ) -> None:
         self._settings = settings

@@ -64,14 +64,14 @@ def is_doubtful(delivery: Delivery, most: int) -> bool:
     return delivery.again and delivery.count > _suspect_from(most)
 
 
-class Turns:
+class Quarantine:
     """Lets one suspect run at a time, for at most `longest` seconds: the server that it waits for may be away."""
 
     def __init__(self, longest: float) -> None:
         self._lock = asyncio.Lock()
         self._longest = longest
 
-    async def wait(self, stop: asyncio.Future[Any], left: float) -> "Turn | None":
+    async def wait(self, stop: asyncio.Future[Any], left: float) -> "QuarantineTurn | None":
         """Wait for a turn; nothing when the job is to stop, or its `left` seconds are over, before it comes."""
         waiting = asyncio.ensure_future(self._lock.acquire())
         events: set[asyncio.Future[Any]] = {waiting, stop}
@@ -79,10 +79,10 @@ class Turns:
             await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
-        return Turn(self._lock, self._longest) if waiting.done() else None
+        return QuarantineTurn(self._lock, self._longest) if waiting.done() else None
 
 
-class Turn:
+class QuarantineTurn:
     """A suspect's time alone, from before its claim until it has got further or has ended, or had its time."""
 
     def __init__(self, lock: asyncio.Lock, longest: float) -> None:

@@ -21,7 +21,7 @@ _log = structlog.get_logger()
 
 
 @dataclass(eq=False)
-class Running:
+class RunningJob:
     """A job at work. `renewed` is when its last renewal was sent, by the monotonic clock in seconds."""
 
     delivery: Delivery
@@ -36,7 +36,7 @@ class Running:
             self.stop.set_result(reason)
 
 
-class Leases:
+class RunningJobs:
     """The jobs at work. `work` does one, `freed` is called after each; `lease` is in seconds.
 
     A job may give its slot back before its end, and keeps its lease then: its log has its end, and what is left to do
@@ -57,7 +57,7 @@ class Leases:
         self._freed = freed
         self._lease = lease
         self._metrics = metrics
-        self._running: dict[tuple[str, str], Running] = {}
+        self._running: dict[tuple[str, str], RunningJob] = {}
         self.finished = 0
         """How many jobs came to their end here: none that was handed over or otherwise left."""
         self.changed = asyncio.Event()
@@ -90,7 +90,7 @@ class Leases:
                 continue
             stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
             task = asyncio.create_task(self._run(delivery, stop))
-            self._running[delivery.queue, delivery.id] = Running(delivery, stop, sent, task)
+            self._running[delivery.queue, delivery.id] = RunningJob(delivery, stop, sent, task)
             begun += 1
         return begun
 
@@ -155,7 +155,7 @@ class Leases:
         left = [running.renewed - ended for running in self._running.values() if not running.stop.done()]
         return min(left, default=self._lease)
 
-    def _lose(self, running: Running) -> None:
+    def _lose(self, running: RunningJob) -> None:
         if not running.stop.done():
             running.stop_for(Stop.LEASE_LOST)
             self._metrics.lease_lost.inc()

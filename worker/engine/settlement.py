@@ -16,14 +16,14 @@ import structlog
 from worker.broker.cluster_publisher import AnyPublisher
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.ledger import Ledger
-from worker.broker.log_writer import LogDiverged, TokenLog
-from worker.broker.ownership import Owner
+from worker.broker.log_writer import LogDiverged, LogWriter
+from worker.broker.ownership import LogOwnership
 from worker.contract.answer import Answer
 from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
 from worker.contract.records import Lifecycle, Tombstone
-from worker.engine.job_context import UNREAD, Request, Stop, Stopped, digest_of, drained, insist
+from worker.engine.job_context import UNREAD, JobContext, Stop, Stopped, digest_of, drained, insist
 from worker.redisio.clients import persist
 from worker.redisio.urls import keys_at
 from worker.settings import Settings
@@ -43,7 +43,7 @@ class Settlement:
         settings: Settings,
         *,
         jobs: JobQueue,
-        owner: Owner,
+        owner: LogOwnership,
         ledger: Ledger,
         publisher: AnyPublisher,
         now: Callable[[], int],
@@ -58,7 +58,7 @@ class Settlement:
         self._now = now
         self._metrics = metrics
 
-    async def seal(self, request: Request, log: TokenLog, end: Terminal) -> Answer:
+    async def seal(self, request: JobContext, log: LogWriter, end: Terminal) -> Answer:
         """Write the terminal entry; gives what the one that stands says, which somebody else may have written.
 
         Raises:
@@ -76,7 +76,7 @@ class Settlement:
         )
         return await self._whole(request, standing)
 
-    async def _whole(self, request: Request, end: Entry) -> Answer:
+    async def _whole(self, request: JobContext, end: Entry) -> Answer:
         """What the lifecycle tells of an answer: where the seal has no usage, the log shows what there was.
 
         A client that cancels cannot know all of it.
@@ -85,7 +85,7 @@ class Settlement:
             return Answer([end])
         return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
 
-    async def settle_found(self, request: Request, *, is_repair: bool = False) -> None:
+    async def settle_found(self, request: JobContext, *, is_repair: bool = False) -> None:
         """Finish with a request whose end somebody else has written.
 
         With `is_repair` it is the job of another worker, which may have come to its end, and no further, before its
@@ -96,7 +96,7 @@ class Settlement:
             self.tell_start(request, answer.attempt)
         await self.settle(request, answer)
 
-    async def settle(self, request: Request, answer: Answer) -> None:
+    async def settle(self, request: JobContext, answer: Answer) -> None:
         """After the seal: expiry and tombstone, feed, dead letter, lifecycle, acknowledgement.
 
         Raises:
@@ -133,7 +133,7 @@ class Settlement:
             seconds=(self._now() - request.began) / 1000,
         )
 
-    async def _confirm(self, request: Request, outcome: str) -> None:
+    async def _confirm(self, request: JobContext, outcome: str) -> None:
         stone = self._tombstone(request, outcome)
         sealed = await insist(
             lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
@@ -142,11 +142,11 @@ class Settlement:
         if not sealed:
             raise LogDiverged("the seal is not there any more")
 
-    def tell_start(self, request: Request, attempt: int) -> None:
+    def tell_start(self, request: JobContext, attempt: int) -> None:
         """Have the lifecycle tell that a request has started. Nothing waits for it but the line of its end."""
         self._lifecycle(request, "started", Answer([Started(id=EntryId(attempt, 0))]))
 
-    def _lifecycle(self, request: Request, kind: str, answer: Answer) -> "asyncio.Future[None]":
+    def _lifecycle(self, request: JobContext, kind: str, answer: Answer) -> "asyncio.Future[None]":
         """Add a line of the lifecycle; gives what is done once Redis has it and all that came before."""
         line = Lifecycle(
             type=kind,
@@ -164,7 +164,7 @@ class Settlement:
         )
         return self._ledger.lifecycle(line)
 
-    async def done_with(self, request: Request) -> None:
+    async def done_with(self, request: JobContext) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
         if isinstance(request.job, InvalidJob) and request.job is not UNREAD:
             await self.bury(request.delivery, str(request.job), request.stop, request.job.code, free=request.free)
@@ -180,7 +180,7 @@ class Settlement:
         *,
         free: Callable[[], None],
     ) -> None:
-        """Put a job among the dead letters, and acknowledge it. See `Request` for `free`."""
+        """Put a job among the dead letters, and acknowledge it. See `JobContext` for `free`."""
         with _slot_for_a_moment(free):
             await self._dead_letter(delivery, reason, stop, code)
             await self._acknowledge(delivery, stop)
@@ -199,7 +199,7 @@ class Settlement:
     async def _acknowledge(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
         await insist(lambda: self._jobs.acknowledge(delivery), stop)
 
-    def _tombstone(self, request: Request, outcome: str) -> Tombstone:
+    def _tombstone(self, request: JobContext, outcome: str) -> Tombstone:
         return Tombstone(outcome=outcome, time=self._now(), digest=digest_of(request.job))
 
 
@@ -213,7 +213,7 @@ def _slot_for_a_moment(free: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _dead_for(request: Request, answer: Answer) -> str:
+def _dead_for(request: JobContext, answer: Answer) -> str:
     """Why a job is a dead letter, as its seal says; nothing when it is none.
 
     A log that was begun for another job tells of that one, not of its duplicate. One that does not validate is

@@ -24,8 +24,8 @@ from worker.redisio.urls import keys_at, parse_redis_url
 from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
 from worker.vllm.api import Late
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import Endpoint, Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import Server, ServerPool
+from worker.vllm.stream import StreamTimeouts
 
 _WHEN_PAUSED = {
     NO_VLLM: "start a vLLM server that it can reach: its log says what is wrong with each (vllm_away)",
@@ -68,10 +68,10 @@ async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
     async with aclosing(_check_redis(settings)) as of_redis:
         async for finding in of_redis:
             yield finding
-    upstream = Upstream(
+    upstream = ServerPool(
         settings.vllm_urls,
         keys=settings.api_keys(),
-        limits=Limits(connect=settings.connect_timeout),
+        limits=StreamTimeouts(connect=settings.connect_timeout),
     )
     try:
         servers = [await _check_vllm(upstream, endpoint) for endpoint in upstream.endpoints]
@@ -284,7 +284,7 @@ async def _worker_findings(redis: Redis, keys: Keys, lease: float, undone: int) 
     return [Finding("ok", "workers", text), *findings]
 
 
-async def _check_vllm(upstream: Upstream, endpoint: Endpoint) -> Finding:
+async def _check_vllm(upstream: ServerPool, endpoint: Server) -> Finding:
     where = f"vLLM {shown_url(endpoint.url)}"
     try:
         models = await upstream.models(endpoint)

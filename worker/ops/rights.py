@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from worker.contract.keys import GROUP, Keys
 from worker.redisio.clients import lacks_command, withholds_right
-from worker.redisio.pipelined import Wire, pack
+from worker.redisio.pipelined import PipelinedConnection, pack
 
 Role: TypeAlias = Literal["worker", "client"]
 _W: frozenset[Role] = frozenset(("worker",))
@@ -149,7 +149,7 @@ async def find_missing(
             for probe in group
             for queue in (queues if "@jobs" in probe.words else ("",))
         ]
-        wire = await Wire.open(server.connection_pool)
+        wire = await PipelinedConnection.open(server.connection_pool)
         try:
             replies = await wire.ask(b"".join([packed for _, packed in asked]), len(asked))
         finally:

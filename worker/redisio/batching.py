@@ -9,7 +9,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.redisio.clients import is_transient
 from worker.redisio.cluster import ELSEWHERE, forget_masters, server_of, when_gone
-from worker.redisio.pipelined import Wire, lost
+from worker.redisio.pipelined import PipelinedConnection, lost
 
 _AT_ONCE = 128
 """Questions that go as one: more of them would keep the process from everything else while it reads the answers.
@@ -18,14 +18,14 @@ After a timeout it is a quarter, so that what can be answered in time is, and th
 """
 
 
-class Together:
+class CommandBatcher:
     """Asks for many. The client is shared, but keeps one connection to each server for this."""
 
-    kind = Wire
+    kind = PipelinedConnection
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._lines: dict[Redis, _Line] = {}
+        self._lines: dict[Redis, _ServerConnection] = {}
         when_gone(redis, self._drop)
 
     async def ask(self, key: str, packed: bytes, count: int) -> list[Any]:
@@ -37,7 +37,7 @@ class Together:
         server = await server_of(self._redis, key)
         line = self._lines.get(server)
         if line is None:
-            line = self._lines[server] = _Line(server, self.kind)
+            line = self._lines[server] = _ServerConnection(server, self.kind)
         try:
             replies = await line.ask(packed, count)
             for reply in replies:
@@ -59,13 +59,13 @@ class Together:
             await line.aclose()
 
 
-class _Line:
+class _ServerConnection:
     """The connection to one server, and who waits for it."""
 
-    def __init__(self, server: Redis, kind: type[Wire]) -> None:
+    def __init__(self, server: Redis, kind: type[PipelinedConnection]) -> None:
         self._server = server
         self._kind = kind
-        self._wire: Wire | None = None
+        self._wire: PipelinedConnection | None = None
         self._waiting: list[tuple[bytes, int, asyncio.Future[list[Any]]]] = []
         self._asking: asyncio.Task[None] | None = None
         self._at_once = _AT_ONCE

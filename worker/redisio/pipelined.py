@@ -111,7 +111,7 @@ class TakenConnection(asyncio.Protocol):
         self._former.connection_lost(exc)
 
 
-class Wire(TakenConnection):
+class PipelinedConnection(TakenConnection):
     """A connection that is asked."""
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
@@ -201,18 +201,18 @@ class Wire(TakenConnection):
         super().connection_lost(exc)
 
 
-class Wires:
+class NodeConnections:
     """The publisher's connection to one server, opened again whenever it was lost.
 
     With `by_slot` the server is a master of a cluster, where a MULTI has the keys of one slot.
     """
 
-    kind = Wire
+    kind = PipelinedConnection
 
     def __init__(self, redis: Redis, *, by_slot: bool = False) -> None:
         self._redis = redis
         self._by_slot = by_slot
-        self._wire: Wire | None = None
+        self._wire: PipelinedConnection | None = None
         self._shards = False
 
     @property
@@ -273,12 +273,12 @@ class Wires:
             )
 
 
-async def _knows_shards(wire: Wire) -> bool:
+async def _knows_shards(wire: PipelinedConnection) -> bool:
     (told,) = await wire.ask(pack(b"COMMAND", b"INFO", b"SPUBLISH"), 1)
     return isinstance(told, list) and told[0] is not None
 
 
-async def _in_multi_by_slot(wire: Wire, commands: Sequence[Command]) -> list[Any]:
+async def _in_multi_by_slot(wire: PipelinedConnection, commands: Sequence[Command]) -> list[Any]:
     """Send commands in a MULTI for each slot; gives their replies in the order of the commands."""
     slots: dict[int, list[int]] = {}
     for number, (key, _, _) in enumerate(commands):
@@ -290,7 +290,7 @@ async def _in_multi_by_slot(wire: Wire, commands: Sequence[Command]) -> list[Any
     return list(chain.from_iterable(replies))
 
 
-async def in_multi(wire: Wire, slots: list[list[Packed]]) -> list[Any]:
+async def in_multi(wire: PipelinedConnection, slots: list[list[Packed]]) -> list[Any]:
     """Send the commands of each slot in a MULTI, and give their replies, errors among them as values.
 
     Raises:

@@ -46,8 +46,8 @@ class Subscriptions:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._prefix = b"S" if isinstance(redis, ClusterClient) else b""
-        self._stations: dict[Redis, _Station] = {}
-        self._homes: dict[bytes, _Station] = {}
+        self._stations: dict[Redis, _ServerSubscriptions] = {}
+        self._homes: dict[bytes, _ServerSubscriptions] = {}
         self._unplaced: dict[bytes, Listener] = {}
         self._placing: asyncio.Task[None] | None = None
         self._backoff = Backoff(None)
@@ -130,12 +130,12 @@ class Subscriptions:
         if listener is None:  # it left while the server was looked for
             return
         if server not in self._stations:
-            self._stations[server] = _Station(self, server, self._prefix)
+            self._stations[server] = _ServerSubscriptions(self, server, self._prefix)
         self._homes[channel] = self._stations[server]
         self._homes[channel].add(channel, listener)
 
 
-class _Station:
+class _ServerSubscriptions:
     """What is heard at one server."""
 
     def __init__(self, owner: Subscriptions, server: Redis, prefix: bytes) -> None:
@@ -146,7 +146,7 @@ class _Station:
         self._message = prefix.lower() + b"message"
         self._listeners: dict[bytes, Listener] = {}
         self._changed: dict[bytes, None] = {}
-        self._line: _Line | None = None
+        self._line: _SubscriptionConnection | None = None
         self._is_refused = False
         self._backoff = Backoff(None)
         self.task: asyncio.Task[None] | None = None
@@ -239,7 +239,7 @@ class _Station:
         Raises:
             RedisError: when there is no connection, or none any more.
         """
-        line = await _Line.open(self._server.connection_pool)
+        line = await _SubscriptionConnection.open(self._server.connection_pool)
         line.station = self
         self._line, self._changed = line, dict.fromkeys(self._listeners)
         try:
@@ -250,10 +250,10 @@ class _Station:
             await line.close()
 
 
-class _Line(TakenConnection):
+class _SubscriptionConnection(TakenConnection):
     """The connection of a station."""
 
-    station: _Station
+    station: _ServerSubscriptions
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         super().__init__(pool, connection)

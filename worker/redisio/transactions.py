@@ -13,16 +13,16 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from worker.redisio.cluster import ELSEWHERE, forget_masters, server_of, when_gone
-from worker.redisio.pipelined import Wire, in_multi, pack
+from worker.redisio.pipelined import PipelinedConnection, in_multi, pack
 
 _MOST = 16
 """Connections to one server: its client's pool has 64, and the renewals of leases need one of the rest."""
 
 
-class Line:
-    """A connection to the server of a key, for as long as the context of `Lines.to` lasts."""
+class Transaction:
+    """A connection to the server of a key, for as long as the context of `Transactions.to` lasts."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: PipelinedConnection) -> None:
         self._wire = wire
 
     async def ask(self, *commands: bytes) -> list[Any]:
@@ -52,36 +52,36 @@ class Line:
 
 
 @dataclass(eq=False)
-class _Place:
+class _ServerTransactions:
     """What there is for one server: turns for those who come, and connections that nobody has."""
 
     turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST))
-    free: list[Wire] = field(default_factory=list)
+    free: list[PipelinedConnection] = field(default_factory=list)
 
 
-class Lines:
+class Transactions:
     """Connections out of the pool of a client; they close with it. `redis` is that client, for all other commands."""
 
-    kind = Wire
+    kind = PipelinedConnection
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self._places: dict[Redis, _Place] = {}
+        self._places: dict[Redis, _ServerTransactions] = {}
         when_gone(redis, self._drop)
 
     @asynccontextmanager
-    async def to(self, key: str) -> AsyncIterator[Line]:
+    async def to(self, key: str) -> AsyncIterator[Transaction]:
         """A connection to the server of a key.
 
         Raises:
             RedisError: when there is none.
         """
         server = await server_of(self.redis, key)
-        place = self._places.setdefault(server, _Place())
+        place = self._places.setdefault(server, _ServerTransactions())
         async with place.turns:
             wire = await self._take(server, place)
             try:
-                yield Line(wire)
+                yield Transaction(wire)
             except ELSEWHERE:
                 wire.abort()
                 self._forget()
@@ -102,7 +102,7 @@ class Lines:
             (reply,) = await line.ask(command)
         return reply
 
-    async def _take(self, server: Redis, place: _Place) -> Wire:
+    async def _take(self, server: Redis, place: _ServerTransactions) -> PipelinedConnection:
         while place.free:
             wire = place.free.pop()
             if wire.is_open:

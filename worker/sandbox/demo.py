@@ -25,11 +25,11 @@ from worker.client.errors import Unavailable
 from worker.contract.answer import Answer
 from worker.contract.entries import Entry, Object
 from worker.sandbox.embedded_redis import start_redis
-from worker.sandbox.simulator.server import Options, Orders, Simulator
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import load_settings, shown_url
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import Upstream
-from worker.vllm.stream import Limits
+from worker.vllm.pool import ServerPool
+from worker.vllm.stream import StreamTimeouts
 
 Tell: TypeAlias = Callable[[str, Object], None]
 """Takes a line for people and the same as JSON."""
@@ -51,7 +51,7 @@ class DemoFailed(RuntimeError):
 
 
 @dataclass
-class Follower:
+class DemoFollower:
     """Somebody who reads one request's stream, with a cursor of their own."""
 
     name: str
@@ -116,7 +116,7 @@ async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | Non
 
 async def _follow_all(
     redis_url: str, prefix: str, model: str, workers: "list[subprocess.Popen[bytes]]", tell: Tell
-) -> list[Follower]:
+) -> list[DemoFollower]:
     async with Client(redis_url, prefix=prefix) as client, asyncio.timeout(_PATIENCE), asyncio.TaskGroup() as group:
         watch = group.create_task(_watch(workers))
         followers = []
@@ -130,10 +130,10 @@ async def _follow_all(
             request_id = await client.enqueue(request)
             tell(f"asked: {question}", {"asked": question, "id": request_id})
             names = ("websocket", "logger") if question == STORY else (f"reader {number}",)
-            followers += [Follower(name, request_id, question) for name in names]
+            followers += [DemoFollower(name, request_id, question) for name in names]
         readers = [group.create_task(follower.follow(client, tell)) for follower in followers]
         await followers[0].halfway.wait()
-        late = Follower("billing", followers[0].request_id, STORY)
+        late = DemoFollower("billing", followers[0].request_id, STORY)
         tell("billing comes late, and reads from the start", {"late": late.name, "id": late.request_id})
         followers.insert(2, late)
         readers.append(group.create_task(late.follow(client, tell)))
@@ -142,7 +142,7 @@ async def _follow_all(
     return followers
 
 
-def _sum_up(followers: list[Follower], tell: Tell) -> None:
+def _sum_up(followers: list[DemoFollower], tell: Tell) -> None:
     for follower in followers:
         end, started = follower.answer.end, follower.answer.started
         timings = end.timings if end else {}
@@ -173,7 +173,7 @@ async def _vllm(url: str | None) -> AsyncIterator[tuple[str, str]]:
     if url is not None:
         yield url, shown_url(url)
         return
-    async with Simulator(Options(orders=Orders(rate=_RATE, first_token=0.2))) as simulator:
+    async with Simulator(Options(orders=Scenario(rate=_RATE, first_token=0.2))) as simulator:
         yield simulator.url, f"simulated, {_RATE:g} tokens/s, {simulator.url}"
 
 
@@ -186,7 +186,7 @@ async def _check_redis(url: str) -> None:
 
 
 async def _model_of(url: str) -> str:
-    upstream = Upstream([url], keys=load_settings(_KEYS).api_keys(), limits=Limits())
+    upstream = ServerPool([url], keys=load_settings(_KEYS).api_keys(), limits=StreamTimeouts())
     try:
         return (await upstream.models(upstream.endpoints[0]))[0]
     except (UpstreamError, IndexError) as error:

@@ -5,15 +5,61 @@ error, which may quote the request. So tracebacks are written without the values
 would add to them.
 """
 
+import dataclasses
 import logging
 import os
+import re
 import sys
+import time
 from typing import Literal
 
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
+from worker.telemetry.events import Event, Failing, Recovered
+
 Format = Literal["auto", "json", "console"]
+
+SAY_AGAIN = 30.0
+"""Seconds until the same trouble is logged again."""
+
+_WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
+
+
+class LogReceiver:
+    """Writes events to the log: trouble that lasts at first, then every half minute, and once when it is over."""
+
+    def __init__(self) -> None:
+        self._logger = structlog.get_logger()
+        self._failing: dict[str, float] = {}
+        """When each trouble that lasts was last logged, by the monotonic clock in seconds."""
+
+    def emit(self, event: Event) -> None:
+        if event.level == "silent":
+            return
+        if isinstance(event, Failing):
+            now = time.monotonic()
+            if now - self._failing.get(event.what, float("-inf")) > SAY_AGAIN:
+                self._failing[event.what] = now
+                advice = {"advice": event.advice} if event.advice else {}
+                self._logger.warning(event.what, error=event.error, **advice)
+            return
+        if isinstance(event, Recovered) and self._failing.pop(event.after, None) is None:
+            return
+        fields = {
+            field.name: getattr(event, field.name)
+            for field in dataclasses.fields(event)
+            if getattr(event, field.name) != field.default
+        }
+        error = fields.get("error")
+        if isinstance(error, BaseException):
+            fields["exc_info"] = fields.pop("error")
+        getattr(self._logger, event.level)(name_of(type(event)), **fields)
+
+
+def name_of(kind: type[Event]) -> str:
+    """What the log calls events of a class."""
+    return kind.name or _WORD_START.sub("_", kind.__name__).lower()
 
 
 def configure_logging(log_format: Format = "auto", level: str = "info") -> None:

@@ -10,6 +10,25 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from worker.telemetry.events import (
+    AnswerRestarted,
+    AnswerResumed,
+    AttemptBegun,
+    EntriesAccepted,
+    Event,
+    FirstDelta,
+    IntakePaused,
+    JobBuried,
+    JobFinished,
+    JobStarted,
+    LeaseWasLost,
+    ModelWaitBegan,
+    ModelWaitEnded,
+    QueueMeasured,
+    RecordRefused,
+    UnknownFinishReason,
+    WriteFailed,
+)
 from worker.version import version
 
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
@@ -50,6 +69,45 @@ class Metrics:
         self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
         self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start")
         self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta")
+
+    def emit(self, event: Event) -> None:  # noqa: C901, PLR0912 - one row for each event that is counted
+        """Count an event."""
+        match event:
+            case EntriesAccepted():  # the most frequent comes first
+                self.written.inc(event.count)
+            case AttemptBegun():
+                self.attempt(event.reason)
+            case JobStarted():
+                self.waited(event.waited_s)
+            case FirstDelta():
+                self.first_delta(event.after_s)
+            case JobFinished():
+                if event.outcome:
+                    self.finished(event.outcome, event.code or "")
+            case JobBuried():
+                self.buried.inc()
+            case AnswerResumed():
+                self.interrupted("resumed")
+            case AnswerRestarted():
+                self.interrupted("restarted")
+            case UnknownFinishReason():
+                self.unknown_finish_reason(event.reason)
+            case LeaseWasLost():
+                self.lease_lost.inc()
+            case WriteFailed():
+                self.write_failures.inc()
+            case RecordRefused():
+                self.refused(event.record)
+            case IntakePaused():
+                self.paused(event.reason, on=event.on)
+            case QueueMeasured():
+                self.queue(event.queue, event.waiting, event.oldest_s)
+            case ModelWaitBegan():
+                self.waiting_for_model.inc()
+            case ModelWaitEnded():
+                self.waiting_for_model.dec()
+            case _:
+                pass
 
     def finished(self, outcome: str, code: str = "") -> None:
         """A job has ended: `done`, `error` or `cancelled`; with `error` the code says why."""

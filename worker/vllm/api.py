@@ -10,10 +10,10 @@ import msgspec
 from worker.contract.entries import Object, to_json
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
-from worker.vllm.server import Endpoint
-from worker.vllm.stream import Limits, Watchdog, open_answer
+from worker.vllm.server import Server
+from worker.vllm.stream import StreamTimeouts, StreamWatchdog, open_answer
 from worker.vllm.target import Target
-from worker.vllm.transport import Answer, Transport
+from worker.vllm.transport import HttpAnswer, Transport
 
 _T = TypeVar("_T")
 
@@ -46,7 +46,9 @@ class VllmApi:
         """Close every connection."""
         await self._client.aclose()
 
-    async def open(self, endpoint: Endpoint, route: str, body: Object, limits: Limits, watchdog: Watchdog) -> Answer:
+    async def open(
+        self, endpoint: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
+    ) -> HttpAnswer:
         """Post a completion and give its answer, which the caller closes.
 
         Raises:
@@ -57,7 +59,7 @@ class VllmApi:
             endpoint, lambda key: open_answer(self._transport, self._target(url, key), body, limits, watchdog)
         )
 
-    async def post(self, endpoint: Endpoint, path: str, body: Object) -> bytes:
+    async def post(self, endpoint: Server, path: str, body: Object) -> bytes:
         """Ask something small; gives the body of the answer.
 
         Raises:
@@ -77,7 +79,7 @@ class VllmApi:
         except httpx.HTTPError as error:
             raise unreachable(url, error) from None
 
-    async def health(self, endpoint: Endpoint, within: float) -> int:
+    async def health(self, endpoint: Server, within: float) -> int:
         """The status of a server's `/health`.
 
         Raises:
@@ -87,7 +89,7 @@ class VllmApi:
         key = await self._keys.untried(endpoint.key, frozenset()) or ""
         return (await self._get(f"{endpoint.url}/health", key, within)).status_code
 
-    async def models(self, endpoint: Endpoint, within: float) -> list[str]:
+    async def models(self, endpoint: Server, within: float) -> list[str]:
         """The names of the models that a server serves.
 
         Raises:
@@ -110,7 +112,7 @@ class VllmApi:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
 
-    async def _with_key(self, endpoint: Endpoint, ask: Callable[[str], Awaitable[_T]]) -> _T:
+    async def _with_key(self, endpoint: Server, ask: Callable[[str], Awaitable[_T]]) -> _T:
         """Ask with the key that the server took last and, where it refuses that, with the others there are.
 
         A key that it knows and forbids something to (403) says more than those that it does not know.

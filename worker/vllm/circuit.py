@@ -12,7 +12,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
 """Seconds between trials at least, from the second time on. The first time it is for the probe to say."""
 
 
-class State(enum.Enum):
+class CircuitState(enum.Enum):
     """Of a circuit."""
 
     UNKNOWN = "unknown"
@@ -40,7 +40,7 @@ class Caller:
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class ServerRequest:
     """One request at a server: `era` is how often the circuit had opened before it was sent."""
 
     caller: Caller
@@ -89,8 +89,10 @@ class Circuit:
         on_change: called with the former state, the new one and the reason.
     """
 
-    def __init__(self, clock: Callable[[], float], on_change: Callable[[State, State, str], None]) -> None:
-        self.state = State.UNKNOWN
+    def __init__(
+        self, clock: Callable[[], float], on_change: Callable[[CircuitState, CircuitState, str], None]
+    ) -> None:
+        self.state = CircuitState.UNKNOWN
         self.reason = ""
         """Why it is open."""
         self._clock = clock
@@ -98,7 +100,7 @@ class Circuit:
         self._unanswered: set[Caller] = set()
         self._broken: set[Caller] = set()
         self._is_suspect = False
-        self._late_from: State | None = None
+        self._late_from: CircuitState | None = None
         """The state before a late probe; None when the last probe was not late."""
         self._on_probation = False
         self._era = 0
@@ -109,8 +111,8 @@ class Circuit:
         """Whether a request of a job may go there now; `pressed` when it can go nowhere else."""
         if self in caller.refused_at:
             return False
-        if self.state is not State.HALF_OPEN:
-            return self.state is State.CLOSED
+        if self.state is not CircuitState.HALF_OPEN:
+            return self.state is CircuitState.CLOSED
         is_due = pressed or self._clock() >= self._before_trials.until
         return self not in caller.failed_at and self._is_free and is_due
 
@@ -118,7 +120,7 @@ class Circuit:
         """Whether a job that has failed here, and so waits, may have the server tried with another request."""
         is_due = self._is_free and self._clock() >= self._before_own_trials.until
         waits = self in caller.failed_at and self not in caller.refused_at
-        return self.state is State.HALF_OPEN and waits and is_due
+        return self.state is CircuitState.HALF_OPEN and waits and is_due
 
     @property
     def _is_free(self) -> bool:
@@ -127,85 +129,85 @@ class Circuit:
     @property
     def wants_probe(self) -> bool:
         """Whether the server is to be asked if it is there: a request failed, or it is away, or nothing is known."""
-        if self.state is State.OPEN:
+        if self.state is CircuitState.OPEN:
             return self._clock() >= self._before_probes.until
-        return self.state is State.UNKNOWN or self._is_suspect or self._late_from is not None
+        return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def probed(self, trouble: str) -> None:
         """A probe was answered; or not, and `trouble` says why."""
         self._is_suspect = False
         late_from, self._late_from = self._late_from, None
-        if self.state is State.OPEN:
+        if self.state is CircuitState.OPEN:
             if not trouble:
                 self._held_until = 0.0
-                self._become(State.HALF_OPEN)
+                self._become(CircuitState.HALF_OPEN)
         elif trouble:
             self._open(trouble)
-        elif State.UNKNOWN in (self.state, late_from):
-            self._become(State.CLOSED)
+        elif CircuitState.UNKNOWN in (self.state, late_from):
+            self._become(CircuitState.CLOSED)
         elif late_from is not None:
             self._held_until -= LATE_TRIAL - TRIAL
 
     def probed_late(self) -> None:
         """A probe was not answered in the time it had."""
         self._is_suspect = False
-        if self.state in {State.UNKNOWN, State.OPEN}:
+        if self.state in {CircuitState.UNKNOWN, CircuitState.OPEN}:
             self._held_until = 0.0
             former = self.state
-            self._become(State.HALF_OPEN)
+            self._become(CircuitState.HALF_OPEN)
             self._late_from = former
 
     def hold(self) -> None:
         """A request is about to go there: while the circuit is half open, it is the trial."""
         self._held_until = self._clock() + (TRIAL if self._late_from is None else LATE_TRIAL)
 
-    def run_of(self, caller: Caller) -> Run:
+    def run_of(self, caller: Caller) -> ServerRequest:
         """What a request of a job that begins now tells its fate with."""
-        return Run(caller, self._era)
+        return ServerRequest(caller, self._era)
 
-    def begin(self, caller: Caller) -> Run:
+    def begin(self, caller: Caller) -> ServerRequest:
         """A request of a job goes there; gives what to tell its fate with."""
         self.hold()
         return self.run_of(caller)
 
-    def began(self, run: Run) -> None:
+    def began(self, run: ServerRequest) -> None:
         """The first data event of a request came.
 
         One that was sent before the circuit opened shows as well that a server works whose probe was answered since;
         without that it may only be ending its answers.
         """
-        if run.era != self._era and self.state is not State.HALF_OPEN:
+        if run.era != self._era and self.state is not CircuitState.HALF_OPEN:
             return
         run.begun = True
         self._unanswered.clear()
-        if self.state is not State.CLOSED and run.caller.is_job:
-            self._on_probation = self.state is not State.UNKNOWN
-            self._become(State.CLOSED)
+        if self.state is not CircuitState.CLOSED and run.caller.is_job:
+            self._on_probation = self.state is not CircuitState.UNKNOWN
+            self._become(CircuitState.CLOSED)
 
-    def succeeded(self, run: Run) -> None:
+    def succeeded(self, run: ServerRequest) -> None:
         """The stream of a request came whole."""
         if run.era == self._era:
             self._forget()
             self._before_probes, self._before_trials, self._before_own_trials = _Pause(), _Pause(), _Pause(FIRST_PAUSE)
-            if self.state is State.HALF_OPEN:
-                self._become(State.CLOSED)
+            if self.state is CircuitState.HALF_OPEN:
+                self._become(CircuitState.CLOSED)
 
-    def failed(self, run: Run, reason: str, *, at_once: bool = False) -> None:
+    def failed(self, run: ServerRequest, reason: str, *, at_once: bool = False) -> None:
         """A request failed, perhaps by a fault of the server; `at_once` when it is one for certain."""
         caller, is_new = run.caller, self not in run.caller.failed_at
         if not at_once:
             caller.failed_at.add(self)
-        if run.era != self._era or self.state is State.OPEN:
+        if run.era != self._era or self.state is CircuitState.OPEN:
             return
         if at_once:
             self._before_probes.begin(self._clock())
             self._open(reason)
             return
         self._is_suspect = True
-        if self.state is State.HALF_OPEN and self._late_from is not None:
+        if self.state is CircuitState.HALF_OPEN and self._late_from is not None:
             self._open(reason)
             return
-        if self.state is State.HALF_OPEN:
+        if self.state is CircuitState.HALF_OPEN:
             self._before_trials.begin(self._clock())
             if not caller.is_job:
                 self._before_own_trials.begin(self._clock())
@@ -215,7 +217,7 @@ class Circuit:
         if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
             self._open(reason)
 
-    def left(self, run: Run) -> None:
+    def left(self, run: ServerRequest) -> None:
         """A request is over, whatever came of it: a trial that said nothing gives its place up."""
         if run.era == self._era:
             self._held_until = 0.0
@@ -224,13 +226,13 @@ class Circuit:
         self._era += 1
         self._forget()
         self._before_trials.begin(self._clock())
-        self._become(State.OPEN, reason)
+        self._become(CircuitState.OPEN, reason)
 
     def _forget(self) -> None:
         self._unanswered.clear()
         self._broken.clear()
         self._is_suspect = self._on_probation = False
 
-    def _become(self, state: State, reason: str = "") -> None:
+    def _become(self, state: CircuitState, reason: str = "") -> None:
         former, self.state, self.reason, self._late_from = self.state, state, reason, None
         self._on_change(former, state, reason)

@@ -149,7 +149,7 @@ class NoConnection(UpstreamError):
     """There is no server to talk to: the connection is refused, or is not there in time."""
 
 
-class Refused(NoConnection):
+class ConnectionRefused(NoConnection):
     """Nothing listens there any more. A connection that is not there in time may only wait in a full queue."""
 
 
@@ -241,7 +241,7 @@ def unreachable(url: str, error: Exception, *, is_probe: bool = False) -> Upstre
     """
     kind = UpstreamError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        kind = Refused if _is_refused(error) else NoConnection
+        kind = ConnectionRefused if _is_refused(error) else NoConnection
     why = str(error) or type(error).__name__
     fix = next((fix for part, fix in _FIXES if part in why), "")
     if is_probe and not fix and url.startswith("http://") and any(words in why for words in _CUT_OFF):

@@ -12,21 +12,21 @@ import structlog
 from worker.contract.entries import Object
 from worker.vllm.api import VllmApi
 from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import Caller, Run, State
+from worker.vllm.circuit import Caller, CircuitState, ServerRequest
 from worker.vllm.credentials import ApiKeys
 from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
 from worker.vllm.fields import body_for, refused_fields
 from worker.vllm.probes import FIRST_LIMIT, Probes
 from worker.vllm.recent import Recent
-from worker.vllm.server import MISSING, Endpoint, best_of, may_be_its_fault
-from worker.vllm.stream import ChatStream, Limits, Watchdog
+from worker.vllm.server import MISSING, Server, best_of, may_be_its_fault
+from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog
 from worker.vllm.target import base_url
-from worker.vllm.transport import Answer
+from worker.vllm.transport import HttpAnswer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
-__all__ = ["CHAT", "COMPLETIONS", "Endpoint", "Upstream"]
+__all__ = ["CHAT", "COMPLETIONS", "Server", "ServerPool"]
 
 _PROBE_EVERY = 2.0
 _LIST_EVERY = 60.0
@@ -34,7 +34,7 @@ _LIST_EVERY = 60.0
 _log = structlog.get_logger()
 
 
-class Upstream:
+class ServerPool:
     """All servers together.
 
     Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
@@ -48,8 +48,8 @@ class Upstream:
     The caller is the job that asks, the same for all of its requests. Without one, a request is of a job of its own.
     """
 
-    def __init__(self, urls: Sequence[str], *, keys: ApiKeys | None = None, limits: Limits) -> None:
-        self.endpoints = [Endpoint(base_url(url), on_change=self._on_change) for url in urls]
+    def __init__(self, urls: Sequence[str], *, keys: ApiKeys | None = None, limits: StreamTimeouts) -> None:
+        self.endpoints = [Server(base_url(url), on_change=self._on_change) for url in urls]
         self._limits = limits
         self._changed = asyncio.Event()
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
@@ -99,7 +99,7 @@ class Upstream:
             and any(self.can_take(other, Caller(failed_at=caller.failed_at)) for other in others)
         )
 
-    def serving(self, model: str) -> list[Endpoint]:
+    def serving(self, model: str) -> list[Server]:
         """The servers that a request for this model may go to, as far as is known; the empty name is any model.
 
         A model that no server lists may be asked of any, once `available` has asked for the lists again.
@@ -111,7 +111,7 @@ class Upstream:
         """Whether a server of this model has not refused the job."""
         return any(endpoint.circuit not in caller.refused_at for endpoint in self.serving(model))
 
-    def _taking(self, model: str, caller: Caller) -> list[Endpoint]:
+    def _taking(self, model: str, caller: Caller) -> list[Server]:
         """Those of them that take a request of a job now, if need be."""
         return [endpoint for endpoint in self.serving(model) if endpoint.circuit.admits(caller, pressed=True)]
 
@@ -152,7 +152,7 @@ class Upstream:
             elif not self.serving(model):
                 self._unlisted.put(model, True)
 
-    def choose(self, model: str, caller: Caller | None = None, *, other_than: Endpoint | None = None) -> Endpoint:
+    def choose(self, model: str, caller: Caller | None = None, *, other_than: Server | None = None) -> Server:
         """The server for a request: of those that serve the model and can take it the one with the fewest of ours.
 
         It is another than those where the job has failed, and than the last one, where that may be. When none can take
@@ -162,7 +162,7 @@ class Upstream:
         endpoint.circuit.hold()
         return endpoint
 
-    async def _try_out(self, endpoint: Endpoint, model: str) -> None:
+    async def _try_out(self, endpoint: Server, model: str) -> None:
         """Ask a server for one token, in place of a job that may be what it fails at.
 
         Only so can jobs that have all failed there find out whether they wait for a server or fail by themselves.
@@ -195,7 +195,7 @@ class Upstream:
                 group.create_task(self._watch(endpoint))
                 group.create_task(self._watch_list(endpoint))
 
-    async def _watch(self, endpoint: Endpoint) -> None:
+    async def _watch(self, endpoint: Server) -> None:
         while True:
             changed = self._changed
             if endpoint.circuit.wants_probe:
@@ -204,14 +204,14 @@ class Upstream:
                 await self._probes.still_there(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
-    async def _watch_list(self, endpoint: Endpoint) -> None:
+    async def _watch_list(self, endpoint: Server) -> None:
         while True:
             changed = self._changed
             if endpoint.away is False and time.monotonic() - endpoint.listed > _LIST_EVERY:
                 await self._probes.ask_list(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
-    def _on_change(self, endpoint: Endpoint, former: State, state: State, reason: str) -> None:
+    def _on_change(self, endpoint: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
         copy_context().run(_tell, endpoint, former, state, reason)
         self._wake()
 
@@ -221,7 +221,7 @@ class Upstream:
 
     @asynccontextmanager
     async def stream(
-        self, endpoint: Endpoint, request: Object, route: str = CHAT, *, caller: Caller | None = None
+        self, endpoint: Server, request: Object, route: str = CHAT, *, caller: Caller | None = None
     ) -> AsyncIterator[ChatStream]:
         """The token stream of a request; leaving the context closes it.
 
@@ -242,7 +242,7 @@ class Upstream:
             if isinstance(model, str):
                 endpoint.answers(model)
 
-        watchdog = Watchdog(self._limits)
+        watchdog = StreamWatchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
             stream = await self._open(endpoint, request, route, watchdog, begun)
@@ -264,14 +264,14 @@ class Upstream:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
-    def _lacks(self, endpoint: Endpoint, model: str, caller: Caller, answer: UpstreamError) -> None:
+    def _lacks(self, endpoint: Server, model: str, caller: Caller, answer: UpstreamError) -> None:
         """A server does not know a model. Where all list others, that is the answer to all who ask."""
         endpoint.lacks(model, caller)
         self._unlisted.drop(model)
         if endpoint.models and model not in endpoint.models and not self.serving(model):
             self._missing.put(model, answer)
 
-    async def _refuses_key(self, endpoint: Endpoint, error: UpstreamError) -> bool:
+    async def _refuses_key(self, endpoint: Server, error: UpstreamError) -> bool:
         """Whether a server that refused a request refuses the keys, and so its list, too; said in the error then.
 
         Otherwise it may refuse what is asked: a router has keys of its own for its servers. A list that it never gave
@@ -287,13 +287,13 @@ class Upstream:
                 return True
         return False
 
-    def _left(self, endpoint: Endpoint, run: Run) -> None:
+    def _left(self, endpoint: Server, run: ServerRequest) -> None:
         endpoint.circuit.left(run)
-        if endpoint.circuit.state is State.HALF_OPEN:
+        if endpoint.circuit.state is CircuitState.HALF_OPEN:
             self._wake()
 
     async def _open(
-        self, endpoint: Endpoint, request: Object, route: str, watchdog: Watchdog, on_first: Callable[[], None]
+        self, endpoint: Server, request: Object, route: str, watchdog: StreamWatchdog, on_first: Callable[[], None]
     ) -> ChatStream:
         """Open the stream, without what the server does not know, whether it says so before the stream or within.
 
@@ -302,7 +302,7 @@ class Upstream:
         """
         without = set(endpoint.without)
 
-        async def opened() -> Answer:
+        async def opened() -> HttpAnswer:
             while True:
                 try:
                     body = body_for(request, without)
@@ -311,7 +311,7 @@ class Upstream:
                     if not leave_out(error):
                         raise
 
-        async def reopened(error: UpstreamError) -> Answer | None:
+        async def reopened(error: UpstreamError) -> HttpAnswer | None:
             if not leave_out(error):
                 return None
             watchdog.restart()
@@ -330,7 +330,7 @@ class Upstream:
         stream.on_first, stream.reopen = begun, reopened
         return stream
 
-    async def post(self, endpoint: Endpoint, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
+    async def post(self, endpoint: Server, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
         """Ask a server something small before a stream is asked of it; gives the body of its answer.
 
         It has as long as a first token, for all streams that broke with another server ask at once. That it is slow
@@ -341,7 +341,7 @@ class Upstream:
         """
         caller = caller or Caller()
         run = endpoint.circuit.begin(caller)
-        watchdog = Watchdog(self._limits)
+        watchdog = StreamWatchdog(self._limits)
         endpoint.requests.add(watchdog)
         try:
             async with watchdog:
@@ -360,7 +360,7 @@ class Upstream:
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
-    async def models(self, endpoint: Endpoint) -> list[str]:
+    async def models(self, endpoint: Server) -> list[str]:
         """The names of the models that a server serves.
 
         Raises:
@@ -369,13 +369,13 @@ class Upstream:
         return await self._api.models(endpoint, FIRST_LIMIT)
 
 
-def _tell(endpoint: Endpoint, former: State, state: State, reason: str) -> None:
+def _tell(endpoint: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
     """In a context of its own: it is not about the job that ran into it."""
     structlog.contextvars.unbind_contextvars("request_id")
-    if state is State.OPEN:
+    if state is CircuitState.OPEN:
         fix = {"fix": endpoint.fix} if endpoint.fix else {}
         _log.warning("vllm_away", endpoint=without_user(endpoint.url), reason=reason, **fix)
-    elif former is State.OPEN:
+    elif former is CircuitState.OPEN:
         _log.info("vllm_back", endpoint=without_user(endpoint.url))
 
 

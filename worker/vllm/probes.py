@@ -12,7 +12,7 @@ from typing import TypeVar
 from worker.vllm.api import Late, VllmApi
 from worker.vllm.circuit import Caller
 from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
-from worker.vllm.server import Endpoint
+from worker.vllm.server import Server
 
 _T = TypeVar("_T")
 FIRST_LIMIT, LONGEST_LIMIT = 3.0, 60.0
@@ -24,15 +24,15 @@ LIST_AGAIN = 2.0
 class Probes:
     """Asks servers, and takes down what they serve."""
 
-    def __init__(self, api: VllmApi, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, api: VllmApi, endpoints: Sequence[Server]) -> None:
         self._api = api
         self._endpoints = endpoints
-        self._health_limits: dict[Endpoint, float] = {}
-        self._list_limits: dict[Endpoint, float] = {}
+        self._health_limits: dict[Server, float] = {}
+        self._list_limits: dict[Server, float] = {}
         self._listing = asyncio.Lock()
         self._all_asked = self._all_listed = float("-inf")
 
-    async def probe(self, endpoint: Endpoint) -> None:
+    async def probe(self, endpoint: Server) -> None:
         """Ask a server whether it is there, and tell its circuit."""
         try:
             trouble = await self._trouble(endpoint)
@@ -41,7 +41,7 @@ class Probes:
         else:
             endpoint.circuit.probed(trouble)
 
-    async def still_there(self, endpoint: Endpoint) -> None:
+    async def still_there(self, endpoint: Server) -> None:
         """Ask a server whose streams are silent: else all of them wait for their limit when it is going down."""
         run = endpoint.circuit.run_of(Caller())
         try:
@@ -51,7 +51,7 @@ class Probes:
         except UpstreamError:
             pass  # a server that answers late may well send on
 
-    async def ask_list(self, endpoint: Endpoint) -> UpstreamError | None:
+    async def ask_list(self, endpoint: Server) -> UpstreamError | None:
         """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
         return await self._list(endpoint, lambda: self._longer(self._list_limits, endpoint, self._api.models))
 
@@ -72,7 +72,7 @@ class Probes:
             self._all_listed = began
             return True
 
-    async def _trouble(self, endpoint: Endpoint) -> str:
+    async def _trouble(self, endpoint: Server) -> str:
         """Why a server takes no requests; empty when it does. It has said what it serves then, if it does in time.
 
         Raises:
@@ -99,7 +99,7 @@ class Probes:
             return problem.code
         return problem.code if health == 404 and problem.status >= 500 else ""  # one that asks for a key is there
 
-    async def _list(self, endpoint: Endpoint, ask: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
+    async def _list(self, endpoint: Server, ask: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
         endpoint.listed = time.monotonic()
         try:
             endpoint.lists(await ask())
@@ -113,7 +113,7 @@ class Probes:
         return None
 
     async def _longer(
-        self, limits: dict[Endpoint, float], endpoint: Endpoint, ask: Callable[[Endpoint, float], Awaitable[_T]]
+        self, limits: dict[Server, float], endpoint: Server, ask: Callable[[Server, float], Awaitable[_T]]
     ) -> _T:
         """Ask with more time than the last that was late."""
         limit = limits.pop(endpoint, FIRST_LIMIT)

@@ -18,7 +18,7 @@ from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.vllm.chunks import ChunkParser, digest_of
 from worker.vllm.circuit import Caller
 from worker.vllm.errors import CannotResume, UpstreamError
-from worker.vllm.pool import CHAT, COMPLETIONS, Endpoint, Upstream
+from worker.vllm.pool import CHAT, COMPLETIONS, Server, ServerPool
 from worker.vllm.stop_strings import StopStrings, stops_of
 
 _T = TypeVar("_T")
@@ -66,7 +66,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Continuation:
+class ResumePlan:
     """How a server goes on with an answer. `prompt` is what it is given, the kept tokens included; nothing if none are.
 
     `held` is text of the kept tokens that was not sent, since it might have become a stop string. `left` is how many
@@ -117,12 +117,12 @@ class Continuation:
         return to_fields(Resumed(id=BEFORE_ALL, after=str(self.kept.after), cut=self.kept.cut, forgets=forgets))
 
 
-class ContinuationParser(ChunkParser):
+class ResumedChunkParser(ChunkParser):
     """Reads the stream of a server that goes on: `resumed` comes out first, once the server has shown that it does."""
 
     __slots__ = ("_new", "_said", "_stops", "_way", "got_on")
 
-    def __init__(self, way: Continuation, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
+    def __init__(self, way: ResumePlan, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
         super().__init__(
             n=n, keep_prompt_ids=keep_prompt_ids, keep_usage=keep_usage,
             sent=way.prompt or None, kept=len(way.kept.tokens),
@@ -220,8 +220,8 @@ def kept_of(deltas: Sequence[Delta]) -> Kept:
 
 
 async def continuation(
-    upstream: Upstream, endpoint: Endpoint, request: Object, history: Answer, caller: Caller | None = None
-) -> Continuation:
+    upstream: ServerPool, endpoint: Server, request: Object, history: Answer, caller: Caller | None = None
+) -> ResumePlan:
     """Find out how a server can go on with an answer; `caller` is the job.
 
     Raises:
@@ -230,7 +230,7 @@ async def continuation(
     """
     kept = kept_of(history.deltas)
     if not kept.tokens:
-        return Continuation(request, kept, [])
+        return ResumePlan(request, kept, [])
     if why := obstacle(request):
         raise CannotResume(why)
     stops = stops_of(request)
@@ -251,7 +251,7 @@ async def continuation(
     room = None if longest is None else longest - len(whole)
     if room is not None and room < 0:
         raise CannotResume("this server has less room than the one that began")
-    return Continuation(request, kept, whole, held, room, history.opened.model)
+    return ResumePlan(request, kept, whole, held, room, history.opened.model)
 
 
 async def _tokenize(post: _Post, request: Object) -> tuple[list[int], int | None]:
@@ -268,7 +268,7 @@ async def _whole_characters(post: _Post, request: Object, kept: Kept) -> tuple[K
         body: Object = {"tokens": list(tokens)}
         if request.get("model"):
             body["model"] = request["model"]
-        text = (await _ask(post, "/detokenize", body, _Text)).prompt
+        text = (await _ask(post, "/detokenize", body, _Detokenized)).prompt
         if not text.endswith(_BROKEN):
             return replace(kept, tokens=tokens, cut=cut), text
     raise CannotResume("its last chunk ends inside a character")
@@ -287,7 +287,7 @@ class _Tokens(msgspec.Struct):
     max_model_len: int | None = None
 
 
-class _Text(msgspec.Struct):
+class _Detokenized(msgspec.Struct):
     prompt: str
 
 

@@ -4,17 +4,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from worker.vllm.circuit import FAILURES, Caller, Circuit, Run, State
+from worker.vllm.circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
 from worker.vllm.errors import (
     MODEL_NOT_FOUND,
     TOO_LARGE_STATUS,
     UNAUTHORIZED,
+    ConnectionRefused,
     NoConnection,
-    Refused,
     UpstreamError,
 )
 from worker.vllm.recent import Recent
-from worker.vllm.stream import Watchdog
+from worker.vllm.stream import StreamWatchdog
 
 MISSING = 60.0
 """Seconds that the answer holds that there is no such model."""
@@ -22,7 +22,7 @@ BUSY = 1.0
 """Seconds that a server is passed over after a 429 without Retry-After."""
 
 
-class Endpoint:
+class Server:
     """One server.
 
     Attributes:
@@ -42,11 +42,11 @@ class Endpoint:
         url: str,
         *,
         clock: Callable[[], float] = time.monotonic,
-        on_change: Callable[["Endpoint", State, State, str], None] = lambda *_: None,
+        on_change: Callable[["Server", CircuitState, CircuitState, str], None] = lambda *_: None,
     ) -> None:
         self.url = url
         self._users = 0
-        self.requests: set[Watchdog] = set()
+        self.requests: set[StreamWatchdog] = set()
         self.without: set[str] = set()
         self.models: frozenset[str] = frozenset()
         self.unlisted: Recent[bool] = Recent(clock, float("inf"))
@@ -79,7 +79,7 @@ class Endpoint:
     @property
     def away(self) -> bool | None:
         """Whether it gets no requests for now; None until that is known."""
-        return None if self.circuit.state is State.UNKNOWN else self.circuit.state is State.OPEN
+        return None if self.circuit.state is CircuitState.UNKNOWN else self.circuit.state is CircuitState.OPEN
 
     @property
     def refuses_key(self) -> bool:
@@ -125,7 +125,7 @@ class Endpoint:
                 return
         self.lacking.put(model, True)
 
-    def failed(self, run: Run, error: UpstreamError, *, refuses_key: bool = False) -> None:
+    def failed(self, run: ServerRequest, error: UpstreamError, *, refuses_key: bool = False) -> None:
         """A request failed: what that says about the server; `refuses_key` where it takes no key of ours for anything.
 
         Then one request is enough: it answers at once, and with the fewest in flight it would get nearly all of them.
@@ -136,7 +136,7 @@ class Endpoint:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if may_be_its_fault(error):
             self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
-        if isinstance(error, Refused):
+        if isinstance(error, ConnectionRefused):
             for watchdog in self.requests:
                 watchdog.hurry()
 
@@ -151,7 +151,7 @@ def may_be_its_fault(error: UpstreamError) -> bool:
     return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
 
-def best_of(endpoints: Sequence[Endpoint], caller: Caller, other_than: Endpoint | None = None) -> Endpoint:
+def best_of(endpoints: Sequence[Server], caller: Caller, other_than: Server | None = None) -> Server:
     """The one of these servers to send a request of a job to.
 
     Those that let it through go before those that do so only where no other does, and these before the rest; then
@@ -159,7 +159,7 @@ def best_of(endpoints: Sequence[Endpoint], caller: Caller, other_than: Endpoint 
     with the fewest requests in flight.
     """
 
-    def rank(endpoint: Endpoint) -> tuple[object, ...]:
+    def rank(endpoint: Server) -> tuple[object, ...]:
         circuit = endpoint.circuit
         return (
             not circuit.admits(caller),

@@ -18,7 +18,7 @@ from worker.vllm.error_bodies import HEAD_OF_PAGE, excerpt
 from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
 from worker.vllm.sse import EventTooLarge, SSEDecoder
 from worker.vllm.target import Target
-from worker.vllm.transport import Answer, Transport
+from worker.vllm.transport import HttpAnswer, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0
@@ -29,7 +29,7 @@ _BLANK = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StreamTimeouts:
     """How long vLLM may be silent, in seconds."""
 
     connect: float = 5.0
@@ -37,7 +37,7 @@ class Limits:
     gap: float = 30.0
 
 
-class Watchdog:
+class StreamWatchdog:
     """How long one request may be silent: until its answer begins, and then from each event to the next.
 
     What comes before the first token, such as a chunk with the role alone, begins nothing. Silence is counted anew from
@@ -48,7 +48,7 @@ class Watchdog:
 
     __slots__ = ("_begun", "_hurried", "_limit", "_limits", "_since", "_timer")
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: StreamTimeouts) -> None:
         self._limits = limits
         self._since = monotonic()
         self._begun = False
@@ -143,7 +143,7 @@ class ChatStream:
         "reopen",
     )
 
-    def __init__(self, answer: Answer, watchdog: Watchdog) -> None:
+    def __init__(self, answer: HttpAnswer, watchdog: StreamWatchdog) -> None:
         self._answer = answer
         self._watchdog = watchdog
         self._is_new = True
@@ -153,7 +153,7 @@ class ChatStream:
         Without it the first event begins the answer."""
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there and was taken."""
-        self.reopen: Callable[[UpstreamError], Awaitable[Answer | None]] | None = None
+        self.reopen: Callable[[UpstreamError], Awaitable[HttpAnswer | None]] | None = None
         """Called with an error that came in place of the first event; gives the answer to a request that avoids it."""
         self._decoder: SSEDecoder | _Opening = _Opening(self._become)
         self._take: Callable[[list[bytes]], bool]
@@ -254,7 +254,9 @@ class ChatStream:
         await self._answer.body.aclose()
 
 
-async def open_answer(transport: Transport, target: Target, body: Object, limits: Limits, watchdog: Watchdog) -> Answer:
+async def open_answer(
+    transport: Transport, target: Target, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
+) -> HttpAnswer:
     """Post a completion, and give the answer that holds its stream.
 
     Raises:
@@ -275,7 +277,7 @@ async def open_answer(transport: Transport, target: Target, body: Object, limits
     return answer
 
 
-async def _refuse(answer: Answer, limits: Limits) -> None:
+async def _refuse(answer: HttpAnswer, limits: StreamTimeouts) -> None:
     """Raise for an answer that cannot be the stream, as far as its head tells. Its label does not: see `_Opening`."""
     if answer.status not in _ANSWERS:
         response = httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
@@ -325,7 +327,7 @@ class _Opening:
         return []
 
 
-async def _body(response: httpx.Response, limits: Limits, most: int) -> bytes:
+async def _body(response: httpx.Response, limits: StreamTimeouts, most: int) -> bytes:
     """The body, cut at `most` bytes."""
     body = b""
     try:

@@ -114,7 +114,7 @@ class Body(httpx.AsyncByteStream):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """What a server answers: its body comes as it is read."""
 
     status: int
@@ -158,7 +158,7 @@ class _Connection(asyncio.Protocol):
         """Whether it can be asked, as far as is known."""
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, packed: bytes) -> Answer:
+    async def ask(self, packed: bytes) -> HttpAnswer:
         """Send a request, and give the answer once its head is there.
 
         Raises:
@@ -178,7 +178,7 @@ class _Connection(asyncio.Protocol):
             self._head.cancel()  # nobody waits for it, and that it does not come would be logged
             self.abort()
             raise
-        return Answer(status, headers, body)
+        return HttpAnswer(status, headers, body)
 
     def read_on(self) -> None:
         """Take more from the server."""
@@ -317,7 +317,7 @@ class Transport(httpx.AsyncBaseTransport):
         answer = await self._ask(origin_of(request.url), packed, request.extensions["timeout"]["connect"])
         return httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
 
-    async def post(self, target: Target, content: bytes, within: float) -> Answer:
+    async def post(self, target: Target, content: bytes, within: float) -> HttpAnswer:
         """Post JSON, and give the answer once its head is there; `within` so many seconds there is a connection.
 
         Raises:
@@ -326,10 +326,10 @@ class Transport(httpx.AsyncBaseTransport):
         packed = b"%bcontent-length: %d\r\n\r\n%b" % (target.head, len(content), content)
         return await self._ask(target.origin, packed, within)
 
-    async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> Answer:
+    async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> HttpAnswer:
         if (reused := self._take_idle(origin)) is None:
             return await (await self._connect(origin, within)).ask(packed)
-        stale: Answer | httpx.TransportError
+        stale: HttpAnswer | httpx.TransportError
         try:
             stale = await reused.ask(packed)
             if stale.status != httpx.codes.REQUEST_TIMEOUT:
@@ -343,7 +343,7 @@ class Transport(httpx.AsyncBaseTransport):
         try:
             connection = await self._connect(origin, within)
         except httpx.TransportError:
-            if isinstance(stale, Answer):
+            if isinstance(stale, HttpAnswer):
                 return stale
             raise stale from None  # it may have died of this request, which would never be given up as not received
         reused.abort()

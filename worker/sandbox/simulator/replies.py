@@ -11,7 +11,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from worker.sandbox.simulator.answers import END, VOCABULARY, WORDS, Kind, Token, answer_tokens, filler
-from worker.sandbox.simulator.requests import ChatRequest, Json, Options, Orders, answer_to
+from worker.sandbox.simulator.requests import ChatRequest, Json, Options, Scenario, answer_to
 
 __all__ = ["FINGERPRINT", "Chunk", "Reply", "Step"]
 
@@ -47,7 +47,7 @@ class Reply:
     _event = "chat.completion.chunk"
     _prefix = "chatcmpl"
 
-    def __init__(self, request: ChatRequest, orders: Orders, options: Options) -> None:
+    def __init__(self, request: ChatRequest, orders: Scenario, options: Options) -> None:
         self._request = request
         self._options = options
         self._shapes = orders.shapes
@@ -89,7 +89,7 @@ class Reply:
         """The arguments of each choice's tool call."""
         return [_text_of(steps, "arguments") for steps in self._choices]
 
-    def _steps(self, choice: int, orders: Orders) -> list[Step]:
+    def _steps(self, choice: int, orders: Scenario) -> list[Step]:
         request = self._request
         text = orders.text
         if text is None:

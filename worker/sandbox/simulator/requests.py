@@ -15,8 +15,8 @@ __all__ = [
     "KvTransferParams",
     "Message",
     "Options",
-    "Orders",
     "RefusedError",
+    "Scenario",
     "Shape",
     "TextRequest",
     "answer_to",
@@ -67,7 +67,7 @@ Shape = Literal[
 ]
 
 
-class Orders(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to answer: defaults of a server, and what a request's `simulate` field may override."""
 
     text: str | None = None
@@ -113,7 +113,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Paths answered with a 404, such as `/tokenize`."""
     keep_alive: float = 1.0
     """Seconds between the comments of a frozen stream."""
-    orders: Orders = Orders()
+    orders: Scenario = Scenario()
     record: Path | None = None
     """Where the record of each request is appended as a JSON line, before its answer begins and when it ends."""
 
@@ -218,7 +218,7 @@ def parse(raw: bytes) -> Json:
         raise invalid("json_invalid", "body", "JSON decode error", str(error)) from error
 
 
-def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
+def understand(body: Json, options: Options) -> tuple[ChatRequest, Scenario]:
     """What is asked, and how to answer it; raises RefusedError as vLLM's checks before the stream do."""
     for field in sorted(options.rejects & body.keys()):
         raise _rejected(field, body[field], options)
@@ -236,11 +236,11 @@ def understand(body: Json, options: Options) -> tuple[ChatRequest, Orders]:
     return request, orders
 
 
-def orders_of(body: Json, options: Options) -> Orders:
+def orders_of(body: Json, options: Options) -> Scenario:
     """The server's orders with those of the request; raises RefusedError."""
     try:
         ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
-        return msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Orders)
+        return msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Scenario)
     except msgspec.ValidationError as error:
         raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
 

@@ -21,8 +21,8 @@ from worker.sandbox.simulator.requests import (
     Fault,
     Json,
     Options,
-    Orders,
     RefusedError,
+    Scenario,
     TextRequest,
     bad,
     error_body,
@@ -31,9 +31,9 @@ from worker.sandbox.simulator.requests import (
     understand,
 )
 from worker.sandbox.simulator.texts import TextReply, detokenize, tokenize, understand_text
-from worker.sandbox.simulator.wire import Connection, Request
+from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 
-__all__ = ["Options", "Orders", "Served", "Simulator", "serve_forever"]
+__all__ = ["Options", "Scenario", "Served", "Simulator", "serve_forever"]
 
 KEPT = 10_000
 """Records, and prompts whose tries are counted, that a server remembers."""
@@ -73,7 +73,7 @@ class Simulator:
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
-        self._connections: WeakSet[Connection] = WeakSet()
+        self._connections: WeakSet[HttpConnection] = WeakSet()
         self._count = 0
         self._tries: Counter[str] = Counter()
 
@@ -103,12 +103,12 @@ class Simulator:
         for connection in self._connections:
             connection.retire()
 
-    def _accept(self) -> Connection:
-        connection = Connection(self._handle)
+    def _accept(self) -> HttpConnection:
+        connection = HttpConnection(self._handle)
         self._connections.add(connection)
         return connection
 
-    async def _handle(self, request: Request, connection: Connection) -> None:
+    async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         method = None if request.path in self.options.lacks else _METHODS.get(request.path)
         if request.path.startswith("/v1/") and not self._authorized(request):
             await _respond(connection, 401, {"error": "Unauthorized"})
@@ -125,19 +125,19 @@ class Simulator:
         else:
             await self._complete(request, connection)
 
-    async def _convert(self, request: Request, connection: Connection) -> None:
+    async def _convert(self, request: HttpRequest, connection: HttpConnection) -> None:
         convert = tokenize if request.path == "/tokenize" else detokenize
         try:
             await _respond(connection, 200, convert(parse(request.body), self.options))
         except RefusedError as error:
             await _respond(connection, error.status, error.body)
 
-    def _authorized(self, request: Request) -> bool:
+    def _authorized(self, request: HttpRequest) -> bool:
         given = request.headers.get("authorization", "")
         key = self.options.api_key
         return key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
 
-    async def _complete(self, request: Request, connection: Connection) -> None:
+    async def _complete(self, request: HttpRequest, connection: HttpConnection) -> None:
         self._count += 1
         served = Served(order=self._count, route=request.path, request={}, started=time.monotonic())
         self.served.append(served)
@@ -160,11 +160,11 @@ class Simulator:
             served.ended = time.monotonic()
             self._write_down(served)
 
-    def _fault_for(self, request: ChatRequest, orders: Orders) -> Fault | None:
+    def _fault_for(self, request: ChatRequest, orders: Scenario) -> Fault | None:
         fault = orders.fault if self._meets_fault(request, orders) else orders.then
         return None if fault == "prefill" and not request.given else fault
 
-    def _meets_fault(self, request: ChatRequest, orders: Orders) -> bool:
+    def _meets_fault(self, request: ChatRequest, orders: Scenario) -> bool:
         if orders.fault is None or orders.times is None:
             return orders.fault is not None
         if orders.fault == "prefill" and not request.given:
@@ -195,10 +195,10 @@ class _Answer:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: HttpConnection,
         served: Served,
         request: ChatRequest,
-        orders: Orders,
+        orders: Scenario,
         options: Options,
         reply: Reply,
     ) -> None:
@@ -356,7 +356,7 @@ class _Answer:
         return True
 
 
-def _reply(request: ChatRequest, orders: Orders, options: Options) -> Reply:
+def _reply(request: ChatRequest, orders: Scenario, options: Options) -> Reply:
     kind = TextReply if isinstance(request, TextRequest) else Reply
     return kind(request, orders, options)
 
@@ -365,7 +365,7 @@ async def _for_ever() -> None:
     await asyncio.Event().wait()
 
 
-async def _respond(connection: Connection, status: int, body: object, **headers: str) -> None:
+async def _respond(connection: HttpConnection, status: int, body: object, **headers: str) -> None:
     await connection.respond(status, _JSON, msgspec.json.encode(body), **headers)
 
 

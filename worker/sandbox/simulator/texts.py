@@ -14,7 +14,7 @@ from worker.sandbox.simulator.requests import (
     KvTransferParams,
     Message,
     Options,
-    Orders,
+    Scenario,
     StreamOptions,
     TextRequest,
     bad,
@@ -30,7 +30,7 @@ _DEFAULT_TOKENS = 16
 _T = TypeVar("_T")
 
 
-class _Text(msgspec.Struct, frozen=True):
+class _TextBody(msgspec.Struct, frozen=True):
     """The fields of a text completion that change the simulated answer; others are passed over."""
 
     prompt: str | list[int] | None = None
@@ -49,12 +49,12 @@ class _Text(msgspec.Struct, frozen=True):
     return_token_ids: bool | None = None
 
 
-def understand_text(body: Json, options: Options) -> tuple[TextRequest, Orders]:
+def understand_text(body: Json, options: Options) -> tuple[TextRequest, Scenario]:
     """What a text completion asks, and how to answer it; raises RefusedError as vLLM does, and for several prompts,
     `echo` and `logprobs`, which are not simulated.
     """
     heeded = {field: value for field, value in body.items() if field not in options.ignores}
-    text = _convert(heeded, _Text)
+    text = _convert(heeded, _TextBody)
     check_model(text.model, options)
     if text.prompt is None:
         raise bad("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
@@ -108,7 +108,7 @@ class TextReply(Reply):
     _kind = _event = "text_completion"
     _prefix = "cmpl"
 
-    def __init__(self, request: ChatRequest, orders: Orders, options: Options) -> None:
+    def __init__(self, request: ChatRequest, orders: Scenario, options: Options) -> None:
         super().__init__(request, orders, msgspec.structs.replace(options, reasoning=False))
         self._told: set[int] = set()
 

@@ -9,10 +9,10 @@ from typing import NamedTuple, cast
 
 import h11
 
-__all__ = ["Connection", "Request"]
+__all__ = ["HttpConnection", "HttpRequest"]
 
 
-class Request(NamedTuple):
+class HttpRequest(NamedTuple):
     method: str
     path: str
     headers: dict[str, str]
@@ -20,13 +20,13 @@ class Request(NamedTuple):
     body: bytes
 
 
-class Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """Answers one request after the other with `handle(request, connection)`, which is cancelled if the client closes.
 
     The transport sends each write at once: TCP_NODELAY is the default of asyncio and of uvloop.
     """
 
-    def __init__(self, handle: Callable[[Request, "Connection"], Awaitable[None]]) -> None:
+    def __init__(self, handle: Callable[[HttpRequest, "HttpConnection"], Awaitable[None]]) -> None:
         self._handle = handle
         self._http = h11.Connection(h11.SERVER)
         self._head: h11.Request | None = None
@@ -71,10 +71,10 @@ class Connection(asyncio.Protocol):
         elif self._head is not None:
             headers = {name.decode(): value.decode("latin-1") for name, value in self._head.headers}
             path = self._head.target.decode().partition("?")[0]
-            request = Request(self._head.method.decode(), path, headers, bytes(self._body))
+            request = HttpRequest(self._head.method.decode(), path, headers, bytes(self._body))
             self._task = asyncio.get_running_loop().create_task(self._run(request))
 
-    async def _run(self, request: Request) -> None:
+    async def _run(self, request: HttpRequest) -> None:
         try:
             await self._handle(request, self)
         finally:
