@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.client.async_client import Client, State, Status
-    from worker.client.errors import (
+    from .client.async_client import Client, State, Status
+    from .client.errors import (
         ClientError,
         Conflict,
         Expired,
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
         UnknownRequest,
         Unreadable,
     )
-    from worker.client.handles import RequestHandle, SyncRequestHandle
-    from worker.client.new_job import JobOptions
-    from worker.client.sync_client import SyncClient
-    from worker.contract.answer import Answer, Choice
-    from worker.contract.entries import (
+    from .client.handles import RequestHandle, SyncRequestHandle
+    from .client.new_job import JobOptions
+    from .client.sync_client import SyncClient
+    from .contract.answer import Answer, Choice
+    from .contract.entries import (
         AnyEntry,
         BadEntry,
         Cancelled,
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
         Unknown,
         Usage,
     )
-    from worker.contract.ids import EntryId
-    from worker.contract.job import InvalidJob
-    from worker.contract.records import Lifecycle
+    from .contract.ids import EntryId
+    from .contract.job import InvalidJob
+    from .contract.records import Lifecycle
 else:
     _HOMES = (
         "client.async_client",

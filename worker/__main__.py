@@ -19,7 +19,7 @@ def main() -> None:
     heeds_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heeds_ctrl_c:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from worker.cli import main as cli  # noqa: PLC0415 - after the handlers
+    from .cli import main as cli  # noqa: PLC0415 - after the handlers
 
     if heeds_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)

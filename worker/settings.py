@@ -16,11 +16,11 @@ from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from worker.contract.job import MAX_REQUEST_BYTES
-from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
-from worker.redisio.urls import parse_redis_url
-from worker.vllm.credentials import ApiKeys, checked_key, keys_in
-from worker.vllm.target import base_url
+from .contract.job import MAX_REQUEST_BYTES
+from .contract.keys import DEFAULT_QUEUE, is_queue_name
+from .redisio.urls import parse_redis_url
+from .vllm.credentials import ApiKeys, checked_key, keys_in
+from .vllm.target import base_url
 
 PREFIX = "WORKER_"
 _OWN_NAMES = {

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import LogExhausted, LogWriter
-from worker.contract.entries import Claimed, Entry, Started
-from worker.contract.ids import LAST_ATTEMPT
+from ..contract.entries import Claimed, Entry, Started
+from ..contract.ids import LAST_ATTEMPT
+from .job_queue import Delivery
+from .log_writer import LogExhausted, LogWriter
 
 
 @dataclass(frozen=True, slots=True)

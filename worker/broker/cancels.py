@@ -17,12 +17,12 @@ from redis.asyncio.client import Pipeline, PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
 
-from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.log_pages import RawEntry, read_all
-from worker.contract.answer import Answer
-from worker.contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
-from worker.contract.ids import SEAL
-from worker.redisio.clients import Backoff, is_lost, is_transient, what_redis_said
+from ..contract.answer import Answer
+from ..contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
+from ..contract.ids import SEAL
+from ..redisio.clients import Backoff, is_lost, is_transient, what_redis_said
+from .cluster_publisher import AnyPublisher
+from .log_pages import RawEntry, read_all
 
 _log = structlog.get_logger()
 

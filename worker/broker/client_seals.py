@@ -11,8 +11,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
-from worker.broker.cancels import seal_cancelled
-from worker.contract.entries import (
+from ..contract.entries import (
     Cancelled,
     Entry,
     Failed,
@@ -23,10 +22,11 @@ from worker.contract.entries import (
     to_fields,
     to_json,
 )
-from worker.contract.ids import SEAL
-from worker.contract.keys import Keys
-from worker.contract.records import Tombstone
-from worker.redisio.cluster import ClusterClient
+from ..contract.ids import SEAL
+from ..contract.keys import Keys
+from ..contract.records import Tombstone
+from ..redisio.cluster import ClusterClient
+from .cancels import seal_cancelled
 
 GRACE = 5.0
 """Seconds after its deadline until a client ends a request that nobody has begun: a worker that is there is first."""

@@ -12,12 +12,12 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import ClusterDownError, RedisError
 
-from worker.broker.log_writer import LogWriter, Run
-from worker.broker.publisher import Publisher
-from worker.contract.entries import Fields
-from worker.redisio.clients import Backoff, command_client
-from worker.redisio.cluster import ClusterClient, when_gone
-from worker.telemetry.metrics import Metrics
+from ..contract.entries import Fields
+from ..redisio.clients import Backoff, command_client
+from ..redisio.cluster import ClusterClient, when_gone
+from ..telemetry.metrics import Metrics
+from .log_writer import LogWriter, Run
+from .publisher import Publisher
 
 
 class ClusterPublisher:

@@ -9,10 +9,10 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
-from worker.contract.ids import EntryId, is_request_id
-from worker.contract.job import InvalidJob, Job, parse_job
-from worker.contract.keys import Keys
-from worker.contract.records import DeadLetter
+from ..contract.ids import EntryId, is_request_id
+from ..contract.job import InvalidJob, Job, parse_job
+from ..contract.keys import Keys
+from ..contract.records import DeadLetter
 
 _PAGE = 16  # a letter may hold megabytes
 _NO_LIMIT = 2**31

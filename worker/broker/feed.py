@@ -12,12 +12,12 @@ import msgspec
 import structlog
 from redis.exceptions import ResponseError
 
-from worker.broker.log_writer import LogWriter
-from worker.contract.entries import Fields
-from worker.contract.feed import UNTOLD_FOR
-from worker.redisio.clients import what_redis_said
-from worker.redisio.pipelined import Command, pack
-from worker.telemetry.metrics import Metrics
+from ..contract.entries import Fields
+from ..contract.feed import UNTOLD_FOR
+from ..redisio.clients import what_redis_said
+from ..redisio.pipelined import Command, pack
+from ..telemetry.metrics import Metrics
+from .log_writer import LogWriter
 
 News: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 """What to tell, by log or by the channel of one."""

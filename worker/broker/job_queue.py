@@ -13,10 +13,10 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.broker.queue_depth import Depth, depth_of
-from worker.contract.ids import EntryId
-from worker.contract.keys import GROUP, Keys
-from worker.redisio.clients import SAY_AGAIN
+from ..contract.ids import EntryId
+from ..contract.keys import GROUP, Keys
+from ..redisio.clients import SAY_AGAIN
+from .queue_depth import Depth, depth_of
 
 _log = structlog.get_logger()
 

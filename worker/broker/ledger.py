@@ -12,14 +12,14 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.job_queue import Delivery
-from worker.broker.lifecycle import LifecycleWriter
-from worker.contract.entries import Fields, to_json
-from worker.contract.job import FIELDS, RawFields, size_of
-from worker.contract.keys import Keys
-from worker.contract.records import DeadLetter, Lifecycle, WorkerRecord
-from worker.redisio.clients import is_lost, is_transient
-from worker.telemetry.metrics import Metrics
+from ..contract.entries import Fields, to_json
+from ..contract.job import FIELDS, RawFields, size_of
+from ..contract.keys import Keys
+from ..contract.records import DeadLetter, Lifecycle, WorkerRecord
+from ..redisio.clients import is_lost, is_transient
+from ..telemetry.metrics import Metrics
+from .job_queue import Delivery
+from .lifecycle import LifecycleWriter
 
 _DEAD_LENGTH = 1000
 _LATEST = 50

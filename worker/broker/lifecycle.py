@@ -11,12 +11,12 @@ from itertools import chain, islice
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from worker.contract.keys import Keys
-from worker.contract.records import Lifecycle
-from worker.redisio.batching import CommandBatcher
-from worker.redisio.clients import Backoff, Voice, is_transient
-from worker.redisio.pipelined import pack
-from worker.telemetry.metrics import Metrics
+from ..contract.keys import Keys
+from ..contract.records import Lifecycle
+from ..redisio.batching import CommandBatcher
+from ..redisio.clients import Backoff, Voice, is_transient
+from ..redisio.pipelined import pack
+from ..telemetry.metrics import Metrics
 
 _AT_ONCE = 100
 """Lines in one write."""

@@ -5,12 +5,12 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from worker.broker.log_pages import RawEntry
-from worker.broker.log_writer import LogWriter
-from worker.contract.entries import Entry, Fields, parse_leniently
-from worker.contract.ids import SEAL, EntryId
-from worker.redisio.pipelined import pack
-from worker.redisio.transactions import Transaction
+from ..contract.entries import Entry, Fields, parse_leniently
+from ..contract.ids import SEAL, EntryId
+from ..redisio.pipelined import pack
+from ..redisio.transactions import Transaction
+from .log_pages import RawEntry
+from .log_writer import LogWriter
 
 
 async def look(line: Transaction, key: str, ended: str) -> tuple[RawEntry | None, bool]:

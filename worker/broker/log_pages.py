@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.contract.ids import SEAL
+from ..contract.ids import SEAL
 
 RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """An entry as redis-py gives it: its id, and its fields."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, TypeAlias
 
-from worker.contract.entries import Delta, Fields, Restarted
-from worker.contract.ids import SEAL, EntryId
-from worker.redisio.clients import what_redis_said
+from ..contract.entries import Delta, Fields, Restarted
+from ..contract.ids import SEAL, EntryId
+from ..redisio.clients import what_redis_said
 
 Run: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
 """Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""

@@ -10,7 +10,24 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from redis.exceptions import ResponseError, WatchError
 
-from worker.broker.acquisition import (
+from ..contract.entries import (
+    TAKEOVER,
+    BadEntry,
+    Claimed,
+    Entry,
+    Started,
+    Terminal,
+    parse,
+    parse_leniently,
+    to_fields,
+    to_json,
+)
+from ..contract.history import fault_in
+from ..contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
+from ..contract.keys import Keys
+from ..contract.records import Tombstone
+from ..redisio.transactions import Transaction, Transactions
+from .acquisition import (
     Acquired,
     AlreadyEnded,
     DuplicateJob,
@@ -20,9 +37,9 @@ from worker.broker.acquisition import (
     attempt_after,
     job_of,
 )
-from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.job_queue import Delivery, JobQueue
-from worker.broker.log_commands import (
+from .cluster_publisher import AnyPublisher
+from .job_queue import Delivery, JobQueue
+from .log_commands import (
     command,
     entry_at,
     expire,
@@ -38,26 +55,9 @@ from worker.broker.log_commands import (
     xadd,
     xlen,
 )
-from worker.broker.log_pages import RawEntry, read_all
-from worker.broker.log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, judge, refusal_of
-from worker.broker.replicas import Replicas
-from worker.contract.entries import (
-    TAKEOVER,
-    BadEntry,
-    Claimed,
-    Entry,
-    Started,
-    Terminal,
-    parse,
-    parse_leniently,
-    to_fields,
-    to_json,
-)
-from worker.contract.history import fault_in
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
-from worker.contract.keys import Keys
-from worker.contract.records import Tombstone
-from worker.redisio.transactions import Transaction, Transactions
+from .log_pages import RawEntry, read_all
+from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, judge, refusal_of
+from .replicas import Replicas
 
 _NO_END = "its end was deleted, and Redis takes no other"
 

@@ -22,13 +22,13 @@ from typing import Any, cast
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.broker.feed import FeedPublisher, News, note_listeners, trial
-from worker.broker.log_writer import LogDiverged, LogGone, LogWriter, Run, refusal_of, refused_in
-from worker.contract.entries import Fields
-from worker.contract.ids import EntryId
-from worker.redisio.clients import Backoff, what_redis_said
-from worker.redisio.pipelined import Command, NodeConnections, Outcome, pack
-from worker.telemetry.metrics import Metrics
+from ..contract.entries import Fields
+from ..contract.ids import EntryId
+from ..redisio.clients import Backoff, what_redis_said
+from ..redisio.pipelined import Command, NodeConnections, Outcome, pack
+from ..telemetry.metrics import Metrics
+from .feed import FeedPublisher, News, note_listeners, trial
+from .log_writer import LogDiverged, LogGone, LogWriter, Run, refusal_of, refused_in
 
 
 class _Phase(enum.Enum):

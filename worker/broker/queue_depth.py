@@ -7,9 +7,9 @@ from typing import Any, cast
 import msgspec
 from redis.asyncio import Redis
 
-from worker.contract.ids import EntryId
-from worker.contract.keys import GROUP, Keys
-from worker.contract.records import WorkerRecord
+from ..contract.ids import EntryId
+from ..contract.keys import GROUP, Keys
+from ..contract.records import WorkerRecord
 
 _SILENT = 60.0
 """Seconds after which a worker's line is that of a dead one: it is renewed each third of a lease, which few have longer

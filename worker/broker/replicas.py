@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from worker.broker.log_commands import command, expire, has_ended, last_of
-from worker.redisio.clients import TooFewReplicas
-from worker.redisio.transactions import Transaction
+from ..redisio.clients import TooFewReplicas
+from ..redisio.transactions import Transaction
+from .log_commands import command, expire, has_ended, last_of
 
 _WAIT_MS = 1000
 """How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""

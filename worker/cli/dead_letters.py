@@ -9,17 +9,17 @@ from functools import partial
 import click
 import msgspec
 
-from worker.broker.dead_letters import DeadLetters, NotRetryable, StoredLetter, Wanted, retry_of
-from worker.cli.options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options
-from worker.client.async_client import Client
-from worker.client.errors import Conflict
-from worker.client.new_job import JobOptions
-from worker.contract.entries import Object, to_json
-from worker.contract.ids import EntryId
-from worker.contract.job import InvalidJob
-from worker.contract.keys import Keys
-from worker.redisio.clients import command_client
-from worker.settings import load_settings
+from ..broker.dead_letters import DeadLetters, NotRetryable, StoredLetter, Wanted, retry_of
+from ..client.async_client import Client
+from ..client.errors import Conflict
+from ..client.new_job import JobOptions
+from ..contract.entries import Object, to_json
+from ..contract.ids import EntryId
+from ..contract.job import InvalidJob
+from ..contract.keys import Keys
+from ..redisio.clients import command_client
+from ..settings import load_settings
+from .options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options
 
 _NO_LETTER = "there is no such letter: worker dead list shows which there are (one that is retried gets a new id)"
 _NONE = "· no dead letters"

@@ -6,12 +6,12 @@ from typing import IO, Any
 import click
 from redis.exceptions import RedisError
 
-from worker.client.errors import ClientError
-from worker.contract.entries import to_json
-from worker.contract.job import InvalidJob
-from worker.redisio.advice import advice_on
-from worker.redisio.clients import what_redis_said
-from worker.settings import ConfigError, variable
+from ..client.errors import ClientError
+from ..contract.entries import to_json
+from ..contract.job import InvalidJob
+from ..redisio.advice import advice_on
+from ..redisio.clients import what_redis_said
+from ..settings import ConfigError, variable
 
 _SECTIONS = {
     "To ask": ("enqueue", "follow", "cancel"),

@@ -10,18 +10,18 @@ import click
 import msgspec
 import structlog
 
-from worker.cli.dead_letters import dead
-from worker.cli.group import Commands, Interrupted
-from worker.cli.options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
-from worker.cli.printer import Printer
-from worker.client.async_client import Client, State
-from worker.client.errors import ClientError, Unavailable
-from worker.client.new_job import JobOptions, new_job
-from worker.contract.entries import Idle, Object, to_json
-from worker.contract.ids import SEAL, EntryId, is_request_id
-from worker.settings import load_settings
-from worker.telemetry.logging import configure_logging
-from worker.version import version
+from ..client.async_client import Client, State
+from ..client.errors import ClientError, Unavailable
+from ..client.new_job import JobOptions, new_job
+from ..contract.entries import Idle, Object, to_json
+from ..contract.ids import SEAL, EntryId, is_request_id
+from ..settings import load_settings
+from ..telemetry.logging import configure_logging
+from ..version import version
+from .dead_letters import dead
+from .group import Commands, Interrupted
+from .options import CLIENT_OPTIONS, json_option, open_client, run_async, settings_options, until_stopped
+from .printer import Printer
 
 _LONELY = 3.0
 """Seconds that a job waits until it is asked whether any worker serves its queue."""
@@ -64,7 +64,7 @@ _request_id = click.argument("request_id", metavar="ID", callback=_check_id)
 @settings_options()
 def run(**options: object) -> None:
     """Take jobs and relay their tokens, until SIGTERM."""
-    from worker.engine.application import Worker  # noqa: PLC0415 - clients need not load it
+    from ..engine.application import Worker  # noqa: PLC0415 - clients need not load it
 
     settings = load_settings(**options)
     configure_logging(settings.log_format, settings.log_level)
@@ -174,7 +174,7 @@ def cancel(request_id: str, as_json: bool, **settings: object) -> None:
 @settings_options()
 def check(as_json: bool, **options: object) -> None:
     """Look at the settings, Redis, the workers and every vLLM server. Exit status 1 if a worker could not work."""
-    from worker.ops.checks import check as look  # noqa: PLC0415 - clients need not load it
+    from ..ops.checks import check as look  # noqa: PLC0415 - clients need not load it
 
     async def report() -> bool:
         well = True
@@ -202,8 +202,8 @@ def check(as_json: bool, **options: object) -> None:
 def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     """See it work: a Redis, a simulated vLLM, two workers, and followers of one stream, one of them late."""
     try:
-        from worker.sandbox.demo import DemoFailed, run_demo  # noqa: PLC0415 - of the extra `demo`
-        from worker.sandbox.embedded_redis import NoRedis  # noqa: PLC0415
+        from ..sandbox.demo import DemoFailed, run_demo  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415
     except ModuleNotFoundError as error:
         _needs_extra(error)
 
@@ -256,8 +256,8 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
 def simulate(host: str, port: int, model: str, api_key: str | None, **orders: object) -> None:
     """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
     try:
-        from worker.sandbox.simulator.requests import Fault  # noqa: PLC0415 - of the extra `demo`
-        from worker.sandbox.simulator.server import Options, Scenario, serve_forever  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.simulator.requests import Fault  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.simulator.server import Options, Scenario, serve_forever  # noqa: PLC0415 - of the extra `demo`
     except ModuleNotFoundError as error:
         _needs_extra(error)
     try:

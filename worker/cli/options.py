@@ -11,9 +11,9 @@ import click
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from worker.client.async_client import Client
-from worker.client.errors import Unavailable
-from worker.settings import Settings, load_settings, shown_url, variable
+from ..client.async_client import Client
+from ..client.errors import Unavailable
+from ..settings import Settings, load_settings, shown_url, variable
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])

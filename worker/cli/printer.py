@@ -4,8 +4,8 @@ import sys
 
 import click
 
-from worker.contract.answer import Answer
-from worker.contract.entries import (
+from ..contract.answer import Answer
+from ..contract.entries import (
     TAKEOVER,
     Claimed,
     Delta,

@@ -10,10 +10,23 @@ from typing import Self, TypeVar, Unpack
 
 import msgspec
 
-from worker.broker.client_seals import cancel, may_be_overdue
-from worker.broker.queue_depth import is_served, waiting_in
-from worker.client.enqueuing import Enqueuer
-from worker.client.errors import (
+from ..broker.client_seals import cancel, may_be_overdue
+from ..broker.queue_depth import is_served, waiting_in
+from ..contract.answer import Answer
+from ..contract.entries import (
+    AnyEntry,
+    Entry,
+    Idle,
+    is_terminal,
+    parse_leniently,
+)
+from ..contract.ids import BEFORE_ALL, EntryId
+from ..contract.keys import DEFAULT_QUEUE
+from ..contract.records import Lifecycle, Tombstone
+from ..redisio.clients import command_client
+from ..redisio.urls import keys_at
+from .enqueuing import Enqueuer
+from .errors import (
     MAPPED,
     InvalidArgument,
     Misused,
@@ -25,24 +38,11 @@ from worker.client.errors import (
     gone,
     mapped,
 )
-from worker.client.follower import Follower
-from worker.client.following import Followers
-from worker.client.handles import RequestHandle
-from worker.client.new_job import JobOptions, new_job
-from worker.client.patience import Patience
-from worker.contract.answer import Answer
-from worker.contract.entries import (
-    AnyEntry,
-    Entry,
-    Idle,
-    is_terminal,
-    parse_leniently,
-)
-from worker.contract.ids import BEFORE_ALL, EntryId
-from worker.contract.keys import DEFAULT_QUEUE
-from worker.contract.records import Lifecycle, Tombstone
-from worker.redisio.clients import command_client
-from worker.redisio.urls import keys_at
+from .follower import Follower
+from .following import Followers
+from .handles import RequestHandle
+from .new_job import JobOptions, new_job
+from .patience import Patience
 
 _T = TypeVar("_T")
 

@@ -7,15 +7,15 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
-from worker.broker.client_seals import now_of
-from worker.client.errors import Conflict
-from worker.contract.entries import AnyEntry, Cancelled, Queued, Started, parse_leniently, to_fields
-from worker.contract.ids import QUEUED
-from worker.contract.job import Job, digest, is_digest_of
-from worker.contract.keys import Keys
-from worker.contract.records import Tombstone
-from worker.redisio.clients import is_lost
-from worker.redisio.cluster import ClusterClient
+from ..broker.client_seals import now_of
+from ..contract.entries import AnyEntry, Cancelled, Queued, Started, parse_leniently, to_fields
+from ..contract.ids import QUEUED
+from ..contract.job import Job, digest, is_digest_of
+from ..contract.keys import Keys
+from ..contract.records import Tombstone
+from ..redisio.clients import is_lost
+from ..redisio.cluster import ClusterClient
+from .errors import Conflict
 
 _DAY = 24 * 3600
 _RETENTION = 3600

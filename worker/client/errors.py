@@ -6,10 +6,10 @@
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
-from worker.contract.entries import BadEntry
-from worker.contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
-from worker.contract.records import Tombstone
-from worker.redisio.clients import is_transient, what_redis_said
+from ..contract.entries import BadEntry
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
+from ..contract.records import Tombstone
+from ..redisio.clients import is_transient, what_redis_said
 
 
 class ClientError(Exception):

@@ -5,15 +5,15 @@ import random
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING
 
-from worker.broker.client_seals import may_be_overdue
-from worker.broker.log_pages import PageSize
-from worker.client.errors import Expired, IncompleteLog, Refused, UnknownRequest
-from worker.client.log_reader import FIRST_PAUSE, LONGEST_PAUSE, LogReader, Page
-from worker.contract.entries import AnyEntry, Queued
-from worker.contract.ids import BEFORE_ALL, SEAL, EntryId
+from ..broker.client_seals import may_be_overdue
+from ..broker.log_pages import PageSize
+from ..contract.entries import AnyEntry, Queued
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
+from .errors import Expired, IncompleteLog, Refused, UnknownRequest
+from .log_reader import FIRST_PAUSE, LONGEST_PAUSE, LogReader, Page
 
 if TYPE_CHECKING:
-    from worker.client.following import RequestFollowers
+    from .following import RequestFollowers
 
 _FIRST_TICKS, _SILENT_TICKS = 1, 10
 """After so many in silence, give or take a fifth, the log is read; sooner where the feed has not told anything yet."""

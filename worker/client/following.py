@@ -9,15 +9,15 @@ read together. Where the feed cannot be heard, or says less than the log has, a 
 import asyncio
 from collections.abc import Sequence
 
-from worker.client.follower import Follower
-from worker.client.log_reader import LogReader
-from worker.client.patience import Patience
-from worker.contract.entries import BadEntry
-from worker.contract.feed import UNTOLD_FOR, read_message
-from worker.contract.ids import EntryId
-from worker.contract.keys import Keys
-from worker.redisio.clients import command_client
-from worker.redisio.subscriptions import Subscriptions
+from ..contract.entries import BadEntry
+from ..contract.feed import UNTOLD_FOR, read_message
+from ..contract.ids import EntryId
+from ..contract.keys import Keys
+from ..redisio.clients import command_client
+from ..redisio.subscriptions import Subscriptions
+from .follower import Follower
+from .log_reader import LogReader
+from .patience import Patience
 
 _SETTLED_AFTER = UNTOLD_FOR + 0.05
 """Seconds from a subscription until every accepted entry is told, or a later one. Till then, or a first message, the

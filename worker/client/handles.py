@@ -4,13 +4,13 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from worker.contract.answer import Answer
-from worker.contract.entries import AnyEntry
-from worker.contract.ids import EntryId
+from ..contract.answer import Answer
+from ..contract.entries import AnyEntry
+from ..contract.ids import EntryId
 
 if TYPE_CHECKING:
-    from worker.client.async_client import Client, Status
-    from worker.client.sync_client import SyncClient
+    from .async_client import Client, Status
+    from .sync_client import SyncClient
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,17 @@ from typing import TypeAlias, TypeVar, cast
 from redis.asyncio import Redis
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.client_seals import end_overdue
-from worker.broker.log_pages import PageSize
-from worker.client.errors import MAPPED, ClientError, IncompleteLog, Refused, Unavailable, UnknownRequest, gone, mapped
-from worker.client.patience import Patience
-from worker.contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resumed, parse, parse_leniently
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
-from worker.contract.keys import Keys
-from worker.contract.records import Lifecycle
-from worker.redisio.batching import CommandBatcher
-from worker.redisio.clients import blocking_client, is_transient
-from worker.redisio.pipelined import pack
+from ..broker.client_seals import end_overdue
+from ..broker.log_pages import PageSize
+from ..contract.entries import AnyEntry, BadEntry, Queued, Restarted, Resumed, parse, parse_leniently
+from ..contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
+from ..contract.keys import Keys
+from ..contract.records import Lifecycle
+from ..redisio.batching import CommandBatcher
+from ..redisio.clients import blocking_client, is_transient
+from ..redisio.pipelined import pack
+from .errors import MAPPED, ClientError, IncompleteLog, Refused, Unavailable, UnknownRequest, gone, mapped
+from .patience import Patience
 
 _BLOCK = 5.0
 """Seconds that a blocking XREAD waits."""

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 import msgspec
 
-from worker.contract.ids import new_request_id
-from worker.contract.job import InvalidJob, Job, parse_job
-from worker.contract.keys import DEFAULT_QUEUE, is_queue_name
+from ..contract.ids import new_request_id
+from ..contract.job import InvalidJob, Job, parse_job
+from ..contract.keys import DEFAULT_QUEUE, is_queue_name
 
 _LONGEST = 365 * 24 * 3600
 _NO_LIMIT = 2**31

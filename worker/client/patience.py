@@ -5,8 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from worker.client.errors import MAPPED, mapped
-from worker.redisio.clients import Backoff, is_transient
+from ..redisio.clients import Backoff, is_transient
+from .errors import MAPPED, mapped
 
 _T = TypeVar("_T")
 

@@ -8,15 +8,15 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mappi
 from contextlib import suppress
 from typing import Any, Self, TypeVar, Unpack
 
-from worker.client.async_client import Client, Status
-from worker.client.errors import ClientError, Misused, Unavailable
-from worker.client.handles import SyncRequestHandle
-from worker.client.new_job import JobOptions
-from worker.contract.answer import Answer
-from worker.contract.entries import AnyEntry
-from worker.contract.ids import EntryId
-from worker.contract.keys import DEFAULT_QUEUE
-from worker.contract.records import Lifecycle
+from ..contract.answer import Answer
+from ..contract.entries import AnyEntry
+from ..contract.ids import EntryId
+from ..contract.keys import DEFAULT_QUEUE
+from ..contract.records import Lifecycle
+from .async_client import Client, Status
+from .errors import ClientError, Misused, Unavailable
+from .handles import SyncRequestHandle
+from .new_job import JobOptions
 
 _T = TypeVar("_T")
 

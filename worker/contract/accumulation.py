@@ -5,7 +5,7 @@ null or empty changes nothing, nor does a piece of another type than what is the
 for an answer may have many pieces; a piece never is, since it belongs to the entry that it came in.
 """
 
-from worker.contract.entries import JSON, Object
+from .entries import JSON, Object
 
 _NAMING = frozenset({"id", "index", "type", "format"})
 """Fields that say to what a piece belongs. Servers repeat them in each piece, so the first that is not empty stays."""

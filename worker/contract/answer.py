@@ -5,8 +5,8 @@ from typing import Self, cast
 
 import msgspec
 
-from worker.contract.accumulation import accumulate_value, add_tool_call
-from worker.contract.entries import (
+from .accumulation import accumulate_value, add_tool_call
+from .entries import (
     JSON,
     TEXT_FIELDS,
     Cancelled,
@@ -25,7 +25,7 @@ from worker.contract.entries import (
     refusal_of,
     rest_of_message,
 )
-from worker.contract.ids import SEAL, EntryId
+from .ids import SEAL, EntryId
 
 _IN_PLACE_OF_TEXT = frozenset({"refusal", "function_call", "audio"})
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict
 
 import msgspec
 
-from worker.contract.fields import READERS, TEXTS, Reader
-from worker.contract.ids import SEAL, EntryId
+from .fields import READERS, TEXTS, Reader
+from .ids import SEAL, EntryId
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 Object: TypeAlias = dict[str, JSON]

@@ -8,8 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from worker.contract.entries import AnyEntry, BadEntry, Delta, parse
-from worker.contract.ids import EntryId
+from .entries import AnyEntry, BadEntry, Delta, parse
+from .ids import EntryId
 
 UNTOLD_FOR = 0.25
 """Seconds for which a publisher may leave a channel untold once Redis has said that nobody listens to it."""

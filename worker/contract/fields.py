@@ -11,8 +11,8 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 
-from worker.contract.ids import SEAL, EntryId
-from worker.contract.keys import is_queue_name
+from .ids import SEAL, EntryId
+from .keys import is_queue_name
 
 Reader: TypeAlias = Callable[[str], object]
 """Reads the text of a field. It raises ValueError, MsgspecError or RecursionError where that cannot be read."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from worker.contract.entries import Entry, Restarted, Unknown
-from worker.contract.ids import BEFORE_ALL, SEAL, follows
+from .entries import Entry, Restarted, Unknown
+from .ids import BEFORE_ALL, SEAL, follows
 
 
 @dataclass(frozen=True, slots=True)

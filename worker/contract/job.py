@@ -6,9 +6,9 @@ from typing import TypeAlias
 
 import msgspec
 
-from worker.contract.canonical import canonical_json
-from worker.contract.entries import Fields, Object, to_json
-from worker.contract.ids import VERSION, is_request_id
+from .canonical import canonical_json
+from .entries import Fields, Object, to_json
+from .ids import VERSION, is_request_id
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """The default limit of a job's `request`, in bytes."""

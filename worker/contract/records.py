@@ -5,7 +5,7 @@ from typing import Any, Self, TypeVar, cast
 
 import msgspec
 
-from worker.contract.entries import Fields, Object, Usage, to_json
+from .entries import Fields, Object, Usage, to_json
 
 _T = TypeVar("_T")
 

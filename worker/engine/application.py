@@ -11,26 +11,26 @@ import time
 import structlog
 from redis.exceptions import RedisError
 
-from worker.broker.cancels import CancelHints
-from worker.broker.cluster_publisher import open_publisher
-from worker.broker.job_queue import JobQueue
-from worker.broker.ledger import Ledger
-from worker.broker.ownership import LogOwnership
-from worker.contract.records import WorkerRecord
-from worker.engine.intake import JobIntake
-from worker.engine.job_runner import JobRunner
-from worker.engine.maintenance import Maintenance
-from worker.engine.running_jobs import RunningJobs
-from worker.engine.slots import Slots
-from worker.redisio.clients import blocking_client, command_client, is_transient, persist
-from worker.redisio.clock import Clock
-from worker.redisio.transactions import Transactions
-from worker.redisio.urls import keys_at
-from worker.settings import ConfigError, Settings, address_of, shown_url, variable
-from worker.telemetry.metrics import Metrics
-from worker.version import version
-from worker.vllm.pool import Server, ServerPool
-from worker.vllm.stream import StreamTimeouts
+from ..broker.cancels import CancelHints
+from ..broker.cluster_publisher import open_publisher
+from ..broker.job_queue import JobQueue
+from ..broker.ledger import Ledger
+from ..broker.ownership import LogOwnership
+from ..contract.records import WorkerRecord
+from ..redisio.clients import blocking_client, command_client, is_transient, persist
+from ..redisio.clock import Clock
+from ..redisio.transactions import Transactions
+from ..redisio.urls import keys_at
+from ..settings import ConfigError, Settings, address_of, shown_url, variable
+from ..telemetry.metrics import Metrics
+from ..version import version
+from ..vllm.pool import Server, ServerPool
+from ..vllm.stream import StreamTimeouts
+from .intake import JobIntake
+from .job_runner import JobRunner
+from .maintenance import Maintenance
+from .running_jobs import RunningJobs
+from .slots import Slots
 
 _LONGEST_BLOCK = 1.0
 

@@ -8,22 +8,22 @@ from typing import Any, TypedDict, TypeVar, cast
 
 import structlog
 
-from worker.broker.log_writer import LogDiverged, LogGone, LogWriter
-from worker.broker.ownership import LogOwnership
-from worker.contract.answer import Answer
-from worker.contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
-from worker.contract.history import History, fault_in
-from worker.contract.ids import BEFORE_ALL, SEAL
-from worker.contract.job import InvalidJob, Job
-from worker.engine.job_context import JobContext, Stopped, drained, insist
-from worker.engine.tries import Tries, was_not_let_in
-from worker.settings import Settings, shown_url
-from worker.telemetry.metrics import Metrics
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import Caller, CircuitState
-from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
-from worker.vllm.pool import CHAT, Server, ServerPool
-from worker.vllm.resume import ResumedChunkParser, continuation
+from ..broker.log_writer import LogDiverged, LogGone, LogWriter
+from ..broker.ownership import LogOwnership
+from ..contract.answer import Answer
+from ..contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
+from ..contract.history import History, fault_in
+from ..contract.ids import BEFORE_ALL, SEAL
+from ..contract.job import InvalidJob, Job
+from ..settings import Settings, shown_url
+from ..telemetry.metrics import Metrics
+from ..vllm.chunks import ChunkParser
+from ..vllm.circuit import Caller, CircuitState
+from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
+from ..vllm.pool import CHAT, Server, ServerPool
+from ..vllm.resume import ResumedChunkParser, continuation
+from .job_context import JobContext, Stopped, drained, insist
+from .tries import Tries, was_not_let_in
 
 _T = TypeVar("_T")
 _LONGEST_NAME = 200

@@ -10,13 +10,13 @@ import structlog
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.broker.job_queue import Delivery, JobQueue
-from worker.engine.running_jobs import RunningJobs
-from worker.engine.slots import Slots
-from worker.redisio.clients import SAY_AGAIN, Backoff, is_transient
-from worker.settings import Settings
-from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import ServerPool
+from ..broker.job_queue import Delivery, JobQueue
+from ..redisio.clients import SAY_AGAIN, Backoff, is_transient
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from ..vllm.pool import ServerPool
+from .running_jobs import RunningJobs
+from .slots import Slots
 
 NO_VLLM = "no_vllm"
 REDIS_FULL = "redis_full"

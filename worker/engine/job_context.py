@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import LogWriter
-from worker.contract.job import InvalidJob, Job, digest
-from worker.redisio.clients import is_transient, persist, withholds_right
+from ..broker.job_queue import Delivery
+from ..broker.log_writer import LogWriter
+from ..contract.job import InvalidJob, Job, digest
+from ..redisio.clients import is_transient, persist, withholds_right
 
 _T = TypeVar("_T")
 

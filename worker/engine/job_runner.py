@@ -12,11 +12,11 @@ from functools import partial
 import structlog
 from redis.exceptions import RedisError
 
-from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, IdReused, LeaseLost
-from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.job_queue import Delivery, JobQueue
-from worker.broker.ledger import Ledger
-from worker.broker.log_writer import (
+from ..broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, IdReused, LeaseLost
+from ..broker.cluster_publisher import AnyPublisher
+from ..broker.job_queue import Delivery, JobQueue
+from ..broker.ledger import Ledger
+from ..broker.log_writer import (
     LogDiverged,
     LogExhausted,
     LogFenced,
@@ -27,12 +27,12 @@ from worker.broker.log_writer import (
     LogSealed,
     LogWriter,
 )
-from worker.broker.ownership import LogOwnership
-from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Failed, Terminal
-from worker.contract.history import History
-from worker.contract.ids import SEAL
-from worker.contract.job import (
+from ..broker.ownership import LogOwnership
+from ..contract.answer import Answer
+from ..contract.entries import BURIED, Failed, Terminal
+from ..contract.history import History
+from ..contract.ids import SEAL
+from ..contract.job import (
     InvalidJob,
     Job,
     check_limits,
@@ -42,13 +42,13 @@ from worker.contract.job import (
     times_of,
     with_limit,
 )
-from worker.engine.generation import Generation
-from worker.engine.job_context import UNREAD, JobContext, Stop, Stopped, digest_of, insist
-from worker.engine.poison import Quarantine, QuarantineTurn, failures, goal_of, is_doubtful, is_suspect
-from worker.engine.settlement import Settlement
-from worker.settings import Settings
-from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import ServerPool
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from ..vllm.pool import ServerPool
+from .generation import Generation
+from .job_context import UNREAD, JobContext, Stop, Stopped, digest_of, insist
+from .poison import Quarantine, QuarantineTurn, failures, goal_of, is_doubtful, is_suspect
+from .settlement import Settlement
 
 _DAY_MS = 24 * 3600 * 1000
 

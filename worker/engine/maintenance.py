@@ -8,15 +8,15 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError, ResponseError
 
-from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.job_queue import JobQueue
-from worker.broker.ledger import Ledger
-from worker.contract.records import WorkerRecord
-from worker.engine.running_jobs import RunningJobs
-from worker.redisio.clients import Backoff
-from worker.redisio.clock import Clock
-from worker.settings import Settings
-from worker.telemetry.metrics import Metrics
+from ..broker.cluster_publisher import AnyPublisher
+from ..broker.job_queue import JobQueue
+from ..broker.ledger import Ledger
+from ..contract.records import WorkerRecord
+from ..redisio.clients import Backoff
+from ..redisio.clock import Clock
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from .running_jobs import RunningJobs
 
 _STALE = 10
 """A worker that has not shown itself for so many leases is gone."""

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from worker.broker.job_queue import Delivery
-from worker.contract.answer import Answer
-from worker.contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
+from ..broker.job_queue import Delivery
+from ..contract.answer import Answer
+from ..contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
 
 _SUSPECT = 2
 _AGAIN = 2

@@ -9,10 +9,10 @@ from functools import partial
 import structlog
 from redis.exceptions import RedisError
 
-from worker.broker.job_queue import Delivery, JobQueue
-from worker.engine.job_context import Stop, Stopped
-from worker.redisio.clients import what_redis_said
-from worker.telemetry.metrics import Metrics
+from ..broker.job_queue import Delivery, JobQueue
+from ..redisio.clients import what_redis_said
+from ..telemetry.metrics import Metrics
+from .job_context import Stop, Stopped
 
 _MOST_WITHOUT_SLOT = 1000
 """Jobs that may have given their slot back before they are done with: each is in memory, with its request."""

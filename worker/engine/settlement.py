@@ -13,21 +13,21 @@ from typing import Any
 import msgspec
 import structlog
 
-from worker.broker.cluster_publisher import AnyPublisher
-from worker.broker.job_queue import Delivery, JobQueue
-from worker.broker.ledger import Ledger
-from worker.broker.log_writer import LogDiverged, LogWriter
-from worker.broker.ownership import LogOwnership
-from worker.contract.answer import Answer
-from worker.contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
-from worker.contract.ids import SEAL, EntryId
-from worker.contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
-from worker.contract.records import Lifecycle, Tombstone
-from worker.engine.job_context import UNREAD, JobContext, Stop, Stopped, digest_of, drained, insist
-from worker.redisio.clients import persist
-from worker.redisio.urls import keys_at
-from worker.settings import Settings
-from worker.telemetry.metrics import Metrics
+from ..broker.cluster_publisher import AnyPublisher
+from ..broker.job_queue import Delivery, JobQueue
+from ..broker.ledger import Ledger
+from ..broker.log_writer import LogDiverged, LogWriter
+from ..broker.ownership import LogOwnership
+from ..contract.answer import Answer
+from ..contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
+from ..contract.ids import SEAL, EntryId
+from ..contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
+from ..contract.records import Lifecycle, Tombstone
+from ..redisio.clients import persist
+from ..redisio.urls import keys_at
+from ..settings import Settings
+from ..telemetry.metrics import Metrics
+from .job_context import UNREAD, JobContext, Stop, Stopped, digest_of, drained, insist
 
 _MOMENT = 0.2
 """Seconds that the rest may take, once a log has its end, until the job gives its slot back."""

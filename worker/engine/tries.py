@@ -2,7 +2,7 @@
 
 import random
 
-from worker.vllm.errors import NoConnection, UpstreamError
+from ..vllm.errors import NoConnection, UpstreamError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 """Seconds; each is twice as long as the one before."""

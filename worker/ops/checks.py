@@ -10,22 +10,22 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from worker.broker.job_queue import JobQueue
-from worker.broker.ledger import Ledger
-from worker.broker.queue_depth import waiting_in
-from worker.contract.entries import Object
-from worker.contract.keys import GROUP, Keys
-from worker.engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
-from worker.ops.rights import Missing, find_missing
-from worker.redisio.advice import MORE_ROOM, advice_on, advice_on_silence
-from worker.redisio.clients import OLDEST, command_client, what_redis_said, withholds_right
-from worker.redisio.cluster import ClusterClient, servers_of
-from worker.redisio.urls import keys_at, parse_redis_url
-from worker.settings import ConfigError, Settings, load_settings, shown_url, variable
-from worker.vllm.api import Late
-from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import Server, ServerPool
-from worker.vllm.stream import StreamTimeouts
+from ..broker.job_queue import JobQueue
+from ..broker.ledger import Ledger
+from ..broker.queue_depth import waiting_in
+from ..contract.entries import Object
+from ..contract.keys import GROUP, Keys
+from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
+from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
+from ..redisio.clients import OLDEST, command_client, what_redis_said, withholds_right
+from ..redisio.cluster import ClusterClient, servers_of
+from ..redisio.urls import keys_at, parse_redis_url
+from ..settings import ConfigError, Settings, load_settings, shown_url, variable
+from ..vllm.api import Late
+from ..vllm.errors import UpstreamError
+from ..vllm.pool import Server, ServerPool
+from ..vllm.stream import StreamTimeouts
+from .rights import Missing, find_missing
 
 _WHEN_PAUSED = {
     NO_VLLM: "start a vLLM server that it can reach: its log says what is wrong with each (vllm_away)",

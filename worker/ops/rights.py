@@ -12,9 +12,9 @@ from typing import Literal, TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.contract.keys import GROUP, Keys
-from worker.redisio.clients import lacks_command, withholds_right
-from worker.redisio.pipelined import PipelinedConnection, pack
+from ..contract.keys import GROUP, Keys
+from ..redisio.clients import lacks_command, withholds_right
+from ..redisio.pipelined import PipelinedConnection, pack
 
 Role: TypeAlias = Literal["worker", "client"]
 _W: frozenset[Role] = frozenset(("worker",))

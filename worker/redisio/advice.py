@@ -8,7 +8,7 @@ from redis import exceptions
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.sentinel import MasterNotFoundError
 
-from worker.redisio.urls import parse_redis_url
+from .urls import parse_redis_url
 
 MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
 _OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"

@@ -7,9 +7,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.redisio.clients import is_transient
-from worker.redisio.cluster import ELSEWHERE, forget_masters, server_of, when_gone
-from worker.redisio.pipelined import PipelinedConnection, lost
+from .clients import is_transient
+from .cluster import ELSEWHERE, forget_masters, server_of, when_gone
+from .pipelined import PipelinedConnection, lost
 
 _AT_ONCE = 128
 """Questions that go as one: more of them would keep the process from everything else while it reads the answers.

@@ -15,11 +15,11 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from worker.redisio.advice import advice_on, advice_on_silence
-from worker.redisio.cluster import ClusterClient, ClusterPool
-from worker.redisio.sentinel import sentinel_pool
-from worker.redisio.unsent import unsent
-from worker.redisio.urls import parse_redis_url
+from .advice import advice_on, advice_on_silence
+from .cluster import ClusterClient, ClusterPool
+from .sentinel import sentinel_pool
+from .unsent import unsent
+from .urls import parse_redis_url
 
 _T = TypeVar("_T")
 

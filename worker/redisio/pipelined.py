@@ -19,9 +19,9 @@ from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseErro
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.redisio.clients import COMMAND_TIMEOUT
-from worker.redisio.cluster import slot_of
-from worker.redisio.unsent import unsent
+from .clients import COMMAND_TIMEOUT
+from .cluster import slot_of
+from .unsent import unsent
 
 Packed: TypeAlias = tuple[bytes, int]
 """Packed commands, and how many these are."""

@@ -9,7 +9,7 @@ from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnec
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from worker.redisio.urls import RedisUrl
+from .urls import RedisUrl
 
 _ASK_TIMEOUT = 1.0
 """Seconds that one sentinel has to answer; then the next is asked."""

@@ -14,9 +14,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from worker.redisio.clients import Backoff, is_transient
-from worker.redisio.cluster import ClusterClient, forget_masters, server_of, when_gone
-from worker.redisio.pipelined import TakenConnection, lost, pack
+from .clients import Backoff, is_transient
+from .cluster import ClusterClient, forget_masters, server_of, when_gone
+from .pipelined import TakenConnection, lost, pack
 
 _SILENCE = 5.0
 """Seconds after which a silent connection is asked whether it still lives, and then given up."""

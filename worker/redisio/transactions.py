@@ -12,8 +12,8 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.redisio.cluster import ELSEWHERE, forget_masters, server_of, when_gone
-from worker.redisio.pipelined import PipelinedConnection, in_multi, pack
+from .cluster import ELSEWHERE, forget_masters, server_of, when_gone
+from .pipelined import PipelinedConnection, in_multi, pack
 
 _MOST = 16
 """Connections to one server: its client's pool has 64, and the renewals of leases need one of the rest."""

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.exceptions import RedisError
 
-from worker.contract.keys import Keys
+from ..contract.keys import Keys
 
 _PLAIN = re.compile(r"(redis|rediss|unix)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
 _SEVERAL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)

@@ -20,16 +20,16 @@ from typing import TypeAlias
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from worker.client.async_client import Client
-from worker.client.errors import Unavailable
-from worker.contract.answer import Answer
-from worker.contract.entries import Entry, Object
-from worker.sandbox.embedded_redis import start_redis
-from worker.sandbox.simulator.server import Options, Scenario, Simulator
-from worker.settings import load_settings, shown_url
-from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import ServerPool
-from worker.vllm.stream import StreamTimeouts
+from ..client.async_client import Client
+from ..client.errors import Unavailable
+from ..contract.answer import Answer
+from ..contract.entries import Entry, Object
+from ..settings import load_settings, shown_url
+from ..vllm.errors import UpstreamError
+from ..vllm.pool import ServerPool
+from ..vllm.stream import StreamTimeouts
+from .embedded_redis import start_redis
+from .simulator.server import Options, Scenario, Simulator
 
 Tell: TypeAlias = Callable[[str, Object], None]
 """Takes a line for people and the same as JSON."""

@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from worker.redisio.clients import OLDEST
+from ..redisio.clients import OLDEST
 
 _START = 20.0
 _TRIES = 5

@@ -16,7 +16,7 @@ from typing import Literal
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
-from worker.telemetry.events import Event, Failing, Recovered
+from .events import Event, Failing, Recovered
 
 Format = Literal["auto", "json", "console"]
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from worker.telemetry.events import (
+from ..version import version
+from .events import (
     AnswerRestarted,
     AnswerResumed,
     AttemptBegun,
@@ -29,7 +30,6 @@ from worker.telemetry.events import (
     UnknownFinishReason,
     WriteFailed,
 )
-from worker.version import version
 
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
 _MOST_REASONS = 20

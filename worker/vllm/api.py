@@ -7,13 +7,13 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from worker.contract.entries import Object, to_json
-from worker.vllm.credentials import ApiKeys
-from worker.vllm.errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
-from worker.vllm.server import Server
-from worker.vllm.stream import StreamTimeouts, StreamWatchdog, open_answer
-from worker.vllm.target import Target
-from worker.vllm.transport import HttpAnswer, Transport
+from ..contract.entries import Object, to_json
+from .credentials import ApiKeys
+from .errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
+from .server import Server
+from .stream import StreamTimeouts, StreamWatchdog, open_answer
+from .target import Target
+from .transport import HttpAnswer, Transport
 
 _T = TypeVar("_T")
 

@@ -2,9 +2,9 @@
 
 import msgspec
 
-from worker.vllm.error_bodies import decoded, excerpt, is_error, says_nothing
-from worker.vllm.errors import UpstreamError, from_event, malformed
-from worker.vllm.shapes import RawObject
+from .error_bodies import decoded, excerpt, is_error, says_nothing
+from .errors import UpstreamError, from_event, malformed
+from .shapes import RawObject
 
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from worker.vllm.shapes import RawObject
+from .shapes import RawObject
 
 _decode = msgspec.json.decode
 _decode_object = msgspec.json.Decoder(RawObject).decode

@@ -10,14 +10,14 @@ import hashlib
 import msgspec
 from msgspec import Raw
 
-from worker.contract.entries import TEXT_FIELDS, Fields, Object
-from worker.vllm.chunk_errors import error_beside, error_in_place_of, unreadable
-from worker.vllm.chunk_json import ChunkDecoder
-from worker.vllm.error_bodies import excerpt
-from worker.vllm.errors import CannotResume, UpstreamError, truncated
-from worker.vllm.finish_reasons import is_known, is_of_a_fault
-from worker.vllm.plain_chunks import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
-from worker.vllm.shapes import (
+from ..contract.entries import TEXT_FIELDS, Fields, Object
+from .chunk_errors import error_beside, error_in_place_of, unreadable
+from .chunk_json import ChunkDecoder
+from .error_bodies import excerpt
+from .errors import CannotResume, UpstreamError, truncated
+from .finish_reasons import is_known, is_of_a_fault
+from .plain_chunks import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
+from .shapes import (
     NULL,
     PRIVATE,
     RawObject,

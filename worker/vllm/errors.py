@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from worker.vllm.error_bodies import (
+from .error_bodies import (
     as_json,
     decoded,
     excerpt,

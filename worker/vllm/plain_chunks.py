@@ -8,9 +8,9 @@ from typing import Literal
 import msgspec
 from msgspec import Raw
 
-from worker.contract.entries import Fields
-from worker.vllm.chunk_json import is_readable
-from worker.vllm.shapes import NULL, RawObject, read_tool_calls, says
+from ..contract.entries import Fields
+from .chunk_json import is_readable
+from .shapes import NULL, RawObject, read_tool_calls, says
 
 
 class _PlainDelta(msgspec.Struct, forbid_unknown_fields=True):

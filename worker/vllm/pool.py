@@ -9,19 +9,19 @@ from contextvars import copy_context
 
 import structlog
 
-from worker.contract.entries import Object
-from worker.vllm.api import VllmApi
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import Caller, CircuitState, ServerRequest
-from worker.vllm.credentials import ApiKeys
-from worker.vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
-from worker.vllm.fields import body_for, refused_fields
-from worker.vllm.probes import FIRST_LIMIT, Probes
-from worker.vllm.recent import Recent
-from worker.vllm.server import MISSING, Server, best_of, may_be_its_fault
-from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog
-from worker.vllm.target import base_url
-from worker.vllm.transport import HttpAnswer
+from ..contract.entries import Object
+from .api import VllmApi
+from .chunks import ChunkParser
+from .circuit import Caller, CircuitState, ServerRequest
+from .credentials import ApiKeys
+from .errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
+from .fields import body_for, refused_fields
+from .probes import FIRST_LIMIT, Probes
+from .recent import Recent
+from .server import MISSING, Server, best_of, may_be_its_fault
+from .stream import ChatStream, StreamTimeouts, StreamWatchdog
+from .target import base_url
+from .transport import HttpAnswer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

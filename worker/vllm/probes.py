@@ -9,10 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from worker.vllm.api import Late, VllmApi
-from worker.vllm.circuit import Caller
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
-from worker.vllm.server import Server
+from .api import Late, VllmApi
+from .circuit import Caller
+from .errors import UNAUTHORIZED, NoConnection, UpstreamError
+from .server import Server
 
 _T = TypeVar("_T")
 FIRST_LIMIT, LONGEST_LIMIT = 3.0, 60.0

@@ -12,14 +12,14 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from worker.contract.answer import Answer
-from worker.contract.entries import Delta, Fields, Object, Resumed, to_fields
-from worker.contract.ids import BEFORE_ALL, EntryId
-from worker.vllm.chunks import ChunkParser, digest_of
-from worker.vllm.circuit import Caller
-from worker.vllm.errors import CannotResume, UpstreamError
-from worker.vllm.pool import CHAT, COMPLETIONS, Server, ServerPool
-from worker.vllm.stop_strings import StopStrings, stops_of
+from ..contract.answer import Answer
+from ..contract.entries import Delta, Fields, Object, Resumed, to_fields
+from ..contract.ids import BEFORE_ALL, EntryId
+from .chunks import ChunkParser, digest_of
+from .circuit import Caller
+from .errors import CannotResume, UpstreamError
+from .pool import CHAT, COMPLETIONS, Server, ServerPool
+from .stop_strings import StopStrings, stops_of
 
 _T = TypeVar("_T")
 _Post: TypeAlias = Callable[[str, Object], Awaitable[bytes]]

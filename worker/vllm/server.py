@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from worker.vllm.circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
-from worker.vllm.errors import (
+from .circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
+from .errors import (
     MODEL_NOT_FOUND,
     TOO_LARGE_STATUS,
     UNAUTHORIZED,
@@ -13,8 +13,8 @@ from worker.vllm.errors import (
     NoConnection,
     UpstreamError,
 )
-from worker.vllm.recent import Recent
-from worker.vllm.stream import StreamWatchdog
+from .recent import Recent
+from .stream import StreamWatchdog
 
 MISSING = 60.0
 """Seconds that the answer holds that there is no such model."""

@@ -17,7 +17,7 @@ import re
 
 import msgspec
 
-from worker.vllm.error_bodies import decoded
+from .error_bodies import decoded
 
 _LF = 0x0A
 _DONE = b"[DONE]"

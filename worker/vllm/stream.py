@@ -13,12 +13,12 @@ from types import TracebackType
 
 import httpx
 
-from worker.contract.entries import Object, to_json
-from worker.vllm.error_bodies import HEAD_OF_PAGE, excerpt
-from worker.vllm.errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
-from worker.vllm.sse import EventTooLarge, SSEDecoder
-from worker.vllm.target import Target
-from worker.vllm.transport import HttpAnswer, Transport
+from ..contract.entries import Object, to_json
+from .error_bodies import HEAD_OF_PAGE, excerpt
+from .errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
+from .sse import EventTooLarge, SSEDecoder
+from .target import Target
+from .transport import HttpAnswer, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0

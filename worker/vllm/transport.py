@@ -15,8 +15,8 @@ from typing import TypeAlias, cast
 import httptools
 import httpx
 
-from worker.vllm.framing import Mended, may_be_mended, parser_for, why_no_http
-from worker.vllm.target import Origin, Target, head_of, origin_of
+from .framing import Mended, may_be_mended, parser_for, why_no_http
+from .target import Origin, Target, head_of, origin_of
 
 _Head: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
 

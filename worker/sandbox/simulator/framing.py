@@ -2,7 +2,7 @@
 
 import msgspec
 
-from worker.sandbox.simulator.requests import Shape
+from .requests import Shape
 
 __all__ = ["DONE", "comment", "framed"]
 

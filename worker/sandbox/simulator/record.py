@@ -4,7 +4,7 @@ from hashlib import sha256
 
 import msgspec
 
-from worker.sandbox.simulator.requests import Json
+from .requests import Json
 
 __all__ = ["Served", "digest"]
 

@@ -10,8 +10,8 @@ from itertools import chain, repeat, zip_longest
 from typing import NamedTuple
 from uuid import uuid4
 
-from worker.sandbox.simulator.answers import END, VOCABULARY, WORDS, Kind, Token, answer_tokens, filler
-from worker.sandbox.simulator.requests import ChatRequest, Json, Options, Scenario, answer_to
+from .answers import END, VOCABULARY, WORDS, Kind, Token, answer_tokens, filler
+from .requests import ChatRequest, Json, Options, Scenario, answer_to
 
 __all__ = ["FINGERPRINT", "Chunk", "Reply", "Step"]
 

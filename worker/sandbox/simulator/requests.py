@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from worker.sandbox.simulator.answers import END, START, VOCABULARY, encode, known_answer, pseudo_text
+from .answers import END, START, VOCABULARY, encode, known_answer, pseudo_text
 
 __all__ = [
     "ASSISTANT",

@@ -13,10 +13,10 @@ from weakref import WeakSet
 
 import msgspec
 
-from worker.sandbox.simulator.framing import DONE, comment, framed
-from worker.sandbox.simulator.record import Served, digest
-from worker.sandbox.simulator.replies import Chunk, Reply
-from worker.sandbox.simulator.requests import (
+from .framing import DONE, comment, framed
+from .record import Served, digest
+from .replies import Chunk, Reply
+from .requests import (
     ChatRequest,
     Fault,
     Json,
@@ -30,8 +30,8 @@ from worker.sandbox.simulator.requests import (
     parse,
     understand,
 )
-from worker.sandbox.simulator.texts import TextReply, detokenize, tokenize, understand_text
-from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
+from .texts import TextReply, detokenize, tokenize, understand_text
+from .wire import HttpConnection, HttpRequest
 
 __all__ = ["Options", "Scenario", "Served", "Simulator", "serve_forever"]
 

@@ -5,9 +5,9 @@ from typing import TypeVar
 
 import msgspec
 
-from worker.sandbox.simulator.answers import END, START, VOCABULARY, decode, encode
-from worker.sandbox.simulator.replies import FINGERPRINT, Chunk, Reply, Step
-from worker.sandbox.simulator.requests import (
+from .answers import END, START, VOCABULARY, decode, encode
+from .replies import FINGERPRINT, Chunk, Reply, Step
+from .requests import (
     ASSISTANT,
     ChatRequest,
     Json,
