@@ -19,8 +19,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from .contract.job import MAX_REQUEST_BYTES
 from .contract.keys import DEFAULT_QUEUE, is_queue_name
 from .redisio.urls import parse_redis_url
-from .vllm.credentials import ApiKeys, checked_key, keys_in
-from .vllm.target import base_url
+from .vllm.http.credentials import ApiKeys, checked_key, keys_in
+from .vllm.http.target import base_url
 
 PREFIX = "WORKER_"
 _OWN_NAMES = {

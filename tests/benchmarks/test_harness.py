@@ -27,8 +27,8 @@ from report import TARGETS, Report, Target, this_machine
 from rig import Rig, RigFailed
 from scenarios import Figures
 
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.sse import SSEDecoder
+from worker.vllm.chunks.parser import ChunkParser
+from worker.vllm.stream.sse import SSEDecoder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it measures by means of Linux alone")
 

@@ -27,10 +27,10 @@ from worker.engine.job_runner import JobRunner
 from worker.redisio.clients import blocking_client, command_client, is_transient
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
-from worker.vllm.pool import ServerPool
-from worker.vllm.stream import StreamTimeouts
-from worker.vllm.target import Target
-from worker.vllm.transport import Body, HttpAnswer, Transport
+from worker.vllm.http.target import Target
+from worker.vllm.http.transport import Body, HttpAnswer, Transport
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.stream.chat_stream import StreamTimeouts
 
 _PROMPT = [0]
 

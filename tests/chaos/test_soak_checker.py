@@ -11,9 +11,9 @@ from soak_jobs import Plan, plan
 
 from worker.sandbox.simulator.record import Served
 from worker.sandbox.simulator.server import Simulator
-from worker.vllm.circuit import Caller
-from worker.vllm.pool import ServerPool
-from worker.vllm.stream import StreamTimeouts
+from worker.vllm.servers.circuit import Caller
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.stream.chat_stream import StreamTimeouts
 
 Log = list[tuple[str, dict[str, str]]]
 

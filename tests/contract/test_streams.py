@@ -18,9 +18,9 @@ from worker.contract.answer import Answer
 from worker.contract.entries import AnyEntry, Done, Usage, parse, to_fields
 from worker.contract.feed import read_message
 from worker.contract.ids import SEAL, EntryId
-from worker.vllm.chunks import ChunkParser
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.sse import SSEDecoder
+from worker.vllm.stream.sse import SSEDecoder
 
 _TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 _INDEX: dict[str, Object] = json.loads((_TRANSCRIPTS / "index.json").read_text())

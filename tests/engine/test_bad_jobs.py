@@ -16,8 +16,8 @@ from worker import Answer, Client
 from worker.contract.entries import Object
 from worker.sandbox.simulator.server import Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.vllm import circuit
-from worker.vllm.circuit import FAILURES
+from worker.vllm.servers import circuit
+from worker.vllm.servers.circuit import FAILURES
 
 _ERROR = {"message": "list index out of range", "type": "InternalServerError", "param": None, "code": 500}
 _EVENTS = {

@@ -15,7 +15,7 @@ from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
-from worker.vllm.credentials import ApiKeys, keys_in
+from worker.vllm.http.credentials import ApiKeys, keys_in
 
 OLD, NEW = "the-old-key", "the-new-key"
 CUT = Scenario(fault="cut", after=4, times=1, rate=100)
@@ -25,9 +25,9 @@ CUT = Scenario(fault="cut", after=4, times=1, rate=100)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.vllm.pool._PROBE_EVERY", 0.05)
-    monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 0.05)
-    monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    monkeypatch.setattr("worker.vllm.servers.circuit.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("worker.vllm.servers.circuit.LONGEST_PAUSE", 0.05)
 
 
 def ask(**more: Any) -> Object:  # noqa: ANN401
@@ -198,8 +198,8 @@ async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_th
     client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C4 and A1. A router whose key for one of its servers is wrong says so; those jobs wait, and the others do not."""
-    monkeypatch.setattr("worker.vllm.circuit.FIRST_PAUSE", 3600)
-    monkeypatch.setattr("worker.vllm.circuit.LONGEST_PAUSE", 3600)
+    monkeypatch.setattr("worker.vllm.servers.circuit.FIRST_PAUSE", 3600)
+    monkeypatch.setattr("worker.vllm.servers.circuit.LONGEST_PAUSE", 3600)
 
     class Router(Simulator):
         mended = False

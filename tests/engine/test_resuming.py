@@ -14,9 +14,9 @@ from worker.contract.ids import SEAL
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.pool import ServerPool
-from worker.vllm.stream import StreamTimeouts
+from worker.vllm.chunks.parser import ChunkParser
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.stream.chat_stream import StreamTimeouts
 
 QUESTIONS = ("Who are you?", "你是谁?", "Send emoji", "Write code", "Think first")
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}

@@ -421,7 +421,7 @@ async def test_c8_a_certificate_is_trusted_by_either_way(
 
 async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A8. Or it is a router that asks all of its servers first; workers do not hold it to be away."""
-    monkeypatch.setattr("worker.vllm.pool.FIRST_LIMIT", 0.1)
+    monkeypatch.setattr("worker.vllm.servers.pool.FIRST_LIMIT", 0.1)
     async with sending(then_close=False) as url:
         findings = await found(redis_url=redis_url, vllm_urls=url)
     assert findings[-1].text == f"{url}/v1/models did not answer within 0.1 s"

@@ -16,9 +16,9 @@ from worker.contract import entries
 from worker.contract.answer import Answer
 from worker.contract.entries import Delta, Entry, Fields, Opened
 from worker.contract.ids import EntryId
-from worker.vllm.chunks import ChunkParser
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.sse import SSEDecoder
+from worker.vllm.stream.sse import SSEDecoder
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 INDEX: dict[str, dict[str, Any]] = json.loads((TRANSCRIPTS / "index.json").read_bytes())

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.vllm.circuit import FAILURES, LATE_TRIAL, LONGEST_PAUSE, TRIAL, Caller, Circuit, CircuitState, ServerRequest
+from worker.vllm.servers.circuit import (
+    FAILURES,
+    LATE_TRIAL,
+    LONGEST_PAUSE,
+    TRIAL,
+    Caller,
+    Circuit,
+    CircuitState,
+    ServerRequest,
+)
 
 Change = tuple[CircuitState, CircuitState, str]
 

@@ -11,13 +11,13 @@ from typing import Any, cast
 import pytest
 from raw_server import sending
 
-from worker.vllm.chunks import ChunkParser
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import ServerPool
-from worker.vllm.server import may_be_its_fault
-from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog
-from worker.vllm.transport import HttpAnswer
+from worker.vllm.http.transport import HttpAnswer
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.servers.server import may_be_its_fault
+from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog
+from worker.vllm.stream.sse import SSEDecoder
 
 M = "top_k is too large"
 AGAIN, ONCE = True, False

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from worker.vllm.chunks import ChunkParser
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.error_bodies import message_of
 from worker.vllm.errors import (
     ConnectionRefused,

@@ -3,7 +3,7 @@
 import httptools
 import pytest
 
-from worker.vllm.framing import Mended, parser_for
+from worker.vllm.http.framing import Mended, parser_for
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n"

@@ -1,6 +1,6 @@
 """What is remembered of models by name, for a while, whatever jobs call them."""
 
-from worker.vllm.recent import Recent
+from worker.vllm.servers.recent import Recent
 
 
 def test_a_value_is_there_for_its_time() -> None:

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from worker.contract.entries import JSON, Delta, Resumed, parse
 from worker.contract.ids import EntryId
-from worker.vllm.chunks import digest_of
+from worker.vllm.chunks.parser import digest_of
 from worker.vllm.errors import CannotResume
-from worker.vllm.pool import CHAT, COMPLETIONS
-from worker.vllm.resume import (
+from worker.vllm.resume.plan import (
     Kept,
     ResumedChunkParser,
     ResumePlan,
     kept_of,
     obstacle,
 )
-from worker.vllm.stop_strings import StopStrings
+from worker.vllm.resume.stop_strings import StopStrings
+from worker.vllm.servers.pool import CHAT, COMPLETIONS
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
 PROMPT = [1, 2, 3]

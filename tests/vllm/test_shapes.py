@@ -13,8 +13,8 @@ from openai_reading import read_by_openai, said
 from worker.contract import entries
 from worker.contract.answer import Answer, Choice
 from worker.contract.ids import EntryId
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.sse import SSEDecoder
+from worker.vllm.chunks.parser import ChunkParser
+from worker.vllm.stream.sse import SSEDecoder
 
 Object = dict[str, Any]
 

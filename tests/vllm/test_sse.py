@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.vllm.sse import EventTooLarge, SSEDecoder
+from worker.vllm.stream.sse import EventTooLarge, SSEDecoder
 
 TRANSCRIPTS = Path(__file__).parent.parent / "transcripts"
 BODIES = sorted(path.stem for path in TRANSCRIPTS.glob("*.body"))

@@ -21,18 +21,18 @@ from worker.contract.entries import Object, to_json
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.vllm import pool as upstream_module
-from worker.vllm import stream as stream_module
-from worker.vllm import transport as transport_module
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.credentials import ApiKeys
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
-from worker.vllm.fields import body_for
-from worker.vllm.pool import ServerPool
-from worker.vllm.sse import SSEDecoder
-from worker.vllm.stream import ChatStream, StreamTimeouts, StreamWatchdog, open_answer
-from worker.vllm.target import Target, base_url
-from worker.vllm.transport import Transport
+from worker.vllm.http import transport as transport_module
+from worker.vllm.http.credentials import ApiKeys
+from worker.vllm.http.target import Target, base_url
+from worker.vllm.http.transport import Transport
+from worker.vllm.servers import pool as upstream_module
+from worker.vllm.servers.added_fields import body_for
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.stream import chat_stream as stream_module
+from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog, open_answer
+from worker.vllm.stream.sse import SSEDecoder
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]

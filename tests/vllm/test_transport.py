@@ -8,13 +8,13 @@ import httpx
 import pytest
 from raw_server import sending
 
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import CircuitState
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
-from worker.vllm.pool import ServerPool
-from worker.vllm.stream import StreamTimeouts
-from worker.vllm.target import Target
-from worker.vllm.transport import Transport
+from worker.vllm.http.target import Target
+from worker.vllm.http.transport import Transport
+from worker.vllm.servers.circuit import CircuitState
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.stream.chat_stream import StreamTimeouts
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 EVENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'

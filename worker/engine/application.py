@@ -24,8 +24,8 @@ from ..redisio.urls import keys_at
 from ..settings import ConfigError, Settings, address_of, shown_url, variable
 from ..telemetry.metrics import Metrics
 from ..version import version
-from ..vllm.pool import Server, ServerPool
-from ..vllm.stream import StreamTimeouts
+from ..vllm.servers.pool import Server, ServerPool
+from ..vllm.stream.chat_stream import StreamTimeouts
 from .intake import JobIntake
 from .job_runner import JobRunner
 from .maintenance import Maintenance

@@ -17,11 +17,11 @@ from ..contract.ids import BEFORE_ALL, SEAL
 from ..contract.job import InvalidJob, Job
 from ..settings import Settings, shown_url
 from ..telemetry.metrics import Metrics
-from ..vllm.chunks import ChunkParser
-from ..vllm.circuit import Caller, CircuitState
+from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
-from ..vllm.pool import CHAT, Server, ServerPool
-from ..vllm.resume import ResumedChunkParser, continuation
+from ..vllm.resume.plan import ResumedChunkParser, continuation
+from ..vllm.servers.circuit import Caller, CircuitState
+from ..vllm.servers.pool import CHAT, Server, ServerPool
 from .job_context import JobContext, Stopped, drained, insist
 from .tries import Tries, was_not_let_in
 

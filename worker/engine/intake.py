@@ -14,7 +14,7 @@ from ..broker.job_queue import Delivery, JobQueue
 from ..redisio.clients import SAY_AGAIN, Backoff, is_transient
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
-from ..vllm.pool import ServerPool
+from ..vllm.servers.pool import ServerPool
 from .running_jobs import RunningJobs
 from .slots import Slots
 

@@ -44,7 +44,7 @@ from ..contract.job import (
 )
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
-from ..vllm.pool import ServerPool
+from ..vllm.servers.pool import ServerPool
 from .generation import Generation
 from .job_context import UNREAD, JobContext, Stop, Stopped, digest_of, insist
 from .poison import Quarantine, QuarantineTurn, failures, goal_of, is_doubtful, is_suspect

@@ -21,10 +21,10 @@ from ..redisio.clients import OLDEST, command_client, what_redis_said, withholds
 from ..redisio.cluster import ClusterClient, servers_of
 from ..redisio.urls import keys_at, parse_redis_url
 from ..settings import ConfigError, Settings, load_settings, shown_url, variable
-from ..vllm.api import Late
 from ..vllm.errors import UpstreamError
-from ..vllm.pool import Server, ServerPool
-from ..vllm.stream import StreamTimeouts
+from ..vllm.servers.api import Late
+from ..vllm.servers.pool import Server, ServerPool
+from ..vllm.stream.chat_stream import StreamTimeouts
 from .rights import Missing, find_missing
 
 _WHEN_PAUSED = {

@@ -26,8 +26,8 @@ from ..contract.answer import Answer
 from ..contract.entries import Entry, Object
 from ..settings import load_settings, shown_url
 from ..vllm.errors import UpstreamError
-from ..vllm.pool import ServerPool
-from ..vllm.stream import StreamTimeouts
+from ..vllm.servers.pool import ServerPool
+from ..vllm.stream.chat_stream import StreamTimeouts
 from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
 

@@ -7,13 +7,13 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from ..contract.entries import Object, to_json
-from .credentials import ApiKeys
-from .errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
+from ...contract.entries import Object, to_json
+from ..errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
+from ..http.credentials import ApiKeys
+from ..http.target import Target
+from ..http.transport import HttpAnswer, Transport
+from ..stream.chat_stream import StreamTimeouts, StreamWatchdog, open_answer
 from .server import Server
-from .stream import StreamTimeouts, StreamWatchdog, open_answer
-from .target import Target
-from .transport import HttpAnswer, Transport
 
 _T = TypeVar("_T")
 

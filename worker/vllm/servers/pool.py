@@ -9,19 +9,19 @@ from contextvars import copy_context
 
 import structlog
 
-from ..contract.entries import Object
+from ...contract.entries import Object
+from ..chunks.parser import ChunkParser
+from ..errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
+from ..http.credentials import ApiKeys
+from ..http.target import base_url
+from ..http.transport import HttpAnswer
+from ..stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog
+from .added_fields import body_for, refused_fields
 from .api import VllmApi
-from .chunks import ChunkParser
 from .circuit import Caller, CircuitState, ServerRequest
-from .credentials import ApiKeys
-from .errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
-from .fields import body_for, refused_fields
 from .probes import FIRST_LIMIT, Probes
 from .recent import Recent
 from .server import MISSING, Server, best_of, may_be_its_fault
-from .stream import ChatStream, StreamTimeouts, StreamWatchdog
-from .target import base_url
-from .transport import HttpAnswer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from ..errors import UNAUTHORIZED, NoConnection, UpstreamError
 from .api import Late, VllmApi
 from .circuit import Caller
-from .errors import UNAUTHORIZED, NoConnection, UpstreamError
 from .server import Server
 
 _T = TypeVar("_T")

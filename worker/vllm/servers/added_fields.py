@@ -2,8 +2,8 @@
 
 from collections.abc import Set as AbstractSet
 
-from ..contract.entries import Object
-from .errors import UpstreamError
+from ...contract.entries import Object
+from ..errors import UpstreamError
 
 _ADDED = ("return_token_ids", "stream_options")
 _USAGE = "include_usage"

@@ -4,7 +4,7 @@ The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event st
 and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
 colon is dropped, several data lines are joined by LF, and an event that the end of the stream cuts off is dropped.
 Fields other than `data` carry nothing in a stream of completions. The BOM at the start of a stream is taken away by
-`stream.py`, which looks at the first bytes of every answer.
+`chat_stream.py`, which looks at the first bytes of every answer.
 
 Four things go beyond the standard. A data line that is a whole chunk is an event of its own, and goes out when the next
 one is there: some servers end their events with one LF. The last event is not dropped where it is whole JSON. Errors
@@ -17,7 +17,7 @@ import re
 
 import msgspec
 
-from .error_bodies import decoded
+from ..error_bodies import decoded
 
 _LF = 0x0A
 _DONE = b"[DONE]"

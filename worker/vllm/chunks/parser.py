@@ -10,13 +10,13 @@ import hashlib
 import msgspec
 from msgspec import Raw
 
-from ..contract.entries import TEXT_FIELDS, Fields, Object
-from .chunk_errors import error_beside, error_in_place_of, unreadable
-from .chunk_json import ChunkDecoder
-from .error_bodies import excerpt
-from .errors import CannotResume, UpstreamError, truncated
+from ...contract.entries import TEXT_FIELDS, Fields, Object
+from ..error_bodies import excerpt
+from ..errors import CannotResume, UpstreamError, truncated
+from .error_chunks import error_beside, error_in_place_of, unreadable
 from .finish_reasons import is_known, is_of_a_fault
-from .plain_chunks import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
+from .lenient_json import ChunkDecoder
+from .plain import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
 from .shapes import (
     NULL,
     PRIVATE,

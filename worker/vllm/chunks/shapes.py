@@ -8,7 +8,7 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Raw
 
-from ..contract.entries import Fields
+from ...contract.entries import Fields
 
 RawObject: TypeAlias = dict[str, Raw]
 

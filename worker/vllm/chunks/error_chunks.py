@@ -2,8 +2,8 @@
 
 import msgspec
 
-from .error_bodies import decoded, excerpt, is_error, says_nothing
-from .errors import UpstreamError, from_event, malformed
+from ..error_bodies import decoded, excerpt, is_error, says_nothing
+from ..errors import UpstreamError, from_event, malformed
 from .shapes import RawObject
 
 _decode = msgspec.json.decode

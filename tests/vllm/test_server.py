@@ -5,10 +5,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from worker.vllm import server as endpoints
-from worker.vllm.circuit import FAILURES, Caller, ServerRequest
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
-from worker.vllm.server import Server, best_of
+from worker.vllm.servers import server as endpoints
+from worker.vllm.servers.circuit import FAILURES, Caller, ServerRequest
+from worker.vllm.servers.server import Server, best_of
 
 Burden = Callable[[Server, int], None]
 

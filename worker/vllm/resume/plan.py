@@ -12,13 +12,13 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from ..contract.answer import Answer
-from ..contract.entries import Delta, Fields, Object, Resumed, to_fields
-from ..contract.ids import BEFORE_ALL, EntryId
-from .chunks import ChunkParser, digest_of
-from .circuit import Caller
-from .errors import CannotResume, UpstreamError
-from .pool import CHAT, COMPLETIONS, Server, ServerPool
+from ...contract.answer import Answer
+from ...contract.entries import Delta, Fields, Object, Resumed, to_fields
+from ...contract.ids import BEFORE_ALL, EntryId
+from ..chunks.parser import ChunkParser, digest_of
+from ..errors import CannotResume, UpstreamError
+from ..servers.circuit import Caller
+from ..servers.pool import CHAT, COMPLETIONS, Server, ServerPool
 from .stop_strings import StopStrings, stops_of
 
 _T = TypeVar("_T")

@@ -13,12 +13,12 @@ from types import TracebackType
 
 import httpx
 
-from ..contract.entries import Object, to_json
-from .error_bodies import HEAD_OF_PAGE, excerpt
-from .errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
+from ...contract.entries import Object, to_json
+from ..error_bodies import HEAD_OF_PAGE, excerpt
+from ..errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
+from ..http.target import Target
+from ..http.transport import HttpAnswer, Transport
 from .sse import EventTooLarge, SSEDecoder
-from .target import Target
-from .transport import HttpAnswer, Transport
 
 _END_OF_ANSWER = 0.5
 _MOMENTS = 2.0

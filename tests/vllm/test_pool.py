@@ -20,17 +20,17 @@ from worker.sandbox.simulator.requests import Fault
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
-from worker.vllm import circuit as circuit_module
-from worker.vllm import pool as upstream_module
-from worker.vllm import probes
-from worker.vllm.api import Late, VllmApi
-from worker.vllm.chunks import ChunkParser
-from worker.vllm.circuit import FAILURES, Caller, CircuitState
-from worker.vllm.credentials import ApiKeys
+from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.pool import ServerPool
-from worker.vllm.server import Server
-from worker.vllm.stream import StreamTimeouts
+from worker.vllm.http.credentials import ApiKeys
+from worker.vllm.servers import circuit as circuit_module
+from worker.vllm.servers import pool as upstream_module
+from worker.vllm.servers import probes
+from worker.vllm.servers.api import Late, VllmApi
+from worker.vllm.servers.circuit import FAILURES, Caller, CircuitState
+from worker.vllm.servers.pool import ServerPool
+from worker.vllm.servers.server import Server
+from worker.vllm.stream.chat_stream import StreamTimeouts
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 IMPATIENT = StreamTimeouts(connect=5, first_token=0.1, gap=0.1)
@@ -679,7 +679,7 @@ async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> No
 
 
 async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.vllm.stream._MOMENTS", 0.1)
+    monkeypatch.setattr("worker.vllm.stream.chat_stream._MOMENTS", 0.1)
     async with serving("reciter", limits=StreamTimeouts(connect=5, first_token=600, gap=600)) as ((server,), upstream):
         server.slow = {"/tokenize"}
         asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", {}))

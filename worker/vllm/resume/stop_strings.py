@@ -1,6 +1,6 @@
 """The stop strings of an answer that is gone on with, found as vLLM finds them. No I/O."""
 
-from ..contract.entries import Fields, Object, to_json
+from ...contract.entries import Fields, Object, to_json
 
 
 def stops_of(request: Object) -> list[str]:

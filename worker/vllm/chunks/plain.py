@@ -8,8 +8,8 @@ from typing import Literal
 import msgspec
 from msgspec import Raw
 
-from ..contract.entries import Fields
-from .chunk_json import is_readable
+from ...contract.entries import Fields
+from .lenient_json import is_readable
 from .shapes import NULL, RawObject, read_tool_calls, says
 
 

@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from .circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
-from .errors import (
+from ..errors import (
     MODEL_NOT_FOUND,
     TOO_LARGE_STATUS,
     UNAUTHORIZED,
@@ -13,8 +12,9 @@ from .errors import (
     NoConnection,
     UpstreamError,
 )
+from ..stream.chat_stream import StreamWatchdog
+from .circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
 from .recent import Recent
-from .stream import StreamWatchdog
 
 MISSING = 60.0
 """Seconds that the answer holds that there is no such model."""

@@ -1,0 +1,1 @@
+"""The token stream of one answer: server-sent events and the limits on silence."""
