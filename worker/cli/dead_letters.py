@@ -27,18 +27,18 @@ _NONE = "· no dead letters"
 _Act = Callable[[StoredLetter], Awaitable[Object]]
 
 
-def _check_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> EntryId:
+def _check_letter_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> EntryId:
     try:
         return EntryId.parse(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is no id of a dead letter: worker dead list shows them") from None
 
 
-def _check_ids(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[EntryId, ...]:
-    return tuple(_check_id(ctx, parameter, one) for one in value)
+def _check_letter_ids(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[EntryId, ...]:
+    return tuple(_check_letter_id(ctx, parameter, one) for one in value)
 
 
-_ids = click.argument("ids", metavar="ID...", nargs=-1, callback=_check_ids)
+_ids = click.argument("ids", metavar="ID...", nargs=-1, callback=_check_letter_ids)
 _queue = click.option("--queue", default="", help="Only letters of this queue.")
 _reason = click.option("--reason", default="", metavar="TEXT", help="Only letters whose reason holds this text.")
 _every = click.option("--all", "every", is_flag=True, help="All letters, or those of --queue and --reason.")
@@ -71,7 +71,7 @@ def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object
 
 
 @dead.command(epilog="Example: worker dead show 1717171717171-0")
-@click.argument("letter_id", metavar="ID", callback=_check_id)
+@click.argument("letter_id", metavar="ID", callback=_check_letter_id)
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
