@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -17,11 +16,33 @@ from redis.backoff import NoBackoff
 
 from .advice import advice_on, advice_on_silence
 from .cluster import ClusterClient, ClusterPool
+from .errors import TooFewReplicas, is_transient
+from .errors import is_lost_connection as is_lost
+from .errors import is_permission_denied as withholds_right
+from .errors import is_unknown_command as lacks_command
+from .errors import redacted_message as what_redis_said
 from .sentinel import sentinel_pool
 from .unsent import unsent
 from .urls import parse_redis_url
 
 _T = TypeVar("_T")
+
+__all__ = [
+    "COMMAND_TIMEOUT",
+    "OLDEST",
+    "SAY_AGAIN",
+    "Backoff",
+    "TooFewReplicas",
+    "Voice",
+    "blocking_client",
+    "command_client",
+    "is_lost",
+    "is_transient",
+    "lacks_command",
+    "persist",
+    "what_redis_said",
+    "withholds_right",
+]
 
 _log = structlog.get_logger()
 
@@ -38,30 +59,6 @@ _MAX_CONNECTIONS = 64
 _NO_LIMIT = 2**31
 
 
-class TooFewReplicas(exceptions.RedisError):
-    """Fewer replicas than asked for have what was written, so far."""
-
-
-_TRANSIENT = (
-    TooFewReplicas,
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.BusyLoadingError,
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
-    exceptions.TryAgainError,
-    exceptions.ClusterDownError,
-    exceptions.MasterDownError,
-    exceptions.WatchError,  # also what redis-py makes of a connection that is lost while it watches
-    exceptions.ExecAbortError,  # EXEC itself was refused, for a reason that came up between MULTI and it
-    OSError,
-)
-_TRANSIENT_WORDS = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
-_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
-_QUOTED = re.compile(r",? with args beginning with:.*", re.DOTALL)
-"""What Redis quotes of a command that it does not know: part of an answer, where that is a PUBLISH."""
-
-
 def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
     """A client that sends each command once.
 
@@ -75,43 +72,6 @@ def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
 def blocking_client(url: str, block: float) -> Redis:
     """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones."""
     return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether Redis may answer the same command well in a moment: no connection, a failover, memory that is full."""
-    if isinstance(error, _TRANSIENT):
-        return not withholds_right(error)
-    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith(_TRANSIENT_WORDS)
-
-
-def withholds_right(error: BaseException) -> bool:
-    """Whether Redis refuses a right or a password (NOPERM, NOAUTH, WRONGPASS): an operator can give it back.
-
-    So it is with a command that was renamed or switched off, and with a transaction that is refused for such a reason.
-    """
-    if isinstance(error, exceptions.ExecAbortError):
-        return "because of: NOPERM" in str(error)
-    return lacks_command(error) or isinstance(
-        error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
-    )
-
-
-def lacks_command(error: BaseException) -> bool:
-    """Whether Redis does not know a command: it was renamed, or is switched off."""
-    return isinstance(error, exceptions.ResponseError) and what_redis_said(error).startswith("unknown command")
-
-
-def is_lost(error: exceptions.WatchError) -> bool:
-    """Whether redis-py 8.1 says in this way that the connection is gone, and not that what is watched has changed."""
-    return "while watching" in str(error)
-
-
-def what_redis_said(error: BaseException) -> str:
-    """The text of an error without the arguments of commands, which may hold a prompt or an answer.
-
-    redis-py quotes them in the errors of a pipeline, Redis in those of a command that it does not know.
-    """
-    return _QUOTED.sub("", _OF_PIPELINE.sub("", str(error))) or type(error).__name__
 
 
 class Voice:

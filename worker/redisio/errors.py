@@ -1,0 +1,70 @@
+"""What an error of Redis means: whether it passes, whether an operator can end it, and what of it may be logged.
+
+This module classifies errors and does no I/O. `advice.py` says how to fix them.
+"""
+
+import re
+
+from redis import exceptions
+
+
+class TooFewReplicas(exceptions.RedisError):
+    """Fewer replicas than required have acknowledged a write so far."""
+
+
+_TRANSIENT = (
+    TooFewReplicas,
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.BusyLoadingError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+    exceptions.WatchError,  # redis-py also raises it for a connection that is lost after a WATCH
+    exceptions.ExecAbortError,  # Redis refused EXEC itself, for a reason that arose after MULTI
+    OSError,
+)
+_TRANSIENT_PREFIXES = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
+_PIPELINE_QUOTE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
+"""redis-py puts a command's arguments around the error of a pipeline."""
+_ARGUMENTS_QUOTE = re.compile(r",? with args beginning with:.*", re.DOTALL)
+"""Redis quotes the arguments of a command that it does not know. Those of a PUBLISH are part of an answer."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same command may succeed in a moment: no connection, a failover, memory that is full."""
+    if isinstance(error, _TRANSIENT):
+        return not is_permission_denied(error)
+    return isinstance(error, exceptions.ResponseError) and redacted_message(error).startswith(_TRANSIENT_PREFIXES)
+
+
+def is_permission_denied(error: BaseException) -> bool:
+    """Whether Redis denies a permission or a password (NOPERM, NOAUTH, WRONGPASS), which an operator can grant.
+
+    A command that was renamed or switched off counts too, and so does a transaction that is refused for such a reason.
+    """
+    if isinstance(error, exceptions.ExecAbortError):
+        return "because of: NOPERM" in str(error)
+    return is_unknown_command(error) or isinstance(
+        error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
+    )
+
+
+def is_unknown_command(error: BaseException) -> bool:
+    """Whether Redis does not know a command: an operator renamed it or switched it off."""
+    return isinstance(error, exceptions.ResponseError) and redacted_message(error).startswith("unknown command")
+
+
+def is_lost_connection(error: exceptions.WatchError) -> bool:
+    """Whether a WatchError means that the connection is gone, and not that a watched key changed.
+
+    redis-py 8.1 raises the same class for both.
+    """
+    return "while watching" in str(error)
+
+
+def redacted_message(error: BaseException) -> str:
+    """The text of an error without the arguments of commands, which may hold a prompt or an answer."""
+    return _ARGUMENTS_QUOTE.sub("", _PIPELINE_QUOTE.sub("", str(error))) or type(error).__name__
