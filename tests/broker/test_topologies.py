@@ -21,8 +21,9 @@ from worker.contract.ids import SEAL
 from worker.contract.keys import GROUP, Keys
 from worker.ops.checks import check
 from worker.ops.rights import commands_of
-from worker.redisio.clients import command_client, is_transient
+from worker.redisio.clients import command_client
 from worker.redisio.cluster import ClusterClient, server_of, slot_of
+from worker.redisio.errors import is_transient
 from worker.redisio.pipelined import NodeConnections, Outcome, pack
 from worker.sandbox.embedded_redis import EmbeddedRedis
 from worker.sandbox.simulator.requests import answer_to

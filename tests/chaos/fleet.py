@@ -24,7 +24,8 @@ from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.engine.job_context import Stop, Stopped
 from worker.engine.job_runner import JobRunner
-from worker.redisio.clients import blocking_client, command_client, is_transient
+from worker.redisio.clients import blocking_client, command_client
+from worker.redisio.errors import is_transient
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.http.target import Target

@@ -31,7 +31,8 @@ from soak_processes import Chaos, Processes
 
 from worker import Client
 from worker.contract.keys import GROUP, Keys
-from worker.redisio.clients import command_client, is_transient
+from worker.redisio.clients import command_client
+from worker.redisio.errors import is_transient
 from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.record import Served
 

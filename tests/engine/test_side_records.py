@@ -12,7 +12,7 @@ from redis.exceptions import ExecAbortError, NoPermissionError, ResponseError
 from worker import Client
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
-from worker.redisio.clients import what_redis_said
+from worker.redisio.errors import redacted_message
 from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
@@ -181,4 +181,4 @@ async def test_d6_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_
     ],
 )
 def test_d6_what_redis_quotes_of_a_command_is_cut(error: Exception, said: str | None) -> None:
-    assert what_redis_said(error) == (str(error) if said is None else said)
+    assert redacted_message(error) == (str(error) if said is None else said)

@@ -18,7 +18,8 @@ from worker import Claimed, Client, Delta, Entry
 from worker.cli.main import main
 from worker.ops.checks import Finding, check
 from worker.ops.rights import Role, commands_of
-from worker.redisio.clients import command_client, is_transient, withholds_right
+from worker.redisio.clients import command_client
+from worker.redisio.errors import is_permission_denied, is_transient
 from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
@@ -316,5 +317,5 @@ async def test_d5_a_transaction_that_is_refused_for_a_missing_right_is_no_passin
         await connection.execute_command("MULTI")  # type: ignore[no-untyped-call]
         with pytest.raises(ExecAbortError) as refusal:
             await connection.execute_command("EXEC")  # type: ignore[no-untyped-call]
-    assert withholds_right(refusal.value)
+    assert is_permission_denied(refusal.value)
     assert not is_transient(refusal.value)

@@ -18,7 +18,8 @@ from structlog.testing import capture_logs
 from worker import Client
 from worker.redisio import clients as connection
 from worker.redisio import pipelined as wire
-from worker.redisio.clients import command_client, is_transient, persist, what_redis_said
+from worker.redisio.clients import command_client, persist
+from worker.redisio.errors import is_transient, redacted_message
 from worker.redisio.pipelined import PipelinedConnection, pack
 from worker.redisio.unsent import unsent
 from worker.sandbox.simulator.requests import answer_to
@@ -52,9 +53,9 @@ async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_wit
             await pipe.execute()
     assert SECRET in str(refusal.value), "redis-py quotes the command"
     assert is_transient(refusal.value)
-    assert SECRET not in what_redis_said(refusal.value)
-    assert what_redis_said(refusal.value).startswith(("NOREPLICAS", "command not allowed when used memory"))
-    assert what_redis_said(refusal.value).endswith((".", "replicas to write", "'maxmemory'"))
+    assert SECRET not in redacted_message(refusal.value)
+    assert redacted_message(refusal.value).startswith(("NOREPLICAS", "command not allowed when used memory"))
+    assert redacted_message(refusal.value).endswith((".", "replicas to write", "'maxmemory'"))
 
 
 async def test_a_refusal_that_comes_up_between_multi_and_exec_passes(redis: Redis) -> None:

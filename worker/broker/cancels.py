@@ -20,7 +20,8 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError, Watch
 from ..contract.answer import Answer
 from ..contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
 from ..contract.ids import SEAL
-from ..redisio.clients import Backoff, is_lost, is_transient, what_redis_said
+from ..redisio.clients import Backoff
+from ..redisio.errors import is_lost_connection, is_transient, redacted_message
 from .cluster_publisher import AnyPublisher
 from .log_pages import RawEntry, read_all
 
@@ -96,7 +97,7 @@ async def seal_cancelled(
             try:
                 await pipe.execute()
             except WatchError as error:
-                if is_lost(error):
+                if is_lost_connection(error):
                     raise
                 left -= 1  # an entry came meanwhile: look again
                 continue
@@ -111,7 +112,7 @@ async def _stands(redis: Redis, key: str, seal: Fields, error: ResponseError) ->
     Raises:
         ResponseError: when there is none.
     """
-    said = what_redis_said(error)
+    said = redacted_message(error)
     if _SEALED.match(said):
         return False
     if _NO_MULTI not in said:
@@ -145,7 +146,7 @@ class CancelHints:
                 if is_transient(error):
                     await backoff.wait(error)
                 else:
-                    await self._until_rights_may_have_changed(what_redis_said(error))
+                    await self._until_rights_may_have_changed(redacted_message(error))
 
     async def _until_rights_may_have_changed(self, refusal: str) -> None:
         """After a refusal that an operator may lift, as of a user without the right, or with a former password."""

@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from ..contract.entries import Fields
 from ..contract.feed import UNTOLD_FOR
-from ..redisio.clients import what_redis_said
+from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, pack
 from ..telemetry.metrics import Metrics
 from .log_writer import LogWriter
@@ -75,7 +75,7 @@ class FeedPublisher:
 
     def silence(self, error: BaseException) -> None:
         """Fall silent if it is this that Redis refuses: it is in one MULTI with entries, and would hold them back."""
-        said = what_redis_said(error)
+        said = redacted_message(error)
         if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
             self.is_mute = True
             self.news.clear()

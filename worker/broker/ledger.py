@@ -16,7 +16,7 @@ from ..contract.entries import Fields, to_json
 from ..contract.job import FIELDS, RawFields, size_of
 from ..contract.keys import Keys
 from ..contract.records import DeadLetter, Lifecycle, WorkerRecord
-from ..redisio.clients import is_lost, is_transient
+from ..redisio.errors import is_lost_connection, is_transient
 from ..telemetry.metrics import Metrics
 from .job_queue import Delivery
 from .lifecycle import LifecycleWriter
@@ -83,7 +83,7 @@ class Ledger:
             try:
                 await pipe.execute()
             except WatchError as error:
-                if is_lost(error):
+                if is_lost_connection(error):
                     raise
                 return f"({newest[0][0].decode()}" if newest else since
         return None

@@ -14,7 +14,8 @@ from redis.exceptions import RedisError, ResponseError
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
-from ..redisio.clients import Backoff, Voice, is_transient
+from ..redisio.clients import Backoff, Voice
+from ..redisio.errors import is_transient
 from ..redisio.pipelined import pack
 from ..telemetry.metrics import Metrics
 

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 from ..contract.entries import Delta, Fields, Restarted
 from ..contract.ids import SEAL, EntryId
-from ..redisio.clients import what_redis_said
+from ..redisio.errors import redacted_message
 
 Run: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
 """Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""
@@ -265,7 +265,7 @@ def refusal_of(error: BaseException) -> LogRefused | None:
 
     All else that Redis refuses (a right, a write, a command) is no job's fault, and may pass.
     """
-    said = what_redis_said(error)
+    said = redacted_message(error)
     return LogRefused(said) if said.startswith("WRONGTYPE") else None
 
 

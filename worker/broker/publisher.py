@@ -24,7 +24,8 @@ from redis.exceptions import RedisError
 
 from ..contract.entries import Fields
 from ..contract.ids import EntryId
-from ..redisio.clients import Backoff, what_redis_said
+from ..redisio.clients import Backoff
+from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, NodeConnections, Outcome, pack
 from ..telemetry.metrics import Metrics
 from .feed import FeedPublisher, News, note_listeners, trial
@@ -327,7 +328,7 @@ class Publisher:
         if not isinstance(first, RedisError):
             log.lose(LogGone("the log is not there any more"))
             return
-        text = what_redis_said(first)
+        text = redacted_message(first)
         if "equal or smaller" in text or "exhausted the last" in text:
             self._asked.add(log)  # written already, fenced or sealed: the log's end tells which
             self._refused[log] = log.attempt

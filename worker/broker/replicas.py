@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from ..redisio.clients import TooFewReplicas
+from ..redisio.errors import TooFewReplicas
 from ..redisio.transactions import Transaction
 from .log_commands import command, expire, has_ended, last_of
 

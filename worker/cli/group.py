@@ -10,7 +10,7 @@ from ..client.errors import ClientError
 from ..contract.entries import to_json
 from ..contract.job import InvalidJob
 from ..redisio.advice import advice_on
-from ..redisio.clients import what_redis_said
+from ..redisio.errors import redacted_message
 from ..settings import ConfigError, variable
 
 _SECTIONS = {
@@ -77,6 +77,6 @@ def _mapped(run: Callable[[], object]) -> object:
         raise UsageProblem(str(error)) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
-        raise click.ClickException(f"Redis says: {what_redis_said(error)}: {advice}") from None
+        raise click.ClickException(f"Redis says: {redacted_message(error)}: {advice}") from None
     except (ClientError, OSError) as error:
         raise click.ClickException(str(error) or type(error).__name__) from None

@@ -13,8 +13,8 @@ from ..contract.ids import QUEUED
 from ..contract.job import Job, digest, is_digest_of
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
-from ..redisio.clients import is_lost
 from ..redisio.cluster import ClusterClient
+from ..redisio.errors import is_lost_connection
 from .errors import Conflict
 
 _DAY = 24 * 3600
@@ -62,7 +62,7 @@ class Enqueuer:
                 try:
                     await pipe.execute()
                 except WatchError as error:
-                    if is_lost(error):  # it may be lost each time, so how long to go on is for the caller to say
+                    if is_lost_connection(error):  # possibly each time: the caller decides how long to go on
                         raise
                     continue
             if is_cluster:

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError, ResponseError
 from ..contract.entries import BadEntry
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
 from ..contract.records import Tombstone
-from ..redisio.clients import is_transient, what_redis_said
+from ..redisio.errors import is_transient, redacted_message
 
 
 class ClientError(Exception):
@@ -101,7 +101,7 @@ def mapped(error: Exception) -> ClientError:
     if isinstance(error, _READING):
         what = str(error) if isinstance(error, BadEntry) else f"the tombstone cannot be read: {error}"
         return Unreadable(f"{what}. Another program wrote it, or Redis lost a part of it")
-    said = what_redis_said(error)
+    said = redacted_message(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
     advice = _WRONG_TYPE if said.startswith("WRONGTYPE") else "`worker check` says what to do"
     text = f"Redis {verdict}: {said if said.endswith(('?', '!')) else said.rstrip('.') + '.'} {advice}"

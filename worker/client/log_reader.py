@@ -22,7 +22,8 @@ from ..contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
-from ..redisio.clients import blocking_client, is_transient
+from ..redisio.clients import blocking_client
+from ..redisio.errors import is_transient
 from ..redisio.pipelined import pack
 from .errors import MAPPED, ClientError, IncompleteLog, Refused, Unavailable, UnknownRequest, gone, mapped
 from .patience import Patience

@@ -5,7 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from ..redisio.clients import Backoff, is_transient
+from ..redisio.clients import Backoff
+from ..redisio.errors import is_transient
 from .errors import MAPPED, mapped
 
 _T = TypeVar("_T")

@@ -17,8 +17,9 @@ from ..broker.job_queue import JobQueue
 from ..broker.ledger import Ledger
 from ..broker.ownership import LogOwnership
 from ..contract.records import WorkerRecord
-from ..redisio.clients import blocking_client, command_client, is_transient, persist
+from ..redisio.clients import blocking_client, command_client, persist
 from ..redisio.clock import Clock
+from ..redisio.errors import is_transient
 from ..redisio.transactions import Transactions
 from ..redisio.urls import keys_at
 from ..settings import ConfigError, Settings, address_of, shown_url, variable

@@ -11,7 +11,8 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.clients import SAY_AGAIN, Backoff, is_transient
+from ..redisio.clients import SAY_AGAIN, Backoff
+from ..redisio.errors import is_transient
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from ..vllm.servers.pool import ServerPool

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from ..broker.job_queue import Delivery
 from ..broker.log_writer import LogWriter
 from ..contract.job import InvalidJob, Job, digest
-from ..redisio.clients import is_transient, persist, withholds_right
+from ..redisio.clients import persist
+from ..redisio.errors import is_permission_denied, is_transient
 
 _T = TypeVar("_T")
 
@@ -55,7 +56,7 @@ async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[S
     Raises:
         Exception: what the operation raised, when waiting does not help or there is no more time.
     """
-    return await persist(operation, stop, lambda error: is_transient(error) or withholds_right(error))
+    return await persist(operation, stop, lambda error: is_transient(error) or is_permission_denied(error))
 
 
 async def drained(log: LogWriter, stop: "asyncio.Future[Stop]") -> None:

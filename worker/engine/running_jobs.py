@@ -10,7 +10,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.clients import what_redis_said
+from ..redisio.errors import redacted_message
 from ..telemetry.metrics import Metrics
 from .job_context import Stop, Stopped
 
@@ -103,7 +103,7 @@ class RunningJobs:
         except Exception as error:  # noqa: BLE001 - one job must not end the others
             # Left pending: whoever gets it next finds in the log how far it came.
             if isinstance(error, RedisError):  # its traceback would quote the command, and so the answer
-                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=what_redis_said(error))
+                _log.warning("job_left", queue=delivery.queue, job=delivery.id, reason=redacted_message(error))
             else:
                 _log.exception("job_failed", queue=delivery.queue, job=delivery.id)
         finally:
@@ -181,7 +181,7 @@ class RunningJobs:
             _log.warning("hand_over_failed", jobs=len(ended), error=type(error).__name__)
             return
         if refusals := [reply for reply in went if isinstance(reply, Exception)]:
-            _log.warning("hand_over_failed", jobs=len(refusals), error=what_redis_said(refusals[0]))
+            _log.warning("hand_over_failed", jobs=len(refusals), error=redacted_message(refusals[0]))
         _log.info("jobs_handed_over", jobs=went.count(True))  # the rest has ended, or is with others already
 
     def cancel(self) -> None:

@@ -17,8 +17,9 @@ from ..contract.entries import Object
 from ..contract.keys import GROUP, Keys
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
-from ..redisio.clients import OLDEST, command_client, what_redis_said, withholds_right
+from ..redisio.clients import OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
+from ..redisio.errors import is_permission_denied, redacted_message
 from ..redisio.urls import keys_at, parse_redis_url
 from ..settings import ConfigError, Settings, load_settings, shown_url, variable
 from ..vllm.errors import UpstreamError
@@ -114,7 +115,7 @@ async def _check_redis(settings: Settings) -> AsyncGenerator[Finding]:
         advice = (
             advice_on(error) or await advice_on_silence(url) or f"start Redis there, or set {variable('redis_url')}"
         )
-        yield Finding("error", where, what_redis_said(error), advice)
+        yield Finding("error", where, redacted_message(error), advice)
     finally:
         await redis.aclose()
 
@@ -124,7 +125,7 @@ async def _info(server: Redis) -> dict[str, object]:
     try:
         return dict(await server.info())
     except ResponseError as error:
-        if withholds_right(error):
+        if is_permission_denied(error):
             return {}
         raise
 
@@ -136,7 +137,7 @@ async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers:
         try:
             finding, jobs = await _check_queue(redis, keys, queue, settings.queue_limit)
         except ResponseError as error:
-            if not withholds_right(error):
+            if not is_permission_denied(error):
                 raise
             continue
         undone += jobs
@@ -144,7 +145,7 @@ async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers:
     try:
         findings = await _worker_findings(redis, keys, settings.lease, undone) if workers else []
     except ResponseError as error:
-        if not (withholds_right(error) or str(error).startswith("WRONGTYPE")):  # which is told by now
+        if not (is_permission_denied(error) or str(error).startswith("WRONGTYPE")):  # which is told by now
             raise
         return
     for finding in findings:
@@ -156,9 +157,9 @@ async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> 
     try:
         await JobQueue(redis, redis, keys, "check", lease).try_to_write()
     except ResponseError as error:
-        if withholds_right(error):
+        if is_permission_denied(error):
             return None
-        return Finding("error", where, f"it takes no writes: {what_redis_said(error)}", advice_on(error))
+        return Finding("error", where, f"it takes no writes: {redacted_message(error)}", advice_on(error))
     return None
 
 

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..contract.keys import GROUP, Keys
-from ..redisio.clients import lacks_command, withholds_right
+from ..redisio.errors import is_permission_denied, is_unknown_command
 from ..redisio.pipelined import PipelinedConnection, pack
 
 Role: TypeAlias = Literal["worker", "client"]
@@ -169,9 +169,9 @@ def _missing(probe: _Probe, refusal: ResponseError, keys: Keys) -> Missing | Non
     command, *rest = probe.words.split()
     named = next((word for word in rest if word in _PATTERNS), "")
     place = f"{keys.prefix}:{_PATTERNS[named]}" if named else ""
-    if lacks_command(refusal):  # the feed of a cluster is sharded only from Redis 7 on
+    if is_unknown_command(refusal):  # the feed of a cluster is sharded only from Redis 7 on
         return None if probe.where == "cluster" else Missing("command", command, probe.roles, probe.without)
-    if withholds_right(refusal):
+    if is_permission_denied(refusal):
         if found := re.search(r"access (?:one of the|an?|the) (key|channel)", str(refusal)):
             return Missing("right", f"{'~' if found[1] == 'key' else '&'}{place}", probe.roles, probe.without)
         return Missing("right", f"+{command.lower()}", probe.roles, probe.without)

@@ -7,8 +7,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .clients import is_transient
 from .cluster import ELSEWHERE, forget_masters, server_of, when_gone
+from .errors import is_transient
 from .pipelined import PipelinedConnection, lost
 
 _AT_ONCE = 128

@@ -14,8 +14,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .clients import Backoff, is_transient
+from .clients import Backoff
 from .cluster import ClusterClient, forget_masters, server_of, when_gone
+from .errors import is_transient
 from .pipelined import TakenConnection, lost, pack
 
 _SILENCE = 5.0
