@@ -48,7 +48,6 @@ _IO_LIBRARIES = {
 
 _NOT_YET = {
     "Backoff is a class in redisio.clients and redisio.retry": "engine, broker and client move to the second",
-    "redisio.urls imports contract.keys": "keys_at moves to the contract",
     **dict.fromkeys(
         (
             f"broker.{name} imports telemetry.metrics"

@@ -21,10 +21,10 @@ from ..contract.entries import (
     parse_leniently,
 )
 from ..contract.ids import BEFORE_ALL, EntryId
-from ..contract.keys import DEFAULT_QUEUE
+from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.clients import command_client
-from ..redisio.urls import keys_at
+from ..redisio.urls import database_of
 from .enqueuing import Enqueuer
 from .errors import (
     MAPPED,
@@ -88,7 +88,7 @@ class Client:
         self._patience = Patience(patience)
         self._queue_limit = queue_limit
         try:
-            self._keys = keys_at(url, prefix)
+            self._keys = Keys(prefix, database_of(url))
             self._redis = command_client(url)
             self._enqueuer = Enqueuer(self._redis, self._keys)
             self._following = Followers(url, self._keys, self._patience)

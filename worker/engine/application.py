@@ -16,12 +16,13 @@ from ..broker.cluster_publisher import open_publisher
 from ..broker.job_queue import JobQueue
 from ..broker.ledger import Ledger
 from ..broker.ownership import LogOwnership
+from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
 from ..redisio.clients import blocking_client, command_client, persist
 from ..redisio.clock import Clock
 from ..redisio.errors import is_transient
 from ..redisio.transactions import Transactions
-from ..redisio.urls import keys_at
+from ..redisio.urls import database_of
 from ..settings import ConfigError, Settings, address_of, shown_url, variable
 from ..telemetry.metrics import Metrics
 from ..version import version
@@ -55,7 +56,7 @@ class Worker:
         self._blocking = blocking_client(url, block)
         self._clock = Clock(self._commands)
         self._metrics = Metrics()
-        keys = keys_at(url, settings.prefix)
+        keys = Keys(settings.prefix, database_of(url))
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, self._metrics)
         self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)

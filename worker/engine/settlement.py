@@ -22,9 +22,10 @@ from ..contract.answer import Answer
 from ..contract.entries import BURIED, Done, Entry, Failed, Started, Terminal, to_fields
 from ..contract.ids import SEAL, EntryId
 from ..contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
+from ..contract.keys import Keys
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.clients import persist
-from ..redisio.urls import keys_at
+from ..redisio.urls import database_of
 from ..settings import Settings
 from ..telemetry.metrics import Metrics
 from .job_context import UNREAD, JobContext, Stop, Stopped, digest_of, drained, insist
@@ -50,7 +51,7 @@ class Settlement:
         metrics: Metrics,
     ) -> None:
         self._settings = settings
-        self._keys = keys_at(settings.redis_url.get_secret_value(), settings.prefix)
+        self._keys = Keys(settings.prefix, database_of(settings.redis_url.get_secret_value()))
         self._jobs = jobs
         self._owner = owner
         self._ledger = ledger

@@ -20,7 +20,7 @@ from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
 from ..redisio.clients import OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
-from ..redisio.urls import keys_at, parse_redis_url
+from ..redisio.urls import database_of, parse_redis_url
 from ..settings import ConfigError, Settings, load_settings, shown_url, variable
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.api import Late
@@ -87,7 +87,7 @@ async def _check_redis(settings: Settings) -> AsyncGenerator[Finding]:
     url = settings.redis_url.get_secret_value()
     where = f"Redis {shown_url(url)}"
     redis = command_client(url)
-    keys = keys_at(url, settings.prefix)
+    keys = Keys(settings.prefix, database_of(url))
     try:
         is_cluster = isinstance(redis, ClusterClient)
         servers, is_full = await servers_of(redis), False

@@ -11,8 +11,6 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.exceptions import RedisError
 
-from ..contract.keys import Keys
-
 _PLAIN = re.compile(r"(redis|rediss|unix)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
 _SEVERAL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)
 _PORTS = {"sentinel": 26379, "cluster": 6379}
@@ -156,13 +154,13 @@ def _check_tls(options: Mapping[str, Any]) -> None:
         raise _Told(f"has options of TLS that cannot be used: {why}") from None
 
 
-def keys_at(url: str, prefix: str) -> Keys:
-    """The keys of an installation at a Redis.
+def database_of(url: str) -> int:
+    """The number of the database that a URL selects; 0 where the URL names none.
 
     Raises:
         ValueError: as `parse_redis_url` does.
     """
-    return Keys(prefix, int(parse_redis_url(url).options.get("db") or 0))
+    return int(parse_redis_url(url).options.get("db") or 0)
 
 
 def _address(host: str, port: int) -> tuple[str, int]:
