@@ -10,7 +10,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Answer, Client, Delta, IncompleteLog, Refused, State
-from worker.broker.cancels import _COUNTS, seal_cancelled
+from worker.broker.client_seals import USAGE_TRIES, seal_cancelled
 from worker.broker.log_pages import PageSize, read_all
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
@@ -98,7 +98,7 @@ async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
     assert json.loads(line[b"usage"]) == answer.end.usage == answer.usage
 
 
-@pytest.mark.parametrize("too_late", [1, _COUNTS + 1], ids=["one comes", "they never stop"])
+@pytest.mark.parametrize("too_late", [1, USAGE_TRIES + 1], ids=["one comes", "they never stop"])
 async def test_entries_that_come_between_count_and_seal_are_in_its_usage_or_it_has_none(
     too_late: int, redis: Redis, redis_proxy: Proxy
 ) -> None:

@@ -1,29 +1,21 @@
-"""Cancels: the seal that our client writes, and hints of it.
+"""Hints of cancels: a channel on which clients publish the id of each request that they seal.
 
-The hints are a channel that tells every worker which log was sealed, so that it need not wait to look. Speed only: the
-log is the truth, and every log is looked at three times a lease. Whatever is lost here costs time.
+A worker that listens reads the end of that log at once. The hints are for speed only: the log is the truth, and workers
+read the end of every log three times a lease. A hint that is lost costs time.
 """
 
 import asyncio
-import re
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import cast
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline, PubSub
+from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, RedisError, ResponseError, WatchError
+from redis.exceptions import RedisError
 
-from ..contract.answer import Answer
-from ..contract.entries import Cancelled, Entry, Fields, is_terminal, parse_leniently, to_fields
-from ..contract.ids import SEAL
 from ..redisio.clients import Backoff
-from ..redisio.errors import is_lost_connection, is_transient, redacted_message
+from ..redisio.errors import is_transient, redacted_message
 from .cluster_publisher import AnyPublisher
-from .log_pages import RawEntry, read_all
 
 _log = structlog.get_logger()
 
@@ -35,92 +27,6 @@ _SILENCE = 5.0
 
 _ASK_AGAIN = 5.0
 """Seconds until a subscription that was refused is tried again."""
-
-_COUNTS = 4
-"""How often the usage of a log is counted that goes on meanwhile, until its seal is written without one."""
-
-_SEALED = re.compile("(ERR )?The stream has exhausted the last possible ID")
-"""What Redis 6.2 and 7 say when a stream already has the greatest id. redis-py cuts `ERR ` off."""
-
-
-_NO_MULTI = "EXEC without MULTI"
-"""What Redis says where a user may not MULTI: it has done each command by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A seal that was written: the log's first entry before it, its fields, and whether all that belongs with it is."""
-
-    first: Entry | None
-    fields: Fields
-    is_whole: bool
-
-
-def _nothing(_pipe: Pipeline, _first: Entry | None) -> None:
-    """Add nothing."""
-
-
-async def seal_cancelled(
-    redis: Redis, key: str, beside: Callable[[Pipeline, Entry | None], None] = _nothing
-) -> Sealed | None:
-    """Seal a log, or begin it with the seal; gives nothing if it had a seal.
-
-    `beside` adds what belongs with the seal of a log, given its first entry: all of it is written, or nothing, as where
-    the user lacks a right to it. Only where entries come too fast, and where the user may not MULTI, it may be missing.
-
-    The seal tells the usage of the whole log or none: entries that come between count and seal would be in the log and
-    not in the usage. So the log is watched, and where they come too fast for that a cancel does not wait for them.
-
-    Raises:
-        RedisError: what Redis says, unless it says that there is a seal. Repeating this after a lost reply is safe.
-    """
-    log = [parse_leniently(*entry) for entry in await read_all(redis, key)]
-    if log and is_terminal(log[-1]):  # Redis refuses to be asked for what comes after it
-        return None
-    left = _COUNTS
-    while True:
-        async with redis.pipeline() as pipe:
-            await pipe.watch(key)
-            unread = await pipe.xrange(key, min=f"({log[-1].id}" if log else "-")
-            log += [parse_leniently(*entry) for entry in cast("list[RawEntry]", unread)]
-            so_far = Answer(log)
-            if so_far.end:
-                return None
-            if not left:
-                await pipe.unwatch()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves it without types
-            seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if left else {}, model=so_far.model))
-            pipe.multi()  # type: ignore[no-untyped-call]  # and this one
-            pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
-            first = log[0] if log else None
-            if left:  # else another seal may have come, which has its own
-                beside(pipe, first)
-            try:
-                await pipe.execute()
-            except WatchError as error:
-                if is_lost_connection(error):
-                    raise
-                left -= 1  # an entry came meanwhile: look again
-                continue
-            except ResponseError as error:
-                return Sealed(first, seal, is_whole=False) if await _stands(redis, key, seal, error) else None
-            return Sealed(first, seal, is_whole=bool(left))
-
-
-async def _stands(redis: Redis, key: str, seal: Fields, error: ResponseError) -> bool:
-    """Whether a seal was written in spite of an error; false where the log had another.
-
-    Raises:
-        ResponseError: when there is none.
-    """
-    said = redacted_message(error)
-    if _SEALED.match(said):
-        return False
-    if _NO_MULTI not in said:
-        raise error
-    end = cast("list[RawEntry]", await redis.xrevrange(key, count=1))
-    if not end or end[0][0] != str(SEAL).encode():
-        raise NoPermissionError("this user has no permissions to run the 'multi' command") from error
-    return {name.decode(): value.decode() for name, value in end[0][1].items()} == seal
 
 
 class CancelHints:
