@@ -60,7 +60,7 @@ class Ledger:
         own way; of several processes one gets on whenever another must look again, at no more than what is new.
         """
         kept, cut = _kept(delivery.fields, most)
-        letter = DeadLetter(reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=kept, cut=cut)
+        letter = DeadLetter(reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=kept, truncated=cut)
         since, count = f"{delivery.enqueued}-0", None if delivery.again else _LATEST
         with self._counted("dead"):
             async with self._burying:

@@ -82,7 +82,7 @@ def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
             filed = await letters.get(letter_id)
         if filed is None:
             raise click.ClickException(f"{letter_id}: {_NO_LETTER}")
-        whole = to_json(_summary(filed) | {"cut": list(filed.letter.cut), "fields": dict(filed.letter.fields)})
+        whole = to_json(_summary(filed) | {"cut": list(filed.letter.truncated), "fields": dict(filed.letter.fields)})
         click.echo(whole if as_json else msgspec.json.format(whole, indent=2))
 
     run_async(tell)

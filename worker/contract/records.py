@@ -64,9 +64,10 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A buried job, ready to be put back: `fields` is the job as it was, bytes that are no UTF-8 replaced.
+    """A buried job, ready to be put back. `fields` is the job as it was, with bytes that are not UTF-8 replaced.
 
-    `cut` names the fields that were too large to be kept whole, `retried_as` the request as which it was put back.
+    `truncated` (on the wire `cut`) names the fields that were too large to be kept whole. `retried_as` is the id of the
+    request by which the job was put back.
     """
 
     reason: str
@@ -74,7 +75,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     job: str
     time: int
     fields: Fields
-    cut: tuple[str, ...] = ()
+    truncated: tuple[str, ...] = ()
     retried_as: str = ""
 
     def to_fields(self) -> Fields:
@@ -86,8 +87,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             "time": str(self.time),
             "fields": to_json(self.fields),
         }
-        if self.cut:
-            fields["cut"] = to_json(self.cut)
+        if self.truncated:
+            fields["cut"] = to_json(self.truncated)
         if self.retried_as:
             fields["retried_as"] = self.retried_as
         return fields
@@ -102,7 +103,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
             job=texts.get("job", ""),
             time=_count(texts.get("time", "")),
             fields=_decoded(texts.get("fields", ""), Fields, {}),
-            cut=_decoded(texts.get("cut", ""), tuple[str, ...], ()),
+            truncated=_decoded(texts.get("cut", ""), tuple[str, ...], ()),
             retried_as=texts.get("retried_as", ""),
         )
 
