@@ -39,11 +39,11 @@ class Process:
         )  # fmt: skip
 
     async def claim(self) -> Delivery:
-        (delivery,) = await self.jobs.read("default", 1, 500)
+        (delivery,) = await self.jobs.read_new("default", 1, 500)
         return delivery
 
-    async def take(self, delivery: Delivery) -> LogWriter:
-        taken = await self.owner.take("r", delivery, FAR)
+    async def acquire(self, delivery: Delivery) -> LogWriter:
+        taken = await self.owner.acquire("r", delivery, FAR)
         assert isinstance(taken, Acquired)
         self.publisher.attach(taken.log)
         return taken.log
@@ -61,7 +61,7 @@ async def process(url: str, name: str) -> AsyncIterator[Process]:
     try:
         yield it
     finally:
-        it.publisher.leave()
+        it.publisher.stop()
         await writing
         await it.publisher.aclose()
         await it.commands.aclose()
@@ -71,7 +71,7 @@ async def process(url: str, name: str) -> AsyncIterator[Process]:
 async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
     """The job's lease has run out, and another process has it."""
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
-    (taken,) = await two.jobs.take_expired("default", 1)
+    (taken,) = await two.jobs.claim_expired("default", 1)
     return taken
 
 

@@ -17,10 +17,10 @@ async def rests_of(one: Process, redis: Redis, busy: float, monkeypatch: pytest.
     monkeypatch.setattr(publisher, "time", SimpleNamespace(monotonic=time.monotonic, sleep=rests.append))
     monkeypatch.setattr(publisher, "_BUSY", busy)
     await redis.xadd("chat:jobs", {"id": "r"})
-    log = await one.take(await one.claim())
+    log = await one.acquire(await one.claim())
     for n in range(100):
         log.append(delta(str(n)))
-        await log.drained()
+        await log.wait_drained()
     assert await redis.xlen(log.key) == 101
     return rests
 

@@ -54,34 +54,34 @@ async def owner_of(redis: Redis, entry: str) -> bytes:
 async def test_jobs_come_once_and_in_order(group: Group, redis: Redis) -> None:
     ids = await add(redis, 5)
     one, two = group.consumer("one"), group.consumer("two")
-    first = await one.read("default", 3, 100)
-    rest = await two.read("default", 10, 100)
+    first = await one.read_new("default", 3, 100)
+    rest = await two.read_new("default", 10, 100)
     assert [delivery.id for delivery in first + rest] == ids
-    assert await one.read("default", 1, 10) == []
+    assert await one.read_new("default", 1, 10) == []
 
 
 async def test_the_jobs_that_were_added_before_the_group_count_too(redis_url: str, redis: Redis) -> None:
     await add(redis, 2)
     group = Group(redis_url)
     jobs = group.consumer("one")
-    assert await jobs.read("default", 10, 10) == [], "the group is made at the first read that misses it"
-    assert len(await jobs.read("default", 10, 10)) == 2
+    assert await jobs.read_new("default", 10, 10) == [], "the group is made at the first read that misses it"
+    assert len(await jobs.read_new("default", 10, 10)) == 2
     await group.commands.aclose()
     await group.blocking.aclose()
 
 
 async def test_fields_that_are_no_utf8_come_as_they_are(group: Group, redis: Redis) -> None:
     await redis.xadd("chat:jobs", {b"id": b"\xff\xfe"})
-    (delivery,) = await group.consumer("one").read("default", 1, 100)
+    (delivery,) = await group.consumer("one").read_new("default", 1, 100)
     assert delivery.fields == {b"id": b"\xff\xfe"}
 
 
 async def test_only_a_lease_that_has_run_out_is_taken(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
-    await group.consumer("one").read("default", 1, 100)
-    assert await group.consumer("two").take_expired("default", 10) == []
+    await group.consumer("one").read_new("default", 1, 100)
+    assert await group.consumer("two").claim_expired("default", 10) == []
     await expired(redis, entry)
-    (taken,) = await group.consumer("two").take_expired("default", 10)
+    (taken,) = await group.consumer("two").claim_expired("default", 10)
     assert taken.id == entry
     assert await owner_of(redis, entry) == b"two"
 
@@ -89,12 +89,12 @@ async def test_only_a_lease_that_has_run_out_is_taken(group: Group, redis: Redis
 async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
-    (delivery,) = await one.read("default", 1, 100)
-    assert await one.renew([(delivery, LEASE / 3)]) == [True]
+    (delivery,) = await one.read_new("default", 1, 100)
+    assert await one.renew_leases([(delivery, LEASE / 3)]) == [True]
 
     await expired(redis, entry)
-    assert await two.take_expired("default", 1)
-    assert await one.renew([(delivery, LEASE * 2)]) == [False], "min-idle 0 would steal it back"
+    assert await two.claim_expired("default", 1)
+    assert await one.renew_leases([(delivery, LEASE * 2)]) == [False], "min-idle 0 would steal it back"
     assert await owner_of(redis, entry) == b"two"
 
 
@@ -103,32 +103,32 @@ async def test_many_leases_are_renewed_together_and_one_that_was_stolen_is_found
 ) -> None:
     ids = await add(redis, 1200)
     one, two = group.consumer("one", lease=60), group.consumer("two", lease=60)
-    deliveries = await one.read("default", 1200, 100)
+    deliveries = await one.read_new("default", 1200, 100)
     await expired(redis, ids[700], idle=61_000)
-    assert [taken.id for taken in await two.take_expired("default", 1200)] == [ids[700]]
+    assert [taken.id for taken in await two.claim_expired("default", 1200)] == [ids[700]]
     leases = [
         (delivery, 31.0 + number % 2 if delivery.id == ids[700] else number % 2)
         for number, delivery in enumerate(deliveries)
     ]
-    kept = await one.renew(leases)
+    kept = await one.renew_leases(leases)
     assert [delivery.id for delivery, is_ours in zip(deliveries, kept, strict=True) if not is_ours] == [ids[700]]
 
 
 async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
-    (delivery,) = await one.read("default", 1, 100)
+    (delivery,) = await one.read_new("default", 1, 100)
     for _ in range(3):
-        await one.renew([(delivery, 0)])
+        await one.renew_leases([(delivery, 0)])
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
 async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
-    (delivery,) = await one.read("default", 1, 100)
+    (delivery,) = await one.read_new("default", 1, 100)
     assert await one.hand_over([(delivery, 0)]) == [True]
-    (taken,) = await two.take_expired("default", 1)
+    (taken,) = await two.claim_expired("default", 1)
     assert taken == dataclasses.replace(delivery, again=True)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
@@ -136,7 +136,7 @@ async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group:
 async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(group: Group, redis: Redis) -> None:
     await add(redis, 3)
     one = group.consumer("one")
-    first, *others = await one.read("default", 3, 100)
+    first, *others = await one.read_new("default", 3, 100)
     await one.acknowledge(first)
     leases = [(delivery, 0.0) for delivery in (first, *others)]
     await redis.config_set("min-replicas-to-write", "1")
@@ -152,11 +152,11 @@ async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(gr
 
 async def test_a_delivery_knows_how_often_there_was_one(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
-    (delivery,) = await group.consumer("one").read("default", 1, 100)
+    (delivery,) = await group.consumer("one").read_new("default", 1, 100)
     counts = [delivery.count]
     for name in ("two", "three"):
         await expired(redis, entry)
-        counts += [delivery.count for delivery in await group.consumer(name).take_expired("default", 1)]
+        counts += [delivery.count for delivery in await group.consumer(name).claim_expired("default", 1)]
     assert counts == [1, 2, 3]
 
 
@@ -164,55 +164,55 @@ async def test_a_hand_over_after_a_lost_reply_is_not_counted_either(group: Group
     """Its owner's own XAUTOCLAIM may bring a job that runs already, which raises Redis's count, not the claim's."""
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
-    (delivery,) = await one.read("default", 1, 100)
+    (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
-    await one.take_expired("default", 1)
+    await one.claim_expired("default", 1)
     await one.hand_over([(delivery, 0)])
-    (taken,) = await group.consumer("two").take_expired("default", 1)
+    (taken,) = await group.consumer("two").claim_expired("default", 1)
     assert taken.count == delivery.count == 1
 
 
 async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
-    (delivery,) = await one.read("default", 1, 100)
+    (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
-    await two.take_expired("default", 1)
+    await two.claim_expired("default", 1)
     assert await one.hand_over([(delivery, LEASE * 3)]) == [False]
-    assert await group.consumer("three").take_expired("default", 1) == []
+    assert await group.consumer("three").claim_expired("default", 1) == []
 
 
 async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, redis: Redis) -> None:
     """XAUTOCLAIM looks at ten times COUNT entries a call: without the kept cursor it would never come this far."""
     ids = await add(redis, 60)
-    await group.consumer("one", lease=30).read("default", 60, 100)
+    await group.consumer("one", lease=30).read_new("default", 60, 100)
     await expired(redis, ids[-1], idle=31_000)
     two = group.consumer("two", lease=30)
     found: list[Delivery] = []
     for _ in range(60):
-        found += await two.take_expired("default", 1)
+        found += await two.claim_expired("default", 1)
     assert [delivery.id for delivery in found] == [ids[-1]]
 
 
 async def test_jobs_that_were_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
     """D12: with one free slot Redis passes one of them a look; 6.2 returns it as nil, 7.0 apart."""
     ids = await add(redis, 101)
-    await group.consumer("dead").read("default", 101, 1)
+    await group.consumer("dead").read_new("default", 101, 1)
     await redis.xclaim("chat:jobs", GROUP, "dead", 0, list(ids), idle=int(LEASE * 1000) + 1, justid=True)
     await redis.xtrim("chat:jobs", maxlen=1, approximate=False)
     one = group.consumer("one")
-    assert [delivery.id for delivery in await one.take_expired("default", 1)] == [ids[-1]]
+    assert [delivery.id for delivery in await one.claim_expired("default", 1)] == [ids[-1]]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "what was purged is pending no more"
 
 
 async def test_the_question_whether_redis_takes_writes_writes_nothing(group: Group, redis: Redis) -> None:
     """D13: nor does it let a stream grow that somebody made of its key."""
     one = group.consumer("one")
-    await one.try_to_write()
+    await one.probe_writable()
     assert not await redis.exists("chat:probe")
     await redis.xadd("chat:probe", {"of": "somebody"})
     for _ in range(3):
-        await one.try_to_write()
+        await one.probe_writable()
     assert await redis.xlen("chat:probe") == 1
     await redis.delete("chat:probe")
 
@@ -220,7 +220,7 @@ async def test_the_question_whether_redis_takes_writes_writes_nothing(group: Gro
 async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Redis) -> None:
     ids = await add(redis, 6)
     one = group.consumer("one")
-    taken = await one.read("default", 4, 100)
+    taken = await one.read_new("default", 4, 100)
     for delivery in (taken[0], taken[1], taken[3]):
         await one.acknowledge(delivery)
     await one.trim("default")
@@ -228,35 +228,35 @@ async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Red
     await one.acknowledge(taken[2])
     await one.trim("default")
     assert [entry.decode() for entry, _ in await redis.xrange("chat:jobs")] == ids[3:]  # type: ignore[union-attr]
-    assert len(await one.read("default", 10, 100)) == 2
+    assert len(await one.read_new("default", 10, 100)) == 2
 
 
 async def test_a_job_is_live_while_it_is_unread_or_pending(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
-    assert await one.is_live("default", entry)
-    (delivery,) = await one.read("default", 1, 100)
-    assert await one.is_live("default", entry)
-    assert await one.holds(delivery)
+    assert await one.is_outstanding("default", entry)
+    (delivery,) = await one.read_new("default", 1, 100)
+    assert await one.is_outstanding("default", entry)
+    assert await one.is_held(delivery)
     await one.acknowledge(delivery)
-    assert not await one.is_live("default", entry)
-    assert not await one.holds(delivery)
-    assert not await one.is_live("default", "1-1")
+    assert not await one.is_outstanding("default", entry)
+    assert not await one.is_held(delivery)
+    assert not await one.is_outstanding("default", "1-1")
 
 
 async def test_a_consumer_leaves_only_with_nothing_pending(group: Group, redis: Redis) -> None:
     await add(redis, 1)
     one = group.consumer("one")
-    (delivery,) = await one.read("default", 1, 100)
-    await one.leave(["default"])
-    assert await one.holds(delivery)
+    (delivery,) = await one.read_new("default", 1, 100)
+    await one.remove_consumer(["default"])
+    assert await one.is_held(delivery)
     await one.acknowledge(delivery)
-    await one.leave(["default"])
+    await one.remove_consumer(["default"])
     assert await redis.xinfo_consumers("chat:jobs", GROUP) == []
 
 
 async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
-    reading = asyncio.create_task(group.consumer("one").read("default", 1, 900))
+    reading = asyncio.create_task(group.consumer("one").read_new("default", 1, 900))
     (entry,) = await add(redis, 1)
     assert [delivery.id for delivery in await reading] == [entry]
 
@@ -265,10 +265,10 @@ async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
 async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
-    (delivery,) = await one.read("default", 1, 100)
+    (delivery,) = await one.read_new("default", 1, 100)
     await (redis.delete("chat:jobs") if gone == "stream" else redis.xgroup_destroy("chat:jobs", GROUP))
-    assert not await one.is_live("default", entry)
-    assert not await one.holds(delivery)
+    assert not await one.is_outstanding("default", entry)
+    assert not await one.is_held(delivery)
     await one.hand_over([(delivery, 0)])
 
 
@@ -277,15 +277,15 @@ async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_si
 ) -> None:
     ids = await add(redis, 500)
     owner, taker = group.consumer("one", lease=60), group.consumer("two", lease=60)
-    await owner.read("default", 500, 100)
+    await owner.read_new("default", 500, 100)
     await expired(redis, ids[-1], idle=61_000)
-    assert [delivery.id for delivery in await taker.take_expired("default", 1)] == [ids[-1]]
+    assert [delivery.id for delivery in await taker.claim_expired("default", 1)] == [ids[-1]]
 
 
 async def test_the_consumer_of_a_worker_that_is_gone_is_removed_and_no_other(group: Group, redis: Redis) -> None:
     await add(redis, 3)
     for name in ("busy", "gone", "alive"):
-        (job,) = await group.consumer(name).read("default", 1, 1)
+        (job,) = await group.consumer(name).read_new("default", 1, 1)
         if name != "busy":
             await group.consumer(name).acknowledge(job)
 
@@ -293,9 +293,9 @@ async def test_the_consumer_of_a_worker_that_is_gone_is_removed_and_no_other(gro
         return {line["name"].decode() for line in await redis.xinfo_consumers("chat:jobs", GROUP)}
 
     one = group.consumer("one")
-    await one.remove_stale("default", {"alive"}, idle=60)
+    await one.remove_stale_consumers("default", {"alive"}, idle=60)
     assert await names() == {"busy", "gone", "alive"}, "none has been idle for a minute"
-    await one.remove_stale("default", {"alive"}, idle=0)
+    await one.remove_stale_consumers("default", {"alive"}, idle=0)
     assert await names() == {"busy", "alive"}, "what one has pending would be lost with it"
 
 
@@ -305,17 +305,17 @@ async def test_a_consumer_that_is_given_a_job_just_before_its_removal_stays(
     """As when a worker goes on that was paused."""
     woken = group.consumer("woken")
     await add(redis, 1)
-    await woken.acknowledge((await woken.read("default", 1, 1))[0])
+    await woken.acknowledge((await woken.read_new("default", 1, 1))[0])
     look = group.commands.xinfo_consumers
 
     async def look_and_let_it_wake(*args: str) -> object:
         seen = await look(*args)
         await add(redis, 1)
-        await woken.read("default", 1, 1)
+        await woken.read_new("default", 1, 1)
         return seen
 
     monkeypatch.setattr(group.commands, "xinfo_consumers", look_and_let_it_wake)
-    await group.consumer("one").remove_stale("default", set(), idle=0)
+    await group.consumer("one").remove_stale_consumers("default", set(), idle=0)
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
 
 
@@ -326,9 +326,9 @@ async def test_a_group_that_keeps_vanishing_is_told_of_once(
     one = group.consumer("one")
     for _ in range(5):
         await redis.flushall()
-        assert await one.read("default", 1, 1) == []
+        assert await one.read_new("default", 1, 1) == []
         await add(redis, 1)
-        assert len(await one.read("default", 1, 1)) == 1
+        assert len(await one.read_new("default", 1, 1)) == 1
     assert capfd.readouterr().err.count("group_made_again") == 1
 
 
@@ -336,7 +336,7 @@ async def test_a_queue_tells_what_waits_and_how_old_the_oldest_job_is(group: Gro
     one = group.consumer("one")
     ids = await add(redis, 3)
     before = await one.depth("default")
-    await one.read("default", 1, 1)
+    await one.read_new("default", 1, 1)
     after = await one.depth("default")
     assert (before.oldest, after.oldest) == (None, int(ids[0].partition("-")[0]))
     known = (await redis.xinfo_groups("chat:jobs"))[0].get("lag") is not None
@@ -345,9 +345,9 @@ async def test_a_queue_tells_what_waits_and_how_old_the_oldest_job_is(group: Gro
 
 async def test_a_job_that_was_deleted_while_its_worker_died_is_pending_with_nobody(group: Group, redis: Redis) -> None:
     (job, kept) = await add(redis, 2)
-    await group.consumer("dead").read("default", 2, 1)
+    await group.consumer("dead").read_new("default", 2, 1)
     await expired(redis, job)
     await expired(redis, kept)
     await redis.xdel("chat:jobs", job)
-    assert [delivery.id for delivery in await group.consumer("one").take_expired("default", 5)] == [kept]
+    assert [delivery.id for delivery in await group.consumer("one").claim_expired("default", 5)] == [kept]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1

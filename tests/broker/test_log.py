@@ -31,10 +31,10 @@ async def delivery(one: Process, redis: Redis) -> Delivery:
 
 
 async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     for text in "abc":
         log.append(delta(text))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c"]
     assert log.accepted == EntryId(1, 3)
 
@@ -42,12 +42,12 @@ async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, red
 async def test_what_is_appended_while_a_flush_is_out_goes_with_the_next(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     for number in range(2000):
         log.append(delta(str(number)))
         if number % 100 == 0:
             await asyncio.sleep(0)
-    await log.drained()
+    await log.wait_drained()
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(2000)]
 
 
@@ -55,11 +55,11 @@ async def test_what_is_too_much_for_one_flush_goes_with_the_next(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.broker.publisher._MAX_ENTRIES", 3)
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     before = (await redis.info("commandstats"))["cmdstat_exec"]["calls"]
     for number in range(0, 20, 2):
         log.extend([delta(str(number)), delta(str(number + 1))])
-    await log.drained()
+    await log.wait_drained()
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(20)]
     assert (await redis.info("commandstats"))["cmdstat_exec"]["calls"] >= before + 5  # of two runs each
     assert one.publisher._bytes == log._bytes == 0
@@ -68,15 +68,15 @@ async def test_what_is_too_much_for_one_flush_goes_with_the_next(
 async def test_a_former_owner_can_write_no_more_after_a_take_over(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    old = await one.take(delivery)
+    old = await one.acquire(delivery)
     old.append(delta("kept"))
-    await old.drained()
-    new = await two.take(await stolen(redis, two, delivery))
+    await old.wait_drained()
+    new = await two.acquire(await stolen(redis, two, delivery))
     old.append(delta("too late"))
     with pytest.raises(LogFenced):
-        await old.drained()
+        await old.wait_drained()
     new.append(delta("new"))
-    await new.drained()
+    await new.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:kept", "2-0:claimed", "2-1:new"]
 
 
@@ -84,15 +84,15 @@ async def test_a_former_owner_cannot_seal_the_log_of_the_new_one(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """The seal's id is above every attempt's: only its own fence holds it back."""
-    old = await one.take(delivery)
-    await two.take(await stolen(redis, two, delivery))
+    old = await one.acquire(delivery)
+    await two.acquire(await stolen(redis, two, delivery))
     with pytest.raises(LogFenced):
         await one.seal(old)
     assert (await texts(redis))[-1] == "2-0:claimed"
 
 
 async def test_there_is_one_seal_whoever_comes_first(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     assert await one.seal(log) == Cancelled.type, "the one that stands is told"
     assert (await texts(redis))[-1] == f"{SEAL}:cancelled"
@@ -100,9 +100,11 @@ async def test_there_is_one_seal_whoever_comes_first(one: Process, delivery: Del
 
 
 async def test_sealing_again_after_a_lost_reply_finds_the_seal(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("x"))
-    await log.drained()  # after this nothing but a tick looks at the log, and would find the seal before the second
+    await (
+        log.wait_drained()
+    )  # after this nothing but a tick looks at the log, and would find the seal before the second
     assert await one.seal(log) == "done"
     assert await one.seal(log, "late") == "done"
     assert 0 < await redis.ttl(KEY) <= 60
@@ -110,20 +112,20 @@ async def test_sealing_again_after_a_lost_reply_finds_the_seal(one: Process, del
 
 
 async def test_a_cancelled_log_refuses_deltas(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     log.append(delta("late"))
     with pytest.raises(LogSealed):
-        await log.drained()
+        await log.wait_drained()
     await redis.expire(KEY, 60)
 
 
 async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    one.publisher.look()
+    one.publisher.verify_all()
     assert isinstance(await asyncio.wait_for(log.lost, 5), LogSealed)
     await redis.expire(KEY, 60)
 
@@ -132,39 +134,39 @@ async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
 async def test_b2_an_id_that_somebody_else_writes_into_an_attempt_is_not_taken_for_its_owners(
     n: int, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("ours"))
-    await log.drained()
+    await log.wait_drained()
     await redis.xadd(KEY, {"type": "delta", "content": "not ours"}, id=f"1-{n}")
     log.append(delta("never accepted"))
     with pytest.raises(LogDiverged, match="its owner has not written"):
-        await log.drained()
-    await one.owner.advance(log, delivery, "diverged")
+        await log.wait_drained()
+    await one.owner.next_attempt(log, delivery, "diverged")
     log.append(delta("written"))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:ours", f"1-{n}:not ours", "2-0:claimed", "2-1:written"]
 
 
 async def test_a_log_that_is_gone_is_not_made_again(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.delete(KEY)
     log.append(delta("into nothing"))
     with pytest.raises(LogGone):
-        await log.drained()
+        await log.wait_drained()
     assert not await redis.exists(KEY)
 
 
 async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     async with redis.pipeline() as pipe:
         pipe.delete(KEY)
         pipe.set(KEY, "x", ex=60)
         await pipe.execute()
     log.append(delta("refused"))
     with pytest.raises(LogRefused):
-        await log.drained()
+        await log.wait_drained()
 
 
 async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
@@ -172,7 +174,7 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
 ) -> None:
     logs = []
     for number in range(50):
-        taken = await one.owner.take(f"r{number}", delivery, FAR)
+        taken = await one.owner.acquire(f"r{number}", delivery, FAR)
         assert isinstance(taken, Acquired)
         one.publisher.attach(taken.log)
         logs.append(taken.log)
@@ -182,9 +184,9 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
     for log in logs:
         log.extend([delta("a"), delta("b")])
     with pytest.raises(LogSealed):
-        await cancelled.drained()
+        await cancelled.wait_drained()
     for log in others:
-        await log.drained()
+        await log.wait_drained()
     stats = await redis.info("commandstats")
     assert stats["cmdstat_xrevrange"]["calls"] == 1
 
@@ -192,15 +194,15 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
 async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     for number in range(300):
         log.append(delta(f"{number:04000d}"))
-    await log.drained()
+    await log.wait_drained()
     again = await stolen(redis, two, delivery)
     limits = (await redis.config_get("client-output-buffer-limit"))["client-output-buffer-limit"] or ""
     await redis.config_set("client-output-buffer-limit", "normal 100000 0 0")
     try:
-        taken = await persist(lambda: two.owner.take("r", again, FAR))
+        taken = await persist(lambda: two.owner.acquire("r", again, FAR))
     finally:
         await redis.config_set("client-output-buffer-limit", limits)
     assert isinstance(taken, Acquired)
@@ -211,7 +213,7 @@ async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_o
 async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
     one: Process, two: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await one.take(delivery)
+    await one.acquire(delivery)
     again, left = await stolen(redis, two, delivery), 3
 
     async def cut_off(*_: object) -> object:
@@ -222,7 +224,7 @@ async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
         return await read_all(two.commands, KEY)
 
     monkeypatch.setattr("worker.broker.ownership.read_all", cut_off)
-    assert isinstance(await persist(lambda: two.owner.take("r", again, FAR)), Acquired)
+    assert isinstance(await persist(lambda: two.owner.acquire("r", again, FAR)), Acquired)
     assert left < 0
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
@@ -231,16 +233,16 @@ async def test_d8_an_owner_whose_log_was_emptied_goes_on_under_a_next_attempt(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """XTRIM leaves the key and its greatest id: `1-0` is refused for ever."""
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.extend([delta("a"), delta("b")])
-    await log.drained()
+    await log.wait_drained()
     await redis.xtrim(KEY, maxlen=0, approximate=False)
-    one.publisher.look()
+    one.publisher.verify_all()
     assert isinstance(await log.lost, LogGone)
-    await one.owner.begin_again(log, delivery, FAR)
-    await one.owner.advance(log, delivery, "diverged")
+    await one.owner.recreate(log, delivery, FAR)
+    await one.owner.next_attempt(log, delivery, "diverged")
     log.append(delta("again"))
-    await log.drained()
+    await log.wait_drained()
     assert await one.seal(log) == "done"
     assert await texts(redis) == ["2-0:claimed", "2-1:again", f"{SEAL}:done"]
 
@@ -249,22 +251,22 @@ async def test_d8_an_entry_that_is_refused_though_the_log_lacks_it_is_not_sent_f
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """Sealed by somebody, and the seal deleted: Redis takes nothing more, and the log's end does not show why."""
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     await redis.xdel(KEY, str(SEAL))
     log.append(delta("refused"))
     with pytest.raises(LogDiverged):
-        await log.drained()
+        await log.wait_drained()
     with pytest.raises(LogRefused):
-        await one.owner.advance(log, delivery, "diverged")
+        await one.owner.next_attempt(log, delivery, "diverged")
     with pytest.raises(LogRefused):
-        await one.owner.take("r", delivery, FAR)
+        await one.owner.acquire("r", delivery, FAR)
 
 
 async def test_d8_a_log_whose_seal_was_deleted_cannot_be_sealed_and_that_is_said(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     await redis.xdel(KEY, str(SEAL))
     with pytest.raises(LogRefused):
@@ -274,63 +276,63 @@ async def test_d8_a_log_whose_seal_was_deleted_cannot_be_sealed_and_that_is_said
 async def test_d8_an_owner_whose_next_attempt_was_begun_by_another_and_deleted_stops(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "claimed"}, id="2-0")
     await redis.xdel(KEY, "2-0")
     with pytest.raises(LogFenced):
-        await one.owner.advance(log, delivery, "diverged")
+        await one.owner.next_attempt(log, delivery, "diverged")
 
 
 async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    await one.take(delivery)
+    await one.acquire(delivery)
     await redis.set("chat:jobs", "in the way")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
-        await two.owner.take("r", delivery, FAR)
+        await two.owner.acquire("r", delivery, FAR)
 
 
 async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     for number in range(300):
         log.append(delta(str(number)))
         if number % 50 == 49:
             await redis.client_kill_filter(_type="normal", skipme=True)
         await asyncio.sleep(0)
-    await log.drained()
+    await log.wait_drained()
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(300)]
 
 
 async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
     """As after a lost reply: the entries are there, and Redis answers `equal or smaller`."""
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("a"))
-    await log.drained()  # after this nothing looks at the log by itself
+    await log.wait_drained()  # after this nothing looks at the log by itself
     for number, text in enumerate("bc", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
     for text in "bcd":
         log.append(delta(text))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
 
 
 async def test_of_entries_appended_together_only_what_redis_lacks_is_written_again(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("0"))
-    await log.drained()  # after this nothing looks at the log by itself
+    await log.wait_drained()  # after this nothing looks at the log by itself
     for number, text in enumerate("ab", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
     log.extend([delta(text) for text in "abcd"])
-    one.publisher.look()
+    one.publisher.verify_all()
     held = log.reconcile(EntryId(1, 3))
     assert [(first, entries) for _, first, entries, _ in held] == [(2, [delta("a"), delta("b")])]
     assert [(first, entries) for _, first, entries, _ in log.pending] == [(4, [delta("c"), delta("d")])]
     assert log._bytes == sum(len(packed) for _, _, _, packed in log.pending)
-    await log.drained()
+    await log.wait_drained()
     assert log.accepted == EntryId(1, 5)
     assert await texts(redis) == ["1-0:started", "1-1:0", "1-2:a", "1-3:b", "1-4:c", "1-5:d"]
 
@@ -340,9 +342,9 @@ async def test_of_entries_appended_together_only_what_redis_lacks_is_written_aga
 async def test_text_of_any_length_and_alphabet_arrives_as_it_is(
     one: Process, delivery: Delivery, redis: Redis, letter: str, size: int
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.extend([delta(letter * size), delta("next")])
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", f"1-1:{letter * size}", "1-2:next"]
 
 
@@ -350,9 +352,9 @@ async def test_a_redis_that_loads_its_data_is_waited_for(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a restart: it takes connections, and answers commands with an error."""
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("before"))
-    await log.drained()
+    await log.wait_drained()
     ask, asked = NodeConnections.ask, 0
 
     async def loading(wires: NodeConnections, commands: Sequence[Command]) -> list[object]:
@@ -361,25 +363,25 @@ async def test_a_redis_that_loads_its_data_is_waited_for(
         return await ask(wires, commands) if asked > 2 else [BusyLoadingError("Redis is loading")] * len(commands)
 
     monkeypatch.setattr(NodeConnections, "ask", loading)
-    one.publisher.look()
+    one.publisher.verify_all()
     log.append(delta("after"))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:after"]
 
 
 async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("before"))
-    await log.drained()
+    await log.wait_drained()
     await redis.config_set("maxmemory", "1")
     try:
         for number in range(10):
             log.append(delta(str(number)))
         await asyncio.sleep(0)
-        waiting = asyncio.create_task(log.drained())
-        one.publisher.look()
+        waiting = asyncio.create_task(log.wait_drained())
+        one.publisher.verify_all()
         done, _ = await asyncio.wait({waiting}, timeout=0.1)
         assert not done
         assert len(await stream(redis, KEY)) == 2
@@ -393,11 +395,11 @@ async def test_while_memory_is_full_the_pauses_grow_and_no_text_is_logged(
     one: Process, delivery: Delivery, redis: Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging("json", "info")
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.config_set("maxmemory", "1")
     try:
         log.append(delta("my diary"))
-        waiting = asyncio.create_task(log.drained())
+        waiting = asyncio.create_task(log.wait_drained())
         await asyncio.wait({waiting}, timeout=1.0)
     finally:
         await redis.config_set("maxmemory", "0")
@@ -411,31 +413,31 @@ async def test_while_memory_is_full_the_pauses_grow_and_no_text_is_logged(
 async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     for text in "ab":
         log.append(delta(text))
-    await log.drained()
+    await log.wait_drained()
     (_, started), *_ = await stream(redis, KEY)
     async with redis.pipeline() as pipe:  # what a replica had that was behind
         pipe.delete(KEY)
         pipe.xadd(KEY, started, id="1-0")  # type: ignore[arg-type]  # dict is invariant
         pipe.pexpireat(KEY, FAR)
         await pipe.execute()
-    one.publisher.look()
+    one.publisher.verify_all()
     assert isinstance(await asyncio.wait_for(log.lost, 5), LogDiverged)
-    await one.owner.advance(log, delivery, "diverged")
+    await one.owner.next_attempt(log, delivery, "diverged")
     log.append(delta("again"))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:again"]
 
 
 async def test_of_two_that_take_over_at_once_one_wins(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    await one.take(delivery)
+    await one.acquire(delivery)
     taken = await stolen(redis, two, delivery)
     async with process(redis_url, "three") as three:
-        outcomes = await asyncio.gather(two.owner.take("r", taken, FAR), three.owner.take("r", taken, FAR))
+        outcomes = await asyncio.gather(two.owner.acquire("r", taken, FAR), three.owner.acquire("r", taken, FAR))
     assert [type(outcome) for outcome in outcomes] == [Acquired, LeaseLost]
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
@@ -443,10 +445,10 @@ async def test_of_two_that_take_over_at_once_one_wins(
 async def test_a_take_over_reads_what_was_written_before(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    old = await one.take(delivery)
+    old = await one.acquire(delivery)
     old.append(delta("half"))
-    await old.drained()
-    taken = await two.owner.take("r", await stolen(redis, two, delivery), FAR)
+    await old.wait_drained()
+    taken = await two.owner.acquire("r", await stolen(redis, two, delivery), FAR)
     assert isinstance(taken, Acquired)
     assert [entry.type for entry in taken.history] == ["started", "delta"]
 
@@ -454,7 +456,7 @@ async def test_a_take_over_reads_what_was_written_before(
 async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    first, second = [await one.owner.take("r", delivery, FAR) for _ in range(2)]
+    first, second = [await one.owner.acquire("r", delivery, FAR) for _ in range(2)]
     assert isinstance(first, Acquired)
     assert isinstance(second, Acquired)
     assert second.log.attempt == 1
@@ -464,17 +466,17 @@ async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
 async def test_a_duplicate_waits_for_no_run_while_the_first_is_live_and_takes_over_when_it_is_gone(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    await one.take(delivery)
+    await one.acquire(delivery)
     await redis.xadd("chat:jobs", {"id": "r"})
     duplicate = await two.claim()
-    assert isinstance(await two.owner.take("r", duplicate, FAR), DuplicateJob)
+    assert isinstance(await two.owner.acquire("r", duplicate, FAR), DuplicateJob)
     await one.jobs.acknowledge(delivery)  # gone without a seal
-    assert isinstance(await two.owner.take("r", duplicate, FAR), Acquired)
+    assert isinstance(await two.owner.acquire("r", duplicate, FAR), Acquired)
 
 
 async def test_a_tombstone_keeps_a_late_job_from_running(one: Process, delivery: Delivery, redis: Redis) -> None:
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
-    assert isinstance(await one.owner.take("r", delivery, FAR), AlreadyEnded)
+    assert isinstance(await one.owner.acquire("r", delivery, FAR), AlreadyEnded)
     assert not await redis.exists(KEY)
 
 
@@ -486,10 +488,10 @@ async def test_a_job_that_cannot_be_dealt_with_is_sealed_whatever_its_log_holds(
     *, begun: bool, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     if begun:
-        await one.take(delivery)
+        await one.acquire(delivery)
         await redis.xadd(KEY, {"type": "delta", "token_ids": "?"}, id="1-1")
     for _ in range(2):  # as after a lost reply
-        assert await one.owner.condemn("r", delivery, END, FAR)
+        assert await one.owner.seal_unowned("r", delivery, END, FAR)
     assert (await texts(redis))[-1] == f"{SEAL}:error"
 
 
@@ -497,25 +499,25 @@ async def test_a_job_that_ended_or_is_with_another_worker_is_not_sealed_as_burie
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
-    assert await one.owner.condemn("r", delivery, END, FAR)
+    assert await one.owner.seal_unowned("r", delivery, END, FAR)
     assert not await redis.exists(KEY)
     await redis.delete("chat:ended:{r}")
-    await one.take(delivery)
-    await two.take(await stolen(redis, two, delivery))
-    assert not await one.owner.condemn("r", delivery, END, FAR)
+    await one.acquire(delivery)
+    await two.acquire(await stolen(redis, two, delivery))
+    assert not await one.owner.seal_unowned("r", delivery, END, FAR)
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
 async def test_confirming_gives_what_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    assert await one.owner.confirm("r", STONE, retention=60, remember=120)
+    assert await one.owner.finalize("r", STONE, retention=60, remember=120)
     assert 0 < await redis.ttl(KEY) <= 60
     assert 0 < await redis.ttl("chat:ended:{r}") <= 120
 
 
 async def test_confirming_tells_when_a_failover_lost_the_seal(one: Process, delivery: Delivery) -> None:
-    await one.take(delivery)
-    assert not await one.owner.confirm("r", STONE, retention=60, remember=120)
+    await one.acquire(delivery)
+    assert not await one.owner.finalize("r", STONE, retention=60, remember=120)
 
 
 async def test_the_feed_never_carries_what_was_refused(
@@ -523,11 +525,11 @@ async def test_the_feed_never_carries_what_was_refused(
 ) -> None:
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{r}")
-        old = await one.take(delivery)
-        new = await two.take(await stolen(redis, two, delivery))
+        old = await one.acquire(delivery)
+        new = await two.acquire(await stolen(redis, two, delivery))
         old.append(delta("refused"))
         with pytest.raises(LogFenced):
-            await old.drained()
+            await old.wait_drained()
         new.append(delta("last"))
         heard = b""
         async for message in feed.listen():
@@ -540,36 +542,36 @@ async def test_the_feed_never_carries_what_was_refused(
 async def test_a_round_finds_the_seal_of_a_silent_log_and_asks_nothing_about_the_others(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("x"))
-    await log.drained()
-    one.publisher.look_at_silent()
+    await log.wait_drained()
+    one.publisher.verify_idle()
     assert log not in one.publisher._asked, "what was accepted since shows that it is ours"
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    one.publisher.look_at_silent()
+    one.publisher.verify_idle()
     assert isinstance(await asyncio.wait_for(log.lost, 10), LogSealed)
 
 
 async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.config_set("maxmemory", "1")
     try:
         while not log.is_full:
             log.append(delta("x" * 10_000))
-        room = asyncio.create_task(log.room())
+        room = asyncio.create_task(log.wait_for_room())
         done, _ = await asyncio.wait({room}, timeout=0.05)
         assert not done
     finally:
         await redis.config_set("maxmemory", "0")
     await asyncio.wait_for(room, 10)
-    await log.drained()
+    await log.wait_drained()
 
 
 async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one fast stream among slow ones: what it may have waiting is less than two flushes take."""
-    flooded = await one.take(delivery)
+    flooded = await one.acquire(delivery)
     await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
     await redis.expire("chat:tokens:{s}", 60)
     other = LogWriter("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
@@ -585,7 +587,7 @@ async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
         while not is_over:
             while not flooded.is_full:
                 flooded.append(delta("x"))
-            await flooded.room()
+            await flooded.wait_for_room()
 
     monkeypatch.setattr(one.publisher, "_flush", counted)
     flooding = asyncio.create_task(flood())
@@ -593,19 +595,19 @@ async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
     for number in range(50):
         before = flushes
         other.append(delta(str(number)))
-        await other.drained()
+        await other.wait_drained()
         waited.append(flushes - before)
     is_over = True
     await flooding
-    await flooded.drained()
+    await flooded.wait_drained()
     assert await redis.xlen(KEY) > await redis.xlen("chat:tokens:{s}") == 51
     assert max(waited) <= 3
 
 
 async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Delivery, redis: Redis) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append({"type": "delta", "content": "\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "stop_reason": '"x"'})
-    await log.drained()
+    await log.wait_drained()
 
     async def there() -> bool:
         return len(await stream(redis, KEY)) == 2
@@ -618,8 +620,8 @@ async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Deli
 
 async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery: Delivery, redis: Redis) -> None:
     """With one, nobody would write the seal again: the next owner would take the request for ended."""
-    await one.take(delivery)
-    assert not await one.owner.confirm("r", STONE, retention=60, remember=120)
+    await one.acquire(delivery)
+    assert not await one.owner.finalize("r", STONE, retention=60, remember=120)
     assert not await redis.exists("chat:ended:{r}")
     assert await redis.ttl(KEY) > 60
 
@@ -627,39 +629,39 @@ async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery
 async def test_a_log_that_is_lost_is_begun_again_by_its_owner_only(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await redis.delete(KEY)  # what a replica had that was behind
-    await one.owner.begin_again(log, delivery, FAR)
-    await one.owner.begin_again(log, delivery, FAR)  # as after a lost reply
-    await one.owner.advance(log, delivery, "diverged")
+    await one.owner.recreate(log, delivery, FAR)
+    await one.owner.recreate(log, delivery, FAR)  # as after a lost reply
+    await one.owner.next_attempt(log, delivery, "diverged")
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
     await redis.delete(KEY)
     await stolen(redis, two, delivery)
     with pytest.raises(LogFenced):
-        await one.owner.begin_again(log, delivery, FAR)
+        await one.owner.recreate(log, delivery, FAR)
     assert not await redis.exists(KEY)
 
 
 async def test_a_log_that_is_gone_after_the_end_is_not_begun_again(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     await one.seal(log)
     await redis.delete(KEY)
-    assert await one.owner.confirm("r", STONE, retention=60, remember=120), "the tombstone tells of it"
+    assert await one.owner.finalize("r", STONE, retention=60, remember=120), "the tombstone tells of it"
     with pytest.raises(LogGone):
-        await one.owner.begin_again(log, delivery, FAR)
+        await one.owner.recreate(log, delivery, FAR)
     await redis.delete("chat:ended:{r}")
-    assert not await one.owner.confirm("r", STONE, retention=60, remember=120), "its end is lost"
+    assert not await one.owner.finalize("r", STONE, retention=60, remember=120), "its end is lost"
 
 
 async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it_for_lost(
     one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("first"))
-    await log.drained()
+    await log.wait_drained()
     looked, advanced = asyncio.Event(), asyncio.Event()
     ask = NodeConnections.ask
 
@@ -671,12 +673,12 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
         return replies
 
     monkeypatch.setattr(NodeConnections, "ask", slow)
-    one.publisher.look()
+    one.publisher.verify_all()
     await looked.wait()
-    await one.owner.advance(log, delivery, "upstream")
+    await one.owner.next_attempt(log, delivery, "upstream")
     log.append(delta("second"))
     advanced.set()
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]
 
 
@@ -684,28 +686,28 @@ async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """As after a partition: its flush was given up here, and comes to Redis when the job runs here again."""
-    await one.take(delivery)
+    await one.acquire(delivery)
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
-    (again,) = await one.jobs.take_expired("default", 1)
-    log = await one.take(again)
+    (again,) = await one.jobs.claim_expired("default", 1)
+    log = await one.acquire(again)
     with pytest.raises(ResponseError, match="equal or smaller"):
         await redis.xadd(KEY, delta("of the former run"), id="1-1")  # type: ignore[arg-type]  # dict is invariant
     log.append(delta("new"))
-    await log.drained()
+    await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:new"]
 
 
 async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_though_its_hint_came_too_early(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    other = await one.take(delivery)  # so that the connection is there, whose first use looks at every log
+    other = await one.acquire(delivery)  # so that the connection is there, whose first use looks at every log
     other.append(delta("x"))
-    await other.drained()
+    await other.wait_drained()
     taken = LogWriter("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
     await redis.xadd(taken.key, {"type": "started"}, id="1-0")
     await redis.xadd(taken.key, {"type": "cancelled"}, id=str(SEAL))
     await redis.expire(taken.key, 60)
-    one.publisher.look_at("r2")  # as the hint does
+    one.publisher.verify("r2")  # as the hint does
     one.publisher.attach(taken)
     assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
 
@@ -720,7 +722,7 @@ async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
     logs = [f"r{number}" for number in range(100)]
     for request_id in logs:
         await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "done"}, id=str(SEAL))
-    waiting = [asyncio.create_task(owner.confirm(r, STONE, retention=60, remember=120)) for r in logs]
+    waiting = [asyncio.create_task(owner.finalize(r, STONE, retention=60, remember=120)) for r in logs]
 
     async def all_wait() -> bool:
         return await redis.exists(*(f"chat:ended:{{{request_id}}}" for request_id in logs)) == len(logs)
@@ -730,7 +732,7 @@ async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
 
     await eventually(all_wait)
     await eventually(blocked)
-    assert await one.jobs.renew([(delivery, 60)]) == [False], "the lease is a new one, and so not to be had"
+    assert await one.jobs.renew_leases([(delivery, 60)]) == [False], "the lease is a new one, and so not to be had"
     assert not any(task.done() for task in waiting)
     assert await blocked() < 10
     for task in waiting:

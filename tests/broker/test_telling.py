@@ -17,7 +17,7 @@ from worker.broker.log_writer import LogWriter
 async def log(one: Process, redis: Redis) -> LogWriter:
     await redis.xadd("chat:jobs", {"id": "r"})
     delivery: Delivery = await one.claim()
-    return await one.take(delivery)
+    return await one.acquire(delivery)
 
 
 async def heard(feed: PubSub, upto: str) -> list[str]:
@@ -41,11 +41,11 @@ async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: 
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{r}")
         assert (await feed.get_message(timeout=5) or {})["type"] == "subscribe"
-        log.untold_until = 0
+        log.feed_idle_until = 0
         for n in range(1, 31):
             log.append(delta(str(n)))
             if n % 10 == 0:
-                await log.drained()
+                await log.wait_drained()
             if n % 15 == 0:
                 assert (await heard(feed, f"1-{n}"))[-15:] == [f"1-{m}" for m in range(n - 14, n + 1)]
 
@@ -57,17 +57,17 @@ async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
     log.append(delta("1"))
 
     async def unheard() -> bool:
-        return log.untold_until > 0
+        return log.feed_idle_until > 0
 
     await eventually(unheard)
     before = await told(redis)
     for n in range(2, 12):
         log.append(delta(str(n)))
-        await log.drained()
+        await log.wait_drained()
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{r}")
         assert (await feed.get_message(timeout=5) or {})["type"] == "subscribe"
-        log.untold_until = 1e-9  # the time is over
+        log.feed_idle_until = 1e-9  # the time is over
         log.extend([delta("12"), delta("13")])
         assert await heard(feed, "1-13") == ["1-13"], "what was not told is a gap, and the last shows where it ends"
         log.extend([delta("14"), delta("15")])

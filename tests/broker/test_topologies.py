@@ -321,7 +321,7 @@ async def test_what_dead_workers_leave_is_removed_at_every_master(redis: Redis) 
     for queue in queues:
         await jobs.ensure_group(queue)
         await redis.xgroup_createconsumer(Keys().jobs(queue), GROUP, "stale")
-        await jobs.remove_stale(queue, [], 0)
+        await jobs.remove_stale_consumers(queue, [], 0)
         assert await redis.xinfo_consumers(Keys().jobs(queue), GROUP) == []
     assert len({(await server_of(redis, Keys().jobs(queue))).connection_pool for queue in queues}) == 3
 

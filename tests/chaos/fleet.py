@@ -111,11 +111,11 @@ class Worker:
 
     async def claim(self) -> None:
         """Ask for one new job."""
-        self._fill("claim", partial(self._jobs.read, DEFAULT_QUEUE, 1, 1))
+        self._fill("claim", partial(self._jobs.read_new, DEFAULT_QUEUE, 1, 1))
 
     async def take_over(self) -> None:
         """Ask for one job whose lease has run out."""
-        self._fill("take over", partial(self._jobs.take_expired, DEFAULT_QUEUE, 1))
+        self._fill("take over", partial(self._jobs.claim_expired, DEFAULT_QUEUE, 1))
 
     async def keep(self) -> None:
         """Renew the leases, look at the logs, stop what could not be renewed in time, and trim."""
@@ -173,7 +173,7 @@ class Worker:
         jobs, sent = list(self.running.values()), self._world.clock
         try:
             if jobs:
-                kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
+                kept = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
                 for running, is_ours in zip(jobs, kept, strict=True):
                     if is_ours:
                         running.renewed = sent
@@ -181,7 +181,7 @@ class Worker:
                         self._stop(running, Stop.LEASE_LOST)
             await self._jobs.trim(DEFAULT_QUEUE)
         finally:
-            self._publisher.look()
+            self._publisher.verify_all()
             for running in self.running.values():
                 if running.renewed < self._world.clock - LEASE:
                     self._stop(running, Stop.LEASE_LOST)

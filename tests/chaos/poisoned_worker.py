@@ -6,7 +6,7 @@
 import asyncio
 import os
 
-from worker.broker.log_writer import LogWriter, Run
+from worker.broker.log_writer import AppendBatch, LogWriter
 from worker.contract.entries import Terminal
 from worker.contract.job import Job, RawFields
 from worker.contract.job import parse_job as _parse
@@ -38,7 +38,7 @@ async def _end(self: Generation) -> Terminal:
     return await _healthy(self)
 
 
-def _die_midway(self: LogWriter, run: Run) -> bool:
+def _die_midway(self: LogWriter, run: AppendBatch) -> bool:
     accepted = _accept(self, run)
     if self.request_id in _midway and self.accepted.n > 8:
         os._exit(1)

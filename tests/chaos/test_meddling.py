@@ -193,7 +193,7 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
     assert len(await stream(redis, "chat:dead")) == 1
 
 
-@pytest.mark.parametrize("step", ["advance", "seal"])
+@pytest.mark.parametrize("step", ["next_attempt", "seal"])
 async def test_b4_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_is_acknowledged(
     step: str,
     client: Client,
@@ -250,14 +250,14 @@ async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled by a bare XADD, which leaves no tombstone, and deleted between the worker's look and its settlement."""
-    read = LogOwnership.read
+    read = LogOwnership.read_entries
 
     async def deleted_before(owner: LogOwnership, request_id: str) -> object:
-        monkeypatch.setattr(LogOwnership, "read", read)
+        monkeypatch.setattr(LogOwnership, "read_entries", read)
         await redis.delete(KEY)
         return await read(owner, request_id)
 
-    monkeypatch.setattr(LogOwnership, "read", deleted_before)
+    monkeypatch.setattr(LogOwnership, "read_entries", deleted_before)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
     await start_worker(simulator)

@@ -140,7 +140,7 @@ async def test_a_job_that_runs_into_a_fault_of_the_worker_at_each_take_over_come
     async def fault(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(LogOwnership, "take", fault)
+    monkeypatch.setattr(LogOwnership, "acquire", fault)
     request_id = await begun(client, redis)
     await start_worker(simulator, lease=0.5, max_deliveries=2)
     await eventually(lambda: nothing_pending(redis))

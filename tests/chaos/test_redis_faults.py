@@ -249,7 +249,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
 def waiting(worker: Worker) -> int:
     """Bytes that the worker's logs hold until Redis has accepted them."""
     assert isinstance(worker._publisher, Publisher)
-    return sum(log.size for log in worker._publisher.logs)
+    return sum(log.pending_bytes for log in worker._publisher.logs)
 
 
 @pytest.fixture

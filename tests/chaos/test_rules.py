@@ -99,7 +99,7 @@ async def finish(gate: Gate, task: "asyncio.Future[Any]") -> None:
 
 async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Delivery, redis: Redis) -> None:
     """Without: `seal` writes `<attempt>-18446744073709551615`; then a cancel is taken after `done`."""
-    await one.seal(await one.take(delivery))
+    await one.seal(await one.acquire(delivery))
     for entry_id in ("1-1", "2-0", "*", str(SEAL)):
         with pytest.raises(ResponseError, match=r"equal or smaller|exhausted the last possible ID"):
             await redis.xadd(KEY, {"type": "cancelled"}, id=entry_id)
@@ -109,11 +109,11 @@ async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Del
 async def test_rule_1_a_take_over_between_the_look_and_the_seal_holds_the_seal_back(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    old = await one.take(delivery)
+    old = await one.acquire(delivery)
     gate = await gate_before(one, redis_url)
     sealing = asyncio.create_task(one.seal(old))
     await let_through(gate, *[Fate.FINE] * 2)  # connected, watched and looked
-    await two.take(await stolen(redis, two, delivery))
+    await two.acquire(await stolen(redis, two, delivery))
     await finish(gate, sealing)
     with pytest.raises(LogFenced):
         sealing.result()
@@ -123,7 +123,7 @@ async def test_rule_1_a_take_over_between_the_look_and_the_seal_holds_the_seal_b
 async def test_rule_1_a_seal_whose_reply_is_lost_is_found_and_not_written_again(
     redis_url: str, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     gate = await gate_before(one, redis_url)
     sealing = asyncio.ensure_future(persist(lambda: one.seal(log)))
     await let_through(gate, *[Fate.FINE] * 2, Fate.LOST)
@@ -174,7 +174,7 @@ def test_rule_3_a_second_resume_does_not_take_up_what_the_first_dropped() -> Non
 @pytest.mark.parametrize("together", [False, True])
 async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, delivery: Delivery, *, together: bool) -> None:
     """One that a MULTI cannot leave, but a Redis that is none, or a cluster in trouble."""
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     entries = [delta("refused"), delta("taken")]
     for run in [entries] if together else [[entry] for entry in entries]:
         log.extend(run)
@@ -186,25 +186,25 @@ async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_o
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """As after a restart in a container: the name is the same, the job's lease is its own, and the log was begun."""
-    await one.take(delivery)
+    await one.acquire(delivery)
     again = LogOwnership(one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1)
-    assert isinstance(await again.take("r", delivery, FAR), Acquired)
+    assert isinstance(await again.acquire("r", delivery, FAR), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
 async def test_rule_6_the_loser_of_a_race_takes_the_next_attempt_if_the_lease_is_its_own_and_else_stops(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    await one.take(delivery)
+    await one.acquire(delivery)
     gate = await gate_before(two, redis_url)
     await redis.xclaim("chat:jobs", "workers", "two", 0, [delivery.id])
-    racing = asyncio.create_task(two.owner.take("r", delivery, FAR))
+    racing = asyncio.create_task(two.owner.acquire("r", delivery, FAR))
     await let_through(gate, *[Fate.FINE] * 2)  # connected, watched and looked
     assert await one.owner._claim("r", 2, delivery, "race")
     await finish(gate, racing)
     assert isinstance(racing.result(), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "3-0:claimed"]
-    assert isinstance(await one.owner.take("r", delivery, FAR), LeaseLost)
+    assert isinstance(await one.owner.acquire("r", delivery, FAR), LeaseLost)
     assert (await redis.xpending("chat:jobs", "workers"))["pending"] == 1, "and it acknowledges nothing"
 
 
@@ -212,7 +212,7 @@ async def test_rule_7_a_tombstone_that_comes_between_the_look_and_the_start_keep
     redis_url: str, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     gate = await gate_before(one, redis_url)
-    taking = asyncio.create_task(one.owner.take("r", delivery, FAR))
+    taking = asyncio.create_task(one.owner.acquire("r", delivery, FAR))
     await let_through(gate, *[Fate.FINE] * 2)  # connected, watched, log and tombstone looked at
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
     await finish(gate, taking)
@@ -223,10 +223,10 @@ async def test_rule_7_a_tombstone_that_comes_between_the_look_and_the_start_keep
 async def test_rule_8_what_a_failover_lost_shows_before_anything_is_written_again(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    log = await one.take(delivery)
+    log = await one.acquire(delivery)
     log.append(delta("kept"))
     log.append(delta("lost"))
-    await log.drained()
+    await log.wait_drained()
     kept = (await stream(redis, KEY))[:2]
     async with redis.pipeline() as pipe:
         pipe.delete(KEY)
@@ -237,7 +237,7 @@ async def test_rule_8_what_a_failover_lost_shows_before_anything_is_written_agai
     await redis.client_kill_filter(_type="normal", skipme=True)
     log.append(delta("next"))
     with pytest.raises(LogDiverged):
-        await log.drained()
+        await log.wait_drained()
     assert await texts(redis) == ["1-0:started", "1-1:kept"], "no hole"
 
 

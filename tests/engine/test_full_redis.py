@@ -163,7 +163,7 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
 ) -> None:
     """Between the question whether there is room and the job's first entry the memory may be used up."""
     worker = await start_worker(simulator, slots=4)
-    read = worker._jobs.read
+    read = worker._jobs.read_new
 
     async def read_as_the_memory_ends(queue: str, count: int, block_ms: int) -> object:
         deliveries = await read(queue, count, block_ms)
@@ -171,7 +171,7 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
             await redis.config_set("maxmemory", "1")
         return deliveries
 
-    worker._jobs.read = read_as_the_memory_ends  # type: ignore[method-assign,assignment]  # to be in between
+    worker._jobs.read_new = read_as_the_memory_ends  # type: ignore[method-assign,assignment]  # to be in between
     request_id = await client.enqueue(ask())
 
     async def waits() -> bool:
@@ -181,7 +181,7 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
         await eventually(waits)
         assert not simulator.served
     finally:
-        worker._jobs.read = read  # type: ignore[method-assign]
+        worker._jobs.read_new = read  # type: ignore[method-assign]
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
 
@@ -204,7 +204,7 @@ async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
 
     configure_logging("json")
     with capture_logs() as logs:
-        worker._jobs.try_to_write = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
+        worker._jobs.probe_writable = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
         await eventually(asked_often)
     said = [line["event"] for line in logs if line["event"].startswith("claims_")]
     assert said == ["claims_paused", "claims_resumed"]

@@ -31,7 +31,7 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
         JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, metrics=Metrics()
     )
     looks: list[None] = []
-    publisher = SimpleNamespace(look_at_silent=lambda: looks.append(None))
+    publisher = SimpleNamespace(verify_idle=lambda: looks.append(None))
     parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
     keeper = Maintenance(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
 
@@ -58,7 +58,7 @@ async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis
     await redis.xadd("chat:jobs:other", {"id": "b"})
     leases = RunningJobs(one.jobs, until_stopped, lambda: None, lease=10, metrics=Metrics())
     for queue in ("default", "other"):
-        leases.begin(await one.jobs.read(queue, 1, 500), sent=0.0)
+        leases.begin(await one.jobs.read_new(queue, 1, 500), sent=0.0)
     await redis.acl_setuser("default", commands=["-xclaim"], enabled=True)
     try:
         with pytest.raises(NoPermissionError):
@@ -88,7 +88,7 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
         leases = RunningJobs(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
         parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
         keeper = Maintenance(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
-        leases.begin(await behind.jobs.read("default", 1, 500), time.monotonic())
+        leases.begin(await behind.jobs.read_new("default", 1, 500), time.monotonic())
         renewal = redis_proxy.hold(b"XCLAIM")
         configure_logging("json")
         with capture_logs() as logs:

@@ -107,14 +107,14 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
 
 
-@pytest.mark.parametrize("how", ["read", "take_expired"])
+@pytest.mark.parametrize("how", ["read_new", "claim_expired"])
 async def test_what_comes_while_it_leaves_is_handed_over_too(
     how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(ask())
-    if how == "take_expired":  # it was with a worker that died
+    if how == "claim_expired":  # it was with a worker that died
         await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
         job = (await redis.xpending("chat:jobs", "workers"))["min"]
         await redis.xclaim("chat:jobs", "workers", "dead", 0, [job], idle=2000 * NEVER, justid=True)

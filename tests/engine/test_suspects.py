@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from worker.broker.job_queue import Delivery
-from worker.broker.log_writer import LogWriter, Run
+from worker.broker.log_writer import AppendBatch, LogWriter
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
 from worker.engine.poison import Quarantine, failures, goal_of, is_doubtful, is_suspect
@@ -110,13 +110,13 @@ class Nowhere:
 
     is_full = False
 
-    def relieve(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         assert size >= 0
 
-    def take(self, run: Run) -> None:
+    def enqueue(self, run: AppendBatch) -> None:
         pass
 
-    def drop(self, log: LogWriter) -> None:
+    def dequeue(self, log: LogWriter) -> None:
         pass
 
 
@@ -132,7 +132,7 @@ class Nowhere:
 async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
     goal: int, written: list[str], behind: int
 ) -> None:
-    log = LogWriter("r", "key", "feed", 2, Nowhere(), goal=goal)
+    log = LogWriter("r", "key", "feed", 2, Nowhere(), deltas_to_pass=goal)
     for kind in written:
         log.append({"type": kind})
     first, rest = log.pending[:behind], log.pending[behind:]

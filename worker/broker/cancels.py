@@ -84,10 +84,10 @@ class CancelHints:
     def _take(self, message: dict[str, object], backoff: Backoff) -> None:
         data = message["data"]
         if message["type"] == "message" and isinstance(data, bytes):
-            self._publisher.look_at(data.decode("utf-8", "replace"))
+            self._publisher.verify(data.decode("utf-8", "replace"))
         elif message["type"] == "subscribe":
             backoff.reset()
             if self._refused:
                 self._refused = ""
                 _log.info("recovered", after="cancel_hints_refused")
-            self._publisher.look()  # hints may have been lost before
+            self._publisher.verify_all()  # hints may have been lost before

@@ -16,7 +16,7 @@ from ..contract.entries import Fields
 from ..redisio.clients import Backoff, command_client
 from ..redisio.cluster import ClusterClient, when_gone
 from ..telemetry.metrics import Metrics
-from .log_writer import LogWriter, Run
+from .log_writer import AppendBatch, LogWriter
 from .publisher import Publisher
 
 
@@ -58,38 +58,38 @@ class ClusterPublisher:
         if part is not None:
             part.detach(log)
 
-    def take(self, run: Run) -> None:
+    def enqueue(self, run: AppendBatch) -> None:
         """Of a log without a home: it keeps this itself until it has one."""
 
-    def drop(self, log: LogWriter) -> None:
+    def dequeue(self, log: LogWriter) -> None:
         """Likewise there is nothing to drop."""
 
-    def relieve(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         """Likewise nothing was counted."""
 
-    def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
-        """See `Publisher.announce`."""
+    def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
+        """See `Publisher.publish`."""
         part = self._part_of(channel)
         if part is not None:
-            part.announce(channel, entries)
+            part.publish(channel, entries)
 
-    def look(self) -> None:
-        """See `Publisher.look`."""
+    def verify_all(self) -> None:
+        """See `Publisher.verify_all`."""
         for part in self._parts.values():
-            part.look()
+            part.verify_all()
 
-    def look_at_silent(self) -> None:
-        """See `Publisher.look_at_silent`."""
+    def verify_idle(self) -> None:
+        """See `Publisher.verify_idle`."""
         for part in self._parts.values():
-            part.look_at_silent()
+            part.verify_idle()
 
-    def look_at(self, request_id: str) -> None:
-        """See `Publisher.look_at`."""
+    def verify(self, request_id: str) -> None:
+        """See `Publisher.verify`."""
         for part in self._parts.values():
-            part.look_at(request_id)
+            part.verify(request_id)
 
-    def leave(self) -> None:
-        """See `Publisher.leave`."""
+    def stop(self) -> None:
+        """See `Publisher.stop`."""
         self._leaving = True
         self._work.set()
 
@@ -111,7 +111,7 @@ class ClusterPublisher:
                 await self._work.wait()
                 self._work.clear()
             for part in self._parts.values():
-                part.leave()
+                part.stop()
 
     async def aclose(self) -> None:
         """See `Publisher.aclose`."""
@@ -127,7 +127,7 @@ class ClusterPublisher:
         for log in part.logs:
             home = self._part_of(log.key)
             if home is not None and home is not part:
-                part.give_up(log)
+                part.disown(log)
                 self._homes[log] = home
                 home.adopt(log)
 
@@ -152,7 +152,7 @@ class ClusterPublisher:
             if self._group is not None:
                 self._group.create_task(part.run())
             if self._leaving:
-                part.leave()
+                part.stop()
         return part
 
     async def _drop(self, server: Redis) -> None:
@@ -182,7 +182,7 @@ class _Part(Publisher):
     def retire(self) -> None:
         """Its server is no master any more: come to an end once all logs are elsewhere."""
         self._is_retired = True
-        self.look()
+        self.verify_all()
 
     async def run(self) -> None:
         """See `Publisher.run`."""
@@ -195,7 +195,7 @@ class _Part(Publisher):
             await self._whole.rehome(self)
             if not self.logs:
                 self._look, self._asked, self._leaving = False, set(), True
-                self._feed.news.clear()
+                self._feed.pending.clear()
                 return
         await super()._look_at_logs()
 

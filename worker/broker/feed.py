@@ -19,7 +19,7 @@ from ..redisio.pipelined import Command, pack
 from ..telemetry.metrics import Metrics
 from .log_writer import LogWriter
 
-News: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
+FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 """What to tell, by log or by the channel of one."""
 
 _FEED_WAITS = 0.001
@@ -34,26 +34,26 @@ class FeedPublisher:
     """Collects news for a publisher's next flush; `due` is called when there are some and nothing else may come."""
 
     def __init__(self, due: Callable[[], None], metrics: Metrics) -> None:
-        self.news: News = {}
+        self.pending: FeedBatch = {}
         self.is_mute = False
         self._due = due
         self._metrics = metrics
         self._is_soon = False
 
-    def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
+    def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Publish entries that Redis has accepted, each with its id."""
         if not self.is_mute:
-            self.news.setdefault(channel, []).extend(entries)
-            self.tell_soon()
+            self.pending.setdefault(channel, []).extend(entries)
+            self.schedule()
 
-    def tell_of(self, log: LogWriter, first: int, entries: list[Fields]) -> None:
+    def publish_accepted(self, log: LogWriter, first: int, entries: list[Fields]) -> None:
         """Publish entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
         if not self.is_mute:
             told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
-            self.news.setdefault(log, []).extend(told)
-            self.tell_soon()
+            self.pending.setdefault(log, []).extend(told)
+            self.schedule()
 
-    def tell_soon(self) -> None:
+    def schedule(self) -> None:
         """The news go with the next entries, or alone if there are none."""
         if not self._is_soon:
             self._is_soon = True
@@ -61,28 +61,28 @@ class FeedPublisher:
 
     def _tell(self) -> None:
         self._is_soon = False
-        if self.news:
+        if self.pending:
             self._due()
 
-    def take(self, publish: bytes) -> tuple[News, list[Command]]:
+    def drain(self, publish: bytes) -> tuple[FeedBatch, list[Command]]:
         """The news, and the commands that tell them by SPUBLISH or PUBLISH; from now on there are none."""
-        told, self.news = self.news, {}
+        told, self.pending = self.pending, {}
         commands: list[Command] = []
         for it, news in told.items():
             channel = it if isinstance(it, str) else it.feed
             commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
         return told, commands
 
-    def silence(self, error: BaseException) -> None:
+    def mute_if_refused(self, error: BaseException) -> None:
         """Fall silent if it is this that Redis refuses: it is in one MULTI with entries, and would hold them back."""
         said = redacted_message(error)
         if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
             self.is_mute = True
-            self.news.clear()
+            self.pending.clear()
             self._metrics.refused("feed")
             _log.warning("feed_refused", error=said)
 
-    def speak(self) -> None:
+    def unmute(self) -> None:
         """Redis has taken a trial message."""
         self.is_mute = False
         _log.info("recovered", after="feed_refused")
@@ -94,8 +94,8 @@ def trial(log: LogWriter, publish: bytes) -> Command:
     return channel, pack(publish, channel.encode(), b"[]"), 1
 
 
-def note_listeners(told: News, counts: list[Any], now: float) -> None:
+def note_listeners(told: FeedBatch, counts: list[Any], now: float) -> None:
     """How many heard what was told last, of each log; `now` is of the monotonic clock."""
     for it, count in zip(told, counts, strict=True):
         if isinstance(it, LogWriter):
-            it.untold_until = 0.0 if count else now + UNTOLD_FOR
+            it.feed_idle_until = 0.0 if count else now + UNTOLD_FOR

@@ -83,7 +83,7 @@ class JobQueue:
             if not str(error).startswith("BUSYGROUP"):
                 raise
 
-    async def read(self, queue: str, count: int, block_ms: int) -> list[Delivery]:
+    async def read_new(self, queue: str, count: int, block_ms: int) -> list[Delivery]:
         """Take up to `count` new jobs, waiting up to `block_ms` for the first. The lease counts from the call."""
         try:
             reply = await self._blocking.xreadgroup(
@@ -96,7 +96,7 @@ class JobQueue:
         streams = cast("list[tuple[bytes, list[_Message]]]", reply)
         return [delivery for _, messages in streams for delivery in _deliveries(queue, messages)]
 
-    async def take_expired(self, queue: str, count: int) -> list[Delivery]:
+    async def claim_expired(self, queue: str, count: int) -> list[Delivery]:
         """Take over up to `count` jobs whose lease has run out.
 
         Jobs that were removed from the stream while they were pending are passed over. Redis counts them in `count`.
@@ -137,7 +137,7 @@ class JobQueue:
             for delivery, lines in zip(deliveries, replies, strict=True)
         ]
 
-    async def renew(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
+    async def renew_leases(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
         """Renew leases, each given with the seconds since its own last renewal.
 
         False where the job is ours no more, and Redis's error where it refused.
@@ -190,11 +190,11 @@ class JobQueue:
         last = [lines if not lines or isinstance(lines, Exception) else next(replies) for lines in held]
         return [reply if isinstance(reply, Exception) else bool(reply) for reply in last]
 
-    async def holds(self, delivery: Delivery) -> bool:
+    async def is_held(self, delivery: Delivery) -> bool:
         """Whether the group still counts this job as ours."""
         return bool(await self._pending(delivery.queue, delivery.id, self._consumer))
 
-    async def is_live(self, queue: str, job: str) -> bool:
+    async def is_outstanding(self, queue: str, job: str) -> bool:
         """Whether a job is still to be done: pending with some worker, or not read yet."""
         if await self._pending(queue, job):
             return True
@@ -223,7 +223,7 @@ class JobQueue:
             below = min(delivered, EntryId.parse(oldest)) if oldest else delivered
             await self._commands.xtrim(key, minid=str(below), approximate=False)
 
-    async def try_to_write(self) -> None:
+    async def probe_writable(self) -> None:
         """Ask Redis whether it takes writes, and write nothing: XREADGROUP works while it does not.
 
         Where somebody made a stream of the key, it is kept at one entry.
@@ -237,7 +237,7 @@ class JobQueue:
         """How many jobs wait, and how old the oldest is that a worker has."""
         return await depth_of(self._commands, self._keys.jobs(queue))
 
-    async def remove_stale(self, queue: str, alive: Collection[str], idle: float) -> None:
+    async def remove_stale_consumers(self, queue: str, alive: Collection[str], idle: float) -> None:
         """Remove consumers that are not alive, have nothing pending, and did nothing for so many seconds."""
         key = self._keys.jobs(queue)
         for consumer in await self._commands.xinfo_consumers(key, GROUP):
@@ -248,23 +248,23 @@ class JobQueue:
                 ))  # fmt: skip
                 _log.info("consumer_removed", queue=queue, consumer=name)
 
-    async def consumers(self, queue: str) -> list[str]:
+    async def busy_consumers(self, queue: str) -> list[str]:
         """The names of all consumers that have jobs pending."""
         consumers = await self._commands.xinfo_consumers(self._keys.jobs(queue), GROUP)
         return [consumer["name"].decode("utf-8", "replace") for consumer in consumers if consumer["pending"]]
 
-    async def without_idle_time(self, queue: str, consumer: str) -> set[str]:
+    async def jobs_without_idle_time(self, queue: str, consumer: str) -> set[str]:
         """The jobs pending with a consumer for which Redis reports no idle time."""
         lines = await self._commands.xpending_range(self._keys.jobs(queue), GROUP, "-", "+", _NO_LIMIT, consumer)
         return {cast("bytes", line["message_id"]).decode() for line in lines if not line["time_since_delivered"]}
 
-    async def expire(self, queue: str, consumer: str, ids: Collection[str]) -> None:
+    async def end_leases(self, queue: str, consumer: str, ids: Collection[str]) -> None:
         """End the leases of a consumer's jobs, so that XAUTOCLAIM takes them."""
         key = self._keys.jobs(queue)
         await self._commands.xclaim(key, GROUP, consumer, 0, sorted(ids), idle=2 * self._lease_ms, justid=True)  # type: ignore[arg-type]  # list is invariant
         _log.warning("stopped_leases_ended", queue=queue, consumer=consumer, jobs=len(ids))
 
-    async def leave(self, queues: Iterable[str]) -> None:
+    async def remove_consumer(self, queues: Iterable[str]) -> None:
         """Remove this consumer where it has nothing pending; with pending entries they would be lost."""
         for queue in queues:
             key = self._keys.jobs(queue)

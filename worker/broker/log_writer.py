@@ -10,7 +10,7 @@ from ..contract.entries import Delta, Fields, Restarted
 from ..contract.ids import SEAL, EntryId
 from ..redisio.errors import redacted_message
 
-Run: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
+AppendBatch: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
 """Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""
 
 HIGH_WATER_BYTES = 256 * 1024
@@ -49,19 +49,19 @@ class LogRefused(LogLost):
     """A key of another type stands in the log's place: the only refusal of Redis that is of one log alone."""
 
 
-class Sink(Protocol):
+class EntrySink(Protocol):
     """What a log hands its entries to."""
 
     is_full: bool
     """Whether all its logs together have so much to write that none may read on."""
 
-    def take(self, run: Run) -> None:
+    def enqueue(self, run: AppendBatch) -> None:
         """Entries to write, after all others of their log."""
 
-    def drop(self, log: "LogWriter") -> None:
+    def dequeue(self, log: "LogWriter") -> None:
         """What it has taken of a log need not be written."""
 
-    def relieve(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         """So many bytes need not be written any more."""
 
 
@@ -73,14 +73,14 @@ class LogWriter:
     key: str
     feed: str
     attempt: int
-    sink: Sink
-    before: int = 0
+    sink: EntrySink
+    entries_before: int = 0
     """How many entries Redis had of the log when the attempt began."""
-    goal: int = 0
+    deltas_to_pass: int = 0
     """How many deltas it must surpass to have got on, where the answer begins again."""
-    seen: EntryId | None = field(init=False, default=None)
+    accepted_at_check: EntryId | None = field(init=False, default=None)
     """What was accepted when the publisher last went through all logs."""
-    untold_until: float = field(init=False, default=0.0)
+    feed_idle_until: float = field(init=False, default=0.0)
     """Until when the feed is not told of it, since nobody listened; of the monotonic clock, and 0 if somebody may."""
     lost: asyncio.Future[LogLost] = field(init=False)
     loss: LogLost | None = field(init=False, default=None)
@@ -90,7 +90,7 @@ class LogWriter:
     _behind: int = field(init=False, default=0)
     """Deltas that Redis had accepted before, and more; below 0 once there is progress."""
     _key: str = field(init=False)
-    _pending: deque[Run] = field(init=False, default_factory=deque)
+    _pending: deque[AppendBatch] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
     _accepted: int = field(init=False, default=0)
@@ -113,16 +113,16 @@ class LogWriter:
         self._next += len(entries)
         self._pending.append(run)
         self._bytes += len(run[3])
-        self.sink.take(run)
+        self.sink.enqueue(run)
 
-    def _run(self, first: int, entries: list[Fields]) -> Run:
+    def _run(self, first: int, entries: list[Fields]) -> AppendBatch:
         return self, first, entries, _xadds(self._key, self.attempt, first, entries)
 
     def begin_attempt(self, attempt: int, before: int) -> None:
         """Go on under a later attempt, whose first entry Redis has accepted, after so many others."""
-        self.forget()
-        self.attempt, self.before, self._accepted, self._next = attempt, before, 0, 1
-        self.untold_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
+        self.discard_pending()
+        self.attempt, self.entries_before, self._accepted, self._next = attempt, before, 0, 1
+        self.feed_idle_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
         if self.loss is not None:
             self.loss = None
             self.lost = asyncio.get_running_loop().create_future()
@@ -135,19 +135,19 @@ class LogWriter:
     @property
     def length(self) -> int:
         """How many entries Redis must have of the log."""
-        return self.before + 1 + self._accepted
+        return self.entries_before + 1 + self._accepted
 
     @property
-    def pending(self) -> list[Run]:
+    def pending(self) -> list[AppendBatch]:
         """What Redis has not accepted, oldest first."""
         return list(self._pending)
 
     @property
-    def size(self) -> int:
+    def pending_bytes(self) -> int:
         """Bytes of what Redis has not accepted, as commands."""
         return self._bytes
 
-    def accept(self, run: Run) -> bool:
+    def accept(self, run: AppendBatch) -> bool:
         """Redis holds these entries, and those before them; false where they were forgotten meanwhile."""
         pending = self._pending
         if not pending or pending[0] is not run:
@@ -156,33 +156,33 @@ class LogWriter:
         _, first, entries, packed = run
         size = len(packed)
         self._bytes -= size
-        self.sink.relieve(size)
+        self.sink.release_bytes(size)
         self._accepted = first + len(entries) - 1
         if self._behind >= 0:
             self._look_for_progress(entries)
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
-            self.release()
+            self.wake_waiters()
         return True
 
     def _look_for_progress(self, entries: list[Fields]) -> None:
         for fields in entries:
             if fields["type"] == Restarted.type:
-                self._behind = self.goal
+                self._behind = self.deltas_to_pass
             elif fields["type"] == Delta.type:
                 self._behind -= 1
             if self._behind < 0:
                 self.progress.set_result(None)
                 break
 
-    def reconcile(self, tail: EntryId | None) -> list[Run]:
+    def reconcile(self, tail: EntryId | None) -> list[AppendBatch]:
         """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
         lost = judge(tail, self.attempt, self.accepted)
         if lost is None and tail is not None and tail.n >= self._next:
             lost = LogDiverged(f"Redis holds the log up to {tail}, which its owner has not written")
         if lost is not None:
-            self.lose(lost)
+            self.mark_lost(lost)
             return []
-        accepted: list[Run] = []
+        accepted: list[AppendBatch] = []
         while tail is not None and self._pending and self._pending[0][1] <= tail.n:
             self._part(tail.n)
             accepted.append(self._pending[0])
@@ -197,25 +197,25 @@ class LogWriter:
             self._pending[0] = self._run(n + 1, entries[there:])
             self._pending.appendleft(self._run(first, entries[:there]))
 
-    def lose(self, reason: LogLost) -> None:
+    def mark_lost(self, reason: LogLost) -> None:
         """The owner writes no more."""
         if self.loss is None:
             self.loss = reason
             self.lost.set_result(reason)
-        self.forget()
-        self.release()
+        self.discard_pending()
+        self.wake_waiters()
 
     @property
     def is_full(self) -> bool:
         """Whether reading from vLLM should pause."""
         return self._bytes >= HIGH_WATER_BYTES or self.sink.is_full
 
-    async def room(self) -> None:
+    async def wait_for_room(self) -> None:
         """Wait until there is room for more, or the log is lost."""
         while self.is_full:
             await self._changed()
 
-    async def drained(self) -> None:
+    async def wait_drained(self) -> None:
         """Wait until Redis has accepted everything.
 
         Raises:
@@ -231,15 +231,15 @@ class LogWriter:
         self._waiting += (waiter,)
         await waiter
 
-    def forget(self) -> None:
+    def discard_pending(self) -> None:
         """Drop what Redis has not accepted."""
         if self._pending:
             self._pending.clear()
-            self.sink.drop(self)
+            self.sink.dequeue(self)
         size, self._bytes = self._bytes, 0
-        self.sink.relieve(size)
+        self.sink.release_bytes(size)
 
-    def release(self) -> None:
+    def wake_waiters(self) -> None:
         """Have those look again who wait for room, or for the end."""
         waiting, self._waiting = self._waiting, ()
         for waiter in waiting:
@@ -269,7 +269,7 @@ def refusal_of(error: BaseException) -> LogRefused | None:
     return LogRefused(said) if said.startswith("WRONGTYPE") else None
 
 
-def refused_in(batch: list[Run], verdicts: list[object]) -> dict[LogWriter, list[object]]:
+def refused_in(batch: list[AppendBatch], verdicts: list[object]) -> dict[LogWriter, list[object]]:
     """What Redis said to each log of which it refused an entry, from that one on.
 
     Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.

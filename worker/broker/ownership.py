@@ -81,7 +81,7 @@ class LogOwnership:
         self._now = now
         self._replicas = Replicas(replicas)
 
-    async def take(
+    async def acquire(
         self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "",
         is_same: Callable[[str], bool] = lambda _: True,
     ) -> Taken:  # fmt: skip
@@ -145,7 +145,7 @@ class LogOwnership:
             return None
         return await self._owned(request_id, attempt, greatest=greatest)
 
-    async def condemn(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
+    async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
         """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
 
         True as well where the request has ended before. False where this is not ours to do: another job of the request
@@ -191,10 +191,10 @@ class LogOwnership:
         named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
         if named and named != job_of(delivery):
             # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
-            return DuplicateJob() if await self._jobs.is_live(*named) else None
-        return None if await self._jobs.holds(delivery) else LeaseLost()
+            return DuplicateJob() if await self._jobs.is_outstanding(*named) else None
+        return None if await self._jobs.is_held(delivery) else LeaseLost()
 
-    async def begin_again(self, log: LogWriter, delivery: Delivery, expire_at: int, digest: str = "") -> None:
+    async def recreate(self, log: LogWriter, delivery: Delivery, expire_at: int, digest: str = "") -> None:
         """Make one's own log anew where it is gone though the request has not ended, as after a failover.
 
         It begins with `1-0`; its owner then goes on under a later attempt than it had, so that whoever has read the
@@ -205,7 +205,7 @@ class LogOwnership:
             LogFenced: when the job is not ours any more.
         """
         ended = self._keys.ended(log.request_id)
-        while await self._jobs.holds(delivery):
+        while await self._jobs.is_held(delivery):
             async with self._line(log.key) as line:
                 last, is_over = await look(line, log.key, ended)
                 if last is not None:
@@ -217,7 +217,7 @@ class LogOwnership:
                     return
         raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
 
-    async def advance(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
+    async def next_attempt(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
         """Go on under the next attempt of one's own log.
 
         Raises:
@@ -256,7 +256,7 @@ class LogOwnership:
         Raises:
             LogLost: when the log is no longer ours.
         """
-        await log.drained()
+        await log.wait_drained()
         ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
         while True:
             async with self._line(log.key) as line:
@@ -283,7 +283,7 @@ class LogOwnership:
                     raise LogRefused(_NO_END) from error
             return parse(str(SEAL), to_fields(end))
 
-    async def confirm(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
+    async def finalize(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
         """Before the acknowledgement: is the seal still there? Gives expiry and tombstone where they are missing.
 
         A log that is gone has its tombstone left. False when the end is lost, as after a failover: a tombstone then
@@ -308,7 +308,7 @@ class LogOwnership:
             async with self._replicas.turn(), self._line(key) as line:
                 return await self._replicas.have_end(line, key, ended, retention)
 
-    async def read(self, request_id: str) -> list[Entry]:
+    async def read_entries(self, request_id: str) -> list[Entry]:
         """The whole log. Entries that cannot be read are in it as such of an unknown type."""
         return [parse_leniently(*entry) for entry in await self._raw(request_id)]
 
@@ -325,10 +325,10 @@ class LogOwnership:
         try:
             entries = [parse(*entry) for entry in raw]
         except BadEntry as error:
-            log.before = sum(EntryId.parse(entry_id).attempt < attempt for entry_id, _ in raw)
+            log.entries_before = sum(EntryId.parse(entry_id).attempt < attempt for entry_id, _ in raw)
             return Acquired(log, [], f"the log cannot be read: {error}")
         history: list[Entry] = [entry for entry in entries if entry.id.attempt < attempt]
-        log.before = len(history)
+        log.entries_before = len(history)
         last = history[-1].id if history else BEFORE_ALL
         is_cut = greatest is not None and last < greatest
         return Acquired(log, history, fault=f"entries are missing after {last}" if is_cut else fault_in(history))
@@ -383,7 +383,7 @@ class LogOwnership:
         return written is not None
 
     def _announce(self, request_id: str, entry: Entry) -> None:
-        self._publisher.announce(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
+        self._publisher.publish(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
 
     def _wrote(self, entry: Entry | None, delivery: Delivery, count: int) -> bool:
         """Whether an entry is this process's own, for a job's delivery of this `count`: 0 where none led to it."""

@@ -28,8 +28,8 @@ from ..redisio.clients import Backoff
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, NodeConnections, Outcome, pack
 from ..telemetry.metrics import Metrics
-from .feed import FeedPublisher, News, note_listeners, trial
-from .log_writer import LogDiverged, LogGone, LogWriter, Run, refusal_of, refused_in
+from .feed import FeedBatch, FeedPublisher, note_listeners, trial
+from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_of, refused_in
 
 
 class _Phase(enum.Enum):
@@ -66,7 +66,7 @@ class Publisher:
         self._bytes = 0
         self._logs: set[LogWriter] = set()
         self._by_request: dict[str, LogWriter] = {}
-        self._out: list[Run] = []
+        self._out: list[AppendBatch] = []
         self._feed = FeedPublisher(self._tell, self._metrics)
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
@@ -99,7 +99,7 @@ class Publisher:
 
     def detach(self, log: LogWriter) -> None:
         """The process is done with a log."""
-        log.forget()
+        log.discard_pending()
         self._leave_out(log)
 
     def _leave_out(self, log: LogWriter) -> None:
@@ -111,17 +111,17 @@ class Publisher:
     def adopt(self, log: LogWriter) -> None:
         """Go on with a log that another publisher has given up: its end is read before more is written."""
         self.attach(log)
-        self._bytes += log.size
+        self._bytes += log.pending_bytes
         self._ask(log)
 
-    def give_up(self, log: LogWriter) -> None:
+    def disown(self, log: LogWriter) -> None:
         """Be done with a log that another publisher goes on with."""
-        self.drop(log)
-        self.relieve(log.size)
-        self._feed.news.pop(log, None)
+        self.dequeue(log)
+        self.release_bytes(log.pending_bytes)
+        self._feed.pending.pop(log, None)
         self._leave_out(log)
 
-    def take(self, run: Run) -> None:
+    def enqueue(self, run: AppendBatch) -> None:
         """Entries to write, after all others of their log."""
         self._out.append(run)
         self._bytes += len(run[3])
@@ -130,21 +130,21 @@ class Publisher:
         if self._phase is _Phase.IDLE:
             self._schedule()
 
-    def drop(self, log: LogWriter) -> None:
+    def dequeue(self, log: LogWriter) -> None:
         """What it has taken of a log need not be written."""
         self._out = [run for run in self._out if run[0] is not log]
 
-    def relieve(self, size: int) -> None:
+    def release_bytes(self, size: int) -> None:
         """So many bytes need not be written any more."""
         self._bytes -= size
         if self.is_full and self._bytes < _HIGH_WATER_BYTES // 2:
             self.is_full = False
             for log in self._logs:
-                log.release()
+                log.wake_waiters()
 
-    def announce(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
+    def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Tell the feed of entries that Redis has accepted, each with its id. It is only speed: it may be lost."""
-        self._feed.announce(channel, entries)
+        self._feed.publish(channel, entries)
 
     def _tell(self) -> None:
         """There are news, and no entries with which they could go."""
@@ -152,27 +152,27 @@ class Publisher:
             self._phase = _Phase.DUE
             self._go_on()
 
-    def look(self) -> None:
+    def verify_all(self) -> None:
         """Read every log's end soon: a log that was sealed or fenced while nothing was appended shows it there."""
         self._look = True
         self._call()
 
-    def look_at_silent(self) -> None:
+    def verify_idle(self) -> None:
         """Read the ends of those logs soon to which Redis has accepted nothing since this was last called.
 
         Of the others it is known: what is written to a log that was sealed or fenced is refused.
         """
         for log in self._logs:
             accepted = log.accepted
-            if log.seen == accepted:
+            if log.accepted_at_check == accepted:
                 self._asked.add(log)
-            log.seen = accepted
+            log.accepted_at_check = accepted
         if self._feed.is_mute:
             self._asked.update(islice(self._logs, 1))  # with any look it is tried whether the feed is refused still
         self._hinted.clear()
         self._call()
 
-    def look_at(self, request_id: str) -> None:
+    def verify(self, request_id: str) -> None:
         """Read the end of one request's log soon, if it is written here, or will be in a moment."""
         log = self._by_request.get(request_id)
         if log is not None:
@@ -184,7 +184,7 @@ class Publisher:
         self._asked.add(log)
         self._call()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """Come to an end: write what there is, then return from `run`."""
         self._leaving = True
         self._call()
@@ -226,13 +226,13 @@ class Publisher:
                 await self._recover(error)
                 self._go_on()
                 continue
-            if self._leaving and not (self._out or self._feed.news):
+            if self._leaving and not (self._out or self._feed.pending):
                 return
             self._flush()
 
     def _flush(self) -> None:
         """Write what there is to write, and tell the feed."""
-        if not (self._out or self._feed.news):
+        if not (self._out or self._feed.pending):
             self._phase = _Phase.IDLE
             return
         commands: list[Command] = []
@@ -244,7 +244,7 @@ class Publisher:
                 batch = batch[: len(commands)]
                 break
         self._out = self._out[len(batch) :]
-        told, of_the_feed = self._feed.take(self._publish)
+        told, of_the_feed = self._feed.drain(self._publish)
         commands += of_the_feed
         now = time.monotonic()
         is_busy = entries > _BUSY * (now - self._flushed)
@@ -271,7 +271,7 @@ class Publisher:
             time.sleep(left)
         self._rested = time.monotonic()
 
-    def _land(self, batch: list[Run], told: News, outcome: Outcome) -> None:
+    def _land(self, batch: list[AppendBatch], told: FeedBatch, outcome: Outcome) -> None:
         """The replies to a flush are there."""
         if isinstance(outcome, Exception):
             self._trouble = outcome
@@ -286,34 +286,34 @@ class Publisher:
             self._schedule()
         else:
             self._phase = _Phase.IDLE
-            if self._feed.news:
-                self._feed.tell_soon()
+            if self._feed.pending:
+                self._feed.schedule()
 
     async def aclose(self) -> None:
         """Close the connection."""
         await self._wires.close()
         await self._redis.aclose()
 
-    def _take_replies(self, batch: list[Run], told: News, replies: list[Any]) -> None:
+    def _take_replies(self, batch: list[AppendBatch], told: FeedBatch, replies: list[Any]) -> None:
         now = time.monotonic()
         verdicts = replies[: len(replies) - len(told)]
         # First: whoever did not listen yet when this was written reads it, and whoever did is to be told of it.
         if self.has_shards or not self._in_cluster:  # else each node counts its own alone
             note_listeners(told, replies[len(verdicts) :], now)
         refused = {} if {*map(type, verdicts)} <= {bytes} else refused_in(batch, verdicts)
-        unheard: dict[LogWriter, Run] = {}
+        unheard: dict[LogWriter, AppendBatch] = {}
         written = 0
         for run in batch:
             log = run[0]
             if log not in refused and log.accept(run):
                 written += len(run[2])
-                if not log.untold_until:
-                    self._feed.tell_of(log, run[1], run[2])
-                elif now >= log.untold_until:
+                if not log.feed_idle_until:
+                    self._feed.publish_accepted(log, run[1], run[2])
+                elif now >= log.feed_idle_until:
                     unheard[log] = run
         for log, first, entries, _ in unheard.values():
             # The last is enough: whoever has come since reads the log up to there.
-            self._feed.tell_of(log, first + len(entries) - 1, entries[-1:])
+            self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
         self._metrics.written.inc(written)
         for log, since in refused.items():
             self._judge(log, since)
@@ -326,16 +326,16 @@ class Publisher:
         """
         first = verdicts[0]
         if not isinstance(first, RedisError):
-            log.lose(LogGone("the log is not there any more"))
+            log.mark_lost(LogGone("the log is not there any more"))
             return
         text = redacted_message(first)
         if "equal or smaller" in text or "exhausted the last" in text:
             self._asked.add(log)  # written already, fenced or sealed: the log's end tells which
             self._refused[log] = log.attempt
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
-            log.lose(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
+            log.mark_lost(LogDiverged(f"Redis refused an entry and took a later one: {text}"))
         elif refusal := refusal_of(first):
-            log.lose(refusal)
+            log.mark_lost(refusal)
         else:
             raise first
 
@@ -353,7 +353,7 @@ class Publisher:
             asked.append(trial(logs[0][0], self._publish))
         replies = await self._wires.ask(asked)
         if is_trial and not isinstance(replies.pop(), RedisError):
-            self._feed.speak()
+            self._feed.unmute()
         looked_at = {log for log, _ in logs}
         self._out = [run for run in self._out if run[0] not in looked_at]
         for (log, attempt), reply in zip(logs, replies, strict=True):
@@ -369,21 +369,21 @@ class Publisher:
             refusal = refusal_of(reply)
             if refusal is None:
                 raise reply
-            log.lose(refusal)
+            log.mark_lost(refusal)
             return
         tail = cast("list[list[bytes]]", reply)
         accepted = log.reconcile(EntryId.parse(tail[0][0]) if tail else None)
         was_refused = self._refused.pop(log, 0) == log.attempt
         if was_refused and log.loss is None and not accepted:  # sent again, it would be refused again
-            log.lose(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
+            log.mark_lost(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
         for _, first, entries, _ in accepted:
             self._metrics.written.inc(len(entries))
-            self._feed.tell_of(log, first, entries)
+            self._feed.publish_accepted(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
         self._metrics.write_failures.inc()
-        self._feed.silence(error)
+        self._feed.mute_if_refused(error)
         self._refused.clear()  # by another server perhaps
         await self._backoff.wait(error)
         await self._wires.close()

@@ -205,8 +205,9 @@ class Worker:
                 await self._leases.hand_over(_LAST_STEPS)
             finally:  # also when one of them failed: a cancellation alone may be lost in redis-py
                 self._claims.leave()
-                for part in (self._keeper, self._hints, self._publisher):
-                    part.leave()
+                self._keeper.leave()
+                self._hints.leave()
+                self._publisher.stop()
                 watching.cancel()
             await asyncio.wait(parts, timeout=max(0, deadline - time.monotonic()))
             for task in parts:
@@ -242,7 +243,7 @@ class Worker:
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 await self._ledger.leave(self._name)
-                await self._jobs.leave(self._settings.queues)
+                await self._jobs.remove_consumer(self._settings.queues)
         except (RedisError, OSError) as error:
             _log.warning("leave_failed", error=type(error).__name__)
 

@@ -117,8 +117,8 @@ class Generation:
         request = self._request
         if not isinstance(self._log.loss, LogDiverged | LogGone):
             await drained(self._log, request.stop)
-        await insist(lambda: self._owner.advance(self._log, request.delivery, reason), request.stop)
-        entries = await insist(lambda: self._owner.read(request.id), request.stop)
+        await insist(lambda: self._owner.next_attempt(self._log, request.delivery, reason), request.stop)
+        entries = await insist(lambda: self._owner.read_entries(request.id), request.stop)
         self._recall(History(entries, fault_in(entries)))
         self._committed = self._went_on = False
         self._metrics.attempt(reason)
@@ -261,7 +261,7 @@ class Generation:
             stream.has_begun = lambda: parser.has_spoken
             try:
                 while await stream.pour(self._take) and not parser.done:
-                    await self._log.room()
+                    await self._log.wait_for_room()
                 await stream.finish()
                 parser.check_complete(stream.passed_over)
             except UpstreamError:

@@ -74,7 +74,7 @@ class JobIntake:
         A read in flight is never cancelled: the jobs it brings would wait for their lease to end.
         """
         backoff = Backoff("claim_failed")
-        while await self._fill(rank, backoff, lambda count: self._jobs.read(queue, count, self._block_ms)):
+        while await self._fill(rank, backoff, lambda count: self._jobs.read_new(queue, count, self._block_ms)):
             pass
 
     async def take_over(self) -> None:
@@ -85,7 +85,7 @@ class JobIntake:
 
         async def take(queue: str, count: int) -> list[Delivery]:
             nonlocal took
-            deliveries = await self._jobs.take_expired(queue, count)
+            deliveries = await self._jobs.claim_expired(queue, count)
             took = took or bool(deliveries)
             return deliveries
 
@@ -131,7 +131,7 @@ class JobIntake:
         if not self._upstream.is_there:
             return NO_VLLM
         try:
-            await self._jobs.try_to_write()
+            await self._jobs.probe_writable()
         except ResponseError as error:
             if is_transient(error):
                 return REDIS_FULL if isinstance(error, OutOfMemoryError) else REDIS_REFUSES

@@ -66,7 +66,7 @@ async def drained(log: LogWriter, stop: "asyncio.Future[Stop]") -> None:
         LogLost: when it will not.
         Stopped: when the job is to stop before.
     """
-    waiting = asyncio.ensure_future(log.drained())
+    waiting = asyncio.ensure_future(log.wait_drained())
     events: set[asyncio.Future[Any]] = {waiting, stop}
     await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
     if not waiting.done():

@@ -128,7 +128,7 @@ class JobRunner:
         if request.job is not UNREAD:
             return False
         try:
-            history = await insist(lambda: self._owner.read(request.id), request.stop)
+            history = await insist(lambda: self._owner.read_entries(request.id), request.stop)
         except LogRefused:  # said when it is taken
             return False
         return is_suspect(failures(history, request.delivery), self._settings.max_deliveries)
@@ -147,13 +147,13 @@ class JobRunner:
         """Come to own the log and answer into it, or do what is left to do where that is not ours."""
         delivery, own_digest, is_same = request.delivery, digest_of(request.job), partial(_is_same, request.job)
         taken = await insist(
-            lambda: self._owner.take(request.id, delivery, _expiry(request, self._now()), own_digest, is_same),
+            lambda: self._owner.acquire(request.id, delivery, _expiry(request, self._now()), own_digest, is_same),
             request.stop,
         )
         match taken:
             case Acquired():
                 if turn is not None:
-                    taken.log.goal = goal_of(taken.history)
+                    taken.log.deltas_to_pass = goal_of(taken.history)
                     taken.log.progress.add_done_callback(turn.end)
                 await self._own(request, taken)
             case AlreadyEnded():
@@ -207,7 +207,7 @@ class JobRunner:
                 if losses:
                     await self._begin_again(request, log)
                     if generation is None:
-                        await insist(lambda: self._owner.advance(log, request.delivery, _DIVERGED), request.stop)
+                        await insist(lambda: self._owner.next_attempt(log, request.delivery, _DIVERGED), request.stop)
                     else:
                         await generation.begin_again(_DIVERGED)
                 end = _buried(reason, log.attempt) if generation is None else await _end_of(generation, log)
@@ -247,7 +247,9 @@ class JobRunner:
         """End a job with which this process cannot deal, lest it come again for ever."""
         end, expire_at = _buried(reason, 0), _expiry(request, self._now())
         try:
-            if await insist(lambda: self._owner.condemn(request.id, request.delivery, end, expire_at), request.stop):
+            if await insist(
+                lambda: self._owner.seal_unowned(request.id, request.delivery, end, expire_at), request.stop
+            ):
                 await self._settlement.settle_found(request)
         except Exception as error:
             if isinstance(error, RedisError | OSError | LogLost) and not isinstance(error, LogRefused):
@@ -271,7 +273,7 @@ class JobRunner:
         if self._now() >= expire_at:
             raise LogOver("the log has expired")
         await insist(
-            lambda: self._owner.begin_again(log, request.delivery, expire_at, digest_of(request.job)), request.stop
+            lambda: self._owner.recreate(log, request.delivery, expire_at, digest_of(request.job)), request.stop
         )
 
     def _request(self, delivery: Delivery, stop: "asyncio.Future[Stop]", free: Callable[[], None]) -> JobContext:

@@ -69,7 +69,7 @@ class Maintenance:
                     backoff.reset()
             except (RedisError, OSError) as error:
                 await backoff.wait(error)
-            self._publisher.look_at_silent()
+            self._publisher.verify_idle()
 
     async def stop_expired(self) -> None:
         """Stop the jobs whose lease ends, on time: a renewal that Redis does not answer takes some seconds."""
@@ -133,15 +133,15 @@ class Maintenance:
         unchanged: dict[str, tuple[int | None, float]] = {}
         without_idle: dict[tuple[str, str], set[str]] = {}
         for queue in self._settings.queues:
-            for name in await self._jobs.consumers(queue):
+            for name in await self._jobs.busy_consumers(queue):
                 beat = self._beats.get(name)
                 known, since = self._unchanged.get(name, (beat, now))
                 unchanged[name] = beat, since if beat == known else now
                 if name != own and now - unchanged[name][1] < _SILENT * self._settings.lease:
                     continue
-                ids = await self._jobs.without_idle_time(queue, name) - self._leases.running_in(queue)
+                ids = await self._jobs.jobs_without_idle_time(queue, name) - self._leases.running_in(queue)
                 if stopped := ids & self._without_idle.get((queue, name), set()):
-                    await self._jobs.expire(queue, name, stopped)
+                    await self._jobs.end_leases(queue, name, stopped)
                 without_idle[queue, name] = ids - stopped
         self._unchanged, self._without_idle = unchanged, without_idle
 
@@ -155,7 +155,7 @@ class Maintenance:
             return
         alive = await self._ledger.workers()
         for queue in self._settings.queues:
-            await self._jobs.remove_stale(queue, alive, stale)
+            await self._jobs.remove_stale_consumers(queue, alive, stale)
         self._swept = time.monotonic()
 
     async def _rest(self, seconds: float | None = None) -> bool:

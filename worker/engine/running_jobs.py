@@ -129,13 +129,13 @@ class RunningJobs:
         if not jobs:
             return False
         sent = time.monotonic()
-        kept = await self._jobs.renew([(running.delivery, sent - running.renewed) for running in jobs])
+        kept = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
         for running, is_ours in zip(jobs, kept, strict=True):
             if is_ours is True:
                 running.renewed = sent
         for running, is_ours in zip(jobs, kept, strict=True):
             if is_ours is False:
-                if await self._jobs.is_live(running.delivery.queue, running.delivery.id):
+                if await self._jobs.is_outstanding(running.delivery.queue, running.delivery.id):
                     self._lose(running)
                 else:  # somebody deleted the job: no other worker can have it, so it goes on to its end
                     running.renewed = sent

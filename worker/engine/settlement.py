@@ -68,7 +68,7 @@ class Settlement:
         """
         await drained(log, request.stop)
         if isinstance(end, Failed):  # vLLM gives the usage only at the end of an answer
-            known = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
+            known = Answer(await insist(lambda: self._owner.read_entries(request.id), request.stop))
             end = msgspec.structs.replace(end, usage=known.usage, model=known.model)
         stone = self._tombstone(request, end.type)
         standing = await insist(
@@ -84,7 +84,7 @@ class Settlement:
         """
         if isinstance(end, Done | Failed) and end.usage:
             return Answer([end])
-        return Answer([*await insist(lambda: self._owner.read(request.id), request.stop), end])
+        return Answer([*await insist(lambda: self._owner.read_entries(request.id), request.stop), end])
 
     async def settle_found(self, request: JobContext, *, is_repair: bool = False) -> None:
         """Finish with a request whose end somebody else has written.
@@ -92,7 +92,7 @@ class Settlement:
         With `is_repair` it is the job of another worker, which may have come to its end, and no further, before its
         line of the start was written: that comes again then.
         """
-        answer = Answer(await insist(lambda: self._owner.read(request.id), request.stop))
+        answer = Answer(await insist(lambda: self._owner.read_entries(request.id), request.stop))
         if is_repair and answer.started and not _is_of_another(answer, request.delivery):
             self.tell_start(request, answer.attempt)
         await self.settle(request, answer)
@@ -109,7 +109,7 @@ class Settlement:
         with _slot_for_a_moment(request.free):
             if end is not None:
                 finished = self._lifecycle(request, "finished", answer)
-                self._publisher.announce(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
+                self._publisher.publish(self._keys.feed(request.id), [(str(SEAL), to_fields(end))])
                 if reason := _dead_for(request, answer):
                     await self._dead_letter(request.delivery, reason, request.stop)
                 events: set[asyncio.Future[Any]] = {finished, request.stop}
@@ -137,7 +137,7 @@ class Settlement:
     async def _confirm(self, request: JobContext, outcome: str) -> None:
         stone = self._tombstone(request, outcome)
         sealed = await insist(
-            lambda: self._owner.confirm(request.id, stone, retention=request.retention, remember=request.remember),
+            lambda: self._owner.finalize(request.id, stone, retention=request.retention, remember=request.remember),
             request.stop,
         )
         if not sealed:

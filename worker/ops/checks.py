@@ -155,7 +155,7 @@ async def _check_state(redis: Redis, keys: Keys, settings: Settings, *, workers:
 async def _check_writing(redis: Redis, where: str, keys: Keys, lease: float) -> Finding | None:
     """Reading works where writing does not: on a replica, without room on the disk, with too few replicas."""
     try:
-        await JobQueue(redis, redis, keys, "check", lease).try_to_write()
+        await JobQueue(redis, redis, keys, "check", lease).probe_writable()
     except ResponseError as error:
         if is_permission_denied(error):
             return None
