@@ -29,7 +29,7 @@ from worker.redisio.errors import is_transient
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.http.target import Target
-from worker.vllm.http.transport import Body, HttpAnswer, Transport
+from worker.vllm.http.transport import Body, HttpResponse, Transport
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.stream.chat_stream import StreamTimeouts
 
@@ -88,7 +88,7 @@ class Worker:
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts())
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
-        self._upstream.endpoints[0].circuit.probed("")
+        self._upstream.servers[0].circuit.on_probe("")
         self._relay = JobRunner(
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
             jobs=self._jobs,
@@ -233,7 +233,7 @@ class _Vllm(Transport):
             return httpx.Response(503)
         return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
 
-    async def post(self, target: Target, content: bytes, within: float) -> HttpAnswer:  # noqa: ARG002 - all is one server
+    async def post(self, target: Target, content: bytes, within: float) -> HttpResponse:  # noqa: ARG002 - all is one server
         if await self._gate.fate() is not Fate.FINE:
             raise httpx.ReadError("broken")
         asked = json.loads(content)
@@ -241,7 +241,7 @@ class _Vllm(Transport):
         kept = len(given) - len(_PROMPT)
         tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
-        return HttpAnswer(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
+        return HttpResponse(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
 
 
 class _Tokens:
@@ -251,7 +251,7 @@ class _Tokens:
         self._tokens = tokens
         self._events = self._sent()
 
-    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+    async def read_into(self, into: Callable[[bytes], bool]) -> bool:
         async for event in self._events:
             if into(event):
                 return True

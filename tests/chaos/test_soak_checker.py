@@ -230,9 +230,9 @@ def test_a_cancelled_answer_may_be_short_but_not_wrong() -> None:
 async def test_the_request_by_which_a_worker_tries_a_server_out_is_known_as_such() -> None:
     async with Simulator() as simulator:
         upstream = ServerPool([simulator.url], limits=StreamTimeouts(connect=5, first_token=10, gap=10))
-        (circuit,) = (endpoint.circuit for endpoint in upstream.endpoints)
-        circuit.probed_late()
-        await upstream.available("reciter", caller=Caller(failed_at={circuit}))
+        (circuit,) = (endpoint.circuit for endpoint in upstream.servers)
+        circuit.on_late_probe()
+        await upstream.wait_available("reciter", caller=Caller(failed_at={circuit}))
         await upstream.aclose()
         assert [is_own_trial(served) for served in simulator.served] == [True]
 

@@ -159,6 +159,6 @@ async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
         lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
         assert lost <= FAILURES + 4
         broken.fails_all = False
-        worker._upstream.endpoints[0].circuit._before_own_trials.until = 0.0
+        worker._upstream.servers[0].circuit._before_own_trials.until = 0.0
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes.count("error") <= lost

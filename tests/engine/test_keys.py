@@ -121,7 +121,7 @@ async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
     for _ in range(4):
         answer = await client.result(await client.enqueue(ask()))
         assert answer.outcome == "done"
-    assert [endpoint.key for endpoint in worker._upstream.endpoints] == [OLD, NEW]
+    assert [endpoint.accepted_key for endpoint in worker._upstream.servers] == [OLD, NEW]
 
 
 async def test_a_job_whose_key_every_server_refuses_waits_for_another(
@@ -168,7 +168,7 @@ async def test_a_server_that_forbids_everything_refuses_the_key(
 
 
 async def _has_listed(worker: Worker) -> bool:
-    return bool(worker._upstream.endpoints[0].models)
+    return bool(worker._upstream.servers[0].models)
 
 
 async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tries(

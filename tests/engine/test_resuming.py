@@ -49,14 +49,14 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
     entries: list[Entry] = []
     upstream = ServerPool([server.url], limits=StreamTimeouts())
     plain = {name: value for name, value in request.items() if name != "simulate"}
-    async with upstream.stream(upstream.endpoints[0], cast("Object", plain)) as stream:
+    async with upstream.stream(upstream.servers[0], cast("Object", plain)) as stream:
 
         def take(events: list[bytes]) -> bool:
             for data in events:
                 entries.extend(parse(f"1-{n}", fields) for n, fields in enumerate(parser.parse(data)))
             return parser.done
 
-        while await stream.pour(take) and not parser.done:
+        while await stream.read_into(take) and not parser.done:
             pass
     await upstream.aclose()
     parser.check_complete()

@@ -79,7 +79,7 @@ async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
         assert [answer.outcome for answer in got] == ["done"] * 40
         assert len(good.served) == 40
         if guards_its_list:
-            assert worker._upstream.endpoints[0].refuses_key
+            assert worker._upstream.servers[0].refuses_key
 
 
 async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_key(
@@ -186,7 +186,7 @@ async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_
         assert [answer.outcome for answer in got] == ["done"] * 12
         if status != 413:
             assert wrong.asked <= 12
-            assert worker._upstream.endpoints[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
+            assert worker._upstream.servers[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
 
 
 @pytest.mark.parametrize(("status", "body", "code"), WRONG)
@@ -281,7 +281,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
         ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
 
         async def away() -> bool:
-            return not worker._upstream.is_there
+            return not worker._upstream.is_available
 
         await eventually(away)
         states = [(await client.status(request_id)).state for request_id in ids]
@@ -394,7 +394,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
         await server.__aexit__(None, None, None)
 
     async def refused() -> bool:
-        return not worker._upstream.is_there
+        return not worker._upstream.is_available
 
     await eventually(refused)
     assert (await client.status(request_id)).state is State.RUNNING

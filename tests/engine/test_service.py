@@ -509,7 +509,7 @@ async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
 
     async def known_to_be_away() -> bool:
-        return [endpoint.away for endpoint in worker._upstream.endpoints] == [True]
+        return [endpoint.is_away for endpoint in worker._upstream.servers] == [True]
 
     await eventually(known_to_be_away)
     assert {(await client.status(request_id)).state for request_id in ids} == {State.QUEUED}, "the queue is the buffer"

@@ -128,7 +128,7 @@ def test_the_entries_of_a_recorded_answer_say_what_its_chunks_say(name: str) -> 
     usages = [one["usage"] for one in chunks if one.get("usage")]
     assert parser.usage == (usages[-1] if usages else {})
     assert parser.finish_reason == answer.finish_reason == pieces_of(chunks, 0)[-1]["finish_reason"]
-    assert (parser.done, parser.begun, parser.model) == (True, True, "reciter")
+    assert (parser.done, parser.has_delta, parser.model) == (True, True, "reciter")
     opened = answer.opened
     assert opened is not None
     first = chunks[0]
@@ -265,7 +265,7 @@ def test_an_engine_that_dies_is_an_error_after_the_text_so_far() -> None:
         parser.parse(last)
     assert (caught.value.code, caught.value.status, caught.value.retryable) == ("upstream_error", 500, True)
     assert Answer(read(told)).text.startswith("The river kept a ledger")
-    assert not parser.complete
+    assert not parser.is_complete
 
 
 # The end of an answer
@@ -287,7 +287,7 @@ def test_an_answer_that_a_filter_cuts_short_is_whole() -> None:
 def test_a_finish_reason_without_done_is_success() -> None:
     parser, _ = parsed(chunk({"content": "a"}), chunk({}, "stop"), done=False)
     parser.check_complete()
-    assert (parser.complete, parser.done, parser.finish_reason) == (True, False, "stop")
+    assert (parser.is_complete, parser.done, parser.finish_reason) == (True, False, "stop")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_server_that_passes_over_n_is_whole_after_done_alone() -> None:
 
 def test_an_n_without_bounds_costs_nothing() -> None:
     parser, told = parsed(chunk({"content": "a"}, "stop"), n=2**62, done=False)
-    assert not parser.complete
+    assert not parser.is_complete
     assert not Answer(told).finished(2**62)
 
 
@@ -407,7 +407,7 @@ def test_data_without_a_byte_is_passed_over() -> None:
 )
 def test_a_chunk_that_says_nothing_is_no_entry(nothing: Object) -> None:
     parser, told = parsed(nothing)
-    assert (told, parser.begun, parser.usage, parser.extra) == ([], False, {}, {})
+    assert (told, parser.has_delta, parser.usage, parser.extra) == ([], False, {}, {})
 
 
 def test_an_index_that_lacks_or_is_null_is_the_first() -> None:
@@ -751,7 +751,7 @@ def test_plain_chunks_of_a_recorded_answer_give_the_same_as_when_read_thoroughly
     parser, thorough = parser_for(name), parser_for(name, Thorough)
     for data in payloads(recorded(name)):
         both(parser, thorough, data)
-    assert parser.complete
+    assert parser.is_complete
 
 
 _PLAINLY = st.fixed_dictionaries(

@@ -42,7 +42,7 @@ def changes() -> list[Change]:
 @pytest.fixture
 def circuit(clock: Clock, changes: list[Change]) -> Circuit:
     circuit = Circuit(clock, lambda *change: changes.append(change))
-    circuit.probed("")
+    circuit.on_probe("")
     changes.clear()
     return circuit
 
@@ -60,25 +60,25 @@ def admits(circuit: Circuit) -> bool:
 def fail(circuit: Circuit, times: int = 1, reason: str = "broken") -> None:
     """So many jobs."""
     for _ in range(times):
-        circuit.failed(begin(circuit), reason)
+        circuit.on_failure(begin(circuit), reason)
 
 
 def opened(circuit: Circuit) -> Circuit:
-    circuit.failed(begin(circuit), "gone", at_once=True)
+    circuit.on_failure(begin(circuit), "gone", at_once=True)
     return circuit
 
 
 def half_open(circuit: Circuit) -> Circuit:
-    opened(circuit).probed("")
+    opened(circuit).on_probe("")
     return circuit
 
 
 def failed_here(circuit: Circuit) -> Caller:
     """A job that has failed there, with others."""
     caller = Caller()
-    circuit.failed(circuit.begin(caller), "broken")
+    circuit.on_failure(circuit.begin(caller), "broken")
     fail(circuit, FAILURES - 1)
-    circuit.probed("")
+    circuit.on_probe("")
     return caller
 
 
@@ -91,7 +91,7 @@ def test_a_server_gets_nothing_before_its_first_probe_which_decides(
 ) -> None:
     circuit = Circuit(clock, lambda *_: None)
     assert (circuit.state, admits(circuit), circuit.wants_probe) == (CircuitState.UNKNOWN, False, True)
-    circuit.probed(trouble)
+    circuit.on_probe(trouble)
     assert (circuit.state, admits(circuit)) == (state, not trouble)
 
 
@@ -110,15 +110,15 @@ def test_failures_in_a_row_open_the_circuit(circuit: Circuit) -> None:
 def test_a_whole_stream_in_between_starts_the_row_anew(circuit: Circuit) -> None:
     for _ in range(3):
         fail(circuit, FAILURES - 1)
-        circuit.succeeded(begin(circuit))
+        circuit.on_success(begin(circuit))
     assert admits(circuit)
 
 
 def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> None:
     for _ in range(FAILURES):
         run = begin(circuit)
-        circuit.began(run)
-        circuit.failed(run, "frozen")
+        circuit.on_first_event(run)
+        circuit.on_failure(run, "frozen")
     assert circuit.state is CircuitState.OPEN
 
 
@@ -129,7 +129,7 @@ def test_one_job_opens_no_circuit_however_often_it_fails(circuit: Circuit) -> No
     """A1."""
     caller = Caller()
     for _ in range(10 * FAILURES):
-        circuit.failed(circuit.begin(caller), "broken")
+        circuit.on_failure(circuit.begin(caller), "broken")
     assert admits(circuit)
     fail(circuit, FAILURES - 2)
     assert admits(circuit)
@@ -141,12 +141,12 @@ def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circ
     """A1. Good answers may take minutes, and bad jobs fail within a moment."""
     for _ in range(FAILURES):
         fail(circuit, FAILURES - 1)
-        circuit.began(begin(circuit))
+        circuit.on_first_event(begin(circuit))
     assert admits(circuit)
     for _ in range(FAILURES - 1):
         run = begin(circuit)
-        circuit.began(run)
-        circuit.failed(run, "broke off")
+        circuit.on_first_event(run)
+        circuit.on_failure(run, "broke off")
     fail(circuit)
     assert circuit.state is CircuitState.OPEN
 
@@ -155,29 +155,29 @@ def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
     """A1. It waits for that of another."""
     bad = failed_here(circuit)
     assert (circuit.state, circuit.admits(bad, pressed=True), admits(circuit)) == (CircuitState.HALF_OPEN, False, True)
-    circuit.began(begin(circuit))
+    circuit.on_first_event(begin(circuit))
     assert circuit.admits(bad)
 
 
 def test_a_job_that_had_failed_and_breaks_off_again_does_not_end_the_probation(circuit: Circuit) -> None:
     """A1."""
     bad = failed_here(circuit)
-    circuit.began(begin(circuit))
+    circuit.on_first_event(begin(circuit))
     run = circuit.begin(bad)
-    circuit.began(run)
-    circuit.failed(run, "broke off")
+    circuit.on_first_event(run)
+    circuit.on_failure(run, "broke off")
     assert admits(circuit)
     run = begin(circuit)
-    circuit.began(run)
-    circuit.failed(run, "broke off")
+    circuit.on_first_event(run)
+    circuit.on_failure(run, "broke off")
     assert circuit.state is CircuitState.OPEN
 
 
 def test_a_job_whose_request_was_not_let_in_has_not_failed(circuit: Circuit) -> None:
     """A1. All that wait for a server that was away may be its trial."""
     caller = Caller()
-    circuit.failed(circuit.begin(caller), "refused", at_once=True)
-    circuit.probed("")
+    circuit.on_failure(circuit.begin(caller), "refused", at_once=True)
+    circuit.on_probe("")
     assert circuit.admits(caller)
 
 
@@ -186,7 +186,7 @@ def test_a_job_that_fails_after_the_circuit_opened_has_failed_too(circuit: Circu
     caller = Caller()
     run = circuit.begin(caller)
     half_open(circuit)
-    circuit.failed(run, "broken")
+    circuit.on_failure(run, "broken")
     assert (circuit.admits(caller), admits(circuit)) == (False, True)
 
 
@@ -195,11 +195,11 @@ def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit
     wanted = [circuit.wants_probe]
     fail(circuit)
     wanted.append(circuit.wants_probe)
-    circuit.probed("")
+    circuit.on_probe("")
     wanted.append(circuit.wants_probe)
     assert wanted == [False, True, False]
     fail(circuit)
-    circuit.probed("health_503")
+    circuit.on_probe("health_503")
     assert (circuit.state, circuit.reason) == (CircuitState.OPEN, "health_503")
 
 
@@ -209,9 +209,9 @@ def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit
 def test_a_probe_lets_one_request_at_a_time_through(circuit: Circuit) -> None:
     admitted = []
     steps: list[Callable[[], object]] = [
-        lambda: opened(circuit).probed("upstream_unreachable"),
-        lambda: circuit.probed(""),
-        circuit.hold,
+        lambda: opened(circuit).on_probe("upstream_unreachable"),
+        lambda: circuit.on_probe(""),
+        circuit.reserve_trial,
         lambda: begin(circuit),
     ]
     for step in steps:
@@ -222,16 +222,16 @@ def test_a_probe_lets_one_request_at_a_time_through(circuit: Circuit) -> None:
 
 def test_the_first_event_of_a_trial_closes_the_circuit_on_probation(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
-    circuit.began(run)
+    circuit.on_first_event(run)
     assert admits(circuit)
-    circuit.failed(run, "frozen")
+    circuit.on_failure(run, "frozen")
     assert circuit.state is CircuitState.OPEN, "it begins answers and does not end them"
 
 
 def test_after_a_whole_stream_it_takes_as_many_failures_as_ever(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
-    circuit.began(run)
-    circuit.succeeded(run)
+    circuit.on_first_event(run)
+    circuit.on_success(run)
     fail(circuit, FAILURES - 1)
     assert admits(circuit)
 
@@ -253,20 +253,20 @@ PAUSES = [0, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE]
 
 def whole(circuit: Circuit) -> None:
     run = begin(circuit)
-    circuit.began(run)
-    circuit.succeeded(run)
+    circuit.on_first_event(run)
+    circuit.on_success(run)
 
 
 def test_every_connection_that_is_missing_again_makes_the_pause_of_the_probe_longer(
     circuit: Circuit, clock: Clock
 ) -> None:
     def again() -> None:
-        circuit.probed("")
+        circuit.on_probe("")
         opened(circuit)
 
     assert pauses_of(clock, lambda: opened(circuit).wants_probe, again) == PAUSES
     clock.now += LONGEST_PAUSE
-    circuit.probed("")
+    circuit.on_probe("")
     whole(circuit)
     assert opened(circuit).wants_probe, "all is forgiven"
 
@@ -277,20 +277,20 @@ def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere
     """A1. A job that cannot waits for no pause."""
     fail(circuit, FAILURES)
     assert circuit.wants_probe
-    circuit.probed("")
+    circuit.on_probe("")
 
     def trial() -> None:
         assert circuit.admits(Caller(), pressed=True)
         run = begin(circuit)
-        circuit.failed(run, "broken")
-        circuit.left(run)
+        circuit.on_failure(run, "broken")
+        circuit.on_end(run)
         assert circuit.admits(Caller(), pressed=True)
 
     assert pauses_of(clock, lambda: admits(circuit), trial) == PAUSES
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
     whole(circuit)
     fail(circuit, FAILURES)
-    circuit.probed("")
+    circuit.on_probe("")
     assert admits(circuit), "all is forgiven"
 
 
@@ -301,26 +301,26 @@ def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: C
     def trial() -> None:
         run = circuit.begin(Caller(is_job=False))
         assert not circuit.wants_trial(waiting), "one at a time"
-        circuit.failed(run, "broken")
-        circuit.left(run)
+        circuit.on_failure(run, "broken")
+        circuit.on_end(run)
 
     assert not circuit.wants_trial(Caller()), "such a job is a trial itself"
     assert pauses_of(clock, lambda: circuit.wants_trial(waiting), trial) == PAUSES
     clock.now += LONGEST_PAUSE
     run = circuit.begin(Caller(is_job=False))
-    circuit.began(run)
+    circuit.on_first_event(run)
     assert circuit.state is CircuitState.HALF_OPEN, "it is short, and must come whole"
-    circuit.succeeded(run)
+    circuit.on_success(run)
     assert circuit.admits(waiting)
 
 
 def test_a_trial_that_says_nothing_gives_its_place_up(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
-    circuit.left(run)
+    circuit.on_end(run)
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, True)
 
 
-@pytest.mark.parametrize("take", [Circuit.hold, begin])
+@pytest.mark.parametrize("take", [Circuit.reserve_trial, begin])
 def test_a_trial_that_is_not_heard_of_keeps_others_away_for_a_while_only(
     circuit: Circuit, clock: Clock, take: Callable[[Circuit], object]
 ) -> None:
@@ -336,25 +336,25 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
     half_open(circuit)
     trial = begin(circuit)
     for run in frozen[:10]:
-        circuit.failed(run, "gap_timeout")
-        circuit.left(run)
-    circuit.succeeded(frozen[10])
+        circuit.on_failure(run, "gap_timeout")
+        circuit.on_end(run)
+    circuit.on_success(frozen[10])
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False), "the trial goes on"
-    circuit.began(trial)
+    circuit.on_first_event(trial)
     for run in frozen[11:]:
-        circuit.failed(run, "gap_timeout")
+        circuit.on_failure(run, "gap_timeout")
     assert circuit.state is CircuitState.CLOSED
 
 
 def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) -> None:
     """A8. With one request, until that is heard of or a probe is answered."""
     circuit = Circuit(clock, lambda *_: None)
-    circuit.probed_late()
+    circuit.on_late_probe()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     run = begin(circuit)
     clock.now += TRIAL
     assert not admits(circuit), "its queue is long"
-    circuit.began(run)
+    circuit.on_first_event(run)
     assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, CircuitState.CLOSED, False)
 
 
@@ -366,9 +366,9 @@ def test_a_probe_that_is_answered_after_a_late_one_says_as_much_as_the_first(
     """A8. One request at a time went to a new server for up to a minute, whose health took five seconds."""
     circuit = Circuit(clock, lambda *_: None)
     for _ in range(late):
-        circuit.probed_late()
+        circuit.on_late_probe()
         begin(circuit)
-    circuit.probed(trouble)
+    circuit.on_probe(trouble)
     assert (circuit.state, admits(circuit)) == (state, not trouble)
     assert circuit.wants_probe is bool(trouble)
 
@@ -379,7 +379,7 @@ def test_a_server_that_is_away_is_tried_once_a_probe_is_late(
 ) -> None:
     """A8. An accepted connection is enough for a trial. A frozen server costs no more than the one request."""
     open_it(circuit)
-    circuit.probed_late()
+    circuit.on_late_probe()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     fail(circuit)
     assert circuit.state is CircuitState.OPEN
@@ -389,10 +389,10 @@ def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_a
     circuit: Circuit, clock: Clock
 ) -> None:
     """A8. The trial goes on, for as long as any other; without that probe its queue may be long."""
-    opened(circuit).probed_late()
+    opened(circuit).on_late_probe()
     begin(circuit)
     clock.now += TRIAL - 0.1
-    circuit.probed("")
+    circuit.on_probe("")
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
     clock.now += 0.1
     assert admits(circuit)
@@ -401,7 +401,7 @@ def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_a
 def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
     """A8. Nor does it after a failure, which alone says nothing."""
     fail(circuit)
-    circuit.probed_late()
+    circuit.on_late_probe()
     assert (circuit.state, circuit.wants_probe) == (CircuitState.CLOSED, False)
 
 
@@ -409,30 +409,30 @@ def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Ci
     """A1. Good jobs are on their way while bad ones fail; a server that goes down may end its answers, too."""
     runs = [begin(circuit) for _ in range(3)]
     opened(circuit)
-    circuit.began(runs[0])
+    circuit.on_first_event(runs[0])
     assert circuit.state is CircuitState.OPEN
-    circuit.probed("")
-    circuit.began(runs[1])
+    circuit.on_probe("")
+    circuit.on_first_event(runs[1])
     assert admits(circuit)
-    circuit.failed(runs[1], "broke off")
+    circuit.on_failure(runs[1], "broke off")
     assert admits(circuit)
 
 
 def test_a_server_that_answers_while_it_is_held_to_be_away_is_back(circuit: Circuit) -> None:
-    circuit.began(begin(opened(circuit)))
+    circuit.on_first_event(begin(opened(circuit)))
     assert admits(circuit)
 
 
 def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: list[Change]) -> None:
     runs = [begin(circuit) for _ in range(3 * FAILURES)]
     for run in runs:
-        circuit.failed(run, "upstream_truncated")
+        circuit.on_failure(run, "upstream_truncated")
     for trouble in ("upstream_unreachable", "", ""):
-        circuit.probed(trouble)
+        circuit.on_probe(trouble)
     run = begin(circuit)
-    circuit.began(run)
-    circuit.began(run)
-    circuit.succeeded(run)
+    circuit.on_first_event(run)
+    circuit.on_first_event(run)
+    circuit.on_success(run)
     assert changes == [
         (CircuitState.CLOSED, CircuitState.OPEN, "upstream_truncated"),
         (CircuitState.OPEN, CircuitState.HALF_OPEN, ""),
@@ -453,21 +453,21 @@ def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list
             case 0:
                 runs.append(circuit.begin(callers[which % 4]))
             case 1:
-                circuit.began(run)
+                circuit.on_first_event(run)
             case 2:
-                circuit.succeeded(run)
+                circuit.on_success(run)
             case 3:
-                circuit.failed(run, "x", at_once=which % 2 == 0)
+                circuit.on_failure(run, "x", at_once=which % 2 == 0)
             case 4:
-                circuit.left(run)
+                circuit.on_end(run)
             case 5:
-                circuit.hold()
+                circuit.reserve_trial()
             case 6:
-                circuit.probed_late()
+                circuit.on_late_probe()
             case _:
-                circuit.probed("" if which % 2 else "x")
+                circuit.on_probe("" if which % 2 else "x")
     clock.now += LONGEST_PAUSE + LATE_TRIAL
     if circuit.wants_probe:
-        circuit.probed("")
+        circuit.on_probe("")
     assert admits(circuit)
     assert all(circuit.admits(caller) or circuit.wants_trial(caller) for caller in callers)

@@ -13,7 +13,7 @@ from raw_server import sending
 
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.http.transport import HttpAnswer
+from worker.vllm.http.transport import HttpResponse
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.servers.server import may_be_its_fault
 from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog
@@ -341,7 +341,7 @@ class Pieces:
         self.body = self
         self._pieces = list(pieces)
 
-    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+    async def read_into(self, into: Callable[[bytes], bool]) -> bool:
         return any(into(self._pieces.pop(0)) for _ in range(len(self._pieces)))
 
     async def aclose(self) -> None:
@@ -355,7 +355,7 @@ async def test_a4_a7_it_does_not_matter_how_an_error_is_cut_into_pieces(body: by
     cuts = [[body], [bytes([byte]) for byte in body], *([body[:at], body[at:]] for at in range(1, len(body)))]
     told = set()
     for pieces in cuts:
-        stream = ChatStream(cast("HttpAnswer", Pieces(*pieces)), StreamWatchdog(StreamTimeouts()))
+        stream = ChatStream(cast("HttpResponse", Pieces(*pieces)), StreamWatchdog(StreamTimeouts()))
         with pytest.raises(UpstreamError) as caught:
             await drain(stream)
         told.add((caught.value.code, caught.value.message))
@@ -419,7 +419,7 @@ def test_a7_the_text_beside_an_error_is_not_lost(body: str) -> None:
     parser = ChunkParser()
     _, entry = [fields for data in SSEDecoder().feed(body.encode()) for fields in parser.parse(data)]
     assert entry["content"] == "last words"
-    assert (parser.done, parser.complete) == (True, False)
+    assert (parser.done, parser.is_complete) == (True, False)
     with pytest.raises(UpstreamError, match=M):
         parser.check_complete()
 
@@ -436,7 +436,7 @@ async def error_of(url: str) -> UpstreamError:
 
 
 async def read(upstream: ServerPool) -> None:
-    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
+    async with upstream.stream(upstream.servers[0], {"messages": []}) as stream:
         await drain(stream)
 
 
@@ -448,7 +448,7 @@ async def drain(stream: ChatStream) -> None:
             parser.parse(data)
         return parser.done
 
-    while await stream.pour(take) and not parser.done:
+    while await stream.read_into(take) and not parser.done:
         pass
-    await stream.finish()
-    parser.check_complete(stream.passed_over)
+    await stream.read_rest()
+    parser.check_complete(stream.skipped)

@@ -76,9 +76,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def watching(*urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "") -> AsyncIterator[ServerPool]:
     """The servers, watched once each has been probed."""
     upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits)
-    task = asyncio.create_task(upstream.watch())
+    task = asyncio.create_task(upstream.monitor())
     try:
-        await until(lambda: all(endpoint.away is not None for endpoint in upstream.endpoints))
+        await until(lambda: all(endpoint.is_known for endpoint in upstream.servers))
         yield upstream
     finally:
         task.cancel()
@@ -102,8 +102,8 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def chosen(upstream: ServerPool, model: str = "") -> Server:
     """As whoever has a request does it."""
-    while not upstream.can_take(model):
-        await upstream.available(model)
+    while not upstream.accepts(model):
+        await upstream.wait_available(model)
     return upstream.choose(model)
 
 
@@ -121,9 +121,9 @@ async def ask(
             texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
             return parser.done
 
-        while await stream.pour(take) and not parser.done:
+        while await stream.read_into(take) and not parser.done:
             pass
-        await stream.finish()
+        await stream.read_rest()
         parser.check_complete()
     return "".join(texts)
 
@@ -133,7 +133,7 @@ async def fails(upstream: ServerPool, times: int = 1, **fields: Any) -> set[str]
     codes = set()
     for _ in range(times):
         with pytest.raises(UpstreamError) as caught:
-            await ask(upstream, upstream.endpoints[0], **fields)
+            await ask(upstream, upstream.servers[0], **fields)
         codes.add(caught.value.code)
     return codes
 
@@ -143,7 +143,7 @@ async def fails(upstream: ServerPool, times: int = 1, **fields: Any) -> set[str]
 
 async def test_each_model_is_asked_of_the_server_that_lists_it() -> None:
     async with serving("small", "large", "large") as (servers, upstream):
-        assert [endpoint.models for endpoint in upstream.endpoints] == [{"small"}, {"large"}, {"large"}]
+        assert [endpoint.models for endpoint in upstream.servers] == [{"small"}, {"large"}, {"large"}]
         for _ in range(3):
             await ask(upstream, model="small")
             await ask(upstream, model="large")
@@ -152,7 +152,7 @@ async def test_each_model_is_asked_of_the_server_that_lists_it() -> None:
 
 async def test_a_model_that_is_loaded_later_is_found_when_it_is_asked_for() -> None:
     async with serving("small") as ((server,), upstream):
-        assert not upstream.can_take("adapter")
+        assert not upstream.accepts("adapter")
         server.options = Options(model="adapter")
         assert await ask(upstream, model="adapter")
 
@@ -161,14 +161,14 @@ async def test_a_model_that_no_server_lists_is_asked_of_one_once_the_lists_have_
     """A11. Its answer holds for a minute, for all who ask."""
     async with serving("small", "large") as (servers, upstream):
         before = [server.asked.count("/v1/models") for server in servers]
-        await upstream.available("no")
+        await upstream.wait_available("no")
         assert [server.asked.count("/v1/models") for server in servers] == [count + 1 for count in before]
         with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small"):
             await ask(upstream, model="no")
-        assert not upstream.can_take("no")
+        assert not upstream.accepts("no")
         for _ in range(3):
             with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small") as caught:
-                await upstream.available("no")
+                await upstream.wait_available("no")
             assert (caught.value.code, caught.value.status, caught.value.retryable) == ("model_not_found", 404, False)
         assert [len(server.served) for server in servers] == [1, 0]
 
@@ -179,7 +179,7 @@ async def test_a_model_that_nobody_knew_is_found_once_a_server_lists_it() -> Non
         with pytest.raises(UpstreamError):
             await ask(upstream, model="adapter")
         server.options = Options(model="adapter")
-        await until(lambda: upstream.can_take("adapter"))
+        await until(lambda: upstream.accepts("adapter"))
         assert await ask(upstream, model="adapter")
 
 
@@ -209,7 +209,7 @@ async def test_a_name_that_a_server_answers_to_is_asked_for_at_once_from_then_on
         assert await ask(upstream, model="other")
         asked = server.asked.count("/v1/models")
         for _ in range(3):
-            assert upstream.can_take("other")
+            assert upstream.accepts("other")
             assert await ask(upstream, model="other")
         assert server.asked.count("/v1/models") == asked
 
@@ -217,7 +217,7 @@ async def test_a_name_that_a_server_answers_to_is_asked_for_at_once_from_then_on
 async def test_many_that_miss_a_model_ask_together() -> None:
     async with serving("small") as ((server,), upstream):
         before = server.asked.count("/v1/models")
-        await asyncio.gather(*(upstream.available(f"no-{n}") for n in range(100)))
+        await asyncio.gather(*(upstream.wait_available(f"no-{n}") for n in range(100)))
         assert server.asked.count("/v1/models") - before == 1
 
 
@@ -240,7 +240,7 @@ async def test_a_model_waits_for_a_server_that_has_never_said_what_it_serves() -
     ):
         asking = asyncio.create_task(ask(upstream, model="large"))
         assert await ask(upstream, model="small")
-        assert not upstream.can_take("large")
+        assert not upstream.accepts("large")
         async with Recorder(Options(model="large"), port=port) as large:
             assert await asking
             assert len(large.served) == 1
@@ -254,21 +254,21 @@ async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
             await stack.aclose()
             assert await fails(upstream) == {"upstream_unreachable"}
             async with Recorder(Options(model="new"), port=port):
-                await until(lambda: not upstream.endpoints[0].away)
+                await until(lambda: not upstream.servers[0].is_away)
                 assert await ask(upstream, model="new")
-                assert upstream.endpoints[0].models == {"new"}
+                assert upstream.servers[0].models == {"new"}
 
 
 async def test_the_lists_are_asked_for_again_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream_module, "_LIST_EVERY", SHORT)
     async with serving("small") as ((server,), upstream):
         server.options = Options(model="other")
-        await until(lambda: upstream.endpoints[0].models == {"other"})
+        await until(lambda: upstream.servers[0].models == {"other"})
         server.statuses["/v1/models"] = 503
         asked = len(server.asked)
         await until(lambda: len(server.asked) > asked + 2)
-        assert upstream.endpoints[0].models == {"other"}, "what it said before holds"
-        assert upstream.is_there
+        assert upstream.servers[0].models == {"other"}, "what it said before holds"
+        assert upstream.is_available
 
 
 # Whether a server is there
@@ -279,7 +279,7 @@ async def test_a_server_is_there_when_its_health_or_its_list_is_answered(statuse
     async with Recorder() as server:
         server.statuses = statuses
         async with watching(server.url) as upstream:
-            assert upstream.is_there
+            assert upstream.is_available
 
 
 @pytest.mark.parametrize("statuses", [{"/health": 503}, {"/health": 404, "/v1/models": 502}])
@@ -287,7 +287,7 @@ async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, in
     async with Recorder() as server:
         server.statuses = dict(statuses)
         async with watching(server.url) as upstream:
-            assert (upstream.is_there, upstream.endpoints[0].away) == (False, True)
+            assert (upstream.is_available, upstream.servers[0].is_away) == (False, True)
             server.statuses.clear()
             assert await ask(upstream)
 
@@ -307,7 +307,7 @@ async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
         server.slow = {path}
         async with watching(server.url) as upstream:
             assert await ask(upstream, model="reciter")
-            assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+            assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 @pytest.mark.usefixtures("_brief")
@@ -339,7 +339,7 @@ async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests(monkey
             monkeypatch.setattr(probes, "FIRST_LIMIT", 5)
             monkeypatch.setattr(probes, "LONGEST_LIMIT", 5)
             server.released.set()
-            await until(lambda: upstream.endpoints[0].models == {"reciter"})
+            await until(lambda: upstream.servers[0].models == {"reciter"})
 
 
 @pytest.mark.usefixtures("_brief")
@@ -385,7 +385,7 @@ async def test_a_server_that_takes_connections_again_is_tried_before_its_health_
 async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time() -> None:
     """A8. It takes connections, and answers nothing: neither its health nor any request."""
     async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
-        circuit = upstream.endpoints[0].circuit
+        circuit = upstream.servers[0].circuit
         server.slow = {"/health", "/v1/models"}
         server.orders("hang")
         await fails(upstream, FAILURES)
@@ -447,7 +447,7 @@ async def test_what_is_told_of_a_server_names_no_job() -> None:
 @pytest.mark.parametrize("refused", ["/v1/chat/completions", "/tokenize"])
 async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refused: str) -> None:
     async with serving("reciter", "reciter") as ((server, _), upstream):
-        endpoint = upstream.endpoints[0]
+        endpoint = upstream.servers[0]
         server.statuses = {refused: 401, "/v1/models": 401}
         asking = upstream.post(endpoint, refused, {}) if refused == "/tokenize" else ask(upstream, endpoint)
         with pytest.raises(UpstreamError) as caught:
@@ -457,7 +457,7 @@ async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refu
         await until(lambda: server.asked[asked:].count("/v1/models") > 2)
         assert endpoint.refuses_key, "its health is no answer to that"
         server.statuses.clear()
-        await until(lambda: not endpoint.away)
+        await until(lambda: not endpoint.is_away)
         assert await ask(upstream, endpoint)
 
 
@@ -466,7 +466,7 @@ async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_b
         small.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
         await fails(upstream, model="small")
         with pytest.raises(UpstreamError, match="every server of `small` refuses the keys") as caught:
-            await upstream.available("small", ["large"])
+            await upstream.wait_available("small", ["large"])
         assert caught.value.code == "unauthorized"
 
 
@@ -506,35 +506,35 @@ async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_i
         # Mid-stream where that matters: a connection that is reset drops what was not read.
         server.orders(fault, after=2 if fault in {"stall", "freeze", "malformed", "abort"} else 0)
         await fails(upstream, FAILURES - 1)
-        assert upstream.is_there
+        assert upstream.is_available
         server.statuses["/health"] = 503
         assert await fails(upstream) == {code}
-        assert (upstream.is_there, len(upstream.endpoints[0].requests)) == (False, 0)
+        assert (upstream.is_available, len(upstream.servers[0].requests)) == (False, 0)
         server.orders()
         server.statuses.clear()
         upstream._limits = PATIENT
         assert await ask(upstream)
-        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 @pytest.mark.parametrize("fields", [{"simulate": {"fault": "429"}}, {"temperature": -3.0}, {"model": "no"}])
 async def test_refusals_leave_the_circuit_closed(fields: dict[str, Any]) -> None:
     async with serving("reciter") as (_, upstream):
         await fails(upstream, 2 * FAILURES, **fields)
-        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> None:
     async with serving("reciter") as (_, upstream):
         for _ in range(3):
             await fails(upstream, FAILURES - 1, simulate={"fault": "500"})
-            assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+            assert upstream.servers[0].circuit.state is CircuitState.CLOSED
             assert await ask(upstream)
 
 
 async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_server() -> None:
     async with serving("reciter") as (_, upstream):
-        endpoint = upstream.endpoints[0]
+        endpoint = upstream.servers[0]
         for _ in range(2 * FAILURES):
             with pytest.raises(ValueError, match="mine"):
                 async with upstream.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
@@ -550,7 +550,7 @@ async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIt
             monkeypatch.setattr(circuit_module, name, 3600)
         server.orders("503")
         await fails(upstream, FAILURES)
-        await upstream.available("")
+        await upstream.wait_available("")
         server.orders()
         yield server, upstream
 
@@ -563,7 +563,7 @@ async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_thro
         tried = len(server.served)
         tasks = [asyncio.create_task(ask(upstream)) for _ in range(20)]
         await until(lambda: len(server.served) > tried)
-        assert (len(server.served) - tried, upstream.is_there) == (1, False)
+        assert (len(server.served) - tried, upstream.is_available) == (1, False)
         trial = server.served[-1]
         await until(lambda: len(server.served) == tried + 20)
         assert trial.ended is None, "nobody waits for the end of the trial"
@@ -581,7 +581,7 @@ async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_thr
     async with half_open(monkeypatch, limits=limits_for(fault)) as (server, upstream):
         server.orders(fault, after=2 if fault == "freeze" else 0)
         caller = Caller()
-        (circuit,) = (endpoint.circuit for endpoint in upstream.endpoints)
+        (circuit,) = (endpoint.circuit for endpoint in upstream.servers)
         with pytest.raises(UpstreamError) as caught:
             await ask(upstream, await chosen(upstream), caller=caller)
         assert caught.value.code == code
@@ -594,12 +594,12 @@ async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_work
 ) -> None:
     """A1. It is for one token, and so short that it is no matter which server it costs it."""
     async with half_open(monkeypatch) as (server, upstream):
-        caller = Caller(failed_at={upstream.endpoints[0].circuit})
+        caller = Caller(failed_at={upstream.servers[0].circuit})
         tried = len(server.served)
-        await upstream.available("reciter", caller=caller)
+        await upstream.wait_available("reciter", caller=caller)
         (trial,) = list(server.served)[tried:]
         assert (trial.request["model"], trial.request["max_tokens"], trial.status) == ("reciter", 1, 200)
-        assert upstream.can_take("reciter", caller)
+        assert upstream.accepts("reciter", caller)
 
 
 @pytest.mark.parametrize("status", [400, 404, 429])
@@ -608,24 +608,24 @@ async def test_a_server_that_refuses_the_workers_own_request_answers(
 ) -> None:
     """A1. A base model has no template, say: nobody is to wait for it for ever."""
     async with half_open(monkeypatch) as (server, upstream):
-        caller = Caller(failed_at={upstream.endpoints[0].circuit})
+        caller = Caller(failed_at={upstream.servers[0].circuit})
         server.statuses["/v1/chat/completions"] = status
-        await upstream.available("", caller=caller)
-        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+        await upstream.wait_available("", caller=caller)
+        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fallbacks_can_be_had() -> None:
     """A1."""
     async with serving("large", "small") as ((large, _), upstream):
-        circuit = upstream.endpoints[0].circuit
+        circuit = upstream.servers[0].circuit
         caller = Caller()
         large.orders("500")
         with pytest.raises(UpstreamError):
-            await ask(upstream, upstream.endpoints[0], model="large", caller=caller)
+            await ask(upstream, upstream.servers[0], model="large", caller=caller)
         await fails(upstream, FAILURES - 1, model="large")
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         with pytest.raises(UpstreamError, match="every server of `large` is away"):
-            await upstream.available("large", ["small"], caller=caller)
+            await upstream.wait_available("large", ["small"], caller=caller)
 
 
 async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next(
@@ -650,7 +650,7 @@ async def test_a_question_that_is_refused_leaves_the_place_of_the_trial(monkeypa
         server.statuses["/tokenize"] = 429
         with pytest.raises(UpstreamError):
             await upstream.post(await chosen(upstream), "/tokenize", {})
-        assert upstream.is_there
+        assert upstream.is_available
 
 
 async def test_a_question_has_as_long_as_a_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,17 +659,17 @@ async def test_a_question_has_as_long_as_a_first_token(monkeypatch: pytest.Monke
         question: Object = {"messages": [{"role": "user", "content": "Hi"}]}
         with monkeypatch.context() as brief:
             brief.setattr(upstream_module, "FIRST_LIMIT", SHORT)
-            asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", question))
+            asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", question))
             await until(lambda: "/tokenize" in server.asked)
             with pytest.raises(UpstreamError, match="did not answer within"):  # so the time of a probe is over
-                await upstream.models(upstream.endpoints[0])
+                await upstream.list_models(upstream.servers[0])
         server.released.set()
         assert b"tokens" in await asking
 
 
 async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> None:
     async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
-        (endpoint,) = upstream.endpoints
+        (endpoint,) = upstream.servers
         server.slow = {"/tokenize"}
         late = await asyncio.gather(
             *(upstream.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
@@ -682,7 +682,7 @@ async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypat
     monkeypatch.setattr("worker.vllm.stream.chat_stream._MOMENTS", 0.1)
     async with serving("reciter", limits=StreamTimeouts(connect=5, first_token=600, gap=600)) as ((server,), upstream):
         server.slow = {"/tokenize"}
-        asking = asyncio.create_task(upstream.post(upstream.endpoints[0], "/tokenize", {}))
+        asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", {}))
         await until(lambda: "/tokenize" in server.asked)
         server.refuse()
         with pytest.raises(UpstreamError) as caught:
@@ -704,9 +704,9 @@ async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.Mo
 
 async def test_what_is_chosen_for_a_trial_is_not_chosen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     async with half_open(monkeypatch) as (_, upstream):
-        assert upstream.is_there
+        assert upstream.is_available
         await chosen(upstream)
-        assert not upstream.is_there
+        assert not upstream.is_available
 
 
 async def test_a_server_that_goes_away_is_probed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -721,7 +721,7 @@ async def test_one_poisonous_request_does_not_shut_the_others_out() -> None:
         for _ in range(3):
             await fails(upstream, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
             assert all(await asyncio.gather(*(ask(upstream) for _ in range(10))))
-        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_the_others_serve_while_one_is_frozen() -> None:
@@ -765,7 +765,7 @@ async def test_a_user_in_the_url_goes_before_the_key() -> None:
     async with Recorder() as plain, Recorder() as own:
         url = re.sub("//", "//me:p%40ss@", own.url)
         async with watching(plain.url, url, api_key="key") as upstream:
-            for endpoint in upstream.endpoints:
+            for endpoint in upstream.servers:
                 assert await ask(upstream, endpoint)
     assert set(plain.authorization) == {"Bearer key"}
     assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
@@ -778,7 +778,7 @@ async def test_a_connection_that_goes_as_it_is_made_is_a_failure_of_the_server(m
         raise RuntimeError("the handler is closed")
 
     async with serving("reciter") as (_, upstream):
-        (endpoint,) = upstream.endpoints
+        (endpoint,) = upstream.servers
         await upstream._api._transport.aclose()
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)

@@ -102,7 +102,7 @@ def test_what_is_no_obstacle(field: dict[str, Any]) -> None:
 
 def test_the_limits_are_those_of_the_whole_answer() -> None:
     way = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
-    (chat, body), (completions, plain) = way.bodies
+    (chat, body), (completions, plain) = way.requests
     assert (chat, completions) == (CHAT, COMPLETIONS)
     assert body == ASKED | {
         "max_tokens": 8, "min_tokens": 3, "kv_transfer_params": {"prompt_token_ids": [*PROMPT, 7, 8]}
@@ -111,7 +111,7 @@ def test_the_limits_are_those_of_the_whole_answer() -> None:
 
 
 def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() -> None:
-    (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], room=100).bodies
+    (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], room=100).requests
     assert "max_tokens" not in body
     assert plain["max_tokens"] == 100
 
@@ -126,18 +126,18 @@ def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() ->
     ids=["reasoning", "logprobs", "no limit known"],
 )
 def test_the_plain_route_is_for_plain_text(way: ResumePlan) -> None:
-    assert [route for route, _ in way.bodies] == [CHAT]
+    assert [route for route, _ in way.requests] == [CHAT]
 
 
 def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
-    assert list(ResumePlan(ASKED, kept(), []).bodies) == [(CHAT, ASKED)]
+    assert list(ResumePlan(ASKED, kept(), []).requests) == [(CHAT, ASKED)]
 
 
 @pytest.mark.parametrize(
     ("asked", "room", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
 )
 def test_an_answer_with_all_its_tokens_is_over(asked: dict[str, Any], room: int, *, over: bool) -> None:
-    assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_over is over
+    assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_exhausted is over
 
 
 def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ResumedChunkParser:
@@ -148,7 +148,7 @@ def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> 
 def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
     parser = parser_for({"presence_penalty": 0.5})
     resumed, opened, first = parser.parse(chunk("new", 9, prompt=[*PROMPT, 7, 8]))
-    assert parser.committed, "it has written"
+    assert parser.is_committed, "it has written"
     assert parse("2-1", resumed) == Resumed(id=EntryId(2, 1), after="1-9", forgets=["presence_penalty"])
     assert (opened["prompt_tokens"], opened["prompt_digest"]) == ("3", digest_of(PROMPT))
     assert msgspec.json.decode(opened["extra"]) == {"prompt_token_ids": PROMPT}
@@ -162,7 +162,7 @@ def test_a_server_that_passes_over_the_ids_writes_nothing(prompt: list[int] | No
     parser = parser_for({})
     with pytest.raises(CannotResume):
         parser.parse(chunk("text", 9, prompt=prompt))
-    assert not parser.committed
+    assert not parser.is_committed
 
 
 def test_chunks_of_a_text_completion_are_read_as_those_of_a_chat() -> None:
@@ -173,7 +173,7 @@ def test_chunks_of_a_text_completion_are_read_as_those_of_a_chat() -> None:
     assert (opened["role"], new) == ("assistant", {"type": "delta", "content": "new", "token_ids": "[9]"})
     end = choice | {"text": "", "finish_reason": "stop", "stop_reason": None, "token_ids": [2]}
     (last,) = parser.parse(msgspec.json.encode({"id": "x", "choices": [end]}))
-    assert (last["finish_reason"], parser.complete) == ("stop", True)
+    assert (last["finish_reason"], parser.is_complete) == ("stop", True)
 
 
 def test_a_stop_string_across_the_break_ends_the_answer() -> None:
@@ -182,7 +182,7 @@ def test_a_stop_string_across_the_break_ends_the_answer() -> None:
     assert "content" not in first
     (second,) = parser.parse(chunk("D and more", 10))
     assert second == {"type": "delta", "token_ids": "[10]", "finish_reason": "stop", "stop_reason": '"END"'}
-    assert (parser.done, parser.complete, parser.finish_reason) == (True, True, "stop")
+    assert (parser.done, parser.is_complete, parser.finish_reason) == (True, True, "stop")
     assert parser.usage == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert parser.parse(chunk("nothing comes after it", 11)) == []
 

@@ -30,7 +30,7 @@ def clock() -> Clock:
 @pytest.fixture
 def endpoint(clock: Clock) -> Server:
     endpoint = Server("http://a:1", clock=clock)
-    endpoint.circuit.probed("")
+    endpoint.circuit.on_probe("")
     return endpoint
 
 
@@ -41,7 +41,7 @@ def burden() -> Iterator[Burden]:
 
         def add(endpoint: Server, count: int) -> None:
             for _ in range(count):
-                requests.enter_context(endpoint.in_use())
+                requests.enter_context(endpoint.reserve())
 
         yield add
 
@@ -62,8 +62,8 @@ def best(servers: list[Server], other_than: Server | None = None) -> Server:
 
 
 def half_open(endpoint: Server) -> None:
-    endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
-    endpoint.circuit.probed("")
+    endpoint.record_failure(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
+    endpoint.circuit.on_probe("")
 
 
 # What a failure says
@@ -72,7 +72,7 @@ def half_open(endpoint: Server) -> None:
 @pytest.mark.parametrize("status", [400, 404, 408, 409, 413, 422, 425, 429])
 def test_refusals_are_no_failures(endpoint: Server, status: int) -> None:
     for _ in range(10 * FAILURES):
-        endpoint.failed(begin(endpoint), classify(status, "no"))
+        endpoint.record_failure(begin(endpoint), classify(status, "no"))
     assert admits(endpoint)
 
 
@@ -83,36 +83,36 @@ def test_refusals_are_no_failures(endpoint: Server, status: int) -> None:
 def test_what_is_the_fault_of_the_server_is_a_failure(endpoint: Server, error: UpstreamError) -> None:
     for count in range(FAILURES):
         assert admits(endpoint), count
-        endpoint.failed(begin(endpoint), error)
-    assert endpoint.away
+        endpoint.record_failure(begin(endpoint), error)
+    assert endpoint.is_away
 
 
 def test_no_connection_is_enough_where_a_broken_one_is_not(endpoint: Server) -> None:
-    endpoint.failed(begin(endpoint), UpstreamError("upstream_unreachable", "hung up", retryable=True))
+    endpoint.record_failure(begin(endpoint), UpstreamError("upstream_unreachable", "hung up", retryable=True))
     assert admits(endpoint)
-    endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
-    assert endpoint.away
+    endpoint.record_failure(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
+    assert endpoint.is_away
 
 
 def test_a_refused_key_is_enough_where_a_refused_request_is_not(endpoint: Server) -> None:
     """C4 and A1."""
     for status in (401, 403):
-        endpoint.failed(begin(endpoint), classify(status, "not this"))
-        assert (endpoint.away, endpoint.refuses_key) == (False, False)
-    endpoint.failed(begin(endpoint), classify(401, "not you"), refuses_key=True)
-    assert (endpoint.away, endpoint.refuses_key) == (True, True)
+        endpoint.record_failure(begin(endpoint), classify(status, "not this"))
+        assert (endpoint.is_away, endpoint.refuses_key) == (False, False)
+    endpoint.record_failure(begin(endpoint), classify(401, "not you"), refuses_key=True)
+    assert (endpoint.is_away, endpoint.refuses_key) == (True, True)
 
 
 def test_a_server_that_forbids_everything_is_away(endpoint: Server) -> None:
     for _ in range(FAILURES):
         assert admits(endpoint)
-        endpoint.failed(begin(endpoint), classify(403, "no"))
+        endpoint.record_failure(begin(endpoint), classify(403, "no"))
     assert endpoint.refuses_key
 
 
 def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoint: Server) -> None:
-    endpoint.failed(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
-    assert (endpoint.away, endpoint.refuses_key) == (True, False)
+    endpoint.record_failure(begin(endpoint), NoConnection("upstream_unreachable", "refused", retryable=True))
+    assert (endpoint.is_away, endpoint.refuses_key) == (True, False)
 
 
 # Being busy, and what is served
@@ -121,15 +121,15 @@ def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(endpoi
 def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_do(clock: Clock, burden: Burden) -> None:
     one, other = (Server(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     for endpoint in (one, other):
-        endpoint.circuit.probed("")
-    one.failed(begin(one), classify(429, "busy", retry_after=7))
+        endpoint.circuit.on_probe("")
+    one.record_failure(begin(one), classify(429, "busy", retry_after=7))
     burden(other, 50)
     assert best([one, other]) is other
     assert best([one, other], other) is other, "even if it was the last"
     assert best([one]) is one
     clock.now += 7
     assert best([one, other]) is one
-    one.failed(begin(one), classify(429, "busy"))
+    one.record_failure(begin(one), classify(429, "busy"))
     assert best([one, other]) is other
     clock.now += endpoints.BUSY
     assert best([one, other]) is one
@@ -147,10 +147,10 @@ def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_list
     """A11."""
     serves = []
     steps: list[Callable[[], object]] = [
-        lambda: endpoint.lacks("x", Caller()),
+        lambda: endpoint.record_missing("x", Caller()),
         lambda: setattr(clock, "now", clock.now + endpoints.MISSING),
-        lambda: endpoint.lacks("x", Caller()),
-        lambda: endpoint.lists(["x"]),
+        lambda: endpoint.record_missing("x", Caller()),
+        lambda: endpoint.record_models(["x"]),
     ]
     for step in steps:
         step()
@@ -161,49 +161,49 @@ def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_list
 
 def test_a_model_that_a_server_lists_is_not_taken_away_by_one_job(endpoint: Server, clock: Clock) -> None:
     """A1 and A11. Its 404 may be about an image; the list is asked for again, and decides."""
-    endpoint.lists(["x"])
-    endpoint.listed = clock()
+    endpoint.record_models(["x"])
+    endpoint.listed_at = clock()
     caller = Caller()
     for _ in range(2 * FAILURES):
-        endpoint.lacks("x", caller)
-    assert endpoint.listed < 0
+        endpoint.record_missing("x", caller)
+    assert endpoint.listed_at < 0
     assert endpoint.serves("x")
-    endpoint.lists(["y"])
+    endpoint.record_models(["y"])
     assert not endpoint.serves("x")
 
 
-@pytest.mark.parametrize("between", [lambda endpoint: endpoint.answers("x"), lambda endpoint: endpoint.lists(["x"])])
+@pytest.mark.parametrize("between", [lambda it: it.record_answer("x"), lambda it: it.record_models(["x"])])
 def test_a_model_that_a_server_lists_is_taken_away_by_many_jobs_in_a_row(
     endpoint: Server, between: Callable[[Server], None]
 ) -> None:
     """A1 and A11."""
-    endpoint.lists(["x"])
+    endpoint.record_models(["x"])
     for _ in range(3):
         for _ in range(FAILURES - 1):
-            endpoint.lacks("x", Caller())
+            endpoint.record_missing("x", Caller())
         between(endpoint)
     assert endpoint.serves("x")
     for _ in range(FAILURES):
-        endpoint.lacks("x", Caller())
+        endpoint.record_missing("x", Caller())
     assert not endpoint.serves("x")
 
 
 def test_a_name_that_a_server_answers_to_though_it_does_not_list_it_is_served(endpoint: Server, clock: Clock) -> None:
     """A11. Such as `llama3` for `llama3:latest`."""
-    endpoint.lists(["llama3:latest"])
+    endpoint.record_models(["llama3:latest"])
     assert not endpoint.serves("llama3")
-    endpoint.answers("llama3")
+    endpoint.record_answer("llama3")
     clock.now += 1e6
-    endpoint.lists(["llama3:latest"])
+    endpoint.record_models(["llama3:latest"])
     assert endpoint.serves("llama3")
-    endpoint.lacks("llama3", Caller())
+    endpoint.record_missing("llama3", Caller())
     assert not endpoint.serves("llama3")
 
 
 def test_a_server_that_lists_nothing_is_asked_for_any_model_whatever_it_has_answered() -> None:
     """A11. Or the first of several to be asked would get all requests."""
     endpoint = Server("http://a:1")
-    endpoint.answers("x")
+    endpoint.record_answer("x")
     assert "x" not in endpoint.unlisted
     assert endpoint.serves("y")
 
@@ -214,7 +214,7 @@ def test_the_choice_is_another_than_the_last_and_then_the_one_with_the_least_to_
     servers = [Server(f"http://{name}:1", clock=clock) for name in "abc"]
     for endpoint, in_flight in zip(servers, (2, 0, 1), strict=True):
         burden(endpoint, in_flight)
-        endpoint.circuit.probed("")
+        endpoint.circuit.on_probe("")
     assert best(servers) is servers[1]
     assert best(servers, servers[1]) is servers[2]
     assert best(servers[:1], servers[0]) is servers[0]
@@ -225,12 +225,12 @@ def test_the_choice_is_another_than_those_where_the_job_has_failed(clock: Clock,
     servers = [Server(f"http://{name}:1", clock=clock) for name in "abc"]
     caller = Caller()
     for endpoint in servers:
-        endpoint.circuit.probed("")
+        endpoint.circuit.on_probe("")
     for endpoint in servers[:2]:
-        endpoint.failed(endpoint.circuit.begin(caller), classify(500, "no"))
+        endpoint.record_failure(endpoint.circuit.begin(caller), classify(500, "no"))
     burden(servers[2], 9)
     assert best_of(servers, caller, servers[1]) is servers[2]
-    servers[2].failed(endpoint.circuit.begin(caller), classify(500, "no"))
+    servers[2].record_failure(endpoint.circuit.begin(caller), classify(500, "no"))
     assert best_of(servers, caller, servers[1]) is servers[0]
 
 
@@ -238,22 +238,22 @@ def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) 
     """A1."""
     resting, other = (Server(f"http://{name}:1", clock=clock) for name in "ab")
     for endpoint in (resting, other):
-        endpoint.circuit.probed("")
+        endpoint.circuit.on_probe("")
     for _ in range(2):
         half_open(resting)
-    other.failed(begin(other), classify(429, "busy"))
+    other.record_failure(begin(other), classify(429, "busy"))
     assert best([resting, other]) is other
     assert resting.circuit.admits(Caller(), pressed=True)
     half_open(other)
-    other.circuit.hold()
+    other.circuit.reserve_trial()
     assert best([resting, other]) is resting
 
 
 def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Burden) -> None:
     away, trial, good = (Server(f"http://{name}:1", clock=clock) for name in "abc")
     for endpoint in (away, trial, good):
-        endpoint.circuit.probed("")
-    away.failed(begin(away), NoConnection("upstream_unreachable", "refused", retryable=True))
+        endpoint.circuit.on_probe("")
+    away.record_failure(begin(away), NoConnection("upstream_unreachable", "refused", retryable=True))
     half_open(trial)
     burden(good, 1)
     servers = [away, trial, good]
@@ -263,4 +263,4 @@ def test_the_choice_is_among_those_that_are_let_through(clock: Clock, burden: Bu
     assert best(servers, good) is good
     assert best([away, trial]) is trial
     assert [endpoint.circuit.admits(Caller()) for endpoint in servers] == [False, False, True]
-    assert [endpoint.away for endpoint in servers] == [True, False, False]
+    assert [endpoint.is_away for endpoint in servers] == [True, False, False]

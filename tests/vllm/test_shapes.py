@@ -478,7 +478,7 @@ def test_a15_a_finish_reason_that_is_no_text_ends_the_answer_all_the_same(reason
 
 @pytest.mark.parametrize("reason", [False, 0, [], {}, None, ""])
 def test_a15_nothing_as_finish_reason_ends_nothing(reason: object) -> None:
-    assert not read(x({"content": "a"}, reason))[0].complete
+    assert not read(x({"content": "a"}, reason))[0].is_complete
 
 
 @pytest.mark.parametrize(("levels", "kept"), [(40, 40), (90, 90), (300, 97), (900, 97)])

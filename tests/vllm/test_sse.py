@@ -153,7 +153,7 @@ def test_a12_a_cut_last_line_costs_only_itself(rest: bytes) -> None:
     for pieces in ([body], byte_by_byte(body)):
         decoder = SSEDecoder()
         assert [event for piece in pieces for event in decoder.feed(piece)] + decoder.end() == [b'{"a":1}', b'{"b":2}']
-        assert decoder.passed_over.strip() == rest.removeprefix(b"data: ").strip()
+        assert decoder.skipped.strip() == rest.removeprefix(b"data: ").strip()
 
 
 BARE = [
@@ -182,7 +182,7 @@ def test_a7_json_without_data_is_an_event_as_soon_as_it_is_whole(body: bytes, ev
 def test_a7_what_began_as_json_and_was_cut_off_can_be_quoted() -> None:
     decoder = SSEDecoder()
     assert (decoder.feed(b'{"error": {\n"message": "no'), decoder.end()) == ([], [])
-    assert decoder.passed_over == b'{"error": {\n"message": "no\n'
+    assert decoder.skipped == b'{"error": {\n"message": "no\n'
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from worker.vllm.servers import pool as upstream_module
 from worker.vllm.servers.added_fields import body_for
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.stream import chat_stream as stream_module
-from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog, open_answer
+from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog, open_response
 from worker.vllm.stream.sse import SSEDecoder
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
@@ -79,7 +79,7 @@ def to(url: str) -> Target:
 
 async def opened(transport: Transport, url: str) -> ChatStream:
     watchdog = StreamWatchdog(PATIENT)
-    return ChatStream(await open_answer(transport, to(url), REQUEST, PATIENT, watchdog), watchdog)
+    return ChatStream(await open_response(transport, to(url), REQUEST, PATIENT, watchdog), watchdog)
 
 
 def enough(_events: list[bytes]) -> bool:
@@ -90,17 +90,17 @@ def enough(_events: list[bytes]) -> bool:
 async def ask(upstream: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
     """The whole answer, read as the service reads it."""
     parser, answer = ChunkParser(), Answer()
-    async with upstream.stream(upstream.endpoints[0], request or REQUEST) as stream:
-        stream.has_begun = lambda: parser.has_spoken
+    async with upstream.stream(upstream.servers[0], request or REQUEST) as stream:
+        stream.has_begun = lambda: parser.has_content
 
         def take(events: list[bytes]) -> bool:
             for fields in (fields for data in events for fields in parser.parse(data)):
                 answer.add(entries.parse("1-1", fields))
             return parser.done
 
-        while await stream.pour(take) and not parser.done:
+        while await stream.read_into(take) and not parser.done:
             pass
-        await stream.finish()
+        await stream.read_rest()
     parser.check_complete()
     return answer, parser
 
@@ -108,7 +108,7 @@ async def ask(upstream: ServerPool, request: Object | None = None) -> tuple[Answ
 async def error_of(upstream: ServerPool, request: Object | None = None) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         await ask(upstream, request)
-    assert len(upstream.endpoints[0].requests) == 0
+    assert len(upstream.servers[0].requests) == 0
     return caught.value
 
 
@@ -197,7 +197,7 @@ async def test_a4_events_are_streamed_as_they_come_whatever_they_are_labelled(la
 
         async with asyncio.timeout(5):  # the answer does not end
             while not events:
-                await stream.pour(take)
+                await stream.read_into(take)
         assert events == [event[6:-2]]
         await stream.aclose()
 
@@ -230,7 +230,7 @@ async def test_a12_a7_lines_that_are_chunks_show_while_the_stream_flows(prefix: 
 
         async with asyncio.timeout(5):  # the answer does not end
             while len(events) < 2:
-                await stream.pour(take)
+                await stream.read_into(take)
         assert events[:2] == [TEXT % b"a", TEXT % b"b"]
         await stream.aclose()
 
@@ -298,7 +298,7 @@ async def test_a4_a_whole_completion_counts_where_the_connection_stays_open() ->
     body = b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
     async with sending(HEAD + b"\r\n", body, then_close=False) as url, reaching(url, limits=LIMITED) as upstream:
         parser = ChunkParser()
-        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
+        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
 
             def take(events: list[bytes]) -> bool:
                 for data in events:
@@ -306,8 +306,8 @@ async def test_a4_a_whole_completion_counts_where_the_connection_stays_open() ->
                 return parser.done
 
             with pytest.raises(UpstreamError, match="sent nothing"):
-                await stream.pour(take)
-        assert parser.complete
+                await stream.read_into(take)
+        assert parser.is_complete
 
 
 @pytest.mark.parametrize("cut", range(4))
@@ -380,7 +380,7 @@ async def test_many_streams_go_at_once() -> None:
         answers = await asyncio.gather(*(ask(upstream, asking(tokens=20, rate=200)) for _ in range(100)))
         assert {answer.text for answer, _ in answers} == {answer_to(WHO, tokens=20)}
         assert simulator.accepted == 100
-        assert len(upstream.endpoints[0].requests) == 0
+        assert len(upstream.servers[0].requests) == 0
 
 
 # Faults
@@ -415,7 +415,7 @@ async def test_each_fault_has_its_code(fault: str, code: str, status: int, retry
 async def test_a_missing_done_is_no_fault() -> None:
     async with serving() as (_, upstream):
         answer, parser = await ask(upstream, asking(fault="no_done"))
-    assert (answer.text, parser.done, parser.complete) == (answer_to(WHO), False, True)
+    assert (answer.text, parser.done, parser.is_complete) == (answer_to(WHO), False, True)
 
 
 async def test_the_time_that_a_server_asks_for_is_told() -> None:
@@ -517,7 +517,7 @@ async def test_an_event_without_end_is_malformed() -> None:
         stream = await opened(transport, url)
         stream._decoder = SSEDecoder(max_event_bytes=1000)
         with pytest.raises(UpstreamError, match="larger than 1000 bytes") as caught:
-            await stream.pour(enough)
+            await stream.read_into(enough)
         await stream.aclose()
     assert (caught.value.code, caught.value.retryable) == ("upstream_malformed", True)
 
@@ -557,7 +557,7 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
         assert asked + 10 <= watchdog._due() < loop.time() + 10
         watchdog._since = asked - 10
         with pytest.raises(UpstreamError, match="within 10 s"):
-            await stream.pour(enough)
+            await stream.read_into(enough)
         await stream.aclose()
 
 
@@ -569,7 +569,7 @@ async def test_what_is_over_for_its_silence_can_still_be_hurried() -> None:
             try:
                 await asyncio.Event().wait()
             finally:
-                watchdog.hurry()
+                watchdog.tighten()
 
     with pytest.raises(TimeoutError):
         await hurried_at_last()
@@ -607,14 +607,14 @@ async def test_a13_events_that_say_nothing_are_no_silence() -> None:
     )
     async with sending(HEAD + b"\r\n" + role, then_close=False, again=nothing) as url, reaching(url) as upstream:
         parser = ChunkParser()
-        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
-            stream.has_begun = lambda: parser.has_spoken
+        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
+            stream.has_begun = lambda: parser.has_content
             watchdog = stream._watchdog
             begun = []
             for data in (b"", b"", text[6:]):
                 parser.parse(data)
                 watchdog._since -= 9
-                await stream.pour(enough)
+                await stream.read_into(enough)
                 begun.append(watchdog._begun)
                 assert watchdog._due() > asyncio.get_running_loop().time() + 9
             assert begun == [False, False, True]
@@ -642,10 +642,10 @@ async def test_a_completion_that_stops_half_way_does_not_hang() -> None:
 
 async def test_leaving_the_stream_closes_the_connection() -> None:
     async with serving() as (simulator, upstream):
-        async with upstream.stream(upstream.endpoints[0], asking(tokens=4000, rate=50)) as stream:
-            assert await stream.pour(enough)
-            assert len(upstream.endpoints[0].requests) == 1
-        assert len(upstream.endpoints[0].requests) == 0
+        async with upstream.stream(upstream.servers[0], asking(tokens=4000, rate=50)) as stream:
+            assert await stream.read_into(enough)
+            assert len(upstream.servers[0].requests) == 1
+        assert len(upstream.servers[0].requests) == 0
         await until(lambda: simulator.served[-1].closed_early)
         assert simulator.served[-1].chunks < 200
 
@@ -659,7 +659,7 @@ async def test_being_cancelled_closes_the_connection(fault: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: simulator.served[-1].closed_early)
-        assert len(upstream.endpoints[0].requests) == 0
+        assert len(upstream.servers[0].requests) == 0
 
 
 async def test_the_connection_serves_again_after_a_whole_stream() -> None:
@@ -719,7 +719,7 @@ async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Ite
             assert (await ask(upstream))[0].text == answer_to(WHO)
         assert [served.status for served in simulator.served] == [400] * len(rejects) + [200, 200]
         assert BOTH - simulator.served[-1].request.keys() == rejects
-        assert upstream.endpoints[0].without == rejects
+        assert upstream.servers[0].unsupported_fields == rejects
 
 
 UNKNOWN = "Unrecognized request argument supplied"
@@ -758,7 +758,7 @@ async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
         for _ in range(2):
             assert (await ask(upstream))[0].text == answer_to(WHO)
         assert (server.refused, len(server.served)) == (1, 2)
-        assert upstream.endpoints[0].without == {"return_token_ids"}
+        assert upstream.servers[0].unsupported_fields == {"return_token_ids"}
 
 
 @pytest.mark.parametrize("own", [{}, {"stream_options": {"continuous_usage_stats": True}}])
@@ -775,7 +775,7 @@ async def test_a16_a_server_that_refuses_include_usage_is_asked_without_it(own: 
 
     async with Refusing() as server, reaching(server.url) as upstream:
         assert (await ask(upstream, REQUEST | own))[0].text == answer_to(WHO)
-        assert upstream.endpoints[0].without == {"stream_options"}
+        assert upstream.servers[0].unsupported_fields == {"stream_options"}
         asked = REQUEST | {"stream_options": {"include_usage": True}}
         assert (await error_of(upstream, asked)).code == "invalid_request"
 
@@ -785,7 +785,7 @@ async def test_a16_an_error_event_that_names_a_field_and_stays_costs_nobody_the_
     answer = b"HTTP/1.1 200 OK\r\n\r\ndata: %b\n\n" % json.dumps(error).encode()
     async with sending(answer) as url, reaching(url) as upstream:
         assert (await error_of(upstream)).message == error["error"]["message"]
-        assert upstream.endpoints[0].without == set()
+        assert upstream.servers[0].unsupported_fields == set()
 
 
 async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() -> None:
@@ -800,9 +800,9 @@ async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() ->
         return False
 
     async def read(upstream: ServerPool) -> None:
-        async with upstream.stream(upstream.endpoints[0], REQUEST) as stream:
-            stream.has_begun = lambda: parser.has_spoken
-            await stream.pour(take)
+        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
+            stream.has_begun = lambda: parser.has_content
+            await stream.read_into(take)
 
     async with sending(answer) as url, reaching(url) as upstream:
         with pytest.raises(UpstreamError, match="cannot sample"):
@@ -830,7 +830,7 @@ async def test_many_requests_may_find_out_at_the_same_time(style: Any) -> None: 
 async def test_what_one_server_refuses_is_still_sent_to_another() -> None:
     async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as upstream:
         await ask(upstream)
-        assert [endpoint.without for endpoint in upstream.endpoints] == [BOTH, set()]
+        assert [endpoint.unsupported_fields for endpoint in upstream.servers] == [BOTH, set()]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -892,19 +892,19 @@ async def test_requests_spread_over_the_servers() -> None:
     async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as upstream:
 
         async def hold(gate: Awaitable[object]) -> None:
-            with (endpoint := upstream.choose("")).in_use():
+            with (endpoint := upstream.choose("")).reserve():
                 await asyncio.sleep(0)  # whoever comes in the same moment chooses the other one all the same
                 async with upstream.stream(endpoint, asking(fault="stall")) as stream:
-                    await stream.pour(enough)
+                    await stream.read_into(enough)
                     await gate
 
         gate = asyncio.Event()
         held = [asyncio.create_task(hold(gate.wait())) for _ in range(6)]
-        await until(lambda: [endpoint.in_flight for endpoint in upstream.endpoints] == [3, 3])
+        await until(lambda: [endpoint.in_flight for endpoint in upstream.servers] == [3, 3])
         await until(lambda: len(one.served) == len(two.served) == 3)
         gate.set()
         await asyncio.gather(*held)
-        assert [endpoint.in_flight for endpoint in upstream.endpoints] == [0, 0]
+        assert [endpoint.in_flight for endpoint in upstream.servers] == [0, 0]
 
 
 # The list of models
@@ -914,12 +914,12 @@ DEEP = b'{"x":' + b"[" * 100_000
 
 async def test_the_models_of_a_server() -> None:
     async with serving(Options(model="tiny", api_key="k"), api_key="k") as (_, upstream):
-        assert await upstream.models(upstream.endpoints[0]) == ["tiny"]
+        assert await upstream.list_models(upstream.servers[0]) == ["tiny"]
 
 
 async def models_error(upstream: ServerPool) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
-        await upstream.models(upstream.endpoints[0])
+        await upstream.list_models(upstream.servers[0])
     return caught.value
 
 
@@ -974,7 +974,7 @@ async def test_a_connection_has_a_limit_of_its_own(listening: socket.socket) -> 
     with connections_waiting(listening):
         async with reaching(url_of(listening), limits=limits) as upstream:
             error = await error_of(upstream)
-            assert upstream.endpoints[0].away
+            assert upstream.servers[0].is_away
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
     assert isinstance(error, NoConnection)
 

@@ -66,11 +66,11 @@ async def ask(upstream: ServerPool) -> str:
         texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
         return parser.done
 
-    async with upstream.stream(upstream.endpoints[0], {"messages": []}) as stream:
-        while await stream.pour(take) and not parser.done:
+    async with upstream.stream(upstream.servers[0], {"messages": []}) as stream:
+        while await stream.read_into(take) and not parser.done:
             pass
-        await stream.finish()
-        parser.check_complete(stream.passed_over)
+        await stream.read_rest()
+        parser.check_complete(stream.skipped)
     return "".join(texts)
 
 
@@ -79,7 +79,7 @@ async def test_a16_idle_connections_that_the_server_has_closed_cost_no_try() -> 
         for _ in range(2):
             assert await asyncio.gather(*(ask(upstream) for _ in range(12))) == ["a"] * 12
         assert sorted(requests) == [1] * 12 + [2] * 12
-        assert upstream.endpoints[0].circuit.state is CircuitState.CLOSED
+        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
 IDLE_TOO_LONG = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"

@@ -64,7 +64,9 @@ def retry_of(filed: StoredLetter) -> Job:
     if letter.retried_as:
         raise NotRetryable(f"it was retried already, as {letter.retried_as}")
     if letter.truncated:
-        raise NotRetryable(f"its {', '.join(letter.truncated)} was over the size limit, and only the beginning was kept")
+        raise NotRetryable(
+            f"its {', '.join(letter.truncated)} was over the size limit, and only the beginning was kept"
+        )
     name = "\n".join((letter.queue, letter.job, letter.fields.get("id", "")))
     fields = {key: value for key, value in letter.fields.items() if key not in {"deadline", "retry_of"}}
     fields["id"] = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:32]

@@ -104,16 +104,14 @@ class Worker:
         )
         self._metrics.slots.set(settings.slots)
         self._metrics.running.set_function(lambda: self._leases.at_work)
-        for endpoint in self._upstream.endpoints:
+        for endpoint in self._upstream.servers:
             self._measure(endpoint)
         self._started = 0
         self._leaving = asyncio.Event()
         self._at_once = asyncio.Event()
 
     def _measure(self, endpoint: Server) -> None:
-        self._metrics.server(
-            shown_url(endpoint.url), up=lambda: endpoint.away is False, requests=lambda: endpoint.in_flight
-        )
+        self._metrics.server(shown_url(endpoint.url), up=lambda: endpoint.is_up, requests=lambda: endpoint.in_flight)
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
@@ -194,7 +192,7 @@ class Worker:
             keeping = (keeper.keep_leases, keeper.stop_expired, keeper.keep_house)
             working = (self._publisher.run, self._hints.run, *keeping)
             parts = [group.create_task(work()) for work in working]
-            watching = group.create_task(self._upstream.watch())
+            watching = group.create_task(self._upstream.monitor())
             try:
                 await self._leaving.wait()
                 _log.info("worker_draining", running=len(self._leases))

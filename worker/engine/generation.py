@@ -19,7 +19,7 @@ from ..settings import Settings, shown_url
 from ..telemetry.metrics import Metrics
 from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
-from ..vllm.resume.plan import ResumedChunkParser, continuation
+from ..vllm.resume.plan import ResumedChunkParser, plan_resume
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT, Server, ServerPool
 from .job_context import JobContext, Stopped, drained, insist
@@ -173,22 +173,22 @@ class Generation:
             is_trial = endpoint.circuit.state is CircuitState.HALF_OPEN
             is_last = tries.begin()
             try:
-                with endpoint.in_use():
+                with endpoint.reserve():
                     return await self._guarded(self._answer(endpoint, request, last=is_last))
             except UpstreamError as error:
                 _warn(error, endpoint, tries.made)
-                is_elsewhere = error.elsewhere and self._upstream.remains(model, self._caller)
+                is_elsewhere = error.elsewhere and self._upstream.has_candidate(model, self._caller)
                 if is_elsewhere or self._was_no_try(error, endpoint, is_trial=is_trial):
                     tries.take_back()
                 if self._went_on:
                     tries.got_on()
                 is_final = not (error.retryable or is_elsewhere) or tries.are_over
                 if error.code == UNAUTHORIZED:  # which would be waited for
-                    is_final |= self._upstream.is_lost(model, others, self._caller)
+                    is_final |= self._upstream.should_fall_back(model, others, self._caller)
                 if is_final or (self._committed and self._settings.on_interrupt == "fail"):
                     raise
                 wait = tries.pause()
-                if error.retry_after and self._upstream.is_busy(model, self._caller):
+                if error.retry_after and self._upstream.all_busy(model, self._caller):
                     wait += error.retry_after  # not before it; elsewhere one need not wait
                 await self._guarded(asyncio.sleep(wait))
                 if self._committed:
@@ -206,15 +206,15 @@ class Generation:
 
     async def _until_taken(self, model: str, others: Sequence[str]) -> None:
         """Wait until a server can take a request for this model, which is no try; said once of each model."""
-        if self._upstream.can_take(model, self._caller):
+        if self._upstream.accepts(model, self._caller):
             return
         if model not in self._waited_for:
             self._waited_for.add(model)
             named = {"model": model[:_LONGEST_NAME]} if model else {}  # a job may leave the model to the server
             _log.info("waiting_for_model", **named)
         with self._metrics.waiting_for_model.track_inprogress():
-            while not self._upstream.can_take(model, self._caller):
-                await self._guarded(self._upstream.available(model, others, caller=self._caller))
+            while not self._upstream.accepts(model, self._caller):
+                await self._guarded(self._upstream.wait_available(model, others, caller=self._caller))
 
     async def _answer(self, endpoint: Server, request: Object, *, last: bool) -> Done:
         """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
@@ -232,24 +232,24 @@ class Generation:
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
         try:
-            way = await continuation(self._upstream, endpoint, request, history, self._caller)
+            plan = await plan_resume(self._upstream, endpoint, request, history, self._caller)
         except UpstreamError as error:
-            others = self._upstream.remains(model_of(request), self._caller)
+            others = self._upstream.has_candidate(model_of(request), self._caller)
             if others if error.elsewhere else (not last or was_not_let_in(error)):
                 raise
             self._caller.refused_at.clear()
             raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
-        if way.is_over and not way.held:
+        if plan.is_exhausted and not plan.withheld:
             return self._done("length", history.usage, history.model)
         refusal = ""
-        for route, body in way.bodies:
-            parser = ResumedChunkParser(way, **_parsing(request))
+        for route, body in plan.requests:
+            parser = ResumedChunkParser(plan, **_parsing(request))
             try:
                 return await self._stream(endpoint, body, parser, route)
             except CannotResume as reason:
                 refusal = str(reason)
             except UpstreamError as error:
-                if self._committed or error.retryable or error.elsewhere or not way.prompt:
+                if self._committed or error.retryable or error.elsewhere or not plan.prompt_ids:
                     raise
                 refusal = f"the server refuses to go on: {error.code}"
         raise CannotResume(refusal)
@@ -258,14 +258,14 @@ class Generation:
         """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
         self._endpoint, self._parser = endpoint, parser
         async with self._upstream.stream(endpoint, body, route, caller=self._caller) as stream:
-            stream.has_begun = lambda: parser.has_spoken
+            stream.has_begun = lambda: parser.has_content
             try:
-                while await stream.pour(self._take) and not parser.done:
+                while await stream.read_into(self._take) and not parser.done:
                     await self._log.wait_for_room()
-                await stream.finish()
-                parser.check_complete(stream.passed_over)
+                await stream.read_rest()
+                parser.check_complete(stream.skipped)
             except UpstreamError:
-                if not parser.complete:
+                if not parser.is_complete:
                     raise
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
@@ -291,13 +291,13 @@ class Generation:
     def _commit(self) -> None:
         """Take note of what a stream has written by now."""
         parser = self._parser
-        if self._first_delta is None and parser.begun:
+        if self._first_delta is None and parser.has_delta:
             self._first_delta = time.monotonic()
             self._was_allowed = True
-        if not parser.committed:
+        if not parser.is_committed:
             return
         if isinstance(parser, ResumedChunkParser):
-            self._went_on = parser.got_on
+            self._went_on = parser.has_progressed
             if not self._committed:  # at its first entry: the end of the answer may be minutes away
                 _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(self._endpoint.url))
                 self._metrics.interrupted("resumed")

@@ -128,7 +128,7 @@ class JobIntake:
 
     async def _obstacle(self) -> str:
         """Why a job that is taken now could not be done: it waits in the queue then, where any worker can take it."""
-        if not self._upstream.is_there:
+        if not self._upstream.is_available:
             return NO_VLLM
         try:
             await self._jobs.probe_writable()
@@ -158,7 +158,10 @@ class JobIntake:
             self._told, self._told_at[reason] = reason, now
 
     async def _until_vllm_is_there(self) -> None:
-        waiting = {asyncio.ensure_future(self._upstream.available("")), asyncio.ensure_future(self._leaving.wait())}
+        waiting = {
+            asyncio.ensure_future(self._upstream.wait_available("")),
+            asyncio.ensure_future(self._leaving.wait()),
+        }
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()

@@ -75,7 +75,7 @@ async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
         limits=StreamTimeouts(connect=settings.connect_timeout),
     )
     try:
-        servers = [await _check_vllm(upstream, endpoint) for endpoint in upstream.endpoints]
+        servers = [await _check_vllm(upstream, endpoint) for endpoint in upstream.servers]
         enough = any(finding.level == "ok" for finding in servers)
         for finding in servers:
             yield replace(finding, level="warning") if enough and finding.level == "error" else finding
@@ -288,7 +288,7 @@ async def _worker_findings(redis: Redis, keys: Keys, lease: float, undone: int) 
 async def _check_vllm(upstream: ServerPool, endpoint: Server) -> Finding:
     where = f"vLLM {shown_url(endpoint.url)}"
     try:
-        models = await upstream.models(endpoint)
+        models = await upstream.list_models(endpoint)
     except Late as late:
         return Finding("error", where, late.message, "see whether it is busy: workers give it more time to answer")
     except UpstreamError as error:

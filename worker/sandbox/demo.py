@@ -188,7 +188,7 @@ async def _check_redis(url: str) -> None:
 async def _model_of(url: str) -> str:
     upstream = ServerPool([url], keys=load_settings(_KEYS).api_keys(), limits=StreamTimeouts())
     try:
-        return (await upstream.models(upstream.endpoints[0]))[0]
+        return (await upstream.list_models(upstream.servers[0]))[0]
     except (UpstreamError, IndexError) as error:
         raise DemoFailed(f"{shown_url(url)} does not say which model it serves: {error}") from None
     finally:

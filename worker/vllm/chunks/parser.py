@@ -106,17 +106,17 @@ class ChunkParser:
         return self._head.get("model", "")
 
     @property
-    def begun(self) -> bool:
+    def has_delta(self) -> bool:
         """Whether a delta has come out."""
         return self._begun
 
     @property
-    def has_spoken(self) -> bool:
+    def has_content(self) -> bool:
         """Whether text, a tool call or something else of a delta has come: the role alone is none."""
         return bool(self._spoken)
 
     @property
-    def committed(self) -> bool:
+    def is_committed(self) -> bool:
         """Whether something came out that a further try would say twice."""
         return self._begun
 
@@ -126,14 +126,14 @@ class ChunkParser:
         return _decode(_encode(self._unsaid), type=dict)
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every choice has finished. After `[DONE]` those that came count: some servers pass over `n`."""
         if self._fault is not None or not self._seen <= self._finished:
             return False
         # Stops at the first that lacks: a job may ask for any `n`.
         return bool(self.done and self._seen) or all(index in self._finished for index in range(self._n))
 
-    def finish(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         """End the answer here, whatever the server would say: its one choice has finished."""
         self.done = self._is_ended_here = True
         self.finish_reason = reason
@@ -151,7 +151,7 @@ class ChunkParser:
             raise UpstreamError(
                 "upstream_aborted", f"vLLM broke the answer off ({self._broken_off})", status=200, retryable=True
             )
-        if not self.complete:
+        if not self.is_complete:
             beside = {name: Raw(raw) for name, raw in self._chunk_extra.items() if name not in _OF_THE_SERVER}
             said = "" if self._begun else excerpt(f"{passed_over} {_encode(beside).decode() if beside else ''}")
             text = f"the stream ended with nothing said but: {said}"
@@ -281,7 +281,7 @@ class ChunkParser:
                 lift(chunk, choice or {})
             if not self.usage or b'"completion_tokens"' in bytes(chunk.get("usage", NULL)):
                 self._take_usage(chunk, of_choices=False)
-            error = None if self.complete else error_beside(chunk, [], []) or error_in_place_of(chunk)
+            error = None if self.is_complete else error_beside(chunk, [], []) or error_in_place_of(chunk)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return
         if error:

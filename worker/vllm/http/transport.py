@@ -42,7 +42,7 @@ class Body(httpx.AsyncByteStream):
         self._into: Callable[[bytes], bool] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def pour(self, into: Callable[[bytes], bool]) -> bool:
+    async def read_into(self, into: Callable[[bytes], bool]) -> bool:
         """Hand over each piece as it arrives, until told that this is enough for now; false at the end of the body.
 
         What `into` raises comes out here.
@@ -103,7 +103,7 @@ class Body(httpx.AsyncByteStream):
             pieces.append(piece)
             return True
 
-        while await self.pour(take):
+        while await self.read_into(take):
             while pieces:
                 yield pieces.pop(0)
 
@@ -114,7 +114,7 @@ class Body(httpx.AsyncByteStream):
 
 
 @dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpResponse:
     """What a server answers: its body comes as it is read."""
 
     status: int
@@ -158,7 +158,7 @@ class _Connection(asyncio.Protocol):
         """Whether it can be asked, as far as is known."""
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, packed: bytes) -> HttpAnswer:
+    async def ask(self, packed: bytes) -> HttpResponse:
         """Send a request, and give the answer once its head is there.
 
         Raises:
@@ -178,7 +178,7 @@ class _Connection(asyncio.Protocol):
             self._head.cancel()  # nobody waits for it, and that it does not come would be logged
             self.abort()
             raise
-        return HttpAnswer(status, headers, body)
+        return HttpResponse(status, headers, body)
 
     def read_on(self) -> None:
         """Take more from the server."""
@@ -317,7 +317,7 @@ class Transport(httpx.AsyncBaseTransport):
         answer = await self._ask(origin_of(request.url), packed, request.extensions["timeout"]["connect"])
         return httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
 
-    async def post(self, target: Target, content: bytes, within: float) -> HttpAnswer:
+    async def post(self, target: Target, content: bytes, within: float) -> HttpResponse:
         """Post JSON, and give the answer once its head is there; `within` so many seconds there is a connection.
 
         Raises:
@@ -326,10 +326,10 @@ class Transport(httpx.AsyncBaseTransport):
         packed = b"%bcontent-length: %d\r\n\r\n%b" % (target.head, len(content), content)
         return await self._ask(target.origin, packed, within)
 
-    async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> HttpAnswer:
+    async def _ask(self, origin: Origin, packed: bytes, within: float | None) -> HttpResponse:
         if (reused := self._take_idle(origin)) is None:
             return await (await self._connect(origin, within)).ask(packed)
-        stale: HttpAnswer | httpx.TransportError
+        stale: HttpResponse | httpx.TransportError
         try:
             stale = await reused.ask(packed)
             if stale.status != httpx.codes.REQUEST_TIMEOUT:
@@ -343,7 +343,7 @@ class Transport(httpx.AsyncBaseTransport):
         try:
             connection = await self._connect(origin, within)
         except httpx.TransportError:
-            if isinstance(stale, HttpAnswer):
+            if isinstance(stale, HttpResponse):
                 return stale
             raise stale from None  # it may have died of this request, which would never be given up as not received
         reused.abort()

@@ -67,88 +67,93 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class ResumePlan:
-    """How a server goes on with an answer. `prompt` is what it is given, the kept tokens included; nothing if none are.
+    """How a server goes on with an answer.
 
-    `held` is text of the kept tokens that was not sent, since it might have become a stop string. `left` is how many
-    tokens the job lets the answer still have, `room` how many the model has room for; None where it is not known.
-    `model` is what the one that began calls itself.
+    Attributes:
+        request: the job's request.
+        kept: what stands of the answer.
+        prompt_ids: the prompt that the server is given, the kept tokens included; empty when none are kept.
+        withheld: text of the kept tokens that was not published, since it might have become a stop string.
+        room: how many more tokens the model has room for; None when that is not known.
+        model: the name that the model of the first attempt gave itself.
     """
 
     request: Object
     kept: Kept
-    prompt: list[int]
-    held: str = ""
+    prompt_ids: list[int]
+    withheld: str = ""
     room: int | None = None
     model: str = ""
 
     @property
-    def is_over(self) -> bool:
+    def is_exhausted(self) -> bool:
         """Whether the answer has all the tokens that it may have."""
-        return 0 in (self.left, self.room)
+        return 0 in (self.budget, self.room)
 
     @property
-    def left(self) -> int | None:
+    def budget(self) -> int | None:
+        """How many more tokens the job allows; None when it sets no limit."""
         asked = self.request.get("max_completion_tokens")
         asked = self.request.get("max_tokens") if asked is None else asked
         return max(0, asked - len(self.kept.tokens)) if isinstance(asked, int) else None
 
     @property
-    def bodies(self) -> Iterator[tuple[str, Object]]:
+    def requests(self) -> Iterator[tuple[str, Object]]:
         """The ways to ask, each a route and a body, the best first."""
-        if not self.prompt:
+        if not self.prompt_ids:
             yield CHAT, self.request
             return
         body = {name: value for name, value in self.request.items() if name != "stop"}  # see StopStrings
-        body |= {name: self.left for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
+        body |= {name: self.budget for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
         least = body.get("min_tokens")
         if isinstance(least, int):
             body["min_tokens"] = max(0, least - len(self.kept.tokens))
-        yield CHAT, body | {"kv_transfer_params": {"prompt_token_ids": list(self.prompt)}}
-        most = self.room if self.left is None else self.left
+        yield CHAT, body | {"kv_transfer_params": {"prompt_token_ids": list(self.prompt_ids)}}
+        most = self.room if self.budget is None else self.budget
         if self.kept.plain and not body.get("logprobs") and most is not None:
             plain = {name: value for name, value in body.items() if name not in _NOT_OF_COMPLETIONS}
             # Without a limit this route gives 16 tokens, where the other gives all that there is room for.
-            yield COMPLETIONS, plain | {"prompt": list(self.prompt), "max_tokens": most}
+            yield COMPLETIONS, plain | {"prompt": list(self.prompt_ids), "max_tokens": most}
 
     @property
     def entry(self) -> Fields:
         """The `resumed` entry."""
-        forgets = [name for name in _COUNTING if self.prompt and self.request.get(name)]
+        forgets = [name for name in _COUNTING if self.prompt_ids and self.request.get(name)]
         return to_fields(Resumed(id=BEFORE_ALL, after=str(self.kept.after), cut=self.kept.cut, forgets=forgets))
 
 
 class ResumedChunkParser(ChunkParser):
     """Reads the stream of a server that goes on: `resumed` comes out first, once the server has shown that it does."""
 
-    __slots__ = ("_new", "_said", "_stops", "_way", "got_on")
+    __slots__ = ("_new", "_plan", "_said", "_stops", "has_progressed")
 
-    def __init__(self, way: ResumePlan, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
+    def __init__(self, plan: ResumePlan, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
         super().__init__(
             n=n, keep_prompt_ids=keep_prompt_ids, keep_usage=keep_usage,
-            sent=way.prompt or None, kept=len(way.kept.tokens),
+            sent=plan.prompt_ids or None, kept=len(plan.kept.tokens),
         )  # fmt: skip
-        self._way = way
-        self._stops = StopStrings(way.request, way.kept.content, way.held) if way.prompt else None
+        self._plan = plan
+        self._stops = StopStrings(plan.request, plan.kept.content, plan.withheld) if plan.prompt_ids else None
         self._said = False
         self._new = 0
-        self.got_on = False
+        self.has_progressed = False
         """Whether it showed more of the answer than stood before: tokens without text are generated anew each time."""
 
     @property
-    def committed(self) -> bool:
+    def is_committed(self) -> bool:
         return self._said
 
     def parse(self, data: bytes) -> list[Fields]:
         entries = super().parse(data)
         if self._stops is not None and self._stops.stops:
             entries = list(self._stopped(self._stops, entries))
-        if entries and not self.got_on:
-            self.got_on = any(_SHOWN & fields.keys() for fields in entries)
+        if entries and not self.has_progressed:
+            self.has_progressed = any(_SHOWN & fields.keys() for fields in entries)
         if entries and not self._said:
-            if self._way.prompt and self.model != self._way.model:
+            if self._plan.prompt_ids and self.model != self._plan.model:
                 raise CannotResume("another model answers")  # one may read the ids of another as its own
             self._said = True
-            entries.insert(0, self._way.entry)
+            entries.insert(0, self._plan.entry)
         return entries
 
     def _stopped(self, stops: StopStrings, entries: list[Fields]) -> Iterator[Fields]:
@@ -164,11 +169,11 @@ class ResumedChunkParser(ChunkParser):
 
     def _end_at_stop(self) -> None:
         """The server would go on."""
-        prompt, kept = len(self._way.prompt), len(self._way.kept.tokens)
+        prompt, kept = len(self._plan.prompt_ids), len(self._plan.kept.tokens)
         self.usage = {
             "prompt_tokens": prompt - kept, "completion_tokens": kept + self._new, "total_tokens": prompt + self._new
         }  # fmt: skip
-        self.finish("stop")
+        self.end("stop")
 
 
 def obstacle(request: Object) -> str:
@@ -219,7 +224,7 @@ def kept_of(deltas: Sequence[Delta]) -> Kept:
     )
 
 
-async def continuation(
+async def plan_resume(
     upstream: ServerPool, endpoint: Server, request: Object, history: Answer, caller: Caller | None = None
 ) -> ResumePlan:
     """Find out how a server can go on with an answer; `caller` is the job.

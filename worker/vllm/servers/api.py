@@ -11,8 +11,8 @@ from ...contract.entries import Object, to_json
 from ..errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
 from ..http.credentials import ApiKeys
 from ..http.target import Target
-from ..http.transport import HttpAnswer, Transport
-from ..stream.chat_stream import StreamTimeouts, StreamWatchdog, open_answer
+from ..http.transport import HttpResponse, Transport
+from ..stream.chat_stream import StreamTimeouts, StreamWatchdog, open_response
 from .server import Server
 
 _T = TypeVar("_T")
@@ -48,7 +48,7 @@ class VllmApi:
 
     async def open(
         self, endpoint: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
-    ) -> HttpAnswer:
+    ) -> HttpResponse:
         """Post a completion and give its answer, which the caller closes.
 
         Raises:
@@ -56,7 +56,7 @@ class VllmApi:
         """
         url = endpoint.url + route
         return await self._with_key(
-            endpoint, lambda key: open_answer(self._transport, self._target(url, key), body, limits, watchdog)
+            endpoint, lambda key: open_response(self._transport, self._target(url, key), body, limits, watchdog)
         )
 
     async def post(self, endpoint: Server, path: str, body: Object) -> bytes:
@@ -86,7 +86,7 @@ class VllmApi:
             Late: when it does not answer within so many seconds.
             UpstreamError: when it does not answer.
         """
-        key = await self._keys.untried(endpoint.key, frozenset()) or ""
+        key = await self._keys.untried(endpoint.accepted_key, frozenset()) or ""
         return (await self._get(f"{endpoint.url}/health", key, within)).status_code
 
     async def models(self, endpoint: Server, within: float) -> list[str]:
@@ -119,7 +119,7 @@ class VllmApi:
         """
         refused: set[str] = set()
         refusal: UpstreamError | None = None
-        while (key := await self._keys.untried(endpoint.key, refused)) is not None:
+        while (key := await self._keys.untried(endpoint.accepted_key, refused)) is not None:
             try:
                 answer = await ask(key)
             except UpstreamError as error:
@@ -129,7 +129,7 @@ class VllmApi:
                 if refusal is None or error.status == 403:
                     refusal = error
             else:
-                endpoint.key = key
+                endpoint.accepted_key = key
                 return answer
         raise refusal or AssertionError("there is always a key to begin with")
 

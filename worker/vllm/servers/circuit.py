@@ -133,7 +133,7 @@ class Circuit:
             return self._clock() >= self._before_probes.until
         return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
-    def probed(self, trouble: str) -> None:
+    def on_probe(self, trouble: str) -> None:
         """A probe was answered; or not, and `trouble` says why."""
         self._is_suspect = False
         late_from, self._late_from = self._late_from, None
@@ -148,7 +148,7 @@ class Circuit:
         elif late_from is not None:
             self._held_until -= LATE_TRIAL - TRIAL
 
-    def probed_late(self) -> None:
+    def on_late_probe(self) -> None:
         """A probe was not answered in the time it had."""
         self._is_suspect = False
         if self.state in {CircuitState.UNKNOWN, CircuitState.OPEN}:
@@ -157,20 +157,20 @@ class Circuit:
             self._become(CircuitState.HALF_OPEN)
             self._late_from = former
 
-    def hold(self) -> None:
+    def reserve_trial(self) -> None:
         """A request is about to go there: while the circuit is half open, it is the trial."""
         self._held_until = self._clock() + (TRIAL if self._late_from is None else LATE_TRIAL)
 
-    def run_of(self, caller: Caller) -> ServerRequest:
+    def request_of(self, caller: Caller) -> ServerRequest:
         """What a request of a job that begins now tells its fate with."""
         return ServerRequest(caller, self._era)
 
     def begin(self, caller: Caller) -> ServerRequest:
         """A request of a job goes there; gives what to tell its fate with."""
-        self.hold()
-        return self.run_of(caller)
+        self.reserve_trial()
+        return self.request_of(caller)
 
-    def began(self, run: ServerRequest) -> None:
+    def on_first_event(self, run: ServerRequest) -> None:
         """The first data event of a request came.
 
         One that was sent before the circuit opened shows as well that a server works whose probe was answered since;
@@ -184,7 +184,7 @@ class Circuit:
             self._on_probation = self.state is not CircuitState.UNKNOWN
             self._become(CircuitState.CLOSED)
 
-    def succeeded(self, run: ServerRequest) -> None:
+    def on_success(self, run: ServerRequest) -> None:
         """The stream of a request came whole."""
         if run.era == self._era:
             self._forget()
@@ -192,7 +192,7 @@ class Circuit:
             if self.state is CircuitState.HALF_OPEN:
                 self._become(CircuitState.CLOSED)
 
-    def failed(self, run: ServerRequest, reason: str, *, at_once: bool = False) -> None:
+    def on_failure(self, run: ServerRequest, reason: str, *, at_once: bool = False) -> None:
         """A request failed, perhaps by a fault of the server; `at_once` when it is one for certain."""
         caller, is_new = run.caller, self not in run.caller.failed_at
         if not at_once:
@@ -217,7 +217,7 @@ class Circuit:
         if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
             self._open(reason)
 
-    def left(self, run: ServerRequest) -> None:
+    def on_end(self, run: ServerRequest) -> None:
         """A request is over, whatever came of it: a trial that said nothing gives its place up."""
         if run.era == self._era:
             self._held_until = 0.0

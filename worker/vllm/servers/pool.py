@@ -14,7 +14,7 @@ from ..chunks.parser import ChunkParser
 from ..errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
 from ..http.credentials import ApiKeys
 from ..http.target import base_url
-from ..http.transport import HttpAnswer
+from ..http.transport import HttpResponse
 from ..stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog
 from .added_fields import body_for, refused_fields
 from .api import VllmApi
@@ -40,8 +40,8 @@ class ServerPool:
     Whoever has a request waits until a server can take it, and chooses in the same step, for what is chosen while a
     circuit is half open keeps others away:
 
-        while not upstream.can_take(model, caller):
-            await upstream.available(model, caller=caller)
+        while not upstream.accepts(model, caller):
+            await upstream.wait_available(model, caller=caller)
         with (endpoint := upstream.choose(model, caller)).in_use():
             async with upstream.stream(endpoint, request, caller=caller) as stream: ...
 
@@ -49,74 +49,74 @@ class ServerPool:
     """
 
     def __init__(self, urls: Sequence[str], *, keys: ApiKeys | None = None, limits: StreamTimeouts) -> None:
-        self.endpoints = [Server(base_url(url), on_change=self._on_change) for url in urls]
+        self.servers = [Server(base_url(url), on_change=self._on_change) for url in urls]
         self._limits = limits
         self._changed = asyncio.Event()
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
         self._api = VllmApi(keys or ApiKeys(), connect=limits.connect)
-        self._probes = Probes(self._api, self.endpoints)
+        self._probes = Probes(self._api, self.servers)
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self._api.aclose()
 
     @property
-    def is_there(self) -> bool:
+    def is_available(self) -> bool:
         """Whether a server can take work, as far as is known."""
-        return self.can_take("")
+        return self.accepts("")
 
-    def can_take(self, model: str, caller: Caller | None = None) -> bool:
+    def accepts(self, model: str, caller: Caller | None = None) -> bool:
         """Whether a server can take a request of a job for this model now, as far as is known; the empty name is any.
 
         None is said to before all have been asked once, or the first to answer would get all that had waited.
         """
-        if any(endpoint.away is None for endpoint in self.endpoints):
+        if any(not endpoint.is_known for endpoint in self.servers):
             return False
         return bool(self._taking(model, caller or Caller()))
 
-    def is_busy(self, model: str, caller: Caller) -> bool:
+    def all_busy(self, model: str, caller: Caller) -> bool:
         """Whether all that take requests of a job for this model have asked to be left alone for now."""
         return all(endpoint.is_busy for endpoint in self._taking(model, caller))
 
-    def refuses_key(self, model: str) -> bool:
+    def all_refuse_keys(self, model: str) -> bool:
         """Whether every server of this model is away because it takes none of the worker's keys."""
-        serving = self.serving(model)
+        serving = self.servers_for(model)
         return bool(serving) and all(endpoint.refuses_key for endpoint in serving)
 
-    def is_lost(self, model: str, others: Sequence[str], caller: Caller) -> bool:
+    def should_fall_back(self, model: str, others: Sequence[str], caller: Caller) -> bool:
         """Whether every server of this model is away or has failed the job, and one can take one of the others.
 
         A server that refused the job has failed it, too.
         """
-        serving = self.serving(model)
+        serving = self.servers_for(model)
         return (
             bool(serving)
             and all(
-                endpoint.away or endpoint.circuit in caller.failed_at or endpoint.circuit in caller.refused_at
+                endpoint.is_away or endpoint.circuit in caller.failed_at or endpoint.circuit in caller.refused_at
                 for endpoint in serving
             )
-            and any(self.can_take(other, Caller(failed_at=caller.failed_at)) for other in others)
+            and any(self.accepts(other, Caller(failed_at=caller.failed_at)) for other in others)
         )
 
-    def serving(self, model: str) -> list[Server]:
+    def servers_for(self, model: str) -> list[Server]:
         """The servers that a request for this model may go to, as far as is known; the empty name is any model.
 
-        A model that no server lists may be asked of any, once `available` has asked for the lists again.
+        A model that no server lists may be asked of any, once `wait_available` has asked for the lists again.
         """
-        serving = [endpoint for endpoint in self.endpoints if endpoint.serves(model)]
-        return serving or (self.endpoints if model in self._unlisted else [])
+        serving = [endpoint for endpoint in self.servers if endpoint.serves(model)]
+        return serving or (self.servers if model in self._unlisted else [])
 
-    def remains(self, model: str, caller: Caller) -> bool:
+    def has_candidate(self, model: str, caller: Caller) -> bool:
         """Whether a server of this model has not refused the job."""
-        return any(endpoint.circuit not in caller.refused_at for endpoint in self.serving(model))
+        return any(endpoint.circuit not in caller.refused_at for endpoint in self.servers_for(model))
 
     def _taking(self, model: str, caller: Caller) -> list[Server]:
         """Those of them that take a request of a job now, if need be."""
-        return [endpoint for endpoint in self.serving(model) if endpoint.circuit.admits(caller, pressed=True)]
+        return [endpoint for endpoint in self.servers_for(model) if endpoint.circuit.admits(caller, pressed=True)]
 
-    async def available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
-        """Wait until a server can take a request of a job for this model; `watch` finds out.
+    async def wait_available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
+        """Wait until a server can take a request of a job for this model; `monitor` finds out.
 
         Where no server lists a model, the lists are asked for again, and then any server may be asked: adapters are
         loaded at run time, some by the first request, and some servers have more names for a model than they list.
@@ -131,13 +131,13 @@ class ServerPool:
                 `others`.
         """
         caller = caller or Caller()
-        while not self.can_take(model, caller):
+        while not self.accepts(model, caller):
             changed = self._changed
-            serving = self.serving(model)
-            if serving and not self.remains(model, caller):
+            serving = self.servers_for(model)
+            if serving and not self.has_candidate(model, caller):
                 raise list(caller.refused_at.values())[-1] from None
-            if self.is_lost(model, others, caller):
-                if self.refuses_key(model):
+            if self.should_fall_back(model, others, caller):
+                if self.all_refuse_keys(model):
                     raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
             suspect = next((endpoint for endpoint in serving if endpoint.circuit.wants_trial(caller)), None)
@@ -149,17 +149,17 @@ class ServerPool:
                 raise UpstreamError(answer.code, answer.message, status=answer.status, retryable=False)
             elif not await self._probes.list_again():
                 await _either(changed, _PROBE_EVERY)
-            elif not self.serving(model):
+            elif not self.servers_for(model):
                 self._unlisted.put(model, True)
 
     def choose(self, model: str, caller: Caller | None = None, *, other_than: Server | None = None) -> Server:
         """The server for a request: of those that serve the model and can take it the one with the fewest of ours.
 
         It is another than those where the job has failed, and than the last one, where that may be. When none can take
-        it (see `can_take`) it is one that may.
+        it (see `accepts`) it is one that may.
         """
-        endpoint = best_of(self.serving(model) or self.endpoints, caller or Caller(), other_than)
-        endpoint.circuit.hold()
+        endpoint = best_of(self.servers_for(model) or self.servers, caller or Caller(), other_than)
+        endpoint.circuit.reserve_trial()
         return endpoint
 
     async def _try_out(self, endpoint: Server, model: str) -> None:
@@ -168,7 +168,7 @@ class ServerPool:
         Only so can jobs that have all failed there find out whether they wait for a server or fail by themselves.
         """
         _log.info("vllm_tried_out", endpoint=without_user(endpoint.url))
-        endpoint.circuit.hold()
+        endpoint.circuit.reserve_trial()
         request: Object = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
         parser = ChunkParser()
 
@@ -180,18 +180,18 @@ class ServerPool:
         try:
             body = request | ({"model": model} if model else {})
             async with self.stream(endpoint, body, caller=Caller(is_job=False)) as stream:
-                while await stream.pour(take) and not parser.done:
+                while await stream.read_into(take) and not parser.done:
                     pass
                 parser.check_complete()
         except UpstreamError as error:
             if not may_be_its_fault(error):  # it has no template, or is busy, say: it answers
                 circuit = endpoint.circuit
-                circuit.succeeded(circuit.run_of(Caller(is_job=False)))
+                circuit.on_success(circuit.request_of(Caller(is_job=False)))
 
-    async def watch(self) -> None:
+    async def monitor(self) -> None:
         """Until cancelled: probe servers that are away every two seconds, and ask the others what they serve."""
         async with asyncio.TaskGroup() as group:
-            for endpoint in self.endpoints:
+            for endpoint in self.servers:
                 group.create_task(self._watch(endpoint))
                 group.create_task(self._watch_list(endpoint))
 
@@ -200,14 +200,14 @@ class ServerPool:
             changed = self._changed
             if endpoint.circuit.wants_probe:
                 await self._probes.probe(endpoint)
-            elif not endpoint.away and any(watchdog.is_silent() for watchdog in endpoint.requests):
+            elif not endpoint.is_away and any(watchdog.is_silent() for watchdog in endpoint.requests):
                 await self._probes.still_there(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
     async def _watch_list(self, endpoint: Server) -> None:
         while True:
             changed = self._changed
-            if endpoint.away is False and time.monotonic() - endpoint.listed > _LIST_EVERY:
+            if endpoint.is_up and time.monotonic() - endpoint.listed_at > _LIST_EVERY:
                 await self._probes.ask_list(endpoint)
             await _either(changed, _PROBE_EVERY * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
@@ -238,9 +238,9 @@ class ServerPool:
         run = circuit.begin(caller)
 
         def begun() -> None:
-            circuit.began(run)
+            circuit.on_first_event(run)
             if isinstance(model, str):
-                endpoint.answers(model)
+                endpoint.record_answer(model)
 
         watchdog = StreamWatchdog(self._limits)
         endpoint.requests.add(watchdog)
@@ -250,7 +250,7 @@ class ServerPool:
                 yield stream
             finally:
                 await stream.aclose()
-            circuit.succeeded(run)
+            circuit.on_success(run)
         except UpstreamError as error:
             refuses_key = await self._refuses_key(endpoint, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
@@ -258,7 +258,7 @@ class ServerPool:
             error.elsewhere &= route == CHAT  # a server may do without the other routes
             if error.elsewhere:
                 caller.refused_at[circuit] = error
-            endpoint.failed(run, error, refuses_key=refuses_key)
+            endpoint.record_failure(run, error, refuses_key=refuses_key)
             raise
         finally:
             endpoint.requests.discard(watchdog)
@@ -266,9 +266,9 @@ class ServerPool:
 
     def _lacks(self, endpoint: Server, model: str, caller: Caller, answer: UpstreamError) -> None:
         """A server does not know a model. Where all list others, that is the answer to all who ask."""
-        endpoint.lacks(model, caller)
+        endpoint.record_missing(model, caller)
         self._unlisted.drop(model)
-        if endpoint.models and model not in endpoint.models and not self.serving(model):
+        if endpoint.models and model not in endpoint.models and not self.servers_for(model):
             self._missing.put(model, answer)
 
     async def _refuses_key(self, endpoint: Server, error: UpstreamError) -> bool:
@@ -280,7 +280,7 @@ class ServerPool:
         if error.code != UNAUTHORIZED or (error.status == 403 and not endpoint.models):
             return False
         try:
-            await self.models(endpoint)
+            await self.list_models(endpoint)
         except UpstreamError as refusal:
             if refusal.code == UNAUTHORIZED and (refusal.status == 401 or endpoint.models):
                 error.status = 401
@@ -288,7 +288,7 @@ class ServerPool:
         return False
 
     def _left(self, endpoint: Server, run: ServerRequest) -> None:
-        endpoint.circuit.left(run)
+        endpoint.circuit.on_end(run)
         if endpoint.circuit.state is CircuitState.HALF_OPEN:
             self._wake()
 
@@ -300,9 +300,9 @@ class ServerPool:
         A field is held to be unknown only once the same request was taken without it, and never for a request that
         has it of its own: a bad job, or one whose text quotes such a name in an error, must not cost the others theirs.
         """
-        without = set(endpoint.without)
+        without = set(endpoint.unsupported_fields)
 
-        async def opened() -> HttpAnswer:
+        async def opened() -> HttpResponse:
             while True:
                 try:
                     body = body_for(request, without)
@@ -311,7 +311,7 @@ class ServerPool:
                     if not leave_out(error):
                         raise
 
-        async def reopened(error: UpstreamError) -> HttpAnswer | None:
+        async def reopened(error: UpstreamError) -> HttpResponse | None:
             if not leave_out(error):
                 return None
             watchdog.restart()
@@ -323,7 +323,7 @@ class ServerPool:
             return bool(refused)
 
         def begun() -> None:
-            endpoint.without |= without
+            endpoint.unsupported_fields |= without
             on_first()
 
         stream = ChatStream(await opened(), watchdog)
@@ -347,20 +347,20 @@ class ServerPool:
             async with watchdog:
                 return await self._api.post(endpoint, path, body)
         except TimeoutError:
-            raise watchdog.silence() from None
+            raise watchdog.timeout_error() from None
         except UpstreamError as error:
             refuses_key = await self._refuses_key(endpoint, error)
             error.elsewhere &= 300 <= error.status < 400  # it may do without this path
             if error.elsewhere:
                 caller.refused_at[endpoint.circuit] = error
             else:
-                endpoint.failed(run, error, refuses_key=refuses_key)
+                endpoint.record_failure(run, error, refuses_key=refuses_key)
             raise
         finally:  # whoever goes on to a stream begins it before another may try
             endpoint.requests.discard(watchdog)
             self._left(endpoint, run)
 
-    async def models(self, endpoint: Server) -> list[str]:
+    async def list_models(self, endpoint: Server) -> list[str]:
         """The names of the models that a server serves.
 
         Raises:

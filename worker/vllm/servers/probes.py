@@ -37,17 +37,17 @@ class Probes:
         try:
             trouble = await self._trouble(endpoint)
         except Late:
-            endpoint.circuit.probed_late()
+            endpoint.circuit.on_late_probe()
         else:
-            endpoint.circuit.probed(trouble)
+            endpoint.circuit.on_probe(trouble)
 
     async def still_there(self, endpoint: Server) -> None:
         """Ask a server whose streams are silent: else all of them wait for their limit when it is going down."""
-        run = endpoint.circuit.run_of(Caller())
+        run = endpoint.circuit.request_of(Caller())
         try:
             await self._api.health(endpoint, FIRST_LIMIT)
         except NoConnection as error:
-            endpoint.failed(run, error)
+            endpoint.record_failure(run, error)
         except UpstreamError:
             pass  # a server that answers late may well send on
 
@@ -66,7 +66,7 @@ class Probes:
                 return True
             await asyncio.sleep(self._all_asked + LIST_AGAIN - time.monotonic())
             self._all_asked = began = time.monotonic()
-            there = [endpoint for endpoint in self._endpoints if not endpoint.away]
+            there = [endpoint for endpoint in self._endpoints if not endpoint.is_away]
             if any(map(_may_say_more, await asyncio.gather(*map(self.ask_list, there)))):
                 return False
             self._all_listed = began
@@ -100,15 +100,15 @@ class Probes:
         return problem.code if health == 404 and problem.status >= 500 else ""  # one that asks for a key is there
 
     async def _list(self, endpoint: Server, ask: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
-        endpoint.listed = time.monotonic()
+        endpoint.listed_at = time.monotonic()
         try:
-            endpoint.lists(await ask())
+            endpoint.record_models(await ask())
         except UpstreamError as error:
             if not error.retryable or (error.status == 403 and not endpoint.models):
-                endpoint.lists([])
+                endpoint.record_models([])
                 return None
             if isinstance(error, Late) and error.within < LONGEST_LIMIT:
-                endpoint.listed = float("-inf")  # soon again, beside the requests
+                endpoint.listed_at = float("-inf")  # soon again, beside the requests
             return error
         return None
 

@@ -28,13 +28,13 @@ class Server:
     Attributes:
         url: its base, without `/v1`.
         requests: those that it has, each by the watchdog over it.
-        without: the fields that it does not understand.
+        unsupported_fields: the fields that it does not understand.
         models: the names that it lists; empty while they are not known, and for a server that does not list them.
         unlisted: names that it has answered to all the same, for as long as it does.
         lacking: names that it did not know lately.
-        listed: when it was last asked for them, by the clock.
+        listed_at: when it was last asked for them, by the clock.
         fix: what to do about its last error, where that is known.
-        key: the one that it took last; empty while it has taken none.
+        accepted_key: the one that it took last; empty while it has taken none.
     """
 
     def __init__(
@@ -47,20 +47,20 @@ class Server:
         self.url = url
         self._users = 0
         self.requests: set[StreamWatchdog] = set()
-        self.without: set[str] = set()
+        self.unsupported_fields: set[str] = set()
         self.models: frozenset[str] = frozenset()
         self.unlisted: Recent[bool] = Recent(clock, float("inf"))
         self.lacking: Recent[bool] = Recent(clock, MISSING)
-        self.listed = float("-inf")
+        self.listed_at = float("-inf")
         self._deniers: dict[str, set[Caller]] = {}
         self.fix = ""
-        self.key = ""
+        self.accepted_key = ""
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change))
         self._clock = clock
         self._busy_until = 0.0
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def reserve(self) -> Iterator[None]:
         """Within it a request of this worker is for this server: enter at once, lest all that come together choose it.
 
         The requests that it has are known later only, once each has been made and perhaps asked for its tokens.
@@ -77,14 +77,24 @@ class Server:
         return self._users
 
     @property
-    def away(self) -> bool | None:
-        """Whether it gets no requests for now; None until that is known."""
-        return None if self.circuit.state is CircuitState.UNKNOWN else self.circuit.state is CircuitState.OPEN
+    def is_known(self) -> bool:
+        """Whether a probe or a request has shown yet whether the server is there."""
+        return self.circuit.state is not CircuitState.UNKNOWN
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the server gets no requests for now."""
+        return self.circuit.state is CircuitState.OPEN
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the server is known to take requests, if only one at a time."""
+        return self.is_known and not self.is_away
 
     @property
     def refuses_key(self) -> bool:
         """Whether it is away because it does not take the worker's key."""
-        return self.away is True and self.circuit.reason == UNAUTHORIZED
+        return self.is_away and self.circuit.reason == UNAUTHORIZED
 
     @property
     def is_busy(self) -> bool:
@@ -97,26 +107,26 @@ class Server:
             return model not in self.lacking
         return model in self.unlisted or (not self.models and model not in self.lacking)
 
-    def lists(self, names: Iterable[str]) -> None:
+    def record_models(self, names: Iterable[str]) -> None:
         """It says what it serves."""
         self.models = frozenset(names)
         self._deniers.clear()
         for name in self.models:
             self.lacking.drop(name)
 
-    def answers(self, model: str) -> None:
+    def record_answer(self, model: str) -> None:
         """It has begun to answer a request for this model."""
         self._deniers.pop(model, None)
         if model and self.models and model not in self.models:
             self.unlisted.put(model, True)
 
-    def lacks(self, model: str, caller: Caller) -> None:
+    def record_missing(self, model: str, caller: Caller) -> None:
         """It answered a job that it does not know a model: it is asked for its list again.
 
         Where it lists the model, that may be about this one job, such as an image that is not found. Then only the new
         list takes the model away, or `FAILURES` jobs with the same answer and no other answer between them.
         """
-        self.listed = float("-inf")
+        self.listed_at = float("-inf")
         self.unlisted.drop(model)
         if model in self.models:
             deniers = self._deniers.setdefault(model, set())
@@ -125,7 +135,7 @@ class Server:
                 return
         self.lacking.put(model, True)
 
-    def failed(self, run: ServerRequest, error: UpstreamError, *, refuses_key: bool = False) -> None:
+    def record_failure(self, run: ServerRequest, error: UpstreamError, *, refuses_key: bool = False) -> None:
         """A request failed: what that says about the server; `refuses_key` where it takes no key of ours for anything.
 
         Then one request is enough: it answers at once, and with the fewest in flight it would get nearly all of them.
@@ -135,10 +145,10 @@ class Server:
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
         if may_be_its_fault(error):
-            self.circuit.failed(run, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
+            self.circuit.on_failure(run, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
         if isinstance(error, ConnectionRefused):
             for watchdog in self.requests:
-                watchdog.hurry()
+                watchdog.tighten()
 
 
 def may_be_its_fault(error: UpstreamError) -> bool:
@@ -164,7 +174,7 @@ def best_of(endpoints: Sequence[Server], caller: Caller, other_than: Server | No
         return (
             not circuit.admits(caller),
             not circuit.admits(caller, pressed=True),
-            endpoint.away is True,
+            endpoint.is_away,
             endpoint.is_busy,
             circuit in caller.failed_at,
             endpoint is other_than,

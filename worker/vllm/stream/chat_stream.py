@@ -17,7 +17,7 @@ from ...contract.entries import Object, to_json
 from ..error_bodies import HEAD_OF_PAGE, excerpt
 from ..errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
 from ..http.target import Target
-from ..http.transport import HttpAnswer, Transport
+from ..http.transport import HttpResponse, Transport
 from .sse import EventTooLarge, SSEDecoder
 
 _END_OF_ANSWER = 0.5
@@ -71,11 +71,11 @@ class StreamWatchdog:
         if limit is not None:
             await limit.__aexit__(kind, error, traceback)
 
-    def heard(self) -> None:
+    def on_event(self) -> None:
         """An event is there. Said for each, so it costs next to nothing: the timer finds it out when it is due."""
         self._since = monotonic()
 
-    def begin(self) -> None:
+    def on_answer_start(self) -> None:
         """The answer has begun: from here on the gap is the limit."""
         self._since = monotonic()
         if not self._begun:
@@ -91,7 +91,7 @@ class StreamWatchdog:
         """Whether it has waited for longer than moments by now."""
         return self._timer is not None and monotonic() - self._since > _MOMENTS
 
-    def hurry(self) -> None:
+    def tighten(self) -> None:
         """The server takes no connections any more: what it does not send within moments will not come.
 
         vLLM 0.32.0 freezes its open streams when it gets SIGTERM, and refuses connections at once.
@@ -100,7 +100,7 @@ class StreamWatchdog:
             self._hurried = monotonic()
         self._look_again()
 
-    def silence(self, passed_over: str = "") -> UpstreamError:
+    def timeout_error(self, passed_over: str = "") -> UpstreamError:
         """The error of a server that was silent for too long; it quotes what the server sent in place of events."""
         quoted = f"; what it sent is no event: {excerpt(passed_over)}" if passed_over else ""
         if self._hurried is not None:
@@ -143,7 +143,7 @@ class ChatStream:
         "reopen",
     )
 
-    def __init__(self, answer: HttpAnswer, watchdog: StreamWatchdog) -> None:
+    def __init__(self, answer: HttpResponse, watchdog: StreamWatchdog) -> None:
         self._answer = answer
         self._watchdog = watchdog
         self._is_new = True
@@ -153,17 +153,17 @@ class ChatStream:
         Without it the first event begins the answer."""
         self.on_first: Callable[[], None] | None = None
         """Called when the first event is there and was taken."""
-        self.reopen: Callable[[UpstreamError], Awaitable[HttpAnswer | None]] | None = None
+        self.reopen: Callable[[UpstreamError], Awaitable[HttpResponse | None]] | None = None
         """Called with an error that came in place of the first event; gives the answer to a request that avoids it."""
         self._decoder: SSEDecoder | _Opening = _Opening(self._become)
         self._take: Callable[[list[bytes]], bool]
 
     @property
-    def passed_over(self) -> str:
+    def skipped(self) -> str:
         """The first lines that were of no event."""
-        return self._decoder.passed_over.decode("utf-8", "replace")
+        return self._decoder.skipped.decode("utf-8", "replace")
 
-    async def pour(self, take: Callable[[list[bytes]], bool]) -> bool:
+    async def read_into(self, take: Callable[[list[bytes]], bool]) -> bool:
         """Hand over the data of all events that arrive at once, as they do, until told that this is enough for now.
 
         False at the end of the stream. What `take` raises comes out here.
@@ -188,11 +188,11 @@ class ChatStream:
     async def _pour(self) -> bool:
         try:
             async with self._watchdog:
-                more = await self._answer.body.pour(self._arrived)
+                more = await self._answer.body.read_into(self._arrived)
             return more or self._hand_over(self._decoder.end())
         except TimeoutError:
             self._hand_over(self._decoder.end())  # perhaps it is an error
-            raise self._watchdog.silence("" if self._has_begun else self.passed_over) from None
+            raise self._watchdog.timeout_error("" if self._has_begun else self.skipped) from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
@@ -204,9 +204,9 @@ class ChatStream:
         events = self._decoder.feed(piece)
         if not events:
             if self._decoder.holds_json:
-                self._watchdog.begin()  # a completion that is no stream, in more than one piece
+                self._watchdog.on_answer_start()  # a completion that is no stream, in more than one piece
             return False
-        self._watchdog.heard()
+        self._watchdog.on_event()
         take = self._take
         is_enough = take(events)
         if not self._has_begun:  # and no error in place of an answer
@@ -232,9 +232,9 @@ class ChatStream:
         self._is_new = False
         if self.has_begun is None or self.has_begun():
             self._has_begun = True
-            self._watchdog.begin()
+            self._watchdog.on_answer_start()
 
-    async def finish(self) -> None:
+    async def read_rest(self) -> None:
         """After `[DONE]`: read the end of the answer, briefly, so that the connection can serve again.
 
         What comes by then is handed over as before: it may be the usage.
@@ -247,16 +247,16 @@ class ChatStream:
 
         with suppress(httpx.HTTPError, TimeoutError, EventTooLarge):
             async with asyncio.timeout(_END_OF_ANSWER):
-                await self._answer.body.pour(arrived)
+                await self._answer.body.read_into(arrived)
 
     async def aclose(self) -> None:
         """Close the answer; a vLLM that is not done with it stops at once."""
         await self._answer.body.aclose()
 
 
-async def open_answer(
+async def open_response(
     transport: Transport, target: Target, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
-) -> HttpAnswer:
+) -> HttpResponse:
     """Post a completion, and give the answer that holds its stream.
 
     Raises:
@@ -266,7 +266,7 @@ async def open_answer(
         async with watchdog:
             answer = await transport.post(target, to_json(body).encode(), limits.connect)
     except TimeoutError:
-        raise watchdog.silence() from None
+        raise watchdog.timeout_error() from None
     except httpx.HTTPError as error:
         raise unreachable(target.url, error) from None
     try:
@@ -277,7 +277,7 @@ async def open_answer(
     return answer
 
 
-async def _refuse(answer: HttpAnswer, limits: StreamTimeouts) -> None:
+async def _refuse(answer: HttpResponse, limits: StreamTimeouts) -> None:
     """Raise for an answer that cannot be the stream, as far as its head tells. Its label does not: see `_Opening`."""
     if answer.status not in _ANSWERS:
         response = httpx.Response(answer.status, headers=answer.headers, stream=answer.body)
@@ -299,7 +299,7 @@ class _Opening:
     __slots__ = ("_become", "_held")
 
     holds_json = False
-    passed_over = b""
+    skipped = b""
 
     def __init__(self, become: Callable[[], SSEDecoder]) -> None:
         self._become = become

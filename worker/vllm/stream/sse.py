@@ -43,7 +43,7 @@ class SSEDecoder:
 
     __slots__ = (
         "_after_cr", "_data", "_depth", "_has_data", "_held", "_is_between", "_is_error", "_is_late", "_json", "_max",
-        "_objects", "_pending", "_size", "passed_over",
+        "_objects", "_pending", "_size", "skipped",
     )  # fmt: skip
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
@@ -60,7 +60,7 @@ class SSEDecoder:
         self._is_late = False  # it is called so only behind the data that is held
         self._has_data = False
         self._objects = 0  # that came without `data:`
-        self.passed_over = b""
+        self.skipped = b""
         """The first lines that are of no event, for errors that say what came in place of an answer."""
 
     @property
@@ -93,7 +93,7 @@ class SSEDecoder:
         """What the end of the stream completes, where nothing but its line ends is missing: it is whole JSON.
 
         One object without `data:` is a whole completion where nothing else came: `[DONE]` follows it. What is not
-        completed goes to `passed_over`.
+        completed goes to `skipped`.
         """
         events = self._events([b"".join(self._pending)] if self._pending else [])
         self._pending.clear()
@@ -218,8 +218,8 @@ class SSEDecoder:
         self._depth = self._held = 0
 
     def _pass_over(self, line: bytes) -> None:
-        if len(self.passed_over) < _MOST_PASSED_OVER:
-            self.passed_over += line[:_MOST_PASSED_OVER] + b"\n"
+        if len(self.skipped) < _MOST_PASSED_OVER:
+            self.skipped += line[:_MOST_PASSED_OVER] + b"\n"
 
     def _grow(self, size: int) -> None:
         self._size += size
