@@ -125,8 +125,8 @@ async def test_d2_what_sentinels_refuse_is_told(
         with pytest.raises(RedisConnectionError, match=f"^no sentinel tells where the master 'mymaster' is: {words} "):
             await redis.get("k")
     (told,) = [it async for it in check({"redis_url": given, "vllm_urls": simulator.url}) if it.level == "error"]
-    assert words in told.text
-    assert told.mend.startswith("put the password of the sentinels into REDIS_URL: ")
+    assert words in told.message
+    assert told.fix.startswith("put the password of the sentinels into REDIS_URL: ")
     assert "guard" not in str(told)
 
 
@@ -354,7 +354,7 @@ async def test_d5_in_a_cluster_the_rights_of_the_readme_do(
     assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
     found = [it async for it in check({"redis_url": urls["worker"], "vllm_urls": simulator.url})]
     of_redis = [it for it in found if it.subject.startswith("Redis")]
-    assert [it.text for it in of_redis if it.level != "ok" and "append-only" not in it.text] == []
+    assert [it.message for it in of_redis if it.level != "ok" and "append-only" not in it.message] == []
 
 
 async def test_d1_what_the_url_says_of_connections_changes_nothing_in_a_cluster(
@@ -710,7 +710,7 @@ async def test_each_master_is_looked_at_and_a_url_of_another_kind_is_told(
 ) -> None:
     async def found(url: str) -> list[tuple[str, str]]:
         findings = [finding async for finding in check({"redis_url": url, "vllm_urls": simulator.url})]
-        return [(it.level, it.text) for it in findings if it.subject.startswith("Redis") and it.level != "warning"]
+        return [(it.level, it.message) for it in findings if it.subject.startswith("Redis") and it.level != "warning"]
 
     assert [level for level, _ in await found(cluster_url)] == ["ok"] * 3
     assert await found(f"redis://127.0.0.1:{nodes[0].port}") == [("error", "it runs in cluster mode")]

@@ -532,7 +532,7 @@ async def test_simulate_serves_until_a_signal(signum: signal.Signals) -> None:
     async with started("simulate", "--port", "0", "--model", "mine", "--api-key", "k") as process:
         url = (await line_with(process.stderr, "listens on")).split()[-1]
         findings = [f async for f in check({"vllm_urls": url, "vllm_api_key": "k", "redis_url": NOWHERE})]
-        assert (findings[-1].subject, findings[-1].text) == (f"vLLM {url}", "serves mine")
+        assert (findings[-1].subject, findings[-1].message) == (f"vLLM {url}", "serves mine")
         process.send_signal(signum)
         ended = await rest(process)
     assert (ended.status, ended.out) == (0, "")

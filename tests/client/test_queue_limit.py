@@ -110,5 +110,5 @@ async def test_a_check_warns_of_a_full_queue(redis_url: str, limited: Client) ->
     await full(limited)
     options: dict[str, object] = {"redis_url": redis_url, "vllm_urls": "http://127.0.0.1:1", "queue_limit": "3"}
     (finding,) = [finding async for finding in check(options) if finding.subject == "queue default"]
-    assert (finding.level, finding.text) == ("warning", "it is full: 3 jobs wait, and the limit is 3")
-    assert "WORKER_QUEUE_LIMIT" in finding.mend
+    assert (finding.level, finding.message) == ("warning", "it is full: 3 jobs wait, and the limit is 3")
+    assert "WORKER_QUEUE_LIMIT" in finding.fix

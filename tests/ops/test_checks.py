@@ -50,9 +50,9 @@ async def test_an_eviction_policy_and_a_missing_append_only_file_are_warnings(
     await redis.config_set("maxmemory-policy", "allkeys-lru")
     answers, policy, storage = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
     assert answers.level == "ok"
-    assert (policy.level, policy.mend) == ("warning", "set maxmemory-policy to noeviction")
-    assert "allkeys-lru" in policy.text
-    assert (storage.level, storage.mend) == ("warning", "set appendonly to yes")
+    assert (policy.level, policy.fix) == ("warning", "set maxmemory-policy to noeviction")
+    assert "allkeys-lru" in policy.message
+    assert (storage.level, storage.fix) == ("warning", "set appendonly to yes")
 
     await redis.config_set("maxmemory-policy", "noeviction")
     await redis.config_set("appendonly", "yes")
@@ -78,13 +78,13 @@ async def test_every_queue_is_told_with_what_waits_in_it_and_that_nobody_does_it
         await redis.xadd("chat:jobs:high", {"id": "x"})
     await redis.xreadgroup("workers", "somebody", {"chat:jobs:high": ">"}, count=1)
     findings = await found(redis_url=redis_url, vllm_urls=simulator.url, queues="high,default")
-    assert [finding.text for finding in about(findings, "queue")] == [
+    assert [finding.message for finding in about(findings, "queue")] == [
         "jobs that wait: 2; with a worker: 1",
         "no job has been added yet",
     ]
     (workers,) = about(findings, "workers")
-    assert (workers.level, workers.mend) == ("warning", "start one: worker run")
-    assert workers.text == "alive: 0; of their 0 slots in use: 0; jobs to be done: 3"
+    assert (workers.level, workers.fix) == ("warning", "start one: worker run")
+    assert workers.message == "alive: 0; of their 0 slots in use: 0; jobs to be done: 3"
     await redis.delete("chat:jobs:high")
 
 
@@ -100,9 +100,9 @@ async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are
     assert about(findings, "workers") == [Finding("ok", "workers", "alive: 2; of their 16 slots in use: 6")]
     killed, waiting = about(findings, "worker ")
     assert (killed.subject, killed.level) == ("worker killed", "warning")
-    assert killed.text.startswith("it has been silent for 6")
-    assert (waiting.subject, waiting.text) == ("worker waiting", "it takes no jobs at the moment: no_vllm")
-    assert waiting.mend.startswith("start a vLLM server")
+    assert killed.message.startswith("it has been silent for 6")
+    assert (waiting.subject, waiting.message) == ("worker waiting", "it takes no jobs at the moment: no_vllm")
+    assert waiting.fix.startswith("start a vLLM server")
     await redis.delete("chat:workers")
 
 
@@ -121,7 +121,7 @@ async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
     for bad in (url, url.replace("//", "//:wrong-pw@")):
         (refused,) = about(await found(redis_url=bad, vllm_urls=simulator.url), "Redis")
         assert refused.level == "error"
-        assert "redis://:PASSWORD@host" in refused.mend
+        assert "redis://:PASSWORD@host" in refused.fix
         assert "-pw" not in str(refused)
     good = about(await found(redis_url=url.replace("//", "//:hidden-pw@"), vllm_urls=simulator.url), "Redis")
     assert good[0].level == "ok"
@@ -130,7 +130,7 @@ async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
 async def test_d1_options_of_the_url_that_have_no_effect_are_told(redis_url: str, simulator: Simulator) -> None:
     findings = await found(redis_url=f"{redis_url}?protocol=3&max_connections=4", vllm_urls=simulator.url)
     _, told = about(findings, "settings")
-    assert (told.level, told.text) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
+    assert (told.level, told.message) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
     assert about(findings, "queue")[0].level == "ok"
 
 
@@ -148,9 +148,9 @@ async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, sim
     (redis,) = about(findings, "Redis")
     no_http, no_route = about(findings, "vLLM")
     assert (redis.level, no_http.level, no_route.level) == ("error", "error", "error")
-    assert redis.text
-    assert no_http.text.startswith(f"cannot reach http://127.0.0.1:{port}/v1/models: ")
-    assert no_route.text == "Not Found"
+    assert redis.message
+    assert no_http.message.startswith(f"cannot reach http://127.0.0.1:{port}/v1/models: ")
+    assert no_route.message == "Not Found"
 
 
 async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
@@ -162,16 +162,16 @@ async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
     async with sending(pages) as web, sending(moved) as redirect:
         urls = [web, redirect, simulator.url.replace("http:", "https:"), simulator.url + "/v1/chat/completions"]
         page_found, moved_found, plain, good = about(await found(redis_url=redis_url, vllm_urls=",".join(urls)), "vLLM")
-    assert page_found.text == "a web page came in place of an answer: Dashboard"
-    assert page_found.mend == "see whether VLLM_URLS is the URL of a vLLM server"
-    assert moved_found.text == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
-    assert moved_found.mend == "set VLLM_URLS to the server's own URL"
-    assert plain.mend == "if the server does not speak TLS there, its URL begins with http://"
-    assert (good.level, good.text) == ("ok", "serves reciter")
+    assert page_found.message == "a web page came in place of an answer: Dashboard"
+    assert page_found.fix == "see whether VLLM_URLS is the URL of a vLLM server"
+    assert moved_found.message == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
+    assert moved_found.fix == "set VLLM_URLS to the server's own URL"
+    assert plain.fix == "if the server does not speak TLS there, its URL begins with http://"
+    assert (good.level, good.message) == ("ok", "serves reciter")
 
 
 @pytest.mark.parametrize(
-    ("sent", "text", "mend"),
+    ("sent", "text", "fix"),
     [
         (b"", "the server closed the connection", "if the server speaks TLS, its URL begins with https://"),
         (None, "Connection reset by peer", "if the server speaks TLS, its URL begins with https://"),
@@ -187,7 +187,7 @@ async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
     ],
 )  # fmt: skip
 async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
-    redis_url: str, sent: bytes | None, text: str, mend: str
+    redis_url: str, sent: bytes | None, text: str, fix: str
 ) -> None:
     """F4 and F7 of C8. Nothing sent is a connection that is closed, None one that is reset."""
 
@@ -203,15 +203,15 @@ async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
         where = "http://{}:{}".format(*server.sockets[0].getsockname())
         (told,) = about(await found(redis_url=redis_url, vllm_urls=where), "vLLM")
     assert told.level == "error"
-    assert told.text.endswith(text)
-    assert told.mend == mend
+    assert told.message.endswith(text)
+    assert told.fix == fix
 
 
 async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
     one = await start_simulator(Options(model="small"))
     other = await start_simulator(Options(model="large", api_key="k"))
     findings = await found(redis_url=redis_url, vllm_urls=f"{one.url},{other.url}", vllm_api_key="k")
-    assert [finding.text for finding in about(findings, "vLLM")] == ["serves small", "serves large"]
+    assert [finding.message for finding in about(findings, "vLLM")] == ["serves small", "serves large"]
 
 
 async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +290,7 @@ async def miss_its_replicas(redis: Redis) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "mend"),
+    ("harm", "fix"),
     [
         (become_a_replica, "this is a replica: set REDIS_URL to its master"),
         (fail_to_save, "give it room on its disk"),
@@ -298,7 +298,7 @@ async def miss_its_replicas(redis: Redis) -> None:
     ],
 )
 async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_silent(
-    own_redis: tuple[Redis, str], simulator: Simulator, harm: Callable[[Redis], Awaitable[None]], mend: str
+    own_redis: tuple[Redis, str], simulator: Simulator, harm: Callable[[Redis], Awaitable[None]], fix: str
 ) -> None:
     redis, url = own_redis
     await redis.hset(
@@ -307,8 +307,8 @@ async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_
     await harm(redis)
     findings = await found(redis_url=url, vllm_urls=simulator.url)
     (refusal,) = [finding for finding in findings if finding.level == "error"]
-    assert refusal.text.startswith("it takes no writes: ")
-    assert refusal.mend.startswith(mend)
+    assert refusal.message.startswith("it takes no writes: ")
+    assert refusal.fix.startswith(fix)
     assert not about(findings, "worker")
 
 
@@ -321,7 +321,7 @@ async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator
     async with await asyncio.start_server(load, "127.0.0.1", 0) as server:
         where = "redis://{}:{}".format(*server.sockets[0].getsockname())
         (loading,) = about(await found(redis_url=where, vllm_urls=simulator.url), "Redis")
-    assert (loading.level, loading.mend.split(":")[0]) == ("error", "wait")
+    assert (loading.level, loading.fix.split(":")[0]) == ("error", "wait")
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Pat
 
 
 WORDS: list[tuple[str, str, str]] = [
-    # REDIS_URL, what is said of it and how to mend it; {plain} and {tls} are ports, {ca} a file
+    # REDIS_URL, what is said of it and how to fix it; {plain} and {tls} are ports, {ca} a file
     ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
     ("redis://no-such-host.invalid/0", "not known", "is the name of the host right? set REDIS_URL"),
     ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
@@ -367,25 +367,25 @@ WORDS: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("url", "words", "mend"), WORDS)
+@pytest.mark.parametrize(("url", "words", "fix"), WORDS)
 async def test_c8_what_is_wrong_with_the_way_to_redis_is_told_with_how_to_mend_it(
-    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
     (told,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
     assert told.level == "error"
-    assert words.lower() in told.text.lower().replace("`", "'")
-    assert told.mend.startswith(mend)
+    assert words.lower() in told.message.lower().replace("`", "'")
+    assert told.fix.startswith(fix)
 
 
 MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
 
 
-@pytest.mark.parametrize(("url", "words", "mend"), MIXED_UP)
+@pytest.mark.parametrize(("url", "words", "fix"), MIXED_UP)
 async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
-    url: str, words: str, mend: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """F3 of C8: the error itself is a timeout, or a connection that was closed."""
@@ -405,7 +405,7 @@ async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
         await running
     told = next(line for line in logs if line["event"] == "redis_unavailable")
     assert words in told["error"]
-    assert told["advice"] == mend
+    assert told["advice"] == fix
 
 
 async def test_c8_a_certificate_is_trusted_by_either_way(
@@ -424,5 +424,5 @@ async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str, mon
     monkeypatch.setattr("worker.vllm.servers.pool.FIRST_LIMIT", 0.1)
     async with sending(then_close=False) as url:
         findings = await found(redis_url=redis_url, vllm_urls=url)
-    assert findings[-1].text == f"{url}/v1/models did not answer within 0.1 s"
-    assert findings[-1].mend == "see whether it is busy: workers give it more time to answer"
+    assert findings[-1].message == f"{url}/v1/models did not answer within 0.1 s"
+    assert findings[-1].fix == "see whether it is busy: workers give it more time to answer"

@@ -149,7 +149,7 @@ async def test_d5_with_the_rights_of_the_readme_the_check_finds_nothing(
     users: dict[Role, str], simulator: Simulator
 ) -> None:
     found = await findings(users["worker"], simulator)
-    assert [it.text for it in found if it.level != "ok"] == [
+    assert [it.message for it in found if it.level != "ok"] == [
         "the append-only file is off: a restart of Redis loses waiting jobs and logs"
     ]
 
@@ -169,7 +169,7 @@ async def newest(redis: Redis, key: str) -> bytes:
 
 NOTHING = "no job can be done: the user lacks the rights "
 RIGHTS: list[tuple[list[str], str, str, str]] = [
-    # what is changed of the rights of a worker, and of what is found: the level, how it begins, and how to mend it
+    # what is changed of the rights of a worker, and of what is found: the level, how it begins, and how to fix it
     *[
         ([f"-{name}"], "error", f"{NOTHING}+{name}", f"ACL SETUSER <user> +{name}")
         for name in (
@@ -196,12 +196,12 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
     (["-watch", "-xadd"], "error", f"{NOTHING}+xadd +watch", "ACL SETUSER <user> +xadd +watch"),
     (["-publish"], "warning", "the feed is silent", "ACL SETUSER <user> +publish"),
     (["-subscribe"], "warning", "a cancel takes effect within two thirds of a lease", "ACL SETUSER <user> +subscribe"),
-    (["-hset"], "warning", "nobody sees this worker", "ACL SETUSER <user> +hset"),
-    (["-hgetall"], "warning", "nobody sees this worker", "ACL SETUSER <user> +hgetall"),
+    (["-hset"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hset"),
+    (["-hgetall"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hgetall"),
     (["-xtrim"], "warning", "the job streams are not trimmed", "ACL SETUSER <user> +xtrim"),
     (["-xlen"], "error", f"{NOTHING}+xlen", "ACL SETUSER <user> +xlen"),
-    (["-eval"], "warning", "nobody removes what dead workers leave", "ACL SETUSER <user> +eval"),
-    (["-info"], "warning", "version, memory and storage of Redis are not looked at", "ACL SETUSER <user> +info"),
+    (["-eval"], "warning", "consumers of dead workers stay", "ACL SETUSER <user> +eval"),
+    (["-info"], "warning", "version, memory and storage of Redis are not checked", "ACL SETUSER <user> +info"),
     (["resetchannels"], "warning", "the feed is silent", "ACL SETUSER <user> &chat:feed:*"),
     (["resetkeys"], "error", f"{NOTHING}~chat:tokens:* ~chat:ended:* ~chat:jobs*", "ACL SETUSER <user> ~chat:tokens:*"),
     (
@@ -231,16 +231,16 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "level", "begins", "mend"), RIGHTS, ids=[" ".join(row[0]) for row in RIGHTS])
+@pytest.mark.parametrize(("changed", "level", "begins", "fix"), RIGHTS, ids=[" ".join(row[0]) for row in RIGHTS])
 async def test_d5_and_c8_what_is_missing_is_found_and_told_with_how_to_give_it(
-    changed: list[str], level: str, begins: str, mend: str, redis: Redis, users: dict[Role, str], simulator: Simulator
+    changed: list[str], level: str, begins: str, fix: str, redis: Redis, users: dict[Role, str], simulator: Simulator
 ) -> None:
     await change(redis, "worker", *changed)
-    found = [it for it in await findings(users["worker"], simulator) if "append-only" not in it.text]
+    found = [it for it in await findings(users["worker"], simulator) if "append-only" not in it.message]
     told = next(it for it in found if it.level != "ok")
     assert told.level == level
-    assert told.text.startswith(begins)
-    assert told.mend.startswith(mend)
+    assert told.message.startswith(begins)
+    assert told.fix.startswith(fix)
     assert [it.level for it in found].count("error") == (level == "error")
     assert [it for it in found if it.subject.startswith("vLLM")]
 
@@ -248,9 +248,9 @@ async def test_d5_and_c8_what_is_missing_is_found_and_told_with_how_to_give_it(
 async def test_d5_what_only_a_client_needs_is_no_fault_of_a_worker(
     users: dict[Role, str], simulator: Simulator
 ) -> None:
-    (told,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.text]
-    assert (told.level, told.mend) == ("ok", "")
-    assert told.text.endswith(": +xread +xdel +unsubscribe")
+    (told,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.message]
+    assert (told.level, told.fix) == ("ok", "")
+    assert told.message.endswith(": +xread +xdel +unsubscribe")
 
 
 async def test_d5_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
@@ -272,9 +272,9 @@ async def everything(redis: Redis) -> dict[str, object]:
 
 RENAMED: list[tuple[str, str, str]] = [
     ("TYPE", "ok", ""),
-    ("INFO", "warning", "version, memory and storage of Redis are not looked at: Redis does not know INFO"),
-    ("HSET", "warning", "nobody sees this worker, neither this check nor the other workers: Redis does not know HSET"),
-    ("EVAL", "warning", "nobody removes what dead workers leave in the group: Redis does not know EVAL"),
+    ("INFO", "warning", "version, memory and storage of Redis are not checked: Redis does not know INFO"),
+    ("HSET", "warning", "neither this check nor the other workers see this worker: Redis does not know HSET"),
+    ("EVAL", "warning", "consumers of dead workers stay in the group: Redis does not know EVAL"),
     ("WATCH", "error", "no job can be done: Redis does not know WATCH"),
     ("EXEC", "error", "no job can be done: Redis does not know EXEC"),
     ("XAUTOCLAIM", "error", "no job can be done: Redis does not know XAUTOCLAIM"),
@@ -288,25 +288,27 @@ async def test_d5_a_command_that_was_renamed_is_told_as_such(
     assert redis_server.process is not None
     binary = Path(str(cast("list[object]", redis_server.process.args)[0]))
     with start_redis(binary, "--rename-command", command, "hidden") as renamed:
-        found = [it for it in await findings(renamed.url, simulator) if "append-only" not in it.text]
+        found = [it for it in await findings(renamed.url, simulator) if "append-only" not in it.message]
     assert [it.level for it in found].count("error") == (level == "error")
     told = [it for it in found if it.level != "ok"]
-    assert [(it.level, it.text) for it in told] == ([(level, f"{words}: renamed, or switched off")] if words else [])
-    assert all("rename-command" in it.mend and "start Redis" not in it.mend for it in told)
+    assert [(it.level, it.message) for it in told] == ([(level, f"{words}: renamed, or switched off")] if words else [])
+    assert all("rename-command" in it.fix and "start Redis" not in it.fix for it in told)
 
 
 @pytest.mark.parametrize(
     ("key", "without"),
-    [("lifecycle", "the lifecycle is not written"), ("dead", "jobs that are to be"), ("workers", "nobody sees this")],
+    [("lifecycle", "the lifecycle is not written"), ("dead", "jobs that should be"), ("workers", "neither this check")],
 )
 async def test_d6_something_else_in_the_place_of_a_side_record_is_told(
     key: str, without: str, redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:
     await redis.set(f"chat:{key}", "something else", ex=60)
-    (told,) = [it for it in await findings(redis_url, simulator) if it.level != "ok" and "append-only" not in it.text]
+    (told,) = [
+        it for it in await findings(redis_url, simulator) if it.level != "ok" and "append-only" not in it.message
+    ]
     assert told.level == "warning"
-    assert told.text.startswith(without)
-    assert told.text.endswith(f"something else stands at chat:{key}")
+    assert told.message.startswith(without)
+    assert told.message.endswith(f"something else is stored at chat:{key}")
 
 
 async def test_d5_a_transaction_that_is_refused_for_a_missing_right_is_no_passing_trouble(

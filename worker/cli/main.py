@@ -186,7 +186,9 @@ def check(as_json: bool, **options: object) -> None:
                     click.echo(to_json(finding.as_dict()))
                     continue
                 mark = marks.get(finding.level, click.style("error  ", fg="red"))
-                click.echo(f"{mark} {finding.subject}: {finding.text}" + (f" → {finding.mend}" if finding.mend else ""))
+                click.echo(
+                    f"{mark} {finding.subject}: {finding.message}" + (f" → {finding.fix}" if finding.fix else "")
+                )
         return well
 
     _exit(run_async(report))
