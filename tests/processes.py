@@ -30,13 +30,17 @@ class Process:
     def __init__(self, url: str, name: str) -> None:
         self.name = name
         self.commands = command_client(url)
-        self.lines = Transactions(self.commands)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
         self.publisher = Publisher(command_client(url, connections=1))
+        self.use(Transactions(self.commands))
+
+    def use(self, transactions: Transactions) -> None:
+        """Own logs by these connections from now on."""
+        self.transactions = transactions
         self.owner = LogOwnership(
-            self.lines, Keys(), self.jobs, self.publisher, worker=name, nonce=f"nonce-{name}", now=lambda: 1
-        )  # fmt: skip
+            transactions, Keys(), self.jobs, self.publisher, worker=self.name, nonce=f"nonce-{self.name}", now=lambda: 1
+        )
 
     async def claim(self) -> Delivery:
         (delivery,) = await self.jobs.read_new("default", 1, 500)

@@ -355,14 +355,16 @@ async def test_a_redis_that_loads_its_data_is_waited_for(
     log = await one.acquire(delivery)
     log.append(delta("before"))
     await log.wait_drained()
-    ask, asked = NodeConnections.ask, 0
+    query, queries = NodeConnections.query, 0
 
-    async def loading(wires: NodeConnections, commands: Sequence[Command]) -> list[object]:
-        nonlocal asked
-        asked += 1
-        return await ask(wires, commands) if asked > 2 else [BusyLoadingError("Redis is loading")] * len(commands)
+    async def loading(connections: NodeConnections, commands: Sequence[Command]) -> list[object]:
+        nonlocal queries
+        queries += 1
+        if queries > 2:
+            return await query(connections, commands)
+        return [BusyLoadingError("Redis is loading")] * len(commands)
 
-    monkeypatch.setattr(NodeConnections, "ask", loading)
+    monkeypatch.setattr(NodeConnections, "query", loading)
     one.publisher.verify_all()
     log.append(delta("after"))
     await log.wait_drained()
@@ -663,16 +665,16 @@ async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it
     log.append(delta("first"))
     await log.wait_drained()
     looked, advanced = asyncio.Event(), asyncio.Event()
-    ask = NodeConnections.ask
+    query = NodeConnections.query
 
-    async def slow(wires: NodeConnections, commands: Sequence[Command]) -> list[object]:
-        replies = await ask(wires, commands)
+    async def slow(connections: NodeConnections, commands: Sequence[Command]) -> list[object]:
+        replies = await query(connections, commands)
         if not looked.is_set():
             looked.set()
             await advanced.wait()
         return replies
 
-    monkeypatch.setattr(NodeConnections, "ask", slow)
+    monkeypatch.setattr(NodeConnections, "query", slow)
     one.publisher.verify_all()
     await looked.wait()
     await one.owner.next_attempt(log, delivery, "upstream")
@@ -717,7 +719,7 @@ async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
 ) -> None:
     monkeypatch.setattr("worker.broker.replicas._WAIT_MS", 60_000)  # for this test, for ever
     owner = LogOwnership(
-        one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
+        one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
     )  # fmt: skip
     logs = [f"r{number}" for number in range(100)]
     for request_id in logs:

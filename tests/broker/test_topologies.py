@@ -409,13 +409,22 @@ async def test_followers_listen_in_the_slot_from_redis_7_on_and_read_as_ever_bef
     assert ("cmdstat_xread" in node.client.info("commandstats")) != has_shards(node)
 
 
+@pytest.fixture
+def without_command_info(nodes: list[topology.Node], cluster_url: str) -> Iterator[str]:
+    """The URL of a user who may not run COMMAND INFO, so that Redis looks older than 7 to that user."""
+    for node in nodes:
+        node.ask("ACL", "SETUSER", "older", "on", ">pw", "~*", "&*", "+@all", "-command")
+    yield cluster_url.replace("://", "://older:pw@")
+    for node in nodes:
+        node.ask("ACL", "DELUSER", "older")
+
+
 async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_all_the_same(
-    cluster_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
+    without_command_info: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(NodeConnections, "has_shards", False)
     monkeypatch.setattr("worker.client.following._TICK", 0.05)
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=cluster_url)
+    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=without_command_info)
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
@@ -546,13 +555,13 @@ async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(
         for value in (b"a", b"b")
         for key in keys
     ]
-    wires = NodeConnections(master, by_slot=True)
-    await wires.connect()
+    connections = NodeConnections(master, by_slot=True)
+    await connections.connect()
     executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    wires.execute(commands, executed.set_result)
+    connections.execute(commands, executed.set_result)
     expected = [reply for value in (b"a", b"b") for _ in keys for reply in (b"OK", value)]
-    assert await executed == await wires.ask(commands) == expected
-    await wires.close()
+    assert await executed == await connections.query(commands) == expected
+    await connections.close()
     for key in keys:
         await master.delete(key)
 
@@ -569,20 +578,20 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
         (key, b"".join([pack(b"XADD", key.encode(), f"1-{n}".encode(), b"a", b"b") for n in added]), len(added))
         for added in ((1,), (2, 3)) for key in keys
     ]  # fmt: skip
-    wires = NodeConnections(master, by_slot=True)
-    await wires.connect()
+    connections = NodeConnections(master, by_slot=True)
+    await connections.connect()
     moving = slot_of(keys[0])
     nodes[0].ask("CLUSTER SETSLOT", moving, "MIGRATING", nodes[1].ask("CLUSTER MYID"))
     try:
         executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        wires.execute(commands, executed.set_result)
+        connections.execute(commands, executed.set_result)
         refusal = await executed
     finally:
         nodes[0].ask("CLUSTER SETSLOT", moving, "STABLE")
     assert isinstance(refusal, RedisError)
     assert is_transient(refusal)
     assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [0] + [4] * (len(keys) - 1)
-    await wires.close()
+    await connections.close()
     for key in keys:
         await redis.delete(key)
 

@@ -18,8 +18,7 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from worker.redisio.pipelined import Done, NodeConnections, Outcome, PipelinedConnection, pass_on
-from worker.redisio.transactions import Transactions
+from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, report_outcome
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
@@ -197,28 +196,12 @@ class _Connection(Connection):
         return reply
 
 
-class GatedWires(NodeConnections):
-    """The publisher's connections, whose every question waits at a gate."""
-
-    def __init__(self, redis: Redis, gate: Gate) -> None:
-        super().__init__(redis)
-        self.kind = gated(gate)
-
-
-class GatedLines(Transactions):
-    """The same for those of everything else that is written."""
-
-    def __init__(self, redis: Redis, gate: Gate) -> None:
-        super().__init__(redis)
-        self.kind = gated(gate)
-
-
 def gated(gate: Gate) -> type[PipelinedConnection]:
-    """Connections whose every question waits at a gate."""
-    return cast("type[PipelinedConnection]", type("GatedWire", (_Wire,), {"gate": gate}))
+    """The class of pipelined connections whose every exchange waits at a gate."""
+    return cast("type[PipelinedConnection]", type("GatedPipelinedConnection", (_PipelinedConnection,), {"gate": gate}))
 
 
-class _Wire(PipelinedConnection):
+class _PipelinedConnection(PipelinedConnection):
     gate: ClassVar[Gate]
     _is_left = False
 
@@ -230,9 +213,9 @@ class _Wire(PipelinedConnection):
     def is_open(self) -> bool:
         return not self._is_left and super().is_open
 
-    def send(self, packed: bytes, count: int, done: Done) -> None:
+    def send(self, packed: bytes, count: int, callback: Callback) -> None:
         task = asyncio.ensure_future(self._meet(packed, count))
-        task.add_done_callback(partial(pass_on, done))
+        task.add_done_callback(partial(report_outcome, callback))
 
     async def _meet(self, packed: bytes, count: int) -> list[Any]:
         fate = await self.gate.fate()
@@ -261,7 +244,7 @@ class _Wire(PipelinedConnection):
             super().abort()
 
     def _leave(self, packed: bytes) -> Late:
-        self._transport.set_protocol(self._former)
+        self._transport.set_protocol(self._former_protocol)
         left = late(self._connection, [packed])
         self._is_left = True
         return left

@@ -13,7 +13,7 @@ from functools import partial
 from typing import cast
 
 import httpx
-from faults import Fate, Gate, GatedLines, GatedWires, Network, gated
+from faults import Fate, Gate, Network, gated
 from redis.exceptions import RedisError
 
 from worker.broker.job_queue import Delivery, JobQueue
@@ -26,6 +26,7 @@ from worker.engine.job_context import Stop, Stopped
 from worker.engine.job_runner import JobRunner
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.errors import is_transient
+from worker.redisio.transactions import Transactions
 from worker.settings import load_settings
 from worker.telemetry.metrics import Metrics
 from worker.vllm.http.target import Target
@@ -78,13 +79,14 @@ class Worker:
         self._commands = command_client(world.url)
         self._blocking = blocking_client(world.url, 1)
         self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE)
-        self._publisher = Publisher(command_client(world.url, connections=1))
-        for redis in (self._commands, self._blocking, self._publisher._redis):
+        publishing = command_client(world.url, connections=1)
+        self._clients = (self._commands, self._blocking, publishing)
+        for redis in self._clients:
             self.gate.guard(redis)
-        self._publisher._wires = GatedWires(self._publisher._redis, self.gate)
-        lines = GatedLines(self._commands, self.gate)
-        self._ledger = ledger = Ledger(self._commands, Keys())
-        ledger._lifecycle._together.kind = gated(self.gate)
+        connection_type = gated(self.gate)
+        self._publisher = Publisher(publishing, connection_type=connection_type)
+        transactions = Transactions(self._commands, connection_type)
+        self._ledger = ledger = Ledger(self._commands, Keys(), connection_type=connection_type)
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts())
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
@@ -93,7 +95,7 @@ class Worker:
             load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
             jobs=self._jobs,
             owner=LogOwnership(
-                lines, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
+                transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
             ledger=ledger,
             publisher=self._publisher,
@@ -145,7 +147,7 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._ledger.aclose()
-        for redis in (self._commands, self._blocking, self._publisher._redis):
+        for redis in self._clients:
             await redis.aclose()
         await self._upstream.aclose()
 

@@ -64,6 +64,7 @@ from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.redisio.clients import persist
+from worker.redisio.transactions import Transactions
 from worker.sandbox.simulator.server import Simulator
 
 
@@ -77,8 +78,7 @@ async def gate_before(one: Process, redis_url: str) -> Gate:
     """From now on the commands of this process wait to be let through."""
     gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
     gate.guard(one.commands)
-    one.lines.kind = gated(gate)
-    one.lines._places.clear()
+    one.use(Transactions(one.commands, gated(gate)))
     await one.commands.connection_pool.disconnect()
     one.commands.connection_pool.reset()  # type: ignore[no-untyped-call]  # redis-py 8.1
     return gate
@@ -187,7 +187,9 @@ async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_o
 ) -> None:
     """As after a restart in a container: the name is the same, the job's lease is its own, and the log was begun."""
     await one.acquire(delivery)
-    again = LogOwnership(one.lines, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1)
+    again = LogOwnership(
+        one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1
+    )
     assert isinstance(await again.acquire("r", delivery, FAR), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 

@@ -781,7 +781,6 @@ async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Clie
 @pytest.fixture
 def slow_way(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     """3 MB a second, where Redis has 0.3 s to say something: the scale is a twentieth of the real one."""
-    monkeypatch.setattr("worker.redisio.pipelined.COMMAND_TIMEOUT", 0.3)
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
     redis_proxy.down = 0.02  # for each piece of 64 KiB
     return redis_proxy
@@ -806,7 +805,7 @@ async def test_d3_large_logs_on_a_slow_way_are_read(
 async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones(
     redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.redisio.pipelined.COMMAND_TIMEOUT", 0.1)
+    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.1)
     story = Story(redis)
     await story.write(START, *(delta(1, n) for n in range(1, 300)), END)
     for count in (b"200", b"50"):

@@ -14,7 +14,7 @@ from redis.exceptions import ClusterDownError, RedisError
 
 from ..contract.entries import Fields
 from ..redisio.clients import Backoff, command_client
-from ..redisio.cluster import ClusterClient, when_gone
+from ..redisio.cluster import ClusterClient, on_master_removed
 from ..telemetry.metrics import Metrics
 from .log_writer import AppendBatch, LogWriter
 from .publisher import Publisher
@@ -34,7 +34,7 @@ class ClusterPublisher:
         self._group: asyncio.TaskGroup | None = None
         self._leaving = False
         self._work = asyncio.Event()
-        when_gone(cluster, self._drop)
+        on_master_removed(cluster, self._drop)
 
     @property
     def has_shards(self) -> bool:
@@ -177,7 +177,7 @@ class _Part(Publisher):
     @property
     def knows_shards(self) -> bool:
         """Whether its own master knows sharded channels."""
-        return self._wires.has_shards
+        return self._wires.has_sharded_channels
 
     def retire(self) -> None:
         """Its server is no master any more: come to an end once all logs are elsewhere."""

@@ -17,6 +17,7 @@ from ..contract.job import FIELDS, RawFields, size_of
 from ..contract.keys import Keys
 from ..contract.records import DeadLetter, Lifecycle, WorkerRecord
 from ..redisio.errors import is_lost_connection, is_transient
+from ..redisio.pipelined import PipelinedConnection
 from ..telemetry.metrics import Metrics
 from .job_queue import Delivery
 from .lifecycle import LifecycleWriter
@@ -32,12 +33,13 @@ class Ledger:
     """Writes the records that are not the log of one request. `lifecycle_length` is in lines."""
 
     def __init__(
-        self, redis: Redis, keys: Keys, metrics: Metrics | None = None, lifecycle_length: int = 100_000
-    ) -> None:
+        self, redis: Redis, keys: Keys, metrics: Metrics | None = None, lifecycle_length: int = 100_000,
+        *, connection_type: type[PipelinedConnection] = PipelinedConnection,
+    ) -> None:  # fmt: skip
         self._redis = redis
         self._metrics = metrics or Metrics()
         self._keys = keys
-        self._lifecycle = LifecycleWriter(redis, keys, self._metrics, lifecycle_length)
+        self._lifecycle = LifecycleWriter(redis, keys, self._metrics, lifecycle_length, connection_type)
         self._burying = asyncio.Lock()
 
     def lifecycle(self, line: Lifecycle) -> "asyncio.Future[None]":

@@ -16,7 +16,7 @@ from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
 from ..redisio.clients import Backoff, Voice
 from ..redisio.errors import is_transient
-from ..redisio.pipelined import pack
+from ..redisio.pipelined import PipelinedConnection, pack
 from ..telemetry.metrics import Metrics
 
 _AT_ONCE = 100
@@ -26,8 +26,11 @@ _AT_ONCE = 100
 class LifecycleWriter:
     """Writes the lines of a process in the order in which they come, each at least once. `length` is in lines."""
 
-    def __init__(self, redis: Redis, keys: Keys, metrics: Metrics, length: int) -> None:
-        self._together = CommandBatcher(redis)
+    def __init__(
+        self, redis: Redis, keys: Keys, metrics: Metrics, length: int,
+        connection_type: type[PipelinedConnection] = PipelinedConnection,
+    ) -> None:  # fmt: skip
+        self._together = CommandBatcher(redis, connection_type)
         self._key = keys.lifecycle
         self._metrics = metrics
         self._add = ("XADD", self._key, "MAXLEN", "~", str(length), "*")
@@ -60,7 +63,7 @@ class LifecycleWriter:
         while self._waiting and not self._is_closed:
             batch = list(islice(self._waiting, _AT_ONCE))
             try:
-                await self._together.ask(self._key, b"".join([packed for packed, _ in batch]), len(batch))
+                await self._together.execute(self._key, b"".join([packed for packed, _ in batch]), len(batch))
             except Exception as error:  # noqa: BLE001 - whatever it is, no job waits for ever
                 is_away = isinstance(error, RedisError | OSError) and not isinstance(error, ResponseError)
                 if is_away or is_transient(error):

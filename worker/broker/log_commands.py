@@ -27,7 +27,7 @@ def has_ended(replies: list[Any]) -> bool:
 
 async def is_trimmed(line: Transaction, log: LogWriter, length: int) -> bool:
     """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
-    (reply,) = await line.ask(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
+    (reply,) = await line.query(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
     first = id_of(first_of(reply))
     return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
 
@@ -35,7 +35,7 @@ async def is_trimmed(line: Transaction, log: LogWriter, length: int) -> bool:
 async def greatest_id(line: Transaction, key: str) -> EntryId | None:
     """The greatest id that a log ever had, also where its entry was deleted; nothing where there is no log."""
     try:
-        (reply,) = await line.ask(command("XINFO", "STREAM", key))
+        (reply,) = await line.query(command("XINFO", "STREAM", key))
     except ResponseError as error:
         if "no such key" not in str(error):
             raise
@@ -50,7 +50,7 @@ def is_taken(error: ResponseError) -> bool:
 
 async def entry_at(line: Transaction, key: str, entry_id: EntryId) -> Entry | None:
     """The entry of this id, if the log has it; one that cannot be read is of an unknown type."""
-    (reply,) = await line.ask(command("XRANGE", key, str(entry_id), str(entry_id)))
+    (reply,) = await line.query(command("XRANGE", key, str(entry_id), str(entry_id)))
     raw = first_of(reply)
     return parse_leniently(*raw) if raw else None
 

@@ -183,7 +183,7 @@ class LogOwnership:
         began = await entry_at(line, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(began, Started):
             return job_of(began) != job_of(delivery) and not is_same(began.digest)
-        (stone,) = await line.ask(command("GET", self._keys.ended(request_id)))
+        (stone,) = await line.query(command("GET", self._keys.ended(request_id)))
         return stone is not None and not is_same(Tombstone.read(stone).digest)
 
     async def _refusal(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
@@ -227,7 +227,7 @@ class LogOwnership:
         attempt = attempt_after(log.attempt)
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._line(log.key) as line:
-                (reply,) = await line.ask(last_of(log.key))
+                (reply,) = await line.query(last_of(log.key))
                 first = await entry_at(line, log.key, EntryId(attempt, 0))
                 greatest = await greatest_id(line, log.key)
             lost = judge(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
@@ -238,7 +238,7 @@ class LogOwnership:
             if not self._wrote(first, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
         async with self._line(log.key) as line:
-            (length,) = await line.ask(xlen(log.key))
+            (length,) = await line.query(xlen(log.key))
         log.begin_attempt(attempt, length - 1)
 
     async def seal(
@@ -341,7 +341,7 @@ class LogOwnership:
     async def _line(self, key: str) -> AsyncIterator[Transaction]:
         """A connection to the server of a log's key, to ask about that log and its tombstone alone."""
         with _of_the_log():
-            async with self._lines.to(key) as line:
+            async with self._lines.begin(key) as line:
                 yield line
 
     async def _start(self, line: Transaction, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
@@ -373,7 +373,7 @@ class LogOwnership:
         key = self._keys.tokens(request_id)
         try:
             async with self._line(key) as line:
-                (written,) = await line.ask(xadd(key, claimed.id, to_fields(claimed), create=False))
+                (written,) = await line.query(xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
             if is_taken(error):
                 return False

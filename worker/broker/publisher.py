@@ -26,7 +26,7 @@ from ..contract.entries import Fields
 from ..contract.ids import EntryId
 from ..redisio.clients import Backoff
 from ..redisio.errors import redacted_message
-from ..redisio.pipelined import Command, NodeConnections, Outcome, pack
+from ..redisio.pipelined import Command, NodeConnections, Outcome, PipelinedConnection, pack
 from ..telemetry.metrics import Metrics
 from .feed import FeedBatch, FeedPublisher, note_listeners, trial
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_of, refused_in
@@ -56,10 +56,13 @@ _BEAT = 0.0007
 class Publisher:
     """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
 
-    def __init__(self, redis: Redis, metrics: Metrics | None = None, *, in_cluster: bool = False) -> None:
+    def __init__(
+        self, redis: Redis, metrics: Metrics | None = None, *, in_cluster: bool = False,
+        connection_type: type[PipelinedConnection] = PipelinedConnection,
+    ) -> None:  # fmt: skip
         """Write to the server of a client, which the publisher closes at its end."""
         self._redis = redis
-        self._wires = NodeConnections(redis, by_slot=in_cluster)
+        self._wires = NodeConnections(redis, by_slot=in_cluster, connection_type=connection_type)
         self._in_cluster = in_cluster
         self._metrics = metrics or Metrics()
         self.is_full = False
@@ -258,7 +261,7 @@ class Publisher:
     @property
     def has_shards(self) -> bool:
         """Whether the feed goes to sharded channels."""
-        return self._wires.has_shards
+        return self._wires.has_sharded_channels
 
     @property
     def _publish(self) -> bytes:
@@ -351,7 +354,7 @@ class Publisher:
         ]
         if is_trial := bool(self._feed.is_mute and logs):
             asked.append(trial(logs[0][0], self._publish))
-        replies = await self._wires.ask(asked)
+        replies = await self._wires.query(asked)
         if is_trial and not isinstance(replies.pop(), RedisError):
             self._feed.unmute()
         looked_at = {log for log, _ in logs}

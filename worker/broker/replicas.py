@@ -31,9 +31,9 @@ class Replicas:
         Raises:
             TooFewReplicas: when it is not yet on as many replicas as it must be.
         """
-        if not has_ended(await line.ask(last_of(key), command("EXISTS", ended))):
+        if not has_ended(await line.query(last_of(key), command("EXISTS", ended))):
             return False
-        _, there = await line.ask(expire(key, retention), command("WAIT", str(self.count), str(_WAIT_MS)))
+        _, there = await line.query(expire(key, retention), command("WAIT", str(self.count), str(_WAIT_MS)))
         if there < self.count:
             raise TooFewReplicas(f"{there} of {self.count} replicas have the end of a log: its job is kept")
         return True

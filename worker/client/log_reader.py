@@ -242,7 +242,7 @@ class LogReader:
             return raw
         self._check_open()
         key = self._keys.tokens(request_id)
-        (raw,) = await self._together.ask(key, _xrange(key, after, size, inclusive=inclusive), 1)
+        (raw,) = await self._together.execute(key, _xrange(key, after, size, inclusive=inclusive), 1)
         return cast("list[_Raw]", raw)
 
     async def _look(
@@ -257,7 +257,7 @@ class LogReader:
         key = self._keys.tokens(request_id)
         ended = pack(b"GET", self._keys.ended(request_id).encode())
         read = _xrange(key, after, size, inclusive=inclusive)
-        stone, raw, is_there = await self._together.ask(key, ended + read + pack(b"EXISTS", key.encode()), 3)
+        stone, raw, is_there = await self._together.execute(key, ended + read + pack(b"EXISTS", key.encode()), 3)
         return stone, cast("list[_Raw]", raw), bool(is_there)
 
     async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:

@@ -152,7 +152,7 @@ async def find_missing(
         ]
         connection = await PipelinedConnection.open(server.connection_pool)
         try:
-            replies = await connection.ask(b"".join([packed for _, packed in sent]), len(sent))
+            replies = await connection.execute(b"".join([packed for _, packed in sent]), len(sent))
         finally:
             await connection.close()
         refusals = zip([probe for probe, _ in sent], replies[: len(sent)], strict=True)

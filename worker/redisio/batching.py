@@ -1,45 +1,51 @@
-"""Questions of many callers, asked together: one connection to each server, and what waits for it goes as one write."""
+"""Commands of many callers in one write: one connection to each server, and what waits for it is sent together."""
 
 import asyncio
-from typing import Any
+from typing import Any, TypeAlias
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .cluster import ELSEWHERE, forget_masters, server_of, when_gone
+from .cluster import WRONG_SERVER, forget_masters, on_master_removed, server_of
 from .errors import is_transient
-from .pipelined import PipelinedConnection, lost
+from .pipelined import PipelinedConnection, connection_lost_error
 
-_AT_ONCE = 128
-"""Questions that go as one: more of them would keep the process from everything else while it reads the answers.
+_BATCH_SIZE = 128
+"""Calls that are sent together at most: more would keep the process from everything else while it reads the replies.
 
-After a timeout it is a quarter, so that what can be answered in time is, and then twice as many with each answer.
+After a timeout the batch is a quarter of that, so that what Redis can answer in time is answered, and it doubles with
+each success.
 """
+
+_Call: TypeAlias = tuple[bytes, int, asyncio.Future[list[Any]]]
+"""Packed commands, their number, and what gets their replies."""
 
 
 class CommandBatcher:
-    """Asks for many. The client is shared, but keeps one connection to each server for this."""
+    """Sends the commands of many callers, on one connection to each server out of a client's pool.
 
-    kind = PipelinedConnection
+    The client may be used for other commands as well.
+    """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, connection_type: type[PipelinedConnection] = PipelinedConnection) -> None:
         self._redis = redis
-        self._lines: dict[Redis, _ServerConnection] = {}
-        when_gone(redis, self._drop)
+        self._connection_type = connection_type
+        self._servers: dict[Redis, _ServerBatcher] = {}
+        on_master_removed(redis, self._drop)
 
-    async def ask(self, key: str, packed: bytes, count: int) -> list[Any]:
-        """Send commands about a key, and give their `count` replies.
+    async def execute(self, key: str, packed: bytes, count: int) -> list[Any]:
+        """Send `count` packed commands to the server of a key, and return their replies.
 
         Raises:
-            RedisError: when they cannot be sent or are not answered, or what Redis says against one of them.
+            RedisError: when they cannot be sent, are not answered, or one of them is refused.
         """
-        server = await server_of(self._redis, key)
-        line = self._lines.get(server)
-        if line is None:
-            line = self._lines[server] = _ServerConnection(server, self.kind)
+        redis = await server_of(self._redis, key)
+        server = self._servers.get(redis)
+        if server is None:
+            server = self._servers[redis] = _ServerBatcher(redis, self._connection_type)
         try:
-            replies = await line.ask(packed, count)
+            replies = await server.execute(packed, count)
             for reply in replies:
                 if isinstance(reply, RedisError):
                     raise reply
@@ -49,80 +55,80 @@ class CommandBatcher:
             raise
         return replies
 
-    async def _drop(self, server: Redis) -> None:
-        if line := self._lines.pop(server, None):
-            await line.aclose()
+    async def _drop(self, redis: Redis) -> None:
+        if server := self._servers.pop(redis, None):
+            await server.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections; what waits for an answer gets an error."""
-        for line in self._lines.values():
-            await line.aclose()
+        """Close the connections. Callers that wait for replies get an error."""
+        for server in self._servers.values():
+            await server.aclose()
 
 
-class _ServerConnection:
-    """The connection to one server, and who waits for it."""
+class _ServerBatcher:
+    """The connection to one server, and the calls that wait for it."""
 
-    def __init__(self, server: Redis, kind: type[PipelinedConnection]) -> None:
-        self._server = server
-        self._kind = kind
-        self._wire: PipelinedConnection | None = None
-        self._waiting: list[tuple[bytes, int, asyncio.Future[list[Any]]]] = []
-        self._asking: asyncio.Task[None] | None = None
-        self._at_once = _AT_ONCE
+    def __init__(self, redis: Redis, connection_type: type[PipelinedConnection]) -> None:
+        self._redis = redis
+        self._connection_type = connection_type
+        self._connection: PipelinedConnection | None = None
+        self._waiting: list[_Call] = []
+        self._sending: asyncio.Task[None] | None = None
+        self._batch_size = _BATCH_SIZE
         self._is_closed = False
 
-    async def ask(self, packed: bytes, count: int) -> list[Any]:
+    async def execute(self, packed: bytes, count: int) -> list[Any]:
         if self._is_closed:
-            raise lost()
+            raise connection_lost_error()
         answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append((packed, count, answer))
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask_all())
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send_all())
         return await answer
 
-    async def _ask_all(self) -> None:
+    async def _send_all(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[: self._at_once], self._waiting[self._at_once :]
-            batch = [each for each in batch if not each[2].done()]
-            if not batch:  # all who asked were cancelled
+            batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+            batch = [call for call in batch if not call[2].done()]
+            if not batch:  # all callers were cancelled
                 continue
             try:
                 replies = await self._exchange(batch)
             except BaseException as error:
                 for _, _, answer in batch:
                     if not answer.done():
-                        answer.set_exception(error if isinstance(error, Exception) else lost())
+                        answer.set_exception(error if isinstance(error, Exception) else connection_lost_error())
                 if not isinstance(error, RedisError | OSError):
                     raise
                 if isinstance(error, RedisTimeoutError):
-                    self._at_once = max(1, self._at_once // 4)
+                    self._batch_size = max(1, self._batch_size // 4)
                 continue
-            self._at_once = min(2 * self._at_once, _AT_ONCE)
+            self._batch_size = min(2 * self._batch_size, _BATCH_SIZE)
             begin = 0
             for _, count, answer in batch:
                 if not answer.done():
                     answer.set_result(replies[begin : begin + count])
                 begin += count
 
-    async def _exchange(self, batch: list[tuple[bytes, int, asyncio.Future[list[Any]]]]) -> list[Any]:
+    async def _exchange(self, batch: list[_Call]) -> list[Any]:
         if self._is_closed:
-            raise lost()
-        if self._wire is not None and not self._wire.is_open:
-            wire, self._wire = self._wire, None
-            await wire.close()
-        if self._wire is None:
-            self._wire = await self._kind.open(self._server.connection_pool)
-        questions, count = b"".join([packed for packed, _, _ in batch]), sum(count for _, count, _ in batch)
-        replies = await self._wire.ask(questions, count)
-        if any(isinstance(reply, ELSEWHERE) for reply in replies):
-            self._wire.abort()
+            raise connection_lost_error()
+        if self._connection is not None and not self._connection.is_open:
+            former, self._connection = self._connection, None
+            await former.close()
+        if self._connection is None:
+            self._connection = await self._connection_type.open(self._redis.connection_pool)
+        packed, count = b"".join([packed for packed, _, _ in batch]), sum(count for _, count, _ in batch)
+        replies = await self._connection.execute(packed, count)
+        if any(isinstance(reply, WRONG_SERVER) for reply in replies):
+            self._connection.abort()
         return replies
 
     async def aclose(self) -> None:
         self._is_closed = True
-        if self._wire is not None:
-            self._wire.abort()
-        if self._asking is not None:
-            await asyncio.wait([self._asking])
-        if self._wire is not None:
-            await self._wire.close()
+        if self._connection is not None:
+            self._connection.abort()
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
+        if self._connection is not None:
+            await self._connection.close()

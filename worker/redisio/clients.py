@@ -59,18 +59,30 @@ _MAX_CONNECTIONS = 64
 _NO_LIMIT = 2**31
 
 
-def command_client(url: str, *, connections: int = _MAX_CONNECTIONS) -> Redis:
+def command_client(url: str, *, connections: int = _MAX_CONNECTIONS, timeout: float | None = None) -> Redis:
     """A client that sends each command once.
 
-    redis-py 8 repeats a command whose reply was lost up to ten times by itself: a plain XADD is then there twice, and
-    a repeated MULTI answers `equal or smaller` for what it has written. What to repeat is decided by who knows.
-    Callers wait for a free connection; more than that many commands at once do not fail.
+    redis-py 8 resends a command whose reply was lost up to ten times by itself: a plain XADD then adds two entries, and
+    Redis answers a repeated MULTI with `equal or smaller` for what it has written. Here the caller decides what to
+    retry.
+
+    Args:
+        url: the URL of Redis.
+        connections: how many are open at once. Callers wait for a free one, so more commands at once do not fail.
+        timeout: seconds of silence after which a command fails; `COMMAND_TIMEOUT` unless given.
+
+    Raises:
+        ValueError: when the URL is not valid.
     """
-    return _client(url, socket_timeout=COMMAND_TIMEOUT, connections=connections)
+    return _client(url, socket_timeout=timeout or COMMAND_TIMEOUT, connections=connections)
 
 
 def blocking_client(url: str, block: float) -> Redis:
-    """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones."""
+    """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones.
+
+    Raises:
+        ValueError: when the URL is not valid.
+    """
     return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
 
 

@@ -1,7 +1,8 @@
-"""Packed commands to Redis: one write for many of them, and one wake-up for all their replies.
+"""Pipelined commands to Redis: one write for many commands, and one wake-up for all their replies.
 
-redis-py makes the connections, with all that belongs to it (AUTH, TLS, SELECT, Sentinel, the masters of a cluster), and
-closes them. In between they are ours, for redis-py 8.1 packs a command in 13 us and has an await for each reply.
+redis-py opens each connection, with all that belongs to it (AUTH, TLS, SELECT, Sentinel, the masters of a cluster), and
+closes it. In between this module reads and writes the transport itself, because redis-py 8.1 takes 13 us to pack a
+command and an await for each reply. This module touches private parts of redis-py's connections.
 """
 
 import asyncio
@@ -19,22 +20,21 @@ from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseErro
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .clients import COMMAND_TIMEOUT
 from .cluster import slot_of
 from .unsent import unsent
 
 Packed: TypeAlias = tuple[bytes, int]
-"""Packed commands, and how many these are."""
+"""Packed commands, and their number."""
 Command: TypeAlias = tuple[str, bytes, int]
-"""A key, and what is to be done with it: packed commands, and how many these are."""
+"""A key, packed commands on that key, and the number of commands."""
 Outcome: TypeAlias = list[Any] | Exception
-"""Replies, errors among them as values, or why there are none."""
-Done: TypeAlias = Callable[[Outcome], None]
+"""Replies, with the error of a single command as a value; or the error for which there are no replies."""
+Callback: TypeAlias = Callable[[Outcome], None]
 
 
 def pack(*args: bytes) -> bytes:
-    """One command as Redis reads it."""
-    packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type]  # hiredis 3.5 says that it takes a tuple of one
+    """Encode one command in Redis's protocol."""
+    packed: bytes = hiredis.pack_command(args)  # type: ignore[arg-type]  # hiredis 3.5 declares a tuple of one
     return packed
 
 
@@ -42,29 +42,33 @@ _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
 
 
 class TakenConnection(asyncio.Protocol):
-    """One connection out of a pool, which has one less until this is closed. What becomes of replies is `take`'s."""
+    """A connection taken out of a pool, which has one fewer until `close`. Subclasses get replies in `on_replies`.
+
+    `timeout` is the limit on silence in seconds, as the pool's client was built with.
+    """
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         self._pool = pool
         self._connection = connection
+        self.timeout = cast("float", connection.socket_timeout)  # `clients` gives one to every pool
         writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001 - redis-py 8.1 has no other way to it
         self._transport = cast("asyncio.Transport", writer.transport)
-        self._former = self._transport.get_protocol()
-        self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=_error)
+        self._former_protocol = self._transport.get_protocol()
+        self._reader = hiredis.Reader(protocolError=InvalidResponse, replyError=_parse_error)
         self._transport.set_protocol(self)
 
     @classmethod
     async def open(cls, pool: ConnectionPool) -> Self:
-        """Take a connection out of a pool; it connects where it has to.
+        """Take a connection out of a pool, which connects it if necessary.
 
         Raises:
-            RedisError: when it cannot.
+            RedisError: when it cannot connect.
         """
         return cls(pool, await pool.get_connection())  # type: ignore[no-untyped-call]  # so in redis-py 8.1
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used; once it cannot, it never can again."""
+        """Whether the connection can be used. A connection that was lost stays lost."""
         return not self._transport.is_closing()
 
     def write(self, packed: bytes) -> None:
@@ -74,29 +78,29 @@ class TakenConnection(asyncio.Protocol):
             RedisError: when the connection is lost.
         """
         if not self.is_open:
-            raise lost()
+            raise connection_lost_error()
         try:
             self._transport.write(packed)
-        except RuntimeError as error:  # of uvloop 0.22, for a connection that goes while it is written to
+        except RuntimeError as error:  # uvloop 0.22 raises it for a connection that goes while it is written to
             self.abort()
-            raise lost() from error
+            raise connection_lost_error() from error
 
     def abort(self) -> None:
-        """Lose the connection now. It is still to be closed."""
+        """Drop the connection now. `close` is still needed to give its place in the pool back."""
         self._transport.abort()
 
     async def close(self) -> None:
-        """Close it, and give its place in the pool back."""
+        """Close the connection and give its place in the pool back."""
         with suppress(RedisError, OSError):
             await self._connection.disconnect()
         await self._pool.release(self._connection)
 
-    def take(self, replies: list[Any]) -> None:
-        """These replies have come together, errors among them as values."""
+    def on_replies(self, replies: list[Any]) -> None:
+        """Handle replies that arrived together, errors among them as values. The list may be empty."""
         raise NotImplementedError
 
     def data_received(self, data: bytes) -> None:
-        """Replies have come."""
+        """Parse what arrived. asyncio calls this."""
         reader, replies = self._reader, list[Any]()
         try:
             reader.feed(data)
@@ -104,34 +108,34 @@ class TakenConnection(asyncio.Protocol):
                 replies.append(reply)
         except InvalidResponse:
             self.abort()
-        self.take(replies)
+        self.on_replies(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more comes: also redis-py's own end has to know."""
-        self._former.connection_lost(exc)
+        """Pass the loss on to redis-py. asyncio calls this."""
+        self._former_protocol.connection_lost(exc)
 
 
 class PipelinedConnection(TakenConnection):
-    """A connection that is asked."""
+    """A connection for commands and their replies: one exchange at a time."""
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         super().__init__(pool, connection)
         self._replies: list[Any] = []
-        self._wanted = 0
-        self._due = 0.0
+        self._expected = 0
+        self._deadline = 0.0
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._done: Done | None = None
+        self._callback: Callback | None = None
 
-    def ask(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
-        """Send commands and give their `count` replies, errors among them as values.
+    def execute(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
+        """Send commands and return their `count` replies, errors among them as values.
 
         Raises, when it is awaited:
-            RedisError: as `send` tells.
+            RedisError: what `send` passes to its callback.
         """
         answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
-        def done(outcome: Outcome) -> None:
+        def resolve(outcome: Outcome) -> None:
             if answer.done():
                 return
             if isinstance(outcome, Exception):
@@ -139,200 +143,204 @@ class PipelinedConnection(TakenConnection):
             else:
                 answer.set_result(outcome)
 
-        answer.add_done_callback(self._unless_cancelled)
-        self.send(packed, count, done)
+        answer.add_done_callback(self._abort_if_cancelled)
+        self.send(packed, count, resolve)
         return answer
 
-    def _unless_cancelled(self, answer: asyncio.Future[list[Any]]) -> None:
-        if answer.cancelled():  # replies that come late would be taken for those of the next question
+    def _abort_if_cancelled(self, answer: asyncio.Future[list[Any]]) -> None:
+        if answer.cancelled():  # its late replies would be taken for those of the next commands
             self.abort()
 
-    def send(self, packed: bytes, count: int, done: Done) -> None:
-        """Send commands, and have `done` called with their `count` replies, errors among them as values.
+    def send(self, packed: bytes, count: int, callback: Callback) -> None:
+        """Send commands, and call `callback` with their `count` replies, errors among them as values.
 
-        One question at a time. Told in place of replies is a RedisError when the connection is lost or when, for
-        `COMMAND_TIMEOUT`, nothing has come and nothing of the commands went out: they may have been done, and nothing
-        can be asked here any more.
+        The callback gets a RedisError in place of replies when the connection is lost, or when for `timeout` seconds
+        nothing arrived and nothing more of the commands went out. Redis may have executed them, and the connection
+        cannot be used any more.
         """
         try:
             self.write(packed)
         except RedisError as error:
-            done(error)
+            callback(error)
             return
-        self._done, self._wanted, self._unsent = done, count, len(packed)
+        self._callback, self._expected, self._unsent = callback, count, len(packed)
         loop = asyncio.get_running_loop()
-        self._due = loop.time() + COMMAND_TIMEOUT
+        self._deadline = loop.time() + self.timeout
         if self._timer is None:
-            self._timer = loop.call_at(self._due, self._look)
+            self._timer = loop.call_at(self._deadline, self._check_deadline)
 
-    def _look(self) -> None:
-        """Whether an answer is overdue. One timer serves many questions: one for each costs more than the writing."""
+    def _check_deadline(self) -> None:
+        """One timer serves many exchanges: a timer for each would cost more than the writing."""
         self._timer = None
-        if self._done is None:
+        if self._callback is None:
             return
         loop = asyncio.get_running_loop()
-        if loop.time() >= self._due and 0 < (left := unsent(self._transport)) < self._unsent:
-            self._unsent, self._due = left, loop.time() + COMMAND_TIMEOUT  # a slow way, and no silence
-        if loop.time() < self._due:
-            self._timer = loop.call_at(self._due, self._look)
+        if loop.time() >= self._deadline and 0 < (left := unsent(self._transport)) < self._unsent:
+            self._unsent, self._deadline = left, loop.time() + self.timeout  # a slow network is not silence
+        if loop.time() < self._deadline:
+            self._timer = loop.call_at(self._deadline, self._check_deadline)
         else:
             self.abort()
-            self._tell(RedisTimeoutError(f"Redis did not answer within {COMMAND_TIMEOUT:g} s"))
+            self._finish(RedisTimeoutError(f"Redis did not answer within {self.timeout:g} s"))
 
-    def _tell(self, outcome: Outcome) -> None:
-        done, self._done = self._done, None
-        if done is not None:
-            done(outcome)
+    def _finish(self, outcome: Outcome) -> None:
+        callback, self._callback = self._callback, None
+        if callback is not None:
+            callback(outcome)
 
-    def take(self, replies: list[Any]) -> None:
-        """Some of what was asked for, or all; or only a piece of a reply, which is no silence either."""
+    def on_replies(self, replies: list[Any]) -> None:
+        """Collect replies until all have arrived. A piece of a reply, an empty list, also moves the deadline."""
         self._replies += replies
-        if len(self._replies) < self._wanted:
-            self._due = asyncio.get_running_loop().time() + COMMAND_TIMEOUT
-        elif self._done is not None:
-            whole, self._replies = self._replies, []
-            self._tell(whole)
+        if len(self._replies) < self._expected:
+            self._deadline = asyncio.get_running_loop().time() + self.timeout
+        elif self._callback is not None:
+            complete, self._replies = self._replies, []
+            self._finish(complete)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody answers any more."""
+        """End the exchange with an error. asyncio calls this."""
         if self._timer is not None:
             self._timer.cancel()
-        self._tell(lost())
+        self._finish(connection_lost_error())
         super().connection_lost(exc)
+
+    async def execute_multi(self, groups: list[list[Packed]]) -> list[Any]:
+        """Send each group of commands in a MULTI of its own, and return all replies, errors among them as values.
+
+        Raises:
+            RedisError: the reason why Redis refused a MULTI; it may have executed others.
+            WatchError: when a watched key changed.
+        """
+        parts = [part for commands in groups for part in (_MULTI, *[packed for packed, _ in commands], _EXEC)]
+        counts = [sum([count for _, count in commands]) + 2 for commands in groups]
+        replies = iter(await self.execute(b"".join(parts), sum(counts)))
+        executed: list[Any] = []
+        for count in counts:
+            outcome = _result_of_exec(list(islice(replies, count)))
+            if isinstance(outcome, Exception):
+                raise outcome
+            executed += outcome
+        return executed
 
 
 class NodeConnections:
-    """The publisher's connection to one server, opened again whenever it was lost.
+    """The publisher's connection to one server, opened again after each loss.
 
-    With `by_slot` the server is a master of a cluster, where a MULTI has the keys of one slot.
+    Args:
+        redis: a client of that server.
+        by_slot: whether the server is a master of a cluster, where a MULTI may only have the keys of one slot.
+        connection_type: the class of connections.
     """
 
-    kind = PipelinedConnection
-
-    def __init__(self, redis: Redis, *, by_slot: bool = False) -> None:
+    def __init__(
+        self, redis: Redis, *, by_slot: bool = False, connection_type: type[PipelinedConnection] = PipelinedConnection
+    ) -> None:
         self._redis = redis
         self._by_slot = by_slot
-        self._wire: PipelinedConnection | None = None
-        self._shards = False
+        self._connection_type = connection_type
+        self._connection: PipelinedConnection | None = None
+        self._has_sharded_channels = False
 
     @property
-    def has_shards(self) -> bool:
-        """Whether this master of a cluster knows sharded channels, as Redis 7 does."""
-        return self._shards
+    def has_sharded_channels(self) -> bool:
+        """Whether the server is a master of a cluster that knows sharded pub/sub, as Redis 7 does."""
+        return self._has_sharded_channels
 
     async def connect(self) -> bool:
-        """Have a connection, or raise; tells whether it is new."""
-        if self._wire is not None and self._wire.is_open:
+        """Connect if there is no open connection, and return whether the connection is new.
+
+        Raises:
+            RedisError: when it cannot connect.
+        """
+        if self._connection is not None and self._connection.is_open:
             return False
-        if self._wire is not None:
-            wire, self._wire = self._wire, None
-            await wire.close()
-        self._wire = await self.kind.open(self._redis.connection_pool)
+        if self._connection is not None:
+            former, self._connection = self._connection, None
+            await former.close()
+        self._connection = await self._connection_type.open(self._redis.connection_pool)
         if self._by_slot:
-            self._shards = await _knows_shards(self._wire)
+            (reply,) = await self._connection.execute(pack(b"COMMAND", b"INFO", b"SPUBLISH"), 1)
+            self._has_sharded_channels = isinstance(reply, list) and reply[0] is not None
         return True
 
     async def close(self) -> None:
         """Close the connection."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            await wire.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
         with suppress(RedisError, OSError):
             await self._redis.connection_pool.disconnect()
 
-    async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands, each with the key it is about; gives their replies, errors among them as values.
+    async def query(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands and return their replies, errors among them as values.
 
         Raises:
             RedisError: when there is no connection, or it is lost.
         """
         if not commands:
             return []
-        if self._wire is None:
-            raise lost()
+        if self._connection is None:
+            raise connection_lost_error()
         packed = b"".join([packed for _, packed, _ in commands])
-        return await self._wire.ask(packed, sum([count for _, _, count in commands]))
+        return await self._connection.execute(packed, sum([count for _, _, count in commands]))
 
-    def execute(self, commands: Sequence[Command], done: Done) -> None:
-        """The same in a MULTI, in a cluster one for each slot: Redis does all of it or nothing.
+    def execute(self, commands: Sequence[Command], callback: Callback) -> None:
+        """Send commands in a MULTI, in a cluster in one for each slot. Redis executes all commands of a MULTI or none.
 
-        `done` is told the replies, or in their place the RedisError: also when a MULTI was refused, with the reason.
-        Others may have been done.
+        `callback` gets the replies, or a RedisError: also the reason why Redis refused a MULTI, when it may have
+        executed others.
         """
-        wire = self._wire
-        if wire is None:
-            done(lost())
+        connection = self._connection
+        if connection is None:
+            callback(connection_lost_error())
         elif self._by_slot:
-            task = asyncio.ensure_future(_in_multi_by_slot(wire, commands))
-            task.add_done_callback(partial(pass_on, done))
+            task = asyncio.ensure_future(_execute_by_slot(connection, commands))
+            task.add_done_callback(partial(report_outcome, callback))
         else:
-            wire.send(
+            connection.send(
                 b"".join([_MULTI, *[packed for _, packed, _ in commands], _EXEC]),
                 sum([count for _, _, count in commands]) + 2,
-                lambda outcome: done(outcome if isinstance(outcome, Exception) else _executed(outcome)),
+                lambda outcome: callback(outcome if isinstance(outcome, Exception) else _result_of_exec(outcome)),
             )
 
 
-async def _knows_shards(wire: PipelinedConnection) -> bool:
-    (told,) = await wire.ask(pack(b"COMMAND", b"INFO", b"SPUBLISH"), 1)
-    return isinstance(told, list) and told[0] is not None
-
-
-async def _in_multi_by_slot(wire: PipelinedConnection, commands: Sequence[Command]) -> list[Any]:
-    """Send commands in a MULTI for each slot; gives their replies in the order of the commands."""
+async def _execute_by_slot(connection: PipelinedConnection, commands: Sequence[Command]) -> list[Any]:
+    """Send commands in a MULTI for each slot, and return their replies in the order of the commands."""
     slots: dict[int, list[int]] = {}
     for number, (key, _, _) in enumerate(commands):
         slots.setdefault(slot_of(key), []).append(number)
-    done = iter(await in_multi(wire, [[commands[number][1:] for number in numbers] for numbers in slots.values()]))
+    groups = [[commands[number][1:] for number in numbers] for numbers in slots.values()]
+    executed = iter(await connection.execute_multi(groups))
     replies: list[list[Any]] = [[] for _ in commands]
     for number in chain.from_iterable(slots.values()):
-        replies[number] = list(islice(done, commands[number][2]))
+        replies[number] = list(islice(executed, commands[number][2]))
     return list(chain.from_iterable(replies))
 
 
-async def in_multi(wire: PipelinedConnection, slots: list[list[Packed]]) -> list[Any]:
-    """Send the commands of each slot in a MULTI, and give their replies, errors among them as values.
-
-    Raises:
-        RedisError: when a MULTI was refused, with the reason; others may have been done.
-        WatchError: when what the connection watches was touched.
-    """
-    parts = [part for commands in slots for part in (_MULTI, *[packed for packed, _ in commands], _EXEC)]
-    counts = [sum([count for _, count in commands]) + 2 for commands in slots]
-    replies = iter(await wire.ask(b"".join(parts), sum(counts)))
-    done: list[Any] = []
-    for count in counts:
-        outcome = _executed(list(islice(replies, count)))
-        if isinstance(outcome, Exception):
-            raise outcome
-        done += outcome
-    return done
-
-
-def pass_on(done: Done, task: asyncio.Task[list[Any]]) -> None:
-    """Tell what became of a task, unless it was cancelled."""
+def report_outcome(callback: Callback, task: asyncio.Task[list[Any]]) -> None:
+    """Call `callback` with the result or error of a task, unless the task was cancelled."""
     if not task.cancelled():
-        done(cast("Exception | None", task.exception()) or task.result())
+        callback(cast("Exception | None", task.exception()) or task.result())
 
 
-def _executed(replies: list[Any]) -> Outcome:
-    """What the commands of a MULTI answered; the error that kept it from being done in their place."""
+def _result_of_exec(replies: list[Any]) -> Outcome:
+    """The replies to the commands of a MULTI, out of all replies to it; or why Redis did not execute it."""
     executed = replies[-1]
     if isinstance(executed, list):
         return executed
     if executed is None:
-        return WatchError("a key that is watched was touched")
-    why = next((reply for reply in replies if isinstance(reply, RedisError)), None)
-    return why or ResponseError(f"EXEC answered {executed!r}")
+        return WatchError("a watched key changed")
+    refusal = next((reply for reply in replies if isinstance(reply, RedisError)), None)
+    return refusal or ResponseError(f"EXEC answered {executed!r}")
 
 
-def lost() -> RedisConnectionError:
-    """What is raised where a connection is gone."""
+def connection_lost_error() -> RedisConnectionError:
+    """The error to raise where a connection is gone."""
     return RedisConnectionError("the connection to Redis was lost")
 
 
-def _error(text: str) -> Exception:
+def _parse_error(text: str) -> Exception:
     error: Exception = BaseParser.parse_error(text)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
     if isinstance(error, AskError):  # MovedError is one
-        return TryAgainError(f"the slot is elsewhere, or about to be: {error}")
+        return TryAgainError(f"the slot is on another master, or about to move there: {error}")
     return error

@@ -15,9 +15,9 @@ from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .clients import Backoff
-from .cluster import ClusterClient, forget_masters, server_of, when_gone
+from .cluster import ClusterClient, forget_masters, on_master_removed, server_of
 from .errors import is_transient
-from .pipelined import TakenConnection, lost, pack
+from .pipelined import TakenConnection, connection_lost_error, pack
 
 _SILENCE = 5.0
 """Seconds after which a silent connection is asked whether it still lives, and then given up."""
@@ -54,7 +54,7 @@ class Subscriptions:
         self._backoff = Backoff(None)
         self._is_closed = False
         self._retired: set[asyncio.Task[None]] = set()
-        when_gone(redis, self._drop)
+        on_master_removed(redis, self._drop)
 
     def subscribe(self, channel: str, listener: Listener) -> None:
         """Listen to a channel; each has one listener."""
@@ -169,7 +169,7 @@ class _ServerSubscriptions:
         """Come to an end; gives those who listened here."""
         listeners = self._take_all()
         if self._line is not None:
-            self._line.give_up(lost())
+            self._line.give_up(connection_lost_error())
         return listeners
 
     def take(self, replies: list[object]) -> None:
@@ -284,12 +284,12 @@ class _SubscriptionConnection(TakenConnection):
             self._end.set_result(error)
             self.abort()
 
-    def take(self, replies: list[object]) -> None:
-        """See `TakenConnection.take`."""
+    def on_replies(self, replies: list[object]) -> None:
+        """See `TakenConnection.on_replies`."""
         self._is_silent = False
         self.station.take(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `TakenConnection.connection_lost`."""
-        self.give_up(lost())
+        self.give_up(connection_lost_error())
         super().connection_lost(exc)

@@ -1,9 +1,9 @@
-"""Connections to Redis that one caller at a time has to itself, as a WATCH needs it: a question is one write.
+"""WATCH, MULTI and EXEC on connections that one caller at a time has to itself. Every step is one write.
 
-redis-py 8.1 takes 40 to 75 us for each command, and waits for the reply of one before it sends the next.
+redis-py 8.1 takes 40 to 75 us for each command, and waits for the reply to one before it sends the next.
 """
 
-import asyncio
+from asyncio import Semaphore
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,121 +12,122 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from .cluster import ELSEWHERE, forget_masters, server_of, when_gone
-from .pipelined import PipelinedConnection, in_multi, pack
+from .cluster import WRONG_SERVER, forget_masters, on_master_removed, server_of
+from .pipelined import PipelinedConnection, pack
 
-_MOST = 16
-"""Connections to one server: its client's pool has 64, and the renewals of leases need one of the rest."""
-
-
-class Transaction:
-    """A connection to the server of a key, for as long as the context of `Transactions.to` lasts."""
-
-    def __init__(self, wire: PipelinedConnection) -> None:
-        self._wire = wire
-
-    async def ask(self, *commands: bytes) -> list[Any]:
-        """Send packed commands at once, and give their replies.
-
-        Raises:
-            RedisError: the first that is among the replies, or that the connection is lost.
-        """
-        return _good(await self._wire.ask(b"".join(commands), len(commands)))
-
-    async def watch(self, keys: Iterable[str], *questions: bytes) -> list[Any]:
-        """Watch keys and ask about them, in one write; gives the replies to the questions.
-
-        What the connection has watched before, for whoever left it without an EXEC, is forgotten.
-        """
-        watch = pack(b"WATCH", *[key.encode() for key in keys])
-        return (await self.ask(_UNWATCH, watch, *questions))[2:]
-
-    async def execute(self, *commands: bytes) -> list[Any]:
-        """Do all of it, or nothing.
-
-        Raises:
-            WatchError: when what is watched was touched; nothing is done.
-            RedisError: when Redis refused, or the connection is lost: then nobody knows.
-        """
-        return _good(await in_multi(self._wire, [[(command, 1) for command in commands]]))
-
-
-@dataclass(eq=False)
-class _ServerTransactions:
-    """What there is for one server: turns for those who come, and connections that nobody has."""
-
-    turns: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MOST))
-    free: list[PipelinedConnection] = field(default_factory=list)
-
-
-class Transactions:
-    """Connections out of the pool of a client; they close with it. `redis` is that client, for all other commands."""
-
-    kind = PipelinedConnection
-
-    def __init__(self, redis: Redis) -> None:
-        self.redis = redis
-        self._places: dict[Redis, _ServerTransactions] = {}
-        when_gone(redis, self._drop)
-
-    @asynccontextmanager
-    async def to(self, key: str) -> AsyncIterator[Transaction]:
-        """A connection to the server of a key.
-
-        Raises:
-            RedisError: when there is none.
-        """
-        server = await server_of(self.redis, key)
-        place = self._places.setdefault(server, _ServerTransactions())
-        async with place.turns:
-            wire = await self._take(server, place)
-            try:
-                yield Transaction(wire)
-            except ELSEWHERE:
-                wire.abort()
-                self._forget()
-                raise
-            finally:
-                if self._places.get(server) is place:
-                    place.free.append(wire)
-                else:  # the server was dropped meanwhile
-                    await wire.close()
-
-    async def ask(self, key: str, command: bytes) -> Any:  # noqa: ANN401 - whatever Redis replies
-        """Send one command about a key, and give its reply.
-
-        Raises:
-            RedisError: when that is one, or the connection is lost.
-        """
-        async with self.to(key) as line:
-            (reply,) = await line.ask(command)
-        return reply
-
-    async def _take(self, server: Redis, place: _ServerTransactions) -> PipelinedConnection:
-        while place.free:
-            wire = place.free.pop()
-            if wire.is_open:
-                return wire
-            await wire.close()
-        return await self.kind.open(server.connection_pool)
-
-    async def _drop(self, server: Redis) -> None:
-        place = self._places.pop(server, None)
-        for wire in place.free if place else ():
-            await wire.close()
-
-    def _forget(self) -> None:
-        """One connection has met a server that is away, or is no master any more: so would the others."""
-        forget_masters(self.redis)
-        for place in self._places.values():
-            for wire in place.free:
-                wire.abort()
-
+MAX_CONNECTIONS = 16
+"""Connections to one server at most. Its client's pool has 64, and the renewals of leases need one of the rest."""
 
 _UNWATCH = pack(b"UNWATCH")
 
 
-def _good(replies: list[Any]) -> list[Any]:
+class Transaction:
+    """A connection to the server of a key, for as long as the context of `Transactions.begin` lasts."""
+
+    def __init__(self, connection: PipelinedConnection) -> None:
+        self._connection = connection
+
+    async def query(self, *commands: bytes) -> list[Any]:
+        """Send packed commands in one write, and return their replies.
+
+        Raises:
+            RedisError: the first error among the replies, or that the connection is lost.
+        """
+        return _raise_first(await self._connection.execute(b"".join(commands), len(commands)))
+
+    async def watch(self, keys: Iterable[str], *queries: bytes) -> list[Any]:
+        """Watch keys and read them in one write; returns the replies to the queries.
+
+        Keys that an earlier caller watched on this connection without an EXEC are no longer watched.
+        """
+        watch = pack(b"WATCH", *[key.encode() for key in keys])
+        return (await self.query(_UNWATCH, watch, *queries))[2:]
+
+    async def execute(self, *commands: bytes) -> list[Any]:
+        """Execute all packed commands in a MULTI, or none of them.
+
+        Raises:
+            WatchError: when a watched key changed; Redis executed nothing.
+            RedisError: when Redis refused, or the connection is lost: in that case Redis may have executed them.
+        """
+        return _raise_first(await self._connection.execute_multi([[(command, 1) for command in commands]]))
+
+
+@dataclass(eq=False)
+class _ServerConnections:
+    """The connections to one server: how many more may be taken, and those that nobody has."""
+
+    available: Semaphore = field(default_factory=lambda: Semaphore(MAX_CONNECTIONS))
+    idle: list[PipelinedConnection] = field(default_factory=list)
+
+
+class Transactions:
+    """Lends connections out of the pool of a client, which closes them with its own.
+
+    `redis` is that client, for all other commands.
+    """
+
+    def __init__(self, redis: Redis, connection_type: type[PipelinedConnection] = PipelinedConnection) -> None:
+        self.redis = redis
+        self._connection_type = connection_type
+        self._servers: dict[Redis, _ServerConnections] = {}
+        on_master_removed(redis, self._drop)
+
+    @asynccontextmanager
+    async def begin(self, key: str) -> AsyncIterator[Transaction]:
+        """A connection to the server of a key, for the caller alone. Waits while too many are taken.
+
+        Raises:
+            RedisError: when no server holds the key, or it cannot be reached.
+        """
+        redis = await server_of(self.redis, key)
+        server = self._servers.setdefault(redis, _ServerConnections())
+        async with server.available:
+            connection = await self._open(redis, server)
+            try:
+                yield Transaction(connection)
+            except WRONG_SERVER:
+                connection.abort()
+                self._abort_idle()
+                raise
+            finally:
+                if self._servers.get(redis) is server:
+                    server.idle.append(connection)
+                else:  # the server left the cluster meanwhile
+                    await connection.close()
+
+    async def execute(self, key: str, command: bytes) -> Any:  # noqa: ANN401 - whatever Redis replies
+        """Send one packed command to the server of a key, and return its reply.
+
+        Raises:
+            RedisError: when the reply is one, or the connection is lost.
+        """
+        async with self.begin(key) as transaction:
+            (reply,) = await transaction.query(command)
+        return reply
+
+    async def _open(self, redis: Redis, server: _ServerConnections) -> PipelinedConnection:
+        while server.idle:
+            connection = server.idle.pop()
+            if connection.is_open:
+                return connection
+            await connection.close()
+        return await self._connection_type.open(redis.connection_pool)
+
+    async def _drop(self, redis: Redis) -> None:
+        server = self._servers.pop(redis, None)
+        for connection in server.idle if server else ():
+            await connection.close()
+
+    def _abort_idle(self) -> None:
+        """One connection met a server that is away or no longer the master: so would the idle ones."""
+        forget_masters(self.redis)
+        for server in self._servers.values():
+            for connection in server.idle:
+                connection.abort()
+
+
+def _raise_first(replies: list[Any]) -> list[Any]:
     for reply in replies:
         if isinstance(reply, RedisError):
             raise reply

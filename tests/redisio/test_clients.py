@@ -16,8 +16,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
 from worker import Client
-from worker.redisio import clients as connection
-from worker.redisio import pipelined as wire
+from worker.redisio import clients
 from worker.redisio.clients import command_client, persist
 from worker.redisio.errors import is_transient, redacted_message
 from worker.redisio.pipelined import PipelinedConnection, pack
@@ -114,7 +113,7 @@ async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str,
 
 
 async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection._OUTAGE, "_said", float("-inf"))
+    monkeypatch.setattr(clients._OUTAGE, "_said", float("-inf"))
     tries = 0
 
     async def ask() -> None:
@@ -130,39 +129,33 @@ async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.Mon
 
 
 async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
-    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    redis_proxy: Proxy, redis: Redis
 ) -> None:
-    """D3: limits are on silence, not on a whole reply."""
-    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 1.0)
-    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 1.0)
+    """The limit is on silence, not on a whole reply."""
     await redis.set("large", b"x" * 8_000_000, ex=60)
     redis_proxy.down = 0.02  # for each piece of 64 KiB
-    async with command_client(redis_proxy.redis_url, connections=2) as client:
-        asked = await PipelinedConnection.open(client.connection_pool)
-        (reply,), same = await asyncio.gather(asked.ask(pack(b"GET", b"large"), 1), client.get("large"))
+    async with command_client(redis_proxy.redis_url, connections=2, timeout=1) as client:
+        connection = await PipelinedConnection.open(client.connection_pool)
+        (reply,), same = await asyncio.gather(connection.execute(pack(b"GET", b"large"), 1), client.get("large"))
         assert reply == same == b"x" * 8_000_000
-        await asked.close()
+        await connection.close()
 
 
-async def test_d3_silence_in_the_middle_of_a_reply_is_too_long(
-    redis_proxy: Proxy, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 0.5)
-    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 0.5)
+async def test_silence_in_the_middle_of_a_reply_is_too_long(redis_proxy: Proxy, redis: Redis) -> None:
     await redis.set("large", b"x" * 4_000_000, ex=60)
-    async with command_client(redis_proxy.redis_url, connections=2) as client:
+    async with command_client(redis_proxy.redis_url, connections=2, timeout=0.5) as client:
         assert await client.ping()
-        asked = await PipelinedConnection.open(client.connection_pool)
+        connection = await PipelinedConnection.open(client.connection_pool)
         redis_proxy.down = 0.01
         reads: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(client.get("large")),
-            asked.ask(pack(b"GET", b"large"), 1),
+            connection.execute(pack(b"GET", b"large"), 1),
         ]
         asyncio.get_running_loop().call_later(0.1, redis_proxy.half_open)
         for read in reads:
             with pytest.raises(RedisTimeoutError):
                 await read
-        await asked.close()
+        await connection.close()
 
 
 class Slow:
@@ -209,18 +202,14 @@ class Slow:
 
 
 @pytest.mark.parametrize("stands", [False, True], ids=["slow", "silent"])
-async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_not(
-    monkeypatch: pytest.MonkeyPatch, *, stands: bool
-) -> None:
-    """D3: as a publisher's flush, or a large job, at 150 kB a second."""
-    monkeypatch.setattr(connection, "COMMAND_TIMEOUT", 1.0)
-    monkeypatch.setattr(wire, "COMMAND_TIMEOUT", 1.0)
+async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_not(*, stands: bool) -> None:
+    """As a publisher's flush, or a large job, at 150 kB a second."""
     command = pack(b"SET", b"k", b"x" * 600_000)
-    async with Slow(len(command)) as slow, command_client(slow.url, connections=2) as client:
+    async with Slow(len(command)) as slow, command_client(slow.url, connections=2, timeout=1) as client:
         slow.stands = stands
-        asked = await PipelinedConnection.open(client.connection_pool)
+        connection = await PipelinedConnection.open(client.connection_pool)
         writes: list[asyncio.Future[Any]] = [
-            asked.ask(command, 1),
+            connection.execute(command, 1),
             asyncio.ensure_future(client.set("k", "x" * 600_000)),
         ]
         for write in writes:
@@ -229,7 +218,7 @@ async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_no
                     await write
             else:
                 assert await write
-        await asked.close()
+        await connection.close()
 
 
 @pytest.mark.parametrize(
