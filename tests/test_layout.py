@@ -22,7 +22,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "redisio": {"telemetry.events"},
     "broker": {"contract", "redisio", "telemetry.events"},
     "vllm": {"contract", "telemetry.events"},
-    "settings": {"contract", "redisio.urls", "vllm.credentials", "vllm.target"},
+    "settings": {"contract", "redisio.urls", "vllm.http.credentials", "vllm.http.target"},
     "engine": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "version"},
     "client": {"contract", "redisio", "broker"},
     "ops": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "version"},

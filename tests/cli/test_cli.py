@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from worker import Client, Delta
 from worker.cli.main import main
+from worker.cli.options import Surroundings
 from worker.contract.ids import SEAL
 from worker.ops.checks import check
 from worker.sandbox.embedded_redis import find_servers, free_port, start_redis
@@ -338,9 +339,8 @@ async def test_a_command_says_at_once_that_redis_is_away_and_goes_on_when_it_com
 
 @pytest.mark.parametrize("arguments", [["enqueue", "Hi"], ["follow", "x"], ["cancel", "x", "--json"]])
 def test_a_command_gives_up_when_redis_stays_away(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.cli.options._PATIENCE", 0.2)
     monkeypatch.setenv("REDIS_URL", NOWHERE)
-    result = CliRunner().invoke(main, arguments)
+    result = CliRunner().invoke(main, arguments, obj=Surroundings(redis_patience=0.2))
     assert (result.exit_code, result.stdout) == (1, "")
     assert ('{"error":"' if "--json" in arguments else "Error: ") + "Redis does not answer" in result.stderr
     assert "hidden-pw" not in result.output
@@ -622,10 +622,7 @@ async def test_c9_ctrl_c_before_anything_was_added_ends_quietly() -> None:
         (["run", "--json"], 2, "No such option '--json'"),
     ],
 )
-def test_c9_errors_are_json_where_the_rest_is(
-    arguments: list[str], status: int, words: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.cli.options._PATIENCE", 5.0)
+def test_c9_errors_are_json_where_the_rest_is(arguments: list[str], status: int, words: str, redis_url: str) -> None:
     result = CliRunner().invoke(main, arguments, env={"REDIS_URL": redis_url})
     assert (result.exit_code, result.stdout) == (status, "")
     error = json.loads(result.stderr)

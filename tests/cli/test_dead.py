@@ -17,8 +17,9 @@ from worker import Client
 from worker.broker.dead_letters import DeadLetters
 from worker.broker.job_queue import Delivery
 from worker.broker.ledger import Ledger
-from worker.cli.dead_letters import _retry
+from worker.cli.dead_letters import put_back
 from worker.cli.main import main
+from worker.cli.options import Surroundings
 from worker.contract.ids import EntryId
 from worker.contract.keys import Keys
 from worker.redisio.clients import command_client
@@ -43,9 +44,11 @@ def bury(redis: Redis) -> Bury:
     return bury
 
 
-async def worker(redis_url: str, *arguments: str, said: str | None = None) -> Result:
+async def worker(
+    redis_url: str, *arguments: str, typed: str | None = None, surroundings: Surroundings | None = None
+) -> Result:
     runner = CliRunner(env={"REDIS_URL": redis_url})
-    return await asyncio.to_thread(runner.invoke, main, arguments, input=said)
+    return await asyncio.to_thread(runner.invoke, main, arguments, input=typed, obj=surroundings)
 
 
 async def letters(redis: Redis) -> list[dict[bytes, bytes]]:
@@ -146,9 +149,9 @@ async def test_a_retry_that_broke_off_can_be_made_again_and_is_one_job(
 
 async def test_of_two_retries_at_once_there_is_one_job_and_one_letter(redis: Redis, client: Client, bury: Bury) -> None:
     letters_ = DeadLetters(redis, Keys())
-    filed = await letters_.get(EntryId.parse(await bury()))
-    assert filed
-    await asyncio.gather(*(_retry(client, letters_, filed) for _ in range(5)))
+    stored = await letters_.get(EntryId.parse(await bury()))
+    assert stored
+    await asyncio.gather(*(put_back(client, letters_, stored) for _ in range(5)))
     assert len(await jobs(redis)) == len(await letters(redis)) == 1
 
 
@@ -232,16 +235,14 @@ async def test_letters_are_dropped_by_id_or_all_that_are_meant(redis_url: str, r
     assert (none.exit_code, none.stderr) == (0, "· no dead letters\n")
 
 
-async def test_on_a_terminal_all_is_asked_for_first(
-    redis_url: str, redis: Redis, bury: Bury, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_on_a_terminal_dropping_all_has_to_be_confirmed(redis_url: str, redis: Redis, bury: Bury) -> None:
     await bury()
-    monkeypatch.setattr("worker.cli.dead_letters._on_a_terminal", lambda: True)
-    refused = await worker(redis_url, "dead", "drop", "--all", said="n\n")
+    terminal = Surroundings(can_confirm=True)
+    refused = await worker(redis_url, "dead", "drop", "--all", typed="n\n", surroundings=terminal)
     assert refused.exit_code == 1
     assert "Drop 1 dead letters for good?" in refused.stderr
     assert len(await letters(redis)) == 1
-    await worker(redis_url, "dead", "drop", "--all", "--yes")
+    await worker(redis_url, "dead", "drop", "--all", "--yes", surroundings=terminal)
     assert await letters(redis) == []
 
 

@@ -8,7 +8,7 @@ from conftest import StartWorker, eventually
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.cli.main import _print
+from worker.cli.requests import print_answer
 from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord
 from worker.sandbox.simulator.server import Simulator
@@ -50,13 +50,11 @@ async def test_c3_whoever_follows_what_was_enqueued_is_told_that_no_worker_serve
     client: Client,
     start_worker: StartWorker,
     simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """C3: after 3 s of waiting `worker enqueue --follow` says so, once."""
-    monkeypatch.setattr("worker.cli.main._LONELY", 0.02)
     request_id = await client.enqueue(ASK, queue="slow")
-    printing = asyncio.create_task(_print(client, request_id, None, as_json=False, queue="slow"))
+    printing = asyncio.create_task(print_answer(client, request_id, as_json=False, queue="slow", unserved_after=0.02))
     said = ""
 
     async def is_said() -> bool:

@@ -1,6 +1,6 @@
-"""The command `worker` as a whole: its help, and what becomes of a user's mistake or of Ctrl-C."""
+"""What holds for every command: the help lists commands in sections, and an error becomes a sentence and a status."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import click
@@ -13,51 +13,55 @@ from ..redisio.advice import advice_on
 from ..redisio.errors import redacted_message
 from ..settings import ConfigError, variable
 
-_SECTIONS = {
-    "To ask": ("enqueue", "follow", "cancel"),
-    "To run workers": ("run", "check", "dead"),
-    "To try it": ("demo", "simulate"),
-}
-
 
 class UsageProblem(click.ClickException):
-    """A setting, an option or a request that cannot be: trying again does not help, hence a status of its own."""
+    """A setting, an option or a request is invalid. Trying again does not help, so this has a status of its own."""
 
     exit_code = 2
 
 
 class Interrupted(click.ClickException):
-    """Ctrl-C, with what to do now. The status is that of a shell."""
+    """The user pressed Ctrl-C. The message says what to do now, and the status is that of a shell."""
 
     exit_code = 130
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Say it, and not as an error."""
+        """Print the message as a note, since this is no error."""
         click.echo(f"· {self.message}", file=file, err=True)
 
 
-class Commands(click.Group):
-    """Turns a user's mistake into a sentence and an exit status, in one place. With `--json` the sentence is JSON."""
+class SectionedGroup(click.Group):
+    """The root command, with the commands of each section of its help by the section's title.
+
+    Errors of every command are mapped here and nowhere else. Where the command has `--json`, the error is JSON too.
+    """
+
+    def __init__(self, *, sections: Mapping[str, Sequence[click.Command]], **attributes: Any) -> None:  # noqa: ANN401 - click's
+        super().__init__(**attributes)
+        self._sections = sections
+        for commands in sections.values():
+            for command in commands:
+                self.add_command(command)
 
     def invoke(self, ctx: click.Context) -> object:
         """See `click.Group.invoke`."""
         as_json = "--json" in ctx.args
         try:
-            return _mapped(lambda: super(Commands, self).invoke(ctx))
+            return _map_errors(lambda: super(SectionedGroup, self).invoke(ctx))
         except click.ClickException as error:
             if as_json:
-                raise _AsJson(error) from None
+                raise _JsonError(error) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as click has it
-        """Write the commands in groups, by what they are for."""
+        """Write the commands in sections, by what they are for."""
         limit = formatter.width - 6 - max(map(len, self.commands))
-        for title, names in _SECTIONS.items():
+        for title, commands in self._sections.items():
             with formatter.section(title):
-                formatter.write_dl([(name, self.commands[name].get_short_help_str(limit)) for name in names])
+                formatter.write_dl([(str(command.name), command.get_short_help_str(limit)) for command in commands])
 
 
-class _AsJson(click.ClickException):
+class _JsonError(click.ClickException):
     def __init__(self, error: click.ClickException) -> None:
         super().__init__(error.format_message())
         self.exit_code = error.exit_code  # type: ignore[misc]  # click has it as one of the class
@@ -66,7 +70,7 @@ class _AsJson(click.ClickException):
         click.echo(to_json({"error": self.message, "status": self.exit_code}), file=file, err=True)
 
 
-def _mapped(run: Callable[[], object]) -> object:
+def _map_errors(run: Callable[[], object]) -> object:
     try:
         return run()
     except KeyboardInterrupt:
@@ -77,6 +81,6 @@ def _mapped(run: Callable[[], object]) -> object:
         raise UsageProblem(str(error)) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
-        raise click.ClickException(f"Redis says: {redacted_message(error)}: {advice}") from None
+        raise click.ClickException(f"Redis answers: {redacted_message(error)}: {advice}") from None
     except (ClientError, OSError) as error:
         raise click.ClickException(str(error) or type(error).__name__) from None

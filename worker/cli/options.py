@@ -1,11 +1,12 @@
-"""What the subcommands share: options made of the settings, the client, and how their asynchronous part is run."""
+"""What the commands share: options made of the settings, the client, and how their asynchronous part runs."""
 
 import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
 from pydantic import SecretStr
@@ -18,25 +19,42 @@ from ..settings import Settings, load_settings, shown_url, variable
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
 CLIENT_OPTIONS = ("redis_url", "prefix")
-_PATIENCE = 10.0
-"""Seconds that a command waits for Redis: enough for a failover, not so long that somebody wonders."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 
 
+def _stdin_is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """Where a command runs. It is the `obj` of click's context, where a test may put its own."""
+
+    redis_patience: float = 10.0
+    """Seconds to wait for Redis: enough for a failover, and not so long that a user wonders."""
+    can_confirm: bool = field(default_factory=_stdin_is_terminal)
+    """Whether somebody is there to answer a question."""
+
+    @classmethod
+    def current(cls) -> "Surroundings":
+        """Those of the command that runs."""
+        return click.get_current_context().ensure_object(cls)
+
+
 def settings_options(*names: str) -> Callable[[_F], _F]:
-    """An option for each setting; its value goes to the settings as text, and is judged there with the rest."""
+    """Add an option for each of these settings, or for all. Values stay text, since `load_settings` checks them."""
 
     def add(command: _F) -> _F:
         for name in reversed(names or tuple(Settings.model_fields)):
             field = Settings.model_fields[name]
             secret = "SecretStr" in repr(field.annotation)
-            default = _shown(field.get_default())
+            default = _as_text(field.get_default())
             shown = "" if not default or (secret and not name.endswith("_url")) else f"  [default: {default}]"
             command = click.option(
                 f"--{name.replace('_', '-')}",
                 name,
-                metavar=_kind(name, field),
+                metavar=_metavar(name, field),
                 help=f"{field.description} ({variable(name)}){shown}",
             )(command)
         return command
@@ -44,20 +62,20 @@ def settings_options(*names: str) -> Callable[[_F], _F]:
     return add
 
 
-def _shown(default: object) -> str:
-    if isinstance(default, SecretStr):
-        return default.get_secret_value()
-    return (
-        ",".join(map(str, default))
-        if isinstance(default, tuple)
-        else f"{default:g}"
-        if isinstance(default, float)
-        else str(default)
-    )
+def _as_text(default: object) -> str:
+    match default:
+        case SecretStr():
+            return default.get_secret_value()
+        case tuple():
+            return ",".join(map(str, default))
+        case float():
+            return f"{default:g}"
+        case _:
+            return str(default)
 
 
-def _kind(name: str, field: FieldInfo) -> str:
-    """What stands for the value in the help."""
+def _metavar(name: str, field: FieldInfo) -> str:
+    """The word that the help shows in place of a value."""
     if get_origin(field.annotation) is Literal:
         return f"[{'|'.join(get_args(field.annotation))}]"
     if str(field.description).startswith("Seconds "):
@@ -77,7 +95,13 @@ def run_async(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
 
 
 async def until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
-    """SIGTERM cancels, so that what was started is ended, also where a shell has SIGINT ignored (`worker … &`)."""
+    """Run `work` until it ends or SIGTERM cancels it, so that it can end what it started.
+
+    SIGTERM is needed where a shell ignores SIGINT (`worker … &`).
+
+    Raises:
+        KeyboardInterrupt: after SIGTERM, as after Ctrl-C.
+    """
     task = asyncio.ensure_future(work)
     if sys.platform != "win32":
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -87,16 +111,22 @@ async def until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
         raise KeyboardInterrupt from None
 
 
+def exit_status(success: bool) -> NoReturn:
+    """End the command with status 0 or 1."""
+    raise click.exceptions.Exit(0 if success else 1)
+
+
 @asynccontextmanager
 async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
-    """A client; when Redis is not there it says so at once, and where it looked, and then has patience."""
+    """A client of these settings. When Redis does not answer, a note says so at once, and where the client looks."""
     settings = load_settings(options, **options)
     url = settings.redis_url.get_secret_value()
-    limit = settings.queue_limit if "queue_limit" in options else 0  # a command that cannot name it is not held to it
-    async with Client(url, prefix=settings.prefix, patience=_PATIENCE, queue_limit=limit) as client:
+    limit = settings.queue_limit if "queue_limit" in options else 0  # no limit for a command that has no option for it
+    patience = Surroundings.current().redis_patience
+    async with Client(url, prefix=settings.prefix, patience=patience, queue_limit=limit) as client:
         try:
             await client.ping()
         except Unavailable as error:
             where = f"{shown_url(url)} ({variable('redis_url')})"
-            click.echo(f"· {error}. Trying {where} for {_PATIENCE:g} s", err=True)
+            click.echo(f"· {error}. Trying {where} for {patience:g} s", err=True)
         yield client

@@ -28,7 +28,8 @@ class Printer:
         self.answer = Answer()
         self._json = as_json
         self._last = ""
-        self._line = ""  # which stream has an unfinished line: out, err or none
+        self._unfinished = ""
+        """The stream whose line has no end yet, `out` or `err`; or nothing."""
 
     def show(self, entry: Entry) -> None:
         """Print the next entry."""
@@ -39,29 +40,29 @@ class Printer:
             return
         match entry:
             case Delta(index=0):
-                self._piece(entry.reasoning, "err")
-                self._piece(f"{entry.text}{entry.refusal}{transcript_of(entry.extra)}", "out")
+                self._write(entry.reasoning, "err")
+                self._write(f"{entry.text}{entry.refusal}{transcript_of(entry.extra)}", "out")
             case Queued():
                 self._note("waiting for a worker")
             case Started():
-                self._aside(f"taken by {entry.worker}")
+                self._note_amid_text(f"taken by {entry.worker}")
             case Claimed():
                 how = "taken over by" if entry.reason == TAKEOVER else f"{entry.reason}: tried again by"
-                self._aside(f"{how} {entry.worker}")
+                self._note_amid_text(f"{how} {entry.worker}")
             case Restarted():
                 self._note("the answer starts again: what stands above is void")
             case Resumed():
-                self._aside("the answer goes on")
+                self._note_amid_text("the answer goes on")
         if self.answer.end is not None:
             self._finish()
 
     def break_off(self) -> str:
-        """End the line that was begun, as no more comes; gives the id of the last entry printed, or nothing."""
+        """End the unfinished line, since no more entries come; returns the id of the last one printed, or nothing."""
         self._end_line()
         return self._last
 
     def _finish(self) -> None:
-        """What a stream of text cannot show: tool calls, further choices, and how it ended."""
+        """Print what a stream of text cannot show: tool calls, further choices, and how the request ended."""
         self._end_line()
         for choice in self.answer.choices:
             if choice.index:
@@ -83,26 +84,26 @@ class Printer:
         self._end_line()
         click.secho(f"· {text}", err=True, dim=True)
 
-    def _aside(self, text: str) -> None:
-        """A note in the midst of an answer, which a file or a pipe gets without the end of line that a person needs."""
-        if self._line == "out" and not sys.stdout.isatty():
+    def _note_amid_text(self, text: str) -> None:
+        """Print a note within an answer. A person needs an end of line before it; a file or a pipe must not get one."""
+        if self._unfinished == "out" and not sys.stdout.isatty():
             click.secho(f"· {text}", err=True, dim=True)
         else:
             self._note(text)
 
-    def _piece(self, text: str, stream: str) -> None:
-        """A piece of reasoning or of the answer; a line of the one ends where the other begins."""
+    def _write(self, text: str, stream: str) -> None:
+        """Print a piece of the reasoning or of the answer; the line of one ends where the other begins."""
         if not text:
             return
-        if self._line != stream:
+        if self._unfinished != stream:
             self._end_line()
-        ends = text.endswith("\n")
+        ends_line = text.endswith("\n")
         if stream == "err":
             text = click.style(text, dim=True)
         click.echo(text, nl=False, err=stream == "err")
-        self._line = "" if ends else stream
+        self._unfinished = "" if ends_line else stream
 
     def _end_line(self) -> None:
-        if self._line:
-            click.echo(err=self._line == "err")
-            self._line = ""
+        if self._unfinished:
+            click.echo(err=self._unfinished == "err")
+            self._unfinished = ""

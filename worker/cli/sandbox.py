@@ -1,0 +1,96 @@
+"""The commands to try the project without vLLM or Redis: `worker demo` and `worker simulate`."""
+
+from contextlib import suppress
+from typing import NoReturn, get_args
+
+import click
+import msgspec
+
+from ..contract.entries import Object, to_json
+from .options import json_option, run_async, until_stopped
+
+
+@click.command(
+    short_help="See it work, with nothing but this command.",
+    epilog="Example: worker demo --vllm-url http://127.0.0.1:8000",
+)
+@click.option("--redis-url", help="Use this Redis in place of an embedded one.")
+@click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
+@json_option
+def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
+    """See it work: a Redis, a simulated vLLM, two workers, and followers of one stream, one of them late."""
+    try:
+        from ..sandbox.demo import DemoFailed, run_demo  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        _fail_without_extra(error)
+
+    def report(line: str, data: Object) -> None:
+        click.echo(to_json(data) if as_json else line)
+
+    try:
+        run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url)))
+    except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
+        cause: Exception = error
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, BrokenPipeError):
+            raise cause from None
+        raise click.ClickException(str(cause) or "the demo took too long") from error
+
+
+@click.command(
+    short_help="Serve a simulated vLLM, with speeds and faults to order.",
+    epilog="Example: worker simulate --port 8000 --rate 50 --fault stall --after 20",
+)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), show_default=True, help="0 takes a free one.")
+@click.option("--model", default="reciter", show_default=True, help="The name of the model.")
+@click.option("--api-key", help="Require this bearer key.")
+@click.option(
+    "--rate",
+    default=50.0,
+    type=click.FloatRange(0),
+    show_default=True,
+    help="Tokens per second and stream; 0 is without a pause.",
+)
+@click.option(
+    "--first-token",
+    default=0.0,
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    show_default=True,
+    help="Seconds before the first token.",
+)
+@click.option("--fault", help="What goes wrong, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
+@click.option("--after", default=0, type=click.IntRange(0), show_default=True, help="Delta chunks before the fault.")
+@click.option("--times", type=click.IntRange(0), help="Only this many tries of a request meet the fault.")
+@click.option(
+    "--retry-after",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="Seconds, for the Retry-After header of 429 and 503.",
+)
+def simulate(host: str, port: int, model: str, api_key: str | None, **scenario: object) -> None:
+    """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
+    try:
+        from ..sandbox.simulator.requests import Fault  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.simulator.server import Options, Scenario, serve_forever  # noqa: PLC0415 - of the extra `demo`
+    except ModuleNotFoundError as error:
+        _fail_without_extra(error)
+    try:
+        checked = msgspec.convert(scenario, Scenario)
+    except msgspec.ValidationError:  # click has checked the other options
+        raise click.UsageError(f"--fault must be one of {', '.join(get_args(Fault))}") from None
+    options = Options(model=model, api_key=api_key, orders=checked)
+
+    def ready(url: str) -> None:
+        click.echo(f"a simulated vLLM listens on {url}", err=True)
+
+    with suppress(KeyboardInterrupt):  # Ctrl-C is the way to end it
+        run_async(lambda: until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
+
+
+def _fail_without_extra(error: ModuleNotFoundError) -> NoReturn:
+    install = "in a clone of vllm-relay: pip install '.[demo]'"
+    raise click.ClickException(f"{error.name} is missing, of the extra `demo`: install it, {install}") from None
