@@ -328,7 +328,7 @@ async def test_what_dead_workers_leave_is_removed_at_every_master(redis: Redis) 
 
 @pytest.fixture
 def users(nodes: list[topology.Node]) -> Iterator[None]:
-    """At every master the users of the README, with what a cluster needs besides."""
+    """At every master the users of deploy/README.md, with what a cluster needs besides."""
     for node in nodes:
         for role in ROLES:
             sharded = [f"+{command}" for command in commands_of(role, "cluster")] if has_shards(node) else []

@@ -88,7 +88,7 @@ async def change(redis: Redis, *words: str) -> None:
 
 @pytest.fixture
 async def users(redis: Redis, redis_url: str) -> AsyncIterator[dict[Role, str]]:
-    """The Redis, as the users that the README gives to workers and to clients."""
+    """The Redis, as the users that deploy/README.md gives to workers and to clients."""
     for role in ROLES:
         await change(redis, *acl(role))
     await redis.acl_log_reset()

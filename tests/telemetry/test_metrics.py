@@ -2,11 +2,11 @@
 
 import math
 import re
-from pathlib import Path
 
 import httpx
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
+from documents import DEPLOY
 from proxy import Proxy
 from redis.asyncio import Redis
 
@@ -17,8 +17,6 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import ConfigError, load_settings
 from worker.telemetry.metrics import Metrics
 from worker.version import version
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def value(service: Worker, name: str, **labels: str) -> float:
@@ -183,7 +181,7 @@ def test_what_is_no_address_is_refused(bad: str) -> None:
         load_settings(metrics=bad)
 
 
-def test_every_metric_is_in_the_readme() -> None:
+def test_every_metric_is_described() -> None:
     names = {metric.name for metric in Metrics().registry.collect()}
-    named = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_\w+)", README)}
+    named = {name.removesuffix("_total") for name in re.findall(r"`(vllm_relay_\w+)", DEPLOY.text)}
     assert named == names

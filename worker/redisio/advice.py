@@ -43,7 +43,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (
         exceptions.NoPermissionError, "",
-        "give the user that right, as the README has it (Rights in Redis): ACL SETUSER <user> +<command> ~<prefix>:*",
+        "give the user that right (Rights in Redis, deploy/README.md): ACL SETUSER <user> +<command> ~<prefix>:*",
     ),
     (exceptions.RedisError, "DB index", "set REDIS_URL to a database that there is: 0 to 15, unless Redis has other"),
     (exceptions.RedisError, "cluster support disabled", "this is no cluster: begin REDIS_URL with redis://"),

@@ -107,7 +107,7 @@ class UpstreamError(Exception):
     """vLLM did not give an answer, or not a whole one.
 
     Attributes:
-        code: for programs, one of those listed in the README.
+        code: for programs, one of those listed in worker/contract/README.md.
         message: for people: what the server said.
         status: the HTTP status, or the code inside an error event; 0 where there was none.
         retryable: whether the same request may succeed elsewhere or later.

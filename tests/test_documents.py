@@ -1,0 +1,392 @@
+"""The documents are true: links and anchors exist, examples run as they stand, tables match the code."""
+
+import ast
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from inspect import getmembers_static
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from conftest import eventually
+from documents import (
+    API,
+    BENCHMARKS,
+    CHAOS,
+    CONTRACT,
+    CONTRIBUTING,
+    DEPLOY,
+    DOCUMENTS,
+    README,
+    ROOT,
+    Document,
+    Example,
+    settings_table,
+)
+from redis.asyncio import Redis
+
+import worker
+from worker import Client, SyncClient
+from worker.contract.entries import Cancelled, Claimed, Delta, Done, Failed, Opened, Queued, Restarted, Resumed, Started
+from worker.contract.job import digest
+from worker.contract.keys import Keys
+from worker.sandbox.embedded_redis import find_servers
+from worker.sandbox.simulator.requests import answer_to
+from worker.settings import Settings, variable
+from worker.telemetry import events
+from worker.telemetry.events import Event, Failing
+from worker.telemetry.logging import name_of
+
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+TEXT = answer_to(QUESTION)
+DONE_AFTER = 40.0
+NAME = "vllm_relay" if importlib.util.find_spec("vllm_relay") else "worker"
+"""What the examples import: `worker` until the package has its second name."""
+NODE_MODULES = os.path.realpath(os.environ.get("NODE_MODULES", ""))
+
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+needs_packages = pytest.mark.skipif(
+    not (shutil.which("node") and "NODE_MODULES" in os.environ),
+    reason="needs node and NODE_MODULES (CONTRIBUTING.md)",
+)
+
+
+def named(*documents: Document, language: str) -> list[Any]:
+    """The examples in a language, as parameters of a test."""
+    return [
+        pytest.param(example, id=f"{document} {number}")
+        for document in documents
+        for number, example in enumerate(document.examples, 1)
+        if example.language == language
+    ]
+
+
+async def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a command prints on standard output; fails the test if the command fails."""
+    process = await asyncio.create_subprocess_exec(
+        *command, env=os.environ | (env or {}), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), DONE_AFTER)
+    assert process.returncode == 0, out.decode() + err.decode()
+    return out.decode()
+
+
+# Links.
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(document: Document) -> None:
+    others = {other.path: other for other in DOCUMENTS}
+    for link in document.links:
+        if urlsplit(link).scheme:
+            assert link.startswith("https://"), f"{link} is not https"
+            continue
+        place, _, anchor = link.partition("#")
+        target = (document.path.parent / place).resolve() if place else document.path
+        assert target.exists(), f"{link} leads to no file"
+        assert not place.startswith("/"), f"{link} is not relative"
+        if anchor:
+            assert anchor in others[target].anchors, f"{link} leads to no heading"
+
+
+def test_every_document_is_reachable_from_the_readme() -> None:
+    reached, todo = set[Path](), [README.path]
+    by_path = {document.path: document for document in DOCUMENTS}
+    while todo:
+        path = todo.pop()
+        reached.add(path)
+        links = (link.partition("#")[0] for link in by_path[path].links if not urlsplit(link).scheme)
+        targets = ((path.parent / link).resolve() for link in links if link)
+        todo += [target for target in targets if target in by_path and target not in reached]
+    assert reached == set(by_path)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_file_that_is_named_exists(document: Document) -> None:
+    text = document.prose + "".join(example.code for example in document.examples if example.language == "sh")
+    for name in re.findall(r"(?<![\w./-])(?:worker|tests|deploy|\.ci)/[\w./-]*[\w/]", text):
+        assert (ROOT / name).exists(), f"{name} does not exist"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_no_path_of_a_machine_and_no_registry_is_named(document: Document) -> None:
+    assert not re.findall(r"pypi\.org|npmjs|pkg\.go\.dev|(?<![\w.])/(?:work|root|home|opt|usr)/", document.text)
+
+
+def test_the_readme_has_at_most_200_lines() -> None:
+    assert len(README.text.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_nothing_says_to_install_the_package_by_its_name(document: Document) -> None:
+    assert not re.search(r"pip install\s+\W*vllm-relay", document.text), "the package is on no index"
+
+
+# Examples.
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None:
+    tested = {"python", "service", "redis-cli", "typescript", "browser"}
+    unmarked = [
+        example.code
+        for example in document.examples
+        if example.language not in {"", "sh"} and example.name not in tested
+    ]
+    assert not unmarked
+
+
+@pytest.mark.parametrize("example", named(*DOCUMENTS, language="python"))
+def test_every_python_example_imports_the_name_of_its_own(example: Example) -> None:
+    imported = {
+        node.module for node in ast.walk(ast.parse(example.code)) if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert "vllm_relay" in imported
+    assert "worker" not in {name.partition(".")[0] for name in imported}
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("example", named(README, API, language="python"))
+async def test_every_python_example_prints_the_answer(example: Example, redis_url: str, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(example.code.replace("vllm_relay", NAME))
+    printed = await run(sys.executable, script, env={"REDIS_URL": redis_url})
+    if example.name == "python":
+        assert TEXT in printed
+        assert "done" in printed
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_service_sends_entries_and_goes_on_after_the_last_event_id(
+    redis_url: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    service = _module(tmp_path / "service.py", README.example("service"))
+    request_id = await client.enqueue({"messages": QUESTION})
+    await client.result(request_id)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://relay") as http:
+        whole = await http.get(f"/events/{request_id}")
+        events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in whole.text.split("\n\n")[:-1]]
+        rest = await http.get(f"/events/{request_id}", headers={"Last-Event-ID": events[2]["id"]})
+    await service.client.aclose()
+    assert whole.headers["content-type"].startswith("text/event-stream")
+    entries = [json.loads(event["data"]) for event in events]
+    assert [event["id"] for event in events] == [entry["id"] for entry in entries]
+    assert "".join(entry.get("content", "") for entry in entries) == TEXT
+    assert whole.text.endswith(rest.text)
+    assert rest.text.startswith(f"id: {events[3]['id']}")
+
+
+@needs_node
+@pytest.mark.usefixtures("worker")
+async def test_the_page_shows_the_answer_and_closes_its_source(client: Client, tmp_path: Path) -> None:
+    request_id = await client.enqueue({"messages": QUESTION})
+    entries = [entry.to_json() async for entry in client.follow(request_id)]
+    script = tmp_path / "page.mjs"
+    script.write_text(f"""
+        globalThis.id = "1";
+        globalThis.answer = {{ textContent: "", append(text) {{ this.textContent += text; }} }};
+        globalThis.EventSource = class {{ close() {{ this.closed = true; }} }};
+        {README.example("browser")}
+        for (const data of {json.dumps(entries)}) source.onmessage({{ data }});
+        console.log(JSON.stringify([answer.textContent, source.closed]));
+    """)
+    assert json.loads(await run("node", script)) == [TEXT, True]
+
+
+@needs_packages
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize("document", [README, CONTRACT], ids=str)
+async def test_the_typescript_example_has_right_types_and_prints_the_answer(
+    document: Document, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "node_modules").symlink_to(NODE_MODULES)
+    (tmp_path / "example.mts").write_text(document.example("typescript").replace('"Hi"', '"Who are you?"'))
+    options = [
+        "--strict",
+        "--noUncheckedIndexedAccess",
+        "--target",
+        "es2022",
+        "--module",
+        "nodenext",
+        "--types",
+        "node",
+    ]
+    await run("node", "node_modules/typescript/bin/tsc", *options, "example.mts", cwd=tmp_path)
+    assert TEXT in await run("node", "example.mjs", env={"REDIS_URL": redis_url}, cwd=tmp_path)
+
+
+def redis_cli() -> str:
+    beside = [str(server.parent / "redis-cli") for server in find_servers()]
+    found = next(filter(None, map(shutil.which, ["redis-cli", *beside])), None)
+    if found is None:
+        pytest.skip("no redis-cli at hand")
+    return found
+
+
+async def shell(redis_url: str, lines: str) -> str:
+    """What lines of an example print when a shell runs them at the tests' Redis."""
+    command = lines.replace("redis-cli", f"{redis_cli()} -p {urlsplit(redis_url).port}", 1)
+    process = await asyncio.create_subprocess_shell(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed, _ = await process.communicate()
+    return printed.decode()
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_redis_cli_lines_of_the_contract_enqueue_follow_and_cancel(redis_url: str, redis: Redis) -> None:
+    enqueue, follow, cancel = re.split(r"(?:^#.*\n)+", CONTRACT.example("redis-cli"), flags=re.MULTILINE)[1:]
+    assert re.fullmatch(r"OK\n(QUEUED\n){3}0-1\n1\n\d+-\d+\n", await shell(redis_url, enqueue))
+    assert "chat:tokens:{demo-1}\n0-1\ntype\nqueued\nv\n1" in await shell(redis_url, follow)
+    assert "\n1-0\ntype\nstarted" in await shell(redis_url, follow.replace("' 0", "' 0-1"))
+    await eventually(lambda: redis.exists("chat:ended:{demo-1}"))
+    assert "exhausted the last possible ID" in await shell(redis_url, cancel), "it had ended before"
+
+    await redis.delete("chat:tokens:{demo-1}", "chat:ended:{demo-1}")
+    assert await shell(redis_url, cancel) == "18446744073709551615-18446744073709551615\n"
+    await shell(redis_url, enqueue)
+
+    async def remembered() -> object:
+        return b"cancelled" in (await redis.get("chat:ended:{demo-1}") or b"")
+
+    await eventually(remembered)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_redis_cli_lines_of_the_readme_enqueue_follow_and_cancel(redis_url: str, redis: Redis) -> None:
+    enqueue, follow, cancel = README.example("redis-cli").splitlines()
+    assert re.fullmatch(r"\d+-\d+\n", await shell(redis_url, enqueue))
+    assert "chat:tokens:{demo-1}\n1-0\ntype\nstarted" in await shell(redis_url, follow)
+    await eventually(lambda: redis.exists("chat:ended:{demo-1}"))
+    assert "exhausted the last possible ID" in await shell(redis_url, cancel), "it had ended before"
+
+
+# Settings.
+
+
+def test_the_table_of_settings_is_the_generated_one() -> None:
+    assert settings_table() in DEPLOY.text, "write the table anew: python tests/documents.py"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_setting_that_is_named_exists(document: Document) -> None:
+    names = set(re.findall(r"`(WORKER_[A-Z_]+)`", document.text))
+    of_kubernetes = {"WORKER_PORT", "WORKER_SERVICE_HOST"}
+    assert names - of_kubernetes <= {variable(field) for field in Settings.model_fields}
+
+
+# The contract.
+
+
+def test_every_key_entry_type_and_field_is_described() -> None:
+    keys = Keys()
+    fixed = [keys.jobs(), keys.lifecycle, keys.dead, keys.workers, keys.cancel]
+    for key in [*fixed, keys.tokens("<id>"), keys.ended("<id>"), keys.feed("<id>")]:
+        assert f"| `{key}`" in CONTRACT.text
+    for kind in (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled):
+        row = re.search(rf"^\| `{kind.type}` \|.*$", CONTRACT.text, re.MULTILINE)
+        assert row, f"{kind.type} is not described"
+        if kind not in (Failed, Cancelled, Queued):
+            missing = [name for name in kind.__struct_fields__ if name != "id" and f"`{name}`" not in row[0]]
+            assert not missing, f"{kind.type}: {missing}"
+
+
+@pytest.mark.parametrize("document", [CONTRACT, API], ids=str)
+def test_every_error_code_is_in_the_table(document: Document) -> None:
+    sources = [
+        *(ROOT / "worker/vllm").rglob("*.py"),
+        ROOT / "worker/engine/generation.py",
+        ROOT / "worker/engine/job_runner.py",
+        ROOT / "worker/engine/settlement.py",
+    ]
+    text = "".join(path.read_text() for path in sources)
+    used = set(re.findall(r'UpstreamError\(\s*"(\w+)"', text)) | set(re.findall(r'_failed\("(\w+)"', text))
+    used |= set(re.findall(r'code(?:, retryable)? = "(\w+)"', text)) | set(re.findall(r'code="(\w+)"', text))
+    assert len(used) > 10
+    assert used <= document.first_cells
+
+
+def test_the_digests_are_those_that_clients_and_workers_write() -> None:
+    asked = {"model": "m", "temperature": 1.0}
+    assert f"has the digest `{digest(asked)}`" in CONTRACT.text
+    assert f"it is\n`{digest(asked, ['s'])}`" in CONTRACT.text
+
+
+# The Python API.
+
+
+def test_every_public_name_is_described() -> None:
+    missing = [name for name in worker.__all__ if not re.search(rf"`{name}\b", API.text)]
+    assert not missing
+
+
+@pytest.mark.parametrize("kind", [Client, SyncClient])
+def test_every_method_is_described(kind: type) -> None:
+    methods = [name for name, member in getmembers_static(kind) if callable(member) and name[0] != "_"]
+    assert "enqueue" in methods
+    missing = [name for name in methods if not re.search(rf"`{name}\b", API.text)]
+    assert not missing
+
+
+def test_every_job_option_is_described() -> None:
+    assert set(worker.JobOptions.__annotations__) <= API.first_cells
+
+
+# Operation.
+
+
+def test_every_log_event_is_described() -> None:
+    kinds = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)]
+    names = {name_of(kind) for kind in kinds if kind.level != "silent" and kind not in (Event, Failing)}
+    assert names - DEPLOY.first_cells == set()
+
+
+def test_every_command_is_described() -> None:
+    from worker.cli.main import main  # noqa: PLC0415 - it loads what no other test here needs
+
+    words = {word.split()[1] for word in DEPLOY.first_cells if word.startswith("worker ")}
+    assert words == set(main.commands)
+
+
+# Figures and commands.
+
+
+def test_the_figures_of_the_readme_are_in_the_report() -> None:
+    figures = re.findall(r"\d[\d,.]*\d", README.text.partition("On one core")[2].partition("[Benchmarks]")[0])
+    for figure in ("117,377", "12.88", "16.2", "0.15"):
+        assert figure in figures
+        assert re.search(rf"\| +{re.escape(figure)} \|", BENCHMARKS.text), f"{figure} is not in the report"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = re.search(r"## Tests\n\n```sh\n(.*?)\n```", README.text)
+    assert command
+    assert command[1] in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("document", [CHAOS], ids=str)
+def test_every_file_of_fault_tests_is_described(document: Document) -> None:
+    files = {path.name for path in (ROOT / "tests/chaos").glob("test_*.py")}
+    assert files == {name for name in document.first_cells if name.startswith("test_")}
+
+
+def test_the_layout_lists_every_package() -> None:
+    packages = {f"worker/{path.name}/" for path in (ROOT / "worker").iterdir() if (path / "__init__.py").exists()}
+    assert packages == {name for name in CONTRIBUTING.first_cells if name.startswith("worker/") and name[-1] == "/"}
+
+
+def _module(path: Path, code: str) -> Any:  # noqa: ANN401 - whatever the example defines
+    path.write_text(code.replace("vllm_relay", NAME))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
