@@ -1,5 +1,8 @@
 """A log that a test writes and tells by hand."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from redis.asyncio import Redis
 
 from worker import Delta, Entry
@@ -9,6 +12,16 @@ from worker.contract.ids import SEAL, EntryId
 
 def delta(attempt: int, n: int) -> Delta:
     return Delta(id=EntryId(attempt, n), content=f"{attempt}-{n} ", token_ids=[n])
+
+
+@asynccontextmanager
+async def user_without_channels(redis: Redis, url: str) -> AsyncIterator[str]:
+    """The URL of a user to whom Redis refuses every subscription."""
+    await redis.acl_setuser(
+        "deaf", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
+    )
+    yield url.replace("//", "//deaf:pw@")
+    await redis.acl_deluser("deaf")
 
 
 class Story:

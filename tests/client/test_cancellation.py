@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
 from worker import Client
 from worker.redisio.subscriptions import Listener
@@ -25,7 +26,7 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
         return [(b"log", [(b"1-0", {b"type": b"started"})])]
 
     def refuse(_: str, listener: Listener) -> None:
-        listener.refused()
+        listener.on_refused(RedisError())
 
     monkeypatch.setattr(client._following.logs._reader, "xread", xread)
     monkeypatch.setattr(client._following.subscriptions, "subscribe", refuse)

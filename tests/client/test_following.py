@@ -10,7 +10,7 @@ import pytest
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import END, START, Story, delta
+from story import END, START, Story, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
 from worker.broker.log_pages import PageSize
@@ -136,7 +136,7 @@ async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Sto
 async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: Client, story: Story) -> None:
     reader = await Reader.of(client, story)
     told = delta(1, 1)
-    client._following._requests["r"].hear(to_json([[str(told.id), to_fields(told)]]).encode())
+    client._following._requests["r"].on_message(to_json([[str(told.id), to_fields(told)]]).encode())
     assert reader.seen == [START, told]
     await story.write(told)
     await story.go_on(END)
@@ -375,24 +375,18 @@ async def nobody_listens(*stories: Story) -> bool:
 @pytest.mark.usefixtures("nobody_polls")
 async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redis, redis_url: str) -> None:
     await redis.config_resetstat()
-    await redis.acl_setuser(
-        "deaf", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
-    )
-    try:
-        async with Client(redis_url.replace("//", "//deaf:pw@"), patience=5) as client:
-            for request_id in ("r", "s"):
-                told = Story(redis, request_id)
-                await told.write(START)
-                reader = Reader(client, request_id)
-                await reader.has(START)
-                await told.go_on(delta(1, 1))
-                await reader.has(delta(1, 1))
-                await told.go_on(END)
-                await reader.task
-                assert reader.seen == told.written
-        assert await calls(redis, "xread")
-    finally:
-        await redis.acl_deluser("deaf")
+    async with user_without_channels(redis, redis_url) as deaf_url, Client(deaf_url, patience=5) as client:
+        for request_id in ("r", "s"):
+            told = Story(redis, request_id)
+            await told.write(START)
+            reader = Reader(client, request_id)
+            await reader.has(START)
+            await told.go_on(delta(1, 1))
+            await reader.has(delta(1, 1))
+            await told.go_on(END)
+            await reader.task
+            assert reader.seen == told.written
+    assert await calls(redis, "xread")
 
 
 @pytest.mark.usefixtures("nobody_polls")
@@ -493,13 +487,13 @@ async def nothing_left(redis: Redis) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("when", ["at once", "while it reads", "while it waits", "without the feed"])
-async def test_closing_the_client_ends_who_still_follows(
-    when: str, redis_url: str, redis: Redis, story: Story, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_closing_the_client_ends_who_still_follows(when: str, redis_url: str, redis: Redis, story: Story) -> None:
     await story.write(START)
-    client = Client(redis_url)
-    if when == "without the feed":
-        monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, listener: listener.refused())
+    async with user_without_channels(redis, redis_url) as deaf_url:
+        await end_by_closing(when, Client(deaf_url if when == "without the feed" else redis_url), redis)
+
+
+async def end_by_closing(when: str, client: Client, redis: Redis) -> None:
     reader = Reader(client)
     if when == "while it reads":
         await asyncio.sleep(0)

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 import pytest
 from conftest import StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
+from story import user_without_channels
 
 from worker import Client, Entry, Failed, Queued, Refused, State, Status
 from worker.contract.ids import SEAL
@@ -38,12 +39,13 @@ async def has_sealed(redis: Redis) -> bool:
 
 @pytest.mark.parametrize("hears", [True, False])
 async def test_c3_a_follower_ends_what_nobody_took_before_its_deadline(
-    *, hears: bool, redis_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    *, hears: bool, redis_url: str, redis: Redis
 ) -> None:
     """C3: nobody sealed it."""
-    async with Client(redis_url) as client:
-        if not hears:
-            monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, it: it.refused())
+    async with (
+        user_without_channels(redis, redis_url) as deaf_url,
+        Client(redis_url if hears else deaf_url) as client,
+    ):
         await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely", retention=60)
         for seen in await asyncio.gather(*(follow(client) for _ in range(5))):
             assert [type(entry) for entry in seen] == [Queued, Failed]
@@ -123,10 +125,10 @@ READING = ["+@read", "+@connection", "+@pubsub"]
 """Rights of a user who may not write."""
 
 
-async def add_reader(redis: Redis, rights: list[str]) -> None:
+async def add_reader(redis: Redis, rights: list[str], channels: Sequence[str] = ("chat:*",)) -> None:
     await redis.acl_setuser(
         "reader", enabled=True, passwords="+pw", keys=["chat:*"], categories=rights, commands=["+time"],
-        reset_channels=True, channels=["chat:*"],
+        reset_channels=True, channels=channels,
     )  # fmt: skip
 
 
@@ -138,15 +140,13 @@ async def types_of(entries: AsyncIterator[Entry], seen: list[str]) -> None:
 @pytest.mark.parametrize("hears", [True, False])
 @pytest.mark.parametrize("rights", [READING, [*READING, "+@transaction"], ["+@all", "-@write"]])
 async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
-    rights: list[str], *, hears: bool, client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    rights: list[str], *, hears: bool, client: Client, redis: Redis, redis_url: str
 ) -> None:
     """F2: the follower waited for ever."""
     await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely")
-    await add_reader(redis, rights)
+    await add_reader(redis, rights, channels=["chat:*"] if hears else [])
     try:
         async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
-            if not hears:
-                monkeypatch.setattr(reader._following.subscriptions, "subscribe", lambda _, it: it.refused())
             seen: list[str] = []
             with pytest.raises(Refused, match=r"deadline of request r passed before a worker took it.*may not write"):
                 await types_of(reader.follow("r", idle=0.02), seen)

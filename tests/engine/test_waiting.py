@@ -10,7 +10,7 @@ from command import run
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import END, START, Story, delta
+from story import END, START, Story, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest
 from worker.client.handles import RequestHandle, SyncRequestHandle
@@ -66,12 +66,13 @@ async def test_c5_idle_is_said_while_redis_does_not_answer_and_patience_still_en
                 [entry async for entry in entries]
 
 
-async def test_c5_idle_is_said_where_the_feed_cannot_be_heard(
-    client: Client, story: Story, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client._following.subscriptions, "subscribe", lambda _, listener: listener.refused())
+async def test_c5_idle_is_said_where_the_feed_cannot_be_heard(redis: Redis, redis_url: str, story: Story) -> None:
     await story.write(START)
-    async with aclosing(client.follow("r", idle=0.05)) as entries:
+    async with (
+        user_without_channels(redis, redis_url) as deaf_url,
+        Client(deaf_url) as client,
+        aclosing(client.follow("r", idle=0.05)) as entries,
+    ):
         assert await until(entries, START) == [START]
         for _ in range(3):
             assert (await idle(entries)).id == START.id

@@ -53,34 +53,6 @@ async def test_without_the_right_to_channels_answers_are_whole_and_cancels_work(
     assert said.count("feed_refused") == said.count("cancel_hints_refused") == 1
 
 
-async def test_a_right_to_channels_that_is_given_later_is_used(
-    redis: Redis,
-    user_url: str,
-    start_worker: StartWorker,
-    simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """D13: one refused subscription, as with a password that was changed, is not the end of the hints."""
-    monkeypatch.setattr("worker.broker.cancels._ASK_AGAIN", 0.05)
-    configure_logging("json", "warning")
-    said = ""
-
-    async def refused() -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return "cancel_hints_refused" in said
-
-    async def subscribed() -> bool:
-        return [count for _, count in await redis.pubsub_numsub("chat:cancel")] == [1]
-
-    await start_worker(simulator, redis_url=user_url)
-    await eventually(refused)
-    await redis.acl_setuser("mute", enabled=True, channels=["chat:*"])
-    await eventually(subscribed)
-    assert (said + capfd.readouterr().err).count("cancel_hints_refused") == 1
-
-
 async def change(redis: Redis, *words: str) -> None:
     """Give a user rights, or take some away."""
     await redis.execute_command("ACL SETUSER", *words)  # type: ignore[no-untyped-call]  # so in redis-py 8.1

@@ -1,4 +1,4 @@
-"""Subscriptions: made together, made again after a loss, and given up where Redis refuses them."""
+"""Subscriptions: made together, made again after a lost connection, and dropped or requested again after a refusal."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,66 +12,81 @@ from worker.redisio.clients import command_client
 from worker.redisio.subscriptions import Subscriptions
 
 
-class Ear:
-    """Notes what a listener is told."""
+class Recorder:
+    """A listener that notes its calls."""
 
     def __init__(self) -> None:
-        self.heard: list[bytes] = []
+        self.messages: list[bytes] = []
         self.times_subscribed = self.times_interrupted = self.times_refused = 0
 
-    def hear(self, payload: bytes) -> None:
-        self.heard.append(payload)
+    def on_message(self, payload: bytes) -> None:
+        self.messages.append(payload)
 
-    def subscribed(self) -> None:
+    def on_subscribed(self) -> None:
         self.times_subscribed += 1
 
-    def interrupted(self) -> None:
+    def on_interrupted(self) -> None:
         self.times_interrupted += 1
 
-    def refused(self) -> None:
+    def on_refused(self, error: Exception) -> None:
+        assert "permission" in str(error)
         self.times_refused += 1
 
 
 @pytest.fixture
 async def subscriptions(redis_proxy: Proxy) -> AsyncIterator[Subscriptions]:
     async with command_client(redis_proxy.redis_url, connections=1) as redis:
-        subscriptions = Subscriptions(redis)
+        subscriptions = Subscriptions(redis, silence=0.1)
         yield subscriptions
         await subscriptions.aclose()
 
 
-async def until(*ears: Ear, subscribed: int = 1) -> None:
+@pytest.fixture
+async def mute_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The URL of a user without a right to any channel."""
+    await redis.acl_setuser("mute", enabled=True, passwords="+pw", categories=["+@all"], reset_channels=True)
+    yield redis_url.replace("//", "//mute:pw@")
+    await redis.acl_deluser("mute")
+
+
+async def until(*listeners: Recorder, subscribed: int = 1) -> None:
     async def all_are() -> bool:
-        return all(ear.times_subscribed >= subscribed for ear in ears)
+        return all(listener.times_subscribed >= subscribed for listener in listeners)
 
     await eventually(all_are)
 
 
-async def test_each_hears_its_own_channel_until_it_leaves(subscriptions: Subscriptions, redis: Redis) -> None:
-    ears = {f"c{number}": Ear() for number in range(50)}
-    for channel, ear in ears.items():
-        subscriptions.subscribe(channel, ear)
-    await until(*ears.values())
-    subscriptions.unsubscribe("c0")
-    subscriptions.unsubscribe("c1")
-    again = Ear()
-    subscriptions.subscribe("c1", again)
-    await until(again)
-    for channel in ears:
-        assert await redis.publish(channel, channel) == (channel != "c0")
+async def has_received(listener: Recorder, *messages: bytes) -> None:
+    async def received() -> bool:
+        return listener.messages == list(messages)
 
-    async def heard() -> bool:
-        return ears["c49"].heard == [b"c49"]
-
-    await eventually(heard)
-    assert [ear.heard for ear in ears.values()] == [[], [], *([channel.encode()] for channel in list(ears)[2:])]
-    assert again.heard == [b"c1"]
+    await eventually(received)
 
 
-async def test_a_channel_that_is_left_before_it_was_subscribed_to_is_none(
+async def test_each_listener_gets_the_messages_of_its_channel_until_it_unsubscribes(
     subscriptions: Subscriptions, redis: Redis
 ) -> None:
-    left, stays = Ear(), Ear()
+    listeners = {f"c{number}": Recorder() for number in range(50)}
+    for channel, listener in listeners.items():
+        subscriptions.subscribe(channel, listener)
+    await until(*listeners.values())
+    subscriptions.unsubscribe("c0")
+    subscriptions.unsubscribe("c1")
+    again = Recorder()
+    subscriptions.subscribe("c1", again)
+    await until(again)
+    for channel in listeners:
+        assert await redis.publish(channel, channel) == (channel != "c0")
+    await has_received(listeners["c49"], b"c49")
+    expected = [[], [], *([channel.encode()] for channel in list(listeners)[2:])]
+    assert [listener.messages for listener in listeners.values()] == expected
+    assert again.messages == [b"c1"]
+
+
+async def test_a_channel_that_is_left_before_it_was_subscribed_to_is_not_subscribed_to(
+    subscriptions: Subscriptions, redis: Redis
+) -> None:
+    left, stays = Recorder(), Recorder()
     subscriptions.subscribe("left", left)
     subscriptions.unsubscribe("left")
     subscriptions.subscribe("stays", stays)
@@ -80,59 +95,79 @@ async def test_a_channel_that_is_left_before_it_was_subscribed_to_is_none(
 
 
 @pytest.mark.parametrize("how", ["cut", "silent"])
-async def test_a_lost_connection_is_made_again_with_all_that_is_heard(
-    how: str, subscriptions: Subscriptions, redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+async def test_a_lost_connection_is_made_again_with_every_channel(
+    how: str, subscriptions: Subscriptions, redis: Redis, redis_proxy: Proxy
 ) -> None:
-    monkeypatch.setattr("worker.redisio.subscriptions._SILENCE", 0.1)
-    ears = [Ear() for _ in range(3)]
-    for number, ear in enumerate(ears):
-        subscriptions.subscribe(f"c{number}", ear)
-    await until(*ears)
+    listeners = [Recorder() for _ in range(3)]
+    for number, listener in enumerate(listeners):
+        subscriptions.subscribe(f"c{number}", listener)
+    await until(*listeners)
     if how == "cut":
         await redis_proxy.cut()
     else:
         redis_proxy.half_open()
 
         async def interrupted() -> bool:
-            return all(ear.times_interrupted for ear in ears)
+            return all(listener.times_interrupted for listener in listeners)
 
         await eventually(interrupted)
         await redis_proxy.cut()
         redis_proxy.open.set()
-    await until(*ears, subscribed=2)
-    assert [ear.times_interrupted for ear in ears] >= [1, 1, 1]
+    await until(*listeners, subscribed=2)
+    assert [listener.times_interrupted for listener in listeners] >= [1, 1, 1]
     assert await redis.publish("c2", "x") == 1
-
-    async def heard() -> bool:
-        return ears[2].heard == [b"x"]
-
-    await eventually(heard)
+    await has_received(listeners[2], b"x")
 
 
-async def test_who_may_not_listen_is_told_and_so_are_those_who_come_later(redis: Redis, redis_url: str) -> None:
-    await redis.acl_setuser("deaf", enabled=True, passwords="+pw", categories=["+@all"], reset_channels=True)
-    try:
-        async with command_client(redis_url.replace("//", "//deaf:pw@"), connections=1) as client:
-            subscriptions = Subscriptions(client)
-            for channel in ("c1", "c2"):
-                ear = Ear()
-                subscriptions.subscribe(channel, ear)
+async def test_a_silent_connection_that_answers_a_ping_is_kept(subscriptions: Subscriptions) -> None:
+    listener = Recorder()
+    subscriptions.subscribe("c", listener)
+    await until(listener)
+    await asyncio.sleep(0.5)  # five times as long as a silence
+    assert (listener.times_subscribed, listener.times_interrupted) == (1, 0)
 
-                async def refused(ear: Ear = ear) -> bool:
-                    return ear.times_refused == 1
 
-                await eventually(refused)
-            await subscriptions.aclose()
-    finally:
-        await redis.acl_deluser("deaf")
+async def test_a_refusal_is_reported_to_every_listener_also_to_later_ones(mute_url: str) -> None:
+    async with command_client(mute_url, connections=1) as redis:
+        subscriptions = Subscriptions(redis)
+        for channel in ("c1", "c2"):
+            listener = Recorder()
+            subscriptions.subscribe(channel, listener)
+
+            async def refused(listener: Recorder = listener) -> bool:
+                return listener.times_refused == 1
+
+            await eventually(refused)
+        await subscriptions.aclose()
+
+
+async def test_a_refused_subscription_is_requested_again_unless_it_was_ended(redis: Redis, mute_url: str) -> None:
+    stays, left = Recorder(), Recorder()
+    async with command_client(mute_url, connections=1) as client:
+        subscriptions = Subscriptions(client, ask_again=0.02)
+        subscriptions.subscribe("stays", stays)
+        subscriptions.subscribe("left", left)
+
+        async def refused_again() -> bool:
+            return min(stays.times_refused, left.times_refused) > 1
+
+        await eventually(refused_again)
+        subscriptions.unsubscribe("left")
+        await redis.acl_setuser("mute", enabled=True, channels=["*"])
+        await until(stays)
+        assert await redis.publish("left", "x") == 0
+        assert await redis.publish("stays", "x") == 1
+        await has_received(stays, b"x")
+        await subscriptions.aclose()
 
 
 async def test_closing_while_it_connects_leaves_nothing(redis_proxy: Proxy) -> None:
+    before = asyncio.all_tasks()
     redis_proxy.half_open()
     async with command_client(redis_proxy.redis_url, connections=1) as redis:
         subscriptions = Subscriptions(redis)
-        subscriptions.subscribe("c", Ear())
+        subscriptions.subscribe("c", Recorder())
         for _ in range(5):
             await asyncio.sleep(0)
         await subscriptions.aclose()
-    assert asyncio.all_tasks() == {asyncio.current_task(), *redis_proxy._connections}
+    assert asyncio.all_tasks() == {*before, *redis_proxy._connections}

@@ -5,89 +5,72 @@ read the end of every log three times a lease. A hint that is lost costs time.
 """
 
 import asyncio
-from contextlib import suppress
+from typing import Protocol
 
-import structlog
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
-from ..redisio.clients import Backoff
-from ..redisio.errors import is_transient, redacted_message
-from .cluster_publisher import AnyPublisher
-
-_log = structlog.get_logger()
-
-_TICK = 0.25
-"""Seconds after which it is seen that the process leaves: a read is not cancelled, redis-py may not notice."""
-
-_SILENCE = 5.0
-"""Seconds after which a silent connection is asked whether it still lives, and then given up."""
-
-_ASK_AGAIN = 5.0
-"""Seconds until a subscription that was refused is tried again."""
+from ..redisio.errors import redacted_message
+from ..redisio.subscriptions import Subscriptions
+from ..telemetry.events import CancelHintsRefused, Recovered, Telemetry
 
 
-class CancelHints:
-    """The process's one subscription; for a request that runs here, it has the end of that log read at once."""
+class LogVerifier(Protocol):
+    """The reader of the ends of this process's logs: a publisher."""
 
-    def __init__(self, redis: Redis, channel: str, publisher: AnyPublisher) -> None:
-        self._redis = redis
+    def verify(self, request_id: str) -> None:
+        """Read the end of one log soon."""
+
+    def verify_all(self) -> None:
+        """Read the end of every log soon."""
+
+
+class CancelListener:
+    """The process's subscription to the channel of cancels.
+
+    A refusal is not final: an operator may give the user the right to the channel, or restore a password that was
+    changed. So the subscription is requested again every `ask_again` seconds. The same refusal is reported once.
+    """
+
+    def __init__(
+        self, redis: Redis, channel: str, publisher: LogVerifier, telemetry: Telemetry, *, ask_again: float = 5.0
+    ) -> None:
+        self._subscriptions = Subscriptions(
+            redis, sharded=False, ask_again=ask_again, what="cancel_hints_lost", telemetry=telemetry
+        )
         self._channel = channel
         self._publisher = publisher
+        self._telemetry = telemetry
         self._leaving = asyncio.Event()
-        self._refused = ""
-        """Why Redis does not take the subscription, or nothing."""
+        self._refusal = ""
+        """The error with which Redis refused the subscription, if it did."""
 
     async def run(self) -> None:
-        """Listen until `leave` is called, and subscribe again whenever the connection is lost or refused."""
-        backoff = Backoff("cancel_hints_lost")
-        while not self._leaving.is_set():
-            try:
-                async with self._redis.pubsub() as hints:
-                    await hints.subscribe(self._channel)
-                    await self._listen(hints, backoff)
-            except (RedisError, OSError) as error:
-                if is_transient(error):
-                    await backoff.wait(error)
-                else:
-                    await self._until_rights_may_have_changed(redacted_message(error))
-
-    async def _until_rights_may_have_changed(self, refusal: str) -> None:
-        """After a refusal that an operator may lift, as of a user without the right, or with a former password."""
-        if refusal != self._refused:
-            self._refused = refusal
-            _log.warning("cancel_hints_refused", channel=self._channel, error=refusal)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_ASK_AGAIN):
-                await self._leaving.wait()
+        """Listen until `leave` is called."""
+        self._subscriptions.subscribe(self._channel, self)
+        try:
+            await self._leaving.wait()
+        finally:
+            await self._subscriptions.aclose()
 
     def leave(self) -> None:
-        """Come to an end soon."""
+        """End `run`."""
         self._leaving.set()
 
-    async def _listen(self, hints: PubSub, backoff: Backoff) -> None:
-        now = asyncio.get_running_loop().time
-        heard, asked = now(), False
-        while not self._leaving.is_set():
-            message = await hints.get_message(timeout=_TICK)
-            if message is not None:
-                heard, asked = now(), False
-                self._take(message, backoff)
-            elif now() - heard > _SILENCE:
-                if asked:
-                    raise RedisConnectionError("the connection is silent")
-                await hints.ping()
-                heard, asked = now(), True
+    def on_message(self, payload: bytes) -> None:
+        """See `Listener`, also below. The payload is the id of a request that was sealed."""
+        self._publisher.verify(payload.decode("utf-8", "replace"))
 
-    def _take(self, message: dict[str, object], backoff: Backoff) -> None:
-        data = message["data"]
-        if message["type"] == "message" and isinstance(data, bytes):
-            self._publisher.verify(data.decode("utf-8", "replace"))
-        elif message["type"] == "subscribe":
-            backoff.reset()
-            if self._refused:
-                self._refused = ""
-                _log.info("recovered", after="cancel_hints_refused")
-            self._publisher.verify_all()  # hints may have been lost before
+    def on_subscribed(self) -> None:
+        if self._refusal:
+            self._refusal = ""
+            self._telemetry.emit(Recovered("cancel_hints_refused"))
+        self._publisher.verify_all()  # earlier hints may be lost
+
+    def on_interrupted(self) -> None:
+        """Nothing: `on_subscribed` makes up for it."""
+
+    def on_refused(self, error: Exception) -> None:
+        refusal = redacted_message(error)
+        if refusal != self._refusal:
+            self._refusal = refusal
+            self._telemetry.emit(CancelHintsRefused(self._channel, refusal))

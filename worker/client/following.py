@@ -134,7 +134,7 @@ class RequestFollowers:
         for follower in self.followers:
             follower.look_up(alive=alive)
 
-    def hear(self, payload: bytes) -> None:
+    def on_message(self, payload: bytes) -> None:
         """See `Listener`, also below."""
         self.has_told = True
         try:
@@ -146,12 +146,12 @@ class RequestFollowers:
         for follower in list(self.followers):  # what one pours into may begin to follow the same request
             follower.tell(entries, size)
 
-    def subscribed(self) -> None:
+    def on_subscribed(self) -> None:
         self.is_heard, self.has_told = True, False
         self._settle()
         self.look_up()
 
-    def interrupted(self) -> None:
+    def on_interrupted(self) -> None:
         self.is_heard = self.has_told = False
         self.look_up()
 
@@ -164,7 +164,7 @@ class RequestFollowers:
         self.settles_until = asyncio.get_running_loop().time() + _SETTLED_AFTER
         self._following.settle(self)
 
-    def refused(self) -> None:
+    def on_refused(self, error: Exception) -> None:  # noqa: ARG002 - see `Listener`
         self._is_subscribed = False
         for follower in list(self.followers):
             follower.go_alone()

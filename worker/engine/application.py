@@ -11,7 +11,7 @@ import time
 import structlog
 from redis.exceptions import RedisError
 
-from ..broker.cancels import CancelHints
+from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
 from ..broker.job_queue import JobQueue
 from ..broker.ledger import Ledger
@@ -24,6 +24,8 @@ from ..redisio.errors import is_transient
 from ..redisio.transactions import Transactions
 from ..redisio.urls import database_of
 from ..settings import ConfigError, Settings, address_of, shown_url, variable
+from ..telemetry.events import Receivers
+from ..telemetry.logging import LogReceiver
 from ..telemetry.metrics import Metrics
 from ..version import version
 from ..vllm.servers.pool import Server, ServerPool
@@ -56,10 +58,11 @@ class Worker:
         self._blocking = blocking_client(url, block)
         self._clock = Clock(self._commands)
         self._metrics = Metrics()
+        self._telemetry = Receivers(self._metrics, LogReceiver())
         keys = Keys(settings.prefix, database_of(url))
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, self._metrics)
-        self._hints = CancelHints(self._blocking, keys.cancel, self._publisher)
+        self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, self._telemetry)
         self._ledger = Ledger(self._commands, keys, self._metrics, settings.lifecycle_length)
         self._upstream = ServerPool(
             _in_an_order_of_its_own(settings.vllm_urls),
@@ -190,7 +193,7 @@ class Worker:
             claiming.append(group.create_task(self._claims.take_over()))
             keeper = self._keeper
             keeping = (keeper.keep_leases, keeper.stop_expired, keeper.keep_house)
-            working = (self._publisher.run, self._hints.run, *keeping)
+            working = (self._publisher.run, self._cancels.run, *keeping)
             parts = [group.create_task(work()) for work in working]
             watching = group.create_task(self._upstream.monitor())
             try:
@@ -204,7 +207,7 @@ class Worker:
             finally:  # also when one of them failed: a cancellation alone may be lost in redis-py
                 self._claims.leave()
                 self._keeper.leave()
-                self._hints.leave()
+                self._cancels.leave()
                 self._publisher.stop()
                 watching.cancel()
             await asyncio.wait(parts, timeout=max(0, deadline - time.monotonic()))

@@ -1,12 +1,13 @@
-"""Subscriptions to the feeds of requests: one connection to each server, for all who listen.
+"""Pub/sub: the subscriptions of a client, on one connection to each server however many channels there are.
 
-In a cluster the feed is sharded, as Redis 7 has it: a channel is heard at the master of its slot. What is subscribed
-to within one step of the event loop goes as one write. After a loss everything is subscribed to again, and whoever
-listens is told: what came meanwhile is in the log only.
+In a cluster, subscriptions may be sharded (Redis 7): the messages of a channel are then received at the master of its
+slot. All changes of one step of the event loop are sent in one write. After a lost connection every channel is
+subscribed to again, and its listener is notified: messages that were published meanwhile are lost.
 """
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from redis.asyncio import ConnectionPool, Redis
@@ -14,80 +15,97 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ClusterDownError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from .clients import Backoff
+from ..telemetry.events import Telemetry
 from .cluster import ClusterClient, forget_masters, on_master_removed, server_of
 from .errors import is_transient
 from .pipelined import TakenConnection, connection_lost_error, pack
-
-_SILENCE = 5.0
-"""Seconds after which a silent connection is asked whether it still lives, and then given up."""
+from .retry import Backoff
 
 _PING = pack(b"PING")
 
 
 class Listener(Protocol):
-    """Who listens to a channel. Each of these is called while others wait: it does little, and raises nothing."""
+    """The receiver of a channel's messages. Other listeners wait during each call: it is quick and raises nothing."""
 
-    def hear(self, payload: bytes) -> None:
-        """A message has come."""
+    def on_message(self, payload: bytes) -> None:
+        """A message was received."""
 
-    def subscribed(self) -> None:
-        """From now on messages come; what is older is in the log."""
+    def on_subscribed(self) -> None:
+        """Redis has confirmed the subscription: every message that is published from now on is received."""
 
-    def interrupted(self) -> None:
-        """Messages may be lost, until `subscribed` is called again."""
+    def on_interrupted(self) -> None:
+        """The connection was lost: messages are lost until `on_subscribed` is called again."""
 
-    def refused(self) -> None:
-        """There will be no messages: the user may not subscribe, or the server cannot. Nobody is subscribed by now."""
+    def on_refused(self, error: Exception) -> None:
+        """Redis refuses the subscription, which is dropped: the user lacks a right, or the server is too old."""
 
 
 class Subscriptions:
-    """All subscriptions of a client, which has one connection to each server for this."""
+    """All subscriptions of a client.
 
-    def __init__(self, redis: Redis) -> None:
+    Args:
+        redis: the client that has the connections. Each server's pool gives one of them away.
+        sharded: in a cluster, receive the messages of SPUBLISH at the master of a channel's slot. Otherwise messages
+            of PUBLISH are received, which a cluster hands to all of its nodes.
+        ask_again: seconds until a subscription that Redis refused is requested again. Without it, a refusal holds for
+            all channels of that server until the connection is lost.
+        silence: seconds until a silent connection gets a PING, and then until it counts as lost.
+        what: the name of lost connections in reports to `telemetry`.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        sharded: bool = True,
+        ask_again: float | None = None,
+        silence: float = 5.0,
+        what: str = "",
+        telemetry: Telemetry | None = None,
+    ) -> None:
+        self.ask_again = ask_again
+        self.silence = silence
+        self.new_backoff = partial(Backoff, what, telemetry)
+        self.backoff = self.new_backoff()
+        """Of looking for the servers of channels."""
         self._redis = redis
-        self._prefix = b"S" if isinstance(redis, ClusterClient) else b""
-        self._stations: dict[Redis, _ServerSubscriptions] = {}
+        self._is_sharded = sharded and isinstance(redis, ClusterClient)
+        self._servers: dict[Redis, _ServerSubscriptions] = {}
         self._homes: dict[bytes, _ServerSubscriptions] = {}
+        """The server of each channel that has one."""
         self._unplaced: dict[bytes, Listener] = {}
+        """The listeners of channels whose server is still to be found."""
+        self._refused: dict[bytes, tuple[Listener, asyncio.TimerHandle]] = {}
+        """The listeners of refused channels, and when each is requested again."""
         self._placing: asyncio.Task[None] | None = None
-        self._backoff = Backoff(None)
         self._is_closed = False
         self._retired: set[asyncio.Task[None]] = set()
-        on_master_removed(redis, self._drop)
+        on_master_removed(redis, self._remove_server)
 
     def subscribe(self, channel: str, listener: Listener) -> None:
-        """Listen to a channel; each has one listener."""
+        """Subscribe to a channel. A channel has one listener."""
         self._unplaced[channel.encode()] = listener
         self.place()
 
     def unsubscribe(self, channel: str) -> None:
-        """Listen to it no more."""
+        """End the subscription to a channel; its listener is not called any more."""
         name = channel.encode()
         self._unplaced.pop(name, None)
-        home = self._homes.pop(name, None)
-        if home is not None:
-            home.drop(name)
+        if name in self._refused:
+            self._refused.pop(name)[1].cancel()
+        if (home := self._homes.pop(name, None)) is not None:
+            home.remove(name)
 
     async def aclose(self) -> None:
         """Close the connections."""
         self._is_closed = True
-        tasks = [self._placing, *(station.task for station in self._stations.values()), *self._retired]
+        for _, timer in self._refused.values():
+            timer.cancel()
+        tasks = [self._placing, *(server.task for server in self._servers.values()), *self._retired]
         for task in tasks:
             while task is not None and not task.done():  # redis-py 8.1 may swallow a cancellation while it connects
                 task.cancel()
                 await asyncio.wait([task], timeout=0.1)
-
-    async def _drop(self, server: Redis) -> None:
-        """A server is no master any more: what was heard there is heard elsewhere."""
-        station = self._stations.pop(server, None)
-        if station is None:
-            return
-        if station.task is not None and not station.task.done():
-            self._retired.add(station.task)
-            station.task.add_done_callback(self._retired.discard)
-        self.displace(station.retire())
-        self.place()
 
     def place(self) -> None:
         """Find a server for every channel that has none, and subscribe there."""
@@ -95,201 +113,222 @@ class Subscriptions:
             self._placing = asyncio.create_task(self._place())
 
     def displace(self, listeners: dict[bytes, Listener]) -> None:
-        """These channels are not heard any more where they were; `place` finds where they are."""
+        """Take channels from the server they were at. `place` finds their server again."""
         forget_masters(self._redis)
         for channel, listener in listeners.items():
             del self._homes[channel]
             self._unplaced[channel] = listener
-            listener.interrupted()
+            listener.on_interrupted()
 
-    def refuse(self, listeners: dict[bytes, Listener]) -> None:
-        """These channels cannot be heard where they would have to be."""
+    def refuse(self, listeners: dict[bytes, Listener], error: Exception) -> None:
+        """Drop channels that Redis refuses, or set them aside until they are requested again."""
         for channel, listener in listeners.items():
             del self._homes[channel]
-            listener.refused()
+            if self.ask_again is not None:
+                timer = asyncio.get_running_loop().call_later(self.ask_again, self._request_again, channel)
+                self._refused[channel] = listener, timer
+            listener.on_refused(error)
+
+    def _request_again(self, channel: bytes) -> None:
+        self._unplaced[channel], _ = self._refused.pop(channel)
+        self.place()
+
+    async def _remove_server(self, server: Redis) -> None:
+        """A server is no master any more: find another one for its channels."""
+        former = self._servers.pop(server, None)
+        if former is None:
+            return
+        if former.task is not None and not former.task.done():
+            self._retired.add(former.task)
+            former.task.add_done_callback(self._retired.discard)
+        self.displace(former.retire())
+        self.place()
 
     async def _place(self) -> None:
         while self._unplaced:
             trouble: Exception | None = None
             for channel in list(self._unplaced):
                 try:
+                    # Messages of PUBLISH are received at any master, and so at the one of this slot.
                     server = await server_of(self._redis, channel.decode())
-                except ClusterDownError as error:  # this slot has no master: others may have
+                except ClusterDownError as error:  # this slot has no master: others may have one
                     trouble = error
+                    continue
                 except (RedisError, OSError) as error:
                     trouble = error
                     break
-                else:
-                    self._settle(channel, server)
-            if trouble is None:
-                self._backoff.reset()
-            else:
-                await self._backoff.wait(trouble)
-
-    def _settle(self, channel: bytes, server: Redis) -> None:
-        listener = self._unplaced.pop(channel, None)
-        if listener is None:  # it left while the server was looked for
-            return
-        if server not in self._stations:
-            self._stations[server] = _ServerSubscriptions(self, server, self._prefix)
-        self._homes[channel] = self._stations[server]
-        self._homes[channel].add(channel, listener)
+                listener = self._unplaced.pop(channel, None)
+                if listener is None:  # unsubscribed while the server was looked up
+                    continue
+                if server not in self._servers:
+                    self._servers[server] = _ServerSubscriptions(self, server, is_sharded=self._is_sharded)
+                self._homes[channel] = self._servers[server]
+                self._homes[channel].add(channel, listener)
+            if trouble is not None:
+                await self.backoff.wait(trouble)
 
 
 class _ServerSubscriptions:
-    """What is heard at one server."""
+    """The subscriptions at one server, and their connection."""
 
-    def __init__(self, owner: Subscriptions, server: Redis, prefix: bytes) -> None:
+    def __init__(self, owner: Subscriptions, server: Redis, *, is_sharded: bool) -> None:
+        self.silence = owner.silence
+        self.task: asyncio.Task[None] | None = None
         self._owner = owner
         self._server = server
-        self._verbs = prefix + b"UNSUBSCRIBE", prefix + b"SUBSCRIBE"
-        self._ended, self._begun = (verb.lower() for verb in self._verbs)
+        prefix = b"S" if is_sharded else b""
+        self._subscribe, self._unsubscribe = prefix + b"SUBSCRIBE", prefix + b"UNSUBSCRIBE"
+        self._subscribed, self._unsubscribed = self._subscribe.lower(), self._unsubscribe.lower()
         self._message = prefix.lower() + b"message"
         self._listeners: dict[bytes, Listener] = {}
         self._changed: dict[bytes, None] = {}
-        self._line: _SubscriptionConnection | None = None
-        self._is_refused = False
-        self._backoff = Backoff(None)
-        self.task: asyncio.Task[None] | None = None
+        """Channels that are to be subscribed to, or unsubscribed from, in the next write."""
+        self._connection: _SubscriptionConnection | None = None
+        self._backoff = owner.new_backoff()
+        self._refusal: Exception | None = None
+        """Why this server refuses every subscription, until the connection is lost: then a new right may help."""
 
     def add(self, channel: bytes, listener: Listener) -> None:
-        if self._is_refused:
-            self._owner.refuse({channel: listener})
+        """Subscribe to a channel."""
+        if self._refusal is not None and self._owner.ask_again is None:
+            self._owner.refuse({channel: listener}, self._refusal)
             return
         self._listeners[channel] = listener
         self._change(channel)
         if self.task is None or self.task.done():
             self.task = asyncio.create_task(self._run())
 
-    def drop(self, channel: bytes) -> None:
+    def remove(self, channel: bytes) -> None:
+        """Unsubscribe from a channel."""
         del self._listeners[channel]
         self._change(channel)
 
     def retire(self) -> dict[bytes, Listener]:
-        """Come to an end; gives those who listened here."""
-        listeners = self._take_all()
-        if self._line is not None:
-            self._line.give_up(connection_lost_error())
+        """Lose the connection for good. Returns the listeners that were here."""
+        listeners = self._remove_all()
+        if self._connection is not None:
+            self._connection.give_up(connection_lost_error())
         return listeners
 
-    def take(self, replies: list[object]) -> None:
-        """What Redis has sent at once, messages most of all."""
+    def on_replies(self, replies: list[object]) -> None:
+        """Redis has sent these together, nearly all of them messages."""
         message, get = self._message, self._listeners.get
         for reply in replies:
             if isinstance(reply, list) and reply[0] == message:
                 listener = get(reply[1])
                 if listener is not None:
-                    listener.hear(reply[2])
+                    listener.on_message(reply[2])
             else:
-                self._take_answer(reply)
+                self._on_answer(reply)
 
-    def _take_answer(self, reply: object) -> None:
+    def _on_answer(self, reply: object) -> None:
+        """Redis has answered a command, or has ended a subscription by itself."""
         if isinstance(reply, RedisError):
             if not is_transient(reply):
-                self._refuse()
-            elif self._line is not None:
-                self._line.give_up(reply)
+                self._refusal = reply
+                self._owner.refuse(self._remove_all(), reply)
+            elif self._connection is not None:
+                self._connection.give_up(reply)
         elif isinstance(reply, list) and (listener := self._listeners.get(reply[1])) is not None:
-            if reply[0] == self._begun:
+            if reply[0] == self._subscribed:
+                self._refusal = None
                 self._backoff.reset()
-                listener.subscribed()
-            elif reply[0] == self._ended:  # not asked for: the slot has moved
+                self._owner.backoff.reset()
+                listener.on_subscribed()
+            elif reply[0] == self._unsubscribed:  # nobody unsubscribed: the slot has moved
                 del self._listeners[reply[1]]
                 self._owner.displace({reply[1]: listener})
                 self._owner.place()
 
-    def _refuse(self) -> None:
-        """Nothing can be heard here, until the connection is made anew: an upgrade or a new right may change it."""
-        self._is_refused = True
-        self._owner.refuse(self._take_all())
-
-    def _take_all(self) -> dict[bytes, Listener]:
+    def _remove_all(self) -> dict[bytes, Listener]:
         listeners = dict(self._listeners)
         self._listeners.clear()
         return listeners
 
     def _change(self, channel: bytes) -> None:
-        if self._line is None:  # once there is one, all of them are subscribed to
+        if self._connection is None:  # a new connection subscribes to every channel
             return
         if not self._changed:
-            asyncio.get_running_loop().call_soon(self._tell_changes)
+            asyncio.get_running_loop().call_soon(self._send_changes)
         self._changed[channel] = None
 
-    def _tell_changes(self) -> None:
+    def _send_changes(self) -> None:
         changed, self._changed = self._changed, {}
-        if self._line is not None:
-            # A command for each, for those of one sharded subscription must be of one slot.
-            self._line.say(b"".join([pack(self._verbs[each in self._listeners], each) for each in changed]))
+        if self._connection is not None:
+            # One command for each channel: the channels of one SSUBSCRIBE must be of one slot.
+            verbs = {True: self._subscribe, False: self._unsubscribe}
+            self._connection.send(b"".join([pack(verbs[channel in self._listeners], channel) for channel in changed]))
 
     async def _run(self) -> None:
         while self._listeners:
             try:
                 await self._listen()
             except (RedisError, OSError) as error:
-                self._is_refused = False
+                self._refusal = None
                 if is_transient(error):
-                    self._owner.displace(self._take_all())
+                    self._owner.displace(self._remove_all())
                     await self._backoff.wait(error)
                     self._owner.place()
                 else:
-                    self._owner.refuse(self._take_all())
+                    self._owner.refuse(self._remove_all(), error)
 
     async def _listen(self) -> None:
-        """Connect, subscribe to all there is, and listen.
+        """Connect, subscribe to every channel, and receive messages until the connection is lost.
 
         Raises:
-            RedisError: when there is no connection, or none any more.
+            RedisError: always: why it could not connect, or why the connection was lost.
         """
-        line = await _SubscriptionConnection.open(self._server.connection_pool)
-        line.station = self
-        self._line, self._changed = line, dict.fromkeys(self._listeners)
+        connection = await _SubscriptionConnection.open(self._server.connection_pool)
+        connection.subscriptions = self
+        self._connection, self._changed = connection, dict.fromkeys(self._listeners)
         try:
-            self._tell_changes()
-            raise await line.end()
+            self._send_changes()
+            raise await connection.wait_lost()
         finally:
-            self._line = None
-            await line.close()
+            self._connection = None
+            await connection.close()
 
 
 class _SubscriptionConnection(TakenConnection):
-    """The connection of a station."""
+    """A connection that receives messages."""
 
-    station: _ServerSubscriptions
+    subscriptions: _ServerSubscriptions
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         super().__init__(pool, connection)
         self._is_silent = False
-        self._end: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
-    def say(self, packed: bytes) -> None:
-        """Send commands; a connection that is lost says so itself."""
+    def send(self, packed: bytes) -> None:
+        """Send commands. Where the connection is lost, `wait_lost` says so."""
         with suppress(RedisError):
             self.write(packed)
 
-    async def end(self) -> Exception:
-        """Wait until the connection is lost, and tell why. One that is silent for too long is."""
-        while not self._end.done():
+    async def wait_lost(self) -> Exception:
+        """Wait until the connection is lost or silent for too long, and return why."""
+        silence = self.subscriptions.silence
+        while not self._lost.done():
             self._is_silent = True
-            await asyncio.wait([self._end], timeout=_SILENCE)
-            if self._is_silent and not self._end.done():
-                self.say(_PING)
-                await asyncio.wait([self._end], timeout=_SILENCE)
+            await asyncio.wait([self._lost], timeout=silence)
+            if self._is_silent and not self._lost.done():
+                self.send(_PING)
+                await asyncio.wait([self._lost], timeout=silence)
                 if self._is_silent:
-                    self.give_up(RedisTimeoutError("the feed is silent"))
-        return self._end.result()
+                    self.give_up(RedisTimeoutError("the subscribed connection is silent"))
+        return self._lost.result()
 
     def give_up(self, error: Exception) -> None:
-        """Be done with this connection."""
-        if not self._end.done():
-            self._end.set_result(error)
+        """End this connection, for a reason."""
+        if not self._lost.done():
+            self._lost.set_result(error)
             self.abort()
 
     def on_replies(self, replies: list[object]) -> None:
-        """See `TakenConnection.on_replies`."""
+        """See `TakenConnection`."""
         self._is_silent = False
-        self.station.take(replies)
+        self.subscriptions.on_replies(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `TakenConnection.connection_lost`."""
+        """See `TakenConnection`."""
         self.give_up(connection_lost_error())
         super().connection_lost(exc)

@@ -32,7 +32,7 @@ class LogReceiver:
     def __init__(self) -> None:
         self._logger = structlog.get_logger()
         self._failing: dict[str, float] = {}
-        """When each trouble that lasts was last logged, by the monotonic clock in seconds."""
+        """When each warning was last logged (monotonic clock, in seconds). `Recovered` is logged only after one."""
 
     def emit(self, event: Event) -> None:
         if event.level == "silent":
@@ -54,7 +54,10 @@ class LogReceiver:
         error = fields.get("error")
         if isinstance(error, BaseException):
             fields["exc_info"] = fields.pop("error")
-        getattr(self._logger, event.level)(name_of(type(event)), **fields)
+        name = name_of(type(event))
+        if event.level == "warning":
+            self._failing[name] = time.monotonic()
+        getattr(self._logger, event.level)(name, **fields)
 
 
 def name_of(kind: type[Event]) -> str:
