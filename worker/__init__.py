@@ -1,5 +1,7 @@
 """vllm-relay: a durable, shareable token stream between vLLM and everything that follows a generation."""
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,13 @@ else:
         homes = (import_module(f"{__name__}.{home}") for home in _HOMES)
         globals()[name] = found = next(getattr(home, name) for home in homes if hasattr(home, name))
         return found
+
+    _LOADED = getattr(sys.modules.get("vllm_relay"), "__file__", None)
+    if __name__ == "worker" and _LOADED and os.path.realpath(_LOADED) == os.path.realpath(__file__):
+        # The process imported these files as `vllm_relay` first: see worker/import_names.py.
+        from vllm_relay.import_names import add_alias
+
+        add_alias("worker", "vllm_relay")
 
 
 __all__ = [
