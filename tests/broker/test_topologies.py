@@ -122,7 +122,7 @@ async def test_d2_what_sentinels_refuse_is_told(
     watcher.ask("ACL SETUSER default resetpass >guard")
     given = url.replace("://", password) if "@" in password else url + password
     async with command_client(given) as redis:
-        with pytest.raises(RedisConnectionError, match=f"^no sentinel tells where the master 'mymaster' is: {words} "):
+        with pytest.raises(RedisConnectionError, match=f"^no sentinel names the master 'mymaster': {words} "):
             await redis.get("k")
     (told,) = [it async for it in check({"redis_url": given, "vllm_urls": simulator.url}) if it.level == "error"]
     assert words in told.message
@@ -151,7 +151,7 @@ async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
     """Its data is old: a log read there would seem to have lost its end."""
     url, (_, replica, _) = guarded
     async with command_client(url.replace("mymaster", "former")) as redis:
-        with pytest.raises(RedisConnectionError, match=f"{replica.port} is no master any more") as refusal:
+        with pytest.raises(RedisConnectionError, match=f"{replica.port} is no longer the master") as refusal:
             await redis.get("k")
     assert is_transient(refusal.value)
 

@@ -68,8 +68,8 @@ async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
     if settings.unknown:
         message = f"variables that are no settings are ignored: {', '.join(settings.unknown)}"
         yield Finding("warning", "settings", message, _SEE_SETTINGS)
-    if passed_over := parse_redis_url(settings.redis_url.get_secret_value()).passed_over:
-        message = f"options of {variable('redis_url')} without effect: {', '.join(passed_over)}"
+    if ignored := parse_redis_url(settings.redis_url.get_secret_value()).ignored:
+        message = f"options of {variable('redis_url')} without effect: {', '.join(ignored)}"
         yield Finding("warning", "settings", message, "leave them out: the worker sets these by itself")
     async with aclosing(_check_redis(settings)) as of_redis:
         async for finding in of_redis:

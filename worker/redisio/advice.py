@@ -1,4 +1,4 @@
-"""What to do about an error of Redis or of the way to it: one table for the check, the commands and the log."""
+"""How to fix an error of Redis or of the connection to it: one table for the check, the commands and the log."""
 
 import asyncio
 import ssl
@@ -14,7 +14,9 @@ MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
 _OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
 _PLAIN = "this port has no TLS: begin REDIS_URL with redis, not rediss"
 _SECURE = "this port wants TLS: begin REDIS_URL with rediss, not redis"
-_TRUST = "trust who signed it: ?ssl_ca_certs=/path/to/ca.pem in REDIS_URL, or SSL_CERT_FILE in the environment"
+_TRUST = (
+    "trust the certificate's issuer: ?ssl_ca_certs=/path/to/ca.pem in REDIS_URL, or SSL_CERT_FILE in the environment"
+)
 _LOGIN = "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…"
 
 _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
@@ -34,18 +36,18 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
         "no sentinel listens there: set REDIS_URL to the sentinels' port (26379), or begin it with redis://",
     ),
     (
-        MasterNotFoundError, "no sentinel tells",
+        MasterNotFoundError, "no sentinel names",
         "put the password of the sentinels into REDIS_URL: redis+sentinel://host/<master>?sentinel_password=PASSWORD",
     ),
     (
         MasterNotFoundError, "knows a master",
-        "set REDIS_URL to the name that the sentinels have for it: redis+sentinel://host/<master>",
+        "use the name that the sentinels have for the master in REDIS_URL: redis+sentinel://host/<master>",
     ),
     (
         exceptions.NoPermissionError, "",
         "give the user that right (Rights in Redis, deploy/README.md): ACL SETUSER <user> +<command> ~<prefix>:*",
     ),
-    (exceptions.RedisError, "DB index", "set REDIS_URL to a database that there is: 0 to 15, unless Redis has other"),
+    (exceptions.RedisError, "DB index", "set REDIS_URL to a database that exists: 0 to 15 by default"),
     (exceptions.RedisError, "cluster support disabled", "this is no cluster: begin REDIS_URL with redis://"),
     (exceptions.RedisError, "max number of clients", "raise its maxclients, or start fewer workers and clients"),
     (exceptions.RedisError, "protected mode", "give it a password, or let it listen on this machine alone"),
@@ -60,43 +62,44 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (exceptions.ResponseError, "NOREPLICAS", "start its replicas, or lower its min-replicas-to-write"),
 )  # fmt: skip
-"""The first holds that is of the error's type and whose words are in it."""
+"""The type of an error, words in its message, and the advice. The first row that matches applies."""
 
-_PATIENCE = 2.0
-"""Seconds that a server has to show what it speaks."""
+_PROBE_TIMEOUT = 2.0
+"""Seconds that a server has to answer a probe."""
 
 
 def advice_on(error: BaseException) -> str:
-    """What to do about an error, or nothing where it says no more than that nobody answers."""
-    return next((what for kind, words, what in _ADVICE if isinstance(error, kind) and words in str(error)), "")
+    """How to fix an error; empty where the error says nothing but that no server answers."""
+    return next((advice for kind, words, advice in _ADVICE if isinstance(error, kind) and words in str(error)), "")
 
 
 async def advice_on_silence(url: str) -> str:
-    """What to do about a Redis that does not answer: it is tried with TLS where REDIS_URL has none, and without it.
+    """How to fix a Redis that does not answer: whether REDIS_URL lacks TLS or has TLS in error.
 
-    Nothing where it does not answer so either.
+    Probes all servers at the same time, with TLS where REDIS_URL has none and without it otherwise, for up to 2 s.
+    Empty where no server answers that either.
     """
-    place = parse_redis_url(url)
-    kind = place.options.get("connection_class")
-    if kind is UnixDomainSocketConnection:
+    parsed = parse_redis_url(url)
+    connection_class = parsed.options.get("connection_class")
+    if connection_class is UnixDomainSocketConnection:
         return ""
-    secure = kind is SSLConnection
-    here = (place.options.get("host", "localhost"), place.options.get("port", 6379))
-    nodes = place.nodes or (here,)  # at once: a worker that starts waits for this
-    other_way = await asyncio.gather(*(_answers(host, port, secure=not secure) for host, port in nodes))
-    return (_PLAIN if secure else _SECURE) if any(other_way) else ""
+    is_secure = connection_class is SSLConnection
+    server = (parsed.options.get("host", "localhost"), parsed.options.get("port", 6379))
+    nodes = parsed.nodes or (server,)
+    answers = await asyncio.gather(*(_answers(host, port, secure=not is_secure) for host, port in nodes))
+    return (_PLAIN if is_secure else _SECURE) if any(answers) else ""
 
 
 async def _answers(host: str, port: int, *, secure: bool) -> bool:
-    """Whether a Redis answers there, with TLS or without; nothing secret is sent, so nobody has to be trusted."""
+    """Whether a Redis answers at an address. The probe sends nothing secret, so it accepts any certificate."""
     context = ssl.create_default_context() if secure else None
     if context:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(_PROBE_TIMEOUT):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
-                if secure:  # it may want a certificate before it answers
+                if secure:  # the server may want a client's certificate before it answers
                     return True
                 writer.write(b"PING\r\n")
                 return (await reader.read(1)) in (b"+", b"-")

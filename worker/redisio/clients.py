@@ -1,4 +1,7 @@
-"""Connections to Redis: which clients there are, why, and what counts as a passing fault."""
+"""The clients of Redis: one that sends each command once, and one for blocking reads.
+
+Every connection of the project comes from here. This module touches private parts of redis-py.
+"""
 
 import asyncio
 import random
@@ -47,10 +50,10 @@ __all__ = [
 _log = structlog.get_logger()
 
 OLDEST = (6, 2)
-"""The least version of Redis that has all that is used."""
+"""The oldest version of Redis that has every command in use."""
 
 COMMAND_TIMEOUT = 5.0
-"""Seconds of silence until a command without a reply counts as lost. A reply that keeps coming is waited for."""
+"""Seconds of silence after which a command fails. The limit starts again with each piece of a reply."""
 
 SAY_AGAIN = 30.0
 """Seconds until the same trouble is told of again."""
@@ -168,15 +171,15 @@ async def persist(
             await backoff.wait(error)
 
 
-class _Once(Retry):
-    """Does what is asked of a connection without repeating it; every command goes through here.
+class _NoRetry(Retry):
+    """Runs every command of a connection once, without a retry.
 
-    uvloop 0.22 raises a RuntimeError where a connection goes while it is being written to, which redis-py 8.1 lets
-    through as it is: that ended a worker. It is a lost connection like any other.
+    uvloop 0.22 raises a RuntimeError for a connection that goes while it is written to, and redis-py 8.1 does not map
+    the error: it once ended a worker. Here it becomes the error of a lost connection.
     """
 
     async def call_with_retry(self, do: Callable[[], Awaitable[_T]], *args: Any, **options: Any) -> _T:  # noqa: ANN401 - redis-py's
-        async def told() -> _T:
+        async def mapped() -> _T:
             try:
                 return await do()
             except RuntimeError as error:
@@ -184,14 +187,14 @@ class _Once(Retry):
                     raise
                 raise exceptions.ConnectionError("Connection closed while it was written to.") from error
 
-        return await super().call_with_retry(told, *args, **options)
+        return await super().call_with_retry(mapped, *args, **options)
 
 
-class _LimitOnSilence(_AsyncHiredisParser):
-    """Has the limit of a read begin again with each piece that comes, and while a large command still goes out.
+class _SilenceLimitParser(_AsyncHiredisParser):
+    """Starts the time limit of a read again with each piece that arrives, and while a large command still goes out.
 
-    redis-py 8.1 has it from the first byte of a reply to the last: one that takes longer on a slow way was cut off, and
-    asked for again for ever. Every kind of connection takes this: plain, TLS, of Sentinel and of a cluster.
+    The limit of redis-py 8.1 covers a whole reply: on a slow network it cut off a large reply each time, and the caller
+    retried for ever. Every kind of connection uses this parser: plain, TLS, under Sentinel and in a cluster.
     """
 
     _connection: AbstractConnection | None = None
@@ -205,54 +208,49 @@ class _LimitOnSilence(_AsyncHiredisParser):
         super().on_disconnect()  # type: ignore[no-untyped-call]
 
     async def read_from_socket(self) -> bool:
-        sending = self._watch_sending()
+        connection = self._connection
+        writer = connection and connection._writer  # noqa: SLF001 - here and below: no other way in 8.1
+        limit = connection and connection.socket_timeout
+        sending = None
+        if writer and limit and unsent(writer.transport):
+            sending = asyncio.ensure_future(self._extend_while_sending(writer.transport, limit))
         try:
             await super().read_from_socket()  # type: ignore[no-untyped-call]
         finally:
             if sending is not None:
                 sending.cancel()
-        self._is_alive()
+        self._extend_limit()
         return True
 
-    def _watch_sending(self) -> "asyncio.Task[None] | None":
-        """While what was sent last is still on its way."""
-        connection = self._connection
-        writer = connection and connection._writer  # noqa: SLF001 - here and below: no other way in 8.1
-        limit = connection and connection.socket_timeout
-        if not writer or not limit or not unsent(writer.transport):
-            return None
-        return asyncio.ensure_future(self._while_sending(writer.transport, limit))
-
-    async def _while_sending(self, transport: asyncio.WriteTransport, limit: float) -> None:
+    async def _extend_while_sending(self, transport: asyncio.WriteTransport, limit: float) -> None:
         left = unsent(transport)
         while True:
             await asyncio.sleep(limit / 2)
             before, left = left, unsent(transport)
             if not 0 < left < before:
                 return
-            self._is_alive()
+            self._extend_limit()
 
-    def _is_alive(self) -> None:
+    def _extend_limit(self) -> None:
         connection = self._connection
         if connection is not None:
             connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001
 
 
 def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
-    """Raises ValueError for a URL that is none."""
-    place = parse_redis_url(url)
+    parsed = parse_redis_url(url)
     options: dict[str, Any] = {
-        **place.options,
-        "protocol": 2,  # the replies of 3 have other shapes, and nothing of it is needed
-        "retry": _Once(NoBackoff(), 0),
-        "parser_class": _LimitOnSilence,
+        **parsed.options,
+        "protocol": 2,  # replies of 3 have other shapes, and no feature of it is needed
+        "retry": _NoRetry(NoBackoff(), 0),
+        "parser_class": _SilenceLimitParser,
         "socket_connect_timeout": COMMAND_TIMEOUT,
         "socket_timeout": socket_timeout,
         "max_connections": connections,
         "timeout": None,
     }
-    if place.kind == "sentinel":
-        return Redis.from_pool(sentinel_pool(place, **options))
-    if place.kind == "cluster":
-        return ClusterClient.from_pool(ClusterPool(place.nodes, **options))
+    if parsed.kind == "sentinel":
+        return Redis.from_pool(sentinel_pool(parsed, **options))
+    if parsed.kind == "cluster":
+        return ClusterClient.from_pool(ClusterPool(parsed.nodes, **options))
     return Redis.from_pool(BlockingConnectionPool(**options))

@@ -1,4 +1,4 @@
-"""Redis's clock, which all workers share; a machine's own may be set at any time."""
+"""Redis's clock, which all workers share: the clock of a machine may be set at any time."""
 
 import time
 
@@ -6,17 +6,21 @@ from redis.asyncio import Redis
 
 
 class Clock:
-    """Tells Redis's time without asking each time."""
+    """Redis's time, computed from its difference to the monotonic clock. Only `sync` does I/O."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._ahead = 0.0
+        self._offset = 0.0
 
     async def sync(self) -> None:
-        """Ask Redis for the time."""
+        """Read Redis's time.
+
+        Raises:
+            RedisError: when Redis does not answer.
+        """
         seconds, micros = await self._redis.time()
-        self._ahead = seconds + micros / 1e6 - time.monotonic()
+        self._offset = seconds + micros / 1e6 - time.monotonic()
 
     def now(self) -> int:
         """Unix milliseconds."""
-        return int((time.monotonic() + self._ahead) * 1000)
+        return int((time.monotonic() + self._offset) * 1000)

@@ -1,4 +1,4 @@
-"""Redis under Sentinel as one client: every new connection goes to what the sentinels call the master."""
+"""Redis under Sentinel as one client: every new connection goes to the master that the sentinels name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -11,21 +11,21 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from .urls import RedisUrl
 
-_ASK_TIMEOUT = 1.0
-"""Seconds that one sentinel has to answer; then the next is asked."""
+_SENTINEL_TIMEOUT = 1.0
+"""Seconds that a sentinel has to answer before the next one is queried."""
 
 
 class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Waits for a free connection, as the pool of a single server does: redis-py's own fails where there is none."""
+    """Waits for a free connection, as the pool of a single server does: redis-py's own pool fails without one."""
 
     async def aclose(self) -> None:
-        """Close every connection, those to the sentinels too."""
+        """Close every connection, including those to the sentinels."""
         await super().aclose()
         await self.sentinel_manager.aclose()
 
 
 class _MasterConnection(SentinelManagedConnection):
-    """Asks the server itself as well: a sentinel may still name the former master, whose data is old."""
+    """Checks the role of the server itself: a sentinel may still name the former master, whose data is old."""
 
     async def connect_to(self, address: tuple[str, int]) -> None:
         await super().connect_to(address)  # type: ignore[no-untyped-call]  # here and below: redis-py 8.1 has no types
@@ -33,7 +33,7 @@ class _MasterConnection(SentinelManagedConnection):
         role = await self.read_response()
         if role[0] != b"master":
             await self.disconnect()
-            raise RedisConnectionError(f"{address[0]}:{address[1]} is no master any more")
+            raise RedisConnectionError(f"{address[0]}:{address[1]} is no longer the master")
 
 
 class _SecureMasterConnection(_MasterConnection, SSLConnection):
@@ -41,53 +41,55 @@ class _SecureMasterConnection(_MasterConnection, SSLConnection):
 
 
 class _Sentinels(Sentinel):
-    """The sentinels of a URL, each once for every way to log in there: the one that answered is asked first again."""
+    """The sentinels of a URL, each once for every login. The one that answered last is queried first."""
 
-    def __init__(self, nodes: Sequence[tuple[str, int]], logins: Iterable[Mapping[str, Any]], **options: Any) -> None:  # noqa: ANN401 - whatever connections take
+    def __init__(self, nodes: Sequence[tuple[str, int]], logins: Iterable[Mapping[str, Any]], **options: Any) -> None:  # noqa: ANN401 - any option of a connection
         super().__init__([], sentinel_kwargs=options)  # type: ignore[no-untyped-call]
         self.sentinels = [Redis(host=host, port=port, **options, **login) for login in logins for host, port in nodes]
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Ask one after another. Another one may answer where one refuses, so all are asked before it is said.
+        """The address of the master, from the first sentinel that knows it.
+
+        Another sentinel may answer where one refuses, so this queries all of them before it fails.
 
         Raises:
-            MasterNotFoundError: in words for people, with what was refused: redis-py's quotes its connections.
+            MasterNotFoundError: with the last refusal in its message. redis-py's own message quotes its connections.
         """
         refused = silent = ""
-        answered = False
-        for sentinel in list(self.sentinels):  # others may move one to the front meanwhile
+        has_answer = False
+        for sentinel in list(self.sentinels):  # a concurrent call may reorder them
             try:
                 masters = cast("dict[str, dict[str, Any]]", await sentinel.sentinel_masters())
             except (AuthenticationError, ResponseError) as refusal:
-                refused = (
-                    f"no sentinel tells where the master {service_name!r} is: {refusal.status_code or ''} {refusal}"
-                )
+                refused = f"no sentinel names the master {service_name!r}: {refusal.status_code or ''} {refusal}"
             except (RedisError, OSError) as error:
                 silent = f"no sentinel answers: {error}"
             else:
-                answered = True
+                has_answer = True
                 state = masters.get(service_name)
                 if state and self.check_master_state(state, service_name):
                     self.sentinels.remove(sentinel)
                     self.sentinels.insert(0, sentinel)
                     return state["ip"], state["port"]
         unknown = f"no sentinel that answers knows a master {service_name!r}"
-        raise MasterNotFoundError(unknown if answered else refused or silent)
+        raise MasterNotFoundError(unknown if has_answer else refused or silent)
 
 
-def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN401 - whatever connections take
+def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN401 - any option of a connection
     """A pool of connections to the master.
 
-    The sentinels are asked with the name and password that the URL has for them. Where it has none they are asked
-    without, and then, if they want a password, with the master's.
+    The sentinels get the name and password that the URL has for them. Without these they are queried with no login
+    first, and then with the master's.
     """
     secure = options.pop("connection_class", None) is SSLConnection
     shared = {name: value for name, value in options.items() if name.startswith(("ssl_", "protocol", "retry"))}
-    limits = {"socket_timeout": _ASK_TIMEOUT, "socket_connect_timeout": _ASK_TIMEOUT}
-    masters = {name: url.options[name] for name in ("username", "password") if name in url.options}
-    logins: list[Mapping[str, Any]] = [url.for_sentinels] if url.for_sentinels else [{}, masters] if masters else [{}]
+    limits = {"socket_timeout": _SENTINEL_TIMEOUT, "socket_connect_timeout": _SENTINEL_TIMEOUT}
+    master_login = {name: url.options[name] for name in ("username", "password") if name in url.options}
+    logins: list[Mapping[str, Any]] = (
+        [url.for_sentinels] if url.for_sentinels else [{}, master_login] if master_login else [{}]
+    )
     sentinels = _Sentinels(url.nodes, logins, **shared, **limits, ssl=secure)
-    kind = _SecureMasterConnection if secure else _MasterConnection
+    connection_class = _SecureMasterConnection if secure else _MasterConnection
     return SentinelPool(  # type: ignore[no-untyped-call]
-        url.service, sentinels, connection_class=kind, **options
+        url.service, sentinels, connection_class=connection_class, **options
     )

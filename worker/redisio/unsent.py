@@ -1,4 +1,4 @@
-"""How much of what was written to a connection is still on its way: a slow way is told from a silent one by it."""
+"""The bytes of a connection that are still on their way, which distinguish a slow network from a silent server."""
 
 import asyncio
 import struct
@@ -10,7 +10,7 @@ from termios import TIOCOUTQ
 def unsent(transport: asyncio.WriteTransport) -> int:
     """Bytes that the other host has not acknowledged, in the transport's buffer and in the kernel's (see tcp(7)).
 
-    Where the kernel does not say, as of a connection that is closed by now, its own are left out.
+    The kernel's are left out where it does not report them, as for a closed connection.
     """
     size = transport.get_write_buffer_size()
     connection = transport.get_extra_info("socket")

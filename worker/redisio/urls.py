@@ -1,4 +1,7 @@
-"""The URLs of Redis: one server, Sentinel's master or a cluster, read into what redis-py's connections take."""
+"""Parses the URL of one Redis server, a master under Sentinel or a cluster into options of redis-py's connections.
+
+This module does no I/O but to check that the files of TLS exist.
+"""
 
 import difflib
 import re
@@ -30,21 +33,22 @@ _TLS = frozenset(
 )  # fmt: skip
 _OF_SENTINELS = {"sentinel_username": "username", "sentinel_password": "password"}
 _TAKEN = frozenset(("client_name", "db", "password", "username"))
-_PASSED_OVER = frozenset(
+_IGNORED = frozenset(
     ("decode_responses", "encoding", "encoding_errors", "health_check_interval", "legacy_responses", "lib_name",
      "lib_version", "max_connections", "protocol", "retry_on_error", "retry_on_timeout", "socket_connect_timeout",
      "socket_keepalive", "socket_read_size", "socket_timeout", "timeout")
 )  # fmt: skip
-"""Options of redis-py that another program may need in the same URL, and that are the worker's own business here: with
-another protocol or decoding no reply would be understood, with a smaller pool jobs would wait for each other."""
+"""Options of redis-py that another program may need in the same URL. The worker sets them itself: it could not read
+replies with another protocol or decoding, and with a smaller pool jobs would wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """Where Redis is: `nodes` are some sentinels, or some nodes of the cluster; `options` is for the connections.
+    """A parsed URL.
 
-    `service` is what the sentinels call the master, `for_sentinels` the name and password that they ask for, where the
-    URL has any of their own. `passed_over` are options of the URL that have no effect.
+    `nodes` are some sentinels, or some nodes of the cluster. `options` are for the connections. `service` is the name
+    of the master under Sentinel. `for_sentinels` is the login of the sentinels, where the URL has one of its own.
+    `ignored` are options of the URL that have no effect.
     """
 
     kind: Literal["standalone", "sentinel", "cluster"]
@@ -52,15 +56,15 @@ class RedisUrl:
     nodes: tuple[tuple[str, int], ...] = ()
     service: str = ""
     for_sentinels: Mapping[str, str] = field(default_factory=dict)
-    passed_over: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def parse_redis_url(url: str) -> RedisUrl:
-    """Read a URL.
+    """Parse a URL.
 
     Raises:
-        ValueError: what it must be like. Names of options and the database are in the text, nothing else: it may hold
-            a password.
+        ValueError: what is wrong, as the end of a sentence about the URL. The message quotes names of options and the
+            database, and nothing else, because a URL may hold a password.
     """
     url = url.strip()  # one from a file often ends with a newline
     several, plain = _SEVERAL.fullmatch(url), _PLAIN.fullmatch(url)
@@ -71,7 +75,7 @@ def parse_redis_url(url: str) -> RedisUrl:
         scheme, place, path, rest = plain.groups()
     else:
         raise ValueError(_MUST[kind])
-    # A password that is not percent-encoded: none of it must be quoted.
+    # A password that is not percent-encoded: the message must not quote it.
     if "@" in (rest if scheme == "unix" else path + rest) or "#" in rest:
         raise ValueError(_MUST[kind])
     given = _options(rest, secure=scheme == "rediss", kind=kind)
@@ -88,70 +92,72 @@ def parse_redis_url(url: str) -> RedisUrl:
             service, db = _service_and_db(path) if kind == "sentinel" else ("", _no_db(path))
             options = parse_url(f"{scheme}://{user}{at}redis/{db}?{query}")
             del options["host"]
-    except _Told:
+    except _SafeError:
         raise
-    except ValueError as error:  # its text may quote a part of the password
+    except ValueError as error:  # its message may quote a part of the password
         option = re.match(r"Invalid value for '(\w+)'", str(error))
-        raise ValueError(f"has an option {option[1]} that cannot be" if option else _MUST[kind]) from None
-    taken = cast("dict[str, Any]", options)
-    _check_tls(taken)
+        raise ValueError(f"has an invalid value for the option {option[1]}" if option else _MUST[kind]) from None
+    accepted = cast("dict[str, Any]", options)
+    _check_tls(accepted)
     return RedisUrl(
         "sentinel" if service else "cluster" if kind else "standalone",
-        taken,
+        accepted,
         nodes,
         service,
         {_OF_SENTINELS[name]: value for name, value in given.items() if name in _OF_SENTINELS},
-        tuple(sorted(given.keys() & _PASSED_OVER)),
+        tuple(sorted(given.keys() & _IGNORED)),
     )
 
 
-class _Told(ValueError):
-    """What is wrong with a URL, in words that hold nothing secret."""
+class _SafeError(ValueError):
+    """What is wrong with a URL, in a message without secrets."""
 
 
 def _options(query: str, *, secure: bool, kind: str) -> dict[str, str]:
-    """The options of a URL, all of them known and with a value."""
+    """The options of a URL. Raises for unknown ones and for those without a value."""
     taken = {*_TAKEN, *(_TLS if secure else ()), *(_OF_SENTINELS if kind == "sentinel" else ())}
     if kind == "cluster":
         taken.remove("db")
-    known = taken | _PASSED_OVER
-    given = dict(reversed(parse_qsl(query.removeprefix("?"), keep_blank_values=True)))  # as redis-py: the first holds
+    known = taken | _IGNORED
+    given = dict(
+        reversed(parse_qsl(query.removeprefix("?"), keep_blank_values=True))
+    )  # as redis-py does: the first value counts
     for name, value in given.items():
         if name in _TLS and not secure:
-            raise _Told(f"has the option {name}, which goes with TLS: then it begins with rediss, not redis")
+            raise _SafeError(f"has the option {name}, which needs TLS: begin the URL with rediss, not redis")
         if name in ("ssl", "tls"):
-            raise _Told(f"has the unknown option {name!r}: with TLS it begins with rediss, not redis")
+            raise _SafeError(f"has the unknown option {name!r}: for TLS begin the URL with rediss, not redis")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(taken))}"
-            raise _Told(f"has the unknown option {name[:40]!r}: {hint}")
+            raise _SafeError(f"has the unknown option {name[:40]!r}: {hint}")
         if not value:
-            raise _Told(f"has the option {name} without a value")
+            raise _SafeError(f"has the option {name} without a value")
     return given
 
 
 def _db(path: str) -> str:
     found = re.fullmatch(r"/?([0-9]{0,9})/?", path)
     if found is None:
-        raise _Told(
-            f"ends in {unquote(path)[:40]!r}, which is no database: these have numbers, as in redis://127.0.0.1:6379/0"
+        raise _SafeError(
+            f"ends in {unquote(path)[:40]!r}, which is not the number of a database, as in redis://127.0.0.1:6379/0"
         )
     return found[1]
 
 
 def _check_tls(options: Mapping[str, Any]) -> None:
-    """What TLS needs is looked at now: while connecting it would look like a server that is away."""
+    """Check the files and options of TLS now: an error while connecting would look like a server that is away."""
     tls = {name: value for name, value in options.items() if name in _TLS}
     if not tls:
         return
     for name in _FILES:
         if name in options and not Path(options[name]).is_file():
-            raise _Told(f"has the option {name}, and there is no such file")
+            raise _SafeError(f"has the option {name}, but that file does not exist")
     try:
         SSLConnection(**tls).ssl_context.get()
     except (RedisError, OSError, ValueError, TypeError) as error:
         why = str(error) if isinstance(error, RedisError) else getattr(error, "reason", None) or type(error).__name__
-        raise _Told(f"has options of TLS that cannot be used: {why}") from None
+        raise _SafeError(f"has invalid options of TLS: {why}") from None
 
 
 def database_of(url: str) -> int:
