@@ -23,6 +23,7 @@ from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_red
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
+from worker.vllm.servers.pace import ServerPace
 
 # Busy machines make single examples slow: no test is about time.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -144,7 +145,15 @@ StartWorker = Callable[..., Awaitable[Worker]]
 
 
 @pytest.fixture
-async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartWorker]:
+def server_pace() -> ServerPace:
+    """How the workers of a test probe their servers; a test may change the fields at any time."""
+    return ServerPace()
+
+
+@pytest.fixture
+async def start_worker(
+    redis_url: str, server_pace: ServerPace, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[StartWorker]:
     """Starts workers in the test's own process, which leave in order when it ends."""
     monkeypatch.setattr(
         "worker.engine.application._LONGEST_BLOCK", 0.1
@@ -157,7 +166,8 @@ async def start_worker(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Async
     async def start(*vllm: Simulator, **settings: object) -> Worker:
         given: dict[str, object] = {"lease": 2, "drain_timeout": 2, "gap_timeout": 5, "first_token_timeout": 5}
         urls = ",".join(server.url for server in vllm)
-        service = Worker(load_settings(**(given | {"redis_url": redis_url, "vllm_urls": urls} | settings)))
+        given |= {"redis_url": redis_url, "vllm_urls": urls} | settings
+        service = Worker(load_settings(**given), pace=server_pace)
         started.append((service, asyncio.create_task(service.run())))
         return service
 

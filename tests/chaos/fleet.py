@@ -32,7 +32,7 @@ from worker.telemetry.metrics import Metrics
 from worker.vllm.http.target import Target
 from worker.vllm.http.transport import Body, HttpResponse, Transport
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.stream.chat_stream import StreamTimeouts
+from worker.vllm.stream.watchdog import StreamTimeouts
 
 _PROMPT = [0]
 

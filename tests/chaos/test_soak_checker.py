@@ -13,7 +13,7 @@ from worker.sandbox.simulator.record import Served
 from worker.sandbox.simulator.server import Simulator
 from worker.vllm.servers.circuit import Caller
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.stream.chat_stream import StreamTimeouts
+from worker.vllm.stream.watchdog import StreamTimeouts
 
 Log = list[tuple[str, dict[str, str]]]
 

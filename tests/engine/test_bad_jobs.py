@@ -16,8 +16,8 @@ from worker import Answer, Client
 from worker.contract.entries import Object
 from worker.sandbox.simulator.server import Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.vllm.servers import circuit
 from worker.vllm.servers.circuit import FAILURES
+from worker.vllm.servers.pace import ServerPace
 
 _ERROR = {"message": "list index out of range", "type": "InternalServerError", "param": None, "code": 500}
 _EVENTS = {
@@ -29,10 +29,13 @@ WAYS = ("500", *_EVENTS, "cut")
 _CHAT = "/v1/chat/completions"
 
 
+@pytest.fixture
+def server_pace() -> ServerPace:
+    return ServerPace(first_pause=3600, longest_pause=3600)
+
+
 @pytest.fixture(autouse=True)
-def _long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuit, "FIRST_PAUSE", 3600)
-    monkeypatch.setattr(circuit, "LONGEST_PAUSE", 3600)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
 
 
@@ -159,6 +162,6 @@ async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
         lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
         assert lost <= FAILURES + 4
         broken.fails_all = False
-        worker._upstream.servers[0].circuit._before_own_trials.until = 0.0
+        worker._upstream.servers[0].circuit._own_trial_pause.until = 0.0
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes.count("error") <= lost

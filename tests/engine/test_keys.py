@@ -14,8 +14,9 @@ from worker.engine.application import Worker
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.telemetry.logging import configure_logging
+from worker.telemetry.logging import LogReceiver, configure_logging
 from worker.vllm.http.credentials import ApiKeys, keys_in
+from worker.vllm.servers.pace import ServerPace
 
 OLD, NEW = "the-old-key", "the-new-key"
 CUT = Scenario(fault="cut", after=4, times=1, rate=100)
@@ -25,9 +26,11 @@ CUT = Scenario(fault="cut", after=4, times=1, rate=100)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
-    monkeypatch.setattr("worker.vllm.servers.circuit.FIRST_PAUSE", 0.05)
-    monkeypatch.setattr("worker.vllm.servers.circuit.LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def server_pace() -> ServerPace:
+    return ServerPace(probe_every=0.05, first_pause=0.05, longest_pause=0.05)
 
 
 def ask(**more: Any) -> Object:  # noqa: ANN401
@@ -195,11 +198,10 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
 
 
 async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_the_server_from_nobody(
-    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
     """C4 and A1. A router whose key for one of its servers is wrong says so; those jobs wait, and the others do not."""
-    monkeypatch.setattr("worker.vllm.servers.circuit.FIRST_PAUSE", 3600)
-    monkeypatch.setattr("worker.vllm.servers.circuit.LONGEST_PAUSE", 3600)
+    server_pace.first_pause = server_pace.longest_pause = 3600
 
     class Router(Simulator):
         mended = False
@@ -235,12 +237,12 @@ async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) 
     file.write_text("\ufeffone\r\n two \n\n")
     keys = ApiKeys("three", "", "four", file=file)
     tried: list[str] = []
-    while (key := await keys.untried("three", set(tried))) is not None:
+    while (key := await keys.untried("three", set(tried), LogReceiver())) is not None:
         tried.append(key)
     assert tried == ["three", "one", "two", "four"]
-    assert await keys.untried("gone", set()) == "one"
-    assert await ApiKeys().untried("", set()) == ""
-    assert await ApiKeys().untried("", {""}) is None
+    assert await keys.untried("gone", set(), LogReceiver()) == "one"
+    assert await ApiKeys().untried("", set(), LogReceiver()) == ""
+    assert await ApiKeys().untried("", {""}, LogReceiver()) is None
 
 
 async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once
     configure_logging("json", "info")
     file = tmp_path / "keys"
     file.write_text("secret")
-    keys = ApiKeys(file=file)
+    keys, receiver = ApiKeys(file=file), LogReceiver()
     with capture_logs() as logs:
         for content in (None, b"ke\xffy", b"", b"cl\xc3\xa9"):
             if content is None:
@@ -256,10 +258,10 @@ async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once
             else:
                 file.write_bytes(content)
             for _ in range(2):
-                assert await keys.untried("", {"secret"}) is None
-                assert await keys.untried("", set()) == "secret"
+                assert await keys.untried("", {"secret"}, receiver) is None
+                assert await keys.untried("", set(), receiver) == "secret"
         file.write_text("another")
-        assert await keys.untried("", {"secret"}) == "another"
+        assert await keys.untried("", {"secret"}, receiver) == "another"
     assert [(line["event"], line["error"]) for line in logs] == [
         ("key_file_unreadable", "FileNotFoundError"),
         ("key_file_unreadable", "ValueError"),

@@ -16,7 +16,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.stream.chat_stream import StreamTimeouts
+from worker.vllm.stream.watchdog import StreamTimeouts
 
 QUESTIONS = ("Who are you?", "你是谁?", "Send emoji", "Write code", "Think first")
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}

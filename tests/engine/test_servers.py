@@ -15,6 +15,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import configure_logging
 from worker.vllm.servers.circuit import FAILURES, CircuitState
+from worker.vllm.servers.pace import ServerPace
 
 
 def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
@@ -113,10 +114,10 @@ class Choosy(Simulator):
 
 
 async def test_a_job_that_a_server_of_its_model_does_not_know_takes_the_model_from_no_other(
-    client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
     """A1 and A11. The server is asked for its list again meanwhile."""
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     async with Choosy() as server:
         await start_worker(server)
         (bad,) = await answers(client, ask("a bad one"))
@@ -191,11 +192,17 @@ async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_
 
 @pytest.mark.parametrize(("status", "body", "code"), WRONG)
 async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
-    status: int, body: bytes, code: str, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    status: int,
+    body: bytes,
+    code: str,
+    client: Client,
+    start_worker: StartWorker,
+    server_pace: ServerPace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each is asked once by each job, also after all have been found to fail."""
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     async with Wrong(status, body) as one, Wrong(status, body) as other:
         await start_worker(one, other, tries=1 if status in {200, 501} else 5)
         got = await answers(client, *(ask(f"question {n}") for n in range(2 * FAILURES)))
@@ -271,9 +278,9 @@ class Sick(Simulator):
 
 @pytest.mark.parametrize("fault", ["503", "cut"])
 async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
-    fault: Fault, client: Client, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     async with Sick() as server:
         worker = await start_worker(server, tries=1, slots=1)
         await answers(client, ask("before"))
@@ -308,11 +315,11 @@ async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them
 @pytest.mark.parametrize("fault", ["freeze", "hang"])
 async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for(
     fault: Fault, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
-    monkeypatch: pytest.MonkeyPatch,
+    server_pace: ServerPace,
 ) -> None:  # fmt: skip
     """As vLLM 0.32.0 does on SIGTERM: it takes no connections any more, and its open streams send comments for ever."""
-    monkeypatch.setattr("worker.vllm.stream.chat_stream._MOMENTS", 0.1)
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.frozen_after = 0.1
+    server_pace.probe_every = 0.05
     async with Simulator(Options(keep_alive=0.02, orders=Scenario(fault=fault, after=6))) as going_down:
         # The limits are so long that only the refused connection can be what ends the wait.
         await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
@@ -328,9 +335,9 @@ async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for
 
 
 async def test_a_job_that_waits_for_its_model_says_so_once(
-    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     configure_logging("json", "info")
     async with Simulator(Options(model="large")) as large:
         worker = await start_worker(large, await start_simulator(Options(model="small")))
@@ -350,10 +357,10 @@ async def test_a_job_that_waits_for_its_model_says_so_once(
 
 
 async def test_c8_a_job_without_a_model_that_waits_names_none(
-    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
     """F10 of C8: the log had an empty model."""
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     configure_logging("json", "info")
     async with Simulator() as away:
         worker = await start_worker(away)
@@ -374,11 +381,15 @@ async def test_c8_a_job_without_a_model_that_waits_names_none(
 
 
 async def test_an_answer_waits_while_all_of_several_servers_are_away(
-    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+    client: Client,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+    server_pace: ServerPace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
     monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.vllm.servers.pool._PROBE_EVERY", 0.05)
+    server_pace.probe_every = 0.05
     ports = [free_port() for _ in range(3)]
     servers = [Simulator(Options(orders=Scenario(rate=50)), port=port) for port in ports]
     for server in servers:

@@ -25,6 +25,7 @@ from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import ConfigError, load_settings, shown_url
 from worker.telemetry.logging import configure_logging
+from worker.vllm.servers.pace import ServerPace
 
 
 @pytest.fixture
@@ -423,10 +424,10 @@ async def test_c8_a_certificate_is_trusted_by_either_way(
     assert named[0].level == trusted[0].level == "ok"
 
 
-async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str) -> None:
     """A8. Or it is a router that asks all of its servers first; workers do not hold it to be away."""
-    monkeypatch.setattr("worker.vllm.servers.pool.FIRST_LIMIT", 0.1)
     async with sending(then_close=False) as url:
-        findings = await found(redis_url=redis_url, vllm_urls=url)
+        options: dict[str, object] = {"redis_url": redis_url, "vllm_urls": url}
+        findings = [finding async for finding in check(options, pace=ServerPace(probe_limit=0.1))]
     assert findings[-1].message == f"{url}/v1/models did not answer within 0.1 s"
     assert findings[-1].fix == "see whether it is busy: workers give it more time to answer"

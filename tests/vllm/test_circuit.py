@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from worker.vllm.servers.circuit import (
     FAILURES,
-    LATE_TRIAL,
-    LONGEST_PAUSE,
-    TRIAL,
     Caller,
     Circuit,
     CircuitState,
     ServerRequest,
 )
+from worker.vllm.servers.pace import ServerPace
+
+PACE = ServerPace()
 
 Change = tuple[CircuitState, CircuitState, str]
 
@@ -154,7 +154,11 @@ def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circ
 def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
     """A1. It waits for that of another."""
     bad = failed_here(circuit)
-    assert (circuit.state, circuit.admits(bad, pressed=True), admits(circuit)) == (CircuitState.HALF_OPEN, False, True)
+    assert (circuit.state, circuit.admits(bad, last_resort=True), admits(circuit)) == (
+        CircuitState.HALF_OPEN,
+        False,
+        True,
+    )
     circuit.on_first_event(begin(circuit))
     assert circuit.admits(bad)
 
@@ -248,7 +252,7 @@ def pauses_of(clock: Clock, is_over: Callable[[], bool], then: Callable[[], obje
     return pauses
 
 
-PAUSES = [0, 2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE]
+PAUSES = [0, 2, 4, 8, 16, PACE.longest_pause, PACE.longest_pause]
 
 
 def whole(circuit: Circuit) -> None:
@@ -265,7 +269,7 @@ def test_every_connection_that_is_missing_again_makes_the_pause_of_the_probe_lon
         opened(circuit)
 
     assert pauses_of(clock, lambda: opened(circuit).wants_probe, again) == PAUSES
-    clock.now += LONGEST_PAUSE
+    clock.now += PACE.longest_pause
     circuit.on_probe("")
     whole(circuit)
     assert opened(circuit).wants_probe, "all is forgiven"
@@ -280,11 +284,11 @@ def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere
     circuit.on_probe("")
 
     def trial() -> None:
-        assert circuit.admits(Caller(), pressed=True)
+        assert circuit.admits(Caller(), last_resort=True)
         run = begin(circuit)
         circuit.on_failure(run, "broken")
         circuit.on_end(run)
-        assert circuit.admits(Caller(), pressed=True)
+        assert circuit.admits(Caller(), last_resort=True)
 
     assert pauses_of(clock, lambda: admits(circuit), trial) == PAUSES
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
@@ -306,7 +310,7 @@ def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: C
 
     assert not circuit.wants_trial(Caller()), "such a job is a trial itself"
     assert pauses_of(clock, lambda: circuit.wants_trial(waiting), trial) == PAUSES
-    clock.now += LONGEST_PAUSE
+    clock.now += PACE.longest_pause
     run = circuit.begin(Caller(is_job=False))
     circuit.on_first_event(run)
     assert circuit.state is CircuitState.HALF_OPEN, "it is short, and must come whole"
@@ -325,7 +329,7 @@ def test_a_trial_that_is_not_heard_of_keeps_others_away_for_a_while_only(
     circuit: Circuit, clock: Clock, take: Callable[[Circuit], object]
 ) -> None:
     take(half_open(circuit))
-    clock.now += TRIAL - 0.1
+    clock.now += PACE.trial - 0.1
     assert not admits(circuit)
     clock.now += 0.1
     assert admits(circuit)
@@ -352,7 +356,7 @@ def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) 
     circuit.on_late_probe()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
     run = begin(circuit)
-    clock.now += TRIAL
+    clock.now += PACE.trial
     assert not admits(circuit), "its queue is long"
     circuit.on_first_event(run)
     assert (admits(circuit), circuit.state, circuit.wants_probe) == (True, CircuitState.CLOSED, False)
@@ -391,7 +395,7 @@ def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_a
     """A8. The trial goes on, for as long as any other; without that probe its queue may be long."""
     opened(circuit).on_late_probe()
     begin(circuit)
-    clock.now += TRIAL - 0.1
+    clock.now += PACE.trial - 0.1
     circuit.on_probe("")
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, False)
     clock.now += 0.1
@@ -466,7 +470,7 @@ def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list
                 circuit.on_late_probe()
             case _:
                 circuit.on_probe("" if which % 2 else "x")
-    clock.now += LONGEST_PAUSE + LATE_TRIAL
+    clock.now += PACE.longest_pause + PACE.late_trial
     if circuit.wants_probe:
         circuit.on_probe("")
     assert admits(circuit)

@@ -16,8 +16,9 @@ from worker.vllm.errors import UpstreamError
 from worker.vllm.http.transport import HttpResponse
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.servers.server import may_be_its_fault
-from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog
+from worker.vllm.stream.chat_stream import ChatStream
 from worker.vllm.stream.sse import SSEDecoder
+from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 M = "top_k is too large"
 AGAIN, ONCE = True, False

@@ -19,18 +19,16 @@ from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import Fault
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
-from worker.telemetry.logging import configure_logging
+from worker.telemetry.logging import LogReceiver, configure_logging
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
 from worker.vllm.http.credentials import ApiKeys
-from worker.vllm.servers import circuit as circuit_module
-from worker.vllm.servers import pool as upstream_module
-from worker.vllm.servers import probes
-from worker.vllm.servers.api import Late, VllmApi
+from worker.vllm.servers.api import LateAnswer, VllmApi
 from worker.vllm.servers.circuit import FAILURES, Caller, CircuitState
+from worker.vllm.servers.pace import ServerPace
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.servers.server import Server
-from worker.vllm.stream.chat_stream import StreamTimeouts
+from worker.vllm.stream.watchdog import StreamTimeouts
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 IMPATIENT = StreamTimeouts(connect=5, first_token=0.1, gap=0.1)
@@ -63,19 +61,22 @@ class Recorder(Simulator):
         self.options = Options(model=self.options.model, orders=Scenario(fault=fault, after=after))
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses are short here: nothing is measured."""
-    monkeypatch.setattr(upstream_module, "_PROBE_EVERY", SHORT)
-    monkeypatch.setattr(probes, "LIST_AGAIN", SHORT)
-    monkeypatch.setattr(circuit_module, "FIRST_PAUSE", SHORT)
-    monkeypatch.setattr(circuit_module, "LONGEST_PAUSE", SHORT)
+BRIEF = {"probe_limit": SHORT, "longest_probe_limit": 4 * SHORT}
+"""Probes are late at once, and have no more time than a little."""
+
+
+def quick(**pace: float) -> ServerPace:
+    """A pace with short pauses."""
+    fast = {"probe_every": SHORT, "list_again_after": SHORT, "first_pause": SHORT, "longest_pause": SHORT}
+    return ServerPace(**fast | pace)
 
 
 @asynccontextmanager
-async def watching(*urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "") -> AsyncIterator[ServerPool]:
-    """The servers, watched once each has been probed."""
-    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits)
+async def watching(
+    *urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "", pace: ServerPace | None = None
+) -> AsyncIterator[ServerPool]:
+    """The servers, monitored, once each has been probed."""
+    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, telemetry=LogReceiver(), pace=pace or quick())
     task = asyncio.create_task(upstream.monitor())
     try:
         await until(lambda: all(endpoint.is_known for endpoint in upstream.servers))
@@ -259,9 +260,8 @@ async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
                 assert upstream.servers[0].models == {"new"}
 
 
-async def test_the_lists_are_asked_for_again_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "_LIST_EVERY", SHORT)
-    async with serving("small") as ((server,), upstream):
+async def test_the_lists_are_asked_for_again_from_time_to_time() -> None:
+    async with serving("small", pace=quick(list_every=SHORT)) as ((server,), upstream):
         server.options = Options(model="other")
         await until(lambda: upstream.servers[0].models == {"other"})
         server.statuses["/v1/models"] = 503
@@ -292,25 +292,16 @@ async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, in
             assert await ask(upstream)
 
 
-@pytest.fixture
-def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes are late at once, and have no more time than a little."""
-    monkeypatch.setattr(probes, "FIRST_LIMIT", SHORT)
-    monkeypatch.setattr(probes, "LONGEST_LIMIT", 4 * SHORT)
-
-
-@pytest.mark.usefixtures("_brief")
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
 async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
     """A8. A busy vLLM takes half a minute, and a router asks every model; neither was ever asked for anything."""
     async with Recorder() as server:
         server.slow = {path}
-        async with watching(server.url) as upstream:
+        async with watching(server.url, pace=quick(**BRIEF)) as upstream:
             assert await ask(upstream, model="reciter")
             assert upstream.servers[0].circuit.state is CircuitState.CLOSED
 
 
-@pytest.mark.usefixtures("_brief")
 async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A8."""
     limits: list[float] = []
@@ -319,50 +310,45 @@ async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest
         limits.append(within)
         if len(limits) in {5, 6}:
             return 503
-        raise Late("http://a", within)
+        raise LateAnswer("http://a", within)
 
     monkeypatch.setattr(VllmApi, "health", health)
-    async with watching("http://127.0.0.1:1"):
+    async with watching("http://127.0.0.1:1", pace=quick(**BRIEF)):
         await until(lambda: len(limits) > 7)
     assert limits[:8] == [n * SHORT for n in (1, 2, 4, 4, 4, 1, 1, 2)]
 
 
-@pytest.mark.usefixtures("_brief")
-async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests() -> None:
     """A8. Until it is there the server may have any model, as one that lists nothing."""
+    pace = quick(**BRIEF)
     async with Recorder() as server:
         server.slow = {"/v1/models"}
-        async with watching(server.url) as upstream:
+        async with watching(server.url, pace=pace) as upstream:
             assert await ask(upstream, model="reciter")
             asked = server.asked.count("/v1/models")
             await until(lambda: server.asked.count("/v1/models") > asked)
-            monkeypatch.setattr(probes, "FIRST_LIMIT", 5)
-            monkeypatch.setattr(probes, "LONGEST_LIMIT", 5)
+            pace.probe_limit = pace.longest_probe_limit = 5
             server.released.set()
             await until(lambda: upstream.servers[0].models == {"reciter"})
 
 
-@pytest.mark.usefixtures("_brief")
 async def test_a_model_is_asked_for_though_the_lists_are_never_there_in_time() -> None:
     """A8 and A11."""
-    async with Resolving() as server, watching(server.url) as upstream:
+    async with Resolving() as server, watching(server.url, pace=quick(**BRIEF)) as upstream:
         server.slow = {"/v1/models"}
         assert await ask(upstream, model="other")
 
 
-@pytest.mark.usefixtures("_brief")
-async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_health_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_health_is_answered() -> None:
     """A8. The first of them may take minutes: the others are not asked one at a time meanwhile."""
+    pace = quick(**BRIEF)
     async with Recorder() as server:
         server.slow = {"/health"}
         server.orders("hang")
-        async with watching(server.url) as upstream:
+        async with watching(server.url, pace=pace) as upstream:
             asking = [asyncio.create_task(ask(upstream)) for _ in range(5)]
             await until(lambda: len(server.served) == 1)
-            monkeypatch.setattr(probes, "FIRST_LIMIT", 5)
-            monkeypatch.setattr(probes, "LONGEST_LIMIT", 5)
+            pace.probe_limit = pace.longest_probe_limit = 5
             server.released.set()
             await until(lambda: len(server.served) == 5)
             for task in asking:
@@ -370,21 +356,20 @@ async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_h
             await asyncio.gather(*asking, return_exceptions=True)
 
 
-async def test_a_server_that_takes_connections_again_is_tried_before_its_health_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_server_that_takes_connections_again_is_tried_before_its_health_is_answered() -> None:
     """A8. A vLLM that came back with a health of 40 s was away for a minute and a half: each longer probe was late."""
-    monkeypatch.setattr(probes, "FIRST_LIMIT", 0.2)
     port = free_port()
-    async with watching(f"http://127.0.0.1:{port}") as upstream, Recorder(port=port) as server:
+    async with (
+        watching(f"http://127.0.0.1:{port}", pace=quick(probe_limit=0.2)) as upstream,
+        Recorder(port=port) as server,
+    ):
         server.slow = {"/health", "/v1/models"}
         assert await ask(upstream)
 
 
-@pytest.mark.usefixtures("_brief")
 async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time() -> None:
     """A8. It takes connections, and answers nothing: neither its health nor any request."""
-    async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
+    async with serving("reciter", limits=IMPATIENT, pace=quick(**BRIEF)) as ((server,), upstream):
         circuit = upstream.servers[0].circuit
         server.slow = {"/health", "/v1/models"}
         server.orders("hang")
@@ -543,11 +528,11 @@ async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_s
 
 
 @asynccontextmanager
-async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIterator[tuple[Recorder, ServerPool]]:  # noqa: ANN401
+async def half_open(pace: ServerPace | None = None, **settings: Any) -> AsyncIterator[tuple[Recorder, ServerPool]]:  # noqa: ANN401
     """A server that is on trial, whose further pauses are so long that nobody waits for them."""
-    async with serving("reciter", **settings) as ((server,), upstream):
-        for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):
-            monkeypatch.setattr(circuit_module, name, 3600)
+    pace = pace or quick()
+    async with serving("reciter", pace=pace, **settings) as ((server,), upstream):
+        pace.first_pause = pace.longest_pause = 3600
         server.orders("503")
         await fails(upstream, FAILURES)
         await upstream.wait_available("")
@@ -555,10 +540,8 @@ async def half_open(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> AsyncIt
         yield server, upstream
 
 
-async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_through(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with half_open(monkeypatch) as (server, upstream):
+async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_through() -> None:
+    async with half_open() as (server, upstream):
         server.options = Options(orders=Scenario(first_token=0.2, tokens=400, rate=40))
         tried = len(server.served)
         tasks = [asyncio.create_task(ask(upstream)) for _ in range(20)]
@@ -575,10 +558,8 @@ async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_thro
 @pytest.mark.parametrize(
     ("fault", "code"), [("hang", "first_token_timeout"), ("freeze", "gap_timeout"), ("503", "upstream_unavailable")]
 )
-async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_through(
-    fault: Fault, code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with half_open(monkeypatch, limits=limits_for(fault)) as (server, upstream):
+async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_through(fault: Fault, code: str) -> None:
+    async with half_open(limits=limits_for(fault)) as (server, upstream):
         server.orders(fault, after=2 if fault == "freeze" else 0)
         caller = Caller()
         (circuit,) = (endpoint.circuit for endpoint in upstream.servers)
@@ -586,14 +567,12 @@ async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_thr
             await ask(upstream, await chosen(upstream), caller=caller)
         assert caught.value.code == code
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
-        assert (circuit.admits(caller, pressed=True), circuit.admits(Caller())) == (False, False)
+        assert (circuit.admits(caller, last_resort=True), circuit.admits(Caller())) == (False, False)
 
 
-async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_workers_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_workers_own() -> None:
     """A1. It is for one token, and so short that it is no matter which server it costs it."""
-    async with half_open(monkeypatch) as (server, upstream):
+    async with half_open() as (server, upstream):
         caller = Caller(failed_at={upstream.servers[0].circuit})
         tried = len(server.served)
         await upstream.wait_available("reciter", caller=caller)
@@ -603,11 +582,9 @@ async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_work
 
 
 @pytest.mark.parametrize("status", [400, 404, 429])
-async def test_a_server_that_refuses_the_workers_own_request_answers(
-    status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_server_that_refuses_the_workers_own_request_answers(status: int) -> None:
     """A1. A base model has no template, say: nobody is to wait for it for ever."""
-    async with half_open(monkeypatch) as (server, upstream):
+    async with half_open() as (server, upstream):
         caller = Caller(failed_at={upstream.servers[0].circuit})
         server.statuses["/v1/chat/completions"] = status
         await upstream.wait_available("", caller=caller)
@@ -628,10 +605,8 @@ async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fal
             await upstream.wait_available("large", ["small"], caller=caller)
 
 
-async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with half_open(monkeypatch) as (server, upstream):
+async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next() -> None:
+    async with half_open() as (server, upstream):
         server.orders("hang")
         tried = len(server.served)
         trial = asyncio.create_task(ask(upstream))
@@ -645,24 +620,24 @@ async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next
         assert await ask(upstream)
 
 
-async def test_a_question_that_is_refused_leaves_the_place_of_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with half_open(monkeypatch) as (server, upstream):
+async def test_a_question_that_is_refused_leaves_the_place_of_the_trial() -> None:
+    async with half_open() as (server, upstream):
         server.statuses["/tokenize"] = 429
         with pytest.raises(UpstreamError):
             await upstream.post(await chosen(upstream), "/tokenize", {})
         assert upstream.is_available
 
 
-async def test_a_question_has_as_long_as_a_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving("reciter") as ((server,), upstream):
+async def test_a_question_has_as_long_as_a_first_token() -> None:
+    pace = quick()
+    async with serving("reciter", pace=pace) as ((server,), upstream):
         server.slow = {"/tokenize", "/v1/models"}
         question: Object = {"messages": [{"role": "user", "content": "Hi"}]}
-        with monkeypatch.context() as brief:
-            brief.setattr(upstream_module, "FIRST_LIMIT", SHORT)
-            asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", question))
-            await until(lambda: "/tokenize" in server.asked)
-            with pytest.raises(UpstreamError, match="did not answer within"):  # so the time of a probe is over
-                await upstream.list_models(upstream.servers[0])
+        pace.probe_limit = SHORT
+        asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", question))
+        await until(lambda: "/tokenize" in server.asked)
+        with pytest.raises(UpstreamError, match="did not answer within"):  # so the time of a probe is over
+            await upstream.list_models(upstream.servers[0])
         server.released.set()
         assert b"tokens" in await asking
 
@@ -678,9 +653,9 @@ async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> No
         assert (endpoint.circuit.state, len(endpoint.requests)) == (CircuitState.CLOSED, 0)
 
 
-async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.vllm.stream.chat_stream._MOMENTS", 0.1)
-    async with serving("reciter", limits=StreamTimeouts(connect=5, first_token=600, gap=600)) as ((server,), upstream):
+async def test_a_question_is_not_waited_for_at_a_server_that_goes_down() -> None:
+    limits, pace = StreamTimeouts(connect=5, first_token=600, gap=600), quick(frozen_after=0.1)
+    async with serving("reciter", limits=limits, pace=pace) as ((server,), upstream):
         server.slow = {"/tokenize"}
         asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", {}))
         await until(lambda: "/tokenize" in server.asked)
@@ -690,9 +665,10 @@ async def test_a_question_is_not_waited_for_at_a_server_that_goes_down(monkeypat
         assert caught.value.code == "upstream_truncated"
 
 
-async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with half_open(monkeypatch) as (server, upstream):
-        monkeypatch.setattr(upstream_module, "_PROBE_EVERY", 3600)
+async def test_who_waits_for_a_trial_to_end_is_woken_then() -> None:
+    pace = quick()
+    async with half_open(pace) as (server, upstream):
+        pace.probe_every = 3600
         tried = len(server.served)
         trial = asyncio.create_task(ask(upstream, simulate={"fault": "hang"}))
         await until(lambda: len(server.served) > tried)
@@ -702,16 +678,15 @@ async def test_who_waits_for_a_trial_to_end_is_woken_then(monkeypatch: pytest.Mo
         assert await waiting
 
 
-async def test_what_is_chosen_for_a_trial_is_not_chosen_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with half_open(monkeypatch) as (_, upstream):
+async def test_what_is_chosen_for_a_trial_is_not_chosen_twice() -> None:
+    async with half_open() as (_, upstream):
         assert upstream.is_available
         await chosen(upstream)
         assert not upstream.is_available
 
 
-async def test_a_server_that_goes_away_is_probed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "_PROBE_EVERY", 3600)
-    async with serving("reciter") as (_, upstream):
+async def test_a_server_that_goes_away_is_probed_at_once() -> None:
+    async with serving("reciter", pace=quick(probe_every=3600)) as (_, upstream):
         await fails(upstream, FAILURES, simulate={"fault": "500"})
         assert await ask(upstream)
 

@@ -6,9 +6,8 @@ from contextlib import ExitStack
 import pytest
 
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
-from worker.vllm.servers import server as endpoints
 from worker.vllm.servers.circuit import FAILURES, Caller, ServerRequest
-from worker.vllm.servers.server import Server, best_of
+from worker.vllm.servers.server import BUSY, MISSING, Server, best_of
 
 Burden = Callable[[Server, int], None]
 
@@ -131,7 +130,7 @@ def test_a_busy_server_is_passed_over_for_as_long_as_it_asks_while_another_may_d
     assert best([one, other]) is one
     one.record_failure(begin(one), classify(429, "busy"))
     assert best([one, other]) is other
-    clock.now += endpoints.BUSY
+    clock.now += BUSY
     assert best([one, other]) is one
 
 
@@ -148,7 +147,7 @@ def test_what_a_server_does_not_know_is_remembered_for_a_minute_or_until_it_list
     serves = []
     steps: list[Callable[[], object]] = [
         lambda: endpoint.record_missing("x", Caller()),
-        lambda: setattr(clock, "now", clock.now + endpoints.MISSING),
+        lambda: setattr(clock, "now", clock.now + MISSING),
         lambda: endpoint.record_missing("x", Caller()),
         lambda: endpoint.record_models(["x"]),
     ]
@@ -204,7 +203,7 @@ def test_a_server_that_lists_nothing_is_asked_for_any_model_whatever_it_has_answ
     """A11. Or the first of several to be asked would get all requests."""
     endpoint = Server("http://a:1")
     endpoint.record_answer("x")
-    assert "x" not in endpoint.unlisted
+    assert "x" not in endpoint.unlisted_models
     assert endpoint.serves("y")
 
 
@@ -243,7 +242,7 @@ def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) 
         half_open(resting)
     other.record_failure(begin(other), classify(429, "busy"))
     assert best([resting, other]) is other
-    assert resting.circuit.admits(Caller(), pressed=True)
+    assert resting.circuit.admits(Caller(), last_resort=True)
     half_open(other)
     other.circuit.reserve_trial()
     assert best([resting, other]) is resting

@@ -27,12 +27,12 @@ from worker.vllm.http import transport as transport_module
 from worker.vllm.http.credentials import ApiKeys
 from worker.vllm.http.target import Target, base_url
 from worker.vllm.http.transport import Transport
-from worker.vllm.servers import pool as upstream_module
-from worker.vllm.servers.added_fields import body_for
+from worker.vllm.servers.opening import body_for
+from worker.vllm.servers.pace import ServerPace
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.stream import chat_stream as stream_module
-from worker.vllm.stream.chat_stream import ChatStream, StreamTimeouts, StreamWatchdog, open_response
+from worker.vllm.stream.chat_stream import ChatStream, open_response
 from worker.vllm.stream.sse import SSEDecoder
+from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
@@ -58,15 +58,19 @@ class Counting(Simulator):
 
 @asynccontextmanager
 async def serving(
-    options: Options | None = None, limits: StreamTimeouts = PATIENT, **settings: str
+    options: Options | None = None,
+    limits: StreamTimeouts = PATIENT,
+    **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[tuple[Counting, ServerPool]]:
     async with Counting(options) as simulator, reaching(simulator.url, limits=limits, **settings) as upstream:
         yield simulator, upstream
 
 
 @asynccontextmanager
-async def reaching(*urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "") -> AsyncIterator[ServerPool]:
-    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits)
+async def reaching(
+    *urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "", pace: ServerPace | None = None
+) -> AsyncIterator[ServerPool]:
+    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, pace=pace)
     try:
         yield upstream
     finally:
@@ -505,11 +509,10 @@ async def test_an_error_page_cut_short_is_an_error_of_its_status() -> None:
     assert error.message == "HTTP 502: a web page came in place of an answer: no gateway"
 
 
-async def test_an_error_page_without_end_is_read_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "_MAX_ERROR_BYTES", 100)
-    head = b"HTTP/1.1 503 Service Unavailable\r\n\r\n"
-    error = await error_of_server(head, again=b"busy ")
-    assert (error.code, error.message) == ("upstream_unavailable", " ".join(["busy"] * 20))
+async def test_an_error_page_without_end_is_read_to_a_limit() -> None:
+    error = await error_of_server(b"HTTP/1.1 503 Service Unavailable\r\n\r\n", again=b"busy " * 10_000)
+    assert error.code == "upstream_unavailable"
+    assert error.message.startswith("busy busy busy")
 
 
 async def test_an_event_without_end_is_malformed() -> None:
@@ -615,7 +618,7 @@ async def test_a13_events_that_say_nothing_are_no_silence() -> None:
                 parser.parse(data)
                 watchdog._since -= 9
                 await stream.read_into(enough)
-                begun.append(watchdog._begun)
+                begun.append(watchdog._has_begun)
                 assert watchdog._due() > asyncio.get_running_loop().time() + 9
             assert begun == [False, False, True]
 
@@ -686,10 +689,7 @@ async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_tha
         await until(lambda: not transport._open)
 
 
-async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(stream_module, "_END_OF_ANSWER", 0.05)
+async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for() -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
     async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as upstream:
         async with asyncio.timeout(5):
@@ -936,9 +936,9 @@ async def test_what_is_no_list_of_models(body: bytes) -> None:
     assert (error.code, error.retryable) == ("not_a_stream", False)
 
 
-async def test_models_of_a_server_that_is_not_there_or_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_module, "FIRST_LIMIT", 0.1)
-    async with sending(then_close=False) as url, reaching(url) as upstream:
+async def test_models_of_a_server_that_is_not_there_or_silent() -> None:
+    pace = ServerPace(probe_limit=0.1)
+    async with sending(then_close=False) as url, reaching(url, pace=pace) as upstream:
         error = await models_error(upstream)
     assert (error.code, error.message) == ("upstream_unreachable", f"{url}/v1/models did not answer within 0.1 s")
     async with reaching(url) as upstream:
@@ -979,13 +979,11 @@ async def test_a_connection_has_a_limit_of_its_own(listening: socket.socket) -> 
     assert isinstance(error, NoConnection)
 
 
-async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(
-    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(listening: socket.socket) -> None:
     """The server is busy, not gone."""
-    monkeypatch.setattr(stream_module, "_MOMENTS", 0)
     loop = asyncio.get_running_loop()
-    async with reaching(url_of(listening), limits=StreamTimeouts(connect=0.1, first_token=600, gap=600)) as upstream:
+    limits, pace = StreamTimeouts(connect=0.1, first_token=600, gap=600), ServerPace(frozen_after=0)
+    async with reaching(url_of(listening), limits=limits, pace=pace) as upstream:
         asking = asyncio.create_task(ask(upstream))
         connection, _ = await loop.sock_accept(listening)
         with connection, connections_waiting(listening):

@@ -14,7 +14,7 @@ from worker.vllm.http.target import Target
 from worker.vllm.http.transport import Transport
 from worker.vllm.servers.circuit import CircuitState
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.stream.chat_stream import StreamTimeouts
+from worker.vllm.stream.watchdog import StreamTimeouts
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
 EVENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'

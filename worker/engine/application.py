@@ -28,8 +28,10 @@ from ..telemetry.events import Receivers
 from ..telemetry.logging import LogReceiver
 from ..telemetry.metrics import Metrics
 from ..version import version
-from ..vllm.servers.pool import Server, ServerPool
-from ..vllm.stream.chat_stream import StreamTimeouts
+from ..vllm.servers.pace import ServerPace
+from ..vllm.servers.pool import ServerPool
+from ..vllm.servers.server import Server
+from ..vllm.stream.watchdog import StreamTimeouts
 from .intake import JobIntake
 from .job_runner import JobRunner
 from .maintenance import Maintenance
@@ -47,7 +49,7 @@ _log = structlog.get_logger()
 class Worker:
     """One worker process, from start to clean end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, pace: ServerPace | None = None) -> None:
         self._settings = settings
         nonce = secrets.token_hex(8)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
@@ -68,6 +70,8 @@ class Worker:
             _in_an_order_of_its_own(settings.vllm_urls),
             keys=settings.api_keys(),
             limits=StreamTimeouts(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
+            telemetry=self._telemetry,
+            pace=pace,
         )
         relay = JobRunner(
             settings,

@@ -21,7 +21,8 @@ from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
 from ..vllm.resume.plan import ResumedChunkParser, plan_resume
 from ..vllm.servers.circuit import Caller, CircuitState
-from ..vllm.servers.pool import CHAT, Server, ServerPool
+from ..vllm.servers.pool import CHAT, ServerPool
+from ..vllm.servers.server import Server
 from .job_context import JobContext, Stopped, drained, insist
 from .tries import Tries, was_not_let_in
 

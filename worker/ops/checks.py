@@ -21,9 +21,11 @@ from ..redisio.errors import is_permission_denied, redacted_message
 from ..redisio.urls import database_of, parse_redis_url
 from ..settings import ConfigError, Settings, load_settings, shown_url, variable
 from ..vllm.errors import UpstreamError
-from ..vllm.servers.api import Late
-from ..vllm.servers.pool import Server, ServerPool
-from ..vllm.stream.chat_stream import StreamTimeouts
+from ..vllm.servers.api import LateAnswer
+from ..vllm.servers.pace import ServerPace
+from ..vllm.servers.pool import ServerPool
+from ..vllm.servers.server import Server
+from ..vllm.stream.watchdog import StreamTimeouts
 from .rights import Missing, find_missing
 
 Level: TypeAlias = Literal["ok", "warning", "error"]
@@ -56,8 +58,11 @@ class Finding:
         return {"level": self.level, "subject": self.subject, "text": self.message, "mend": self.fix}
 
 
-async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
-    """Check everything, one finding at a time. A caller that stops early closes this (`contextlib.aclosing`)."""
+async def check(options: dict[str, object], *, pace: ServerPace | None = None) -> AsyncGenerator[Finding]:
+    """Check everything, one finding at a time. A caller that stops early closes this (`contextlib.aclosing`).
+
+    `pace` has the seconds that a vLLM server has to answer.
+    """
     try:
         settings = load_settings(**options)
     except ConfigError as error:
@@ -78,6 +83,7 @@ async def check(options: dict[str, object]) -> AsyncGenerator[Finding]:
         settings.vllm_urls,
         keys=settings.api_keys(),
         limits=StreamTimeouts(connect=settings.connect_timeout),
+        pace=pace,
     )
     try:
         of_servers = [await _check_vllm(pool, server) for server in pool.servers]
@@ -285,7 +291,7 @@ async def _check_vllm(pool: ServerPool, server: Server) -> Finding:
     where = f"vLLM {shown_url(server.url)}"
     try:
         models = await pool.list_models(server)
-    except Late as late:
+    except LateAnswer as late:
         return Finding("error", where, late.message, "see whether it is busy: workers give it more time to answer")
     except UpstreamError as error:
         fix = error.fix or (

@@ -27,7 +27,7 @@ from ..contract.entries import Entry, Object
 from ..settings import load_settings, shown_url
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
-from ..vllm.stream.chat_stream import StreamTimeouts
+from ..vllm.stream.watchdog import StreamTimeouts
 from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
 

@@ -1,24 +1,22 @@
-"""The keys that vLLM servers ask for: several may be given, and a file that holds some is read again."""
+"""The API keys of vLLM servers: those that are set, and those of a file, which is read again when none is accepted."""
 
 import asyncio
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-import structlog
-
-_log = structlog.get_logger()
+from ...telemetry.events import KeyFileUnreadable, Telemetry
 
 
 class ApiKeys:
-    """The keys of a worker, the likeliest to be taken first: those of the file, then those given.
+    """The keys of a worker, in the order in which they are tried: those of the file, then those that were given.
 
     Args:
-        keys: empty ones are none.
+        keys: empty ones are left out.
         file: holds keys, one a line.
 
     Raises:
         OSError: when the file cannot be read.
-        ValueError: when it holds what can be no key, or nothing.
+        ValueError: when the file holds no key, or a line that cannot be a key.
     """
 
     def __init__(self, *keys: str, file: Path | None = None) -> None:
@@ -27,15 +25,14 @@ class ApiKeys:
         self._of_file = keys_in(file) if file else ()
         self._trouble = ""
 
-    async def untried(self, likely: str, refused: AbstractSet[str]) -> str | None:
-        """A key that a server has not refused yet, `likely` first if it is one; None when there is none.
+    async def untried(self, likely: str, refused: AbstractSet[str], telemetry: Telemetry) -> str | None:
+        """A key that a server has not refused, `likely` first if it is one of the keys; None when there is none left.
 
-        The empty one stands for no key at all, where none is given. The file is read again before it is said that
-        there is none.
+        The empty key stands for no key at all, where none is set. The file is read again before the answer is None.
         """
         key = self._first(likely, refused)
         if key is None and self._file is not None:
-            await self._read_again(self._file)
+            await self._read_again(self._file, telemetry)
             key = self._first(likely, refused)
         return key
 
@@ -44,23 +41,23 @@ class ApiKeys:
         ordered = (likely, *keys) if likely in keys else keys
         return next((key for key in ordered if key not in refused), None)
 
-    async def _read_again(self, file: Path) -> None:
+    async def _read_again(self, file: Path, telemetry: Telemetry) -> None:
         trouble = ""
         try:
             self._of_file = await asyncio.to_thread(keys_in, file)
-        except (OSError, ValueError) as error:  # it may be in the middle of being replaced
+        except (OSError, ValueError) as error:  # somebody may be replacing the file right now
             trouble = type(error).__name__
         if trouble and trouble != self._trouble:
-            _log.warning("key_file_unreadable", error=trouble)
+            telemetry.emit(KeyFileUnreadable(error=trouble))
         self._trouble = trouble
 
 
 def keys_in(file: Path) -> tuple[str, ...]:
-    """The keys of a file.
+    """The keys in a file.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: when it holds what can be no key, or nothing.
+        OSError: when the file cannot be read.
+        ValueError: when the file holds no key, or a line that cannot be a key.
     """
     try:
         text = file.read_text("utf-8-sig")
@@ -73,10 +70,10 @@ def keys_in(file: Path) -> tuple[str, ...]:
 
 
 def checked_key(text: str) -> str:
-    """A key as it is sent.
+    """A key without the blanks around it.
 
     Raises:
-        ValueError: for what no header can carry. The HTTP client would quote it in its error.
+        ValueError: when an HTTP header cannot carry the key. The HTTP client would quote the key in its error.
     """
     key = text.strip()  # a secret from a file often ends with a newline
     if not (key.isascii() and key.isprintable()):

@@ -18,7 +18,8 @@ from ...contract.ids import BEFORE_ALL, EntryId
 from ..chunks.parser import ChunkParser, digest_of
 from ..errors import CannotResume, UpstreamError
 from ..servers.circuit import Caller
-from ..servers.pool import CHAT, COMPLETIONS, Server, ServerPool
+from ..servers.pool import CHAT, COMPLETIONS, ServerPool
+from ..servers.server import Server
 from .stop_strings import StopStrings, stops_of
 
 _T = TypeVar("_T")

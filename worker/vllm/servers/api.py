@@ -1,4 +1,4 @@
-"""What vLLM servers are asked over HTTP, each with a key that it takes."""
+"""The HTTP API of the vLLM servers: completions, small questions, health and models, with the right key."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,35 +8,37 @@ import httpx
 import msgspec
 
 from ...contract.entries import Object, to_json
+from ...telemetry.events import Telemetry
 from ..errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
 from ..http.credentials import ApiKeys
 from ..http.target import Target
 from ..http.transport import HttpResponse, Transport
-from ..stream.chat_stream import StreamTimeouts, StreamWatchdog, open_response
+from ..stream.chat_stream import open_response
+from ..stream.watchdog import StreamTimeouts, StreamWatchdog
 from .server import Server
 
 _T = TypeVar("_T")
 
+_CONNECT_SHARE = 0.9
+"""The share of a probe's time in which it must connect, so that a missing connection is no late answer."""
 
-_TO_CONNECT = 0.9
-"""Part of the time for an answer in which there must be a connection: one that is missing is not late."""
 
+class LateAnswer(UpstreamError):
+    """A server accepted the connection and did not answer within `limit` seconds: it may be busy."""
 
-class Late(UpstreamError):
-    """A server took the connection and did not answer `within` so many seconds: it may be busy."""
-
-    def __init__(self, url: str, within: float) -> None:
+    def __init__(self, url: str, limit: float) -> None:
         super().__init__(
-            "upstream_unreachable", f"{without_user(url)} did not answer within {within:g} s", retryable=True
+            "upstream_unreachable", f"{without_user(url)} did not answer within {limit:g} s", retryable=True
         )
-        self.within = within
+        self.limit = limit
 
 
 class VllmApi:
-    """The HTTP client of all servers: one transport, with no limit on connections but the worker's slots."""
+    """The HTTP client of all servers. It has one transport, and as many connections as the worker has slots."""
 
-    def __init__(self, keys: ApiKeys, *, connect: float) -> None:
+    def __init__(self, keys: ApiKeys, telemetry: Telemetry, *, connect: float) -> None:
         self._keys = keys
+        self._telemetry = telemetry
         self._connect = connect
         self._transport = Transport()
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=connect), transport=self._transport)
@@ -47,64 +49,58 @@ class VllmApi:
         await self._client.aclose()
 
     async def open(
-        self, endpoint: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
+        self, server: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
     ) -> HttpResponse:
-        """Post a completion and give its answer, which the caller closes.
+        """Post a completion request, and give the response, which the caller closes.
 
         Raises:
-            UpstreamError: when there is none.
+            UpstreamError: when there is no response that holds a stream.
         """
-        url = endpoint.url + route
+        url = server.url + route
         return await self._with_key(
-            endpoint, lambda key: open_response(self._transport, self._target(url, key), body, limits, watchdog)
+            server, lambda key: open_response(self._transport, self._target(url, key), body, limits, watchdog)
         )
 
-    async def post(self, endpoint: Server, path: str, body: Object) -> bytes:
-        """Ask something small; gives the body of the answer.
+    async def post(self, server: Server, path: str, body: Object) -> bytes:
+        """Post a small question, and give the body of the response.
 
         Raises:
             UpstreamError: when the server does not answer, or refuses.
         """
-        url = endpoint.url + path
+        url = server.url + path
 
-        async def ask(key: str) -> bytes:
+        async def send(key: str) -> bytes:
             headers = {"content-type": "application/json"} | _authorization(key)
-            response = await self._client.post(url, content=to_json(body), headers=headers)
-            if response.status_code != 200:
-                raise from_response(response.status_code, response.content, response.headers)
-            return response.content
+            return _body_of(await self._client.post(url, content=to_json(body), headers=headers))
 
         try:
-            return await self._with_key(endpoint, ask)
+            return await self._with_key(server, send)
         except httpx.HTTPError as error:
             raise unreachable(url, error) from None
 
-    async def health(self, endpoint: Server, within: float) -> int:
+    async def health(self, server: Server, limit: float) -> int:
         """The status of a server's `/health`.
 
         Raises:
-            Late: when it does not answer within so many seconds.
-            UpstreamError: when it does not answer.
+            LateAnswer: when the server does not answer within `limit` seconds.
+            UpstreamError: when the server cannot be reached.
         """
-        key = await self._keys.untried(endpoint.accepted_key, frozenset()) or ""
-        return (await self._get(f"{endpoint.url}/health", key, within)).status_code
+        key = await self._keys.untried(server.accepted_key, frozenset(), self._telemetry) or ""
+        return (await self._get(f"{server.url}/health", key, limit)).status_code
 
-    async def models(self, endpoint: Server, within: float) -> list[str]:
-        """The names of the models that a server serves.
+    async def models(self, server: Server, limit: float) -> list[str]:
+        """The names of the models that a server lists.
 
         Raises:
-            Late: when it does not answer within so many seconds.
-            UpstreamError: when it does not say.
+            LateAnswer: when the server does not answer within `limit` seconds.
+            UpstreamError: when the server cannot be reached, or gives no list.
         """
-        url = f"{endpoint.url}/v1/models"
+        url = f"{server.url}/v1/models"
 
-        async def ask(key: str) -> bytes:
-            response = await self._get(url, key, within)
-            if response.status_code != 200:
-                raise from_response(response.status_code, response.content, response.headers)
-            return response.content
+        async def send(key: str) -> bytes:
+            return _body_of(await self._get(url, key, limit))
 
-        content = await self._with_key(endpoint, ask)
+        content = await self._with_key(server, send)
         if content.lstrip().startswith(b"<"):
             raise web_page(content, retryable=False)
         try:
@@ -112,16 +108,16 @@ class VllmApi:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
 
-    async def _with_key(self, endpoint: Server, ask: Callable[[str], Awaitable[_T]]) -> _T:
-        """Ask with the key that the server took last and, where it refuses that, with the others there are.
+    async def _with_key(self, server: Server, send: Callable[[str], Awaitable[_T]]) -> _T:
+        """Send a request with the key that the server accepted last and, if refused, with each of the other keys.
 
-        A key that it knows and forbids something to (403) says more than those that it does not know.
+        When all are refused, a 403 is the error to raise: the server knows that key, and forbids something to it.
         """
         refused: set[str] = set()
         refusal: UpstreamError | None = None
-        while (key := await self._keys.untried(endpoint.accepted_key, refused)) is not None:
+        while (key := await self._keys.untried(server.accepted_key, refused, self._telemetry)) is not None:
             try:
-                answer = await ask(key)
+                response = await send(key)
             except UpstreamError as error:
                 if error.code != UNAUTHORIZED:
                     raise
@@ -129,9 +125,9 @@ class VllmApi:
                 if refusal is None or error.status == 403:
                     refusal = error
             else:
-                endpoint.accepted_key = key
-                return answer
-        raise refusal or AssertionError("there is always a key to begin with")
+                server.accepted_key = key
+                return response
+        raise refusal or AssertionError("there is always a first key")
 
     def _target(self, url: str, key: str) -> Target:
         if (url, key) not in self._targets:
@@ -141,15 +137,15 @@ class VllmApi:
                 raise unreachable(url, error) from None
         return self._targets[url, key]
 
-    async def _get(self, url: str, key: str, within: float) -> httpx.Response:
+    async def _get(self, url: str, key: str, limit: float) -> httpx.Response:
         try:
-            async with asyncio.timeout(within):
-                timeout = httpx.Timeout(None, connect=min(self._connect, _TO_CONNECT * within))
+            async with asyncio.timeout(limit):
+                timeout = httpx.Timeout(None, connect=min(self._connect, _CONNECT_SHARE * limit))
                 return await self._client.get(url, headers=_authorization(key), timeout=timeout)
         except httpx.HTTPError as error:
             raise unreachable(url, error, is_probe=True) from None
         except TimeoutError:
-            raise Late(url, within) from None
+            raise LateAnswer(url, limit) from None
 
 
 class _Model(msgspec.Struct):
@@ -160,6 +156,17 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
+def _body_of(response: httpx.Response) -> bytes:
+    """The body of a response with status 200.
+
+    Raises:
+        UpstreamError: for any other status.
+    """
+    if response.status_code != 200:
+        raise from_response(response.status_code, response.content, response.headers)
+    return response.content
+
+
 def _authorization(key: str) -> dict[str, str]:
-    """The header of a key. A user and a password in a URL go before it: httpx makes Basic authorization of them."""
+    """The header of a key. A user in the URL overrides it: httpx makes Basic authorization of user and password."""
     return {"authorization": f"Bearer {key}"} if key else {}

@@ -1,37 +1,38 @@
-"""Whether a vLLM server gets requests, decided from how the last ones went. No I/O, and the clock is handed in."""
+"""The circuit breaker of one vLLM server, fed with how requests and probes ended. No I/O; the clock is injected."""
 
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .pace import ServerPace
+
 FAILURES = 5
-"""Jobs whose requests failed, with no success between them, that open a circuit."""
-TRIAL, LATE_TRIAL = 10.0, 60.0
-"""Seconds that a trial keeps others away while nothing is known of it; also where no probe was answered."""
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
-"""Seconds between trials at least, from the second time on. The first time it is for the probe to say."""
+"""How many jobs in a row must fail at a server, without a success between them, to open its circuit."""
 
 
 class CircuitState(enum.Enum):
-    """Of a circuit."""
+    """The states of a circuit."""
 
     UNKNOWN = "unknown"
-    """Not asked yet."""
+    """The server has not been probed yet."""
     CLOSED = "closed"
-    """Requests go there."""
+    """The server gets requests."""
     OPEN = "open"
-    """Away: it is probed, and gets no requests."""
+    """The server is away: it is probed, and gets no requests."""
     HALF_OPEN = "half_open"
-    """Its probe was answered: one request at a time tries whether it works."""
+    """The server has answered a probe: one request at a time tries whether it works."""
 
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """One job, as the servers see it.
+    """One job, as the circuits see it.
 
-    `failed_at` has the servers at which one of its requests failed in a way that may be its own fault: the job is no
-    measure of them any more. `refused_at` has the servers that will not answer it, each with its last error: no further
-    request of the job goes there. The worker itself, which asks to find out, is no job.
+    Attributes:
+        is_job: false for the worker itself, which sends a trial request of its own.
+        failed_at: the circuits of the servers at which a request of the job failed, perhaps by the job's own fault. Its
+            further failures there count no more.
+        refused_at: the circuits of the servers that will never answer the job, each with its last error. The job sends
+            no further request there.
     """
 
     is_job: bool = True
@@ -41,166 +42,181 @@ class Caller:
 
 @dataclass(slots=True, eq=False)
 class ServerRequest:
-    """One request at a server: `era` is how often the circuit had opened before it was sent."""
+    """One request at a server. `epoch` counts how often the circuit had opened before the request was sent."""
 
     caller: Caller
-    era: int
-    begun: bool = False
+    epoch: int
+    has_begun: bool = False
 
 
-@dataclass(slots=True)
 class _Pause:
-    """The times between tries, each longer than the one before."""
+    """A pause between tries that doubles each time, within the limits of the pace."""
 
-    length: float = 0.0
-    until: float = 0.0
+    __slots__ = ("_length", "_pace", "until")
+
+    def __init__(self, pace: ServerPace, length: float = 0.0) -> None:
+        self._pace = pace
+        self._length = length
+        self.until = 0.0
 
     def begin(self, now: float) -> None:
-        self.until = now + self.length
-        self.length = min(max(2 * self.length, FIRST_PAUSE), LONGEST_PAUSE)
+        self.until = now + self._length
+        self._length = min(max(2 * self._length, self._pace.first_pause), self._pace.longest_pause)
 
 
 class Circuit:
-    """Whether a server gets requests.
+    """Decides whether a server gets requests.
 
-    One job, or a few, may fail wherever they go, so failures are counted by jobs: the circuit opens when `FAILURES`
-    different ones have failed with no success between them. A request without an answer so far is outweighed by any
-    other that begins to be answered; one that broke off only by one that comes whole.
+    Failures are counted by jobs, since one bad job may fail wherever it goes. The circuit opens when `FAILURES`
+    different jobs have failed with no success between them. Any answer that begins outweighs requests that failed
+    before their answer. Only a whole answer outweighs an answer that broke off.
 
-    While the circuit is half open, requests go one at a time, and only those of jobs that have not failed here. Jobs
-    that can go elsewhere wait longer after every trial that failed; a job that cannot is let through at once, for
-    those before it may have failed by their own fault. A job that has failed here waits for the trial of another, or
-    for one that the worker makes with a request of its own.
+    A half-open circuit lets one request through at a time, and only of jobs that have not failed here. After each
+    failed trial, jobs that can go elsewhere wait longer. A job that can go nowhere else is let through at once, for
+    the trials before may have failed by their own fault. A job that has failed here waits for the trial of another
+    job, or for a trial request that the worker makes by itself.
 
-    The first data event of a trial closes the circuit, since the end of the answer may be minutes away; the worker's
-    own is short, and must come whole. A vLLM that begins answers and never ends them is not believed for long all the
-    same: until one stream has come whole, a single one that breaks off opens the circuit again. A trial of which
-    nothing is heard, as in a long queue at vLLM, keeps its place for `TRIAL` seconds, then another may try.
+    The first data event of a job's trial closes the circuit, since the end of its answer may be minutes away. The
+    worker's own trial is short, and must come whole. A vLLM that begins answers and never ends them is on probation:
+    until one stream has come whole, a single stream that breaks off opens the circuit again. A trial without any sign
+    of life, as in a long queue at vLLM, keeps other requests away for `ServerPace.trial` seconds.
 
-    A probe that is late says only that something takes connections: a server of which nothing is known yet is tried
-    with one request, and so is one that is away. Should that trial fail, it is away again. A good probe after a late
-    one says as much as the first would have.
+    A late probe shows only that something accepts connections. A server of which nothing is known, or that is away, is
+    then tried with one request. If that trial fails, the server is away again. A good probe after a late one counts as
+    much as a good first probe.
 
-    How a request ended that was sent before the circuit opened says nothing about the server since: streams that a
-    dying vLLM left frozen end long after it is back.
+    The end of a request that was sent before the circuit opened does not count: streams that a dying vLLM left frozen
+    end long after the server is back.
 
     Args:
         clock: monotonic seconds.
-        on_change: called with the former state, the new one and the reason.
+        on_change: called with the former state, the new state and the reason.
+        pace: the lengths of pauses and trials.
     """
 
     def __init__(
-        self, clock: Callable[[], float], on_change: Callable[[CircuitState, CircuitState, str], None]
+        self,
+        clock: Callable[[], float],
+        on_change: Callable[[CircuitState, CircuitState, str], None],
+        pace: ServerPace | None = None,
     ) -> None:
         self.state = CircuitState.UNKNOWN
         self.reason = ""
-        """Why it is open."""
+        """Why the circuit is open."""
         self._clock = clock
         self._on_change = on_change
+        self._pace = pace or ServerPace()
         self._unanswered: set[Caller] = set()
+        """Jobs whose requests failed before their answer began, since the last answer that began."""
         self._broken: set[Caller] = set()
+        """Jobs whose answers broke off, since the last whole answer."""
         self._is_suspect = False
+        """Whether a request failed since the last probe."""
         self._late_from: CircuitState | None = None
         """The state before a late probe; None when the last probe was not late."""
         self._on_probation = False
-        self._era = 0
-        self._held_until = 0.0
-        self._before_probes, self._before_trials, self._before_own_trials = _Pause(), _Pause(), _Pause(FIRST_PAUSE)
+        self._epoch = 0
+        self._reserved_until = 0.0
+        self._reset_pauses()
 
-    def admits(self, caller: Caller, *, pressed: bool = False) -> bool:
-        """Whether a request of a job may go there now; `pressed` when it can go nowhere else."""
+    def _reset_pauses(self) -> None:
+        self._probe_pause, self._trial_pause = _Pause(self._pace), _Pause(self._pace)
+        self._own_trial_pause = _Pause(self._pace, self._pace.first_pause)
+
+    def admits(self, caller: Caller, *, last_resort: bool = False) -> bool:
+        """Whether a job may send a request now. With `last_resort`, the job can go nowhere else."""
         if self in caller.refused_at:
             return False
         if self.state is not CircuitState.HALF_OPEN:
             return self.state is CircuitState.CLOSED
-        is_due = pressed or self._clock() >= self._before_trials.until
-        return self not in caller.failed_at and self._is_free and is_due
+        is_due = last_resort or self._clock() >= self._trial_pause.until
+        return self not in caller.failed_at and self._has_no_trial and is_due
 
     def wants_trial(self, caller: Caller) -> bool:
-        """Whether a job that has failed here, and so waits, may have the server tried with another request."""
-        is_due = self._is_free and self._clock() >= self._before_own_trials.until
+        """Whether the worker should try the server by itself, for a job that waits because it has failed here."""
+        is_due = self._has_no_trial and self._clock() >= self._own_trial_pause.until
         waits = self in caller.failed_at and self not in caller.refused_at
         return self.state is CircuitState.HALF_OPEN and waits and is_due
 
     @property
-    def _is_free(self) -> bool:
-        return self._clock() >= self._held_until
+    def _has_no_trial(self) -> bool:
+        return self._clock() >= self._reserved_until
 
     @property
     def wants_probe(self) -> bool:
-        """Whether the server is to be asked if it is there: a request failed, or it is away, or nothing is known."""
+        """Whether the server should be probed: a request failed, the server is away, or nothing is known of it."""
         if self.state is CircuitState.OPEN:
-            return self._clock() >= self._before_probes.until
+            return self._clock() >= self._probe_pause.until
         return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def on_probe(self, trouble: str) -> None:
-        """A probe was answered; or not, and `trouble` says why."""
+        """Take the result of a probe: empty when the server answered, else the reason why the server is away."""
         self._is_suspect = False
         late_from, self._late_from = self._late_from, None
         if self.state is CircuitState.OPEN:
             if not trouble:
-                self._held_until = 0.0
+                self._reserved_until = 0.0
                 self._become(CircuitState.HALF_OPEN)
         elif trouble:
             self._open(trouble)
         elif CircuitState.UNKNOWN in (self.state, late_from):
             self._become(CircuitState.CLOSED)
         elif late_from is not None:
-            self._held_until -= LATE_TRIAL - TRIAL
+            self._reserved_until -= self._pace.late_trial - self._pace.trial
 
     def on_late_probe(self) -> None:
-        """A probe was not answered in the time it had."""
+        """Take note that a probe was not answered in time."""
         self._is_suspect = False
         if self.state in {CircuitState.UNKNOWN, CircuitState.OPEN}:
-            self._held_until = 0.0
+            self._reserved_until = 0.0
             former = self.state
             self._become(CircuitState.HALF_OPEN)
             self._late_from = former
 
     def reserve_trial(self) -> None:
-        """A request is about to go there: while the circuit is half open, it is the trial."""
-        self._held_until = self._clock() + (TRIAL if self._late_from is None else LATE_TRIAL)
+        """Keep other requests away while a half-open circuit tries the server with the request that comes next."""
+        self._reserved_until = self._clock() + (self._pace.trial if self._late_from is None else self._pace.late_trial)
 
     def request_of(self, caller: Caller) -> ServerRequest:
-        """What a request of a job that begins now tells its fate with."""
-        return ServerRequest(caller, self._era)
+        """A request of a job that is sent now, to be handed to the `on_…` methods."""
+        return ServerRequest(caller, self._epoch)
 
     def begin(self, caller: Caller) -> ServerRequest:
-        """A request of a job goes there; gives what to tell its fate with."""
+        """Reserve the trial for a request of a job, and give that request."""
         self.reserve_trial()
         return self.request_of(caller)
 
-    def on_first_event(self, run: ServerRequest) -> None:
-        """The first data event of a request came.
+    def on_first_event(self, request: ServerRequest) -> None:
+        """Take note that the first data event of a request came.
 
-        One that was sent before the circuit opened shows as well that a server works whose probe was answered since;
-        without that it may only be ending its answers.
+        For a request that was sent before the circuit opened, the event counts only when a probe was answered since:
+        otherwise the server may only be ending its old answers.
         """
-        if run.era != self._era and self.state is not CircuitState.HALF_OPEN:
+        if request.epoch != self._epoch and self.state is not CircuitState.HALF_OPEN:
             return
-        run.begun = True
+        request.has_begun = True
         self._unanswered.clear()
-        if self.state is not CircuitState.CLOSED and run.caller.is_job:
+        if self.state is not CircuitState.CLOSED and request.caller.is_job:
             self._on_probation = self.state is not CircuitState.UNKNOWN
             self._become(CircuitState.CLOSED)
 
-    def on_success(self, run: ServerRequest) -> None:
-        """The stream of a request came whole."""
-        if run.era == self._era:
-            self._forget()
-            self._before_probes, self._before_trials, self._before_own_trials = _Pause(), _Pause(), _Pause(FIRST_PAUSE)
+    def on_success(self, request: ServerRequest) -> None:
+        """Take note that the answer to a request came whole."""
+        if request.epoch == self._epoch:
+            self._forget_failures()
+            self._reset_pauses()
             if self.state is CircuitState.HALF_OPEN:
                 self._become(CircuitState.CLOSED)
 
-    def on_failure(self, run: ServerRequest, reason: str, *, at_once: bool = False) -> None:
-        """A request failed, perhaps by a fault of the server; `at_once` when it is one for certain."""
-        caller, is_new = run.caller, self not in run.caller.failed_at
+    def on_failure(self, request: ServerRequest, reason: str, *, at_once: bool = False) -> None:
+        """Take note that a request failed. With `at_once` the fault is certainly the server's: the circuit opens."""
+        caller, is_new = request.caller, self not in request.caller.failed_at
         if not at_once:
             caller.failed_at.add(self)
-        if run.era != self._era or self.state is CircuitState.OPEN:
+        if request.epoch != self._epoch or self.state is CircuitState.OPEN:
             return
         if at_once:
-            self._before_probes.begin(self._clock())
+            self._probe_pause.begin(self._clock())
             self._open(reason)
             return
         self._is_suspect = True
@@ -208,27 +224,27 @@ class Circuit:
             self._open(reason)
             return
         if self.state is CircuitState.HALF_OPEN:
-            self._before_trials.begin(self._clock())
+            self._trial_pause.begin(self._clock())
             if not caller.is_job:
-                self._before_own_trials.begin(self._clock())
+                self._own_trial_pause.begin(self._clock())
             return
-        (self._broken if run.begun else self._unanswered).add(caller)
-        breaks_again = self._on_probation and run.begun and is_new
+        (self._broken if request.has_begun else self._unanswered).add(caller)
+        breaks_again = self._on_probation and request.has_begun and is_new
         if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
             self._open(reason)
 
-    def on_end(self, run: ServerRequest) -> None:
-        """A request is over, whatever came of it: a trial that said nothing gives its place up."""
-        if run.era == self._era:
-            self._held_until = 0.0
+    def on_end(self, request: ServerRequest) -> None:
+        """Take note that a request is over, with any result: another request may be the trial."""
+        if request.epoch == self._epoch:
+            self._reserved_until = 0.0
 
     def _open(self, reason: str) -> None:
-        self._era += 1
-        self._forget()
-        self._before_trials.begin(self._clock())
+        self._epoch += 1
+        self._forget_failures()
+        self._trial_pause.begin(self._clock())
         self._become(CircuitState.OPEN, reason)
 
-    def _forget(self) -> None:
+    def _forget_failures(self) -> None:
         self._unanswered.clear()
         self._broken.clear()
         self._is_suspect = self._on_probation = False

@@ -1,7 +1,7 @@
-"""What servers say of themselves when they are asked: whether they are there, and what they serve.
+"""Probes of the vLLM servers: whether each is there, and which models it lists.
 
-A busy vLLM may take 40 s to answer, and a router asks all of its servers first: who answers late is asked with more
-time, up to a minute, and is not held to be away.
+A busy vLLM may take 40 s to answer, and a router queries all of its servers first. A server that answers late is probed
+with more time, up to a minute, and does not count as away.
 """
 
 import asyncio
@@ -10,121 +10,121 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from ..errors import UNAUTHORIZED, NoConnection, UpstreamError
-from .api import Late, VllmApi
+from .api import LateAnswer, VllmApi
 from .circuit import Caller
+from .pace import ServerPace
 from .server import Server
 
 _T = TypeVar("_T")
-FIRST_LIMIT, LONGEST_LIMIT = 3.0, 60.0
-"""Seconds for an answer; each is twice as long as the one before that was late."""
-LIST_AGAIN = 2.0
-"""Seconds between two lists that are asked for because a model is missing in the last."""
 
 
 class Probes:
-    """Asks servers, and takes down what they serve."""
+    """Sends probes, and records their results in the servers and in their circuits."""
 
-    def __init__(self, api: VllmApi, endpoints: Sequence[Server]) -> None:
+    def __init__(self, api: VllmApi, servers: Sequence[Server], pace: ServerPace) -> None:
         self._api = api
-        self._endpoints = endpoints
+        self._servers = servers
+        self._pace = pace
         self._health_limits: dict[Server, float] = {}
+        """By server whose last answer was late: how many seconds it has for the next."""
         self._list_limits: dict[Server, float] = {}
         self._listing = asyncio.Lock()
-        self._all_asked = self._all_listed = float("-inf")
+        self._last_round_began = self._last_whole_round_began = float("-inf")
 
-    async def probe(self, endpoint: Server) -> None:
-        """Ask a server whether it is there, and tell its circuit."""
+    async def probe(self, server: Server) -> None:
+        """Probe a server, and give the result to its circuit."""
         try:
-            trouble = await self._trouble(endpoint)
-        except Late:
-            endpoint.circuit.on_late_probe()
+            trouble = await self._trouble_of(server)
+        except LateAnswer:
+            server.circuit.on_late_probe()
         else:
-            endpoint.circuit.on_probe(trouble)
+            server.circuit.on_probe(trouble)
 
-    async def still_there(self, endpoint: Server) -> None:
-        """Ask a server whose streams are silent: else all of them wait for their limit when it is going down."""
-        run = endpoint.circuit.request_of(Caller())
+    async def probe_silent(self, server: Server) -> None:
+        """Probe a server whose streams are silent: if it is shutting down, they need not wait for their limit."""
+        request = server.circuit.request_of(Caller())
         try:
-            await self._api.health(endpoint, FIRST_LIMIT)
+            await self._api.health(server, self._pace.probe_limit)
         except NoConnection as error:
-            endpoint.record_failure(run, error)
+            server.record_failure(request, error)
         except UpstreamError:
-            pass  # a server that answers late may well send on
+            pass  # a server that answers late may well go on sending
 
-    async def ask_list(self, endpoint: Server) -> UpstreamError | None:
-        """Ask a server what it serves. An error that may pass is given back, and what it said before holds."""
-        return await self._list(endpoint, lambda: self._longer(self._list_limits, endpoint, self._api.models))
+    async def fetch_models(self, server: Server) -> UpstreamError | None:
+        """Fetch a server's list of models. Returns an error that may pass; the former list then still holds."""
+        return await self._record_list(
+            server, lambda: self._with_longer_limit(self._list_limits, server, self._api.models)
+        )
 
-    async def list_again(self) -> bool:
-        """Ask all servers that are there what they serve, at most once in two seconds; whether all have said it.
+    async def fetch_all_models(self) -> bool:
+        """Fetch the lists of all servers that are there, at most once in `list_again_after` seconds.
 
-        One that says nothing in a minute has said it.
+        Returns whether every server has answered. A server that does not answer in a minute counts as one that has.
         """
-        missed = time.monotonic()
+        wanted_at = time.monotonic()
         async with self._listing:
-            if self._all_listed >= missed:  # meanwhile, for another request
+            if self._last_whole_round_began >= wanted_at:  # for another request, while this one waited
                 return True
-            await asyncio.sleep(self._all_asked + LIST_AGAIN - time.monotonic())
-            self._all_asked = began = time.monotonic()
-            there = [endpoint for endpoint in self._endpoints if not endpoint.is_away]
-            if any(map(_may_say_more, await asyncio.gather(*map(self.ask_list, there)))):
+            await asyncio.sleep(self._last_round_began + self._pace.list_again_after - time.monotonic())
+            self._last_round_began = began = time.monotonic()
+            there = [server for server in self._servers if not server.is_away]
+            if any(map(self._may_list_more, await asyncio.gather(*map(self.fetch_models, there)))):
                 return False
-            self._all_listed = began
+            self._last_whole_round_began = began
             return True
 
-    async def _trouble(self, endpoint: Server) -> str:
-        """Why a server takes no requests; empty when it does. It has said what it serves then, if it does in time.
+    async def _trouble_of(self, server: Server) -> str:
+        """Why a server takes no requests; empty when it does. Its list of models is then recorded, unless it is late.
 
         Raises:
-            Late: when it does not say.
+            LateAnswer: when the server does not answer in time.
         """
         try:
-            health = await self._longer(self._health_limits, endpoint, self._api.health)
-        except Late:
+            health = await self._with_longer_limit(self._health_limits, server, self._api.health)
+        except LateAnswer:
             raise
         except UpstreamError as error:
-            endpoint.fix = error.fix
+            server.fix = error.fix
             return error.code
         if health >= 500:
             return f"health_{health}"
         if health != 404:
-            problem = await self._list(endpoint, lambda: self._api.models(endpoint, FIRST_LIMIT))
-        elif isinstance(problem := await self.ask_list(endpoint), Late):  # without /health the list is the probe
+            problem = await self._record_list(server, lambda: self._api.models(server, self._pace.probe_limit))
+        elif isinstance(problem := await self.fetch_models(server), LateAnswer):  # the list is the probe
             raise problem
-        if problem is None or isinstance(problem, Late):
+        if problem is None or isinstance(problem, LateAnswer):
             return ""
         if not problem.status:  # no connection after all
             return problem.code
-        if problem.code == UNAUTHORIZED and endpoint.refuses_key:  # once a request was refused, the list tells of it
+        if problem.code == UNAUTHORIZED and server.refuses_key:  # the list shows when the key of a request is accepted
             return problem.code
-        return problem.code if health == 404 and problem.status >= 500 else ""  # one that asks for a key is there
+        return problem.code if health == 404 and problem.status >= 500 else ""  # a refused key is an answer too
 
-    async def _list(self, endpoint: Server, ask: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
-        endpoint.listed_at = time.monotonic()
+    async def _record_list(self, server: Server, fetch: Callable[[], Awaitable[list[str]]]) -> UpstreamError | None:
+        server.listed_at = time.monotonic()
         try:
-            endpoint.record_models(await ask())
+            server.record_models(await fetch())
         except UpstreamError as error:
-            if not error.retryable or (error.status == 403 and not endpoint.models):
-                endpoint.record_models([])
+            if not error.retryable or (error.status == 403 and not server.models):
+                server.record_models([])
                 return None
-            if isinstance(error, Late) and error.within < LONGEST_LIMIT:
-                endpoint.listed_at = float("-inf")  # soon again, beside the requests
+            if isinstance(error, LateAnswer) and error.limit < self._pace.longest_probe_limit:
+                server.listed_at = float("-inf")  # fetch it again soon, while requests go on
             return error
         return None
 
-    async def _longer(
-        self, limits: dict[Server, float], endpoint: Server, ask: Callable[[Server, float], Awaitable[_T]]
+    async def _with_longer_limit(
+        self, limits: dict[Server, float], server: Server, send: Callable[[Server, float], Awaitable[_T]]
     ) -> _T:
-        """Ask with more time than the last that was late."""
-        limit = limits.pop(endpoint, FIRST_LIMIT)
+        """Send a probe with twice the time of the last one, if that was late."""
+        limit = limits.pop(server, self._pace.probe_limit)
         try:
-            return await ask(endpoint, limit)
-        except Late:
-            limits[endpoint] = min(2 * limit, LONGEST_LIMIT)
+            return await send(server, limit)
+        except LateAnswer:
+            limits[server] = min(2 * limit, self._pace.longest_probe_limit)
             raise
 
-
-def _may_say_more(problem: UpstreamError | None) -> bool:
-    if isinstance(problem, Late):
-        return problem.within < LONGEST_LIMIT
-    return problem is not None and problem.code != UNAUTHORIZED
+    def _may_list_more(self, problem: UpstreamError | None) -> bool:
+        if isinstance(problem, LateAnswer):
+            return problem.limit < self._pace.longest_probe_limit
+        return problem is not None and problem.code != UNAUTHORIZED

@@ -1,15 +1,18 @@
-"""What was found out about models lately. Their names come from jobs: any number of any length."""
+"""A bounded memory of what was found out about models lately. No I/O.
+
+The names of models come from jobs: there may be any number of them, of any length.
+"""
 
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
-_MOST = 1000
+_CAPACITY = 1000
 
 
 class Recent(Generic[_T]):
-    """Values by name, the newest 1,000, each for so many seconds of the clock; names take 16 bytes each."""
+    """Values by name: the newest 1,000, each for `seconds` of the clock. A name takes 16 bytes, however long it is."""
 
     def __init__(self, clock: Callable[[], float], seconds: float) -> None:
         self._clock = clock
@@ -20,14 +23,14 @@ class Recent(Generic[_T]):
         return self.get(name) is not None
 
     def get(self, name: str) -> _T | None:
-        """The value of a name; None when there is none any more."""
+        """The value of a name; None when there is none or its time is over."""
         until, value = self._values.get(_key(name), (0.0, None))
         return value if self._clock() < until else None
 
     def put(self, name: str, value: _T) -> None:
         """Remember a value from now on."""
         self.drop(name)
-        if len(self._values) >= _MOST:
+        if len(self._values) >= _CAPACITY:
             del self._values[next(iter(self._values))]
         self._values[_key(name)] = (self._clock() + self._seconds, value)
 

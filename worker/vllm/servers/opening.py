@@ -1,0 +1,91 @@
+"""Opening the stream of a request at a server, without the fields that the worker adds and the server refuses."""
+
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+
+from ...contract.entries import Object
+from ..errors import UpstreamError
+from ..http.transport import HttpResponse
+from ..stream.chat_stream import ChatStream
+from ..stream.watchdog import StreamTimeouts, StreamWatchdog
+from .api import VllmApi
+from .server import Server
+
+_ADDED = ("return_token_ids", "stream_options")
+_USAGE = "include_usage"
+"""What is added inside of `stream_options`."""
+_REFUSALS = frozenset({400, 403, 422, 500, 501})
+
+
+def body_for(request: Object, without: AbstractSet[str]) -> Object:
+    """The body to send for a request: streamed, with the added fields but for those in `without`."""
+    body: Object = {**request, "stream": True}
+    if "return_token_ids" not in without:
+        body["return_token_ids"] = True
+    if "stream_options" not in without:
+        requested = request.get("stream_options")
+        body["stream_options"] = {**(requested if isinstance(requested, dict) else {}), _USAGE: True}
+    return body
+
+
+def refused_fields(error: UpstreamError, request: Object) -> set[str]:
+    """The added fields that an error names, in its message or in its words for programs.
+
+    Fields that the request itself has are left out. A server may name a field that it accepts, when it quotes the
+    request: only the same request without the field shows whether it was refused.
+    """
+    if error.status not in _REFUSALS:
+        return set()
+    texts = (error.message, *error.words)
+    refused = {name for name in _ADDED if name not in request and any(name in text for text in texts)}
+    requested = request.get("stream_options")
+    if not (isinstance(requested, dict) and _USAGE in requested) and any(_USAGE in text for text in texts):
+        refused.add("stream_options")
+    return refused
+
+
+async def open_stream(
+    api: VllmApi,
+    server: Server,
+    request: Object,
+    route: str,
+    *,
+    limits: StreamTimeouts,
+    watchdog: StreamWatchdog,
+    on_first: Callable[[], None],
+) -> ChatStream:
+    """Open the stream of a request, without the added fields that the server refuses, before the stream or within it.
+
+    The server's refusal of a field is remembered only once the same request was accepted without the field, and never
+    for a request that has the field itself: one bad job, or a job whose text quotes such a name in an error, must not
+    cost other jobs the field. `on_first` is called with the first event.
+
+    Raises:
+        UpstreamError: when the server does not give a stream.
+    """
+    without = set(server.unsupported_fields)
+
+    def leave_out(error: UpstreamError) -> bool:
+        refused = refused_fields(error, request) - without
+        without.update(refused)
+        return bool(refused)
+
+    async def post() -> HttpResponse:
+        while True:
+            try:
+                return await api.open(server, route, body_for(request, without), limits, watchdog)
+            except UpstreamError as error:
+                if not leave_out(error):
+                    raise
+
+    async def reopen(error: UpstreamError) -> HttpResponse | None:
+        if not leave_out(error):
+            return None
+        watchdog.restart()
+        return await post()
+
+    def on_first_event() -> None:
+        server.unsupported_fields |= without
+        on_first()
+
+    return ChatStream(await post(), watchdog, on_first=on_first_event, reopen=reopen)

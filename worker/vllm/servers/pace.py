@@ -1,0 +1,30 @@
+"""The pace of probes, trials and pauses at vLLM servers, in seconds. Plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class ServerPace:
+    """How often a worker probes its servers, and how long it waits for them.
+
+    A pool and all of its circuits read one object, each time anew, so that tests can change the pace as they go.
+    """
+
+    probe_every: float = 2.0
+    """Between two probes of a server that is away, and between two looks at a server that works."""
+    probe_limit: float = 3.0
+    """For the answer to a probe. After a late answer the next probe has twice as long."""
+    longest_probe_limit: float = 60.0
+    list_every: float = 60.0
+    """Between two requests for the models of a server that works."""
+    list_again_after: float = 2.0
+    """Between two requests for the models of all servers, made because no server lists a model."""
+    trial: float = 10.0
+    """For which a trial request without any sign of life keeps other requests away from its server."""
+    late_trial: float = 60.0
+    """The same, while probes of the server are late."""
+    first_pause: float = 2.0
+    """Before the second probe or trial in a row; each further pause is twice as long."""
+    longest_pause: float = 30.0
+    frozen_after: float = 2.0
+    """Of silence after which a stream counts as frozen, once its server refuses connections."""

@@ -1,0 +1,127 @@
+"""The limits on how long a vLLM server may be silent, and the watchdog that enforces them for one request."""
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+
+from ..error_bodies import excerpt
+from ..errors import UpstreamError, truncated
+
+_FROZEN_AFTER = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimeouts:
+    """How long a server may be silent, in seconds.
+
+    Attributes:
+        connect: until there is a connection.
+        first_token: from the request to the first token; a long queue at vLLM is silence after status 200.
+        gap: from one data event to the next. Keep-alive comments do not count: a vLLM that shuts down goes on sending
+            them.
+    """
+
+    connect: float = 5.0
+    first_token: float = 120.0
+    gap: float = 30.0
+
+
+class StreamWatchdog:
+    """Ends the wait for one request when its server is silent for too long.
+
+    Until the answer begins, the first-token limit applies; then the gap limit. An event without a token, such as a
+    chunk with the role alone, begins no answer, but it restarts the count of silence: servers send empty events while
+    they hold back what may be a tool call.
+
+    Each wait for the server goes into the context of the watchdog, which raises TimeoutError when a limit is reached.
+
+    Args:
+        limits: the two limits.
+        frozen_after: the seconds of silence allowed once the server refuses connections.
+    """
+
+    __slots__ = ("_frozen_after", "_has_begun", "_limits", "_since", "_tightened_at", "_timeout", "_timer")
+
+    def __init__(self, limits: StreamTimeouts, *, frozen_after: float = _FROZEN_AFTER) -> None:
+        self._limits = limits
+        self._frozen_after = frozen_after
+        self._since = monotonic()
+        """When the silence began."""
+        self._has_begun = False
+        self._tightened_at: float | None = None
+        self._timeout: asyncio.Timeout | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        if self._has_begun:
+            self._since = monotonic()  # while the worker did not read, the server could not send
+        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._check()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        timeout, timer, self._timeout, self._timer = self._timeout, self._timer, None, None
+        if timer is not None:
+            timer.cancel()
+        if timeout is not None:
+            await timeout.__aexit__(kind, error, traceback)
+
+    def on_event(self) -> None:
+        """Restart the count of silence. Called for every event, so no timer is touched: a timer that fires rechecks."""
+        self._since = monotonic()
+
+    def on_answer_start(self) -> None:
+        """Apply the gap limit from here on."""
+        self._since = monotonic()
+        if not self._has_begun:
+            self._has_begun = True
+            self._recheck()
+
+    def restart(self) -> None:
+        """Start over: the request is sent again in another form, and what came before was no answer."""
+        self._since = monotonic()
+        self._has_begun = False
+
+    def is_silent(self) -> bool:
+        """Whether the silence has lasted for `frozen_after` seconds."""
+        return self._timer is not None and monotonic() - self._since > self._frozen_after
+
+    def tighten(self) -> None:
+        """Allow only `frozen_after` seconds of silence from now on: the server refuses connections.
+
+        vLLM 0.32.0 freezes its open streams on SIGTERM, and refuses connections at once.
+        """
+        if self._tightened_at is None:
+            self._tightened_at = monotonic()
+        self._recheck()
+
+    def timeout_error(self, skipped: str = "") -> UpstreamError:
+        """The error for a server that was silent for too long; it quotes what the server sent in place of events."""
+        quoted = f"; what it sent is no event: {excerpt(skipped)}" if skipped else ""
+        if self._tightened_at is not None:
+            return truncated(f"vLLM takes no connections any more, and its open stream is silent{quoted}")
+        if self._has_begun:
+            text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream{quoted}"
+            return UpstreamError("gap_timeout", text, retryable=True)
+        text = f"vLLM sent no token within {self._limits.first_token:g} s{quoted}"
+        return UpstreamError("first_token_timeout", text, retryable=True)
+
+    def _due(self) -> float:
+        due = self._since + (self._limits.gap if self._has_begun else self._limits.first_token)
+        if self._tightened_at is None:
+            return due
+        return min(due, max(self._since, self._tightened_at) + self._frozen_after)
+
+    def _check(self) -> None:
+        due = self._due()
+        if due > monotonic():
+            self._timer = asyncio.get_running_loop().call_at(due, self._check)
+        elif self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(due)
+
+    def _recheck(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._check()
