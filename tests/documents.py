@@ -92,7 +92,8 @@ DEPLOY = Document.read("deploy/README.md")
 BENCHMARKS = Document.read("tests/benchmarks/README.md")
 CHAOS = Document.read("tests/chaos/README.md")
 CONTRIBUTING = Document.read("CONTRIBUTING.md")
-DOCUMENTS = (README, CONTRACT, API, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, Document.read("CHANGELOG.md"))
+_OTHERS = (Document.read("CHANGELOG.md"), Document.read("tests/transcripts/README.md"))
+DOCUMENTS = (README, CONTRACT, API, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
 
 
 def settings_table() -> str:
