@@ -48,8 +48,6 @@ from worker.telemetry.logging import name_of
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 TEXT = answer_to(QUESTION)
 DONE_AFTER = 40.0
-NAME = "vllm_relay" if importlib.util.find_spec("vllm_relay") else "worker"
-"""What the examples import: `worker` until the package has its second name."""
 NODE_MODULES = os.path.realpath(os.environ.get("NODE_MODULES", ""))
 
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs node")
@@ -157,7 +155,7 @@ def test_every_python_example_imports_the_name_of_its_own(example: Example) -> N
 @pytest.mark.parametrize("example", named(README, API, language="python"))
 async def test_every_python_example_prints_the_answer(example: Example, redis_url: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
-    script.write_text(example.code.replace("vllm_relay", NAME))
+    script.write_text(example.code)
     printed = await run(sys.executable, script, env={"REDIS_URL": redis_url})
     if example.name == "python":
         assert TEXT in printed
@@ -383,7 +381,7 @@ def test_the_layout_lists_every_package() -> None:
 
 
 def _module(path: Path, code: str) -> Any:  # noqa: ANN401 - whatever the example defines
-    path.write_text(code.replace("vllm_relay", NAME))
+    path.write_text(code)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
