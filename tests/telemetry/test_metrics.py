@@ -1,4 +1,4 @@
-"""Metrics: what a scrape of a worker shows, that workers in one process do not share them, and who may not serve."""
+"""Metrics: which event counts where, what a scrape of a worker shows, and how an address in use is reported."""
 
 import math
 import re
@@ -7,6 +7,7 @@ import httpx
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
 from documents import DEPLOY
+from prometheus_client import generate_latest
 from proxy import Proxy
 from redis.asyncio import Redis
 
@@ -15,8 +16,35 @@ from worker.contract.entries import to_json
 from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import ConfigError, load_settings
+from worker.telemetry.events import (
+    AnswerRestarted,
+    AnswerResumed,
+    AttemptBegun,
+    EntriesAccepted,
+    Event,
+    FirstDelta,
+    IntakePaused,
+    JobBuried,
+    JobFinished,
+    JobStarted,
+    LeaseWasLost,
+    ModelWaitBegan,
+    ModelWaitEnded,
+    QueueMeasured,
+    RecordRefused,
+    UnknownFinishReason,
+    WriteFailed,
+)
 from worker.telemetry.metrics import Metrics
 from worker.version import version
+
+
+def page_of(metrics: Metrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def finished(outcome: str, code: str | None = None) -> JobFinished:
+    return JobFinished(outcome, code, attempt=1, queue="default", model="", tokens=None, seconds=1.0)
 
 
 def value(service: Worker, name: str, **labels: str) -> float:
@@ -25,35 +53,81 @@ def value(service: Worker, name: str, **labels: str) -> float:
     return found
 
 
-async def test_a_scrape_shows_what_was_counted() -> None:
+COUNTED: list[tuple[list[Event], str]] = [
+    # the events, and a line of the page that a scrape gets after them
+    ([EntriesAccepted(3), EntriesAccepted(4)], "vllm_relay_log_entries_total 7.0"),
+    ([AttemptBegun("started")], 'vllm_relay_attempts_total{reason="started"} 1.0'),
+    ([AttemptBegun("gap_timeout")], 'vllm_relay_attempts_total{reason="gap_timeout"} 1.0'),
+    ([AnswerResumed(2, "http://a")], 'vllm_relay_interrupted_total{how="resumed"} 1.0'),
+    ([AnswerRestarted(2, "tools")], 'vllm_relay_interrupted_total{how="restarted"} 1.0'),
+    ([JobStarted(0.2)], 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0'),
+    ([FirstDelta(0.2)], 'vllm_relay_first_delta_seconds_bucket{le="0.1"} 0.0'),
+    ([finished("done")], 'vllm_relay_jobs_finished_total{code="",outcome="done"} 1.0'),
+    ([finished("error", "gap_timeout")], 'vllm_relay_jobs_finished_total{code="gap_timeout",outcome="error"} 1.0'),
+    ([finished("error", "two words")], 'vllm_relay_jobs_finished_total{code="other",outcome="error"} 1.0'),
+    ([JobBuried("default", "1-0", "buried")], "vllm_relay_jobs_buried_total 1.0"),
+    ([LeaseWasLost("default", "1-0")], "vllm_relay_lease_lost_total 1.0"),
+    ([UnknownFinishReason("eos_token", "")] * 2, 'vllm_relay_unknown_finish_reasons_total{reason="eos_token"} 2.0'),
+    ([UnknownFinishReason("two words", "")], 'vllm_relay_unknown_finish_reasons_total{reason="other"} 1.0'),
+    ([WriteFailed()], "vllm_relay_redis_write_failures_total 1.0"),
+    ([RecordRefused("feed")], 'vllm_relay_records_refused_total{record="feed"} 1.0'),
+    ([IntakePaused("no_vllm", on=True)], 'vllm_relay_claims_paused{reason="no_vllm"} 1.0'),
+    ([IntakePaused("no_vllm", on=True), IntakePaused("no_vllm", on=False)],
+     'vllm_relay_claims_paused{reason="no_vllm"} 0.0'),
+    ([QueueMeasured("default", 3, None)], 'vllm_relay_queue_waiting{queue="default"} 3.0'),
+    ([QueueMeasured("default", 3, None)], 'vllm_relay_oldest_pending_seconds{queue="default"} 0.0'),
+    ([QueueMeasured("default", None, 1.5)], 'vllm_relay_queue_waiting{queue="default"} NaN'),
+    ([QueueMeasured("default", None, 1.5)], 'vllm_relay_oldest_pending_seconds{queue="default"} 1.5'),
+    ([ModelWaitBegan(), ModelWaitBegan(), ModelWaitEnded()], "vllm_relay_jobs_waiting_for_model 1.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("events", "line"), COUNTED, ids=[row[1] for row in COUNTED])
+def test_an_event_is_counted(events: list[Event], line: str) -> None:
     metrics = Metrics()
+    for event in events:
+        metrics.emit(event)
+    assert line in page_of(metrics)
+
+
+def test_every_event_that_is_not_logged_is_counted() -> None:
+    silent = {kind.__name__ for kind in Event.__subclasses__() if kind.level == "silent"}
+    assert not silent - {type(event).__name__ for events, _ in COUNTED for event in events}
+
+
+def test_words_that_others_choose_cannot_fill_the_page() -> None:
+    metrics = Metrics()
+    for number in range(90):
+        word = f"word_{chr(97 + number % 26)}{chr(97 + number // 26)}"
+        metrics.emit(finished("error", word))
+        metrics.emit(UnknownFinishReason(word, ""))
+    page = page_of(metrics)
+    assert page.count("vllm_relay_jobs_finished_total{") == 51
+    assert page.count("vllm_relay_unknown_finish_reasons_total{") == 21
+
+
+async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed() -> None:
+    metrics = Metrics()
+    running = 3
+    metrics.observe_worker(7, lambda: running)
+    metrics.observe_server("http://a", up=lambda: True, requests=lambda: 2)
     port = metrics.serve("127.0.0.1", 0)
-    metrics.finished("done")
-    for code in ("gap_timeout", "what a job says", *(f"code_{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(90))):
-        metrics.finished("error", code)
-    metrics.attempt("started")
-    metrics.interrupted("resumed")
-    metrics.waited(0.2)
-    for reason in ("eos_token", "eos_token", "a reason in words", *("x" * n for n in range(1, 40))):
-        metrics.unknown_finish_reason(reason)
-    metrics.queue("default", waiting=3, oldest=None)
+    running = 4
     async with httpx.AsyncClient(trust_env=False) as http:
         page = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
     await metrics.aclose()
-    assert 'vllm_relay_jobs_finished_total{code="",outcome="done"} 1.0' in page
-    assert 'vllm_relay_jobs_finished_total{code="gap_timeout",outcome="error"} 1.0' in page  # C9
-    assert 'vllm_relay_jobs_finished_total{code="other",outcome="error"}' in page
-    assert page.count("vllm_relay_jobs_finished_total{") == 51, "whoever writes seals cannot fill the page"
-    assert f'vllm_relay_build_info{{version="{version()}"}} 1.0' in page
-    assert 'vllm_relay_interrupted_total{how="resumed"} 1.0' in page
-    assert 'vllm_relay_unknown_finish_reasons_total{reason="eos_token"} 2.0' in page
-    assert page.count("vllm_relay_unknown_finish_reasons_total{") == 20  # a server cannot fill the page
-    assert 'vllm_relay_queue_waiting{queue="default"} 3.0' in page
-    assert 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0' in page
+    for line in (
+        f'vllm_relay_build_info{{version="{version()}"}} 1.0',
+        "vllm_relay_slots 7.0",
+        "vllm_relay_jobs_running 4.0",
+        'vllm_relay_vllm_up{endpoint="http://a"} 1.0',
+        'vllm_relay_vllm_requests{endpoint="http://a"} 2.0',
+    ):
+        assert line in page
 
 
 @pytest.mark.parametrize(("on_interrupt", "how"), [("resume", "resumed"), ("restart", "restarted")])
-async def test_how_a_broken_answer_went_on_is_counted(
+async def test_how_a_broken_answer_continued_is_counted(
     client: Client, start_worker: StartWorker, simulator: Simulator, on_interrupt: str, how: str
 ) -> None:
     worker = await start_worker(simulator, on_interrupt=on_interrupt)
@@ -63,31 +137,31 @@ async def test_how_a_broken_answer_went_on_is_counted(
     assert value(worker, "attempts_total", reason="upstream_truncated") == 1
 
 
-async def test_each_vllm_is_told_with_what_it_has_to_do(
+async def test_each_vllm_is_shown_with_its_requests(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     hangs = await start_simulator(Options(orders=Scenario(fault="hang")))
     async with Simulator() as leaves:
         worker = await start_worker(hangs, leaves, first_token_timeout=600)
 
-        async def told(name: str, *expected: float) -> None:
+        async def shows(name: str, *expected: float) -> None:
             async def holds() -> bool:
                 return [value(worker, name, endpoint=server.url) for server in (hangs, leaves)] == list(expected)
 
             await eventually(holds)
 
-        await told("vllm_up", 1, 1)
+        await shows("vllm_up", 1, 1)
         request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
-        await told("vllm_requests", 1, 0)
+        await shows("vllm_requests", 1, 0)
     other = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
-    await told("vllm_up", 1, 0)
-    await told("vllm_requests", 2, 0)
+    await shows("vllm_up", 1, 0)
+    await shows("vllm_requests", 2, 0)
     for each in (request_id, other):
         await client.cancel(each)
-    await told("vllm_requests", 0, 0)
+    await shows("vllm_requests", 0, 0)
 
 
-async def test_that_an_answer_went_on_is_told_while_it_does(
+async def test_an_answer_that_continues_is_counted_while_it_still_runs(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     broken = await start_simulator(Options(orders=Scenario(fault="cut", after=3)))
@@ -95,10 +169,10 @@ async def test_that_an_answer_went_on_is_told_while_it_does(
     worker = await start_worker(broken, stalls, gap_timeout=600)
     request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
 
-    async def told() -> bool:
+    async def counted() -> bool:
         return worker._metrics.registry.get_sample_value("vllm_relay_interrupted_total", {"how": "resumed"}) == 1
 
-    await eventually(told)
+    await eventually(counted)
     assert (await client.status(request_id)).state is State.RUNNING
     await client.cancel(request_id)
 
@@ -134,7 +208,7 @@ async def test_a_workers_jobs_are_counted(
     )
 
 
-async def test_a_redis_that_is_away_shows_and_what_was_measured_before_does_not(
+async def test_while_redis_is_away_that_is_shown_and_earlier_measurements_are_not(
     redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, lease=0.5)
@@ -165,7 +239,7 @@ async def test_a_redis_that_is_away_shows_and_what_was_measured_before_does_not(
     await eventually(measured)
 
 
-async def test_an_address_that_is_taken_ends_the_worker_with_a_sentence(redis_url: str) -> None:
+async def test_an_address_in_use_ends_the_worker_with_a_sentence(redis_url: str) -> None:
     metrics = Metrics()
     address = f"127.0.0.1:{metrics.serve('127.0.0.1', 0)}"
     try:

@@ -1,1 +1,1 @@
-"""What an operator sees of a running worker. Prompts and outputs are never part of it."""
+"""What an operator sees of a running worker: events, and their two receivers, metrics and logs. Never a prompt."""

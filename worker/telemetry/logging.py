@@ -1,8 +1,7 @@
-"""Logging: structlog, JSON lines in production and readable lines on a terminal, always on standard error.
+"""Logs: structlog, JSON lines in production and readable lines on a terminal, always on standard error.
 
 Only names, numbers and codes are logged: never a prompt, an output, a URL with its password, or the text of a vLLM
-error, which may quote the request. So tracebacks are written without the values of local variables, which structlog
-would add to them.
+error, which may quote the request. So tracebacks have no values of local variables, which structlog would add.
 """
 
 import dataclasses
@@ -21,25 +20,31 @@ from .events import Event, Failing, Recovered
 Format = Literal["auto", "json", "console"]
 
 SAY_AGAIN = 30.0
-"""Seconds until the same trouble is logged again."""
+"""Seconds until trouble that lasts is logged again."""
 
 _WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 class LogReceiver:
-    """Writes events to the log: trouble that lasts at first, then every half minute, and once when it is over."""
+    """Writes events to the log.
 
-    def __init__(self) -> None:
+    Trouble that lasts is logged at first, then every `repeat_after` seconds, and once when it is over.
+    A field that has the default of its event is left out. An error that is an exception is logged with its traceback.
+    """
+
+    def __init__(self, *, repeat_after: float = SAY_AGAIN) -> None:
         self._logger = structlog.get_logger()
+        self._repeat_after = repeat_after
         self._failing: dict[str, float] = {}
         """When each warning was last logged (monotonic clock, in seconds). `Recovered` is logged only after one."""
 
     def emit(self, event: Event) -> None:
+        """Log an event, unless its level is silent."""
         if event.level == "silent":
             return
         if isinstance(event, Failing):
             now = time.monotonic()
-            if now - self._failing.get(event.what, float("-inf")) > SAY_AGAIN:
+            if now - self._failing.get(event.what, float("-inf")) > self._repeat_after:
                 self._failing[event.what] = now
                 advice = {"advice": event.advice} if event.advice else {}
                 self._logger.warning(event.what, error=event.error, **advice)
@@ -51,8 +56,7 @@ class LogReceiver:
             for field in dataclasses.fields(event)
             if getattr(event, field.name) != field.default
         }
-        error = fields.get("error")
-        if isinstance(error, BaseException):
+        if isinstance(fields.get("error"), BaseException):
             fields["exc_info"] = fields.pop("error")
         name = name_of(type(event))
         if event.level == "warning":
@@ -61,7 +65,7 @@ class LogReceiver:
 
 
 def name_of(kind: type[Event]) -> str:
-    """What the log calls events of a class."""
+    """The name in the log of an event's class: its own in snake case, unless it has another `name`."""
     return kind.name or _WORD_START.sub("_", kind.__name__).lower()
 
 
@@ -69,7 +73,7 @@ def configure_logging(log_format: Format = "auto", level: str = "info") -> None:
     """Set up structlog for the process. `auto` is readable on a terminal and JSON elsewhere."""
     readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    # Tracebacks without the values of variables, which structlog shows by default: they hold prompts and outputs.
+    # By default structlog shows the values of variables in tracebacks: they hold prompts and outputs.
     tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     renderers: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]

@@ -1,6 +1,10 @@
-"""Metrics of one worker, for Prometheus: what is counted, under which names, and how it is served.
+"""The metrics of one worker, for Prometheus: what is counted, under which names, and how they are served.
 
-Nothing is counted per token, and no label holds what a job says.
+To add a metric: emit an event where the thing happens (`worker.telemetry.events`), make the metric in `Metrics`, count
+the event in `Metrics.emit`, and add a row to the table of metrics in deploy/README.md, which a test compares with these
+names. A value that is better read at each scrape than counted goes into `observe_worker` or `observe_server`.
+
+Nothing is counted per token, and no label holds text of a job.
 """
 
 import asyncio
@@ -32,133 +36,161 @@ from .events import (
 )
 
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
-_MOST_REASONS = 20
-_MOST_CODES = 50
+_MAX_REASONS = 20
+_MAX_CODES = 50
 _PREFIX = "vllm_relay"
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 """Seconds; from a free worker to a queue that is an hour long."""
 
 
 class Metrics:
-    """All metrics of a process, in a registry of its own. Durations are seconds."""
+    """All metrics of a process, in a registry of its own. It receives events. Durations are seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._stop: Callable[[], None] | None = None
-        self.slots = self._gauge("slots", "Jobs that may run at once")
-        self.running = self._gauge("jobs_running", "Jobs at work")
-        self.waiting_for_model = self._gauge("jobs_waiting_for_model", "Jobs at work that wait for a server")
-        self.buried = self._counter("jobs_buried", "Jobs put among the dead letters")
-        self.lease_lost = self._counter("lease_lost", "Jobs left because their lease could not be renewed")
-        self.written = self._counter("log_entries", "Entries of logs that Redis has accepted, counted once a flush")
-        self.write_failures = self._counter("redis_write_failures", "Writes to logs, and looks at them, that failed")
-        self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
+        self._stop_serving: Callable[[], None] | None = None
+        self._gauge("build_info", "1, with the version of this worker", "version").labels(version() or "unknown").set(1)
+        # Jobs.
+        self._slots = self._gauge("slots", "Jobs that may run here at once")
+        self._running = self._gauge("jobs_running", "Jobs that run here")
+        self._waiting_for_model = self._gauge("jobs_waiting_for_model", "Jobs that run and wait for a server")
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome", "code")
         self._codes: set[str] = set()
-        self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
-        self._interrupted = self._counter("interrupted", "Answers that broke off, by how they went on", "how")
-        self._unknown_finish_reasons = self._counter(
-            "unknown_finish_reasons", "Answers taken as whole whose finish reason is on no list", "reason"
-        )
-        self._reasons: set[str] = set()
-        self._gauge("build_info", "1, with the version of this worker", "version").labels(version() or "unknown").set(1)
-        self._vllm_up = self._gauge("vllm_up", "Whether a vLLM server gets requests", "endpoint")
-        self._vllm_requests = self._gauge("vllm_requests", "Requests that are for a vLLM server", "endpoint")
-        self._paused = self._gauge("claims_paused", "Whether no jobs are taken, by why", "reason")
-        self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job with a worker", "queue")
-        self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
+        self._buried = self._counter("jobs_buried", "Dead letters that this worker wrote")
+        self._lease_lost = self._counter("lease_lost", "Jobs that stopped here as their lease could not be renewed")
         self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start")
         self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta")
+        # Attempts at an answer.
+        self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
+        self._interrupted = self._counter("interrupted", "Answers that broke off, by how they continued", "how")
+        self._unknown_finish_reasons = self._counter(
+            "unknown_finish_reasons", "Complete answers with an unknown finish reason", "reason"
+        )
+        self._reasons: set[str] = set()
+        # Redis and the queues.
+        self._written = self._counter("log_entries", "Log entries that Redis accepted, counted once a flush")
+        self._write_failures = self._counter("redis_write_failures", "Writes and reads of logs that failed")
+        self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
+        self._paused = self._gauge("claims_paused", "1 while the worker takes no jobs, by reason", "reason")
+        self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job that a worker has", "queue")
+        self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
+        # vLLM.
+        self._vllm_up = self._gauge("vllm_up", "1 while a vLLM server gets requests", "endpoint")
+        self._vllm_requests = self._gauge("vllm_requests", "Requests of this worker at a vLLM server", "endpoint")
 
     def emit(self, event: Event) -> None:  # noqa: C901, PLR0912 - one row for each event that is counted
-        """Count an event."""
+        """Count an event. Events that no metric is about are ignored."""
         match event:
             case EntriesAccepted():  # the most frequent comes first
-                self.written.inc(event.count)
-            case AttemptBegun():
-                self.attempt(event.reason)
+                self._written.inc(event.count)
             case JobStarted():
-                self.waited(event.waited_s)
+                self._wait.observe(event.waited_s)
             case FirstDelta():
-                self.first_delta(event.after_s)
+                self._first_delta.observe(event.after_s)
             case JobFinished():
                 if event.outcome:
-                    self.finished(event.outcome, event.code or "")
-            case JobBuried():
-                self.buried.inc()
+                    code = _bounded(event.code, self._codes, _MAX_CODES) if event.code else ""
+                    self._finished.labels(event.outcome, code).inc()
+            case AttemptBegun():
+                self._attempts.labels(event.reason).inc()
             case AnswerResumed():
-                self.interrupted("resumed")
+                self._interrupted.labels("resumed").inc()
             case AnswerRestarted():
-                self.interrupted("restarted")
+                self._interrupted.labels("restarted").inc()
             case UnknownFinishReason():
-                self.unknown_finish_reason(event.reason)
-            case LeaseWasLost():
-                self.lease_lost.inc()
-            case WriteFailed():
-                self.write_failures.inc()
-            case RecordRefused():
-                self.refused(event.record)
-            case IntakePaused():
-                self.paused(event.reason, on=event.on)
-            case QueueMeasured():
-                self.queue(event.queue, event.waiting, event.oldest_s)
+                self._unknown_finish_reasons.labels(_bounded(event.reason, self._reasons, _MAX_REASONS)).inc()
             case ModelWaitBegan():
-                self.waiting_for_model.inc()
+                self._waiting_for_model.inc()
             case ModelWaitEnded():
-                self.waiting_for_model.dec()
-            case _:
-                pass
+                self._waiting_for_model.dec()
+            case JobBuried():
+                self._buried.inc()
+            case LeaseWasLost():
+                self._lease_lost.inc()
+            case WriteFailed():
+                self._write_failures.inc()
+            case RecordRefused():
+                self._refused.labels(event.record).inc()
+            case IntakePaused():
+                self._paused.labels(event.reason).set(event.on)
+            case QueueMeasured():
+                self._waiting.labels(event.queue).set(math.nan if event.waiting is None else event.waiting)
+                self._oldest.labels(event.queue).set(event.oldest_s or 0)
 
-    def finished(self, outcome: str, code: str = "") -> None:
-        """A job has ended: `done`, `error` or `cancelled`; with `error` the code says why."""
-        self._finished.labels(outcome, _bounded(code, self._codes, _MOST_CODES) if code else "").inc()
+    def observe_worker(self, slots: int, running: Callable[[], float]) -> None:
+        """Show how many slots the worker has and, read at each scrape, how many jobs run."""
+        self._slots.set(slots)
+        self._running.set_function(running)
 
-    def refused(self, record: str) -> None:
-        """Redis refused a record beside the logs: `lifecycle`, `dead`, `workers` or `feed`."""
-        self._refused.labels(record).inc()
-
-    def attempt(self, reason: str) -> None:
-        """An attempt begins: `started`, `takeover`, or the code of the fault that made another one necessary."""
-        self._attempts.labels(reason).inc()
-
-    def interrupted(self, how: str) -> None:
-        """An answer broke off: `resumed` or `restarted`."""
-        self._interrupted.labels(how).inc()
-
-    def unknown_finish_reason(self, reason: str) -> None:
-        """A server ended an answer for a reason that is on no list: `other`, if it is no plain word or one too many."""
-        self._unknown_finish_reasons.labels(_bounded(reason, self._reasons, _MOST_REASONS)).inc()
-
-    def waited(self, seconds: float) -> None:
-        """A job has begun that waited for so long."""
-        self._wait.observe(seconds)
-
-    def first_delta(self, seconds: float) -> None:
-        """An answer's first delta came after so long."""
-        self._first_delta.observe(seconds)
-
-    def server(self, endpoint: str, up: Callable[[], float], requests: Callable[[], float]) -> None:
-        """What to ask about a vLLM server at each scrape: whether it gets requests, and how many are for it."""
+    def observe_server(self, endpoint: str, up: Callable[[], float], requests: Callable[[], float]) -> None:
+        """Show, read at each scrape, whether a vLLM server gets requests and how many it has from this worker."""
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
 
+    # These go away as their callers emit events.
+
+    @property
+    def slots(self) -> Gauge:
+        return self._slots
+
+    @property
+    def running(self) -> Gauge:
+        return self._running
+
+    @property
+    def waiting_for_model(self) -> Gauge:
+        return self._waiting_for_model
+
+    @property
+    def buried(self) -> Counter:
+        return self._buried
+
+    @property
+    def lease_lost(self) -> Counter:
+        return self._lease_lost
+
+    @property
+    def written(self) -> Counter:
+        return self._written
+
+    @property
+    def write_failures(self) -> Counter:
+        return self._write_failures
+
+    def finished(self, outcome: str, code: str = "") -> None:
+        self._finished.labels(outcome, _bounded(code, self._codes, _MAX_CODES) if code else "").inc()
+
+    def refused(self, record: str) -> None:
+        self.emit(RecordRefused(record))
+
+    def attempt(self, reason: str) -> None:
+        self.emit(AttemptBegun(reason))
+
+    def interrupted(self, how: str) -> None:
+        self._interrupted.labels(how).inc()
+
+    def unknown_finish_reason(self, reason: str) -> None:
+        self.emit(UnknownFinishReason(reason, ""))
+
+    def waited(self, seconds: float) -> None:
+        self.emit(JobStarted(seconds))
+
+    def first_delta(self, seconds: float) -> None:
+        self.emit(FirstDelta(seconds))
+
+    server = observe_server
+
     def paused(self, reason: str, *, on: bool) -> None:
-        """Claiming pauses for a reason, or does so no more."""
-        self._paused.labels(reason).set(on)
+        self.emit(IntakePaused(reason, on))
 
     def queue(self, queue: str, waiting: int | None, oldest: float | None) -> None:
-        """How a queue stands. `waiting` is None where Redis cannot tell, `oldest` where nothing is pending.
-
-        `oldest` is NaN where nobody knows.
-        """
-        self._waiting.labels(queue).set(math.nan if waiting is None else waiting)
-        self._oldest.labels(queue).set(oldest or 0)
+        self.emit(QueueMeasured(queue, waiting, oldest))
 
     def serve(self, host: str, port: int) -> int:
-        """Serve them at `/metrics`, from a thread of its own; gives the port.
+        """Serve the metrics at `/metrics`, from a thread of its own; returns the port.
 
         Raises:
-            OSError: when the address is taken, or is none.
+            OSError: when the address is in use, or is not one of this machine.
         """
         server, thread = start_http_server(port, host, self.registry)
 
@@ -167,13 +199,13 @@ class Metrics:
             server.server_close()
             thread.join()
 
-        self._stop = stop
+        self._stop_serving = stop
         return server.server_port
 
     async def aclose(self) -> None:
-        """Serve no more."""
-        if self._stop is not None:
-            await asyncio.to_thread(self._stop)
+        """Stop serving."""
+        if self._stop_serving is not None:
+            await asyncio.to_thread(self._stop_serving)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=_PREFIX, registry=self.registry)
@@ -185,9 +217,9 @@ class Metrics:
         return Histogram(name, text, (), namespace=_PREFIX, registry=self.registry, buckets=_WAITS)
 
 
-def _bounded(word: str, seen: set[str], most: int) -> str:
-    """A word as a label: `other`, if it is no plain word or one too many, for others choose these words."""
-    if not _WORD.fullmatch(word) or (word not in seen and len(seen) >= most):
+def _bounded(word: str, seen: set[str], limit: int) -> str:
+    """A word as a label, or `other` if it is not a plain word or one too many. Others choose these words."""
+    if not _WORD.fullmatch(word) or (word not in seen and len(seen) >= limit):
         word = "other"
     seen.add(word)
     return word
