@@ -30,6 +30,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "cli": _ALL_BUT_CLI,
     "__main__": {"cli"},
     "__init__": {"contract", "client"},
+    "import_names": set(),
 }
 """The packages and modules that each part may import beside itself. A part that is not listed fails the test."""
 
@@ -127,7 +128,7 @@ def _imports_in(line: ast.AST, package: tuple[str, ...], known: Collection[str])
     return {name if name in known else base for name in names}
 
 
-_PATHS = {_name_of(path): path for path in sorted(_ROOT.rglob("*.py"))}
+_PATHS = {_name_of(path): path for path in sorted(_ROOT.rglob("*.py")) if "_alias" not in path.parts}
 _MODULES = {name: _read_module(path, _PATHS) for name, path in _PATHS.items()}
 
 
@@ -168,7 +169,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_imports_inside_the_package_are_relative() -> None:
     """The package has two import names, `worker` and `vllm_relay`: an absolute import would load a second copy."""
-    assert not [module.name for module in _MODULES.values() if module.libraries & {"worker", "vllm_relay"}]
+    makes_the_names = {"__init__", "import_names"}
+    absolute = {module.name for module in _MODULES.values() if module.libraries & {"worker", "vllm_relay"}}
+    assert not absolute - makes_the_names
 
 
 def test_the_contract_does_no_io() -> None:
