@@ -19,8 +19,8 @@ from worker.broker.ownership import LogOwnership
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.redisio.clients import persist
 from worker.redisio.pipelined import Command, NodeConnections
+from worker.redisio.retry import RetryUntilAvailable
 from worker.telemetry.logging import configure_logging
 
 
@@ -202,7 +202,7 @@ async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_o
     limits = (await redis.config_get("client-output-buffer-limit"))["client-output-buffer-limit"] or ""
     await redis.config_set("client-output-buffer-limit", "normal 100000 0 0")
     try:
-        taken = await persist(lambda: two.owner.acquire("r", again, FAR))
+        taken = await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR)
     finally:
         await redis.config_set("client-output-buffer-limit", limits)
     assert isinstance(taken, Acquired)
@@ -224,7 +224,7 @@ async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
         return await read_all(two.commands, KEY)
 
     monkeypatch.setattr("worker.broker.ownership.read_all", cut_off)
-    assert isinstance(await persist(lambda: two.owner.acquire("r", again, FAR)), Acquired)
+    assert isinstance(await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR), Acquired)
     assert left < 0
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 

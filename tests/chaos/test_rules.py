@@ -63,7 +63,7 @@ from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
-from worker.redisio.clients import persist
+from worker.redisio.retry import RetryUntilAvailable
 from worker.redisio.transactions import Transactions
 from worker.sandbox.simulator.server import Simulator
 
@@ -125,7 +125,7 @@ async def test_rule_1_a_seal_whose_reply_is_lost_is_found_and_not_written_again(
 ) -> None:
     log = await one.acquire(delivery)
     gate = await gate_before(one, redis_url)
-    sealing = asyncio.ensure_future(persist(lambda: one.seal(log)))
+    sealing = asyncio.ensure_future(RetryUntilAvailable()(one.seal, log))
     await let_through(gate, *[Fate.FINE] * 2, Fate.LOST)
     await finish(gate, sealing)
     assert sealing.result() == "done"

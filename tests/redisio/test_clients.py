@@ -1,4 +1,4 @@
-"""What counts as a passing fault of Redis, in whatever shape redis-py puts it, and what is said of it."""
+"""The clients of Redis: which errors pass, in every shape that redis-py gives them, and limits on silence."""
 
 import asyncio
 import socket
@@ -16,16 +16,16 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 
 from worker import Client
-from worker.redisio import clients
-from worker.redisio.clients import command_client, persist
+from worker.redisio.clients import command_client
 from worker.redisio.errors import is_transient, redacted_message
 from worker.redisio.pipelined import PipelinedConnection, pack
+from worker.redisio.retry import Outage, RetryUntilAvailable
 from worker.redisio.unsent import unsent
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
-from worker.telemetry.logging import configure_logging
+from worker.telemetry.logging import LogReceiver, configure_logging
 
-SECRET = "what nobody else may read"
+SECRET = "a private prompt"
 
 
 @asynccontextmanager
@@ -39,7 +39,7 @@ async def setting(redis: Redis, name: str, value: str) -> AsyncIterator[None]:
 
 @pytest.mark.parametrize("transaction", [True, False])
 @pytest.mark.parametrize(("name", "value"), [("min-replicas-to-write", "1"), ("maxmemory", "1")])
-async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_without_the_command(
+async def test_a_transient_refusal_is_known_inside_a_pipeline_and_reported_without_the_command(
     name: str,
     value: str,
     transaction: bool,  # noqa: FBT001 - a parameter of the test
@@ -57,7 +57,7 @@ async def test_a_refusal_that_passes_is_known_inside_a_pipeline_too_and_told_wit
     assert redacted_message(refusal.value).endswith((".", "replicas to write", "'maxmemory'"))
 
 
-async def test_a_refusal_that_comes_up_between_multi_and_exec_passes(redis: Redis) -> None:
+async def test_a_refusal_that_arises_between_multi_and_exec_is_transient(redis: Redis) -> None:
     async with redis.client() as connection:
         for command in (("MULTI",), ("XADD", "k", "*", "a", "b")):
             await connection.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -68,20 +68,20 @@ async def test_a_refusal_that_comes_up_between_multi_and_exec_passes(redis: Redi
 
 
 @pytest.mark.parametrize("text", ["MISCONF Errors writing to the AOF file", "BUSY Redis is busy running a script."])
-def test_trouble_of_the_server_itself_passes(text: str) -> None:
+def test_trouble_of_the_server_itself_is_transient(text: str) -> None:
     assert is_transient(ResponseError(text))
 
 
 @pytest.mark.parametrize("error", [ResponseError("WRONGTYPE Operation against a key"), RedisError("odd")])
-def test_what_stays_wrong_is_not_repeated(error: RedisError) -> None:
+def test_a_lasting_error_is_not_transient(error: RedisError) -> None:
     assert not is_transient(error)
 
 
 @pytest.mark.parametrize("how", ["command", "pipeline", "subscription"])
-async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_one(
+async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_connection(
     how: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What uvloop raises then is a RuntimeError, and no error of redis-py."""
+    """Uvloop raises a RuntimeError then, and redis-py does not map it."""
 
     async def write(*_: object) -> None:
         raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
@@ -100,8 +100,8 @@ async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_one(
         assert await commands.ping()
 
 
-async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str, redis: Redis) -> None:
-    """redis-py calls this a WatchError, at the next command already and not only at EXEC."""
+async def test_a_connection_lost_after_a_watch_is_transient(redis_url: str, redis: Redis) -> None:
+    """redis-py raises a WatchError, at the next command already and not only at EXEC."""
     commands = command_client(redis_url)
     async with commands.pipeline() as pipe:
         await pipe.watch("k")
@@ -112,11 +112,10 @@ async def test_a_connection_that_is_lost_while_it_watches_passes(redis_url: str,
     await commands.aclose()
 
 
-async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients._OUTAGE, "_said", float("-inf"))
+async def test_an_outage_that_all_jobs_meet_is_logged_once_and_so_is_its_end() -> None:
     tries = 0
 
-    async def ask() -> None:
+    async def read() -> None:
         nonlocal tries
         tries += 1
         if tries <= 20:
@@ -124,11 +123,15 @@ async def test_an_outage_that_all_jobs_meet_is_told_once(monkeypatch: pytest.Mon
 
     configure_logging("json")
     with capture_logs() as logs:
-        await asyncio.gather(*(persist(ask) for _ in range(10)))
-    assert [(line["event"], line["error"]) for line in logs] == [("redis_unavailable", "Connection refused")]
+        outage = Outage(LogReceiver())
+        await asyncio.gather(*(RetryUntilAvailable(outage=outage)(read) for _ in range(10)))
+    assert logs == [
+        {"event": "redis_unavailable", "error": "Connection refused", "log_level": "warning"},
+        {"event": "recovered", "after": "redis_unavailable", "log_level": "info"},
+    ]
 
 
-async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
+async def test_a_large_reply_on_a_slow_network_is_waited_for_as_long_as_it_arrives(
     redis_proxy: Proxy, redis: Redis
 ) -> None:
     """The limit is on silence, not on a whole reply."""
@@ -141,7 +144,7 @@ async def test_d3_a_large_reply_on_a_slow_way_is_waited_for_as_long_as_it_comes(
         await connection.close()
 
 
-async def test_silence_in_the_middle_of_a_reply_is_too_long(redis_proxy: Proxy, redis: Redis) -> None:
+async def test_silence_in_the_middle_of_a_reply_ends_in_a_timeout(redis_proxy: Proxy, redis: Redis) -> None:
     await redis.set("large", b"x" * 4_000_000, ex=60)
     async with command_client(redis_proxy.redis_url, connections=2, timeout=0.5) as client:
         assert await client.ping()
@@ -158,15 +161,15 @@ async def test_silence_in_the_middle_of_a_reply_is_too_long(redis_proxy: Proxy, 
         await connection.close()
 
 
-class Slow:
-    """Takes what is sent in small pieces, one after the other, and answers each connection's commands at their end."""
+class SlowServer:
+    """A server that reads small pieces slowly, and answers each connection's commands at their end."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._server: asyncio.Server | None = None
         self._open: list[asyncio.StreamWriter] = []
         self.url = ""
-        self.stands = False
+        self.is_stuck = False
 
     async def __aenter__(self) -> Self:
         listening = socket.socket()
@@ -195,25 +198,25 @@ class Slow:
             if read >= self._size:
                 writer.write(b"+OK\r\n")
                 break
-            if self.stands:
+            if self.is_stuck:
                 await asyncio.Event().wait()
         await reader.read(1)
         writer.close()
 
 
-@pytest.mark.parametrize("stands", [False, True], ids=["slow", "silent"])
-async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_not(*, stands: bool) -> None:
+@pytest.mark.parametrize("stuck", [False, True], ids=["slow", "silent"])
+async def test_a_command_that_goes_out_slowly_is_waited_for_and_a_stuck_one_is_not(*, stuck: bool) -> None:
     """As a publisher's flush, or a large job, at 150 kB a second."""
     command = pack(b"SET", b"k", b"x" * 600_000)
-    async with Slow(len(command)) as slow, command_client(slow.url, connections=2, timeout=1) as client:
-        slow.stands = stands
+    async with SlowServer(len(command)) as server, command_client(server.url, connections=2, timeout=1) as client:
+        server.is_stuck = stuck
         connection = await PipelinedConnection.open(client.connection_pool)
         writes: list[asyncio.Future[Any]] = [
             connection.execute(command, 1),
             asyncio.ensure_future(client.set("k", "x" * 600_000)),
         ]
         for write in writes:
-            if stands:
+            if stuck:
                 with pytest.raises(RedisTimeoutError):
                     await write
             else:
@@ -230,7 +233,7 @@ async def test_d3_what_goes_out_slowly_is_waited_for_and_what_stands_still_is_no
         "socket_timeout=0.0001&socket_connect_timeout=0.0001&retry_on_timeout=yes&health_check_interval=1",
     ],
 )
-async def test_d1_what_the_url_says_of_connections_changes_nothing(
+async def test_options_of_the_url_that_the_worker_sets_itself_change_nothing(
     query: str, redis: Redis, redis_url: str, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     url = f"{redis_url}?{query}"
@@ -247,7 +250,7 @@ async def test_d1_what_the_url_says_of_connections_changes_nothing(
     await eventually(acknowledged)
 
 
-async def test_d3_of_a_closed_connection_nothing_is_on_its_way(redis_proxy: Proxy) -> None:
+async def test_a_closed_connection_has_no_unsent_bytes(redis_proxy: Proxy) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
     writer.transport.abort()
     await asyncio.sleep(0)  # the loop closes it in its next step

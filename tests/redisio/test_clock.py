@@ -1,4 +1,4 @@
-"""Redis's clock steps back, or a failover goes to a host that is behind: a dead worker's jobs are still taken."""
+"""Redis's clock steps back, or a failover goes to a host with a slower clock: a dead worker's jobs are still taken."""
 
 import struct
 from typing import cast
@@ -43,7 +43,6 @@ async def deliver_in_an_hour(redis: Redis, key: str, consumer: str, job: bytes) 
 async def test_a_dead_workers_job_is_taken_though_redis_shows_no_idle_time(
     redis: Redis, client: Client, start_worker: StartWorker, simulator: Simulator, *, shown: bool
 ) -> None:
-    """D11."""
     await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}, id="r")
     await redis.xgroup_create("chat:jobs", GROUP, id="0")
     reply = await redis.xreadgroup(GROUP, "dead", {"chat:jobs": ">"})
@@ -65,7 +64,7 @@ async def test_a_dead_workers_job_is_taken_though_redis_shows_no_idle_time(
 async def test_a_running_job_keeps_its_lease(
     redis: Redis, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """D11: its lease is renewed, so it shows some idle time at nearly every look, and its worker shows new beats."""
+    """Its lease is renewed, so it shows some idle time at nearly every look, and its worker shows new beats."""
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
     for _ in range(2):
         await start_worker(silent, lease=0.5, first_token_timeout=60)

@@ -1,4 +1,4 @@
-"""Connections that one caller at a time has to itself: what is watched, and what becomes of those that are lost."""
+"""Transactions: what is watched, and what happens to lost connections."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ async def transactions(redis_proxy: Proxy) -> AsyncIterator[Transactions]:
         yield Transactions(client)
 
 
-async def test_nothing_is_done_where_what_is_watched_was_touched(transactions: Transactions, redis: Redis) -> None:
+async def test_nothing_is_executed_when_a_watched_key_changed(transactions: Transactions, redis: Redis) -> None:
     async with transactions.begin("k") as transaction:
         assert await transaction.watch(["k"], GET) == [None]
         await redis.set("k", "theirs", ex=60)
@@ -34,7 +34,7 @@ async def test_nothing_is_done_where_what_is_watched_was_touched(transactions: T
         assert await transaction.execute(SET) == [b"OK"]
 
 
-async def test_what_somebody_watched_before_is_nothing_to_the_next(transactions: Transactions, redis: Redis) -> None:
+async def test_the_next_caller_watches_no_keys_of_an_earlier_one(transactions: Transactions, redis: Redis) -> None:
     async with transactions.begin("k") as transaction:
         await transaction.watch(["k"], GET)
     await redis.set("k", "theirs", ex=60)
@@ -43,7 +43,7 @@ async def test_what_somebody_watched_before_is_nothing_to_the_next(transactions:
         assert await transaction.execute(SET) == [b"OK"]
 
 
-async def test_the_first_refusal_is_raised_and_the_connection_serves_again(
+async def test_the_first_refusal_is_raised_and_the_connection_stays_usable(
     transactions: Transactions, redis_proxy: Proxy
 ) -> None:
     async with transactions.begin("k") as transaction:
@@ -56,7 +56,7 @@ async def test_the_first_refusal_is_raised_and_the_connection_serves_again(
     assert redis_proxy.accepted == 1
 
 
-async def test_a_connection_that_was_lost_while_nobody_had_it_is_made_again(
+async def test_a_connection_lost_while_idle_is_replaced(
     redis_proxy: Proxy,
 ) -> None:
     opened: list[PipelinedConnection] = []
@@ -77,8 +77,8 @@ async def test_a_connection_that_was_lost_while_nobody_had_it_is_made_again(
         assert await transactions.execute("k", GET) == b"ours"
 
 
-@pytest.mark.parametrize("how", ["lost", "no master any more"])
-async def test_one_connection_that_meets_a_server_that_is_gone_takes_the_others_along(
+@pytest.mark.parametrize("how", ["lost", "former master"])
+async def test_a_connection_that_meets_a_lost_server_drops_the_idle_ones_too(
     how: str, transactions: Transactions, redis_proxy: Proxy
 ) -> None:
     async with transactions.begin("k") as one, transactions.begin("k") as two:
@@ -97,14 +97,14 @@ async def test_one_connection_that_meets_a_server_that_is_gone_takes_the_others_
     assert redis_proxy.accepted == 3
 
 
-async def test_who_comes_when_all_are_taken_waits_and_leaves_the_rest_of_the_pool_alone(
+async def test_a_caller_waits_when_all_connections_are_taken_and_the_pool_serves_other_commands(
     transactions: Transactions, redis_proxy: Proxy
 ) -> None:
     await transactions.execute("k", SET)
     held = redis_proxy.hold(rb"^GET")
-    asking = [asyncio.create_task(transactions.execute("k", GET)) for _ in range(3 * MAX_CONNECTIONS)]
+    queries = [asyncio.create_task(transactions.execute("k", GET)) for _ in range(3 * MAX_CONNECTIONS)]
     await held.met.wait()
     assert await transactions.redis.get("other") is None
     held.release()
-    assert await asyncio.gather(*asking) == [b"ours"] * len(asking)
+    assert await asyncio.gather(*queries) == [b"ours"] * len(queries)
     assert redis_proxy.accepted <= MAX_CONNECTIONS + 1
