@@ -18,6 +18,7 @@ from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.transactions import Transactions
+from worker.telemetry.logging import LogReceiver
 
 KEY = "chat:tokens:{r}"
 FAR = 4_000_000_000_000
@@ -32,7 +33,7 @@ class Process:
         self.commands = command_client(url)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
-        self.publisher = Publisher(command_client(url, connections=1))
+        self.publisher = Publisher(command_client(url, connections=1), LogReceiver())
         self.use(Transactions(self.commands))
 
     def use(self, transactions: Transactions) -> None:

@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.contract.keys import GROUP, Keys
 from worker.redisio.clients import blocking_client, command_client
-from worker.telemetry.logging import configure_logging
+from worker.telemetry.logging import LogReceiver, configure_logging
 
 LEASE = 0.5
 
@@ -25,7 +25,7 @@ class Group:
         self.blocking = blocking_client(url, 1)
 
     def consumer(self, name: str, lease: float = LEASE) -> JobQueue:
-        return JobQueue(self.commands, self.blocking, Keys(), name, lease)
+        return JobQueue(self.commands, self.blocking, Keys(), name, lease, LogReceiver())
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ async def test_a_consumer_that_is_given_a_job_just_before_its_removal_stays(
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
 
 
-async def test_a_group_that_keeps_vanishing_is_told_of_once(
+async def test_a_group_that_keeps_vanishing_is_reported_once(
     group: Group, redis: Redis, capfd: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging("json", "warning")

@@ -16,14 +16,16 @@ import httpx
 from faults import Fate, Gate, Network, gated
 from redis.exceptions import RedisError
 
+from worker.broker.dead_letters import DeadLetterWriter
 from worker.broker.job_queue import Delivery, JobQueue
-from worker.broker.ledger import Ledger
+from worker.broker.lifecycle import LifecycleWriter
 from worker.broker.log_writer import LogLost
 from worker.broker.ownership import LogOwnership
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.engine.job_context import Stop, Stopped
 from worker.engine.job_runner import JobRunner
+from worker.engine.settlement import Settlement
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.errors import is_transient
 from worker.redisio.transactions import Transactions
@@ -86,23 +88,32 @@ class Worker:
         connection_type = gated(self.gate)
         self._publisher = Publisher(publishing, connection_type=connection_type)
         transactions = Transactions(self._commands, connection_type)
-        self._ledger = ledger = Ledger(self._commands, Keys(), connection_type=connection_type)
+        self._lifecycle = LifecycleWriter(self._commands, Keys(), connection_type=connection_type)
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts())
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
         self._upstream.servers[0].circuit.on_probe("")
-        self._relay = JobRunner(
-            load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
+        settings = load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100)
+        owner = LogOwnership(transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now)
+        settlement = Settlement(
+            settings,
             jobs=self._jobs,
-            owner=LogOwnership(
-                transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
-            ),
-            ledger=ledger,
+            owner=owner,
+            lifecycle=self._lifecycle,
+            dead_letters=DeadLetterWriter(self._commands, Keys()),
+            publisher=self._publisher,
+            now=_now,
+            metrics=Metrics(),
+        )
+        self._relay = JobRunner(
+            settings,
+            settlement=settlement,
+            owner=owner,
             publisher=self._publisher,
             upstream=self._upstream,
-            metrics=Metrics(),
             now=_now,
-        )  # fmt: skip
+            metrics=Metrics(),
+        )
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._do("publisher", self._publisher.run())
 
@@ -146,7 +157,7 @@ class Worker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._ledger.aclose()
+        await self._lifecycle.aclose()
         for redis in self._clients:
             await redis.aclose()
         await self._upstream.aclose()

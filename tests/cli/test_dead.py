@@ -14,9 +14,8 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client
-from worker.broker.dead_letters import DeadLetters
+from worker.broker.dead_letters import DeadLetters, DeadLetterWriter
 from worker.broker.job_queue import Delivery
-from worker.broker.ledger import Ledger
 from worker.cli.dead_letters import put_back
 from worker.cli.main import main
 from worker.cli.options import Surroundings
@@ -38,7 +37,7 @@ def bury(redis: Redis) -> Bury:
     ) -> str:
         fields = {"id": f"r{number}", "request": REQUEST} | more
         job = Delivery(queue, f"{number}-0", {name.encode(): value.encode() for name, value in fields.items()})
-        await Ledger(redis, Keys()).bury(job, reason, 1_700_000_000_000, largest)
+        await DeadLetterWriter(redis, Keys()).bury(job, reason, 1_700_000_000_000, largest)
         return (await stream(redis, "chat:dead"))[-1][0].decode()
 
     return bury
@@ -138,7 +137,7 @@ async def test_a_retry_that_broke_off_can_be_made_again_and_is_one_job(
         raise OSError("crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DeadLetters, "retried", crash)
+        patch.setattr(DeadLetters, "mark_retried", crash)
         assert (await worker(redis_url, "dead", "retry", letter)).exit_code == 1
     assert b"retried_as" not in (await letters(redis))[0]
     assert (await worker(redis_url, "dead", "retry", letter)).exit_code == 0
@@ -161,10 +160,10 @@ async def test_two_workers_that_bury_a_job_at_once_leave_one_letter(
     job = Delivery("default", "1-0", {b"id": b"no/id"})
     async with command_client(redis_proxy.redis_url) as first, command_client(redis_url) as second:
         writing = redis_proxy.hold(rb"XADD chat:dead ")
-        paused = asyncio.create_task(Ledger(first, Keys()).bury(job, "why", 7, 9999))
+        paused = asyncio.create_task(DeadLetterWriter(first, Keys()).bury(job, "why", 7, 9999))
         await writing.met.wait()
-        await Ledger(second, Keys()).bury(replace(job, again=True), "why", 7, 9999)
-        await Ledger(second, Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
+        await DeadLetterWriter(second, Keys()).bury(replace(job, again=True), "why", 7, 9999)
+        await DeadLetterWriter(second, Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
         writing.release()
         await paused
     assert [letter[b"job"] for letter in await letters(redis)] == [b"1-0", b"2-0"]
@@ -174,9 +173,9 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
     ids = [f"{number}-0" for number in range(30)]
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(command_client(redis_url)) for _ in range(3)]
-        ledgers = [Ledger(each, Keys()) for each in clients]
+        writers = [DeadLetterWriter(each, Keys()) for each in clients]
         burials = (
-            ledger.bury(Delivery("default", i, {}, again=True), "why", 7, 9999) for i in ids for ledger in ledgers
+            writer.bury(Delivery("default", i, {}, again=True), "why", 7, 9999) for i in ids for writer in writers
         )
         await asyncio.gather(*burials)
     assert sorted(letter[b"job"].decode() for letter in await letters(redis)) == sorted(ids)

@@ -32,7 +32,7 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
     )
     looks: list[None] = []
     publisher = SimpleNamespace(verify_idle=lambda: looks.append(None))
-    parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+    parts = cast("dict[str, object]", dict.fromkeys(("jobs", "registry", "dead_letters", "clock", "line", "metrics")))
     keeper = Maintenance(load_settings(lease=0.5), leases=leases, publisher=publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
 
     async def rounds_without_a_job() -> bool:
@@ -86,7 +86,9 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
             stopped.set_result(await stop)
 
         leases = RunningJobs(behind.jobs, work, lambda: None, lease=0.6, metrics=Metrics())
-        parts = cast("dict[str, object]", dict.fromkeys(("jobs", "ledger", "clock", "line", "metrics")))
+        parts = cast(
+            "dict[str, object]", dict.fromkeys(("jobs", "registry", "dead_letters", "clock", "line", "metrics"))
+        )
         keeper = Maintenance(load_settings(lease=0.6), leases=leases, publisher=behind.publisher, **parts)  # type: ignore[arg-type]  # the rest is the house's
         leases.begin(await behind.jobs.read_new("default", 1, 500), time.monotonic())
         renewal = redis_proxy.hold(b"XCLAIM")

@@ -151,7 +151,7 @@ async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
         await asyncio.Event().wait()
 
     await eventually(runs)
-    for part, what in ((worker._jobs, "hand_over"), (worker._ledger, "leave")):
+    for part, what in ((worker._jobs, "hand_over"), (worker._registry, "remove")):
         monkeypatch.setattr(part, what, never)
     assert isinstance(worker._publisher, Publisher)
     monkeypatch.setattr(worker._publisher._wires, "execute", lambda _commands, _done: None)

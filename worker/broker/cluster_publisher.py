@@ -13,9 +13,10 @@ from redis.asyncio import Redis
 from redis.exceptions import ClusterDownError, RedisError
 
 from ..contract.entries import Fields
-from ..redisio.clients import Backoff, command_client
+from ..redisio.clients import command_client
 from ..redisio.cluster import ClusterClient, on_master_removed
-from ..telemetry.metrics import Metrics
+from ..redisio.retry import Backoff
+from ..telemetry.events import Telemetry
 from .log_writer import AppendBatch, LogWriter
 from .publisher import Publisher
 
@@ -25,9 +26,9 @@ class ClusterPublisher:
 
     is_full = False
 
-    def __init__(self, cluster: ClusterClient, metrics: Metrics) -> None:
+    def __init__(self, cluster: ClusterClient, telemetry: Telemetry) -> None:
         self._cluster = cluster
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._parts: dict[Redis, _Part] = {}
         self._homes: dict[LogWriter, _Part] = {}
         self._homeless: set[LogWriter] = set()
@@ -95,7 +96,7 @@ class ClusterPublisher:
 
     async def run(self) -> None:
         """See `Publisher.run`."""
-        backoff = Backoff("cluster_unknown")
+        backoff = Backoff("cluster_unknown", self._telemetry)
         async with asyncio.TaskGroup() as self._group:
             for part in self._parts.values():
                 self._group.create_task(part.run())
@@ -148,7 +149,7 @@ class ClusterPublisher:
     def _part_at(self, server: Redis) -> "_Part":
         part = self._parts.get(server)
         if part is None:
-            part = self._parts[server] = _Part(self, server, self._metrics)
+            part = self._parts[server] = _Part(self, server, self._telemetry)
             if self._group is not None:
                 self._group.create_task(part.run())
             if self._leaving:
@@ -164,8 +165,8 @@ class ClusterPublisher:
 class _Part(Publisher):
     """The publisher of one master."""
 
-    def __init__(self, whole: ClusterPublisher, server: Redis, metrics: Metrics) -> None:
-        super().__init__(server, metrics, in_cluster=True)
+    def __init__(self, whole: ClusterPublisher, server: Redis, telemetry: Telemetry) -> None:
+        super().__init__(server, telemetry, in_cluster=True)
         self._whole = whole
         self._is_retired = False
 
@@ -207,7 +208,7 @@ class _Part(Publisher):
 AnyPublisher: TypeAlias = Publisher | ClusterPublisher
 
 
-def open_publisher(url: str, metrics: Metrics) -> AnyPublisher:
+def open_publisher(url: str, telemetry: Telemetry) -> AnyPublisher:
     """The publisher for a URL of Redis; `run` connects it."""
     redis = command_client(url, connections=1)
-    return ClusterPublisher(redis, metrics) if isinstance(redis, ClusterClient) else Publisher(redis, metrics)
+    return ClusterPublisher(redis, telemetry) if isinstance(redis, ClusterClient) else Publisher(redis, telemetry)

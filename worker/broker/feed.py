@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import msgspec
-import structlog
 from redis.exceptions import ResponseError
 
 from ..contract.entries import Fields
 from ..contract.feed import UNTOLD_FOR
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, pack
-from ..telemetry.metrics import Metrics
+from ..telemetry.events import Failing, RecordRefused, Recovered, Telemetry
 from .log_writer import LogWriter
 
 FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
@@ -26,18 +25,18 @@ _FEED_WAITS = 0.001
 """Seconds; a MULTI for the feed alone costs as much as one for entries."""
 _OF_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
 """In what Redis 6.2 to 8 say of a PUBLISH that a user has no right to, or that was renamed."""
+_REFUSED = "feed_refused"
 _encode = msgspec.json.encode
-_log = structlog.get_logger()
 
 
 class FeedPublisher:
     """Collects news for a publisher's next flush; `due` is called when there are some and nothing else may come."""
 
-    def __init__(self, due: Callable[[], None], metrics: Metrics) -> None:
+    def __init__(self, due: Callable[[], None], telemetry: Telemetry) -> None:
         self.pending: FeedBatch = {}
         self.is_mute = False
         self._due = due
-        self._metrics = metrics
+        self._telemetry = telemetry
         self._is_soon = False
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
@@ -79,13 +78,13 @@ class FeedPublisher:
         if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
             self.is_mute = True
             self.pending.clear()
-            self._metrics.refused("feed")
-            _log.warning("feed_refused", error=said)
+            self._telemetry.emit(RecordRefused("feed"))
+            self._telemetry.emit(Failing(_REFUSED, said))
 
     def unmute(self) -> None:
         """Redis has taken a trial message."""
         self.is_mute = False
-        _log.info("recovered", after="feed_refused")
+        self._telemetry.emit(Recovered(_REFUSED))
 
 
 def trial(log: LogWriter, publish: bytes) -> Command:

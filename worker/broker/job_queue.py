@@ -9,21 +9,21 @@ from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
-import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
-from ..redisio.clients import SAY_AGAIN
+from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupMadeAgain, StoppedLeasesEnded, Telemetry
 from .queue_depth import Depth, depth_of
-
-_log = structlog.get_logger()
 
 _LOOKS = 64
 """Redis passes over ten live entries for each that is asked for: with one free slot, one look a second is too few."""
 
 _NO_LIMIT = 2**31
+
+_REPORT_EVERY = 30.0
+"""Seconds between two reports of a group that vanished."""
 
 _RENEWED_AT_ONCE = 500
 """Leases in one XCLAIM: one for each costs 30 us here, and Redis does nothing else while it goes through them."""
@@ -66,7 +66,10 @@ class Delivery:
 class JobQueue:
     """One worker's view of the job streams. `consumer` is unique to the process; `lease` is in seconds."""
 
-    def __init__(self, commands: Redis, blocking: Redis, keys: Keys, consumer: str, lease: float) -> None:
+    def __init__(
+        self, commands: Redis, blocking: Redis, keys: Keys, consumer: str, lease: float,
+        telemetry: Telemetry = NO_TELEMETRY,
+    ) -> None:  # fmt: skip
         self._commands = commands
         self._blocking = blocking
         self._keys = keys
@@ -74,6 +77,7 @@ class JobQueue:
         self._lease_ms = int(lease * 1000)
         self._cursors: dict[str, str] = {}
         self._said = float("-inf")
+        self._telemetry = telemetry
 
     async def ensure_group(self, queue: str) -> None:
         """Make the stream and its group where they are missing. From 0: jobs added before the group count too."""
@@ -246,7 +250,7 @@ class JobQueue:
                 await cast("Awaitable[object]", self._commands.eval(
                     _REMOVE, 1, key, GROUP, consumer["name"], str(int(idle * 1000))
                 ))  # fmt: skip
-                _log.info("consumer_removed", queue=queue, consumer=name)
+                self._telemetry.emit(ConsumerRemoved(queue, name))
 
     async def busy_consumers(self, queue: str) -> list[str]:
         """The names of all consumers that have jobs pending."""
@@ -262,7 +266,7 @@ class JobQueue:
         """End the leases of a consumer's jobs, so that XAUTOCLAIM takes them."""
         key = self._keys.jobs(queue)
         await self._commands.xclaim(key, GROUP, consumer, 0, sorted(ids), idle=2 * self._lease_ms, justid=True)  # type: ignore[arg-type]  # list is invariant
-        _log.warning("stopped_leases_ended", queue=queue, consumer=consumer, jobs=len(ids))
+        self._telemetry.emit(StoppedLeasesEnded(queue, consumer, len(ids)))
 
     async def remove_consumer(self, queues: Iterable[str]) -> None:
         """Remove this consumer where it has nothing pending; with pending entries they would be lost."""
@@ -300,9 +304,9 @@ class JobQueue:
         """Make a group that vanished (FLUSHALL, a failover) again; whether that was the trouble."""
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
             return False
-        if time.monotonic() - self._said > SAY_AGAIN:
+        if time.monotonic() - self._said > _REPORT_EVERY:
             self._said = time.monotonic()
-            _log.warning("group_made_again", queue=queue)
+            self._telemetry.emit(GroupMadeAgain(queue))
         await self.ensure_group(queue)
         return True
 

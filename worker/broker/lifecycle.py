@@ -1,7 +1,7 @@
-"""The lifecycle stream: a line when a request starts, and one when it is finished.
+"""The lifecycle stream: one record when a request starts, and one when it is finished.
 
-Lines are written beside all else: a job waits for its line only where a later step needs it. One master of a cluster
-has the stream, and the logs and jobs of the others go on while it is away.
+Records are written in the background: a job waits for its record only where a later step depends on it. In a cluster
+one master holds the stream, and while that master is down the logs and jobs of the others go on.
 """
 
 import asyncio
@@ -14,37 +14,41 @@ from redis.exceptions import RedisError, ResponseError
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
-from ..redisio.clients import Backoff, Voice
 from ..redisio.errors import is_transient
 from ..redisio.pipelined import PipelinedConnection, pack
-from ..telemetry.metrics import Metrics
+from ..redisio.retry import Backoff, failing
+from ..telemetry.events import NO_TELEMETRY, RecordRefused, Recovered, Telemetry
 
-_AT_ONCE = 100
-"""Lines in one write."""
+_BATCH = 100
+"""Records in one write."""
+
+_REFUSED = "lifecycle_refused"
 
 
 class LifecycleWriter:
-    """Writes the lines of a process in the order in which they come, each at least once. `length` is in lines."""
+    """Writes the records of a process in the order in which they are given, each at least once.
+
+    `length` is how many records the stream keeps, approximately.
+    """
 
     def __init__(
-        self, redis: Redis, keys: Keys, metrics: Metrics, length: int,
-        connection_type: type[PipelinedConnection] = PipelinedConnection,
+        self, redis: Redis, keys: Keys, telemetry: Telemetry = NO_TELEMETRY, length: int = 100_000,
+        *, connection_type: type[PipelinedConnection] = PipelinedConnection,
     ) -> None:  # fmt: skip
-        self._together = CommandBatcher(redis, connection_type)
+        self._batcher = CommandBatcher(redis, connection_type)
         self._key = keys.lifecycle
-        self._metrics = metrics
-        self._add = ("XADD", self._key, "MAXLEN", "~", str(length), "*")
-        self._refused = Voice("lifecycle_refused")
+        self._telemetry = telemetry
+        self._command = ("XADD", self._key, "MAXLEN", "~", str(length), "*")
         self._waiting: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    def write(self, line: Lifecycle) -> "asyncio.Future[None]":
-        """Add a line; what this gives is done once Redis has the line, and stays open while Redis is away.
+    def write(self, record: Lifecycle) -> "asyncio.Future[None]":
+        """Add a record. The future is done once Redis has the record, and stays open while Redis is unavailable.
 
-        A line that Redis refuses is left out, and that is logged: it must not keep a job from its end.
+        A record that Redis refuses is dropped and reported: it must not keep a job from its end.
         """
-        words = (*self._add, *chain(*line.to_fields().items()))
+        words = (*self._command, *chain(*record.to_fields().items()))
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((pack(*[word.encode() for word in words]), written))
         if self._writing is None or self._writing.done():
@@ -52,29 +56,29 @@ class LifecycleWriter:
         return written
 
     async def aclose(self) -> None:
-        """Write no more."""
+        """Stop writing. Records that are still waiting are lost."""
         self._is_closed = True
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.wait([self._writing])
 
     async def _write_all(self) -> None:
-        backoff = Backoff("lifecycle_delayed")
+        backoff = Backoff("lifecycle_delayed", self._telemetry)
         while self._waiting and not self._is_closed:
-            batch = list(islice(self._waiting, _AT_ONCE))
+            batch = list(islice(self._waiting, _BATCH))
             try:
-                await self._together.execute(self._key, b"".join([packed for packed, _ in batch]), len(batch))
-            except Exception as error:  # noqa: BLE001 - whatever it is, no job waits for ever
-                is_away = isinstance(error, RedisError | OSError) and not isinstance(error, ResponseError)
-                if is_away or is_transient(error):
-                    await backoff.wait(error)  # some may be written by now: they come twice then
-                    continue
+                await self._batcher.execute(self._key, b"".join([packed for packed, _ in batch]), len(batch))
+            except Exception as error:  # noqa: BLE001 - whatever the error is, no job may wait for ever
+                is_unavailable = isinstance(error, RedisError | OSError) and not isinstance(error, ResponseError)
+                if is_unavailable or is_transient(error):
+                    await backoff.wait(error)
+                    continue  # Redis may have some of the records: those are written twice
                 for _ in batch:
-                    self._metrics.refused("lifecycle")
-                self._refused.complain(error)
+                    self._telemetry.emit(RecordRefused("lifecycle"))
+                self._telemetry.emit(failing(_REFUSED, error))
             else:
                 backoff.reset()
-                self._refused.relent()
+                self._telemetry.emit(Recovered(_REFUSED))
             for _, written in batch:
                 self._waiting.popleft()
                 if not written.done():

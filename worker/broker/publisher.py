@@ -24,10 +24,10 @@ from redis.exceptions import RedisError
 
 from ..contract.entries import Fields
 from ..contract.ids import EntryId
-from ..redisio.clients import Backoff
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, NodeConnections, Outcome, PipelinedConnection, pack
-from ..telemetry.metrics import Metrics
+from ..redisio.retry import Backoff
+from ..telemetry.events import NO_TELEMETRY, EntriesAccepted, Telemetry, WriteFailed
 from .feed import FeedBatch, FeedPublisher, note_listeners, trial
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_of, refused_in
 
@@ -57,20 +57,20 @@ class Publisher:
     """Writes the entries of every log that this process owns, and tells the feed of what was accepted."""
 
     def __init__(
-        self, redis: Redis, metrics: Metrics | None = None, *, in_cluster: bool = False,
+        self, redis: Redis, telemetry: Telemetry = NO_TELEMETRY, *, in_cluster: bool = False,
         connection_type: type[PipelinedConnection] = PipelinedConnection,
     ) -> None:  # fmt: skip
         """Write to the server of a client, which the publisher closes at its end."""
         self._redis = redis
         self._wires = NodeConnections(redis, by_slot=in_cluster, connection_type=connection_type)
         self._in_cluster = in_cluster
-        self._metrics = metrics or Metrics()
+        self._telemetry = telemetry
         self.is_full = False
         self._bytes = 0
         self._logs: set[LogWriter] = set()
         self._by_request: dict[str, LogWriter] = {}
         self._out: list[AppendBatch] = []
-        self._feed = FeedPublisher(self._tell, self._metrics)
+        self._feed = FeedPublisher(self._tell, telemetry)
         self._phase = _Phase.IDLE
         self._look = True  # before the first write, so that connecting has one place
         self._asked: set[LogWriter] = set()
@@ -80,7 +80,7 @@ class Publisher:
         self._trouble: Exception | None = None
         self._leaving = False
         self._work = asyncio.Event()
-        self._backoff = Backoff("log_write_failed")
+        self._backoff = Backoff("log_write_failed", telemetry)
         self._flushed = 0.0
         self._rested = 0.0
 
@@ -317,7 +317,8 @@ class Publisher:
         for log, first, entries, _ in unheard.values():
             # The last is enough: whoever has come since reads the log up to there.
             self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
-        self._metrics.written.inc(written)
+        if written:
+            self._telemetry.emit(EntriesAccepted(written))
         for log, since in refused.items():
             self._judge(log, since)
 
@@ -379,13 +380,14 @@ class Publisher:
         was_refused = self._refused.pop(log, 0) == log.attempt
         if was_refused and log.loss is None and not accepted:  # sent again, it would be refused again
             log.mark_lost(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
+        if accepted:
+            self._telemetry.emit(EntriesAccepted(sum(len(entries) for _, _, entries, _ in accepted)))
         for _, first, entries, _ in accepted:
-            self._metrics.written.inc(len(entries))
             self._feed.publish_accepted(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """After a lost connection or a refusal: nobody knows what was written, so look before writing again."""
-        self._metrics.write_failures.inc()
+        self._telemetry.emit(WriteFailed())
         self._feed.mute_if_refused(error)
         self._refused.clear()  # by another server perhaps
         await self._backoff.wait(error)

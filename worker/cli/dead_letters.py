@@ -8,7 +8,7 @@ from functools import partial
 import click
 import msgspec
 
-from ..broker.dead_letters import DeadLetters, NotRetryable, StoredLetter, Wanted, retry_of
+from ..broker.dead_letters import DeadLetters, LetterFilter, NotRetryable, StoredLetter, retry_of
 from ..client.async_client import Client
 from ..client.errors import Conflict
 from ..client.new_job import JobOptions
@@ -60,7 +60,7 @@ def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object
 
     async def print_them() -> None:
         async with _open_letters(settings) as (_, letters):
-            found = await letters.newest(limit, Wanted(queue, reason))
+            found = await letters.newest(limit, LetterFilter(queue, reason))
         for stored in found:
             click.echo(to_json(_summary(stored)) if as_json else _summary_line(stored))
         if not found:
@@ -105,7 +105,9 @@ def retry(
     async def put_all_back() -> None:
         async with _open_letters(settings) as (client, letters):
             chosen = list(ids) or [
-                EntryId.parse(stored.id) async for stored in letters.every(wanted) if not stored.letter.retried_as
+                EntryId.parse(stored.id)
+                async for stored in letters.oldest_first(wanted)
+                if not stored.letter.retried_as
             ]
             if every and not yes:
                 _confirm(f"Put {len(chosen)} jobs back?")
@@ -135,7 +137,7 @@ def drop(
                 await letters.drop(EntryId.parse(stored.id))
                 return {"id": stored.id, "request": stored.request_id, "dropped": True}
 
-            chosen = list(ids) or [EntryId.parse(stored.id) async for stored in letters.every(wanted)]
+            chosen = list(ids) or [EntryId.parse(stored.id) async for stored in letters.oldest_first(wanted)]
             if every and not yes:
                 _confirm(f"Drop {len(chosen)} dead letters for good?")
             await _apply_to_each(letters, chosen, drop_one, as_json=as_json)
@@ -162,7 +164,7 @@ async def put_back(client: Client, letters: DeadLetters, stored: StoredLetter) -
         request_id = await client.enqueue(job.request, **options)
     except (InvalidJob, Conflict) as problem:
         raise NotRetryable(str(problem)) from None
-    letter = await letters.retried(stored, request_id)
+    letter = await letters.mark_retried(stored, request_id)
     return {"id": stored.id, "request": stored.request_id, "retried_as": request_id, "letter": letter}
 
 
@@ -194,12 +196,12 @@ async def _apply_to_each(letters: DeadLetters, chosen: list[EntryId], action: _A
         click.echo(_NONE, err=True)
 
 
-def _check_selection(ids: tuple[EntryId, ...], *, every: bool, queue: str, reason: str) -> Wanted:
+def _check_selection(ids: tuple[EntryId, ...], *, every: bool, queue: str, reason: str) -> LetterFilter:
     if bool(ids) == every:
         raise click.UsageError("give either the IDs of letters or --all")
     if ids and (queue or reason):
         raise click.UsageError("--queue and --reason go with --all")
-    return Wanted(queue, reason)
+    return LetterFilter(queue, reason)
 
 
 def _confirm(question: str) -> None:

@@ -13,9 +13,11 @@ from redis.exceptions import RedisError
 
 from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
+from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import JobQueue
-from ..broker.ledger import Ledger
+from ..broker.lifecycle import LifecycleWriter
 from ..broker.ownership import LogOwnership
+from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
 from ..redisio.clients import blocking_client, command_client, persist
@@ -36,6 +38,7 @@ from .intake import JobIntake
 from .job_runner import JobRunner
 from .maintenance import Maintenance
 from .running_jobs import RunningJobs
+from .settlement import Settlement
 from .slots import Slots
 
 _LONGEST_BLOCK = 1.0
@@ -60,12 +63,14 @@ class Worker:
         self._blocking = blocking_client(url, block)
         self._clock = Clock(self._commands)
         self._metrics = Metrics()
-        self._telemetry = Receivers(self._metrics, LogReceiver())
+        telemetry = self._telemetry = Receivers(self._metrics, LogReceiver())
         keys = Keys(settings.prefix, database_of(url))
-        self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease)
-        self._publisher = open_publisher(url, self._metrics)
-        self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, self._telemetry)
-        self._ledger = Ledger(self._commands, keys, self._metrics, settings.lifecycle_length)
+        self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry)
+        self._publisher = open_publisher(url, telemetry)
+        self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
+        self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
+        self._registry = WorkerRegistry(self._commands, keys, telemetry)
+        dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
         self._upstream = ServerPool(
             _in_an_order_of_its_own(settings.vllm_urls),
             keys=settings.api_keys(),
@@ -73,20 +78,30 @@ class Worker:
             telemetry=self._telemetry,
             pace=pace,
         )
-        relay = JobRunner(
+        owner = LogOwnership(
+            Transactions(self._commands),
+            keys,
+            self._jobs,
+            self._publisher,
+            worker=self._name,
+            nonce=nonce,
+            now=self._clock.now,
+            replicas=settings.wait_replicas,
+        )
+        settlement = Settlement(
             settings,
             jobs=self._jobs,
-            owner=LogOwnership(
-                Transactions(self._commands),
-                keys,
-                self._jobs,
-                self._publisher,
-                worker=self._name,
-                nonce=nonce,
-                now=self._clock.now,
-                replicas=settings.wait_replicas,
-            ),
-            ledger=self._ledger,
+            owner=owner,
+            lifecycle=self._lifecycle,
+            dead_letters=dead_letters,
+            publisher=self._publisher,
+            now=self._clock.now,
+            metrics=self._metrics,
+        )
+        relay = JobRunner(
+            settings,
+            settlement=settlement,
+            owner=owner,
             publisher=self._publisher,
             upstream=self._upstream,
             now=self._clock.now,
@@ -103,7 +118,8 @@ class Worker:
             settings,
             jobs=self._jobs,
             leases=self._leases,
-            ledger=self._ledger,
+            registry=self._registry,
+            dead_letters=dead_letters,
             publisher=self._publisher,
             clock=self._clock,
             line=self._line,
@@ -247,7 +263,7 @@ class Worker:
         """Leave no trace of this worker in Redis, if it answers in time."""
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
-                await self._ledger.leave(self._name)
+                await self._registry.remove(self._name)
                 await self._jobs.remove_consumer(self._settings.queues)
         except (RedisError, OSError) as error:
             _log.warning("leave_failed", error=type(error).__name__)
@@ -257,7 +273,7 @@ class Worker:
         await self._metrics.aclose()
         await self._upstream.aclose()
         await self._publisher.aclose()
-        await self._ledger.aclose()
+        await self._lifecycle.aclose()
         await self._commands.aclose()
         await self._blocking.aclose()
         _log.info("worker_stopped", finished=self._leases.finished)

@@ -14,8 +14,7 @@ from redis.exceptions import RedisError
 
 from ..broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, IdReused, LeaseLost
 from ..broker.cluster_publisher import AnyPublisher
-from ..broker.job_queue import Delivery, JobQueue
-from ..broker.ledger import Ledger
+from ..broker.job_queue import Delivery
 from ..broker.log_writer import (
     LogDiverged,
     LogExhausted,
@@ -67,9 +66,8 @@ class JobRunner:
         self,
         settings: Settings,
         *,
-        jobs: JobQueue,
+        settlement: Settlement,
         owner: LogOwnership,
-        ledger: Ledger,
         publisher: AnyPublisher,
         upstream: ServerPool,
         now: Callable[[], int],
@@ -77,9 +75,7 @@ class JobRunner:
     ) -> None:
         self._settings = settings
         self._owner = owner
-        self._settlement = Settlement(
-            settings, jobs=jobs, owner=owner, ledger=ledger, publisher=publisher, now=now, metrics=metrics
-        )
+        self._settlement = settlement
         self._publisher = publisher
         self._upstream = upstream
         self._now = now

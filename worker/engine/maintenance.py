@@ -9,8 +9,9 @@ from contextlib import suppress
 from redis.exceptions import RedisError, ResponseError
 
 from ..broker.cluster_publisher import AnyPublisher
+from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import JobQueue
-from ..broker.ledger import Ledger
+from ..broker.worker_registry import WorkerRegistry
 from ..contract.records import WorkerRecord
 from ..redisio.clients import Backoff
 from ..redisio.clock import Clock
@@ -27,13 +28,14 @@ _SILENT = 2
 class Maintenance:
     """Keeps a process in order. `line` is how it shows itself."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - it looks after all of these
         self,
         settings: Settings,
         *,
         jobs: JobQueue,
         leases: RunningJobs,
-        ledger: Ledger,
+        registry: WorkerRegistry,
+        dead_letters: DeadLetterWriter,
         publisher: AnyPublisher,
         clock: Clock,
         line: Callable[[], WorkerRecord],
@@ -42,7 +44,8 @@ class Maintenance:
         self._settings = settings
         self._jobs = jobs
         self._leases = leases
-        self._ledger = ledger
+        self._registry = registry
+        self._dead_letters = dead_letters
         self._publisher = publisher
         self._clock = clock
         self._line = line
@@ -120,7 +123,7 @@ class Maintenance:
             self._metrics.queue(queue, depth.waiting, oldest)
 
     async def _beat(self) -> None:
-        self._beats = await self._ledger.beat(self._line(), stale_after=_STALE * self._settings.lease)
+        self._beats = await self._registry.beat(self._line(), stale_after=_STALE * self._settings.lease)
 
     async def _expire_stopped(self) -> None:
         """End leases that are not renewed and whose idle time stands still: of silent workers, and of jobs lost here.
@@ -146,14 +149,14 @@ class Maintenance:
         self._unchanged, self._without_idle = unchanged, without_idle
 
     async def _forget(self) -> None:
-        await self._ledger.forget(self._clock.now() - self._settings.dead_retention * 1000)
+        await self._dead_letters.drop_older(self._clock.now() - self._settings.dead_retention * 1000)
 
     async def _sweep(self) -> None:
         """Remove the consumers of workers that are gone, which nobody else does where one was killed."""
         stale = _STALE * self._settings.lease
         if time.monotonic() - self._swept < stale:
             return
-        alive = await self._ledger.workers()
+        alive = await self._registry.names()
         for queue in self._settings.queues:
             await self._jobs.remove_stale_consumers(queue, alive, stale)
         self._swept = time.monotonic()

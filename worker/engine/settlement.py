@@ -14,8 +14,9 @@ import msgspec
 import structlog
 
 from ..broker.cluster_publisher import AnyPublisher
+from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import Delivery, JobQueue
-from ..broker.ledger import Ledger
+from ..broker.lifecycle import LifecycleWriter
 from ..broker.log_writer import LogDiverged, LogWriter
 from ..broker.ownership import LogOwnership
 from ..contract.answer import Answer
@@ -45,7 +46,8 @@ class Settlement:
         *,
         jobs: JobQueue,
         owner: LogOwnership,
-        ledger: Ledger,
+        lifecycle: LifecycleWriter,
+        dead_letters: DeadLetterWriter,
         publisher: AnyPublisher,
         now: Callable[[], int],
         metrics: Metrics,
@@ -54,7 +56,8 @@ class Settlement:
         self._keys = Keys(settings.prefix, database_of(settings.redis_url.get_secret_value()))
         self._jobs = jobs
         self._owner = owner
-        self._ledger = ledger
+        self._lifecycle_stream = lifecycle
+        self._dead_letters = dead_letters
         self._publisher = publisher
         self._now = now
         self._metrics = metrics
@@ -163,7 +166,7 @@ class Settlement:
             usage=answer.usage,
             timings=answer.end.timings if answer.end else {},
         )
-        return self._ledger.lifecycle(line)
+        return self._lifecycle_stream.write(line)
 
     async def done_with(self, request: JobContext) -> None:
         """Acknowledge a job, whatever became of its log; one that does not validate is buried first."""
@@ -193,7 +196,7 @@ class Settlement:
         most = MAX_BESIDE_BYTES + (0 if code in INVALID else self._settings.max_request_bytes)
         # Without its letter a job is not acknowledged. Where Redis refuses that, it does not wait for it here, where
         # it would take a slot: it comes again once its lease has ended.
-        await persist(lambda: self._ledger.bury(delivery, reason, self._now(), most), stop)
+        await persist(lambda: self._dead_letters.bury(delivery, reason, self._now(), most), stop)
         _log.warning("job_buried", queue=delivery.queue, job=delivery.id, code=code)
         self._metrics.buried.inc()
 

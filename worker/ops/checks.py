@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from ..broker.job_queue import JobQueue
-from ..broker.ledger import Ledger
 from ..broker.queue_depth import waiting_in
+from ..broker.worker_registry import WorkerRegistry
 from ..contract.entries import Object
 from ..contract.keys import GROUP, Keys
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
@@ -268,7 +268,7 @@ async def _check_workers(redis: Redis, keys: Keys, lease: float, unfinished: int
     """Findings about the workers, from their records. The record of a worker that was killed stays for ten leases."""
     seconds, _ = await redis.time()
     findings, alive = [], []
-    for name, record in sorted((await Ledger(redis, keys).lines()).items()):
+    for name, record in sorted((await WorkerRegistry(redis, keys).records()).items()):
         silent = seconds - record.beat // 1000
         if silent > lease:
             message = f"it has been silent for {silent} s"

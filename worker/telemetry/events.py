@@ -40,6 +40,10 @@ class Receivers:
             receiver.emit(event)
 
 
+NO_TELEMETRY: Telemetry = Receivers()
+"""Discards all events."""
+
+
 # Trouble that lasts: told at first, then every half minute, and once more when it is over.
 
 
@@ -359,12 +363,6 @@ class RecordRefused(Event):
 
     level = "silent"
     record: str
-
-
-@dataclass(frozen=True, slots=True)
-class FeedRefused(Event):
-    level = "warning"
-    error: str
 
 
 @dataclass(frozen=True, slots=True)

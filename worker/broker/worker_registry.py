@@ -1,0 +1,66 @@
+"""The hash of workers: each worker keeps a record of itself there and drops the records of dead workers."""
+
+from contextlib import suppress
+from typing import cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from ..contract.entries import to_json
+from ..contract.keys import Keys
+from ..contract.records import WorkerRecord
+from ..telemetry.events import NO_TELEMETRY, Telemetry
+from .refusals import reports_refusal
+
+
+class _Beat(msgspec.Struct):
+    """The one field that is read of another worker's record: a later version may have written the rest differently."""
+
+    beat: int = 0
+
+
+class WorkerRegistry:
+    """The records of all workers, by worker name."""
+
+    def __init__(self, redis: Redis, keys: Keys, telemetry: Telemetry = NO_TELEMETRY) -> None:
+        self._redis = redis
+        self._key = keys.workers
+        self._telemetry = telemetry
+
+    async def beat(self, record: WorkerRecord, stale_after: float) -> dict[str, int]:
+        """Write this worker's record, and drop those that were not renewed for `stale_after` seconds.
+
+        A record that is as far in the future is dropped too: Redis's clock has stepped back, and a live worker writes
+        a new record soon. Returns the beat of every remaining worker, in Unix ms.
+        """
+        with reports_refusal(self._telemetry, "workers"):
+            await self._redis.hset(self._key, record.name, to_json(record))
+        beats: dict[str, int] = {}
+        for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._key)).items():
+            try:
+                beat = msgspec.json.decode(raw, type=_Beat).beat
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                beat = 0  # not a worker's record: it counts as stale
+            if abs(record.beat - beat) > stale_after * 1000:
+                await self._redis.hdel(self._key, name)
+            else:
+                beats[name.decode("utf-8", "replace")] = beat
+        return beats
+
+    async def names(self) -> set[str]:
+        """The names of all workers that have a record."""
+        return {name.decode("utf-8", "replace") for name in cast("list[bytes]", await self._redis.hkeys(self._key))}
+
+    async def records(self) -> dict[str, WorkerRecord]:
+        """All records that can be read, by the worker's name."""
+        records = {}
+        for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._key)).items():
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):
+                records[name.decode("utf-8", "replace")] = msgspec.json.decode(raw, type=WorkerRecord)
+        return records
+
+    async def remove(self, name: str) -> None:
+        """Remove a worker's record. Where Redis refuses that, other workers drop the record as stale."""
+        with suppress(ResponseError):
+            await self._redis.hdel(self._key, name)
