@@ -119,7 +119,7 @@ async def test_a_signal_ends_the_demo_and_all_that_it_started(
     try:
         await line_with(process.stdout, "logger │")
         of_demo = psutil.Process(process.pid).children(recursive=True)
-        assert len(of_demo) == 3, "a Redis and two workers"
+        assert len(of_demo) == 4, "a Redis, its guard and two workers"
         send(process.pid, signum)
         ended = await rest(process)
     finally:

@@ -1,10 +1,15 @@
-"""The Redis of one's own: it starts empty, is the one that was asked for, and leaves nothing behind."""
+"""The embedded Redis starts empty, is the binary that was given, and leaves nothing behind."""
 
+import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from command import environment
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -13,8 +18,8 @@ from worker.sandbox.embedded_redis import NoRedis, find_servers, start_redis, ve
 SERVERS = find_servers()
 
 
-def program(path: Path, does: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{does}\n")
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
 
@@ -36,7 +41,7 @@ def test_each_server_at_hand_starts_empty_and_leaves_nothing(server: Path) -> No
         redis.ping()
 
 
-def test_it_is_gone_after_an_error_too() -> None:
+def test_redis_ends_after_an_error_too() -> None:
     with pytest.raises(KeyError), start_redis() as embedded:  # noqa: PT012 - what happens inside is the point
         process = embedded.process
         raise KeyError
@@ -57,7 +62,7 @@ def test_options_reach_the_server_and_two_live_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("what", ["ends", "is missing", "is no program"])
-def test_a_binary_that_does_not_start_is_told(what: str, tmp_path: Path) -> None:
+def test_a_binary_that_does_not_start_is_reported(what: str, tmp_path: Path) -> None:
     binary = tmp_path / "redis-server"
     if what == "ends":
         program(binary, "exit 1")
@@ -68,7 +73,7 @@ def test_a_binary_that_does_not_start_is_told(what: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("says", "taken"),
+    ("script", "found"),
     [
         ("echo 'Redis server v=6.2.14 sha=0'", True),
         ("echo 'Redis server v=10.0.0 sha=0'", True),
@@ -78,20 +83,19 @@ def test_a_binary_that_does_not_start_is_told(what: str, tmp_path: Path) -> None
         ("exit 1", False),
     ],
 )
-def test_a_server_that_is_too_old_or_broken_is_passed_over(
-    says: str,
-    taken: bool,  # noqa: FBT001 - a parameter of the test
+def test_a_server_that_is_too_old_or_broken_is_left_out(
+    script: str,
+    found: bool,  # noqa: FBT001 - a parameter of the test
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = program(tmp_path / "redis-server", says)
+    server = program(tmp_path / "redis-server", script)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert (server in find_servers()) is taken
+    assert (server in find_servers()) is found
 
 
-def test_without_a_server_fakeredis_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.sandbox.embedded_redis.find_servers", list)
-    with start_redis() as embedded:
+def test_without_a_server_fakeredis_takes_its_place() -> None:
+    with start_redis(servers=[]) as embedded:
         assert "fakeredis" in embedded.what
         assert embedded.process is None
         with Redis.from_url(embedded.url, protocol=2) as redis:
@@ -99,10 +103,51 @@ def test_without_a_server_fakeredis_takes_its_place(monkeypatch: pytest.MonkeyPa
             assert redis.xadd("log", {"a": "b"}, id="1-0") == b"1-0"
             began = time.monotonic()
             assert redis.xread({"log": "1-0"}, block=50) == []
-            assert time.monotonic() - began >= 0.04, "it blocks as long as it is told to"
+            assert time.monotonic() - began >= 0.04, "it blocks for the given time"
 
 
-def test_the_version_is_the_binarys_own_word() -> None:
+def test_the_version_is_the_one_that_the_binary_prints() -> None:
     for server in SERVERS:
-        said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
-        assert f"v={version_of(server)} " in said
+        printed = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
+        assert f"v={version_of(server)} " in printed
+
+
+USER = """
+import sys, time
+from redis import Redis
+from worker.sandbox.embedded_redis import start_redis
+with start_redis() as embedded, Redis.from_url(embedded.url, protocol=2) as redis:
+    print(embedded.process.pid, redis.config_get("dir")["dir"], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_redis_and_its_folder_are_gone_when_their_user_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", USER], env=environment(), stdout=subprocess.PIPE, text=True) as user:
+        assert user.stdout is not None
+        pid, folder = user.stdout.readline().split()
+        server = psutil.Process(int(pid))
+        user.kill()
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running()
+    end = time.monotonic() + 10
+    while Path(folder).exists():
+        assert time.monotonic() < end, "the folder is still there"
+        time.sleep(0.01)
+
+
+def test_ctrl_c_during_the_start_ends_the_server(tmp_path: Path) -> None:
+    record = tmp_path / "pid"
+    server = program(tmp_path / "redis-server", f"echo $$ > {record}.new; mv {record}.new {record}; exec sleep 60")
+
+    def interrupt() -> None:
+        while not record.exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt), start_redis(server):
+        pass
+    other.join()
+    assert not psutil.pid_exists(int(record.read_text()))

