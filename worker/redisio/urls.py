@@ -14,10 +14,10 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.exceptions import RedisError
 
-_PLAIN = re.compile(r"(redis|rediss|unix)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
-_SEVERAL = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)
+_SINGLE_HOST = re.compile(r"(redis|rediss|unix)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
+_MULTI_HOST = re.compile(r"(rediss?)\+(sentinel|cluster)://([^/?#]*)/?([^?#]*)(.*)", re.DOTALL)
 _PORTS = {"sentinel": 26379, "cluster": 6379}
-_MUST = {
+_EXPECTED = {
     "": (
         "must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path, "
         "redis+sentinel://host,host2/<master name> or redis+cluster://host,host2"
@@ -31,8 +31,8 @@ _TLS = frozenset(
     (*_FILES, "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_check_hostname", "ssl_ciphers",
      "ssl_exclude_verify_flags", "ssl_include_verify_flags", "ssl_min_version", "ssl_password")
 )  # fmt: skip
-_OF_SENTINELS = {"sentinel_username": "username", "sentinel_password": "password"}
-_TAKEN = frozenset(("client_name", "db", "password", "username"))
+_SENTINEL_LOGIN = {"sentinel_username": "username", "sentinel_password": "password"}
+_ACCEPTED = frozenset(("client_name", "db", "password", "username"))
 _IGNORED = frozenset(
     ("decode_responses", "encoding", "encoding_errors", "health_check_interval", "legacy_responses", "lib_name",
      "lib_version", "max_connections", "protocol", "retry_on_error", "retry_on_timeout", "socket_connect_timeout",
@@ -66,37 +66,42 @@ def parse_redis_url(url: str) -> RedisUrl:
         ValueError: what is wrong, as the end of a sentence about the URL. The message quotes names of options and the
             database, and nothing else, because a URL may hold a password.
     """
-    url = url.strip()  # one from a file often ends with a newline
-    several, plain = _SEVERAL.fullmatch(url), _PLAIN.fullmatch(url)
-    kind = several[2] if several else ""
-    if several:
-        scheme, _, place, path, rest = several.groups()
-    elif plain:
-        scheme, place, path, rest = plain.groups()
+    url = url.strip()  # a URL from a file often ends with a newline
+    multi_host, single = _MULTI_HOST.fullmatch(url), _SINGLE_HOST.fullmatch(url)
+    kind = multi_host[2] if multi_host else ""
+    if multi_host:
+        scheme, _, authority, path, rest = multi_host.groups()
+    elif single:
+        scheme, authority, path, rest = single.groups()
     else:
-        raise ValueError(_MUST[kind])
+        raise ValueError(_EXPECTED[kind])
     # A password that is not percent-encoded: the message must not quote it.
     if "@" in (rest if scheme == "unix" else path + rest) or "#" in rest:
-        raise ValueError(_MUST[kind])
+        raise ValueError(_EXPECTED[kind])
     given = _options(rest, secure=scheme == "rediss", kind=kind)
+    query = urlencode({name: value for name, value in given.items() if name in _ACCEPTED | _TLS})
+    if (kind == "sentinel" and path[:1] in ("", "/")) or (kind == "cluster" and path not in ("", "0")):
+        raise ValueError(_EXPECTED[kind])  # without the name of a master, or with a database
     nodes: tuple[tuple[str, int], ...] = ()
-    query = urlencode({name: value for name, value in given.items() if name in _TAKEN | _TLS})
+    service = database = ""
     try:
-        if kind == "":
-            db = "" if scheme == "unix" else _db(path)
-            options = parse_url(f"{scheme}://{place}{path if scheme == 'unix' else f'/{db}'}?{query}")
-            service = ""
-        else:
-            user, at, hosts = place.rpartition("@")
+        if kind:
+            user, at, hosts = authority.rpartition("@")
             nodes = tuple(_address(host, _PORTS[kind]) for host in hosts.split(","))
-            service, db = _service_and_db(path) if kind == "sentinel" else ("", _no_db(path))
-            options = parse_url(f"{scheme}://{user}{at}redis/{db}?{query}")
+            if kind == "sentinel":
+                name, slash, number = path.partition("/")
+                service, database = unquote(name), _database(number) if slash else ""
+            options = parse_url(f"{scheme}://{user}{at}redis/{database}?{query}")
             del options["host"]
+        else:
+            place = path if scheme == "unix" else f"/{_database(path)}"
+            options = parse_url(f"{scheme}://{authority}{place}?{query}")
     except _SafeError:
         raise
     except ValueError as error:  # its message may quote a part of the password
         option = re.match(r"Invalid value for '(\w+)'", str(error))
-        raise ValueError(f"has an invalid value for the option {option[1]}" if option else _MUST[kind]) from None
+        reason = f"has an invalid value for the option {option[1]}" if option else _EXPECTED[kind]
+        raise ValueError(reason) from None
     accepted = cast("dict[str, Any]", options)
     _check_tls(accepted)
     return RedisUrl(
@@ -104,9 +109,18 @@ def parse_redis_url(url: str) -> RedisUrl:
         accepted,
         nodes,
         service,
-        {_OF_SENTINELS[name]: value for name, value in given.items() if name in _OF_SENTINELS},
+        {_SENTINEL_LOGIN[name]: value for name, value in given.items() if name in _SENTINEL_LOGIN},
         tuple(sorted(given.keys() & _IGNORED)),
     )
+
+
+def database_of(url: str) -> int:
+    """The number of the database that a URL selects; 0 where the URL names none.
+
+    Raises:
+        ValueError: as `parse_redis_url` does.
+    """
+    return int(parse_redis_url(url).options.get("db") or 0)
 
 
 class _SafeError(ValueError):
@@ -115,13 +129,12 @@ class _SafeError(ValueError):
 
 def _options(query: str, *, secure: bool, kind: str) -> dict[str, str]:
     """The options of a URL. Raises for unknown ones and for those without a value."""
-    taken = {*_TAKEN, *(_TLS if secure else ()), *(_OF_SENTINELS if kind == "sentinel" else ())}
+    accepted = {*_ACCEPTED, *(_TLS if secure else ()), *(_SENTINEL_LOGIN if kind == "sentinel" else ())}
     if kind == "cluster":
-        taken.remove("db")
-    known = taken | _IGNORED
-    given = dict(
-        reversed(parse_qsl(query.removeprefix("?"), keep_blank_values=True))
-    )  # as redis-py does: the first value counts
+        accepted.remove("db")
+    known = accepted | _IGNORED
+    pairs = parse_qsl(query.removeprefix("?"), keep_blank_values=True)
+    given = dict(reversed(pairs))  # the first value of an option counts, as in redis-py
     for name, value in given.items():
         if name in _TLS and not secure:
             raise _SafeError(f"has the option {name}, which needs TLS: begin the URL with rediss, not redis")
@@ -129,14 +142,14 @@ def _options(query: str, *, secure: bool, kind: str) -> dict[str, str]:
             raise _SafeError(f"has the unknown option {name!r}: for TLS begin the URL with rediss, not redis")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(taken))}"
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(accepted))}"
             raise _SafeError(f"has the unknown option {name[:40]!r}: {hint}")
         if not value:
             raise _SafeError(f"has the option {name} without a value")
     return given
 
 
-def _db(path: str) -> str:
+def _database(path: str) -> str:
     found = re.fullmatch(r"/?([0-9]{0,9})/?", path)
     if found is None:
         raise _SafeError(
@@ -160,30 +173,8 @@ def _check_tls(options: Mapping[str, Any]) -> None:
         raise _SafeError(f"has invalid options of TLS: {why}") from None
 
 
-def database_of(url: str) -> int:
-    """The number of the database that a URL selects; 0 where the URL names none.
-
-    Raises:
-        ValueError: as `parse_redis_url` does.
-    """
-    return int(parse_redis_url(url).options.get("db") or 0)
-
-
 def _address(host: str, port: int) -> tuple[str, int]:
     parts = urlsplit(f"redis://{host}")
     if not parts.hostname or parts.port == 0:
         raise ValueError
     return parts.hostname, parts.port or port
-
-
-def _service_and_db(path: str) -> tuple[str, str]:
-    name, slash, db = path.partition("/")
-    if not name:
-        raise ValueError
-    return unquote(name), _db(db) if slash else ""
-
-
-def _no_db(path: str) -> str:
-    if path not in ("", "0"):
-        raise ValueError
-    return ""
