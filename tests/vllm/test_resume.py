@@ -9,15 +9,10 @@ from hypothesis import strategies as st
 
 from worker.contract.entries import JSON, Delta, Resumed, parse
 from worker.contract.ids import EntryId
-from worker.vllm.chunks.parser import digest_of
+from worker.vllm.chunks.parser import digest_of_prompt
 from worker.vllm.errors import CannotResume
-from worker.vllm.resume.plan import (
-    Kept,
-    ResumedChunkParser,
-    ResumePlan,
-    kept_of,
-    obstacle,
-)
+from worker.vllm.resume.parser import ResumedChunkParser
+from worker.vllm.resume.plan import KeptAnswer, ResumePlan, keep_answer, why_not_resumable
 from worker.vllm.resume.stop_strings import StopStrings
 from worker.vllm.servers.pool import CHAT, COMPLETIONS
 
@@ -29,8 +24,8 @@ def delta(n: int, content: str = "", *tokens: int, **more: Any) -> Delta:  # noq
     return Delta(id=EntryId(1, n), content=content, token_ids=list(tokens), **more)
 
 
-def kept(*tokens: int, content: str = "text", plain: bool = True) -> Kept:
-    return Kept(EntryId(1, 9), list(tokens), 1, content, plain)
+def kept(*tokens: int, content: str = "text", plain: bool = True) -> KeptAnswer:
+    return KeptAnswer(EntryId(1, 9), list(tokens), 1, content, plain)
 
 
 def chunk(content: str, *tokens: int, prompt: list[int] | None = None, **choice: Any) -> bytes:  # noqa: ANN401 - any field
@@ -40,16 +35,16 @@ def chunk(content: str, *tokens: int, prompt: list[int] | None = None, **choice:
 
 def test_tokens_after_the_last_text_are_not_kept() -> None:
     deltas = [delta(2, "S", 10), delta(3, "", 11), delta(4, "u", 12), delta(5, "", 13), delta(6, "", 14)]
-    assert kept_of(deltas) == Kept(EntryId(1, 4), [10, 11, 12], 1, "Su", plain=True)
+    assert keep_answer(deltas) == KeptAnswer(EntryId(1, 4), [10, 11, 12], 1, "Su", is_plain=True)
 
 
 def test_where_no_text_came_nothing_is_kept_but_the_entries_before() -> None:
-    assert kept_of([delta(2, "", 10), delta(3, "", 11)]) == Kept(EntryId(1, 1), [], 0, "", plain=True)
+    assert keep_answer([delta(2, "", 10), delta(3, "", 11)]) == KeptAnswer(EntryId(1, 1), [], 0, "", is_plain=True)
 
 
 def test_reasoning_is_text_but_not_plain() -> None:
-    found = kept_of([delta(2, "", 10, reasoning="Hm"), delta(3, "", 11)])
-    assert (found.tokens, found.plain, found.after) == ([10], False, EntryId(1, 2))
+    found = keep_answer([delta(2, "", 10, reasoning="Hm"), delta(3, "", 11)])
+    assert (found.token_ids, found.is_plain, found.after) == ([10], False, EntryId(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +58,7 @@ def test_reasoning_is_text_but_not_plain() -> None:
 )
 def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: str) -> None:
     with pytest.raises(CannotResume, match=why):
-        kept_of(deltas)
+        keep_answer(deltas)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +78,7 @@ def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: 
     ],
 )
 def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
-    assert obstacle(ASKED | field)
+    assert why_not_resumable(ASKED | field)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +92,12 @@ def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_obstacle(field: dict[str, Any]) -> None:
-    assert not obstacle(ASKED | field)
+    assert not why_not_resumable(ASKED | field)
 
 
 def test_the_limits_are_those_of_the_whole_answer() -> None:
-    way = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
-    (chat, body), (completions, plain) = way.requests
+    plan = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
+    (chat, body), (completions, plain) = plan.requests
     assert (chat, completions) == (CHAT, COMPLETIONS)
     assert body == ASKED | {
         "max_tokens": 8, "min_tokens": 3, "kv_transfer_params": {"prompt_token_ids": [*PROMPT, 7, 8]}
@@ -117,7 +112,7 @@ def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() ->
 
 
 @pytest.mark.parametrize(
-    "way",
+    "plan",
     [
         ResumePlan(ASKED, kept(7, plain=False), [*PROMPT, 7], room=9),
         ResumePlan(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], room=9),
@@ -125,8 +120,8 @@ def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() ->
     ],
     ids=["reasoning", "logprobs", "no limit known"],
 )
-def test_the_plain_route_is_for_plain_text(way: ResumePlan) -> None:
-    assert [route for route, _ in way.requests] == [CHAT]
+def test_the_plain_route_is_for_plain_text(plan: ResumePlan) -> None:
+    assert [route for route, _ in plan.requests] == [CHAT]
 
 
 def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
@@ -141,8 +136,8 @@ def test_an_answer_with_all_its_tokens_is_over(asked: dict[str, Any], room: int,
 
 
 def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ResumedChunkParser:
-    way = ResumePlan(ASKED | asked, kept(7, 8, content=content), [*PROMPT, 7, 8], held)
-    return ResumedChunkParser(way, n=1, keep_prompt_ids=True, keep_usage=False)
+    plan = ResumePlan(ASKED | asked, kept(7, 8, content=content), [*PROMPT, 7, 8], held)
+    return ResumedChunkParser(plan, n=1, keep_prompt_ids=True, keep_usage=False)
 
 
 def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
@@ -150,7 +145,7 @@ def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
     resumed, opened, first = parser.parse(chunk("new", 9, prompt=[*PROMPT, 7, 8]))
     assert parser.is_committed, "it has written"
     assert parse("2-1", resumed) == Resumed(id=EntryId(2, 1), after="1-9", forgets=["presence_penalty"])
-    assert (opened["prompt_tokens"], opened["prompt_digest"]) == ("3", digest_of(PROMPT))
+    assert (opened["prompt_tokens"], opened["prompt_digest"]) == ("3", digest_of_prompt(PROMPT))
     assert msgspec.json.decode(opened["extra"]) == {"prompt_token_ids": PROMPT}
     assert first == {"type": "delta", "content": "new", "token_ids": "[9]"}
     parser.parse(b'{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":1,"total_tokens":6}}')
@@ -210,12 +205,12 @@ def test_a_cut_does_not_show_in_what_is_published(
     shown, count = before, cut
     for piece in text[cut:]:
         fields = {"type": "delta"} | ({"content": piece} if piece else {})
-        shown += finder.take(fields).get("content", "")
+        shown += finder.apply(fields).get("content", "")
         count += 1
         if finder.found:
             break
     else:
-        shown += finder.take({"type": "delta", "finish_reason": "length"}).get("content", "")
+        shown += finder.apply({"type": "delta", "finish_reason": "length"}).get("content", "")
     assert shown == whole
     assert finder.found is stopped
     if stopped:

@@ -19,7 +19,8 @@ from ..settings import Settings, shown_url
 from ..telemetry.metrics import Metrics
 from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
-from ..vllm.resume.plan import ResumedChunkParser, plan_resume
+from ..vllm.resume.parser import ResumedChunkParser
+from ..vllm.resume.resume import plan_resume
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT, ServerPool
 from ..vllm.servers.server import Server

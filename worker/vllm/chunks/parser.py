@@ -70,7 +70,7 @@ class ChunkParser:
         n: int = 1,
         keep_prompt_ids: bool = False,
         keep_usage: bool = False,
-        sent: list[int] | None = None,
+        expected_prompt: list[int] | None = None,
         kept: int = 0,
     ) -> None:
         self.done = False
@@ -83,7 +83,7 @@ class ChunkParser:
         self._n = n
         self._keep_prompt_ids = keep_prompt_ids
         self._keep_usage = keep_usage
-        self._unproven = sent
+        self._unproven = expected_prompt
         self._kept = kept
         self._seen: set[int] = set()
         self._spoken: set[int] = set()  # choices of which something was said, beside their end
@@ -333,7 +333,7 @@ class ChunkParser:
             return
         ids = ids[: len(ids) - self._kept]
         head["prompt_tokens"] = str(len(ids))
-        head["prompt_digest"] = digest_of(ids)
+        head["prompt_digest"] = digest_of_prompt(ids)
         if self._keep_prompt_ids:
             self._unsaid["prompt_token_ids"] = Raw(_encode(ids))
 
@@ -395,6 +395,6 @@ def _plain_model(head: Fields) -> str:
     return head["model"] if head.keys() >= {"response_id", "model", "created"} else ""
 
 
-def digest_of(prompt: list[int]) -> str:
+def digest_of_prompt(prompt: list[int]) -> str:
     """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
     return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
