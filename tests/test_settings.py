@@ -163,12 +163,12 @@ def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch
     )
     assert sorted(told) == [
         f"REDIS_URL {NO_REDIS_URL}",
-        "VLLM_URLS holds 'localhost:8000', which is no URL such as http://127.0.0.1:8000",
+        "VLLM_URLS holds 'localhost:8000', which is not a URL such as http://127.0.0.1:8000",
         "WORKER_LEASE is 'soon': it should be a valid number, unable to parse string as a number",
         "WORKER_LOG_LEVEL is 'loud': it should be 'debug', 'info', 'warning' or 'error'",
         "WORKER_PREFIX is 'a b': String should match pattern '^[A-Za-z0-9_.:-]{1,64}$'",
         "WORKER_QUEUES names a queue twice",
-        "WORKER_SLOT is no setting: did you mean WORKER_SLOTS?",
+        "WORKER_SLOT is not a setting: did you mean WORKER_SLOTS?",
         "WORKER_SLOTS is '0': it should be greater than or equal to 1",
         "WORKER_TRIES is '1.5': it should be a valid integer, unable to parse string as an integer",
     ]
@@ -220,12 +220,12 @@ def test_c1_only_what_is_nearly_one_of_ours_is_refused(
         monkeypatch.setenv(name, "tcp://10.0.0.1:8000")
         assert load_settings().unknown == ((name,) if verdict == "warn" else ())
     else:
-        assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is no setting: did you mean {verdict}?"
+        assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is not a setting: did you mean {verdict}?"
 
 
 def test_c1_a_variable_in_dotenv_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("WORKER_SLOTZ=4\nSLOTZ=4\nWORKER_CONCURRENCY=2\n")
-    assert problems(monkeypatch) == ["WORKER_SLOTZ (in .env) is no setting: did you mean WORKER_SLOTS?"]
+    assert problems(monkeypatch) == ["WORKER_SLOTZ (in .env) is not a setting: did you mean WORKER_SLOTS?"]
     Path(".env").write_text("WORKER_CONCURRENCY=2\n")
     assert load_settings().unknown == ("WORKER_CONCURRENCY (in .env)",)
 
@@ -243,7 +243,7 @@ def test_c1_a_command_that_needs_few_settings_judges_only_these(monkeypatch: pyt
     settings = load_settings(("redis_url", "prefix"), redis_url=None)
     assert (settings.prefix, settings.redis_url.get_secret_value(), settings.slots) == ("mine", "redis://h", 256)
     monkeypatch.setenv("WORKER_PREFX", "other")
-    with pytest.raises(ConfigError, match=r"^WORKER_PREFX is no setting: did you mean WORKER_PREFIX\?$"):
+    with pytest.raises(ConfigError, match=r"^WORKER_PREFX is not a setting: did you mean WORKER_PREFIX\?$"):
         load_settings(("redis_url", "prefix"))
 
 

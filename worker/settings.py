@@ -1,6 +1,7 @@
-"""The settings of the service, from options, the environment and a .env file, in this order.
+"""The settings of a worker: read from options, the environment and a .env file, in this order, and checked.
 
-A variable that is empty counts as not set.
+A variable that is empty counts as not set. The descriptions are the text of `worker run --help` and of the table in
+deploy/README.md.
 """
 
 import os
@@ -35,7 +36,7 @@ Seconds = Annotated[float, Field(gt=0, le=_DAY)]
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; one sentence for each variable that is wrong."""
+    """The settings cannot be used. `problems` has one sentence for each variable that is wrong."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -43,7 +44,7 @@ class ConfigError(ValueError):
 
 
 class Settings(BaseSettings):
-    """All settings of a worker. Durations are seconds and take fractions."""
+    """All settings of a worker. Durations are seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -56,87 +57,96 @@ class Settings(BaseSettings):
         SecretStr("redis://127.0.0.1:6379/0"),
         validation_alias="REDIS_URL",
         description=(
-            "Redis, as redis://, rediss:// (TLS), unix://, redis+sentinel://host,host2/<master name> or "
-            "redis+cluster://host,host2; a password in it is never shown"
+            "URL of Redis: redis://, rediss:// (TLS), unix://, redis+sentinel://host,host2/<master name> or "
+            "redis+cluster://host,host2. Logs and errors never show its password"
         ),
     )
     vllm_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://127.0.0.1:8000",),
         validation_alias=AliasChoices("VLLM_URLS", "VLLM_URL"),
-        description="Base URLs of vLLM servers, separated by commas, with or without /v1",
+        description="Base URLs of the vLLM servers, separated by commas, with or without /v1",
     )
     vllm_api_key: SecretStr = Field(
         SecretStr(""),
         validation_alias="VLLM_API_KEY",
-        description="The bearer key that the vLLM servers ask for, if they do",
+        description="Bearer key for the vLLM servers, if they require one",
     )
     vllm_api_key_2: SecretStr = Field(
         SecretStr(""),
         validation_alias="VLLM_API_KEY_2",
-        description="Another key, tried where the first is refused: servers may take the one or the other for a while",
+        description="Second bearer key, tried at a server that refuses the first: for the rotation of keys",
     )
     vllm_api_key_file: str = Field(
         "",
         validation_alias="VLLM_API_KEY_FILE",
-        description="A file with such keys, one a line, which go before the others; it is read again after a 401",
+        description="File with bearer keys, one a line. They are tried first, and the file is read again after a 401",
     )
-    prefix: str = Field("chat", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="What all keys in Redis begin with")
+    prefix: str = Field(
+        "chat", pattern=r"^[A-Za-z0-9_.:-]{1,64}$", description="Prefix of all keys and channels in Redis"
+    )
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
-        (DEFAULT_QUEUE,), description="The queues to serve, separated by commas, the most important first"
+        (DEFAULT_QUEUE,), description="Queues that this worker serves, separated by commas, the most important first"
     )
-    # A refusal is the choice of who enqueues: by default the queue is the buffer, however long it becomes.
+    # By default the queue is the buffer, however long it becomes. Those who enqueue may choose a limit.
     queue_limit: int = Field(
-        0, ge=0, description="How many jobs may wait in a queue for worker enqueue to add one; 0 is any number"
+        0, ge=0, description="Number of waiting jobs from which `worker enqueue` refuses to add one; 0 is no limit"
     )
-    slots: int = Field(256, ge=1, le=100_000, description="How many jobs run at once")
+    slots: int = Field(256, ge=1, le=100_000, description="Number of jobs that this worker runs at once")
     lease: float = Field(
         15.0,
         ge=0.5,
         le=3600,
-        description="Seconds after which a silent worker's jobs go to another; one for all workers",
+        description="Seconds of silence after which a worker's jobs go to another. It must be the same for all workers",
     )
     drain_timeout: float = Field(
-        25.0, ge=0, le=_DAY, description="Seconds that running jobs have to end after SIGTERM; the rest is handed over"
+        25.0,
+        ge=0,
+        le=_DAY,
+        description="Seconds that running jobs have to end after SIGTERM. Then the worker hands them over to others",
     )
-    retention: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds that a log is kept after its end")
-    remember: int = Field(_DAY, ge=1, le=365 * _DAY, description="Seconds that the outcome is kept after the end")
-    dead_retention: int = Field(7 * _DAY, ge=1, le=365 * _DAY, description="Seconds that dead letters are kept")
+    retention: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds that a log is kept after its request ended")
+    remember: int = Field(
+        _DAY, ge=1, le=365 * _DAY, description="Seconds that the outcome of a request is kept after it ended"
+    )
+    dead_retention: int = Field(
+        7 * _DAY, ge=1, le=365 * _DAY, description="Seconds that dead letters, which hold prompts, are kept"
+    )
     lifecycle_length: int = Field(
-        100_000, ge=1, le=1_000_000_000, description="How many lines the lifecycle stream keeps, two for each request"
+        100_000, ge=1, le=1_000_000_000, description="Number of lifecycle entries that are kept, two for each request"
     )
     wait_replicas: int = Field(
-        0, ge=0, le=100, description="How many replicas of Redis must have the end of a log before its job is done"
+        0, ge=0, le=100, description="Number of Redis replicas that must have the end of a log before its job is done"
     )
-    connect_timeout: Seconds = Field(5.0, description="Seconds to connect to vLLM")
-    first_token_timeout: Seconds = Field(120.0, description="Seconds from the request to vLLM's first token")
-    gap_timeout: Seconds = Field(30.0, description="Seconds from one token of vLLM to the next")
-    tries: int = Field(3, ge=1, le=100, description="How often a request is sent to vLLM before it fails")
+    connect_timeout: Seconds = Field(5.0, description="Seconds within which a connection to vLLM must be made")
+    first_token_timeout: Seconds = Field(120.0, description="Seconds within which vLLM must send the first token")
+    gap_timeout: Seconds = Field(30.0, description="Seconds within which vLLM must send each further token")
+    tries: int = Field(3, ge=1, le=100, description="Number of times that a request is sent to vLLM before it fails")
     on_interrupt: Literal["resume", "restart", "fail"] = Field(
-        "resume", description="What becomes of an answer that broke off, by a fault of vLLM or of a worker"
+        "resume", description="What happens to an answer that broke off, by a fault of vLLM or of a worker"
     )
     max_deliveries: int = Field(
-        5, ge=1, le=1000, description="How often a job is delivered without progress before it is buried"
+        5, ge=1, le=1000, description="Number of deliveries without progress after which a job becomes a dead letter"
     )
     max_request_bytes: int = Field(
-        MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="The size limit of a job's request"
+        MAX_REQUEST_BYTES, ge=1024, le=512 * 1024 * 1024, description="Largest size of a job's request, in bytes"
     )
-    max_choices: int = Field(16, ge=1, le=10_000, description="How many answers (n) a job may ask for")
+    max_choices: int = Field(16, ge=1, le=10_000, description="Largest number of answers (n) that a job may request")
     max_tokens: int = Field(
-        0, ge=0, description="How long an answer may become, in tokens; also of jobs that do not say; 0 is any length"
+        0,
+        ge=0,
+        description="Longest answer in tokens. It also holds for a job that names no length; 0 is no limit",
     )
-    metrics: str = Field("", description="Serve Prometheus metrics at this address, such as 127.0.0.1:9100")
+    metrics: str = Field("", description="Address at which Prometheus metrics are served, such as 127.0.0.1:9100")
     log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="How logs are written; auto is readable on a terminal and JSON elsewhere"
+        "auto", description="Format of the logs. auto is readable text on a terminal and JSON elsewhere"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least level that is logged"
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
 
     _unknown: tuple[str, ...] = ()
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Variables that begin with WORKER_ and are no settings: another program's, or very much misspelt."""
+        """Variables that begin with WORKER_ and are not settings: another program's, or badly misspelt."""
         return self._unknown
 
     @field_validator("vllm_urls", "queues", mode="before")
@@ -181,7 +191,7 @@ class Settings(BaseSettings):
             raise ValueError("is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000")
         for url in value:
             if not _is_http(url):
-                raise ValueError(f"holds {shown_url(url)!r}, which is no URL such as http://127.0.0.1:8000")
+                raise ValueError(f"holds {shown_url(url)!r}, which is not a URL such as http://127.0.0.1:8000")
             parts = urlsplit(base_url(url))
             if parts.query or parts.fragment or parts.path.endswith("/completions"):
                 raise ValueError(
@@ -199,20 +209,20 @@ class Settings(BaseSettings):
         return value
 
     def api_keys(self) -> ApiKeys:
-        """All keys that the vLLM servers may take."""
+        """The bearer keys for the vLLM servers."""
         given = (self.vllm_api_key, self.vllm_api_key_2)
         file = Path(self.vllm_api_key_file) if self.vllm_api_key_file else None
         return ApiKeys(*(key.get_secret_value() for key in given), file=file)
 
 
 def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
-    """Read the settings; options that are None are left to the environment.
+    """Read the settings. An option that is None is not given, so the environment decides.
 
-    With `only` it reads no more than these settings, as a command does that needs few of them: the others keep their
-    defaults, whatever the environment says.
+    With `only`, just these settings are read, for a command that needs few of them. The others keep their defaults,
+    even where the environment has bad values for them.
 
     Raises:
-        ConfigError: naming every variable that has a bad value, or a name that is nearly one of ours.
+        ConfigError: names every variable whose value is bad, or whose name is nearly that of a setting.
     """
     used = [name for name in Settings.model_fields if name in only or not only]
     given = {
@@ -225,21 +235,21 @@ def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
         in_file = dotenv_values(env_file) if env_file.is_file() else {}
     except UnicodeDecodeError:
         raise ConfigError([f"{env_file} is not UTF-8: save it as UTF-8"]) from None
-    problems, strange = [], []
+    problems, unknown = [], []
     for names, where in ((in_file, f" (in {env_file})"), (os.environ, "")):
-        for name in sorted(filter(_is_strange, names)):
+        for name in sorted(filter(_is_unknown, names)):
             near = next((own for own in map(variable, used) if _is_misspelt(name.upper(), own)), "")
             if near:
-                problems.append(f"{name}{where} is no setting: did you mean {near}?")
+                problems.append(f"{name}{where} is not a setting: did you mean {near}?")
             else:
-                strange.append(f"{name}{where}")
+                unknown.append(f"{name}{where}")
     try:
         settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg]  # pydantic checks them
     except ValidationError as error:
-        raise ConfigError([*problems, *map(_told, error.errors())]) from None
+        raise ConfigError([*problems, *map(_sentence, error.errors())]) from None
     if problems:
         raise ConfigError(problems)
-    settings._unknown = tuple(strange)  # noqa: SLF001 - pydantic has no other way to keep what is no setting
+    settings._unknown = tuple(unknown)  # noqa: SLF001 - pydantic has no other way to keep what is not a setting
     return settings
 
 
@@ -249,9 +259,9 @@ def variable(name: str) -> str:
 
 
 def shown_url(url: str) -> str:
-    """A URL without the user's name and password, nor its query: fit for logs.
+    """A URL as it may be logged: without the user's name, the password and the query.
 
-    It is not taken apart as a URL, for what is shown as wrong may be none, and holds the password all the same.
+    The text is not parsed as a URL, since it may be an invalid one, which holds the password all the same.
     """
     scheme = re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]*://)?", url)
     start = scheme.group() if scheme else ""
@@ -263,7 +273,7 @@ def address_of(text: str) -> tuple[str, int]:
     """Host and port of an address such as `127.0.0.1:9100` or `[::1]:9100`.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: when the text is not such an address.
     """
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -274,47 +284,46 @@ def address_of(text: str) -> tuple[str, int]:
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        httpx.URL(url).host.encode("idna")  # as httpx and the resolver do, each time
+        httpx.URL(url).host.encode("idna")  # httpx and the resolver do this with each request
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except (ValueError, httpx.InvalidURL):  # a port that is none, or a name that no host can have
+    except (ValueError, httpx.InvalidURL):  # a bad port, or a name that no host can have
         return False
 
 
-def _is_strange(name: str) -> bool:
-    """Whether a variable begins as ours do and is none, and is not of Kubernetes for a service named `worker`."""
+def _is_unknown(name: str) -> bool:
+    """Whether a variable begins with WORKER_ and is neither a setting nor from Kubernetes, for a service `worker`."""
     name = name.upper()
     own = {variable(field) for field in Settings.model_fields}
     return name.startswith(PREFIX) and name not in own and not re.search(r"_SERVICE_|_PORT(_|$)", name)
 
 
 def _is_misspelt(name: str, own: str) -> bool:
-    """Whether one letter is missing, too many, another or swapped, or two where the name is long; or the prefix is
-    where ours has none. Whatever is further off may be another program's.
+    """Whether a variable's name is nearly that of a setting's variable: anything further off may be another program's.
+
+    Nearly means: one letter is missing, added or another, or two where the name is long; or two letters are swapped; or
+    the name has a prefix where the setting's variable has none.
     """
-    said, meant = name.removeprefix(PREFIX), own.removeprefix(PREFIX)
-    if said == meant:
+    found, meant = name.removeprefix(PREFIX), own.removeprefix(PREFIX)
+    if found == meant:
         return True
-    begin = _same(said, meant)
-    end = _same(said[begin:][::-1], meant[begin:][::-1])
-    rest = [text[begin : len(text) - end] for text in (said, meant)]
-    most = 1 if len(meant) < _LONG_NAME else 2
-    return max(map(len, rest)) <= most or (len(rest[0]) == len(rest[1]) == 2 and rest[0] == rest[1][::-1])
+    start = _common_length(found, meant)
+    end = _common_length(found[start:][::-1], meant[start:][::-1])
+    rest = [text[start : len(text) - end] for text in (found, meant)]
+    limit = 1 if len(meant) < _LONG_NAME else 2
+    return max(map(len, rest)) <= limit or (len(rest[0]) == len(rest[1]) == 2 and rest[0] == rest[1][::-1])
 
 
-def _same(one: str, other: str) -> int:
-    """With how many letters both begin."""
+def _common_length(one: str, other: str) -> int:
+    """The number of letters with which both texts begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _told(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
-    name = _field_of(str(error["loc"][0]))
+def _sentence(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
+    # pydantic names the alias where there is one.
+    fields = {variable(name): name for name in Settings.model_fields} | {"VLLM_URL": "vllm_urls"}
+    location = str(error["loc"][0])
+    name = fields.get(location.upper(), location)
     value = "" if name in _SECRET else f" is {str(error['input'])[:80]!r}:"
     message = str(error["msg"]).removeprefix("Value error, ")
     text = f"{variable(name)} {message}" if error["type"] == "value_error" else f"{variable(name)}{value} {message}"
     return text[:1] + text[1:].replace("Input should", "it should")
-
-
-def _field_of(location: str) -> str:
-    """The field that pydantic means: it names the alias where there is one."""
-    by_variable = {variable(name): name for name in Settings.model_fields} | {"VLLM_URL": "vllm_urls"}
-    return by_variable.get(location.upper(), location)

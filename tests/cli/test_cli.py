@@ -424,7 +424,7 @@ async def test_a_misspelt_setting_stops_a_worker_with_a_hint() -> None:
         run("run", WORKER_SLOT="3", WORKER_LEASE="0"), run("enqueue", "--request", "-", stdin=b"{messages}")
     )
     assert (ended.status, ended.out) == (2, "")
-    says(ended, "WORKER_SLOT is no setting: did you mean WORKER_SLOTS?", "WORKER_LEASE is '0'")
+    says(ended, "WORKER_SLOT is not a setting: did you mean WORKER_SLOTS?", "WORKER_LEASE is '0'")
     assert len(ended.err.splitlines()) == 2
     assert (malformed.status, malformed.out) == (2, "")
     says(malformed, "Error: the request is not JSON")
