@@ -89,6 +89,27 @@ async def test_an_outage_is_over_when_the_last_of_its_operations_succeeds() -> N
     assert recorder.events == [REFUSED] * 20 + [RECOVERED]
 
 
+async def test_mixed_up_tls_is_probed_once_and_advised_with_every_failure() -> None:
+    """No error names it: a server without TLS just closes the connection."""
+    probes = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal probes
+        probes += 1
+        await reader.readline()
+        writer.write(b"+PONG\r\n")
+        writer.close()
+
+    recorder = Recorder()
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        retry = RetryUntilAvailable(outage=Outage(recorder), url=f"rediss://127.0.0.1:{port}")
+        await retry(Flaky(3), "a", second=2)
+    advice = "this port has no TLS: begin REDIS_URL with redis, not rediss"
+    assert recorder.events == [Failing("redis_unavailable", "Connection refused", advice)] * 3 + [RECOVERED]
+    assert probes == 1
+
+
 async def test_an_operation_that_is_given_up_reports_no_recovery() -> None:
     recorder = Recorder()
     retry = RetryUntilAvailable(outage=Outage(recorder))
