@@ -386,6 +386,16 @@ def test_the_layout_lists_every_package() -> None:
     assert packages == {name for name in CONTRIBUTING.first_cells if name.startswith("worker/") and name[-1] == "/"}
 
 
+def test_every_class_of_the_glossary_exists() -> None:
+    terms = re.findall(
+        r"^\| (.*?) \|", CONTRIBUTING.text.partition("## Glossary")[2].partition("## Prose")[0], re.MULTILINE
+    )
+    named_classes = {word for term in terms for word in re.findall(r"`([A-Z]\w+)`", term)}
+    source = "".join(path.read_text() for path in (ROOT / "worker").rglob("*.py"))
+    assert named_classes
+    assert {name for name in named_classes if not re.search(rf"^class {name}\b", source, re.MULTILINE)} == set()
+
+
 def _module(path: Path, code: str) -> Any:  # noqa: ANN401 - whatever the example defines
     path.write_text(code)
     spec = importlib.util.spec_from_file_location(path.stem, path)
