@@ -359,6 +359,18 @@ def test_every_command_is_described() -> None:
     assert words == set(main.commands)
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_command_that_is_shown_exists_with_its_options(document: Document) -> None:
+    from worker.cli.main import main  # noqa: PLC0415 - it loads what no other test here needs
+
+    shell = "\n".join(example.code for example in document.examples if example.language == "sh")
+    shown = re.findall(r"`worker (\w+)([^`\n]*)`", document.prose)
+    shown += re.findall(r"(?:^|/|&& )worker (\w+)([^&#\n]*)", shell, re.MULTILINE)
+    for name, rest in shown:
+        options = {option for parameter in main.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", rest)) <= options, f"worker {name}{rest}"
+
+
 # Figures and commands.
 
 
