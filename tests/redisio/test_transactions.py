@@ -24,6 +24,12 @@ async def transactions(redis_proxy: Proxy) -> AsyncIterator[Transactions]:
         yield Transactions(client)
 
 
+async def query(transactions: Transactions, command: bytes) -> object:
+    async with transactions.begin("k") as transaction:
+        (reply,) = await transaction.query(command)
+    return reply
+
+
 async def test_nothing_is_executed_when_a_watched_key_changed(transactions: Transactions, redis: Redis) -> None:
     async with transactions.begin("k") as transaction:
         assert await transaction.watch(["k"], GET) == [None]
@@ -52,13 +58,11 @@ async def test_the_first_refusal_is_raised_and_the_connection_stays_usable(
         with pytest.raises(ResponseError, match="WRONGTYPE"):
             await transaction.execute(SET, pack(b"XLEN", b"k"))
         assert await transaction.query(GET) == [b"ours"]
-    assert await transactions.execute("k", GET) == b"ours"
+    assert await query(transactions, GET) == b"ours"
     assert redis_proxy.accepted == 1
 
 
-async def test_a_connection_lost_while_idle_is_replaced(
-    redis_proxy: Proxy,
-) -> None:
+async def test_a_connection_lost_while_idle_is_replaced(redis_proxy: Proxy) -> None:
     opened: list[PipelinedConnection] = []
 
     class Recorded(PipelinedConnection):
@@ -71,10 +75,10 @@ async def test_a_connection_lost_while_idle_is_replaced(
 
     async with command_client(redis_proxy.redis_url) as client:
         transactions = Transactions(client, Recorded)
-        await transactions.execute("k", SET)
+        await query(transactions, SET)
         await redis_proxy.cut()
         await eventually(is_lost)
-        assert await transactions.execute("k", GET) == b"ours"
+        assert await query(transactions, GET) == b"ours"
 
 
 @pytest.mark.parametrize("how", ["lost", "former master"])
@@ -88,21 +92,21 @@ async def test_a_connection_that_meets_a_lost_server_drops_the_idle_ones_too(
     if how == "lost":
         redis_proxy.cut_before(rb"^GET")
         with pytest.raises(RedisConnectionError):
-            await transactions.execute("k", GET)
+            await query(transactions, GET)
     else:
         with pytest.raises(ReadOnlyError):
             async with transactions.begin("k"):
                 raise ReadOnlyError("You can't write against a read only replica.")
-    assert await transactions.execute("k", GET) == b"ours"
+    assert await query(transactions, GET) == b"ours"
     assert redis_proxy.accepted == 3
 
 
 async def test_a_caller_waits_when_all_connections_are_taken_and_the_pool_serves_other_commands(
     transactions: Transactions, redis_proxy: Proxy
 ) -> None:
-    await transactions.execute("k", SET)
+    await query(transactions, SET)
     held = redis_proxy.hold(rb"^GET")
-    queries = [asyncio.create_task(transactions.execute("k", GET)) for _ in range(3 * MAX_CONNECTIONS)]
+    queries = [asyncio.create_task(query(transactions, GET)) for _ in range(3 * MAX_CONNECTIONS)]
     await held.met.wait()
     assert await transactions.redis.get("other") is None
     held.release()

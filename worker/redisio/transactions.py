@@ -96,16 +96,6 @@ class Transactions:
                 else:  # the server left the cluster meanwhile
                     await connection.close()
 
-    async def execute(self, key: str, command: bytes) -> Any:  # noqa: ANN401 - whatever Redis replies
-        """Send one packed command to the server of a key, and return its reply.
-
-        Raises:
-            RedisError: when the reply is one, or the connection is lost.
-        """
-        async with self.begin(key) as transaction:
-            (reply,) = await transaction.query(command)
-        return reply
-
     async def _open(self, redis: Redis, server: _ServerConnections) -> PipelinedConnection:
         while server.idle:
             connection = server.idle.pop()
