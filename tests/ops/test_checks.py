@@ -294,8 +294,8 @@ async def miss_its_replicas(redis: Redis) -> None:
     ("harm", "fix"),
     [
         (become_a_replica, "this is a replica: set REDIS_URL to its master"),
-        (fail_to_save, "give it room on its disk"),
-        (miss_its_replicas, "start its replicas"),
+        (fail_to_save, "give Redis space on its disk"),
+        (miss_its_replicas, "start the replicas"),
     ],
 )
 async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_silent(
@@ -354,7 +354,7 @@ async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Pat
 WORDS: list[tuple[str, str, str]] = [
     # REDIS_URL, what is said of it and how to fix it; {plain} and {tls} are ports, {ca} a file
     ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
-    ("redis://no-such-host.invalid/0", "not known", "is the name of the host right? set REDIS_URL"),
+    ("redis://no-such-host.invalid/0", "not known", "check the name of the host in REDIS_URL"),
     ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
     ("rediss+cluster://127.0.0.1:{plain}", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
     ("redis://127.0.0.1:{tls}/0", "", "this port wants TLS: begin REDIS_URL with rediss, not redis"),

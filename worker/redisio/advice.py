@@ -10,8 +10,8 @@ from redis.asyncio.sentinel import MasterNotFoundError
 
 from .urls import parse_redis_url
 
-MORE_ROOM = "give it more memory, or shorten WORKER_RETENTION"
-_OF_A_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
+MORE_ROOM = "give Redis more memory, or shorten WORKER_RETENTION"
+_REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
 _PLAIN = "this port has no TLS: begin REDIS_URL with redis, not rediss"
 _SECURE = "this port wants TLS: begin REDIS_URL with rediss, not redis"
 _TRUST = (
@@ -25,7 +25,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     (exceptions.RedisError, "CERTIFICATE_VERIFY_FAILED", _TRUST),
     (
         exceptions.RedisError, "CERTIFICATE_REQUIRED",
-        "it wants a certificate of its client: ?ssl_certfile=/path&ssl_keyfile=/path in REDIS_URL",
+        "Redis requires a client certificate: ?ssl_certfile=/path&ssl_keyfile=/path in REDIS_URL",
     ),
     (exceptions.RedisError, "WRONG_VERSION_NUMBER", _PLAIN),
     (exceptions.RedisError, "RECORD_LAYER_FAILURE", _PLAIN),
@@ -49,18 +49,18 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (exceptions.RedisError, "DB index", "set REDIS_URL to a database that exists: 0 to 15 by default"),
     (exceptions.RedisError, "cluster support disabled", "this is no cluster: begin REDIS_URL with redis://"),
-    (exceptions.RedisError, "max number of clients", "raise its maxclients, or start fewer workers and clients"),
-    (exceptions.RedisError, "protected mode", "give it a password, or let it listen on this machine alone"),
-    (exceptions.RedisError, "not known", "is the name of the host right? set REDIS_URL"),
-    (exceptions.BusyLoadingError, "", "wait: it reads its data from the disk, and then answers"),
-    (exceptions.ReadOnlyError, "", _OF_A_REPLICA),
-    (exceptions.MasterDownError, "", _OF_A_REPLICA),
+    (exceptions.RedisError, "max number of clients", "raise maxclients in Redis, or start fewer workers and clients"),
+    (exceptions.RedisError, "protected mode", "give Redis a password, or bind it to this machine only"),
+    (exceptions.RedisError, "not known", "check the name of the host in REDIS_URL"),
+    (exceptions.BusyLoadingError, "", "wait until Redis has loaded its data from disk"),
+    (exceptions.ReadOnlyError, "", _REPLICA),
+    (exceptions.MasterDownError, "", _REPLICA),
     (exceptions.OutOfMemoryError, "", MORE_ROOM),
     (
         exceptions.ResponseError, "MISCONF",
-        "give it room on its disk and the right to write there: its own log says what is wrong",
+        "give Redis space on its disk and permission to write there: the log of Redis names the problem",
     ),
-    (exceptions.ResponseError, "NOREPLICAS", "start its replicas, or lower its min-replicas-to-write"),
+    (exceptions.ResponseError, "NOREPLICAS", "start the replicas of Redis, or lower its min-replicas-to-write"),
 )  # fmt: skip
 """The type of an error, words in its message, and the advice. The first row that matches applies."""
 
