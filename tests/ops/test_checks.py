@@ -322,7 +322,7 @@ async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator
     async with await asyncio.start_server(load, "127.0.0.1", 0) as server:
         where = "redis://{}:{}".format(*server.sockets[0].getsockname())
         (loading,) = about(await found(redis_url=where, vllm_urls=simulator.url), "Redis")
-    assert (loading.level, loading.fix.split(":")[0]) == ("error", "wait")
+    assert (loading.level, loading.fix) == ("error", "wait until Redis has loaded its data from disk")
 
 
 @pytest.fixture
