@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 
 from worker import Client
 from worker.engine.application import Worker
+from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_redis, version_of
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import load_settings
@@ -151,29 +152,28 @@ def server_pace() -> ServerPace:
 
 
 @pytest.fixture
-async def start_worker(
-    redis_url: str, server_pace: ServerPace, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[StartWorker]:
-    """Starts workers in the test's own process, which leave in order when it ends."""
-    monkeypatch.setattr(
-        "worker.engine.application._LONGEST_BLOCK", 0.1
-    )  # a worker leaves when its last read has come back
-    monkeypatch.setattr(
-        "worker.engine.application._in_an_order_of_its_own", list
-    )  # a test means the first server that it gives
+def pace() -> Pace:
+    """The waiting times of workers: short reads for jobs, since a worker stops when its last read has returned."""
+    return Pace(longest_block=0.1)
+
+
+@pytest.fixture
+async def start_worker(redis_url: str, pace: Pace, server_pace: ServerPace) -> AsyncIterator[StartWorker]:
+    """Starts workers in the test's own process. They stop in order when the test ends."""
     started: list[tuple[Worker, asyncio.Task[None]]] = []
 
-    async def start(*vllm: Simulator, **settings: object) -> Worker:
+    async def start(*vllm: Simulator, pace: Pace = pace, **settings: object) -> Worker:
         given: dict[str, object] = {"lease": 2, "drain_timeout": 2, "gap_timeout": 5, "first_token_timeout": 5}
         urls = ",".join(server.url for server in vllm)
         given |= {"redis_url": redis_url, "vllm_urls": urls} | settings
-        service = Worker(load_settings(**given), pace=server_pace)
+        # A test means the first server that it gives.
+        service = Worker(load_settings(**given), pace=pace, server_pace=server_pace, shuffle_servers=False)
         started.append((service, asyncio.create_task(service.run())))
         return service
 
     yield start
     for service, _ in started:
-        service.leave()
+        service.stop()
     await asyncio.gather(*(task for _, task in started))
 
 

@@ -129,7 +129,7 @@ async def relay(redis_url: str) -> AsyncIterator[tuple[Client, str]]:
     running = asyncio.create_task(service.run())
     async with Client(redis_url) as client:
         yield client, redis_url
-    service.leave()
+    service.stop()
     await running
 
 

@@ -249,7 +249,7 @@ async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
         whole(entries, "Who are you?")
         await eventually(asked_twice)
         assert len(await pending()) == 1
-        first.leave()  # and it does not wait for the replica
+        first.stop()  # and it does not wait for the replica
         await eventually(handed_over)
     finally:
         replica.process.send_signal(signal.SIGCONT)
@@ -658,7 +658,7 @@ async def test_b9_a_master_of_the_lifecycle_alone_holds_up_neither_answers_nor_s
         await eventually(ended)
         assert (await redis.xpending("chat:jobs", "workers"))["pending"] == len(names), "none without its line"
         if leaves:
-            first.leave()
+            first.stop()
             await eventually(handed_over, within=20)
     finally:
         stands.process.send_signal(signal.SIGCONT)

@@ -23,14 +23,16 @@ from worker.broker.log_writer import LogLost
 from worker.broker.ownership import LogOwnership
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
-from worker.engine.job_context import Stop, Stopped
-from worker.engine.job_runner import JobRunner
-from worker.engine.settlement import Settlement
+from worker.engine.job_context import JobServices, Stop, Stopped
+from worker.engine.job_runner import run_job
+from worker.engine.pace import Pace
+from worker.engine.poison import Quarantine
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.errors import is_transient
+from worker.redisio.retry import Outage
 from worker.redisio.transactions import Transactions
 from worker.settings import load_settings
-from worker.telemetry.metrics import Metrics
+from worker.telemetry.events import Receivers
 from worker.vllm.http.target import Target
 from worker.vllm.http.transport import Body, HttpResponse, Transport
 from worker.vllm.servers.pool import ServerPool
@@ -93,27 +95,23 @@ class Worker:
         self._upstream._api._transport = _Vllm(self.gate)
         self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
         self._upstream.servers[0].circuit.on_probe("")
-        settings = load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100)
-        owner = LogOwnership(transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now)
-        settlement = Settlement(
-            settings,
+        self._services = JobServices(
+            settings=load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
+            keys=Keys(),
             jobs=self._jobs,
-            owner=owner,
+            ownership=LogOwnership(
+                transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
+            ),
             lifecycle=self._lifecycle,
             dead_letters=DeadLetterWriter(self._commands, Keys()),
             publisher=self._publisher,
+            servers=self._upstream,
+            quarantine=Quarantine(60),
+            telemetry=Receivers(),
+            outage=Outage(Receivers()),
             now=_now,
-            metrics=Metrics(),
-        )
-        self._relay = JobRunner(
-            settings,
-            settlement=settlement,
-            owner=owner,
-            publisher=self._publisher,
-            upstream=self._upstream,
-            now=_now,
-            metrics=Metrics(),
-        )
+            pace=Pace(first_retry=0.0),
+        )  # fmt: skip
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._do("publisher", self._publisher.run())
 
@@ -178,7 +176,7 @@ class Worker:
 
     async def _work(self, running: Running) -> None:
         try:
-            await self._relay.run(running.delivery, running.stop)
+            await run_job(self._services, running.delivery, running.stop)
         finally:
             del self.running[running.delivery.id]
 

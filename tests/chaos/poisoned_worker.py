@@ -10,7 +10,7 @@ from worker.broker.log_writer import AppendBatch, LogWriter
 from worker.contract.entries import Terminal
 from worker.contract.job import Job, RawFields
 from worker.contract.job import parse_job as _parse
-from worker.engine import job_runner as relay
+from worker.engine import job_context
 from worker.engine.application import Worker
 from worker.engine.generation import Generation
 from worker.settings import load_settings
@@ -28,10 +28,10 @@ def _parse_job(fields: RawFields, max_request_bytes: int) -> Job:
 
 
 async def _end(self: Generation) -> Terminal:
-    job = self._request.job
+    job = self._job.job
     user = job.request.get("user") if isinstance(job, Job) else None
     if user == "midway":
-        _midway.add(self._request.id)
+        _midway.add(self._job.id)
     if user == "poison":
         await asyncio.sleep(0.05)  # the jobs beside it have begun by then, and have no token yet
         os._exit(1)
@@ -46,7 +46,7 @@ def _die_midway(self: LogWriter, run: AppendBatch) -> bool:
 
 
 if __name__ == "__main__":  # in this process only
-    relay.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
+    job_context.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
     Generation.end = _end  # type: ignore[method-assign]
     LogWriter.accept = _die_midway  # type: ignore[method-assign]
     configure_logging("json", "info")

@@ -15,6 +15,7 @@ from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
 from worker.contract.history import fault_in
 from worker.contract.ids import SEAL
+from worker.engine.settlement import Settlement
 from worker.sandbox.simulator.answers import END, encode
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -181,8 +182,8 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
         await redis.xadd(KEY, {"type": "done"}, id=str(SEAL))
         await redis.xdel(KEY, str(SEAL))
         await redis.expire(KEY, 60)
-    monkeypatch.setattr("worker.engine.job_runner.JobRunner._take", broken)
-    monkeypatch.setattr("worker.engine.settlement.Settlement.settle_found", broken)
+    monkeypatch.setattr(LogOwnership, "acquire", broken)
+    monkeypatch.setattr(Settlement, "settle_existing_end", broken)
     await start_worker(simulator, max_deliveries=5)
 
     async def is_done_with() -> bool:
@@ -426,8 +427,8 @@ async def test_d8_a_hole_that_appears_while_a_stream_is_open_begins_it_again_whe
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id, 8)
     await redis.xdel(f"chat:tokens:{{{request_id}}}", "1-4", "1-5", "1-6")
-    holder = worker if len(worker._leases) else other
-    holder.leave()
-    holder.leave()
+    holder = worker if len(worker._running_jobs) else other
+    holder.stop()
+    holder.stop()
     log = await ended(redis, request_id)
     assert "restarted" in [line.type for line in log]

@@ -181,7 +181,7 @@ async def test_deploys_bury_nobody(
             return len(simulator.served) == number
 
         await eventually(sent)
-        service.leave()
+        service.stop()
     await start_worker(simulator, lease=60, max_deliveries=2)
     answer = await client.result(request_id)
     assert (answer.outcome, answer.attempt) == ("done", 5)
@@ -213,7 +213,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
         return len(hanging.served) == 1 and all(line["consumer"] != b"gone" for line in taken)
 
     await eventually(one_runs)
-    service.leave()
+    service.stop()
     await start_worker(simulator, lease=60)
     answers = [await client.result(request_id) for request_id in ids]
     assert [answer.outcome for answer in answers] == ["done", "done"]

@@ -147,7 +147,7 @@ async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
     await redis_proxy.heal()
 
     async def let_go() -> bool:
-        return not len(first._leases)
+        return not len(first._running_jobs)
 
     await eventually(let_go)
     assert await log_of(redis, request_id) == before

@@ -345,9 +345,7 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
     def _on_a_redis(self, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Machine.url = redis_url
         # Each pause ends at a gate as it is.
-        monkeypatch.setattr("worker.redisio.clients.Backoff.wait", _no_pause)
         monkeypatch.setattr("worker.redisio.retry.Backoff.wait", _no_pause)
-        monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.0)
         monkeypatch.setattr("worker.broker.feed._FEED_WAITS", 0.0)
         # Reading all certificates anew takes longer than the life of such a worker.
         context = ssl.create_default_context()

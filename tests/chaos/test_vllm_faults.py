@@ -7,15 +7,16 @@ from proxy import Proxy
 from redis.asyncio import Redis
 
 from worker import Client
+from worker.engine.pace import Pace
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 QUICK = {"gap_timeout": 0.3, "first_token_timeout": 0.3, "tries": 10}
 """Silence is noticed soon; that a busy machine is taken for a silent one costs a try more, and no answer."""
 
 
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.02)
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(longest_block=0.1, first_retry=0.02)
 
 
 async def paced(start_simulator: StartSimulator) -> Simulator:
@@ -76,13 +77,11 @@ async def test_the_next_try_waits_as_long_as_the_server_asks(
 
 
 async def test_a_server_that_asks_for_time_holds_up_nobody_whom_another_can_serve(
-    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 3600)
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
     busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
     well = await start_simulator()
-    await start_worker(busy, well)
+    await start_worker(busy, well, pace=Pace(first_retry=0.02, longest_retry=3600))
     request_id = await client.enqueue(ask("Who are you?"))
     await promise_kept(redis, request_id, expected("Who are you?"))
     assert (len(busy.served), len(well.served)) == (1, 1)

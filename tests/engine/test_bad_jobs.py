@@ -14,6 +14,7 @@ from conftest import StartSimulator, StartWorker, eventually
 
 from worker import Answer, Client
 from worker.contract.entries import Object
+from worker.engine.pace import Pace
 from worker.sandbox.simulator.server import Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm.servers.circuit import FAILURES
@@ -34,9 +35,9 @@ def server_pace() -> ServerPace:
     return ServerPace(first_pause=3600, longest_pause=3600)
 
 
-@pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(longest_block=0.1, first_retry=0.01)
 
 
 class Picky(Simulator):
@@ -162,6 +163,6 @@ async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
         lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
         assert lost <= FAILURES + 4
         broken.fails_all = False
-        worker._upstream.servers[0].circuit._own_trial_pause.until = 0.0
+        worker._servers.servers[0].circuit._own_trial_pause.until = 0.0
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes.count("error") <= lost

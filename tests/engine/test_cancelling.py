@@ -272,7 +272,7 @@ async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Red
     await leaves.__aexit__(None, None, None)
 
     async def away() -> bool:
-        return not worker._upstream.is_available
+        return not worker._servers.is_available
 
     await eventually(away)
     await client.cancel(request_id)

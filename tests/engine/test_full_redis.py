@@ -15,6 +15,7 @@ from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
 from worker.engine.intake import NO_VLLM, REDIS_FULL
+from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
@@ -27,7 +28,7 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
 
 async def paused(worker: Worker, why: str) -> None:
     async def it_is() -> bool:
-        return worker._claims.paused == why
+        return worker._intake.paused == why
 
     await eventually(it_is)
 
@@ -175,7 +176,7 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
     request_id = await client.enqueue(ask())
 
     async def waits() -> bool:
-        return worker._claims.paused == REDIS_FULL and len(worker._leases) == 1
+        return worker._intake.paused == REDIS_FULL and len(worker._running_jobs) == 1
 
     try:
         await eventually(waits)
@@ -187,10 +188,9 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
 
 
 async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
-    start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    monkeypatch.setattr("worker.engine.intake._LOOK_AGAIN", 0.01)
-    worker = await start_worker(simulator)
+    worker = await start_worker(simulator, pace=Pace(recheck_writes_after=0.01))
     asked = 0
 
     async def refuse_now_and_then() -> None:

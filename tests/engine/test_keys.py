@@ -11,6 +11,7 @@ from worker import Client, Done, Failed
 from worker import State as JobState
 from worker.contract.entries import Object
 from worker.engine.application import Worker
+from worker.engine.pace import Pace
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
@@ -22,10 +23,9 @@ OLD, NEW = "the-old-key", "the-new-key"
 CUT = Scenario(fault="cut", after=4, times=1, rate=100)
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("worker.engine.tries.LONGEST_PAUSE", 0.01)
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(longest_block=0.1, first_retry=0.01, longest_retry=0.01)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
     for _ in range(4):
         answer = await client.result(await client.enqueue(ask()))
         assert answer.outcome == "done"
-    assert [endpoint.accepted_key for endpoint in worker._upstream.servers] == [OLD, NEW]
+    assert [endpoint.accepted_key for endpoint in worker._servers.servers] == [OLD, NEW]
 
 
 async def test_a_job_whose_key_every_server_refuses_waits_for_another(
@@ -171,7 +171,7 @@ async def test_a_server_that_forbids_everything_refuses_the_key(
 
 
 async def _has_listed(worker: Worker) -> bool:
-    return bool(worker._upstream.servers[0].models)
+    return bool(worker._servers.servers[0].models)
 
 
 async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tries(

@@ -12,6 +12,7 @@ from worker import Answer, Client
 from worker.broker.job_queue import Delivery
 from worker.broker.publisher import Publisher
 from worker.engine.application import Worker
+from worker.engine.pace import Pace
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.settings import load_settings
@@ -27,8 +28,8 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
 
 def stop_at_once(worker: Worker) -> None:
     """As the second SIGTERM or SIGINT does."""
-    worker.leave()
-    worker.leave()
+    worker.stop()
+    worker.stop()
 
 
 async def pending(redis: Redis) -> int:
@@ -83,7 +84,7 @@ async def test_being_told_twice_to_leave_loses_nothing(
     assert set(taken) == {2}
     (handed,) = [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"]
     assert len(taken) <= handed <= 10
-    assert first._leases.finished <= 10 - len(taken), "what is handed over has not ended here"
+    assert first._running_jobs.finished <= 10 - len(taken), "what is handed over has not ended here"
 
 
 async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
@@ -100,7 +101,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
     second = await start_worker(simulator, lease=NEVER, slots=1, queues="default,other,third")
 
     async def all_slots_wait() -> bool:
-        return second._claims._slots._free == 0
+        return second._intake._slots._free == 0
 
     await eventually(all_slots_wait)
     stop_at_once(first)
@@ -139,8 +140,8 @@ async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
     client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100, tokens=2000)))
-    monkeypatch.setattr("worker.engine.application._LAST_STEPS", 0.2)
-    worker = Worker(load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600))
+    settings = load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600)
+    worker = Worker(settings, pace=Pace(last_steps=0.2))
     running = asyncio.create_task(worker.run())
     await client.enqueue(ask())
 

@@ -122,7 +122,7 @@ async def test_a_job_chooses_neither_a_url_nor_a_header(
         return (await client.status("sly")).outcome == "done"
 
     await eventually(ended)
-    service.leave()
+    service.stop()
     await working
     heads = re.findall(rb"((?:GET|POST) \S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", wire.sent, re.DOTALL)
     assert {what for what, _ in heads} == {b"GET /health", b"GET /v1/models", b"POST /v1/chat/completions"}

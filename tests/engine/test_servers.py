@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 
 from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object
+from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import Fault, answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
@@ -80,7 +81,7 @@ async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
         assert [answer.outcome for answer in got] == ["done"] * 40
         assert len(good.served) == 40
         if guards_its_list:
-            assert worker._upstream.servers[0].refuses_key
+            assert worker._servers.servers[0].refuses_key
 
 
 async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_key(
@@ -161,6 +162,7 @@ class Wrong(Simulator):
             await connection.respond(self.answer[0], "text/plain", self.answer[1])
 
 
+QUICK_RETRIES = Pace(longest_block=0.1, first_retry=0.01)
 WRONG = [
     (307, b"elsewhere", "upstream_error"),
     (404, b'{"detail":"Not Found"}', "not_found"),
@@ -187,7 +189,7 @@ async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_
         assert [answer.outcome for answer in got] == ["done"] * 12
         if status != 413:
             assert wrong.asked <= 12
-            assert worker._upstream.servers[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
+            assert worker._servers.servers[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
 
 
 @pytest.mark.parametrize(("status", "body", "code"), WRONG)
@@ -198,13 +200,11 @@ async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_wo
     client: Client,
     start_worker: StartWorker,
     server_pace: ServerPace,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each is asked once by each job, also after all have been found to fail."""
-    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
     server_pace.probe_every = 0.05
     async with Wrong(status, body) as one, Wrong(status, body) as other:
-        await start_worker(one, other, tries=1 if status in {200, 501} else 5)
+        await start_worker(one, other, pace=QUICK_RETRIES, tries=1 if status in {200, 501} else 5)
         got = await answers(client, *(ask(f"question {n}") for n in range(2 * FAILURES)))
         codes = {answer.end.code for answer in got if isinstance(answer.end, Failed)}
         assert (codes, len(got)) == ({code}, 2 * FAILURES)
@@ -288,7 +288,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
         ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
 
         async def away() -> bool:
-            return not worker._upstream.is_available
+            return not worker._servers.is_available
 
         await eventually(away)
         states = [(await client.status(request_id)).state for request_id in ids]
@@ -385,16 +385,14 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     start_worker: StartWorker,
     start_simulator: StartSimulator,
     server_pace: ServerPace,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
-    monkeypatch.setattr("worker.engine.tries.FIRST_PAUSE", 0.01)
     server_pace.probe_every = 0.05
     ports = [free_port() for _ in range(3)]
     servers = [Simulator(Options(orders=Scenario(rate=50)), port=port) for port in ports]
     for server in servers:
         await server.__aenter__()
-    worker = await start_worker(*servers, tries=2)
+    worker = await start_worker(*servers, pace=QUICK_RETRIES, tries=2)
     request_id = await client.enqueue(ask("Who are you?"))
 
     async def begun() -> bool:
@@ -405,7 +403,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
         await server.__aexit__(None, None, None)
 
     async def refused() -> bool:
-        return not worker._upstream.is_available
+        return not worker._servers.is_available
 
     await eventually(refused)
     assert (await client.status(request_id)).state is State.RUNNING

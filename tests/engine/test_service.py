@@ -12,10 +12,11 @@ from conftest import StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
 from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
+from worker.broker.worker_registry import WorkerRegistry
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
-from worker.engine.maintenance import Maintenance
+from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
@@ -509,7 +510,7 @@ async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
 
     async def known_to_be_away() -> bool:
-        return [endpoint.is_away for endpoint in worker._upstream.servers] == [True]
+        return [endpoint.is_away for endpoint in worker._servers.servers] == [True]
 
     await eventually(known_to_be_away)
     assert {(await client.status(request_id)).state for request_id in ids} == {State.QUEUED}, "the queue is the buffer"
@@ -576,10 +577,10 @@ async def test_a_server_that_never_answers_delays_no_renewal(
 async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
 ) -> None:
-    async def fail(_self: Maintenance) -> None:
+    async def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(Maintenance, "_beat", fail)
+    monkeypatch.setattr(WorkerRegistry, "beat", fail)
     service = Worker(load_settings(redis_url=redis_url, vllm_urls=simulator.url, lease=0.5))
     with pytest.raises(ExceptionGroup, match="TaskGroup") as caught:
         await asyncio.wait_for(service.run(), 10)
@@ -587,11 +588,10 @@ async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
 
 
 async def test_a_flood_while_a_read_waits_is_survived(
-    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """7.0 wakes the read at once, 6.2 as its wait ends."""
-    monkeypatch.setattr("worker.engine.application._LONGEST_BLOCK", 1.0)
-    await start_worker(simulator, lease=4)
+    await start_worker(simulator, pace=Pace(longest_block=1.0), lease=4)
 
     async def waits() -> bool:
         return bool((await redis.info("clients"))["blocked_clients"])

@@ -149,7 +149,7 @@ async def test_d6_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_
         text = answer_to(REQUEST["messages"])
         assert [answer.text for answer in answers] == [text] * 3
         assert refused(worker, "feed") == 1
-        worker.leave()
+        worker.stop()
 
         async def left() -> bool:
             return "worker_stopped" in capfd.readouterr().err

@@ -8,7 +8,7 @@ from worker.broker.job_queue import Delivery
 from worker.broker.log_writer import AppendBatch, LogWriter
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
-from worker.engine.poison import Quarantine, failures, goal_of, is_doubtful, is_suspect
+from worker.engine.poison import Quarantine, failures, may_be_poison, needs_quarantine, progress_goal
 
 
 def log(*steps: int | str) -> list[Entry]:
@@ -80,21 +80,21 @@ def test_failures_are_owners_lost_in_a_row_who_got_no_further(history: list[Entr
 
 
 def test_an_answer_that_begins_again_gets_on_once_it_is_twice_as_far_as_ever() -> None:
-    assert goal_of([]) == 0
-    assert goal_of(log(1, *"ddd", 2, *"-dd", 3, *"-d")) == 6
-    assert goal_of(log(1, *"ddd", 2, *"-dd", 3, *"+dd")) == 8
-    assert goal_of(log(1, *"d", 2, *"-dd")) == 4
+    assert progress_goal([]) == 0
+    assert progress_goal(log(1, *"ddd", 2, *"-dd", 3, *"-d")) == 6
+    assert progress_goal(log(1, *"ddd", 2, *"-dd", 3, *"+dd")) == 8
+    assert progress_goal(log(1, *"d", 2, *"-dd")) == 4
 
 
 @pytest.mark.parametrize(
     ("count", "most", "doubtful"),
     [(1, 5, False), (2, 5, False), (3, 5, True), (1, 2, False), (2, 2, True), (2, 1, True)],
 )
-def test_a_job_is_doubtful_once_its_deliveries_could_make_it_a_suspect(
+def test_a_job_may_be_poison_once_its_deliveries_could_make_it_a_suspect(
     *, count: int, most: int, doubtful: bool
 ) -> None:
-    assert is_doubtful(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
-    assert not is_doubtful(Delivery("default", "5-0", {}, count=count), most), "the first to have it"
+    assert may_be_poison(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
+    assert not may_be_poison(Delivery("default", "5-0", {}, count=count), most), "the first to have it"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_job_is_doubtful_once_its_deliveries_could_make_it_a_suspect(
     [(0, 5, False), (1, 5, False), (2, 5, True), (4, 5, True), (5, 5, False), (1, 2, True), (0, 1, False)],
 )
 def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: int, most: int, alone: bool) -> None:
-    assert is_suspect(failed, most) is alone
+    assert needs_quarantine(failed, most) is alone
 
 
 class Nowhere:
@@ -144,15 +144,15 @@ async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
 
 async def test_turns_are_taken_one_after_another() -> None:
     turns, stop = Quarantine(60), asyncio.get_running_loop().create_future()
-    first = await turns.wait(stop, 60)
+    first = await turns.wait_turn(stop, 60)
     assert first
-    second = asyncio.create_task(turns.wait(stop, 60))
+    second = asyncio.create_task(turns.wait_turn(stop, 60))
     done, _ = await asyncio.wait({second}, timeout=0.01)
     assert not done
     first.end()
     first.end()  # of the former turn: it does not end the next one
     assert await second
-    third = asyncio.create_task(turns.wait(stop, 60))
+    third = asyncio.create_task(turns.wait_turn(stop, 60))
     done, _ = await asyncio.wait({third}, timeout=0.01)
     assert not done
     third.cancel()
@@ -160,9 +160,9 @@ async def test_turns_are_taken_one_after_another() -> None:
 
 async def test_whoever_is_to_stop_does_not_wait_on_and_holds_up_nobody() -> None:
     turns, stop, never = Quarantine(60), *(asyncio.get_running_loop().create_future() for _ in range(2))
-    first = await turns.wait(never, 60)
+    first = await turns.wait_turn(never, 60)
     assert first
-    second, third = asyncio.create_task(turns.wait(stop, 60)), asyncio.create_task(turns.wait(never, 60))
+    second, third = asyncio.create_task(turns.wait_turn(stop, 60)), asyncio.create_task(turns.wait_turn(never, 60))
     await asyncio.sleep(0)
     stop.set_result(None)
     assert await second is None

@@ -406,7 +406,7 @@ async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
             return any(line["event"] == "redis_unavailable" for line in logs)
 
         await eventually(has_said_it)
-        service.leave()
+        service.stop()
         await running
     told = next(line for line in logs if line["event"] == "redis_unavailable")
     assert words in told["error"]

@@ -94,8 +94,8 @@ async def test_d5_with_the_rights_of_the_readme_nothing_is_refused(
         stays = await client.enqueue(REQUEST | {"simulate": {"fault": "stall", "after": 3}})
         await reached(client, stays, Delta)
         second = await start_worker(simulator, redis_url=users["worker"], lease=1)
-        first.leave()
-        first.leave()  # at once: the other worker takes the job over
+        first.stop()
+        first.stop()  # at once: the other worker takes the job over
         await reached(client, stays, Claimed)
         await client.cancel(stays)
         assert (await client.result(stays)).outcome == "cancelled"
@@ -108,7 +108,7 @@ async def test_d5_with_the_rights_of_the_readme_nothing_is_refused(
         return not await redis.hlen("chat:workers")
 
     await eventually(acknowledged)
-    second.leave()
+    second.stop()
     await eventually(left)
     command = CliRunner(env={"REDIS_URL": users["client"]})
     for words in (["dead", "list"], ["dead", "drop", "--all", "--yes"]):

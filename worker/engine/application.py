@@ -1,4 +1,4 @@
-"""The process: it is put together here, begins, drains when it is told to, and leaves in order."""
+"""The worker process: it is put together here, starts, drains on a signal, and ends in order."""
 
 import asyncio
 import os
@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import time
+from functools import partial
 
 import structlog
 from redis.exceptions import RedisError
@@ -20,13 +21,22 @@ from ..broker.ownership import LogOwnership
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
-from ..redisio.clients import blocking_client, command_client, persist
+from ..redisio.clients import blocking_client, command_client
 from ..redisio.clock import Clock
 from ..redisio.errors import is_transient
+from ..redisio.retry import Outage, RetryUntilAvailable
 from ..redisio.transactions import Transactions
 from ..redisio.urls import database_of
 from ..settings import ConfigError, Settings, address_of, shown_url, variable
-from ..telemetry.events import Receivers
+from ..telemetry.events import (
+    LeaveFailed,
+    MetricsServed,
+    Receivers,
+    WorkerDraining,
+    WorkerStarted,
+    WorkerStarting,
+    WorkerStopped,
+)
 from ..telemetry.logging import LogReceiver
 from ..telemetry.metrics import Metrics
 from ..version import version
@@ -35,50 +45,54 @@ from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .intake import JobIntake
-from .job_runner import JobRunner
+from .job_context import JobServices
+from .job_runner import run_job
 from .maintenance import Maintenance
+from .pace import Pace
+from .poison import Quarantine
 from .running_jobs import RunningJobs
-from .settlement import Settlement
 from .slots import Slots
-
-_LONGEST_BLOCK = 1.0
-
-_LAST_STEPS = 10.0
-"""Seconds from the end of the drain to that of the process, also where Redis does not answer."""
-
-_log = structlog.get_logger()
 
 
 class Worker:
-    """One worker process, from start to clean end."""
+    """One worker process, from its start to a clean end.
 
-    def __init__(self, settings: Settings, *, pace: ServerPace | None = None) -> None:
+    Of equally good vLLM servers the first is chosen. So each worker shuffles them, unless `shuffle_servers` is false:
+    with one order in all workers, idle workers would all choose the same server.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        pace: Pace | None = None,
+        server_pace: ServerPace | None = None,
+        shuffle_servers: bool = True,
+    ) -> None:
         self._settings = settings
+        self._pace = pace = pace or Pace()
+        self._url = url = settings.redis_url.get_secret_value()
+        self._shown_redis, self._shown_vllm = shown_url(url), [shown_url(server) for server in settings.vllm_urls]
         nonce = secrets.token_hex(8)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
-        url = settings.redis_url.get_secret_value()
-        # The lease counts from the read; with half of it spent waiting, the first renewal would look like a theft.
-        block = min(_LONGEST_BLOCK, settings.lease / 4)
+        keys = Keys(settings.prefix, database_of(url))
+
+        self._metrics = Metrics()
+        self._telemetry = telemetry = Receivers(self._metrics, LogReceiver())
+        self._outage = Outage(telemetry)
+
+        # The lease counts from the read. After a wait of half a lease the first renewal would look like a theft.
+        block = min(pace.longest_block, settings.lease / 4)
         self._commands = command_client(url)
         self._blocking = blocking_client(url, block)
         self._clock = Clock(self._commands)
-        self._metrics = Metrics()
-        telemetry = self._telemetry = Receivers(self._metrics, LogReceiver())
-        keys = Keys(settings.prefix, database_of(url))
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry)
         self._publisher = open_publisher(url, telemetry)
         self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
         self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)
         dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
-        self._upstream = ServerPool(
-            _in_an_order_of_its_own(settings.vllm_urls),
-            keys=settings.api_keys(),
-            limits=StreamTimeouts(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
-            telemetry=self._telemetry,
-            pace=pace,
-        )
-        owner = LogOwnership(
+        ownership = LogOwnership(
             Transactions(self._commands),
             keys,
             self._jobs,
@@ -88,53 +102,68 @@ class Worker:
             now=self._clock.now,
             replicas=settings.wait_replicas,
         )
-        settlement = Settlement(
-            settings,
+        servers = list(settings.vllm_urls)
+        if shuffle_servers:
+            random.shuffle(servers)
+        self._servers = ServerPool(
+            servers,
+            keys=settings.api_keys(),
+            limits=StreamTimeouts(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
+            telemetry=telemetry,
+            pace=server_pace,
+        )
+
+        services = JobServices(
+            settings=settings,
+            keys=keys,
             jobs=self._jobs,
-            owner=owner,
+            ownership=ownership,
             lifecycle=self._lifecycle,
             dead_letters=dead_letters,
             publisher=self._publisher,
+            servers=self._servers,
+            quarantine=Quarantine(settings.first_token_timeout),
+            telemetry=telemetry,
+            outage=self._outage,
             now=self._clock.now,
-            metrics=self._metrics,
-        )
-        relay = JobRunner(
-            settings,
-            settlement=settlement,
-            owner=owner,
-            publisher=self._publisher,
-            upstream=self._upstream,
-            now=self._clock.now,
-            metrics=self._metrics,
+            pace=pace,
         )
         slots = Slots(settings.slots)
-        self._leases = RunningJobs(
-            self._jobs, relay.run, lambda: slots.release(1), lease=settings.lease, metrics=self._metrics
+        self._running_jobs = RunningJobs(
+            self._jobs, partial(run_job, services), partial(slots.release, 1), lease=settings.lease, telemetry=telemetry
         )
-        self._claims = JobIntake(
-            settings, self._jobs, self._upstream, self._leases, slots, block=block, metrics=self._metrics
+        self._intake = JobIntake(
+            settings,
+            self._jobs,
+            self._servers,
+            self._running_jobs,
+            slots,
+            block=block,
+            pace=pace,
+            telemetry=telemetry,
         )
-        self._keeper = Maintenance(
+        self._maintenance = Maintenance(
             settings,
             jobs=self._jobs,
-            leases=self._leases,
+            running_jobs=self._running_jobs,
             registry=self._registry,
             dead_letters=dead_letters,
             publisher=self._publisher,
             clock=self._clock,
-            line=self._line,
-            metrics=self._metrics,
+            record=self._record,
+            telemetry=telemetry,
         )
+
         self._metrics.slots.set(settings.slots)
-        self._metrics.running.set_function(lambda: self._leases.at_work)
-        for endpoint in self._upstream.servers:
-            self._measure(endpoint)
+        self._metrics.running.set_function(lambda: self._running_jobs.with_slot)
+        for server in self._servers.servers:
+            self._measure_at_scrape(server)
         self._started = 0
-        self._leaving = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._at_once = asyncio.Event()
 
-    def _measure(self, endpoint: Server) -> None:
-        self._metrics.server(shown_url(endpoint.url), up=lambda: endpoint.is_up, requests=lambda: endpoint.in_flight)
+    def _measure_at_scrape(self, server: Server) -> None:
+        self._metrics.server(shown_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight)
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
@@ -147,10 +176,10 @@ class Worker:
         with structlog.contextvars.bound_contextvars(worker=self._name):
             loop = asyncio.get_running_loop()
             for signum in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(signum, self.leave)
+                loop.add_signal_handler(signum, self.stop)
             try:
                 self._serve_metrics()
-                if await self._begin():
+                if await self._prepare():
                     deadline = await self._work()
                     await self._sign_off(deadline)
             finally:
@@ -158,12 +187,12 @@ class Worker:
                     loop.remove_signal_handler(signum)
                 await self._close()
 
-    def leave(self) -> None:
-        """Take no more jobs and drain; called again, stop at once."""
-        if self._leaving.is_set():
+    def stop(self) -> None:
+        """Take no more jobs and drain. A second call hands over at once."""
+        if self._stopping.is_set():
             self._at_once.set()
-        self._leaving.set()
-        self._claims.leave()
+        self._stopping.set()
+        self._intake.stop()
 
     def _serve_metrics(self) -> None:
         address = self._settings.metrics
@@ -174,59 +203,65 @@ class Worker:
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ConfigError([f"{variable('metrics')} is {address!r}, and cannot be served: {why}"]) from None
-        _log.info("metrics_served", port=port)
+        self._telemetry.emit(MetricsServed(port))
 
-    async def _begin(self) -> bool:
-        """Wait for Redis and make what is needed there; false when told to leave before it answered."""
-        told = asyncio.ensure_future(self._leaving.wait())
-        url = self._settings.redis_url.get_secret_value()
-        redis = shown_url(url)
-        vllm = [shown_url(url) for url in self._settings.vllm_urls]
-        _log.info("worker_starting", version=version(), redis=redis, vllm=vllm)
+    async def _prepare(self) -> bool:
+        """Wait for Redis and create the consumer groups. False when stopped before Redis has answered."""
+        stopping = asyncio.ensure_future(self._stopping.wait())
+        until_available = RetryUntilAvailable(stop=stopping, outage=self._outage, url=self._url)
+        self._telemetry.emit(WorkerStarting(version(), self._shown_redis, self._shown_vllm))
         try:
-            with structlog.contextvars.bound_contextvars(redis=redis):  # who waits sees for what
-                await persist(self._clock.sync, told, url=url)
+            with structlog.contextvars.bound_contextvars(redis=self._shown_redis):  # the log says which Redis is away
+                await until_available(self._clock.sync)
                 for queue in self._settings.queues:
-                    await persist(lambda queue=queue: self._jobs.ensure_group(queue), told)  # type: ignore[misc]
+                    await until_available(self._jobs.ensure_group, queue)
         except Exception as error:
-            if told.done() and is_transient(error):
+            if stopping.done() and is_transient(error):
                 return False
             raise
         finally:
-            told.cancel()
+            stopping.cancel()
         self._started = self._clock.now()
-        _log.info(
-            "worker_started",
-            version=version(),
-            queues=self._settings.queues,
-            slots=self._settings.slots,
-            redis=redis,
-            vllm=vllm,
+        settings = self._settings
+        self._telemetry.emit(
+            WorkerStarted(version(), settings.queues, settings.slots, self._shown_redis, self._shown_vllm)
         )
         return True
 
     async def _work(self) -> float:
-        """Until told to leave; gives when the process is to have ended, by the monotonic clock."""
+        """Run all parts until the process is to stop, drain, and hand over.
+
+        Returns when the process must have ended, by the monotonic clock.
+        """
+        intake, maintenance = self._intake, self._maintenance
         deadline = float("inf")
         async with asyncio.TaskGroup() as group:
-            claiming = [group.create_task(self._claims.read(rank, q)) for rank, q in enumerate(self._settings.queues)]
-            claiming.append(group.create_task(self._claims.take_over()))
-            keeper = self._keeper
-            keeping = (keeper.keep_leases, keeper.stop_expired, keeper.keep_house)
-            working = (self._publisher.run, self._cancels.run, *keeping)
-            parts = [group.create_task(work()) for work in working]
-            watching = group.create_task(self._upstream.monitor())
+            taking = [
+                group.create_task(intake.take_new(rank, queue)) for rank, queue in enumerate(self._settings.queues)
+            ]
+            taking.append(group.create_task(intake.take_over_expired()))
+            parts = [
+                group.create_task(part)
+                for part in (
+                    self._publisher.run(),
+                    self._cancels.run(),
+                    maintenance.keep_leases(),
+                    maintenance.watch_expiry(),
+                    maintenance.run_duties(),
+                )
+            ]
+            watching = group.create_task(self._servers.monitor())
             try:
-                await self._leaving.wait()
-                _log.info("worker_draining", running=len(self._leases))
-                drained = time.monotonic() + self._settings.drain_timeout
-                await asyncio.wait(claiming)  # what they still bring is drained or handed over with the rest
-                await self._drain(drained)
-                deadline = time.monotonic() + _LAST_STEPS
-                await self._leases.hand_over(_LAST_STEPS)
-            finally:  # also when one of them failed: a cancellation alone may be lost in redis-py
-                self._claims.leave()
-                self._keeper.leave()
+                await self._stopping.wait()
+                self._telemetry.emit(WorkerDraining(len(self._running_jobs)))
+                drained_by = time.monotonic() + self._settings.drain_timeout
+                await asyncio.wait(taking)  # the jobs of the last reads are drained or handed over with the rest
+                await self._drain(drained_by)
+                deadline = time.monotonic() + self._pace.last_steps
+                await self._running_jobs.hand_over(self._pace.last_steps)
+            finally:  # also when a part has failed: redis-py may lose the cancellation of the others
+                intake.stop()
+                maintenance.stop()
                 self._cancels.leave()
                 self._publisher.stop()
                 watching.cancel()
@@ -235,50 +270,46 @@ class Worker:
                 task.cancel()
         return deadline
 
-    def _line(self) -> WorkerRecord:
+    async def _drain(self, deadline: float) -> None:
+        """Let running jobs end until the deadline (by the monotonic clock), or until they are to be handed over."""
+        at_once = asyncio.ensure_future(self._at_once.wait())
+        while self._running_jobs and not at_once.done() and (left := deadline - time.monotonic()) > 0:
+            self._running_jobs.changed.clear()
+            changed = asyncio.ensure_future(self._running_jobs.changed.wait())
+            await asyncio.wait({changed, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        at_once.cancel()
+
+    def _record(self) -> WorkerRecord:
+        """The entry of this worker in the hash of workers."""
         return WorkerRecord(
             name=self._name,
             beat=self._clock.now(),
             started=self._started,
             slots=self._settings.slots,
-            running=self._leases.at_work,
-            finished=self._leases.finished,
-            draining=self._leaving.is_set(),
-            paused=self._claims.paused,
+            running=self._running_jobs.with_slot,
+            finished=self._running_jobs.finished,
+            draining=self._stopping.is_set(),
+            paused=self._intake.paused,
             queues=self._settings.queues,
             version=version(),
         )
 
-    async def _drain(self, deadline: float) -> None:
-        """Let running jobs end, for as long as there is time by the monotonic clock."""
-        at_once = asyncio.ensure_future(self._at_once.wait())
-        while self._leases and not at_once.done() and (left := deadline - time.monotonic()) > 0:
-            self._leases.changed.clear()
-            changed = asyncio.ensure_future(self._leases.changed.wait())
-            await asyncio.wait({changed, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-        at_once.cancel()
-
     async def _sign_off(self, deadline: float) -> None:
-        """Leave no trace of this worker in Redis, if it answers in time."""
+        """Remove this worker's record and consumer from Redis, if it answers before the deadline."""
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 await self._registry.remove(self._name)
                 await self._jobs.remove_consumer(self._settings.queues)
         except (RedisError, OSError) as error:
-            _log.warning("leave_failed", error=type(error).__name__)
+            self._telemetry.emit(LeaveFailed(type(error).__name__))
 
     async def _close(self) -> None:
-        self._leases.cancel()
+        self._running_jobs.cancel()
         await self._metrics.aclose()
-        await self._upstream.aclose()
+        await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()
         await self._commands.aclose()
         await self._blocking.aclose()
-        _log.info("worker_stopped", finished=self._leases.finished)
-
-
-def _in_an_order_of_its_own(urls: tuple[str, ...]) -> list[str]:
-    """The first of equals is chosen: with the same order in all workers, idle ones would all choose one server."""
-    return random.sample(urls, len(urls))
+        self._telemetry.emit(WorkerStopped(self._running_jobs.finished))

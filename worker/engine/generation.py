@@ -1,268 +1,294 @@
-"""Having vLLM answer one job into its log: tries, pauses, and what makes it stop before its end."""
+"""Having vLLM answer one job into its log: models, servers, tries and pauses, resuming, and the limits on all of it."""
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
-from typing import Any, TypedDict, TypeVar, cast
+from collections.abc import Sequence
+from typing import TypedDict, cast
 
-import structlog
+from redis.exceptions import RedisError
 
-from ..broker.log_writer import LogDiverged, LogGone, LogWriter
-from ..broker.ownership import LogOwnership
+from ..broker.log_writer import LogDiverged, LogGone, LogLost, LogWriter
 from ..contract.answer import Answer
 from ..contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
 from ..contract.history import History, fault_in
 from ..contract.ids import BEFORE_ALL, SEAL
-from ..contract.job import InvalidJob, Job
-from ..settings import Settings, shown_url
-from ..telemetry.metrics import Metrics
+from ..contract.job import InvalidJob, Job, with_limit
+from ..settings import shown_url
+from ..telemetry.events import (
+    AnswerRestarted,
+    AnswerResumed,
+    AttemptBegun,
+    InternalError,
+    ModelGivenUp,
+    ModelWaitBegan,
+    ModelWaitEnded,
+    UnknownFinishReason,
+    UpstreamFailed,
+    WaitingForModel,
+)
 from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
 from ..vllm.resume.parser import ResumedChunkParser
 from ..vllm.resume.resume import plan_resume
 from ..vllm.servers.circuit import Caller, CircuitState
-from ..vllm.servers.pool import CHAT, ServerPool
+from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
-from .job_context import JobContext, Stopped, drained, insist
-from .tries import Tries, was_not_let_in
+from .job_context import DeadlinePassed, JobContext, JobServices, Stopped
+from .tries import Tries, never_reached
 
-_T = TypeVar("_T")
 _LONGEST_NAME = 200
-"""Characters of a model's name, or of a finish reason, in the worker's log."""
-_MOVES_ON = frozenset({"context_length_exceeded", MODEL_NOT_FOUND})
-"""Refusals that another model may not share; whatever could be tried again moves on too, once its tries are used."""
+"""Characters of a model's name or of a finish reason in the worker's log."""
 
-_log = structlog.get_logger()
-
-
-class DeadlinePassed(Exception):
-    """The job's time is over."""
+_ANOTHER_MODEL_MAY_DO = frozenset({"context_length_exceeded", MODEL_NOT_FOUND})
+"""Refusals that another model may not share. After the last try, an error that is worth a retry moves on too."""
 
 
 class Generation:
-    """The answer to one request, as this process makes it. `now` is Redis's clock in Unix ms."""
+    """The answer to one request, as this process generates it."""
 
     __slots__ = (
-        "_began", "_caller", "_committed", "_endpoint", "_fault", "_first_delta", "_history", "_log", "_metrics",
-        "_now", "_owner", "_parser", "_request", "_settings", "_upstream", "_waited_for", "_waited_ms",
-        "_was_allowed", "_went_on",
+        "_answer",
+        "_attempt_committed",
+        "_attempt_extended",
+        "_began",
+        "_caller",
+        "_emit",
+        "_fault",
+        "_first_delta",
+        "_job",
+        "_log",
+        "_parser",
+        "_server",
+        "_servers",
+        "_services",
+        "_settings",
+        "_waited_for",
+        "_waited_ms",
+        "_was_allowed",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        request: JobContext,
-        log: LogWriter,
-        history: History,
-        *,
-        owner: LogOwnership,
-        upstream: ServerPool,
-        settings: Settings,
-        metrics: Metrics,
-        now: Callable[[], int],
-    ) -> None:
-        self._request = request
+    def __init__(self, services: JobServices, job: JobContext, log: LogWriter, history: History) -> None:
+        self._services = services
+        self._servers = services.servers
+        self._settings = services.settings
+        self._emit = services.telemetry.emit
+        self._job = job
         self._log = log
         self._was_allowed = False
-        """Whether a server has begun to answer with this model: it is not what is asked that is forbidden then."""
+        """Whether a server has begun to answer with this model: a later 401 or 403 is then not about the request."""
         self._recall(history)
-        self._owner = owner
-        self._upstream = upstream
-        self._settings = settings
-        self._metrics = metrics
-        self._now = now
         self._caller = Caller()
-        self._endpoint: Server
-        """The server that is read from, and what reads it."""
+        self._server: Server
+        """The server whose stream is read."""
         self._parser: ChunkParser
-        self._committed = False
-        """Whether this attempt has written what another try cannot just write again."""
-        self._went_on = False
-        """Whether it has added to an answer that had broken off."""
+        self._attempt_committed = False
+        """Whether this attempt has written entries that another try cannot simply write again."""
+        self._attempt_extended = False
+        """Whether this attempt has added to an answer that had broken off."""
         self._waited_for: set[str] = set()
+        """Models whose wait for a server is logged already."""
         self._began = time.monotonic()
-        self._waited_ms = max(0, now() - request.delivery.enqueued)
+        self._waited_ms = max(0, services.now() - job.delivery.enqueued)
         self._first_delta: float | None = None
 
     async def end(self) -> Terminal:
-        """Write all deltas of the answer, and give the terminal entry that it deserves.
+        """Write all deltas of the answer, and return the terminal entry that belongs after them.
 
         Raises:
             LogLost: when the log is no longer ours.
-            Stopped: when the job is to stop here.
+            Stopped: when the job must stop here.
         """
-        job, history = self._request.job, self._history
-        if isinstance(job, InvalidJob):
-            return self._failed(job.code, str(job))
-        if not self._fault and history.finished(choices_of(job.request)):
-            # After the last finish_reason there is nothing to generate: only the seal was missing.
-            return self._done(history.finish_reason, history.usage, history.model)
-        if history.begun and self._settings.on_interrupt == "fail":
-            return self._failed(
-                "interrupted", "the worker that wrote this answer is gone, and WORKER_ON_INTERRUPT is fail"
-            )
+        job, answer = self._job.job, self._answer
         try:
-            return await self._generate(job)
+            if isinstance(job, InvalidJob):
+                return self._failed(job.code, str(job))
+            if not self._fault and answer.finished(choices_of(job.request)):
+                # After the last finish_reason nothing is left to generate: only the seal is missing.
+                return self._done(answer.finish_reason, answer.usage, answer.model)
+            if answer.begun and self._settings.on_interrupt == "fail":
+                return self._failed(
+                    "interrupted", "the worker that wrote this answer is gone, and WORKER_ON_INTERRUPT is fail"
+                )
+            return await self._ask_models(with_limit(job, self._settings.max_tokens))
         except DeadlinePassed:
             return self._failed("deadline", "the deadline of the job passed before its answer was whole")
+        except (LogLost, Stopped, RedisError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - without an end the job would come back for ever
+            self._emit(InternalError(error))
+            message = "an error inside the worker: its own log says more"
+            return Failed(id=SEAL, attempt=self._log.attempt, code="internal", message=message)
 
-    async def begin_again(self, reason: str) -> None:
-        """Begin a next attempt of our own, in which the answer starts again: Redis has lost some of what it accepted.
+    async def restart(self, reason: str) -> None:
+        """Begin the answer again under the next attempt: Redis has lost some of what it had accepted.
 
         Raises:
             LogLost: when the log is no longer ours.
         """
-        await self._advance(reason)
-        self._restart(reason)
+        await self._begin_attempt(reason)
+        self._begin_answer_again(reason)
 
-    async def _advance(self, reason: str) -> None:
-        request = self._request
+    async def _begin_attempt(self, reason: str) -> None:
+        """Continue under the next attempt of the log, from what Redis holds of the answer."""
+        job, ownership = self._job, self._services.ownership
         if not isinstance(self._log.loss, LogDiverged | LogGone):
-            await drained(self._log, request.stop)
-        await insist(lambda: self._owner.next_attempt(self._log, request.delivery, reason), request.stop)
-        entries = await insist(lambda: self._owner.read_entries(request.id), request.stop)
+            await job.wait_for(self._log.wait_drained())
+        await job.retry(ownership.next_attempt, self._log, job.delivery, reason)
+        entries = await job.retry(ownership.read_entries, job.id)
         self._recall(History(entries, fault_in(entries)))
-        self._committed = self._went_on = False
-        self._metrics.attempt(reason)
+        self._attempt_committed = self._attempt_extended = False
+        self._emit(AttemptBegun(reason))
 
     def _recall(self, history: History) -> None:
-        """What former attempts wrote is the answer so far."""
-        self._history, self._fault = Answer(history.entries), history.fault
-        self._was_allowed |= self._history.begun
+        """Take what earlier attempts wrote as the answer so far."""
+        self._answer, self._fault = Answer(history.entries), history.fault
+        self._was_allowed |= self._answer.begun
 
-    def _restart(self, reason: str) -> None:
-        _log.info("answer_restarted", reason=reason, attempt=self._log.attempt)
-        self._metrics.interrupted("restarted")
+    def _begin_answer_again(self, reason: str) -> None:
+        """Write `restarted`: readers drop the answer so far."""
+        self._emit(AnswerRestarted(self._log.attempt, reason))
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
-        self._history, self._fault = Answer(), ""
-        self._committed = True
+        self._answer, self._fault = Answer(), ""
+        self._attempt_committed = True
         self._first_delta = None
 
-    async def _generate(self, job: Job) -> Terminal:
-        """Ask for the job's model and, where it cannot be had, for its fallbacks one after the other."""
+    async def _ask_models(self, job: Job) -> Terminal:
+        """Ask for the job's model and, where no server can answer with it, for its fallbacks one after another."""
         models = [model_of(job.request), *job.fallbacks]
-        if self._history.model in models:  # the one that had begun goes on
-            del models[: models.index(self._history.model)]
+        if self._answer.model in models:  # the model that began the answer continues it
+            del models[: models.index(self._answer.model)]
         given_up = ""
         while True:
             model = models.pop(0)
             try:
-                return await self._ask(job.request | {"model": model} if model else job.request, models)
+                return await self._ask_model(job.request | {"model": model} if model else job.request, models)
             except UpstreamError as error:
-                broke_off = self._committed and self._settings.on_interrupt == "fail"
-                moves_on = error.retryable or error.elsewhere or error.code in _MOVES_ON
+                broke_off = self._attempt_committed and self._settings.on_interrupt == "fail"
+                moves_on = error.retryable or error.elsewhere or error.code in _ANOTHER_MODEL_MAY_DO
                 if not models or broke_off or not moves_on:
                     return self._failed(error.code, error.message + (given_up and f" (before it: {given_up})"))
                 given_up += f"{'; ' if given_up else ''}{model}: {error.code}"
-                _log.warning("model_given_up", code=error.code, model=model, next=models[0])
-                if self._committed:
-                    await self._advance(error.code)
-                if self._history.begun:
-                    self._restart("another model")
+                self._emit(ModelGivenUp(error.code, model, models[0]))
+                if self._attempt_committed:
+                    await self._begin_attempt(error.code)
+                if self._answer.begun:
+                    self._begin_answer_again("another model")
                 self._was_allowed = False
 
-    async def _ask(self, request: Object, others: Sequence[str]) -> Done:
-        """Ask for one model, as often as is allowed without getting on; `others` may be asked for in its place.
+    async def _ask_model(self, request: Object, others: Sequence[str]) -> Done:
+        """Ask for one model until the tries without progress are exhausted; `others` are its fallbacks.
 
         Raises:
             UpstreamError: of the last try.
         """
-        model, tries, endpoint = model_of(request), Tries(self._settings.tries), None
-        self._caller.refused_at.clear()  # another model may be another matter
+        model, tries, server = model_of(request), Tries(self._settings.tries, self._services.pace), None
+        self._caller.refused_at.clear()  # the servers that refused the former model may take this one
         while True:
-            await self._until_taken(model, others)
-            endpoint = self._upstream.choose(model, self._caller, other_than=endpoint)
-            is_trial = endpoint.circuit.state is CircuitState.HALF_OPEN
-            is_last = tries.begin()
+            await self._wait_for_server(model, others)
+            server = self._servers.choose(model, self._caller, other_than=server)
+            is_trial = server.circuit.state is CircuitState.HALF_OPEN
+            is_last = tries.count()
             try:
-                with endpoint.reserve():
-                    return await self._guarded(self._answer(endpoint, request, last=is_last))
+                with server.reserve():
+                    return await self._job.within_limits(self._ask_server(server, request, is_last=is_last), self._log)
             except UpstreamError as error:
-                _warn(error, endpoint, tries.made)
-                is_elsewhere = error.elsewhere and self._upstream.has_candidate(model, self._caller)
-                if is_elsewhere or self._was_no_try(error, endpoint, is_trial=is_trial):
-                    tries.take_back()
-                if self._went_on:
-                    tries.got_on()
-                is_final = not (error.retryable or is_elsewhere) or tries.are_over
-                if error.code == UNAUTHORIZED:  # which would be waited for
-                    is_final |= self._upstream.should_fall_back(model, others, self._caller)
-                if is_final or (self._committed and self._settings.on_interrupt == "fail"):
+                self._emit(
+                    UpstreamFailed(  # without the message, which may quote the request
+                        error.code, error.status, shown_url(server.url), tried=tries.made, retryable=error.retryable
+                    )
+                )
+                is_elsewhere = error.elsewhere and self._servers.has_candidate(model, self._caller)
+                if is_elsewhere or self._counts_for_nothing(error, server, is_trial=is_trial):
+                    tries.uncount()
+                if self._attempt_extended:
+                    tries.start_over()
+                is_final = not (error.retryable or is_elsewhere) or tries.are_exhausted
+                if error.code == UNAUTHORIZED:  # which otherwise waits for a server that takes the key
+                    is_final |= self._servers.should_fall_back(model, others, self._caller)
+                if is_final or (self._attempt_committed and self._settings.on_interrupt == "fail"):
                     raise
-                wait = tries.pause()
-                if error.retry_after and self._upstream.all_busy(model, self._caller):
-                    wait += error.retry_after  # not before it; elsewhere one need not wait
-                await self._guarded(asyncio.sleep(wait))
-                if self._committed:
-                    await self._advance(error.code)
+                pause = tries.pause()
+                if error.retry_after and self._servers.all_busy(model, self._caller):
+                    pause += error.retry_after  # another server need not wait for that
+                await self._job.within_limits(asyncio.sleep(pause), self._log)
+                if self._attempt_committed:
+                    await self._begin_attempt(error.code)
 
-    def _was_no_try(self, error: UpstreamError, endpoint: Server, *, is_trial: bool) -> bool:
-        """Whether a request that failed counts for nothing.
+    def _counts_for_nothing(self, error: UpstreamError, server: Server, *, is_trial: bool) -> bool:
+        """Whether a try that failed does not count.
 
-        One that was not let in goes to another server, or waits for one as any other does, and so does one that is
-        forbidden what was allowed when its answer began. Nor does a trial count: others have failed there too, and
-        once a job has, it gets no other.
+        A try that never reached a server waits for one like any other. So does a refusal of what was allowed when the
+        answer began. A trial request of an open circuit does not count either: others have failed at that server too,
+        and a job gets no second trial there.
         """
         is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
-        return was_not_let_in(error) or is_forbidden or (is_trial and endpoint.circuit in self._caller.failed_at)
+        return never_reached(error) or is_forbidden or (is_trial and server.circuit in self._caller.failed_at)
 
-    async def _until_taken(self, model: str, others: Sequence[str]) -> None:
-        """Wait until a server can take a request for this model, which is no try; said once of each model."""
-        if self._upstream.accepts(model, self._caller):
+    async def _wait_for_server(self, model: str, others: Sequence[str]) -> None:
+        """Wait until a server can take a request for this model. It is no try, and is logged once for each model."""
+        if self._servers.accepts(model, self._caller):
             return
         if model not in self._waited_for:
             self._waited_for.add(model)
-            named = {"model": model[:_LONGEST_NAME]} if model else {}  # a job may leave the model to the server
-            _log.info("waiting_for_model", **named)
-        with self._metrics.waiting_for_model.track_inprogress():
-            while not self._upstream.accepts(model, self._caller):
-                await self._guarded(self._upstream.wait_available(model, others, caller=self._caller))
+            self._emit(WaitingForModel(model[:_LONGEST_NAME]))
+        self._emit(ModelWaitBegan())
+        try:
+            while not self._servers.accepts(model, self._caller):
+                available = self._servers.wait_available(model, others, caller=self._caller)
+                await self._job.within_limits(available, self._log)
+        finally:
+            self._emit(ModelWaitEnded())
 
-    async def _answer(self, endpoint: Server, request: Object, *, last: bool) -> Done:
-        """One try at one server: it goes on from what stands of the answer or, where it cannot, begins again."""
+    async def _ask_server(self, server: Server, request: Object, *, is_last: bool) -> Done:
+        """One try at one server: resume the answer so far or, where that is not possible, begin again."""
         if self._fault:
-            self._restart(self._fault)
-        if self._history.begun:
+            self._begin_answer_again(self._fault)
+        if self._answer.begun:
             try:
-                return await self._go_on(endpoint, request, last=last)
+                return await self._resume(server, request, is_last=is_last)
             except CannotResume as reason:
-                self._restart(str(reason))
-        return await self._stream(endpoint, request, ChunkParser(**_parsing(request)))
+                self._begin_answer_again(str(reason))
+        return await self._read_stream(server, request, ChunkParser(**_parser_options(request)))
 
-    async def _go_on(self, endpoint: Server, request: Object, *, last: bool) -> Done:
-        history = self._history
+    async def _resume(self, server: Server, request: Object, *, is_last: bool) -> Done:
+        """Have a server continue the answer, by the first of the plan's routes that it takes.
+
+        Raises:
+            CannotResume: when the answer must begin again.
+        """
         if self._settings.on_interrupt != "resume":
             raise CannotResume("WORKER_ON_INTERRUPT")
         try:
-            plan = await plan_resume(self._upstream, endpoint, request, history, self._caller)
+            plan = await plan_resume(self._servers, server, request, self._answer, self._caller)
         except UpstreamError as error:
-            others = self._upstream.has_candidate(model_of(request), self._caller)
-            if others if error.elsewhere else (not last or was_not_let_in(error)):
+            others_remain = self._servers.has_candidate(model_of(request), self._caller)
+            if others_remain if error.elsewhere else (not is_last or never_reached(error)):
                 raise
+            # The server may answer from the beginning all the same.
             self._caller.refused_at.clear()
-            raise CannotResume(f"the server does not say how: {error.code}") from None  # it may answer all the same
+            raise CannotResume(f"the server does not say how: {error.code}") from None
         if plan.is_exhausted and not plan.withheld:
-            return self._done("length", history.usage, history.model)
+            return self._done("length", self._answer.usage, self._answer.model)
         refusal = ""
         for route, body in plan.requests:
-            parser = ResumedChunkParser(plan, **_parsing(request))
+            parser = ResumedChunkParser(plan, **_parser_options(request))
             try:
-                return await self._stream(endpoint, body, parser, route)
+                return await self._read_stream(server, body, parser, route)
             except CannotResume as reason:
                 refusal = str(reason)
             except UpstreamError as error:
-                if self._committed or error.retryable or error.elsewhere or not plan.prompt_ids:
+                if self._attempt_committed or error.retryable or error.elsewhere or not plan.prompt_ids:
                     raise
                 refusal = f"the server refuses to go on: {error.code}"
         raise CannotResume(refusal)
 
-    async def _stream(self, endpoint: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
-        """Read one stream into the log. Per token there is no more than `_take`: no await, and no task."""
-        self._endpoint, self._parser = endpoint, parser
-        async with self._upstream.stream(endpoint, body, route, caller=self._caller) as stream:
+    async def _read_stream(self, server: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
+        """Read one stream into the log. Per token only `_on_events` runs: no await and no task."""
+        self._server, self._parser = server, parser
+        async with self._servers.stream(server, body, route, caller=self._caller) as stream:
             stream.has_begun = lambda: parser.has_content
             try:
-                while await stream.read_into(self._take) and not parser.done:
+                while await stream.read_into(self._on_events) and not parser.done:
                     await self._log.wait_for_room()
                 await stream.read_rest()
                 parser.check_complete(stream.skipped)
@@ -271,27 +297,26 @@ class Generation:
                     raise
                 # It broke after the last finish_reason: nothing of the answer is missing.
             finally:
-                self._commit()
+                self._note_progress()
         if parser.unknown_reason:
-            reason = parser.unknown_reason[:_LONGEST_NAME]
-            _log.warning("unknown_finish_reason", reason=reason, endpoint=shown_url(endpoint.url))
-            self._metrics.unknown_finish_reason(reason)
+            self._emit(UnknownFinishReason(parser.unknown_reason[:_LONGEST_NAME], shown_url(server.url)))
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
-    def _take(self, events: list[bytes]) -> bool:
+    def _on_events(self, events: list[bytes]) -> bool:
+        """Append what events of the stream carry to the log. Returns whether reading should pause."""
         log, parser = self._log, self._parser
         entries: list[Fields] = []
         try:
             for data in events:
                 entries += parser.parse(data)
-        finally:  # what comes before an error is said
+        finally:  # entries before an error are written too
             log.extend(entries)
-        if not self._committed or self._first_delta is None:
-            self._commit()
+        if not self._attempt_committed or self._first_delta is None:
+            self._note_progress()
         return parser.done or log.is_full
 
-    def _commit(self) -> None:
-        """Take note of what a stream has written by now."""
+    def _note_progress(self) -> None:
+        """Take note of what a stream has written so far."""
         parser = self._parser
         if self._first_delta is None and parser.has_delta:
             self._first_delta = time.monotonic()
@@ -299,45 +324,10 @@ class Generation:
         if not parser.is_committed:
             return
         if isinstance(parser, ResumedChunkParser):
-            self._went_on = parser.has_progressed
-            if not self._committed:  # at its first entry: the end of the answer may be minutes away
-                _log.info("answer_resumed", attempt=self._log.attempt, endpoint=shown_url(self._endpoint.url))
-                self._metrics.interrupted("resumed")
-        self._committed = True
-
-    async def _guarded(self, work: Coroutine[object, object, _T]) -> _T:
-        """Do what may take long, for as long as the log is ours, the lease holds and the deadline has not passed."""
-        events: tuple[asyncio.Future[Any], ...] = (self._log.lost, self._request.stop)
-        left = (self._request.deadline - self._now()) / 1000
-        if left <= 0 or any(event.done() for event in events):
-            work.close()  # not a step of it, lest vLLM be asked for nothing
-            self._check()
-            raise DeadlinePassed
-        limit = asyncio.timeout(left)  # cheaper than a task that is waited for
-
-        def interrupt(_: object) -> None:
-            with suppress(RuntimeError):  # it is over, or interrupted already
-                limit.reschedule(0)
-
-        try:
-            async with limit:
-                for event in events:
-                    event.add_done_callback(interrupt)
-                result = await work
-        except (TimeoutError, UpstreamError):
-            self._check()
-            if limit.expired():
-                raise DeadlinePassed from None
-            raise
-        finally:
-            for event in events:
-                event.remove_done_callback(interrupt)
-        self._check()
-        return result
-
-    def _check(self) -> None:
-        if self._log.loss is not None or self._request.stop.done():
-            raise self._log.loss or Stopped
+            self._attempt_extended = parser.has_progressed
+            if not self._attempt_committed:  # emitted at the first entry: the end of the answer may be minutes away
+                self._emit(AnswerResumed(self._log.attempt, shown_url(self._server.url)))
+        self._attempt_committed = True
 
     def _done(self, finish_reason: str, usage: Usage | Object, model: str, extra: Object | None = None) -> Done:
         return Done(
@@ -362,37 +352,25 @@ class Generation:
 
 
 def choices_of(request: Object) -> int:
-    """How many choices are asked for."""
+    """How many choices a request asks for."""
     n = request.get("n")
     return n if isinstance(n, int) else 1
 
 
 def model_of(request: Object) -> str:
-    """The model that is asked for; empty when that is left to the server."""
+    """The model that a request asks for; empty when the server is to choose."""
     model = request.get("model")
     return model if isinstance(model, str) else ""
 
 
-def _warn(error: UpstreamError, endpoint: Server, tried: int) -> None:
-    """Without the message, which may quote the request."""
-    _log.warning(
-        "upstream_failed",
-        code=error.code,
-        status=error.status,
-        endpoint=shown_url(endpoint.url),
-        tried=tried,
-        retryable=error.retryable,
-    )
-
-
-class _Parsing(TypedDict):
+class _ParserOptions(TypedDict):
     n: int
     keep_prompt_ids: bool
     keep_usage: bool
 
 
-def _parsing(request: Object) -> _Parsing:
-    """What of a request matters to who reads its answer."""
+def _parser_options(request: Object) -> _ParserOptions:
+    """What the parser of an answer must know of its request."""
     options = request.get("stream_options")
     return {
         "n": choices_of(request),

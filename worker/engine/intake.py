@@ -1,21 +1,20 @@
-"""Taking jobs: new ones and those of dead workers, for free slots, and none while they could not be done."""
+"""Intake: taking new jobs and those of dead workers for free slots, and taking none while they could not be done."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from functools import partial
 
-import structlog
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.clients import SAY_AGAIN, Backoff
 from ..redisio.errors import is_transient
+from ..redisio.retry import Backoff
 from ..settings import Settings
-from ..telemetry.metrics import Metrics
+from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Telemetry
+from ..telemetry.logging import SAY_AGAIN
 from ..vllm.servers.pool import ServerPool
+from .pace import Pace, sleep_unless_set
 from .running_jobs import RunningJobs
 from .slots import Slots
 
@@ -23,17 +22,11 @@ NO_VLLM = "no_vllm"
 REDIS_FULL = "redis_full"
 REDIS_REFUSES = "redis_refuses"
 REDIS_AWAY = "redis_away"
-"""Why no jobs are taken: no server is there; Redis has no memory for more; it takes no writes for another reason; it
-does not answer."""
+"""Why no jobs are taken: no vLLM server is available; Redis has no memory left; Redis refuses writes for another
+reason; Redis does not answer."""
 
 _BEFORE_ALL_QUEUES = -1
-_SCAN_EVERY = 0.5
-"""Seconds: what a worker hands over as it leaves goes on within one. After a find more is looked for at once."""
-
-_LOOK_AGAIN = 0.5
-"""Seconds until a Redis that takes no writes is asked again."""
-
-_log = structlog.get_logger()
+"""The rank of jobs whose lease has expired."""
 
 
 class JobIntake:
@@ -43,69 +36,80 @@ class JobIntake:
         self,
         settings: Settings,
         jobs: JobQueue,
-        upstream: ServerPool,
-        leases: RunningJobs,
+        servers: ServerPool,
+        running_jobs: RunningJobs,
         slots: Slots,
         *,
         block: float,
-        metrics: Metrics,
+        pace: Pace,
+        telemetry: Telemetry,
     ) -> None:
         self._settings = settings
         self._jobs = jobs
-        self._upstream = upstream
-        self._leases = leases
+        self._servers = servers
+        self._running_jobs = running_jobs
         self._slots = slots
         self._block_ms = int(block * 1000)
-        self._metrics = metrics
-        self._leaving = asyncio.Event()
+        self._pace = pace
+        self._telemetry = telemetry
+        self._stopping = asyncio.Event()
         self.paused = ""
         """Why no jobs are taken at the moment, or nothing."""
-        self._told = ""
-        self._told_at: dict[str, float] = {}
+        self._logged_pause = ""
+        self._logged_at: dict[str, float] = {}
+        """When each reason was last logged, by the monotonic clock in seconds."""
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """Take no more jobs."""
-        self._leaving.set()
+        self._stopping.set()
         self._slots.close()
 
-    async def read(self, rank: int, queue: str) -> None:
-        """Take new jobs of a queue until told to leave; a lower rank is more important.
+    async def take_new(self, rank: int, queue: str) -> None:
+        """Take new jobs of a queue until the intake stops. A lower rank is more important.
 
-        A read in flight is never cancelled: the jobs it brings would wait for their lease to end.
+        A read in flight is never cancelled: the jobs that it returns would wait until their lease ends.
         """
-        backoff = Backoff("claim_failed")
-        while await self._fill(rank, backoff, lambda count: self._jobs.read_new(queue, count, self._block_ms)):
+        backoff = Backoff("claim_failed", self._telemetry)
+
+        async def read_new(count: int) -> list[Delivery]:
+            return await self._jobs.read_new(queue, count, self._block_ms)
+
+        while await self._fill_slots(rank, backoff, read_new):
             pass
 
-    async def take_over(self) -> None:
-        """Take jobs whose worker has let their lease run out, until told to leave."""
-        pause = min(_SCAN_EVERY, self._settings.lease / 3)
-        backoff = Backoff("take_over_failed", first=pause)
-        took = False
+    async def take_over_expired(self) -> None:
+        """Take over jobs whose worker has let their lease expire, until the intake stops.
 
-        async def take(queue: str, count: int) -> list[Delivery]:
-            nonlocal took
-            deliveries = await self._jobs.claim_expired(queue, count)
-            took = took or bool(deliveries)
-            return deliveries
+        After a find the next search follows at once.
+        """
+        pause = min(self._pace.scan_every, self._settings.lease / 3)
+        backoff = Backoff("take_over_failed", self._telemetry, first=pause)
+        found = 0
 
-        while await self._rest(0 if took else pause):
-            took = False
+        while await sleep_unless_set(self._stopping, 0 if found else pause):
+            found = 0
             for queue in self._settings.queues:
-                await self._fill(_BEFORE_ALL_QUEUES, backoff, partial(take, queue))
 
-    async def _fill(self, rank: int, backoff: Backoff, take: Callable[[int], Awaitable[list[Delivery]]]) -> bool:
-        """Wait for free slots and take jobs for them, once; false when no more are to be taken."""
+                async def claim_expired(count: int, queue: str = queue) -> list[Delivery]:
+                    nonlocal found
+                    deliveries = await self._jobs.claim_expired(queue, count)
+                    found += len(deliveries)
+                    return deliveries
+
+                await self._fill_slots(_BEFORE_ALL_QUEUES, backoff, claim_expired)
+
+    async def _fill_slots(self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]) -> bool:
+        """Wait for free slots and fetch jobs for them, once. False when no more jobs are to be taken."""
         count = await self._slots.reserve(rank)
         if not count:
             return False
         deliveries: list[Delivery] = []
         failure, sent = None, 0.0
         try:
-            self._pause_for(await self._obstacle())
+            self._pause_for(await self._reason_to_pause())
             if not self.paused:
                 sent = time.monotonic()
-                deliveries = await take(count)
+                deliveries = await fetch(count)
         except (RedisError, OSError) as error:
             failure = error
             if not isinstance(error, ResponseError):
@@ -115,60 +119,56 @@ class JobIntake:
         if deliveries:
             took = time.monotonic() - sent - self._block_ms / 1000  # a read may have waited for its first job
             self._slots.adapt(too_slow=took > self._settings.lease / 3)
-        self._slots.release(count - self._leases.begin(deliveries, sent))
+        self._slots.release(count - self._running_jobs.start(deliveries, sent))
         if failure is not None:
             await backoff.wait(failure)
             return True
         backoff.reset()
         if self.paused == NO_VLLM:
-            await self._until_vllm_is_there()
+            await self._wait_for_vllm()
         elif self.paused:
-            await self._rest(_LOOK_AGAIN)
+            await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
         return True
 
-    async def _obstacle(self) -> str:
-        """Why a job that is taken now could not be done: it waits in the queue then, where any worker can take it."""
-        if not self._upstream.is_available:
+    async def _reason_to_pause(self) -> str:
+        """Why a job that is taken now could not be done, or nothing. In the queue any other worker can take it."""
+        if not self._servers.is_available:
             return NO_VLLM
         try:
             await self._jobs.probe_writable()
         except ResponseError as error:
             if is_transient(error):
                 return REDIS_FULL if isinstance(error, OutOfMemoryError) else REDIS_REFUSES
-        return ""  # also where a right to this one key is missing: whoever must write will say so
+            # Where only the right to the probed key is missing, the commands that need rights report it.
+        return ""
 
     def _pause_for(self, reason: str) -> None:
+        """Take no jobs for a reason; an empty one ends the pause."""
         if reason != self.paused:
-            for one, on in ((self.paused, False), (reason, True)):
-                if one:
-                    self._metrics.paused(one, on=on)
+            if self.paused:
+                self._telemetry.emit(IntakePaused(self.paused, on=False))
+            if reason:
+                self._telemetry.emit(IntakePaused(reason, on=True))
             self.paused = reason
-        self._tell("" if reason in (NO_VLLM, REDIS_AWAY) else reason)  # of these the log tells already
+        self._log_pause("" if reason in (NO_VLLM, REDIS_AWAY) else reason)  # those two are logged elsewhere
 
-    def _tell(self, reason: str) -> None:
-        if reason == self._told:
+    def _log_pause(self, reason: str) -> None:
+        """Log each reason once in a while: a Redis at the edge of its memory refuses writes now and then."""
+        if reason == self._logged_pause:
             return
-        if self._told:
-            _log.warning("claims_resumed", reason=self._told)
-            self._told = ""
+        if self._logged_pause:
+            self._telemetry.emit(ClaimsResumed(self._logged_pause))
+            self._logged_pause = ""
         now = time.monotonic()
-        # At the edge of its memory Redis refuses now and then.
-        if reason and now - self._told_at.get(reason, float("-inf")) > SAY_AGAIN:
-            _log.warning("claims_paused", reason=reason)
-            self._told, self._told_at[reason] = reason, now
+        if reason and now - self._logged_at.get(reason, float("-inf")) > SAY_AGAIN:
+            self._telemetry.emit(ClaimsPaused(reason))
+            self._logged_pause, self._logged_at[reason] = reason, now
 
-    async def _until_vllm_is_there(self) -> None:
+    async def _wait_for_vllm(self) -> None:
         waiting = {
-            asyncio.ensure_future(self._upstream.wait_available("")),
-            asyncio.ensure_future(self._leaving.wait()),
+            asyncio.ensure_future(self._servers.wait_available("")),
+            asyncio.ensure_future(self._stopping.wait()),
         }
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()
-
-    async def _rest(self, seconds: float) -> bool:
-        """Pause; false when told to leave."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._leaving.wait()
-        return not self._leaving.is_set()

@@ -1,21 +1,44 @@
-"""A delivered job while this process runs it, and what makes it stop before its end."""
+"""One delivered job while this process runs it: its facts, what stops it early, and what it shares with other jobs."""
 
 import asyncio
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..broker.job_queue import Delivery
+from ..broker.cluster_publisher import AnyPublisher
+from ..broker.dead_letters import DeadLetterWriter
+from ..broker.job_queue import Delivery, JobQueue
+from ..broker.lifecycle import LifecycleWriter
 from ..broker.log_writer import LogWriter
-from ..contract.job import InvalidJob, Job, digest
-from ..redisio.clients import persist
+from ..broker.ownership import LogOwnership
+from ..contract.job import (
+    InvalidJob,
+    Job,
+    check_limits,
+    digest,
+    is_digest_of,
+    parse_job,
+    request_id_of,
+    times_of,
+)
+from ..contract.keys import Keys
 from ..redisio.errors import is_permission_denied, is_transient
+from ..redisio.retry import Outage, RetryUntilAvailable
+from ..settings import Settings
+from ..telemetry.events import Telemetry
+from ..vllm.errors import UpstreamError
+from ..vllm.servers.pool import ServerPool
+from .pace import Pace
+from .poison import Quarantine, may_be_poison
 
 _T = TypeVar("_T")
 
+_DAY_MS = 24 * 3600 * 1000
+
 UNREAD = InvalidJob("the job is not read yet")
-"""In the place of a job that may kill whoever reads it: its log is claimed first, so that a death in it counts."""
+"""Stands for a possible poison job until its log is claimed: a death while the job is read then counts as a failure."""
 
 
 class Stop(enum.Enum):
@@ -26,55 +49,147 @@ class Stop(enum.Enum):
 
 
 class Stopped(Exception):
-    """The job stops here, unacknowledged: another worker goes on."""
+    """The job stops here without an acknowledgement: another worker continues it."""
 
 
-@dataclass(frozen=True, slots=True)
+class DeadlinePassed(Exception):
+    """The job's deadline has passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobServices:
+    """What all jobs of a process share. `now` returns Redis's clock in Unix ms."""
+
+    settings: Settings
+    keys: Keys
+    jobs: JobQueue
+    ownership: LogOwnership
+    lifecycle: LifecycleWriter
+    dead_letters: DeadLetterWriter
+    publisher: AnyPublisher
+    servers: ServerPool
+    quarantine: Quarantine
+    telemetry: Telemetry
+    outage: Outage
+    now: Callable[[], int]
+    pace: Pace
+
+
 class JobContext:
-    """A delivered job with what follows from it.
+    """One delivered job. `began` and `deadline` are Unix ms by Redis's clock, `retention` and `remember` are seconds.
 
-    `began` is when this process took it, and `deadline` its own, in Unix ms by Redis's clock; the rest is seconds.
-    `free` gives its slot to another job.
+    `id` is the request's id, empty where the job has none that can be used. `job` is the parsed job, an `InvalidJob`
+    where it does not validate, or `UNREAD`; `digest` is the request's, empty where it cannot be read. `release_slot`
+    lets another job start before this one has ended. `retry` retries until Redis answers or the job must stop.
     """
 
-    id: str
-    delivery: Delivery
-    job: Job | InvalidJob
-    began: int
-    deadline: int
-    retention: int
-    remember: int
-    stop: "asyncio.Future[Stop]"
-    free: Callable[[], None]
+    def __init__(
+        self,
+        services: JobServices,
+        delivery: Delivery,
+        stop: "asyncio.Future[Stop]",
+        release_slot: Callable[[], None],
+    ) -> None:
+        self._settings = settings = services.settings
+        self.delivery = delivery
+        self.stop = stop
+        self.release_slot = release_slot
+        self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
+        self._now = services.now
+        self.began = self._now()
+        self.id = self.digest = ""
+        self.job: Job | InvalidJob = UNREAD
+        deadline = retention = None
+        try:
+            self.id = request_id_of(delivery.fields)
+            deadline, retention = times_of(delivery.fields)
+        except InvalidJob as problem:
+            if not self.id:
+                self.job = problem
+        self.deadline = deadline or delivery.enqueued + _DAY_MS
+        self.retention = retention or settings.retention
+        self.remember = max(settings.remember, self.retention)
+        if not may_be_poison(delivery, settings.max_deliveries):
+            self.parse()
+
+    def parse(self) -> None:
+        """Read and check the job, unless that is done."""
+        if self.job is not UNREAD:
+            return
+        settings = self._settings
+        try:
+            job = parse_job(self.delivery.fields, settings.max_request_bytes)
+            check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)
+        except InvalidJob as problem:
+            self.job = problem
+        else:
+            self.job, self.digest = job, digest(job.request, job.fallbacks)
+
+    def may_have_digest(self, known: str) -> bool:
+        """Whether a log with this digest may be of the same request. It may where either digest is unknown."""
+        job = self.job
+        return not isinstance(job, Job) or not known or is_digest_of(known, job.request, job.fallbacks)
+
+    def expires_at(self, now: int) -> int:
+        """When a log that is never sealed expires, in Unix ms."""
+        return max(self.deadline, now) + self.retention * 1000
+
+    async def wait_for(self, event: Awaitable[_T]) -> _T:
+        """Wait for what may take as long as Redis is full or does not answer.
+
+        Raises:
+            Stopped: when the job must stop before.
+            Exception: what the awaitable raised.
+        """
+        waiting = asyncio.ensure_future(event)
+        events: set[asyncio.Future[Any]] = {waiting, self.stop}
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            raise Stopped
+        return waiting.result()
+
+    async def within_limits(self, work: Coroutine[object, object, _T], log: LogWriter) -> _T:
+        """Do what may take as long as vLLM likes, while the log is ours, the lease holds and the deadline is ahead.
+
+        Raises:
+            DeadlinePassed: when the deadline passes before.
+            LogLost: when the log is lost before.
+            Stopped: when the job must stop before.
+        """
+        limits: tuple[asyncio.Future[Any], ...] = (log.lost, self.stop)
+        left = (self.deadline - self._now()) / 1000
+        if left <= 0 or any(limit.done() for limit in limits):
+            work.close()  # without a single step, so that vLLM gets no request for nothing
+            self._check(log)
+            raise DeadlinePassed
+        timeout = asyncio.timeout(left)  # cheaper than a task to wait for
+
+        def interrupt(_: object) -> None:
+            with suppress(RuntimeError):  # it has ended, or is interrupted already
+                timeout.reschedule(0)
+
+        try:
+            async with timeout:
+                for limit in limits:
+                    limit.add_done_callback(interrupt)
+                result = await work
+        except (TimeoutError, UpstreamError):
+            self._check(log)
+            if timeout.expired():
+                raise DeadlinePassed from None
+            raise
+        finally:
+            for limit in limits:
+                limit.remove_done_callback(interrupt)
+        self._check(log)
+        return result
+
+    def _check(self, log: LogWriter) -> None:
+        if log.loss is not None or self.stop.done():
+            raise log.loss or Stopped
 
 
-async def insist(operation: Callable[[], Awaitable[_T]], stop: "asyncio.Future[Stop]") -> _T:
-    """Repeat what a running job asks of Redis, until Redis answers or the job is to stop.
-
-    It also waits while Redis withholds a right: an operator may give it back, and it is not the job's fault.
-
-    Raises:
-        Exception: what the operation raised, when waiting does not help or there is no more time.
-    """
-    return await persist(operation, stop, lambda error: is_transient(error) or is_permission_denied(error))
-
-
-async def drained(log: LogWriter, stop: "asyncio.Future[Stop]") -> None:
-    """Wait until Redis has accepted everything of a log, which takes as long as it is full or away.
-
-    Raises:
-        LogLost: when it will not.
-        Stopped: when the job is to stop before.
-    """
-    waiting = asyncio.ensure_future(log.wait_drained())
-    events: set[asyncio.Future[Any]] = {waiting, stop}
-    await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-    if not waiting.done():
-        waiting.cancel()
-        raise Stopped
-    waiting.result()
-
-
-def digest_of(job: Job | InvalidJob) -> str:
-    """The digest of what a job asks for; empty where that cannot be read."""
-    return digest(job.request, job.fallbacks) if isinstance(job, Job) else ""
+def _may_pass(error: BaseException) -> bool:
+    """Whether a job waits for an error to pass. A missing permission is not its fault, and an operator may grant it."""
+    return is_transient(error) or is_permission_denied(error)

@@ -1,7 +1,7 @@
-"""Jobs that may be what kills their worker: how often one has failed so far, and how such jobs run one at a time.
+"""Poison jobs: counting the failures of a job that may kill its worker, and the quarantine in which it runs alone.
 
-A process that dies takes all of its jobs along, the innocent with the guilty. From the second failure on a job is a
-suspect; of these a process runs one at a time, so that a further death counts against that one only.
+A process that dies takes all of its jobs down with it, including the harmless ones. So a job that has failed twice goes
+into quarantine: a process runs such jobs one at a time, and the next death counts against that job alone.
 """
 
 import asyncio
@@ -12,94 +12,102 @@ from ..broker.job_queue import Delivery
 from ..contract.answer import Answer
 from ..contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
 
-_SUSPECT = 2
-_AGAIN = 2
+_QUARANTINE_FROM = 2
+"""Failures."""
+
+_PROGRESS_FACTOR = 2
+"""An answer that begins again has made progress once it is so many times as long as ever before."""
 
 
 def failures(history: Iterable[Entry], delivery: Delivery) -> int:
-    """How often owners of this job were lost one after another and got no further, up to this delivery.
+    """How many owners of this job in a row were lost without progress, up to this delivery.
 
-    It is read from the log, since Redis's own count also rises when the reply of an XAUTOCLAIM is lost and nobody
-    has run the job. A claim with the `delivery` of the one before it was a hand-over, which is no failure; one with a
-    greater is one failure, whatever the difference. What an owner claims for its own retry is no delivery.
+    The log is the source: Redis's own delivery count also rises when the reply of an XAUTOCLAIM is lost and nobody has
+    run the job. A claim with the same `delivery` as the claim before it was a hand-over, which is no failure. A claim
+    with a greater one is one failure, whatever the difference. An attempt that an owner claims for its own retry is no
+    delivery.
 
-    An owner got further when it added a delta to what stood. One that had to begin the answer again must have come
-    twice as far as any before it: where a job kills its worker is not quite the same place each time.
+    An owner has made progress when it added a delta to the answer that stood. An owner that had to begin the answer
+    again must have come twice as far as any owner before: a job does not always kill its worker at the same place.
     """
     count, last = 0, None
-    answer, most, goal = Answer(), 0, 0
+    answer, longest, goal = Answer(), 0, 0
     for entry in history:
         if isinstance(entry, Restarted):
-            goal = _AGAIN * most
+            goal = _PROGRESS_FACTOR * longest
         elif isinstance(entry, Started | Claimed):
             if len(answer.deltas) > goal:
                 count, last = 0, None
-            goal = most = max(most, len(answer.deltas))
+            goal = longest = max(longest, len(answer.deltas))
             if (entry.queue, entry.job) != (delivery.queue, delivery.id):
-                count, last = 0, None  # another job of the same request, whose deliveries are its own
+                count, last = 0, None  # another job of the same request, which has deliveries of its own
             elif isinstance(entry, Started) or entry.reason == TAKEOVER:
-                count += _rises(last, entry.delivery)
+                count += last is not None and entry.delivery > last
                 last = entry.delivery
         answer.add(entry)
-    return 0 if len(answer.deltas) > goal else count + _rises(last, delivery.count)
+    if len(answer.deltas) > goal:
+        return 0
+    return count + (last is not None and delivery.count > last)
 
 
-def goal_of(history: Iterable[Entry]) -> int:
-    """How many deltas an answer that begins again must surpass to have got further than before."""
-    answer, most = Answer(), 0
+def progress_goal(history: Iterable[Entry]) -> int:
+    """How many deltas an answer that begins again must exceed to count as progress."""
+    answer, longest = Answer(), 0
     for entry in history:
         if isinstance(entry, Claimed):
-            most = max(most, len(answer.deltas))
+            longest = max(longest, len(answer.deltas))
         answer.add(entry)
-    return _AGAIN * max(most, len(answer.deltas))
+    return _PROGRESS_FACTOR * max(longest, len(answer.deltas))
 
 
-def is_suspect(failed: int, most: int) -> bool:
-    """Whether a job is to run alone; `most` is the number of failures that bury it."""
-    return _suspect_from(most) <= failed < most
+def needs_quarantine(failed: int, max_deliveries: int) -> bool:
+    """Whether a job that failed so often runs alone. At `max_deliveries` failures it is buried instead."""
+    return _quarantine_from(max_deliveries) <= failed < max_deliveries
 
 
-def is_doubtful(delivery: Delivery, most: int) -> bool:
-    """Whether a job may be a suspect, as far as its delivery tells: then its log is looked at before it is read."""
-    return delivery.again and delivery.count > _suspect_from(most)
+def may_be_poison(delivery: Delivery, max_deliveries: int) -> bool:
+    """Whether the delivery count allows enough failures for quarantine; the log then gives the exact number.
+
+    The job itself is not read before that: reading it may be what kills its worker.
+    """
+    return delivery.again and delivery.count > _quarantine_from(max_deliveries)
+
+
+def _quarantine_from(max_deliveries: int) -> int:
+    return max(1, min(_QUARANTINE_FROM, max_deliveries - 1))
 
 
 class Quarantine:
-    """Lets one suspect run at a time, for at most `longest` seconds: the server that it waits for may be away."""
+    """Runs one possible poison job at a time.
+
+    A turn lasts `longest` seconds at most: the job's vLLM server may be away, and the other jobs would wait with it.
+    """
 
     def __init__(self, longest: float) -> None:
         self._lock = asyncio.Lock()
         self._longest = longest
 
-    async def wait(self, stop: asyncio.Future[Any], left: float) -> "QuarantineTurn | None":
-        """Wait for a turn; nothing when the job is to stop, or its `left` seconds are over, before it comes."""
+    async def wait_turn(self, stop: asyncio.Future[Any], within: float) -> "QuarantineTurn | None":
+        """Wait for a turn. Returns None when `stop` is done or `within` seconds have passed before."""
         waiting = asyncio.ensure_future(self._lock.acquire())
         events: set[asyncio.Future[Any]] = {waiting, stop}
         try:
-            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(events, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
         return QuarantineTurn(self._lock, self._longest) if waiting.done() else None
 
 
 class QuarantineTurn:
-    """A suspect's time alone, from before its claim until it has got further or has ended, or had its time."""
+    """A job's time alone: from before its claim until it makes progress, ends, or has used its time."""
 
     def __init__(self, lock: asyncio.Lock, longest: float) -> None:
         self._lock: asyncio.Lock | None = lock
         self._timer = asyncio.get_running_loop().call_later(longest, self.end)
 
     def end(self, *_: object) -> None:
-        """Let the next one run. May be called again."""
+        """Let the next job run. Calling this again has no effect."""
         self._timer.cancel()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def _rises(last: int | None, delivery: int) -> int:
-    return int(last is not None and delivery > last)
-
-
-def _suspect_from(most: int) -> int:
-    return max(1, min(_SUSPECT, most - 1))

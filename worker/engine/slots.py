@@ -2,26 +2,26 @@
 
 import asyncio
 
-_OLDEST_EVERY = 8
-"""One grant in so many goes to whoever has waited longest, lest the less important starve."""
+_LONGEST_WAIT_EVERY = 8
+"""One grant in so many goes to the reader that has waited longest. Otherwise less important queues would starve."""
 
-_AT_ONCE = 16
-"""The most jobs of one read: each may hold megabytes, and a process that dies of one takes the others along."""
+_MOST_PER_READ = 16
+"""Jobs. Each may hold megabytes, and a process that dies of one of them takes the others down with it."""
 
 
 class Slots:
-    """Counts free slots and hands them to whoever takes jobs; a lower rank is more important."""
+    """Counts the free slots and grants them to the readers of queues. A lower rank is more important."""
 
     def __init__(self, total: int) -> None:
         self._free = total
         self._grants = 0
-        self._at_once = _AT_ONCE
-        self._closed = False
+        self._most_per_read = _MOST_PER_READ
+        self._is_closed = False
         self._waiting: dict[int, asyncio.Future[int]] = {}
 
     async def reserve(self, rank: int) -> int:
-        """Wait for free slots and take some, at least one; 0 when no more jobs are to be taken."""
-        if self._closed:
+        """Wait for free slots. Returns how many are granted: at least one, or 0 when no more jobs are to be taken."""
+        if self._is_closed:
             return 0
         if self._free and not self._waiting:
             return self._grant()
@@ -30,33 +30,34 @@ class Slots:
         return await waiter
 
     def release(self, count: int) -> None:
-        """Give slots back; a reader that waits gets them."""
+        """Give slots back. A waiting reader gets them."""
         self._free += count
         while self._free and self._waiting:
             self._grants += 1
-            rank = next(iter(self._waiting)) if self._grants % _OLDEST_EVERY == 0 else min(self._waiting)
+            rank = next(iter(self._waiting)) if self._grants % _LONGEST_WAIT_EVERY == 0 else min(self._waiting)
             waiter = self._waiting.pop(rank)
             if not waiter.done():
                 waiter.set_result(self._grant())
 
     def adapt(self, *, too_slow: bool) -> None:
-        """Grant half as many at once after a read that took too long, and twice as many after one that did not.
+        """Grant half as many slots per read after a read that took too long, and twice as many after any other.
 
-        Leases count from the sending of a read: where megabytes come slowly, those of many jobs would have run out by
-        the time that all are there.
+        Leases count from the sending of a read. Where megabytes arrive slowly, the leases of many jobs would have run
+        out by the time all of them are here.
         """
-        self._at_once = max(1, self._at_once // 2) if too_slow else min(_AT_ONCE, 2 * self._at_once)
+        most = self._most_per_read
+        self._most_per_read = max(1, most // 2) if too_slow else min(_MOST_PER_READ, 2 * most)
 
     def close(self) -> None:
-        """Hand out no more."""
-        self._closed = True
+        """Grant no more slots."""
+        self._is_closed = True
         for waiter in self._waiting.values():
             if not waiter.done():
                 waiter.set_result(0)
         self._waiting.clear()
 
     def _grant(self) -> int:
-        # Half of what is free: a reader that waits on an empty queue leaves slots to the others.
-        count = min(self._at_once, max(1, self._free // 2))
+        # Half of the free slots: a reader that waits at an empty queue leaves slots to the others.
+        count = min(self._most_per_read, max(1, self._free // 2))
         self._free -= count
         return count

@@ -1,47 +1,46 @@
-"""How often a request is sent to the servers of one model, and the pauses between."""
+"""How often one request is sent to the servers of one model, and the pauses between the tries."""
 
 import random
 
 from ..vllm.errors import NoConnection, UpstreamError
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Seconds; each is twice as long as the one before."""
+from .pace import Pace
 
 
 class Tries:
-    """The tries of one request, at most so many in a row without getting on."""
+    """Counts the tries of one request and stops after `limit` tries in a row that made no progress."""
 
-    __slots__ = ("_most", "_pause", "made")
+    __slots__ = ("_limit", "_next_pause", "_pace", "made")
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._pause = FIRST_PAUSE
+    def __init__(self, limit: int, pace: Pace) -> None:
+        self._limit = limit
+        self._pace = pace
+        self._next_pause = pace.first_retry
         self.made = 0
 
-    def begin(self) -> bool:
-        """One more; whether it is the last."""
+    def count(self) -> bool:
+        """Count one more try. Returns whether it is the last."""
         self.made += 1
-        return self.are_over
+        return self.are_exhausted
 
-    def take_back(self) -> None:
-        """The last was none."""
+    def uncount(self) -> None:
+        """Do not count the latest try."""
         self.made -= 1
 
-    def got_on(self) -> None:
-        """The last brought more of the answer: they begin again with it."""
-        self.made, self._pause = 1, FIRST_PAUSE
+    def start_over(self) -> None:
+        """The latest try added to the answer: it is the first of a new row."""
+        self.made, self._next_pause = 1, self._pace.first_retry
 
     @property
-    def are_over(self) -> bool:
-        """Whether there were as many as there may be."""
-        return self.made >= self._most
+    def are_exhausted(self) -> bool:
+        """Whether no try is left."""
+        return self.made >= self._limit
 
     def pause(self) -> float:
-        """Seconds to wait before the next."""
-        pause, self._pause = self._pause, 2 * self._pause
-        return min(pause, LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+        """Seconds to wait before the next try. Each call doubles the pause, up to the longest."""
+        pause, self._next_pause = self._next_pause, 2 * self._next_pause
+        return min(pause, self._pace.longest_retry) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
 
 
-def was_not_let_in(error: UpstreamError) -> bool:
-    """Whether the server was not reached, or took no key of ours: it has seen nothing of the request."""
+def never_reached(error: UpstreamError) -> bool:
+    """Whether the server has seen nothing of the request: the connection or the worker's API key was refused."""
     return isinstance(error, NoConnection) or error.status == 401

@@ -209,15 +209,37 @@ class DuplicateFound(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobTakenElsewhere(Event):
+    """Another worker held the lease of a job before this one could acquire its log."""
+
     queue: str
     job: str
-    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FencedOff(Event):
+    """Another worker has begun a later attempt of a job that runs here."""
+
+    name = "job_taken_elsewhere"
+    level = "warning"
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class JobLeft(Event):
     """The job stops here without an acknowledgement; the worker that gets it next goes on."""
 
+    reason: str
+    attempt: int | None = None
+    queue: str = ""
+    job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobBrokenOff(Event):
+    """An error of Redis ended the run of a job; it stays pending."""
+
+    name = "job_left"
+    level = "warning"
     queue: str
     job: str
     reason: str
@@ -274,9 +296,9 @@ class AnswerRestarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class WaitingForModel(Event):
-    """A job waits for a server that can take it; logged once for each of its models."""
+    """A job waits for a server that can take it; emitted once for each of its models."""
 
-    model: str
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
