@@ -10,13 +10,12 @@ from worker.telemetry.events import (
     EntriesAccepted,
     Event,
     Failing,
-    JobTakenElsewhere,
     KeyFileUnreadable,
-    LogDisappeared,
     Recovered,
     VllmAway,
     WorkerDraining,
 )
+from worker.telemetry.job_events import JobTakenElsewhere, LogDisappeared
 from worker.telemetry.logging import Format, LogReceiver, configure_logging
 
 LOGGED: list[tuple[Event, dict[str, object]]] = [

@@ -16,24 +16,19 @@ from worker.contract.entries import to_json
 from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import ConfigError, load_settings
-from worker.telemetry.events import (
+from worker.telemetry.events import EntriesAccepted, Event, IntakePaused, QueueMeasured, RecordRefused, WriteFailed
+from worker.telemetry.job_events import (
     AnswerRestarted,
     AnswerResumed,
     AttemptBegun,
-    EntriesAccepted,
-    Event,
     FirstDelta,
-    IntakePaused,
     JobBuried,
     JobFinished,
     JobStarted,
     LeaseWasLost,
     ModelWaitBegan,
     ModelWaitEnded,
-    QueueMeasured,
-    RecordRefused,
     UnknownFinishReason,
-    WriteFailed,
 )
 from worker.telemetry.metrics import Metrics
 from worker.version import version

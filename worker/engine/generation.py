@@ -14,7 +14,7 @@ from ..contract.history import History, fault_in
 from ..contract.ids import BEFORE_ALL, SEAL
 from ..contract.job import InvalidJob, Job, with_limit
 from ..settings import shown_url
-from ..telemetry.events import (
+from ..telemetry.job_events import (
     AnswerRestarted,
     AnswerResumed,
     AttemptBegun,

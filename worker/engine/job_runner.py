@@ -25,7 +25,7 @@ from ..broker.log_writer import (
 from ..contract.entries import BURIED, Failed
 from ..contract.history import History
 from ..contract.ids import SEAL
-from ..telemetry.events import (
+from ..telemetry.job_events import (
     AttemptBegun,
     DuplicateFound,
     FencedOff,

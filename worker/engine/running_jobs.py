@@ -11,15 +11,8 @@ from redis.exceptions import RedisError
 
 from ..broker.job_queue import Delivery, JobQueue
 from ..redisio.errors import redacted_message
-from ..telemetry.events import (
-    HandOverFailed,
-    JobBrokenOff,
-    JobFailed,
-    JobLeft,
-    JobsHandedOver,
-    LeaseWasLost,
-    Telemetry,
-)
+from ..telemetry.events import HandOverFailed, JobsHandedOver, Telemetry
+from ..telemetry.job_events import JobBrokenOff, JobFailed, JobLeft, LeaseWasLost
 from .job_context import Stop, Stopped
 
 RunJob: TypeAlias = "Callable[[Delivery, asyncio.Future[Stop], Callable[[], None]], Awaitable[None]]"

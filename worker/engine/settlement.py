@@ -19,7 +19,7 @@ from ..contract.ids import SEAL, EntryId
 from ..contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.retry import RetryUntilAvailable
-from ..telemetry.events import DuplicateFound, JobBuried, JobFinished
+from ..telemetry.job_events import DuplicateFound, JobBuried, JobFinished
 from .job_context import UNREAD, JobContext, JobServices
 
 _SLOT_RELEASED_AFTER = 0.2

@@ -15,24 +15,19 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from ..version import version
-from .events import (
+from .events import EntriesAccepted, Event, IntakePaused, QueueMeasured, RecordRefused, WriteFailed
+from .job_events import (
     AnswerRestarted,
     AnswerResumed,
     AttemptBegun,
-    EntriesAccepted,
-    Event,
     FirstDelta,
-    IntakePaused,
     JobBuried,
     JobFinished,
     JobStarted,
     LeaseWasLost,
     ModelWaitBegan,
     ModelWaitEnded,
-    QueueMeasured,
-    RecordRefused,
     UnknownFinishReason,
-    WriteFailed,
 )
 
 _WORD = re.compile(r"[A-Za-z_]{1,40}")

@@ -1,0 +1,193 @@
+"""What happens to one job, as frozen events: from its start to its end, its attempts, and the servers that it tries.
+
+See `worker.telemetry.events` for what holds for all events.
+"""
+
+from dataclasses import dataclass
+
+from .events import Event
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted(Event):
+    """A job's first attempt begins, `waited_s` seconds after its entry in the queue."""
+
+    level = "silent"
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptBegun(Event):
+    """`reason` is `started`, `takeover`, or the code of the fault that made another attempt necessary."""
+
+    level = "silent"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobTakenOver(Event):
+    attempt: int
+    delivery: int
+
+
+@dataclass(frozen=True, slots=True)
+class DuplicateFound(Event):
+    name = "duplicate_job"
+    queue: str
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobTakenElsewhere(Event):
+    """Another worker held the lease of a job before this one could acquire its log."""
+
+    queue: str
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class FencedOff(Event):
+    """Another worker has begun a later attempt of a job that runs here."""
+
+    name = "job_taken_elsewhere"
+    level = "warning"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobLeft(Event):
+    """The job stops here without an acknowledgement; the worker that gets it next goes on."""
+
+    reason: str
+    attempt: int | None = None
+    queue: str = ""
+    job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobBrokenOff(Event):
+    """An error of Redis ended the run of a job; it stays pending."""
+
+    name = "job_left"
+    level = "warning"
+    queue: str
+    job: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed(Event):
+    """An error inside the worker ended the run of a job; it stays pending."""
+
+    level = "error"
+    queue: str
+    job: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class InternalError(Event):
+    level = "error"
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseWasLost(Event):
+    level = "silent"
+    queue: str
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogDivergence(Event):
+    name = "log_diverged"
+    level = "warning"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogDisappeared(Event):
+    name = "log_gone"
+    level = "warning"
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerResumed(Event):
+    attempt: int
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRestarted(Event):
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingForModel(Event):
+    """A job waits for a server that can take it; emitted once for each of its models."""
+
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWaitBegan(Event):
+    level = "silent"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWaitEnded(Event):
+    level = "silent"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGivenUp(Event):
+    level = "warning"
+    code: str
+    model: str
+    next: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFailed(Event):
+    level = "warning"
+    code: str
+    status: int | None
+    endpoint: str
+    tried: int
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownFinishReason(Event):
+    level = "warning"
+    reason: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstDelta(Event):
+    """Emitted when the job has ended: its first delta came `after_s` seconds after its start."""
+
+    level = "silent"
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished(Event):
+    outcome: str
+    code: str | None
+    attempt: int
+    queue: str
+    model: str
+    tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobBuried(Event):
+    level = "warning"
+    queue: str
+    job: str
+    code: str
