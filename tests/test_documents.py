@@ -135,7 +135,7 @@ def test_nothing_says_to_install_the_package_by_its_name(document: Document) -> 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None:
-    tested = {"python", "service", "redis-cli", "typescript", "browser"}
+    tested = {"python", "service", "statuses", "redis-cli", "typescript", "browser"}
     unmarked = [
         example.code
         for example in document.examples
@@ -183,6 +183,28 @@ async def test_the_service_sends_entries_and_goes_on_after_the_last_event_id(
     assert "".join(entry.get("content", "") for entry in entries) == TEXT
     assert whole.text.endswith(rest.text)
     assert rest.text.startswith(f"id: {events[3]['id']}")
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_service_with_statuses_maps_each_error_as_the_table_does(
+    redis_url: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    service = _module(tmp_path / "statuses.py", API.example("statuses"))
+    for kind, status in service.STATUS.items():
+        row = next(row for row in API.text.splitlines() if row.startswith(f"| `{kind.__name__}` |"))
+        assert str(status) in row.rsplit("|", 2)[1]
+    body = {"messages": QUESTION}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://relay") as http:
+        first = await http.post("/chat", json=body, headers={"Idempotency-Key": "one"})
+        whole = await http.get(f"/chat/{first.json()['id']}")
+        clash = await http.post("/chat", json=body | {"seed": 1}, headers={"Idempotency-Key": "one"})
+        refused = [await http.post("/chat", json={}), await http.get("/chat/none")]
+        await redis.delete("chat:tokens:{one}")
+        gone = await http.get("/chat/one")
+    await service.client.aclose()
+    assert whole.json()["choices"][0]["message"]["content"] == TEXT
+    assert [response.status_code for response in (clash, *refused, gone)] == [422, 400, 404, 410]
 
 
 @needs_node
