@@ -75,7 +75,7 @@ async def ended(redis: Redis, request_id: str) -> list[Line]:
         (CLAIMED | {"job": "\u0663-1"}, {"type": "resumed"}),
     ],
 )
-async def test_b2_a_job_whose_log_cannot_be_read_is_buried_once(
+async def test_a_job_whose_log_cannot_be_read_is_buried_once(
     claimed: dict[str, str], damaged: dict[str, str], redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     job = await left_behind(redis, [*begun(2), ("2-0", claimed), ("2-1", damaged)])
@@ -108,10 +108,10 @@ TOP = SEAL.attempt
         (f"{TOP}-0", "deleted"),
     ],
 )
-async def test_b2_a_job_whose_log_no_attempt_can_follow_is_buried_once(
+async def test_a_job_whose_log_no_attempt_can_follow_is_buried_once(
     last: str, what: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """B2: 15 deliveries in 30 s, each of which asked Redis for an attempt of the number 2^64."""
+    """15 deliveries in 30 s, each of which asked Redis for an attempt of the number 2^64."""
     job = await left_behind(redis, [*begun(2), (last, {"type": "claimed" if what == "claimed" else "delta"})])
     if what == "deleted":
         await redis.xdel(KEY, last)
@@ -132,7 +132,7 @@ async def test_b2_a_job_whose_log_no_attempt_can_follow_is_buried_once(
 
 
 @pytest.mark.parametrize("last", [f"1-{TOP}", f"{TOP - 2}-0", f"{TOP - 2}-{TOP}"])
-async def test_b2_a_job_whose_log_one_more_attempt_can_follow_is_done_in_it(
+async def test_a_job_whose_log_one_more_attempt_can_follow_is_done_in_it(
     last: str, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await left_behind(redis, [*begun(2), (last, {"type": "delta"})])
@@ -146,7 +146,7 @@ async def test_b2_a_job_whose_log_one_more_attempt_can_follow_is_done_in_it(
     assert (answer.outcome, answer.text) == ("done", expected())
 
 
-async def test_b2_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ended(
+async def test_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ended(
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     job = await left_behind(redis, [*begun(2), (f"{TOP - 2}-0", {"type": "claimed"})])
@@ -166,7 +166,7 @@ async def test_b2_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ende
 
 
 @pytest.mark.parametrize("takes_no_end", [False, True])
-async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_log_holds(
+async def test_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_its_log_holds(
     redis: Redis,
     start_worker: StartWorker,
     simulator: Simulator,
@@ -195,7 +195,7 @@ async def test_b2_a_job_that_always_meets_an_error_of_ours_is_buried_whatever_it
 
 
 @pytest.mark.parametrize("step", ["next_attempt", "seal"])
-async def test_b4_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_is_acknowledged(
+async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_is_acknowledged(
     step: str,
     client: Client,
     redis: Redis,
@@ -223,7 +223,7 @@ async def test_b4_a_log_that_is_deleted_again_and_again_has_its_end_before_the_j
     assert [line.type for line in log].count("restarted") == 1
 
 
-async def test_b4_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_without_one(
+async def test_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_without_one(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await left_behind(redis, [*begun(2), ("2-0", CLAIMED), ("2-1", {"type": "resumed"})])
@@ -247,7 +247,7 @@ async def test_b4_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_withou
     assert len(await stream(redis, "chat:dead")) == 1
 
 
-async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
+async def test_an_end_that_is_deleted_before_it_is_settled_is_no_end(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cancelled by a bare XADD, which leaves no tombstone, and deleted between the worker's look and its settlement."""
@@ -265,7 +265,7 @@ async def test_b4_an_end_that_is_deleted_before_it_is_settled_is_no_end(
     await promise_kept(redis, "r")
 
 
-async def test_b4_a_job_whose_log_loses_entries_for_ever_is_buried(
+async def test_a_job_whose_log_loses_entries_for_ever_is_buried(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal = LogOwnership.seal
@@ -288,7 +288,7 @@ async def test_b4_a_job_whose_log_loses_entries_for_ever_is_buried(
 
 
 @pytest.mark.parametrize("how", ["XACK", "XGROUP DELCONSUMER"])
-async def test_d13_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker_or_else_by_a_cancel(
+async def test_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker_or_else_by_a_cancel(
     how: str,
     client: Client,
     redis: Redis,
@@ -324,7 +324,7 @@ async def test_d13_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_wo
 
 
 @pytest.mark.parametrize("step", ["renamed away and back", "deleted from"])
-async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_whole(
+async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_whole(
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """D13 for the renaming: the entries that come after it have greater ids than the log that is back, and fit in."""
@@ -346,7 +346,7 @@ async def test_d13_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_
     assert (answer.outcome, answer.text) == ("done", expected())
 
 
-async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
+async def test_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(orders=Scenario(rate=50))))
@@ -371,7 +371,7 @@ async def test_d8_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_foll
     ],
     ids=["in the middle", "at the front", "at the end", "all of it", "in a whole answer"],
 )
-async def test_d8_a_log_with_a_hole_begins_again(
+async def test_a_log_with_a_hole_begins_again(
     tokens: int,
     deleted: tuple[str, ...],
     redis: Redis,
@@ -387,7 +387,7 @@ async def test_d8_a_log_with_a_hole_begins_again(
     assert [line.type for line in log if line.id.attempt == 2][:2] == ["claimed", "restarted"]
 
 
-async def test_d8_a_claim_that_was_deleted_is_not_claimed_for_ever(
+async def test_a_claim_that_was_deleted_is_not_claimed_for_ever(
     redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await left_behind(redis, [*begun(4), ("2-0", CLAIMED), ("2-1", {"type": "resumed", "after": "1-5"})])
@@ -398,7 +398,7 @@ async def test_d8_a_claim_that_was_deleted_is_not_claimed_for_ever(
 
 
 @pytest.mark.parametrize("has_tombstone", [False, True])
-async def test_d8_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
+async def test_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, *, has_tombstone: bool
 ) -> None:
     await left_behind(redis, [*begun(4), (str(SEAL), {"type": "done"})])
@@ -418,7 +418,7 @@ async def test_d8_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ev
     await redis.expire(KEY, 60)
 
 
-async def test_d8_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
+async def test_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100)))

@@ -270,7 +270,7 @@ async def limited(redis: Redis, redis_url: str) -> AsyncIterator[str]:
     ],
     ids=["the logs' keys", "MULTI", "commands", "the password"],
 )
-async def test_d7_a_right_that_is_taken_away_and_given_back_ends_no_job(
+async def test_a_right_that_is_taken_away_and_given_back_ends_no_job(
     taken: tuple[str, ...],
     given: tuple[str, ...],
     client: Client,

@@ -1,4 +1,4 @@
-"""A1: jobs that fail wherever they go end by themselves, and take no server from the others.
+"""Jobs that fail wherever they go end by themselves, and take no server from the others.
 
 All by counts: the pauses of the circuit are so long here that nobody could wait for one.
 """
@@ -85,7 +85,7 @@ async def ended(client: Client, *ids: str) -> list[Answer]:
 async def test_the_good_job_behind_bad_ones_is_asked_at_once(
     client: Client, start_worker: StartWorker, bad: int, servers: int, way: str
 ) -> None:
-    """A1. What stands between the good job and its answer is no pause; and it is asked once."""
+    """What stands between the good job and its answer is no pause; and it is asked once."""
     async with Picky(way) as one, Picky(way) as other:
         picky = [one, other][:servers]
         await start_worker(*picky)
@@ -110,7 +110,7 @@ async def _asked(servers: list[Picky], question: str) -> bool:
 async def test_bad_jobs_in_a_stream_of_good_ones_cost_them_nothing(
     client: Client, start_worker: StartWorker, way: str
 ) -> None:
-    """A1. Half of all jobs are bad."""
+    """Half of all jobs are bad."""
     async with Picky(way) as picky:
         await start_worker(picky, slots=16)
         ids = [await client.enqueue(ask(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
@@ -120,7 +120,7 @@ async def test_bad_jobs_in_a_stream_of_good_ones_cost_them_nothing(
 
 
 async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
-    """A1. No other job can be the trial then: the server is tried with a request of the worker's own."""
+    """No other job can be the trial then: the server is tried with a request of the worker's own."""
     async with Picky() as picky:
         await start_worker(picky, slots=FAILURES + 2)
         ids = [await client.enqueue(ask(f"bad {n}")) for n in range(4 * FAILURES)]
@@ -133,7 +133,7 @@ async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, s
 async def test_a_server_that_fails_at_everything_keeps_no_job_that_can_go_elsewhere(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """A1. Its health is well; once it is found out, it gets one trial and no more for as long as the pause is."""
+    """Its health is well; once it is found out, it gets one trial and no more for as long as the pause is."""
     async with Picky() as broken:
         broken.fails_all = True
         good = await start_simulator()
@@ -148,7 +148,7 @@ async def test_a_server_that_fails_at_everything_keeps_no_job_that_can_go_elsewh
 async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
     client: Client, start_worker: StartWorker
 ) -> None:
-    """A1. Each job is asked at most once more, and then waits, also where it has a single try."""
+    """Each job is asked at most once more, and then waits, also where it has a single try."""
     async with Picky() as broken:
         worker = await start_worker(broken, tries=1, slots=4)
         await ended(client, await client.enqueue(ask("before")))

@@ -130,7 +130,7 @@ async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_c
     assert (await client.status(request_id)).outcome == "cancelled"
 
 
-async def test_d13_a_log_above_redis_output_limit_can_be_cancelled(client: Client, redis: Redis) -> None:
+async def test_a_log_above_redis_output_limit_can_be_cancelled(client: Client, redis: Redis) -> None:
     key, limit = "chat:tokens:{long}", "client-output-buffer-limit"
     async with redis.pipeline() as pipe:
         for number in range(300):
@@ -162,7 +162,7 @@ async def test_a_log_is_read_to_its_seal_wherever_a_page_ends(entries: int, clie
         await client.result("r")
 
 
-async def test_b1_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client: Client, redis: Redis) -> None:
+async def test_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ask())
     key = f"chat:tokens:{{{request_id}}}"
     await client.cancel(request_id)
@@ -361,7 +361,7 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
 
 
 @pytest.mark.parametrize("which", ["expire", "set", "xadd", "watch", "exec", "multi"])
-async def test_b1_without_a_right_a_cancel_is_whole_or_nothing_and_names_the_right(
+async def test_without_a_right_a_cancel_is_whole_or_nothing_and_names_the_right(
     which: str, redis: Redis, redis_url: str, client: Client
 ) -> None:
     """The seal was written and the cancel failed: without an expiry, which calling again did not mend."""

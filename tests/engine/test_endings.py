@@ -22,7 +22,7 @@ def answer_that_ends(reason: str) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n" + events
 
 
-async def test_a14_an_unknown_finish_reason_is_done_and_named(client: Client, start_worker: StartWorker) -> None:
+async def test_an_unknown_finish_reason_is_done_and_named(client: Client, start_worker: StartWorker) -> None:
     configure_logging("json", "info")
     async with sending(answer_that_ends("because")) as url:
         worker = await start_worker(vllm_urls=url)
@@ -36,7 +36,7 @@ async def test_a14_an_unknown_finish_reason_is_done_and_named(client: Client, st
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "timeout"])
-async def test_a14_an_answer_that_its_server_broke_off_is_not_done(
+async def test_an_answer_that_its_server_broke_off_is_not_done(
     client: Client, start_worker: StartWorker, reason: str
 ) -> None:
     async with sending(answer_that_ends(reason)) as url:
@@ -45,7 +45,7 @@ async def test_a14_an_answer_that_its_server_broke_off_is_not_done(
     assert (answer.outcome, answer.error) == ("error", f"vLLM broke the answer off ({reason}) (upstream_aborted)")
 
 
-async def test_a13_a_role_that_comes_long_before_the_text_is_no_gap(client: Client, start_worker: StartWorker) -> None:
+async def test_a_role_that_comes_long_before_the_text_is_no_gap(client: Client, start_worker: StartWorker) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         head, role, rest = answer_that_ends("stop").partition(b'data: {"choices": [{"delta": {"content": ""}}]}\n\n')
@@ -62,7 +62,7 @@ async def test_a13_a_role_that_comes_long_before_the_text_is_no_gap(client: Clie
 
 
 @pytest.mark.parametrize("place", ["delta", "choice", "chunk", "after [DONE]"])
-async def test_a7_text_beside_an_error_is_in_the_log_and_the_error_ends_it(
+async def test_text_beside_an_error_is_in_the_log_and_the_error_ends_it(
     client: Client, start_worker: StartWorker, place: str
 ) -> None:
     error = {"message": "no such thing", "code": 400}
@@ -81,7 +81,7 @@ async def test_a7_text_beside_an_error_is_in_the_log_and_the_error_ends_it(
     assert (answer.outcome, answer.text, answer.error) == ("error", "ab", "no such thing (invalid_request)")
 
 
-async def test_a12_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows(
+async def test_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows(
     client: Client, start_worker: StartWorker
 ) -> None:
     """The server sends nothing more after the text until a reader has it."""

@@ -79,7 +79,7 @@ class Forgetful(Simulator):
         (400, b'{"error":{"message":"Invalid model name passed in model=large","code":"400"}}'),
     ],
 )
-async def test_a7_a9_a_model_that_is_missing_by_a_word_only_gives_way_to_the_next(
+async def test_a_model_that_is_missing_by_a_word_only_gives_way_to_the_next(
     status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Forgetful(status, body, Options(model="large")) as large:

@@ -41,7 +41,7 @@ async def test_every_job_goes_to_a_server_that_has_its_model(
 async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """A11. One is asked, and only the first time."""
+    """One is asked, and only the first time."""
     servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(*servers)
     for _ in range(3):
@@ -55,7 +55,7 @@ async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
 async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_lists_nothing(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """A11. Each of them may have any: that the first does not is no answer yet, and is remembered."""
+    """Each of them may have any: that the first does not is no answer yet, and is remembered."""
     servers = [
         await start_simulator(Options(model=model, lacks=frozenset({"/v1/models"}))) for model in ("small", "large")
     ]
@@ -175,7 +175,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("status", "body"), [case[:2] for case in WRONG])
-async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serve(
+async def test_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serve(
     status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """It answers at once, and so would always be the one with the least to do."""
@@ -193,7 +193,7 @@ async def test_a16_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_
 
 
 @pytest.mark.parametrize(("status", "body", "code"), WRONG)
-async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
+async def test_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
     status: int,
     body: bytes,
     code: str,
@@ -212,7 +212,7 @@ async def test_a16_where_every_server_is_set_up_wrongly_a_job_ends_with_their_wo
             assert (one.asked, other.asked) == (2 * FAILURES, 2 * FAILURES)
 
 
-async def test_a16_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
+async def test_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """It does not begin again because that server does not say how to go on."""
@@ -235,7 +235,7 @@ class Guarding(Simulator):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_a16_an_answer_begins_again_where_no_server_says_how_to_go_on(
+async def test_an_answer_begins_again_where_no_server_says_how_to_go_on(
     client: Client, start_worker: StartWorker, count: int
 ) -> None:
     first = Options(orders=Scenario(fault="cut", after=4, times=1))
@@ -246,7 +246,7 @@ async def test_a16_an_answer_begins_again_where_no_server_says_how_to_go_on(
     assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
 
 
-async def test_a16_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
+async def test_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Wrong(307, b"", Options(model="large")) as wrong:
@@ -356,7 +356,7 @@ async def test_a_job_that_waits_for_its_model_says_so_once(
     assert "a secret prompt" not in str(logs)
 
 
-async def test_c8_a_job_without_a_model_that_waits_names_none(
+async def test_a_job_without_a_model_that_waits_names_none(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
     """F10 of C8: the log had an empty model."""

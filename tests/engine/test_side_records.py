@@ -46,7 +46,7 @@ async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("record", ["lifecycle", "workers"])
-async def test_d6_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_job(
+async def test_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_job(
     record: str,
     client: Client,
     redis: Redis,
@@ -73,7 +73,7 @@ async def test_d6_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_jo
     assert await redis.get(f"chat:{record}") == b"in the way"
 
 
-async def test_d6_without_the_right_to_side_records_answers_are_whole(
+async def test_without_the_right_to_side_records_answers_are_whole(
     redis: Redis, user_url: str, client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     worker = await start_worker(simulator, redis_url=user_url)
@@ -84,7 +84,7 @@ async def test_d6_without_the_right_to_side_records_answers_are_whole(
     assert not await redis.exists("chat:dead")
 
 
-async def test_b9_whoever_finds_an_end_without_its_lines_writes_both(
+async def test_whoever_finds_an_end_without_its_lines_writes_both(
     redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """The worker died after the seal: its line of the start is written beside the answer, and may be missing too."""
@@ -103,7 +103,7 @@ async def test_b9_whoever_finds_an_end_without_its_lines_writes_both(
     assert told == [(b"started", b"1"), (b"finished", b"1")]
 
 
-async def test_d6_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_written(
+async def test_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_written(
     redis: Redis,
     user_url: str,
     client: Client,
@@ -133,7 +133,7 @@ async def test_d6_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_wri
     assert b"no/id" in letter[b"fields"]
 
 
-async def test_d6_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_answer(
+async def test_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_answer(
     redis_server: EmbeddedRedis,
     start_worker: StartWorker,
     simulator: Simulator,
@@ -180,5 +180,5 @@ async def test_d6_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_
         (ExecAbortError("Transaction discarded because of previous errors."), None),
     ],
 )
-def test_d6_what_redis_quotes_of_a_command_is_cut(error: Exception, said: str | None) -> None:
+def test_what_redis_quotes_of_a_command_is_cut(error: Exception, said: str | None) -> None:
     assert redacted_message(error) == (str(error) if said is None else said)

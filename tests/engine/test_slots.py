@@ -28,7 +28,6 @@ async def test_one_read_brings_few_jobs_however_many_slots_are_free() -> None:
 
 
 async def test_a_read_that_took_too_long_is_followed_by_one_of_half_the_jobs() -> None:
-    """D3."""
     slots = Slots(1000)
     granted = []
     for too_slow in (True, True, True, True, True, False, False, False, False, False):

@@ -68,7 +68,7 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
 
 
 async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis) -> None:
-    """D13: of a user without the right to XCLAIM a job stream nothing was said until its jobs were lost."""
+    """Of a user without the right to XCLAIM a job stream nothing was said until its jobs were lost."""
     await redis.xadd("chat:jobs", {"id": "a"})
     await one.jobs.ensure_group("other")
     await redis.xadd("chat:jobs:other", {"id": "b"})
@@ -92,7 +92,6 @@ async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callab
 async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis(
     redis_proxy: Proxy, redis: Redis
 ) -> None:
-    """B9."""
     await redis.xadd("chat:jobs", {"id": "a"})
     async with process(redis_proxy.redis_url, "behind") as behind:
         await behind.jobs.ensure_group("default")

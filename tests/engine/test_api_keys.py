@@ -1,4 +1,4 @@
-"""C4: keys that are refused or changed while jobs run. A refusal that is the operator's to mend ends no job."""
+"""Keys that are refused or changed while jobs run. A refusal that is the operator's to mend ends no job."""
 
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ async def waits(worker: Worker) -> bool:
 async def test_an_answer_whose_key_was_changed_in_mid_sentence_goes_on_with_the_files_new_one(
     client: Client, start_worker: StartWorker, key_file: Path, status: int, *, lists: bool
 ) -> None:
-    """C4. A refusal is no try: the one that broke off was the last but one. And nothing of the keys is logged."""
+    """A refusal is no try: the one that broke off was the last but one. And nothing of the keys is logged."""
     configure_logging("json", "info")
     async with Changing(status=status, lists=lists) as server:
         await start_worker(server, tries=2, vllm_api_key_file=str(key_file))
@@ -106,7 +106,6 @@ async def test_an_answer_whose_key_was_changed_in_mid_sentence_goes_on_with_the_
 async def test_an_answer_whose_key_is_refused_goes_on_at_a_server_that_takes_it(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """C4."""
     async with Changing() as server:
         other = await start_simulator(Options(api_key=OLD))
         await start_worker(server, other, tries=2, vllm_api_key=OLD)
@@ -118,7 +117,7 @@ async def test_an_answer_whose_key_is_refused_goes_on_at_a_server_that_takes_it(
 async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """C4. That one is not refused again and again: it is found once."""
+    """That one is not refused again and again: it is found once."""
     servers = [await start_simulator(Options(api_key=key)) for key in (OLD, NEW)]
     worker = await start_worker(*servers, vllm_api_key=OLD, vllm_api_key_2=NEW)
     for _ in range(4):
@@ -130,7 +129,7 @@ async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
 async def test_a_job_whose_key_every_server_refuses_waits_for_another(
     client: Client, start_worker: StartWorker, key_file: Path
 ) -> None:
-    """C4. No further job is taken meanwhile: the queue is the buffer."""
+    """No further job is taken meanwhile: the queue is the buffer."""
     async with Changing() as one, Changing() as other:
         for server in (one, other):
             server.options = Options(api_key=NEW)
@@ -146,7 +145,6 @@ async def test_a_job_whose_key_every_server_refuses_waits_for_another(
 async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer(
     client: Client, start_worker: StartWorker, *, lists: bool
 ) -> None:
-    """C4."""
     async with Changing(lists=lists) as server:
         server.options = Options(api_key=NEW)
         await start_worker(server, vllm_api_key=OLD, tries=1)
@@ -159,7 +157,7 @@ async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer
 async def test_a_server_that_forbids_everything_refuses_the_key(
     client: Client, start_worker: StartWorker, key_file: Path
 ) -> None:
-    """C4. It gave its list before, and gives it no more: that is not about this request."""
+    """It gave its list before, and gives it no more: that is not about this request."""
     async with Changing(status=403) as server:
         worker = await start_worker(server, tries=1, vllm_api_key_file=str(key_file))
         await eventually(lambda: _has_listed(worker))
@@ -177,7 +175,7 @@ async def _has_listed(worker: Worker) -> bool:
 async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tries(
     client: Client, start_worker: StartWorker
 ) -> None:
-    """C4. A policy before the server may refuse what is asked, and says so with 403."""
+    """A policy before the server may refuse what is asked, and says so with 403."""
 
     class Choosy(Simulator):
         asked = 0
@@ -232,7 +230,6 @@ async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_th
 
 
 async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) -> None:
-    """C4."""
     file = tmp_path / "keys"
     file.write_text("\ufeffone\r\n two \n\n")
     keys = ApiKeys("three", "", "four", file=file)
@@ -246,7 +243,6 @@ async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) 
 
 
 async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once(tmp_path: Path) -> None:
-    """C4."""
     configure_logging("json", "info")
     file = tmp_path / "keys"
     file.write_text("secret")
@@ -273,7 +269,7 @@ async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once
     [(b"", "holds no key"), (b"\n \n", "holds no key"), (b"\xff", "is not UTF-8"), (b"a\x01b", "cannot be sent")],
 )
 def test_a_file_without_a_usable_key_says_what_is_wrong(tmp_path: Path, content: bytes, problem: str) -> None:
-    """C4. And quotes nothing of it."""
+    """And quotes nothing of it."""
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ValueError, match=problem):
         keys_in(tmp_path / "keys")
