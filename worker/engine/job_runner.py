@@ -102,7 +102,7 @@ class JobRunner:
             if job.delivery.count <= self._max_deliveries:
                 raise
             self._emit(InternalError(error))
-            await self._condemn(f"an error inside the worker, time and again: {type(error).__name__}")
+            await self._condemn(f"an error inside the worker at each delivery: {type(error).__name__}")
         finally:
             if turn is not None:
                 turn.end()
@@ -127,7 +127,7 @@ class JobRunner:
                         if turn is not None:
                             acquired.log.deltas_to_pass = progress_goal(acquired.history)
                             acquired.log.progress.add_done_callback(turn.end)
-                        await self._write_log(acquired)
+                        await self._run_as_owner(acquired)
                     case AlreadyEnded():
                         await settlement.settle_existing_end(may_lack_start=True)
                     case DuplicateJob():
@@ -147,7 +147,7 @@ class JobRunner:
         expire_at = job.expires_at(self._services.now())
         return await self._ownership.acquire(job.id, job.delivery, expire_at, job.digest, job.may_have_digest)
 
-    async def _write_log(self, acquired: Acquired) -> None:
+    async def _run_as_owner(self, acquired: Acquired) -> None:
         """Answer, seal and settle, for as long as the log is ours."""
         job, log = self._job, acquired.log
         if log.attempt == 1:
