@@ -33,8 +33,9 @@ from worker.redisio.retry import Outage
 from worker.redisio.transactions import Transactions
 from worker.settings import load_settings
 from worker.telemetry.events import Receivers
+from worker.vllm.http.connection import HttpResponse, ResponseBody
 from worker.vllm.http.target import Target
-from worker.vllm.http.transport import Body, HttpResponse, Transport
+from worker.vllm.http.transport import Transport
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.stream.watchdog import StreamTimeouts
 
@@ -91,9 +92,7 @@ class Worker:
         self._publisher = Publisher(publishing, connection_type=connection_type)
         transactions = Transactions(self._commands, connection_type)
         self._lifecycle = LifecycleWriter(self._commands, Keys(), connection_type=connection_type)
-        self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts())
-        self._upstream._api._transport = _Vllm(self.gate)
-        self._upstream._api._client = httpx.AsyncClient(transport=self._upstream._api._transport)
+        self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts(), transport=_Vllm(self.gate))
         self._upstream.servers[0].circuit.on_probe("")
         self._services = JobServices(
             settings=load_settings(redis_url=world.url, vllm_urls="http://vllm", tries=100),
@@ -244,7 +243,7 @@ class _Vllm(Transport):
             return httpx.Response(503)
         return httpx.Response(200, json={"count": 1, "max_model_len": 4096, "tokens": _PROMPT})
 
-    async def post(self, target: Target, content: bytes, within: float) -> HttpResponse:  # noqa: ARG002 - all is one server
+    async def post(self, target: Target, content: bytes, connect_limit: float) -> HttpResponse:  # noqa: ARG002 - all is one server
         if await self._gate.fate() is not Fate.FINE:
             raise httpx.ReadError("broken")
         asked = json.loads(content)
@@ -252,7 +251,7 @@ class _Vllm(Transport):
         kept = len(given) - len(_PROMPT)
         tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
-        return HttpResponse(200, [(b"content-type", b"text/event-stream")], cast("Body", events))
+        return HttpResponse(200, [(b"content-type", b"text/event-stream")], cast("ResponseBody", events))
 
 
 class _Tokens:

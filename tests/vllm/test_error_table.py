@@ -13,7 +13,7 @@ from raw_server import sending
 
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
-from worker.vllm.http.transport import HttpResponse
+from worker.vllm.http.connection import HttpResponse
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.servers.server import may_be_its_fault
 from worker.vllm.stream.chat_stream import ChatStream

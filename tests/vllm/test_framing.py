@@ -3,7 +3,7 @@
 import httptools
 import pytest
 
-from worker.vllm.http.framing import Mended, parser_for
+from worker.vllm.http.framing import FramingRepair, parser_for
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 LENGTH = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n"
@@ -43,7 +43,7 @@ class Reader:
 def test_a16_a_mended_answer_is_read_however_it_is_cut(answer: bytes, body: bytes) -> None:
     pieces = [[answer], [bytes([byte]) for byte in answer], *([answer[:at], answer[at:]] for at in range(len(answer)))]
     for cut in pieces:
-        mended, reader = Mended(), Reader()
+        mended, reader = FramingRepair(), Reader()
         for piece in cut:
             reader.parser.feed_data(mended.feed(piece))
         assert (reader.body, reader.is_over) == (body, True), cut
@@ -61,6 +61,6 @@ def test_a16_a_mended_answer_is_read_however_it_is_cut(answer: bytes, body: byte
     ],
 )
 def test_a16_what_cannot_be_mended_is_refused(answer: bytes) -> None:
-    mended, reader = Mended(), Reader()
+    mended, reader = FramingRepair(), Reader()
     with pytest.raises(httptools.HttpParserError):
         reader.parser.feed_data(mended.feed(answer))

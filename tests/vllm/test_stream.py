@@ -23,7 +23,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import NoConnection, UpstreamError
-from worker.vllm.http import transport as transport_module
+from worker.vllm.http.connection import HIGH_WATER, HttpClientConnection
 from worker.vllm.http.credentials import ApiKeys
 from worker.vllm.http.target import Target, base_url
 from worker.vllm.http.transport import Transport
@@ -456,15 +456,15 @@ async def test_a_server_that_is_not_there() -> None:
 async def test_a_server_that_goes_as_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     unheard: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
-    write = transport_module._Connection._write
+    write = HttpClientConnection.write
 
-    def lose(connection: transport_module._Connection, packed: bytes) -> None:
+    def lose(connection: HttpClientConnection, packed: bytes) -> None:
         connection.abort()
         write(connection, packed)
 
     transport = Transport()
     async with serving() as (simulator, _), httpx.AsyncClient(transport=transport) as client:
-        monkeypatch.setattr(transport_module._Connection, "_write", lose)
+        monkeypatch.setattr(HttpClientConnection, "write", lose)
         with pytest.raises(httpx.WriteError):
             await client.get(simulator.url)
         await until(lambda: not transport._open)
@@ -680,11 +680,11 @@ async def test_the_connection_serves_again_after_a_refusal() -> None:
 
 
 async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_that_waited_for_its_reader() -> None:
-    body = b"x" * transport_module._HIGH_WATER
+    body = b"x" * HIGH_WATER
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
     async with sending(head, body) as url, Transport() as transport:
         answer = await transport.post(to(url), b"{}", 5)
-        await until(lambda: answer.body._over)
+        await until(lambda: answer.body._is_over)
         assert b"".join([piece async for piece in answer.body]) == body
         await until(lambda: not transport._open)
 

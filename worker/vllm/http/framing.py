@@ -1,4 +1,4 @@
-"""How answers of HTTP/1.1 are framed, and those that are not quite framed so. No I/O."""
+"""The HTTP/1.1 response parser, and the repair of responses whose framing it refuses. No I/O."""
 
 import re
 from typing import Any
@@ -7,14 +7,14 @@ import httptools
 
 _TLS_ALERT = b"\x15\x03"
 _LENIENCIES = {
-    "lenient_chunked_length": True,  # Content-Length beside chunked, which is overruled by it (RFC 9112, 6.3)
+    "lenient_chunked_length": True,  # Content-Length beside chunked, which overrules it (RFC 9112, 6.3)
     "lenient_optional_cr_before_lf": True,  # lines that end in LF alone
     "lenient_spaces_after_chunk_size": True,
 }
-"""What simple servers and proxies send. It is dangerous where others read the same connection; here nobody does."""
+"""For what simple servers and proxies send. These are dangerous only when others read the same connection."""
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _LONGEST_LINE = 4096
-"""Bytes of a line of a chunked body, all but its data."""
+"""Bytes of a line of a chunked body, other than its data."""
 _SIZE = re.compile(rb"[0-9a-fA-F]{1,15}")
 
 
@@ -25,24 +25,24 @@ def parser_for(protocol: Any) -> httptools.HttpResponseParser:  # noqa: ANN401 -
     return parser
 
 
-def why_no_http(error: Exception, data: bytes) -> str:
-    """What to say of an answer that the parser refused."""
+def why_not_http(error: Exception, data: bytes) -> str:
+    """The error text for a response that the parser refused."""
     if data.startswith(_TLS_ALERT):
         return "the server speaks TLS: its URL begins with https://"
     raised = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
     return f"no HTTP/1.1: {raised or error}"
 
 
-def may_be_mended(error: Exception, start: bytes) -> bool:
-    """Whether an answer that the parser refused may be one that `Mended` makes readable."""
+def is_repairable(error: Exception, start: bytes) -> bool:
+    """Whether `FramingRepair` may make a response readable that the parser refused."""
     return not isinstance(error, httptools.HttpParserCallbackError) and start.startswith(b"HTTP/1.")
 
 
-class Mended:
-    """Rewrites an answer from its first byte so that httptools 0.9 (llhttp) reads it: bytes in, bytes out.
+class FramingRepair:
+    """Rewrites a response from its first byte so that httptools 0.9 (llhttp) reads it: bytes in, bytes out.
 
-    Content-Length that is there twice with the same number comes out once (RFC 9110, 8.6). In a chunked body the lines
-    may end in LF alone, and blanks may stand around a size.
+    A Content-Length that is repeated with the same number comes out once (RFC 9110, 8.6). In a chunked body, lines may
+    end in LF alone, and blanks may stand around a size.
     """
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class Mended:
         self._left = 0
 
     def feed(self, data: bytes) -> bytes:
-        """More of the answer; gives as much of it as can be read."""
+        """Take more of the response, and give as much of it as can be rewritten so far."""
         out: list[bytes] = []
         data = self._held + data
         while data:
             before = len(data), self._rewrite
             data = self._rewrite(data, out)
-            if (len(data), self._rewrite) == before:  # it waits for more
+            if (len(data), self._rewrite) == before:  # the step waits for more
                 break
         self._held = data
         return b"".join(out)
@@ -91,7 +91,7 @@ class Mended:
         size = line.partition(b";")[0].strip()
         self._left = int(size, 16) if mark and _SIZE.fullmatch(size) else 0
         out.append((b"%x" % self._left if self._left else line) + b"\r\n")
-        self._rewrite = self._data if self._left else self._trailer  # after the last, or one that the parser refuses
+        self._rewrite = self._data if self._left else self._trailer  # after the last size, or an invalid one
         return rest
 
     def _data(self, data: bytes, out: list[bytes]) -> bytes:

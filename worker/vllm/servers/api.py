@@ -10,9 +10,10 @@ import msgspec
 from ...contract.entries import Object, to_json
 from ...telemetry.events import Telemetry
 from ..errors import UNAUTHORIZED, UpstreamError, from_response, unreachable, web_page, without_user
+from ..http.connection import HttpResponse
 from ..http.credentials import ApiKeys
 from ..http.target import Target
-from ..http.transport import HttpResponse, Transport
+from ..http.transport import Transport
 from ..stream.chat_stream import open_response
 from ..stream.watchdog import StreamTimeouts, StreamWatchdog
 from .server import Server
@@ -36,11 +37,13 @@ class LateAnswer(UpstreamError):
 class VllmApi:
     """The HTTP client of all servers. It has one transport, and as many connections as the worker has slots."""
 
-    def __init__(self, keys: ApiKeys, telemetry: Telemetry, *, connect: float) -> None:
+    def __init__(
+        self, keys: ApiKeys, telemetry: Telemetry, *, connect: float, transport: Transport | None = None
+    ) -> None:
         self._keys = keys
         self._telemetry = telemetry
         self._connect = connect
-        self._transport = Transport()
+        self._transport = transport or Transport()
         self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=connect), transport=self._transport)
         self._targets: dict[tuple[str, str], Target] = {}
 

@@ -5,7 +5,7 @@ from collections.abc import Set as AbstractSet
 
 from ...contract.entries import Object
 from ..errors import UpstreamError
-from ..http.transport import HttpResponse
+from ..http.connection import HttpResponse
 from ..stream.chat_stream import ChatStream
 from ..stream.watchdog import StreamTimeouts, StreamWatchdog
 from .api import VllmApi

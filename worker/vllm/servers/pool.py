@@ -15,6 +15,7 @@ from ..chunks.parser import ChunkParser
 from ..errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
 from ..http.credentials import ApiKeys
 from ..http.target import base_url
+from ..http.transport import Transport
 from ..stream.chat_stream import ChatStream
 from ..stream.watchdog import StreamTimeouts, StreamWatchdog
 from .api import VllmApi
@@ -48,6 +49,7 @@ class ServerPool:
         limits: how long a server may be silent.
         telemetry: receives `VllmAway`, `VllmBack`, `VllmTriedOut` and `KeyFileUnreadable`.
         pace: how often the servers are probed.
+        transport: makes the connections to the servers.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ServerPool:
         limits: StreamTimeouts,
         telemetry: Telemetry | None = None,
         pace: ServerPace | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self._limits = limits
         self._telemetry = telemetry or Receivers()
@@ -69,7 +72,7 @@ class ServerPool:
         """Models that no server lists: any server may be asked for them."""
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
         """The answer of a server that did not know a model which no server lists."""
-        self._api = VllmApi(keys or ApiKeys(), self._telemetry, connect=limits.connect)
+        self._api = VllmApi(keys or ApiKeys(), self._telemetry, connect=limits.connect, transport=transport)
         self._probes = Probes(self._api, self.servers, self._pace)
 
     async def aclose(self) -> None:

@@ -9,8 +9,9 @@ import httpx
 from ...contract.entries import Object, to_json
 from ..error_bodies import HEAD_OF_PAGE
 from ..errors import UpstreamError, from_response, malformed, truncated, unreachable, web_page
+from ..http.connection import HttpResponse
 from ..http.target import Target
-from ..http.transport import HttpResponse, Transport
+from ..http.transport import Transport
 from .sse import EventTooLarge, SSEDecoder
 from .watchdog import StreamTimeouts, StreamWatchdog
 
