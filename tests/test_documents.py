@@ -41,7 +41,7 @@ from worker.contract.keys import Keys
 from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.requests import answer_to
 from worker.settings import Settings, variable
-from worker.telemetry import events
+from worker.telemetry import events, job_events
 from worker.telemetry.events import Event, Failing
 from worker.telemetry.logging import name_of
 
@@ -365,8 +365,9 @@ def test_every_job_option_is_described() -> None:
 
 
 def test_every_log_event_is_described() -> None:
-    kinds = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)]
-    names = {name_of(kind) for kind in kinds if kind.level != "silent" and kind not in (Event, Failing)}
+    kinds = [kind for module in (events, job_events) for kind in vars(module).values() if isinstance(kind, type)]
+    logged = [kind for kind in kinds if issubclass(kind, Event) and kind.level != "silent"]
+    names = {name_of(kind) for kind in logged if kind not in (Event, Failing)}
     sources = [
         path.read_text() for part in ("engine", "broker", "redisio") for path in (ROOT / "worker" / part).glob("*.py")
     ]
