@@ -53,7 +53,7 @@ async def test_a_listener_hears_every_entry_also_the_last_before_a_silence(log: 
 async def test_a_log_that_nobody_listens_to_is_told_of_only_now_and_then(
     log: LogWriter, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.broker.feed.UNTOLD_FOR", math.inf)
+    monkeypatch.setattr("worker.broker.feed.MAX_SILENCE", math.inf)
     log.append(delta("1"))
 
     async def unheard() -> bool:

@@ -375,7 +375,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["enqueue", "Hi", "--fallback", ""], "one has no name"),
     (["follow"], "Missing argument 'ID'"),
     (["follow", "a b"], "a request id is 1 to 128 characters"),
-    (["follow", "x", "--after", "soon"], "'soon' is no id of a log entry"),
+    (["follow", "x", "--after", "soon"], "'soon' is not the id of a log entry"),
     (["cancel", "}{"], "a request id is 1 to 128 characters"),
     (["run", "--slots", "many"], "WORKER_SLOTS is 'many'"),
     (["run", "--log-level", "loud"], "WORKER_LOG_LEVEL is 'loud'"),

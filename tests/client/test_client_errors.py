@@ -189,7 +189,7 @@ async def test_b5_what_pour_calls_raises_as_it_is(client: Client) -> None:
 @pytest.mark.parametrize("after", ["x", "", "1-x", "1-2-3", "-1", "18446744073709551616-0", "1" * 5000])
 async def test_b5_a_place_that_is_none_is_said(after: str, client: Client) -> None:
     await client.enqueue(ASK, id="r")
-    with pytest.raises(InvalidArgument, match="no id of a log entry"):
+    with pytest.raises(InvalidArgument, match="not the id of a log entry"):
         await follow(client, after=after)
     with pytest.raises(InvalidArgument):
         await client.pour("r", lambda _: None, after=after)

@@ -294,7 +294,7 @@ def test_b2_an_answer_that_goes_on_says_after_what() -> None:
 
 
 def test_what_is_no_id_of_an_entry_is_refused() -> None:
-    with pytest.raises(ValueError, match="is no id of a log entry"):
+    with pytest.raises(ValueError, match="is not the id of a log entry"):
         parse("first", {"type": "delta"})
 
 

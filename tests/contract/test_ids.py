@@ -22,7 +22,7 @@ def test_a_bare_number_is_the_first_of_an_attempt() -> None:
 
 @pytest.mark.parametrize("raw", ["", "-", "-1", "1-x", "x-1", "1-1-1", "+", "$", "1.0", " 1-0", "1-0\n", b"\xff-1"])
 def test_what_is_no_id_is_refused_with_an_example(raw: str | bytes) -> None:
-    with pytest.raises(ValueError, match="is no id of a log entry: give one such as 1-0"):
+    with pytest.raises(ValueError, match="is not the id of a log entry: give one such as 1-0"):
         EntryId.parse(raw)
 
 

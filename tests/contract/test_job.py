@@ -122,7 +122,7 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (with_request(n="2"), 'the request\'s n is "2": it must be'),
         (with_request(n=1.5), "the request's n is 1.5: it must be"),
         (with_request(stream_options=[]), "the request's stream_options is not a JSON object"),
-        (GOOD | {b"v": b"2"}, "the job's v is '2': this worker speaks version 1 of the contract"),
+        (GOOD | {b"v": b"2"}, "the job's v is '2': this worker supports version 1 of the contract"),
         (GOOD | {b"v": b"\xff"}, "the job's v is not UTF-8"),
         (GOOD | {b"deadline": b"soon"}, "the job's deadline is 'soon': it must be a time in Unix milliseconds"),
         (GOOD | {b"deadline": b"0"}, "the job's deadline is '0': it must be"),
@@ -141,8 +141,8 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         ),
         (GOOD | {b"fallbacks": msgspec.json.encode(["m" * 257])}, "one has no name or a long one"),
         (GOOD | {b"fallbacks": msgspec.json.encode(["m"] * 9)}, "the job's fallbacks are too many"),
-        (with_request(model="m" * 257), "the request's model is a name of 257 characters: at most 256 are taken"),
-        (GOOD | {b"tenant": b"t" * 257}, "the job's tenant has 257 characters: at most 256 are taken"),
+        (with_request(model="m" * 257), "the request's model is a name of 257 characters: at most 256 are allowed"),
+        (GOOD | {b"tenant": b"t" * 257}, "the job's tenant has 257 characters: at most 256 are allowed"),
         (GOOD | {b"traceparent": b"t" * 257}, "the job's traceparent has 257 characters"),
         (GOOD | {b"v": b"1" * 257}, "the job's v has 257 characters"),
         (GOOD | {b"tenant": b"\xff"}, "the job's tenant is not UTF-8"),
@@ -281,7 +281,7 @@ def test_the_digest_counts_the_models_to_fall_back_to() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"n": 5}, "the request's n is 5: at most 4 answers may be asked for (WORKER_MAX_CHOICES)"),
+        ({"n": 5}, "the request's n is 5: at most 4 answers may be requested (WORKER_MAX_CHOICES)"),
         ({"best_of": 5}, "the request's best_of is 5: at most 4"),
         (
             {"max_tokens": 101},

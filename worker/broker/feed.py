@@ -12,7 +12,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from ..contract.entries import Fields
-from ..contract.feed import UNTOLD_FOR
+from ..contract.feed import MAX_SILENCE
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, pack
 from ..telemetry.events import Failing, RecordRefused, Recovered, Telemetry
@@ -97,4 +97,4 @@ def note_listeners(told: FeedBatch, counts: list[Any], now: float) -> None:
     """How many heard what was told last, of each log; `now` is of the monotonic clock."""
     for it, count in zip(told, counts, strict=True):
         if isinstance(it, LogWriter):
-            it.feed_idle_until = 0.0 if count else now + UNTOLD_FOR
+            it.feed_idle_until = 0.0 if count else now + MAX_SILENCE

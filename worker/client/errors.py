@@ -131,7 +131,7 @@ def check_place(after: str | EntryId) -> EntryId:
         place = None
     if place is None or place.attempt > SEAL.attempt or place.n > SEAL.n:
         raise InvalidArgument(
-            f"{str(after)!r:.60} is no id of a log entry: give one such as 1-0, as it stood in the log"
+            f"{str(after)!r:.60} is not the id of a log entry: give one such as 1-0, as it stood in the log"
         )
     return place
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from ..contract.entries import BadEntry
-from ..contract.feed import UNTOLD_FOR, read_message
+from ..contract.feed import MAX_SILENCE, read_message
 from ..contract.ids import EntryId
 from ..contract.keys import Keys
 from ..redisio.clients import command_client
@@ -19,7 +19,7 @@ from .follower import Follower
 from .log_reader import LogReader
 from .patience import Patience
 
-_SETTLED_AFTER = UNTOLD_FOR + 0.05
+_SETTLED_AFTER = MAX_SILENCE + 0.05
 """Seconds from a subscription until every accepted entry is told, or a later one. Till then, or a first message, the
 log is read; and so it is for as long while the subscription is on its way."""
 

@@ -1,1 +1,1 @@
-"""What other services code against: keys, ids, jobs and entries. Pure data, no I/O, nothing of the worker's."""
+"""The wire contract, which other services code against: keys, ids, jobs and entries. Pure data, no I/O."""

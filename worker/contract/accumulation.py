@@ -1,34 +1,34 @@
 """How the pieces of a streamed message become whole values: text, lists, objects, logprobs and tool calls.
 
-Strings are joined, lists are extended, objects are accumulated field by field, and of numbers the latest holds. What is
-null or empty changes nothing, nor does a piece of another type than what is there. What is whole is changed in place,
-for an answer may have many pieces; a piece never is, since it belongs to the entry that it came in.
+Strings are joined, lists are extended, objects are accumulated field by field, and the latest number replaces earlier
+ones. A piece that is null or empty changes nothing; nor does a piece of another type than the value so far. The whole
+value is changed in place, since an answer may have many pieces. A piece is never changed, since it belongs to an entry.
 """
 
 from .entries import JSON, Object
 
 _NAMING = frozenset({"id", "index", "type", "format"})
-"""Fields that say to what a piece belongs. Servers repeat them in each piece, so the first that is not empty stays."""
+"""Fields that identify what a piece belongs to. Servers repeat them in each piece, so the first value stays."""
 
 _EMPTY: tuple[JSON, ...] = (None, "", [], {})
 
 
 def accumulate(whole: Object, piece: Object) -> Object:
-    """Add the next piece of an object; gives the object."""
+    """Add the next piece of an object; returns the object."""
     for name, value in piece.items():
         whole[name] = accumulate_value(whole.get(name), value, name)
     return whole
 
 
 def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
-    """Add the next piece of a value, which is None before the first; gives the value. `name` is that of its field."""
+    """Add the next piece of a value, which is None before the first; returns the value. `name` is its field's name."""
     if whole in _EMPTY:
         return whole if piece is None else _first(piece)
     if piece in _EMPTY or name in _NAMING:
         return whole
     match whole, piece:
         case str(), str():
-            # The name of a function may come in pieces, and may be repeated.
+            # Servers send the name of a function in pieces, or repeat the whole name.
             return whole if name == "name" and whole == piece else whole + piece
         case list(), list():
             _extend(whole, piece)
@@ -41,22 +41,22 @@ def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
 
 
 def add_tool_call(calls: list[Object], piece: Object) -> None:
-    """Add a piece to the tool call that it belongs to, or as the beginning of another one. An empty piece is neither.
+    """Add a piece to the tool call that it belongs to, or begin another call with it. An empty piece is ignored.
 
     Pieces of a call have its index. Servers that leave the index out begin a call with an id of its own or, if they
-    leave that out too, with a name. A new id together with a name begins a call in any case, since some servers give
-    index 0 to every call. A new id alone does not, since some make up an id for every piece.
+    leave that out too, with a name. A new id together with a name always begins a call, since some servers give
+    index 0 to every call. A new id alone does not, since some servers make up an id for every piece.
     """
     piece = {name: value for name, value in piece.items() if value is not None}
     place = _place(calls, piece)
     if place is not None:
         accumulate(calls[place], piece)
-    elif _says_anything(piece):
+    elif _has_content(piece):
         calls.append(accumulate({}, piece))
 
 
 def _first(piece: JSON) -> JSON:
-    """A value of one's own, made of its first piece; a list may hold several pieces of the same thing."""
+    """A new value, made of its first piece. A list may hold several pieces of one element."""
     if isinstance(piece, dict):
         return accumulate({}, piece)
     if isinstance(piece, list):
@@ -67,7 +67,7 @@ def _first(piece: JSON) -> JSON:
 
 
 def _extend(whole: list[JSON], piece: list[JSON]) -> None:
-    """Add to a list. An object with an `index` is a piece of the one that has the same index and type."""
+    """Extend a list. An object with an `index` is a piece of the element that has the same index and type."""
     for value in piece:
         if not isinstance(value, dict) or value.get("index") is None:
             whole.append(value)
@@ -84,32 +84,32 @@ def _index_and_type(value: JSON) -> tuple[JSON, JSON] | None:
     return (value.get("index"), value.get("type")) if isinstance(value, dict) else None
 
 
-def _says_anything(piece: Object) -> bool:
+def _has_content(piece: Object) -> bool:
     """Whether a piece of a call has more than an index and a type."""
     return any(
-        _says_anything(value) if isinstance(value, dict) else value not in _EMPTY
+        _has_content(value) if isinstance(value, dict) else value not in _EMPTY
         for name, value in piece.items()
         if name not in {"index", "type"}
     )
 
 
 def _place(calls: list[Object], piece: Object) -> int | None:
-    """Where the call stands to which a piece belongs; None when the piece begins a call."""
+    """The position of the call that a piece belongs to; None when the piece begins a call."""
     index, call_id, name = _index_of(piece), piece.get("id"), _name_of(piece)
-    # A call without an index may be the one that a server numbers only in later pieces.
+    # A server may number a call only from its second piece on.
     places = [at for at, call in enumerate(calls) if index is None or _index_of(call) in (None, index)]
     same = [at for at in places if call_id and calls[at].get("id") == call_id]
     place = next(reversed(same or places), None)
     if place is None or not name or not _is_named(calls[place]):
         return place
     call = calls[place]
-    # A name goes on in a later piece or is said again, but no other name comes once there are arguments.
+    # A later piece may continue or repeat the name. Once there are arguments, another name is another call's.
     is_same = same or (not call_id and index is not None and _index_of(call) == index)
     return place if is_same and (name == _name_of(call) or not _has_arguments(call)) else None
 
 
 def _index_of(piece: Object) -> str | None:
-    """The index of a call, which some servers send as a number in one piece and as text in another."""
+    """The index of a call. Some servers send it as a number in one piece and as text in another."""
     index = piece.get("index")
     return None if index is None else str(int(index) if isinstance(index, float) and index.is_integer() else index)
 

@@ -1,4 +1,4 @@
-"""A whole answer, put together from the entries of its log: the one place that knows how a log is read."""
+"""A whole answer, put together from the entries of its log: the only place that knows how a log is read."""
 
 from collections.abc import Iterable
 from typing import Self, cast
@@ -44,7 +44,7 @@ class Choice(msgspec.Struct):
     extra: Object = msgspec.field(default_factory=dict)
 
     def add(self, delta: Delta) -> None:
-        """Take one more delta of this choice."""
+        """Add the next delta of this choice."""
         self.content += delta.content
         self.reasoning += delta.reasoning
         self.finish_reason = delta.finish_reason or self.finish_reason
@@ -58,14 +58,14 @@ class Choice(msgspec.Struct):
 
     @property
     def refusal(self) -> str:
-        """What the model says in place of an answer."""
+        """The text by which the model refuses to answer."""
         return refusal_of(self.extra)
 
     def message(self) -> Object:
-        """The choice as the `message` of a chat completion, with whatever else the deltas held."""
+        """The choice as the `message` of a chat completion, with everything else that the deltas held."""
         rest = rest_of_message(self.extra)
         content: JSON = self.content
-        if parts := rest.pop("content", None):  # some servers send thoughts in parts, and then the answer as text
+        if parts := rest.pop("content", None):  # some servers send thoughts in parts and then the answer as text
             text: list[JSON] = [{"type": "text", "text": self.content}] if self.content else []
             content = [*cast("list[JSON]", parts), *text]
         message: Object = {"role": "assistant", "content": content}
@@ -81,7 +81,7 @@ class Choice(msgspec.Struct):
 
 
 class Answer:
-    """What the entries read so far amount to. Feed it with `add`; it is whole when `end` is there."""
+    """The answer that the entries read so far make. Feed it with `add`; it is complete once `end` is not None."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.attempt = 0
@@ -94,8 +94,8 @@ class Answer:
             self.add(entry)
 
     def __repr__(self) -> str:
-        """How far it is, in a line that may stand in any log: of what it says there is only the length."""
-        said = {
+        """The state of the answer, in a line that may be logged: of the text there is only the length."""
+        shown = {
             "outcome": self.outcome,
             "finish_reason": self.finish_reason,
             "error": self.end.code if isinstance(self.end, Failed) else "",
@@ -104,12 +104,13 @@ class Answer:
             "characters": len(self.text),
             "usage": dict(self.usage),
         }
-        return f"Answer({', '.join(f'{name}={value!r}' for name, value in said.items() if value)})"
+        return f"Answer({', '.join(f'{name}={value!r}' for name, value in shown.items() if value)})"
 
     def add(self, entry: Entry) -> Self:
-        """Take the next entry of the log."""
+        """Add the next entry of the log."""
         if isinstance(entry, Opened | Delta) and self._unmarked:
-            # Whoever claimed it found no delta, or would have said what becomes of them: a failover has lost them.
+            # A worker that claims a log with deltas writes `resumed` or `restarted`. This one found none: a failover
+            # has lost them.
             self._deltas.clear()
         self._unmarked = isinstance(entry, Claimed)
         match entry:
@@ -140,7 +141,7 @@ class Answer:
 
     @property
     def deltas(self) -> list[Delta]:
-        """The deltas that stand, oldest first."""
+        """The deltas that are valid, oldest first."""
         return list(self._deltas)
 
     @property
@@ -150,7 +151,7 @@ class Answer:
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices in the order of their index; each is put together anew."""
+        """The choices in the order of their index, built anew at each call."""
         choices: dict[int, Choice] = {}
         for delta in self._deltas:
             choices.setdefault(delta.index, Choice(index=delta.index)).add(delta)
@@ -163,28 +164,30 @@ class Answer:
 
     @property
     def outcome(self) -> str:
-        """`done`, `error`, `cancelled`; or nothing while it goes on."""
+        """`done`, `error` or `cancelled`; empty while the request goes on."""
         return self.end.type if self.end else ""
 
     @property
     def usage(self) -> Usage:
-        """The tokens that were used: as vLLM counts them or, where it came to no end, as the log shows them."""
-        said = self.end.usage if self.end else Usage()
-        # Anybody may cancel, knowing more or less of the log.
-        return (self._counted_usage() or said) if isinstance(self.end, Cancelled) else (said or self._counted_usage())
+        """The tokens that were used: as vLLM counts them or, where vLLM did not finish, as the log shows them."""
+        reported = self.end.usage if self.end else Usage()
+        # Anybody may write a cancel, and may have read only a part of the log.
+        if isinstance(self.end, Cancelled):
+            return self._counted_usage() or reported
+        return reported or self._counted_usage()
 
     @property
     def model(self) -> str:
-        """The model that answered, as vLLM calls it."""
+        """The model that answered, by its name in vLLM."""
         return (self.end.model if self.end else "") or (self.opened.model if self.opened else "")
 
     @property
     def finish_reason(self) -> str:
-        """Why the first choice that has ended did so."""
+        """The finish reason of the first choice that has one."""
         return next((choice.finish_reason for choice in self.choices if choice.finish_reason), "")
 
     def finished(self, n: int) -> bool:
-        """Whether `n` choices have their finish_reason: then nothing is left to generate."""
+        """Whether `n` choices have their finish reason, so that nothing is left to generate."""
         ended: set[int] = set()
         for delta in self._deltas:
             rest = delta.extra.get("delta")
@@ -193,16 +196,16 @@ class Answer:
                 or delta.reasoning
                 or delta.tool_calls
                 or (isinstance(rest, dict) and not TEXT_FIELDS.isdisjoint(rest))
-            ):  # fmt: skip - an end that is followed by text was none
+            ):  # fmt: skip - a finish reason that is followed by text was not the end
                 ended.discard(delta.index)
             if delta.finish_reason:
                 ended.add(delta.index)
-        # Stops at the first that lacks: a job may ask for any `n`.
+        # It stops at the first choice that has not ended: a job may ask for any `n`.
         return all(index in ended for index in range(n))
 
     @property
     def error(self) -> str:
-        """What went wrong, in a sentence with its code; or nothing."""
+        """The error in a sentence, with its code; empty without an error."""
         return f"{self.end.message} ({self.end.code})" if isinstance(self.end, Failed) else ""
 
     def _counted_usage(self) -> Usage:
@@ -238,7 +241,7 @@ class Answer:
 
 
 def _without_tail(delta: Delta, cut: int) -> Delta:
-    """A delta less its last tokens, which say nothing of its text."""
+    """A delta without its last tokens, which had no part in its text."""
     logprobs = delta.logprobs
     if isinstance(logprobs, dict):
         logprobs = {name: part[:-cut] if isinstance(part, list) else part for name, part in logprobs.items()}
@@ -246,7 +249,7 @@ def _without_tail(delta: Delta, cut: int) -> Delta:
 
 
 def _accumulate_extra(name: str, whole: JSON, piece: JSON) -> JSON:
-    """The fields of a delta come in pieces; of what stands beside a delta the latest holds."""
+    """Add what a chunk held beyond the contract. Its delta comes in pieces; the latest value of another field holds."""
     if name == "delta":
         return accumulate_value(whole, piece)
     return whole | piece if name == "chunk" and isinstance(whole, dict) and isinstance(piece, dict) else piece

@@ -1,7 +1,7 @@
-"""JSON in the one form that RFC 8785 gives it (JCS), so that equal values are equal bytes in every language.
+"""JSON in the canonical form of RFC 8785 (JCS), so that equal values are equal bytes in every language.
 
-No white space; keys sorted by their UTF-16 code units; no escapes but those that JSON needs; numbers as ECMAScript
-writes a double (ECMA-262, Number::toString): `1` for 1.0, `1e-7`, `1e+21`.
+There is no white space; keys are sorted by their UTF-16 code units; only what JSON must escape is escaped; numbers are
+as ECMAScript writes a double (ECMA-262, Number::toString): `1` for 1.0, `1e-7`, `1e+21`.
 """
 
 import math
@@ -12,17 +12,17 @@ from typing import Any
 import msgspec
 
 _EXACT = 2**53
-"""Every whole number below this is a double."""
+"""Every whole number below this is exact as a double."""
 
 
 def canonical_json(value: object) -> bytes:
     """A JSON value as RFC 8785 writes it, in UTF-8.
 
-    msgspec escapes strings as the RFC says. What it writes in another way is rewritten first.
+    msgspec escapes strings as the RFC requires. Values that msgspec would write in another way are replaced first.
     """
     top = [value]
     unread: list[Any] = [top]
-    while unread:  # no recursion: a request may be nested deeply
+    while unread:  # not recursive, since a request may be nested deeply
         made = unread.pop()
         for place, item in made.items() if type(made) is dict else enumerate(made):
             kind = type(item)
@@ -60,5 +60,5 @@ def _number(value: float) -> float | msgspec.Raw | None:
 def _large(value: int) -> int | float | msgspec.Raw | None:
     try:
         return _number(float(value))
-    except OverflowError:  # above all doubles: the RFC has no form for it
+    except OverflowError:  # above all doubles: the RFC has no form for such a number
         return value

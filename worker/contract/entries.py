@@ -1,7 +1,7 @@
 """The entries of a token log, typed: how they are read from Redis fields and written to them.
 
-A field that is JSON on the wire is a Python value here; a field that is not there is its default.
-Readers pass over types and fields that they do not know (`Unknown`), so that the contract can grow.
+A field that is JSON on the wire is a Python value here; a field that is missing has its default.
+Readers ignore types (`Unknown`) and fields that they do not know, so that the contract can grow.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +19,10 @@ Fields: TypeAlias = dict[str, str]
 
 
 BURIED = "buried"
-"""The `code` of the error that ends a job which is not tried again; it is among the dead letters too."""
+"""The `code` of the error that ends a buried job: it is not tried again, and becomes a dead letter."""
 
 TAKEOVER = "takeover"
-"""The `reason` of a claim by which a job came to another worker, or came back."""
+"""The `reason` of a claim by which a worker continues a job that it, or another worker, had begun."""
 
 
 class BadEntry(ValueError):
@@ -32,32 +32,32 @@ class BadEntry(ValueError):
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """What every entry has: its id, and the name of its type.
 
-    The id compares as in Redis, and `str` makes it the text that Redis has: what to keep, and to follow on after.
+    Ids compare as in Redis. `str(entry.id)` is the text that Redis has: keep it to follow on after this entry.
     """
 
     type: ClassVar[str] = ""
     id: EntryId
 
     def as_dict(self) -> Object:
-        """The entry as one JSON object, id (as text) and type first, without what is not said."""
+        """The entry as one JSON object: id (as text) and type first, without fields that have their defaults."""
         return {"id": str(self.id), "type": self.type, **dict(_values(self))}
 
     def to_json(self) -> str:
-        """The same as compact JSON text: what `--json` prints."""
+        """The entry as compact JSON text, as `--json` prints it."""
         return to_json(self.as_dict())
 
     def chunk(self, opened: "Opened | None" = None) -> Object | None:  # noqa: ARG002 - see Delta and Opened
-        """The entry as a `chat.completion.chunk` of OpenAI's API; None where it is none.
+        """The entry as a `chat.completion.chunk` of OpenAI's API, or None for an entry that is not a chunk.
 
-        `opened` is the latest of the log, whose id, model and time every chunk has. Deltas are chunks, and `opened`
-        is the one that begins a message: of several only the first is to be sent. A failed answer has no last chunk,
-        and clients take one that simply ends for whole: a server of chunks sends an error event then.
+        `opened` is the latest one of the log, and gives every chunk its id, model and time. A delta is a chunk. So is
+        an `opened`, which begins a message: send only the first of several. A failed answer has no last chunk, and
+        clients take a stream that simply ends for a complete one: a server of chunks has to send an error event then.
         """
         return None
 
 
 class Queued(Entry, frozen=True, kw_only=True):
-    """The client has enqueued the request: no worker has it yet. `deadline` is the job's, in Unix ms."""
+    """The client has enqueued the request, and no worker has it yet. `deadline` is the job's, in Unix ms."""
 
     type: ClassVar[Literal["queued"]] = "queued"
     v: int = 1
@@ -66,7 +66,7 @@ class Queued(Entry, frozen=True, kw_only=True):
 
 
 class Started(Entry, frozen=True, kw_only=True):
-    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` as in `Queued`.
+    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` is as in `Queued`.
 
     `delivery` is how often the group had delivered the job by then. A hand-over does not raise it.
     """
@@ -83,7 +83,7 @@ class Started(Entry, frozen=True, kw_only=True):
 
 
 class Claimed(Entry, frozen=True, kw_only=True):
-    """An owner took the request over: it fences every earlier attempt. `delivery` as in `Started`, if one led here."""
+    """An owner begins another attempt, which fences every earlier one. `delivery` is as in `Started`, or 0."""
 
     type: ClassVar[Literal["claimed"]] = "claimed"
     queue: str = ""
@@ -96,10 +96,10 @@ class Claimed(Entry, frozen=True, kw_only=True):
 
 
 class Resumed(Entry, frozen=True, kw_only=True):
-    """The text goes on where it stopped. Token ids and logprobs of former attempts beyond `after` are void.
+    """The text goes on where it stopped. Token ids and logprobs of earlier attempts beyond `after` are void.
 
     So are the last `cut` token ids of the entry `after` itself, whose chunk ended inside a character. `forgets` names
-    sampling settings that count generated tokens and do not see those from before.
+    the sampling settings that count generated tokens, and now ignore those of earlier attempts.
     """
 
     type: ClassVar[Literal["resumed"]] = "resumed"
@@ -109,13 +109,13 @@ class Resumed(Entry, frozen=True, kw_only=True):
 
 
 class Restarted(Entry, frozen=True, kw_only=True):
-    """What came before is void: the answer begins again."""
+    """Everything before is void: the answer begins again."""
 
     type: ClassVar[Literal["restarted"]] = "restarted"
 
 
 class Opened(Entry, frozen=True, kw_only=True):
-    """What is the same in every chunk of vLLM's answer. It may come again; the latest holds."""
+    """The fields that are the same in every chunk of vLLM's answer. It may come again; the latest holds."""
 
     type: ClassVar[Literal["opened"]] = "opened"
     response_id: str = ""
@@ -147,7 +147,7 @@ class Delta(Entry, frozen=True, kw_only=True):
 
     @property
     def refusal(self) -> str:
-        """What the model says in place of an answer."""
+        """The text by which the model refuses to answer."""
         return refusal_of(self.extra)
 
     @property
@@ -173,14 +173,14 @@ class Delta(Entry, frozen=True, kw_only=True):
 
 
 class PromptTokensDetails(TypedDict, total=False):
-    """Of the tokens of a prompt."""
+    """Details of the tokens of a prompt."""
 
     cached_tokens: int | None
     audio_tokens: int | None
 
 
 class CompletionTokensDetails(TypedDict, total=False):
-    """Of the tokens of a completion."""
+    """Details of the tokens of a completion."""
 
     reasoning_tokens: int | None
     audio_tokens: int | None
@@ -189,7 +189,7 @@ class CompletionTokensDetails(TypedDict, total=False):
 
 
 class Usage(TypedDict, total=False):
-    """The tokens that an answer took, as its server counts them. It may hold more than is named here."""
+    """The tokens of an answer, as its server counts them. It may have more fields than these."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -210,13 +210,13 @@ class Terminal(Entry, frozen=True, kw_only=True):
 
 
 class Done(Terminal, frozen=True, kw_only=True):
-    """The answer is whole."""
+    """The answer is complete."""
 
     type: ClassVar[Literal["done"]] = "done"
 
 
 class Failed(Terminal, frozen=True, kw_only=True):
-    """The answer could not be had: `code` is for programs, `message` for people."""
+    """The request failed. `code` is for programs, `message` for people."""
 
     type: ClassVar[Literal["error"]] = "error"
     code: str = ""
@@ -230,13 +230,13 @@ class Cancelled(Terminal, frozen=True, kw_only=True):
 
 
 class Idle(Entry, frozen=True, kw_only=True):
-    """Nothing has come for as long as a follower asked to wait. No log has it; its id is that of the entry before."""
+    """No entry came for the time that a follower has set. It is in no log; its id is that of the entry before."""
 
     type: ClassVar[Literal["idle"]] = "idle"
 
 
 class Unknown(Entry, frozen=True, kw_only=True):
-    """An entry of a type that this version does not know. At the seal's id it still ends the log."""
+    """An entry of a type that this version does not know. With the seal's id it ends the log all the same."""
 
     type: ClassVar[Literal[""]] = ""
     name: str = ""
@@ -250,10 +250,10 @@ class Unknown(Entry, frozen=True, kw_only=True):
 AnyEntry: TypeAlias = (
     Queued | Started | Claimed | Resumed | Restarted | Opened | Delta | Done | Failed | Cancelled | Idle | Unknown
 )
-"""One of all types of entries: a comparison of its `type` tells a type checker which. `Idle` is there if asked for."""
+"""An entry of any type: type checkers narrow it by its `type`. `Idle` comes only where a follower has set a time."""
 
 TEXT_FIELDS = frozenset({"content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call"})
-"""Fields of a delta that hold the model's own words: a finish reason that is followed by one of them was none."""
+"""Fields of a delta that hold the model's output: a finish reason that is followed by one of them was not the end."""
 _FIELDS_OF_MESSAGE = frozenset({"role", "content", "reasoning", "reasoning_content", "tool_calls"})
 _KNOWN: tuple[type[AnyEntry], ...] = (
     Queued,
@@ -277,11 +277,11 @@ _TYPES: dict[str, tuple[Callable[..., AnyEntry], dict[str, Reader]]] = {
 def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
     """Read an entry as Redis (bytes) or the feed (text) gives it.
 
-    Readers rely on what an entry says, so all of it is checked here. The `after` of a `resumed` is the one
-    field that has to be there: without it nobody knows what of the text stands.
+    All fields are checked here, since readers rely on them. The `after` of a `resumed` is the only field that must be
+    there: without it no reader knows which part of the text is valid.
 
     Raises:
-        BadEntry: when a field of a known type cannot be read; it names the entry and the field.
+        BadEntry: when a field of a known type cannot be read. The message names the entry and the field.
     """
     where = EntryId.parse(entry_id)
     texts = {_text(name): _text(value) for name, value in fields.items()}
@@ -307,7 +307,7 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
 
 
 def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
-    """Read an entry, whatever it holds: one that cannot be read is of an unknown type, and in nobody's way."""
+    """Read an entry as `parse` does, but return one that cannot be read as `Unknown`, without a type or fields."""
     try:
         return parse(entry_id, fields)
     except BadEntry:
@@ -315,14 +315,14 @@ def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mappi
 
 
 def refusal_of(extra: Object) -> str:
-    """The text by which a model refuses to answer: what stands in `extra` as the delta's `refusal`."""
+    """The text by which a model refuses to answer: the `refusal` of the delta in `extra`."""
     delta = extra.get("delta")
     refusal = delta.get("refusal") if isinstance(delta, dict) else None
     return refusal if isinstance(refusal, str) else ""
 
 
 def text_of_parts(extra: Object) -> str:
-    """The text of a content in parts, `[{"type": "text", "text": …}]`: it is the `content` of the delta in `extra`."""
+    """The text of a content in parts, `[{"type": "text", "text": …}]`, which is in `extra` as the delta's `content`."""
     delta = extra.get("delta")
     parts = delta.get("content") if isinstance(delta, dict) else None
     texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
@@ -330,7 +330,7 @@ def text_of_parts(extra: Object) -> str:
 
 
 def transcript_of(extra: Object) -> str:
-    """The words of spoken audio: what stands in `extra` as the `transcript` of the delta's `audio`."""
+    """The transcript of spoken audio: the `transcript` of the delta's `audio` in `extra`."""
     delta = extra.get("delta")
     audio = delta.get("audio") if isinstance(delta, dict) else None
     transcript = audio.get("transcript") if isinstance(audio, dict) else None
@@ -338,10 +338,10 @@ def transcript_of(extra: Object) -> str:
 
 
 def rest_of_message(extra: Object) -> Object:
-    """What a message holds beyond the fields that have a place of their own, from the `delta` in `extra`."""
+    """The fields of a message that have no field of their own in `Delta`, from the `delta` in `extra`."""
     delta = extra.get("delta")
     rest = delta if isinstance(delta, dict) else {}
-    # What stands there under the names of these fields is of an odd shape, but for a content of several parts.
+    # A field of `Delta` is there only if its value is malformed, except for a content in parts.
     return {
         name: value
         for name, value in rest.items()
@@ -355,7 +355,7 @@ def is_terminal(entry: Entry) -> bool:
 
 
 def to_fields(entry: Entry) -> Fields:
-    """The entry as Redis fields: its type, and of the rest what is not the default."""
+    """The entry as Redis fields: its type, and every field that does not have its default."""
     texts = {
         name: value if isinstance(value, str) and name not in READERS else to_json(value)
         for name, value in _values(entry)
@@ -382,7 +382,7 @@ def _values(entry: Entry) -> Iterator[tuple[str, Any]]:
     blank = _BLANK[type(entry)]
     for name in entry.__struct_fields__:
         value = getattr(entry, name)
-        # The version is always said, though 1 is the default.
+        # The version is always written, though 1 is the default.
         if name == "v" or (name != "id" and value != getattr(blank, name)):
             yield name, value
 

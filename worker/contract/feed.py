@@ -1,7 +1,7 @@
-"""The feed of a request: how its messages are read, and for how long a publisher may leave it untold.
+"""The feed of a request: how its messages are read, and for how long a publisher may skip it.
 
-A message is JSON, `[[id, {field: value}], …]`: entries that Redis has accepted, in the order of the log. It may be
-lost, and it may come late; the log is the truth.
+A message is JSON, `[[id, {field: value}], …]`: entries that Redis has accepted, in the order of the log. A message may
+be lost and may come late; the log is the truth.
 """
 
 from typing import Literal
@@ -11,27 +11,27 @@ import msgspec
 from .entries import AnyEntry, BadEntry, Delta, parse
 from .ids import EntryId
 
-UNTOLD_FOR = 0.25
-"""Seconds for which a publisher may leave a channel untold once Redis has said that nobody listens to it."""
+MAX_SILENCE = 0.25
+"""Seconds for which a publisher may skip a channel once Redis has reported that it has no subscribers."""
 
 
-class _Plain(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A delta as it is told that has none of the rarer fields: what nearly every message is."""
+class _FeedDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A delta without the rarer fields, which nearly every message is."""
 
     type: Literal["delta"]
     content: str = ""
     reasoning: str = ""
     finish_reason: str = ""
-    token_ids: str = "[]"  # noqa: S105 - of a model
+    token_ids: str = "[]"  # noqa: S105 - not a secret: tokens of a model
 
 
-_read_plain = msgspec.json.Decoder(list[tuple[str, _Plain]]).decode
+_read_plain = msgspec.json.Decoder(list[tuple[str, _FeedDelta]]).decode
 _read_any = msgspec.json.Decoder(list[tuple[str, dict[str, str]]]).decode
 _read_ids = msgspec.json.Decoder(list[int]).decode
 
 
 def read_message(payload: bytes) -> list[AnyEntry]:
-    """The entries of a message: what `parse` makes of each, in a third of the time where they are plain deltas.
+    """The entries of a message, as `parse` reads them, but in a third of the time where they are plain deltas.
 
     Raises:
         BadEntry: when the message or an entry of it cannot be read.
@@ -42,14 +42,14 @@ def read_message(payload: bytes) -> list[AnyEntry]:
         except msgspec.ValidationError:
             return [parse(entry_id, fields) for entry_id, fields in _read_any(payload)]
         entries: list[AnyEntry] = []
-        for entry_id, told in plain:
+        for entry_id, delta in plain:
             entries.append(  # a comprehension is a call of its own in Python 3.11
                 Delta(
                     id=EntryId.parse(entry_id),
-                    content=told.content,
-                    reasoning=told.reasoning,
-                    finish_reason=told.finish_reason,
-                    token_ids=_read_ids(told.token_ids),
+                    content=delta.content,
+                    reasoning=delta.reasoning,
+                    finish_reason=delta.finish_reason,
+                    token_ids=_read_ids(delta.token_ids),
                 )
             )
     except (ValueError, msgspec.MsgspecError) as error:

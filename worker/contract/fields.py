@@ -1,7 +1,7 @@
-"""How the fields of entries are read from text, and what makes one unreadable.
+"""How the fields of entries are read from text, and which values make an entry unreadable.
 
-Strict is what a worker relies on: an id or a name that becomes a key or a command, a count, the ids of tokens. Lenient
-is whatever a server says beside: a number that is none is no reason not to read the rest.
+Fields that a worker relies on are read strictly: ids and names that become keys or parts of commands, counts, the ids
+of tokens. Fields that only repeat what a server sent are read leniently: a bad number there leaves the rest readable.
 """
 
 import json
@@ -15,14 +15,14 @@ from .ids import SEAL, EntryId
 from .keys import is_queue_name
 
 Reader: TypeAlias = Callable[[str], object]
-"""Reads the text of a field. It raises ValueError, MsgspecError or RecursionError where that cannot be read."""
+"""Reads the text of a field. It raises ValueError, MsgspecError or RecursionError for a text that cannot be read."""
 
 
 def _count(text: str) -> int:
-    """A number of things.
+    """Read a number of things.
 
     Raises:
-        ValueError: when it is no whole number, or below 0.
+        ValueError: when the text is not a whole number, or the number is below 0.
     """
     if (count := int(text)) < 0:
         raise ValueError(f"{text} is below 0")
@@ -30,10 +30,10 @@ def _count(text: str) -> int:
 
 
 def _stream_id(text: str) -> str:
-    """An id of an entry, as text.
+    """Check the id of a stream entry; returns it as text.
 
     Raises:
-        ValueError: when Redis has no such id; a command that held it would fail each time.
+        ValueError: when Redis cannot have such an id. A command with it would fail each time.
     """
     if text and max(EntryId.parse(text)) > SEAL.n:
         raise ValueError(f"{text[:50]!r} is above the greatest id")
@@ -41,18 +41,18 @@ def _stream_id(text: str) -> str:
 
 
 def _queue(text: str) -> str:
-    """The name of a queue.
+    """Check the name of a queue.
 
     Raises:
-        ValueError: when no queue has such a name.
+        ValueError: when no queue can have such a name.
     """
     if text and not is_queue_name(text):
-        raise ValueError(f"{text[:80]!r} is no name of a queue")
+        raise ValueError(f"{text[:80]!r} is not a name of a queue")
     return text
 
 
 def _time(text: str) -> int:
-    """Unix seconds or milliseconds; 0 where a server or another writer has something else, for nothing hangs on it."""
+    """Read Unix seconds or milliseconds; 0 for any other text, since nothing depends on these times."""
     try:
         return int(text)
     except ValueError:
@@ -60,10 +60,10 @@ def _time(text: str) -> int:
 
 
 def _json_reader(kind: type | None = None) -> Reader:
-    """Reads a field that is JSON, of one type if a reader relies on that.
+    """A reader of a field that is JSON, of one type if readers rely on that.
 
-    What msgspec cannot decode and others can is no reason not to read the rest: a number that is too large, NaN and
-    Infinity are null, as in JavaScript's own JSON, and half of a surrogate pair is a question mark.
+    Some JSON of other writers is beyond msgspec. It is read all the same: a number that is too large, NaN and Infinity
+    become null, as JavaScript writes them, and half of a surrogate pair becomes a question mark.
     """
     decode: Callable[[str | bytes], object] = msgspec.json.Decoder(kind or Any).decode
 
@@ -87,7 +87,7 @@ def _number(text: str) -> float | None:
 def _whole_number(text: str) -> int | None:
     try:
         return int(text)
-    except ValueError:  # of more digits than Python reads
+    except ValueError:  # more digits than Python converts
         return None
 
 
@@ -95,7 +95,7 @@ _read_object = _json_reader(dict)
 
 
 def _usage(text: str) -> object:
-    """The tokens that were used. A count that is no whole number is left out, so that others may reckon with them."""
+    """Read the numbers of tokens that were used. A count that is not a whole number is left out."""
     usage = cast("dict[str, object]", _read_object(text))
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         if isinstance(count := usage.get(name), float) and count.is_integer():
@@ -124,6 +124,6 @@ READERS: dict[str, Reader] = {
     "logprobs": _json_reader(),
     "stop_reason": _json_reader(),
 }
-"""By their names, the fields that are JSON on the wire."""
+"""The readers of fields that are not text, by the field's name."""
 TEXTS: dict[str, Reader] = {"queue": _queue, "job": _stream_id, "after": _stream_id}
-"""Texts that others make a key or a command of; any other text is taken as it is."""
+"""The readers of texts that become a key or a part of a command. Any other text is not checked."""

@@ -1,4 +1,4 @@
-"""What a log's former attempts wrote: whether an answer may go on from it."""
+"""What earlier attempts wrote into a log, and whether an answer can go on from there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from .ids import BEFORE_ALL, SEAL, follows
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What former attempts wrote, and why an answer cannot go on from it: nothing where it can."""
+    """The entries of earlier attempts. `fault` is why an answer cannot go on from them; it is empty where it can."""
 
     entries: Sequence[Entry]
     fault: str
 
 
 def fault_in(history: Sequence[Entry]) -> str:
-    """Why an answer cannot go on from what its log holds, or nothing.
+    """Why an answer cannot go on from these entries of its log; empty where it can.
 
-    Entries may have been deleted (XDEL, XTRIM) or damaged: then text or token ids are missing, and going on would show
-    some twice and others never. What a `restarted` has made void does not matter.
+    Entries may have been deleted (XDEL, XTRIM) or damaged. Then text or token ids are missing, and an answer that went
+    on would show some text twice and some never. Entries before a `restarted` do not matter, since they are void.
     """
     begin = max((number for number, entry in enumerate(history) if isinstance(entry, Restarted)), default=0)
     before = history[begin - 1].id if begin else BEFORE_ALL

@@ -1,4 +1,4 @@
-"""The ids of a token log: `<attempt>-<n>`, and what Redis's order of ids makes of them."""
+"""The ids of a token log, `<attempt>-<n>`, which are ordered as in Redis, and the ids of requests."""
 
 import re
 import uuid
@@ -10,7 +10,7 @@ VERSION = 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = 2**64 - 1
 _new = tuple.__new__
-"""Every token has an id, and this makes one in half the time."""
+"""Makes an `EntryId` in half the time of a call of the class: every token has an id."""
 
 
 class EntryId(NamedTuple):
@@ -24,37 +24,37 @@ class EntryId(NamedTuple):
 
     @classmethod
     def parse(cls, raw: str | bytes) -> Self:
-        """Read an id as Redis writes it; a bare number has n = 0, as in Redis.
+        """Read an id as Redis writes it. A number alone has n = 0, as in Redis.
 
         Raises:
-            ValueError: when it is no stream id.
+            ValueError: when the text is not a stream id.
         """
         text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else raw
         first, _, second = text.partition("-")
         if not (text.isascii() and first.isdecimal() and (not second or second.isdecimal())):
-            raise ValueError(f"{text!r} is no id of a log entry: give one such as 1-0, as it stood in the log")
+            raise ValueError(f"{text!r} is not the id of a log entry: give one such as 1-0, as it stood in the log")
         return _new(cls, (int(first), int(second or 0)))
 
 
 BEFORE_ALL = EntryId(0, 0)
-"""Less than every entry's id: reading after it gives the whole log."""
+"""Less than every entry's id: a read after it returns the whole log."""
 
 QUEUED = EntryId(0, 1)
 """The entry that the client writes before the job."""
 
 SEAL = EntryId(_LAST, _LAST)
-"""The terminal entry: the greatest id there is, so Redis itself refuses whatever would follow."""
+"""The id of the terminal entry. It is the greatest id there is, so Redis refuses every entry after it."""
 
 LAST_ATTEMPT = SEAL.attempt - 1
-"""The greatest number that an attempt can have: the one above it is the seal's."""
+"""The greatest number that an attempt can have: the next one is the seal's."""
 
 
 def follows(entry: EntryId, before: EntryId) -> bool:
-    """Whether a log lacks nothing between two of its entries, as far as their ids tell; `BEFORE_ALL` may be the first.
+    """Whether no entry is missing between two entries, judged by their ids; `before` may be `BEFORE_ALL`.
 
     A log begins with `0-1`, with `1-0`, or with its seal. Within an attempt `n` goes up by one, and the next attempt
-    begins with 0: not always with the next number, for a log that was lost and made anew goes on under a later one.
-    What the seal comes after its id does not tell.
+    begins with 0. The next attempt may skip numbers, since a log that was lost and recreated goes on under a later one.
+    The seal's id does not depend on the entry before it, so the seal follows every entry.
     """
     if entry == SEAL:
         return True

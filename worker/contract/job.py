@@ -1,4 +1,4 @@
-"""A job: what a service asks for, as it stands in a job stream."""
+"""A job: a request for an answer, as it stands in a job stream, and how it is validated."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """The default limit of a job's `request`, in bytes."""
 
 MAX_BESIDE_BYTES = 16 * 1024
-"""What all else of a job may add to that, names of fields included; fields that are not in the contract count too."""
+"""The limit of everything else in a job, in bytes: other fields, known or not, and the names of all fields."""
 
 MAX_FALLBACKS = 8
 MAX_NAME = 256
 """The longest name of a model, tenant or `traceparent`, in characters."""
 
 MAX_RETENTION = 30 * 24 * 3600
-"""The longest that a job may have its log kept, in seconds."""
+"""The longest retention of a log that a job may set, in seconds."""
 
 FIELDS = (b"v", b"id", b"request", b"deadline", b"retention", b"fallbacks", b"tenant", b"traceparent", b"retry_of")
 """The fields of a job that are in the contract."""
@@ -34,27 +34,27 @@ _LENGTHS = ("max_tokens", "max_completion_tokens")
 RawFields: TypeAlias = Mapping[bytes, bytes]
 
 _FORBIDDEN = (
-    # They steer the machinery between replicas, and the worker needs the first for itself.
+    # These control transfers between replicas, and the worker itself needs the first.
     "kv_transfer_params",
     "ec_transfer_params",
-    # Where some servers fetch a prompt's cache from, and which replica runs it: addresses, which no job may choose.
+    # Addresses from which some servers fetch a prompt's cache, and the replica that runs it: no job may choose these.
     "bootstrap_host",
     "bootstrap_port",
     "bootstrap_room",
     "data_parallel_rank",
-    # Tries of one job would collide in vLLM, where a former one may still run.
+    # Tries of one job would collide in vLLM, where an earlier one may still run.
     "request_id",
 )
-"""Fields of a request that are never a job's business.
+"""Fields of a request that a job may not set.
 
-Left to the job, of what vLLM 0.32 knows: `priority` (refused by vLLM unless its operator has turned it on),
-`cache_salt` and `session_id` (they name a cache, and collide only with one's own), `chat_template` (refused by vLLM
-unless turned on), `mm_processor_kwargs` and `media_io_kwargs` (how the job's own media are read). URLs of images and
-the like are fetched by vLLM: its --allowed-media-domains says from where.
+Of the fields of vLLM 0.32, a job may set: `priority` (vLLM refuses it unless its operator has turned it on),
+`cache_salt` and `session_id` (they name a cache, which only jobs with the same name share), `chat_template` (vLLM
+refuses it unless turned on), `mm_processor_kwargs` and `media_io_kwargs` (how the job's own media are read). vLLM
+fetches the URLs of images and other media: its --allowed-media-domains limits from where.
 """
 
 _FORBIDDEN_XARGS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
-"""vLLM takes `vllm_xargs` for the place where these come from, unchecked; what else is in it is its plugins' own."""
+"""vLLM reads these from `vllm_xargs` without a check. Everything else in it belongs to plugins of vLLM."""
 
 
 class InvalidJob(ValueError):
@@ -66,9 +66,9 @@ class InvalidJob(ValueError):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A job that validates. `deadline` is Unix ms by Redis's clock, `retention` seconds.
+    """A valid job. `deadline` is Unix ms by Redis's clock, `retention` seconds.
 
-    `retry_of` is the request that this one is another try of.
+    `retry_of` is the id of the request that this job tries again.
     """
 
     id: str
@@ -99,10 +99,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def request_id_of(fields: RawFields) -> str:
-    """The job's id: all that is needed to find its log.
+    """The job's id, which is all that is needed to find its log.
 
     Raises:
-        InvalidJob: when there is none that can be used.
+        InvalidJob: when the id is missing or cannot be used.
     """
     raw = fields.get(b"id")
     if raw is None:
@@ -114,44 +114,46 @@ def request_id_of(fields: RawFields) -> str:
 
 
 def times_of(fields: RawFields) -> tuple[int | None, int | None]:
-    """A job's deadline (Unix ms) and retention (seconds), without a look at its request.
+    """A job's deadline (Unix ms) and retention (seconds). The request is not read.
 
     Raises:
-        InvalidJob: when one of them cannot be.
+        InvalidJob: when one of them cannot be used.
     """
     return (
-        _whole(fields, "deadline", "a time in Unix milliseconds"),
-        _whole(fields, "retention", f"a number of seconds up to {MAX_RETENTION}", MAX_RETENTION),
+        _whole_number(fields, "deadline", "a time in Unix milliseconds"),
+        _whole_number(fields, "retention", f"a number of seconds up to {MAX_RETENTION}", MAX_RETENTION),
     )
 
 
 def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> Job:
-    """Read a job from the fields of its stream entry. Fields that are not in the contract are passed over.
+    """Read a job from the fields of its stream entry. Fields that are not in the contract are ignored.
 
     Raises:
-        InvalidJob: with what is wrong and how to mend it.
+        InvalidJob: says what is wrong and how to fix it.
     """
-    size, most = size_of(fields), max_request_bytes + MAX_BESIDE_BYTES
-    if size > most:
+    size, limit = size_of(fields), max_request_bytes + MAX_BESIDE_BYTES
+    if size > limit:
         raise InvalidJob(
-            f"the job has {size} bytes in all, above the limit of {most} ({MAX_BESIDE_BYTES} more than "
+            f"the job has {size} bytes in all, above the limit of {limit} ({MAX_BESIDE_BYTES} more than "
             "WORKER_MAX_REQUEST_BYTES)",
             code="job_too_large",
         )
     version = _name(fields, "v") or str(VERSION)
     if version != str(VERSION):
-        raise InvalidJob(f"the job's v is {version!r}: this worker speaks version {VERSION} of the contract")
-    fallbacks = _strings(_text(fields, "fallbacks"))
+        raise InvalidJob(f"the job's v is {version!r}: this worker supports version {VERSION} of the contract")
     deadline, retention = times_of(fields)
+    retry_of = _text(fields, "retry_of")
+    if retry_of and not is_request_id(retry_of):
+        raise InvalidJob(f"the job's retry_of is {retry_of[:140]!r}: it must be the id of a request")
     return Job(
         id=request_id_of(fields),
         request=_request(fields, max_request_bytes),
         deadline=deadline,
         retention=retention,
-        fallbacks=fallbacks,
+        fallbacks=_model_names(_text(fields, "fallbacks")),
         tenant=_name(fields, "tenant"),
         traceparent=_name(fields, "traceparent"),
-        retry_of=_retry_of(_text(fields, "retry_of")),
+        retry_of=retry_of,
     )
 
 
@@ -161,10 +163,10 @@ def size_of(fields: RawFields) -> int:
 
 
 def check_request(request: object) -> Object:
-    """Check what holds for every chat request, whatever the model; the rest is vLLM's to judge.
+    """Check what holds for every chat request, whatever the model. vLLM checks the rest.
 
     Raises:
-        InvalidJob: with what is wrong.
+        InvalidJob: says what is wrong.
     """
     if not isinstance(request, dict):
         raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
@@ -173,7 +175,7 @@ def check_request(request: object) -> Object:
         raise InvalidJob('the request has no messages: give a list such as [{"role": "user", "content": "Hello"}]')
     model = request.get("model")
     if isinstance(model, str) and len(model) > MAX_NAME:
-        raise InvalidJob(f"the request's model is a name of {len(model)} characters: at most {MAX_NAME} are taken")
+        raise InvalidJob(f"the request's model is a name of {len(model)} characters: at most {MAX_NAME} are allowed")
     forbidden = [name for name in _FORBIDDEN if name in request]
     extra = request.get("vllm_xargs")
     if isinstance(extra, dict):
@@ -193,18 +195,18 @@ def check_limits(request: Object, *, max_choices: int, max_tokens: int) -> None:
     """Check what a worker's settings limit; `max_tokens` of 0 is no limit.
 
     Raises:
-        InvalidJob: with what is too much.
+        InvalidJob: says what is too large.
     """
     for name in ("n", "best_of"):
         choices = request.get(name)
         if isinstance(choices, int) and choices > max_choices:
             raise InvalidJob(
-                f"the request's {name} is {choices}: at most {max_choices} answers may be asked for "
+                f"the request's {name} is {choices}: at most {max_choices} answers may be requested "
                 "(WORKER_MAX_CHOICES)"
             )
     for name in _LENGTHS if max_tokens else ():
         tokens = request.get(name)
-        # vLLM would take "5000" and 5e3 for numbers too.
+        # vLLM accepts "5000" and 5e3 as numbers too.
         if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens > max_tokens):
             raise InvalidJob(
                 f"the request's {name} is {to_json(tokens)[:40]}: it must be a whole number up to {max_tokens} "
@@ -213,17 +215,17 @@ def check_limits(request: Object, *, max_choices: int, max_tokens: int) -> None:
 
 
 def with_limit(job: Job, max_tokens: int) -> Job:
-    """The job as it is to be sent: where it does not say how long the answer may become, the limit is said."""
+    """The job with `max_tokens` in its request, unless the request limits the answer itself or there is no limit."""
     if not max_tokens or any(job.request.get(name) is not None for name in _LENGTHS):
         return job
     return msgspec.structs.replace(job, request=job.request | {"max_tokens": max_tokens})
 
 
 def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
-    """What tells two requests under one id apart.
+    """A digest by which two requests under one id are told apart.
 
-    The first 32 hex digits of SHA-256 over the request as RFC 8785 writes it; further models to fall back to are part
-    of what is asked, so a list of them follows it when there is one, written in the same way.
+    It is the first 32 hex digits of SHA-256 over the request as RFC 8785 writes it. Models to fall back to are a part
+    of the request: the list of them follows if there are any, written in the same way.
     """
     return _digest(canonical_json(request), fallbacks)
 
@@ -231,7 +233,7 @@ def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
 def is_digest_of(known: str, request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> bool:
     """Whether a digest in a log or tombstone is that of a request.
 
-    Logs that were begun before numbers were written as RFC 8785 says hold a digest of 1.0 where 1 is hashed today.
+    Earlier versions did not write numbers as RFC 8785 does: their digest is over 1.0 where 1 is hashed today.
     """
     return known == digest(request, fallbacks) or known == _digest(
         msgspec.json.encode(request, order="deterministic"), fallbacks
@@ -270,27 +272,21 @@ def _text(fields: RawFields, name: str) -> str:
 def _name(fields: RawFields, name: str) -> str:
     text = _text(fields, name)
     if len(text) > MAX_NAME:
-        raise InvalidJob(f"the job's {name} has {len(text)} characters: at most {MAX_NAME} are taken")
+        raise InvalidJob(f"the job's {name} has {len(text)} characters: at most {MAX_NAME} are allowed")
     return text
 
 
-def _whole(fields: RawFields, name: str, what: str, most: int = 2**53 - 1) -> int | None:
+def _whole_number(fields: RawFields, name: str, expected: str, limit: int = 2**53 - 1) -> int | None:
     text = _text(fields, name)
     if not text:
         return None
-    # Python refuses to convert thousands of digits, with an error that is no InvalidJob.
-    if not (text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) <= most):
-        raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {what}")
+    # Python refuses to convert thousands of digits, with an error that is not an InvalidJob.
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and 0 < int(text) <= limit):
+        raise InvalidJob(f"the job's {name} is {text[:40]!r}: it must be {expected}")
     return int(text)
 
 
-def _retry_of(text: str) -> str:
-    if text and not is_request_id(text):
-        raise InvalidJob(f"the job's retry_of is {text[:140]!r}: it must be the id of a request")
-    return text
-
-
-def _strings(text: str) -> tuple[str, ...]:
+def _model_names(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     try:
@@ -300,6 +296,6 @@ def _strings(text: str) -> tuple[str, ...]:
     if len(names) > MAX_FALLBACKS or not all(0 < len(name) <= MAX_NAME for name in names):
         raise InvalidJob(
             f"the job's fallbacks are too many, or one has no name or a long one: at most {MAX_FALLBACKS} models of "
-            f"1 to {MAX_NAME} characters are taken"
+            f"1 to {MAX_NAME} characters are allowed"
         )
     return names

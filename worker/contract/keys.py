@@ -35,18 +35,18 @@ class Keys:
         return f"{self.prefix}:ended:{{{request_id}}}"
 
     def feed(self, request_id: str) -> str:
-        """The pub/sub channel that carries the log's entries as they are accepted.
+        """The pub/sub channel that carries the log's entries as Redis accepts them.
 
-        Pub/sub knows no databases: without the number the followers of one database would hear those of another.
+        Pub/sub ignores databases: without the number, followers in one database would get the entries of another.
         """
         within = f"{self.database}:" if self.database else ""
         return f"{self.prefix}:feed:{within}{{{request_id}}}"
 
     @property
     def cancel(self) -> str:
-        """The pub/sub channel on which a cancel is hinted at, beside the seal: a message is a request id.
+        """The pub/sub channel of hints that a request was cancelled, beside the seal: a message is a request id.
 
-        It is one for all databases: a hint from another one has a worker look at its own log, and find it open.
+        All databases share it. A worker that gets a hint from another database reads its own log, which has no seal.
         """
         return f"{self.prefix}:cancel"
 
@@ -67,5 +67,5 @@ class Keys:
 
     @property
     def probe(self) -> str:
-        """A stream that is never there: to add to it, but only if it is there, tells whether Redis takes writes."""
+        """A stream that never exists: an XADD NOMKSTREAM to it shows whether Redis takes writes."""
         return f"{self.prefix}:probe"

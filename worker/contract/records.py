@@ -1,4 +1,4 @@
-"""What is written beside the log: the tombstone, the lifecycle, dead letters and the workers' own lines."""
+"""The records beside the logs: tombstones, the lifecycle, dead letters and the records of workers."""
 
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar, cast
@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is left of a request when its log has expired. `time` is Unix ms."""
+    """The outcome of a request, kept longer than its log. `time` is Unix ms."""
 
     outcome: str
     time: int
@@ -19,14 +19,15 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
-        """A tombstone as it stands in Redis; one that cannot be read says nothing."""
+        """Read a tombstone as it stands in Redis; one that cannot be read is empty."""
         return _decoded(raw, cls, cls(outcome="", time=0))
 
 
 class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the lifecycle stream: `started` or `finished`. At least once: dedupe by `type`, `id` and `attempt`.
+    """An entry of the lifecycle stream: a request has `started` or `finished`.
 
-    `time` is Unix ms, `timings` are in milliseconds. `line` is the id of the line itself, where it was read.
+    An entry may come more than once: deduplicate by `type`, `id` and `attempt`. `time` is Unix ms, `timings` are in
+    milliseconds. `line` is the entry's own id; it is empty in an entry that was not read from Redis.
     """
 
     line: str = ""
@@ -44,13 +45,13 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     timings: Object = msgspec.field(default_factory=dict)
 
     def to_fields(self) -> Fields:
-        """One stream field each; empty ones are left out."""
+        """The entry as stream fields, without empty ones."""
         values = {name: getattr(self, name) for name in self.__struct_fields__ if name != "line"}
         return {name: v if isinstance(v, str) else to_json(v) for name, v in values.items() if v not in ("", {})}
 
     @classmethod
     def read(cls, line: str, raw: Mapping[bytes, bytes]) -> Self:
-        """A line as it stands in the stream; what is missing or cannot be read there is empty."""
+        """Read an entry as it stands in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
         named = ("type", "id", "job", "queue", "outcome", "model", "tenant", "retry_of")
         return cls(
@@ -79,7 +80,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     retried_as: str = ""
 
     def to_fields(self) -> Fields:
-        """One stream field each, `fields` and `cut` as JSON; the last two only where they say something."""
+        """The letter as stream fields. `fields` and `cut` are JSON; empty `cut` and `retried_as` are left out."""
         fields = {
             "reason": self.reason,
             "queue": self.queue,
@@ -95,7 +96,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, raw: Mapping[bytes, bytes]) -> Self:
-        """A letter as it stands in the stream; what is missing or cannot be read there is empty."""
+        """Read a letter as it stands in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
         return cls(
             reason=texts.get("reason", ""),
@@ -109,9 +110,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's line in the hash of workers. `beat` and `started` are Unix ms; `paused` is why it takes no jobs.
+    """A worker's record in the hash of workers.
 
-    `queues` are those that it serves, and `version` is that of its package; a worker of an earlier one does not say.
+    `beat` and `started` are Unix ms. `paused` is the reason why the worker takes no jobs, and is empty while it does.
+    `queues` are the queues that it serves, `version` is that of its package: workers of early versions write neither.
     """
 
     name: str
