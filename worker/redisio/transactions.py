@@ -55,7 +55,7 @@ class Transaction:
 
 @dataclass(eq=False)
 class _ServerConnections:
-    """The connections to one server: how many more may be taken, and those that nobody has."""
+    """The connections to one server: the number still available, and the idle ones."""
 
     available: Semaphore = field(default_factory=lambda: Semaphore(MAX_CONNECTIONS))
     idle: list[PipelinedConnection] = field(default_factory=list)
