@@ -20,7 +20,6 @@ from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord
 from worker.engine.application import Worker
 from worker.ops.checks import Finding, check
-from worker.redisio.clients import Voice
 from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import ConfigError, load_settings, shown_url
@@ -395,7 +394,6 @@ async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
 ) -> None:  # fmt: skip
     """F3 of C8: the error itself is a timeout, or a connection that was closed."""
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
-    monkeypatch.setattr("worker.redisio.clients._OUTAGE", Voice("redis_unavailable"))  # another test's was told
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
     service = Worker(load_settings(redis_url=url, vllm_urls=simulator.url))
     configure_logging("json")

@@ -5,11 +5,9 @@ Every connection of the project comes from here. This module touches private par
 
 import asyncio
 import random
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import structlog
 from redis import exceptions
 from redis._parsers.hiredis import _AsyncHiredisParser
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -17,46 +15,18 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from .advice import advice_on, advice_on_silence
 from .cluster import ClusterClient, ClusterPool
-from .errors import TooFewReplicas, is_transient
-from .errors import is_lost_connection as is_lost
-from .errors import is_permission_denied as withholds_right
-from .errors import is_unknown_command as lacks_command
-from .errors import redacted_message as what_redis_said
 from .sentinel import sentinel_pool
 from .unsent import unsent
 from .urls import parse_redis_url
 
 _T = TypeVar("_T")
 
-__all__ = [
-    "COMMAND_TIMEOUT",
-    "OLDEST",
-    "SAY_AGAIN",
-    "Backoff",
-    "TooFewReplicas",
-    "Voice",
-    "blocking_client",
-    "command_client",
-    "is_lost",
-    "is_transient",
-    "lacks_command",
-    "persist",
-    "what_redis_said",
-    "withholds_right",
-]
-
-_log = structlog.get_logger()
-
 OLDEST = (6, 2)
 """The oldest version of Redis that has every command in use."""
 
 COMMAND_TIMEOUT = 5.0
 """Seconds of silence after which a command fails. The limit starts again with each piece of a reply."""
-
-SAY_AGAIN = 30.0
-"""Seconds until the same trouble is told of again."""
 
 _MAX_CONNECTIONS = 64
 _NO_LIMIT = 2**31
@@ -89,86 +59,15 @@ def blocking_client(url: str, block: float) -> Redis:
     return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
 
 
-class Voice:
-    """Says what is wrong at first and each half minute, however many meet it, and when it ends."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._said = float("-inf")
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the next complaint is said."""
-        return time.monotonic() - self._said > SAY_AGAIN
-
-    def complain(self, error: BaseException, advice: str = "") -> None:
-        """Say it, with what to do about it: as the error has it, or else the advice given."""
-        if self.is_due:
-            self._said = time.monotonic()
-            advice = advice_on(error) or advice
-            _log.warning(self._what, error=what_redis_said(error), **({"advice": advice} if advice else {}))
-
-    def relent(self) -> None:
-        if self._said > float("-inf"):
-            _log.info("recovered", after=self._what)
-        self._said = float("-inf")
-
-
 class Backoff:
-    """Growing pauses with jitter, in seconds; it says what is wrong at first and each half minute, and when it ends.
+    """Pauses of the client's patience, until it takes those of `retry`."""
 
-    Without a name for what is wrong it says nothing, as in a process that is not ours. With the `url` of Redis it finds
-    out before it speaks whether TLS is mixed up there.
-    """
+    def __init__(self, _: None) -> None:
+        self._pause = 0.05
 
-    def __init__(self, what: "str | Voice | None", *, first: float = 0.05, most: float = 2.0, url: str = "") -> None:
-        self._voice = Voice(what) if isinstance(what, str) else what
-        self._first = self._pause = first
-        self._most = most
-        self._url = url
-
-    async def wait(self, error: BaseException) -> None:
-        """Pause after a failure."""
-        if self._voice:
-            is_asked = self._url and self._voice.is_due and not advice_on(error)
-            self._voice.complain(error, await advice_on_silence(self._url) if is_asked else "")
+    async def wait(self, _: BaseException) -> None:
         await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
-        self._pause = min(self._pause * 2, self._most)
-
-    def reset(self) -> None:
-        """After a success: begin small again, and speak again at the next failure."""
-        if self._voice:
-            self._voice.relent()
-        self._pause = self._first
-
-
-_OUTAGE = Voice("redis_unavailable")
-"""One for the process: all of its jobs meet the same outage, and each would say so."""
-
-
-async def persist(
-    operation: Callable[[], Awaitable[_T]],
-    give_up: asyncio.Future[Any] | None = None,
-    waits_for: Callable[[BaseException], bool] = is_transient,
-    *,
-    url: str = "",
-) -> _T:
-    """Repeat an operation that looks before it writes, until Redis answers or `give_up` is done.
-
-    `waits_for` tells the errors after which it is repeated. With the `url` of Redis, as at a worker's start, the log
-    also says where TLS is mixed up: no error names this.
-
-    Raises:
-        Exception: what the operation raised, when it is no passing fault or there is no more time.
-    """
-    backoff = Backoff(_OUTAGE, url=url)
-    while True:
-        try:
-            return await operation()
-        except Exception as error:
-            if not waits_for(error) or (give_up is not None and give_up.done()):
-                raise
-            await backoff.wait(error)
+        self._pause = min(self._pause * 2, 2)
 
 
 class _NoRetry(Retry):
