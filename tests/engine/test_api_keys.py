@@ -76,7 +76,7 @@ def write(file: Path, text: str) -> None:
 
 
 async def waits(worker: Worker) -> bool:
-    return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+    return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
 
 @pytest.mark.parametrize("lists", [False, True], ids=["its list guarded", "its list open"])

@@ -156,7 +156,7 @@ async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
         ids = [await client.enqueue(ask(f"question {n}")) for n in range(4 * FAILURES)]
 
         async def waits() -> bool:
-            waiting = worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model")
+            waiting = worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model")
             return waiting == 4 and broken.asked["Hi"] > 0
 
         await eventually(waits)

@@ -32,7 +32,7 @@ async def test_an_unknown_finish_reason_is_done_and_named(client: Client, start_
     (line,) = [line for line in logs if line["event"] == "unknown_finish_reason"]
     assert (line["reason"], line["endpoint"]) == ("because", url)
     name = "vllm_relay_unknown_finish_reasons_total"
-    assert worker._metrics.registry.get_sample_value(name, {"reason": "because"}) == 1
+    assert worker.metrics.registry.get_sample_value(name, {"reason": "because"}) == 1
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "timeout"])

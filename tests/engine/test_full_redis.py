@@ -78,15 +78,15 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
         await eventually(answered)
         before = await calls(redis, "xclaim")
         await eventually(outlasted)
-        assert worker._metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 1
+        assert worker.metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 1
         assert not Answer(parse(*entry) for entry in await log_of(redis, request_id)).outcome
     finally:
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
     await paused(worker, "")
-    assert worker._metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 0
-    assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
-    assert (worker._metrics.registry.get_sample_value("vllm_relay_redis_write_failures_total") or 0) > 0
+    assert worker.metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 0
+    assert worker.metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
+    assert (worker.metrics.registry.get_sample_value("vllm_relay_redis_write_failures_total") or 0) > 0
 
 
 async def test_at_the_seal_there_is_none_until_there_is_room(

@@ -346,7 +346,7 @@ async def test_a_job_that_waits_for_its_model_says_so_once(
         request_id = await client.enqueue(ask("a secret prompt", "large"))
 
         async def waits() -> bool:
-            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+            return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
         await eventually(waits)
         await start_simulator(Options(model="large"), int(large.url.rpartition(":")[2]))
@@ -370,7 +370,7 @@ async def test_a_job_without_a_model_that_waits_names_none(
         request_id = await client.enqueue(request)
 
         async def waits() -> bool:
-            return worker._metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
+            return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
 
         await eventually(waits)
         await start_simulator(Options(), int(away.url.rpartition(":")[2]))

@@ -24,7 +24,7 @@ REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
 def refused(worker: Worker, record: str) -> float:
     """How many of these records Redis has refused."""
     labels = {"record": record}
-    return worker._metrics.registry.get_sample_value("vllm_relay_records_refused_total", labels) or 0
+    return worker.metrics.registry.get_sample_value("vllm_relay_records_refused_total", labels) or 0
 
 
 async def settled(redis: Redis) -> None:

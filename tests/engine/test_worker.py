@@ -614,7 +614,7 @@ async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
             ((job, _),) = await stream(redis, "chat:jobs")
             await redis.xdel("chat:jobs", job)
     assert (Answer(entries).outcome, Answer(entries).attempt) == ("done", 1)
-    assert worker._metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
+    assert worker.metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
     await settled(redis)
 
 

@@ -43,7 +43,7 @@ def finished(outcome: str, code: str | None = None) -> JobFinished:
 
 
 def value(service: Worker, name: str, **labels: str) -> float:
-    found = service._metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
+    found = service.metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
     assert found is not None, name
     return found
 
@@ -165,7 +165,7 @@ async def test_an_answer_that_continues_is_counted_while_it_still_runs(
     request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
 
     async def counted() -> bool:
-        return worker._metrics.registry.get_sample_value("vllm_relay_interrupted_total", {"how": "resumed"}) == 1
+        return worker.metrics.registry.get_sample_value("vllm_relay_interrupted_total", {"how": "resumed"}) == 1
 
     await eventually(counted)
     assert (await client.status(request_id)).state is State.RUNNING
@@ -188,7 +188,7 @@ async def test_a_workers_jobs_are_counted(
         return (value(one, "jobs_buried_total"), value(one, "jobs_running")) == (1, 0)
 
     async def measured() -> bool:
-        return one._metrics.registry.get_sample_value("vllm_relay_oldest_pending_seconds", {"queue": "default"}) == 0
+        return one.metrics.registry.get_sample_value("vllm_relay_oldest_pending_seconds", {"queue": "default"}) == 0
 
     await eventually(all_counted)
     await eventually(measured)
@@ -198,7 +198,7 @@ async def test_a_workers_jobs_are_counted(
     assert value(one, "job_wait_seconds_count") == value(one, "first_delta_seconds_count") == 3
     assert value(one, "log_entries_total") > 3
     assert (
-        other._metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done", "code": ""})
+        other.metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done", "code": ""})
         is None
     )
 
@@ -209,7 +209,7 @@ async def test_while_redis_is_away_that_is_shown_and_earlier_measurements_are_no
     worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, lease=0.5)
 
     def shown(name: str, **labels: str) -> float | None:
-        return worker._metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
+        return worker.metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
 
     async def measured() -> bool:
         return shown("oldest_pending_seconds", queue="default") == 0  # the other is NaN on Redis 6.2 all along

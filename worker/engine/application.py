@@ -77,8 +77,8 @@ class Worker:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
-        self._metrics = Metrics()
-        self._telemetry = telemetry = Receivers(self._metrics, LogReceiver())
+        self.metrics = Metrics()
+        self._telemetry = telemetry = Receivers(self.metrics, LogReceiver())
         self._outage = Outage(telemetry)
 
         # The lease counts from the read. After a wait of half a lease the first renewal would look like a theft.
@@ -154,8 +154,7 @@ class Worker:
             telemetry=telemetry,
         )
 
-        self._metrics.slots.set(settings.slots)
-        self._metrics.running.set_function(lambda: self._running_jobs.with_slot)
+        self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
         for server in self._servers.servers:
             self._measure_at_scrape(server)
         self._started = 0
@@ -163,7 +162,7 @@ class Worker:
         self._at_once = asyncio.Event()
 
     def _measure_at_scrape(self, server: Server) -> None:
-        self._metrics.server(shown_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight)
+        self.metrics.observe_server(shown_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight)
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
@@ -199,7 +198,7 @@ class Worker:
         if not address:
             return
         try:
-            port = self._metrics.serve(*address_of(address))
+            port = self.metrics.serve(*address_of(address))
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ConfigError([f"{variable('metrics')} is {address!r}, and cannot be served: {why}"]) from None
@@ -306,7 +305,7 @@ class Worker:
 
     async def _close(self) -> None:
         self._running_jobs.cancel()
-        await self._metrics.aclose()
+        await self.metrics.aclose()
         await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()

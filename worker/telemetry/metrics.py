@@ -122,65 +122,6 @@ class Metrics:
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
 
-    # These go away as their callers emit events.
-
-    @property
-    def slots(self) -> Gauge:
-        return self._slots
-
-    @property
-    def running(self) -> Gauge:
-        return self._running
-
-    @property
-    def waiting_for_model(self) -> Gauge:
-        return self._waiting_for_model
-
-    @property
-    def buried(self) -> Counter:
-        return self._buried
-
-    @property
-    def lease_lost(self) -> Counter:
-        return self._lease_lost
-
-    @property
-    def written(self) -> Counter:
-        return self._written
-
-    @property
-    def write_failures(self) -> Counter:
-        return self._write_failures
-
-    def finished(self, outcome: str, code: str = "") -> None:
-        self._finished.labels(outcome, _bounded(code, self._codes, _MAX_CODES) if code else "").inc()
-
-    def refused(self, record: str) -> None:
-        self.emit(RecordRefused(record))
-
-    def attempt(self, reason: str) -> None:
-        self.emit(AttemptBegun(reason))
-
-    def interrupted(self, how: str) -> None:
-        self._interrupted.labels(how).inc()
-
-    def unknown_finish_reason(self, reason: str) -> None:
-        self.emit(UnknownFinishReason(reason, ""))
-
-    def waited(self, seconds: float) -> None:
-        self.emit(JobStarted(seconds))
-
-    def first_delta(self, seconds: float) -> None:
-        self.emit(FirstDelta(seconds))
-
-    server = observe_server
-
-    def paused(self, reason: str, *, on: bool) -> None:
-        self.emit(IntakePaused(reason, on))
-
-    def queue(self, queue: str, waiting: int | None, oldest: float | None) -> None:
-        self.emit(QueueMeasured(queue, waiting, oldest))
-
     def serve(self, host: str, port: int) -> int:
         """Serve the metrics at `/metrics`, from a thread of its own; returns the port.
 
