@@ -167,13 +167,13 @@ async def start_worker(redis_url: str, pace: Pace, server_pace: ServerPace) -> A
         urls = ",".join(server.url for server in vllm)
         given |= {"redis_url": redis_url, "vllm_urls": urls} | settings
         # A test means the first server that it gives.
-        service = Worker(load_settings(**given), pace=pace, server_pace=server_pace, shuffle_servers=False)
-        started.append((service, asyncio.create_task(service.run())))
-        return service
+        worker = Worker(load_settings(**given), pace=pace, server_pace=server_pace, shuffle_servers=False)
+        started.append((worker, asyncio.create_task(worker.run())))
+        return worker
 
     yield start
-    for service, _ in started:
-        service.stop()
+    for worker, _ in started:
+        worker.stop()
     await asyncio.gather(*(task for _, task in started))
 
 

@@ -34,7 +34,7 @@ The rules by their numbers:
 | 9 | a duplicate waits | a_duplicate_waits_for_no_run_… | the first is not asked for: the duplicate takes over |
 | 9 | … and takes over | the same | it never does: the request has no end |
 | 9 | … of the same request | test_reused_ids | not compared: another request's answer, as `done` |
-| 9 | … before it is validated | test_service: a_bad_duplicate_… | as above: it spoils the log of the first |
+| 9 | … before it is validated | test_worker: a_bad_duplicate_… | as above: it spoils the log of the first |
 | 10 | burial seals first | below | the letter first: the log has no end while it cannot be written |
 | 10 | … and acknowledges last | below | acknowledged before the letter: nobody writes it any more |
 | 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | none is looked for: there are two |

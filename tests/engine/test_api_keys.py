@@ -1,4 +1,4 @@
-"""Keys that are refused or changed while jobs run. A refusal that is the operator's to mend ends no job."""
+"""API keys that are refused or changed while jobs run. A refusal that the operator can fix ends no job."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ TEXT = answer_to(ask()["messages"])
 
 
 class Changing(Simulator):
-    """A server whose key changes once an answer has broken off; `status` is what it says to the old one."""
+    """A server whose key changes once an answer has broken off; it replies `status` to the old key."""
 
     def __init__(self, *, status: int = 401, lists: bool = False, orders: Scenario = CUT) -> None:
         super().__init__(Options(api_key=OLD, orders=orders))
@@ -70,7 +70,7 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def write(file: Path, text: str) -> None:
-    """As whatever changes keys does: at one stroke."""
+    """Replace the file atomically, as tools that rotate keys do."""
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").rename(file)
 
@@ -81,10 +81,10 @@ async def waits(worker: Worker) -> bool:
 
 @pytest.mark.parametrize("lists", [False, True], ids=["its list guarded", "its list open"])
 @pytest.mark.parametrize("status", [401, 403])
-async def test_an_answer_whose_key_was_changed_in_mid_sentence_goes_on_with_the_files_new_one(
+async def test_an_answer_whose_key_changes_mid_stream_resumes_with_the_new_key_of_the_file(
     client: Client, start_worker: StartWorker, key_file: Path, status: int, *, lists: bool
 ) -> None:
-    """A refusal is no try: the one that broke off was the last but one. And nothing of the keys is logged."""
+    """A refused key does not count as a try: only one more is left after the break. No key is logged."""
     configure_logging("json", "info")
     async with Changing(status=status, lists=lists) as server:
         await start_worker(server, tries=2, vllm_api_key_file=str(key_file))
@@ -103,7 +103,7 @@ async def test_an_answer_whose_key_was_changed_in_mid_sentence_goes_on_with_the_
     assert NEW not in str(logs)
 
 
-async def test_an_answer_whose_key_is_refused_goes_on_at_a_server_that_takes_it(
+async def test_an_answer_whose_key_is_refused_resumes_at_a_server_that_accepts_it(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Changing() as server:
@@ -114,10 +114,10 @@ async def test_an_answer_whose_key_is_refused_goes_on_at_a_server_that_takes_it(
     assert len(other.served) == 1
 
 
-async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
+async def test_each_server_gets_the_key_that_it_accepts(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """That one is not refused again and again: it is found once."""
+    """The worker finds the accepted key once, and no server refuses keys again and again."""
     servers = [await start_simulator(Options(api_key=key)) for key in (OLD, NEW)]
     worker = await start_worker(*servers, vllm_api_key=OLD, vllm_api_key_2=NEW)
     for _ in range(4):
@@ -129,7 +129,7 @@ async def test_each_server_gets_the_one_of_two_keys_that_it_takes(
 async def test_a_job_whose_key_every_server_refuses_waits_for_another(
     client: Client, start_worker: StartWorker, key_file: Path
 ) -> None:
-    """No further job is taken meanwhile: the queue is the buffer."""
+    """The worker takes no further job meanwhile: the queue is the buffer."""
     async with Changing() as one, Changing() as other:
         for server in (one, other):
             server.options = Options(api_key=NEW)
@@ -157,7 +157,7 @@ async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer
 async def test_a_server_that_forbids_everything_refuses_the_key(
     client: Client, start_worker: StartWorker, key_file: Path
 ) -> None:
-    """It gave its list before, and gives it no more: that is not about this request."""
+    """It listed its models before and refuses even that now, so the refusal is not about this request."""
     async with Changing(status=403) as server:
         worker = await start_worker(server, tries=1, vllm_api_key_file=str(key_file))
         await eventually(lambda: _has_listed(worker))
@@ -175,7 +175,7 @@ async def _has_listed(worker: Worker) -> bool:
 async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tries(
     client: Client, start_worker: StartWorker
 ) -> None:
-    """A policy before the server may refuse what is asked, and says so with 403."""
+    """A policy in front of the server may refuse a request, with 403."""
 
     class Choosy(Simulator):
         asked = 0
@@ -195,10 +195,10 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
         assert (await client.result(await client.enqueue(ask()))).outcome == "done"
 
 
-async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_the_server_from_nobody(
+async def test_requests_refused_with_401_by_a_server_that_accepts_the_key_block_no_others(
     client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
-    """C4 and A1. A router whose key for one of its servers is wrong says so; those jobs wait, and the others do not."""
+    """A router replies 401 where its own key for one of its servers is wrong. Only the jobs for that server wait."""
     server_pace.first_pause = server_pace.longest_pause = 3600
 
     class Router(Simulator):
@@ -229,7 +229,7 @@ async def test_requests_that_are_refused_with_401_where_the_key_is_taken_take_th
 # The keys
 
 
-async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) -> None:
+async def test_the_key_accepted_last_is_tried_first_and_the_others_in_order(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("\ufeffone\r\n two \n\n")
     keys = ApiKeys("three", "", "four", file=file)
@@ -242,7 +242,7 @@ async def test_keys_are_tried_in_order_the_one_taken_last_first(tmp_path: Path) 
     assert await ApiKeys().untried("", {""}, LogReceiver()) is None
 
 
-async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once(tmp_path: Path) -> None:
+async def test_a_key_file_that_cannot_be_read_again_changes_nothing_and_is_logged_once(tmp_path: Path) -> None:
     configure_logging("json", "info")
     file = tmp_path / "keys"
     file.write_text("secret")
@@ -268,8 +268,10 @@ async def test_a_file_that_cannot_be_read_again_changes_nothing_and_is_told_once
     ("content", "problem"),
     [(b"", "holds no key"), (b"\n \n", "holds no key"), (b"\xff", "is not UTF-8"), (b"a\x01b", "cannot be sent")],
 )
-def test_a_file_without_a_usable_key_says_what_is_wrong(tmp_path: Path, content: bytes, problem: str) -> None:
-    """And quotes nothing of it."""
+def test_a_key_file_without_a_usable_key_is_refused_with_the_reason(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    """The message quotes nothing of the file."""
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ValueError, match=problem):
         keys_in(tmp_path / "keys")

@@ -1,4 +1,4 @@
-"""Jobs that fail wherever they go end by themselves, and take no server from the others.
+"""Jobs that fail at every server end by themselves, and take no server from the other jobs.
 
 All by counts: the pauses of the circuit are so long here that nobody could wait for one.
 """
@@ -41,7 +41,7 @@ def pace() -> Pace:
 
 
 class Picky(Simulator):
-    """A server at which every question that begins with "bad" fails, in a way of its own."""
+    """A server that fails at every question that begins with "bad", in the way that the question names."""
 
     def __init__(self, way: str = "500") -> None:
         super().__init__()
@@ -82,10 +82,10 @@ async def ended(client: Client, *ids: str) -> list[Answer]:
     [(bad, servers, "500") for bad in (2, 3, 4, 6, 8, 20) for servers in (1, 2)]
     + [(8, servers, way) for servers in (1, 2) for way in WAYS[1:]],
 )
-async def test_the_good_job_behind_bad_ones_is_asked_at_once(
+async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
     client: Client, start_worker: StartWorker, bad: int, servers: int, way: str
 ) -> None:
-    """What stands between the good job and its answer is no pause; and it is asked once."""
+    """No pause delays the good job, and vLLM gets its request once."""
     async with Picky(way) as one, Picky(way) as other:
         picky = [one, other][:servers]
         await start_worker(*picky)
@@ -107,9 +107,7 @@ async def _asked(servers: list[Picky], question: str) -> bool:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_bad_jobs_in_a_stream_of_good_ones_cost_them_nothing(
-    client: Client, start_worker: StartWorker, way: str
-) -> None:
+async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_worker: StartWorker, way: str) -> None:
     """Half of all jobs are bad."""
     async with Picky(way) as picky:
         await start_worker(picky, slots=16)
@@ -120,7 +118,7 @@ async def test_bad_jobs_in_a_stream_of_good_ones_cost_them_nothing(
 
 
 async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
-    """No other job can be the trial then: the server is tried with a request of the worker's own."""
+    """No other job is left for a trial, so the worker tries the server with a request of its own."""
     async with Picky() as picky:
         await start_worker(picky, slots=FAILURES + 2)
         ids = [await client.enqueue(ask(f"bad {n}")) for n in range(4 * FAILURES)]
@@ -130,10 +128,10 @@ async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, s
         assert picky.asked["Hi"], "or this test would prove nothing"
 
 
-async def test_a_server_that_fails_at_everything_keeps_no_job_that_can_go_elsewhere(
+async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server_can_do(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """Its health is well; once it is found out, it gets one trial and no more for as long as the pause is."""
+    """Its health endpoint reports no trouble. Once its circuit is open, it gets one trial per pause."""
     async with Picky() as broken:
         broken.fails_all = True
         good = await start_simulator()
@@ -145,10 +143,10 @@ async def test_a_server_that_fails_at_everything_keeps_no_job_that_can_go_elsewh
         assert len(good.served) == 4 * FAILURES
 
 
-async def test_a_server_that_fails_at_everything_turns_no_queue_into_errors(
+async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_errors(
     client: Client, start_worker: StartWorker
 ) -> None:
-    """Each job is asked at most once more, and then waits, also where it has a single try."""
+    """Each job is sent at most once more and then waits, even if it has a single try."""
     async with Picky() as broken:
         worker = await start_worker(broken, tries=1, slots=4)
         await ended(client, await client.enqueue(ask("before")))

@@ -1,4 +1,4 @@
-"""A cancel ends vLLM's work at any phase of a job: at once by the hint, and without it by the lease's tick."""
+"""A cancel ends vLLM's work in every phase of a job: a hint ends it at once, maintenance ends it without a hint."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 SEALING = rb"XADD \S+ 18446744073709551615-18446744073709551615 type cancelled"
 
 NEVER = 60
-"""A lease of a minute: the logs are not looked at within a test, so that only a hint can be the cause."""
+"""A lease of a minute: maintenance verifies no log within a test, so only a hint can be the cause."""
 
 
 def ask(content: str = "Tell me a story") -> dict[str, object]:
@@ -39,7 +39,7 @@ async def listening(redis: Redis) -> None:
 
 
 async def settled(redis: Redis) -> dict[bytes, bytes]:
-    """Wait until nothing is pending; gives the last line of the lifecycle."""
+    """Wait until nothing is pending. Returns the last line of the lifecycle."""
 
     async def nothing_pending() -> bool:
         groups = await redis.xinfo_groups("chat:jobs")
@@ -76,14 +76,14 @@ async def read(redis: Redis, request_id: str) -> Answer:
 
 
 async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simulator, **more: object) -> Worker:
-    """A worker that listens, and that gives up nothing by itself within a test."""
+    """A worker that listens for hints, and that ends no job by itself within a test."""
     given: dict[str, object] = {"lease": NEVER, "first_token_timeout": 600, "gap_timeout": 600}
-    service = await start_worker(*servers, **(given | more))
+    worker = await start_worker(*servers, **(given | more))
     await listening(redis)
-    return service
+    return worker
 
 
-async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
+async def test_the_seal_and_the_lifecycle_have_the_usage_of_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await worker_before(start_worker, redis, await start_simulator(Options(orders=Scenario(fault="stall", after=5))))
@@ -99,7 +99,7 @@ async def test_the_seal_and_the_lifecycle_tell_the_usage_of_the_whole_log(
 
 
 @pytest.mark.parametrize("too_late", [1, USAGE_TRIES + 1], ids=["one comes", "they never stop"])
-async def test_entries_that_come_between_count_and_seal_are_in_its_usage_or_it_has_none(
+async def test_a_seal_has_the_usage_of_every_entry_before_it_or_no_usage(
     too_late: int, redis: Redis, redis_proxy: Proxy
 ) -> None:
     key = "chat:tokens:{r}"
@@ -171,7 +171,7 @@ async def test_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client
     assert await stream(redis, key) == before
 
 
-async def test_before_it_is_taken(
+async def test_a_cancel_before_a_worker_takes_the_job(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     request_id = await client.enqueue(ask())
@@ -181,7 +181,7 @@ async def test_before_it_is_taken(
     assert not simulator.served
 
 
-async def test_before_the_first_token(
+async def test_a_cancel_before_the_first_token(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
@@ -193,10 +193,10 @@ async def test_before_the_first_token(
     assert (await settled(redis))[b"outcome"] == b"cancelled"
 
 
-async def test_mid_stream_while_nothing_comes(
+async def test_a_cancel_mid_stream_while_the_stream_is_silent(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """A stream that goes on would find the seal with its next entry, hint or not."""
+    """A stream that still flows would find the seal with its next entry, even without a hint."""
     stalls = await start_simulator(Options(orders=Scenario(fault="stall", after=5)))
     await worker_before(start_worker, redis, stalls)
     request_id = await client.enqueue(ask())
@@ -205,13 +205,13 @@ async def test_mid_stream_while_nothing_comes(
     await closed_early(stalls)
     finished = await settled(redis)
     assert finished[b"outcome"] == b"cancelled"
-    assert json.loads(finished[b"usage"])["completion_tokens"] >= 5, "the usage so far is told"
+    assert json.loads(finished[b"usage"])["completion_tokens"] >= 5, "the usage so far is reported"
     answer = await read(redis, request_id)
     assert answer.text
     assert answer_to(ask()["messages"]).startswith(answer.text)
 
 
-async def test_between_two_tries(
+async def test_a_cancel_between_two_tries(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
@@ -228,7 +228,7 @@ async def test_between_two_tries(
 
 
 class Silent(Simulator):
-    """A server whose first stream breaks off, and which never says how it would go on."""
+    """A server whose first stream breaks off, and which never answers how it would resume."""
 
     asked = closed = 0
 
@@ -244,7 +244,7 @@ class Silent(Simulator):
 
 
 @pytest.mark.parametrize("ended_by", ["cancel", "deadline"])
-async def test_while_a_server_is_asked_how_to_go_on(
+async def test_a_cancel_while_a_server_is_asked_how_to_resume(
     client: Client, redis: Redis, start_worker: StartWorker, ended_by: str
 ) -> None:
     async with Silent(Options(orders=Scenario(fault="cut", after=8))) as silent:
@@ -260,10 +260,12 @@ async def test_while_a_server_is_asked_how_to_go_on(
         finished = await settled(redis)
         assert silent.closed == 1
     assert finished[b"outcome"] == (b"cancelled" if ended_by == "cancel" else b"error")
-    assert json.loads(finished[b"usage"])["completion_tokens"] == 8, "the usage so far is told"
+    assert json.loads(finished[b"usage"])["completion_tokens"] == 8, "the usage so far is reported"
 
 
-async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Redis, start_worker: StartWorker) -> None:
+async def test_a_cancel_while_the_job_waits_for_a_vllm_server_that_is_away(
+    client: Client, redis: Redis, start_worker: StartWorker
+) -> None:
     leaves = Simulator(Options(orders=Scenario(rate=50)))
     await leaves.__aenter__()
     worker = await worker_before(start_worker, redis, leaves)
@@ -279,19 +281,19 @@ async def test_while_it_waits_for_a_vllm_that_is_away(client: Client, redis: Red
     assert (await settled(redis))[b"outcome"] == b"cancelled"
 
 
-async def test_after_the_end_it_is_said_and_nothing_changes(
+async def test_a_cancel_after_the_end_is_reported_and_changes_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await worker_before(start_worker, redis, simulator)
     request_id = await client.enqueue(ask())
     await client.result(request_id)
     before = await stream(redis, f"chat:tokens:{{{request_id}}}")
-    said = await client.cancel(request_id)
-    assert (said.state, said.outcome) == (State.ENDED, "done")
+    cancelled = await client.cancel(request_id)
+    assert (cancelled.state, cancelled.outcome) == (State.ENDED, "done")
     assert await stream(redis, f"chat:tokens:{{{request_id}}}") == before
 
 
-async def test_without_a_hint_the_lease_tick_finds_it(
+async def test_without_a_hint_maintenance_finds_the_cancel(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
@@ -303,7 +305,7 @@ async def test_without_a_hint_the_lease_tick_finds_it(
     assert (await settled(redis))[b"outcome"] == b"cancelled"
 
 
-async def test_a_subscription_that_is_cut_is_made_again(
+async def test_a_subscription_that_is_cut_is_renewed(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
@@ -317,7 +319,7 @@ async def test_a_subscription_that_is_cut_is_made_again(
     await settled(redis)
 
 
-async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_does(
+async def test_a_cancel_during_a_lost_subscription_is_found_when_it_is_renewed(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
@@ -332,7 +334,7 @@ async def test_what_was_cancelled_while_nobody_listened_is_found_when_somebody_d
     await settled(redis)
 
 
-async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
+async def test_a_flood_of_hints_makes_a_worker_read_only_the_logs_that_they_name(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     silent = await start_simulator(Options(orders=Scenario(fault="hang")))
@@ -361,10 +363,10 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_what_they_name(
 
 
 @pytest.mark.parametrize("which", ["expire", "set", "xadd", "watch", "exec", "multi"])
-async def test_without_a_right_a_cancel_is_whole_or_nothing_and_names_the_right(
+async def test_a_cancel_without_a_permission_writes_all_or_nothing_and_names_the_permission(
     which: str, redis: Redis, redis_url: str, client: Client
 ) -> None:
-    """The seal was written and the cancel failed: without an expiry, which calling again did not mend."""
+    """Once a seal was written without an expiry, and another call did not repair it."""
     request_id = await client.enqueue(ask())
     key = f"chat:tokens:{{{request_id}}}"
     await redis.persist(key)

@@ -45,7 +45,9 @@ async def test_an_answer_that_its_server_broke_off_is_not_done(
     assert (answer.outcome, answer.error) == ("error", f"vLLM broke the answer off ({reason}) (upstream_aborted)")
 
 
-async def test_a_role_that_comes_long_before_the_text_is_no_gap(client: Client, start_worker: StartWorker) -> None:
+async def test_a_role_long_before_the_text_does_not_start_the_gap_timeout(
+    client: Client, start_worker: StartWorker
+) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         head, role, rest = answer_that_ends("stop").partition(b'data: {"choices": [{"delta": {"content": ""}}]}\n\n')

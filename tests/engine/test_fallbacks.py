@@ -1,4 +1,4 @@
-"""Further models of a job: when one is given up for the next, and what the log says of it."""
+"""Fallback models of a job: when a model is given up for the next, and what the log reports."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ async def entries_of(client: Client, request: dict[str, object], **options: Any)
 
 
 @pytest.mark.parametrize("fault", ["429", "503", "refuse", "error_under_200", "abort"])
-async def test_the_next_model_is_asked_once_the_first_is_exhausted(
+async def test_the_next_model_is_asked_when_the_tries_of_the_first_are_exhausted(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, fault: Fault
 ) -> None:
     large = await start_simulator(Options(model="large", orders=Scenario(fault=fault, retry_after=0.01)))
@@ -49,7 +49,7 @@ async def test_a_prompt_too_long_for_one_model_is_not_tried_twice(
     assert len(large.served) == 1
 
 
-async def test_a_model_that_no_server_has_gives_way_to_the_next(
+async def test_a_model_that_no_server_has_is_given_up_for_the_next(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(model="small")))
@@ -58,7 +58,7 @@ async def test_a_model_that_no_server_has_gives_way_to_the_next(
 
 
 class Forgetful(Simulator):
-    """A server that lists its model and says in these words that it does not have it."""
+    """A server that lists its model and replies in these words that it does not have it."""
 
     def __init__(self, status: int, body: bytes, options: Options) -> None:
         super().__init__(options)
@@ -79,7 +79,7 @@ class Forgetful(Simulator):
         (400, b'{"error":{"message":"Invalid model name passed in model=large","code":"400"}}'),
     ],
 )
-async def test_a_model_that_is_missing_by_a_word_only_gives_way_to_the_next(
+async def test_a_model_that_a_server_says_it_lacks_is_given_up_for_the_next(
     status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Forgetful(status, body, Options(model="large")) as large:
@@ -99,7 +99,7 @@ class Prudish(Simulator):
             await super()._handle(request, connection)
 
 
-async def test_what_a_policy_refuses_is_not_asked_of_another_model(
+async def test_a_request_that_a_policy_refuses_goes_to_no_other_model(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     small = await start_simulator(Options(model="small"))
@@ -157,7 +157,7 @@ async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_s
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["that was there", "that was never there"])
-async def test_a_model_whose_only_server_is_away_gives_way_to_one_that_is_there(
+async def test_a_model_whose_only_server_is_away_is_given_up_for_one_with_a_server(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, known: bool
 ) -> None:
     small = await start_simulator(Options(model="small"))
@@ -170,7 +170,7 @@ async def test_a_model_whose_only_server_is_away_gives_way_to_one_that_is_there(
     assert Answer(await entries_of(client, ask(), fallbacks=["small"])).model == "small"
 
 
-async def test_a_model_is_waited_for_while_its_fallbacks_are_away_too(
+async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Simulator(Options(model="large")) as large, Simulator(Options(model="small")) as small:

@@ -1,4 +1,4 @@
-"""Redis without memory: streams wait, nothing more is taken, and when there is room again nothing is missing."""
+"""A full Redis: streams wait, no job is taken, and when there is room again nothing is missing."""
 
 import json
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ async def log_of(redis: Redis, request_id: str) -> Entries:
 
 
 async def whole(redis: Redis, client: Client, request_id: str, content: str) -> None:
-    """One attempt without a hole, its seal, the whole text; and nothing is pending."""
+    """Check that a log has one attempt without a hole, its seal and the whole text, and that nothing is pending."""
     answer = await client.result(request_id)
     assert answer.text == answer_to(ask(content)["messages"])
     ids = [str(parse(*entry).id) for entry in await log_of(redis, request_id)]
@@ -68,7 +68,7 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
         return simulator.served[0].finished
 
     async def outlasted() -> bool:
-        """Renewed three times a lease: the lease would have ended twice."""
+        """Wait for so long that a lease without renewal would have ended twice."""
         return await calls(redis, "xclaim") > before + 7
 
     await eventually(begun)
@@ -89,7 +89,7 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     assert (worker.metrics.registry.get_sample_value("vllm_relay_redis_write_failures_total") or 0) > 0
 
 
-async def test_at_the_seal_there_is_none_until_there_is_room(
+async def test_memory_that_ends_at_the_seal_delays_the_seal(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal = LogOwnership.seal
@@ -121,8 +121,8 @@ async def test_at_the_seal_there_is_none_until_there_is_room(
     assert await redis.exists(f"chat:ended:{{{request_id}}}")
 
 
-async def test_whoever_only_reads_goes_on_while_there_is_no_room(client: Client, redis: Redis) -> None:
-    """Redis refuses a whole MULTI then, whatever is in it; `follow` asks this whenever there is nothing to read."""
+async def test_followers_read_on_while_redis_is_full(client: Client, redis: Redis) -> None:
+    """A full Redis refuses every MULTI, whatever it holds, and `follow` sends one whenever there is nothing to read."""
     request_id = await client.enqueue(ask())
     await redis.config_set("maxmemory", "1")
     try:
@@ -133,7 +133,7 @@ async def test_whoever_only_reads_goes_on_while_there_is_no_room(client: Client,
         await redis.config_set("maxmemory", "0")
 
 
-async def test_jobs_that_wait_are_not_taken_until_there_is_room(
+async def test_no_jobs_are_taken_while_redis_is_full(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     port = free_port()
@@ -159,10 +159,10 @@ async def test_jobs_that_wait_are_not_taken_until_there_is_room(
         await whole(redis, client, request_id, question)
 
 
-async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_room(
+async def test_a_job_that_was_taken_as_redis_became_full_runs_when_there_is_room(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """Between the question whether there is room and the job's first entry the memory may be used up."""
+    """The memory may run out between the probe for room and the job's first entry."""
     worker = await start_worker(simulator, slots=4)
     read = worker._jobs.read_new
 
@@ -187,9 +187,7 @@ async def test_a_job_that_was_taken_as_the_memory_ended_goes_on_when_there_is_ro
     await whole(redis, client, request_id, "Who are you?")
 
 
-async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
-    start_worker: StartWorker, simulator: Simulator
-) -> None:
+async def test_refusals_that_come_and_go_are_logged_once(start_worker: StartWorker, simulator: Simulator) -> None:
     worker = await start_worker(simulator, pace=Pace(recheck_writes_after=0.01))
     asked = 0
 
@@ -206,5 +204,5 @@ async def test_what_comes_and_goes_at_the_edge_of_the_memory_is_told_once(
     with capture_logs() as logs:
         worker._jobs.probe_writable = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
         await eventually(asked_often)
-    said = [line["event"] for line in logs if line["event"].startswith("claims_")]
-    assert said == ["claims_paused", "claims_resumed"]
+    logged = [line["event"] for line in logs if line["event"].startswith("claims_")]
+    assert logged == ["claims_paused", "claims_resumed"]

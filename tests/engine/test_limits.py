@@ -22,11 +22,11 @@ async def test_a_job_above_a_limit_ends_with_a_message_and_is_not_sent(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, max_choices=2, max_tokens=100)
-    for more, says in (({"n": 3}, "WORKER_MAX_CHOICES"), ({"max_tokens": 101}, "WORKER_MAX_TOKENS")):
+    for more, problem in (({"n": 3}, "WORKER_MAX_CHOICES"), ({"max_tokens": 101}, "WORKER_MAX_TOKENS")):
         end = (await client.result(await client.enqueue(ASK | more))).end
         assert isinstance(end, Failed)
         assert end.code == "invalid_job"
-        assert says in end.message
+        assert problem in end.message
 
     async def buried() -> bool:
         return len(await stream(redis, "chat:dead")) == 2
@@ -35,7 +35,7 @@ async def test_a_job_above_a_limit_ends_with_a_message_and_is_not_sent(
     assert not simulator.served
 
 
-async def test_a_job_that_does_not_validate_leaves_little_behind(
+async def test_a_job_that_does_not_validate_leaves_little_in_redis(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator)
@@ -58,7 +58,7 @@ async def test_a_job_that_does_not_validate_leaves_little_behind(
     assert sum(len(value) for _, fields in kept for value in fields.values()) < 40_000
 
 
-async def test_an_answer_is_as_long_as_the_limit_where_the_job_does_not_say(
+async def test_an_answer_is_as_long_as_the_limit_where_the_job_sets_none(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, max_tokens=3)
@@ -68,7 +68,7 @@ async def test_an_answer_is_as_long_as_the_limit_where_the_job_does_not_say(
 
 
 class Wire:
-    """Stands before a simulated vLLM, and remembers what the worker sent."""
+    """A proxy in front of a simulated vLLM that records what the worker sends."""
 
     def __init__(self, target: str) -> None:
         self._target = urlsplit(target)
@@ -115,14 +115,14 @@ async def test_a_job_chooses_neither_a_url_nor_a_header(
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in wanted.items()}
     request = json.dumps(ASK | wanted | {"model": "reciter"})
     await redis.xadd("chat:jobs", texts | {"id": "sly", "request": request, "tenant": "a\r\nx-evil: 1"})  # type: ignore[arg-type]  # invariant
-    service = Worker(load_settings(redis_url=redis_url, vllm_urls=wire.url, vllm_api_key="own"))
-    working = asyncio.create_task(service.run())
+    worker = Worker(load_settings(redis_url=redis_url, vllm_urls=wire.url, vllm_api_key="own"))
+    working = asyncio.create_task(worker.run())
 
     async def ended() -> bool:
         return (await client.status("sly")).outcome == "done"
 
     await eventually(ended)
-    service.stop()
+    worker.stop()
     await working
     heads = re.findall(rb"((?:GET|POST) \S+) HTTP/1\.1\r\n(.*?)\r\n\r\n", wire.sent, re.DOTALL)
     assert {what for what, _ in heads} == {b"GET /health", b"GET /v1/models", b"POST /v1/chat/completions"}

@@ -42,7 +42,7 @@ def of_leases(lease: float, leases: RunningJobs, publisher: object) -> Maintenan
     )
 
 
-async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -> None:
+async def test_a_round_without_leases_does_not_report_redis_as_recovered() -> None:
     redis = command_client("redis://127.0.0.1:1")
     leases = RunningJobs(
         JobQueue(redis, redis, Keys(), "w", 0.5), until_stopped, lambda: None, lease=0.5, telemetry=Receivers()
@@ -68,7 +68,7 @@ async def test_redis_is_not_said_to_be_back_where_there_was_nothing_to_renew() -
 
 
 async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis) -> None:
-    """Of a user without the right to XCLAIM a job stream nothing was said until its jobs were lost."""
+    """Without permission to XCLAIM a job stream, a worker would otherwise lose its jobs without a warning."""
     await redis.xadd("chat:jobs", {"id": "a"})
     await one.jobs.ensure_group("other")
     await redis.xadd("chat:jobs:other", {"id": "b"})

@@ -1,4 +1,4 @@
-"""How failures are counted from a log, and how suspects wait for one another."""
+"""Poison jobs: how failures are counted from a log, and how jobs in quarantine wait for one another."""
 
 import asyncio
 
@@ -58,7 +58,7 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
         (log(1, 2, 2, 2), 3, 2),  # a death, two deploys, a death
         (log(1), 9, 1),  # one death; the replies of all other XAUTOCLAIMs were lost
         (log(1, 4), 7, 2),
-        (log(1, 2, 3, "d"), 4, 0),  # whoever died last had got somewhere
+        (log(1, 2, 3, "d"), 4, 0),  # the owner that died last had made progress
         (log(1, 2, "d", 3), 4, 1),
         (log(1, "retry", "retry", "retry"), 2, 1),  # its owner's own tries are no deliveries
         (log(1, "retry", "retry"), 1, 0),
@@ -75,11 +75,11 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
         (log(1, *"dd", "retry", *"dd", 2), 3, 1),  # of its owner's own tries too
     ],
 )
-def test_failures_are_owners_lost_in_a_row_who_got_no_further(history: list[Entry], count: int, expected: int) -> None:
+def test_failures_are_owners_lost_in_a_row_without_progress(history: list[Entry], count: int, expected: int) -> None:
     assert failures(history, Delivery("default", "5-0", {}, again=True, count=count)) == expected
 
 
-def test_an_answer_that_begins_again_gets_on_once_it_is_twice_as_far_as_ever() -> None:
+def test_an_answer_that_begins_again_makes_progress_once_it_is_twice_as_long_as_ever() -> None:
     assert progress_goal([]) == 0
     assert progress_goal(log(1, *"ddd", 2, *"-dd", 3, *"-d")) == 6
     assert progress_goal(log(1, *"ddd", 2, *"-dd", 3, *"+dd")) == 8
@@ -90,7 +90,7 @@ def test_an_answer_that_begins_again_gets_on_once_it_is_twice_as_far_as_ever() -
     ("count", "most", "doubtful"),
     [(1, 5, False), (2, 5, False), (3, 5, True), (1, 2, False), (2, 2, True), (2, 1, True)],
 )
-def test_a_job_may_be_poison_once_its_deliveries_could_make_it_a_suspect(
+def test_a_job_may_be_poison_once_its_deliveries_allow_enough_failures(
     *, count: int, most: int, doubtful: bool
 ) -> None:
     assert may_be_poison(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
@@ -101,12 +101,12 @@ def test_a_job_may_be_poison_once_its_deliveries_could_make_it_a_suspect(
     ("failed", "most", "alone"),
     [(0, 5, False), (1, 5, False), (2, 5, True), (4, 5, True), (5, 5, False), (1, 2, True), (0, 1, False)],
 )
-def test_a_suspect_is_a_job_that_failed_twice_and_is_not_buried_yet(*, failed: int, most: int, alone: bool) -> None:
+def test_a_job_needs_quarantine_after_two_failures_until_it_is_buried(*, failed: int, most: int, alone: bool) -> None:
     assert needs_quarantine(failed, most) is alone
 
 
 class Nowhere:
-    """Takes what a log has to write."""
+    """A publisher that writes nothing."""
 
     is_full = False
 
@@ -158,7 +158,7 @@ async def test_turns_are_taken_one_after_another() -> None:
     third.cancel()
 
 
-async def test_whoever_is_to_stop_does_not_wait_on_and_holds_up_nobody() -> None:
+async def test_a_job_that_must_stop_ends_its_wait_and_delays_no_other() -> None:
     turns, stop, never = Quarantine(60), *(asyncio.get_running_loop().create_future() for _ in range(2))
     first = await turns.wait_turn(never, 60)
     assert first

@@ -1,4 +1,4 @@
-"""An answer that breaks off is gone on with, so that nothing of it shows in the text; what cannot be begins again."""
+"""An answer that breaks off is resumed without a trace in its text; one that cannot be resumed begins again."""
 
 import asyncio
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def kinds(entries: Sequence[Entry]) -> list[str]:
 
 
 async def breaking(start: StartSimulator, after: int, **options: Any) -> tuple[Simulator, Simulator]:  # noqa: ANN401
-    """A server whose streams are cut after so many chunks, and one that is well."""
+    """A server whose streams are cut after so many chunks, and a healthy one."""
     broken = await start(Options(orders=Scenario(fault="cut", after=after)))
     return broken, await start(Options(**options))
 
@@ -64,14 +64,14 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
 
 
 def same(answer: Answer, expected: Answer) -> None:
-    """That nothing tells the two apart: neither the text nor the tokens, nor what is paid for."""
+    """Check that text, tokens and usage of both answers are equal."""
     assert answer.outcome == expected.outcome == "done"
     assert answer.choices == expected.choices
     assert answer.usage == expected.usage
     assert (answer.opened and answer.opened.prompt_digest) == (expected.opened and expected.opened.prompt_digest)
 
 
-async def test_a_stream_that_breaks_goes_on_at_another_server(
+async def test_a_stream_that_breaks_is_resumed_at_another_server(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     broken, well = await breaking(start_simulator, 8)
@@ -83,7 +83,7 @@ async def test_a_stream_that_breaks_goes_on_at_another_server(
     assert well.served[0].after > 0
 
 
-async def test_nothing_of_a_break_shows_wherever_it_is(
+async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """At every fifth chunk of every kind of answer, within characters and within reasoning; all at once."""
@@ -107,10 +107,10 @@ async def test_nothing_of_a_break_shows_wherever_it_is(
     assert ended.count("resumed") > 25
 
 
-async def test_an_answer_is_gone_on_with_more_than_once(
+async def test_an_answer_is_resumed_more_than_once(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    """Getting on is no try, so that the number of tries does not limit how often."""
+    """A try that makes progress does not count, so the number of tries does not limit the number of breaks."""
     request = ask("Tell me a story")
     servers = [await start_simulator(Options(orders=Scenario(fault="cut", after=40))) for _ in range(2)]
     await start_worker(*servers)
@@ -153,7 +153,7 @@ async def test_the_limits_of_an_answer_hold_for_all_of_it(
 
 
 @pytest.mark.parametrize("most", [20.0, "20"])
-async def test_an_answer_whose_limit_is_no_json_integer_keeps_it_by_beginning_again(
+async def test_an_answer_whose_limit_is_no_json_integer_begins_again_to_keep_it(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, most: float | str
 ) -> None:
     await start_worker(*await breaking(start_simulator, 10))
@@ -197,7 +197,7 @@ async def test_logprobs_ids_and_continuous_usage_are_those_of_one_answer(
     ],
     ids=["ids passed over", "and reasoning", "and no completions", "no tokenize", "refused", "one route refused"],
 )
-async def test_a_server_that_will_not_go_on_answers_all_the_same(
+async def test_a_server_that_refuses_to_resume_answers_from_the_beginning(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker,
     options: dict[str, Any], question: str, kind: str,
 ) -> None:  # fmt: skip
@@ -216,7 +216,7 @@ async def test_a_server_that_will_not_go_on_answers_all_the_same(
         ("no such question", {"n": 2, "temperature": 1}),
     ],
 )
-async def test_what_cannot_be_gone_on_with_begins_again_visibly(
+async def test_an_answer_that_cannot_be_resumed_is_restarted_visibly(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, question: str, more: dict[str, Any]
 ) -> None:
     servers = await breaking(start_simulator, 20)
@@ -235,7 +235,7 @@ async def test_what_cannot_be_gone_on_with_begins_again_visibly(
 @pytest.mark.parametrize(
     ("on_interrupt", "expected"), [("resume", ["resumed"]), ("restart", ["restarted"]), ("fail", [])]
 )
-async def test_a_setting_says_what_becomes_of_a_broken_answer(
+async def test_a_setting_decides_about_a_broken_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, on_interrupt: str, expected: list[str]
 ) -> None:
     await start_worker(*await breaking(start_simulator, 8), on_interrupt=on_interrupt)
@@ -252,7 +252,7 @@ async def test_a_setting_says_what_becomes_of_a_broken_answer(
 @pytest.mark.parametrize(
     ("on_interrupt", "expected"), [("resume", ["resumed"]), ("restart", ["restarted"]), ("fail", [])]
 )
-async def test_another_worker_does_as_the_setting_says(
+async def test_the_setting_holds_for_another_worker_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess,
     on_interrupt: str, expected: list[str],
 ) -> None:  # fmt: skip
@@ -273,20 +273,20 @@ async def test_another_worker_does_as_the_setting_says(
         assert answer.end.model == "reciter"
         assert answer.end.usage == answer.usage
 
-        async def told() -> bool:
+        async def is_in_the_lifecycle() -> bool:
             return any(b"completion_tokens" in f.get(b"usage", b"") for _, f in await stream(redis, "chat:lifecycle"))
 
-        await eventually(told)
+        await eventually(is_in_the_lifecycle)
         return
     assert answer.text == answer_to(ask("Tell me a story")["messages"])
     assert len(simulator.served) == 2
     assert (simulator.served[1].after > 0) == (on_interrupt == "resume")
 
 
-async def test_what_never_shows_text_is_begun_again_unseen(
+async def test_an_answer_that_broke_before_its_first_text_begins_again_unseen(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    """The first tokens of an emoji carry no text: the log has them, and nobody has seen anything."""
+    """The first tokens of an emoji carry no text: the log has them, and readers have seen nothing."""
     request = ask(simulate={"text": "🙂 done"})
     broken, well = await breaking(start_simulator, 2)
     await start_worker(broken, well)
@@ -296,7 +296,7 @@ async def test_what_never_shows_text_is_begun_again_unseen(
     assert Answer(entries).text == "🙂 done"
 
 
-async def test_an_answer_with_its_least_of_tokens_goes_on_to_its_end(
+async def test_an_answer_that_has_min_tokens_is_resumed_to_its_end(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     broken, well = await start_simulator(Options(orders=Scenario(fault="cut", after=37))), await start_simulator()
@@ -307,10 +307,10 @@ async def test_an_answer_with_its_least_of_tokens_goes_on_to_its_end(
 
 
 @pytest.mark.parametrize("text", ["🙂 done", "Hi 🙂 done"], ids=["at the start", "later"])
-async def test_tokens_without_text_are_no_getting_on(
+async def test_tokens_without_text_are_no_progress(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, text: str
 ) -> None:
-    """They are generated anew each time: a server that breaks off at them every time would be asked for ever."""
+    """They are generated anew each time. A server that always breaks off there would be tried for ever."""
     broken = await start_simulator(Options(orders=Scenario(fault="cut", after=2)))
     await start_worker(broken)
     answer = Answer(await entries_of(client, ask(simulate={"text": text})))
@@ -318,10 +318,10 @@ async def test_tokens_without_text_are_no_getting_on(
     assert (answer.end.code, len(broken.served)) == ("upstream_truncated", 3)
 
 
-async def test_another_model_does_not_go_on_though_it_reads_the_same_ids(
+async def test_another_model_does_not_resume_though_it_reads_the_same_ids(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    """A job that names no model may come to servers of two, of one family and so with the same tokenizer."""
+    """A job without a model may reach servers of two models that share a tokenizer."""
     large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=8)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small)
@@ -332,10 +332,10 @@ async def test_another_model_does_not_go_on_though_it_reads_the_same_ids(
     assert [entry.model for entry in entries if isinstance(entry, Opened)] == ["large", "small"]
 
 
-async def test_a_server_with_less_room_does_not_end_what_it_cannot_go_on_with(
+async def test_a_server_with_a_shorter_context_does_not_end_what_it_cannot_resume(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    """What is kept is longer than anything that it could have said: the answer was not at its end."""
+    """The kept part is longer than its whole context, and the answer was not at its end."""
     broken = await start_simulator(Options(orders=Scenario(fault="cut", after=100)))
     await start_worker(broken, await start_simulator(Options(max_model_len=90)))
     entries = await entries_of(client, ask("Tell me a story"))
@@ -343,7 +343,7 @@ async def test_a_server_with_less_room_does_not_end_what_it_cannot_go_on_with(
 
 
 class Odd(Simulator):
-    """A server that answers one path in a way of its own, and breaks the first stream off."""
+    """A server that replies to one path as the test orders, and breaks the first stream off."""
 
     def __init__(self, path: str, status: int, body: bytes) -> None:
         super().__init__(Options(orders=Scenario(fault="cut", after=8, times=1)))
@@ -366,7 +366,7 @@ class Odd(Simulator):
     ],
     ids=["failing", "no ids", "absurd numbers", "no UTF-8"],
 )
-async def test_where_no_server_says_how_to_go_on_the_answer_begins_again(
+async def test_an_answer_begins_again_where_no_server_tokenizes_the_prompt(
     client: Client, start_worker: StartWorker, path: str, status: int, body: bytes
 ) -> None:
     async with Odd(path, status, body) as server:
@@ -377,10 +377,10 @@ async def test_where_no_server_says_how_to_go_on_the_answer_begins_again(
 
 
 @pytest.mark.parametrize("after", [5, 7])
-async def test_a_stop_string_before_min_tokens_ends_nothing_when_the_answer_is_gone_on_with(
+async def test_a_stop_string_before_min_tokens_ends_no_resumed_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, after: int
 ) -> None:
-    """Servers look for stop strings only after so many tokens, and hold text back all the same."""
+    """Servers search for stop strings only after min_tokens, but hold text back from the start."""
     request = ask(stop=["assistant developed"], min_tokens=12)
     servers = await breaking(start_simulator, after)
     await start_worker(*servers)

@@ -1,4 +1,4 @@
-"""A worker before several vLLM servers, or one that fails: where its jobs go, and that they wait rather than fail."""
+"""A worker with several vLLM servers, or a failing one: where its jobs go, and that they wait rather than fail."""
 
 import asyncio
 from typing import Any
@@ -38,10 +38,10 @@ async def test_every_job_goes_to_a_server_that_has_its_model(
     assert [len(small.served), len(large.served)] == [5, 5]
 
 
-async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
+async def test_a_model_that_no_server_has_is_an_error_with_a_servers_message(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """One is asked, and only the first time."""
+    """Only one server is asked, and only the first time."""
     servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(*servers)
     for _ in range(3):
@@ -55,7 +55,7 @@ async def test_a_model_that_no_server_has_is_an_error_in_a_servers_words(
 async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_lists_nothing(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """Each of them may have any: that the first does not is no answer yet, and is remembered."""
+    """A server that lists nothing may have any model. That the first does not have this one is remembered."""
     servers = [
         await start_simulator(Options(model=model, lacks=frozenset({"/v1/models"}))) for model in ("small", "large")
     ]
@@ -70,10 +70,10 @@ async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_li
 
 
 @pytest.mark.parametrize("guards_its_list", [True, False])
-async def test_jobs_go_past_a_server_that_refuses_the_workers_key(
+async def test_jobs_avoid_a_server_that_refuses_the_workers_key(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, guards_its_list: bool
 ) -> None:
-    """It answers at once, and so would always be the one with the least to do."""
+    """It replies at once, so it would always be the server with the fewest requests."""
     async with Guarded(lists=not guards_its_list) as refusing:
         good = await start_simulator(Options(orders=Scenario(rate=200)))
         worker = await start_worker(refusing, good, tries=1)
@@ -95,7 +95,7 @@ async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_k
 
 
 class Choosy(Simulator):
-    """A server that answers some requests that the model is not there, and gives its list only once."""
+    """A server that replies to some requests that it lacks the model, and lists its models only once."""
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
@@ -114,10 +114,10 @@ class Choosy(Simulator):
             await super()._handle(request, connection)
 
 
-async def test_a_job_that_a_server_of_its_model_does_not_know_takes_the_model_from_no_other(
+async def test_a_job_whose_model_a_server_denies_does_not_take_the_model_from_other_jobs(
     client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
-    """A1 and A11. The server is asked for its list again meanwhile."""
+    """The worker requests the list of models again meanwhile."""
     server_pace.probe_every = 0.05
     async with Choosy() as server:
         await start_worker(server)
@@ -134,7 +134,7 @@ async def test_a_job_that_a_server_of_its_model_does_not_know_takes_the_model_fr
         server.released.set()
 
 
-async def test_a_job_that_one_server_of_its_model_does_not_know_is_asked_of_the_other(
+async def test_a_job_whose_model_one_server_denies_goes_to_the_other(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """A1 and A11."""
@@ -147,7 +147,7 @@ async def test_a_job_that_one_server_of_its_model_does_not_know_is_asked_of_the_
 
 
 class Wrong(Simulator):
-    """A server that is set up wrongly: everything but its health and its list gets this answer."""
+    """A misconfigured server: every request but those for its health and its list gets this reply."""
 
     def __init__(self, status: int, body: bytes, options: Options | None = None) -> None:
         super().__init__(options)
@@ -175,10 +175,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("status", "body"), [case[:2] for case in WRONG])
-async def test_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serve(
+async def test_a_misconfigured_server_ends_no_job_that_another_can_serve(
     status: int, body: bytes, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """It answers at once, and so would always be the one with the least to do."""
+    """It replies at once, so it would always be the server with the fewest requests."""
     async with Wrong(status, body) as wrong:
         good = await start_simulator()
         worker = await start_worker(wrong, good, tries=2)
@@ -193,7 +193,7 @@ async def test_a_server_that_is_set_up_wrongly_ends_no_job_that_another_can_serv
 
 
 @pytest.mark.parametrize(("status", "body", "code"), WRONG)
-async def test_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
+async def test_a_job_ends_with_the_servers_message_where_every_server_is_misconfigured(
     status: int,
     body: bytes,
     code: str,
@@ -201,7 +201,7 @@ async def test_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
     start_worker: StartWorker,
     server_pace: ServerPace,
 ) -> None:
-    """Each is asked once by each job, also after all have been found to fail."""
+    """Each job asks each server once, even after all of them have failed."""
     server_pace.probe_every = 0.05
     async with Wrong(status, body) as one, Wrong(status, body) as other:
         await start_worker(one, other, pace=QUICK_RETRIES, tries=1 if status in {200, 501} else 5)
@@ -212,10 +212,10 @@ async def test_where_every_server_is_set_up_wrongly_a_job_ends_with_their_word(
             assert (one.asked, other.asked) == (2 * FAILURES, 2 * FAILURES)
 
 
-async def test_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
+async def test_an_answer_is_resumed_though_one_server_is_misconfigured(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """It does not begin again because that server does not say how to go on."""
+    """That one server cannot plan a resume is no reason to begin again."""
     first = await start_simulator(Options(orders=Scenario(fault="cut", after=4)))
     async with Wrong(307, b"") as wrong:
         await start_worker(first, wrong, await start_simulator(), tries=5)
@@ -225,7 +225,7 @@ async def test_an_answer_goes_on_past_a_server_that_is_set_up_wrongly(
 
 
 class Guarding(Simulator):
-    """A server behind a proxy that lets completions through, and redirects whatever else to its login."""
+    """A server behind a proxy that lets completions through and redirects everything else to its login page."""
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/tokenize":
@@ -235,7 +235,7 @@ class Guarding(Simulator):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_an_answer_begins_again_where_no_server_says_how_to_go_on(
+async def test_an_answer_begins_again_where_no_server_plans_a_resume(
     client: Client, start_worker: StartWorker, count: int
 ) -> None:
     first = Options(orders=Scenario(fault="cut", after=4, times=1))
@@ -246,7 +246,7 @@ async def test_an_answer_begins_again_where_no_server_says_how_to_go_on(
     assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
 
 
-async def test_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wrongly(
+async def test_a_fallback_is_asked_where_every_server_of_the_model_is_misconfigured(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     async with Wrong(307, b"", Options(model="large")) as wrong:
@@ -256,7 +256,7 @@ async def test_a_fallback_is_asked_where_every_server_of_the_model_is_set_up_wro
 
 
 class Guarded(Simulator):
-    """A server that asks for a key that the worker does not have; `lists`: not to say what it serves."""
+    """A server that requires a key that the worker does not have; with `lists` it lists its models without one."""
 
     def __init__(self, options: Options | None = None, *, lists: bool = False) -> None:
         super().__init__(options or Options(api_key="another"))
@@ -267,7 +267,7 @@ class Guarded(Simulator):
 
 
 class Sick(Simulator):
-    """A server whose health says so while it fails."""
+    """A server whose health endpoint reports its failures."""
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path == "/health" and self.options.orders.fault:
@@ -302,7 +302,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
         assert outcomes.count("done") >= len(ids) - lost - 1
 
 
-async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them(
+async def test_jobs_that_make_their_server_fail_do_not_fail_the_others(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator)
@@ -313,11 +313,11 @@ async def test_jobs_that_make_their_server_fail_do_not_take_the_others_with_them
 
 
 @pytest.mark.parametrize("fault", ["freeze", "hang"])
-async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for(
+async def test_no_job_waits_for_a_server_that_goes_down_with_its_streams_frozen(
     fault: Fault, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
     server_pace: ServerPace,
 ) -> None:  # fmt: skip
-    """As vLLM 0.32.0 does on SIGTERM: it takes no connections any more, and its open streams send comments for ever."""
+    """As vLLM 0.32.0 does on SIGTERM: it accepts no connections, and its open streams send comments for ever."""
     server_pace.frozen_after = 0.1
     server_pace.probe_every = 0.05
     async with Simulator(Options(keep_alive=0.02, orders=Scenario(fault=fault, after=6))) as going_down:
@@ -334,7 +334,7 @@ async def test_a_server_that_goes_down_with_its_streams_frozen_is_not_waited_for
     assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
 
 
-async def test_a_job_that_waits_for_its_model_says_so_once(
+async def test_a_job_that_waits_for_its_model_is_logged_once(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
     server_pace.probe_every = 0.05
@@ -351,15 +351,15 @@ async def test_a_job_that_waits_for_its_model_says_so_once(
         await eventually(waits)
         await start_simulator(Options(model="large"), int(large.url.rpartition(":")[2]))
         assert (await client.result(request_id)).outcome == "done"
-    said = [line for line in logs if line["event"] == "waiting_for_model"]
-    assert said == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
+    logged = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert logged == [{"event": "waiting_for_model", "model": "large", "log_level": "info"}]
     assert "a secret prompt" not in str(logs)
 
 
-async def test_a_job_without_a_model_that_waits_names_none(
+async def test_a_waiting_job_without_a_model_is_logged_without_one(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
 ) -> None:
-    """F10 of C8: the log had an empty model."""
+    """The log had an empty model once."""
     server_pace.probe_every = 0.05
     configure_logging("json", "info")
     async with Simulator() as away:
@@ -375,8 +375,8 @@ async def test_a_job_without_a_model_that_waits_names_none(
         await eventually(waits)
         await start_simulator(Options(), int(away.url.rpartition(":")[2]))
         assert (await client.result(request_id)).outcome == "done"
-    said = [line for line in logs if line["event"] == "waiting_for_model"]
-    assert said == [{"event": "waiting_for_model", "log_level": "info"}]
+    logged = [line for line in logs if line["event"] == "waiting_for_model"]
+    assert logged == [{"event": "waiting_for_model", "log_level": "info"}]
     assert not await waits()
 
 
@@ -386,7 +386,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     start_simulator: StartSimulator,
     server_pace: ServerPace,
 ) -> None:
-    """A server that cannot be reached was asked nothing: that is no try, however many there are of them."""
+    """A server that cannot be reached has seen no request: that does not count as a try, for any number of servers."""
     server_pace.probe_every = 0.05
     ports = [free_port() for _ in range(3)]
     servers = [Simulator(Options(orders=Scenario(rate=50)), port=port) for port in ports]

@@ -1,4 +1,4 @@
-"""A worker that is told to leave at once: what it has, or is still given, goes on elsewhere, and nothing is lost."""
+"""A worker that must stop at once: other workers continue its jobs, and nothing is lost."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -27,7 +27,7 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
 
 
 def stop_at_once(worker: Worker) -> None:
-    """As the second SIGTERM or SIGINT does."""
+    """Stop as a second SIGTERM or SIGINT does."""
     worker.stop()
     worker.stop()
 
@@ -46,7 +46,7 @@ async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -
 
 
 class Held:
-    """Holds back the reply of a call that takes jobs, until it is let go."""
+    """Holds back the reply of a call that takes jobs, until it is released."""
 
     def __init__(self, take: Callable[..., Awaitable[list[Delivery]]]) -> None:
         self._take = take
@@ -61,7 +61,7 @@ class Held:
         return deliveries
 
 
-async def test_being_told_twice_to_leave_loses_nothing(
+async def test_a_second_stop_signal_loses_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100)))
@@ -79,7 +79,7 @@ async def test_being_told_twice_to_leave_loses_nothing(
         await start_worker(simulator, lease=NEVER)
         await all_whole(redis, list(await asyncio.gather(*map(client.result, ids))), questions)
 
-    # Some may have been told to stop when their end was written already: these are handed over, and not taken over.
+    # Jobs that had their end when they were stopped are handed over, but not taken over.
     taken = [line["attempt"] for line in logs if line["event"] == "job_taken_over"]
     assert set(taken) == {2}
     (handed,) = [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"]
@@ -87,7 +87,7 @@ async def test_being_told_twice_to_leave_loses_nothing(
     assert first._running_jobs.finished <= 10 - len(taken), "what is handed over has not ended here"
 
 
-async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
+async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100)))
@@ -109,7 +109,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_takes_over_too(
 
 
 @pytest.mark.parametrize("how", ["read_new", "claim_expired"])
-async def test_what_comes_while_it_leaves_is_handed_over_too(
+async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100)))
@@ -136,7 +136,7 @@ async def test_what_comes_while_it_leaves_is_handed_over_too(
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
 
 
-async def test_a_worker_ends_though_redis_answers_nothing_of_what_it_asks_last(
+async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
     client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=100, tokens=2000)))

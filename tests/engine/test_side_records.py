@@ -1,4 +1,4 @@
-"""What is kept beside the logs may be refused by Redis: no job ends by it, and it is said what is missing."""
+"""Redis may refuse the records beside the logs: that ends no job, and it is reported."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -38,7 +38,7 @@ async def settled(redis: Redis) -> None:
 
 @pytest.fixture
 async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
-    """The Redis, as a user without the right to any record beside the logs."""
+    """The Redis, for a user without permission to write any record beside the logs."""
     keys = ["chat:jobs", "chat:tokens:*", "chat:ended:*", "chat:probe"]
     await redis.acl_setuser("narrow", enabled=True, passwords="+pw", keys=keys, channels=["*"], categories=["+@all"])
     yield redis_url.replace("//", "//narrow:pw@")
@@ -46,7 +46,7 @@ async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("record", ["lifecycle", "workers"])
-async def test_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_job(
+async def test_a_key_of_another_type_in_place_of_a_side_record_ends_no_job(
     record: str,
     client: Client,
     redis: Redis,
@@ -67,13 +67,13 @@ async def test_a_key_of_another_type_in_the_place_of_a_side_record_ends_no_job(
 
     await eventually(counted)
     assert not await redis.exists("chat:dead")
-    said = capfd.readouterr().err
-    assert said.count({"lifecycle": "lifecycle_refused", "workers": "beat_failed"}[record]) == 1
-    assert "job_left" not in said
+    logged = capfd.readouterr().err
+    assert logged.count({"lifecycle": "lifecycle_refused", "workers": "beat_failed"}[record]) == 1
+    assert "job_left" not in logged
     assert await redis.get(f"chat:{record}") == b"in the way"
 
 
-async def test_without_the_right_to_side_records_answers_are_whole(
+async def test_answers_are_whole_without_permission_to_write_side_records(
     redis: Redis, user_url: str, client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     worker = await start_worker(simulator, redis_url=user_url)
@@ -84,10 +84,10 @@ async def test_without_the_right_to_side_records_answers_are_whole(
     assert not await redis.exists("chat:dead")
 
 
-async def test_whoever_finds_an_end_without_its_lines_writes_both(
+async def test_a_worker_that_finds_a_seal_without_its_lifecycle_lines_writes_both(
     redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """The worker died after the seal: its line of the start is written beside the answer, and may be missing too."""
+    """The worker died after the seal. Its `started` line is written beside the answer, so it may be missing too."""
     await redis.xadd("chat:jobs", {"id": "r", "request": "{}"})
     await begun_by_a_dead_worker(redis, "r")
     await redis.xadd("chat:tokens:{r}", {"type": "done", "attempt": "1"}, id=str(SEAL))
@@ -99,8 +99,8 @@ async def test_whoever_finds_an_end_without_its_lines_writes_both(
         )
 
     await eventually(acknowledged)
-    told = [(fields[b"type"], fields[b"attempt"]) for _, fields in await stream(redis, "chat:lifecycle")]
-    assert told == [(b"started", b"1"), (b"finished", b"1")]
+    lines = [(fields[b"type"], fields[b"attempt"]) for _, fields in await stream(redis, "chat:lifecycle")]
+    assert lines == [(b"started", b"1"), (b"finished", b"1")]
 
 
 async def test_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_written(
@@ -111,7 +111,7 @@ async def test_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_writte
     simulator: Simulator,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A letter is all that is left of such a job: it is not acknowledged without one, and keeps nobody's slot."""
+    """The letter is all that is left of such a job: without one the job is not acknowledged, and it keeps no slot."""
     configure_logging("json", "warning")
     worker = await start_worker(simulator, redis_url=user_url, slots=1, lease=0.5)
     await redis.xadd("chat:jobs", {"id": "no/id", "request": "{}"})
@@ -133,7 +133,7 @@ async def test_a_job_whose_dead_letter_is_refused_is_kept_until_it_can_be_writte
     assert b"no/id" in letter[b"fields"]
 
 
-async def test_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_answer(
+async def test_a_redis_without_publish_gets_no_feed_and_the_log_quotes_no_answer(
     redis_server: EmbeddedRedis,
     start_worker: StartWorker,
     simulator: Simulator,
@@ -154,22 +154,22 @@ async def test_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_ans
         async def left() -> bool:
             return "worker_stopped" in capfd.readouterr().err
 
-        said = capfd.readouterr().err
-        assert said.count("feed_refused") == 1
-        assert "unknown command" in said
-        assert not [word for word in text.split() if len(word) > 6 and word in said]
+        logged = capfd.readouterr().err
+        assert logged.count("feed_refused") == 1
+        assert "unknown command" in logged
+        assert not [word for word in text.split() if len(word) > 6 and word in logged]
         await eventually(left)
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "logged"),
     [
         (
             ResponseError('unknown command `PUBLISH`, with args beginning with: `chat:feed:{r}` `[["1-1",{"type`, '),
             "unknown command `PUBLISH`",
         ),
         (
-            ResponseError("unknown command 'XADD', with args beginning with: 'chat:tokens:{r}' 'secret \nlines' "),
+            ResponseError("unknown command 'XADD', with args beginning with: 'chat:tokens:{r}' 'secret \ntold' "),
             "unknown command 'XADD'",
         ),
         (
@@ -180,5 +180,5 @@ async def test_a_redis_without_publish_is_told_nothing_and_its_log_quotes_no_ans
         (ExecAbortError("Transaction discarded because of previous errors."), None),
     ],
 )
-def test_what_redis_quotes_of_a_command_is_cut(error: Exception, said: str | None) -> None:
-    assert redacted_message(error) == (str(error) if said is None else said)
+def test_what_redis_quotes_of_a_command_is_redacted(error: Exception, logged: str | None) -> None:
+    assert redacted_message(error) == (str(error) if logged is None else logged)

@@ -1,4 +1,4 @@
-"""Slots: how many a reader is granted, who comes first, that nobody waits for ever, and the end."""
+"""Slots: how many a reader is granted, who comes first, that no reader waits for ever, and closing."""
 
 import asyncio
 
@@ -36,7 +36,7 @@ async def test_a_read_that_took_too_long_is_followed_by_one_of_half_the_jobs() -
     assert granted == [8, 4, 2, 1, 1, 2, 4, 8, 16, 16]
 
 
-async def test_no_more_is_granted_than_there_is() -> None:
+async def test_no_more_slots_are_granted_than_there_are() -> None:
     slots = Slots(5)
     assert sum([await slots.reserve(0) for _ in range(4)]) == 5
     await waiting(task := reader(slots))
@@ -61,7 +61,7 @@ async def test_the_more_important_queue_comes_first() -> None:
 
 
 async def test_every_queue_has_its_share() -> None:
-    """Every queue always waits, so that rank alone would leave all but the first nothing."""
+    """Readers of all queues wait all the time: by rank alone only the first would get slots."""
     slots = Slots(1)
     assert await slots.reserve(0) == 1
     tasks = {rank: reader(slots, rank) for rank in range(3)}
@@ -88,7 +88,7 @@ async def test_several_slots_given_back_at_once_go_to_several_readers() -> None:
     assert await slots.reserve(0) == 1
 
 
-async def test_a_reader_that_went_away_is_granted_nothing() -> None:
+async def test_a_cancelled_reader_is_granted_nothing() -> None:
     slots = Slots(1)
     assert await slots.reserve(0) == 1
     gone, stays = reader(slots, 0), reader(slots, 1)
@@ -102,7 +102,7 @@ async def test_a_reader_that_went_away_is_granted_nothing() -> None:
     assert await slots.reserve(0) == 1
 
 
-async def test_closing_sends_everybody_home() -> None:
+async def test_closing_ends_every_wait() -> None:
     slots = Slots(2)
     assert await slots.reserve(0) == 1
     assert await slots.reserve(0) == 1

@@ -1,4 +1,4 @@
-"""Large jobs on a slow way to Redis: fewer are read at once, until each comes while its lease lasts."""
+"""Large jobs on a slow connection to Redis: fewer are read at once, until each arrives within its lease."""
 
 import asyncio
 
@@ -9,10 +9,10 @@ from worker import Client
 from worker.sandbox.simulator.server import Simulator
 
 
-async def test_large_jobs_on_a_slow_way_are_done(
+async def test_large_jobs_on_a_slow_connection_are_done(
     redis_proxy: Proxy, client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """16 of them come in more than a lease, so that each would be taken from whoever reads them, for ever."""
+    """16 of them take longer than a lease to arrive, so other workers would take them over again and again."""
     ask = {"messages": [{"role": "user", "content": "Who are you?"}], "user": "x" * 60_000}
     ids = [await client.enqueue(ask) for _ in range(48)]
     redis_proxy.down = 0.05  # for each piece of 64 KiB: 1.3 MB a second

@@ -1,4 +1,4 @@
-"""The main job: what is added to the job stream comes out of the request's own stream, whole and in order."""
+"""One worker from end to end: a job in the job stream becomes the request's log, whole and in order."""
 
 import asyncio
 import json
@@ -86,7 +86,7 @@ async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_follower_that_comes_back_goes_on_after_its_last_id(client: Client) -> None:
+async def test_a_follower_that_comes_back_continues_after_its_last_id(client: Client) -> None:
     request_id = await client.enqueue(ask())
     entries = [entry async for entry in client.follow(request_id)]
     for place in (0, 3, len(entries) - 2, len(entries) - 1):
@@ -108,7 +108,7 @@ async def test_after_the_end_nothing_is_pending_and_the_job_stream_is_trimmed(re
 
 
 @pytest.mark.usefixtures("worker")
-async def test_log_and_tombstone_expire_as_the_job_says(redis: Redis, client: Client) -> None:
+async def test_log_and_tombstone_expire_as_the_job_requests(redis: Redis, client: Client) -> None:
     request_id = await client.enqueue(ask(), retention=120)
     await client.result(request_id)
     await settled(redis)
@@ -119,7 +119,7 @@ async def test_log_and_tombstone_expire_as_the_job_says(redis: Redis, client: Cl
 
 
 @pytest.mark.usefixtures("worker")
-async def test_the_lifecycle_tells_a_logger_of_every_request(redis: Redis, client: Client) -> None:
+async def test_the_lifecycle_has_every_request(redis: Redis, client: Client) -> None:
     request_id = await client.enqueue(ask(), tenant="acme")
     answer = await client.result(request_id)
     await settled(redis)
@@ -135,18 +135,18 @@ async def test_the_feed_carries_the_same_entries(redis: Redis, start_worker: Sta
         await feed.subscribe("chat:feed:{fed}")
         await start_worker(simulator)
         await redis.xadd("chat:jobs", {"id": "fed", "request": json.dumps(ask())})
-        heard = []
+        received = []
         async for message in feed.listen():
             if message["type"] == "message":
-                heard += [parse(entry_id, fields) for entry_id, fields in json.loads(message["data"])]
-                if heard[-1].id == SEAL:
+                received += [parse(entry_id, fields) for entry_id, fields in json.loads(message["data"])]
+                if received[-1].id == SEAL:
                     break
-    assert heard == [parse(*entry) for entry in await stream(redis, "chat:tokens:{fed}")]
+    assert received == [parse(*entry) for entry in await stream(redis, "chat:tokens:{fed}")]
     await settled(redis)
 
 
 @pytest.mark.parametrize(
-    ("fields", "code", "says"),
+    ("fields", "code", "message"),
     [
         ({"request": "{"}, "invalid_job", "not JSON"),
         ({"request": b"\xff\xfe"}, "invalid_job", "not JSON"),
@@ -159,8 +159,13 @@ async def test_the_feed_carries_the_same_entries(redis: Redis, start_worker: Sta
         ({"request": json.dumps(ask() | {"kv_transfer_params": {}})}, "invalid_job", "only the worker"),
     ],
 )
-async def test_a_job_that_does_not_validate_ends_in_an_error_and_among_the_dead(
-    fields: dict[str, str | bytes], code: str, says: str, redis: Redis, start_worker: StartWorker, simulator: Simulator
+async def test_a_job_that_does_not_validate_ends_in_an_error_and_a_dead_letter(
+    fields: dict[str, str | bytes],
+    code: str,
+    message: str,
+    redis: Redis,
+    start_worker: StartWorker,
+    simulator: Simulator,
 ) -> None:
     await start_worker(simulator, max_request_bytes=2048)
     await redis.xadd("chat:jobs", {"id": "bad", **fields})  # type: ignore[dict-item]  # dict is invariant
@@ -173,7 +178,7 @@ async def test_a_job_that_does_not_validate_ends_in_an_error_and_among_the_dead(
     end = (await read(redis, "bad")).end
     assert isinstance(end, Failed)
     assert end.code == code
-    assert says in end.message
+    assert message in end.message
     await settled(redis)
     ((_, letter),) = await stream(redis, "chat:dead")
     assert letter[b"reason"].decode() == end.message
@@ -198,7 +203,7 @@ async def test_a_job_without_a_usable_id_goes_to_the_dead_letters(fields: dict[s
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(
-    ("request_", "code", "says"),
+    ("request_", "code", "message"),
     [
         (ask() | {"model": "nope"}, "model_not_found", "`nope` does not exist"),
         (ask("word " * 30_000), "context_length_exceeded", "maximum context length"),
@@ -206,13 +211,13 @@ async def test_a_job_without_a_usable_id_goes_to_the_dead_letters(fields: dict[s
         (ask(logprobs=True, top_logprobs=500), "invalid_request", "logprobs"),
     ],
 )
-async def test_what_vllm_refuses_is_an_error_with_its_words(
-    request_: dict[str, object], code: str, says: str, client: Client, redis: Redis, simulator: Simulator
+async def test_a_refusal_of_vllm_is_an_error_with_its_message(
+    request_: dict[str, object], code: str, message: str, client: Client, redis: Redis, simulator: Simulator
 ) -> None:
     answer = await client.result(await client.enqueue(request_))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == code
-    assert says in answer.end.message
+    assert message in answer.end.message
     assert len(simulator.served) <= 1, "what is the job's fault is not tried again"
     await settled(redis)
 
@@ -232,7 +237,7 @@ async def test_a_deadline_that_has_passed_ends_the_job_without_asking_vllm(redis
     await settled(redis)
 
 
-async def test_a_deadline_that_passes_mid_stream_ends_the_answer_with_what_came(
+async def test_a_deadline_that_passes_mid_stream_ends_the_answer_and_keeps_its_text(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     slow = await start_simulator(Options(orders=Scenario(rate=20)))
@@ -269,7 +274,7 @@ async def test_cancelling_stops_vllm_and_seals_the_log(
     assert slow.served[0].closed_early
     finished = (await stream(redis, "chat:lifecycle"))[-1][1]
     assert finished[b"outcome"] == b"cancelled"
-    assert json.loads(finished[b"usage"])["completion_tokens"] >= 4, "the usage so far is told"
+    assert json.loads(finished[b"usage"])["completion_tokens"] >= 4, "the usage so far is reported"
 
 
 async def test_a_job_cancelled_before_it_starts_never_runs(
@@ -316,7 +321,7 @@ async def test_servers_that_do_not_know_our_fields_still_work(
     assert answer.outcome == "done"
 
 
-async def test_a_passing_fault_before_the_first_token_does_not_show(
+async def test_a_passing_fault_before_the_first_token_leaves_no_trace(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator())
@@ -326,7 +331,7 @@ async def test_a_passing_fault_before_the_first_token_does_not_show(
     assert answer.attempt == 1
 
 
-async def test_a_stream_that_breaks_starts_again_visibly_where_it_is_not_to_go_on(
+async def test_a_stream_that_breaks_is_restarted_visibly_where_resuming_is_off(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(), on_interrupt="restart")
@@ -409,7 +414,7 @@ async def test_jobs_of_several_queues_are_all_served(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_group_that_vanishes_is_made_again(client: Client, redis: Redis) -> None:
+async def test_a_consumer_group_that_vanishes_is_created_again(client: Client, redis: Redis) -> None:
     await client.result(await client.enqueue(ask()))
     await settled(redis)
     await redis.flushall()
@@ -452,7 +457,7 @@ async def test_a_job_whose_log_is_a_key_of_another_type_is_buried(redis: Redis) 
     await settled(redis)
 
 
-async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
+async def test_deltas_that_arrive_in_one_read_with_the_error_are_made_void(
     client: Client, start_worker: StartWorker
 ) -> None:
     """The error must not hide that text was written: the second try would add the whole answer to it."""
@@ -480,7 +485,7 @@ async def test_deltas_that_come_in_one_read_with_the_error_are_made_void(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_request_whose_first_job_went_with_its_queue_is_taken_over_by_the_next(
+async def test_a_request_whose_first_job_was_lost_with_its_queue_is_taken_over_by_the_next(
     client: Client, redis: Redis
 ) -> None:
     begun = {"type": "started", "v": "1", "queue": "gone", "job": "1-1", "worker": "w", "owner": "o", "time": "1"}
@@ -519,7 +524,7 @@ async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
     assert {answer.outcome for answer in answers} == {"done"}
 
 
-async def test_a_stream_whose_vllm_goes_away_goes_on_when_it_is_back(
+async def test_a_stream_whose_vllm_goes_away_is_resumed_when_it_is_back(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     port = free_port()
@@ -560,7 +565,7 @@ async def test_a_server_that_never_answers_delays_no_renewal(
     longest = 0
 
     async def ended() -> bool:
-        """Meanwhile, see how old the lease becomes."""
+        """Meanwhile, measure how old the lease becomes."""
         nonlocal longest
         pending = await redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
         longest = max([longest, *(int(line["time_since_delivered"]) for line in pending)])
@@ -574,7 +579,7 @@ async def test_a_server_that_never_answers_delays_no_renewal(
     assert 0 < longest < 1300, "renewed three times a lease"
 
 
-async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
+async def test_a_worker_with_a_failing_part_ends_and_does_not_hang(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, simulator: Simulator
 ) -> None:
     async def fail(*_: object, **__: object) -> None:
@@ -587,10 +592,10 @@ async def test_a_worker_whose_inside_fails_ends_and_does_not_hang(
     assert caught.group_contains(KeyError)
 
 
-async def test_a_flood_while_a_read_waits_is_survived(
+async def test_a_flushall_while_a_read_waits_is_survived(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """7.0 wakes the read at once, 6.2 as its wait ends."""
+    """Redis 7.0 wakes the read at once, 6.2 when its wait ends."""
     await start_worker(simulator, pace=Pace(longest_block=1.0), lease=4)
 
     async def waits() -> bool:
@@ -601,10 +606,10 @@ async def test_a_flood_while_a_read_waits_is_survived(
     assert (await client.result(await client.enqueue(ask()))).outcome == "done"
 
 
-async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
+async def test_a_job_that_is_deleted_while_it_runs_comes_to_its_end(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """7.0 drops it from the pending list, so that its lease cannot be renewed."""
+    """Redis 7.0 drops the job from the pending list, so its lease cannot be renewed."""
     worker = await start_worker(await start_simulator(Options(orders=Scenario(rate=40, tokens=120))), lease=1)
     request_id = await client.enqueue(ask())
     entries = []
@@ -618,7 +623,7 @@ async def test_a_job_that_is_deleted_while_it_runs_goes_on_to_its_end(
     await settled(redis)
 
 
-async def test_a_worker_shows_itself_as_soon_as_it_works(
+async def test_a_worker_sends_its_first_heartbeat_as_soon_as_it_works(
     redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     worker = await start_worker(simulator, lease=3600)

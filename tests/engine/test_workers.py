@@ -1,4 +1,4 @@
-"""Several worker processes on one Redis: they share the work, and take over from one another."""
+"""Several worker processes on one Redis: they share the work and take over from one another."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
     assert len(simulator.served) == JOBS
 
 
-async def test_a_worker_that_is_told_to_leave_lets_its_jobs_end(
+async def test_a_worker_that_stops_lets_its_jobs_end(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=50)))
@@ -85,7 +85,7 @@ async def test_a_worker_that_is_told_to_leave_lets_its_jobs_end(
     assert await redis.xinfo_consumers("chat:jobs", "workers") == []
 
 
-async def test_what_does_not_end_in_time_is_handed_over_at_once(
+async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=50)))
@@ -104,7 +104,7 @@ async def test_what_does_not_end_in_time_is_handed_over_at_once(
     await eventually(lambda: nothing_pending(redis))
 
 
-async def test_a_worker_shows_itself_in_the_hash_of_workers(
+async def test_a_worker_has_a_record_in_the_hash_of_workers(
     redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     start_process(await start_simulator(), lease=0.5, slots=7)
@@ -116,7 +116,7 @@ async def test_a_worker_shows_itself_in_the_hash_of_workers(
     await eventually(shown)
 
 
-async def test_a_worker_that_waits_for_redis_leaves_when_told_to(start_process: StartProcess, tmp_path: Path) -> None:
+async def test_a_worker_that_waits_for_redis_ends_on_a_signal(start_process: StartProcess, tmp_path: Path) -> None:
     process = start_process(redis_url=f"redis://127.0.0.1:{free_port()}/0")
 
     async def waits() -> bool:
@@ -130,7 +130,7 @@ async def test_a_worker_that_waits_for_redis_leaves_when_told_to(start_process: 
 async def test_a_read_waits_for_less_than_half_a_lease(
     redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    """The lease of a job that comes at the end counts from the start: its first renewal must not look like a theft."""
+    """The lease counts from the start of the read, and the first renewal must not look like a theft."""
     start_process(await start_simulator(), lease=1)
     async with redis.monitor() as monitor:
         async for seen in monitor.listen():
@@ -140,7 +140,7 @@ async def test_a_read_waits_for_less_than_half_a_lease(
                 break
 
 
-async def test_what_waits_for_memory_in_redis_is_handed_over_too(
+async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=50, tokens=20)))
@@ -165,7 +165,7 @@ async def test_what_waits_for_memory_in_redis_is_handed_over_too(
         await redis.config_set("maxmemory", "0")
 
 
-async def test_a_worker_leaves_soon_though_redis_does_not_answer(
+async def test_a_worker_ends_soon_though_redis_does_not_answer(
     client: Client, redis_server: EmbeddedRedis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=20, tokens=2000)))

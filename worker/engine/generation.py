@@ -47,23 +47,8 @@ class Generation:
     """The answer to one request, as this process generates it."""
 
     __slots__ = (
-        "_answer",
-        "_attempt_committed",
-        "_attempt_extended",
-        "_began",
-        "_caller",
-        "_emit",
-        "_fault",
-        "_first_delta",
-        "_job",
-        "_log",
-        "_parser",
-        "_server",
-        "_servers",
-        "_services",
-        "_settings",
-        "_waited_for",
-        "_waited_ms",
+        "_answer", "_attempt_committed", "_attempt_extended", "_began", "_caller", "_emit", "_fault", "_first_delta",
+        "_job", "_log", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for", "_waited_ms",
         "_was_allowed",
     )  # fmt: skip
 
