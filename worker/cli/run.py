@@ -3,10 +3,10 @@
 import gc
 
 import click
-import structlog
 
 from ..settings import load_settings
-from ..telemetry.logging import configure_logging
+from ..telemetry.events import UnknownSettings
+from ..telemetry.logging import LogReceiver, configure_logging
 from .options import run_async, settings_options
 
 
@@ -19,7 +19,7 @@ def run(**options: object) -> None:
     settings = load_settings(**options)
     configure_logging(settings.log_format, settings.log_level)
     if settings.unknown:
-        structlog.get_logger().warning("unknown_settings", names=settings.unknown)
+        LogReceiver().emit(UnknownSettings(settings.unknown))
     _relax_garbage_collection()
     run_async(lambda: Worker(settings).run())
 

@@ -1,22 +1,22 @@
 """What happens in a worker, as frozen events. This module imports nothing of the project, so that every part may emit.
 
-The engine, the broker and the vLLM side hand events to a `Telemetry`; `worker.telemetry.metrics` counts them and
-`worker.telemetry.logging` writes them down. The name of an event's class, in snake case, is its name in the log. No
-event is emitted per token, and none holds a prompt, an output or a secret.
+The engine, the broker and the vLLM side emit events to a `Telemetry`. It has two receivers: `worker.telemetry.metrics`
+counts events, and `worker.telemetry.logging` writes them to the log. The events of one job are in `job_events`. Nothing
+is emitted per token, and no event holds a prompt, an output or a secret.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 Level = Literal["silent", "info", "warning", "error"]
-"""How an event is logged; `silent` is for metrics alone."""
+"""How an event is logged. A `silent` event is only counted."""
 
 Outcome = Literal["done", "error", "cancelled"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened. `name` is what the log calls it where that is not the class's own name."""
+    """One thing that happened. Its name in the log is `name` or, if that is empty, the class's name in snake case."""
 
     level: ClassVar[Level] = "info"
     name: ClassVar[str] = ""
@@ -26,11 +26,11 @@ class Telemetry(Protocol):
     """A receiver of events."""
 
     def emit(self, event: Event) -> None:
-        """Take note of an event. Emitters are in the middle of their work: this is quick and raises nothing."""
+        """Receive an event. Emitters are in the middle of their work: this is quick and raises nothing."""
 
 
 class Receivers:
-    """Hands every event to each of several receivers."""
+    """Passes every event on to each of several receivers."""
 
     def __init__(self, *receivers: Telemetry) -> None:
         self._receivers = receivers
@@ -44,12 +44,12 @@ NO_TELEMETRY: Telemetry = Receivers()
 """Discards all events."""
 
 
-# Trouble that lasts: told at first, then every half minute, and once more when it is over.
+# Trouble that lasts: logged at first, then every half minute, and once when it is over.
 
 
 @dataclass(frozen=True, slots=True)
 class Failing(Event):
-    """Something fails and is tried again; `what` is its name in the log, `advice` how to mend it."""
+    """An operation failed and is tried again. `what` is its name in the log, `advice` says how to fix the cause."""
 
     level = "warning"
     what: str
@@ -59,12 +59,20 @@ class Failing(Event):
 
 @dataclass(frozen=True, slots=True)
 class Recovered(Event):
-    """What had failed works again."""
+    """The operation of an earlier `Failing` works again; `after` is its `what`."""
 
     after: str
 
 
 # The process.
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownSettings(Event):
+    """Variables begin with WORKER_ and are not settings."""
+
+    level = "warning"
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class WorkerDraining(Event):
 
 @dataclass(frozen=True, slots=True)
 class LeaveFailed(Event):
-    """Redis did not remove this worker's record and consumer in time; others drop them as stale."""
+    """Redis did not remove this worker's record and consumer in time. Other workers drop them as stale."""
 
     level = "warning"
     error: str
@@ -111,7 +119,7 @@ class WorkerStopped(Event):
 
 @dataclass(frozen=True, slots=True)
 class IntakePaused(Event):
-    """The worker takes no jobs, for `reason`, or does so no more (`on` false)."""
+    """The worker takes no jobs for this reason (`on`), or takes them again as far as this reason goes."""
 
     level = "silent"
     reason: str
@@ -132,9 +140,10 @@ class ClaimsResumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class QueueMeasured(Event):
-    """How a queue stands. `waiting` is None where Redis cannot tell; `oldest_s` is None where nothing is pending.
+    """The length of a queue. `waiting` is None where Redis cannot count waiting jobs.
 
-    `oldest_s` is the age of the oldest pending job in seconds, NaN where Redis does not answer.
+    `oldest_s` is the age of the oldest pending job in seconds: None where no job is pending, NaN while Redis does not
+    answer.
     """
 
     level = "silent"
@@ -145,12 +154,16 @@ class QueueMeasured(Event):
 
 @dataclass(frozen=True, slots=True)
 class GroupMadeAgain(Event):
+    """A queue's consumer group was gone and has been created again."""
+
     level = "warning"
     queue: str
 
 
 @dataclass(frozen=True, slots=True)
 class ConsumerRemoved(Event):
+    """A stale consumer without pending jobs was removed from its group."""
+
     queue: str
     consumer: str
 

@@ -26,6 +26,8 @@ class AttemptBegun(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobTakenOver(Event):
+    """The worker continues a job that an earlier delivery had begun."""
+
     attempt: int
     delivery: int
 
@@ -56,7 +58,7 @@ class FencedOff(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobLeft(Event):
-    """The job stops here without an acknowledgement; the worker that gets it next goes on."""
+    """The job stops here without an acknowledgement. The worker that gets it next goes on."""
 
     reason: str
     attempt: int | None = None
@@ -66,7 +68,7 @@ class JobLeft(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobBrokenOff(Event):
-    """An error of Redis ended the run of a job; it stays pending."""
+    """An error of Redis ended the run of a job. The job stays pending."""
 
     name = "job_left"
     level = "warning"
@@ -77,7 +79,7 @@ class JobBrokenOff(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(Event):
-    """An error inside the worker ended the run of a job; it stays pending."""
+    """An error inside the worker ended the run of a job. The job stays pending."""
 
     level = "error"
     queue: str
@@ -126,7 +128,7 @@ class AnswerRestarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class WaitingForModel(Event):
-    """A job waits for a server that can take it; emitted once for each of its models."""
+    """A job waits for a server of its model. Emitted once for each of its models."""
 
     model: str = ""
 
@@ -168,7 +170,7 @@ class UnknownFinishReason(Event):
 
 @dataclass(frozen=True, slots=True)
 class FirstDelta(Event):
-    """Emitted when the job has ended: its first delta came `after_s` seconds after its start."""
+    """The first delta of a job came `after_s` seconds after its start. Emitted when the job has ended."""
 
     level = "silent"
     after_s: float
