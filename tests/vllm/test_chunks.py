@@ -741,7 +741,10 @@ def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
             told.append(str(error))
     assert told[0] == told[1]
     state = attrgetter(
-        *(name for name in ChunkParser.__slots__ if name not in {"_decoder", "_is_rich"}), "_decoder._halves"
+        *(name for name in ChunkParser.__slots__ if name not in {"_decoder", "_extra", "_is_rich"}),
+        "_decoder._halves",
+        "_extra._latest",
+        "_extra.unpublished",
     )
     assert state(parser) == state(thorough)
 

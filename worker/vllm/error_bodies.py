@@ -75,7 +75,7 @@ def is_error(event: object) -> bool:
         return bool(event) and is_error(event[0])
     if not isinstance(event, dict):
         return False
-    if not says_nothing(event.get("error")):
+    if not is_no_error(event.get("error")):
         return True
     if event.get("choices"):
         return False
@@ -89,7 +89,7 @@ def is_error(event: object) -> bool:
     return bool(event.get("detail")) or (_named_status([event]) or 0) >= 400
 
 
-def says_nothing(error: object) -> bool:
+def is_no_error(error: object) -> bool:
     """Whether an `error` field reports none: null, false, 0, an object of such, or one that reports success."""
     if not isinstance(error, dict):
         return not error

@@ -13,9 +13,9 @@ from .error_bodies import (
     as_json,
     decoded,
     excerpt,
+    is_no_error,
     is_page,
     message_of,
-    says_nothing,
     status_of,
     words_of,
     words_of_page,
@@ -199,7 +199,7 @@ def from_event(error: object) -> UpstreamError:
 
 def _without_words(error: object) -> str:
     text = "the server sent an error without a message"
-    return text if says_nothing(error) else f"{text}: {excerpt(as_json(error))}"
+    return text if is_no_error(error) else f"{text}: {excerpt(as_json(error))}"
 
 
 def classify(

@@ -1,8 +1,8 @@
-"""Errors that come in place of a chunk, in it, or in one of its choices. No I/O."""
+"""Errors in a stream of chunks: in place of a chunk, in a chunk, or in one of its choices. No I/O."""
 
 import msgspec
 
-from ..error_bodies import decoded, excerpt, is_error, says_nothing
+from ..error_bodies import decoded, excerpt, is_error, is_no_error
 from ..errors import UpstreamError, from_event, malformed
 from .shapes import RawObject
 
@@ -11,25 +11,25 @@ _encode = msgspec.json.encode
 
 
 def error_beside(chunk: RawObject, choices: list[RawObject], deltas: list[RawObject]) -> UpstreamError | None:
-    """The error that stands in a chunk, in a choice or in a delta, beside what these say.
+    """The error in a chunk, in a choice or in a delta, beside what these hold otherwise.
 
-    `"error": false` and the like are no error, and are dropped.
+    `"error": false` and the like are no errors, and are dropped.
     """
     for place in (chunk, *choices, *deltas):
         if "error" in place:
             raw = place.pop("error")
-            if not says_nothing(error := _decode(raw)):
+            if not is_no_error(error := _decode(raw)):
                 return from_event({**_decode(_encode(place)), "error": error})
     return None
 
 
 def error_in_place_of(chunk: RawObject) -> UpstreamError | None:
-    """The error that a chunk without choices is."""
+    """The error that came as a chunk without choices; None when the chunk is no error."""
     return from_event(event) if is_error(event := _decode(_encode(chunk))) else None
 
 
 def unreadable(data: bytes, why: str) -> UpstreamError:
-    """The error for data that is no chunk: perhaps it is an error in a shape of its own."""
+    """The error for data that is not a chunk: an error of the server in a shape of its own, or a malformed stream."""
     if is_error(value := decoded(data)):
         return from_event(value)
     return malformed(f"the stream holds what is no chunk of a completion ({why}): {excerpt(data[:150])}")

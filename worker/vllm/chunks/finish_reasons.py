@@ -1,4 +1,4 @@
-"""What a finish reason says of an answer: that it is whole, that its server broke it off, or nothing that is known."""
+"""What a finish reason means: that the answer is whole, that its server broke it off, or nothing known. No I/O."""
 
 import re
 
@@ -21,14 +21,14 @@ _BROKEN_OFF = re.compile(
     """,
     re.VERBOSE,
 )
-"""Words in any other reason by which a server says that it broke the answer off, itself."""
+"""Words in any other reason that show that the server broke the answer off."""
 
 
 def is_known(reason: str) -> bool:
-    """Whether it is a reason of a whole answer. One that is neither this nor of a fault counts as one all the same."""
+    """Whether a reason is that of a whole answer. A reason that is neither known nor a fault counts as one too."""
     return reason.lower() in _WHOLE
 
 
-def is_of_a_fault(reason: str) -> bool:
-    """Whether it says that the server broke the answer off."""
+def is_fault(reason: str) -> bool:
+    """Whether a reason shows that the server broke the answer off."""
     return not is_known(reason) and _BROKEN_OFF.search(reason.lower()) is not None

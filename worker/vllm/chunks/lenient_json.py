@@ -1,6 +1,6 @@
-"""The JSON of chunks as every reader of a log can decode it, without I/O.
+"""Decodes the JSON of chunks into what every reader of a log can decode. No I/O.
 
-Servers send what strict decoders refuse: bytes that are no UTF-8, characters cut in two, numbers without bounds.
+Servers send what strict decoders refuse: bytes that are not UTF-8, characters cut in two, numbers without bounds.
 """
 
 import json
@@ -16,11 +16,9 @@ _decode = msgspec.json.decode
 _decode_object = msgspec.json.Decoder(RawObject).decode
 
 _LONGEST_INTEGER = 300
-"""Digits; a longer one is more than a float can hold, which is what most readers make of it."""
-
-
+"""Digits. A longer integer does not fit into a float, which most readers make of it."""
 _MOST_LEVELS = 100
-"""Of lists and objects in each other; decoders in Python give up at 1,000, less what called them."""
+"""Of lists and objects inside each other. Decoders in Python give up at 1,000, less the depth of their callers."""
 
 _TWO_DIGITS = re.compile(rb"[0-9][0-9]")
 
@@ -28,30 +26,30 @@ _TWO_DIGITS = re.compile(rb"[0-9][0-9]")
 class ChunkDecoder:
     """Decodes the chunks of one stream into objects whose fields are still JSON.
 
-    Bytes that are no UTF-8 become replacement marks, and so do halves of surrogate pairs, except that two halves in
-    two chunks of a choice are one character. NaN, Infinity and numbers that are too large for a float, or have more
-    than 300 digits, become null, and so does what is nested so deeply that a reader might not decode it.
+    Bytes that are not UTF-8 become replacement characters. So do halves of surrogate pairs, but two halves in two
+    chunks of a choice become one character. NaN, Infinity, numbers that are too large for a float, and integers of more
+    than 300 digits become null. So does a value that is nested too deeply for some readers.
     """
 
     __slots__ = ("_halves",)
 
     def __init__(self) -> None:
-        self._halves: dict[tuple[str, ...], str] = {}  # the first half of a pair, by the way to the text it ended
+        self._halves: dict[tuple[str, ...], str] = {}  # the first half of a pair, by the path to the text that it ended
 
     @property
     def holds_half(self) -> bool:
-        """Whether half a character has come that waits for the other half."""
+        """Whether half a character waits for its other half."""
         return bool(self._halves)
 
     def decode(self, data: bytes) -> RawObject:
-        """The chunk's fields, undecoded.
+        """The fields of a chunk, undecoded.
 
         Raises:
-            DecodeError: when it is no JSON, or no object.
-            RecursionError: when it is nested too deeply.
+            DecodeError: when the data is not a JSON object.
+            RecursionError: when the data is nested too deeply.
         """
         try:
-            value = _decode(data)  # all of it, as a reader of the log will: undecoded fields are not looked into
+            value = _decode(data)  # all of the data, as a reader of the log will decode it
             if not self._halves and is_readable(value, data):
                 return _decode_object(data)
             if _may_have_long_number(data):
@@ -76,7 +74,7 @@ class ChunkDecoder:
     def _joined(self, value: Any, path: tuple[str, ...]) -> Any:  # noqa: ANN401 - any JSON
         if isinstance(value, str):
             return self._text(value, path)
-        if isinstance(value, list):  # of tool calls, each piece says which one it belongs to
+        if isinstance(value, list):  # a piece of a tool call has the index of its call
             places = (str(one.get("index", n) if isinstance(one, dict) else n) for n, one in enumerate(value))
             return [self._joined(one, (*path, place)) for one, place in zip(value, places, strict=True)]
         if isinstance(value, dict):
@@ -91,15 +89,15 @@ class ChunkDecoder:
         return whole[:-1]
 
     def _release(self, choice: dict[str, Any], index: str) -> None:
-        """At the end of a choice: the other half of a character does not come any more."""
+        """Give the halves of a choice back at its end, since their other halves will not come."""
         for path in [path for path in self._halves if path[0] == index]:
             half, (_, name, *inner) = self._halves.pop(path), path
             holder = choice if name == "text" else choice.get("delta")
             if name == "delta" and not holder:
                 holder = choice["delta"] = {}
             field = inner[0] if inner else name
-            if len(inner) < 2 and isinstance(holder, dict) and isinstance(said := holder.get(field) or "", str):
-                holder[field] = said + half
+            if len(inner) < 2 and isinstance(holder, dict) and isinstance(text := holder.get(field) or "", str):
+                holder[field] = text + half
 
 
 def _leniently_decoded(data: bytes) -> Any:  # noqa: ANN401 - any JSON
@@ -109,21 +107,21 @@ def _leniently_decoded(data: bytes) -> Any:  # noqa: ANN401 - any JSON
             parse_constant=lambda _: None, parse_float=_float_or_null, parse_int=_int_or_null,
         )  # fmt: skip
     except (ValueError, RecursionError):
-        raise msgspec.DecodeError("no JSON") from None
+        raise msgspec.DecodeError("not JSON") from None
 
 
 def is_readable(value: Any, data: bytes) -> bool:  # noqa: ANN401 - any JSON
-    """Whether every reader can decode this JSON, of which Python made the value."""
+    """Whether every reader can decode the JSON in `data`, which Python decoded to `value`."""
     return not (_is_deep(value, data) or _may_have_long_number(data))
 
 
 def _may_have_long_number(data: bytes) -> bool:
-    """Whether there may be more than 300 digits in a row: then two of each 150th byte in a row are digits."""
+    """Whether the data may contain more than 300 digits in a row: then two of every 150th byte are digits."""
     return len(data) > _LONGEST_INTEGER and _TWO_DIGITS.search(data[:: _LONGEST_INTEGER // 2]) is not None
 
 
 def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401
-    """Whether a value, which is that of the data, has too many levels."""
+    """Whether a value, decoded from `data`, has too many levels."""
     if data.count(b"[") + data.count(b"{") <= _MOST_LEVELS:
         return False
     level = [value]
@@ -134,7 +132,7 @@ def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401
 
 
 def _flattened(value: Any, levels: int) -> Any:  # noqa: ANN401
-    """A value with null in the place of what lies below so many levels."""
+    """A value with null in place of everything below so many levels."""
     if not isinstance(value, dict | list):
         return value
     if not levels:

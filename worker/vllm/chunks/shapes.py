@@ -1,6 +1,6 @@
-"""The shapes of other servers brought into that of vLLM's chat route, a choice of a chunk at a time and without I/O.
+"""Brings the chunks of other servers into the shape of vLLM's chat route, one choice at a time. No I/O.
 
-Each function takes what it can read out of the choice. What it leaves there goes to `extra`, as it came.
+Each function removes from the choice what it can read. What remains is published as `extra`, as it came.
 """
 
 from typing import TypeAlias
@@ -14,15 +14,15 @@ RawObject: TypeAlias = dict[str, Raw]
 
 NULL = Raw(b"null")
 PRIVATE = frozenset({"kv_transfer_params", "ec_transfer_params"})
-"""What a server says to another, such as where its cache is to be had: nothing for readers."""
+"""Fields from one server to another, such as the address of a cache. They are not published."""
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _TEXTS = ("reasoning", "reasoning_content", "content")
 _EMPTY_LIST = b"[]"
-"""What servers in PHP write for an empty object."""
+"""An empty object, as servers in PHP write it."""
 _LONGEST_INDEX = 18
-"""Digits of an index that comes as text."""
+"""Digits of an index that is text."""
 _UNFINISHED = ("null", "none", "None", "not_finished")
-"""Texts that some servers put into `finish_reason` while a choice goes on."""
+"""Values of `finish_reason` by which some servers mean that a choice goes on."""
 _ASSISTANT = Raw(b'"assistant"')
 
 _decode = msgspec.json.decode
@@ -32,29 +32,33 @@ _decode_list = msgspec.json.Decoder(list[Raw]).decode
 _decode_delta = msgspec.json.Decoder(RawObject | None).decode
 
 
-def says(raw: Raw) -> bool:
-    """Whether a value is more than null or empty."""
+def has_value(raw: Raw) -> bool:
+    """Whether a value is neither null nor empty."""
     return bytes(raw) not in _NOTHING
 
 
 def as_text(raw: Raw | bytes) -> str:
-    """A value as the text of a field: a string without its quotes, anything else as JSON."""
+    """The value of a field as text: a string without quotes, anything else as JSON."""
     text = bytes(raw).decode()
     return _decode(raw, type=str) if text.startswith('"') else text
 
 
-def delta_of(choice: RawObject, *, said: str | None) -> RawObject:
-    """What a choice adds: its `delta`, or what stands for it.
+def delta_of(choice: RawObject, *, published: str | None) -> RawObject:
+    """The delta of a choice, or what stands for it.
 
-    `text` is that of `/v1/completions`, and counts only where there is no delta. Beside one it is empty or repeats
-    the delta, alone or with all text before it. What repeats is dropped: a log would grow with the square of it.
+    `text` is that of `/v1/completions`. It counts only without a delta. Beside a delta it is empty, or repeats the
+    delta, alone or after all text before it. A repetition is dropped: the log would grow with its square.
 
-    A `message` is that of an answer that is no stream, or repeats the whole answer at its end. It counts only where the
-    delta says nothing, and the choice has said nothing so far but what came in such messages. That is `said`: its
-    reasoning and text, or None where the choice has said something else. A message that begins with it repeats it.
+    A `message` is that of an answer that is not streamed, or repeats the whole answer at its end. It counts only when
+    the delta is empty, and when the choice had nothing so far but such messages.
+
+    Args:
+        choice: loses what is read.
+        published: the reasoning and text of the choice so far, when it came in messages only; None when it came
+            otherwise. A message that begins with it repeats it.
 
     Raises:
-        ValidationError: when the delta is no object.
+        ValidationError: when the delta is not an object.
     """
     raw = choice.pop("delta", NULL)
     given = {} if bytes(raw) == _EMPTY_LIST else _decode_delta(raw)
@@ -63,39 +67,41 @@ def delta_of(choice: RawObject, *, said: str | None) -> RawObject:
         delta = {"role": _ASSISTANT, "content": choice.pop("text")}
     elif "text" in choice and _repeats(choice["text"], delta.get("content", NULL)):
         del choice["text"]
-    if said is not None and "message" in choice and not _speaks(delta) and bytes(choice["message"]).startswith(b"{"):
+    if published is None or "message" not in choice or not bytes(choice["message"]).startswith(b"{"):
+        return delta
+    if not any(name != "role" and has_value(raw) for name, raw in delta.items()):
         message = _decode_delta(choice["message"]) or {}
-        if not said or ((text := text_of(message)) and text != said):
+        if not published or ((text := text_of(message)) and text != published):
             del choice["message"]
-            delta |= _without(message, said) if said and text.startswith(said) else message
+            delta |= _without(message, published) if published and text.startswith(published) else message
     return delta
 
 
 def text_of(message: RawObject) -> str:
-    """The reasoning and the content of a message or a delta, as far as they are text."""
+    """The reasoning and the content of a message or a delta, if they are text."""
     texts = (_decode(message[name]) for name in _TEXTS if name in message)
     return "".join(text for text in texts if isinstance(text, str))
 
 
 def lift(chunk: RawObject, choice: RawObject) -> None:
-    """Put what stands in a choice where the chat route has it: beside the choices.
+    """Move fields of a choice to the chunk, where the chat route has them.
 
-    `/v1/completions` has the prompt's ids there, Moonshot's servers the usage.
+    `/v1/completions` has the prompt's token ids in the choice, and Moonshot's servers have the usage there.
     """
     for name in ("prompt_token_ids", "usage"):
-        if says(choice.get(name, NULL)) and not says(chunk.get(name, NULL)):
+        if has_value(choice.get(name, NULL)) and not has_value(chunk.get(name, NULL)):
             chunk[name] = choice.pop(name)
 
 
-def said_in(part: RawObject) -> RawObject:
-    """What is left of a choice or a delta, and is for readers."""
-    return {name: raw for name, raw in part.items() if name not in PRIVATE and says(raw)}
+def unread_in(part: RawObject) -> RawObject:
+    """What remains of a choice or a delta for readers."""
+    return {name: raw for name, raw in part.items() if name not in PRIVATE and has_value(raw)}
 
 
 def read_message(delta: RawObject, fields: Fields) -> None:
     """Move text and tool calls out of a delta into the fields of an entry."""
     for name, field in (("content", "content"), ("reasoning", "reasoning"), ("reasoning_content", "reasoning")):
-        if (raw := delta.get(name)) is None or not says(raw):
+        if (raw := delta.get(name)) is None or not has_value(raw):
             continue
         text = _decode(raw)
         if isinstance(text, str) and fields.get(field, text) == text:
@@ -106,7 +112,7 @@ def read_message(delta: RawObject, fields: Fields) -> None:
 
 def read_tokens(choice: RawObject, fields: Fields) -> None:
     """Move logprobs and token ids out of a choice into the fields of an entry."""
-    if (raw := choice.pop("logprobs", None)) is not None and says(raw):
+    if (raw := choice.pop("logprobs", None)) is not None and has_value(raw):
         fields["logprobs"] = bytes(raw).decode()
     ids = ids_of(choice.get("token_ids", NULL))
     if ids is not None:
@@ -116,7 +122,7 @@ def read_tokens(choice: RawObject, fields: Fields) -> None:
 
 
 def ids_of(raw: Raw) -> list[int] | None:
-    """A list of token ids; None when it is anything else."""
+    """A list of token ids; None for any other value."""
     try:
         return _decode_ids(raw)
     except msgspec.ValidationError:
@@ -124,7 +130,7 @@ def ids_of(raw: Raw) -> list[int] | None:
 
 
 def read_index(choice: RawObject) -> int:
-    """The index of a choice, which may be text or a float. What is no index counts as the first."""
+    """The index of a choice, which may be text or a float; 0 for a value that is no index."""
     raw = choice.get("index", NULL)
     value = _decode(raw)
     if isinstance(value, str) and value.isascii() and value.isdecimal():
@@ -138,9 +144,9 @@ def read_index(choice: RawObject) -> int:
 
 
 def read_finish_reason(choice: RawObject) -> str:
-    """Why a choice ended; empty while it goes on.
+    """The reason why a choice ended; empty while it goes on.
 
-    Some servers give an object that has the reason in it. Anything else that is no text is a reason by its JSON.
+    Some servers send an object that contains the reason. Any other value that is not text is a reason as JSON.
     """
     raw = choice.get("finish_reason", NULL)
     value = _decode(raw)
@@ -154,15 +160,15 @@ def read_finish_reason(choice: RawObject) -> str:
 
 
 def read_tool_calls(delta: RawObject, fields: Fields) -> None:
-    """Move tool calls out of a delta. Readers rely on a list of objects: what is none stays where it was."""
+    """Move tool calls out of a delta. Readers rely on a list of objects: other values stay in the delta."""
     raw = delta.get("tool_calls", NULL)
-    if not says(raw):
+    if not has_value(raw):
         return
     try:
         calls = _decode_list(raw)
     except msgspec.ValidationError:
         return
-    calls = [call for call in calls if says(call)]
+    calls = [call for call in calls if has_value(call)]
     whole = [call for call in calls if bytes(call).startswith(b"{")]
     others = [call for call in calls if not bytes(call).startswith(b"{")]
     if whole:
@@ -171,17 +177,13 @@ def read_tool_calls(delta: RawObject, fields: Fields) -> None:
 
 
 def _repeats(text: Raw, content: Raw) -> bool:
-    said, new = _decode(text), _decode(content)
-    return isinstance(said, str) and isinstance(new, str) and bool(new) and said.endswith(new)
+    whole, new = _decode(text), _decode(content)
+    return isinstance(whole, str) and isinstance(new, str) and bool(new) and whole.endswith(new)
 
 
-def _without(message: RawObject, said: str) -> RawObject:
-    """A message less what was said of it, with which its text begins."""
+def _without(message: RawObject, published: str) -> RawObject:
+    """A message less the published text with which it begins."""
     for name in _TEXTS:
         if isinstance(text := _decode(message.get(name, NULL)), str):
-            message[name], said = Raw(_encode(text[len(said) :])), said[len(text) :]
+            message[name], published = Raw(_encode(text[len(published) :])), published[len(text) :]
     return message
-
-
-def _speaks(delta: RawObject) -> bool:
-    return any(name != "role" and says(raw) for name, raw in delta.items())
