@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import TypeAlias, cast
 
 from redis.asyncio import Redis
 
 from worker.broker.acquisition import Acquired
+from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.log_writer import LogWriter
 from worker.broker.ownership import LogOwnership
@@ -17,23 +18,28 @@ from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
 from worker.redisio.clients import blocking_client, command_client
+from worker.redisio.pipelined import PipelinedConnection
 from worker.redisio.transactions import Transactions
+from worker.telemetry.events import Telemetry
 from worker.telemetry.logging import LogReceiver
 
 KEY = "chat:tokens:{r}"
 FAR = 4_000_000_000_000
 STONE = Tombstone(outcome="done", time=1)
 
+Connections: TypeAlias = type[PipelinedConnection]
+
 
 class Process:
     """What one worker process has of the broker."""
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, telemetry: Telemetry, pace: FlushPace, connections: Connections) -> None:
         self.name = name
         self.commands = command_client(url)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
-        self.publisher = Publisher(command_client(url, connections=1), LogReceiver())
+        publishing = command_client(url, connections=1)
+        self.publisher = Publisher(publishing, telemetry, pace, connection_type=connections)
         self.use(Transactions(self.commands))
 
     def use(self, transactions: Transactions) -> None:
@@ -60,8 +66,12 @@ class Process:
 
 
 @asynccontextmanager
-async def process(url: str, name: str) -> AsyncIterator[Process]:
-    it = Process(url, name)
+async def process(
+    url: str, name: str, *, telemetry: Telemetry | None = None, pace: FlushPace | None = None,
+    connections: Connections = PipelinedConnection,
+) -> AsyncIterator[Process]:  # fmt: skip
+    """A process whose publisher runs. `connections` is the class of the publisher's connections."""
+    it = Process(url, name, telemetry or LogReceiver(), pace or FlushPace(), connections)
     writing = asyncio.create_task(it.publisher.run())
     try:
         yield it

@@ -2,32 +2,38 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from conftest import eventually, stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, LeaseLost
+from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery
-from worker.broker.log_pages import read_all
 from worker.broker.log_writer import LogDiverged, LogFenced, LogGone, LogRefused, LogSealed, LogWriter
 from worker.broker.ownership import LogOwnership
+from worker.broker.replicas import Replicas
 from worker.contract.entries import Cancelled, Delta, Failed, parse
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import Keys
-from worker.redisio.pipelined import Command, NodeConnections
+from worker.redisio.pipelined import PipelinedConnection
 from worker.redisio.retry import RetryUntilAvailable
+from worker.telemetry.events import EntriesAccepted, Event
 from worker.telemetry.logging import configure_logging
+
+
+async def deliver(process: Process, redis: Redis) -> Delivery:
+    await process.jobs.ensure_group("default")
+    await redis.xadd("chat:jobs", {"id": "r"})
+    return await process.claim()
 
 
 @pytest.fixture
 async def delivery(one: Process, redis: Redis) -> Delivery:
-    await redis.xadd("chat:jobs", {"id": "r"})
-    return await one.claim()
+    return await deliver(one, redis)
 
 
 async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, redis: Redis) -> None:
@@ -51,18 +57,16 @@ async def test_what_is_appended_while_a_flush_is_out_goes_with_the_next(
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(2000)]
 
 
-async def test_what_is_too_much_for_one_flush_goes_with_the_next(
-    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.broker.publisher._MAX_ENTRIES", 3)
-    log = await one.acquire(delivery)
-    before = (await redis.info("commandstats"))["cmdstat_exec"]["calls"]
-    for number in range(0, 20, 2):
-        log.extend([delta(str(number)), delta(str(number + 1))])
-    await log.wait_drained()
-    assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(20)]
-    assert (await redis.info("commandstats"))["cmdstat_exec"]["calls"] >= before + 5  # of two runs each
-    assert one.publisher._bytes == log._bytes == 0
+async def test_entries_that_exceed_one_flush_go_out_with_the_next(redis_url: str, redis: Redis) -> None:
+    async with process(redis_url, "one", pace=FlushPace(max_entries=3)) as one:
+        log = await one.acquire(await deliver(one, redis))
+        before = (await redis.info("commandstats"))["cmdstat_exec"]["calls"]
+        for number in range(0, 20, 2):
+            log.extend([delta(str(number)), delta(str(number + 1))])
+        await log.wait_drained()
+        assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(20)]
+        assert (await redis.info("commandstats"))["cmdstat_exec"]["calls"] >= before + 5  # of two batches each
+        assert one.publisher.pending_bytes == log.pending_bytes == 0
 
 
 async def test_a_former_owner_can_write_no_more_after_a_take_over(
@@ -210,20 +214,20 @@ async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_o
     assert (await texts(redis))[301:] == ["2-0:claimed"]
 
 
-async def test_d13_a_claim_is_not_repeated_because_the_log_could_not_be_read(
+async def test_a_claim_is_not_repeated_because_the_log_could_not_be_read(
     one: Process, two: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await one.acquire(delivery)
-    again, left = await stolen(redis, two, delivery), 3
+    again, left, xrange = await stolen(redis, two, delivery), 3, two.commands.xrange
 
-    async def cut_off(*_: object) -> object:
+    async def cut_off(*_: object, **__: object) -> object:
         nonlocal left
         left -= 1
         if left >= 0:
-            raise RedisConnectionError("cut off")
-        return await read_all(two.commands, KEY)
+            raise ResponseError("MASTERDOWN Link with MASTER is down")
+        return await xrange(KEY)
 
-    monkeypatch.setattr("worker.broker.ownership.read_all", cut_off)
+    monkeypatch.setattr(two.commands, "xrange", cut_off)
     assert isinstance(await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR), Acquired)
     assert left < 0
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
@@ -348,27 +352,30 @@ async def test_text_of_any_length_and_alphabet_arrives_as_it_is(
     assert await texts(redis) == ["1-0:started", f"1-1:{letter * size}", "1-2:next"]
 
 
-async def test_a_redis_that_loads_its_data_is_waited_for(
-    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_redis_that_loads_its_data_is_waited_for(redis_url: str, redis: Redis) -> None:
     """As after a restart: it takes connections, and answers commands with an error."""
-    log = await one.acquire(delivery)
-    log.append(delta("before"))
-    await log.wait_drained()
-    query, queries = NodeConnections.query, 0
+    refusals = 0
 
-    async def loading(connections: NodeConnections, commands: Sequence[Command]) -> list[object]:
-        nonlocal queries
-        queries += 1
-        if queries > 2:
-            return await query(connections, commands)
-        return [BusyLoadingError("Redis is loading")] * len(commands)
+    class Loading(PipelinedConnection):
+        def execute(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
+            nonlocal refusals
+            if not refusals:
+                return super().execute(packed, count)
+            refusals -= 1
+            answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+            answer.set_result([BusyLoadingError("Redis is loading")] * count)
+            return answer
 
-    monkeypatch.setattr(NodeConnections, "query", loading)
-    one.publisher.verify_all()
-    log.append(delta("after"))
-    await log.wait_drained()
-    assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:after"]
+    async with process(redis_url, "one", connections=Loading) as one:
+        log = await one.acquire(await deliver(one, redis))
+        log.append(delta("before"))
+        await log.wait_drained()
+        refusals = 2
+        one.publisher.verify_all()
+        log.append(delta("after"))
+        await log.wait_drained()
+        assert not refusals
+        assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:after"]
 
 
 async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(
@@ -547,11 +554,20 @@ async def test_a_round_finds_the_seal_of_a_silent_log_and_asks_nothing_about_the
     log = await one.acquire(delivery)
     log.append(delta("x"))
     await log.wait_drained()
+    before = await reads_of_ends(redis)
     one.publisher.verify_idle()
-    assert log not in one.publisher._asked, "what was accepted since shows that it is ours"
+    log.append(delta("y"))
+    await log.wait_drained()
+    assert await reads_of_ends(redis) == before, "the accepted entry shows that the log is ours"
+    one.publisher.verify_idle()
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     one.publisher.verify_idle()
     assert isinstance(await asyncio.wait_for(log.lost, 10), LogSealed)
+
+
+async def reads_of_ends(redis: Redis) -> int:
+    stats = await redis.info("commandstats")
+    return int(stats.get("cmdstat_xrevrange", {"calls": 0})["calls"])
 
 
 async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery, redis: Redis) -> None:
@@ -569,41 +585,43 @@ async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery
     await log.wait_drained()
 
 
-async def test_a_log_that_is_flooded_does_not_hold_up_the_others(
-    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one fast stream among slow ones: what it may have waiting is less than two flushes take."""
-    flooded = await one.acquire(delivery)
-    await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
-    await redis.expire("chat:tokens:{s}", 60)
-    other = LogWriter("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
-    one.publisher.attach(other)
-    flush, flushes, is_over = one.publisher._flush, 0, False
+class Flushes:
+    """Counts flushes by the events of a publisher: one for each flush of which Redis accepted something."""
 
-    def counted() -> None:
-        nonlocal flushes
-        flushes += 1
-        flush()
+    count = 0
 
-    async def flood() -> None:
-        while not is_over:
-            while not flooded.is_full:
-                flooded.append(delta("x"))
-            await flooded.wait_for_room()
+    def emit(self, event: Event) -> None:
+        self.count += isinstance(event, EntriesAccepted)
 
-    monkeypatch.setattr(one.publisher, "_flush", counted)
-    flooding = asyncio.create_task(flood())
-    waited = []
-    for number in range(50):
-        before = flushes
-        other.append(delta(str(number)))
-        await other.wait_drained()
-        waited.append(flushes - before)
-    is_over = True
-    await flooding
-    await flooded.wait_drained()
-    assert await redis.xlen(KEY) > await redis.xlen("chat:tokens:{s}") == 51
-    assert max(waited) <= 3
+
+async def test_a_flooded_log_does_not_hold_up_the_others(redis_url: str, redis: Redis) -> None:
+    """As one fast stream among slow ones: its waiting entries fill less than two flushes."""
+    flushes, is_over = Flushes(), False
+    async with process(redis_url, "one", telemetry=flushes) as one:
+        flooded = await one.acquire(await deliver(one, redis))
+        await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
+        await redis.expire("chat:tokens:{s}", 60)
+        other = LogWriter("s", "chat:tokens:{s}", "chat:feed:{s}", 1, one.publisher)
+        one.publisher.attach(other)
+
+        async def flood() -> None:
+            while not is_over:
+                while not flooded.is_full:
+                    flooded.append(delta("x"))
+                await flooded.wait_for_room()
+
+        flooding = asyncio.create_task(flood())
+        waited = []
+        for number in range(50):
+            before = flushes.count
+            other.append(delta(str(number)))
+            await other.wait_drained()
+            waited.append(flushes.count - before)
+        is_over = True
+        await flooding
+        await flooded.wait_drained()
+        assert await redis.xlen(KEY) > await redis.xlen("chat:tokens:{s}") == 51
+        assert max(waited) <= 3
 
 
 async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Delivery, redis: Redis) -> None:
@@ -658,30 +676,34 @@ async def test_a_log_that_is_gone_after_the_end_is_not_begun_again(
     assert not await one.owner.finalize("r", STONE, retention=60, remember=120), "its end is lost"
 
 
-async def test_a_look_that_was_out_while_the_next_attempt_began_does_not_take_it_for_lost(
-    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = await one.acquire(delivery)
-    log.append(delta("first"))
-    await log.wait_drained()
-    looked, advanced = asyncio.Event(), asyncio.Event()
-    query = NodeConnections.query
+async def test_a_verification_in_flight_does_not_take_the_next_attempt_for_lost(redis_url: str, redis: Redis) -> None:
+    read, continued = asyncio.Event(), asyncio.Event()
+    is_slow = False
 
-    async def slow(connections: NodeConnections, commands: Sequence[Command]) -> list[object]:
-        replies = await query(connections, commands)
-        if not looked.is_set():
-            looked.set()
-            await advanced.wait()
-        return replies
+    class Slow(PipelinedConnection):
+        def execute(self, packed: bytes, count: int) -> asyncio.Future[list[Any]]:
+            replies = super().execute(packed, count)
+            return asyncio.ensure_future(self.hold_back(replies)) if is_slow and not read.is_set() else replies
 
-    monkeypatch.setattr(NodeConnections, "query", slow)
-    one.publisher.verify_all()
-    await looked.wait()
-    await one.owner.next_attempt(log, delivery, "upstream")
-    log.append(delta("second"))
-    advanced.set()
-    await log.wait_drained()
-    assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]
+        async def hold_back(self, replies: asyncio.Future[list[Any]]) -> list[Any]:
+            early = await replies
+            read.set()
+            await continued.wait()
+            return early
+
+    async with process(redis_url, "one", connections=Slow) as one:
+        delivery = await deliver(one, redis)
+        log = await one.acquire(delivery)
+        log.append(delta("first"))
+        await log.wait_drained()
+        is_slow = True
+        one.publisher.verify_all()
+        await read.wait()
+        await one.owner.next_attempt(log, delivery, "upstream")
+        log.append(delta("second"))
+        continued.set()
+        await log.wait_drained()
+        assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]
 
 
 async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
@@ -715,12 +737,12 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_tho
 
 
 async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
-    one: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    monkeypatch.setattr("worker.broker.replicas._WAIT_MS", 60_000)  # for this test, for ever
+    for_ever = Replicas(1, wait=60)
     owner = LogOwnership(
-        one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=1
-    )  # fmt: skip
+        one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=for_ever
+    )
     logs = [f"r{number}" for number in range(100)]
     for request_id in logs:
         await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "done"}, id=str(SEAL))

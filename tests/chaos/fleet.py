@@ -17,6 +17,7 @@ from faults import Fate, Gate, Network, gated
 from redis.exceptions import RedisError
 
 from worker.broker.dead_letters import DeadLetterWriter
+from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.lifecycle import LifecycleWriter
 from worker.broker.log_writer import LogLost
@@ -89,7 +90,7 @@ class Worker:
         for redis in self._clients:
             self.gate.guard(redis)
         connection_type = gated(self.gate)
-        self._publisher = Publisher(publishing, connection_type=connection_type)
+        self._publisher = Publisher(publishing, pace=FlushPace(feed_delay=0.0), connection_type=connection_type)
         transactions = Transactions(self._commands, connection_type)
         self._lifecycle = LifecycleWriter(self._commands, Keys(), connection_type=connection_type)
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts(), transport=_Vllm(self.gate))

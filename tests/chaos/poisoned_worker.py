@@ -38,8 +38,8 @@ async def _end(self: Generation) -> Terminal:
     return await _healthy(self)
 
 
-def _die_midway(self: LogWriter, run: AppendBatch) -> bool:
-    accepted = _accept(self, run)
+def _die_midway(self: LogWriter, batch: AppendBatch) -> bool:
+    accepted = _accept(self, batch)
     if self.request_id in _midway and self.accepted.n > 8:
         os._exit(1)
     return accepted

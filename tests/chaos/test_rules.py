@@ -50,7 +50,7 @@ from typing import Any
 import pytest
 from conftest import StartWorker, eventually, stream
 from faults import Fate, Gate, Network, gated
-from processes import FAR, KEY, Process, delta, stolen, texts
+from processes import FAR, KEY, Process, delta, process, stolen, texts
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -63,6 +63,7 @@ from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
+from worker.redisio.pipelined import Callback, PipelinedConnection
 from worker.redisio.retry import RetryUntilAvailable
 from worker.redisio.transactions import Transactions
 from worker.sandbox.simulator.server import Simulator
@@ -172,14 +173,25 @@ def test_rule_3_a_second_resume_does_not_take_up_what_the_first_dropped() -> Non
 
 
 @pytest.mark.parametrize("together", [False, True])
-async def test_rule_4_a_hole_makes_a_new_attempt_necessary(one: Process, delivery: Delivery, *, together: bool) -> None:
-    """One that a MULTI cannot leave, but a Redis that is none, or a cluster in trouble."""
-    log = await one.acquire(delivery)
-    entries = [delta("refused"), delta("taken")]
-    for run in [entries] if together else [[entry] for entry in entries]:
-        log.extend(run)
-    one.publisher._take_replies(log.pending, {}, [ResponseError("NOREPLICAS"), b"1-2"])
-    assert isinstance(log.loss, LogDiverged)
+async def test_rule_4_a_hole_makes_a_new_attempt_necessary(redis_url: str, redis: Redis, *, together: bool) -> None:
+    """A MULTI cannot leave a hole, but a server that only resembles Redis can, or a cluster in trouble."""
+
+    class LeavesHole(PipelinedConnection):
+        def send(self, packed: bytes, count: int, callback: Callback) -> None:
+            if b"refused" not in packed:
+                super().send(packed, count, callback)
+                return
+            executed = [ResponseError("NOREPLICAS"), b"1-2", *[0] * (count - 4)]  # the rest is the feed
+            callback([b"OK", *[b"QUEUED"] * len(executed), executed])
+
+    async with process(redis_url, "one", connections=LeavesHole) as one:
+        await one.jobs.ensure_group("default")
+        await redis.xadd("chat:jobs", {"id": "r"})
+        log = await one.acquire(await one.claim())
+        entries = [delta("refused"), delta("taken")]
+        for batch in [entries] if together else [[entry] for entry in entries]:
+            log.extend(batch)
+        assert isinstance(await asyncio.wait_for(log.lost, 10), LogDiverged)
 
 
 async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_own(

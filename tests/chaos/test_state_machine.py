@@ -346,7 +346,6 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
         Machine.url = redis_url
         # Each pause ends at a gate as it is.
         monkeypatch.setattr("worker.redisio.retry.Backoff.wait", _no_pause)
-        monkeypatch.setattr("worker.broker.feed._FEED_WAITS", 0.0)
         # Reading all certificates anew takes longer than the life of such a worker.
         context = ssl.create_default_context()
         monkeypatch.setattr("httpx._transports.default.create_ssl_context", lambda **_: context)

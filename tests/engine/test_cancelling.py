@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from worker import Answer, Client, Delta, IncompleteLog, Refused, State
 from worker.broker.client_seals import USAGE_TRIES, seal_cancelled
-from worker.broker.log_pages import PageSize, read_all
+from worker.broker.log_pages import PageSize, read_raw_entries
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
@@ -154,7 +154,7 @@ async def test_a_log_is_read_to_its_seal_wherever_a_page_ends(entries: int, clie
     pipe.xadd(key, {"type": "done"}, id=str(SEAL))
     pipe.expire(key, 60)
     await pipe.execute()
-    assert len(await read_all(redis, key)) == entries
+    assert len(await read_raw_entries(redis, key)) == entries
     assert await seal_cancelled(redis, key) is None
     assert (await client.result("r")).text == "x" * (entries - 2)
     await redis.xdel(key, "1-5")

@@ -10,9 +10,9 @@ from structlog.testing import capture_logs
 
 from worker import Answer, Client
 from worker.broker.job_queue import Delivery
-from worker.broker.publisher import Publisher
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
+from worker.redisio.pipelined import NodeConnections
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.settings import load_settings
@@ -154,8 +154,7 @@ async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
     await eventually(runs)
     for part, what in ((worker._jobs, "hand_over"), (worker._registry, "remove")):
         monkeypatch.setattr(part, what, never)
-    assert isinstance(worker._publisher, Publisher)
-    monkeypatch.setattr(worker._publisher._wires, "execute", lambda _commands, _done: None)
+    monkeypatch.setattr(NodeConnections, "execute", lambda _connections, _commands, _callback: None)
     configure_logging("json")
     with capture_logs() as logs:
         stop_at_once(worker)

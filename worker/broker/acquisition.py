@@ -1,19 +1,22 @@
-"""What comes of taking the log of a job: who owns it, and which attempt and which job that is."""
+"""The possible results of acquiring a log, and the judgements that lead to them. They are made without I/O."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..contract.entries import Claimed, Entry, Started
-from ..contract.ids import LAST_ATTEMPT
+from ..contract.entries import BadEntry, Claimed, Entry, Started, parse
+from ..contract.history import fault_in
+from ..contract.ids import BEFORE_ALL, LAST_ATTEMPT, EntryId
 from .job_queue import Delivery
+from .log_pages import RawEntry
 from .log_writer import LogExhausted, LogWriter
 
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """The log is ours to write. `history` is what earlier attempts wrote; empty at the first.
+    """The log is this process's to write. `history` is what earlier attempts wrote.
 
-    `unreadable` says why the history cannot be read; it is empty then. `fault` says why an answer cannot go on from it.
+    `unreadable` is why the history cannot be read, and the history is empty then. `fault` is why an answer cannot
+    continue from the history.
     """
 
     log: LogWriter
@@ -34,15 +37,15 @@ class DuplicateJob:
 
 @dataclass(frozen=True, slots=True)
 class IdReused:
-    """The log was begun for another request under the same id: nothing of it is this job's."""
+    """The log belongs to another request with the same id: nothing in it is this job's."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """Another worker holds the job by now: nothing is to be done, not even an acknowledgement."""
+    """Another worker holds the job by now: this process does nothing more, and does not acknowledge it."""
 
 
-Taken: TypeAlias = Acquired | AlreadyEnded | DuplicateJob | IdReused | LeaseLost
+AcquireResult: TypeAlias = Acquired | AlreadyEnded | DuplicateJob | IdReused | LeaseLost
 
 
 def attempt_after(attempt: int) -> int:
@@ -56,6 +59,35 @@ def attempt_after(attempt: int) -> int:
     return attempt + 1
 
 
-def job_of(what: Started | Claimed | Delivery) -> tuple[str, str]:
-    """What names a job: its queue and the id of its entry there."""
-    return what.queue, what.id if isinstance(what, Delivery) else what.job
+def job_of(source: Started | Claimed | Delivery) -> tuple[str, str]:
+    """What identifies a job: its queue and the id of its entry there."""
+    return source.queue, source.id if isinstance(source, Delivery) else source.job
+
+
+def was_written_by(entry: Entry | None, owner: str, delivery: Delivery, count: int) -> bool:
+    """Whether the process with nonce `owner` began an attempt with this entry, for the job of a delivery.
+
+    `count` is the delivery's, or 0 where the process began the attempt on its own account.
+    """
+    return (
+        isinstance(entry, Started | Claimed)
+        and (entry.owner, entry.delivery, *job_of(entry)) == (owner, count, *job_of(delivery))
+    )  # fmt: skip
+
+
+def acquired(log: LogWriter, raw: list[RawEntry], greatest: EntryId | None = None) -> Acquired:
+    """An acquired log with the history that its entries hold.
+
+    `greatest` is the greatest id that the log ever had before this attempt, where that is known.
+    """
+    try:
+        entries = [parse(*entry) for entry in raw]
+    except BadEntry as error:
+        log.entries_before = sum(EntryId.parse(entry_id).attempt < log.attempt for entry_id, _ in raw)
+        return Acquired(log, [], f"the log cannot be read: {error}")
+    history: list[Entry] = [entry for entry in entries if entry.id.attempt < log.attempt]
+    log.entries_before = len(history)
+    last = history[-1].id if history else BEFORE_ALL
+    if greatest is not None and last < greatest:
+        return Acquired(log, history, fault=f"entries are missing after {last}")
+    return Acquired(log, history, fault=fault_in(history))

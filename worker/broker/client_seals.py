@@ -33,7 +33,7 @@ from ..contract.keys import Keys
 from ..contract.records import Tombstone
 from ..redisio.cluster import ClusterClient
 from ..redisio.errors import is_lost_connection, redacted_message
-from .log_pages import RawEntry, read_all
+from .log_pages import RawEntry, read_raw_entries
 
 GRACE = 5.0
 """Seconds after its deadline until a client ends a request that no worker has started: a live worker does it first."""
@@ -183,7 +183,7 @@ async def seal_cancelled(
         RedisError: what Redis answers, unless it answers that there is a seal. Repeating this after a lost reply is
             safe.
     """
-    log = [parse_leniently(*entry) for entry in await read_all(redis, key)]
+    log = [parse_leniently(*entry) for entry in await read_raw_entries(redis, key)]
     if log and is_terminal(log[-1]):  # Redis refuses a range that begins after the greatest id
         return None
     tries_left = USAGE_TRIES

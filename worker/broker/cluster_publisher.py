@@ -1,7 +1,8 @@
-"""The publisher in a cluster: one for each master, so that a master that is away holds up the logs of its slots alone.
+"""The publisher in a cluster: one for each master, so that a master that is down delays only the logs of its own slots.
 
-A log goes to the publisher of the master that holds its slot. After each trouble of a publisher the cluster is asked
-again, and logs whose slots are elsewhere by now move there; their ends are read before more is written.
+A log is written by the publisher of the master that holds its slot. After each error of a publisher the cluster is
+queried again, and logs whose slots have moved are moved to the publishers of their new masters, which verify the logs'
+ends before they write.
 """
 
 import asyncio
@@ -22,166 +23,171 @@ from .publisher import Publisher
 
 
 class ClusterPublisher:
-    """See `Publisher`, whose methods these are."""
+    """The publishers of all masters. The methods are those of `Publisher`."""
 
     is_full = False
 
     def __init__(self, cluster: ClusterClient, telemetry: Telemetry) -> None:
         self._cluster = cluster
         self._telemetry = telemetry
-        self._parts: dict[Redis, _Part] = {}
-        self._homes: dict[LogWriter, _Part] = {}
-        self._homeless: set[LogWriter] = set()
+        self._publishers: dict[Redis, _MasterPublisher] = {}
+        self._assigned: dict[LogWriter, _MasterPublisher] = {}
+        self._unassigned: set[LogWriter] = set()
         self._group: asyncio.TaskGroup | None = None
-        self._leaving = False
+        self._is_stopping = False
         self._work = asyncio.Event()
-        on_master_removed(cluster, self._drop)
+        on_master_removed(cluster, self._retire)
 
     @property
     def has_shards(self) -> bool:
-        """Whether the feed goes to sharded channels: where every master knows them."""
-        return all(part.knows_shards for part in self._parts.values())
+        """Whether the feed uses sharded channels: every master has to know them."""
+        return all(publisher.knows_shards for publisher in self._publishers.values())
 
     def attach(self, log: LogWriter) -> None:
         """See `Publisher.attach`."""
-        part = self._part_of(log.key)
-        if part is None:
-            self._homeless.add(log)
+        publisher = self._publisher_of(log.key)
+        if publisher is None:
+            self._unassigned.add(log)
             self._work.set()
         else:
-            self._homes[log] = part
-            part.attach(log)
+            self._assigned[log] = publisher
+            publisher.attach(log)
 
     def detach(self, log: LogWriter) -> None:
         """See `Publisher.detach`."""
-        self._homeless.discard(log)
-        part = self._homes.pop(log, None)
-        if part is not None:
-            part.detach(log)
+        self._unassigned.discard(log)
+        publisher = self._assigned.pop(log, None)
+        if publisher is not None:
+            publisher.detach(log)
 
-    def enqueue(self, run: AppendBatch) -> None:
-        """Of a log without a home: it keeps this itself until it has one."""
+    def enqueue(self, batch: AppendBatch) -> None:
+        """Nothing: a log without a publisher keeps its entries itself until it has one."""
 
     def dequeue(self, log: LogWriter) -> None:
-        """Likewise there is nothing to drop."""
+        """Nothing, as nothing was enqueued."""
 
     def release_bytes(self, size: int) -> None:
-        """Likewise nothing was counted."""
+        """Nothing, as nothing was enqueued."""
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """See `Publisher.publish`."""
-        part = self._part_of(channel)
-        if part is not None:
-            part.publish(channel, entries)
+        publisher = self._publisher_of(channel)
+        if publisher is not None:
+            publisher.publish(channel, entries)
 
     def verify_all(self) -> None:
         """See `Publisher.verify_all`."""
-        for part in self._parts.values():
-            part.verify_all()
+        for publisher in self._publishers.values():
+            publisher.verify_all()
 
     def verify_idle(self) -> None:
         """See `Publisher.verify_idle`."""
-        for part in self._parts.values():
-            part.verify_idle()
+        for publisher in self._publishers.values():
+            publisher.verify_idle()
 
     def verify(self, request_id: str) -> None:
         """See `Publisher.verify`."""
-        for part in self._parts.values():
-            part.verify(request_id)
+        for publisher in self._publishers.values():
+            publisher.verify(request_id)
 
     def stop(self) -> None:
         """See `Publisher.stop`."""
-        self._leaving = True
+        self._is_stopping = True
         self._work.set()
 
     async def run(self) -> None:
         """See `Publisher.run`."""
         backoff = Backoff("cluster_unknown", self._telemetry)
         async with asyncio.TaskGroup() as self._group:
-            for part in self._parts.values():
-                self._group.create_task(part.run())
-            while not self._leaving:
+            for publisher in self._publishers.values():
+                self._group.create_task(publisher.run())
+            while not self._is_stopping:
                 try:
-                    for server in await self._cluster.masters():
-                        self._part_at(server)
-                    self._find_homes()
+                    for master in await self._cluster.masters():
+                        self._publisher_at(master)
+                    self._assign_all()
                 except (RedisError, OSError) as error:
                     await backoff.wait(error)
                     continue
                 backoff.reset()
                 await self._work.wait()
                 self._work.clear()
-            for part in self._parts.values():
-                part.stop()
+            for publisher in self._publishers.values():
+                publisher.stop()
 
     async def aclose(self) -> None:
         """See `Publisher.aclose`."""
-        for part in self._parts.values():
-            await part.aclose()
+        for publisher in self._publishers.values():
+            await publisher.aclose()
         await self._cluster.aclose()
 
-    async def rehome(self, part: "_Part") -> None:
-        """Move the logs whose slots a publisher's server does not hold any more; nothing of them is in flight."""
+    async def reassign(self, publisher: "_MasterPublisher") -> None:
+        """Move the logs of a publisher whose slots its master no longer holds; none of their entries is in flight."""
         self._cluster.connection_pool.forget()
         with suppress(RedisError, OSError):
             await self._cluster.masters()
-        for log in part.logs:
-            home = self._part_of(log.key)
-            if home is not None and home is not part:
-                part.disown(log)
-                self._homes[log] = home
-                home.adopt(log)
+        for log in publisher.logs:
+            successor = self._publisher_of(log.key)
+            if successor is not None and successor is not publisher:
+                publisher.disown(log)
+                self._assigned[log] = successor
+                successor.adopt(log)
 
-    def _find_homes(self) -> None:
-        for log in list(self._homeless):
-            part = self._part_of(log.key)
-            if part is None:
+    def _assign_all(self) -> None:
+        """Give each log without a publisher to the one of its master.
+
+        Raises:
+            ClusterDownError: when a log's slot has no master.
+        """
+        for log in list(self._unassigned):
+            publisher = self._publisher_of(log.key)
+            if publisher is None:
                 self._cluster.connection_pool.forget()
                 raise ClusterDownError("CLUSTERDOWN no master holds the slot")
-            self._homeless.discard(log)
-            self._homes[log] = part
-            part.adopt(log)
+            self._unassigned.discard(log)
+            self._assigned[log] = publisher
+            publisher.adopt(log)
 
-    def _part_of(self, key: str) -> "_Part | None":
-        server = self._cluster.connection_pool.known_master_of(key)
-        return None if server is None else self._part_at(server)
+    def _publisher_of(self, key: str) -> "_MasterPublisher | None":
+        master = self._cluster.connection_pool.known_master_of(key)
+        return None if master is None else self._publisher_at(master)
 
-    def _part_at(self, server: Redis) -> "_Part":
-        part = self._parts.get(server)
-        if part is None:
-            part = self._parts[server] = _Part(self, server, self._telemetry)
+    def _publisher_at(self, master: Redis) -> "_MasterPublisher":
+        publisher = self._publishers.get(master)
+        if publisher is None:
+            publisher = self._publishers[master] = _MasterPublisher(self, master, self._telemetry)
             if self._group is not None:
-                self._group.create_task(part.run())
-            if self._leaving:
-                part.stop()
-        return part
+                self._group.create_task(publisher.run())
+            if self._is_stopping:
+                publisher.stop()
+        return publisher
 
-    async def _drop(self, server: Redis) -> None:
-        part = self._parts.pop(server, None)
-        if part is not None:
-            part.retire()
+    async def _retire(self, master: Redis) -> None:
+        publisher = self._publishers.pop(master, None)
+        if publisher is not None:
+            publisher.retire()
 
 
-class _Part(Publisher):
+class _MasterPublisher(Publisher):
     """The publisher of one master."""
 
-    def __init__(self, whole: ClusterPublisher, server: Redis, telemetry: Telemetry) -> None:
-        super().__init__(server, telemetry, in_cluster=True)
-        self._whole = whole
+    def __init__(self, cluster_publisher: ClusterPublisher, master: Redis, telemetry: Telemetry) -> None:
+        super().__init__(master, telemetry, in_cluster=True)
+        self._cluster_publisher = cluster_publisher
         self._is_retired = False
 
     @property
     def has_shards(self) -> bool:
         """See `ClusterPublisher.has_shards`."""
-        return self._whole.has_shards
+        return self._cluster_publisher.has_shards
 
     @property
     def knows_shards(self) -> bool:
-        """Whether its own master knows sharded channels."""
-        return self._wires.has_sharded_channels
+        """Whether this master knows sharded channels."""
+        return self._connections.has_sharded_channels
 
     def retire(self) -> None:
-        """Its server is no master any more: come to an end once all logs are elsewhere."""
+        """End once all logs are with other publishers: the server is no master any more."""
         self._is_retired = True
         self.verify_all()
 
@@ -191,24 +197,24 @@ class _Part(Publisher):
         if self._is_retired:
             await self.aclose()
 
-    async def _look_at_logs(self) -> None:
+    async def _verify_logs(self) -> None:
         if self._is_retired:
-            await self._whole.rehome(self)
+            await self._cluster_publisher.reassign(self)
             if not self.logs:
-                self._look, self._asked, self._leaving = False, set(), True
+                self._must_verify_all, self._to_verify, self._is_stopping = False, set(), True
                 self._feed.pending.clear()
                 return
-        await super()._look_at_logs()
+        await super()._verify_logs()
 
     async def _recover(self, error: BaseException) -> None:
         await super()._recover(error)
-        await self._whole.rehome(self)
+        await self._cluster_publisher.reassign(self)
 
 
 AnyPublisher: TypeAlias = Publisher | ClusterPublisher
 
 
 def open_publisher(url: str, telemetry: Telemetry) -> AnyPublisher:
-    """The publisher for a URL of Redis; `run` connects it."""
+    """The publisher for a URL of Redis. Its `run` connects it."""
     redis = command_client(url, connections=1)
     return ClusterPublisher(redis, telemetry) if isinstance(redis, ClusterClient) else Publisher(redis, telemetry)

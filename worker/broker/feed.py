@@ -1,6 +1,7 @@
-"""What the publisher tells the feed: the entries that Redis has accepted, of logs to which somebody listens.
+"""The publishing end of the feed: a pub/sub copy of the entries that Redis has accepted, for logs that have listeners.
 
-It goes with the next flush, or alone soon. It is only speed: where Redis refuses it, it is silent, and followers read.
+The copy goes out with the publisher's next flush, or soon in a flush of its own. It is for speed only: where Redis
+refuses it, nothing more is published, and followers read the logs.
 """
 
 import asyncio
@@ -12,89 +13,88 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from ..contract.entries import Fields
-from ..contract.feed import MAX_SILENCE
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, pack
 from ..telemetry.events import Failing, RecordRefused, Recovered, Telemetry
+from .flush_pace import FlushPace
 from .log_writer import LogWriter
 
 FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
-"""What to tell, by log or by the channel of one."""
+"""Entries to publish, each with its id: by their log, or by the channel of a log that this process does not write."""
 
-_FEED_WAITS = 0.001
-"""Seconds; a MULTI for the feed alone costs as much as one for entries."""
-_OF_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
-"""In what Redis 6.2 to 8 say of a PUBLISH that a user has no right to, or that was renamed."""
 _REFUSED = "feed_refused"
+_NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
+"""In the errors of Redis 6.2 to 8 for a PUBLISH that the user has no right to, or that was renamed."""
 _encode = msgspec.json.encode
 
 
 class FeedPublisher:
-    """Collects news for a publisher's next flush; `due` is called when there are some and nothing else may come."""
+    """Collects what a publisher's next flush publishes. `on_due` is called when no flush came along for a while."""
 
-    def __init__(self, due: Callable[[], None], telemetry: Telemetry) -> None:
+    def __init__(self, on_due: Callable[[], None], telemetry: Telemetry, pace: FlushPace) -> None:
         self.pending: FeedBatch = {}
-        self.is_mute = False
-        self._due = due
+        self.is_muted = False
+        """Whether Redis refuses the feed, so that nothing is collected."""
+        self._on_due = on_due
         self._telemetry = telemetry
-        self._is_soon = False
+        self._pace = pace
+        self._is_scheduled = False
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Publish entries that Redis has accepted, each with its id."""
-        if not self.is_mute:
+        if not self.is_muted:
             self.pending.setdefault(channel, []).extend(entries)
             self.schedule()
 
     def publish_accepted(self, log: LogWriter, first: int, entries: list[Fields]) -> None:
-        """Publish entries of a log's attempt that Redis has accepted, `first` being the number of the first."""
-        if not self.is_mute:
-            told = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
-            self.pending.setdefault(log, []).extend(told)
+        """Publish entries of a log's current attempt that Redis has accepted. `first` is the `n` of the first one."""
+        if not self.is_muted:
+            with_ids = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
+            self.pending.setdefault(log, []).extend(with_ids)
             self.schedule()
 
     def schedule(self) -> None:
-        """The news go with the next entries, or alone if there are none."""
-        if not self._is_soon:
-            self._is_soon = True
-            asyncio.get_running_loop().call_later(_FEED_WAITS, self._tell)
+        """Have `on_due` called after the delay, if no flush has taken the pending entries by then."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_later(self._pace.feed_delay, self._on_timer)
 
-    def _tell(self) -> None:
-        self._is_soon = False
+    def _on_timer(self) -> None:
+        self._is_scheduled = False
         if self.pending:
-            self._due()
+            self._on_due()
 
     def drain(self, publish: bytes) -> tuple[FeedBatch, list[Command]]:
-        """The news, and the commands that tell them by SPUBLISH or PUBLISH; from now on there are none."""
-        told, self.pending = self.pending, {}
+        """Take all pending entries, with the commands that publish them by `publish` (PUBLISH or SPUBLISH)."""
+        batch, self.pending = self.pending, {}
         commands: list[Command] = []
-        for it, news in told.items():
-            channel = it if isinstance(it, str) else it.feed
-            commands.append((channel, pack(publish, channel.encode(), _encode(news)), 1))
-        return told, commands
+        for target, entries in batch.items():
+            channel = target if isinstance(target, str) else target.feed
+            commands.append((channel, pack(publish, channel.encode(), _encode(entries)), 1))
+        return batch, commands
+
+    def note_listeners(self, batch: FeedBatch, counts: list[Any], now: float) -> None:
+        """Note which logs have listeners, by Redis's replies to a batch. `now` is of the monotonic clock."""
+        for target, count in zip(batch, counts, strict=True):
+            if isinstance(target, LogWriter):
+                target.feed_idle_until = 0.0 if count else now + self._pace.feed_idle_for
 
     def mute_if_refused(self, error: BaseException) -> None:
-        """Fall silent if it is this that Redis refuses: it is in one MULTI with entries, and would hold them back."""
-        said = redacted_message(error)
-        if isinstance(error, ResponseError) and _OF_THE_FEED.search(said):
-            self.is_mute = True
+        """Stop publishing if Redis refuses the feed: it is in one MULTI with log entries, and would hold them back."""
+        message = redacted_message(error)
+        if isinstance(error, ResponseError) and _NAMES_THE_FEED.search(message):
+            self.is_muted = True
             self.pending.clear()
             self._telemetry.emit(RecordRefused("feed"))
-            self._telemetry.emit(Failing(_REFUSED, said))
+            self._telemetry.emit(Failing(_REFUSED, message))
 
     def unmute(self) -> None:
-        """Redis has taken a trial message."""
-        self.is_mute = False
+        """Publish again: Redis has accepted a trial message."""
+        self.is_muted = False
         self._telemetry.emit(Recovered(_REFUSED))
 
 
 def trial(log: LogWriter, publish: bytes) -> Command:
-    """Tries whether Redis takes the feed: not on the channel itself, for followers rely on what they hear there."""
+    """A command that shows whether Redis accepts the feed. It uses a channel of its own, which no follower reads."""
     channel = f"{log.feed}:trial"
     return channel, pack(publish, channel.encode(), b"[]"), 1
-
-
-def note_listeners(told: FeedBatch, counts: list[Any], now: float) -> None:
-    """How many heard what was told last, of each log; `now` is of the monotonic clock."""
-    for it, count in zip(told, counts, strict=True):
-        if isinstance(it, LogWriter):
-            it.feed_idle_until = 0.0 if count else now + MAX_SILENCE

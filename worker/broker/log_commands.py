@@ -1,4 +1,4 @@
-"""The commands about one log that its owner sends, packed, and what is read from their replies."""
+"""The commands about one log that its owner sends, packed, and how their replies are read."""
 
 from itertools import chain
 from typing import Any
@@ -13,50 +13,33 @@ from .log_pages import RawEntry
 from .log_writer import LogWriter
 
 
-async def look(line: Transaction, key: str, ended: str) -> tuple[RawEntry | None, bool]:
-    """Watch a log and its tombstone; gives the log's last entry, and whether the tombstone is there."""
-    reply, gone = await line.watch([key, ended], last_of(key), command("EXISTS", ended))
-    return first_of(reply), bool(gone)
+def command(*words: str) -> bytes:
+    """Any command, packed."""
+    return pack(*[word.encode() for word in words])
 
 
-def has_ended(replies: list[Any]) -> bool:
-    """Whether a log has its seal, or there is a tombstone; of the replies to its last entry and to that."""
-    last, ended = replies
-    return id_of(first_of(last)) == SEAL or bool(ended)
+def read_last(key: str) -> bytes:
+    """Reads the last entry."""
+    return command("XREVRANGE", key, "+", "-", "COUNT", "1")
 
 
-async def is_trimmed(line: Transaction, log: LogWriter, length: int) -> bool:
-    """Whether all that a log lacks is at its front, as far as its owner's own attempt shows."""
-    (reply,) = await line.query(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
-    first = id_of(first_of(reply))
-    return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1
+def xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
+    """Adds an entry; where the log does not exist, only if the command may `create` it."""
+    return command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
 
 
-async def greatest_id(line: Transaction, key: str) -> EntryId | None:
-    """The greatest id that a log ever had, also where its entry was deleted; nothing where there is no log."""
-    try:
-        (reply,) = await line.query(command("XINFO", "STREAM", key))
-    except ResponseError as error:
-        if "no such key" not in str(error):
-            raise
-        return None
-    return EntryId.parse(dict(zip(reply[::2], reply[1::2], strict=True))[b"last-generated-id"])
+def expire(key: str, seconds: int) -> bytes:
+    """Makes a key expire after so many seconds."""
+    return command("EXPIRE", key, str(seconds))
 
 
-def is_taken(error: ResponseError) -> bool:
-    """Whether Redis refused an entry because the log has, or had, one of that id or a greater one."""
-    return "equal or smaller" in str(error) or "exhausted the last" in str(error)
-
-
-async def entry_at(line: Transaction, key: str, entry_id: EntryId) -> Entry | None:
-    """The entry of this id, if the log has it; one that cannot be read is of an unknown type."""
-    (reply,) = await line.query(command("XRANGE", key, str(entry_id), str(entry_id)))
-    raw = first_of(reply)
-    return parse_leniently(*raw) if raw else None
+def expire_at(key: str, when: int) -> bytes:
+    """Makes a key expire at a time in Unix ms."""
+    return command("PEXPIREAT", key, str(when))
 
 
 def first_of(reply: list[tuple[bytes, list[bytes]]]) -> RawEntry | None:
-    """The first entry of what XRANGE and XREVRANGE give."""
+    """The first entry in a reply to XRANGE or XREVRANGE."""
     if not reply:
         return None
     entry_id, flat = reply[0]
@@ -68,31 +51,43 @@ def id_of(entry: RawEntry | None) -> EntryId | None:
     return EntryId.parse(entry[0]) if entry else None
 
 
-def command(*words: str) -> bytes:
-    """Any command."""
-    return pack(*[word.encode() for word in words])
+def has_ended(replies: list[Any]) -> bool:
+    """Whether a log has its seal or a tombstone, by the replies to `read_last` and to EXISTS of the tombstone."""
+    last, exists = replies
+    return id_of(first_of(last)) == SEAL or bool(exists)
 
 
-def last_of(key: str) -> bytes:
-    """Reads the last entry."""
-    return command("XREVRANGE", key, "+", "-", "COUNT", "1")
+def is_taken(error: ResponseError) -> bool:
+    """Whether Redis refused an entry because the log has, or had, one of that id or a greater one."""
+    return "equal or smaller" in str(error) or "exhausted the last" in str(error)
 
 
-def xlen(key: str) -> bytes:
-    """Counts the entries."""
-    return command("XLEN", key)
+async def watch_end(transaction: Transaction, key: str, ended: str) -> tuple[RawEntry | None, bool]:
+    """Watch a log and its tombstone; returns the log's last entry, and whether the tombstone exists."""
+    last, exists = await transaction.watch([key, ended], read_last(key), command("EXISTS", ended))
+    return first_of(last), bool(exists)
 
 
-def xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
-    """Adds an entry; where the log is not there, only if it may `create` it."""
-    return command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
+async def entry_at(transaction: Transaction, key: str, entry_id: EntryId) -> Entry | None:
+    """The entry of this id, if the log has it; an entry that cannot be read is one of an unknown type."""
+    (reply,) = await transaction.query(command("XRANGE", key, str(entry_id), str(entry_id)))
+    raw = first_of(reply)
+    return parse_leniently(*raw) if raw else None
 
 
-def expire(key: str, seconds: int) -> bytes:
-    """Lets a key expire after so many seconds."""
-    return command("EXPIRE", key, str(seconds))
+async def greatest_id(transaction: Transaction, key: str) -> EntryId | None:
+    """The greatest id that a log ever had, even if the entry was deleted; None where there is no log."""
+    try:
+        (reply,) = await transaction.query(command("XINFO", "STREAM", key))
+    except ResponseError as error:
+        if "no such key" not in str(error):
+            raise
+        return None
+    return EntryId.parse(dict(zip(reply[::2], reply[1::2], strict=True))[b"last-generated-id"])
 
 
-def pexpireat(key: str, when: int) -> bytes:
-    """Lets a key expire at a time in Unix ms."""
-    return command("PEXPIREAT", key, str(when))
+async def is_trimmed(transaction: Transaction, log: LogWriter, length: int) -> bool:
+    """Whether a log of this length lacks entries only at its front, as far as its current attempt shows."""
+    (reply,) = await transaction.query(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
+    first = id_of(first_of(reply))
+    return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1

@@ -1,7 +1,7 @@
-"""Reading a log in pages of so many bytes, as far as that can be known: Redis counts entries.
+"""Reading a log in pages of about the same number of bytes.
 
-A reply of a whole log may be larger than what Redis keeps for a connection (`client-output-buffer-limit`): it then
-closes the connection, each time it is asked again.
+Redis counts entries, so the size of a page is estimated from the pages before. A reply with a whole log could exceed
+what Redis buffers for a connection (`client-output-buffer-limit`): Redis then closes the connection, at each retry.
 """
 
 from dataclasses import dataclass
@@ -14,37 +14,37 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from ..contract.ids import SEAL
 
 RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
-"""An entry as redis-py gives it: its id, and its fields."""
+"""An entry as redis-py returns it: its id and its fields."""
 
-_MOST_ENTRIES, _FIRST_ENTRIES = 1000, 200
-"""Entries in a page at most, and in the first one of a log, of whose entries nothing is known."""
+_MAX_ENTRIES, _FIRST_ENTRIES = 1000, 200
+"""Entries in a page at most, and in the first page of a log."""
 
 _SEAL = str(SEAL).encode()
 
 _PAGE_BYTES = 256 * 1024
-"""What the entries of a page amount to, if they are as large as those of the page before."""
+"""The size of a page whose entries are as large as those of the page before."""
 
 
 @dataclass(slots=True)
 class PageSize:
-    """How many entries of one log are read at once."""
+    """How many entries of one log are read in one page."""
 
     entries: int = _FIRST_ENTRIES
 
     def learn(self, entries: int, size: int) -> None:
-        """So many entries were of so many bytes. What has shrunk grows slowly again."""
-        self.entries = max(1, min(_PAGE_BYTES * entries // max(1, size), 4 * self.entries, _MOST_ENTRIES))
+        """Adapt to a page of so many entries and bytes. The number of entries grows at most fourfold."""
+        self.entries = max(1, min(_PAGE_BYTES * entries // max(1, size), 4 * self.entries, _MAX_ENTRIES))
 
     def shrink(self) -> None:
-        """The last page did not come in time."""
+        """Adapt to a page that did not arrive in time."""
         self.entries = max(1, self.entries // 4)
 
 
-async def read_all(redis: Redis, key: str) -> list[RawEntry]:
+async def read_raw_entries(redis: Redis, key: str) -> list[RawEntry]:
     """All entries of a stream, oldest first.
 
     Raises:
-        RedisError: what Redis says, or that it cannot be reached.
+        RedisError: what Redis answers, or that it is unreachable.
     """
     entries: list[RawEntry] = []
     size, after = PageSize(), "-"
@@ -57,7 +57,7 @@ async def read_all(redis: Redis, key: str) -> list[RawEntry]:
             size.shrink()
             continue
         entries += page
-        if len(page) < size.entries or page[-1][0] == _SEAL:  # Redis refuses to be asked for what comes after it
+        if len(page) < size.entries or page[-1][0] == _SEAL:  # Redis refuses a range that begins after it
             return entries
         size.learn(len(page), sum([len(name) + len(value) for _, fields in page for name, value in fields.items()]))
         after = f"({page[-1][0].decode()}"

@@ -1,4 +1,4 @@
-"""The writing side of one token log: what its owner has appended, what Redis has accepted, and how it was lost."""
+"""The writing end of one token log: what its owner has appended, what Redis has accepted, and how it was lost."""
 
 import asyncio
 from collections import deque
@@ -11,63 +11,66 @@ from ..contract.ids import SEAL, EntryId
 from ..redisio.errors import redacted_message
 
 AppendBatch: TypeAlias = tuple["LogWriter", int, list[Fields], bytes]
-"""Entries that were appended together: their log, `n` of the first, their fields, and the commands that write them."""
+"""Entries that go out together: their log, the `n` of the first, their fields, and the packed commands that add them.
+
+A plain tuple, because one is made for each append.
+"""
 
 HIGH_WATER_BYTES = 256 * 1024
-"""Above this much of one log that Redis has not accepted, reading its answer from vLLM pauses."""
+"""When this much of one log waits for Redis, reading its answer from vLLM pauses."""
 
 
 class LogLost(Exception):
-    """The owner may write no more."""
+    """The owner of a log may not write to it any more."""
 
 
 class LogSealed(LogLost):
-    """The log has a terminal entry: it was cancelled, or somebody else finished it."""
+    """The log has its terminal entry: it was cancelled, or another process ended it."""
 
 
 class LogFenced(LogLost):
-    """A later attempt has begun: another owner has taken the request over."""
+    """A later attempt has begun: another process has taken the request over."""
 
 
 class LogGone(LogLost):
-    """The log is not there: it has expired or was deleted."""
+    """The log does not exist any more: it expired or was deleted."""
 
 
 class LogOver(LogGone):
-    """The log is not there and is not to be made anew: its request has ended, or its time is over."""
+    """The log does not exist and must not be recreated: its request has ended, or it has expired."""
 
 
 class LogDiverged(LogLost):
-    """Redis does not hold what it has acknowledged, as after a failover: the owner must begin a new attempt."""
+    """Redis has lost entries that it acknowledged, as after a failover: the owner must begin a new attempt."""
 
 
 class LogExhausted(LogLost):
-    """No attempt can follow the last one of the log: somebody has written an id of the greatest there are."""
+    """No attempt can follow the last one of the log: somebody has written one of the greatest possible ids."""
 
 
 class LogRefused(LogLost):
-    """A key of another type stands in the log's place: the only refusal of Redis that is of one log alone."""
+    """The log's key holds another type. No other refusal of Redis concerns one log alone."""
 
 
 class EntrySink(Protocol):
-    """What a log hands its entries to."""
+    """The receiver of the entries of logs: a publisher."""
 
     is_full: bool
-    """Whether all its logs together have so much to write that none may read on."""
+    """Whether all logs together have so many entries waiting that reading from vLLM must pause for all of them."""
 
-    def enqueue(self, run: AppendBatch) -> None:
-        """Entries to write, after all others of their log."""
+    def enqueue(self, batch: AppendBatch) -> None:
+        """Write entries, after all earlier ones of their log."""
 
     def dequeue(self, log: "LogWriter") -> None:
-        """What it has taken of a log need not be written."""
+        """Drop the entries of a log that were enqueued and are not in flight."""
 
     def release_bytes(self, size: int) -> None:
-        """So many bytes need not be written any more."""
+        """Subtract bytes that were accepted or dropped."""
 
 
 @dataclass(eq=False, slots=True)
 class LogWriter:
-    """One owner's end of a log. Appending never waits; `room` and `drained` do."""
+    """One owner's writing end of a log. Appending never waits; `wait_for_room` and `wait_drained` do."""
 
     request_id: str
     key: str
@@ -75,21 +78,21 @@ class LogWriter:
     attempt: int
     sink: EntrySink
     entries_before: int = 0
-    """How many entries Redis had of the log when the attempt began."""
+    """How many entries the log had when the attempt began."""
     deltas_to_pass: int = 0
-    """How many deltas it must surpass to have got on, where the answer begins again."""
+    """How many deltas an answer that is restarted must exceed to count as progress."""
     accepted_at_check: EntryId | None = field(init=False, default=None)
-    """What was accepted when the publisher last went through all logs."""
+    """The last accepted entry at the time of the last `Publisher.verify_idle`."""
     feed_idle_until: float = field(init=False, default=0.0)
-    """Until when the feed is not told of it, since nobody listened; of the monotonic clock, and 0 if somebody may."""
+    """Until when the feed leaves the log out because nobody listened (monotonic clock); 0 if somebody may listen."""
     lost: asyncio.Future[LogLost] = field(init=False)
     loss: LogLost | None = field(init=False, default=None)
-    """Why the owner may write no more, or nothing while it may."""
+    """Why the owner may not write any more; None while it may."""
     progress: asyncio.Future[None] = field(init=False)
-    """Done once Redis has accepted a delta of this owner; where the answer began again, more than `goal`."""
-    _behind: int = field(init=False, default=0)
-    """Deltas that Redis had accepted before, and more; below 0 once there is progress."""
-    _key: str = field(init=False)
+    """Done once Redis has accepted a delta of this owner; of a restarted answer more than `deltas_to_pass`."""
+    _deltas_left: int = field(init=False, default=0)
+    """Deltas until there is progress; below 0 once there is."""
+    _packed_key: str = field(init=False)
     _pending: deque[AppendBatch] = field(init=False, default_factory=deque)
     _bytes: int = field(init=False, default=0)
     _next: int = field(init=False, default=1)
@@ -99,84 +102,87 @@ class LogWriter:
     def __post_init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
         self.progress = asyncio.get_running_loop().create_future()
-        self._key = f"${len(self.key.encode())}\r\n{self.key}\r\n$10\r\nNOMKSTREAM\r\n$"
+        self._packed_key = f"${len(self.key.encode())}\r\n{self.key}\r\n$10\r\nNOMKSTREAM\r\n$"
 
     def append(self, fields: Fields) -> None:
-        """Add an entry with the next id; it goes out with the next flush. Nothing is added to a log that is lost."""
+        """Add an entry with the next id; it goes out with the next flush. A log that is lost takes no entries."""
         self.extend([fields])
 
     def extend(self, entries: list[Fields]) -> None:
-        """Add some at once, in this order. The list is the log's from now on."""
+        """Add several entries, in this order. The caller must not change the list afterwards."""
         if self.loss is not None or not entries:
             return
-        run = self._run(self._next, entries)
+        batch = self._batch(self._next, entries)
         self._next += len(entries)
-        self._pending.append(run)
-        self._bytes += len(run[3])
-        self.sink.enqueue(run)
+        self._pending.append(batch)
+        self._bytes += len(batch[3])
+        self.sink.enqueue(batch)
 
-    def _run(self, first: int, entries: list[Fields]) -> AppendBatch:
-        return self, first, entries, _xadds(self._key, self.attempt, first, entries)
+    def _batch(self, first: int, entries: list[Fields]) -> AppendBatch:
+        return self, first, entries, _xadds(self._packed_key, self.attempt, first, entries)
 
     def begin_attempt(self, attempt: int, before: int) -> None:
-        """Go on under a later attempt, whose first entry Redis has accepted, after so many others."""
+        """Continue under a later attempt, whose first entry Redis has accepted after `before` entries."""
         self.discard_pending()
         self.attempt, self.entries_before, self._accepted, self._next = attempt, before, 0, 1
-        self.feed_idle_until = 0.0  # whoever has heard of the attempt by now relies on hearing the rest
+        self.feed_idle_until = 0.0  # a follower that got the first entry from the feed expects the rest there
         if self.loss is not None:
             self.loss = None
             self.lost = asyncio.get_running_loop().create_future()
 
     @property
     def accepted(self) -> EntryId:
-        """The last entry of this owner that Redis has accepted."""
+        """The id of the last entry of this attempt that Redis has accepted."""
         return EntryId(self.attempt, self._accepted)
 
     @property
     def length(self) -> int:
-        """How many entries Redis must have of the log."""
+        """How many entries the log must have in Redis."""
         return self.entries_before + 1 + self._accepted
 
     @property
     def pending(self) -> list[AppendBatch]:
-        """What Redis has not accepted, oldest first."""
+        """The batches that Redis has not accepted, oldest first."""
         return list(self._pending)
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes of what Redis has not accepted, as commands."""
+        """Bytes of the commands that Redis has not accepted."""
         return self._bytes
 
-    def accept(self, run: AppendBatch) -> bool:
-        """Redis holds these entries, and those before them; false where they were forgotten meanwhile."""
+    def accept(self, batch: AppendBatch) -> bool:
+        """Note that Redis has accepted the oldest pending batch. False where the batch was discarded meanwhile."""
         pending = self._pending
-        if not pending or pending[0] is not run:
+        if not pending or pending[0] is not batch:
             return False
         pending.popleft()
-        _, first, entries, packed = run
+        _, first, entries, packed = batch
         size = len(packed)
         self._bytes -= size
         self.sink.release_bytes(size)
         self._accepted = first + len(entries) - 1
-        if self._behind >= 0:
-            self._look_for_progress(entries)
+        if self._deltas_left >= 0:
+            self._note_progress(entries)
         if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
             self.wake_waiters()
         return True
 
-    def _look_for_progress(self, entries: list[Fields]) -> None:
+    def _note_progress(self, entries: list[Fields]) -> None:
         for fields in entries:
             if fields["type"] == Restarted.type:
-                self._behind = self.deltas_to_pass
+                self._deltas_left = self.deltas_to_pass
             elif fields["type"] == Delta.type:
-                self._behind -= 1
-            if self._behind < 0:
+                self._deltas_left -= 1
+            if self._deltas_left < 0:
                 self.progress.set_result(None)
                 break
 
     def reconcile(self, tail: EntryId | None) -> list[AppendBatch]:
-        """Compare with the last id that Redis has, none in flight; gives what turns out to be accepted."""
-        lost = judge(tail, self.attempt, self.accepted)
+        """Compare with the log's last id in Redis, while nothing is in flight; returns the batches that Redis has.
+
+        The log is lost where Redis has less or more than this owner can account for.
+        """
+        lost = loss_shown_by(tail, self.attempt, self.accepted)
         if lost is None and tail is not None and tail.n >= self._next:
             lost = LogDiverged(f"Redis holds the log up to {tail}, which its owner has not written")
         if lost is not None:
@@ -184,21 +190,21 @@ class LogWriter:
             return []
         accepted: list[AppendBatch] = []
         while tail is not None and self._pending and self._pending[0][1] <= tail.n:
-            self._part(tail.n)
+            self._split_first(tail.n)
             accepted.append(self._pending[0])
             self.accept(self._pending[0])
         return accepted
 
-    def _part(self, n: int) -> None:
-        """Make two of the first run where it goes on after `n`."""
+    def _split_first(self, n: int) -> None:
+        """Split the first batch after entry `n` in two, if it goes beyond."""
         _, first, entries, _ = self._pending[0]
-        there = n + 1 - first
-        if there < len(entries):
-            self._pending[0] = self._run(n + 1, entries[there:])
-            self._pending.appendleft(self._run(first, entries[:there]))
+        kept = n + 1 - first
+        if kept < len(entries):
+            self._pending[0] = self._batch(n + 1, entries[kept:])
+            self._pending.appendleft(self._batch(first, entries[:kept]))
 
     def mark_lost(self, reason: LogLost) -> None:
-        """The owner writes no more."""
+        """Stop writing, and wake all who wait for this log."""
         if self.loss is None:
             self.loss = reason
             self.lost.set_result(reason)
@@ -207,19 +213,19 @@ class LogWriter:
 
     @property
     def is_full(self) -> bool:
-        """Whether reading from vLLM should pause."""
+        """Whether reading from vLLM must pause."""
         return self._bytes >= HIGH_WATER_BYTES or self.sink.is_full
 
     async def wait_for_room(self) -> None:
-        """Wait until there is room for more, or the log is lost."""
+        """Wait until there is room for more entries, or the log is lost."""
         while self.is_full:
             await self._changed()
 
     async def wait_drained(self) -> None:
-        """Wait until Redis has accepted everything.
+        """Wait until Redis has accepted all entries.
 
         Raises:
-            LogLost: when it will not.
+            LogLost: when the log is lost.
         """
         while self._pending:
             await self._changed()
@@ -232,7 +238,7 @@ class LogWriter:
         await waiter
 
     def discard_pending(self) -> None:
-        """Drop what Redis has not accepted."""
+        """Drop the entries that Redis has not accepted."""
         if self._pending:
             self._pending.clear()
             self.sink.dequeue(self)
@@ -240,15 +246,18 @@ class LogWriter:
         self.sink.release_bytes(size)
 
     def wake_waiters(self) -> None:
-        """Have those look again who wait for room, or for the end."""
+        """Have all who wait for room or for the last entry check again."""
         waiting, self._waiting = self._waiting, ()
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
 
 
-def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
-    """What a log's last id says to an owner of `attempt` that has `accepted` acknowledged; nothing when all is well."""
+def loss_shown_by(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
+    """How the last id of a log shows that its owner has lost it; None when it does not.
+
+    `attempt` is the owner's, and `accepted` the last entry that Redis acknowledged to it.
+    """
     if tail is None:
         return LogGone("the log is not there any more")
     if tail == SEAL:
@@ -260,24 +269,24 @@ def judge(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | No
     return None
 
 
-def refusal_of(error: BaseException) -> LogRefused | None:
-    """What an error of Redis says of the log that was asked for; nothing when it says nothing of that log.
+def refusal_by(error: BaseException) -> LogRefused | None:
+    """The loss of a log that an error of Redis means; None when the error is not about that log.
 
-    All else that Redis refuses (a right, a write, a command) is no job's fault, and may pass.
+    Everything else that Redis refuses (a right, a write, a command) is no job's fault, and may pass.
     """
-    said = redacted_message(error)
-    return LogRefused(said) if said.startswith("WRONGTYPE") else None
+    message = redacted_message(error)
+    return LogRefused(message) if message.startswith("WRONGTYPE") else None
 
 
-def refused_in(batch: list[AppendBatch], verdicts: list[object]) -> dict[LogWriter, list[object]]:
-    """What Redis said to each log of which it refused an entry, from that one on.
+def refused_logs(batches: list[AppendBatch], verdicts: list[object]) -> dict[LogWriter, list[object]]:
+    """The logs of which Redis refused an entry, each with its verdicts from that entry on.
 
-    Of such a log nothing counts as accepted that was in the same MULTI: if there is any, its end will show it.
+    None of such a log's entries in the same MULTI count as accepted: its end will show which Redis has.
     """
     refused: dict[LogWriter, list[object]] = {}
-    said = iter(verdicts)
-    for log, _, entries, _ in batch:
-        for verdict in islice(said, len(entries)):
+    remaining = iter(verdicts)
+    for log, _, entries, _ in batches:
+        for verdict in islice(remaining, len(entries)):
             if log in refused:
                 refused[log].append(verdict)
             elif not isinstance(verdict, bytes):
@@ -286,16 +295,16 @@ def refused_in(batch: list[AppendBatch], verdicts: list[object]) -> dict[LogWrit
 
 
 _HEADS = [f"*{4 + 2 * count}\r\n$4\r\nXADD\r\n" for count in range(32)]
-"""By the number of fields; no entry has half as many."""
+"""The first words of an XADD by its number of fields; no entry has half as many fields."""
 _SIZES = [f"{size}\r\n" for size in range(256)]
 _NAMES: dict[str, str] = {}
-"""Names of fields, packed. They are few, and all our own."""
+"""Field names, packed. They are few, and all are defined here."""
 
 
 def _xadds(key: str, attempt: int, first: int, entries: list[Fields]) -> bytes:
-    """The commands that add entries, as Redis reads them; the key is packed already.
+    """The packed commands that add entries. `key` is packed already.
 
-    Joined from pieces of text that are there, and encoded once: at four fifths of the price of a format, at half that
+    They are joined from prepared pieces of text and encoded once. That costs four fifths of formatting them, and half
     of hiredis's `pack_command`.
     """
     parts: list[str] = []

@@ -1,8 +1,8 @@
-"""How a process comes to own the log of a request, goes on under a later attempt, and seals it.
+"""How a process acquires the log of a request, continues it under a later attempt, seals it and settles its end.
 
-Every decision is read from the log itself, under a WATCH where two keys must agree, so each of these may be repeated
-after a lost reply: what is already there is found and taken for what it is. Each raises LogRefused where a key of
-another type stands in the log's place.
+Every decision is read from the log itself, under a WATCH where two keys must agree. So each method may be repeated
+after a lost reply: it finds what was written and continues from there. Each raises LogRefused where a key of another
+type is in the log's place.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,32 +10,21 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from redis.exceptions import ResponseError, WatchError
 
-from ..contract.entries import (
-    TAKEOVER,
-    BadEntry,
-    Claimed,
-    Entry,
-    Started,
-    Terminal,
-    parse,
-    parse_leniently,
-    to_fields,
-    to_json,
-)
-from ..contract.history import fault_in
-from ..contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId
+from ..contract.entries import TAKEOVER, Claimed, Entry, Started, Terminal, parse, parse_leniently, to_fields, to_json
+from ..contract.ids import QUEUED, SEAL, EntryId
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
 from ..redisio.transactions import Transaction, Transactions
 from .acquisition import (
-    Acquired,
+    AcquireResult,
     AlreadyEnded,
     DuplicateJob,
     IdReused,
     LeaseLost,
-    Taken,
+    acquired,
     attempt_after,
     job_of,
+    was_written_by,
 )
 from .cluster_publisher import AnyPublisher
 from .job_queue import Delivery, JobQueue
@@ -43,52 +32,52 @@ from .log_commands import (
     command,
     entry_at,
     expire,
+    expire_at,
     first_of,
     greatest_id,
     has_ended,
     id_of,
     is_taken,
     is_trimmed,
-    last_of,
-    look,
-    pexpireat,
+    read_last,
+    watch_end,
     xadd,
-    xlen,
 )
-from .log_pages import RawEntry, read_all
-from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, judge, refusal_of
+from .log_pages import RawEntry, read_raw_entries
+from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_shown_by, refusal_by
 from .replicas import Replicas
 
 _NO_END = "its end was deleted, and Redis takes no other"
 
 
 class LogOwnership:
-    """What this process does with the logs of requests. `nonce` tells it from every other process, and life of one.
+    """What this process does with the logs of requests.
 
-    `replicas` must have the end of a log before it is confirmed.
+    `nonce` distinguishes it from every other process, and from an earlier life of the same one. `replicas` must have
+    the end of a log before its job is acknowledged. `now` is Redis's clock in Unix ms.
     """
 
     def __init__(
-        self, lines: Transactions, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str, nonce: str,
-        now: Callable[[], int], replicas: int = 0,
+        self, transactions: Transactions, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str,
+        nonce: str, now: Callable[[], int], replicas: Replicas | None = None,
     ) -> None:  # fmt: skip
-        self._lines = lines
+        self._transactions = transactions
         self._keys = keys
         self._jobs = jobs
         self._publisher = publisher
         self._worker = worker
         self._nonce = nonce
         self._now = now
-        self._replicas = Replicas(replicas)
+        self._replicas = replicas or Replicas()
 
     async def acquire(
-        self, request_id: str, delivery: Delivery, expire_at: int, digest: str = "",
+        self, request_id: str, delivery: Delivery, expires: int, digest: str = "",
         is_same: Callable[[str], bool] = lambda _: True,
-    ) -> Taken:  # fmt: skip
-        """Come to own the log of a delivered job, or find why not.
+    ) -> AcquireResult:  # fmt: skip
+        """Come to own the log of a delivered job, or find out why that must not be.
 
-        `expire_at` (Unix ms) is when a log that is never sealed expires; `digest` is the request's, and `is_same` tells
-        whether another digest is: there may be none, and it may be of an earlier version's making.
+        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's, and `is_same` tells
+        whether another digest is of the same request: it may be empty, or from an earlier version of this package.
 
         Raises:
             LogExhausted: when no attempt can follow.
@@ -96,78 +85,188 @@ class LogOwnership:
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             try:
-                async with self._line(key) as line:
-                    last, is_over = await look(line, key, ended)
+                async with self._transaction(key) as transaction:
+                    last, is_over = await watch_end(transaction, key, ended)
                     tail = id_of(last)
                     if tail == SEAL or is_over:
-                        return (
-                            IdReused() if await self._is_reused(line, request_id, delivery, is_same) else AlreadyEnded()
-                        )
-                    if tail is None or tail.attempt == 0:
-                        is_ours = await self._start(line, request_id, delivery, expire_at, digest)
-                    else:
-                        is_ours = False
+                        is_reused = await self._is_reused(transaction, request_id, delivery, is_same)
+                        return IdReused() if is_reused else AlreadyEnded()
+                    is_started = (tail is None or tail.attempt == 0) and await self._start(
+                        transaction, request_id, delivery, expires, digest
+                    )
             except WatchError:
                 continue
-            # The connection is given back before more is asked: callers that each hold one and wait for a second
+            # The connection is returned before another is requested: callers that each hold one and wait for a second
             # would wait for ever.
-            if is_ours:
-                # What was seen under the WATCH is all there was before `1-0`, if nobody but a client wrote there.
-                return await self._owned(request_id, 1, [last] if last and tail == QUEUED else None if last else [])
-            if (taken := await self._take_over(request_id, delivery, is_same)) is not None:
-                return taken
+            if is_started:
+                log = self._writer(request_id, 1)
+                if last is None:
+                    return acquired(log, [])
+                # The last entry was the only one, unless something else than `queued` was written there.
+                return acquired(log, [last] if tail == QUEUED else await self._read(key))
+            if (result := await self._take_over(request_id, delivery, is_same)) is not None:
+                return result
 
-    async def _take_over(self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]) -> Taken | None:
-        """Come to own a log that was begun, or find why not; nothing where it has changed meanwhile.
+    async def _take_over(
+        self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
+    ) -> AcquireResult | None:
+        """Come to own a log that was started, or find out why that must not be; None where it changed meanwhile.
 
-        It goes by the greatest id that the log ever had: the entries that had it may have been deleted.
+        The greatest id that the log ever had decides, because entries may have been deleted.
         """
         key = self._keys.tokens(request_id)
-        async with self._line(key) as line:
-            greatest = await greatest_id(line, key)
+        async with self._transaction(key) as transaction:
+            greatest = await greatest_id(transaction, key)
             if greatest is None:
                 return None
             if greatest == SEAL:
-                if await entry_at(line, key, SEAL):
+                if await entry_at(transaction, key, SEAL):
                     return None
                 raise LogRefused(_NO_END)
-            holder = await entry_at(line, key, EntryId(greatest.attempt, 0))
+            holder = await entry_at(transaction, key, EntryId(greatest.attempt, 0))
             is_ours = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
-            if not is_ours and await self._is_reused(line, request_id, delivery, is_same):
+            if not is_ours and await self._is_reused(transaction, request_id, delivery, is_same):
                 return IdReused()
-        # Not where this process had the job before: what that run sent may still be on its way to Redis.
-        if greatest.n == 0 and self._wrote(holder, delivery, delivery.count):
-            return await self._owned(request_id, greatest.attempt)  # its reply was lost, or the reading failed
-        if (refusal := await self._refusal(holder, delivery)) is not None:
-            return refusal
+        # The attempt is ours already where the reply was lost or the log could not be read afterwards. It is not where
+        # an earlier delivery of the job ran in this process: what that run sent may still be on its way to Redis.
+        if greatest.n == 0 and was_written_by(holder, self._nonce, delivery, delivery.count):
+            return acquired(self._writer(request_id, greatest.attempt), await self._read(key))
+        if (obstacle := await self._obstacle(holder, delivery)) is not None:
+            return obstacle
         attempt = attempt_after(greatest.attempt)
         if not await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count):
             return None
-        return await self._owned(request_id, attempt, greatest=greatest)
+        return acquired(self._writer(request_id, attempt), await self._read(key), greatest)
 
-    async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expire_at: int) -> bool:
-        """Seal the log of a job with which this process cannot deal, knowing no more of it than its last id.
+    async def _is_reused(
+        self, transaction: Transaction, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
+    ) -> bool:
+        """Whether a log, or the tombstone that is left of it, belongs to another job and another request."""
+        first = await entry_at(transaction, self._keys.tokens(request_id), EntryId(1, 0))
+        if isinstance(first, Started):
+            return job_of(first) != job_of(delivery) and not is_same(first.digest)
+        (stone,) = await transaction.query(command("GET", self._keys.ended(request_id)))
+        return stone is not None and not is_same(Tombstone.read(stone).digest)
 
-        True as well where the request has ended before. False where this is not ours to do: another job of the request
-        is at work, or another worker has this one. `expire_at` is Unix ms; the rest is given to the log by whoever
-        settles it.
+    async def _obstacle(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
+        """Why this process must not take over a log from its holder; None when it may."""
+        named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
+        if named and named != job_of(delivery):
+            # Another job of the same request holds it: this job is a duplicate as long as that one is not done.
+            return DuplicateJob() if await self._jobs.is_outstanding(*named) else None
+        return None if await self._jobs.is_held(delivery) else LeaseLost()
+
+    async def recreate(self, log: LogWriter, delivery: Delivery, expires: int, digest: str = "") -> None:
+        """Recreate an own log that is gone though the request has not ended, as after a failover.
+
+        The new log begins with `1-0`. The owner then continues under a later attempt than it had, so that a reader of
+        the lost log sees that the new entries are new. A log that exists is left as it is.
+
+        Raises:
+            LogOver: when the request has ended: its log was deleted or has expired.
+            LogFenced: when the job is not with this process any more.
+        """
+        ended = self._keys.ended(log.request_id)
+        while await self._jobs.is_held(delivery):
+            async with self._transaction(log.key) as transaction:
+                last, is_over = await watch_end(transaction, log.key, ended)
+                if last is not None:
+                    return
+                if is_over:
+                    raise LogOver("the request has ended")
+                with suppress(WatchError):
+                    await self._start(transaction, log.request_id, delivery, expires, digest)
+                    return
+        raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
+
+    async def next_attempt(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
+        """Continue an own log under its next attempt.
+
+        Raises:
+            LogExhausted: when no attempt can follow.
+            LogLost: when the log is not ours any more.
+        """
+        attempt = attempt_after(log.attempt)
+        if not await self._claim(log.request_id, attempt, delivery, reason):
+            async with self._transaction(log.key) as transaction:
+                (reply,) = await transaction.query(read_last(log.key))
+                first = await entry_at(transaction, log.key, EntryId(attempt, 0))
+                greatest = await greatest_id(transaction, log.key)
+            lost = loss_shown_by(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
+            if isinstance(lost, LogDiverged) and greatest is not None and greatest >= (attempt, 0):
+                lost = LogRefused(_NO_END) if greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
+            if lost is not None:
+                raise lost
+            if not was_written_by(first, self._nonce, delivery, 0):
+                raise LogFenced(f"attempt {attempt} has begun")
+        async with self._transaction(log.key) as transaction:
+            (length,) = await transaction.query(command("XLEN", log.key))
+        log.begin_attempt(attempt, length - 1)
+
+    async def seal(
+        self, log: LogWriter, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int
+    ) -> Entry:
+        """Write the terminal entry with expiry and tombstone in one step; returns the terminal entry that stands.
+
+        The seal's id is greater than that of any attempt, so it needs a fence of its own: the log is watched while its
+        last entry is compared with what this owner has written. `retention` and `remember` are seconds.
+
+        The number of entries is compared too: a log from which somebody deleted entries, or that was renamed away and
+        back while another was begun in its place, must not be sealed as a whole answer. A log that was trimmed at its
+        front is sealed: its followers have all of it, and later readers see in the ids what is missing.
+
+        Raises:
+            LogLost: when the log is not ours any more.
+        """
+        await log.wait_drained()
+        ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
+        while True:
+            async with self._transaction(log.key) as transaction:
+                reply, length = await transaction.watch([log.key], read_last(log.key), command("XLEN", log.key))
+                last = first_of(reply)
+                if last and id_of(last) == SEAL:
+                    return parse_leniently(*last)
+                lost = loss_shown_by(id_of(last), log.attempt, log.accepted)
+                if lost is not None:
+                    raise lost
+                if length != log.length and not await is_trimmed(transaction, log, length):
+                    raise LogDiverged(f"Redis holds {length} entries of the log, and has acknowledged {log.length}")
+                try:
+                    await transaction.execute(
+                        xadd(log.key, SEAL, to_fields(end), create=False),
+                        expire(log.key, retention),
+                        command("SET", ended, stone, "EX", str(remember)),
+                    )
+                except WatchError:
+                    continue  # the log was cancelled or touched meanwhile, or only the reply was lost
+                except ResponseError as error:
+                    if not is_taken(error):
+                        raise
+                    raise LogRefused(_NO_END) from error
+            return parse(str(SEAL), to_fields(end))
+
+    async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expires: int) -> bool:
+        """Seal the log of a job that this process cannot run, whatever the log holds.
+
+        Returns true as well where the request had ended before. False where this process must not seal it: another job
+        of the request is at work, or another worker has this job. `expires` is Unix ms; settlement adds the tombstone.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._line(key) as line:
-                last, is_over = await look(line, key, ended)
+            async with self._transaction(key) as transaction:
+                last, is_over = await watch_end(transaction, key, ended)
                 tail = id_of(last)
                 if tail == SEAL or is_over:
                     return True
-                holder = await entry_at(line, key, EntryId(tail.attempt, 0)) if tail else None
-            if await self._refusal(holder, delivery) is not None:
+                holder = await entry_at(transaction, key, EntryId(tail.attempt, 0)) if tail else None
+            if await self._obstacle(holder, delivery) is not None:
                 return False
-            async with self._line(key) as line:
-                last, is_over = await look(line, key, ended)
+            async with self._transaction(key) as transaction:
+                last, is_over = await watch_end(transaction, key, ended)
                 if id_of(last) != tail or is_over:
                     continue
                 try:
-                    await line.execute(xadd(key, SEAL, to_fields(end), create=True), pexpireat(key, expire_at))
+                    await transaction.execute(xadd(key, SEAL, to_fields(end), create=True), expire_at(key, expires))
                 except WatchError:
                     continue
                 except ResponseError as error:
@@ -176,175 +275,52 @@ class LogOwnership:
                     raise LogRefused(_NO_END) from error
             return True
 
-    async def _is_reused(
-        self, line: Transaction, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
-    ) -> bool:
-        """Whether a log, or the tombstone that is left of it, is of another job and another request."""
-        began = await entry_at(line, self._keys.tokens(request_id), EntryId(1, 0))
-        if isinstance(began, Started):
-            return job_of(began) != job_of(delivery) and not is_same(began.digest)
-        (stone,) = await line.query(command("GET", self._keys.ended(request_id)))
-        return stone is not None and not is_same(Tombstone.read(stone).digest)
-
-    async def _refusal(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
-        """Why a log that was begun is not ours to take over, or nothing when it is."""
-        named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
-        if named and named != job_of(delivery):
-            # Another job of the same request began it: this one is a duplicate for as long as that one is to be done.
-            return DuplicateJob() if await self._jobs.is_outstanding(*named) else None
-        return None if await self._jobs.is_held(delivery) else LeaseLost()
-
-    async def recreate(self, log: LogWriter, delivery: Delivery, expire_at: int, digest: str = "") -> None:
-        """Make one's own log anew where it is gone though the request has not ended, as after a failover.
-
-        It begins with `1-0`; its owner then goes on under a later attempt than it had, so that whoever has read the
-        log that was lost sees what is new. Nothing is done to a log that is there.
-
-        Raises:
-            LogOver: when the request has ended: its log was deleted or has expired.
-            LogFenced: when the job is not ours any more.
-        """
-        ended = self._keys.ended(log.request_id)
-        while await self._jobs.is_held(delivery):
-            async with self._line(log.key) as line:
-                last, is_over = await look(line, log.key, ended)
-                if last is not None:
-                    return
-                if is_over:
-                    raise LogOver("the request has ended")
-                with suppress(WatchError):
-                    await self._start(line, log.request_id, delivery, expire_at, digest)
-                    return
-        raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
-
-    async def next_attempt(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
-        """Go on under the next attempt of one's own log.
-
-        Raises:
-            LogExhausted: when no attempt can follow.
-            LogLost: when the log is no longer ours.
-        """
-        attempt = attempt_after(log.attempt)
-        if not await self._claim(log.request_id, attempt, delivery, reason):
-            async with self._line(log.key) as line:
-                (reply,) = await line.query(last_of(log.key))
-                first = await entry_at(line, log.key, EntryId(attempt, 0))
-                greatest = await greatest_id(line, log.key)
-            lost = judge(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
-            if isinstance(lost, LogDiverged) and greatest is not None and greatest >= (attempt, 0):
-                lost = LogRefused(_NO_END) if greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
-            if lost is not None:
-                raise lost
-            if not self._wrote(first, delivery, 0):
-                raise LogFenced(f"attempt {attempt} has begun")
-        async with self._line(log.key) as line:
-            (length,) = await line.query(xlen(log.key))
-        log.begin_attempt(attempt, length - 1)
-
-    async def seal(
-        self, log: LogWriter, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int
-    ) -> Entry:
-        """Write the terminal entry with expiry and tombstone, all at once; gives the one that stands.
-
-        The seal's id is above every attempt's, so it has a fence of its own: the log is watched while its last entry
-        is compared with what this owner has written. `retention` and `remember` are seconds.
-
-        So is the number of its entries: a log from which somebody deleted some, or that was renamed away and back while
-        another was begun in its place, is not sealed as a whole answer. One that was trimmed at its front is:
-        its followers have all of it, and later readers see in the ids what is missing.
-
-        Raises:
-            LogLost: when the log is no longer ours.
-        """
-        await log.wait_drained()
-        ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
-        while True:
-            async with self._line(log.key) as line:
-                reply, length = await line.watch([log.key], last_of(log.key), xlen(log.key))
-                last = first_of(reply)
-                if last and id_of(last) == SEAL:
-                    return parse_leniently(*last)
-                lost = judge(id_of(last), log.attempt, log.accepted)
-                if lost is not None:
-                    raise lost
-                if length != log.length and not await is_trimmed(line, log, length):
-                    raise LogDiverged(f"Redis holds {length} entries of the log, and has acknowledged {log.length}")
-                try:
-                    await line.execute(
-                        xadd(log.key, SEAL, to_fields(end), create=False),
-                        expire(log.key, retention),
-                        command("SET", ended, stone, "EX", str(remember)),
-                    )
-                except WatchError:
-                    continue  # cancelled meanwhile, or touched by somebody: look again
-                except ResponseError as error:
-                    if not is_taken(error):
-                        raise
-                    raise LogRefused(_NO_END) from error
-            return parse(str(SEAL), to_fields(end))
-
     async def finalize(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
-        """Before the acknowledgement: is the seal still there? Gives expiry and tombstone where they are missing.
+        """Before the acknowledgement, check that the seal is there, and add a missing expiry and tombstone.
 
-        A log that is gone has its tombstone left. False when the end is lost, as after a failover: a tombstone then
-        would keep everybody from writing another.
+        Of a log that is gone the tombstone must be left. False when the end is lost, as after a failover: a tombstone
+        would then keep every worker from writing it again.
 
         Raises:
-            TooFewReplicas: when it is not yet on as many replicas as it must be.
+            TooFewReplicas: when the end is not on enough replicas yet.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            async with self._line(key) as line:
-                if not has_ended(await line.watch([key], last_of(key), command("EXISTS", ended))):
+            async with self._transaction(key) as transaction:
+                if not has_ended(await transaction.watch([key], read_last(key), command("EXISTS", ended))):
                     return False
+                stone = command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
                 try:
-                    await line.execute(
-                        expire(key, retention), command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
-                    )
+                    await transaction.execute(expire(key, retention), stone)
                 except WatchError:
-                    continue  # somebody else set the expiry: look again
+                    continue  # somebody else set the expiry meanwhile
             if not self._replicas.count:
                 return True
-            async with self._replicas.turn(), self._line(key) as line:
-                return await self._replicas.have_end(line, key, ended, retention)
+            async with self._replicas.slot(), self._transaction(key) as transaction:
+                return await self._replicas.have_end(transaction, key, ended, retention)
 
     async def read_entries(self, request_id: str) -> list[Entry]:
-        """The whole log. Entries that cannot be read are in it as such of an unknown type."""
-        return [parse_leniently(*entry) for entry in await self._raw(request_id)]
+        """The whole log. An entry that cannot be read is one of an unknown type."""
+        return [parse_leniently(*entry) for entry in await self._read(self._keys.tokens(request_id))]
 
-    async def _owned(
-        self, request_id: str, attempt: int, known: list[RawEntry] | None = None, greatest: EntryId | None = None
-    ) -> Acquired:
-        """The log under an attempt of ours, with what was written before: it is read where it is not `known`.
+    def _writer(self, request_id: str, attempt: int) -> LogWriter:
+        key, feed = self._keys.tokens(request_id), self._keys.feed(request_id)
+        return LogWriter(request_id, key, feed, attempt, self._publisher)
 
-        `greatest` is the greatest id that the log had before the attempt.
-        """
-        key = self._keys.tokens(request_id)
-        log = LogWriter(request_id, key, self._keys.feed(request_id), attempt, self._publisher)
-        raw = await self._raw(request_id) if known is None else known
-        try:
-            entries = [parse(*entry) for entry in raw]
-        except BadEntry as error:
-            log.entries_before = sum(EntryId.parse(entry_id).attempt < attempt for entry_id, _ in raw)
-            return Acquired(log, [], f"the log cannot be read: {error}")
-        history: list[Entry] = [entry for entry in entries if entry.id.attempt < attempt]
-        log.entries_before = len(history)
-        last = history[-1].id if history else BEFORE_ALL
-        is_cut = greatest is not None and last < greatest
-        return Acquired(log, history, fault=f"entries are missing after {last}" if is_cut else fault_in(history))
-
-    async def _raw(self, request_id: str) -> list[RawEntry]:
-        with _of_the_log():
-            return await read_all(self._lines.redis, self._keys.tokens(request_id))
+    async def _read(self, key: str) -> list[RawEntry]:
+        with _raises_log_refused():
+            return await read_raw_entries(self._transactions.redis, key)
 
     @asynccontextmanager
-    async def _line(self, key: str) -> AsyncIterator[Transaction]:
-        """A connection to the server of a log's key, to ask about that log and its tombstone alone."""
-        with _of_the_log():
-            async with self._lines.begin(key) as line:
-                yield line
+    async def _transaction(self, key: str) -> AsyncIterator[Transaction]:
+        """A connection to the server of a log's key, for that log and its tombstone."""
+        with _raises_log_refused():
+            async with self._transactions.begin(key) as transaction:
+                yield transaction
 
-    async def _start(self, line: Transaction, request_id: str, delivery: Delivery, expire_at: int, digest: str) -> bool:
+    async def _start(
+        self, transaction: Transaction, request_id: str, delivery: Delivery, expires: int, digest: str
+    ) -> bool:
         """Write `1-0` into a log that has no attempt. False where it had one, whose entries somebody has deleted.
 
         Raises:
@@ -356,50 +332,43 @@ class LogOwnership:
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         try:
-            await line.execute(xadd(key, started.id, to_fields(started), create=True), pexpireat(key, expire_at))
+            await transaction.execute(xadd(key, started.id, to_fields(started), create=True), expire_at(key, expires))
         except ResponseError as error:
             if not is_taken(error):
                 raise
             return False
-        self._announce(request_id, started)
+        self._publish(request_id, started)
         return True
 
     async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0) -> bool:
-        """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused: look again."""
+        """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused it."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
         key = self._keys.tokens(request_id)
         try:
-            async with self._line(key) as line:
-                (written,) = await line.query(xadd(key, claimed.id, to_fields(claimed), create=False))
+            async with self._transaction(key) as transaction:
+                (written,) = await transaction.query(xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
             if is_taken(error):
                 return False
             raise
         if written is not None:
-            self._announce(request_id, claimed)
+            self._publish(request_id, claimed)
         return written is not None
 
-    def _announce(self, request_id: str, entry: Entry) -> None:
+    def _publish(self, request_id: str, entry: Entry) -> None:
         self._publisher.publish(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
-
-    def _wrote(self, entry: Entry | None, delivery: Delivery, count: int) -> bool:
-        """Whether an entry is this process's own, for a job's delivery of this `count`: 0 where none led to it."""
-        return (
-            isinstance(entry, Started | Claimed)
-            and (entry.owner, entry.delivery, *job_of(entry)) == (self._nonce, count, *job_of(delivery))
-        )  # fmt: skip
 
 
 @contextmanager
-def _of_the_log() -> Iterator[None]:
-    """Raises LogRefused where a key of another type stands in a log's place."""
+def _raises_log_refused() -> Iterator[None]:
+    """Raises LogRefused in place of the error of Redis for a key of another type."""
     try:
         yield
     except ResponseError as error:
-        refusal = refusal_of(error)
+        refusal = refusal_by(error)
         if refusal is None:
             raise
         raise refusal from error

@@ -1,4 +1,4 @@
-"""How many jobs of a queue wait, how old the oldest is that a worker has, and whether any worker serves it."""
+"""How many jobs of a queue are waiting, how old the oldest pending job is, and whether any worker serves the queue."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
 from ..contract.records import WorkerRecord
 
-_SILENT = 60.0
-"""Seconds after which a worker's line is that of a dead one: it is renewed each third of a lease, which few have longer
+_DEAD_AFTER = 60.0
+"""Seconds without a beat after which a worker counts as dead. It beats three times a lease, and few leases are longer
 than three minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How a queue stands.
+    """The depth of a queue.
 
-    `waiting` is how many jobs no worker has read, None where Redis cannot tell; `oldest` is when the oldest job that a
-    worker has was added, in Unix ms.
+    `waiting` is the number of jobs that no worker has read, None where Redis does not know it. `oldest` is when the
+    oldest pending job was added, in Unix ms; None where no worker has a job.
     """
 
     waiting: int | None
@@ -29,12 +29,12 @@ class Depth:
 
 
 async def depth_of(redis: Redis, key: str) -> Depth:
-    """How the queue of a job stream stands.
+    """The depth of the queue in a job stream.
 
     Raises:
         RedisError: also where the stream does not exist.
     """
-    group = _ours(await redis.xinfo_groups(key))
+    group = _worker_group(await redis.xinfo_groups(key))
     if group is None:
         return Depth(None, None)
     waiting = await _unread(redis, key, group, await redis.xlen(key))
@@ -43,10 +43,10 @@ async def depth_of(redis: Redis, key: str) -> Depth:
 
 
 async def waiting_in(redis: Redis, key: str) -> int:
-    """How many jobs of a stream no worker has read yet.
+    """The number of jobs of a stream that no worker has read yet.
 
-    Where Redis does not know the group's lag (before 7.0, and after an XDEL) it is the stream's length less what is
-    pending. That is too high by the jobs that are done and not yet trimmed.
+    Where Redis does not know the group's lag (before 7.0, and after an XDEL), the result is the stream's length without
+    the pending jobs. That is too high by the jobs that are done and not yet trimmed.
     """
     pipe = redis.pipeline(transaction=False)
     pipe.exists(key)
@@ -58,7 +58,7 @@ async def waiting_in(redis: Redis, key: str) -> int:
     for reply in (exists, length, groups):
         if isinstance(reply, Exception):
             raise reply
-    group = _ours(groups)
+    group = _worker_group(groups)
     if group is None:
         return int(length)
     unread = await _unread(redis, key, group, int(length))
@@ -66,24 +66,24 @@ async def waiting_in(redis: Redis, key: str) -> int:
 
 
 async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
-    """Whether a worker lives that serves a queue, or that does not say which ones it serves.
+    """Whether a live worker serves a queue. A worker without a list of queues in its record counts as one.
 
     Raises:
-        RedisError: what Redis says.
+        RedisError: what Redis answers.
     """
     seconds, _ = await redis.time()
     for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
-            line = msgspec.json.decode(raw, type=WorkerRecord)
-            if abs(seconds - line.beat / 1000) < _SILENT and (not line.queues or queue in line.queues):
+            record = msgspec.json.decode(raw, type=WorkerRecord)
+            if abs(seconds - record.beat / 1000) < _DEAD_AFTER and (not record.queues or queue in record.queues):
                 return True
     return False
 
 
 async def _unread(redis: Redis, key: str, group: dict[str, Any], length: int) -> int | None:
-    """How many entries come after the last one that the group delivered; None where Redis does not know.
+    """The number of entries after the last one that the group delivered; None where Redis does not know it.
 
-    Redis 7.0 keeps counting unread jobs that somebody trimmed, so its lag may be too high, and above 0 for ever.
+    Redis 7.0 keeps counting unread jobs that were trimmed, so its lag may be too high, and stay above 0 for ever.
     """
     lag = group.get("lag")
     if lag == 0:
@@ -94,5 +94,5 @@ async def _unread(redis: Redis, key: str, group: dict[str, Any], length: int) ->
     return None if lag is None else min(int(lag), length)
 
 
-def _ours(groups: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _worker_group(groups: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next((group for group in groups if group["name"] == GROUP.encode()), None)

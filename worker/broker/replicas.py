@@ -6,51 +6,53 @@ from contextlib import asynccontextmanager
 
 from ..redisio.errors import TooFewReplicas
 from ..redisio.transactions import Transaction
-from .log_commands import command, expire, has_ended, last_of
-
-_WAIT_MS = 1000
-"""How long replicas may take to have the end of a log, until it is asked for again; a connection waits meanwhile."""
+from .log_commands import command, expire, has_ended, read_last
 
 _MAX_WAITING = 8
 """How many connections may wait for replicas at once: the renewals of leases need one of the rest."""
 
 
 class Replicas:
-    """How many of them must have the end of a log; 0 is none."""
+    """The replicas that must have the end of a log: `count` of them, 0 for none.
 
-    def __init__(self, count: int) -> None:
+    `wait` is the time in seconds that they get for it. A connection is occupied meanwhile; after it the caller repeats.
+    """
+
+    def __init__(self, count: int = 0, wait: float = 1.0) -> None:
         self.count = count
-        self._may_wait = asyncio.Semaphore(_MAX_WAITING)
+        self._wait = wait
+        self._slots = asyncio.Semaphore(_MAX_WAITING)
 
-    async def have_end(self, line: Transaction, key: str, ended: str, retention: int) -> bool:
-        """Wait until replicas have the end of a log; false when it is not there. `retention` is seconds.
+    async def have_end(self, transaction: Transaction, key: str, ended: str, retention: int) -> bool:
+        """Wait until enough replicas have the end of a log. False when the log has no end. `retention` is seconds.
 
-        WAIT counts what its own connection has written, hence the EXPIRE: whoever has that has the seal, which was
-        written before it.
+        WAIT counts replicas for what its own connection has written, hence the EXPIRE: a replica that has it also has
+        the seal, which was written earlier.
 
         Raises:
-            TooFewReplicas: when it is not yet on as many replicas as it must be.
+            TooFewReplicas: when there are too few of them in time.
         """
-        if not has_ended(await line.query(last_of(key), command("EXISTS", ended))):
+        if not has_ended(await transaction.query(read_last(key), command("EXISTS", ended))):
             return False
-        _, there = await line.query(expire(key, retention), command("WAIT", str(self.count), str(_WAIT_MS)))
+        wait_ms = str(int(self._wait * 1000))
+        _, there = await transaction.query(expire(key, retention), command("WAIT", str(self.count), wait_ms))
         if there < self.count:
             raise TooFewReplicas(f"{there} of {self.count} replicas have the end of a log: its job is kept")
         return True
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """A turn that does not come soon is no turn: whoever is told to stop meanwhile must see it.
+    async def slot(self) -> AsyncIterator[None]:
+        """One of the few slots for waiting. The wait for a slot is short too, so that a caller can be stopped.
 
         Raises:
-            TooFewReplicas: when it does not come.
+            TooFewReplicas: when no slot becomes free in time.
         """
         try:
-            async with asyncio.timeout(_WAIT_MS / 1000):
-                await self._may_wait.acquire()
+            async with asyncio.timeout(self._wait):
+                await self._slots.acquire()
         except TimeoutError:
             raise TooFewReplicas("the ends of other logs wait for replicas: this one's job is kept") from None
         try:
             yield
         finally:
-            self._may_wait.release()
+            self._slots.release()

@@ -18,6 +18,7 @@ from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.ownership import LogOwnership
+from ..broker.replicas import Replicas
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
@@ -100,7 +101,7 @@ class Worker:
             worker=self._name,
             nonce=nonce,
             now=self._clock.now,
-            replicas=settings.wait_replicas,
+            replicas=Replicas(settings.wait_replicas),
         )
         servers = list(settings.vllm_urls)
         if shuffle_servers:

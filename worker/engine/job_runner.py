@@ -9,7 +9,7 @@ from collections.abc import Callable
 import structlog
 from redis.exceptions import RedisError
 
-from ..broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, IdReused, LeaseLost, Taken
+from ..broker.acquisition import Acquired, AcquireResult, AlreadyEnded, DuplicateJob, IdReused, LeaseLost
 from ..broker.job_queue import Delivery
 from ..broker.log_writer import (
     LogDiverged,
@@ -142,7 +142,7 @@ class JobRunner:
             else:
                 return
 
-    async def _acquire(self) -> Taken:
+    async def _acquire(self) -> AcquireResult:
         job = self._job
         expire_at = job.expires_at(self._services.now())
         return await self._ownership.acquire(job.id, job.delivery, expire_at, job.digest, job.may_have_digest)
