@@ -1,4 +1,4 @@
-"""The command `worker` as its user has it: a process, with its two outputs and its exit status."""
+"""The command `worker` as a process, with its two outputs and its exit status."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ _TOO_LONG = 30.0
 
 @dataclass(frozen=True)
 class Ended:
-    """What is left of a process."""
+    """The result of a process."""
 
     status: int
     out: str
@@ -29,7 +29,7 @@ class Ended:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """The test's environment, which has no settings of its own, and the given ones."""
+    """The environment of the tests, which has no settings, with these settings."""
     path = os.pathsep.join(filter(None, (settings.pop("PYTHONPATH", ""), _SOURCE)))
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", **settings}
 
@@ -53,11 +53,11 @@ async def started(*arguments: str, stdin: bytes | None = None, **settings: str) 
 
 
 async def rest(process: Process) -> Ended:
-    """Wait for the end; gives what had not been read yet."""
+    """Wait for the end; returns the output that had not been read yet."""
     async with asyncio.timeout(_TOO_LONG):
         out, err = await process.communicate()
     assert process.returncode is not None
-    return Ended(process.returncode, (out or b"").decode(), (err or b"").decode())  # None where no pipe was asked for
+    return Ended(process.returncode, (out or b"").decode(), (err or b"").decode())  # None where there is no pipe
 
 
 async def run(*arguments: str, stdin: bytes | None = None, **settings: str) -> Ended:

@@ -1,4 +1,4 @@
-"""What every test may ask for: a real Redis, a simulated vLLM, workers and clients; and what none may leave behind."""
+"""Fixtures for every test: a real Redis, a simulated vLLM, workers, clients, and checks that nothing is left behind."""
 
 import asyncio
 import os
@@ -44,7 +44,7 @@ def _server(config: pytest.Config) -> Path | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown() -> None:
-    """Log to what is there now: pytest closes what `capfd` gave a test before a worker of the test has left."""
+    """Log to the present standard error: pytest closes that of `capfd` before a worker of the test has stopped."""
     configure_logging("json", "error")
 
 
@@ -55,7 +55,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The settings of whoever runs the tests are not theirs."""
+    """Keep the settings of the person who runs the tests away from them."""
     for name in list(os.environ):
         if name.startswith(("WORKER_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL")):
             monkeypatch.delenv(name)
@@ -69,7 +69,7 @@ def _quiet_logs() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_process_left() -> Iterator[None]:
-    """Fails a test that leaves a process behind."""
+    """Fail a test that leaves a process behind."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
@@ -94,7 +94,7 @@ def _knows_debug(server: Path) -> bool:
 
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> Iterator[str]:
-    """The Redis, empty; fails a test that leaves a key without an expiry, the few lasting ones aside."""
+    """An empty Redis. A test that leaves a key without an expiry fails, except for the few lasting keys."""
     with BlockingRedis.from_url(redis_server.url, protocol=2) as redis:
         redis.flushall()
         yield redis_server.url
@@ -118,7 +118,7 @@ async def client(redis_url: str) -> AsyncIterator[Client]:
 
 @pytest.fixture
 async def redis_proxy(redis_url: str) -> AsyncIterator[Proxy]:
-    """A proxy before the Redis that breaks connections as ordered. Ask for it before what shall end before it."""
+    """A proxy before the Redis that breaks connections on order. Fixtures that must end before it come after it."""
     async with Proxy.before(redis_url) as proxy:
         yield proxy
 
@@ -186,7 +186,7 @@ async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
 async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
     """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
     async with asyncio.timeout(within):
-        while not await condition():  # noqa: ASYNC110 - what is waited for is in another process
+        while not await condition():  # noqa: ASYNC110 - the condition is about another process
             await asyncio.sleep(0.01)
 
 
@@ -223,10 +223,10 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
         return process
 
     yield start
-    for it in started:
-        it.terminate()
-    for it in started:
-        it.wait(timeout=20)
+    for worker in started:
+        worker.terminate()
+    for worker in started:
+        worker.wait(timeout=20)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What openai's own Python client makes of the bytes of a stream: the measure for what a reader puts together."""
+"""What openai's own Python client makes of the bytes of a stream, to compare readers with."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def read_by_openai(body: bytes) -> Object:
 
 
 def said(completion: Object) -> list[Object]:
-    """What a completion says, without what is empty: each choice's message, finish reason and logprobs, and the usage.
+    """A completion without empty values: each choice's message, finish reason and logprobs, and the usage.
 
     The usage is the first choice's here.
     """
@@ -39,7 +39,7 @@ def said(completion: Object) -> list[Object]:
 
 
 def without_nothing(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """JSON without what is empty in it."""
+    """JSON without its empty values."""
     if isinstance(value, list):
         return [without_nothing(one) for one in value]
     if isinstance(value, dict):

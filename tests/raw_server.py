@@ -1,4 +1,4 @@
-"""A server that answers with given bytes, whatever they are."""
+"""A server that answers with given bytes."""
 
 import asyncio
 import re
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 async def sending(
     *pieces: bytes, then_close: bool = True, again: bytes = b"", secure: ssl.SSLContext | None = None
 ) -> AsyncIterator[str]:
-    """A server that answers each request with these bytes, whatever they are, and then perhaps `again` for ever."""
+    """A server that answers each request with these bytes and then, if given, with `again` for ever."""
     over = asyncio.Event()
     tasks = set()
 
@@ -26,7 +26,7 @@ async def sending(
 
     async def write(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
-        if found := re.search(rb"content-length: (\d+)", head):  # what is left unread would turn the close into a reset
+        if found := re.search(rb"content-length: (\d+)", head):  # unread bytes would turn the close into a reset
             await reader.readexactly(int(found[1]))
         for piece in pieces:
             writer.write(piece)

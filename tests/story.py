@@ -1,4 +1,4 @@
-"""A log that a test writes and tells by hand."""
+"""A log that a test writes and publishes by hand."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,7 +25,7 @@ async def user_without_channels(redis: Redis, url: str) -> AsyncIterator[str]:
 
 
 class Story:
-    """A log, written and told by hand."""
+    """A log, written and published to its feed by hand."""
 
     def __init__(self, redis: Redis, request_id: str = "r", channel: str = "") -> None:
         self.id = request_id
@@ -34,7 +34,7 @@ class Story:
         self._redis = redis
 
     async def write(self, *entries: Entry) -> None:
-        """Add to the log, and tell nobody."""
+        """Add entries to the log without a message on the feed."""
         pipe = self._redis.pipeline(transaction=False)
         for entry in entries:
             fields: Fields = to_fields(entry)
@@ -44,17 +44,17 @@ class Story:
         await pipe.execute()
 
     async def tell(self, *entries: Entry) -> None:
-        """Publish a message of these entries."""
+        """Publish a message of these entries on the feed."""
         await self._redis.publish(self.channel, to_json([[str(entry.id), to_fields(entry)] for entry in entries]))
 
     async def go_on(self, *entries: Entry) -> None:
-        """Write each, and tell of it."""
+        """Write and publish one entry after another."""
         for entry in entries:
             await self.write(entry)
             await self.tell(entry)
 
     async def listeners(self) -> int:
-        """How many connections listen."""
+        """The number of subscribers of the feed."""
         ((_, count),) = await self._redis.pubsub_numsub(self.channel)
         return int(count)
 

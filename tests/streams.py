@@ -1,7 +1,7 @@
-"""Made-up streams of servers that do not stream as vLLM does, as bytes: a table that grows by a line for each new one.
+"""Made-up streams of servers that do not stream as vLLM does, as bytes: a table with a line for each of them.
 
-Each is read by openai's own client and by ours (`tests/contract/test_streams.py`), and both must have the same in the
-end. Where openai's client fails or has less than the server said, the line gives what is right.
+openai's own client and ours read each of them (`tests/contract/test_streams.py`), and both must get the same message.
+Where openai's client fails or loses something, the line has the right message.
 
 `x` is the event of one chunk, given its delta and its finish reason, and further fields of the choice.
 """
@@ -15,15 +15,15 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream. `item` is that of issue 21 which it belongs to."""
+    """One stream. `item` is the item of issue 21 that it belongs to."""
 
     item: str
     shows: str
     body: bytes
     right: Object | None = None
-    """What is right where openai's client has something else, or fails; None where it has what is right.
+    """The right message where openai's client gets another one or fails; None where it gets the right one.
 
-    It is the message, with `finish_reason` (`stop` when left out), `logprobs` and `usage`, and without what is empty.
+    It has `finish_reason` (`stop` when left out), `logprobs` and `usage`, and no empty values.
     """
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ def event(value: object) -> bytes:
 
 
 def chunk(*choices: Object, **more: object) -> bytes:
-    """The event of a chunk with these choices, which say nothing of their own."""
+    """The event of a chunk with these choices, which must be complete."""
     return event(HEAD | {"choices": list(choices)} | more)
 
 

@@ -1,4 +1,4 @@
-"""Settings from options, the environment and .env: which holds, what is wrong with them, and what is not shown."""
+"""Settings from options, the environment and .env: which value holds, which are refused, and which are not shown."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:
-    """What is wrong with these variables, a sentence each."""
+    """The problems with these variables, a sentence each."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return problems_of({})
@@ -102,8 +102,8 @@ def test_of_both_names_the_plural_holds(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", [*map(variable, Settings.model_fields), "VLLM_URL"])
-def test_c1_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    """F11: compose writes it for `${X:-}`, in the environment or in .env."""
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Compose writes it for `${X:-}`, in the environment or in .env."""
     default = load_settings()
     monkeypatch.setenv(name, "")
     assert load_settings() == default
@@ -113,25 +113,24 @@ def test_c1_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch,
     assert load_settings() == default
 
 
-def test_c1_an_empty_variable_leaves_the_value_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """F11."""
+def test_an_empty_variable_leaves_the_value_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("WORKER_SLOTS=7")
     monkeypatch.setenv("WORKER_SLOTS", "")
     assert load_settings().slots == 7
 
 
-def test_an_empty_option_is_said() -> None:
+def test_an_empty_option_is_an_error() -> None:
     for option, says in (("redis_url", "REDIS_URL must be a URL"), ("slots", "WORKER_SLOTS is ''")):
         with pytest.raises(ConfigError, match=re.escape(says)):
             load_settings(**{option: ""})
 
 
-def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_key_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "")
     assert load_settings().vllm_api_key.get_secret_value() == ""
 
 
-def test_an_env_file_that_is_not_text_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_env_file_that_is_not_utf8_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_bytes(b"WORKER_SLOTS=\xff")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="not UTF-8"):
@@ -145,11 +144,11 @@ def test_every_setting_has_a_variable_and_a_description() -> None:
         assert field.description
 
 
-# What is wrong
+# Problems
 
 
-def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = problems(
+def test_all_problems_are_reported_at_once_by_the_names_of_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = problems(
         monkeypatch,
         REDIS_URL="http://redis",
         VLLM_URLS="localhost:8000",
@@ -161,7 +160,7 @@ def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch
         WORKER_LOG_LEVEL="loud",
         WORKER_TRIES="1.5",
     )
-    assert sorted(told) == [
+    assert sorted(found) == [
         f"REDIS_URL {NO_REDIS_URL}",
         "VLLM_URLS holds 'localhost:8000', which is not a URL such as http://127.0.0.1:8000",
         "WORKER_LEASE is 'soon': it should be a valid number, unable to parse string as a number",
@@ -174,9 +173,9 @@ def test_all_problems_are_told_at_once_by_the_names_of_the_variables(monkeypatch
     ]
 
 
-def test_a_bad_option_is_told_by_the_same_name() -> None:
-    told = problems_of({"slots": 0, "vllm_urls": "", "redis_url": "x"})
-    assert sorted(told) == [
+def test_a_bad_option_is_reported_by_the_same_name() -> None:
+    found = problems_of({"slots": 0, "vllm_urls": "", "redis_url": "x"})
+    assert sorted(found) == [
         f"REDIS_URL {NO_REDIS_URL}",
         "VLLM_URLS is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000",
         "WORKER_SLOTS is '0': it should be greater than or equal to 1",
@@ -184,7 +183,7 @@ def test_a_bad_option_is_told_by_the_same_name() -> None:
 
 
 VARIABLES = [
-    # a variable, and which of ours it is taken for; "pass" where it is another program's, "warn" where nobody can know
+    # a variable, and the setting that it is nearly; "pass" for one of Kubernetes, "warn" for one that is unknown
     ("WORKER_SLOT", "WORKER_SLOTS"),
     ("WORKER_QUEUE", "WORKER_QUEUES"),
     ("worker_leese", "WORKER_LEASE"),
@@ -200,7 +199,7 @@ VARIABLES = [
     ("WORKER_RETRIES", "warn"),
     ("WORKER_CLASS", "warn"),
     ("WORKER_NAME", "warn"),
-    # What Kubernetes gives every pod beside a service that is called `worker`, or `worker-lease`.
+    # Kubernetes sets these in every pod beside a service that is called `worker`, or `worker-lease`.
     ("WORKER_SERVICE_HOST", "pass"),
     ("WORKER_SERVICE_PORT", "pass"),
     ("WORKER_SERVICE_PORT_HTTP", "pass"),
@@ -213,7 +212,7 @@ VARIABLES = [
 
 
 @pytest.mark.parametrize(("name", "verdict"), VARIABLES)
-def test_c1_only_what_is_nearly_one_of_ours_is_refused(
+def test_only_a_name_that_is_nearly_a_settings_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, verdict: str
 ) -> None:
     if verdict in ("warn", "pass"):
@@ -223,14 +222,14 @@ def test_c1_only_what_is_nearly_one_of_ours_is_refused(
         assert problems(monkeypatch, **{name: "1"})[0] == f"{name} is not a setting: did you mean {verdict}?"
 
 
-def test_c1_a_variable_in_dotenv_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_variable_in_dotenv_is_reported_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("WORKER_SLOTZ=4\nSLOTZ=4\nWORKER_CONCURRENCY=2\n")
     assert problems(monkeypatch) == ["WORKER_SLOTZ (in .env) is not a setting: did you mean WORKER_SLOTS?"]
     Path(".env").write_text("WORKER_CONCURRENCY=2\n")
     assert load_settings().unknown == ("WORKER_CONCURRENCY (in .env)",)
 
 
-def test_c1_a_command_that_needs_few_settings_judges_only_these(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_needs_few_settings_checks_only_these(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "WORKER_SLOTS": "many",
         "WORKER_SLOT": "3",
@@ -247,7 +246,7 @@ def test_c1_a_command_that_needs_few_settings_judges_only_these(monkeypatch: pyt
         load_settings(("redis_url", "prefix"))
 
 
-def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_other_programs_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_LOGGING_LEVEL", "REDIS_PASSWORD", "WORKERS", "SLOTS"):
         monkeypatch.setenv(name, "x")
     assert load_settings().slots == 256
@@ -301,8 +300,8 @@ def test_variables_of_others_are_no_problem(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_bad_value_is_refused_by_the_name_of_its_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    (told,) = problems(monkeypatch, **{name: value})
-    assert told.startswith(f"{name} ")
+    (found,) = problems(monkeypatch, **{name: value})
+    assert found.startswith(f"{name} ")
 
 
 @pytest.mark.parametrize(
@@ -317,14 +316,14 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(
         "rediss+cluster://u:p@h:1,h2:2/",
     ],
 )
-def test_each_kind_of_redis_url_is_taken(url: str) -> None:
+def test_each_kind_of_redis_url_is_accepted(url: str) -> None:
     assert load_settings(redis_url=url).redis_url.get_secret_value() == url
 
 
 @pytest.mark.parametrize(
     "url", ["http://h", "https://u:p@h/llm/v1", "http://[::1]:8000", "http://h/v1/chat/completions"]
 )
-def test_each_kind_of_vllm_url_is_taken(url: str) -> None:
+def test_each_kind_of_vllm_url_is_accepted(url: str) -> None:
     assert load_settings(vllm_urls=url).vllm_urls == (url,)
 
 
@@ -363,7 +362,7 @@ def test_secrets_are_not_shown() -> None:
         ("VLLM_URLS", "http://h:port?key=hunter2"),
     ],
 )
-def test_what_is_wrong_with_a_secret_does_not_tell_it(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_an_error_about_a_secret_does_not_contain_it(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         load_settings()
@@ -392,5 +391,5 @@ def test_what_is_wrong_with_a_secret_does_not_tell_it(monkeypatch: pytest.Monkey
         ("", ""),
     ],
 )
-def test_a_url_is_shown_without_what_is_secret_in_it(url: str, shown: str) -> None:
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert shown_url(url) == shown

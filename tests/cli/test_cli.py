@@ -1,4 +1,4 @@
-"""The command as its user meets it: what it prints where, its exit status, and what it says of a mistake."""
+"""The command as its user meets it: what it prints where, its exit status, and how it reports a mistake."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ NOWHERE = "redis://:hidden-pw@127.0.0.1:1/0"
 
 
 def says(ended: Ended, *texts: str) -> None:
-    """A sentence for a person, and no traceback."""
+    """Check that standard error has these texts, and no traceback."""
     assert "Traceback" not in ended.err
     for text in texts:
         assert text in ended.err
@@ -46,7 +46,7 @@ def text_of(lines: list[str]) -> str:
 # run, enqueue and follow
 
 
-async def test_a_worker_process_serves_a_request_and_its_text_comes_as_it_is_made(
+async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
     redis_url: str, start_simulator: StartSimulator
 ) -> None:
     slow = await start_simulator(Options(orders=Scenario(rate=100)))
@@ -65,7 +65,7 @@ async def test_a_worker_process_serves_a_request_and_its_text_comes_as_it_is_mad
         assert (await rest(worker)).status == 0
 
 
-async def test_json_lines_come_as_entries_are_made(
+async def test_json_lines_are_streamed(
     redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     slow = await start_simulator(Options(orders=Scenario(rate=60)))
@@ -83,7 +83,7 @@ async def test_json_lines_come_as_entries_are_made(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_request_comes_from_a_file_or_from_standard_input(
+async def test_a_request_is_read_from_a_file_or_from_standard_input(
     redis_url: str, simulator: Simulator, tmp_path: Path
 ) -> None:
     request = {"messages": WHO, "temperature": 0.5, "max_tokens": 3}
@@ -115,7 +115,7 @@ async def test_enqueue_prints_the_id_and_nothing_else(redis_url: str, client: Cl
 
 
 @pytest.mark.usefixtures("worker")
-async def test_an_answer_that_fails_is_exit_status_1_with_a_sentence(redis_url: str) -> None:
+async def test_a_failed_answer_is_exit_status_1_with_a_sentence(redis_url: str) -> None:
     ended = await run("enqueue", "Hi", "--model", "nope", "--follow", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (1, "")
     says(ended, "error: The model `nope` does not exist", "(model_not_found)")
@@ -156,7 +156,7 @@ async def test_following_a_request_that_waits_goes_on_when_a_worker_comes(
     assert (ended.status, ended.out) == (0, answer_to(WHO) + "\n")
 
 
-async def test_following_what_is_unknown_or_expired_is_exit_status_1(redis_url: str, redis: Redis) -> None:
+async def test_following_an_unknown_or_expired_request_is_exit_status_1(redis_url: str, redis: Redis) -> None:
     await redis.set("chat:ended:{old}", json.dumps({"outcome": "done", "time": 1000}), ex=60)
     unknown, expired = await asyncio.gather(
         run("follow", "nope", REDIS_URL=redis_url), run("follow", "old", "--json", REDIS_URL=redis_url)
@@ -202,7 +202,7 @@ async def test_a_broken_pipe_ends_follow_quietly(
 # cancel
 
 
-async def test_cancel_says_how_far_the_request_was(
+async def test_cancel_prints_the_state_that_the_request_was_in(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     waiting = await client.enqueue({"messages": WHO}, queue="unserved")
@@ -255,9 +255,9 @@ async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     assert events == ["worker_starting", "worker_started", "worker_draining", "job_finished", "worker_stopped"]
 
 
-async def test_a_worker_that_waits_for_redis_says_so_and_can_be_ended() -> None:
+async def test_a_worker_that_waits_for_redis_logs_that_and_ends_on_sigterm() -> None:
     async with started("run", REDIS_URL=NOWHERE) as process:
-        starting = json.loads(await line_with(process.stderr, "worker_starting"))  # C8
+        starting = json.loads(await line_with(process.stderr, "worker_starting"))
         line = json.loads(await line_with(process.stderr, "redis_unavailable"))
         assert starting["redis"] == line["redis"] == "redis://***@127.0.0.1:1/0"
         assert "refused" in line["error"]
@@ -309,7 +309,7 @@ async def test_no_secret_prompt_or_output_is_printed_or_logged(
     assert all(line["worker"] and line["level"] and line["timestamp"] for line in lines)
     finished = {line["request_id"]: line for line in lines if line["event"] == "job_finished"}
     assert {name: line["outcome"] for name, line in finished.items()} == {"good": "done", "bad": "error"}
-    good, bad = finished["good"], finished["bad"]  # C9
+    good, bad = finished["good"], finished["bad"]
     assert (good["queue"], good["model"], good["tokens"]) == ("default", "reciter", done.usage["completion_tokens"])
     assert (bad["code"], bad["queue"], bad["seconds"] >= 0) == ("upstream_truncated", "default", True)
     versions = {line["version"] for line in lines if line["event"] in ("worker_starting", "worker_started")}
@@ -319,7 +319,7 @@ async def test_no_secret_prompt_or_output_is_printed_or_logged(
 # Redis is away
 
 
-async def test_a_command_says_at_once_that_redis_is_away_and_goes_on_when_it_comes() -> None:
+async def test_a_command_notes_at_once_that_redis_is_away_and_goes_on_when_it_is_back() -> None:
     port = free_port()
     async with started("enqueue", "Hi", REDIS_URL=f"redis://:hidden-pw@127.0.0.1:{port}/0") as process:
         line = await line_with(process.stderr, "Redis does not answer")
@@ -346,7 +346,7 @@ def test_a_command_gives_up_when_redis_stays_away(arguments: list[str], monkeypa
     assert "hidden-pw" not in result.output
 
 
-def test_a_wrong_password_is_said_to_be_of_redis(redis_url: str) -> None:
+def test_an_error_about_a_wrong_password_names_redis(redis_url: str) -> None:
     result = CliRunner().invoke(main, ["enqueue", "Hi", "--redis-url", redis_url.replace("//", "//no:body@")])
     assert result.exit_code == 1
     assert result.stderr == (
@@ -400,7 +400,7 @@ REQUESTS: list[tuple[bytes, str]] = [
 
 
 def mistaken(arguments: list[str], text: str, given: bytes = b"") -> None:
-    """The mistake is all that is told, also where no Redis answers."""
+    """Check that the mistake is the only line of standard error, also where no Redis answers."""
     result = CliRunner().invoke(main, arguments, input=given, env={"REDIS_URL": NOWHERE})
     assert (result.exit_code, result.stdout) == (2, "")
     assert isinstance(result.exception, SystemExit)
@@ -410,12 +410,12 @@ def mistaken(arguments: list[str], text: str, given: bytes = b"") -> None:
 
 
 @pytest.mark.parametrize(("arguments", "text"), MISTAKES)
-def test_a_mistake_is_told_in_a_line_with_exit_status_2(arguments: list[str], text: str) -> None:
+def test_a_mistake_is_a_line_with_exit_status_2(arguments: list[str], text: str) -> None:
     mistaken(arguments, text)
 
 
 @pytest.mark.parametrize(("given", "text"), REQUESTS)
-def test_a_request_that_cannot_be_is_told_in_a_line_with_exit_status_2(given: bytes, text: str) -> None:
+def test_an_invalid_request_is_a_line_with_exit_status_2(given: bytes, text: str) -> None:
     mistaken(["enqueue", "--request", "-"], text, given)
 
 
@@ -430,7 +430,7 @@ async def test_a_misspelt_setting_stops_a_worker_with_a_hint() -> None:
     says(malformed, "Error: the request is not JSON")
 
 
-async def test_c1_variables_of_kubernetes_and_of_other_programs_stop_no_command(
+async def test_variables_of_kubernetes_and_of_other_programs_stop_no_command(
     redis_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {
@@ -464,7 +464,7 @@ async def test_check_finds_nothing_wrong(redis_url: str, simulator: Simulator) -
     assert "append-only file" in ended.lines[2]
 
 
-async def test_check_tells_everything_that_is_wrong_at_once(start_simulator: StartSimulator) -> None:
+async def test_check_lists_everything_that_is_wrong_at_once(start_simulator: StartSimulator) -> None:
     guarded = await start_simulator(Options(api_key="k"))
     urls = f"http://127.0.0.1:1,{guarded.url}"
     plain, as_json = await asyncio.gather(
@@ -481,7 +481,7 @@ async def test_check_tells_everything_that_is_wrong_at_once(start_simulator: Sta
     assert all(set(finding) == {"level", "subject", "text", "mend"} for finding in findings)
 
 
-async def test_check_tells_of_bad_settings() -> None:
+async def test_check_lists_bad_settings() -> None:
     ended = await run("check", "--json", "--slots", "0", WORKER_PREFX="x", VLLM_URLS=",")
     assert ended.status == 1
     texts = [json.loads(line)["text"] for line in ended.lines]
@@ -540,28 +540,28 @@ async def test_simulate_serves_until_a_signal(signum: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "simulate"])
-async def test_what_needs_the_extra_says_so(name: str, tmp_path: Path) -> None:
+async def test_a_command_of_the_extra_names_it_where_it_is_not_installed(name: str, tmp_path: Path) -> None:
     (tmp_path / "h11.py").write_text("raise ModuleNotFoundError(\"No module named 'h11'\", name='h11')\n")
     ended = await run(name, PYTHONPATH=str(tmp_path))
     assert (ended.status, ended.out) == (1, "")
     expected = "h11 is missing, of the extra `demo`: install it, in a clone of vllm-relay: pip install '.[demo]'"
-    assert ended.err == f"Error: {expected}\n"  # C8: the package is on no index
+    assert ended.err == f"Error: {expected}\n"  # the package is on no index
 
 
-async def test_a_port_in_use_is_told_in_a_line(simulator: Simulator) -> None:
+async def test_a_port_in_use_is_a_line(simulator: Simulator) -> None:
     ended = await run("simulate", "--port", simulator.url.rpartition(":")[2])
     assert ended.status == 1
     says(ended, "address already in use")
     assert len(ended.err.splitlines()) == 1
 
 
-async def test_enqueue_takes_further_models(redis_url: str, redis: Redis) -> None:
+async def test_enqueue_accepts_fallback_models(redis_url: str, redis: Redis) -> None:
     ended = await run("enqueue", "Hi", "--model", "a", "--fallback", "b", "--fallback", "c", REDIS_URL=redis_url)
     ((_, job),) = await stream(redis, "chat:jobs")
     assert (ended.status, json.loads(job[b"fallbacks"])) == (0, ["b", "c"])
 
 
-async def test_enqueue_is_there_for_a_worker_that_comes_later(
+async def test_a_worker_that_starts_later_runs_an_enqueued_job(
     redis_url: str, client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     ended = await run("enqueue", "Who are you?", REDIS_URL=redis_url)
@@ -574,17 +574,17 @@ async def test_enqueue_is_there_for_a_worker_that_comes_later(
     await eventually(done)
 
 
-# C9: the small things
+# Small things
 
 
 async def interrupted(process: Process) -> Ended:
-    """Ctrl-C, and what comes of it."""
+    """Send Ctrl-C and wait for the end."""
     process.send_signal(signal.SIGINT)
     return await rest(process)
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["plain", "json"])
-async def test_c9_whoever_stops_following_is_told_how_to_go_on_and_how_to_end_it(
+async def test_ctrl_c_while_following_prints_how_to_go_on_and_how_to_cancel(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, as_json: bool
 ) -> None:
     await start_worker(await start_simulator(Options(orders=Scenario(fault="stall", after=3))), gap_timeout=60)
@@ -604,7 +604,7 @@ async def test_c9_whoever_stops_following_is_told_how_to_go_on_and_how_to_end_it
     await client.cancel("mine")
 
 
-async def test_c9_ctrl_c_before_anything_was_added_ends_quietly() -> None:
+async def test_ctrl_c_before_anything_was_added_ends_quietly() -> None:
     async with started("enqueue", "Hi", REDIS_URL=NOWHERE) as process:
         await line_with(process.stderr, "Redis does not answer")
         ended = await interrupted(process)
@@ -622,7 +622,7 @@ async def test_c9_ctrl_c_before_anything_was_added_ends_quietly() -> None:
         (["run", "--json"], 2, "No such option '--json'"),
     ],
 )
-def test_c9_errors_are_json_where_the_rest_is(arguments: list[str], status: int, words: str, redis_url: str) -> None:
+def test_errors_are_json_where_the_rest_is(arguments: list[str], status: int, words: str, redis_url: str) -> None:
     result = CliRunner().invoke(main, arguments, env={"REDIS_URL": redis_url})
     assert (result.exit_code, result.stdout) == (status, "")
     error = json.loads(result.stderr)
@@ -631,33 +631,33 @@ def test_c9_errors_are_json_where_the_rest_is(arguments: list[str], status: int,
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])
-def test_c9_an_empty_prompt_is_refused(prompt: str) -> None:
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
     mistaken(["enqueue", prompt], "the PROMPT is empty")
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
-def test_c9_no_color_is_heeded(no_color: str) -> None:
+def test_no_color_is_heeded(no_color: str) -> None:
     arguments = ["check", "--redis-url", NOWHERE, "--vllm-urls", "http://127.0.0.1:1"]
     result = CliRunner().invoke(main, arguments, color=True, env={"NO_COLOR": no_color})
     assert ("\x1b[" in result.stdout) == (not no_color)
 
 
-def test_c9_help_says_what_stands_for_a_value() -> None:
+def test_help_names_the_kind_of_each_value() -> None:
     helped = CliRunner().invoke(main, ["run", "--help"]).stdout
     for option in ("--metrics HOST:PORT", "--retention SECONDS", "--lease SECONDS", "--vllm-api-key KEY"):
         assert option in helped
     assert "--timeout SECONDS" in CliRunner().invoke(main, ["enqueue", "--help"]).stdout
 
 
-def test_c9_a_shell_completes_the_commands() -> None:
+def test_a_shell_completes_the_commands() -> None:
     def ask(**variables: str) -> str:
         return CliRunner().invoke(main, prog_name="worker", env=variables).stdout
 
-    assert "_worker_completion" in ask(_WORKER_COMPLETE="zsh_source")  # of bash its version is asked first
+    assert "_worker_completion" in ask(_WORKER_COMPLETE="zsh_source")  # for bash, click asks for its version first
     assert ask(_WORKER_COMPLETE="bash_complete", COMP_WORDS="worker enq", COMP_CWORD="1") == "plain,enqueue\n"
 
 
-async def test_c3_enqueue_says_that_no_worker_serves_the_queue(redis_url: str) -> None:
+async def test_enqueue_notes_that_no_worker_serves_the_queue(redis_url: str) -> None:
     async with started("enqueue", "Hi", "--queue", "slow", "--follow", REDIS_URL=redis_url) as process:
         line = await line_with(process.stderr, "no worker serves the queue slow")
         ended = await interrupted(process)

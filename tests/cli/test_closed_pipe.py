@@ -1,4 +1,4 @@
-"""A reader that has gone, as `head` goes (F8 of C8, C9): every command ends without a word on standard error."""
+"""A reader that closes the pipe, as `head` does: every command ends without a word on standard error."""
 
 import asyncio
 import errno
@@ -22,7 +22,7 @@ BURIED = {"time": "1", "queue": "default", "job": "1-0", "reason": "bad", "field
 
 
 class _Head:
-    """Takes so many lines, and is gone; then every line fails as the operating system has it fail."""
+    """Prints a number of lines. Then every line fails as with a closed pipe."""
 
     def __init__(self, lines: int, echo: Callable[..., None]) -> None:
         self._left, self._echo = lines, echo
@@ -36,11 +36,11 @@ class _Head:
 
 @pytest.mark.parametrize("lines", range(6))
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_c8_check_closes_what_it_began_however_many_lines_are_read(
+def test_check_closes_its_connections_however_many_lines_are_read(
     lines: int, form: tuple[str, ...], redis_url: str, simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """F8: `worker check | head -2` said that a task was destroyed while it was pending."""
+    """`worker check | head -2` printed that a task was destroyed while it was pending."""
     monkeypatch.setenv("WORKER_CONCURRENCY", "4")
     monkeypatch.setattr(click, "echo", _Head(lines, click.echo))
     ended = CliRunner().invoke(main, ["check", "--redis-url", redis_url, "--vllm-urls", simulator.url, *form])
@@ -62,11 +62,11 @@ def test_c8_check_closes_what_it_began_however_many_lines_are_read(
     ],
     ids=" ".join,
 )  # fmt: skip
-async def test_c8_no_command_says_anything_of_a_closed_pipe(
+async def test_no_command_reports_a_closed_pipe(
     arguments: tuple[str, ...], redis_url: str, redis: Redis, client: Client,
     start_worker: StartWorker, start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    """F8: what is asked on standard error stays there; of the pipe there is nothing."""
+    """Notes on standard error may stand there, but nothing about the pipe."""
     server = await start_simulator()
     await redis.xadd("chat:dead", BURIED)  # type: ignore[arg-type]
     if "ended" in arguments or "--follow" in arguments:

@@ -1,4 +1,4 @@
-"""What `worker follow` prints of an answer that broke off: the text whole, and everything about it elsewhere."""
+"""What `worker follow` prints of an answer that broke off: the whole text, and notes about it elsewhere."""
 
 from collections.abc import AsyncIterator, Sequence
 
@@ -22,15 +22,15 @@ RESTARTED = {"type": "restarted"}
 
 
 @pytest.mark.parametrize(
-    ("reason", "how", "printed", "told"),
+    ("reason", "how", "printed", "notes"),
     [
         ("takeover", RESUMED, "One, two\n", "· taken by w1\n· taken over by w2\n· the answer goes on\n· done\n"),
         ("upstream_truncated", RESUMED, "One, two\n", "· upstream_truncated: tried again by w2\n"),
         ("takeover", RESTARTED, "One, \ntwo\n", "· the answer starts again: what stands above is void\n"),
     ],
 )
-async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
-    reason: str, how: dict[str, str], printed: str, told: str, redis: Redis, redis_url: str
+async def test_a_resumed_text_has_no_line_breaks_added_in_a_file_or_pipe(
+    reason: str, how: dict[str, str], printed: str, notes: str, redis: Redis, redis_url: str
 ) -> None:
     rest = (
         ("2-0", {"type": "claimed", "worker": "w2", "reason": reason}),
@@ -43,11 +43,11 @@ async def test_a_text_that_goes_on_is_whole_where_it_is_not_a_person_who_reads(
     await redis.expire("chat:tokens:{r}", 60)
     ended = await run("follow", "r", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (0, printed)
-    assert told in ended.err
+    assert notes in ended.err
 
 
-A3_A6: list[tuple[str, list[dict[str, str]], str]] = [
-    # what is shown, the deltas, what is printed of them
+PRINTED: list[tuple[str, list[dict[str, str]], str]] = [
+    # a name, the deltas, and what is printed of them
     (
         "a refusal in pieces",
         [{"extra": '{"delta":{"refusal":"I can"}}'}, {"extra": '{"delta":{"refusal":"not."}}'}],
@@ -95,8 +95,8 @@ A3_A6: list[tuple[str, list[dict[str, str]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("deltas", "printed"), [case[1:] for case in A3_A6], ids=[case[0] for case in A3_A6])
-def test_a3_a6_whatever_a_model_says_is_printed(
+@pytest.mark.parametrize(("deltas", "printed"), [case[1:] for case in PRINTED], ids=[case[0] for case in PRINTED])
+def test_every_form_of_text_is_printed(
     deltas: list[dict[str, str]], printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printer = Printer(as_json=False)
@@ -106,7 +106,9 @@ def test_a3_a6_whatever_a_model_says_is_printed(
     assert capsys.readouterr().out == printed
 
 
-def test_whoever_loses_redis_mid_answer_learns_how_to_go_on(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_redis_is_lost_mid_answer_follow_prints_how_to_go_on(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def lose(_: Client, request_id: str, **_more: object) -> AsyncIterator[Delta]:
         yield Delta(id=EntryId(1, 7), content=f"As {request_id}")
         raise Unavailable("Redis does not answer: gone")

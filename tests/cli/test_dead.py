@@ -1,4 +1,4 @@
-"""Dead letters: listed, shown, put back as another request, dropped, and forgotten in time."""
+"""Dead letters: listed, shown, put back as another request, dropped, and removed after their retention."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ async def jobs(redis: Redis, key: str = "chat:jobs") -> list[dict[str, str]]:
     return [{n.decode(): v.decode() for n, v in fields.items()} for _, fields in await stream(redis, key)]
 
 
-async def test_the_list_shows_the_newest_last_and_as_many_as_are_asked_for(redis_url: str, bury: Bury) -> None:
+async def test_the_list_shows_the_newest_last_up_to_a_limit(redis_url: str, bury: Bury) -> None:
     ids = [await bury(number, reason=f"reason {number}") for number in range(40)]
     plain = await worker(redis_url, "dead", "list", "--limit", "2")
     as_json = await worker(redis_url, "dead", "list", "--json", "--reason", "REASON 3", "--queue", "default")
@@ -77,7 +77,7 @@ async def test_the_list_shows_the_newest_last_and_as_many_as_are_asked_for(redis
     assert found[0]["size"] > len(REQUEST)
 
 
-async def test_one_letter_is_shown_whole(redis_url: str, bury: Bury) -> None:
+async def test_show_prints_a_whole_letter(redis_url: str, bury: Bury) -> None:
     letter = await bury()
     for options in ([], ["--json"]):
         shown = json.loads((await worker(redis_url, "dead", "show", letter, *options)).stdout)
@@ -189,7 +189,7 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
         ({"queue": "no/queue"}, 9999, "the queue 'no/queue' cannot be"),
     ],
 )
-async def test_what_cannot_be_put_back_is_told_and_the_rest_goes_in(
+async def test_letters_that_cannot_be_put_back_are_reported_and_the_others_are_put_back(
     more: dict[str, str], largest: int, says: str, redis_url: str, redis: Redis, bury: Bury
 ) -> None:
     bad = await bury(1, largest=largest, **more)
@@ -220,7 +220,7 @@ async def test_a_retry_goes_to_the_queue_that_its_job_was_in(redis_url: str, red
     assert await jobs(redis) == []
 
 
-async def test_letters_are_dropped_by_id_or_all_that_are_meant(redis_url: str, redis: Redis, bury: Bury) -> None:
+async def test_letters_are_dropped_by_id_or_by_selection(redis_url: str, redis: Redis, bury: Bury) -> None:
     ids = [await bury(number, reason=f"reason {number % 2}") for number in range(6)]
     one = await worker(redis_url, "dead", "drop", ids[0], ids[1], "9-9")
     assert one.exit_code == 1
@@ -246,20 +246,18 @@ async def test_on_a_terminal_dropping_all_has_to_be_confirmed(redis_url: str, re
 
 
 @pytest.mark.parametrize("arguments", [[], ["1-0", "--all"], ["1-0", "--queue", "low"]])
-async def test_what_is_meant_must_be_clear(arguments: list[str], redis_url: str) -> None:
+async def test_ids_and_all_exclude_each_other(arguments: list[str], redis_url: str) -> None:
     assert (await worker(redis_url, "dead", "drop", *arguments)).exit_code == 2
 
 
-async def test_a_letter_that_somebody_else_wrote_is_shown_as_far_as_it_can_be_read(
-    redis_url: str, redis: Redis
-) -> None:
+async def test_a_malformed_letter_is_shown_as_far_as_it_can_be_read(redis_url: str, redis: Redis) -> None:
     letter = cast("bytes", await redis.xadd("chat:dead", {b"\xff": b"\xff", "time": "soon", "fields": "{", "cut": "1"}))
     assert "1970-01-01" in (await worker(redis_url, "dead", "list")).stdout
     assert json.loads((await worker(redis_url, "dead", "show", letter.decode())).stdout)["fields"] == {}
     assert (await worker(redis_url, "dead", "retry", letter.decode())).exit_code == 1
 
 
-async def test_workers_forget_letters_in_time(
+async def test_workers_drop_letters_after_their_retention(
     redis: Redis, bury: Bury, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await redis.xadd("chat:dead", {"reason": "old"}, id="1-0")

@@ -32,7 +32,7 @@ def may_be_first() -> bool:
 
 @asynccontextmanager
 async def still_loading(folder: Path, *before: str) -> AsyncIterator[Process]:
-    """`worker run` in the midst of its imports: click stands for all that is loaded."""
+    """`worker run` in the middle of its imports: a slow click stands in for everything that is loaded."""
     (folder / "click.py").write_text(_SLOW)
     loading = folder / "loading"
     root = Path(__file__).parents[2]
@@ -55,23 +55,22 @@ async def still_loading(folder: Path, *before: str) -> AsyncIterator[Process]:
 
 @pytest.mark.skipif(not may_be_first(), reason="no process namespace can be made here")
 async def test_a_sigterm_while_the_program_loads_ends_it(tmp_path: Path) -> None:
-    """D13."""
     async with still_loading(tmp_path, *NAMESPACE) as process:
         (first,) = psutil.Process(process.pid).children()
         first.terminate()
         assert await process.wait() == 0
 
 
-async def test_c9_ctrl_c_while_the_program_loads_ends_it_without_a_word(tmp_path: Path) -> None:
-    """C9: the status is that of a shell."""
+async def test_ctrl_c_while_the_program_loads_ends_it_silently(tmp_path: Path) -> None:
+    """The status is that of a shell."""
     async with still_loading(tmp_path) as process:
         process.send_signal(signal.SIGINT)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
 
 
-async def test_c9_ctrl_c_is_left_to_a_shell_that_ignores_it(tmp_path: Path) -> None:
-    """C9: as a shell has it for `worker … &`."""
+async def test_ctrl_c_is_left_to_a_shell_that_ignores_it(tmp_path: Path) -> None:
+    """As a shell does for `worker … &`."""
     async with still_loading(tmp_path, "env", "--ignore-signal=INT") as process:
         process.send_signal(signal.SIGINT)
         process.terminate()

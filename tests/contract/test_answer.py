@@ -1,4 +1,4 @@
-"""An answer put together from the entries of its log, in every way in which a log can go."""
+"""An answer put together from the entries of its log, for every course that a log can take."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def answer(*entries: Entry) -> Answer:
 
 
 def calls(*pieces: Any) -> list[Any]:  # noqa: ANN401
-    """The tool calls that these pieces, one an entry, come to."""
+    """The tool calls that these pieces make, one piece an entry."""
     made: list[Any] = answer(*(delta(n, tool_calls=[piece]) for n, piece in enumerate(pieces, 2))).choices[0].tool_calls
     return made
 
@@ -70,7 +70,7 @@ def test_a_plain_answer() -> None:
     assert whole.started == Started(id=EntryId(1, 0), owner="o1")
 
 
-def test_c6_an_answer_shows_how_far_it_is_and_nothing_of_what_it_says() -> None:
+def test_the_repr_of_an_answer_shows_its_state_and_no_text() -> None:
     log = answer(OPENED, delta(content="secret"), delta(3, extra={"delta": {"refusal": "secret"}}))
     assert repr(log) == "Answer(model='reciter', attempt=1, characters=6)"
     log.add(Failed(id=SEAL, code="deadline", message="secret", usage={"total_tokens": 3}))
@@ -98,7 +98,7 @@ def test_choices_are_kept_apart_and_in_order() -> None:
     assert both.finish_reason == "stop"
 
 
-def test_a14_a_choice_that_goes_on_after_a_finish_reason_has_not_finished() -> None:
+def test_a_choice_with_text_after_its_finish_reason_has_not_finished() -> None:
     log = answer(delta(2, content="a", finish_reason="stop"), delta(3, content="b"))
     assert not log.finished(1)
     assert log.add(delta(4, finish_reason="stop")).finished(1)
@@ -107,7 +107,7 @@ def test_a14_a_choice_that_goes_on_after_a_finish_reason_has_not_finished() -> N
     assert not log.add(delta(7, extra={"delta": {"refusal": "no"}})).finished(1)
 
 
-def test_whether_so_many_choices_have_finished_is_settled_at_once_for_any_number() -> None:
+def test_finished_is_fast_for_any_number_of_choices() -> None:
     assert not answer(delta(2, finish_reason="stop")).finished(10**18)
 
 
@@ -146,8 +146,8 @@ def function(name: str = "", arguments: str = "", **more: Any) -> Any:  # noqa: 
     return more | {"function": {"name": name, "arguments": arguments}}
 
 
-A3: list[tuple[str, list[Any], list[Any]]] = [
-    # what is shown, the pieces, the calls that they come to
+TOOL_CALLS: list[tuple[str, list[Any], list[Any]]] = [
+    # a name, the pieces, and the calls that they make
     (
         "an empty id, name or type overwrites nothing",
         [function("f", "{", index=0, id="c", type="function"), function("", "}", index=0, id="", type="")],
@@ -242,8 +242,8 @@ A3: list[tuple[str, list[Any], list[Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A3], ids=[case[0] for case in A3])
-def test_a3_pieces_of_tool_calls_are_put_together(pieces: list[Any], made: list[Any]) -> None:
+@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in TOOL_CALLS], ids=[case[0] for case in TOOL_CALLS])
+def test_pieces_of_tool_calls_are_put_together(pieces: list[Any], made: list[Any]) -> None:
     assert calls(*pieces) == made
 
 
@@ -252,7 +252,7 @@ def test_several_tool_calls_may_come_in_one_entry() -> None:
     assert answer(delta(tool_calls=pieces)).choices[0].tool_calls == pieces
 
 
-def test_reading_an_answer_twice_does_not_change_what_was_read() -> None:
+def test_reading_an_answer_twice_does_not_change_its_entries() -> None:
     first: Any = {"index": 0, "id": "c0", "function": {"name": "f", "arguments": "{"}}
     log = answer(delta(2, tool_calls=[first]), delta(3, tool_calls=[{"index": 0, "function": {"arguments": "}"}}]))
     assert log.choices == log.choices
@@ -276,7 +276,7 @@ def test_logprobs_are_joined() -> None:
     assert joined == {"content": None, "refusal": [{"token": "r"}, {"token": "s"}]}
 
 
-def test_a_stop_reason_of_zero_is_one() -> None:
+def test_a_stop_reason_of_zero_is_kept() -> None:
     assert answer(delta(2, stop_reason=0), delta(3)).choices[0].stop_reason == 0
 
 
@@ -285,8 +285,8 @@ def test_extra_fields_are_kept_and_the_latest_holds() -> None:
     assert log.choices[0].extra == {"a": 1, "b": 2}
 
 
-A6: list[tuple[str, list[Any], dict[str, Any]]] = [
-    # what is shown, a field of each delta, the field of the message
+OTHER_FIELDS: list[tuple[str, list[Any], dict[str, Any]]] = [
+    # a name, a field of each delta, and the field of the message
     ("a refusal", ["I can", "not", None, ""], {"refusal": "I cannot"}),
     (
         "audio",
@@ -323,10 +323,10 @@ A6: list[tuple[str, list[Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A6], ids=[case[0] for case in A6])
-def test_a6_other_fields_of_deltas_are_put_together_and_are_of_the_message(
-    pieces: list[Any], made: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "made"), [case[1:] for case in OTHER_FIELDS], ids=[case[0] for case in OTHER_FIELDS]
+)
+def test_other_fields_of_deltas_are_joined_and_are_in_the_message(pieces: list[Any], made: dict[str, Any]) -> None:
     (name,) = made
     log = answer(*(delta(n, extra={"delta": {name: piece}}) for n, piece in enumerate(pieces, 2)))
     (choice,) = log.choices
@@ -335,7 +335,7 @@ def test_a6_other_fields_of_deltas_are_put_together_and_are_of_the_message(
     assert log.choices == log.choices
 
 
-def test_a6_a_refusal_is_said_by_each_delta_and_by_the_choice() -> None:
+def test_a_refusal_is_in_each_delta_and_in_the_choice() -> None:
     pieces = [delta(n, extra={"delta": {"refusal": text}}) for n, text in enumerate(["I can", "not"], 2)]
     assert [piece.refusal for piece in pieces] == ["I can", "not"]
     (choice,) = answer(*pieces).choices
@@ -344,7 +344,7 @@ def test_a6_a_refusal_is_said_by_each_delta_and_by_the_choice() -> None:
     assert (delta(extra={"delta": "odd"}).refusal, delta(extra={"delta": {"refusal": 1}}).refusal) == ("", "")
 
 
-def test_a6_of_what_stands_beside_a_delta_the_latest_holds_field_by_field() -> None:
+def test_beside_the_delta_the_latest_value_of_each_field_holds() -> None:
     log = answer(
         delta(2, extra={"chunk": {"system_fingerprint": "a", "cost": 1}, "filter": {"x": 1}}),
         delta(3, extra={"chunk": {"cost": 2}, "filter": {"y": 1}}),
@@ -352,7 +352,7 @@ def test_a6_of_what_stands_beside_a_delta_the_latest_holds_field_by_field() -> N
     assert log.choices[0].extra == {"chunk": {"system_fingerprint": "a", "cost": 2}, "filter": {"y": 1}}
 
 
-A10: list[tuple[str, list[Any], Any]] = [
+LOGPROBS: list[tuple[str, list[Any], Any]] = [
     ("a null list erases nothing", [{"content": ["a"]}, {"content": None}, {"content": ["b"]}],
      {"content": ["a", "b"]}),
     ("nor an empty one", [{"content": ["a"]}, {"content": []}, {}], {"content": ["a"]}),
@@ -363,8 +363,8 @@ A10: list[tuple[str, list[Any], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in A10], ids=[case[0] for case in A10])
-def test_a10_logprobs_are_never_erased(pieces: list[Any], made: object) -> None:
+@pytest.mark.parametrize(("pieces", "made"), [case[1:] for case in LOGPROBS], ids=[case[0] for case in LOGPROBS])
+def test_logprobs_are_never_erased(pieces: list[Any], made: object) -> None:
     assert answer(*(delta(n, logprobs=piece) for n, piece in enumerate(pieces, 2))).choices[0].logprobs == made
 
 
@@ -395,7 +395,7 @@ _OBJECT = st.dictionaries(_NAMES, _JSON, max_size=3)
     delta, index=st.integers(-1, 1), content=st.sampled_from(["", "a"]), logprobs=_JSON,
     tool_calls=st.lists(_OBJECT, max_size=3), extra=_OBJECT,
 ), max_size=4))  # fmt: skip
-def test_whatever_deltas_hold_an_answer_can_be_put_together_and_handed_on(deltas: list[Delta]) -> None:
+def test_any_deltas_make_an_answer_that_is_json(deltas: list[Delta]) -> None:
     before = to_json([entry.as_dict() for entry in deltas])
     log = answer(*deltas)
     assert to_json(log.completion()) == to_json(log.completion())
@@ -407,7 +407,7 @@ def test_whatever_deltas_hold_an_answer_can_be_put_together_and_handed_on(deltas
 # Attempts
 
 
-def test_restarted_makes_what_came_before_void() -> None:
+def test_restarted_makes_earlier_deltas_void() -> None:
     log = answer(
         OPENED,
         delta(2, content="old", finish_reason="stop", token_ids=[1]),
@@ -419,7 +419,7 @@ def test_restarted_makes_what_came_before_void() -> None:
     assert log.add(delta(2, attempt=2, content="new")).text == "new"
 
 
-def test_resumed_keeps_what_it_names_and_drops_what_came_after() -> None:
+def test_resumed_keeps_deltas_up_to_the_entry_that_it_names() -> None:
     log = answer(
         Opened(id=EntryId(1, 1), prompt_tokens=5),
         delta(2, content="a", token_ids=[1]),
@@ -467,8 +467,8 @@ def test_the_tokens_that_are_cut_off_with_a_character_are_void() -> None:
 
 
 @pytest.mark.parametrize("first", [Opened(id=EntryId(2, 1)), delta(1, attempt=2)], ids=["opened", "delta"])
-def test_what_the_next_owner_did_not_find_is_void(first: Entry) -> None:
-    """A failover has lost deltas that this reader has: their owner's successor would have said what becomes of them."""
+def test_deltas_that_the_next_owner_did_not_find_are_void(first: Entry) -> None:
+    """A failover has lost deltas that this reader has: the next owner would have written `resumed` or `restarted`."""
     log = answer(OPENED, delta(2, content="lost"), Claimed(id=EntryId(2, 0)), first)
     assert log.add(delta(2, attempt=2, content="new")).text == "new"
 
@@ -497,12 +497,12 @@ def test_the_latest_opened_holds() -> None:
         (Cancelled(id=SEAL), "cancelled", ""),
     ],
 )
-def test_each_way_to_end(end: Entry, outcome: str, error: str) -> None:
+def test_each_outcome(end: Entry, outcome: str, error: str) -> None:
     log = answer(delta(content="a"), end)
     assert (log.outcome, log.error, log.end, log.text, log.attempt) == (outcome, error, end, "a", 1)
 
 
-def test_an_end_without_a_beginning_says_its_attempt() -> None:
+def test_an_end_without_a_beginning_has_its_attempt() -> None:
     assert Answer([Failed(id=SEAL, attempt=3, code="buried")]).attempt == 3
     assert Answer([Cancelled(id=SEAL)]).attempt == 0
 
@@ -513,7 +513,7 @@ def test_a_seal_of_another_type_still_ends_the_log() -> None:
     assert log.error == "the log ended with an entry of type 'suspended' (unknown)"
 
 
-def test_entries_of_other_types_are_passed_over() -> None:
+def test_entries_of_other_types_are_ignored() -> None:
     log = answer(delta(content="a"), Unknown(id=EntryId(1, 3), name="paused"), delta(4, content="b"))
     assert (log.text, log.end) == ("ab", None)
 
@@ -559,7 +559,7 @@ def test_a_completion_of_tool_calls_has_no_content_and_no_index_in_its_calls() -
     assert "token_ids" not in shown["choices"][0]
 
 
-def test_a_completion_that_came_to_nothing_is_empty_and_no_error() -> None:
+def test_the_completion_of_an_empty_answer_is_empty() -> None:
     shown = Answer([Cancelled(id=SEAL)]).completion()
     assert shown == {
         "id": "",

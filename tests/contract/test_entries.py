@@ -1,4 +1,4 @@
-"""Entries to Redis fields and back, and what a reader makes of fields that it does not know or cannot read."""
+"""Entries to Redis fields and back, and how unknown or unreadable fields are handled."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ def test_every_entry_is_read_back_from_text_and_from_bytes(entry: Entry) -> None
 
 
 @given(_entries())
-def test_an_entry_as_a_dict_says_the_same(entry: Entry) -> None:
+def test_an_entry_as_a_dict_has_the_same_values(entry: Entry) -> None:
     shown = entry.as_dict()
     assert list(shown)[:2] == ["id", "type"]
     assert (shown.pop("id"), shown.pop("type")) == (str(entry.id), entry.type)
@@ -95,7 +95,7 @@ def test_an_entry_as_a_dict_says_the_same(entry: Entry) -> None:
     assert type(entry)(id=entry.id, **again) == entry
 
 
-def test_c6_an_entry_is_json_with_its_id_as_text() -> None:
+def test_an_entry_is_json_with_its_id_as_text() -> None:
     entry = Delta(id=EntryId(1, 3), content="é世", token_ids=[1])
     assert entry.as_dict() == {"id": "1-3", "type": "delta", "content": "é世", "token_ids": [1]}
     assert entry.to_json() == '{"id":"1-3","type":"delta","content":"é世","token_ids":[1]}'
@@ -120,7 +120,7 @@ _CHOICE = {"index": 0, "logprobs": None, "finish_reason": None}
          {"delta": {"refusal": "no"}}),
     ],
 )  # fmt: skip
-def test_c6_deltas_and_the_beginning_are_chunks_of_openai(entry: Entry, choice: dict[str, Any]) -> None:
+def test_deltas_and_the_beginning_are_chunks_of_openai(entry: Entry, choice: dict[str, Any]) -> None:
     assert entry.chunk(OPENED) == _HEAD | {"choices": [_CHOICE | choice]}
     alone: Any = entry.chunk()
     assert alone["choices"] == [_CHOICE | choice]
@@ -128,7 +128,7 @@ def test_c6_deltas_and_the_beginning_are_chunks_of_openai(entry: Entry, choice: 
 
 
 @pytest.mark.parametrize("name", sorted(KINDS.keys() - {"opened", "delta"}))
-def test_c6_other_entries_are_no_chunks(name: str) -> None:
+def test_other_entries_are_not_chunks(name: str) -> None:
     assert KINDS[name](id=EntryId(1, 2)).chunk(OPENED) is None
 
 
@@ -140,7 +140,7 @@ def test_an_entry_of_defaults_is_its_type_alone(name: str) -> None:
     assert parse("1-2", {"type": name}) == entry
 
 
-def test_the_fields_are_those_that_the_contract_writes_down() -> None:
+def test_the_fields_are_those_of_the_contract() -> None:
     delta = Delta(
         id=EntryId(1, 3),
         content="a",
@@ -187,7 +187,7 @@ def test_a_stop_reason_may_be_a_token_or_a_text_that_looks_like_one() -> None:
         assert parse("1-1", to_fields(entry)) == entry
 
 
-def test_fields_of_other_names_are_passed_over() -> None:
+def test_unknown_fields_are_ignored() -> None:
     fields = {"type": "delta", "content": "a", "later": "{", "id": "9-9", "": "x"}
     assert parse("1-1", fields) == Delta(id=EntryId(1, 1), content="a")
 
@@ -210,7 +210,7 @@ def test_a_cancel_from_the_command_line_is_read() -> None:
     assert parse(str(SEAL), {b"type": b"cancelled"}) == Cancelled(id=SEAL)
 
 
-def test_bytes_that_are_no_utf8_become_replacement_marks() -> None:
+def test_bytes_that_are_not_utf8_become_replacement_characters() -> None:
     assert parse("1-1", {b"type": b"delta", b"content": b"a\xff"}) == Delta(id=EntryId(1, 1), content="a\ufffd")
     unknown = parse("1-1", {b"type": b"\xff", b"\xfe": b"\xfd"})
     assert unknown == Unknown(id=EntryId(1, 1), name="\ufffd", fields={"\ufffd": "\ufffd"})
@@ -281,19 +281,19 @@ _MANY_DIGITS = "9" * 5000
         ("done", "usage", '{"prompt_tokens":true,"completion_tokens":0.5}', {}),
     ],
 )  # fmt: skip
-def test_a10_a_number_that_cannot_be_read_is_in_nobodys_way(name: str, field: str, text: str, value: object) -> None:
+def test_a_bad_number_from_a_server_leaves_the_entry_readable(name: str, field: str, text: str, value: object) -> None:
     entry = parse("3-4", {"type": name, "model": "m", field: text})
     assert getattr(entry, field) == value
     to_json(entry.as_dict())  # and can be written again
 
 
-def test_b2_an_answer_that_goes_on_says_after_what() -> None:
+def test_resumed_must_name_an_earlier_entry() -> None:
     with pytest.raises(BadEntry, match=r"^entry 2-1 \(resumed\): field after cannot be read: "):
         parse("2-1", {"type": "resumed"})
     assert parse("2-1", {"type": "resumed", "after": "1"}) == Resumed(id=EntryId(2, 1), after="1")
 
 
-def test_what_is_no_id_of_an_entry_is_refused() -> None:
+def test_a_bad_entry_id_is_refused() -> None:
     with pytest.raises(ValueError, match="is not the id of a log entry"):
         parse("first", {"type": "delta"})
 

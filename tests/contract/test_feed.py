@@ -1,4 +1,4 @@
-"""Messages of the feed: read quickly, and for the same entries as the log's."""
+"""Messages of the feed: a fast reader gives the same entries as the reader of the log."""
 
 import pytest
 from hypothesis import given
@@ -38,7 +38,7 @@ def test_a_message_is_read_as_the_entries_of_the_log_are(entries: list[Entry]) -
         {"content": "no type"},
     ],
 )
-def test_what_is_no_plain_delta_is_read_as_the_log_is(fields: dict[str, str]) -> None:
+def test_a_message_of_other_entries_is_read_as_the_log_is(fields: dict[str, str]) -> None:
     assert read_message(to_json([["1-1", fields]]).encode()) == [parse("1-1", fields)]
 
 
@@ -50,6 +50,6 @@ def test_what_is_no_plain_delta_is_read_as_the_log_is(fields: dict[str, str]) ->
         b'[["1-1",{"type":"delta","index":"first"}]]', b"\xff",
     ],
 )  # fmt: skip
-def test_a_message_that_cannot_be_read_is_said_to_be_one(payload: bytes) -> None:
+def test_an_unreadable_message_is_an_error_that_names_the_feed(payload: bytes) -> None:
     with pytest.raises(BadEntry):
         read_message(payload)

@@ -1,4 +1,4 @@
-"""Whether an answer may go on from what its log holds."""
+"""Whether an answer can go on from the entries of its log."""
 
 import pytest
 
@@ -45,7 +45,7 @@ REMADE = [("1-0", {"type": "started"}), ("4-0", {"type": "claimed"}), ("4-1", {"
         ([], (), ""),
     ],
 )  # fmt: skip
-def test_d8_a_hole_or_a_damaged_entry_keeps_an_answer_from_going_on(
+def test_an_answer_cannot_go_on_after_a_hole_or_a_damaged_entry(
     log: list[tuple[str, dict[str, str]]], without: tuple[str, ...], fault: str
 ) -> None:
     assert fault_in([parse_leniently(where, fields) for where, fields in log if where not in without]) == fault

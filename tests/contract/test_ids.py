@@ -16,12 +16,12 @@ def test_an_id_is_read_back_from_its_text_and_its_bytes(attempt: int, n: int) ->
     assert EntryId.parse(str(entry_id)) == EntryId.parse(str(entry_id).encode()) == entry_id
 
 
-def test_a_bare_number_is_the_first_of_an_attempt() -> None:
+def test_a_number_alone_is_the_first_id_of_an_attempt() -> None:
     assert EntryId.parse("7") == EntryId.parse(b"7") == EntryId(7, 0)
 
 
 @pytest.mark.parametrize("raw", ["", "-", "-1", "1-x", "x-1", "1-1-1", "+", "$", "1.0", " 1-0", "1-0\n", b"\xff-1"])
-def test_what_is_no_id_is_refused_with_an_example(raw: str | bytes) -> None:
+def test_a_bad_id_is_refused_with_an_example(raw: str | bytes) -> None:
     with pytest.raises(ValueError, match="is not the id of a log entry: give one such as 1-0"):
         EntryId.parse(raw)
 
@@ -33,19 +33,19 @@ def test_ids_are_ordered_as_in_redis(attempt: int, n: int, other_attempt: int, o
     assert BEFORE_ALL <= EntryId(attempt, n) <= SEAL
 
 
-def test_the_places_that_the_contract_names() -> None:
+def test_the_ids_that_the_contract_names() -> None:
     assert str(SEAL) == "18446744073709551615-18446744073709551615"
     assert str(QUEUED) == "0-1"
     assert BEFORE_ALL < QUEUED < EntryId(1, 0) < EntryId(1, 1) < EntryId(2, 0) < SEAL
 
 
 @pytest.mark.parametrize("text", ["a", "A-b_9", "x" * 128])
-def test_what_can_name_a_request(text: str) -> None:
+def test_texts_that_can_name_a_request(text: str) -> None:
     assert is_request_id(text)
 
 
 @pytest.mark.parametrize("text", ["", "x" * 129, "a b", "a\n", "a:b", "{a}", "é", "\uff11", "a/b", "*"])
-def test_what_cannot_name_a_request(text: str) -> None:
+def test_texts_that_cannot_name_a_request(text: str) -> None:
     assert not is_request_id(text)
 
 
@@ -81,5 +81,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
         ("1-9", "1-11", False), ("1-9", "2-1", False), ("2-0", "1-1", False), ("2-9", "2-9", False),
     ],
 )  # fmt: skip
-def test_d8_what_is_missing_between_two_entries_shows_in_their_ids(before: str, entry: str, *, is_next: bool) -> None:
+def test_the_ids_of_two_entries_show_whether_one_is_missing_between_them(
+    before: str, entry: str, *, is_next: bool
+) -> None:
     assert follows(EntryId.parse(entry), EntryId.parse(before)) is is_next

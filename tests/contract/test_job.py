@@ -1,4 +1,4 @@
-"""Jobs: what validates, what each bad job is told, and the digest that tells two requests apart."""
+"""Jobs: which are valid, the error of each bad one, and the digest that tells two requests apart."""
 
 import hashlib
 import re
@@ -31,7 +31,7 @@ def with_request(**fields: object) -> dict[bytes, bytes]:
 
 
 def told(fields: dict[bytes, bytes], max_request_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
-    """The code and the message of a job that does not validate."""
+    """The code and the message of the error of an invalid job."""
     with pytest.raises(InvalidJob) as caught:
         parse_job(fields, max_request_bytes)
     return caught.value.code, str(caught.value)
@@ -41,7 +41,7 @@ def test_the_least_job_is_an_id_and_a_request() -> None:
     assert parse_job(GOOD) == Job(id="r1", request=ASKED)
 
 
-def test_a_job_says_what_it_wants() -> None:
+def test_all_fields_of_a_job_are_read() -> None:
     fields = GOOD | {
         b"v": b"1",
         b"deadline": b"1767225600000",
@@ -150,7 +150,7 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
         (GOOD | {b"traceparent": b"\xff"}, "the job's traceparent is not UTF-8"),
     ],
 )
-def test_a_bad_job_is_told_what_is_wrong(fields: dict[bytes, bytes], message: str) -> None:
+def test_the_error_of_a_bad_job_says_what_is_wrong(fields: dict[bytes, bytes], message: str) -> None:
     code, text = told(fields)
     assert message in text
     assert code == "invalid_job"
@@ -163,12 +163,12 @@ def test_a_number_of_many_digits_is_refused_like_others() -> None:
 
 
 @pytest.mark.parametrize("name", [b"v", b"deadline", b"retention", b"fallbacks", b"tenant", b"traceparent"])
-def test_an_empty_field_is_one_that_is_not_there(name: bytes) -> None:
+def test_an_empty_field_counts_as_missing(name: bytes) -> None:
     assert parse_job(GOOD | {name: b""}) == parse_job(GOOD)
 
 
 @pytest.mark.parametrize("fields", [{"n": 3}, {"n": None}, {"stream_options": None}, {"stream_options": {}}, {"x": 1}])
-def test_what_is_for_vllm_to_judge_is_let_through(fields: dict[str, object]) -> None:
+def test_fields_that_vllm_checks_are_let_through(fields: dict[str, object]) -> None:
     assert parse_job(with_request(**fields)).request == ASKED | fields
     assert check_request(ASKED | fields) == ASKED | fields
 
@@ -181,7 +181,7 @@ def test_the_limit_of_a_request_counts_its_bytes() -> None:
     assert text == f"the request has {size} bytes, above the limit of {size - 1} (WORKER_MAX_REQUEST_BYTES)"
 
 
-def test_what_a_job_says_beside_its_request_is_limited_too() -> None:
+def test_the_fields_beside_the_request_are_limited_too() -> None:
     names = "m" * 256
     largest = {b"fallbacks": msgspec.json.encode([names] * 8), b"tenant": names.encode(), b"unknown": b"x" * 10_000}
     assert len(parse_job(GOOD | largest, 100).fallbacks) == 8
@@ -197,7 +197,7 @@ def test_the_default_limit_is_four_mebibytes() -> None:
     assert told(GOOD | {b"request": b" " * (4 * 1024 * 1024 + 1)})[0] == "job_too_large"
 
 
-def test_the_id_is_found_in_a_job_that_is_bad_otherwise() -> None:
+def test_the_id_of_a_job_that_is_otherwise_bad_is_found() -> None:
     assert request_id_of({b"id": b"r1", b"request": b"{bad", b"v": b"7"}) == "r1"
 
 
@@ -250,19 +250,19 @@ TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {"typ
         ),
     ],
 )  # fmt: skip
-def test_b10_the_digest_of_an_ordinary_request_stays_the_same(
+def test_the_digest_of_an_ordinary_request_stays_the_same(
     request_: dict[str, object], alone: str, with_fallbacks: str
 ) -> None:
     assert digest(request_) == alone
     assert digest(request_, ["small", "tiny"]) == with_fallbacks
 
 
-def test_b10_the_digest_is_the_same_however_a_number_is_written() -> None:
+def test_the_digest_is_the_same_however_a_number_is_written() -> None:
     made = {digest(msgspec.json.decode(b'{"a":%b}' % number)) for number in (b"1", b"1.0", b"1e0", b"10e-1")}
     assert made == {hashlib.sha256(b'{"a":1}').hexdigest()[:32]}
 
 
-def test_b10_a_digest_from_before_is_known_too() -> None:
+def test_a_digest_of_an_earlier_version_is_recognized() -> None:
     request: Any = {"model": "m", "messages": HELLO, "temperature": 1.0}
     for fallbacks, before in (((), "432fdaac85e637e01dcd70e3667abe9a"), (("a",), "64667aae2971561c005c57b95b7c9821")):
         assert is_digest_of(before, request, fallbacks)
@@ -293,13 +293,13 @@ def test_the_digest_counts_the_models_to_fall_back_to() -> None:
         ({"max_tokens": True}, "the request's max_tokens is true: it must be"),
     ],
 )
-def test_what_is_above_a_limit_is_refused(request_: dict[str, Any], message: str) -> None:
+def test_a_request_above_a_limit_is_refused(request_: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidJob, match=re.escape(message)) as caught:
         check_limits(request_, max_choices=4, max_tokens=100)
     assert caught.value.code == "invalid_job"
 
 
-def test_what_is_within_the_limits_or_not_limited_is_taken() -> None:
+def test_a_request_within_the_limits_is_accepted() -> None:
     check_limits({"n": 4, "max_tokens": 100, "max_completion_tokens": None}, max_choices=4, max_tokens=100)
     check_limits({"max_tokens": 10**9}, max_choices=4, max_tokens=0)
 
@@ -314,7 +314,5 @@ def test_what_is_within_the_limits_or_not_limited_is_taken() -> None:
         ({}, 0, {}),
     ],
 )
-def test_a_job_that_does_not_say_how_long_gets_the_limit(
-    said: dict[str, Any], limit: int, sent: dict[str, Any]
-) -> None:
+def test_a_job_without_a_length_gets_the_limit(said: dict[str, Any], limit: int, sent: dict[str, Any]) -> None:
     assert with_limit(Job(id="r", request=ASKED | said), limit).request == ASKED | sent

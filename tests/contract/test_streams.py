@@ -1,4 +1,4 @@
-"""What a reader of a log puts together, against what openai's own client makes of the same bytes.
+"""The answer that a reader of a log puts together, compared with what openai's own client makes of the same bytes.
 
 The streams are those that were recorded (`tests/transcripts`) and those that were made up (`tests/streams.py`). A new
 one is a file there or a line here.
@@ -32,7 +32,7 @@ def each_byte(body: bytes) -> list[bytes]:
 
 
 def entries_of(*pieces: bytes, n: int = 1) -> list[AnyEntry]:
-    """The log of an answer that arrives in these pieces, as a reader has it.
+    """The log of an answer that arrives in these pieces, as a reader gets it.
 
     Raises:
         UpstreamError: when the answer is not whole.
@@ -74,11 +74,10 @@ def test_a_recorded_stream_is_read_as_openai_reads_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
-def test_a_made_up_stream_is_read_as_is_right(stream: Stream) -> None:
-    """A2, A3, A5, A6, A10, A12, A15, A16."""
+def test_a_made_up_stream_is_read_correctly(stream: Stream) -> None:
     try:
         by_openai = said(read_by_openai(stream.body))
-    except Exception as error:  # noqa: BLE001 - whatever its accumulation meets
+    except Exception as error:  # noqa: BLE001 - its accumulation may raise anything
         by_openai = [{"fails": repr(error)}]
     ours = read(stream.body)
     if stream.right is None:
@@ -91,7 +90,7 @@ def test_a_made_up_stream_is_read_as_is_right(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize("stream", [stream for stream in STREAMS if stream.right is None], ids=str)
-def test_c6_the_chunks_of_entries_are_read_by_openai_as_the_answer_is(stream: Stream) -> None:
+def test_openai_reads_the_chunks_of_entries_as_the_same_answer(stream: Stream) -> None:
     log = entries_of(stream.body)
     answer = Answer(log)
     # The beginning is sent once: openai's client joins roles.

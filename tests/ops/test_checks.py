@@ -1,4 +1,4 @@
-"""What `check` finds of each thing it looks at, and what it says to do."""
+"""What `worker check` finds about each thing that it checks, and which fix it names."""
 
 import asyncio
 import socket
@@ -70,7 +70,7 @@ async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
     )
 
 
-async def test_every_queue_is_told_with_what_waits_in_it_and_that_nobody_does_it(
+async def test_every_queue_is_listed_with_its_jobs_and_a_lack_of_workers(
     redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:
     await redis.xgroup_create("chat:jobs:high", "workers", id="0", mkstream=True)
@@ -88,7 +88,7 @@ async def test_every_queue_is_told_with_what_waits_in_it_and_that_nobody_does_it
     await redis.delete("chat:jobs:high")
 
 
-async def test_workers_are_counted_and_those_that_are_silent_or_take_no_jobs_are_told(
+async def test_workers_are_counted_and_silent_or_paused_ones_are_listed(
     redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:
     now = (await redis.time())[0] * 1000
@@ -113,7 +113,7 @@ async def test_a_server_that_is_away_beside_one_that_answers_is_a_warning(redis_
     assert alone.level == "error"
 
 
-async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
+async def test_a_missing_or_wrong_password_is_found_with_its_fix(
     own_redis: tuple[Redis, str], simulator: Simulator
 ) -> None:
     redis, url = own_redis
@@ -127,14 +127,14 @@ async def test_a_password_that_is_missing_or_wrong_is_told_with_how_to_give_it(
     assert good[0].level == "ok"
 
 
-async def test_d1_options_of_the_url_that_have_no_effect_are_told(redis_url: str, simulator: Simulator) -> None:
+async def test_options_of_the_url_without_effect_are_listed(redis_url: str, simulator: Simulator) -> None:
     findings = await found(redis_url=f"{redis_url}?protocol=3&max_connections=4", vllm_urls=simulator.url)
     _, told = about(findings, "settings")
     assert (told.level, told.message) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
     assert about(findings, "queue")[0].level == "ok"
 
 
-async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, simulator: Simulator) -> None:
+async def test_servers_that_are_not_redis_or_not_vllm_are_found(redis_url: str, simulator: Simulator) -> None:
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -153,9 +153,7 @@ async def test_what_is_no_redis_and_what_is_no_vllm_are_told(redis_url: str, sim
     assert no_route.message == "Not Found"
 
 
-async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
-    redis_url: str, simulator: Simulator
-) -> None:
+async def test_a_proxy_or_redirect_before_a_vllm_is_found_with_its_fix(redis_url: str, simulator: Simulator) -> None:
     page = b"<!doctype html><title>Dashboard</title>"
     pages = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(page), page)
     moved = b"HTTP/1.1 308 X\r\nlocation: https://other/v1/models\r\ncontent-length: 0\r\n\r\n"
@@ -186,10 +184,10 @@ async def test_c8_what_stands_in_the_way_of_a_vllm_is_told_with_what_to_do(
          "start vLLM there, or set VLLM_URLS"),
     ],
 )  # fmt: skip
-async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
+async def test_the_reply_of_a_server_that_is_not_vllm_is_found_with_its_fix(
     redis_url: str, sent: bytes | None, text: str, fix: str
 ) -> None:
-    """F4 and F7 of C8. Nothing sent is a connection that is closed, None one that is reset."""
+    """An empty reply closes the connection, and None resets it."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -207,14 +205,14 @@ async def test_c8_what_a_place_without_a_vllm_sends_is_told_with_what_to_do(
     assert told.fix == fix
 
 
-async def test_every_vllm_is_told_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
+async def test_every_vllm_is_listed_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
     one = await start_simulator(Options(model="small"))
     other = await start_simulator(Options(model="large", api_key="k"))
     findings = await found(redis_url=redis_url, vllm_urls=f"{one.url},{other.url}", vllm_api_key="k")
     assert [finding.message for finding in about(findings, "vLLM")] == ["serves small", "serves large"]
 
 
-async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_bad_settings_are_listed_and_nothing_else_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKER_SLOT", "3")
     findings = await found(redis_url="redis://:hidden-pw@h:port", vllm_urls="u:hidden-pw@h", vllm_api_key="ke\ny")
     assert len(findings) == 4
@@ -232,7 +230,7 @@ async def test_bad_settings_are_all_told_and_nothing_else_is_looked_at(monkeypat
         "127.0.0.1:6379",
     ],
 )
-def test_a_redis_url_that_cannot_be_is_refused_in_our_words(url: str) -> None:
+def test_an_invalid_redis_url_is_refused_in_our_words(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^REDIS_URL must be a URL such as [^']*$"):
         load_settings(redis_url=url)
 
@@ -256,7 +254,7 @@ def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert shown_url(url) == shown
 
 
-async def test_workers_that_cannot_show_themselves_in_a_full_redis_are_not_called_silent(
+async def test_workers_that_cannot_renew_their_records_in_a_full_redis_are_not_called_silent(
     own_redis: tuple[Redis, str], simulator: Simulator
 ) -> None:
     redis, url = own_redis
@@ -312,7 +310,7 @@ async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_
     assert not about(findings, "worker")
 
 
-async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator) -> None:
+async def test_for_a_redis_that_still_loads_the_fix_is_to_wait(simulator: Simulator) -> None:
     async def load(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(4096):
             writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
@@ -326,7 +324,7 @@ async def test_a_redis_that_still_loads_is_to_be_waited_for(simulator: Simulator
 
 @pytest.fixture
 async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Path]]:
-    """A port before the Redis that speaks TLS, as `localhost`; and the certificate of who signed for it."""
+    """A port before the Redis that speaks TLS, as `localhost`, and the certificate of its authority."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -351,7 +349,7 @@ async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Pat
 
 
 WORDS: list[tuple[str, str, str]] = [
-    # REDIS_URL, what is said of it and how to fix it; {plain} and {tls} are ports, {ca} a file
+    # REDIS_URL, words of the message, and the fix; {plain} and {tls} are ports, {ca} is a file
     ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
     ("redis://no-such-host.invalid/0", "not known", "check the name of the host in REDIS_URL"),
     ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
@@ -372,7 +370,7 @@ WORDS: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("url", "words", "fix"), WORDS)
-async def test_c8_what_is_wrong_with_the_way_to_redis_is_told_with_how_to_mend_it(
+async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
     url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -388,11 +386,11 @@ MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
 
 
 @pytest.mark.parametrize(("url", "words", "fix"), MIXED_UP)
-async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
+async def test_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
     url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """F3 of C8: the error itself is a timeout, or a connection that was closed."""
+    """The error itself is only a timeout or a closed connection."""
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
     service = Worker(load_settings(redis_url=url, vllm_urls=simulator.url))
@@ -411,7 +409,7 @@ async def test_c8_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
     assert told["advice"] == fix
 
 
-async def test_c8_a_certificate_is_trusted_by_either_way(
+async def test_a_certificate_can_be_trusted_in_two_ways(
     secure: tuple[int, Path], simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, authority = secure
@@ -423,7 +421,7 @@ async def test_c8_a_certificate_is_trusted_by_either_way(
 
 
 async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str) -> None:
-    """A8. Or it is a router that asks all of its servers first; workers do not hold it to be away."""
+    """Or it is a router that queries all of its servers first. Workers do not treat it as away."""
     async with sending(then_close=False) as url:
         options: dict[str, object] = {"redis_url": redis_url, "vllm_urls": url}
         findings = [finding async for finding in check(options, pace=ServerPace(probe_limit=0.1))]

@@ -1,4 +1,4 @@
-"""A Redis user without some rights: what works all the same, and what is said of what is missing."""
+"""A Redis user without some rights: what works all the same, and what the check reports."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ REQUEST = {"messages": [{"role": "user", "content": "Who are you?"}]}
 
 @pytest.fixture
 async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
-    """The Redis, as a user that may use every command and key of ours, and no channel."""
+    """The URL of a user that may use every command and key of ours, and no channel."""
     await redis.acl_setuser(
         "mute", enabled=True, passwords="+pw", keys=["chat:*"], categories=["+@all"], reset_channels=True
     )
@@ -38,7 +38,7 @@ async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
     await redis.acl_deluser("mute")
 
 
-async def test_without_the_right_to_channels_answers_are_whole_and_cancels_work(
+async def test_without_rights_to_channels_answers_are_complete_and_cancels_work(
     user_url: str, start_worker: StartWorker, simulator: Simulator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging("json", "warning")
@@ -54,13 +54,13 @@ async def test_without_the_right_to_channels_answers_are_whole_and_cancels_work(
 
 
 async def change(redis: Redis, *words: str) -> None:
-    """Give a user rights, or take some away."""
+    """Add rights to a user, or remove some."""
     await redis.execute_command("ACL SETUSER", *words)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
 
 
 @pytest.fixture
 async def users(redis: Redis, redis_url: str) -> AsyncIterator[dict[Role, str]]:
-    """The Redis, as the users that deploy/README.md gives to workers and to clients."""
+    """The URLs of the users that deploy/README.md defines for workers and clients."""
     for role in ROLES:
         await change(redis, *acl(role))
     await redis.acl_log_reset()
@@ -73,15 +73,15 @@ async def findings(url: str, simulator: Simulator, **settings: object) -> list[F
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_d5_the_readme_gives_each_user_what_is_tried(role: Role) -> None:
+def test_the_documented_rights_are_those_that_the_check_tries(role: Role) -> None:
     rights = [f"+{command}" for command in commands_of(role)]
     assert acl(role)[acl(role).index("-@all") + 1 :] == rights
 
 
-async def test_d5_with_the_rights_of_the_readme_nothing_is_refused(
+async def test_with_the_documented_rights_nothing_is_refused(
     redis: Redis, users: dict[Role, str], start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """D5: jobs of every kind from their start to their end, and all that goes on beside them."""
+    """Run jobs of every kind from start to end, and everything that goes on beside them."""
     first = await start_worker(simulator, redis_url=users["worker"], lease=1)
     async with Client(users["client"], queue_limit=100) as client:
         for request in (REQUEST, REQUEST | {"simulate": {"fault": "cut", "after": 3, "times": 1}}):
@@ -117,9 +117,7 @@ async def test_d5_with_the_rights_of_the_readme_nothing_is_refused(
     assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
 
 
-async def test_d5_with_the_rights_of_the_readme_the_check_finds_nothing(
-    users: dict[Role, str], simulator: Simulator
-) -> None:
+async def test_with_the_documented_rights_the_check_finds_nothing(users: dict[Role, str], simulator: Simulator) -> None:
     found = await findings(users["worker"], simulator)
     assert [it.message for it in found if it.level != "ok"] == [
         "the append-only file is off: a restart of Redis loses waiting jobs and logs"
@@ -141,7 +139,7 @@ async def newest(redis: Redis, key: str) -> bytes:
 
 NOTHING = "no job can be done: the user lacks the rights "
 RIGHTS: list[tuple[list[str], str, str, str]] = [
-    # what is changed of the rights of a worker, and of what is found: the level, how it begins, and how to fix it
+    # a change of the worker's rights; the level of the finding, how its message begins, and its fix
     *[
         ([f"-{name}"], "error", f"{NOTHING}+{name}", f"ACL SETUSER <user> +{name}")
         for name in (
@@ -204,7 +202,7 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("changed", "level", "begins", "fix"), RIGHTS, ids=[" ".join(row[0]) for row in RIGHTS])
-async def test_d5_and_c8_what_is_missing_is_found_and_told_with_how_to_give_it(
+async def test_a_missing_right_is_found_with_the_command_that_gives_it(
     changed: list[str], level: str, begins: str, fix: str, redis: Redis, users: dict[Role, str], simulator: Simulator
 ) -> None:
     await change(redis, "worker", *changed)
@@ -217,15 +215,13 @@ async def test_d5_and_c8_what_is_missing_is_found_and_told_with_how_to_give_it(
     assert [it for it in found if it.subject.startswith("vLLM")]
 
 
-async def test_d5_what_only_a_client_needs_is_no_fault_of_a_worker(
-    users: dict[Role, str], simulator: Simulator
-) -> None:
+async def test_rights_that_only_a_client_needs_are_no_error(users: dict[Role, str], simulator: Simulator) -> None:
     (told,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.message]
     assert (told.level, told.fix) == ("ok", "")
     assert told.message.endswith(": +xread +xdel +unsubscribe")
 
 
-async def test_d5_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
+async def test_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
     for key in ("chat:jobs", "chat:lifecycle", "chat:dead"):
         await redis.xadd(key, {"id": "r"})
     await redis.xgroup_create("chat:jobs", "workers", id="0")
@@ -254,7 +250,7 @@ RENAMED: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("command", "level", "words"), RENAMED)
-async def test_d5_a_command_that_was_renamed_is_told_as_such(
+async def test_a_renamed_command_is_reported_as_renamed(
     command: str, level: str, words: str, redis_server: EmbeddedRedis, simulator: Simulator
 ) -> None:
     assert redis_server.process is not None
@@ -271,7 +267,7 @@ async def test_d5_a_command_that_was_renamed_is_told_as_such(
     ("key", "without"),
     [("lifecycle", "the lifecycle is not written"), ("dead", "jobs that should be"), ("workers", "neither this check")],
 )
-async def test_d6_something_else_in_the_place_of_a_side_record_is_told(
+async def test_a_key_of_another_type_in_place_of_a_side_record_is_a_warning(
     key: str, without: str, redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:
     await redis.set(f"chat:{key}", "something else", ex=60)
@@ -283,7 +279,7 @@ async def test_d6_something_else_in_the_place_of_a_side_record_is_told(
     assert told.message.endswith(f"something else is stored at chat:{key}")
 
 
-async def test_d5_a_transaction_that_is_refused_for_a_missing_right_is_no_passing_trouble(
+async def test_a_transaction_refused_for_a_missing_right_is_not_a_transient_error(
     redis: Redis, users: dict[Role, str]
 ) -> None:
     await change(redis, "worker", "-exec")

@@ -180,7 +180,7 @@ async def test_a_workers_jobs_are_counted(
     ask: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
     for number in range(3):
         await client.result(await client.enqueue(ask, id=f"r-{number}"))
-    for _ in range(2):  # the same request again is no further job that ended
+    for _ in range(2):  # the same request again does not count as another job
         await redis.xadd("chat:jobs", {"id": "r-1", "request": to_json(ask)})
     await redis.xadd("chat:jobs", {"id": "no/id"})
 
@@ -212,7 +212,7 @@ async def test_while_redis_is_away_that_is_shown_and_earlier_measurements_are_no
         return worker.metrics.registry.get_sample_value(f"vllm_relay_{name}", labels)
 
     async def measured() -> bool:
-        return shown("oldest_pending_seconds", queue="default") == 0  # the other is NaN on Redis 6.2 all along
+        return shown("oldest_pending_seconds", queue="default") == 0  # queue_waiting is always NaN on Redis 6.2
 
     async def away() -> bool:
         return shown("claims_paused", reason="redis_away") == 1
@@ -245,7 +245,7 @@ async def test_an_address_in_use_ends_the_worker_with_a_sentence(redis_url: str)
 
 
 @pytest.mark.parametrize("bad", ["9100", ":9100", "host:port", "127.0.0.1:70000"])
-def test_what_is_no_address_is_refused(bad: str) -> None:
+def test_a_bad_address_is_refused(bad: str) -> None:
     with pytest.raises(ConfigError, match=r"WORKER_METRICS is .*such as 127\.0\.0\.1:9100"):
         load_settings(metrics=bad)
 

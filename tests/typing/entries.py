@@ -1,4 +1,4 @@
-"""What a type checker knows of entries and answers. Only mypy runs this: nothing of it is called."""
+"""What a type checker knows about entries and answers. Only mypy reads this: nothing here is called."""
 
 from typing import assert_never, assert_type
 
@@ -23,7 +23,7 @@ from worker import (
 )
 
 
-def c6_a_comparison_of_the_type_tells_which_entry_it_is(entry: AnyEntry) -> str:
+def a_comparison_of_the_type_tells_which_entry_it_is(entry: AnyEntry) -> str:
     if entry.type == "delta":
         assert_type(entry, Delta)
         return entry.content
@@ -33,7 +33,7 @@ def c6_a_comparison_of_the_type_tells_which_entry_it_is(entry: AnyEntry) -> str:
     return ""
 
 
-def c6_a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: C901, PLR0912 - one case for each type
+def a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: C901, PLR0912 - one case for each type
     match entry.type:
         case "queued":
             assert_type(entry, Queued)
@@ -63,7 +63,7 @@ def c6_a_match_on_the_type_may_be_exhaustive(entry: AnyEntry) -> None:  # noqa: 
             assert_never(entry)
 
 
-def c6_a_match_on_the_class_may_be_exhaustive(entry: AnyEntry) -> None:
+def a_match_on_the_class_may_be_exhaustive(entry: AnyEntry) -> None:
     match entry:
         case Queued() | Started() | Claimed() | Resumed() | Restarted() | Opened() | Delta():
             pass
@@ -77,13 +77,13 @@ def c6_a_match_on_the_class_may_be_exhaustive(entry: AnyEntry) -> None:
             assert_never(entry)
 
 
-def c6_usage_is_typed(answer: Answer) -> int:
+def usage_is_typed(answer: Answer) -> int:
     assert_type(answer.usage, Usage)
     assert_type(answer.usage.get("completion_tokens"), int | None)
     return answer.usage["prompt_tokens"]
 
 
-async def c6_followers_get_entries_of_all_types(client: Client, sync_client: SyncClient) -> None:
+async def followers_get_entries_of_all_types(client: Client, sync_client: SyncClient) -> None:
     async for entry in client.follow("r"):
         assert_type(entry, AnyEntry)
     async for entry in client.generate({}):
