@@ -43,17 +43,17 @@ class Story:
         pipe.expire(self.key, 600)
         await pipe.execute()
 
-    async def tell(self, *entries: Entry) -> None:
+    async def publish(self, *entries: Entry) -> None:
         """Publish a message of these entries on the feed."""
         await self._redis.publish(self.channel, to_json([[str(entry.id), to_fields(entry)] for entry in entries]))
 
-    async def go_on(self, *entries: Entry) -> None:
+    async def append(self, *entries: Entry) -> None:
         """Write and publish one entry after another."""
         for entry in entries:
             await self.write(entry)
-            await self.tell(entry)
+            await self.publish(entry)
 
-    async def listeners(self) -> int:
+    async def subscribers(self) -> int:
         """The number of subscribers of the feed."""
         ((_, count),) = await self._redis.pubsub_numsub(self.channel)
         return int(count)

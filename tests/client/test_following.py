@@ -122,10 +122,10 @@ async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Sto
     await reader.hears()
     read = await calls(redis, "xrange")
     for n in range(1, 20):
-        await story.go_on(delta(1, n))
+        await story.append(delta(1, n))
         await reader.has(delta(1, n))
     assert await calls(redis, "xrange") == read
-    await story.go_on(END)
+    await story.append(END)
     await reader.task
     assert reader.seen == story.written
     assert await calls(redis, "xread") == 0
@@ -139,7 +139,7 @@ async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: C
     client._following._requests["r"].on_message(to_json([[str(told.id), to_fields(told)]]).encode())
     assert reader.seen == [START, told]
     await story.write(told)
-    await story.go_on(END)
+    await story.append(END)
     await reader.task
     assert reader.seen == story.written
 
@@ -156,7 +156,7 @@ async def test_what_the_taker_raises_comes_out_and_ends_it(*, is_told: bool, cli
     reader = Reader(client, into=take)
     if is_told:
         await reader.hears()
-        await story.go_on(delta(1, 1))
+        await story.append(delta(1, 1))
     with pytest.raises(ZeroDivisionError):
         await reader.task
     assert not client._following._requests
@@ -176,7 +176,7 @@ async def test_whatever_a_taker_raises_the_others_hear_on(
     readers = [Reader(client, into=take), Reader(client)]
     await readers[1].hears()
     read = await calls(redis, "xrange")
-    await story.go_on(delta(1, 1), delta(1, 2))
+    await story.append(delta(1, 1), delta(1, 2))
     with pytest.raises(out):
         await readers[0].task
     await readers[1].has(delta(1, 1), delta(1, 2))
@@ -198,7 +198,7 @@ async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: S
     reader = Reader(client, into=take)
     await reader.hears()
     await story.write(delta(1, 1), delta(1, 2))
-    await story.tell(delta(1, 1), delta(1, 2))
+    await story.publish(delta(1, 1), delta(1, 2))
     with pytest.raises(asyncio.CancelledError):
         await reader.task
     assert taken == [START, delta(1, 1)]
@@ -226,12 +226,12 @@ async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing
         while untold and dice.random() < 0.6:
             told = [untold.pop() for _ in range(min(len(untold), dice.randint(1, 3)))]
             if dice.random() < 0.8:
-                await story.tell(*told)
+                await story.publish(*told)
             if dice.random() < 0.3:
                 untold += told[:1]
         if dice.random() < 0.2:
             readers.append(Reader(client, after=dice.choice(story.written).id))
-    await story.go_on(END)
+    await story.append(END)
     for reader in readers:
         await reader.task
         assert reader.seen == story.written[-len(reader.seen) :]
@@ -245,11 +245,11 @@ async def test_what_nobody_told_as_the_subscription_began_is_found(
     monkeypatch.setattr("worker.client.following._SETTLED_AFTER", 60.0)
     await story.write(START)
     reader = Reader(client)
-    await eventually(story.listeners)
+    await eventually(story.subscribers)
     for n in (1, 2, 3):
         await story.write(delta(1, n))
         await reader.has(delta(1, n))
-    await story.go_on(delta(1, 4))
+    await story.append(delta(1, 4))
     await reader.hears()
     reader.task.cancel()
 
@@ -257,13 +257,13 @@ async def test_what_nobody_told_as_the_subscription_began_is_found(
 @pytest.mark.usefixtures("nobody_polls")
 async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(client: Client, story: Story) -> None:
     reader = await Reader.of(client, story)
-    await story.go_on(delta(1, 1))
+    await story.append(delta(1, 1))
     await story.write(delta(1, 2), delta(1, 3))
-    await story.go_on(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
+    await story.append(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
     await reader.has(delta(2, 2))
-    await story.tell(delta(1, 3))  # by an owner who is late
+    await story.publish(delta(1, 3))  # by an owner who is late
     await story.write(delta(2, 3))
-    await story.go_on(END)
+    await story.append(END)
     await reader.task
     assert reader.seen == story.written
 
@@ -271,7 +271,7 @@ async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(cl
 @pytest.mark.usefixtures("nobody_polls")
 async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story: Story) -> None:
     reader = await Reader.of(client, story)
-    await story.go_on(delta(1, 1))
+    await story.append(delta(1, 1))
     await story.write(delta(1, 2))
     await client.cancel("r")
     await reader.task
@@ -282,11 +282,11 @@ async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story
 @pytest.mark.usefixtures("nobody_polls")
 async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redis: Redis, story: Story) -> None:
     reader = await Reader.of(client, story)
-    await story.tell(delta(1, 7))
-    await story.tell(END)
-    await story.tell(delta(3, 0))
+    await story.publish(delta(1, 7))
+    await story.publish(END)
+    await story.publish(delta(3, 0))
     await redis.publish(story.channel, "no message")
-    await story.go_on(delta(1, 1), delta(1, 2), END)
+    await story.append(delta(1, 1), delta(1, 2), END)
     await reader.task
     assert reader.seen == story.written
 
@@ -303,9 +303,9 @@ async def test_d4_equal_ids_in_two_databases_are_two_requests(redis_url: str, re
         mine, theirs = Story(redis), Story(other, channel="chat:feed:1:{r}")
         readers = [await Reader.of(client, mine), await Reader.of(neighbour, theirs)]
         for n in range(1, 5):
-            await mine.go_on(delta(1, n))
-            await theirs.go_on(Delta(id=EntryId(1, n), content="theirs"))
-        await mine.go_on(END)
+            await mine.append(delta(1, n))
+            await theirs.append(Delta(id=EntryId(1, n), content="theirs"))
+        await mine.append(END)
         await neighbour.cancel("r")
         for reader in readers:
             await reader.task
@@ -322,9 +322,9 @@ async def test_d4_a_publisher_from_before_the_channel_had_its_database_is_read(r
         story = Story(other)
         reader = await Reader.of(client, story)
         for n in range(1, 5):
-            await story.go_on(delta(1, n))
+            await story.append(delta(1, n))
             await reader.has(delta(1, n))
-        await story.go_on(END)
+        await story.append(END)
         await reader.task
         assert reader.seen == story.written
 
@@ -369,7 +369,7 @@ async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(client: Clie
 
 
 async def nobody_listens(*stories: Story) -> bool:
-    return not any([await story.listeners() for story in stories])
+    return not any([await story.subscribers() for story in stories])
 
 
 @pytest.mark.usefixtures("nobody_polls")
@@ -381,9 +381,9 @@ async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redi
             await told.write(START)
             reader = Reader(client, request_id)
             await reader.has(START)
-            await told.go_on(delta(1, 1))
+            await told.append(delta(1, 1))
             await reader.has(delta(1, 1))
-            await told.go_on(END)
+            await told.append(END)
             await reader.task
             assert reader.seen == told.written
     assert await calls(redis, "xread")
@@ -399,12 +399,12 @@ async def test_whoever_does_not_read_keeps_little_and_misses_nothing(client: Cli
         await eventually(lambda: is_settled(follower))
         kept = 0
         for n in range(1, 2000):
-            await story.go_on(delta(1, n))
+            await story.append(delta(1, n))
             kept = max(kept, follower._bytes)
         seen.append(await following)
         assert 0 < kept <= 32 * 1024
         assert len(follower._ready) < 1000
-        await story.go_on(END)
+        await story.append(END)
         seen += [entry async for entry in entries]
     assert seen == story.written
 
@@ -418,12 +418,12 @@ async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
 ) -> None:
     reader = await Reader.of(client, story)
     for n in range(1, 60):
-        await story.go_on(delta(1, n))
+        await story.append(delta(1, n))
         if n % 10 == 0:
             await redis.client_kill_filter(_type="pubsub")
         if n % 20 == 0:
             await reader.hears()
-    await story.go_on(END)
+    await story.append(END)
     await reader.task
     assert reader.seen == story.written
 
@@ -434,17 +434,17 @@ async def test_followers_of_one_request_share_its_subscription(client: Client, r
     for reader in readers:
         await reader.has(START)
     await readers[0].hears()
-    assert await story.listeners() == 1
-    await story.go_on(delta(1, 1))
+    assert await story.subscribers() == 1
+    await story.append(delta(1, 1))
     for reader in readers:
         await reader.has(delta(1, 1))
     for reader in readers[1:]:
         reader.task.cancel()
     await asyncio.wait([reader.task for reader in readers[1:]])
-    await story.go_on(delta(1, 2))
+    await story.append(delta(1, 2))
     await readers[0].has(delta(1, 2))
-    assert await story.listeners() == 1
-    await story.go_on(END)
+    assert await story.subscribers() == 1
+    await story.append(END)
     await readers[0].task
     await eventually(lambda: nobody_listens(story))
     assert not client._following._requests
@@ -461,7 +461,7 @@ async def test_many_requests_are_followed_on_two_connections(client: Client, red
         await reader.hears()
     assert len(await redis.client_list()) - before == 2
     for story in stories:
-        await story.go_on(delta(1, 1), END)
+        await story.append(delta(1, 1), END)
     for reader, story in zip(readers, stories, strict=True):
         await reader.task
         assert reader.seen == story.written
@@ -522,7 +522,7 @@ async def test_a_follower_may_stop_at_any_time(redis_url: str, story: Story) -> 
         await eventually(lambda: nobody_listens(story))
         reader = Reader(client)
         await reader.has(START)
-        await story.go_on(delta(1, 1), END)
+        await story.append(delta(1, 1), END)
         await reader.task
     assert reader.seen == story.written
 
@@ -632,7 +632,7 @@ async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_v
     """F1: a reader failed for good on a job that its worker made whole seconds later."""
     await story.write(*log)
     reader = await at_hole(client, redis, log, after, seen)
-    await story.go_on(delta(2, 10), *mend)
+    await story.append(delta(2, 10), *mend)
     await reader.task
     assert reader.seen == story.written[-len(reader.seen) :]
     assert reader.seen[-len(mend) :] == mend
@@ -648,7 +648,7 @@ async def test_f1_a_hole_that_is_never_void_ends_the_reading(
     reader = await at_hole(client, redis, log, after, seen)
     match end:
         case "its seal":
-            await story.go_on(END)
+            await story.append(END)
         case "its log is gone":
             await redis.delete(story.key)
         case _:
@@ -683,7 +683,7 @@ async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(client: Clien
     await redis.xdel(story.key, str(START.id))
     reader = await at_hole(client, redis, [], None, 0)
     story.written.clear()
-    await story.go_on(delta(1, 1), *MENDS[0])
+    await story.append(delta(1, 1), *MENDS[0])
     await reader.task
     assert reader.seen == story.written
 
@@ -736,10 +736,10 @@ async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_t
     reader = Reader(client, after=before.id)
 
     async def waits() -> bool:
-        return bool((await redis.info("clients"))["blocked_clients"] or await story.listeners())
+        return bool((await redis.info("clients"))["blocked_clients"] or await story.subscribers())
 
     await eventually(waits)
-    await story.go_on(END)
+    await story.append(END)
     async with asyncio.timeout(5):
         await reader.task
     assert reader.seen == [END]

@@ -46,10 +46,10 @@ async def test_idle_is_said_whenever_nothing_has_come_and_ends_nothing(client: C
         assert await until(entries, START) == [START]
         for _ in range(3):
             assert (await idle(entries)).id == START.id
-        await story.go_on(delta(1, 1), delta(1, 2))
+        await story.append(delta(1, 1), delta(1, 2))
         assert await until(entries, delta(1, 2)) == [delta(1, 1), delta(1, 2)]
         assert (await idle(entries)).id == (1, 2)
-        await story.go_on(delta(1, 3), END)
+        await story.append(delta(1, 3), END)
         assert await until(entries, END) == [delta(1, 3), END]
 
 
