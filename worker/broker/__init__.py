@@ -1,1 +1,1 @@
-"""All that speaks to Redis; nothing in here knows of vLLM."""
+"""Jobs and token logs on Redis. Nothing here knows of vLLM."""
