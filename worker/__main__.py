@@ -1,4 +1,4 @@
-"""The program `worker`, also as `python -m worker`: what it does before anything else is loaded."""
+"""The program `worker`, also as `python -m worker`: it handles signals before it loads the command line."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ import sys
 def main() -> None:
     """Run the command line.
 
-    Linux drops SIGTERM for process 1, as which a container runs its program, until that has a handler. So there is one
-    before the rest is loaded, which takes half a second; `worker run` then has its own.
+    A container runs its program as process 1, for which Linux drops SIGTERM until there is a handler. So a handler is
+    set before the command line is loaded, which takes half a second. `worker run` then sets its own.
 
-    Ctrl-C in this half second ends the process at once with the status of a shell. Nothing has begun yet, and Python's
-    own handler would print where in the imports it came. A shell that ignores SIGINT (`worker … &`) is left to do so.
+    Ctrl-C in this half second ends the process at once with the status of a shell: nothing has begun yet, and Python's
+    own handler would print a traceback of the imports. Where a shell ignores SIGINT (`worker … &`), it stays ignored.
     """
     if os.getpid() == 1:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    heeds_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if heeds_ctrl_c:
+    handles_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handles_ctrl_c:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from .cli import main as cli  # noqa: PLC0415 - after the handlers
 
-    if heeds_ctrl_c:
+    if handles_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
 

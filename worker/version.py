@@ -1,10 +1,10 @@
-"""The version of this package, as it is installed."""
+"""The version of the installed package."""
 
 from importlib import metadata
 
 
 def version() -> str:
-    """Such as `0.1.0`, or nothing where the package runs from its source and is not installed."""
+    """The version, such as `0.1.0`; empty where the package runs from its source and is not installed."""
     try:
         return metadata.version("vllm-relay")
     except metadata.PackageNotFoundError:
