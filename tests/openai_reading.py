@@ -20,7 +20,7 @@ def read_by_openai(body: bytes) -> Object:
         return stream.current_completion_snapshot.to_dict()
 
 
-def said(completion: Object) -> list[Object]:
+def content_of(completion: Object) -> list[Object]:
     """A completion without empty values: each choice's message, finish reason and logprobs, and the usage.
 
     The usage is the first choice's here.

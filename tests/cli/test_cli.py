@@ -513,15 +513,15 @@ def test_the_help_of_each_command_has_an_example(name: str) -> None:
 
 
 async def test_the_help_lists_every_command_and_where_to_begin() -> None:
-    helped, told, short = await asyncio.gather(run("--help"), run("--version"), run("-V"))
-    assert (helped.status, told.status, short.out) == (0, 0, told.out)
+    helped, long, short = await asyncio.gather(run("--help"), run("--version"), run("-V"))
+    assert (helped.status, long.status, short.out) == (0, 0, long.out)
     for name in HELP:
         assert f"\n  {name} " in helped.out
     sections = re.findall(r"^(\w.*):$", helped.out, re.MULTILINE)
     assert sections == ["Options", "To ask", "To run workers", "To try it"]
     assert "..." not in helped.out.partition("Options:")[2], "every line is whole"
     assert "worker demo" in helped.out
-    assert told.out.startswith("vllm-relay ")
+    assert long.out.startswith("vllm-relay ")
 
 
 # simulate, and what is not installed
@@ -592,8 +592,8 @@ async def test_ctrl_c_while_following_prints_how_to_go_on_and_how_to_cancel(
     async with started("enqueue", "Hi", "--id", "mine", "--follow", *flag, REDIS_URL=redis_url) as process:
         await line_with(process.stdout if as_json else process.stderr, '"1-3"' if as_json else "taken by")
         ended = await interrupted(process)
-    said = json.loads(ended.err.splitlines()[-1])["error"] if as_json else ended.err
-    found = re.search(r"still running: worker follow mine --after (\d+-\d+), or worker cancel mine", said)
+    message = json.loads(ended.err.splitlines()[-1])["error"] if as_json else ended.err
+    found = re.search(r"still running: worker follow mine --after (\d+-\d+), or worker cancel mine", message)
     assert found
     assert ended.status == 130
     assert "Traceback" not in ended.err

@@ -107,18 +107,18 @@ async def test_a_retry_is_another_request_and_the_two_name_each_other(
     await start_worker(simulator)
     assert (await client.result(new)).text == answer_to(WHO)
 
-    async def told() -> bool:
+    async def is_in_lifecycle() -> bool:
         lines = [fields for _, fields in await stream(redis, "chat:lifecycle")]
         return [line[b"retry_of"] for line in lines if line[b"id"] == new.encode()] == [b"r1", b"r1"]
 
-    await eventually(told)
+    await eventually(is_in_lifecycle)
 
 
 async def test_a_letter_that_was_retried_is_not_retried_again(redis_url: str, redis: Redis, bury: Bury) -> None:
     before = await bury()
     first = await worker(redis_url, "dead", "retry", before, "--json")
     ((letter, _),) = await stream(redis, "chat:dead")
-    assert json.loads(first.stdout)["letter"] == letter.decode() != before, "it is told where the letter is now"
+    assert json.loads(first.stdout)["letter"] == letter.decode() != before, "the output has the new id of the letter"
     gone = await worker(redis_url, "dead", "retry", before)
     assert "one that is retried gets a new id" in gone.stderr
     again = await worker(redis_url, "dead", "retry", letter.decode())

@@ -24,8 +24,8 @@ opened = st.builds(Opened, id=ids, model=texts, created=st.integers(0, 2**40))
 
 @given(st.lists(plain | rare | opened, max_size=5))
 def test_a_message_is_read_as_the_entries_of_the_log_are(entries: list[Entry]) -> None:
-    told = [[str(entry.id), to_fields(entry)] for entry in entries]
-    assert read_message(to_json(told).encode()) == entries
+    message = [[str(entry.id), to_fields(entry)] for entry in entries]
+    assert read_message(to_json(message).encode()) == entries
 
 
 @pytest.mark.parametrize(

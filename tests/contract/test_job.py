@@ -30,7 +30,7 @@ def with_request(**fields: object) -> dict[bytes, bytes]:
     return GOOD | {b"request": msgspec.json.encode(ASKED | fields)}
 
 
-def told(fields: dict[bytes, bytes], max_request_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
+def error_of(fields: dict[bytes, bytes], max_request_bytes: int = MAX_REQUEST_BYTES) -> tuple[str, str]:
     """The code and the message of the error of an invalid job."""
     with pytest.raises(InvalidJob) as caught:
         parse_job(fields, max_request_bytes)
@@ -151,14 +151,14 @@ def test_the_fields_of_a_job_are_those_that_it_has() -> None:
     ],
 )
 def test_the_error_of_a_bad_job_says_what_is_wrong(fields: dict[bytes, bytes], message: str) -> None:
-    code, text = told(fields)
+    code, text = error_of(fields)
     assert message in text
     assert code == "invalid_job"
     assert len(text) < 300
 
 
 def test_a_number_of_many_digits_is_refused_like_others() -> None:
-    code, text = told(GOOD | {b"deadline": b"9" * 5000})
+    code, text = error_of(GOOD | {b"deadline": b"9" * 5000})
     assert (code, len(text) < 200) == ("invalid_job", True)
 
 
@@ -176,7 +176,7 @@ def test_fields_that_vllm_checks_are_let_through(fields: dict[str, object]) -> N
 def test_the_limit_of_a_request_counts_its_bytes() -> None:
     size = len(GOOD[b"request"])
     assert parse_job(GOOD, size).id == "r1"
-    code, text = told(GOOD, size - 1)
+    code, text = error_of(GOOD, size - 1)
     assert code == "job_too_large"
     assert text == f"the request has {size} bytes, above the limit of {size - 1} (WORKER_MAX_REQUEST_BYTES)"
 
@@ -185,16 +185,16 @@ def test_the_fields_beside_the_request_are_limited_too() -> None:
     names = "m" * 256
     largest = {b"fallbacks": msgspec.json.encode([names] * 8), b"tenant": names.encode(), b"unknown": b"x" * 10_000}
     assert len(parse_job(GOOD | largest, 100).fallbacks) == 8
-    code, text = told(GOOD | {b"tenant": b"t" * 20_000}, 100)
+    code, text = error_of(GOOD | {b"tenant": b"t" * 20_000}, 100)
     assert code == "job_too_large"
     assert text.startswith("the job has 20")
     assert text.endswith("above the limit of 16484 (16384 more than WORKER_MAX_REQUEST_BYTES)")
-    assert told(GOOD | {b"unknown %d" % n: b"x" * 1000 for n in range(20)}, 100)[0] == "job_too_large"
-    assert told(GOOD | {b"n" * 20_000: b""}, 100)[0] == "job_too_large"
+    assert error_of(GOOD | {b"unknown %d" % n: b"x" * 1000 for n in range(20)}, 100)[0] == "job_too_large"
+    assert error_of(GOOD | {b"n" * 20_000: b""}, 100)[0] == "job_too_large"
 
 
 def test_the_default_limit_is_four_mebibytes() -> None:
-    assert told(GOOD | {b"request": b" " * (4 * 1024 * 1024 + 1)})[0] == "job_too_large"
+    assert error_of(GOOD | {b"request": b" " * (4 * 1024 * 1024 + 1)})[0] == "job_too_large"
 
 
 def test_the_id_of_a_job_that_is_otherwise_bad_is_found() -> None:
@@ -305,7 +305,7 @@ def test_a_request_within_the_limits_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "limit", "sent"),
+    ("given", "limit", "sent"),
     [
         ({}, 100, {"max_tokens": 100}),
         ({"max_tokens": None}, 100, {"max_tokens": 100}),
@@ -314,5 +314,5 @@ def test_a_request_within_the_limits_is_accepted() -> None:
         ({}, 0, {}),
     ],
 )
-def test_a_job_without_a_length_gets_the_limit(said: dict[str, Any], limit: int, sent: dict[str, Any]) -> None:
-    assert with_limit(Job(id="r", request=ASKED | said), limit).request == ASKED | sent
+def test_a_job_without_a_length_gets_the_limit(given: dict[str, Any], limit: int, sent: dict[str, Any]) -> None:
+    assert with_limit(Job(id="r", request=ASKED | given), limit).request == ASKED | sent

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 from openai import APIError
-from openai_reading import read_by_openai, said, without_nothing
+from openai_reading import read_by_openai, content_of, without_nothing
 from streams import DONE, STREAMS, Object, Stream, event
 
 from worker.contract.answer import Answer
@@ -68,7 +68,7 @@ def test_a_recorded_stream_is_read_as_openai_reads_it(name: str) -> None:
             read(body, n=n)
         return
     ours = read(body, n=n)
-    assert said(ours | {"usage": by_openai["usage"] and ours["usage"]}) == said(by_openai)
+    assert content_of(ours | {"usage": by_openai["usage"] and ours["usage"]}) == content_of(by_openai)
     assert (ours["id"], ours["model"], ours["created"]) == tuple(by_openai[name] for name in ("id", "model", "created"))
     assert read(*each_byte(body), n=n) == ours
 
@@ -76,15 +76,15 @@ def test_a_recorded_stream_is_read_as_openai_reads_it(name: str) -> None:
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 def test_a_made_up_stream_is_read_correctly(stream: Stream) -> None:
     try:
-        by_openai = said(read_by_openai(stream.body))
+        by_openai = content_of(read_by_openai(stream.body))
     except Exception as error:  # noqa: BLE001 - its accumulation may raise anything
         by_openai = [{"fails": repr(error)}]
     ours = read(stream.body)
     if stream.right is None:
-        assert said(ours) == by_openai
+        assert content_of(ours) == by_openai
     else:
         right = [without_nothing({"finish_reason": "stop"} | stream.right)]
-        assert said(ours) == right
+        assert content_of(ours) == right
         assert by_openai != right, "openai's client has what is right: the line need not say it"
     assert read(*each_byte(stream.body)) == ours
 
@@ -96,5 +96,5 @@ def test_openai_reads_the_chunks_of_entries_as_the_same_answer(stream: Stream) -
     # The beginning is sent once: openai's client joins roles.
     chunks = [entry.chunk(answer.opened) for n, entry in enumerate(log) if entry.type != "opened" or n == 0]
     again = read_by_openai(b"".join(event(chunk) for chunk in chunks if chunk) + DONE)
-    assert said(again | {"usage": answer.usage}) == said(answer.completion())
+    assert content_of(again | {"usage": answer.usage}) == content_of(answer.completion())
     assert again["id"] == answer.completion()["id"]

@@ -129,8 +129,11 @@ async def test_a_missing_or_wrong_password_is_found_with_its_fix(
 
 async def test_options_of_the_url_without_effect_are_listed(redis_url: str, simulator: Simulator) -> None:
     findings = await found(redis_url=f"{redis_url}?protocol=3&max_connections=4", vllm_urls=simulator.url)
-    _, told = about(findings, "settings")
-    assert (told.level, told.message) == ("warning", "options of REDIS_URL without effect: max_connections, protocol")
+    _, finding = about(findings, "settings")
+    assert (finding.level, finding.message) == (
+        "warning",
+        "options of REDIS_URL without effect: max_connections, protocol",
+    )
     assert about(findings, "queue")[0].level == "ok"
 
 
@@ -199,10 +202,10 @@ async def test_the_reply_of_a_server_that_is_not_vllm_is_found_with_its_fix(
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         where = "http://{}:{}".format(*server.sockets[0].getsockname())
-        (told,) = about(await found(redis_url=redis_url, vllm_urls=where), "vLLM")
-    assert told.level == "error"
-    assert told.message.endswith(text)
-    assert told.fix == fix
+        (finding,) = about(await found(redis_url=redis_url, vllm_urls=where), "vLLM")
+    assert finding.level == "error"
+    assert finding.message.endswith(text)
+    assert finding.fix == fix
 
 
 async def test_every_vllm_is_listed_with_its_models(redis_url: str, start_simulator: StartSimulator) -> None:
@@ -376,10 +379,10 @@ async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
-    (told,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
-    assert told.level == "error"
-    assert words.lower() in told.message.lower().replace("`", "'")
-    assert told.fix.startswith(fix)
+    (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    assert finding.level == "error"
+    assert words.lower() in finding.message.lower().replace("`", "'")
+    assert finding.fix.startswith(fix)
 
 
 MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
@@ -404,9 +407,9 @@ async def test_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
         await eventually(has_said_it)
         service.stop()
         await running
-    told = next(line for line in logs if line["event"] == "redis_unavailable")
-    assert words in told["error"]
-    assert told["advice"] == fix
+    logged = next(line for line in logs if line["event"] == "redis_unavailable")
+    assert words in logged["error"]
+    assert logged["advice"] == fix
 
 
 async def test_a_certificate_can_be_trusted_in_two_ways(

@@ -49,8 +49,8 @@ async def test_without_rights_to_channels_answers_are_complete_and_cancels_work(
             assert answer.text == answer_to(REQUEST["messages"])
         assert (await client.cancel("never")).state.value == "unknown"
         assert (await client.status("never")).outcome == "cancelled"
-    said = capfd.readouterr().err
-    assert said.count("feed_refused") == said.count("cancel_hints_refused") == 1
+    logged = capfd.readouterr().err
+    assert logged.count("feed_refused") == logged.count("cancel_hints_refused") == 1
 
 
 async def change(redis: Redis, *words: str) -> None:
@@ -207,18 +207,18 @@ async def test_a_missing_right_is_found_with_the_command_that_gives_it(
 ) -> None:
     await change(redis, "worker", *changed)
     found = [it for it in await findings(users["worker"], simulator) if "append-only" not in it.message]
-    told = next(it for it in found if it.level != "ok")
-    assert told.level == level
-    assert told.message.startswith(begins)
-    assert told.fix.startswith(fix)
+    finding = next(it for it in found if it.level != "ok")
+    assert finding.level == level
+    assert finding.message.startswith(begins)
+    assert finding.fix.startswith(fix)
     assert [it.level for it in found].count("error") == (level == "error")
     assert [it for it in found if it.subject.startswith("vLLM")]
 
 
 async def test_rights_that_only_a_client_needs_are_no_error(users: dict[Role, str], simulator: Simulator) -> None:
-    (told,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.message]
-    assert (told.level, told.fix) == ("ok", "")
-    assert told.message.endswith(": +xread +xdel +unsubscribe")
+    (finding,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.message]
+    assert (finding.level, finding.fix) == ("ok", "")
+    assert finding.message.endswith(": +xread +xdel +unsubscribe")
 
 
 async def test_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
@@ -258,9 +258,11 @@ async def test_a_renamed_command_is_reported_as_renamed(
     with start_redis(binary, "--rename-command", command, "hidden") as renamed:
         found = [it for it in await findings(renamed.url, simulator) if "append-only" not in it.message]
     assert [it.level for it in found].count("error") == (level == "error")
-    told = [it for it in found if it.level != "ok"]
-    assert [(it.level, it.message) for it in told] == ([(level, f"{words}: renamed, or switched off")] if words else [])
-    assert all("rename-command" in it.fix and "start Redis" not in it.fix for it in told)
+    problems = [it for it in found if it.level != "ok"]
+    assert [(it.level, it.message) for it in problems] == (
+        [(level, f"{words}: renamed, or switched off")] if words else []
+    )
+    assert all("rename-command" in it.fix and "start Redis" not in it.fix for it in problems)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +273,12 @@ async def test_a_key_of_another_type_in_place_of_a_side_record_is_a_warning(
     key: str, without: str, redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:
     await redis.set(f"chat:{key}", "something else", ex=60)
-    (told,) = [
+    (finding,) = [
         it for it in await findings(redis_url, simulator) if it.level != "ok" and "append-only" not in it.message
     ]
-    assert told.level == "warning"
-    assert told.message.startswith(without)
-    assert told.message.endswith(f"something else is stored at chat:{key}")
+    assert finding.level == "warning"
+    assert finding.message.startswith(without)
+    assert finding.message.endswith(f"something else is stored at chat:{key}")
 
 
 async def test_a_transaction_refused_for_a_missing_right_is_not_a_transient_error(

@@ -5,7 +5,7 @@ import uuid
 from typing import NamedTuple, Self
 
 VERSION = 1
-"""The version of the wire contract that this package speaks."""
+"""The version of the wire contract that this package supports."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = 2**64 - 1

@@ -222,7 +222,7 @@ def with_limit(job: Job, max_tokens: int) -> Job:
 
 
 def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
-    """A digest by which two requests under one id are told apart.
+    """A digest that differs between two requests under one id.
 
     It is the first 32 hex digits of SHA-256 over the request as RFC 8785 writes it. Models to fall back to are a part
     of the request: the list of them follows if there are any, written in the same way.
