@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 from openai import APIError
-from openai_reading import read_by_openai, content_of, without_nothing
+from openai_reading import content_of, read_by_openai, without_nothing
 from streams import DONE, STREAMS, Object, Stream, event
 
 from worker.contract.answer import Answer

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from openai_reading import read_by_openai, said
+from openai_reading import content_of, read_by_openai
 
 from worker.contract import entries
 from worker.contract.answer import Answer, Choice
@@ -376,10 +376,10 @@ def joined(message: Object) -> Object:
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.openai], ids=lambda shape: shape.name)
 def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> None:
-    (message, *_) = said(joined(read_by_openai(shape.body)))
+    (message, *_) = content_of(joined(read_by_openai(shape.body)))
     ours = {"content": shape.content, "reasoning": shape.reasoning, "tool_calls": shape.tool_calls}
     choice = {"message": ours, "finish_reason": shape.finish_reason}
-    assert said({"choices": [choice]}) == [{name: value for name, value in message.items() if name in COMPARED}]
+    assert content_of({"choices": [choice]}) == [{name: value for name, value in message.items() if name in COMPARED}]
 
 
 def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
