@@ -1,7 +1,7 @@
-"""Reading an error in whatever shape a server sends it: its words, and the HTTP status that it names. No I/O.
+"""Reads an error of a server, in any shape: its message, and the HTTP status that it names. No I/O.
 
-The shapes are those of vLLM, SGLang, TGI, llama.cpp, LiteLLM, FastAPI and proxies; `tests/vllm/test_error_table.py`
-lists them. What a status means is decided in `errors.py`.
+The shapes are those of vLLM, SGLang, TGI, llama.cpp, LiteLLM, FastAPI and proxies: `tests/vllm/test_error_table.py`
+lists them. `errors.py` decides what a status means.
 """
 
 import ast
@@ -11,20 +11,20 @@ import re
 import msgspec
 
 HEAD_OF_PAGE = 1024
-"""Bytes of a web page that its words are taken from."""
+"""Bytes at the start of a web page from which its text is taken."""
 _TITLE = 200
 _EXCERPT = 500
 _DEEPEST = 8
-"""Levels of objects inside each other that are looked into."""
+"""How many levels of nested objects are searched."""
 _MOST_PRINTED = 64 * 1024
-"""Bytes of a Python literal that are parsed."""
+"""Bytes of a Python literal that are parsed at most."""
 _INNER = ("error", "message", "detail")
 _MESSAGES = ("error", "message", "error_message", "error_msg", "detail", "text", "msg")
 _STATUSES = ("code", "status", "status_code", "http_status_code", "error_code")
 _NAMES = ("code", "error_code", "status", "type", "error_type")
-"""The more exact first: OpenAI has the type `invalid_request_error` for a key that is wrong, too."""
+"""The most exact name first: OpenAI uses the type `invalid_request_error` for a wrong key, too."""
 _MARKS = ("error_message", "error_msg", "error_type", "error_code")
-"""Fields that no chunk of an answer has."""
+"""Fields that only errors have, and no chunk of an answer."""
 _SUCCESS = (0, "0")
 _SUCCESS_WORDS = ("success", "ok", "succeeded", "no error")
 
@@ -35,13 +35,13 @@ _STATUS_OF_NAME = (
     ("permission", 403), ("forbidden", 403), ("notfound", 404), ("unprocessable", 422), ("validation", 422),
     ("badrequest", 400), ("invalid", 400), ("valueerror", 400), ("contextlength", 400), ("contextsize", 400),
 )  # fmt: skip
-"""The status that a type of error stands for, by a part of its name without case and punctuation: the first holds."""
+"""The status of an error type, by a part of its name in lower case without punctuation. The first match counts."""
 
 
 def message_of(error: object, depth: int = 0) -> str:
-    """The words of an error in any shape seen: a string, a list, or an object that holds them in one of its fields.
+    """The message of an error: a string, a list, or an object with the message in one of its fields.
 
-    An object inside an error that has no such field is given as JSON.
+    An object inside an error that has no such field is the message as JSON.
     """
     if isinstance(error, str):
         return error
@@ -60,17 +60,17 @@ def message_of(error: object, depth: int = 0) -> str:
 
 
 def words_of(error: object) -> set[str]:
-    """The words for programs beside a message. vLLM puts one into `param`, others into `code` or `type`."""
+    """The words for programs beside a message. vLLM has one in `param`, other servers in `code` or `type`."""
     return {word for level in _levels(error) for name in (*_NAMES, "param") if isinstance(word := level.get(name), str)}
 
 
 def status_of(error: object) -> int:
     """The HTTP status that an error names by a number, or else by its type; 500 where it names none."""
-    return _named_status(_levels(error)[::-1]) or 500  # what is said inside is more exact than what is said beside it
+    return _named_status(_levels(error)[::-1]) or 500  # the innermost is the most exact
 
 
 def is_error(event: object) -> bool:
-    """Whether the JSON of an event, or of a whole body, is an error in place of a part of an answer."""
+    """Whether the JSON of an event, or of a whole body, is an error and not part of an answer."""
     if isinstance(event, list):
         return bool(event) and is_error(event[0])
     if not isinstance(event, dict):
@@ -81,7 +81,7 @@ def is_error(event: object) -> bool:
         return False
     if event.get("error_code") in _SUCCESS:
         return False
-    # Older vLLM sends the error itself: {"object": "error", "message": …}; others call it so in another field.
+    # Older vLLM sends {"object": "error", "message": …}. Other servers have the word in another field.
     if "error" in (event.get("object"), event.get("type"), event.get("status")) or any(map(event.get, _MARKS)):
         return True
     if "object" in event or not message_of(event):
@@ -90,7 +90,7 @@ def is_error(event: object) -> bool:
 
 
 def is_no_error(error: object) -> bool:
-    """Whether an `error` field reports none: null, false, 0, an object of such, or one that reports success."""
+    """Whether an `error` field reports no error: null, false, 0, an object of these, or a report of success."""
     if not isinstance(error, dict):
         return not error
     is_success = error.get("code") in _SUCCESS and str(error.get("message")).lower() in _SUCCESS_WORDS
@@ -98,7 +98,7 @@ def is_no_error(error: object) -> bool:
 
 
 def decoded(data: bytes) -> object:
-    """JSON, or what a server in Python printed in its place (`{'error': …}`); None for anything else."""
+    """The value of JSON, or of a Python literal in its place (`{'error': …}`); None for anything else."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -117,7 +117,7 @@ def decoded(data: bytes) -> object:
 
 
 def as_json(value: object) -> str:
-    """JSON for people; of what is too deep to be written again only that."""
+    """A value as JSON, for people. A value that is nested too deeply to be encoded gives a text that says so."""
     try:
         return msgspec.json.encode(value).decode()
     except RecursionError:
@@ -131,12 +131,12 @@ def excerpt(text: str | bytes) -> str:
 
 
 def is_page(body: bytes) -> bool:
-    """Whether a body is a web page, or XML, and so for people."""
+    """Whether a body is a web page or XML."""
     return body.lstrip().startswith(b"<")
 
 
-def words_of_page(page: bytes) -> str:
-    """What a web page says, without its markup: its title, or else the beginning of its text."""
+def text_of_page(page: bytes) -> str:
+    """The text of a web page, without markup: its title, or else the beginning of its body."""
     head = page[:HEAD_OF_PAGE].decode("utf-8", "replace")
     title = re.search(r"<title\b[^>]*>([^<]*)", head, re.IGNORECASE)
     text = title[1] if title and title[1].strip() else re.sub(r"<!--.*?-->|<[^>]*>?", " ", head, flags=re.DOTALL)
@@ -144,7 +144,7 @@ def words_of_page(page: bytes) -> str:
 
 
 def _levels(error: object) -> list[dict[str, object]]:
-    """An error's objects, each inside the one before."""
+    """The nested objects of an error, from the outermost."""
     levels: list[dict[str, object]] = []
     while len(levels) < _DEEPEST:
         if isinstance(error, list):
@@ -169,7 +169,7 @@ def _named_status(levels: list[dict[str, object]]) -> int | None:
 
 
 def _as_status(value: object) -> int | None:
-    """An HTTP status that is no success, given as an int, a float or digits."""
+    """An HTTP status other than a success, from an int, a float or digits."""
     is_digits = isinstance(value, str) and value.isdecimal() and len(value) == 3
     if is_digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What can go wrong with vLLM: one error type, and the one place that classifies what the server says."""
+"""The errors of vLLM servers: one exception type, and the one place that classifies what a server sends. No I/O."""
 
 import re
 import time
@@ -17,20 +17,20 @@ from .error_bodies import (
     is_page,
     message_of,
     status_of,
+    text_of_page,
     words_of,
-    words_of_page,
 )
 
 MODEL_NOT_FOUND = "model_not_found"
 UNAUTHORIZED = "unauthorized"
-"""The code of a server that does not take the worker's key."""
+"""The code when a server refuses the worker's key."""
 
 _LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 421, 424, 425, 429, 499})
 _SETUP_STATUS = frozenset({*range(300, 400), 402, 405, 407, 426})
-"""What a server says whose account, route or proxy is wrong, whatever is asked."""
+"""Statuses of a server whose account, route or proxy is set up wrongly, whatever the request."""
 TOO_LARGE_STATUS = frozenset({413, 414, 431})
-"""What a proxy says of a request that exceeds a limit of its own."""
+"""Statuses by which a proxy refuses a request that exceeds a limit of its own."""
 _NO_ROUTE = re.compile(
     r"""
       \W* | (404\W*)?((page|path|file|route|endpoint|url)\ )?(not\ found)?\W*  # FastAPI, Go, llama.cpp, Axum
@@ -41,7 +41,7 @@ _NO_ROUTE = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-"""The whole message of a 404 that is about the route, and not about what is asked."""
+"""The whole message of a 404 that is about the route, and not about the request."""
 _TOO_LONG = frozenset({"input_tokens", "context_length_exceeded", "exceed_context_size_error"})
 _TOO_LONG_WORDS = re.compile(
     r"""
@@ -64,7 +64,7 @@ _TOO_LONG_WORDS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""How servers say that a prompt has no room in the model."""
+"""Messages of servers about a prompt that is too long for the model."""
 _NO_MODEL = frozenset({MODEL_NOT_FOUND, "model_decommissioned", "DeploymentNotFound"})
 _NO_MODEL_WORDS = re.compile(
     r"""
@@ -74,9 +74,9 @@ _NO_MODEL_WORDS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""How servers say that they do not have a model, also with another status than 404."""
+"""Messages of servers that do not have a model, with any status."""
 _A_MODEL = re.compile(r"(?<![\w/.?&-])models?(?![\w-]|\.\w)", re.IGNORECASE)
-"""The word for a model, but not as a part of a URL, such as that of an image which was not found."""
+"""The word "model", but not as part of a URL, such as that of an image that was not found."""
 _NO_TLS = "the server does not speak TLS there: its URL begins with http://"
 _FIXES = (
     ("Hostname mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
@@ -91,31 +91,31 @@ _FIXES = (
         "if the server does not speak TLS there, its URL begins with http://",
     ),
 )
-"""What to do about a connection that fails in the way to TLS: the first whose words are in its message."""
+"""How to fix a TLS connection that fails, by words in its message. The first match counts."""
 _MAY_SPEAK_TLS = "if the server speaks TLS, its URL begins with https://"
 _CUT_OFF = ("the server closed the connection", "Connection reset by peer")
-"""What a server that speaks TLS does to a request without."""
+"""What becomes of a request without TLS at a server that requires it."""
 _WANTS_TLS = re.compile(r"HTTP request (was sent )?to (an )?HTTPS (port|server)|plain HTTP to an SSL", re.IGNORECASE)
-"""What nginx, Go and Apache say to a request without TLS, with status 400."""
+"""The answers of nginx, Go and Apache to a request without TLS, with status 400."""
 _NO_VLLM = "see whether VLLM_URLS is the URL of a vLLM server"
 _STATUS_OF_A_SITE = frozenset({403, 404, 405, 501})
-"""With these a web page comes from a site that is no vLLM, nor a proxy before one that is away."""
+"""Statuses of a web page that comes from another site, and not from a proxy in front of a vLLM that is away."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
 class UpstreamError(Exception):
-    """vLLM did not give an answer, or not a whole one.
+    """A vLLM server gave no answer, or not a whole one.
 
     Attributes:
-        code: for programs, one of those listed in worker/contract/README.md.
-        message: for people: what the server said.
-        status: the HTTP status, or the code inside an error event; 0 where there was none.
-        retryable: whether the same request may succeed elsewhere or later.
-        elsewhere: whether another server may answer the request that this one never will, since it lacks the model or
-            is set up wrongly.
-        retry_after: seconds the server asked to wait, at most 60, or None.
-        words: what the server said beside the message for programs, such as the parameter that it refuses.
-        fix: what to do about it, where that is known; the message ends with it.
+        code: for programs, one of the codes in the documentation of the contract.
+        message: for people: the server's message.
+        status: the HTTP status, or the code inside an error event; 0 when there was none.
+        retryable: whether the same request may succeed at another server, or later.
+        elsewhere: whether another server may answer the request, while this one never will: it lacks the model, or is
+            set up wrongly.
+        retry_after: how many seconds the server asks the worker to wait, at most 60; None when it does not ask.
+        words: words for programs beside the message, such as the parameter that the server refuses.
+        fix: how to fix the error, if that is known. The message ends with it.
     """
 
     def __init__(
@@ -142,21 +142,21 @@ class UpstreamError(Exception):
 
 
 class CannotResume(Exception):
-    """A broken-off answer cannot be gone on with: the text says why."""
+    """An answer that broke off cannot be resumed; the text is the reason."""
 
 
 class NoConnection(UpstreamError):
-    """There is no server to talk to: the connection is refused, or is not there in time."""
+    """The server cannot be reached: the connection is refused, or is not made in time."""
 
 
 class ConnectionRefused(NoConnection):
-    """Nothing listens there any more. A connection that is not there in time may only wait in a full queue."""
+    """Nothing listens at the address. A connection that is not made in time may be waiting in a full queue instead."""
 
 
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
-    """The error of an answer whose status is not that of an answer: JSON of several shapes, or HTML.
+    """The error in a response whose status is not a success: JSON of several shapes, or HTML.
 
-    A redirect is shown and not followed: only the settings choose a server.
+    A redirect is reported and not followed: only the settings choose a server.
     """
     error = decoded(body)
     message = message_of(error) or excerpt(body) or f"HTTP {status} with an empty body"
@@ -168,33 +168,33 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
             fix="set VLLM_URLS to the server's own URL",
         )  # fmt: skip
     if status == 400 and _WANTS_TLS.search(message):
-        message = words_of_page(body) if is_page(body) else message
+        message = text_of_page(body) if is_page(body) else message
         fix = "the server speaks TLS: its URL begins with https://"
         return UpstreamError("not_a_stream", message, status=status, retryable=False, elsewhere=True, fix=fix)
     if is_page(body):
         return _page_with_status(status, body, headers)
-    found = classify(status, message, said=words_of(error), retry_after=_retry_after(headers))
+    found = classify(status, message, words=words_of(error), retry_after=_retry_after(headers))
     if found.code == "not_found" and (not body.strip() or _NO_ROUTE.fullmatch(message)):
         found.elsewhere = True
     return found
 
 
 def _page_with_status(status: int, page: bytes, headers: Mapping[str, str]) -> UpstreamError:
-    """A web page in place of an error, of a proxy or of a site that is no vLLM: only its status counts."""
+    """The error for a web page, from a proxy or from a site that is not vLLM. Only its status counts."""
     found = classify(status, "", retry_after=_retry_after(headers))
     is_setup = found.code == "invalid_request" and status not in TOO_LARGE_STATUS
     return UpstreamError(
         "not_a_stream" if is_setup else found.code,
-        f"HTTP {status}: a web page came in place of an answer: {words_of_page(page)}",
+        f"HTTP {status}: a web page came in place of an answer: {text_of_page(page)}",
         status=status, retryable=found.retryable, elsewhere=found.elsewhere or is_setup or status == 404,
         retry_after=found.retry_after, fix=_NO_VLLM if is_setup or status in _STATUS_OF_A_SITE else "",
     )  # fmt: skip
 
 
 def from_event(error: object) -> UpstreamError:
-    """The error inside an event of a stream that began with 200: the event, or what its field `error` holds."""
+    """The error inside a stream that began with status 200: an event, or the value of its field `error`."""
     message = message_of(error) or _without_words(error)
-    return classify(status_of(error), message, said=words_of(error))
+    return classify(status_of(error), message, words=words_of(error))
 
 
 def _without_words(error: object) -> str:
@@ -203,21 +203,21 @@ def _without_words(error: object) -> str:
 
 
 def classify(
-    status: int, message: str, *, said: AbstractSet[str] = frozenset(), retry_after: float | None = None
+    status: int, message: str, *, words: AbstractSet[str] = frozenset(), retry_after: float | None = None
 ) -> UpstreamError:
-    """What a status means, and the words the server `said` beside it: whose fault it is, and whether a retry can help.
+    """The error for a status, a message and words for programs: whose fault it is, and whether a retry can help.
 
-    `context_length_exceeded` may fit another model; `content_policy` is about the request, whatever the model.
+    A prompt that is too long may fit another model. `content_policy` is about the request, whatever the model.
     """
     code, retryable, elsewhere = "upstream_error", False, False
-    if _is_context_error(message, said):
+    if _is_context_error(message, words):
         code = "context_length_exceeded"
-    elif said & _POLICY:
+    elif words & _POLICY:
         code = "content_policy"
-    elif _is_model_error(status, message, said):
+    elif _is_model_error(status, message, words):
         code, elsewhere = MODEL_NOT_FOUND, True
     elif status in {401, 403}:
-        code, retryable = UNAUTHORIZED, True  # at a server that takes the key
+        code, retryable = UNAUTHORIZED, True  # at a server that accepts the key
     elif status == 404:
         code = "not_found"
     elif status in _RETRYABLE_STATUS or status >= 500:
@@ -226,55 +226,55 @@ def classify(
         elsewhere = True
     elif 400 <= status < 500:
         code, elsewhere = "invalid_request", status in TOO_LARGE_STATUS
-    elif 200 <= status < 300:  # 204 and the like: nothing came in place of an answer
+    elif 200 <= status < 300:  # 204 and the like: an empty body in place of an answer
         code, retryable = "not_a_stream", True
     return UpstreamError(
-        code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=said
+        code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=words
     )
 
 
 def unreachable(url: str, error: Exception, *, is_probe: bool = False) -> UpstreamError:
-    """There is no connection, or it broke before an answer.
+    """The error for a connection that was not made, or that broke before a response.
 
-    A probe that is cut off may have met a server that speaks TLS; a chat request comes after a probe, and is rather cut
-    off by a server that goes.
+    When a probe is cut off, the server may require TLS. A chat request comes after a probe: when it is cut off, the
+    server is rather shutting down.
     """
     kind = UpstreamError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         kind = ConnectionRefused if _is_refused(error) else NoConnection
     why = str(error) or type(error).__name__
     fix = next((fix for part, fix in _FIXES if part in why), "")
-    if is_probe and not fix and url.startswith("http://") and any(words in why for words in _CUT_OFF):
+    if is_probe and not fix and url.startswith("http://") and any(text in why for text in _CUT_OFF):
         fix = _MAY_SPEAK_TLS
     return kind("upstream_unreachable", f"cannot reach {without_user(url)}: {why}", retryable=True, fix=fix)
 
 
 def without_user(url: str) -> str:
-    """The URL of a server without user and password: it goes to the log of the request, and of the worker."""
+    """The URL of a server without user and password, for logs and error messages."""
     scheme, mark, place = url.partition("://")
     return f"{scheme}{mark}{place.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
 
 
 def truncated(message: str) -> UpstreamError:
-    """The stream ended before every choice had finished."""
+    """The error for a stream that ended before every choice had finished."""
     return UpstreamError("upstream_truncated", message, retryable=True)
 
 
 def web_page(page: bytes, *, retryable: bool = True) -> UpstreamError:
-    """A page for people came in place of a stream or a list, with status 200."""
-    message = f"a web page came in place of an answer: {words_of_page(page)}"
+    """The error for a web page in place of a stream or a list, with status 200."""
+    message = f"a web page came in place of an answer: {text_of_page(page)}"
     return UpstreamError("not_a_stream", message, status=200, retryable=retryable, fix=_NO_VLLM)
 
 
 def malformed(message: str) -> UpstreamError:
-    """The stream holds what is no chunk of a completion."""
+    """The error for a stream that contains something other than chunks of a completion."""
     return UpstreamError("upstream_malformed", message, retryable=True)
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether a connection was refused: by every address that was tried, of which anyio tells in a group.
+    """Whether a connection was refused, by every address that was tried: anyio raises a group of their errors.
 
-    httpcore 1.0 raises its error `from None`, so that what it stands for is its context only.
+    httpcore 1.0 raises its error `from None`, so that the original error is found in its context only.
     """
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_refused, error.exceptions))
@@ -283,18 +283,18 @@ def _is_refused(error: BaseException | None) -> bool:
     return isinstance(error, ConnectionRefusedError) or _is_refused(error.__cause__ or error.__context__)
 
 
-def _is_context_error(message: str, said: AbstractSet[str]) -> bool:
-    return bool(said & _TOO_LONG) or _TOO_LONG_WORDS.search(message) is not None
+def _is_context_error(message: str, words: AbstractSet[str]) -> bool:
+    return bool(words & _TOO_LONG) or _TOO_LONG_WORDS.search(message) is not None
 
 
-def _is_model_error(status: int, message: str, said: AbstractSet[str]) -> bool:
-    if said & _NO_MODEL or (status == 404 and _A_MODEL.search(message)):
+def _is_model_error(status: int, message: str, words: AbstractSet[str]) -> bool:
+    if words & _NO_MODEL or (status == 404 and _A_MODEL.search(message)):
         return True
     return status in {400, 422} and _NO_MODEL_WORDS.search(message) is not None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from now, also where the server gives a date: counted from its own `Date`, for clocks differ."""
+    """Retry-After in seconds from now. A date is counted from the server's own `Date`, since clocks differ."""
     value = headers.get("retry-after", "")
     if value.replace(".", "", 1).isdecimal():
         return min(float(value), _LONGEST_RETRY_AFTER)
@@ -306,7 +306,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _unix_time(date: str) -> float | None:
-    """An HTTP date (RFC 9110, 5.6.7: always GMT, also where it does not say so), in seconds."""
+    """An HTTP date in seconds. It is always GMT, even if the header does not say so (RFC 9110, 5.6.7)."""
     try:
         return parsedate_to_datetime(date).replace(tzinfo=UTC).timestamp()
     except (ValueError, OverflowError):

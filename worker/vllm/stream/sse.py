@@ -1,15 +1,19 @@
-"""Server-sent events without I/O: bytes in as they arrive, the data of whole events out.
+"""Decodes server-sent events: bytes go in as they arrive, the data of whole events comes out. No I/O.
 
-The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream": lines end at CR, LF or CRLF
-and at nothing else (U+2028 and U+0085 may stand inside the JSON, where `splitlines` would cut), one space after the
+The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream". Lines end at CR, LF or CRLF and
+nowhere else: `splitlines` would also cut at U+2028 and U+0085, which may stand inside the JSON. One space after the
 colon is dropped, several data lines are joined by LF, and an event that the end of the stream cuts off is dropped.
-Fields other than `data` carry nothing in a stream of completions. The BOM at the start of a stream is taken away by
-`chat_stream.py`, which looks at the first bytes of every answer.
+Fields other than `data` carry nothing in a stream of completions. The BOM at the start of a stream is removed by
+`chat_stream.py`, which looks at the first bytes of every response.
 
-Four things go beyond the standard. A data line that is a whole chunk is an event of its own, and goes out when the next
-one is there: some servers end their events with one LF. The last event is not dropped where it is whole JSON. Errors
-come out too: the data of an event that is called `error` or `exception`, and the value of a field of that name, as
-`{"error": …}`. So does JSON without `data:`, on one line or over several, as it is.
+Four rules go beyond the standard:
+
+- A data line that is a whole chunk is an event of its own. It comes out when the next data line is there: some servers
+  end their events with one LF.
+- The last event is not dropped if it is whole JSON.
+- Errors come out too, as `{"error": …}`: the data of an event named `error` or `exception`, and the value of a field of
+  that name.
+- JSON without `data:`, on one line or several, comes out as it is.
 """
 
 import json
@@ -22,24 +26,23 @@ from ..error_bodies import decoded
 _LF = 0x0A
 _DONE = b"[DONE]"
 MAX_EVENT_BYTES = 16 * 1024 * 1024
-"""Room for the first chunk of a prompt of a million tokens, whose ids stand in it."""
-
+"""Enough for the first chunk of a prompt of a million tokens, which contains their ids."""
 
 _ERRORS = frozenset({b"error", b"exception"})
 _FIELDS = frozenset({b"id", b"retry"})
 _AFTER_JSON = (b"data:", b"event:", b"error:")
-"""Lines that cannot be inside JSON: an object that has no end by then is none."""
-_MOST_PASSED_OVER = 500
+"""Starts of lines that cannot be inside JSON: an object that has not ended before them is not JSON."""
+_MAX_SKIPPED = 500
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _BLANK = b" \t"
 
 
 class EventTooLarge(ValueError):
-    """An event, or a line that does not end, is above the limit."""
+    """An event, or an unfinished line, is above the limit."""
 
 
 class SSEDecoder:
-    """Splits a byte stream into events; it keeps at most one unfinished event of `max_event_bytes`."""
+    """Splits a byte stream into events. It buffers at most one unfinished event of `max_event_bytes`."""
 
     __slots__ = (
         "_after_cr", "_data", "_depth", "_has_data", "_held", "_is_between", "_is_error", "_is_late", "_json", "_max",
@@ -48,24 +51,24 @@ class SSEDecoder:
 
     def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max = max_event_bytes
-        self._is_between = False  # nothing is held of what came before, and it is a stream of events
-        self._after_cr = False  # the last read ended in CR, so an LF that comes next belongs to it
-        self._pending: list[bytes] = []  # pieces of a line whose end has not come
-        self._data: list[bytes] = []  # data lines of an event whose end has not come
-        self._json: list[bytes] = []  # lines of JSON without `data:` whose end has not come
-        self._depth = 0  # of brackets that are open in it
-        self._size = 0  # bytes in the pieces
-        self._held = 0  # bytes in the data lines and in the JSON, each with its end: empty ones take room too
-        self._is_error = False  # the event whose end has not come is called an error
-        self._is_late = False  # it is called so only behind the data that is held
+        self._is_between = False  # nothing is buffered, and the stream has had an event
+        self._after_cr = False  # the last chunk ended in CR, so that an LF at the start of the next belongs to it
+        self._pending: list[bytes] = []  # pieces of an unfinished line
+        self._data: list[bytes] = []  # data lines of an unfinished event
+        self._json: list[bytes] = []  # lines of unfinished JSON without `data:`
+        self._depth = 0  # how many brackets are open in that JSON
+        self._size = 0  # bytes in the pieces of the line
+        self._held = 0  # bytes in the data lines and in the JSON, one more for each line: empty lines take memory too
+        self._is_error = False  # the unfinished event is named an error
+        self._is_late = False  # the name came after the data that is buffered
         self._has_data = False
-        self._objects = 0  # that came without `data:`
+        self._objects = 0  # how many JSON objects came without `data:`
         self.skipped = b""
-        """The first lines that are of no event, for errors that say what came in place of an answer."""
+        """The first lines that belong to no event, for errors that quote what came in place of an answer."""
 
     @property
     def holds_json(self) -> bool:
-        """Whether JSON without `data:` has begun and not ended, such as a completion that is no stream."""
+        """Whether JSON without `data:` has begun and not ended, such as a completion that is not streamed."""
         return bool(self._json) or (bool(self._pending) and self._pending[0].startswith((b"{", b"[")))
 
     def feed(self, chunk: bytes) -> list[bytes]:
@@ -74,7 +77,7 @@ class SSEDecoder:
         Raises:
             EventTooLarge: when an unfinished or finished event is above the limit.
         """
-        # What vLLM nearly always sends, at a quarter of the price: whole events, mostly one, each of one line.
+        # The fast path, at a quarter of the cost: whole events, mostly one, each of one line, as vLLM sends them.
         if (
             self._is_between and chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.find(b"\r") < 0
             and len(chunk) <= self._max
@@ -82,18 +85,18 @@ class SSEDecoder:
             if chunk.find(b"\n") == len(chunk) - 2:
                 return [chunk[6:-2]]
             events = chunk[6:-2].split(b"\n\ndata: ")
-            if b"\n" not in b"".join(events):  # at a third of the price of looking into each, or of counting
+            if b"\n" not in b"".join(events):  # costs a third of a check of each event, or of counting
                 return events
         events = self._by_lines(chunk)
-        is_holding = self._pending or self._data or self._json or self._after_cr or self._is_error
-        self._is_between = self._has_data and not is_holding
+        is_buffering = self._pending or self._data or self._json or self._after_cr or self._is_error
+        self._is_between = self._has_data and not is_buffering
         return events
 
     def end(self) -> list[bytes]:
-        """What the end of the stream completes, where nothing but its line ends is missing: it is whole JSON.
+        """The events that the end of the stream completes: those that lack only their line ends, and so are whole JSON.
 
-        One object without `data:` is a whole completion where nothing else came: `[DONE]` follows it. What is not
-        completed goes to `skipped`.
+        A single object without `data:`, when nothing else came, is a whole completion: `[DONE]` is added. Anything else
+        that is unfinished goes to `skipped`.
         """
         events = self._events([b"".join(self._pending)] if self._pending else [])
         self._pending.clear()
@@ -103,7 +106,7 @@ class SSEDecoder:
             if _is_json(event):
                 events.append(event)
             else:
-                self._pass_over(event)
+                self._skip(event)
         if self._objects == 1 and not self._has_data:
             self._objects = 0
             events.append(_DONE)
@@ -163,15 +166,15 @@ class SSEDecoder:
 
     def _take_data(self, line: bytes, events: list[bytes]) -> None:
         self._has_data = True
-        self._let_go(events)
+        self._end_held_line(events)
         if line == _DONE and not self._data and not self._is_error:
             events.append(line)
             return
         self._data.append(line)
         self._held += len(line) + 1
 
-    def _let_go(self, events: list[bytes]) -> None:
-        """Something else begins. A data line that is held and is a whole chunk needs no blank line."""
+    def _end_held_line(self, events: list[bytes]) -> None:
+        """Release a buffered data line that is a whole chunk: something else begins, and no blank line is needed."""
         if len(self._data) == 1 and _is_chunk(self._data[0]):
             event = self._data.pop()
             self._held = 0
@@ -181,24 +184,24 @@ class SSEDecoder:
             self._is_late = False
 
     def _take_other(self, line: bytes, events: list[bytes]) -> None:
-        """A line of another field, or of none."""
+        """Take a line of another field, or of no field."""
         name, _, value = line.partition(b":")
         if name in _ERRORS:
-            self._let_go(events)
+            self._end_held_line(events)
             events.append(_as_error(value.strip()))
         elif name == b"event":
             is_error = value.strip() in _ERRORS
             self._is_late = is_error and not self._is_error and bool(self._data)
             self._is_error = is_error or (self._is_error and bool(self._data))
         elif _begins_json(text := line.strip(_BLANK)):
-            self._let_go(events)
+            self._end_held_line(events)
             if not self._data:
                 self._take_json(text, events)
         elif name not in _FIELDS:
-            self._pass_over(line)
+            self._skip(line)
 
     def _take_json(self, line: bytes, events: list[bytes]) -> None:
-        """The next line of JSON that stands there without `data:`; perhaps its last."""
+        """Take the next line of JSON without `data:`, which may be its last."""
         self._json.append(line)
         self._held += len(line) + 1
         self._depth += _opened(line)
@@ -208,22 +211,22 @@ class SSEDecoder:
             self._clear_json()
 
     def _give_up_json(self) -> None:
-        """What began as JSON is none."""
+        """Skip lines that began as JSON and are not JSON."""
         for line in self._json:
-            self._pass_over(line)
+            self._skip(line)
         self._clear_json()
 
     def _clear_json(self) -> None:
         self._json.clear()
         self._depth = self._held = 0
 
-    def _pass_over(self, line: bytes) -> None:
-        if len(self.skipped) < _MOST_PASSED_OVER:
-            self.skipped += line[:_MOST_PASSED_OVER] + b"\n"
+    def _skip(self, line: bytes) -> None:
+        if len(self.skipped) < _MAX_SKIPPED:
+            self.skipped += line[:_MAX_SKIPPED] + b"\n"
 
     def _grow(self, size: int) -> None:
         self._size += size
-        if self._size + self._held > self._max + 1:  # the end of an event's last line is no part of it
+        if self._size + self._held > self._max + 1:  # the end of the last line does not count
             raise self._too_large()
 
     def _too_large(self) -> EventTooLarge:
@@ -231,18 +234,18 @@ class SSEDecoder:
 
 
 def _begins_json(line: bytes) -> bool:
-    """Whether a line is an object or a list, or the first line of one that has more lines."""
+    """Whether a line is a JSON object or list, or the first line of one."""
     return line.startswith((b"{", b"[")) and (line.endswith((b"}", b"]")) or _opened(line) > 0)
 
 
 def _opened(line: bytes) -> int:
-    """How many brackets a line of JSON leaves open; below 0 where it closes more. No string of JSON spans lines."""
+    """How many brackets a line of JSON leaves open; negative when it closes more. A JSON string is on one line."""
     line = _STRING.sub(b"", line)
     return line.count(b"{") + line.count(b"[") - line.count(b"}") - line.count(b"]")
 
 
 def _is_json(data: bytes) -> bool:
-    """Whether it is what a chunk may be, however odd: the parser reads more than a strict decoder does."""
+    """Whether data may be a chunk. The parser reads more than a strict decoder does, and so does this."""
     try:
         json.loads(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -255,7 +258,7 @@ def _is_chunk(line: bytes) -> bool:
 
 
 def _as_error(data: bytes) -> bytes:
-    """The data of an event that is called an error, in the shape of other errors."""
+    """The data of an event named an error, in the shape of other errors."""
     value = decoded(data)
     if isinstance(value, dict) and "error" in value:
         return msgspec.json.encode(value)
