@@ -16,7 +16,7 @@ from worker.engine.generation import Generation
 from worker.settings import load_settings
 from worker.telemetry.logging import configure_logging
 
-_healthy = Generation.end
+_healthy = Generation.generate
 _accept = LogWriter.accept
 _midway: set[str] = set()
 
@@ -27,8 +27,8 @@ def _parse_job(fields: RawFields, max_request_bytes: int) -> Job:
     return _parse(fields, max_request_bytes)
 
 
-async def _end(self: Generation) -> Terminal:
-    job = self._job.job
+async def _generate(self: Generation) -> Terminal:
+    job = self._job.parsed
     user = job.request.get("user") if isinstance(job, Job) else None
     if user == "midway":
         _midway.add(self._job.id)
@@ -47,7 +47,7 @@ def _die_midway(self: LogWriter, batch: AppendBatch) -> bool:
 
 if __name__ == "__main__":  # in this process only
     job_context.parse_job = _parse_job  # type: ignore[attr-defined,assignment]
-    Generation.end = _end  # type: ignore[method-assign]
+    Generation.generate = _generate  # type: ignore[method-assign]
     LogWriter.accept = _die_midway  # type: ignore[method-assign]
     configure_logging("json", "info")
     asyncio.run(Worker(load_settings()).run())

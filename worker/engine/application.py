@@ -258,7 +258,7 @@ class Worker:
                 await asyncio.wait(taking)  # the jobs of the last reads are drained or handed over with the rest
                 await self._drain(drained_by)
                 deadline = time.monotonic() + self._pace.last_steps
-                await self._running_jobs.hand_over(self._pace.last_steps)
+                await self._running_jobs.hand_over_all(self._pace.last_steps)
             finally:  # also when a part has failed: redis-py may lose the cancellation of the others
                 intake.stop()
                 maintenance.stop()

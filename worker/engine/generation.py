@@ -76,14 +76,14 @@ class Generation:
         self._waited_ms = max(0, services.now() - job.delivery.enqueued)
         self._first_delta: float | None = None
 
-    async def end(self) -> Terminal:
+    async def generate(self) -> Terminal:
         """Write all deltas of the answer, and return the terminal entry that belongs after them.
 
         Raises:
             LogLost: when the log is no longer ours.
             Stopped: when the job must stop here.
         """
-        job, answer = self._job.job, self._answer
+        job, answer = self._job.parsed, self._answer
         try:
             if isinstance(job, InvalidJob):
                 return self._failed(job.code, str(job))

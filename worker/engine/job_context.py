@@ -78,7 +78,7 @@ class JobServices:
 class JobContext:
     """One delivered job. `began` and `deadline` are Unix ms by Redis's clock, `retention` and `remember` are seconds.
 
-    `id` is the request's id, empty where the job has none that can be used. `job` is the parsed job, an `InvalidJob`
+    `id` is the request's id, empty where the job has none that can be used. `parsed` is the job, an `InvalidJob`
     where it does not validate, or `UNREAD`; `digest` is the request's, empty where it cannot be read. `release_slot`
     lets another job start before this one has ended. `retry` retries until Redis answers or the job must stop.
     """
@@ -98,14 +98,14 @@ class JobContext:
         self._now = services.now
         self.began = self._now()
         self.id = self.digest = ""
-        self.job: Job | InvalidJob = UNREAD
+        self.parsed: Job | InvalidJob = UNREAD
         deadline = retention = None
         try:
             self.id = request_id_of(delivery.fields)
             deadline, retention = times_of(delivery.fields)
         except InvalidJob as problem:
             if not self.id:
-                self.job = problem
+                self.parsed = problem
         self.deadline = deadline or delivery.enqueued + _DAY_MS
         self.retention = retention or settings.retention
         self.remember = max(settings.remember, self.retention)
@@ -114,20 +114,20 @@ class JobContext:
 
     def parse(self) -> None:
         """Read and check the job, unless that is done."""
-        if self.job is not UNREAD:
+        if self.parsed is not UNREAD:
             return
         settings = self._settings
         try:
             job = parse_job(self.delivery.fields, settings.max_request_bytes)
             check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)
         except InvalidJob as problem:
-            self.job = problem
+            self.parsed = problem
         else:
-            self.job, self.digest = job, digest(job.request, job.fallbacks)
+            self.parsed, self.digest = job, digest(job.request, job.fallbacks)
 
     def may_have_digest(self, known: str) -> bool:
         """Whether a log with this digest may be of the same request. It may where either digest is unknown."""
-        job = self.job
+        job = self.parsed
         return not isinstance(job, Job) or not known or is_digest_of(known, job.request, job.fallbacks)
 
     def expires_at(self, now: int) -> int:

@@ -62,7 +62,7 @@ async def run_job(
     job = JobContext(services, delivery, stop, release_slot)
     settlement = Settlement(services, job)
     if not job.id:  # there is no log that could say what is wrong with the job
-        await settlement.acknowledge()
+        await settlement.acknowledge_job()
         return
     with structlog.contextvars.bound_contextvars(request_id=job.id):
         await JobRunner(services, job, settlement).run()
@@ -93,7 +93,7 @@ class JobRunner:
                 # Without a turn the job's deadline has passed: it ends without a request to vLLM.
             await self._acquire_and_finish(turn)
         except LogRefused as refusal:
-            await self._settlement.bury(f"Redis refuses to write the log: {refusal}", "log_refused")
+            await self._settlement.bury_and_acknowledge(f"Redis refuses to write the log: {refusal}", "log_refused")
         except LogExhausted as problem:
             await self._condemn(str(problem))
         except (RedisError, OSError, LogLost, Stopped):  # not the job's fault
@@ -109,7 +109,7 @@ class JobRunner:
 
     async def _needs_quarantine(self) -> bool:
         job = self._job
-        if job.job is not UNREAD:
+        if job.parsed is not UNREAD:
             return False
         try:
             history = await job.retry(self._ownership.read_entries, job.id)
@@ -132,9 +132,9 @@ class JobRunner:
                         await settlement.settle_existing_end(may_lack_start=True)
                     case DuplicateJob():
                         self._emit(DuplicateFound(job.delivery.queue, job.delivery.id))
-                        await settlement.acknowledge()
+                        await settlement.acknowledge_job()
                     case IdReused():
-                        await settlement.bury(_REUSED, "id_reused")
+                        await settlement.bury_and_acknowledge(_REUSED, "id_reused")
                     case LeaseLost():
                         self._emit(JobTakenElsewhere(job.delivery.queue, job.delivery.id))
             except LogDiverged as loss:
@@ -163,7 +163,7 @@ class JobRunner:
             await self._settlement.settle_existing_end()
         except LogOver:
             self._emit(LogDisappeared(log.attempt))
-            await self._settlement.acknowledge()
+            await self._settlement.acknowledge_job()
         except LogFenced as loss:
             self._emit(FencedOff(str(loss)))
         except Stopped:
@@ -192,8 +192,8 @@ class JobRunner:
                         await job.retry(self._ownership.next_attempt, log, job.delivery, _DIVERGED)
                     else:
                         await generation.restart(_DIVERGED)
-                end = await generation.end() if generation else _buried(burial, log.attempt)
-                answer = await self._settlement.seal(log, end)
+                end = await generation.generate() if generation else _buried(burial, log.attempt)
+                answer = await self._settlement.seal_log(log, end)
                 await self._settlement.settle(answer)
             except LogOver:
                 raise
@@ -234,7 +234,7 @@ class JobRunner:
             if isinstance(error, RedisError | OSError | LogLost | Stopped) and not isinstance(error, LogRefused):
                 raise
             # Whatever the log holds, the job must not come back because of it.
-            await self._settlement.bury(reason, BURIED)
+            await self._settlement.bury_and_acknowledge(reason, BURIED)
 
 
 def _buried(reason: str, attempt: int) -> Failed:

@@ -162,7 +162,7 @@ class RunningJobs:
             running.stop_for(Stop.LEASE_LOST)
             self._telemetry.emit(LeaseWasLost(running.delivery.queue, running.delivery.id))
 
-    async def hand_over(self, within: float) -> None:
+    async def hand_over_all(self, within: float) -> None:
         """Stop all jobs, and end their leases now, so that other workers continue them at once.
 
         This takes `within` seconds at most: the jobs have half of them to stop, Redis the other half to answer.

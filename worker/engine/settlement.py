@@ -38,7 +38,7 @@ class Settlement:
         """Add a `started` line to the lifecycle. Only the `finished` line waits for it."""
         self._record_lifecycle("started", Answer([Started(id=EntryId(attempt, 0))]))
 
-    async def seal(self, log: LogWriter, end: Terminal) -> Answer:
+    async def seal_log(self, log: LogWriter, end: Terminal) -> Answer:
         """Write the terminal entry. Returns the answer with the terminal entry that stands, which may be another's.
 
         Raises:
@@ -91,7 +91,7 @@ class Settlement:
                 if reason := _dead_letter_reason(job, answer):
                     await self._write_dead_letter(reason, BURIED)
                 await job.wait_for(finished)
-            await self.acknowledge()
+            await self.acknowledge_job()
         if _is_of_another_job(answer, job.delivery):  # its own worker counts it and reports the outcome
             services.telemetry.emit(DuplicateFound(job.delivery.queue, job.delivery.id))
             return
@@ -107,15 +107,15 @@ class Settlement:
             )
         )
 
-    async def acknowledge(self) -> None:
+    async def acknowledge_job(self) -> None:
         """Acknowledge the job, whatever became of its log. A job that does not validate is buried first."""
         job = self._job
-        if isinstance(job.job, InvalidJob) and job.job is not UNREAD:
-            await self.bury(str(job.job), job.job.code)
+        if isinstance(job.parsed, InvalidJob) and job.parsed is not UNREAD:
+            await self.bury_and_acknowledge(str(job.parsed), job.parsed.code)
         else:
             await job.retry(self._services.jobs.acknowledge, job.delivery)
 
-    async def bury(self, reason: str, code: str) -> None:
+    async def bury_and_acknowledge(self, reason: str, code: str) -> None:
         """Write the job's dead letter and acknowledge the job."""
         with self._slot_released_soon():
             await self._write_dead_letter(reason, code)
@@ -141,8 +141,8 @@ class Settlement:
             queue=job.delivery.queue,
             attempt=answer.attempt,
             time=self._services.now(),
-            tenant=job.job.tenant if isinstance(job.job, Job) else "",
-            retry_of=job.job.retry_of if isinstance(job.job, Job) else "",
+            tenant=job.parsed.tenant if isinstance(job.parsed, Job) else "",
+            retry_of=job.parsed.retry_of if isinstance(job.parsed, Job) else "",
             outcome=answer.outcome,
             model=answer.model,
             usage=answer.usage,
@@ -172,7 +172,7 @@ def _dead_letter_reason(job: JobContext, answer: Answer) -> str:
     end = answer.end
     if not isinstance(end, Failed) or _is_of_another_job(answer, job.delivery):
         return ""
-    is_dead = end.code == BURIED or (job.job is UNREAD and end.code in INVALID)
+    is_dead = end.code == BURIED or (job.parsed is UNREAD and end.code in INVALID)
     return end.message or end.code if is_dead else ""
 
 
