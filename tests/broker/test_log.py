@@ -45,7 +45,7 @@ async def test_entries_get_consecutive_ids(one: Process, delivery: Delivery, red
     assert log.accepted == EntryId(1, 3)
 
 
-async def test_what_is_appended_while_a_flush_is_out_goes_with_the_next(
+async def test_entries_appended_during_a_flush_go_out_with_the_next(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -69,7 +69,7 @@ async def test_entries_that_exceed_one_flush_go_out_with_the_next(redis_url: str
         assert one.publisher.pending_bytes == log.pending_bytes == 0
 
 
-async def test_a_former_owner_can_write_no_more_after_a_take_over(
+async def test_a_former_owner_cannot_write_after_a_take_over(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     old = await one.acquire(delivery)
@@ -84,7 +84,7 @@ async def test_a_former_owner_can_write_no_more_after_a_take_over(
     assert await texts(redis) == ["1-0:started", "1-1:kept", "2-0:claimed", "2-1:new"]
 
 
-async def test_a_former_owner_cannot_seal_the_log_of_the_new_one(
+async def test_a_former_owner_cannot_seal_the_log_of_the_new_owner(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """The seal's id is above every attempt's: only its own fence holds it back."""
@@ -95,7 +95,7 @@ async def test_a_former_owner_cannot_seal_the_log_of_the_new_one(
     assert (await texts(redis))[-1] == "2-0:claimed"
 
 
-async def test_there_is_one_seal_whoever_comes_first(one: Process, delivery: Delivery, redis: Redis) -> None:
+async def test_the_first_of_two_seals_stands(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     assert await one.seal(log) == Cancelled.type, "the one that stands is told"
@@ -124,7 +124,7 @@ async def test_a_cancelled_log_refuses_deltas(one: Process, delivery: Delivery, 
     await redis.expire(KEY, 60)
 
 
-async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
+async def test_a_verification_finds_a_cancel_even_if_nothing_is_appended(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -135,7 +135,7 @@ async def test_a_cancel_shows_at_the_next_look_even_if_nothing_is_appended(
 
 
 @pytest.mark.parametrize("n", [3, SEAL.n - 1, SEAL.n])
-async def test_b2_an_id_that_somebody_else_writes_into_an_attempt_is_not_taken_for_its_owners(
+async def test_an_id_that_somebody_else_writes_into_an_attempt_is_not_taken_for_its_owners(
     n: int, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -151,7 +151,7 @@ async def test_b2_an_id_that_somebody_else_writes_into_an_attempt_is_not_taken_f
     assert await texts(redis) == ["1-0:started", "1-1:ours", f"1-{n}:not ours", "2-0:claimed", "2-1:written"]
 
 
-async def test_a_log_that_is_gone_is_not_made_again(one: Process, delivery: Delivery, redis: Redis) -> None:
+async def test_a_deleted_log_is_not_recreated_by_an_append(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.acquire(delivery)
     await redis.delete(KEY)
     log.append(delta("into nothing"))
@@ -160,7 +160,7 @@ async def test_a_log_that_is_gone_is_not_made_again(one: Process, delivery: Deli
     assert not await redis.exists(KEY)
 
 
-async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
+async def test_a_key_of_another_type_is_reported_and_does_not_stop_other_logs(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -173,9 +173,7 @@ async def test_a_key_of_another_type_is_said_and_does_not_stop_the_others(
         await log.wait_drained()
 
 
-async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
-    one: Process, delivery: Delivery, redis: Redis
-) -> None:
+async def test_a_refused_entry_has_only_its_own_log_verified(one: Process, delivery: Delivery, redis: Redis) -> None:
     logs = []
     for number in range(50):
         taken = await one.owner.acquire(f"r{number}", delivery, FAR)
@@ -195,7 +193,7 @@ async def test_b7_a_refused_entry_has_the_end_of_its_own_log_read_and_no_other(
     assert stats["cmdstat_xrevrange"]["calls"] == 1
 
 
-async def test_d13_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
+async def test_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -233,7 +231,7 @@ async def test_a_claim_is_not_repeated_because_the_log_could_not_be_read(
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
-async def test_d8_an_owner_whose_log_was_emptied_goes_on_under_a_next_attempt(
+async def test_the_owner_of_an_emptied_log_continues_under_a_next_attempt(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """XTRIM leaves the key and its greatest id: `1-0` is refused for ever."""
@@ -251,7 +249,7 @@ async def test_d8_an_owner_whose_log_was_emptied_goes_on_under_a_next_attempt(
     assert await texts(redis) == ["2-0:claimed", "2-1:again", f"{SEAL}:done"]
 
 
-async def test_d8_an_entry_that_is_refused_though_the_log_lacks_it_is_not_sent_for_ever(
+async def test_an_entry_that_is_refused_though_the_log_lacks_it_is_not_resent_for_ever(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """Sealed by somebody, and the seal deleted: Redis takes nothing more, and the log's end does not show why."""
@@ -267,7 +265,7 @@ async def test_d8_an_entry_that_is_refused_though_the_log_lacks_it_is_not_sent_f
         await one.owner.acquire("r", delivery, FAR)
 
 
-async def test_d8_a_log_whose_seal_was_deleted_cannot_be_sealed_and_that_is_said(
+async def test_a_log_whose_seal_was_deleted_is_reported_as_refused(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -277,7 +275,7 @@ async def test_d8_a_log_whose_seal_was_deleted_cannot_be_sealed_and_that_is_said
         await one.seal(log)
 
 
-async def test_d8_an_owner_whose_next_attempt_was_begun_by_another_and_deleted_stops(
+async def test_an_owner_stops_when_another_began_its_next_attempt_and_the_entry_was_deleted(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -287,7 +285,7 @@ async def test_d8_an_owner_whose_next_attempt_was_begun_by_another_and_deleted_s
         await one.owner.next_attempt(log, delivery, "diverged")
 
 
-async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
+async def test_a_job_stream_of_another_type_is_not_blamed_on_the_log(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     await one.acquire(delivery)
@@ -296,9 +294,7 @@ async def test_d7_a_job_stream_of_another_type_is_not_taken_for_the_logs_fault(
         await two.owner.acquire("r", delivery, FAR)
 
 
-async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
-    one: Process, delivery: Delivery, redis: Redis
-) -> None:
+async def test_a_cut_connection_loses_and_doubles_nothing(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.acquire(delivery)
     for number in range(300):
         log.append(delta(str(number)))
@@ -309,7 +305,7 @@ async def test_a_connection_that_is_cut_loses_and_doubles_nothing(
     assert (await texts(redis))[1:] == [f"1-{n + 1}:{n}" for n in range(300)]
 
 
-async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
+async def test_resent_entries_that_redis_has_count_as_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
     """As after a lost reply: the entries are there, and Redis answers `equal or smaller`."""
     log = await one.acquire(delivery)
     log.append(delta("a"))
@@ -322,7 +318,7 @@ async def test_a_resend_of_what_redis_has_is_taken_for_accepted(one: Process, de
     assert await texts(redis) == ["1-0:started", "1-1:a", "1-2:b", "1-3:c", "1-4:d"]
 
 
-async def test_of_entries_appended_together_only_what_redis_lacks_is_written_again(
+async def test_only_the_entries_of_a_batch_that_redis_lacks_are_written_again(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -343,7 +339,7 @@ async def test_of_entries_appended_together_only_what_redis_lacks_is_written_aga
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 70_000])
 @pytest.mark.parametrize("letter", ["a", "é", "文", "🦊", "\r\n$5\r\n"])
-async def test_text_of_any_length_and_alphabet_arrives_as_it_is(
+async def test_text_of_any_length_and_alphabet_arrives_unchanged(
     one: Process, delivery: Delivery, redis: Redis, letter: str, size: int
 ) -> None:
     log = await one.acquire(delivery)
@@ -378,7 +374,7 @@ async def test_a_redis_that_loads_its_data_is_waited_for(redis_url: str, redis: 
         assert await texts(redis) == ["1-0:started", "1-1:before", "1-2:after"]
 
 
-async def test_memory_that_is_full_makes_the_log_wait_and_leaves_no_hole(
+async def test_full_memory_makes_the_log_wait_and_leaves_no_hole(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -440,7 +436,7 @@ async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:again"]
 
 
-async def test_of_two_that_take_over_at_once_one_wins(
+async def test_one_of_two_simultaneous_take_overs_wins(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     await one.acquire(delivery)
@@ -451,9 +447,7 @@ async def test_of_two_that_take_over_at_once_one_wins(
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
-async def test_a_take_over_reads_what_was_written_before(
-    one: Process, two: Process, delivery: Delivery, redis: Redis
-) -> None:
+async def test_a_take_over_reads_the_history(one: Process, two: Process, delivery: Delivery, redis: Redis) -> None:
     old = await one.acquire(delivery)
     old.append(delta("half"))
     await old.wait_drained()
@@ -462,7 +456,7 @@ async def test_a_take_over_reads_what_was_written_before(
     assert [entry.type for entry in taken.history] == ["started", "delta"]
 
 
-async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
+async def test_acquiring_again_after_a_lost_reply_finds_the_own_entry(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     first, second = [await one.owner.acquire("r", delivery, FAR) for _ in range(2)]
@@ -472,7 +466,7 @@ async def test_taking_again_after_a_lost_reply_finds_ones_own_entry(
     assert await texts(redis) == ["1-0:started"]
 
 
-async def test_a_duplicate_waits_for_no_run_while_the_first_is_live_and_takes_over_when_it_is_gone(
+async def test_a_duplicate_does_not_run_while_the_first_job_is_outstanding_and_takes_over_when_it_is_gone(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     await one.acquire(delivery)
@@ -493,7 +487,7 @@ END = Failed(id=SEAL, code="buried")
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_a_job_that_cannot_be_dealt_with_is_sealed_whatever_its_log_holds(
+async def test_a_job_that_cannot_run_is_sealed_whatever_its_log_holds(
     *, begun: bool, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     if begun:
@@ -517,19 +511,19 @@ async def test_a_job_that_ended_or_is_with_another_worker_is_not_sealed_as_burie
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
-async def test_confirming_gives_what_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:
+async def test_finalizing_adds_the_expiry_and_tombstone_that_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
     assert await one.owner.finalize("r", STONE, retention=60, remember=120)
     assert 0 < await redis.ttl(KEY) <= 60
     assert 0 < await redis.ttl("chat:ended:{r}") <= 120
 
 
-async def test_confirming_tells_when_a_failover_lost_the_seal(one: Process, delivery: Delivery) -> None:
+async def test_finalizing_finds_that_a_failover_lost_the_seal(one: Process, delivery: Delivery) -> None:
     await one.acquire(delivery)
     assert not await one.owner.finalize("r", STONE, retention=60, remember=120)
 
 
-async def test_the_feed_never_carries_what_was_refused(
+async def test_the_feed_never_carries_a_refused_entry(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     async with redis.pubsub() as feed:
@@ -548,7 +542,7 @@ async def test_the_feed_never_carries_what_was_refused(
     assert b"refused" not in heard
 
 
-async def test_a_round_finds_the_seal_of_a_silent_log_and_asks_nothing_about_the_others(
+async def test_verifying_idle_logs_finds_a_seal_and_reads_no_active_log(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -624,7 +618,7 @@ async def test_a_flooded_log_does_not_hold_up_the_others(redis_url: str, redis: 
         assert max(waited) <= 3
 
 
-async def test_typed_entries_come_back_as_they_went(one: Process, delivery: Delivery, redis: Redis) -> None:
+async def test_entries_are_read_as_they_were_written(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.acquire(delivery)
     log.append({"type": "delta", "content": "\u2028 ½ 👩‍👩‍👧‍👦\r\n\0", "stop_reason": '"x"'})
     await log.wait_drained()
@@ -646,7 +640,7 @@ async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery
     assert await redis.ttl(KEY) > 60
 
 
-async def test_a_log_that_is_lost_is_begun_again_by_its_owner_only(
+async def test_a_lost_log_is_recreated_by_its_owner_only(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -663,7 +657,7 @@ async def test_a_log_that_is_lost_is_begun_again_by_its_owner_only(
     assert not await redis.exists(KEY)
 
 
-async def test_a_log_that_is_gone_after_the_end_is_not_begun_again(
+async def test_a_log_that_is_gone_after_its_end_is_not_recreated(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -706,7 +700,7 @@ async def test_a_verification_in_flight_does_not_take_the_next_attempt_for_lost(
         assert await texts(redis) == ["1-0:started", "1-1:first", "2-0:claimed", "2-1:second"]
 
 
-async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
+async def test_entries_of_an_earlier_run_in_the_same_process_are_fenced_too(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """As after a partition: its flush was given up here, and comes to Redis when the job runs here again."""
@@ -721,7 +715,7 @@ async def test_what_a_former_run_in_the_same_process_still_sends_is_fenced_too(
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "2-1:new"]
 
 
-async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_though_its_hint_came_too_early(
+async def test_a_hint_that_came_before_its_log_was_attached_still_has_it_verified(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     other = await one.acquire(delivery)  # so that the connection is there, whose first use looks at every log
@@ -736,7 +730,7 @@ async def test_a_log_that_was_cancelled_just_before_it_was_attached_shows_it_tho
     assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
 
 
-async def test_ends_that_wait_for_replicas_leave_connections_to_the_leases(
+async def test_waiting_for_replicas_leaves_connections_to_the_leases(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     for_ever = Replicas(1, wait=60)

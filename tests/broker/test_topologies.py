@@ -88,7 +88,7 @@ async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology
     assert master.client.info("keyspace") == {"db1": {"keys": 1, "expires": 0, "avg_ttl": 0}}
 
 
-async def test_d1_what_the_url_says_of_connections_changes_nothing_under_sentinel(
+async def test_connection_options_in_the_url_change_nothing_under_sentinel(
     guarded: tuple[str, list[topology.Node]],
 ) -> None:
     async with command_client(guarded[0] + MEDDLING) as redis:
@@ -97,7 +97,7 @@ async def test_d1_what_the_url_says_of_connections_changes_nothing_under_sentine
 
 
 @pytest.mark.parametrize("place", ["theirs", "ours"])
-async def test_d2_sentinels_with_a_password_get_the_urls_or_one_of_their_own(
+async def test_sentinels_with_a_password_get_the_urls_or_their_own(
     place: str, guarded: tuple[str, list[topology.Node]]
 ) -> None:
     url, (master, _, watcher) = guarded
@@ -115,7 +115,7 @@ async def test_d2_sentinels_with_a_password_get_the_urls_or_one_of_their_own(
     ("password", "words"),
     [("", "NOAUTH"), ("://:other@", "WRONGPASS"), ("?sentinel_password=other", "WRONGPASS")],
 )
-async def test_d2_what_sentinels_refuse_is_told(
+async def test_a_refusal_by_sentinels_is_reported(
     password: str, words: str, guarded: tuple[str, list[topology.Node]], simulator: Simulator
 ) -> None:
     url, (_, _, watcher) = guarded
@@ -130,7 +130,7 @@ async def test_d2_what_sentinels_refuse_is_told(
     assert "guard" not in str(told)
 
 
-async def test_d5_under_sentinel_the_rights_of_the_readme_do(
+async def test_the_documented_rights_suffice_under_sentinel(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     url, (master, *_) = guarded
@@ -145,7 +145,7 @@ async def test_d5_under_sentinel_the_rights_of_the_readme_do(
     assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
 
 
-async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
+async def test_a_former_master_is_not_taken_for_the_master(
     guarded: tuple[str, list[topology.Node]],
 ) -> None:
     """Its data is old: a log read there would seem to have lost its end."""
@@ -156,7 +156,7 @@ async def test_a_server_that_is_no_master_any_more_is_not_taken_for_one(
     assert is_transient(refusal.value)
 
 
-async def test_streams_go_on_when_the_master_is_killed(
+async def test_streams_continue_when_the_master_is_killed(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, replica, watcher) = guarded
@@ -181,7 +181,7 @@ async def test_streams_go_on_when_the_master_is_killed(
 
 
 @pytest.mark.parametrize("name", ["another", "mymaster"])
-async def test_a_master_that_no_sentinel_knows_is_told_in_words(
+async def test_a_master_that_no_sentinel_knows_is_explained(
     name: str, guarded: tuple[str, list[topology.Node]]
 ) -> None:
     url = guarded[0].replace("mymaster", name) if name == "another" else f"redis+sentinel://127.0.0.1:1/{name}"
@@ -195,7 +195,7 @@ async def test_a_master_that_no_sentinel_knows_is_told_in_words(
 
 
 @pytest.mark.parametrize("lost", ["newest", "all"])
-async def test_what_a_failover_loses_is_written_again_visibly(
+async def test_entries_lost_in_a_failover_are_written_again_visibly(
     lost: str, guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, copy, watcher) = guarded
@@ -315,7 +315,7 @@ async def test_logs_of_every_master_are_written_and_followed(
     assert (lifecycle.count(b"started"), lifecycle.count(b"finished")) == (30, 30)
 
 
-async def test_what_dead_workers_leave_is_removed_at_every_master(redis: Redis) -> None:
+async def test_consumers_of_dead_workers_are_removed_at_every_master(redis: Redis) -> None:
     queues = [f"q{number}" for number in range(8)]
     jobs = JobQueue(redis, redis, Keys(), "me", 1)
     for queue in queues:
@@ -340,7 +340,7 @@ def users(nodes: list[topology.Node]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("users")
-async def test_d5_in_a_cluster_the_rights_of_the_readme_do(
+async def test_the_documented_rights_suffice_in_a_cluster(
     cluster_url: str, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     urls = {role: cluster_url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
@@ -357,7 +357,7 @@ async def test_d5_in_a_cluster_the_rights_of_the_readme_do(
     assert [it.message for it in of_redis if it.level != "ok" and "append-only" not in it.message] == []
 
 
-async def test_d1_what_the_url_says_of_connections_changes_nothing_in_a_cluster(
+async def test_connection_options_in_the_url_change_nothing_in_a_cluster(
     cluster_url: str, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, redis_url=cluster_url + MEDDLING)
@@ -367,7 +367,7 @@ async def test_d1_what_the_url_says_of_connections_changes_nothing_in_a_cluster(
     assert [answer.text for answer in answers] == [expected(f"question {number}") for number in range(20)]
 
 
-async def test_the_feed_of_a_log_is_heard_in_its_own_slot_from_redis_7_on_and_at_any_master_before(
+async def test_the_feed_is_sharded_from_redis_7_on_and_at_every_master_before(
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, redis_url=cluster_url)
@@ -385,7 +385,7 @@ async def test_the_feed_of_a_log_is_heard_in_its_own_slot_from_redis_7_on_and_at
             assert heard[0][1]["type"] == "started"
 
 
-async def test_followers_listen_in_the_slot_from_redis_7_on_and_read_as_ever_before(
+async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
@@ -419,7 +419,7 @@ def without_command_info(nodes: list[topology.Node], cluster_url: str) -> Iterat
         node.ask("ACL", "DELUSER", "older")
 
 
-async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_all_the_same(
+async def test_a_publisher_that_takes_the_cluster_for_an_older_one_can_be_followed(
     without_command_info: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -428,7 +428,7 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_is_followed_a
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
-async def test_c3_what_nobody_took_before_its_deadline_is_ended_in_a_cluster(
+async def test_a_job_that_nobody_started_before_its_deadline_is_ended_in_a_cluster(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.client.following._TICK", 0.01)
@@ -457,7 +457,7 @@ async def test_cancel_ends_a_stream_in_a_cluster(
     await settled(redis)
 
 
-async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
+async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -487,7 +487,7 @@ async def test_a_job_that_was_never_added_is_added_by_the_same_call_made_again(
     assert await redis.xlen("chat:jobs") == length
 
 
-async def test_the_job_of_a_worker_that_is_gone_goes_to_another_in_a_cluster(
+async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(orders=Scenario(rate=200)))
@@ -504,7 +504,7 @@ async def test_the_job_of_a_worker_that_is_gone_goes_to_another_in_a_cluster(
     await settled(redis)
 
 
-async def test_a_stream_goes_on_while_its_slot_moves(
+async def test_a_stream_continues_while_its_slot_moves(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
@@ -596,7 +596,7 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
         await redis.delete(key)
 
 
-async def test_a_master_that_stands_still_holds_up_no_stream_of_another(
+async def test_a_paused_master_holds_up_no_stream_of_another(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
@@ -629,7 +629,7 @@ async def test_a_master_that_stands_still_holds_up_no_stream_of_another(
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["the worker stays", "the worker leaves"])
-async def test_b9_a_master_of_the_lifecycle_alone_holds_up_neither_answers_nor_slots(
+async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slots(
     cluster_url: str, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator,
     *, leaves: bool,
 ) -> None:  # fmt: skip
@@ -669,7 +669,7 @@ async def test_b9_a_master_of_the_lifecycle_alone_holds_up_neither_answers_nor_s
     assert told == {(name, kind) for name in names for kind in ("started", "finished")}
 
 
-async def test_b9_a_master_of_the_dead_letters_alone_holds_up_no_answer(
+async def test_a_paused_master_of_the_dead_letters_holds_up_no_answer(
     cluster_url: str, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     stands = next(node for node in nodes if node.owns(slot_of("chat:dead")))
@@ -714,7 +714,7 @@ async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redi
     assert await asyncio.gather(*map(redis.get, names * 5)) == [name.encode() for name in names] * 5
 
 
-async def test_each_master_is_looked_at_and_a_url_of_another_kind_is_told(
+async def test_each_master_is_checked_and_a_url_of_another_kind_is_reported(
     cluster_url: str, nodes: list[topology.Node], redis_url: str, simulator: Simulator
 ) -> None:
     async def found(url: str) -> list[tuple[str, str]]:
@@ -728,7 +728,7 @@ async def test_each_master_is_looked_at_and_a_url_of_another_kind_is_told(
     assert "cluster support disabled" in text
 
 
-async def test_streams_go_on_when_a_master_of_the_cluster_is_killed(
+async def test_streams_continue_when_a_master_of_the_cluster_is_killed(
     server: Path, tmp_path: Path, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     with topology.cluster(server, tmp_path, replicas=True) as nodes:

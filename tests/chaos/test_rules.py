@@ -4,10 +4,10 @@ What an id gives (the tests that name no file are in tests/broker/test_log.py):
 
 | | rule | test | without it |
 |---|---|---|---|
-| a | fencing | a_former_owner_can_write_no_more_… | ids left to Redis: the former owner's entry is taken |
-| b | idempotent appends | a_resend_of_what_redis_has_… | a refusal is final: `LogRefused` of what is written |
+| a | fencing | a_former_owner_cannot_write_… | ids left to Redis: the former owner's entry is taken |
+| b | idempotent appends | resent_entries_that_redis_has_… | a refusal is final: `LogRefused` of what is written |
 | c | one outcome | below | the seal at the end of its attempt: Redis takes what follows it |
-| d | cancel is one command | there_is_one_seal_… | `seal` does not look for one: `LogSealed` and no outcome |
+| d | cancel is one command | the_first_of_two_seals_stands | `seal` does not look for one: `LogSealed` and no outcome |
 
 The rules by their numbers:
 
@@ -19,19 +19,19 @@ The rules by their numbers:
 | 1 | … whose lost reply is looked up | below | no seal is looked for: `LogSealed`, though it is ours |
 | 2 | only seal after the last finish_reason | below | the history is not asked: the answer comes again |
 | 3 | `resumed` names what is kept | below, for the reader | nothing is dropped: token ids 2 and 4 are there |
-| 4 | no holes | memory_that_is_full_… | no MULTI: the log is lost as refused while memory is full |
+| 4 | no holes | full_memory_… | no MULTI: the log is lost as refused while memory is full |
 | 4 | … and if there is one | below | later entries are not looked at: it is waited for what has passed |
 | 4 | … or was made by others | test_meddling: a_log_with_a_hole_… | not looked at: it is resumed as if whole |
 | 5 | the nonce tells whose | below | the name tells: the second life goes on in attempt 1 |
 | 6 | the loser looks again | below | it takes what it lost: both own attempt 2 |
 | 6 | … unless this delivery has claimed | test_log: a_claim_is_not_repeated_… | it claims with each try to read |
-| 6 | … or stops | of_two_that_take_over_… | the lease is not asked for: both own the log |
-| 7 | NOMKSTREAM | a_log_that_is_gone_… | the log is made again, without a beginning |
+| 6 | … or stops | one_of_two_simultaneous_take_overs_… | the lease is not asked for: both own the log |
+| 7 | NOMKSTREAM | a_deleted_log_… | the log is made again, without a beginning |
 | 7 | the tombstone | a_tombstone_keeps_a_late_job_… | not looked at: the job runs again |
 | 7 | … under a WATCH | below | only the log is watched: the job starts |
 | 8 | look before writing again | below | sent again at once: the log has a hole, and nobody knows |
-| 8 | the seal before the acknowledgement | confirming_tells_when_… | not looked at: a lost seal is taken for there |
-| 9 | a duplicate waits | a_duplicate_waits_for_no_run_… | the first is not asked for: the duplicate takes over |
+| 8 | the seal before the acknowledgement | finalizing_finds_that_… | not looked at: a lost seal is taken for there |
+| 9 | a duplicate waits | a_duplicate_does_not_run_… | the first is not asked for: the duplicate takes over |
 | 9 | … and takes over | the same | it never does: the request has no end |
 | 9 | … of the same request | test_reused_ids | not compared: another request's answer, as `done` |
 | 9 | … before it is validated | test_worker: a_bad_duplicate_… | as above: it spoils the log of the first |
@@ -40,7 +40,7 @@ The rules by their numbers:
 | 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | none is looked for: there are two |
 | 10 | … of two at once too | test_dead: two_workers_that_bury_… | the letters are not watched: there are two |
 | 10 | a deploy is no failure | test_poison: deploys_bury_nobody | each claim counts: it is buried |
-| 11 | the feed after the reply | the_feed_never_carries_what_was_refused | published with the XADD: `refused` is told |
+| 11 | the feed after the reply | the_feed_never_carries_a_refused_entry | published with the XADD: `refused` is told |
 """
 
 import asyncio

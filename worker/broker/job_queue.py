@@ -38,8 +38,8 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   end
 end
 """
-"""Removes an idle consumer: check and deletion are one step. A WATCH is not enough: on 6.2 and 7.0 XREADGROUP and XCLAIM
-do not touch the key, and jobs that the consumer gets in between would be pending with nobody, and lost."""
+"""Removes an idle consumer: check and deletion are one step. A WATCH is not enough: on 6.2 and 7.0 XREADGROUP and
+XCLAIM do not touch the key, and jobs that the consumer gets in between would be pending with nobody, and lost."""
 
 _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 
@@ -84,7 +84,7 @@ class JobQueue:
         self._telemetry = telemetry
 
     async def ensure_group(self, queue: str) -> None:
-        """Create the stream and its group where they are missing. The group also gets jobs that were added before it."""
+        """Create the stream and its group where they are missing. The group also gets jobs added before it."""
         try:
             await self._commands.xgroup_create(self._keys.jobs(queue), GROUP, id="0", mkstream=True)
         except ResponseError as error:

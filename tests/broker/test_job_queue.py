@@ -51,7 +51,7 @@ async def owner_of(redis: Redis, entry: str) -> bytes:
     return cast("bytes", (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["consumer"])
 
 
-async def test_jobs_come_once_and_in_order(group: Group, redis: Redis) -> None:
+async def test_jobs_are_delivered_once_and_in_order(group: Group, redis: Redis) -> None:
     ids = await add(redis, 5)
     one, two = group.consumer("one"), group.consumer("two")
     first = await one.read_new("default", 3, 100)
@@ -60,7 +60,7 @@ async def test_jobs_come_once_and_in_order(group: Group, redis: Redis) -> None:
     assert await one.read_new("default", 1, 10) == []
 
 
-async def test_the_jobs_that_were_added_before_the_group_count_too(redis_url: str, redis: Redis) -> None:
+async def test_jobs_added_before_the_group_are_delivered(redis_url: str, redis: Redis) -> None:
     await add(redis, 2)
     group = Group(redis_url)
     jobs = group.consumer("one")
@@ -70,13 +70,13 @@ async def test_the_jobs_that_were_added_before_the_group_count_too(redis_url: st
     await group.blocking.aclose()
 
 
-async def test_fields_that_are_no_utf8_come_as_they_are(group: Group, redis: Redis) -> None:
+async def test_fields_that_are_not_utf8_are_delivered_unchanged(group: Group, redis: Redis) -> None:
     await redis.xadd("chat:jobs", {b"id": b"\xff\xfe"})
     (delivery,) = await group.consumer("one").read_new("default", 1, 100)
     assert delivery.fields == {b"id": b"\xff\xfe"}
 
 
-async def test_only_a_lease_that_has_run_out_is_taken(group: Group, redis: Redis) -> None:
+async def test_only_an_expired_lease_is_claimed(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     await group.consumer("one").read_new("default", 1, 100)
     assert await group.consumer("two").claim_expired("default", 10) == []
@@ -86,7 +86,7 @@ async def test_only_a_lease_that_has_run_out_is_taken(group: Group, redis: Redis
     assert await owner_of(redis, entry) == b"two"
 
 
-async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group, redis: Redis) -> None:
+async def test_a_renewal_keeps_the_lease_and_a_late_one_does_not_steal_the_job_back(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read_new("default", 1, 100)
@@ -98,7 +98,7 @@ async def test_a_renewal_keeps_the_lease_and_a_thief_is_not_robbed(group: Group,
     assert await owner_of(redis, entry) == b"two"
 
 
-async def test_many_leases_are_renewed_together_and_one_that_was_stolen_is_found_among_them(
+async def test_many_leases_are_renewed_together_and_a_stolen_one_is_found_among_them(
     group: Group, redis: Redis
 ) -> None:
     ids = await add(redis, 1200)
@@ -123,7 +123,7 @@ async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
-async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group: Group, redis: Redis) -> None:
+async def test_a_handed_over_job_is_claimed_at_once_without_raising_its_count(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read_new("default", 1, 100)
@@ -133,7 +133,7 @@ async def test_a_job_that_is_handed_over_is_taken_at_once_and_not_counted(group:
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
-async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(group: Group, redis: Redis) -> None:
+async def test_a_hand_over_returns_refusals_and_jobs_that_are_not_ours_any_more(group: Group, redis: Redis) -> None:
     await add(redis, 3)
     one = group.consumer("one")
     first, *others = await one.read_new("default", 3, 100)
@@ -150,7 +150,7 @@ async def test_a_hand_over_tells_what_redis_refused_and_what_was_ours_no_more(gr
     assert await one.hand_over(leases) == [False, True, True]
 
 
-async def test_a_delivery_knows_how_often_there_was_one(group: Group, redis: Redis) -> None:
+async def test_a_delivery_has_the_count_of_deliveries(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     (delivery,) = await group.consumer("one").read_new("default", 1, 100)
     counts = [delivery.count]
@@ -160,7 +160,7 @@ async def test_a_delivery_knows_how_often_there_was_one(group: Group, redis: Red
     assert counts == [1, 2, 3]
 
 
-async def test_a_hand_over_after_a_lost_reply_is_not_counted_either(group: Group, redis: Redis) -> None:
+async def test_a_hand_over_after_a_lost_reply_does_not_raise_the_count_either(group: Group, redis: Redis) -> None:
     """Its owner's own XAUTOCLAIM may bring a job that runs already, which raises Redis's count, not the claim's."""
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
@@ -172,7 +172,7 @@ async def test_a_hand_over_after_a_lost_reply_is_not_counted_either(group: Group
     assert taken.count == delivery.count == 1
 
 
-async def test_a_job_of_another_is_not_handed_over(group: Group, redis: Redis) -> None:
+async def test_a_job_of_another_worker_is_not_handed_over(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read_new("default", 1, 100)
@@ -194,7 +194,7 @@ async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, red
     assert [delivery.id for delivery in found] == [ids[-1]]
 
 
-async def test_jobs_that_were_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
+async def test_jobs_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
     """D12: with one free slot Redis passes one of them a look; 6.2 returns it as nil, 7.0 apart."""
     ids = await add(redis, 101)
     await group.consumer("dead").read_new("default", 101, 1)
@@ -205,7 +205,7 @@ async def test_jobs_that_were_purged_while_pending_do_not_hold_up_the_take_over(
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "what was purged is pending no more"
 
 
-async def test_the_question_whether_redis_takes_writes_writes_nothing(group: Group, redis: Redis) -> None:
+async def test_probing_whether_redis_accepts_writes_writes_nothing(group: Group, redis: Redis) -> None:
     """D13: nor does it let a stream grow that somebody made of its key."""
     one = group.consumer("one")
     await one.probe_writable()
@@ -217,7 +217,7 @@ async def test_the_question_whether_redis_takes_writes_writes_nothing(group: Gro
     await redis.delete("chat:probe")
 
 
-async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Redis) -> None:
+async def test_trimming_keeps_pending_and_unread_jobs(group: Group, redis: Redis) -> None:
     ids = await add(redis, 6)
     one = group.consumer("one")
     taken = await one.read_new("default", 4, 100)
@@ -231,7 +231,7 @@ async def test_trimming_keeps_what_is_pending_or_unread(group: Group, redis: Red
     assert len(await one.read_new("default", 10, 100)) == 2
 
 
-async def test_a_job_is_live_while_it_is_unread_or_pending(group: Group, redis: Redis) -> None:
+async def test_a_job_is_outstanding_while_it_is_unread_or_pending(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
     assert await one.is_outstanding("default", entry)
@@ -244,7 +244,7 @@ async def test_a_job_is_live_while_it_is_unread_or_pending(group: Group, redis: 
     assert not await one.is_outstanding("default", "1-1")
 
 
-async def test_a_consumer_leaves_only_with_nothing_pending(group: Group, redis: Redis) -> None:
+async def test_a_consumer_is_removed_only_with_nothing_pending(group: Group, redis: Redis) -> None:
     await add(redis, 1)
     one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
@@ -262,7 +262,7 @@ async def test_a_read_waits_for_a_job(group: Group, redis: Redis) -> None:
 
 
 @pytest.mark.parametrize("gone", ["group", "stream"])
-async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: Group, redis: Redis) -> None:
+async def test_no_job_of_a_deleted_queue_is_outstanding_or_held(gone: str, group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
@@ -272,7 +272,7 @@ async def test_of_a_queue_that_is_gone_no_job_is_live_or_held(gone: str, group: 
     await one.hand_over([(delivery, 0)])
 
 
-async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_single_slot(
+async def test_an_expired_lease_behind_many_live_ones_is_found_at_once_for_a_single_slot(
     group: Group, redis: Redis
 ) -> None:
     ids = await add(redis, 500)
@@ -282,7 +282,7 @@ async def test_one_expired_lease_behind_many_live_ones_is_found_at_once_for_a_si
     assert [delivery.id for delivery in await taker.claim_expired("default", 1)] == [ids[-1]]
 
 
-async def test_the_consumer_of_a_worker_that_is_gone_is_removed_and_no_other(group: Group, redis: Redis) -> None:
+async def test_only_the_consumer_of_a_dead_worker_is_removed(group: Group, redis: Redis) -> None:
     await add(redis, 3)
     for name in ("busy", "gone", "alive"):
         (job,) = await group.consumer(name).read_new("default", 1, 1)
@@ -299,7 +299,7 @@ async def test_the_consumer_of_a_worker_that_is_gone_is_removed_and_no_other(gro
     assert await names() == {"busy", "alive"}, "what one has pending would be lost with it"
 
 
-async def test_a_consumer_that_is_given_a_job_just_before_its_removal_stays(
+async def test_a_consumer_that_gets_a_job_just_before_its_removal_stays(
     group: Group, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a worker goes on that was paused."""
@@ -332,7 +332,7 @@ async def test_a_group_that_keeps_vanishing_is_reported_once(
     assert capfd.readouterr().err.count("group_made_again") == 1
 
 
-async def test_a_queue_tells_what_waits_and_how_old_the_oldest_job_is(group: Group, redis: Redis) -> None:
+async def test_depth_counts_waiting_jobs_and_dates_the_oldest_pending_one(group: Group, redis: Redis) -> None:
     one = group.consumer("one")
     ids = await add(redis, 3)
     before = await one.depth("default")
