@@ -100,12 +100,15 @@ def _place(calls: list[Object], piece: Object) -> int | None:
     places = [at for at, call in enumerate(calls) if index is None or _index_of(call) in (None, index)]
     same = [at for at in places if call_id and calls[at].get("id") == call_id]
     place = next(reversed(same or places), None)
-    if place is None or not name or not _is_named(calls[place]):
+    if place is None or not name:
         return place
     call = calls[place]
+    if not (call.get("id") or _name_of(call)):
+        return place
+    has_arguments = any(tool.get("arguments") or tool.get("input") for tool in _tools(call))
     # A later piece may continue or repeat the name. Once there are arguments, another name is another call's.
     is_same = same or (not call_id and index is not None and _index_of(call) == index)
-    return place if is_same and (name == _name_of(call) or not _has_arguments(call)) else None
+    return place if is_same and (name == _name_of(call) or not has_arguments) else None
 
 
 def _index_of(piece: Object) -> str | None:
@@ -114,17 +117,9 @@ def _index_of(piece: Object) -> str | None:
     return None if index is None else str(int(index) if isinstance(index, float) and index.is_integer() else index)
 
 
-def _is_named(call: Object) -> bool:
-    return bool(call.get("id") or _name_of(call))
-
-
 def _name_of(piece: Object) -> JSON:
     """The name of the function, or of the custom tool, if the piece has it."""
     return next((tool["name"] for tool in _tools(piece) if tool.get("name")), None)
-
-
-def _has_arguments(piece: Object) -> bool:
-    return any(tool.get("arguments") or tool.get("input") for tool in _tools(piece))
 
 
 def _tools(piece: Object) -> list[Object]:

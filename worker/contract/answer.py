@@ -89,7 +89,7 @@ class Answer:
         self.opened: Opened | None = None
         self.end: Terminal | None = None
         self._deltas: list[Delta] = []
-        self._unmarked = False
+        self._just_claimed = False
         for entry in entries:
             self.add(entry)
 
@@ -108,11 +108,11 @@ class Answer:
 
     def add(self, entry: Entry) -> Self:
         """Add the next entry of the log."""
-        if isinstance(entry, Opened | Delta) and self._unmarked:
+        if isinstance(entry, Opened | Delta) and self._just_claimed:
             # A worker that claims a log with deltas writes `resumed` or `restarted`. This one found none: a failover
             # has lost them.
             self._deltas.clear()
-        self._unmarked = isinstance(entry, Claimed)
+        self._just_claimed = isinstance(entry, Claimed)
         match entry:
             case Delta():
                 self._deltas.append(entry)
@@ -123,7 +123,10 @@ class Answer:
             case Restarted():
                 self._deltas.clear()
             case Resumed():
-                self._keep(entry)
+                after = EntryId.parse(entry.after)
+                self._deltas = [delta for delta in self._deltas if delta.id <= after]
+                if entry.cut and self._deltas:
+                    self._deltas[-1] = _without_tail(self._deltas[-1], entry.cut)
             case Terminal():
                 self.end = entry
                 self.attempt = self.attempt or entry.attempt
@@ -132,12 +135,6 @@ class Answer:
                     id=SEAL, code="unknown", message=f"the log ended with an entry of type {entry.name!r}"
                 )
         return self
-
-    def _keep(self, resumed: Resumed) -> None:
-        after = EntryId.parse(resumed.after)
-        self._deltas = [delta for delta in self._deltas if delta.id <= after]
-        if resumed.cut and self._deltas:
-            self._deltas[-1] = _without_tail(self._deltas[-1], resumed.cut)
 
     @property
     def deltas(self) -> list[Delta]:
