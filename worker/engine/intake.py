@@ -12,7 +12,7 @@ from ..redisio.errors import is_transient
 from ..redisio.retry import Backoff
 from ..settings import Settings
 from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Telemetry
-from ..telemetry.logging import SAY_AGAIN
+from ..telemetry.logging import REPEAT_AFTER
 from ..vllm.servers.pool import ServerPool
 from .pace import Pace, sleep_unless_set
 from .running_jobs import RunningJobs
@@ -160,7 +160,7 @@ class JobIntake:
             self._telemetry.emit(ClaimsResumed(self._logged_pause))
             self._logged_pause = ""
         now = time.monotonic()
-        if reason and now - self._logged_at.get(reason, float("-inf")) > SAY_AGAIN:
+        if reason and now - self._logged_at.get(reason, float("-inf")) > REPEAT_AFTER:
             self._telemetry.emit(ClaimsPaused(reason))
             self._logged_pause, self._logged_at[reason] = reason, now
 

@@ -1,1 +1,1 @@
-"""What an operator asks of an installation: whether it would work."""
+"""What an operator checks in an installation: whether a worker could work there."""

@@ -19,7 +19,7 @@ from .events import Event, Failing, Recovered
 
 Format = Literal["auto", "json", "console"]
 
-SAY_AGAIN = 30.0
+REPEAT_AFTER = 30.0
 """Seconds until trouble that lasts is logged again."""
 
 _WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
@@ -32,7 +32,7 @@ class LogReceiver:
     A field that has the default of its event is left out. An error that is an exception is logged with its traceback.
     """
 
-    def __init__(self, *, repeat_after: float = SAY_AGAIN) -> None:
+    def __init__(self, *, repeat_after: float = REPEAT_AFTER) -> None:
         self._logger = structlog.get_logger()
         self._repeat_after = repeat_after
         self._failing: dict[str, float] = {}
