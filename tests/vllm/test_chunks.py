@@ -1,4 +1,4 @@
-"""Chunks into entries: whole recorded answers against a plain reading, other servers' shapes, and chunks at random."""
+"""Chunks to log entries: recorded answers against a simple reading, shapes of other servers, and random chunks."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def read(fields: Iterable[Fields]) -> list[Entry]:
 
 
 def parsed(*chunks: object, n: int = 1, done: bool = True) -> tuple[ChunkParser, list[Entry]]:
-    """What these chunks come to: JSON values, or the bytes of an event's data."""
+    """The entries of these chunks, each a JSON value or the bytes of an event's data."""
     parser = ChunkParser(n=n)
     events = [chunk if isinstance(chunk, bytes) else msgspec.json.encode(chunk) for chunk in chunks]
     fields = [fields for event in [*events, b"[DONE]"][: None if done else -1] for fields in parser.parse(event)]
@@ -109,7 +109,7 @@ def calls_in(pieces: list[Object]) -> list[Object]:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_entries_of_a_recorded_answer_say_what_its_chunks_say(name: str) -> None:
+def test_the_entries_of_a_recorded_answer_have_the_content_of_its_chunks(name: str) -> None:
     body, parser = recorded(name), parser_for(name)
     chunks = plainly(body)
     answer = Answer(read(fields_of(parser, [body])))
@@ -141,7 +141,7 @@ def test_the_entries_of_a_recorded_answer_say_what_its_chunks_say(name: str) -> 
 
 
 def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Every value that says something, with the keys that lead to it; a list counts as one value."""
+    """Every value that is not empty, with the keys that lead to it. A list counts as one value."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(inner, (*path, name))
@@ -150,7 +150,7 @@ def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def where_it_went(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Where a log has a value of a chunk: the type of the entry, and the keys that lead to it there."""
+    """The place of a chunk's value in a log: the type of the entry, and the keys that lead to the value."""
     match path:
         case ("id",):
             return ("opened", "response_id")
@@ -171,14 +171,14 @@ def where_it_went(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def what_is_said(one: Object, choice: Object) -> Iterator[tuple[tuple[str, ...], object]]:
-    """The values of a chunk with one choice or none that have to be found again."""
+    """The values of a chunk with one choice or none that the log must have."""
     known = {"choices", "object"}
     yield from leaves({name: value for name, value in one.items() if name not in known})
     yield from leaves({name: value for name, value in choice.items() if name != "index"})
 
 
 def found(wanted: tuple[str, ...], told: list[Any]) -> list[object]:
-    """What the log holds at these keys; `extra` may stand in an entry, in an extra's `chunk`, or at the end."""
+    """The log's values at these keys. `extra` may be in an entry, in the `chunk` of one, or in the terminal entry."""
     if wanted[0] != "extra":
         return [value for one in told for path, value in leaves({one["type"]: one}) if path == wanted]
     tails = {wanted, ("extra", "chunk", *wanted[1:])}
@@ -186,7 +186,7 @@ def found(wanted: tuple[str, ...], told: list[Any]) -> list[object]:
 
 
 @pytest.mark.parametrize("name", [*WHOLE, "engine_death_mid_stream"])
-def test_nothing_that_a_recorded_answer_says_is_lost(name: str) -> None:
+def test_no_field_of_a_recorded_answer_is_lost(name: str) -> None:
     parser = parser_for(name)
     said = [one for one in plainly(recorded(name)) if "error" not in one]
     opened: list[Any] = []
@@ -230,14 +230,14 @@ def test_the_entries_are_the_same_at_every_cut(name: str) -> None:
         assert fields_of(parser_for(name), [body[:cut], body[cut:]]) == whole
 
 
-def test_what_stays_the_same_is_said_once() -> None:
+def test_fields_that_stay_the_same_are_published_once() -> None:
     told = fields_of(parser_for("plain"), [recorded("plain")])
     assert [fields["type"] for fields in told[:2]] == ["opened", "delta"]
     assert told[1] == {"type": "delta", "content": "I"}
     assert sum(fields["type"] == "opened" for fields in told) == 1
 
 
-def test_the_usage_of_each_chunk_is_kept_where_it_was_asked_for() -> None:
+def test_the_usage_of_each_chunk_is_kept_when_the_request_asks_for_it() -> None:
     body = recorded("continuous_usage_token_ids")
     told = read(fields_of(parser_for("continuous_usage_token_ids"), [body]))
     kept = [entry.extra["chunk"] for entry in told if isinstance(entry, Delta)]
@@ -246,7 +246,7 @@ def test_the_usage_of_each_chunk_is_kept_where_it_was_asked_for() -> None:
     assert all("usage" not in str(fields) for fields in fields_of(ChunkParser(), [body]))
 
 
-def test_prompt_ids_are_kept_where_they_were_asked_for_and_else_their_digest_alone() -> None:
+def test_prompt_ids_are_kept_when_the_request_asks_for_them_and_otherwise_only_their_digest() -> None:
     body = recorded("chinese_token_ids")
     ids = plainly(body)[0]["prompt_token_ids"]
     kept = read(fields_of(parser_for("chinese_token_ids"), [body]))[0]
@@ -271,13 +271,13 @@ def test_an_engine_that_dies_is_an_error_after_the_text_so_far() -> None:
 # The end of an answer
 
 
-def test_done_without_a_finish_reason_is_no_success() -> None:
+def test_done_without_a_finish_reason_is_not_a_success() -> None:
     error = error_of(chunk({"content": "a"}))
     assert (error.code, error.retryable) == ("upstream_truncated", True)
     assert error_of().code == "upstream_truncated"
 
 
-def test_an_answer_that_a_filter_cuts_short_is_whole() -> None:
+def test_an_answer_that_a_content_filter_ends_is_whole() -> None:
     parser = ChunkParser()
     parser.parse(json.dumps(chunk({"content": "a"}, "content_filter")).encode())
     parser.check_complete()
@@ -299,7 +299,7 @@ def test_a_finish_reason_without_done_is_success() -> None:
         "expired", "max_time", "stopped_by_server", "stalled", "closed", "broken", "incomplete", "unload",
     ],
 )  # fmt: skip
-def test_a14_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) -> None:
+def test_a_finish_reason_may_show_that_the_server_broke_off(reason: str) -> None:
     told = parsed(chunk({"content": "a"}), chunk({"content": "b"}, reason))
     assert Answer(told[1]).text == "ab"
     assert Answer(told[1]).finish_reason == ""
@@ -315,21 +315,21 @@ def test_a14_a_server_that_breaks_off_says_so_in_its_finish_reason(reason: str) 
         "STOP", "Length", "MAX_TOKENS", "end_turn", "model_length",
     ],
 )  # fmt: skip
-def test_a14_good_finish_reasons_are_known(reason: str) -> None:
+def test_good_finish_reasons_are_known(reason: str) -> None:
     parser, _ = parsed(chunk({"content": "a"}, reason))
     parser.check_complete()
     assert (parser.finish_reason, parser.unknown_reason) == (reason, "")
 
 
 @pytest.mark.parametrize("reason", ["because", "unknown", "room", "boom"])
-def test_a14_an_unknown_finish_reason_ends_the_answer_and_is_told(reason: str) -> None:
+def test_an_unknown_finish_reason_ends_the_answer_and_is_reported(reason: str) -> None:
     parser, told = parsed(chunk({"content": "a"}), chunk({}, reason))
     parser.check_complete()
     assert (parser.finish_reason, parser.unknown_reason, Answer(told).finish_reason) == (reason, reason, reason)
 
 
 @pytest.mark.parametrize("reason", ["null", "none", "not_finished"])
-def test_a14_words_for_no_finish_reason_end_nothing(reason: str) -> None:
+def test_a_word_for_no_finish_reason_does_not_end_the_answer(reason: str) -> None:
     assert error_of(chunk({"content": "a"}, reason), chunk({"content": "b"}, reason)).code == "upstream_truncated"
 
 
@@ -338,7 +338,7 @@ def test_a14_words_for_no_finish_reason_end_nothing(reason: str) -> None:
     {"refusal": "b"}, {"content": [{"type": "text", "text": "b"}]}, {"function_call": {"name": "f"}},
 ])  # fmt: skip
 @pytest.mark.parametrize("done", [True, False])
-def test_a14_an_end_that_is_followed_by_more_is_none(more: Object, done: bool) -> None:  # noqa: FBT001 - a parameter
+def test_text_after_a_finish_reason_continues_the_answer(more: Object, done: bool) -> None:  # noqa: FBT001 - a parameter
     both = [chunk({"content": "a"}, "stop"), chunk(more)]
     assert error_of(*both, done=done).code == "upstream_truncated"
     assert error_of(*both, chunk(more), done=done).code == "upstream_truncated"
@@ -349,7 +349,7 @@ def test_a14_an_end_that_is_followed_by_more_is_none(more: Object, done: bool) -
 
 
 @pytest.mark.parametrize("late", [{}, {"content": ""}, {"content": None}, {"annotations": [1]}])
-def test_a14_what_is_no_text_may_follow_an_end(late: Object) -> None:
+def test_fields_without_text_may_follow_a_finish_reason(late: Object) -> None:
     parsed(chunk({"content": "a"}, "stop"), chunk(late), done=False)[0].check_complete()
 
 
@@ -363,25 +363,25 @@ def test_every_choice_must_finish(done: bool) -> None:  # noqa: FBT001 - a param
     assert [choice.finish_reason for choice in Answer(told).choices] == ["stop", "length"]
 
 
-def test_a_server_that_passes_over_n_is_whole_after_done_alone() -> None:
+def test_an_answer_of_a_server_that_ignores_n_is_whole_after_done() -> None:
     parser, _ = parsed(chunk({"content": "a"}, "stop"), n=2)
     parser.check_complete()
     assert error_of(chunk({"content": "a"}, "stop"), n=2, done=False).code == "upstream_truncated"
 
 
-def test_an_n_without_bounds_costs_nothing() -> None:
+def test_a_huge_n_costs_nothing() -> None:
     parser, told = parsed(chunk({"content": "a"}, "stop"), n=2**62, done=False)
     assert not parser.is_complete
     assert not Answer(told).finished(2**62)
 
 
-def test_what_follows_done_is_passed_over() -> None:
+def test_events_after_done_are_ignored() -> None:
     parser, told = parsed(chunk({"content": "a"}, "stop"), b"[DONE]", chunk({"content": "more"}), b"{not json")
     assert Answer(told).text == "a"
     parser.check_complete()
 
 
-def test_data_without_a_byte_is_passed_over() -> None:
+def test_empty_data_is_ignored() -> None:
     assert parsed(b"", chunk({"content": "a"}, "stop"), b"")[1] == parsed(chunk({"content": "a"}, "stop"))[1]
 
 
@@ -405,12 +405,12 @@ def test_data_without_a_byte_is_passed_over() -> None:
         {"error": "", "usage": None, "x": None, "y": {}, "z": []},
     ],
 )
-def test_a_chunk_that_says_nothing_is_no_entry(nothing: Object) -> None:
+def test_an_empty_chunk_makes_no_entry(nothing: Object) -> None:
     parser, told = parsed(nothing)
     assert (told, parser.has_delta, parser.usage, parser.extra) == ([], False, {}, {})
 
 
-def test_an_index_that_lacks_or_is_null_is_the_first() -> None:
+def test_a_missing_or_null_index_is_the_first() -> None:
     told = parsed({"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"index": None, "delta": {"content": "b"}}]})
     assert Answer(told[1]).text == "ab"
 
@@ -423,28 +423,28 @@ def test_text_may_come_in_the_finish_chunk_and_in_the_role_chunk() -> None:
     parser.check_complete()
 
 
-def test_a_role_in_every_chunk_is_said_once() -> None:
+def test_a_role_in_every_chunk_is_published_once() -> None:
     told = parsed(*(chunk({"role": "assistant", "content": text}) for text in "abc"))[1]
     assert [entry.type for entry in told] == ["opened", "delta", "delta", "delta"]
 
 
-def test_a_head_that_changes_is_said_again() -> None:
+def test_a_head_that_changes_is_published_again() -> None:
     told = parsed(chunk({"content": "a"}), chunk({"content": "b"}) | {"model": "other"})[1]
     assert [entry.model for entry in told if isinstance(entry, Opened)] == ["reciter", "other"]
 
 
 @pytest.mark.parametrize("delta", [{"reasoning_content": "why"}, {"reasoning": "why", "reasoning_content": "why"}])
-def test_reasoning_has_two_names(delta: Object) -> None:
+def test_reasoning_is_read_under_two_names(delta: Object) -> None:
     entry = only_delta(chunk(delta))
     assert (entry.reasoning, entry.content, entry.extra) == ("why", "", {})
 
 
-def test_two_reasonings_that_differ_are_both_kept() -> None:
+def test_two_different_reasonings_are_both_kept() -> None:
     entry = only_delta(chunk({"reasoning": "one", "reasoning_content": "two"}))
     assert (entry.reasoning, entry.extra) == ("one", {"delta": {"reasoning_content": "two"}})
 
 
-def test_content_that_is_no_text_is_kept_aside() -> None:
+def test_content_that_is_not_text_goes_to_extra() -> None:
     parts = [{"type": "text", "text": "a"}]
     entry = only_delta(chunk({"content": parts}))
     assert (entry.content, entry.extra) == ("", {"delta": {"content": parts}})
@@ -458,7 +458,7 @@ def test_a_message_may_stand_for_the_delta(beside: Object) -> None:
     parser.check_complete()
 
 
-def test_a_message_beside_a_delta_is_kept_aside() -> None:
+def test_a_message_beside_a_delta_goes_to_extra() -> None:
     entry = only_delta(chunk({"content": "a"}, message={"content": "all so far: a"}))
     assert (entry.content, entry.extra) == ("a", {"message": {"content": "all so far: a"}})
 
@@ -475,7 +475,7 @@ def test_separators_inside_the_text_stay() -> None:
     assert only_delta(chunk({"content": text})).content == text
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_mark() -> None:
+def test_half_a_surrogate_pair_becomes_a_replacement_character() -> None:
     entry = only_delta(rb'{"choices":[{"delta":{"content":"\ud83da"},"logprobs":{"content":[{"token":"\ude42"}]}}]}')
     assert (entry.content, entry.logprobs) == ("?a", {"content": [{"token": "?"}]})
     ended = rb'{"choices":[{"delta":{"content":"a\ud83d"},"finish_reason":"stop"}]}'
@@ -484,7 +484,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_mark() -> None:
     assert only_delta(rb'{"choices":[{"delta":{"content":"a"},"odd":"\ud83d"}]}').extra == {"odd": "?"}
 
 
-def test_bytes_that_are_no_utf8_become_replacement_marks() -> None:
+def test_bytes_that_are_not_utf8_become_replacement_characters() -> None:
     entry = only_delta(b'{"choices":[{"delta":{"content":"a\xff\xe4\xb8"},"odd":"\xfe"}]}')
     assert (entry.content, entry.extra) == ("a\ufffd\ufffd", {"odd": "\ufffd"})
 
@@ -516,14 +516,14 @@ def test_numbers_that_json_does_not_know_become_null(value: bytes) -> None:
         b'{"odd":' + b"[" * 100_000,
     ],
 )
-def test_what_is_no_chunk_is_an_error_worth_a_retry(data: bytes) -> None:
+def test_data_that_is_not_a_chunk_is_a_retryable_error(data: bytes) -> None:
     error = error_of(data)
     assert (error.code, error.retryable, error.status) == ("upstream_malformed", True, 0)
     assert len(error.message) < 300
 
 
 @pytest.mark.parametrize("created", [1.5, "yesterday", 1e300, -1])
-def test_a_time_that_is_no_whole_number_is_kept_aside(created: object) -> None:
+def test_a_time_that_is_not_an_integer_goes_to_extra(created: object) -> None:
     told = parsed(*[chunk({"content": "a"}) | {"created": created}] * 2)[1]
     opened = told[0]
     assert isinstance(opened, Opened)
@@ -565,12 +565,12 @@ def test_fields_of_other_names_are_kept_at_every_level() -> None:
     assert second.extra == {"chunk": {"service_tier": "slow"}}
 
 
-def test_a_choice_of_unknown_fields_alone_is_an_entry() -> None:
+def test_a_choice_with_only_unknown_fields_makes_an_entry() -> None:
     assert only_delta({"choices": [{"delta": {}, "odd": 0}]}).extra == {"odd": 0}
     assert only_delta({"choices": [{"delta": {"refusal": "no"}}]}).extra == {"delta": {"refusal": "no"}}
 
 
-def test_what_chunks_without_a_choice_say_is_left_for_the_end() -> None:
+def test_fields_of_chunks_without_a_choice_go_to_the_terminal_entry() -> None:
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     last = {"choices": [], "usage": usage, "system_fingerprint": "f", "timings": {"ms": 1}}
     parser, told = parsed(chunk({"content": "a"}, "stop"), last)
@@ -639,7 +639,7 @@ _ODD = st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4) | st.fixed_di
 
 
 @given(st.lists(_CHUNK, max_size=5), st.booleans())
-def test_any_chunks_in_good_shape_give_all_their_text(chunks: list[Object], escaped: bool) -> None:  # noqa: FBT001
+def test_all_text_of_any_well_formed_chunks_is_published(chunks: list[Object], escaped: bool) -> None:  # noqa: FBT001
     answer = Answer(parsed(*(json.dumps(one, ensure_ascii=escaped).encode() for one in chunks))[1])
     said: dict[int, Object] = {}
     for choice in (choice for one in chunks for choice in one.get("choices") or [] if choice):
@@ -666,7 +666,7 @@ _OF_DELTAS = [
 
 
 @given(st.dictionaries(st.sampled_from(_OF_DELTAS), _JSON, max_size=5))
-def test_a6_nothing_of_a_delta_is_lost_whatever_it_holds(delta: Object) -> None:
+def test_no_field_of_a_delta_is_lost(delta: Object) -> None:
     wanted = json.loads(msgspec.json.encode(delta))  # without NaN and Infinity
     if isinstance(calls := wanted.get("tool_calls"), list):
         wanted["tool_calls"] = [call for call in calls if call not in _NOTHING]
@@ -686,7 +686,7 @@ def test_a6_nothing_of_a_delta_is_lost_whatever_it_holds(delta: Object) -> None:
 
 
 @given(st.lists(_ODD, max_size=3))
-def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[Object]) -> None:
+def test_any_json_makes_readable_entries_or_an_upstream_error(chunks: list[Object]) -> None:
     parser = ChunkParser()
     error = None
     for one in chunks:
@@ -700,7 +700,7 @@ def test_any_json_is_entries_that_can_be_read_or_an_upstream_error(chunks: list[
 
 
 @given(st.binary(max_size=40) | st.text('[]{}":,0.eE+-ntru\\\x00', max_size=40).map(str.encode))
-def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
+def test_any_bytes_make_entries_or_an_upstream_error(data: bytes) -> None:
     told: list[Fields] = []
     code = "upstream_malformed"
     try:
@@ -711,7 +711,7 @@ def test_any_bytes_are_no_more_than_an_upstream_error(data: bytes) -> None:
 
 
 class Thorough(ChunkParser):
-    """Takes no chunk for a plain or a rich one."""
+    """A parser without the fast path."""
 
     def _plain(self, chunk: object) -> list[Fields]:
         raise msgspec.ValidationError(repr(chunk))
@@ -719,8 +719,8 @@ class Thorough(ChunkParser):
     _rich = _plain
 
 
-def test_a10_logprobs_and_tool_calls_are_checked_in_chunks_that_are_nearly_plain() -> None:
-    """The price of a thorough reading is theirs only where not every reader can decode them."""
+def test_logprobs_and_tool_calls_are_checked_in_chunks_that_are_nearly_plain() -> None:
+    """They take the slow path only when some reader might not decode them."""
     head: Object = {"id": "c", "model": "m", "created": 1}
     good: Object = {"content": [{"token": "a", "logprob": -1e-5}]}
     for odd in ('"\\ud83d"', "-1e999", "NaN", "9" * 400, "[" * 200 + "]" * 200, '"\xff"'):
@@ -750,7 +750,7 @@ def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_plain_chunks_of_a_recorded_answer_give_the_same_as_when_read_thoroughly(name: str) -> None:
+def test_the_fast_path_gives_the_entries_of_the_slow_path_for_recorded_answers(name: str) -> None:
     parser, thorough = parser_for(name), parser_for(name, Thorough)
     for data in payloads(recorded(name)):
         both(parser, thorough, data)
@@ -789,7 +789,7 @@ _NEARLY_PLAIN = st.fixed_dictionaries(
 
 
 @given(st.lists(_NEARLY_PLAIN, max_size=5), st.booleans(), st.binary(max_size=2), st.integers(0, 200))
-def test_nearly_plain_chunks_give_the_same_as_when_read_thoroughly(
+def test_the_fast_path_gives_the_entries_of_the_slow_path_for_nearly_plain_chunks(
     chunks: list[Object],
     escaped: bool,  # noqa: FBT001 - drawn
     noise: bytes,

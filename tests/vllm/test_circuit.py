@@ -1,4 +1,4 @@
-"""The circuit of a server, as pure state: the clock is the test's own."""
+"""The circuit of a server, as pure state with a clock of the test."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ Change = tuple[CircuitState, CircuitState, str]
 
 
 class Clock:
-    """Monotonic seconds that pass when told to."""
+    """Monotonic seconds that pass when the test says so."""
 
     now = 1000.0
 
@@ -53,12 +53,12 @@ def begin(circuit: Circuit) -> ServerRequest:
 
 
 def admits(circuit: Circuit) -> bool:
-    """Whether a job that has not been here is let through."""
+    """Whether the circuit admits a job that has not been here."""
     return circuit.admits(Caller())
 
 
 def fail(circuit: Circuit, times: int = 1, reason: str = "broken") -> None:
-    """So many jobs."""
+    """Let this many jobs fail."""
     for _ in range(times):
         circuit.on_failure(begin(circuit), reason)
 
@@ -74,7 +74,7 @@ def half_open(circuit: Circuit) -> Circuit:
 
 
 def failed_here(circuit: Circuit) -> Caller:
-    """A job that has failed there, with others."""
+    """A job that has failed at the server, as others have."""
     caller = Caller()
     circuit.on_failure(circuit.begin(caller), "broken")
     fail(circuit, FAILURES - 1)
@@ -86,16 +86,14 @@ def failed_here(circuit: Circuit) -> Caller:
 
 
 @pytest.mark.parametrize(("trouble", "state"), [("", CircuitState.CLOSED), ("upstream_unreachable", CircuitState.OPEN)])
-def test_a_server_gets_nothing_before_its_first_probe_which_decides(
-    clock: Clock, trouble: str, state: CircuitState
-) -> None:
+def test_a_server_gets_no_request_before_its_first_probe(clock: Clock, trouble: str, state: CircuitState) -> None:
     circuit = Circuit(clock, lambda *_: None)
     assert (circuit.state, admits(circuit), circuit.wants_probe) == (CircuitState.UNKNOWN, False, True)
     circuit.on_probe(trouble)
     assert (circuit.state, admits(circuit)) == (state, not trouble)
 
 
-def test_one_missing_connection_opens_the_circuit(circuit: Circuit) -> None:
+def test_one_failure_to_connect_opens_the_circuit(circuit: Circuit) -> None:
     opened(circuit)
     assert (circuit.state, admits(circuit), circuit.wants_probe) == (CircuitState.OPEN, False, True)
 
@@ -107,14 +105,14 @@ def test_failures_in_a_row_open_the_circuit(circuit: Circuit) -> None:
     assert circuit.state is CircuitState.OPEN
 
 
-def test_a_whole_stream_in_between_starts_the_row_anew(circuit: Circuit) -> None:
+def test_a_whole_stream_resets_the_count_of_failures(circuit: Circuit) -> None:
     for _ in range(3):
         fail(circuit, FAILURES - 1)
         circuit.on_success(begin(circuit))
     assert admits(circuit)
 
 
-def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> None:
+def test_streams_that_only_begin_do_not_reset_the_count_of_failures(circuit: Circuit) -> None:
     for _ in range(FAILURES):
         run = begin(circuit)
         circuit.on_first_event(run)
@@ -125,8 +123,7 @@ def test_streams_that_only_begin_do_not_start_the_row_anew(circuit: Circuit) -> 
 # Whose failures count
 
 
-def test_one_job_opens_no_circuit_however_often_it_fails(circuit: Circuit) -> None:
-    """A1."""
+def test_one_job_cannot_open_the_circuit_however_often_it_fails(circuit: Circuit) -> None:
     caller = Caller()
     for _ in range(10 * FAILURES):
         circuit.on_failure(circuit.begin(caller), "broken")
@@ -137,8 +134,8 @@ def test_one_job_opens_no_circuit_however_often_it_fails(circuit: Circuit) -> No
     assert circuit.state is CircuitState.OPEN
 
 
-def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circuit: Circuit) -> None:
-    """A1. Good answers may take minutes, and bad jobs fail within a moment."""
+def test_an_answer_that_begins_outweighs_only_failures_before_an_answer(circuit: Circuit) -> None:
+    """Good answers may take minutes, and bad jobs fail within a moment."""
     for _ in range(FAILURES):
         fail(circuit, FAILURES - 1)
         circuit.on_first_event(begin(circuit))
@@ -151,8 +148,8 @@ def test_an_answer_that_begins_outweighs_those_that_were_none_and_no_others(circ
     assert circuit.state is CircuitState.OPEN
 
 
-def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
-    """A1. It waits for that of another."""
+def test_a_job_that_has_failed_is_not_a_trial(circuit: Circuit) -> None:
+    """The job waits for the trial of another."""
     bad = failed_here(circuit)
     assert (circuit.state, circuit.admits(bad, last_resort=True), admits(circuit)) == (
         CircuitState.HALF_OPEN,
@@ -164,7 +161,6 @@ def test_a_job_that_has_failed_is_no_trial(circuit: Circuit) -> None:
 
 
 def test_a_job_that_had_failed_and_breaks_off_again_does_not_end_the_probation(circuit: Circuit) -> None:
-    """A1."""
     bad = failed_here(circuit)
     circuit.on_first_event(begin(circuit))
     run = circuit.begin(bad)
@@ -178,15 +174,15 @@ def test_a_job_that_had_failed_and_breaks_off_again_does_not_end_the_probation(c
 
 
 def test_a_job_whose_request_was_not_let_in_has_not_failed(circuit: Circuit) -> None:
-    """A1. All that wait for a server that was away may be its trial."""
+    """Every job that waits for a server that was away may be the trial."""
     caller = Caller()
     circuit.on_failure(circuit.begin(caller), "refused", at_once=True)
     circuit.on_probe("")
     assert circuit.admits(caller)
 
 
-def test_a_job_that_fails_after_the_circuit_opened_has_failed_too(circuit: Circuit) -> None:
-    """A1. Bad jobs that come together fail together."""
+def test_a_job_that_fails_after_the_circuit_opened_counts_as_failed(circuit: Circuit) -> None:
+    """Bad jobs that come together fail together."""
     caller = Caller()
     run = circuit.begin(caller)
     half_open(circuit)
@@ -195,7 +191,7 @@ def test_a_job_that_fails_after_the_circuit_opened_has_failed_too(circuit: Circu
 
 
 def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit: Circuit) -> None:
-    """A1. So one that says that it is away is left before `FAILURES` jobs have failed."""
+    """A server that reports itself away gets no requests before `FAILURES` jobs have failed."""
     wanted = [circuit.wants_probe]
     fail(circuit)
     wanted.append(circuit.wants_probe)
@@ -210,7 +206,7 @@ def test_after_a_failure_the_server_is_probed_which_may_open_the_circuit(circuit
 # Half open
 
 
-def test_a_probe_lets_one_request_at_a_time_through(circuit: Circuit) -> None:
+def test_after_a_good_probe_one_request_at_a_time_goes_through(circuit: Circuit) -> None:
     admitted = []
     steps: list[Callable[[], object]] = [
         lambda: opened(circuit).on_probe("upstream_unreachable"),
@@ -232,7 +228,7 @@ def test_the_first_event_of_a_trial_closes_the_circuit_on_probation(circuit: Cir
     assert circuit.state is CircuitState.OPEN, "it begins answers and does not end them"
 
 
-def test_after_a_whole_stream_it_takes_as_many_failures_as_ever(circuit: Circuit) -> None:
+def test_a_whole_stream_ends_the_probation(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
     circuit.on_first_event(run)
     circuit.on_success(run)
@@ -241,7 +237,7 @@ def test_after_a_whole_stream_it_takes_as_many_failures_as_ever(circuit: Circuit
 
 
 def pauses_of(clock: Clock, is_over: Callable[[], bool], then: Callable[[], object]) -> list[float]:
-    """How long each of seven pauses was."""
+    """The lengths of seven pauses."""
     pauses = []
     for _ in range(7):
         began = clock.now
@@ -261,9 +257,7 @@ def whole(circuit: Circuit) -> None:
     circuit.on_success(run)
 
 
-def test_every_connection_that_is_missing_again_makes_the_pause_of_the_probe_longer(
-    circuit: Circuit, clock: Clock
-) -> None:
+def test_each_failure_to_connect_makes_the_pause_before_a_probe_longer(circuit: Circuit, clock: Clock) -> None:
     def again() -> None:
         circuit.on_probe("")
         opened(circuit)
@@ -275,10 +269,10 @@ def test_every_connection_that_is_missing_again_makes_the_pause_of_the_probe_lon
     assert opened(circuit).wants_probe, "all is forgiven"
 
 
-def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere(
+def test_each_failed_trial_makes_the_pause_longer_for_jobs_that_can_go_elsewhere(
     circuit: Circuit, clock: Clock
 ) -> None:
-    """A1. A job that cannot waits for no pause."""
+    """A job that can go nowhere else does not wait for the pause."""
     fail(circuit, FAILURES)
     assert circuit.wants_probe
     circuit.on_probe("")
@@ -298,8 +292,8 @@ def test_every_failed_trial_makes_the_pause_longer_of_jobs_that_can_go_elsewhere
     assert admits(circuit), "all is forgiven"
 
 
-def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: Circuit, clock: Clock) -> None:
-    """A1. It is made while a job waits that has failed there."""
+def test_each_failed_trial_of_the_worker_itself_makes_its_pause_longer(circuit: Circuit, clock: Clock) -> None:
+    """The worker makes the trial while a job waits that has failed at the server."""
     waiting = failed_here(circuit)
 
     def trial() -> None:
@@ -318,14 +312,14 @@ def test_every_failed_trial_of_the_workers_own_makes_its_pause_longer(circuit: C
     assert circuit.admits(waiting)
 
 
-def test_a_trial_that_says_nothing_gives_its_place_up(circuit: Circuit) -> None:
+def test_a_trial_without_a_result_lets_another_request_be_the_trial(circuit: Circuit) -> None:
     run = begin(half_open(circuit))
     circuit.on_end(run)
     assert (circuit.state, admits(circuit)) == (CircuitState.HALF_OPEN, True)
 
 
 @pytest.mark.parametrize("take", [Circuit.reserve_trial, begin])
-def test_a_trial_that_is_not_heard_of_keeps_others_away_for_a_while_only(
+def test_a_silent_trial_keeps_other_requests_away_for_a_limited_time(
     circuit: Circuit, clock: Clock, take: Callable[[Circuit], object]
 ) -> None:
     take(half_open(circuit))
@@ -335,7 +329,7 @@ def test_a_trial_that_is_not_heard_of_keeps_others_away_for_a_while_only(
     assert admits(circuit)
 
 
-def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(circuit: Circuit) -> None:
+def test_streams_from_before_the_circuit_opened_do_not_count(circuit: Circuit) -> None:
     frozen = [begin(circuit) for _ in range(20)]
     half_open(circuit)
     trial = begin(circuit)
@@ -350,8 +344,8 @@ def test_the_fate_of_streams_from_before_says_nothing_about_the_server_since(cir
     assert circuit.state is CircuitState.CLOSED
 
 
-def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) -> None:
-    """A8. With one request, until that is heard of or a probe is answered."""
+def test_a_server_whose_first_probe_is_late_is_tried_and_probed_again(clock: Clock) -> None:
+    """One request tries it, until its first event or a good probe."""
     circuit = Circuit(clock, lambda *_: None)
     circuit.on_late_probe()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
@@ -364,10 +358,10 @@ def test_a_server_whose_first_probe_is_late_is_tried_and_asked_on(clock: Clock) 
 
 @pytest.mark.parametrize(("trouble", "state"), [("", CircuitState.CLOSED), ("health_503", CircuitState.OPEN)])
 @pytest.mark.parametrize("late", [1, 2])
-def test_a_probe_that_is_answered_after_a_late_one_says_as_much_as_the_first(
+def test_a_good_probe_after_a_late_one_counts_like_a_good_first_probe(
     clock: Clock, trouble: str, state: CircuitState, late: int
 ) -> None:
-    """A8. One request at a time went to a new server for up to a minute, whose health took five seconds."""
+    """A new server whose health took five seconds got one request at a time for up to a minute."""
     circuit = Circuit(clock, lambda *_: None)
     for _ in range(late):
         circuit.on_late_probe()
@@ -381,7 +375,7 @@ def test_a_probe_that_is_answered_after_a_late_one_says_as_much_as_the_first(
 def test_a_server_that_is_away_is_tried_once_a_probe_is_late(
     circuit: Circuit, open_it: Callable[[Circuit], object]
 ) -> None:
-    """A8. An accepted connection is enough for a trial. A frozen server costs no more than the one request."""
+    """An accepted connection is enough for a trial. A frozen server costs no more than the one request."""
     open_it(circuit)
     circuit.on_late_probe()
     assert (admits(circuit), circuit.wants_probe) == (True, True)
@@ -392,7 +386,7 @@ def test_a_server_that_is_away_is_tried_once_a_probe_is_late(
 def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_away(
     circuit: Circuit, clock: Clock
 ) -> None:
-    """A8. The trial goes on, for as long as any other; without that probe its queue may be long."""
+    """The trial keeps others away for the usual time. Without the good probe, the server's queue may be long."""
     opened(circuit).on_late_probe()
     begin(circuit)
     clock.now += PACE.trial - 0.1
@@ -402,15 +396,15 @@ def test_a_good_probe_after_a_late_one_shortens_the_trial_of_a_server_that_was_a
     assert admits(circuit)
 
 
-def test_a_late_probe_takes_no_server_away(circuit: Circuit) -> None:
-    """A8. Nor does it after a failure, which alone says nothing."""
+def test_a_late_probe_does_not_open_the_circuit(circuit: Circuit) -> None:
+    """Not after a failure either, which alone shows nothing."""
     fail(circuit)
     circuit.on_late_probe()
     assert (circuit.state, circuit.wants_probe) == (CircuitState.CLOSED, False)
 
 
-def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Circuit) -> None:
-    """A1. Good jobs are on their way while bad ones fail; a server that goes down may end its answers, too."""
+def test_an_answer_to_an_old_request_that_begins_now_counts_as_a_trial(circuit: Circuit) -> None:
+    """Good jobs are running while bad ones fail. A server that shuts down may end its answers, too."""
     runs = [begin(circuit) for _ in range(3)]
     opened(circuit)
     circuit.on_first_event(runs[0])
@@ -422,12 +416,12 @@ def test_an_answer_from_before_that_begins_now_is_as_good_as_a_trial(circuit: Ci
     assert admits(circuit)
 
 
-def test_a_server_that_answers_while_it_is_held_to_be_away_is_back(circuit: Circuit) -> None:
+def test_an_answer_of_a_server_that_counts_as_away_closes_the_circuit(circuit: Circuit) -> None:
     circuit.on_first_event(begin(opened(circuit)))
     assert admits(circuit)
 
 
-def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: list[Change]) -> None:
+def test_every_change_is_reported_once_with_its_reason(circuit: Circuit, changes: list[Change]) -> None:
     runs = [begin(circuit) for _ in range(3 * FAILURES)]
     for run in runs:
         circuit.on_failure(run, "upstream_truncated")
@@ -445,7 +439,7 @@ def test_every_change_is_told_once_with_its_reason(circuit: Circuit, changes: li
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 20), st.floats(0, 20)), max_size=60))
-def test_whatever_happened_a_server_that_answers_gets_requests_again(steps: list[tuple[int, int, float]]) -> None:
+def test_a_server_that_answers_gets_requests_again_whatever_happened(steps: list[tuple[int, int, float]]) -> None:
     clock = Clock()
     circuit = Circuit(clock, lambda *_: None)
     callers = [Caller() for _ in range(4)]

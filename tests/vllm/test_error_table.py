@@ -1,7 +1,7 @@
-"""What the errors of servers are taken for, as a table: A7, A9, the statuses of A4, and of C8 what is no vLLM.
+"""The errors of servers and how each is classified, as a table.
 
-A further error is a further line: the status and the body as the server sends them, the code that the log gets, whether
-it is tried again, and words that its message holds.
+A new error is a new line: the status and the body as the server sends them, the code in the log, whether the request is
+retried, and words of its message.
 """
 
 import json
@@ -124,7 +124,7 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (200, event({"choices": []})[:-1] + json.dumps({"error_code": 400, "text": M}), "invalid_request", ONCE, M),
     (202, json.dumps({"detail": M, "status_code": 422}), "invalid_request", ONCE, M),
     # Nothing that can be read: what was passed over is quoted.
-    (200, f"upstream connect error: {M}\n", "upstream_truncated", AGAIN, M),
+    (200, f"pool connect error: {M}\n", "upstream_truncated", AGAIN, M),
     (200, f": ping\n\nid: 7\nunknown: {M}\n\n{DONE}", "upstream_truncated", AGAIN, M),
     (200, event({"reason": M}) + DONE, "upstream_truncated", AGAIN, M),
     (200, event({"id": "x", "choices": None, "base_resp": {"status_code": 1008, "status_msg": M}}),
@@ -143,7 +143,7 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (424, M, "upstream_unavailable", AGAIN, M),
     (499, M, "upstream_unavailable", AGAIN, M),
     (502, f"<html>{M}</html>", "upstream_unavailable", AGAIN, M),
-    # A web page with any status (F4 of C8): what it says without its markup.
+    # A web page with any status: what it says without its markup.
     (403, WEB_PAGE, "unauthorized", AGAIN, "HTTP 403: a web page came in place of an answer: Sorry & no; see whether"),
     (404, WEB_PAGE, "not_found", ONCE, "HTTP 404: a web page came in place of an answer: Sorry & no; see whether"),
     (400, WEB_PAGE, "not_a_stream", ONCE, "HTTP 400: a web page came in place of an answer: Sorry & no; see whether"),
@@ -154,7 +154,7 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (404, "<title>Models</title>", "not_found", ONCE, "in place of an answer: Models; see whether VLLM_URLS is"),
     (503, "<title>\n</title><h1>Away</h1>", "upstream_unavailable", AGAIN, "in place of an answer: Away"),
     (503, "<" * 70_000, "upstream_unavailable", AGAIN, "in place of an answer: it has no words"),
-    # A server that speaks TLS, asked without (F7 of C8): nginx, Go, Apache.
+    # A server that speaks TLS, asked without: nginx, Go, Apache.
     (400, "<title>400 The plain HTTP request was sent to HTTPS port</title>", "not_a_stream", ONCE, WANTS_TLS),
     (400, "Client sent an HTTP request to an HTTPS server.\n", "not_a_stream", ONCE, WANTS_TLS),
     (400, "<p>You're speaking plain HTTP to an SSL-enabled server port.</p>", "not_a_stream", ONCE, WANTS_TLS),
@@ -267,7 +267,7 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
 
 @pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
 @pytest.mark.parametrize(("status", "body", "code", "retried", "words"), TABLE)
-async def test_a7_a9_each_error_has_its_code_and_its_words(
+async def test_each_error_has_its_code_and_its_message(
     kind: str,
     status: int,
     body: str,
@@ -321,13 +321,13 @@ async def test_a7_a9_each_error_has_its_code_and_its_words(
         (501, "", False, True),
     ],
 )
-async def test_a16_what_is_asked_of_another_server(
+async def test_which_errors_send_the_job_to_another_server(
     status: int,
     body: str,
     elsewhere: bool,  # noqa: FBT001 - a column of the table
     blamed: bool,  # noqa: FBT001 - a column of the table
 ) -> None:
-    """A16. The server's place, proxy or account is wrong, not the request; `blamed`: it counts as its failure."""
+    """An error caused by the URL, proxy or account of the server. With `blamed`, it counts against the server."""
     answer = f"HTTP/1.1 {status} X\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}"
     async with sending(answer.encode()) as url:
         error = await error_of(url)
@@ -336,7 +336,7 @@ async def test_a16_what_is_asked_of_another_server(
 
 
 class Pieces:
-    """An answer whose body comes in these pieces."""
+    """A response whose body comes in these pieces."""
 
     def __init__(self, *pieces: bytes) -> None:
         self.body = self
@@ -352,7 +352,7 @@ class Pieces:
 @pytest.mark.parametrize(
     ("body", "code"), [(body.encode(), code) for status, body, code, _, _ in TABLE if status == 200 and body]
 )
-async def test_a4_a7_it_does_not_matter_how_an_error_is_cut_into_pieces(body: bytes, code: str) -> None:
+async def test_an_error_is_the_same_however_its_bytes_are_cut(body: bytes, code: str) -> None:
     cuts = [[body], [bytes([byte]) for byte in body], *([body[:at], body[at:]] for at in range(1, len(body)))]
     told = set()
     for pieces in cuts:
@@ -370,7 +370,7 @@ NO_ERRORS: list[Any] = [None, False, 0, 0.0, "", [], {}, {"code": None, "message
 
 @pytest.mark.parametrize("value", NO_ERRORS)
 @pytest.mark.parametrize("place", ["chunk", "choice", "delta", "alone"])
-def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> None:
+def test_an_empty_error_field_is_not_an_error(value: object, place: str) -> None:
     parser = ChunkParser()
     choice = {"delta": {"content": "hi"}, "finish_reason": "stop"}
     if place == "alone":
@@ -396,12 +396,12 @@ def test_a7_an_error_that_says_nothing_is_none(value: object, place: str) -> Non
         {"choices": [{"delta": {"content": "hi"}}], "error_type": "x", "status": 500},
     ],
 )
-def test_a7_what_is_no_error_is_none(data: object) -> None:
+def test_chunks_that_look_like_errors_are_not_errors(data: object) -> None:
     ChunkParser().parse(json.dumps(data).encode())
 
 
 @pytest.mark.parametrize("value", ["null", "false", "{}", ""])
-def test_a7_an_event_called_an_error_that_says_nothing_is_none(value: str) -> None:
+def test_an_empty_event_named_error_is_not_an_error(value: str) -> None:
     parser, decoder = ChunkParser(), SSEDecoder()
     body = f"event: error\ndata: {value}\n\n" + chunk({"content": "hi"}, "stop")
     assert [len(parser.parse(data)) for data in decoder.feed(body.encode())] == [0, 2]
@@ -416,7 +416,7 @@ def test_a7_an_event_called_an_error_that_says_nothing_is_none(value: str) -> No
         chunk({"content": "last words"}, error={"code": 400, "message": M}),
     ],
 )
-def test_a7_the_text_beside_an_error_is_not_lost(body: str) -> None:
+def test_the_text_beside_an_error_is_not_lost(body: str) -> None:
     parser = ChunkParser()
     _, entry = [fields for data in SSEDecoder().feed(body.encode()) for fields in parser.parse(data)]
     assert entry["content"] == "last words"
@@ -427,17 +427,17 @@ def test_a7_the_text_beside_an_error_is_not_lost(body: str) -> None:
 
 async def error_of(url: str) -> UpstreamError:
     """The error of a request, as a job ends with it."""
-    upstream = ServerPool([url], limits=StreamTimeouts(connect=5, first_token=10, gap=10))
+    pool = ServerPool([url], limits=StreamTimeouts(connect=5, first_token=10, gap=10))
     try:
         with pytest.raises(UpstreamError) as caught:
-            await read(upstream)
+            await read(pool)
     finally:
-        await upstream.aclose()
+        await pool.aclose()
     return caught.value
 
 
-async def read(upstream: ServerPool) -> None:
-    async with upstream.stream(upstream.servers[0], {"messages": []}) as stream:
+async def read(pool: ServerPool) -> None:
+    async with pool.stream(pool.servers[0], {"messages": []}) as stream:
         await drain(stream)
 
 

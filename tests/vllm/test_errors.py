@@ -1,4 +1,4 @@
-"""What the server's errors are taken for: those that a real vLLM sent, and the shapes of others and of proxies."""
+"""The classification of errors: those of a real vLLM, and the shapes of other servers and of proxies."""
 
 import json
 from contextlib import suppress
@@ -48,7 +48,7 @@ def from_body(status: int, body: object, **headers: str) -> UpstreamError:
         ("error_500_engine_dead", "upstream_error", True, DEAD),
     ],
 )
-def test_a_recorded_refusal(name: str, code: str, retryable: bool, message: str) -> None:  # noqa: FBT001
+def test_a_recorded_refusal_is_an_error_with_its_message(name: str, code: str, retryable: bool, message: str) -> None:  # noqa: FBT001
     error = from_response(INDEX[name]["status"], (TRANSCRIPTS / f"{name}.body").read_bytes(), {})
     assert summary(error) == (code, INDEX[name]["status"], retryable)
     assert error.message.startswith(message)
@@ -76,7 +76,7 @@ def test_a_recorded_error_under_status_200_is_classified_by_its_own_code(
     assert error.message.startswith(message)
 
 
-def test_every_recorded_error_is_among_these() -> None:
+def test_every_recorded_error_is_in_these_tables() -> None:
     assert {name for name in INDEX if name.startswith("error_")} == {
         "error_400_context",
         "error_400_max_tokens",
@@ -111,7 +111,7 @@ def test_every_recorded_error_is_among_these() -> None:
         (529, "upstream_unavailable", True),
     ],
 )
-def test_what_each_status_means(status: int, code: str, retryable: bool) -> None:  # noqa: FBT001
+def test_each_status_has_a_code(status: int, code: str, retryable: bool) -> None:  # noqa: FBT001
     assert summary(classify(status, "something")) == (code, status, retryable)
     assert summary(from_event({"code": status, "message": "something"})) == (code, status, retryable)
 
@@ -140,11 +140,11 @@ def test_what_each_status_means(status: int, code: str, retryable: bool) -> None
         (b"{not json", "{not json"),
     ],
 )
-def test_the_message_of_each_shape_of_body(body: object, message: str) -> None:
+def test_the_message_is_found_in_each_shape_of_body(body: object, message: str) -> None:
     assert from_body(422, body).message == message
 
 
-def test_a_page_of_a_proxy_is_cut_short() -> None:
+def test_a_web_page_of_a_proxy_is_quoted_in_short() -> None:
     page = b"<html>\n<head><title>502 Bad Gateway</title></head>\n<body>" + b"<hr>" * 500 + b"</body></html>"
     error = from_body(502, page)
     assert summary(error) == ("upstream_unavailable", 502, True)
@@ -155,14 +155,14 @@ def test_a_page_of_a_proxy_is_cut_short() -> None:
 
 
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"error":' * 100_000, b'{"error":' * 400 + b"1" + b"}" * 400])
-def test_a_body_of_great_depth_is_an_error_like_others(body: bytes) -> None:
+def test_a_deeply_nested_body_is_an_error_like_others(body: bytes) -> None:
     assert summary(from_body(500, body)) == ("upstream_error", 500, True)
 
 
 @pytest.mark.parametrize(
     ("start", "end"), [(b'{"error":', b"}"), (b'{"a":', b"}"), (b"[", b"]"), (b'{"choices":[],"error_code":[', b"]}")]
 )
-def test_an_error_at_the_edge_of_what_can_be_decoded_is_one_like_others(start: bytes, end: bytes) -> None:
+def test_an_error_as_deep_as_can_be_decoded_is_an_error_like_others(start: bytes, end: bytes) -> None:
     for depth in range(300, 1100, 3):
         body = start * depth + b"1" + end * depth
         assert from_response(500, body, {}).code == "upstream_error"
@@ -192,12 +192,12 @@ def test_a_prompt_that_is_too_long_has_a_code_of_its_own(body: object) -> None:
         {"message": "no", "type": "content_filter", "code": None},
     ],
 )
-def test_a_refusal_by_content_policy_has_a_code_of_its_own_and_is_not_tried_again(error: object) -> None:
+def test_a_refusal_by_content_policy_has_a_code_of_its_own_and_is_not_retried(error: object) -> None:
     assert summary(from_body(400, {"error": error})) == ("content_policy", 400, False)
     assert (from_event(error).code, from_event(error).retryable) == ("content_policy", False)
 
 
-def test_a_server_that_cannot_be_connected_to_is_told_from_one_that_hangs_up() -> None:
+def test_a_failure_to_connect_differs_from_a_connection_that_breaks() -> None:
     absent = [unreachable("http://a:1", error("no")) for error in (httpx.ConnectError, httpx.ConnectTimeout)]
     silent = [unreachable("http://a:1", error("no")) for error in (httpx.ReadError, httpx.RemoteProtocolError)]
     assert {summary(error) for error in absent + silent} == {("upstream_unreachable", 0, True)}
@@ -218,7 +218,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         ([OSError("no such host")], False),
     ],
 )
-def test_a_server_refuses_connections_when_every_address_of_it_does(causes: list[Exception], *, refused: bool) -> None:
+def test_a_connection_is_refused_when_every_address_refuses_it(causes: list[Exception], *, refused: bool) -> None:
     cause = causes[0] if len(causes) == 1 else ExceptionGroup("tried", causes)
     error = unreachable("http://a:1", caused(httpx.ConnectError("no"), caused(OSError("all failed"), cause)))
     assert (isinstance(error, NoConnection), isinstance(error, ConnectionRefused)) == (True, refused)
@@ -243,13 +243,13 @@ def test_a_server_refuses_connections_when_every_address_of_it_does(causes: list
         ("Wed, 21 Oct 20269 07:28:00 GMT", None),
     ],
 )
-def test_retry_after_is_kept_in_seconds_to_a_limit(value: str, seconds: float | None) -> None:
+def test_retry_after_is_in_seconds_and_limited(value: str, seconds: float | None) -> None:
     headers = {"Retry_After": value, "Date": "Wed, 21 Oct 2026 07:28:00 GMT"}
     assert from_body(429, {"error": "busy"}, **headers).retry_after == seconds
 
 
 @pytest.mark.parametrize(("year", "seconds"), [(1999, 0.0), (2199, 60.0)])
-def test_a_date_to_retry_after_needs_no_date_beside_it(year: int, seconds: float) -> None:
+def test_a_retry_after_date_needs_no_date_header(year: int, seconds: float) -> None:
     value = f"Fri, 31 Dec {year} 23:59:59 GMT"
     assert from_body(429, {"error": "busy"}, Retry_After=value, Date="today").retry_after == seconds
 
@@ -275,13 +275,13 @@ def test_the_code_of_an_event_is_its_status(error: object, status: int) -> None:
     assert (from_event(error).status, from_event(error).message) == (status, "busy")
 
 
-def test_an_event_without_a_message_says_so() -> None:
+def test_an_error_event_without_a_message_gets_one() -> None:
     errors: list[object] = [None, {}, [], 7, {"code": 500}, {"message": {}}]
     for error in errors:
         assert from_event(error).message.startswith("the server sent an error without a message")
         assert message_of(error) == ""
 
 
-def test_a_stream_that_breaks_is_worth_a_retry() -> None:
+def test_a_stream_that_breaks_is_a_retryable_error() -> None:
     assert summary(truncated("cut")) == ("upstream_truncated", 0, True)
     assert summary(malformed("odd")) == ("upstream_malformed", 0, True)

@@ -1,4 +1,4 @@
-"""Answers whose framing is mended before they are read, as bytes: A16."""
+"""Responses whose framing is repaired before they are parsed, as bytes."""
 
 import httptools
 import pytest
@@ -24,7 +24,7 @@ MENDED: list[tuple[bytes, bytes]] = [
 
 
 class Reader:
-    """What a parser calls back."""
+    """The callbacks of a parser."""
 
     def __init__(self) -> None:
         self.body = b""
@@ -40,7 +40,7 @@ class Reader:
 
 
 @pytest.mark.parametrize(("answer", "body"), MENDED)
-def test_a16_a_mended_answer_is_read_however_it_is_cut(answer: bytes, body: bytes) -> None:
+def test_a_repaired_response_is_read_however_its_bytes_are_cut(answer: bytes, body: bytes) -> None:
     pieces = [[answer], [bytes([byte]) for byte in answer], *([answer[:at], answer[at:]] for at in range(len(answer)))]
     for cut in pieces:
         mended, reader = FramingRepair(), Reader()
@@ -60,7 +60,7 @@ def test_a16_a_mended_answer_is_read_however_it_is_cut(answer: bytes, body: byte
         HEAD + b"x" * 10_000,
     ],
 )
-def test_a16_what_cannot_be_mended_is_refused(answer: bytes) -> None:
+def test_a_response_that_cannot_be_repaired_is_refused(answer: bytes) -> None:
     mended, reader = FramingRepair(), Reader()
     with pytest.raises(httptools.HttpParserError):
         reader.parser.feed_data(mended.feed(answer))

@@ -1,4 +1,4 @@
-"""Several servers with faults: what they serve, when they are away, and how they come back."""
+"""A pool of servers with faults: what they serve, when they are away, and how they come back."""
 
 import asyncio
 import base64
@@ -36,7 +36,7 @@ SHORT = 0.02
 
 
 class Recorder(Simulator):
-    """A simulator that notes the paths it is asked for, answers some with a status alone, and some once released."""
+    """A simulator that records the requested paths, answers some with a status alone, and some only once released."""
 
     def __init__(self, options: Options | None = None, **settings: Any) -> None:  # noqa: ANN401
         super().__init__(options, **settings)
@@ -57,7 +57,7 @@ class Recorder(Simulator):
             await super()._handle(request, connection)
 
     def orders(self, fault: Fault | None = None, *, after: int = 0) -> None:
-        """What happens to every request from now on."""
+        """Set the fault of every request from now on."""
         self.options = Options(model=self.options.model, orders=Scenario(fault=fault, after=after))
 
 
@@ -76,15 +76,15 @@ async def watching(
     *urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "", pace: ServerPace | None = None
 ) -> AsyncIterator[ServerPool]:
     """The servers, monitored, once each has been probed."""
-    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, telemetry=LogReceiver(), pace=pace or quick())
-    task = asyncio.create_task(upstream.monitor())
+    pool = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, telemetry=LogReceiver(), pace=pace or quick())
+    task = asyncio.create_task(pool.monitor())
     try:
-        await until(lambda: all(endpoint.is_known for endpoint in upstream.servers))
-        yield upstream
+        await until(lambda: all(endpoint.is_known for endpoint in pool.servers))
+        yield pool
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await upstream.aclose()
+        await pool.aclose()
 
 
 @asynccontextmanager
@@ -101,22 +101,22 @@ async def until(condition: Callable[[], object]) -> None:
     await eventually(holds)
 
 
-async def chosen(upstream: ServerPool, model: str = "") -> Server:
-    """As whoever has a request does it."""
-    while not upstream.accepts(model):
-        await upstream.wait_available(model)
-    return upstream.choose(model)
+async def chosen(pool: ServerPool, model: str = "") -> Server:
+    """Wait for a server and choose it, as a job does."""
+    while not pool.accepts(model):
+        await pool.wait_available(model)
+    return pool.choose(model)
 
 
 async def ask(
-    upstream: ServerPool, endpoint: Server | None = None, *, model: str = "", caller: Caller | None = None,
+    pool: ServerPool, endpoint: Server | None = None, *, model: str = "", caller: Caller | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> str:  # fmt: skip
     """The text of a whole answer."""
     parser, texts = ChunkParser(), list[str]()
     request: Object = {"messages": [{"role": "user", "content": "Who are you?"}], **({"model": model} if model else {})}
-    endpoint = endpoint or await chosen(upstream, model)
-    async with upstream.stream(endpoint, request | fields, caller=caller) as stream:
+    endpoint = endpoint or await chosen(pool, model)
+    async with pool.stream(endpoint, request | fields, caller=caller) as stream:
 
         def take(events: list[bytes]) -> bool:
             texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
@@ -129,12 +129,12 @@ async def ask(
     return "".join(texts)
 
 
-async def fails(upstream: ServerPool, times: int = 1, **fields: Any) -> set[str]:  # noqa: ANN401
-    """The codes of requests that fail, whatever the circuit says."""
+async def fails(pool: ServerPool, times: int = 1, **fields: Any) -> set[str]:  # noqa: ANN401
+    """The error codes of requests that are sent in any state of the circuit."""
     codes = set()
     for _ in range(times):
         with pytest.raises(UpstreamError) as caught:
-            await ask(upstream, upstream.servers[0], **fields)
+            await ask(pool, pool.servers[0], **fields)
         codes.add(caught.value.code)
     return codes
 
@@ -142,83 +142,82 @@ async def fails(upstream: ServerPool, times: int = 1, **fields: Any) -> set[str]
 # Which server serves a model
 
 
-async def test_each_model_is_asked_of_the_server_that_lists_it() -> None:
-    async with serving("small", "large", "large") as (servers, upstream):
-        assert [endpoint.models for endpoint in upstream.servers] == [{"small"}, {"large"}, {"large"}]
+async def test_a_request_goes_to_a_server_that_lists_its_model() -> None:
+    async with serving("small", "large", "large") as (servers, pool):
+        assert [endpoint.models for endpoint in pool.servers] == [{"small"}, {"large"}, {"large"}]
         for _ in range(3):
-            await ask(upstream, model="small")
-            await ask(upstream, model="large")
+            await ask(pool, model="small")
+            await ask(pool, model="large")
         assert [len(servers[0].served), len(servers[1].served) + len(servers[2].served)] == [3, 3]
 
 
-async def test_a_model_that_is_loaded_later_is_found_when_it_is_asked_for() -> None:
-    async with serving("small") as ((server,), upstream):
-        assert not upstream.accepts("adapter")
+async def test_a_model_that_is_loaded_later_is_found() -> None:
+    async with serving("small") as ((server,), pool):
+        assert not pool.accepts("adapter")
         server.options = Options(model="adapter")
-        assert await ask(upstream, model="adapter")
+        assert await ask(pool, model="adapter")
 
 
-async def test_a_model_that_no_server_lists_is_asked_of_one_once_the_lists_have_been_asked_for_again() -> None:
-    """A11. Its answer holds for a minute, for all who ask."""
-    async with serving("small", "large") as (servers, upstream):
+async def test_a_request_for_an_unlisted_model_is_sent_once_the_lists_were_fetched_again() -> None:
+    """The answer holds for all jobs, for a minute."""
+    async with serving("small", "large") as (servers, pool):
         before = [server.asked.count("/v1/models") for server in servers]
-        await upstream.wait_available("no")
+        await pool.wait_available("no")
         assert [server.asked.count("/v1/models") for server in servers] == [count + 1 for count in before]
         with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small"):
-            await ask(upstream, model="no")
-        assert not upstream.accepts("no")
+            await ask(pool, model="no")
+        assert not pool.accepts("no")
         for _ in range(3):
             with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small") as caught:
-                await upstream.wait_available("no")
+                await pool.wait_available("no")
             assert (caught.value.code, caught.value.status, caught.value.retryable) == ("model_not_found", 404, False)
         assert [len(server.served) for server in servers] == [1, 0]
 
 
-async def test_a_model_that_nobody_knew_is_found_once_a_server_lists_it() -> None:
-    """A11."""
-    async with serving("small") as ((server,), upstream):
+async def test_an_unknown_model_is_found_once_a_server_lists_it() -> None:
+    async with serving("small") as ((server,), pool):
         with pytest.raises(UpstreamError):
-            await ask(upstream, model="adapter")
+            await ask(pool, model="adapter")
         server.options = Options(model="adapter")
-        await until(lambda: upstream.accepts("adapter"))
-        assert await ask(upstream, model="adapter")
+        await until(lambda: pool.accepts("adapter"))
+        assert await ask(pool, model="adapter")
 
 
-async def test_a_model_that_a_server_without_a_list_did_not_know_is_asked_for_again() -> None:
-    """A11. Its answer may change any time, and nothing else would tell."""
+async def test_a_server_without_a_list_gets_requests_again_for_a_model_it_did_not_know() -> None:
+    """The server's answer may change at any time, and only a request shows it."""
     async with Recorder() as server:
         server.statuses["/v1/models"] = 404
-        async with watching(server.url) as upstream:
+        async with watching(server.url) as pool:
             for _ in range(2):
                 with pytest.raises(UpstreamError):
-                    await ask(upstream, model="adapter")
+                    await ask(pool, model="adapter")
             server.options = Options(model="adapter")
-            assert await ask(upstream, model="adapter")
+            assert await ask(pool, model="adapter")
 
 
 class Resolving(Recorder):
-    """A server that has more names for its model than it lists, as one that loads an adapter on first use."""
+    """A server that answers to more names than it lists, such as one that loads adapters on first use."""
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         self.options = Options(model="listed" if request.path == "/v1/models" else "other")
         await super()._handle(request, connection)
 
 
-async def test_a_name_that_a_server_answers_to_is_asked_for_at_once_from_then_on() -> None:
-    """A11. LoRA resolvers, and `llama3` for `llama3:latest`."""
-    async with Resolving() as server, watching(server.url) as upstream:
-        assert await ask(upstream, model="other")
+async def test_a_name_that_a_server_has_answered_to_is_sent_there_at_once() -> None:
+    """LoRA resolvers, and `llama3` for `llama3:latest`."""
+    async with Resolving() as server, watching(server.url) as pool:
+        assert await ask(pool, model="other")
         asked = server.asked.count("/v1/models")
         for _ in range(3):
-            assert upstream.accepts("other")
-            assert await ask(upstream, model="other")
+            assert pool.accepts("other")
+            assert await ask(pool, model="other")
         assert server.asked.count("/v1/models") == asked
 
 
-async def test_many_that_miss_a_model_ask_together() -> None:
-    async with serving("small") as ((server,), upstream):
+async def test_many_jobs_that_miss_a_model_share_one_fetch_of_the_lists() -> None:
+    async with serving("small") as ((server,), pool):
         before = server.asked.count("/v1/models")
-        await asyncio.gather(*(upstream.wait_available(f"no-{n}") for n in range(100)))
+        await asyncio.gather(*(pool.wait_available(f"no-{n}") for n in range(100)))
         assert server.asked.count("/v1/models") - before == 1
 
 
@@ -226,84 +225,83 @@ async def test_many_that_miss_a_model_ask_together() -> None:
 async def test_a_server_that_does_not_list_its_models_may_serve_any(status: int) -> None:
     async with Recorder() as server:
         server.statuses["/v1/models"] = status
-        async with watching(server.url) as upstream:
-            assert await ask(upstream, model="reciter")
+        async with watching(server.url) as pool:
+            assert await ask(pool, model="reciter")
             with pytest.raises(UpstreamError) as caught:  # in its own words
-                await ask(upstream, model="no")
+                await ask(pool, model="no")
             assert (caught.value.code, len(server.served)) == ("model_not_found", 2)
 
 
-async def test_a_model_waits_for_a_server_that_has_never_said_what_it_serves() -> None:
+async def test_a_job_waits_for_a_server_that_has_never_listed_its_models() -> None:
     port = free_port()
     async with (
         Recorder(Options(model="small")) as small,
-        watching(small.url, f"http://127.0.0.1:{port}") as upstream,
+        watching(small.url, f"http://127.0.0.1:{port}") as pool,
     ):
-        asking = asyncio.create_task(ask(upstream, model="large"))
-        assert await ask(upstream, model="small")
-        assert not upstream.accepts("large")
+        asking = asyncio.create_task(ask(pool, model="large"))
+        assert await ask(pool, model="small")
+        assert not pool.accepts("large")
         async with Recorder(Options(model="large"), port=port) as large:
             assert await asking
             assert len(large.served) == 1
 
 
-async def test_a_server_that_comes_back_is_asked_what_it_serves_now() -> None:
+async def test_the_models_of_a_server_that_comes_back_are_fetched_again() -> None:
     port = free_port()
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(Recorder(Options(model="old"), port=port))
-        async with watching(first.url) as upstream:
+        async with watching(first.url) as pool:
             await stack.aclose()
-            assert await fails(upstream) == {"upstream_unreachable"}
+            assert await fails(pool) == {"upstream_unreachable"}
             async with Recorder(Options(model="new"), port=port):
-                await until(lambda: not upstream.servers[0].is_away)
-                assert await ask(upstream, model="new")
-                assert upstream.servers[0].models == {"new"}
+                await until(lambda: not pool.servers[0].is_away)
+                assert await ask(pool, model="new")
+                assert pool.servers[0].models == {"new"}
 
 
-async def test_the_lists_are_asked_for_again_from_time_to_time() -> None:
-    async with serving("small", pace=quick(list_every=SHORT)) as ((server,), upstream):
+async def test_the_lists_are_fetched_again_from_time_to_time() -> None:
+    async with serving("small", pace=quick(list_every=SHORT)) as ((server,), pool):
         server.options = Options(model="other")
-        await until(lambda: upstream.servers[0].models == {"other"})
+        await until(lambda: pool.servers[0].models == {"other"})
         server.statuses["/v1/models"] = 503
         asked = len(server.asked)
         await until(lambda: len(server.asked) > asked + 2)
-        assert upstream.servers[0].models == {"other"}, "what it said before holds"
-        assert upstream.is_available
+        assert pool.servers[0].models == {"other"}, "what it said before holds"
+        assert pool.is_available
 
 
 # Whether a server is there
 
 
 @pytest.mark.parametrize("statuses", [{}, {"/health": 404}, {"/health": 404, "/v1/models": 404}, {"/health": 401}])
-async def test_a_server_is_there_when_its_health_or_its_list_is_answered(statuses: dict[str, int]) -> None:
+async def test_a_server_is_up_when_it_answers_health_or_models(statuses: dict[str, int]) -> None:
     async with Recorder() as server:
         server.statuses = statuses
-        async with watching(server.url) as upstream:
-            assert upstream.is_available
+        async with watching(server.url) as pool:
+            assert pool.is_available
 
 
 @pytest.mark.parametrize("statuses", [{"/health": 503}, {"/health": 404, "/v1/models": 502}])
 async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, int]) -> None:
     async with Recorder() as server:
         server.statuses = dict(statuses)
-        async with watching(server.url) as upstream:
-            assert (upstream.is_available, upstream.servers[0].is_away) == (False, True)
+        async with watching(server.url) as pool:
+            assert (pool.is_available, pool.servers[0].is_away) == (False, True)
             server.statuses.clear()
-            assert await ask(upstream)
+            assert await ask(pool)
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
 async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
-    """A8. A busy vLLM takes half a minute, and a router asks every model; neither was ever asked for anything."""
+    """A busy vLLM takes half a minute, and a router queries every model: neither ever got a request."""
     async with Recorder() as server:
         server.slow = {path}
-        async with watching(server.url, pace=quick(**BRIEF)) as upstream:
-            assert await ask(upstream, model="reciter")
-            assert upstream.servers[0].circuit.state is CircuitState.CLOSED
+        async with watching(server.url, pace=quick(**BRIEF)) as pool:
+            assert await ask(pool, model="reciter")
+            assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
-async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A8."""
+async def test_a_late_server_gets_more_time_with_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
 
     async def health(_: object, __: Server, within: float) -> int:
@@ -318,35 +316,34 @@ async def test_a_server_that_is_late_has_more_time_each_time(monkeypatch: pytest
     assert limits[:8] == [n * SHORT for n in (1, 2, 4, 4, 4, 1, 1, 2)]
 
 
-async def test_a_list_that_is_late_is_asked_for_again_beside_the_requests() -> None:
-    """A8. Until it is there the server may have any model, as one that lists nothing."""
+async def test_a_late_list_is_fetched_again_while_requests_go_on() -> None:
+    """Until the list comes, the server may have any model, as a server without a list."""
     pace = quick(**BRIEF)
     async with Recorder() as server:
         server.slow = {"/v1/models"}
-        async with watching(server.url, pace=pace) as upstream:
-            assert await ask(upstream, model="reciter")
+        async with watching(server.url, pace=pace) as pool:
+            assert await ask(pool, model="reciter")
             asked = server.asked.count("/v1/models")
             await until(lambda: server.asked.count("/v1/models") > asked)
             pace.probe_limit = pace.longest_probe_limit = 5
             server.released.set()
-            await until(lambda: upstream.servers[0].models == {"reciter"})
+            await until(lambda: pool.servers[0].models == {"reciter"})
 
 
-async def test_a_model_is_asked_for_though_the_lists_are_never_there_in_time() -> None:
-    """A8 and A11."""
-    async with Resolving() as server, watching(server.url, pace=quick(**BRIEF)) as upstream:
+async def test_a_request_is_sent_though_the_lists_always_come_late() -> None:
+    async with Resolving() as server, watching(server.url, pace=quick(**BRIEF)) as pool:
         server.slow = {"/v1/models"}
-        assert await ask(upstream, model="other")
+        assert await ask(pool, model="other")
 
 
-async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_health_is_answered() -> None:
-    """A8. The first of them may take minutes: the others are not asked one at a time meanwhile."""
+async def test_a_new_server_that_was_late_gets_all_requests_once_it_answers_a_probe() -> None:
+    """The first request may take minutes: the others do not wait for it."""
     pace = quick(**BRIEF)
     async with Recorder() as server:
         server.slow = {"/health"}
         server.orders("hang")
-        async with watching(server.url, pace=pace) as upstream:
-            asking = [asyncio.create_task(ask(upstream)) for _ in range(5)]
+        async with watching(server.url, pace=pace) as pool:
+            asking = [asyncio.create_task(ask(pool)) for _ in range(5)]
             await until(lambda: len(server.served) == 1)
             pace.probe_limit = pace.longest_probe_limit = 5
             server.released.set()
@@ -356,28 +353,28 @@ async def test_a_new_server_that_is_late_once_gets_all_requests_as_soon_as_its_h
             await asyncio.gather(*asking, return_exceptions=True)
 
 
-async def test_a_server_that_takes_connections_again_is_tried_before_its_health_is_answered() -> None:
-    """A8. A vLLM that came back with a health of 40 s was away for a minute and a half: each longer probe was late."""
+async def test_a_server_that_accepts_connections_again_is_tried_before_it_answers_a_probe() -> None:
+    """A vLLM that came back with a health of 40 s was away for a minute and a half: each longer probe was late."""
     port = free_port()
     async with (
-        watching(f"http://127.0.0.1:{port}", pace=quick(probe_limit=0.2)) as upstream,
+        watching(f"http://127.0.0.1:{port}", pace=quick(probe_limit=0.2)) as pool,
         Recorder(port=port) as server,
     ):
         server.slow = {"/health", "/v1/models"}
-        assert await ask(upstream)
+        assert await ask(pool)
 
 
-async def test_a_frozen_server_is_left_and_then_tried_with_one_request_at_a_time() -> None:
-    """A8. It takes connections, and answers nothing: neither its health nor any request."""
-    async with serving("reciter", limits=IMPATIENT, pace=quick(**BRIEF)) as ((server,), upstream):
-        circuit = upstream.servers[0].circuit
+async def test_a_frozen_server_is_tried_with_one_request_at_a_time() -> None:
+    """The server accepts connections, and answers neither probes nor requests."""
+    async with serving("reciter", limits=IMPATIENT, pace=quick(**BRIEF)) as ((server,), pool):
+        circuit = pool.servers[0].circuit
         server.slow = {"/health", "/v1/models"}
         server.orders("hang")
-        await fails(upstream, FAILURES)
+        await fails(pool, FAILURES)
         assert circuit.state is CircuitState.OPEN
-        upstream._limits = PATIENT
+        pool._limits = PATIENT
         tried = len(server.served)
-        waiting = [asyncio.create_task(ask(upstream)) for _ in range(5)]
+        waiting = [asyncio.create_task(ask(pool)) for _ in range(5)]
         await until(lambda: len(server.served) > tried)
         asked = server.asked.count("/health")
         await until(lambda: server.asked.count("/health") > asked + 2)
@@ -394,11 +391,11 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(Recorder(port=port))
         with capture_logs() as logs:
-            async with watching(first.url.replace("//", "//user:hidden@")) as upstream:
+            async with watching(first.url.replace("//", "//user:hidden@")) as pool:
                 await stack.aclose()
-                await fails(upstream, 3)
+                await fails(pool, 3)
                 async with Recorder(port=port):
-                    await ask(upstream)
+                    await ask(pool)
     assert [(line["event"], line.get("reason")) for line in logs] == [
         ("vllm_away", "upstream_unreachable"),
         ("vllm_back", None),
@@ -406,7 +403,7 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
     assert {line["endpoint"] for line in logs} == {first.url}
 
 
-async def test_c8_the_log_says_what_to_do_about_a_server_that_speaks_no_tls() -> None:
+async def test_the_log_has_the_fix_for_a_server_without_tls() -> None:
     configure_logging("json", "info")
     with capture_logs() as logs:
         async with Recorder() as server, watching(server.url.replace("http:", "https:")):
@@ -416,25 +413,25 @@ async def test_c8_the_log_says_what_to_do_about_a_server_that_speaks_no_tls() ->
     assert line["fix"] == "if the server does not speak TLS there, its URL begins with http://"
 
 
-async def test_what_is_told_of_a_server_names_no_job() -> None:
+async def test_log_lines_about_a_server_name_no_job() -> None:
     configure_logging("json", "info")
-    async with Recorder() as server, watching(server.url) as upstream:
+    async with Recorder() as server, watching(server.url) as pool:
         server.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
         with (
             capture_logs([structlog.contextvars.merge_contextvars]) as logs,
             structlog.contextvars.bound_contextvars(worker="w", request_id="r"),
         ):
-            await fails(upstream)
+            await fails(pool)
             structlog.get_logger().info("upstream_failed")
     assert [(line["worker"], line.get("request_id")) for line in logs] == [("w", None), ("w", "r")]
 
 
 @pytest.mark.parametrize("refused", ["/v1/chat/completions", "/tokenize"])
-async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refused: str) -> None:
-    async with serving("reciter", "reciter") as ((server, _), upstream):
-        endpoint = upstream.servers[0]
+async def test_a_server_that_refused_the_key_is_back_once_its_list_accepts_it(refused: str) -> None:
+    async with serving("reciter", "reciter") as ((server, _), pool):
+        endpoint = pool.servers[0]
         server.statuses = {refused: 401, "/v1/models": 401}
-        asking = upstream.post(endpoint, refused, {}) if refused == "/tokenize" else ask(upstream, endpoint)
+        asking = pool.post(endpoint, refused, {}) if refused == "/tokenize" else ask(pool, endpoint)
         with pytest.raises(UpstreamError) as caught:
             await asking
         assert (caught.value.code, endpoint.refuses_key) == ("unauthorized", True)
@@ -443,15 +440,15 @@ async def test_a_server_that_refused_the_key_is_back_once_its_list_takes_it(refu
         assert endpoint.refuses_key, "its health is no answer to that"
         server.statuses.clear()
         await until(lambda: not endpoint.is_away)
-        assert await ask(upstream, endpoint)
+        assert await ask(pool, endpoint)
 
 
-async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_beside_a_fallback() -> None:
-    async with serving("small", "large") as ((small, _), upstream):
+async def test_a_job_with_a_fallback_does_not_wait_for_servers_that_refuse_the_key() -> None:
+    async with serving("small", "large") as ((small, _), pool):
         small.statuses = {"/v1/chat/completions": 401, "/v1/models": 401}
-        await fails(upstream, model="small")
+        await fails(pool, model="small")
         with pytest.raises(UpstreamError, match="every server of `small` refuses the keys") as caught:
-            await upstream.wait_available("small", ["large"])
+            await pool.wait_available("small", ["large"])
         assert caught.value.code == "unauthorized"
 
 
@@ -459,7 +456,7 @@ async def test_a_model_of_which_every_server_refuses_the_key_is_not_waited_for_b
 
 
 def limits_for(fault: Fault) -> StreamTimeouts:
-    """Short where the fault is a silence, and only there: a busy machine is slow to begin."""
+    """Short only when the fault is a silence: a busy machine is slow to begin."""
     if fault == "hang":
         return StreamTimeouts(connect=PATIENT.connect, first_token=0.1, gap=PATIENT.gap)
     return (
@@ -487,66 +484,66 @@ def limits_for(fault: Fault) -> StreamTimeouts:
     ],
 )
 async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_it(fault: Fault, code: str) -> None:
-    async with serving("reciter", limits=limits_for(fault)) as ((server,), upstream):
+    async with serving("reciter", limits=limits_for(fault)) as ((server,), pool):
         # Mid-stream where that matters: a connection that is reset drops what was not read.
         server.orders(fault, after=2 if fault in {"stall", "freeze", "malformed", "abort"} else 0)
-        await fails(upstream, FAILURES - 1)
-        assert upstream.is_available
+        await fails(pool, FAILURES - 1)
+        assert pool.is_available
         server.statuses["/health"] = 503
-        assert await fails(upstream) == {code}
-        assert (upstream.is_available, len(upstream.servers[0].requests)) == (False, 0)
+        assert await fails(pool) == {code}
+        assert (pool.is_available, len(pool.servers[0].requests)) == (False, 0)
         server.orders()
         server.statuses.clear()
-        upstream._limits = PATIENT
-        assert await ask(upstream)
-        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
+        pool._limits = PATIENT
+        assert await ask(pool)
+        assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
 @pytest.mark.parametrize("fields", [{"simulate": {"fault": "429"}}, {"temperature": -3.0}, {"model": "no"}])
 async def test_refusals_leave_the_circuit_closed(fields: dict[str, Any]) -> None:
-    async with serving("reciter") as (_, upstream):
-        await fails(upstream, 2 * FAILURES, **fields)
-        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
+    async with serving("reciter") as (_, pool):
+        await fails(pool, 2 * FAILURES, **fields)
+        assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
 async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> None:
-    async with serving("reciter") as (_, upstream):
+    async with serving("reciter") as (_, pool):
         for _ in range(3):
-            await fails(upstream, FAILURES - 1, simulate={"fault": "500"})
-            assert upstream.servers[0].circuit.state is CircuitState.CLOSED
-            assert await ask(upstream)
+            await fails(pool, FAILURES - 1, simulate={"fault": "500"})
+            assert pool.servers[0].circuit.state is CircuitState.CLOSED
+            assert await ask(pool)
 
 
-async def test_leaving_a_stream_for_reasons_of_ones_own_says_nothing_about_the_server() -> None:
-    async with serving("reciter") as (_, upstream):
-        endpoint = upstream.servers[0]
+async def test_an_exception_of_the_caller_does_not_count_against_the_server() -> None:
+    async with serving("reciter") as (_, pool):
+        endpoint = pool.servers[0]
         for _ in range(2 * FAILURES):
             with pytest.raises(ValueError, match="mine"):
-                async with upstream.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
+                async with pool.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
                     raise ValueError("mine")
         assert endpoint.circuit.state is CircuitState.CLOSED
 
 
 @asynccontextmanager
 async def half_open(pace: ServerPace | None = None, **settings: Any) -> AsyncIterator[tuple[Recorder, ServerPool]]:  # noqa: ANN401
-    """A server that is on trial, whose further pauses are so long that nobody waits for them."""
+    """A half-open server whose further pauses are too long for any test."""
     pace = pace or quick()
-    async with serving("reciter", pace=pace, **settings) as ((server,), upstream):
+    async with serving("reciter", pace=pace, **settings) as ((server,), pool):
         pace.first_pause = pace.longest_pause = 3600
         server.orders("503")
-        await fails(upstream, FAILURES)
-        await upstream.wait_available("")
+        await fails(pool, FAILURES)
+        await pool.wait_available("")
         server.orders()
-        yield server, upstream
+        yield server, pool
 
 
-async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_through() -> None:
-    async with half_open() as (server, upstream):
+async def test_trials_go_one_at_a_time_until_the_first_event_of_one() -> None:
+    async with half_open() as (server, pool):
         server.options = Options(orders=Scenario(first_token=0.2, tokens=400, rate=40))
         tried = len(server.served)
-        tasks = [asyncio.create_task(ask(upstream)) for _ in range(20)]
+        tasks = [asyncio.create_task(ask(pool)) for _ in range(20)]
         await until(lambda: len(server.served) > tried)
-        assert (len(server.served) - tried, upstream.is_available) == (1, False)
+        assert (len(server.served) - tried, pool.is_available) == (1, False)
         trial = server.served[-1]
         await until(lambda: len(server.served) == tried + 20)
         assert trial.ended is None, "nobody waits for the end of the trial"
@@ -558,106 +555,107 @@ async def test_one_trial_goes_at_a_time_and_its_first_event_lets_the_others_thro
 @pytest.mark.parametrize(
     ("fault", "code"), [("hang", "first_token_timeout"), ("freeze", "gap_timeout"), ("503", "upstream_unavailable")]
 )
-async def test_the_limits_hold_for_a_trial_and_one_that_fails_lets_no_others_through(fault: Fault, code: str) -> None:
-    async with half_open(limits=limits_for(fault)) as (server, upstream):
+async def test_a_trial_has_the_usual_limits_and_its_failure_keeps_the_circuit_half_open(
+    fault: Fault, code: str
+) -> None:
+    async with half_open(limits=limits_for(fault)) as (server, pool):
         server.orders(fault, after=2 if fault == "freeze" else 0)
         caller = Caller()
-        (circuit,) = (endpoint.circuit for endpoint in upstream.servers)
+        (circuit,) = (endpoint.circuit for endpoint in pool.servers)
         with pytest.raises(UpstreamError) as caught:
-            await ask(upstream, await chosen(upstream), caller=caller)
+            await ask(pool, await chosen(pool), caller=caller)
         assert caught.value.code == code
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         assert (circuit.admits(caller, last_resort=True), circuit.admits(Caller())) == (False, False)
 
 
-async def test_a_job_that_failed_has_the_server_tried_with_a_request_of_the_workers_own() -> None:
-    """A1. It is for one token, and so short that it is no matter which server it costs it."""
-    async with half_open() as (server, upstream):
-        caller = Caller(failed_at={upstream.servers[0].circuit})
+async def test_the_worker_tries_a_server_itself_for_a_job_that_failed_there() -> None:
+    """The request is for one token, so that it hardly burdens a server."""
+    async with half_open() as (server, pool):
+        caller = Caller(failed_at={pool.servers[0].circuit})
         tried = len(server.served)
-        await upstream.wait_available("reciter", caller=caller)
+        await pool.wait_available("reciter", caller=caller)
         (trial,) = list(server.served)[tried:]
         assert (trial.request["model"], trial.request["max_tokens"], trial.status) == ("reciter", 1, 200)
-        assert upstream.accepts("reciter", caller)
+        assert pool.accepts("reciter", caller)
 
 
 @pytest.mark.parametrize("status", [400, 404, 429])
-async def test_a_server_that_refuses_the_workers_own_request_answers(status: int) -> None:
-    """A1. A base model has no template, say: nobody is to wait for it for ever."""
-    async with half_open() as (server, upstream):
-        caller = Caller(failed_at={upstream.servers[0].circuit})
+async def test_a_server_that_refuses_the_trial_of_the_worker_is_up(status: int) -> None:
+    """A base model has no chat template, for example. Jobs must not wait for it for ever."""
+    async with half_open() as (server, pool):
+        caller = Caller(failed_at={pool.servers[0].circuit})
         server.statuses["/v1/chat/completions"] = status
-        await upstream.wait_available("", caller=caller)
-        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
+        await pool.wait_available("", caller=caller)
+        assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
-async def test_a_job_that_failed_does_not_wait_for_a_server_while_one_of_its_fallbacks_can_be_had() -> None:
-    """A1."""
-    async with serving("large", "small") as ((large, _), upstream):
-        circuit = upstream.servers[0].circuit
+async def test_a_job_that_failed_at_a_server_falls_back_to_another_model() -> None:
+    async with serving("large", "small") as ((large, _), pool):
+        circuit = pool.servers[0].circuit
         caller = Caller()
         large.orders("500")
         with pytest.raises(UpstreamError):
-            await ask(upstream, upstream.servers[0], model="large", caller=caller)
-        await fails(upstream, FAILURES - 1, model="large")
+            await ask(pool, pool.servers[0], model="large", caller=caller)
+        await fails(pool, FAILURES - 1, model="large")
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         with pytest.raises(UpstreamError, match="every server of `large` is away"):
-            await upstream.wait_available("large", ["small"], caller=caller)
+            await pool.wait_available("large", ["small"], caller=caller)
 
 
-async def test_a_trial_that_is_cancelled_or_refused_leaves_its_place_to_the_next() -> None:
-    async with half_open() as (server, upstream):
+async def test_after_a_cancelled_or_refused_trial_the_next_request_is_the_trial() -> None:
+    async with half_open() as (server, pool):
         server.orders("hang")
         tried = len(server.served)
-        trial = asyncio.create_task(ask(upstream))
+        trial = asyncio.create_task(ask(pool))
         await until(lambda: len(server.served) > tried)
-        waiting = asyncio.create_task(chosen(upstream))
+        waiting = asyncio.create_task(chosen(pool))
         trial.cancel()
         endpoint = await waiting
-        await fails(upstream, temperature=-3.0)
+        await fails(pool, temperature=-3.0)
         assert endpoint.circuit.state is CircuitState.HALF_OPEN
         server.orders()
-        assert await ask(upstream)
+        assert await ask(pool)
 
 
-async def test_a_question_that_is_refused_leaves_the_place_of_the_trial() -> None:
-    async with half_open() as (server, upstream):
+async def test_after_a_refused_question_another_request_may_be_the_trial() -> None:
+    async with half_open() as (server, pool):
         server.statuses["/tokenize"] = 429
         with pytest.raises(UpstreamError):
-            await upstream.post(await chosen(upstream), "/tokenize", {})
-        assert upstream.is_available
+            await pool.post(await chosen(pool), "/tokenize", {})
+        assert pool.is_available
 
 
-async def test_a_question_has_as_long_as_a_first_token() -> None:
+async def test_a_question_has_the_limit_of_a_first_token() -> None:
     pace = quick()
-    async with serving("reciter", pace=pace) as ((server,), upstream):
+    async with serving("reciter", pace=pace) as ((server,), pool):
         server.slow = {"/tokenize", "/v1/models"}
         question: Object = {"messages": [{"role": "user", "content": "Hi"}]}
         pace.probe_limit = SHORT
-        asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", question))
+        asking = asyncio.create_task(pool.post(pool.servers[0], "/tokenize", question))
         await until(lambda: "/tokenize" in server.asked)
         with pytest.raises(UpstreamError, match="did not answer within"):  # so the time of a probe is over
-            await upstream.list_models(upstream.servers[0])
+            await pool.list_models(pool.servers[0])
         server.released.set()
         assert b"tokens" in await asking
 
 
-async def test_questions_that_are_answered_late_leave_the_circuit_closed() -> None:
-    async with serving("reciter", limits=IMPATIENT) as ((server,), upstream):
-        (endpoint,) = upstream.servers
+async def test_late_answers_to_questions_leave_the_circuit_closed() -> None:
+    async with serving("reciter", limits=IMPATIENT) as ((server,), pool):
+        (endpoint,) = pool.servers
         server.slow = {"/tokenize"}
         late = await asyncio.gather(
-            *(upstream.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
+            *(pool.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
         )
         assert {getattr(error, "code", error) for error in late} == {"first_token_timeout"}
         assert (endpoint.circuit.state, len(endpoint.requests)) == (CircuitState.CLOSED, 0)
 
 
-async def test_a_question_is_not_waited_for_at_a_server_that_goes_down() -> None:
+async def test_a_question_fails_soon_at_a_server_that_shuts_down() -> None:
     limits, pace = StreamTimeouts(connect=5, first_token=600, gap=600), quick(frozen_after=0.1)
-    async with serving("reciter", limits=limits, pace=pace) as ((server,), upstream):
+    async with serving("reciter", limits=limits, pace=pace) as ((server,), pool):
         server.slow = {"/tokenize"}
-        asking = asyncio.create_task(upstream.post(upstream.servers[0], "/tokenize", {}))
+        asking = asyncio.create_task(pool.post(pool.servers[0], "/tokenize", {}))
         await until(lambda: "/tokenize" in server.asked)
         server.refuse()
         with pytest.raises(UpstreamError) as caught:
@@ -665,98 +663,100 @@ async def test_a_question_is_not_waited_for_at_a_server_that_goes_down() -> None
         assert caught.value.code == "upstream_truncated"
 
 
-async def test_who_waits_for_a_trial_to_end_is_woken_then() -> None:
+async def test_a_job_that_waits_for_a_trial_wakes_at_its_end() -> None:
     pace = quick()
-    async with half_open(pace) as (server, upstream):
+    async with half_open(pace) as (server, pool):
         pace.probe_every = 3600
         tried = len(server.served)
-        trial = asyncio.create_task(ask(upstream, simulate={"fault": "hang"}))
+        trial = asyncio.create_task(ask(pool, simulate={"fault": "hang"}))
         await until(lambda: len(server.served) > tried)
-        waiting = asyncio.create_task(ask(upstream))
+        waiting = asyncio.create_task(ask(pool))
         await asyncio.sleep(0)
         trial.cancel()
         assert await waiting
 
 
-async def test_what_is_chosen_for_a_trial_is_not_chosen_twice() -> None:
-    async with half_open() as (_, upstream):
-        assert upstream.is_available
-        await chosen(upstream)
-        assert not upstream.is_available
+async def test_a_server_on_trial_is_chosen_once() -> None:
+    async with half_open() as (_, pool):
+        assert pool.is_available
+        await chosen(pool)
+        assert not pool.is_available
 
 
 async def test_a_server_that_goes_away_is_probed_at_once() -> None:
-    async with serving("reciter", pace=quick(probe_every=3600)) as (_, upstream):
-        await fails(upstream, FAILURES, simulate={"fault": "500"})
-        assert await ask(upstream)
+    async with serving("reciter", pace=quick(probe_every=3600)) as (_, pool):
+        await fails(pool, FAILURES, simulate={"fault": "500"})
+        assert await ask(pool)
 
 
-async def test_one_poisonous_request_does_not_shut_the_others_out() -> None:
-    async with serving("reciter") as (_, upstream):
+async def test_one_poisonous_request_does_not_close_a_server_to_other_jobs() -> None:
+    async with serving("reciter") as (_, pool):
         for _ in range(3):
-            await fails(upstream, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
-            assert all(await asyncio.gather(*(ask(upstream) for _ in range(10))))
-        assert upstream.servers[0].circuit.state is CircuitState.CLOSED
+            await fails(pool, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
+            assert all(await asyncio.gather(*(ask(pool) for _ in range(10))))
+        assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
-async def test_the_others_serve_while_one_is_frozen() -> None:
-    async with serving("reciter", "reciter", limits=IMPATIENT) as ((frozen, good), upstream):
+async def test_the_other_servers_serve_while_one_is_frozen() -> None:
+    async with serving("reciter", "reciter", limits=IMPATIENT) as ((frozen, good), pool):
         frozen.statuses["/health"] = 503
         frozen.orders("freeze")
-        await fails(upstream, FAILURES)
+        await fails(pool, FAILURES)
         before = len(frozen.served)
-        upstream._limits = PATIENT
+        pool._limits = PATIENT
         for _ in range(5):
-            assert await ask(upstream)
+            assert await ask(pool)
         assert (len(frozen.served), len(good.served)) == (before, 5)
 
 
-async def test_a_server_that_asks_to_be_left_alone_is_passed_over() -> None:
-    async with serving("reciter", "reciter") as ((busy, good), upstream):
-        await fails(upstream, simulate={"fault": "429", "retry_after": 50})
+async def test_a_server_that_asks_for_a_pause_is_passed_over() -> None:
+    async with serving("reciter", "reciter") as ((busy, good), pool):
+        await fails(pool, simulate={"fault": "429", "retry_after": 50})
         for _ in range(3):
-            assert await ask(upstream)
+            assert await ask(pool)
         assert (len(busy.served), len(good.served)) == (1, 3)
 
 
 # The way to a server
 
 
-async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_in_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}"
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, nowhere)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    async with serving("reciter") as (_, upstream):
-        assert await ask(upstream)
+    async with serving("reciter") as (_, pool):
+        assert await ask(pool)
     async with Simulator() as simulator, httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):  # or this test would prove nothing
             await client.get(f"{simulator.url}/health")
 
 
-async def test_a_user_in_the_url_goes_before_the_key() -> None:
+async def test_a_user_in_the_url_overrides_the_key() -> None:
     async with Recorder() as plain, Recorder() as own:
         url = re.sub("//", "//me:p%40ss@", own.url)
-        async with watching(plain.url, url, api_key="key") as upstream:
-            for endpoint in upstream.servers:
-                assert await ask(upstream, endpoint)
+        async with watching(plain.url, url, api_key="key") as pool:
+            for endpoint in pool.servers:
+                assert await ask(pool, endpoint)
     assert set(plain.authorization) == {"Bearer key"}
     assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
 
 
-async def test_a_connection_that_goes_as_it_is_made_is_a_failure_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As uvloop tells it, in no OSError: a job ended with the code `internal`."""
+async def test_a_connection_that_is_lost_while_it_is_made_is_a_failure_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Uvloop does not raise an OSError for it: a job ended with the code `internal`."""
 
     async def connect(*_: object, **__: object) -> None:
         raise RuntimeError("the handler is closed")
 
-    async with serving("reciter") as (_, upstream):
-        (endpoint,) = upstream.servers
-        await upstream._api._transport.aclose()
+    async with serving("reciter") as (_, pool):
+        (endpoint,) = pool.servers
+        await pool._api._transport.aclose()
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)
             with pytest.raises(UpstreamError) as raised:
-                await ask(upstream, endpoint)
+                await ask(pool, endpoint)
     assert (raised.value.code, raised.value.retryable) == ("upstream_unreachable", True)

@@ -1,9 +1,9 @@
-"""What is remembered of models by name, for a while, whatever jobs call them."""
+"""The memory of models by name, which is limited in time and in size."""
 
 from worker.vllm.servers.recent import Recent
 
 
-def test_a_value_is_there_for_its_time() -> None:
+def test_a_value_is_kept_for_its_time() -> None:
     now = [0.0]
     recent: Recent[str] = Recent(lambda: now[0], 60)
     recent.put("x", "first")
@@ -19,8 +19,8 @@ def test_a_value_is_there_for_its_time() -> None:
     assert "x" not in recent
 
 
-def test_names_of_jobs_fill_no_memory() -> None:
-    """A11. They are any number of any length."""
+def test_names_from_jobs_do_not_fill_the_memory() -> None:
+    """There may be any number of names, of any length."""
     recent: Recent[bool] = Recent(lambda: 0.0, 60)
     for n in range(3000):
         recent.put(f"{n} \ud800" + "x" * 10_000, True)

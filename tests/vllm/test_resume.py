@@ -1,4 +1,4 @@
-"""What of a broken-off answer is kept, when it can be gone on with, and the stop strings across the break."""
+"""Resuming: the part of an answer that is kept, requests that cannot be resumed, and stop strings across the break."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def test_tokens_after_the_last_text_are_not_kept() -> None:
     assert keep_answer(deltas) == KeptAnswer(EntryId(1, 4), [10, 11, 12], 1, "Su", is_plain=True)
 
 
-def test_where_no_text_came_nothing_is_kept_but_the_entries_before() -> None:
+def test_without_text_only_the_entries_before_the_deltas_are_kept() -> None:
     assert keep_answer([delta(2, "", 10), delta(3, "", 11)]) == KeptAnswer(EntryId(1, 1), [], 0, "", is_plain=True)
 
 
@@ -56,7 +56,7 @@ def test_reasoning_is_text_but_not_plain() -> None:
         ([delta(2, "a", 10, extra={"delta": {"refusal": "no"}})], "more than text"),
     ],
 )
-def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: str) -> None:
+def test_a_delta_that_cannot_be_turned_into_a_prompt_cannot_be_resumed(deltas: list[Delta], why: str) -> None:
     with pytest.raises(CannotResume, match=why):
         keep_answer(deltas)
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_put_into_a_prompt_is_not_kept(deltas: list[Delta], why: 
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
     ],
 )
-def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
+def test_the_reason_why_a_request_cannot_be_resumed_is_named(field: dict[str, Any]) -> None:
     assert why_not_resumable(ASKED | field)
 
 
@@ -91,11 +91,11 @@ def test_an_obstacle_is_named(field: dict[str, Any]) -> None:
         {"messages": [{"role": "assistant", "content": None}, {"role": "user"}]},
     ],
 )
-def test_what_is_no_obstacle(field: dict[str, Any]) -> None:
+def test_these_requests_can_be_resumed(field: dict[str, Any]) -> None:
     assert not why_not_resumable(ASKED | field)
 
 
-def test_the_limits_are_those_of_the_whole_answer() -> None:
+def test_the_limits_of_tokens_count_the_kept_tokens() -> None:
     plan = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
     (chat, body), (completions, plain) = plan.requests
     assert (chat, completions) == (CHAT, COMPLETIONS)
@@ -105,7 +105,7 @@ def test_the_limits_are_those_of_the_whole_answer() -> None:
     assert plain == {"max_tokens": 8, "min_tokens": 3, "prompt": [*PROMPT, 7, 8]}
 
 
-def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() -> None:
+def test_without_a_limit_both_routes_may_fill_the_room_of_the_model() -> None:
     (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], room=100).requests
     assert "max_tokens" not in body
     assert plain["max_tokens"] == 100
@@ -120,7 +120,7 @@ def test_an_answer_without_a_limit_may_fill_the_models_room_on_either_route() ->
     ],
     ids=["reasoning", "logprobs", "no limit known"],
 )
-def test_the_plain_route_is_for_plain_text(plan: ResumePlan) -> None:
+def test_the_completions_route_is_for_plain_text(plan: ResumePlan) -> None:
     assert [route for route, _ in plan.requests] == [CHAT]
 
 
@@ -131,7 +131,7 @@ def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("asked", "room", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
 )
-def test_an_answer_with_all_its_tokens_is_over(asked: dict[str, Any], room: int, *, over: bool) -> None:
+def test_a_plan_without_tokens_left_is_exhausted(asked: dict[str, Any], room: int, *, over: bool) -> None:
     assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_exhausted is over
 
 
@@ -153,7 +153,7 @@ def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, None], ids=["other ids", "no ids"])
-def test_a_server_that_passes_over_the_ids_writes_nothing(prompt: list[int] | None) -> None:
+def test_a_server_that_ignores_the_ids_writes_nothing(prompt: list[int] | None) -> None:
     parser = parser_for({})
     with pytest.raises(CannotResume):
         parser.parse(chunk("text", 9, prompt=prompt))
@@ -188,12 +188,12 @@ def test_a_stop_string_across_the_break_ends_the_answer() -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=2),
     include=st.booleans(),
 )
-# B8: less text was published than the stop string is long
+# Less text was published than the stop string is long
 @example(text=["aa", "aa"], cut=1, stops=["aaaa"], include=True)
-def test_a_cut_does_not_show_in_what_is_published(
+def test_a_cut_does_not_show_in_the_published_text(
     text: list[str], cut: int, stops: list[str], *, include: bool
 ) -> None:
-    """Against the uninterrupted answer of a server that, as vLLM does, holds back what may become a stop string."""
+    """The reference is a server that, as vLLM does, holds back text that may become a stop string."""
     whole, stopped = served(text, stops, include=include, last=False)
     whole += served(text, stops, include=include)[0][len(whole) :]
     before, ended = served(text[:cut], stops, include=include, last=False)
@@ -218,7 +218,7 @@ def test_a_cut_does_not_show_in_what_is_published(
 
 
 def served(text: list[str], stops: list[str], *, include: bool, last: bool = True) -> tuple[str, bool]:
-    """What a server publishes of these tokens, and whether a stop string ended it."""
+    """The text that a server sends for these tokens, and whether a stop string ended it."""
     sent = list(pieces(text, stops, include=include, last=last))
     return "".join(piece for piece, _ in sent), bool(sent and sent[-1][1]) and not last
 

@@ -1,4 +1,4 @@
-"""Whole streams of other servers, as bytes, and what a reader of the log has of them in the end.
+"""Whole streams of other servers, as bytes, and the answer that a reader of the log gets from them.
 
 A new shape is a line of the table. Where openai's own client gets it right, what it gets is compared as well.
 """
@@ -57,7 +57,7 @@ def more(arguments: str, index: int = 0) -> Object:
 
 @dataclass(frozen=True)
 class Shape:
-    """A stream, and what it says. `openai`: whether openai's client gets the same content, reasoning and calls."""
+    """A stream, and its content. `openai`: whether openai's client gets the same content, reasoning and calls."""
 
     name: str
     body: bytes
@@ -68,80 +68,78 @@ class Shape:
     finish_reason: str = "stop"
     token_ids: list[int] = field(default_factory=list)
     extra: list[Object] = field(default_factory=list)
-    """What each delta keeps beside, of those that keep something."""
+    """The `extra` of each delta that has one."""
 
 
 SHAPES = [
-    Shape("A2: a tool call beside an empty text", ROLE + x({"tool_calls": CALL}, text="") + END, tool_calls=CALL),
-    Shape("A2: content beside an empty text", ROLE + x({"content": "hi"}, text="") + END, "hi"),
-    Shape("A2: content beside a text of null", ROLE + x({"content": "hi"}, text=None) + END, "hi"),
-    Shape("A2: reasoning beside a text", x({"reasoning": "r"}, text="t") + END, reasoning="r", extra=[{"text": "t"}]),
+    Shape("a tool call beside an empty text", ROLE + x({"tool_calls": CALL}, text="") + END, tool_calls=CALL),
+    Shape("content beside an empty text", ROLE + x({"content": "hi"}, text="") + END, "hi"),
+    Shape("content beside a text of null", ROLE + x({"content": "hi"}, text=None) + END, "hi"),
+    Shape("reasoning beside a text", x({"reasoning": "r"}, text="t") + END, reasoning="r", extra=[{"text": "t"}]),
+    Shape("a text that repeats the delta", x({"content": "a"}, text="a") + x({"content": "b"}, text="b") + END, "ab"),
     Shape(
-        "A2: a text that repeats the delta", x({"content": "a"}, text="a") + x({"content": "b"}, text="b") + END, "ab"
-    ),
-    Shape(
-        "A2: a text of all so far",
+        "a text of all so far",
         ROLE + x({"content": "a"}, text="a") + x({"content": "b"}, text="ab") + x({"content": "c"}, text="abc") + END,
         "abc",
     ),
     Shape(
-        "A2: a text of all at the end",
+        "a text of all at the end",
         ROLE + x({"content": "a"}) + x({}, "stop", text="a") + DONE,
         "a",
         extra=[{"text": "a"}],
     ),
-    Shape("A2: a text without a delta", without_delta(text="a") + without_delta("stop", text="b") + DONE, "ab", False),
-    Shape("A2: a text beside a delta of null", x(None, text="a") + x(None, "stop", text="b") + DONE, "ab", False),
+    Shape("a text without a delta", without_delta(text="a") + without_delta("stop", text="b") + DONE, "ab", False),
+    Shape("a text beside a delta of null", x(None, text="a") + x(None, "stop", text="b") + DONE, "ab", False),
     Shape(
-        "A5: a closing frame with the whole message",
+        "a closing frame with the whole message",
         ROLE + x({"content": "h"}) + x({"content": "i"}) + without_delta("stop", message=HI) + DONE,
         "hi",
         openai=False,  # it fails: the last choice has no delta
         extra=[{"message": HI}],
     ),
     Shape(
-        "A5: the whole message beside a delta of null",
+        "the whole message beside a delta of null",
         ROLE + x({"content": "hi"}) + x(None, "stop", message=HI) + DONE,
         "hi",
         openai=False,  # its stream helper fails, its chunks have the right content
         extra=[{"message": HI}],
     ),
     Shape(
-        "A5: the whole message beside an empty delta",
+        "the whole message beside an empty delta",
         ROLE + x({"content": "hi"}) + x({}, "stop", message=HI) + DONE,
         "hi",
         extra=[{"message": HI}],
     ),
     Shape(
-        "A5: the whole message after a tool call",
+        "the whole message after a tool call",
         ROLE + x({"tool_calls": CALL}) + x({}, "tool_calls", message={"tool_calls": CALL}) + DONE,
         tool_calls=CALL,
         finish_reason="tool_calls",
         extra=[{"message": {"tool_calls": CALL}}],
     ),
-    Shape("A5: a message alone", without_delta("stop", message=HI) + DONE, "hi", openai=False),
-    Shape("A5: a message after a role", ROLE + x({}, "stop", message=HI) + DONE, "hi", openai=False),
+    Shape("a message alone", without_delta("stop", message=HI) + DONE, "hi", openai=False),
+    Shape("a message after a role", ROLE + x({}, "stop", message=HI) + DONE, "hi", openai=False),
     Shape(
-        "A5: a message beside a role",
+        "a message beside a role",
         x({"role": "assistant", "content": ""}, "stop", message=HI) + DONE,
         "hi",
         openai=False,
     ),
     Shape(
-        "A5: messages that are pieces",
+        "messages that are pieces",
         b"".join(without_delta(message={"role": "assistant", "content": text}) for text in "hey") + END,
         "hey",
         openai=False,
     ),
     Shape(
-        "A5: messages that are pieces, and the whole of them",
+        "messages that are pieces, and the whole of them",
         b"".join(x({}, message={"content": text}) for text in "hi") + x({}, "stop", message=HI) + DONE,
         "hi",
         openai=False,
         extra=[{"message": HI}],
     ),
     Shape(
-        "A5: messages of all so far",
+        "messages of all so far",
         b"".join(x(None, message={"reasoning": "r", "content": text}) for text in ("", "h", "hi", "hi")) + END,
         "hi",
         openai=False,
@@ -149,56 +147,56 @@ SHAPES = [
         extra=[{"message": {"reasoning": "r", "content": "hi"}}],
     ),
     Shape(
-        "A5: a message with a tool call, twice",
+        "a message with a tool call, twice",
         x({}, message={"tool_calls": CALL}) + x({}, "stop", message={"tool_calls": CALL}) + DONE,
         tool_calls=CALL,
         openai=False,
         extra=[{"message": {"tool_calls": CALL}}],
     ),
     Shape(
-        "A5: a message after a message and a delta",
+        "a message after a message and a delta",
         x({}, message={"content": "h"}) + x({"content": "i"}) + x({}, "stop", message=HI) + DONE,
         "hi",
         openai=False,
         extra=[{"message": HI}],
     ),
     Shape(
-        "A5: a message that is a text",
+        "a message that is a text",
         ROLE + x({"content": "hi"}) + x({}, "stop", message="done") + DONE,
         "hi",
         extra=[{"message": "done"}],
     ),
     Shape(
-        "A5: a message of another choice",
+        "a message of another choice",
         x({"content": "hi"}) + x({}, "stop") + x({}, "stop", message=HI, index=1) + DONE,
         "hi",
     ),
     Shape(
-        "A15: an object as tool calls",
+        "an object as tool calls",
         ROLE + x({"content": "a", "tool_calls": {"id": "x"}}) + x({"content": "b"}) + END,
         "ab",
         openai=False,
         extra=[{"delta": {"tool_calls": {"id": "x"}}}],
     ),
     Shape(
-        "A15: text as tool calls",
+        "text as tool calls",
         ROLE + x({"content": "a", "tool_calls": "x"}) + END,
         "a",
         openai=False,
         extra=[{"delta": {"tool_calls": "x"}}],
     ),
     Shape(
-        "A15: null, text and an empty call among tool calls",
+        "null, text and an empty call among tool calls",
         ROLE + x({"content": "a", "tool_calls": [None, *CALL, "x", {}]}) + END,
         "a",
         openai=False,
         tool_calls=CALL,
         extra=[{"delta": {"tool_calls": ["x"]}}],
     ),
-    Shape("A15: nothing but null as tool calls", ROLE + x({"content": "a", "tool_calls": [None]}) + END, "a", False),
+    Shape("nothing but null as tool calls", ROLE + x({"content": "a", "tool_calls": [None]}) + END, "a", False),
     *(
         Shape(
-            f"A15: {ids} as token ids",
+            f"{ids} as token ids",
             ROLE + x({"content": "a"}, token_ids=ids) + x({"content": "b"}, token_ids=[2]) + END,
             "ab",
             extra=[{"token_ids": ids}],
@@ -208,7 +206,7 @@ SHAPES = [
     ),
     *(
         Shape(
-            f"A15: {ids} as the prompt's token ids",
+            f"{ids} as the prompt's token ids",
             event(chunk({"content": "a"}) | {"prompt_token_ids": ids}) * 2 + END,
             "aa",
         )
@@ -216,7 +214,7 @@ SHAPES = [
     ),
     *(
         Shape(
-            f"A15: {reason} as finish reason",
+            f"{reason} as finish reason",
             ROLE + x({"content": "a"}) + x({}, reason) + DONE,
             "a",
             openai=False,
@@ -224,9 +222,9 @@ SHAPES = [
         )
         for reason in ({"type": "stop"}, {"reason": "stop", "at": 3})
     ),
-    Shape("A15: an index that is text", x({"content": "a"}, index="0") + END, "a", openai=False),
+    Shape("an index that is text", x({"content": "a"}, index="0") + END, "a", openai=False),
     Shape(
-        "A15: an index that is none",
+        "an index that is none",
         x({"content": "a"}, index="first") + x({"content": "b"}, index=[1]) + x({"content": "c"}, index=1.5) + END,
         "abc",
         openai=False,
@@ -234,51 +232,49 @@ SHAPES = [
     ),
     *(
         Shape(
-            f"A15: {usage} as usage",
+            f"{usage} as usage",
             event(chunk({"content": "a"}) | {"usage": usage}) + END,
             "a",
             openai=False,
         )
         for usage in (7, "7", [7])
     ),
-    Shape("A15: an empty list as delta", ROLE + x([]) + x({"content": "a"}) + x([], "stop") + DONE, "a", openai=False),
+    Shape("an empty list as delta", ROLE + x([]) + x({"content": "a"}) + x([], "stop") + DONE, "a", openai=False),
     *(
-        Shape(
-            f"A12: no blank line at the end but {end!r}", ROLE + x({"content": "a"}, "stop").rstrip() + end, "a", False
-        )
+        Shape(f"no blank line at the end but {end!r}", ROLE + x({"content": "a"}, "stop").rstrip() + end, "a", False)
         for end in (b"", b"\n", b"\r", b"\r\n")
     ),
     Shape(
-        "A12: several chunks in one event",
+        "several chunks in one event",
         ROLE + b"".join(x({"content": text})[:-1] for text in "abc") + END,
         "abc",
         openai=False,
     ),
     Shape(
-        "A12: several chunks in one event, and the end",
+        "several chunks in one event, and the end",
         ROLE + x({"content": "a"})[:-1] + x({}, "stop")[:-1] + DONE,
         "a",
         openai=False,
     ),
-    Shape("A15: halves of a character", ROLE + x({"content": "a\ud83d"}) + x({"content": "\ude42b"}) + END, "a🙂b"),
+    Shape("halves of a character", ROLE + x({"content": "a\ud83d"}) + x({"content": "\ude42b"}) + END, "a🙂b"),
     Shape(
-        "A15: halves of a character with nothing between",
+        "halves of a character with nothing between",
         ROLE + x({"content": "\ud83d"}) + x({"content": ""}) + x({}) + x({"content": "\ude42"}, "stop") + DONE,
         "🙂",
     ),
     Shape(
-        "A15: halves of many characters",
+        "halves of many characters",
         ROLE + b"".join(x({"content": half}) for half in "\ud83d\ude42" * 3) + x({"content": "b"}) + END,
         "🙂🙂🙂b",
     ),
     Shape(
-        "A15: halves of a character of the reasoning",
+        "halves of a character of the reasoning",
         ROLE + x({"reasoning": "a\ud83d"}) + x({"reasoning": "\ude42"}) + x({"content": "b"}) + END,
         "b",
         reasoning="a🙂",
     ),
     Shape(
-        "A15: halves of a character of a tool call",
+        "halves of a character of a tool call",
         ROLE
         + x({"tool_calls": [call("\ud83d"), call("\ud83c", 1)]})
         + x({"tool_calls": [more("\udf0a", 1), more("\ude42")]})
@@ -286,34 +282,34 @@ SHAPES = [
         tool_calls=[call("🙂"), call("🌊", 1)],
     ),
     Shape(
-        "A15: half a character and no other",
+        "half a character and no other",
         ROLE + x({"content": "a\ud83d"}) + x({"content": "b"}) + x({"content": "\ude42"}) + END,
         "a?b?",
         openai=False,
     ),
-    Shape("A15: half a character at the end", ROLE + x({"content": "a\ud83d"}) + END, "a?", openai=False),
+    Shape("half a character at the end", ROLE + x({"content": "a\ud83d"}) + END, "a?", openai=False),
     Shape(
-        "A15: half a character at the end, beside no delta",
+        "half a character at the end, beside no delta",
         ROLE + x({"content": "a\ud83d"}) + x(None, "stop") + DONE,
         "a?",
         openai=False,
     ),
     Shape(
-        "A15: half a character at the end, beside what is no text",
+        "half a character at the end, beside what is no text",
         ROLE + x({"content": "a\ud83d"}) + x({"content": [1]}, "stop") + DONE,
         "a",
         openai=False,
         extra=[{"delta": {"content": [1]}}],
     ),
     Shape(
-        "A15: halves of a character without a delta",
+        "halves of a character without a delta",
         without_delta(text="\ud83d") + without_delta("stop", text="\ude42") + DONE,
         "🙂",
         openai=False,
     ),
     *(
         Shape(
-            f"A10: {number[:9]} as a number",
+            f"{number[:9]} as a number",
             (ROLE + x({"content": "a"}, odd="NUMBER", logprobs={"content": [{"logprob": "NUMBER"}]}) + END).replace(
                 b'"NUMBER"', number.encode()
             ),
@@ -334,7 +330,7 @@ SHAPES = [
         )
     ),
     Shape(
-        "A15: odd heads",
+        "odd heads",
         event(chunk({"role": {"a": 1}, "content": "a"}) | {"id": [1], "model": 7}) + END,
         "a",
         openai=False,
@@ -343,7 +339,7 @@ SHAPES = [
 
 
 def read(body: bytes) -> tuple[ChunkParser, Answer]:
-    """The answer as a reader of the log has it."""
+    """The answer as a reader of the log gets it."""
     parser, answer, decoder = ChunkParser(), Answer(), SSEDecoder()
     fields = [fields for data in decoder.feed(body) + decoder.end() for fields in parser.parse(data)]
     for n, one in enumerate(fields, 1):
@@ -357,7 +353,7 @@ def first_of(answer: Answer) -> Choice:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_a_stream_of_another_server_says_what_it_says(shape: Shape) -> None:
+def test_streams_of_other_servers_make_these_entries(shape: Shape) -> None:
     parser, answer = read(shape.body)
     parser.check_complete()
     choice = first_of(answer)
@@ -368,7 +364,7 @@ def test_a_stream_of_another_server_says_what_it_says(shape: Shape) -> None:
 
 
 def joined(message: Object) -> Object:
-    """With halves of surrogate pairs put together, which openai's client leaves to others."""
+    """Joins halves of surrogate pairs, which openai's client does not."""
     text = json.dumps(message, ensure_ascii=False)
     together: Object = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16"))
     return together
@@ -382,7 +378,7 @@ def test_a_stream_of_another_server_is_read_as_openai_reads_it(shape: Shape) -> 
     assert content_of({"choices": [choice]}) == [{name: value for name, value in message.items() if name in COMPARED}]
 
 
-def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
+def test_an_id_and_a_time_that_differ_in_each_chunk_are_published_once() -> None:
     chunks = [chunk({"content": text}) | {"id": f"chatcmpl-{n}", "created": n} for n, text in enumerate("abc", 5)]
     parser = ChunkParser()
     told = [fields for one in chunks for fields in parser.parse(json.dumps(one).encode())]
@@ -390,7 +386,7 @@ def test_a16_a_new_id_and_time_in_each_chunk_is_told_once() -> None:
     assert told == [head, *({"type": "delta", "content": text} for text in "abc")]
 
 
-def test_a16_a_model_that_alternates_is_told_twice_at_most() -> None:
+def test_a_model_that_alternates_is_published_twice_at_most() -> None:
     chunks = [chunk({"content": text}) | {"model": "mn"[n % 2]} for n, text in enumerate("abcdef")]
     _, answer = read(b"".join(map(event, chunks)) + END)
     parser = ChunkParser()
@@ -399,14 +395,14 @@ def test_a16_a_model_that_alternates_is_told_twice_at_most() -> None:
     assert answer.text == "abcdef"
 
 
-def test_a16_a_time_that_is_no_whole_number_and_new_in_each_chunk_is_told_once() -> None:
+def test_a_fractional_time_that_differs_in_each_chunk_is_published_once() -> None:
     _, answer = read(b"".join(event(chunk({"content": "a"}) | {"created": 1.5 + n}) for n in range(3)))
     assert answer.opened is not None
     assert answer.opened.extra == {"created": 1.5}
     assert [delta.extra for delta in answer.deltas] == [{}, {}, {}]
 
 
-def test_a16_a_head_that_is_empty_at_first_is_told_when_it_is_there() -> None:
+def test_a_head_that_is_empty_at_first_is_published_when_it_comes() -> None:
     first = {"id": "", "created": 0, "model": "", "object": "", "choices": [], "prompt_filter_results": [1]}
     _, answer = read(event(first) + x({"content": "a"}) + END)
     assert answer.opened is not None
@@ -431,14 +427,14 @@ USAGE: Object = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
         x({"content": "a"}) + event(chunk({}, "stop") | {"usage": USAGE}) + DONE + event({"usage": {"odd": 1}}),
     ],
 )
-def test_a16_usage_may_stand_in_a_choice_and_come_after_done(body: bytes) -> None:
+def test_usage_is_read_in_a_choice_and_after_done(body: bytes) -> None:
     parser, answer = read(body)
     parser.check_complete()
     assert (answer.text, parser.usage, parser.extra) == ("a", USAGE, {})
     assert [delta.extra for delta in answer.deltas] == [{}, {}]
 
 
-def test_a16_what_servers_say_to_each_other_does_not_reach_readers() -> None:
+def test_fields_between_servers_do_not_reach_readers() -> None:
     secret: Object = {"kv_transfer_params": {"remote_host": "10.0.0.1"}, "ec_transfer_params": {"ids": [1]}}
     parser, answer = read(
         event(chunk({"content": "a", **secret}, **secret) | secret)
@@ -451,7 +447,7 @@ def test_a16_what_servers_say_to_each_other_does_not_reach_readers() -> None:
     assert "transfer_params" not in str([answer.opened, answer.deltas, parser.extra])
 
 
-def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:
+def test_odd_fields_beside_the_choices_are_kept_once() -> None:
     _, answer = read(event(chunk({"content": "a"}) | {"prompt_token_ids": "1 2", "usage": 7}) * 2 + END)
     assert answer.opened is not None
     assert (answer.opened.extra, answer.opened.prompt_tokens) == ({"prompt_token_ids": "1 2", "usage": 7}, None)
@@ -465,25 +461,25 @@ def test_a15_what_stands_beside_the_choices_and_is_odd_is_kept_once() -> None:
         (0.0, 0), (1.0, 1), (1.5, 0), (-1, 0), (-1.0, 0), (True, 0),
     ],
 )  # fmt: skip
-def test_a15_an_index_may_be_text_or_a_float(index: object, number: int) -> None:
+def test_an_index_may_be_text_or_a_float(index: object, number: int) -> None:
     assert [choice.index for choice in read(x({"content": "a"}, index=index))[1].choices] == [number]
 
 
 @pytest.mark.parametrize(("reason", "text"), [({"at": 3}, '{"at":3}'), (7, "7"), (["stop"], '["stop"]')])
-def test_a15_a_finish_reason_that_is_no_text_ends_the_answer_all_the_same(reason: object, text: str) -> None:
+def test_a_finish_reason_that_is_not_text_ends_the_answer(reason: object, text: str) -> None:
     parser, answer = read(x({"content": "a"}) + x({}, reason))
     parser.check_complete()
     assert answer.finish_reason.replace(" ", "") == text
 
 
 @pytest.mark.parametrize("reason", [False, 0, [], {}, None, ""])
-def test_a15_nothing_as_finish_reason_ends_nothing(reason: object) -> None:
+def test_an_empty_finish_reason_does_not_end_the_answer(reason: object) -> None:
     assert not read(x({"content": "a"}, reason))[0].is_complete
 
 
 @pytest.mark.parametrize(("levels", "kept"), [(40, 40), (90, 90), (300, 97), (900, 97)])
 @pytest.mark.parametrize("half", ["", "\ud83d"])
-def test_a10_what_is_nested_deeply_makes_no_log_unreadable(levels: int, kept: int, half: str) -> None:
+def test_deep_nesting_does_not_make_a_log_unreadable(levels: int, kept: int, half: str) -> None:
     deep = "[" * levels + "1" + "]" * levels
     body = ROLE + x({"content": "a" + half}) + x({"content": half and "\ude42"}, odd="DEEP", also=["DEEP"]) + END
     _, answer = read(body.replace(b'"DEEP"', deep.encode()))
@@ -512,7 +508,7 @@ def test_a10_what_is_nested_deeply_makes_no_log_unreadable(levels: int, kept: in
         {"choices": [{"delta": {"content": "b"}, "finish_reason": "NUMBER"}]},
     ],
 )
-def test_a10_no_number_makes_a_log_unreadable(where: Object, number: str) -> None:
+def test_odd_numbers_do_not_make_a_log_unreadable(where: Object, number: str) -> None:
     body = event(chunk({"content": "a"}) | where).replace(b'"NUMBER"', number.encode())
     parser, answer = read(x({"content": "a"}) + body + END)
     parser.check_complete()

@@ -63,7 +63,7 @@ def events_of(lines: list[str]) -> Iterator[bytes]:  # noqa: C901 - the rules, o
         field, _, value = line.partition(":")
         text = line.strip(" \t")
         if field == "data":
-            if is_object(buffer.removesuffix("\n")):  # A12: it needs no blank line
+            if is_object(buffer.removesuffix("\n")):  # it needs no blank line
                 yield buffer.removesuffix("\n").encode()
                 buffer = ""
             buffer += value.removeprefix(" ") + "\n"
@@ -84,7 +84,7 @@ def events_of(lines: list[str]) -> Iterator[bytes]:  # noqa: C901 - the rules, o
 
 
 def depth(text: str) -> int:
-    """How many brackets are open at the end of JSON, of which no string spans lines."""
+    """How many brackets are open at the end of JSON. No string spans lines."""
     bare = re.sub(r'"[^"\\\n]*(?:\\.[^"\\\n]*)*"', "", text)
     return sum(map(bare.count, "{[")) - sum(map(bare.count, "}]"))
 
@@ -113,16 +113,14 @@ def is_object(text: str) -> bool:
     ],
 )
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_a12_whole_chunks_on_lines_of_one_event_are_several(
-    lines: list[bytes], events: list[bytes], end: bytes
-) -> None:
+def test_whole_chunks_on_the_lines_of_one_event_are_events(lines: list[bytes], events: list[bytes], end: bytes) -> None:
     body = b"".join(b"data: " + line + end for line in lines) + end
     assert decoded(body) == decoded(*byte_by_byte(body)) == events
     assert decoded(b"data: a\n\n", body, b"data: a\n\n") == [b"a", *events, b"a"]
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r", b"\r\n"])
-def test_a12_the_last_event_needs_no_blank_line(end: bytes) -> None:
+def test_the_last_event_needs_no_blank_line(end: bytes) -> None:
     for start in (b"", b"data: a\n\n", b"data: {}\r\n"):
         for pieces in ([start + b'data: {"a":1}' + end], byte_by_byte(start + b'data: {"a":1}' + end)):
             decoder = SSEDecoder()
@@ -133,13 +131,13 @@ def test_a12_the_last_event_needs_no_blank_line(end: bytes) -> None:
 
 
 @pytest.mark.parametrize("rest", [b'data: {"a":', b'data: {"a":1}x', b"data", b": {}", b"", b"id: {}"])
-def test_a12_an_event_that_is_cut_off_stays_cut_off(rest: bytes) -> None:
+def test_an_event_that_is_cut_off_is_dropped(rest: bytes) -> None:
     decoder = SSEDecoder()
     assert (decoder.feed(b"data: a\n\n" + rest), decoder.end()) == ([b"a"], [])
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_a12_events_that_end_in_one_line_end_go_out_when_the_next_begins(end: bytes) -> None:
+def test_events_that_end_in_one_line_end_come_out_when_the_next_begins(end: bytes) -> None:
     decoder = SSEDecoder()
     lines = [b'{"a":1}', b'{"b":2}', b'{"c":3}', b"[DONE]"]
     told = [decoder.feed(b"data: " + line + end) for line in lines]
@@ -148,7 +146,7 @@ def test_a12_events_that_end_in_one_line_end_go_out_when_the_next_begins(end: by
 
 
 @pytest.mark.parametrize("rest", [b'data: {"c":', b'data: {"c":\n', b"dat", b'data: {"c":1}x\n'])
-def test_a12_a_cut_last_line_costs_only_itself(rest: bytes) -> None:
+def test_a_cut_last_line_costs_only_itself(rest: bytes) -> None:
     body = b'data: {"a":1}\ndata: {"b":2}\n' + rest
     for pieces in ([body], byte_by_byte(body)):
         decoder = SSEDecoder()
@@ -172,14 +170,14 @@ BARE = [
 
 @pytest.mark.parametrize(("body", "events"), BARE)
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_a7_json_without_data_is_an_event_as_soon_as_it_is_whole(body: bytes, events: list[bytes], end: bytes) -> None:
+def test_json_without_data_is_an_event_as_soon_as_it_is_whole(body: bytes, events: list[bytes], end: bytes) -> None:
     for start in (b"", b"data: a\n\n", b": a comment\n\n"):
         cut = (start + body).replace(b"\n", end)
         wanted = [b"a", *events] if b"a\n" in start and start.startswith(b"data") else events
         assert decoded(cut) == decoded(*byte_by_byte(cut)) == wanted
 
 
-def test_a7_what_began_as_json_and_was_cut_off_can_be_quoted() -> None:
+def test_what_began_as_json_and_was_cut_off_can_be_quoted() -> None:
     decoder = SSEDecoder()
     assert (decoder.feed(b'{"error": {\n"message": "no'), decoder.end()) == ([], [])
     assert decoder.skipped == b'{"error": {\n"message": "no\n'
@@ -194,7 +192,7 @@ def test_a7_what_began_as_json_and_was_cut_off_can_be_quoted() -> None:
         (b'data: {"a":1}\nevent: error\n\n', [b'{"error":{"a":1}}']),
     ],
 )
-def test_a7_errors_are_told_from_chunks_that_end_in_one_line_end(body: bytes, events: list[bytes]) -> None:
+def test_errors_between_chunks_that_end_in_one_line_end_are_found(body: bytes, events: list[bytes]) -> None:
     assert decoded(body) == decoded(*byte_by_byte(body)) == events
 
 
@@ -212,7 +210,7 @@ def test_a7_errors_are_told_from_chunks_that_end_in_one_line_end(body: bytes, ev
         (b"event: add\ndata: 73857293\n\nevent: remove\ndata: 2153\n\n", [b"73857293", b"2153"]),
     ],
 )
-def test_examples_of_the_standard(body: bytes, events: list[bytes]) -> None:
+def test_the_examples_of_the_standard_are_read(body: bytes, events: list[bytes]) -> None:
     assert decoded(body) == decoded(*byte_by_byte(body)) == by_the_standard(body) == events
 
 
@@ -230,7 +228,7 @@ def test_each_end_of_line_ends_lines_and_events(end: bytes) -> None:
     assert decoded(body) == decoded(*byte_by_byte(body)) == [b"a\nb", b"c"]
 
 
-def test_an_event_that_ends_in_cr_does_not_wait_for_what_follows() -> None:
+def test_an_event_that_ends_in_cr_comes_out_at_once() -> None:
     decoder = SSEDecoder()
     assert decoder.feed(b"data: a\r\r") == [b"a"]
     assert decoder.feed(b"data: b\r\n\r") == [b"b"]
@@ -243,19 +241,19 @@ def test_no_other_separator_ends_a_line(mark: str) -> None:
     assert decoded(*byte_by_byte(b"data: " + event + b"\n\n")) == [event]
 
 
-def test_a_character_may_come_in_parts() -> None:
+def test_a_character_may_come_in_pieces() -> None:
     event = "世界 🙂 café".encode()
     body = b"data: " + event + b"\n\n"
     for cut in range(len(body)):
         assert decoded(body[:cut], body[cut:]) == [event]
 
 
-def test_bytes_that_are_no_utf8_are_handed_on_as_they_are() -> None:
+def test_bytes_that_are_not_utf8_are_passed_on() -> None:
     assert decoded(b"data: \xff\xfe\n\n") == [b"\xff\xfe"]
 
 
 @pytest.mark.parametrize("start", [b"\xef", b"\xef\xbb", b"\xef\xbbx", b"x"])
-def test_what_only_begins_as_a_bom_is_a_line_like_others(start: bytes) -> None:
+def test_a_line_that_begins_like_a_bom_is_a_line_like_others(start: bytes) -> None:
     body = start + b"\ndata: a\n\n"
     assert decoded(body) == decoded(*byte_by_byte(body)) == [b"a"]
 
@@ -269,7 +267,7 @@ def test_empty_reads_change_nothing() -> None:
     assert decoded(b"", b"da", b"", b"ta: a\r", b"", b"\n\r", b"", b"\n", b"") == [b"a"]
 
 
-def test_what_follows_done_is_given_too() -> None:
+def test_events_after_done_come_out() -> None:
     assert decoded(b"data: [DONE]\n\ndata: more\n\n") == [b"[DONE]", b"more"]
 
 
@@ -302,7 +300,7 @@ def test_a_recorded_stream_reads_the_same_at_every_cut(name: str, end: bytes) ->
         b"data: a\n\ndata\n\n", b"data: a\n\nid: 1\ndata: b\n\n", b"data: a\r\n\r\ndata: b\n\n",
     ],
 )  # fmt: skip
-def test_events_that_come_in_one_piece_read_as_the_standard_says(body: bytes) -> None:
+def test_events_in_one_piece_are_read_by_the_standard(body: bytes) -> None:
     assert decoded(b"data: 0\n\n", body) == [b"0", *by_the_standard(body)]
 
 
@@ -321,7 +319,7 @@ def _streams(draw: st.DrawFn) -> bytes:
 
 
 @given(_streams(), st.randoms(use_true_random=False))
-def test_any_stream_reads_as_the_standard_says_however_it_is_cut(body: bytes, chance: random.Random) -> None:
+def test_any_stream_is_read_by_the_standard_however_it_is_cut(body: bytes, chance: random.Random) -> None:
     wanted = by_the_standard(body)
     cuts = sorted(chance.randrange(len(body) + 1) for _ in range(chance.randrange(12)))
     pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
@@ -334,12 +332,12 @@ def test_any_stream_reads_as_the_standard_says_however_it_is_cut(body: bytes, ch
 
 
 def held(decoder: SSEDecoder) -> int:
-    """Bytes that the decoder keeps; each data line counts one more, for its place."""
+    """The bytes in the decoder's buffers; each data line counts one more."""
     return sum(map(len, decoder._pending)) + sum(len(line) + 1 for line in decoder._data)
 
 
 def fed_until_too_large(decoder: SSEDecoder, piece: bytes) -> int:
-    """The most that the decoder held before it refused this piece, coming again and again."""
+    """The most that the decoder buffered until it refused this piece, sent again and again."""
     most = 0
     for _ in range(10_000):
         try:

@@ -1,4 +1,4 @@
-"""Streams from a server: every way in which they break, how long silence may last, and what servers refuse."""
+"""Streams from a server: every way in which they break, the limits on silence, and refused fields."""
 
 import asyncio
 import gc
@@ -47,7 +47,7 @@ def asking(**simulate: object) -> Object:
 
 
 class Counting(Simulator):
-    """Counts the connections that it was asked for."""
+    """Counts the connections that are made to it."""
 
     accepted = 0
 
@@ -62,19 +62,19 @@ async def serving(
     limits: StreamTimeouts = PATIENT,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[tuple[Counting, ServerPool]]:
-    async with Counting(options) as simulator, reaching(simulator.url, limits=limits, **settings) as upstream:
-        yield simulator, upstream
+    async with Counting(options) as simulator, reaching(simulator.url, limits=limits, **settings) as pool:
+        yield simulator, pool
 
 
 @asynccontextmanager
 async def reaching(
     *urls: str, limits: StreamTimeouts = PATIENT, api_key: str = "", pace: ServerPace | None = None
 ) -> AsyncIterator[ServerPool]:
-    upstream = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, pace=pace)
+    pool = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, pace=pace)
     try:
-        yield upstream
+        yield pool
     finally:
-        await upstream.aclose()
+        await pool.aclose()
 
 
 def to(url: str) -> Target:
@@ -87,14 +87,14 @@ async def opened(transport: Transport, url: str) -> ChatStream:
 
 
 def enough(_events: list[bytes]) -> bool:
-    """Enough after the next events."""
+    """Stop after the next events."""
     return True
 
 
-async def ask(upstream: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
-    """The whole answer, read as the service reads it."""
+async def ask(pool: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
+    """The whole answer, read as the worker reads it."""
     parser, answer = ChunkParser(), Answer()
-    async with upstream.stream(upstream.servers[0], request or REQUEST) as stream:
+    async with pool.stream(pool.servers[0], request or REQUEST) as stream:
         stream.has_begun = lambda: parser.has_content
 
         def take(events: list[bytes]) -> bool:
@@ -109,16 +109,16 @@ async def ask(upstream: ServerPool, request: Object | None = None) -> tuple[Answ
     return answer, parser
 
 
-async def error_of(upstream: ServerPool, request: Object | None = None) -> UpstreamError:
+async def error_of(pool: ServerPool, request: Object | None = None) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
-        await ask(upstream, request)
-    assert len(upstream.servers[0].requests) == 0
+        await ask(pool, request)
+    assert len(pool.servers[0].requests) == 0
     return caught.value
 
 
 async def error_of_server(*pieces: bytes, limits: StreamTimeouts = PATIENT, **settings: Any) -> UpstreamError:  # noqa: ANN401
-    async with sending(*pieces, **settings) as url, reaching(url, limits=limits) as upstream:
-        return await error_of(upstream)
+    async with sending(*pieces, **settings) as url, reaching(url, limits=limits) as pool:
+        return await error_of(pool)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -135,8 +135,8 @@ def chunked(*pieces: bytes) -> bytes:
 
 
 async def test_an_answer_comes_whole() -> None:
-    async with serving() as (simulator, upstream):
-        answer, parser = await ask(upstream)
+    async with serving() as (simulator, pool):
+        answer, parser = await ask(pool)
         request = simulator.served[-1].request
     assert (answer.text, answer.finish_reason, parser.done) == (answer_to(WHO), "stop", True)
     assert request == {**REQUEST, "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True}}
@@ -151,35 +151,35 @@ async def test_an_answer_comes_whole() -> None:
 )
 async def test_an_answer_comes_whole_in_the_shapes_of_other_servers(shape: str) -> None:
     thinking: list[Any] = [{"role": "user", "content": "Think first"}]
-    async with serving() as (_, upstream):
-        plain, _ = await ask(upstream, {**asking(), "messages": thinking})
-        shaped, _ = await ask(upstream, {**asking(shape=shape), "messages": thinking})
+    async with serving() as (_, pool):
+        plain, _ = await ask(pool, {**asking(), "messages": thinking})
+        shaped, _ = await ask(pool, {**asking(shape=shape), "messages": thinking})
     assert plain.choices[0].reasoning.startswith("\nThe user wants me to think.")
     for name in ("content", "reasoning", "token_ids", "finish_reason"):
         assert getattr(shaped.choices[0], name) == getattr(plain.choices[0], name)
 
 
-async def test_a_completion_that_is_no_stream_is_read_as_one() -> None:
-    async with serving() as (simulator, upstream):
-        answer, parser = await ask(upstream, asking(fault="json"))
+async def test_a_completion_that_is_not_streamed_is_read() -> None:
+    async with serving() as (simulator, pool):
+        answer, parser = await ask(pool, asking(fault="json"))
         assert (answer.text, answer.finish_reason) == (answer_to(WHO), "stop")
         assert parser.usage["completion_tokens"] == len(answer.choices[0].token_ids)
-        await ask(upstream)
+        await ask(pool)
         assert simulator.accepted == 1
 
 
-async def test_a_completion_over_several_lines_is_read_as_well() -> None:
+async def test_a_completion_over_several_lines_is_read() -> None:
     body = b'{\r\n "choices": [\n  {"message": {"content": "a\\nb"},\r "finish_reason": "stop"}\n ]\n}\n'
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json; charset=utf-8\r\ncontent-length: %d\r\n\r\n" % len(body)
-    async with sending(head + body) as url, reaching(url) as upstream:
-        assert (await ask(upstream))[0].text == "a\nb"
+    async with sending(head + body) as url, reaching(url) as pool:
+        assert (await ask(pool))[0].text == "a\nb"
 
 
 @pytest.mark.parametrize("kind", [b"content-type: text/plain\r\n", b"content-type: Text/Event-Stream\r\n", b""])
-async def test_a_stream_need_not_be_called_one(kind: bytes) -> None:
+async def test_a_stream_is_read_whatever_its_content_type(kind: bytes) -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
-    async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as upstream:
-        assert (await ask(upstream))[0].text == "a"
+    async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as pool:
+        assert (await ask(pool))[0].text == "a"
 
 
 LABELS = ["application/json", "application/json; charset=utf-8", "text/event-stream", "text/plain", "text/html",
@@ -188,7 +188,7 @@ LABELS = ["application/json", "application/json; charset=utf-8", "text/event-str
 
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b": a comment\n\n", b"\n \n", b"event: chunk\n", b"id: 1\r\n"])
-async def test_a4_events_are_streamed_as_they_come_whatever_they_are_labelled(label: str, start: bytes) -> None:
+async def test_events_come_out_as_they_arrive_whatever_the_content_type(label: str, start: bytes) -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
     head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\n\r\n".encode()
     async with sending(head, start[:2], start[2:] + event, then_close=False) as url, Transport() as transport:
@@ -208,11 +208,11 @@ async def test_a4_events_are_streamed_as_they_come_whatever_they_are_labelled(la
 
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n  \n"])
-async def test_a4_a_whole_completion_is_one_whatever_it_is_labelled(label: str, start: bytes) -> None:
+async def test_a_whole_completion_is_read_whatever_the_content_type(label: str, start: bytes) -> None:
     body = start + b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
     head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-    async with sending(head, body) as url, reaching(url) as upstream:
-        assert (await ask(upstream))[0].text == "a"
+    async with sending(head, body) as url, reaching(url) as pool:
+        assert (await ask(pool))[0].text == "a"
 
 
 TEXT = b'{"choices":[{"delta":{"content":"%c"}}]}'
@@ -221,7 +221,7 @@ FINISH = b'{"choices":[{"delta":{},"finish_reason":"stop"}]}'
 
 @pytest.mark.parametrize("prefix", [b"data: ", b"data:", b""])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-async def test_a12_a7_lines_that_are_chunks_show_while_the_stream_flows(prefix: bytes, end: bytes) -> None:
+async def test_lines_that_are_chunks_come_out_during_the_stream(prefix: bytes, end: bytes) -> None:
     """With one line end behind each, or as lines of JSON."""
     body = b"".join(prefix + TEXT % letter + end for letter in b"abc")
     async with sending(HEAD + b"\r\n", body, then_close=False) as url, Transport() as transport:
@@ -240,12 +240,12 @@ async def test_a12_a7_lines_that_are_chunks_show_while_the_stream_flows(prefix: 
 
 
 @pytest.mark.parametrize("prefix", [b"data: ", b""])
-async def test_a12_a7_lines_that_are_chunks_are_a_whole_answer(prefix: bytes) -> None:
+async def test_lines_that_are_chunks_are_a_whole_answer(prefix: bytes) -> None:
     lines = [*(TEXT % letter for letter in b"abc"), FINISH]
     answer = HEAD + b"\r\n" + b"".join(prefix + line + b"\n" for line in lines)
     for rest in (b"", b"data: [DONE]\n"):
-        async with sending(answer + rest) as url, reaching(url) as upstream:
-            assert (await ask(upstream))[0].text == "abc"
+        async with sending(answer + rest) as url, reaching(url) as pool:
+            assert (await ask(pool))[0].text == "abc"
 
 
 ERROR = b'{"error":{"message":"no such thing","code":400}}'
@@ -263,7 +263,7 @@ LIMITED = StreamTimeouts(connect=5, first_token=0.3, gap=0.3)
         b"[" + ERROR + b"]\n",
     ],
 )
-async def test_a7_an_error_on_a_line_is_one_at_once_where_the_connection_stays_open(body: bytes) -> None:
+async def test_an_error_on_a_line_is_raised_at_once_though_the_connection_stays_open(body: bytes) -> None:
     error = await error_of_server(HEAD + b"\r\n" + body, then_close=False)
     assert (error.code, error.message) == ("invalid_request", "no such thing")
 
@@ -272,7 +272,7 @@ async def test_a7_an_error_on_a_line_is_one_at_once_where_the_connection_stays_o
     "body",
     [ERROR, b"data: " + ERROR + b"\n", b"data: " + ERROR, b"event: error\ndata: " + ERROR + b"\n", b"\n " + ERROR],
 )
-async def test_a7_an_error_without_an_end_is_one_where_the_connection_stays_open(body: bytes) -> None:
+async def test_an_unfinished_error_is_raised_though_the_connection_stays_open(body: bytes) -> None:
     error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
     assert (error.code, error.message) == ("invalid_request", "no such thing")
 
@@ -286,23 +286,25 @@ async def test_a7_an_error_without_an_end_is_one_where_the_connection_stays_open
         (b"<p>the quota is gone", "not_a_stream", "the quota is gone"),
     ],
 )
-async def test_a7_what_came_in_place_of_an_answer_is_quoted_after_silence(body: bytes, code: str, words: str) -> None:
+async def test_after_silence_the_error_quotes_what_came_in_place_of_an_answer(
+    body: bytes, code: str, words: str
+) -> None:
     error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
     assert error.code == code
     assert words in error.message
 
 
-async def test_a7_text_is_not_quoted_after_silence() -> None:
+async def test_after_silence_the_error_does_not_quote_text() -> None:
     body = b"data: " + TEXT % b"a" + b"\n\ndata: " + (TEXT % b"b")[:-3]
     error = await error_of_server(HEAD + b"\r\n" + body, limits=LIMITED, then_close=False)
     assert (error.code, error.message) == ("gap_timeout", "vLLM sent nothing for 0.3 s mid-stream")
 
 
-async def test_a4_a_whole_completion_counts_where_the_connection_stays_open() -> None:
+async def test_a_whole_completion_counts_though_the_connection_stays_open() -> None:
     body = b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
-    async with sending(HEAD + b"\r\n", body, then_close=False) as url, reaching(url, limits=LIMITED) as upstream:
+    async with sending(HEAD + b"\r\n", body, then_close=False) as url, reaching(url, limits=LIMITED) as pool:
         parser = ChunkParser()
-        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
+        async with pool.stream(pool.servers[0], REQUEST) as stream:
 
             def take(events: list[bytes]) -> bool:
                 for data in events:
@@ -315,18 +317,18 @@ async def test_a4_a_whole_completion_counts_where_the_connection_stays_open() ->
 
 
 @pytest.mark.parametrize("cut", range(4))
-async def test_a4_a_bom_may_come_in_pieces(cut: int) -> None:
+async def test_a_bom_may_come_in_pieces(cut: int) -> None:
     body = b"\xef\xbb\xbfdata: " + TEXT % b"a" + b"\n\ndata: " + FINISH + b"\n\n"
-    async with sending(HEAD + b"\r\n", body[:cut], body[cut:]) as url, reaching(url) as upstream:
-        assert (await ask(upstream))[0].text == "a"
+    async with sending(HEAD + b"\r\n", body[:cut], body[cut:]) as url, reaching(url) as pool:
+        assert (await ask(pool))[0].text == "a"
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 203, 206])
 @pytest.mark.parametrize("body", [b'data: {"choices":[%b]}\n\n', b'{"choices":[%b]}'])
-async def test_a4_these_statuses_are_answers(status: int, body: bytes) -> None:
+async def test_these_statuses_are_those_of_an_answer(status: int, body: bytes) -> None:
     answer = body % b'{"delta":{"content":"a"},"finish_reason":"stop"}'
-    async with sending(b"HTTP/1.1 %d OK\r\n\r\n" % status + answer) as url, reaching(url) as upstream:
-        assert (await ask(upstream))[0].text == "a"
+    async with sending(b"HTTP/1.1 %d OK\r\n\r\n" % status + answer) as url, reaching(url) as pool:
+        assert (await ask(pool))[0].text == "a"
 
 
 async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
@@ -337,26 +339,26 @@ async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
     authority.issue_cert("127.0.0.1").configure_cert(secure)
     authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
     async with sending(HEAD + b"\r\n" + event, secure=secure) as url:
-        async with reaching(url) as upstream:
-            error = await error_of(upstream)
+        async with reaching(url) as pool:
+            error = await error_of(pool)
             assert isinstance(error, NoConnection)
             assert "CERTIFICATE_VERIFY_FAILED" in error.message
             assert error.message.endswith(
                 "; set SSL_CERT_FILE to a PEM file with the certificate of the server's authority"
             )
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
-        async with reaching(url) as upstream:
-            assert (await ask(upstream))[0].text == "a"
-        async with reaching(url.replace("127.0.0.1", "localhost")) as upstream:  # which the certificate is not for
-            assert "Hostname mismatch" in (error := await error_of(upstream)).message
+        async with reaching(url) as pool:
+            assert (await ask(pool))[0].text == "a"
+        async with reaching(url.replace("127.0.0.1", "localhost")) as pool:  # which the certificate is not for
+            assert "Hostname mismatch" in (error := await error_of(pool)).message
             assert error.message.endswith("; use the name in VLLM_URLS that the server's certificate is for")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
-        async with reaching(url) as upstream:
-            assert "the certificates of SSL_CERT_FILE cannot be read" in (await error_of(upstream)).message
+        async with reaching(url) as pool:
+            assert "the certificates of SSL_CERT_FILE cannot be read" in (await error_of(pool)).message
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n", b""])
-async def test_c8_tls_to_a_server_that_does_not_speak_it(answer: bytes) -> None:
+async def test_tls_to_a_server_without_it_is_an_error_with_a_fix(answer: bytes) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         writer.write(answer)
@@ -364,27 +366,27 @@ async def test_c8_tls_to_a_server_that_does_not_speak_it(answer: bytes) -> None:
 
     server = await asyncio.start_server(refuse, "127.0.0.1", 0)
     url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, reaching(url) as upstream:
-        error = await error_of(upstream)
+    async with server, reaching(url) as pool:
+        error = await error_of(pool)
     assert error.code == "upstream_unreachable"
     assert "does not speak TLS" in error.fix
     assert error.message.endswith("its URL begins with http://")
 
 
 async def test_the_key_is_sent() -> None:
-    async with serving(Options(api_key="secret"), api_key="secret") as (_, upstream):
-        assert (await ask(upstream))[0].text == answer_to(WHO)
-    async with serving(Options(api_key="secret"), api_key="wrong") as (_, upstream):
-        error = await error_of(upstream)
+    async with serving(Options(api_key="secret"), api_key="secret") as (_, pool):
+        assert (await ask(pool))[0].text == answer_to(WHO)
+    async with serving(Options(api_key="secret"), api_key="wrong") as (_, pool):
+        error = await error_of(pool)
         assert (error.code, error.retryable, error.message) == ("unauthorized", True, "Unauthorized")
 
 
 async def test_many_streams_go_at_once() -> None:
-    async with serving() as (simulator, upstream):
-        answers = await asyncio.gather(*(ask(upstream, asking(tokens=20, rate=200)) for _ in range(100)))
+    async with serving() as (simulator, pool):
+        answers = await asyncio.gather(*(ask(pool, asking(tokens=20, rate=200)) for _ in range(100)))
         assert {answer.text for answer, _ in answers} == {answer_to(WHO, tokens=20)}
         assert simulator.accepted == 100
-        assert len(upstream.servers[0].requests) == 0
+        assert len(pool.servers[0].requests) == 0
 
 
 # Faults
@@ -406,26 +408,26 @@ async def test_many_streams_go_at_once() -> None:
     ],
 )
 async def test_each_fault_has_its_code(fault: str, code: str, status: int, retryable: bool) -> None:  # noqa: FBT001
-    async with serving() as (simulator, upstream):
+    async with serving() as (simulator, pool):
         # Paced, so that what was sent before a reset is read before it.
-        error = await error_of(upstream, asking(fault=fault, after=3, rate=500))
+        error = await error_of(pool, asking(fault=fault, after=3, rate=500))
         assert simulator.served[-1].fault == fault
         assert (error.code, error.status, error.retryable) == (code, status, retryable)
         assert error.message
         # The server is as good as before.
-        assert (await ask(upstream))[0].text == answer_to(WHO)
+        assert (await ask(pool))[0].text == answer_to(WHO)
 
 
-async def test_a_missing_done_is_no_fault() -> None:
-    async with serving() as (_, upstream):
-        answer, parser = await ask(upstream, asking(fault="no_done"))
+async def test_a_missing_done_is_not_a_fault() -> None:
+    async with serving() as (_, pool):
+        answer, parser = await ask(pool, asking(fault="no_done"))
     assert (answer.text, parser.done, parser.is_complete) == (answer_to(WHO), False, True)
 
 
-async def test_the_time_that_a_server_asks_for_is_told() -> None:
-    async with serving() as (_, upstream):
-        assert (await error_of(upstream, asking(fault="429", retry_after=7))).retry_after == 7
-        assert (await error_of(upstream, asking(fault="429"))).retry_after is None
+async def test_retry_after_is_in_the_error() -> None:
+    async with serving() as (_, pool):
+        assert (await error_of(pool, asking(fault="429", retry_after=7))).retry_after == 7
+        assert (await error_of(pool, asking(fault="429"))).retry_after is None
 
 
 @pytest.mark.parametrize(
@@ -437,23 +439,23 @@ async def test_the_time_that_a_server_asks_for_is_told() -> None:
         ({"logprobs": True, "top_logprobs": 500}, "invalid_request"),
     ],
 )
-async def test_a_bad_request_is_not_worth_a_retry(fields: dict[str, Any], code: str) -> None:
-    async with serving() as (simulator, upstream):
-        error = await error_of(upstream, {**REQUEST, **fields})
+async def test_a_bad_request_is_not_retryable(fields: dict[str, Any], code: str) -> None:
+    async with serving() as (simulator, pool):
+        error = await error_of(pool, {**REQUEST, **fields})
         assert (error.code, error.retryable) == (code, False)
         assert len(simulator.served) == 1
 
 
-async def test_a_server_that_is_not_there() -> None:
+async def test_a_server_that_is_not_there_is_unreachable() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    async with reaching(url) as upstream:
-        error = await error_of(upstream)
+    async with reaching(url) as pool:
+        error = await error_of(pool)
     assert (error.code, error.status, error.retryable) == ("upstream_unreachable", 0, True)
     assert error.message.startswith(f"cannot reach {url}/v1/chat/completions: ")
 
 
-async def test_a_server_that_goes_as_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_goes_during_the_write_is_a_write_error(monkeypatch: pytest.MonkeyPatch) -> None:
     unheard: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     write = HttpClientConnection.write
@@ -473,7 +475,7 @@ async def test_a_server_that_goes_as_it_is_written_to(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\ncontent-le"])
-async def test_a_server_that_does_not_speak_http(answer: bytes) -> None:
+async def test_a_server_that_does_not_speak_http_is_unreachable(answer: bytes) -> None:
     assert (await error_of_server(answer)).code == "upstream_unreachable"
 
 
@@ -487,19 +489,19 @@ async def test_a_server_that_does_not_speak_http(answer: bytes) -> None:
         b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1000\r\n\r\n",
     ],
 )
-async def test_an_answer_that_breaks_off_or_cannot_be_read(answer: bytes) -> None:
+async def test_an_answer_that_breaks_off_or_cannot_be_parsed_is_truncated(answer: bytes) -> None:
     error = await error_of_server(answer)
     assert (error.code, error.retryable) == ("upstream_truncated", True)
     assert error.message
 
 
-async def test_a_stream_that_is_compressed_against_our_wish_is_none() -> None:
+async def test_a_compressed_stream_is_refused() -> None:
     error = await error_of_server(HEAD + b"content-encoding: gzip\r\n\r\ndata: {}\n\n")
     assert (error.code, error.retryable) == ("not_a_stream", True)
     assert "compressed" in error.message
 
 
-async def test_a_completion_cut_short_is_no_completion() -> None:
+async def test_a_completion_that_is_cut_off_is_truncated() -> None:
     assert (await error_of_server(JSON_HEAD + b'{"choices":[{"mess')).code == "upstream_truncated"
 
 
@@ -537,21 +539,21 @@ SHORT_GAP = StreamTimeouts(first_token=10, gap=0.1)
 
 
 async def test_no_answer_at_all_is_a_late_first_token() -> None:
-    async with serving(limits=SHORT_FIRST) as (simulator, upstream):
-        error = await error_of(upstream, asking(fault="hang"))
+    async with serving(limits=SHORT_FIRST) as (simulator, pool):
+        error = await error_of(pool, asking(fault="hang"))
         assert (error.code, error.retryable) == ("first_token_timeout", True)
         assert error.message == "vLLM sent no token within 0.1 s"
         await until(lambda: simulator.served[-1].closed_early)
 
 
 @pytest.mark.parametrize("again", [b"", b": keep-alive\n\n", b"data: {"])
-async def test_what_is_no_whole_event_is_no_first_token(again: bytes) -> None:
+async def test_an_unfinished_event_is_not_a_first_token(again: bytes) -> None:
     error = await error_of_server(HEAD + b"\r\n", limits=SHORT_FIRST, then_close=False, again=again)
     assert error.code == "first_token_timeout"
 
 
 async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
-    """Not from the head of the answer: vLLM sends it at once, and the silence of its queue comes after."""
+    """Not from the head of the response: vLLM sends it at once, and its queue is silent after that."""
     loop = asyncio.get_running_loop()
     async with sending(HEAD + b"\r\n", then_close=False) as url, Transport() as transport:
         asked = loop.time()
@@ -564,7 +566,7 @@ async def test_the_limit_of_the_first_token_counts_from_the_request() -> None:
         await stream.aclose()
 
 
-async def test_what_is_over_for_its_silence_can_still_be_hurried() -> None:
+async def test_a_watchdog_can_be_tightened_after_its_timeout() -> None:
     watchdog = StreamWatchdog(SHORT_FIRST)
 
     async def hurried_at_last() -> None:
@@ -578,16 +580,16 @@ async def test_what_is_over_for_its_silence_can_still_be_hurried() -> None:
         await hurried_at_last()
 
 
-async def test_a_gap_mid_stream() -> None:
-    async with serving(limits=SHORT_GAP) as (simulator, upstream):
-        error = await error_of(upstream, asking(fault="stall", after=3))
+async def test_a_gap_mid_stream_is_a_gap_timeout() -> None:
+    async with serving(limits=SHORT_GAP) as (simulator, pool):
+        error = await error_of(pool, asking(fault="stall", after=3))
         assert (error.code, error.retryable) == ("gap_timeout", True)
         assert error.message == "vLLM sent nothing for 0.1 s mid-stream"
         await until(lambda: simulator.served[-1].closed_early)
 
 
 @pytest.mark.parametrize("delta", [{"role": "assistant", "content": ""}, {"role": "assistant"}, {}, None])
-async def test_a13_what_comes_before_the_first_token_does_not_begin_the_gap(delta: Any) -> None:  # noqa: ANN401
+async def test_events_before_the_first_token_do_not_begin_the_gap_limit(delta: Any) -> None:  # noqa: ANN401
     event = b"data: " + to_json({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
     error = await error_of_server(HEAD + b"\r\n" + event, limits=SHORT_FIRST, then_close=False)
     assert error.code == "first_token_timeout"
@@ -596,21 +598,21 @@ async def test_a13_what_comes_before_the_first_token_does_not_begin_the_gap(delt
 @pytest.mark.parametrize(
     "delta", [{"content": "a"}, {"reasoning": "a"}, {"tool_calls": [{"id": "x"}]}, {"refusal": "a"}]
 )
-async def test_a13_the_first_delta_begins_the_gap(delta: Object) -> None:
+async def test_the_first_delta_begins_the_gap_limit(delta: Object) -> None:
     event = b"data: " + to_json({"choices": [{"index": 0, "delta": delta}]}).encode() + b"\n\n"
     error = await error_of_server(HEAD + b"\r\n" + event, limits=SHORT_GAP, then_close=False)
     assert error.code == "gap_timeout"
 
 
-async def test_a13_events_that_say_nothing_are_no_silence() -> None:
+async def test_empty_events_are_not_silence() -> None:
     """A server sends them while it holds back what may be a tool call."""
     role, nothing, text = (
         b"data: " + to_json({"choices": [{"delta": delta}]}).encode() + b"\n\n"
         for delta in ({"role": "assistant"}, {}, {"content": "a"})
     )
-    async with sending(HEAD + b"\r\n" + role, then_close=False, again=nothing) as url, reaching(url) as upstream:
+    async with sending(HEAD + b"\r\n" + role, then_close=False, again=nothing) as url, reaching(url) as pool:
         parser = ChunkParser()
-        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
+        async with pool.stream(pool.servers[0], REQUEST) as stream:
             stream.has_begun = lambda: parser.has_content
             watchdog = stream._watchdog
             begun = []
@@ -624,14 +626,14 @@ async def test_a13_events_that_say_nothing_are_no_silence() -> None:
 
 
 async def test_comments_do_not_fill_a_gap() -> None:
-    async with serving(Options(keep_alive=0.005), SHORT_GAP) as (simulator, upstream):
-        assert (await error_of(upstream, asking(fault="freeze", after=3))).code == "gap_timeout"
+    async with serving(Options(keep_alive=0.005), SHORT_GAP) as (simulator, pool):
+        assert (await error_of(pool, asking(fault="freeze", after=3))).code == "gap_timeout"
         await until(lambda: simulator.served[-1].closed_early)
 
 
-async def test_the_gap_is_between_events_and_not_for_the_whole_answer() -> None:
-    async with serving(limits=StreamTimeouts(first_token=0.1, gap=0.1)) as (_, upstream):
-        answer, _ = await ask(upstream, asking(tokens=20, rate=100))
+async def test_the_gap_limit_is_between_events_and_not_for_the_whole_answer() -> None:
+    async with serving(limits=StreamTimeouts(first_token=0.1, gap=0.1)) as (_, pool):
+        answer, _ = await ask(pool, asking(tokens=20, rate=100))
     assert answer.text == answer_to(WHO, tokens=20)
 
 
@@ -644,42 +646,42 @@ async def test_a_completion_that_stops_half_way_does_not_hang() -> None:
 
 
 async def test_leaving_the_stream_closes_the_connection() -> None:
-    async with serving() as (simulator, upstream):
-        async with upstream.stream(upstream.servers[0], asking(tokens=4000, rate=50)) as stream:
+    async with serving() as (simulator, pool):
+        async with pool.stream(pool.servers[0], asking(tokens=4000, rate=50)) as stream:
             assert await stream.read_into(enough)
-            assert len(upstream.servers[0].requests) == 1
-        assert len(upstream.servers[0].requests) == 0
+            assert len(pool.servers[0].requests) == 1
+        assert len(pool.servers[0].requests) == 0
         await until(lambda: simulator.served[-1].closed_early)
         assert simulator.served[-1].chunks < 200
 
 
 @pytest.mark.parametrize("fault", ["stall", "hang"])
 async def test_being_cancelled_closes_the_connection(fault: str) -> None:
-    async with serving() as (simulator, upstream):
-        task = asyncio.create_task(ask(upstream, asking(fault=fault, after=2)))
+    async with serving() as (simulator, pool):
+        task = asyncio.create_task(ask(pool, asking(fault=fault, after=2)))
         await until(lambda: bool(simulator.served) and simulator.served[-1].fault == fault)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         await until(lambda: simulator.served[-1].closed_early)
-        assert len(upstream.servers[0].requests) == 0
+        assert len(pool.servers[0].requests) == 0
 
 
-async def test_the_connection_serves_again_after_a_whole_stream() -> None:
-    async with serving() as (simulator, upstream):
+async def test_the_connection_is_used_again_after_a_whole_stream() -> None:
+    async with serving() as (simulator, pool):
         for _ in range(3):
-            await ask(upstream)
+            await ask(pool)
         assert (len(simulator.served), simulator.accepted) == (3, 1)
 
 
-async def test_the_connection_serves_again_after_a_refusal() -> None:
-    async with serving() as (simulator, upstream):
-        await error_of(upstream, asking(fault="503"))
-        await ask(upstream)
+async def test_the_connection_is_used_again_after_a_refusal() -> None:
+    async with serving() as (simulator, pool):
+        await error_of(pool, asking(fault="503"))
+        await ask(pool)
         assert simulator.accepted == 1
 
 
-async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_that_waited_for_its_reader() -> None:
+async def test_a_closed_connection_is_dropped_after_a_response_that_waited_for_its_reader() -> None:
     body = b"x" * HIGH_WATER
     head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
     async with sending(head, body) as url, Transport() as transport:
@@ -691,16 +693,16 @@ async def test_a_connection_that_the_server_closes_is_let_go_after_an_answer_tha
 
 async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_for() -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
-    async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as upstream:
+    async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as pool:
         async with asyncio.timeout(5):
-            assert (await ask(upstream))[0].text == "a"
+            assert (await ask(pool))[0].text == "a"
 
 
-async def test_a16_usage_that_comes_after_done_in_a_piece_of_its_own_is_taken() -> None:
+async def test_usage_after_done_in_a_piece_of_its_own_is_read() -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
     head = HEAD + b"connection: close\r\n\r\n"
-    async with sending(head + event, b'data: {"usage":{"total_tokens":3}}\n\n') as url, reaching(url) as upstream:
-        answer, parser = await ask(upstream)
+    async with sending(head + event, b'data: {"usage":{"total_tokens":3}}\n\n') as url, reaching(url) as pool:
+        answer, parser = await ask(pool)
     assert (answer.text, parser.usage) == ("a", {"total_tokens": 3})
 
 
@@ -714,12 +716,12 @@ STYLES = ["openai", "vllm", "fastapi"]
 @pytest.mark.parametrize("fields", [{"return_token_ids"}, {"stream_options"}, BOTH])
 async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Iterable[str]) -> None:  # noqa: ANN401
     rejects = frozenset(fields)
-    async with serving(Options(rejects=rejects, reject_style=style)) as (simulator, upstream):
+    async with serving(Options(rejects=rejects, reject_style=style)) as (simulator, pool):
         for _ in range(2):
-            assert (await ask(upstream))[0].text == answer_to(WHO)
+            assert (await ask(pool))[0].text == answer_to(WHO)
         assert [served.status for served in simulator.served] == [400] * len(rejects) + [200, 200]
         assert BOTH - simulator.served[-1].request.keys() == rejects
-        assert upstream.servers[0].unsupported_fields == rejects
+        assert pool.servers[0].unsupported_fields == rejects
 
 
 UNKNOWN = "Unrecognized request argument supplied"
@@ -741,7 +743,7 @@ IN_PARAM = {"message": UNKNOWN, "param": "return_token_ids", "code": None}
     ],
 )
 @pytest.mark.parametrize("shape", ["%s", "data: %s\n\ndata: [DONE]\n\n"])
-async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
+async def test_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
     status: int, body: dict[str, Any], shape: str
 ) -> None:
     class Refusing(Counting):
@@ -754,16 +756,16 @@ async def test_a16_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
 
         refused = 0
 
-    async with Refusing() as server, reaching(server.url) as upstream:
+    async with Refusing() as server, reaching(server.url) as pool:
         for _ in range(2):
-            assert (await ask(upstream))[0].text == answer_to(WHO)
+            assert (await ask(pool))[0].text == answer_to(WHO)
         assert (server.refused, len(server.served)) == (1, 2)
-        assert upstream.servers[0].unsupported_fields == {"return_token_ids"}
+        assert pool.servers[0].unsupported_fields == {"return_token_ids"}
 
 
 @pytest.mark.parametrize("own", [{}, {"stream_options": {"continuous_usage_stats": True}}])
-async def test_a16_a_server_that_refuses_include_usage_is_asked_without_it(own: dict[str, Any]) -> None:
-    """It names the inner field alone."""
+async def test_a_server_that_refuses_include_usage_gets_requests_without_it(own: dict[str, Any]) -> None:
+    """Its error names the inner field alone."""
 
     class Refusing(Simulator):
         async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
@@ -773,22 +775,22 @@ async def test_a16_a_server_that_refuses_include_usage_is_asked_without_it(own: 
             else:
                 await super()._handle(request, connection)
 
-    async with Refusing() as server, reaching(server.url) as upstream:
-        assert (await ask(upstream, REQUEST | own))[0].text == answer_to(WHO)
-        assert upstream.servers[0].unsupported_fields == {"stream_options"}
+    async with Refusing() as server, reaching(server.url) as pool:
+        assert (await ask(pool, REQUEST | own))[0].text == answer_to(WHO)
+        assert pool.servers[0].unsupported_fields == {"stream_options"}
         asked = REQUEST | {"stream_options": {"include_usage": True}}
-        assert (await error_of(upstream, asked)).code == "invalid_request"
+        assert (await error_of(pool, asked)).code == "invalid_request"
 
 
-async def test_a16_an_error_event_that_names_a_field_and_stays_costs_nobody_the_field() -> None:
+async def test_an_error_that_names_a_field_and_stays_does_not_cost_other_jobs_the_field() -> None:
     error = {"error": {"message": "cannot sample {'return_token_ids': True}", "code": 500}}
     answer = b"HTTP/1.1 200 OK\r\n\r\ndata: %b\n\n" % json.dumps(error).encode()
-    async with sending(answer) as url, reaching(url) as upstream:
-        assert (await error_of(upstream)).message == error["error"]["message"]
-        assert upstream.servers[0].unsupported_fields == set()
+    async with sending(answer) as url, reaching(url) as pool:
+        assert (await error_of(pool)).message == error["error"]["message"]
+        assert pool.servers[0].unsupported_fields == set()
 
 
-async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() -> None:
+async def test_text_that_came_with_such_an_error_is_not_requested_again() -> None:
     chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "said"}}]}
     error = {"error": {"message": "cannot sample {'return_token_ids': True}", "code": 500}}
     answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(b"data: %b\n\n" % json.dumps(it).encode() for it in (chunk, error))
@@ -799,51 +801,51 @@ async def test_a16_text_that_came_with_such_an_error_is_not_asked_for_again() ->
             said.extend(parser.parse(data))
         return False
 
-    async def read(upstream: ServerPool) -> None:
-        async with upstream.stream(upstream.servers[0], REQUEST) as stream:
+    async def read(pool: ServerPool) -> None:
+        async with pool.stream(pool.servers[0], REQUEST) as stream:
             stream.has_begun = lambda: parser.has_content
             await stream.read_into(take)
 
-    async with sending(answer) as url, reaching(url) as upstream:
+    async with sending(answer) as url, reaching(url) as pool:
         with pytest.raises(UpstreamError, match="cannot sample"):
-            await read(upstream)
+            await read(pool)
     assert [fields["content"] for fields in said if "content" in fields] == ["said"]
 
 
 async def test_a_field_that_a_server_ignores_does_no_harm() -> None:
-    async with serving(Options(ignores=BOTH)) as (simulator, upstream):
-        answer, parser = await ask(upstream)
+    async with serving(Options(ignores=BOTH)) as (simulator, pool):
+        answer, parser = await ask(pool)
         assert (answer.text, parser.usage, answer.choices[0].token_ids) == (answer_to(WHO), {}, [])
         assert len(simulator.served) == 1
 
 
 @pytest.mark.parametrize("style", STYLES)
-async def test_many_requests_may_find_out_at_the_same_time(style: Any) -> None:  # noqa: ANN401
-    async with serving(Options(rejects=BOTH, reject_style=style)) as (simulator, upstream):
-        answers = await asyncio.gather(*(ask(upstream) for _ in range(30)))
+async def test_many_requests_may_find_a_refused_field_at_the_same_time(style: Any) -> None:  # noqa: ANN401
+    async with serving(Options(rejects=BOTH, reject_style=style)) as (simulator, pool):
+        answers = await asyncio.gather(*(ask(pool) for _ in range(30)))
         assert {answer.text for answer, _ in answers} == {answer_to(WHO)}
         sent = len(simulator.served)
-        await ask(upstream)
+        await ask(pool)
         assert len(simulator.served) == sent + 1
 
 
 async def test_what_one_server_refuses_is_still_sent_to_another() -> None:
-    async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as upstream:
-        await ask(upstream)
-        assert [endpoint.unsupported_fields for endpoint in upstream.servers] == [BOTH, set()]
+    async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as pool:
+        await ask(pool)
+        assert [endpoint.unsupported_fields for endpoint in pool.servers] == [BOTH, set()]
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("fields", [{"return_token_ids": True}, {"stream_options": {"include_usage": True}}])
-async def test_who_asks_for_a_field_gets_the_refusal(style: Any, fields: dict[str, Any]) -> None:  # noqa: ANN401
+async def test_a_request_with_the_refused_field_itself_gets_the_refusal(style: Any, fields: dict[str, Any]) -> None:  # noqa: ANN401
     name = next(iter(fields))
-    async with serving(Options(rejects=frozenset(fields), reject_style=style)) as (simulator, upstream):
-        error = await error_of(upstream, {**REQUEST, **fields})
+    async with serving(Options(rejects=frozenset(fields), reject_style=style)) as (simulator, pool):
+        error = await error_of(pool, {**REQUEST, **fields})
         assert (error.code, error.retryable, len(simulator.served)) == ("invalid_request", False, 1)
         assert name in error.message
         # Others find out on their own, and it is the same for whoever asks for the field later.
-        await ask(upstream)
-        assert (await error_of(upstream, {**REQUEST, **fields})).code == "invalid_request"
+        await ask(pool)
+        assert (await error_of(pool, {**REQUEST, **fields})).code == "invalid_request"
 
 
 @pytest.mark.parametrize(
@@ -853,11 +855,11 @@ async def test_who_asks_for_a_field_gets_the_refusal(style: Any, fields: dict[st
         {"stream_options": {"continuous_usage_stats": "return_token_ids"}},
     ],
 )
-async def test_one_bad_request_does_not_cost_the_others_their_token_ids(fields: dict[str, Any]) -> None:
-    async with serving() as (simulator, upstream):
-        error = await error_of(upstream, {**REQUEST, **fields})
+async def test_one_bad_request_does_not_cost_other_jobs_their_token_ids(fields: dict[str, Any]) -> None:
+    async with serving() as (simulator, pool):
+        error = await error_of(pool, {**REQUEST, **fields})
         assert (error.code, error.status) == ("invalid_request", 400)
-        answer, parser = await ask(upstream)
+        answer, parser = await ask(pool)
         assert answer.choices[0].token_ids
         assert parser.usage
         assert simulator.served[-1].request.keys() >= BOTH
@@ -866,7 +868,7 @@ async def test_one_bad_request_does_not_cost_the_others_their_token_ids(fields: 
 # The request, and the choice of a server
 
 
-def test_what_a_request_asks_for_itself_is_sent_on() -> None:
+def test_fields_of_the_request_itself_are_sent() -> None:
     own: Object = {"top_k": 5, "stream": False, "stream_options": {"continuous_usage_stats": True}}
     body = body_for(own, frozenset())
     options = {"continuous_usage_stats": True, "include_usage": True}
@@ -877,34 +879,34 @@ def test_what_a_request_asks_for_itself_is_sent_on() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://a:1", "http://a:1/", "http://a:1/v1", "http://a:1/v1/", "http://a:1//"])
-def test_a_server_may_be_given_with_or_without_v1(url: str) -> None:
+def test_the_url_of_a_server_may_end_with_v1(url: str) -> None:
     assert base_url(url) == "http://a:1"
     assert base_url(url.replace("a:1", "a:1/llm")) == "http://a:1/llm"
 
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions/", "/v1/models"])
-def test_c8_a_server_may_be_given_with_a_route(route: str) -> None:
+def test_the_url_of_a_server_may_end_with_a_route(route: str) -> None:
     assert base_url("http://a:1" + route) == "http://a:1"
     assert base_url("http://a:1/llm" + route) == "http://a:1/llm"
 
 
 async def test_requests_spread_over_the_servers() -> None:
-    async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as upstream:
+    async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as pool:
 
         async def hold(gate: Awaitable[object]) -> None:
-            with (endpoint := upstream.choose("")).reserve():
+            with (endpoint := pool.choose("")).reserve():
                 await asyncio.sleep(0)  # whoever comes in the same moment chooses the other one all the same
-                async with upstream.stream(endpoint, asking(fault="stall")) as stream:
+                async with pool.stream(endpoint, asking(fault="stall")) as stream:
                     await stream.read_into(enough)
                     await gate
 
         gate = asyncio.Event()
         held = [asyncio.create_task(hold(gate.wait())) for _ in range(6)]
-        await until(lambda: [endpoint.in_flight for endpoint in upstream.servers] == [3, 3])
+        await until(lambda: [endpoint.in_flight for endpoint in pool.servers] == [3, 3])
         await until(lambda: len(one.served) == len(two.served) == 3)
         gate.set()
         await asyncio.gather(*held)
-        assert [endpoint.in_flight for endpoint in upstream.servers] == [0, 0]
+        assert [endpoint.in_flight for endpoint in pool.servers] == [0, 0]
 
 
 # The list of models
@@ -912,43 +914,43 @@ async def test_requests_spread_over_the_servers() -> None:
 DEEP = b'{"x":' + b"[" * 100_000
 
 
-async def test_the_models_of_a_server() -> None:
-    async with serving(Options(model="tiny", api_key="k"), api_key="k") as (_, upstream):
-        assert await upstream.list_models(upstream.servers[0]) == ["tiny"]
+async def test_the_models_of_a_server_are_listed() -> None:
+    async with serving(Options(model="tiny", api_key="k"), api_key="k") as (_, pool):
+        assert await pool.list_models(pool.servers[0]) == ["tiny"]
 
 
-async def models_error(upstream: ServerPool) -> UpstreamError:
+async def models_error(pool: ServerPool) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
-        await upstream.list_models(upstream.servers[0])
+        await pool.list_models(pool.servers[0])
     return caught.value
 
 
-async def test_a_server_that_wants_a_key_lists_nothing_without() -> None:
-    async with serving(Options(api_key="k")) as (_, upstream):
-        assert (await models_error(upstream)).code == "unauthorized"
+async def test_a_server_with_a_key_lists_no_models_without_it() -> None:
+    async with serving(Options(api_key="k")) as (_, pool):
+        assert (await models_error(pool)).code == "unauthorized"
 
 
 @pytest.mark.parametrize("body", [b"<html></html>", b"[]", b'{"data":null}', b'{"data":[{}]}', b"\xff", b"", DEEP])
-async def test_what_is_no_list_of_models(body: bytes) -> None:
+async def test_a_body_that_is_not_a_list_of_models_is_an_error(body: bytes) -> None:
     answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-    async with sending(answer) as url, reaching(url) as upstream:
-        error = await models_error(upstream)
+    async with sending(answer) as url, reaching(url) as pool:
+        error = await models_error(pool)
     assert (error.code, error.retryable) == ("not_a_stream", False)
 
 
-async def test_models_of_a_server_that_is_not_there_or_silent() -> None:
+async def test_the_models_of_a_missing_or_silent_server_are_an_error() -> None:
     pace = ServerPace(probe_limit=0.1)
-    async with sending(then_close=False) as url, reaching(url, pace=pace) as upstream:
-        error = await models_error(upstream)
+    async with sending(then_close=False) as url, reaching(url, pace=pace) as pool:
+        error = await models_error(pool)
     assert (error.code, error.message) == ("upstream_unreachable", f"{url}/v1/models did not answer within 0.1 s")
-    async with reaching(url) as upstream:
-        error = await models_error(upstream)
+    async with reaching(url) as pool:
+        error = await models_error(pool)
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
 
 
 @contextmanager
 def connections_waiting(server: socket.socket) -> Iterator[None]:
-    """Within it the server's queue is full of connections that it does not accept: further ones wait outside."""
+    """Fill the server's queue with connections that it does not accept, so that further connections wait outside."""
     with ExitStack() as waiting:
         for _ in range(4):
             one = waiting.enter_context(socket.socket())
@@ -959,7 +961,7 @@ def connections_waiting(server: socket.socket) -> Iterator[None]:
 
 @pytest.fixture
 def listening() -> Iterator[socket.socket]:
-    """A server whose queue of connections is as short as may be."""
+    """A server with the shortest possible queue of connections."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
         server.setblocking(False)
         yield server
@@ -969,34 +971,34 @@ def url_of(server: socket.socket) -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-async def test_a_connection_has_a_limit_of_its_own(listening: socket.socket) -> None:
+async def test_connecting_has_a_limit_of_its_own(listening: socket.socket) -> None:
     limits = StreamTimeouts(connect=0.1, first_token=600, gap=600)
     with connections_waiting(listening):
-        async with reaching(url_of(listening), limits=limits) as upstream:
-            error = await error_of(upstream)
-            assert upstream.servers[0].is_away
+        async with reaching(url_of(listening), limits=limits) as pool:
+            error = await error_of(pool)
+            assert pool.servers[0].is_away
     assert (error.code, error.retryable) == ("upstream_unreachable", True)
     assert isinstance(error, NoConnection)
 
 
-async def test_a_connection_that_is_not_there_in_time_cuts_no_open_stream(listening: socket.socket) -> None:
-    """The server is busy, not gone."""
+async def test_a_connection_that_is_not_made_in_time_does_not_cut_open_streams(listening: socket.socket) -> None:
+    """Such a server is busy, not gone."""
     loop = asyncio.get_running_loop()
     limits, pace = StreamTimeouts(connect=0.1, first_token=600, gap=600), ServerPace(frozen_after=0)
-    async with reaching(url_of(listening), limits=limits, pace=pace) as upstream:
-        asking = asyncio.create_task(ask(upstream))
+    async with reaching(url_of(listening), limits=limits, pace=pace) as pool:
+        asking = asyncio.create_task(ask(pool))
         connection, _ = await loop.sock_accept(listening)
         with connection, connections_waiting(listening):
             await loop.sock_sendall(connection, HEAD + b"\r\n")
             with pytest.raises(NoConnection):
-                await ask(upstream)
+                await ask(pool)
             event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
             await loop.sock_sendall(connection, event)
             connection.shutdown(socket.SHUT_WR)
             assert (await asking)[0].text == "a"
 
 
-async def test_orders_of_a_server_hold_for_every_request() -> None:
-    async with serving(Options(orders=Scenario(fault="503", times=1))) as (_, upstream):
-        assert (await error_of(upstream)).code == "upstream_unavailable"
-        assert (await ask(upstream))[0].text == answer_to(WHO)
+async def test_the_scenario_of_a_simulator_applies_to_every_request() -> None:
+    async with serving(Options(orders=Scenario(fault="503", times=1))) as (_, pool):
+        assert (await error_of(pool)).code == "upstream_unavailable"
+        assert (await ask(pool))[0].text == answer_to(WHO)
