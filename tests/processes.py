@@ -1,4 +1,4 @@
-"""What one worker process has of the broker, for tests in which several of them share the log of the request `r`."""
+"""The broker side of a worker process, for tests in which several processes share the log of the request `r`."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ Connections: TypeAlias = type[PipelinedConnection]
 
 
 class Process:
-    """What one worker process has of the broker."""
+    """The broker side of one worker process."""
 
     def __init__(self, url: str, name: str, telemetry: Telemetry, pace: FlushPace, connections: Connections) -> None:
         self.name = name
@@ -43,7 +43,7 @@ class Process:
         self.use(Transactions(self.commands))
 
     def use(self, transactions: Transactions) -> None:
-        """Own logs by these connections from now on."""
+        """Use these connections for the ownership of logs from now on."""
         self.transactions = transactions
         self.owner = LogOwnership(
             transactions, Keys(), self.jobs, self.publisher, worker=self.name, nonce=f"nonce-{self.name}", now=lambda: 1
@@ -84,7 +84,7 @@ async def process(
 
 
 async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
-    """The job's lease has run out, and another process has it."""
+    """Let the lease of a job of process `one` run out, and another process claim the job."""
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
     (taken,) = await two.jobs.claim_expired("default", 1)
     return taken

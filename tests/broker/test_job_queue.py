@@ -1,4 +1,4 @@
-"""The job streams: leases that are compared before they are set, a cursor that is kept, trimming that loses nothing."""
+"""The job streams: leases are compared before they are set, the cursor is kept, and trimming loses nothing."""
 
 import asyncio
 import dataclasses
@@ -42,7 +42,7 @@ async def add(redis: Redis, count: int) -> list[str]:
 
 
 async def expired(redis: Redis, entry: str, idle: int = int(LEASE * 1000) + 1) -> None:
-    """Make a lease look as if it had run out."""
+    """Let a lease run out."""
     owner = await owner_of(redis, entry)
     await redis.xclaim("chat:jobs", GROUP, owner, 0, [entry], idle=idle, justid=True)
 
@@ -64,7 +64,7 @@ async def test_jobs_added_before_the_group_are_delivered(redis_url: str, redis: 
     await add(redis, 2)
     group = Group(redis_url)
     jobs = group.consumer("one")
-    assert await jobs.read_new("default", 10, 10) == [], "the group is made at the first read that misses it"
+    assert await jobs.read_new("default", 10, 10) == [], "the first read that misses the group creates it"
     assert len(await jobs.read_new("default", 10, 10)) == 2
     await group.commands.aclose()
     await group.blocking.aclose()
@@ -81,8 +81,8 @@ async def test_only_an_expired_lease_is_claimed(group: Group, redis: Redis) -> N
     await group.consumer("one").read_new("default", 1, 100)
     assert await group.consumer("two").claim_expired("default", 10) == []
     await expired(redis, entry)
-    (taken,) = await group.consumer("two").claim_expired("default", 10)
-    assert taken.id == entry
+    (claimed,) = await group.consumer("two").claim_expired("default", 10)
+    assert claimed.id == entry
     assert await owner_of(redis, entry) == b"two"
 
 
@@ -105,7 +105,7 @@ async def test_many_leases_are_renewed_together_and_a_stolen_one_is_found_among_
     one, two = group.consumer("one", lease=60), group.consumer("two", lease=60)
     deliveries = await one.read_new("default", 1200, 100)
     await expired(redis, ids[700], idle=61_000)
-    assert [taken.id for taken in await two.claim_expired("default", 1200)] == [ids[700]]
+    assert [claimed.id for claimed in await two.claim_expired("default", 1200)] == [ids[700]]
     leases = [
         (delivery, 31.0 + number % 2 if delivery.id == ids[700] else number % 2)
         for number, delivery in enumerate(deliveries)
@@ -128,8 +128,8 @@ async def test_a_handed_over_job_is_claimed_at_once_without_raising_its_count(gr
     one, two = group.consumer("one"), group.consumer("two")
     (delivery,) = await one.read_new("default", 1, 100)
     assert await one.hand_over([(delivery, 0)]) == [True]
-    (taken,) = await two.claim_expired("default", 1)
-    assert taken == dataclasses.replace(delivery, again=True)
+    (claimed,) = await two.claim_expired("default", 1)
+    assert claimed == dataclasses.replace(delivery, again=True)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
@@ -141,10 +141,10 @@ async def test_a_hand_over_returns_refusals_and_jobs_that_are_not_ours_any_more(
     leases = [(delivery, 0.0) for delivery in (first, *others)]
     await redis.config_set("min-replicas-to-write", "1")
     try:
-        said = await one.hand_over(leases)
-        assert [type(reply) for reply in said] == [bool, *[ResponseError] * 2]
-        assert said[0] is False
-        assert "NOREPLICAS" in str(said[1])
+        results = await one.hand_over(leases)
+        assert [type(reply) for reply in results] == [bool, *[ResponseError] * 2]
+        assert results[0] is False
+        assert "NOREPLICAS" in str(results[1])
     finally:
         await redis.config_set("min-replicas-to-write", "0")
     assert await one.hand_over(leases) == [False, True, True]
@@ -161,15 +161,15 @@ async def test_a_delivery_has_the_count_of_deliveries(group: Group, redis: Redis
 
 
 async def test_a_hand_over_after_a_lost_reply_does_not_raise_the_count_either(group: Group, redis: Redis) -> None:
-    """Its owner's own XAUTOCLAIM may bring a job that runs already, which raises Redis's count, not the claim's."""
+    """The owner's XAUTOCLAIM may return a job that it already runs: that raises Redis's count, not the delivery's."""
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
     await one.claim_expired("default", 1)
     await one.hand_over([(delivery, 0)])
-    (taken,) = await group.consumer("two").claim_expired("default", 1)
-    assert taken.count == delivery.count == 1
+    (claimed,) = await group.consumer("two").claim_expired("default", 1)
+    assert claimed.count == delivery.count == 1
 
 
 async def test_a_job_of_another_worker_is_not_handed_over(group: Group, redis: Redis) -> None:
@@ -183,7 +183,7 @@ async def test_a_job_of_another_worker_is_not_handed_over(group: Group, redis: R
 
 
 async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, redis: Redis) -> None:
-    """XAUTOCLAIM looks at ten times COUNT entries a call: without the kept cursor it would never come this far."""
+    """XAUTOCLAIM scans ten times COUNT entries a call: without the kept cursor it would never get this far."""
     ids = await add(redis, 60)
     await group.consumer("one", lease=30).read_new("default", 60, 100)
     await expired(redis, ids[-1], idle=31_000)
@@ -195,18 +195,18 @@ async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, red
 
 
 async def test_jobs_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
-    """D12: with one free slot Redis passes one of them a look; 6.2 returns it as nil, 7.0 apart."""
+    """With one free slot Redis passes over one of them a call; 6.2 returns it as nil, 7.0 in a list of its own."""
     ids = await add(redis, 101)
     await group.consumer("dead").read_new("default", 101, 1)
     await redis.xclaim("chat:jobs", GROUP, "dead", 0, list(ids), idle=int(LEASE * 1000) + 1, justid=True)
     await redis.xtrim("chat:jobs", maxlen=1, approximate=False)
     one = group.consumer("one")
     assert [delivery.id for delivery in await one.claim_expired("default", 1)] == [ids[-1]]
-    assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "what was purged is pending no more"
+    assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "the purged jobs are not pending any more"
 
 
 async def test_probing_whether_redis_accepts_writes_writes_nothing(group: Group, redis: Redis) -> None:
-    """D13: nor does it let a stream grow that somebody made of its key."""
+    """The probe does not let a stream grow either that somebody has created at its key."""
     one = group.consumer("one")
     await one.probe_writable()
     assert not await redis.exists("chat:probe")
@@ -220,12 +220,12 @@ async def test_probing_whether_redis_accepts_writes_writes_nothing(group: Group,
 async def test_trimming_keeps_pending_and_unread_jobs(group: Group, redis: Redis) -> None:
     ids = await add(redis, 6)
     one = group.consumer("one")
-    taken = await one.read_new("default", 4, 100)
-    for delivery in (taken[0], taken[1], taken[3]):
+    read = await one.read_new("default", 4, 100)
+    for delivery in (read[0], read[1], read[3]):
         await one.acknowledge(delivery)
     await one.trim("default")
     assert [entry.decode() for entry, _ in await redis.xrange("chat:jobs")] == ids[2:]  # type: ignore[union-attr]
-    await one.acknowledge(taken[2])
+    await one.acknowledge(read[2])
     await one.trim("default")
     assert [entry.decode() for entry, _ in await redis.xrange("chat:jobs")] == ids[3:]  # type: ignore[union-attr]
     assert len(await one.read_new("default", 10, 100)) == 2
@@ -296,25 +296,25 @@ async def test_only_the_consumer_of_a_dead_worker_is_removed(group: Group, redis
     await one.remove_stale_consumers("default", {"alive"}, idle=60)
     assert await names() == {"busy", "gone", "alive"}, "none has been idle for a minute"
     await one.remove_stale_consumers("default", {"alive"}, idle=0)
-    assert await names() == {"busy", "alive"}, "what one has pending would be lost with it"
+    assert await names() == {"busy", "alive"}, "pending jobs would be lost with their consumer"
 
 
 async def test_a_consumer_that_gets_a_job_just_before_its_removal_stays(
     group: Group, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when a worker goes on that was paused."""
+    """As when a paused worker continues."""
     woken = group.consumer("woken")
     await add(redis, 1)
     await woken.acknowledge((await woken.read_new("default", 1, 1))[0])
-    look = group.commands.xinfo_consumers
+    xinfo_consumers = group.commands.xinfo_consumers
 
-    async def look_and_let_it_wake(*args: str) -> object:
-        seen = await look(*args)
+    async def read_and_let_it_wake(*args: str) -> object:
+        seen = await xinfo_consumers(*args)
         await add(redis, 1)
         await woken.read_new("default", 1, 1)
         return seen
 
-    monkeypatch.setattr(group.commands, "xinfo_consumers", look_and_let_it_wake)
+    monkeypatch.setattr(group.commands, "xinfo_consumers", read_and_let_it_wake)
     await group.consumer("one").remove_stale_consumers("default", set(), idle=0)
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
 

@@ -1,4 +1,4 @@
-"""The rules that keep a token log true, each on a real Redis: fencing, idempotence, one seal, no holes."""
+"""The rules that keep a token log true, on a real Redis: fencing, idempotent appends, one seal, no holes."""
 
 import asyncio
 import json
@@ -87,7 +87,7 @@ async def test_a_former_owner_cannot_write_after_a_take_over(
 async def test_a_former_owner_cannot_seal_the_log_of_the_new_owner(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    """The seal's id is above every attempt's: only its own fence holds it back."""
+    """The seal's id is greater than that of any attempt: only a fence of its own stops a former owner."""
     old = await one.acquire(delivery)
     await two.acquire(await stolen(redis, two, delivery))
     with pytest.raises(LogFenced):
@@ -98,7 +98,7 @@ async def test_a_former_owner_cannot_seal_the_log_of_the_new_owner(
 async def test_the_first_of_two_seals_stands(one: Process, delivery: Delivery, redis: Redis) -> None:
     log = await one.acquire(delivery)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    assert await one.seal(log) == Cancelled.type, "the one that stands is told"
+    assert await one.seal(log) == Cancelled.type, "the seal that stands is returned"
     assert (await texts(redis))[-1] == f"{SEAL}:cancelled"
     await redis.expire(KEY, 60)
 
@@ -108,7 +108,7 @@ async def test_sealing_again_after_a_lost_reply_finds_the_seal(one: Process, del
     log.append(delta("x"))
     await (
         log.wait_drained()
-    )  # after this nothing but a tick looks at the log, and would find the seal before the second
+    )  # after this only a periodic verification reads the log, and would find the seal before the second one
     assert await one.seal(log) == "done"
     assert await one.seal(log, "late") == "done"
     assert 0 < await redis.ttl(KEY) <= 60
@@ -176,10 +176,10 @@ async def test_a_key_of_another_type_is_reported_and_does_not_stop_other_logs(
 async def test_a_refused_entry_has_only_its_own_log_verified(one: Process, delivery: Delivery, redis: Redis) -> None:
     logs = []
     for number in range(50):
-        taken = await one.owner.acquire(f"r{number}", delivery, FAR)
-        assert isinstance(taken, Acquired)
-        one.publisher.attach(taken.log)
-        logs.append(taken.log)
+        acquired = await one.owner.acquire(f"r{number}", delivery, FAR)
+        assert isinstance(acquired, Acquired)
+        one.publisher.attach(acquired.log)
+        logs.append(acquired.log)
     cancelled, *others = logs
     await redis.xadd(cancelled.key, {"type": "cancelled"}, id=str(SEAL))
     await redis.config_resetstat()
@@ -204,11 +204,11 @@ async def test_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
     limits = (await redis.config_get("client-output-buffer-limit"))["client-output-buffer-limit"] or ""
     await redis.config_set("client-output-buffer-limit", "normal 100000 0 0")
     try:
-        taken = await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR)
+        acquired = await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR)
     finally:
         await redis.config_set("client-output-buffer-limit", limits)
-    assert isinstance(taken, Acquired)
-    assert [str(entry.id) for entry in taken.history] == [f"1-{n}" for n in range(301)]
+    assert isinstance(acquired, Acquired)
+    assert [str(entry.id) for entry in acquired.history] == [f"1-{n}" for n in range(301)]
     assert (await texts(redis))[301:] == ["2-0:claimed"]
 
 
@@ -234,7 +234,7 @@ async def test_a_claim_is_not_repeated_because_the_log_could_not_be_read(
 async def test_the_owner_of_an_emptied_log_continues_under_a_next_attempt(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    """XTRIM leaves the key and its greatest id: `1-0` is refused for ever."""
+    """XTRIM leaves the key and its greatest id, so that Redis refuses `1-0` for ever."""
     log = await one.acquire(delivery)
     log.extend([delta("a"), delta("b")])
     await log.wait_drained()
@@ -252,10 +252,12 @@ async def test_the_owner_of_an_emptied_log_continues_under_a_next_attempt(
 async def test_an_entry_that_is_refused_though_the_log_lacks_it_is_not_resent_for_ever(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    """Sealed by somebody, and the seal deleted: Redis takes nothing more, and the log's end does not show why."""
+    """Somebody sealed the log and deleted the seal: Redis refuses everything, and the log's end does not show why."""
     log = await one.acquire(delivery)
-    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    await redis.xdel(KEY, str(SEAL))
+    async with redis.pipeline() as pipe:  # in one step, so that no verification sees the seal
+        pipe.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+        pipe.xdel(KEY, str(SEAL))
+        await pipe.execute()
     log.append(delta("refused"))
     with pytest.raises(LogDiverged):
         await log.wait_drained()
@@ -269,8 +271,10 @@ async def test_a_log_whose_seal_was_deleted_is_reported_as_refused(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
-    await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    await redis.xdel(KEY, str(SEAL))
+    async with redis.pipeline() as pipe:  # in one step, so that no verification sees the seal
+        pipe.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
+        pipe.xdel(KEY, str(SEAL))
+        await pipe.execute()
     with pytest.raises(LogRefused):
         await one.seal(log)
 
@@ -279,8 +283,10 @@ async def test_an_owner_stops_when_another_began_its_next_attempt_and_the_entry_
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
-    await redis.xadd(KEY, {"type": "claimed"}, id="2-0")
-    await redis.xdel(KEY, "2-0")
+    async with redis.pipeline() as pipe:  # in one step, so that no verification sees the entry
+        pipe.xadd(KEY, {"type": "claimed"}, id="2-0")
+        pipe.xdel(KEY, "2-0")
+        await pipe.execute()
     with pytest.raises(LogFenced):
         await one.owner.next_attempt(log, delivery, "diverged")
 
@@ -306,10 +312,10 @@ async def test_a_cut_connection_loses_and_doubles_nothing(one: Process, delivery
 
 
 async def test_resent_entries_that_redis_has_count_as_accepted(one: Process, delivery: Delivery, redis: Redis) -> None:
-    """As after a lost reply: the entries are there, and Redis answers `equal or smaller`."""
+    """As after a lost reply: Redis has the entries, and answers `equal or smaller`."""
     log = await one.acquire(delivery)
     log.append(delta("a"))
-    await log.wait_drained()  # after this nothing looks at the log by itself
+    await log.wait_drained()  # after this nothing verifies the log by itself
     for number, text in enumerate("bc", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
     for text in "bcd":
@@ -323,7 +329,7 @@ async def test_only_the_entries_of_a_batch_that_redis_lacks_are_written_again(
 ) -> None:
     log = await one.acquire(delivery)
     log.append(delta("0"))
-    await log.wait_drained()  # after this nothing looks at the log by itself
+    await log.wait_drained()  # after this nothing verifies the log by itself
     for number, text in enumerate("ab", 2):
         await redis.xadd(KEY, delta(text), id=f"1-{number}")  # type: ignore[arg-type]  # dict is invariant
     log.extend([delta(text) for text in "abcd"])
@@ -349,7 +355,7 @@ async def test_text_of_any_length_and_alphabet_arrives_unchanged(
 
 
 async def test_a_redis_that_loads_its_data_is_waited_for(redis_url: str, redis: Redis) -> None:
-    """As after a restart: it takes connections, and answers commands with an error."""
+    """As after a restart: Redis accepts connections, and answers commands with an error."""
     refusals = 0
 
     class Loading(PipelinedConnection):
@@ -423,7 +429,7 @@ async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
         log.append(delta(text))
     await log.wait_drained()
     (_, started), *_ = await stream(redis, KEY)
-    async with redis.pipeline() as pipe:  # what a replica had that was behind
+    async with redis.pipeline() as pipe:  # as on a replica that was behind
         pipe.delete(KEY)
         pipe.xadd(KEY, started, id="1-0")  # type: ignore[arg-type]  # dict is invariant
         pipe.pexpireat(KEY, FAR)
@@ -440,9 +446,9 @@ async def test_one_of_two_simultaneous_take_overs_wins(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     await one.acquire(delivery)
-    taken = await stolen(redis, two, delivery)
+    acquired = await stolen(redis, two, delivery)
     async with process(redis_url, "three") as three:
-        outcomes = await asyncio.gather(two.owner.acquire("r", taken, FAR), three.owner.acquire("r", taken, FAR))
+        outcomes = await asyncio.gather(two.owner.acquire("r", acquired, FAR), three.owner.acquire("r", acquired, FAR))
     assert [type(outcome) for outcome in outcomes] == [Acquired, LeaseLost]
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
@@ -451,9 +457,9 @@ async def test_a_take_over_reads_the_history(one: Process, two: Process, deliver
     old = await one.acquire(delivery)
     old.append(delta("half"))
     await old.wait_drained()
-    taken = await two.owner.acquire("r", await stolen(redis, two, delivery), FAR)
-    assert isinstance(taken, Acquired)
-    assert [entry.type for entry in taken.history] == ["started", "delta"]
+    acquired = await two.owner.acquire("r", await stolen(redis, two, delivery), FAR)
+    assert isinstance(acquired, Acquired)
+    assert [entry.type for entry in acquired.history] == ["started", "delta"]
 
 
 async def test_acquiring_again_after_a_lost_reply_finds_the_own_entry(
@@ -473,7 +479,7 @@ async def test_a_duplicate_does_not_run_while_the_first_job_is_outstanding_and_t
     await redis.xadd("chat:jobs", {"id": "r"})
     duplicate = await two.claim()
     assert isinstance(await two.owner.acquire("r", duplicate, FAR), DuplicateJob)
-    await one.jobs.acknowledge(delivery)  # gone without a seal
+    await one.jobs.acknowledge(delivery)  # the job is gone without a seal
     assert isinstance(await two.owner.acquire("r", duplicate, FAR), Acquired)
 
 
@@ -534,12 +540,12 @@ async def test_the_feed_never_carries_a_refused_entry(
         with pytest.raises(LogFenced):
             await old.wait_drained()
         new.append(delta("last"))
-        heard = b""
+        received = b""
         async for message in feed.listen():
-            heard += message["data"] if message["type"] == "message" else b""
-            if b"last" in heard:
+            received += message["data"] if message["type"] == "message" else b""
+            if b"last" in received:
                 break
-    assert b"refused" not in heard
+    assert b"refused" not in received
 
 
 async def test_verifying_idle_logs_finds_a_seal_and_reads_no_active_log(
@@ -633,7 +639,7 @@ async def test_entries_are_read_as_they_were_written(one: Process, delivery: Del
 
 
 async def test_a_log_whose_seal_is_lost_gets_no_tombstone(one: Process, delivery: Delivery, redis: Redis) -> None:
-    """With one, nobody would write the seal again: the next owner would take the request for ended."""
+    """With a tombstone, nobody would write the seal again: the next owner would take the request for ended."""
     await one.acquire(delivery)
     assert not await one.owner.finalize("r", STONE, retention=60, remember=120)
     assert not await redis.exists("chat:ended:{r}")
@@ -644,7 +650,7 @@ async def test_a_lost_log_is_recreated_by_its_owner_only(
     one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
-    await redis.delete(KEY)  # what a replica had that was behind
+    await redis.delete(KEY)  # as on a replica that was behind
     await one.owner.recreate(log, delivery, FAR)
     await one.owner.recreate(log, delivery, FAR)  # as after a lost reply
     await one.owner.next_attempt(log, delivery, "diverged")
@@ -663,7 +669,7 @@ async def test_a_log_that_is_gone_after_its_end_is_not_recreated(
     log = await one.acquire(delivery)
     await one.seal(log)
     await redis.delete(KEY)
-    assert await one.owner.finalize("r", STONE, retention=60, remember=120), "the tombstone tells of it"
+    assert await one.owner.finalize("r", STONE, retention=60, remember=120), "the tombstone shows the end"
     with pytest.raises(LogGone):
         await one.owner.recreate(log, delivery, FAR)
     await redis.delete("chat:ended:{r}")
@@ -703,7 +709,7 @@ async def test_a_verification_in_flight_does_not_take_the_next_attempt_for_lost(
 async def test_entries_of_an_earlier_run_in_the_same_process_are_fenced_too(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    """As after a partition: its flush was given up here, and comes to Redis when the job runs here again."""
+    """As after a partition: the process gave up a flush that reaches Redis when the same job runs there again."""
     await one.acquire(delivery)
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
     (again,) = await one.jobs.claim_expired("default", 1)
@@ -718,16 +724,16 @@ async def test_entries_of_an_earlier_run_in_the_same_process_are_fenced_too(
 async def test_a_hint_that_came_before_its_log_was_attached_still_has_it_verified(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    other = await one.acquire(delivery)  # so that the connection is there, whose first use looks at every log
+    other = await one.acquire(delivery)  # so that there is a connection, whose first use verifies every log
     other.append(delta("x"))
     await other.wait_drained()
-    taken = LogWriter("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
-    await redis.xadd(taken.key, {"type": "started"}, id="1-0")
-    await redis.xadd(taken.key, {"type": "cancelled"}, id=str(SEAL))
-    await redis.expire(taken.key, 60)
-    one.publisher.verify("r2")  # as the hint does
-    one.publisher.attach(taken)
-    assert isinstance(await asyncio.wait_for(taken.lost, 5), LogSealed)
+    acquired = LogWriter("r2", "chat:tokens:{r2}", "feed", 1, one.publisher)
+    await redis.xadd(acquired.key, {"type": "started"}, id="1-0")
+    await redis.xadd(acquired.key, {"type": "cancelled"}, id=str(SEAL))
+    await redis.expire(acquired.key, 60)
+    one.publisher.verify("r2")  # as a hint does
+    one.publisher.attach(acquired)
+    assert isinstance(await asyncio.wait_for(acquired.lost, 5), LogSealed)
 
 
 async def test_waiting_for_replicas_leaves_connections_to_the_leases(
@@ -750,7 +756,7 @@ async def test_waiting_for_replicas_leaves_connections_to_the_leases(
 
     await eventually(all_wait)
     await eventually(blocked)
-    assert await one.jobs.renew_leases([(delivery, 60)]) == [False], "the lease is a new one, and so not to be had"
+    assert await one.jobs.renew_leases([(delivery, 60)]) == [False], "the lease is too new to be renewed"
     assert not any(task.done() for task in waiting)
     assert await blocked() < 10
     for task in waiting:

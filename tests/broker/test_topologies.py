@@ -1,4 +1,4 @@
-"""The same service on Redis under Sentinel and on a cluster: of real servers, which fail over."""
+"""The same service on Redis under Sentinel and on a Redis cluster, with real servers that fail over."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology
     url, (master, *_) = guarded
     async with command_client(url) as redis:
         await redis.set("k", "v")
-        # More at once than there are connections: they wait.
+        # More at once than there are connections: commands wait for one.
         assert await asyncio.gather(*(redis.get("k") for _ in range(200))) == [b"v"] * 200
     assert master.client.info("keyspace") == {"db1": {"keys": 1, "expires": 0, "avg_ttl": 0}}
 
@@ -124,10 +124,10 @@ async def test_a_refusal_by_sentinels_is_reported(
     async with command_client(given) as redis:
         with pytest.raises(RedisConnectionError, match=f"^no sentinel names the master 'mymaster': {words} "):
             await redis.get("k")
-    (told,) = [it async for it in check({"redis_url": given, "vllm_urls": simulator.url}) if it.level == "error"]
-    assert words in told.message
-    assert told.fix.startswith("put the password of the sentinels into REDIS_URL: ")
-    assert "guard" not in str(told)
+    (error,) = [it async for it in check({"redis_url": given, "vllm_urls": simulator.url}) if it.level == "error"]
+    assert words in error.message
+    assert error.fix.startswith("put the password of the sentinels into REDIS_URL: ")
+    assert "guard" not in str(error)
 
 
 async def test_the_documented_rights_suffice_under_sentinel(
@@ -148,7 +148,7 @@ async def test_the_documented_rights_suffice_under_sentinel(
 async def test_a_former_master_is_not_taken_for_the_master(
     guarded: tuple[str, list[topology.Node]],
 ) -> None:
-    """Its data is old: a log read there would seem to have lost its end."""
+    """Its data is old: a log that is read there seems to have lost its end."""
     url, (_, replica, _) = guarded
     async with command_client(url.replace("mymaster", "former")) as redis:
         with pytest.raises(RedisConnectionError, match=f"{replica.port} is no longer the master") as refusal:
@@ -208,7 +208,7 @@ async def test_entries_lost_in_a_failover_are_written_again_visibly(
             entries.append(entry)
             if entry.id == (1, 5):
                 master.client.set("mark", 1, ex=60)
-                assert master.client.wait(1, 5000) == 1, "the copy has all up to the mark"
+                assert master.client.wait(1, 5000) == 1, "the replica has everything up to the mark"
                 copy.client.replicaof("NO", "ONE")
                 if lost == "all":
                     copy.ask("SELECT", 1)
@@ -232,7 +232,7 @@ async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
         async with command_client(url) as redis:
             return cast("list[dict[str, object]]", await redis.xpending_range("chat:jobs", "workers", "-", "+", 10))
 
-    async def asked_twice() -> bool:
+    async def has_waited_twice() -> bool:
         return int(master.client.info("commandstats").get("cmdstat_wait", {}).get("calls", 0)) >= 2
 
     async def handed_over() -> bool:
@@ -247,9 +247,9 @@ async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
         async with Client(url, patience=20) as client:
             entries = [entry async for entry in client.generate(ask("Who are you?"))]
         whole(entries, "Who are you?")
-        await eventually(asked_twice)
+        await eventually(has_waited_twice)
         assert len(await pending()) == 1
-        first.stop()  # and it does not wait for the replica
+        first.stop()  # the worker does not wait for the replica
         await eventually(handed_over)
     finally:
         replica.process.send_signal(signal.SIGCONT)
@@ -328,7 +328,7 @@ async def test_consumers_of_dead_workers_are_removed_at_every_master(redis: Redi
 
 @pytest.fixture
 def users(nodes: list[topology.Node]) -> Iterator[None]:
-    """At every master the users of deploy/README.md, with what a cluster needs besides."""
+    """Creates the users of deploy/README.md at every master, with the additional rights that a cluster needs."""
     for node in nodes:
         for role in ROLES:
             sharded = [f"+{command}" for command in commands_of(role, "cluster")] if has_shards(node) else []
@@ -381,8 +381,8 @@ async def test_the_feed_is_sharded_from_redis_7_on_and_at_every_master_before(
                 feed.subscribe(channel)
             assert feed.get_message(timeout=5)
             await client.result(await client.enqueue(ask("Who are you?"), id=request_id))
-            heard = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
-            assert heard[0][1]["type"] == "started"
+            received = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
+            assert received[0][1]["type"] == "started"
 
 
 async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
@@ -392,10 +392,10 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
     await start_worker(await start_simulator(Options(orders=Scenario(rate=50))), redis_url=cluster_url)
     node = nodes[0]
     node.client.config_resetstat()
-    request_id = next(name for name in (f"heard-{number}" for number in range(100)) if node.owns(slot_of(name)))
+    request_id = next(name for name in (f"feed-{number}" for number in range(100)) if node.owns(slot_of(name)))
     channel = f"chat:feed:{{{request_id}}}"
 
-    async def is_heard() -> bool:
+    async def has_feed() -> bool:
         if has_shards(node):
             return bool(node.ask("PUBSUB SHARDNUMSUB", channel) == [(channel.encode(), 1)])
         return "cmdstat_xread" in node.client.info("commandstats")
@@ -404,7 +404,7 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
     async for entry in client.generate(ask("Who are you?"), id=request_id):
         entries.append(entry)
         if len(entries) == 3:
-            await eventually(is_heard)
+            await eventually(has_feed)
     whole(entries, "Who are you?")
     assert ("cmdstat_xread" in node.client.info("commandstats")) != has_shards(node)
 
@@ -434,11 +434,11 @@ async def test_a_job_that_nobody_started_before_its_deadline_is_ended_in_a_clust
     monkeypatch.setattr("worker.client.following._TICK", 0.01)
     monkeypatch.setattr("worker.client.log_reader._BLOCK", 0.05)
     monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
-    followed, asked_for = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
+    followed, queried = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
     assert [entry.type async for entry in client.follow(followed)] == ["queued", "error"]
 
     async def is_over() -> bool:
-        return await client.status(asked_for) == Status(State.ENDED, "error")
+        return await client.status(queried) == Status(State.ENDED, "error")
 
     await eventually(is_over)
     assert not await client.is_served()
@@ -476,7 +476,7 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
     with pytest.raises(Conflict):
         await client.enqueue(ask("Another question"), id="once")
 
-    for _ in range(3):  # whether its job is there cannot be told
+    for _ in range(3):  # each call may or may not have added the job
         await client.enqueue(ask("Who are you?"), id="once")
     await start_worker(simulator, redis_url=cluster_url)
     whole([entry async for entry in client.follow("once")], "Who are you?")
@@ -538,7 +538,7 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
 
 @pytest.fixture
 async def master(redis: Redis, nodes: list[topology.Node]) -> Redis:
-    """The client of the first master, by which the publisher reaches it."""
+    """The client that the publisher uses for the first master."""
     assert isinstance(redis, ClusterClient)
     at_port = {it.connection_pool.connection_kwargs["port"]: it for it in await redis.masters()}
     found = at_port[nodes[0].port]
@@ -569,7 +569,7 @@ async def test_replies_come_in_the_order_of_the_commands_whatever_their_slots(
 async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     redis: Redis, master: Redis, nodes: list[topology.Node]
 ) -> None:
-    """One of the slots is on its way to another master, where a MULTI of new keys is refused."""
+    """One of the slots is being moved to another master, which refuses a MULTI of new keys."""
     owned = [number for number in range(60) if nodes[0].owns(slot_of(f"{{{number}}}"))]
     keys = [f"chat:tokens:{{{number}}}" for number in owned]
     for key in keys[1:]:
@@ -600,7 +600,7 @@ async def test_a_paused_master_holds_up_no_stream_of_another(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    """B9."""
+    """The paused master holds token logs, but neither the job stream nor the lifecycle."""
     await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), redis_url=cluster_url, lease=20)
     lasting = [slot_of("chat:jobs"), slot_of("chat:lifecycle")]
     stands = next(node for node in nodes if not any(map(node.owns, lasting)))
@@ -633,7 +633,7 @@ async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slo
     cluster_url: str, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker, simulator: Simulator,
     *, leaves: bool,
 ) -> None:  # fmt: skip
-    """Each job waited for its line before vLLM was asked, and in its slot at the end. What is due is written later."""
+    """No job waits for its records, neither before its request to vLLM nor in its slot at the end."""
     stands = next(node for node in nodes if node.owns(slot_of("chat:lifecycle")))
     assert not stands.owns(slot_of("chat:jobs"))
     names = [name for name in map(str, range(100)) if not stands.owns(slot_of(name))][:6]
@@ -656,7 +656,9 @@ async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slo
         for name in names:
             await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(ask("Who are you?"))})
         await eventually(ended)
-        assert (await redis.xpending("chat:jobs", "workers"))["pending"] == len(names), "none without its line"
+        assert (await redis.xpending("chat:jobs", "workers"))["pending"] == len(names), (
+            "no job is acknowledged without its record"
+        )
         if leaves:
             first.stop()
             await eventually(handed_over, within=20)
@@ -665,8 +667,10 @@ async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slo
     if leaves:
         await start_worker(simulator, redis_url=cluster_url, lease=20)
     await settled(redis)
-    told = {(fields[b"id"].decode(), fields[b"type"].decode()) for _, fields in await stream(redis, "chat:lifecycle")}
-    assert told == {(name, kind) for name in names for kind in ("started", "finished")}
+    records = {
+        (fields[b"id"].decode(), fields[b"type"].decode()) for _, fields in await stream(redis, "chat:lifecycle")
+    }
+    assert records == {(name, kind) for name in names for kind in ("started", "finished")}
 
 
 async def test_a_paused_master_of_the_dead_letters_holds_up_no_answer(
@@ -710,7 +714,7 @@ async def test_replies_of_several_masters_come_in_the_order_of_the_commands(redi
         pipe.get(name)
         pipe.xrevrange("no-" + name, count=1)
     assert (await pipe.execute())[::2] == [name.encode() for name in names]
-    # More at once than there are connections: they wait.
+    # More at once than there are connections: commands wait for one.
     assert await asyncio.gather(*map(redis.get, names * 5)) == [name.encode() for name in names] * 5
 
 
