@@ -18,15 +18,17 @@ from .options import json_option, run_async, until_stopped
 @click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
 @json_option
 def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
-    """See it work: a Redis, a simulated vLLM, two workers, and followers of one stream, one of them late."""
+    """See it work: three answers are followed live, a worker is killed in the middle, and its text goes on."""
     try:
-        from ..sandbox.demo import DemoFailed, run_demo  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.demo import run_demo  # noqa: PLC0415 - of the extra `demo`
+        from ..sandbox.demo_workers import DemoFailed  # noqa: PLC0415
         from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415
     except ModuleNotFoundError as error:
         _fail_without_extra(error)
 
-    def report(line: str, data: Object) -> None:
-        click.echo(to_json(data) if as_json else line)
+    def report(line: str | None, data: Object) -> None:
+        if as_json or line is not None:
+            click.echo(to_json(data) if as_json else line)
 
     try:
         run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url)))

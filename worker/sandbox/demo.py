@@ -1,102 +1,140 @@
-"""The demo: a Redis, a simulated vLLM, two workers and several followers, from nothing to a summary.
+"""The demo: three prompts are followed live, the worker of the longest answer is killed, and the text goes on.
 
-The workers are the real program, each a process of its own; real servers take the place of the embedded ones when
-their URLs are given. Everything lives under a prefix of its own, which is gone at the end.
+The workers are the real program, each a process of its own. Embedded servers stand in for Redis and vLLM where no URL
+is given. All keys have a prefix of their own, and are deleted at the end.
 """
 
 import asyncio
-import os
 import secrets
-import subprocess
+import shutil
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import click
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from ..client.async_client import Client
 from ..client.errors import Unavailable
 from ..contract.answer import Answer
-from ..contract.entries import Entry, Object
+from ..contract.entries import Claimed, Entry, Idle, Object, Restarted, Resumed
 from ..settings import load_settings, shown_url
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
+from .demo_workers import DemoFailed, DemoWorkers, start_workers
 from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
 
-Tell: TypeAlias = Callable[[str, Object], None]
-"""Takes a line for people and the same as JSON."""
+Report: TypeAlias = Callable[[str | None, Object], None]
+"""Takes a line for a person, None where a person would read the same twice, and the same as JSON."""
 
-STORY = "Tell me a story"
-QUESTIONS = (STORY, "Who are you?", "你是谁?", "Send emoji")
+STORY = "Tell me a long story"
+QUESTIONS = (STORY, "你是谁?", "Who are you?")
 _KEYS = ("vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
-"""All of the settings that the demo reads: its workers get values of its own for the rest."""
-
+"""All of the settings that the demo reads: it gives its workers values of its own for the rest."""
 _RATE = 60.0
 _LINE = 48
-_LATE_AFTER = 100
-_PATIENCE = 120.0
-_LAST_WORDS = 8.0
-
-
-class DemoFailed(RuntimeError):
-    """The demo did not come to its end."""
+_IDLE = 0.3
+"""Seconds without a token after which the text of an unfinished line is shown."""
+_LATE_AFTER = 60
+"""Entries after which the late follower comes."""
+_KILL_AFTER = 2.0
+"""Seconds from the first text to the kill."""
+_TIME_LIMIT = 120.0
 
 
 @dataclass
 class DemoFollower:
-    """Somebody who reads one request's stream, with a cursor of their own."""
+    """A reader of one request's log, with a cursor of its own. Only one follower of a request prints the text."""
 
     name: str
     request_id: str
     question: str
+    workers: DemoWorkers
+    report: Report
+    first_text: asyncio.Event
+    """Shared by all followers: set once one of them has text."""
+    prints: bool = True
     entries: list[Entry] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
-    halfway: asyncio.Event = field(default_factory=asyncio.Event)
+    is_underway: asyncio.Event = field(default_factory=asyncio.Event)
+    _pending: str = ""
 
-    async def follow(self, client: Client, tell: Tell) -> None:
-        """Read to the end, telling the text in pieces of about a line."""
-        unsaid = ""
-        async for entry in client.follow(self.request_id):
+    async def follow(self, client: Client) -> None:
+        """Read to the end, and report the text in pieces of about a line, and every takeover."""
+        async for entry in client.follow(self.request_id, idle=_IDLE):
+            if isinstance(entry, Idle):
+                self._report_text()
+                continue
             self.entries.append(entry)
-            before = len(self.answer.text)
+            before = 0 if isinstance(entry, Restarted) else len(self.answer.text)
             self.answer.add(entry)
-            unsaid += self.answer.text[before:]
+            self._pending += self.answer.text[before:]
+            if self._pending:
+                self.first_text.set()
             if len(self.entries) > _LATE_AFTER or self.answer.end:
-                self.halfway.set()
-            if unsaid and (len(unsaid) >= _LINE or self.answer.end):
-                line = unsaid.replace("\n", "⏎")
-                tell(f"{self.name:>10} │ {line}", {"follower": self.name, "id": self.request_id, "text": unsaid})
-                unsaid = ""
+                self.is_underway.set()
+            self._report_takeover(entry)
+            if len(self._pending) >= _LINE or self.answer.end:
+                self._report_text()
+
+    def _report_takeover(self, entry: Entry) -> None:
+        match entry:
+            case Claimed():
+                text, color = f"claimed: {self.workers.name_of(entry.worker)} takes the answer over", "yellow"
+            case Resumed():
+                text, color = f"resumed: the text goes on after entry {entry.after}", "green"
+            case Restarted():
+                text, color = "restarted: the answer begins again, the text above is void", "yellow"
+            case _:
+                return
+        self._report_text()
+        self._report_line(click.style(text, fg=color, bold=True), {"entry": entry.as_dict()})
+
+    def _report_text(self) -> None:
+        if self._pending:
+            self._report_line(self._pending.replace("\n", "⏎"), {"text": self._pending})
+            self._pending = ""
+
+    def _report_line(self, line: str, data: Object) -> None:
+        shown = f"{self.name:>10} │ {line}" if self.prints else None
+        self.report(shown, {"follower": self.name, "id": self.request_id, **data})
 
 
-async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | None = None) -> None:
+async def run_demo(
+    report: Report, redis_url: str | None = None, vllm_url: str | None = None, *, servers: "list[Path] | None" = None
+) -> None:
     """Run the demo to its end.
 
+    Args:
+        report: Receives each line.
+        redis_url: The Redis to use in place of an embedded one.
+        vllm_url: The vLLM to use in place of a simulated one.
+        servers: The redis-server binaries to choose the embedded Redis from; those of this machine by default.
+
     Raises:
-        DemoFailed: when a server does not answer, an answer is missing, or followers of one request saw different
-            streams.
-        ConfigError: when a URL is none.
+        DemoFailed: A server does not answer, an answer is incomplete, followers of one request saw different entries,
+            or the text differs from that of an undisturbed run.
+        ConfigError: A URL is malformed.
     """
     given = {name: url for name, url in (("redis_url", redis_url), ("vllm_urls", vllm_url)) if url is not None}
     load_settings([*_KEYS, *given], **given)
     prefix = f"demo-{secrets.token_hex(3)}"
     began = time.monotonic()
 
-    def timed(line: str, data: Object) -> None:
+    def timed(line: str | None, data: Object) -> None:
         at = time.monotonic() - began
-        tell(f"{at:6.2f} s  {line}", {"at": round(at, 3), **data})
+        report(None if line is None else f"{at:6.2f} s  {line}", {"at": round(at, 3), **data})
 
     with ExitStack() as stack:
         if redis_url is None:
-            embedded = stack.enter_context(start_redis())
+            embedded = stack.enter_context(start_redis(servers=servers))
             redis_url, what = embedded.url, embedded.what
         else:
             what = shown_url(redis_url)
@@ -106,66 +144,129 @@ async def run_demo(tell: Tell, redis_url: str | None = None, vllm_url: str | Non
             timed(f"vLLM: {what}", {"vllm": what})
             model = await _model_of(url)
             try:
-                with _workers(redis_url, url, prefix) as workers:
-                    timed("two workers start, and four questions wait for them", {"workers": len(workers)})
-                    followers = await _follow_all(redis_url, prefix, model, workers, timed)
-            finally:  # not before the workers are gone: they would make their group again
-                await _clean(redis_url, prefix)
-            _sum_up(followers, timed)
+                with start_workers(redis_url, url, prefix) as workers:
+                    timed("two workers start, and three prompts wait for them", {"workers": 2})
+                    demo = _Demo(redis_url, prefix, model, workers, timed, simulated=vllm_url is None)
+                    async with asyncio.timeout(_TIME_LIMIT):
+                        await demo.run()
+            finally:  # after the workers' end: they would create their group again
+                await _delete_keys(redis_url, prefix)
+    _report_commands(report)
 
 
-async def _follow_all(
-    redis_url: str, prefix: str, model: str, workers: "list[subprocess.Popen[bytes]]", tell: Tell
-) -> list[DemoFollower]:
-    async with Client(redis_url, prefix=prefix) as client, asyncio.timeout(_PATIENCE), asyncio.TaskGroup() as group:
-        watch = group.create_task(_watch(workers))
-        followers = []
+class _Demo:
+    """What happens between the start of the servers and their end."""
+
+    def __init__(
+        self, redis_url: str, prefix: str, model: str, workers: DemoWorkers, report: Report, *, simulated: bool
+    ) -> None:
+        self._redis_url = redis_url
+        self._prefix = prefix
+        self._model = model
+        self._workers = workers
+        self._report = report
+        self._simulated = simulated
+        self._followers: list[DemoFollower] = []
+        self._first_text = asyncio.Event()
+
+    async def run(self) -> None:
+        async with Client(self._redis_url, prefix=self._prefix) as client, asyncio.TaskGroup() as group:
+            watch = group.create_task(self._workers.watch())
+            await self._follow(client, group)
+            self._sum_up()
+            await self._compare_with_undisturbed(client)
+            watch.cancel()
+
+    def _request(self, question: str) -> Object:
+        messages: Object = {"role": "user", "content": question}
+        return {"model": self._model, "messages": [messages], "max_tokens": 400, "temperature": 0}
+
+    async def _follow(self, client: Client, group: asyncio.TaskGroup) -> None:
+        """Enqueue the prompts, follow the answers to their end, and kill the worker of the longest meanwhile."""
         for number, question in enumerate(QUESTIONS, 1):
-            request: Object = {
-                "model": model,
-                "messages": [{"role": "user", "content": question}],
-                "max_tokens": 400,
-                "temperature": 0,
-            }
-            request_id = await client.enqueue(request)
-            tell(f"asked: {question}", {"asked": question, "id": request_id})
+            request_id = await client.enqueue(self._request(question))
+            self._report(f"prompt: {question}", {"prompt": question, "id": request_id})
             names = ("websocket", "logger") if question == STORY else (f"reader {number}",)
-            followers += [DemoFollower(name, request_id, question) for name in names]
-        readers = [group.create_task(follower.follow(client, tell)) for follower in followers]
-        await followers[0].halfway.wait()
-        late = DemoFollower("billing", followers[0].request_id, STORY)
-        tell("billing comes late, and reads from the start", {"late": late.name, "id": late.request_id})
-        followers.insert(2, late)
-        readers.append(group.create_task(late.follow(client, tell)))
-        await asyncio.wait(readers)
-        watch.cancel()
-    return followers
+            self._followers += [self._follower(name, request_id, question) for name in names]
+        readers = [group.create_task(it.follow(client)) for it in self._followers]
+        kill = group.create_task(self._kill_longest())
 
+        story = self._followers[0]
+        await story.is_underway.wait()
+        late = self._follower("billing", story.request_id, STORY)
+        text = "logger reads the story too; billing comes late, and reads it from the start"
+        self._report(text, {"late": late.name, "id": late.request_id})
+        self._followers.insert(2, late)
+        await asyncio.wait([*readers, group.create_task(late.follow(client))])
+        if kill.cancel():
+            line = f"no worker is killed: all answers ended within {_KILL_AFTER:g} s of their first text"
+            self._report(line, {"killed": None})
 
-def _sum_up(followers: list[DemoFollower], tell: Tell) -> None:
-    for follower in followers:
-        end, started = follower.answer.end, follower.answer.started
-        timings = end.timings if end else {}
-        tell(
-            f"{follower.question:>16} → {follower.name:9} {len(follower.entries):4} entries, "
-            f"{follower.answer.outcome} in {timings.get('total_ms')} ms, first text after "
-            f"{timings.get('first_delta_ms')} ms, by {started.worker if started else 'nobody'}",
-            {
-                "question": follower.question,
-                "follower": follower.name,
-                "entries": len(follower.entries),
-                "outcome": follower.answer.outcome,
-                "timings": timings,
-                "worker": started.worker if started else "",
-            },
-        )
-    failed = [follower.answer.error or "no end" for follower in followers if follower.answer.outcome != "done"]
-    if failed:
-        raise DemoFailed(f"not every answer is whole: {failed[0]}")
-    seen = [[entry.as_dict() for entry in follower.entries] for follower in followers if follower.question == STORY]
-    if any(entries != seen[0] for entries in seen):
-        raise DemoFailed("the followers of one request did not see the same stream")
-    tell(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
+    def _follower(self, name: str, request_id: str, question: str) -> DemoFollower:
+        prints = name not in {"logger", "billing"}
+        return DemoFollower(
+            name, request_id, question, self._workers, self._report, self._first_text, prints=prints
+        )  # fmt: skip
+
+    async def _kill_longest(self) -> None:
+        await self._first_text.wait()
+        await asyncio.sleep(_KILL_AFTER)
+        running = [it for it in self._followers if it.answer.started and not it.answer.end]
+        longest = max(running, key=lambda it: len(it.entries))
+        worker = longest.answer.started.worker if longest.answer.started else ""
+        self._workers.kill(worker)
+        line = f"{self._workers.name_of(worker)} runs the longest answer, and is killed (SIGKILL)"
+        self._report(click.style(line, fg="red", bold=True), {"killed": worker, "id": longest.request_id})
+
+    def _sum_up(self) -> None:
+        for follower in self._followers:
+            end, started = follower.answer.end, follower.answer.started
+            timings = end.timings if end else {}
+            worker = started.worker if started else ""
+            self._report(
+                f"{follower.question:>20} → {follower.name:9} {len(follower.entries):4} entries, "
+                f"{follower.answer.outcome} (attempt {end.attempt if end else 'unknown'})",
+                {
+                    "question": follower.question,
+                    "follower": follower.name,
+                    "entries": len(follower.entries),
+                    "outcome": follower.answer.outcome,
+                    "timings": timings,
+                    "worker": worker,
+                },
+            )
+        failed = [it.answer.error or "no end" for it in self._followers if it.answer.outcome != "done"]
+        if failed:
+            raise DemoFailed(f"not every answer is complete: {failed[0]}")
+        stories = [it for it in self._followers if it.question == STORY]
+        seen = [[entry.as_dict() for entry in it.entries] for it in stories]
+        if any(entries != seen[0] for entries in seen):
+            raise DemoFailed("the followers of one request did not see the same entries")
+        self._report(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
+
+    async def _compare_with_undisturbed(self, client: Client) -> None:
+        """Ask for the story again, which nothing disturbs this time, and compare the texts."""
+        story = self._followers[0].answer.text
+        request = self._request(STORY)
+        if self._simulated:
+            request["simulate"] = {"rate": 0, "first_token": 0}  # the same tokens, without the pauses
+        again = Answer([entry async for entry in client.follow(await client.enqueue(request))])
+        if again.outcome != "done":
+            raise DemoFailed(f"the undisturbed run failed: {again.error or 'no end'}")
+        equal = again.text == story
+        data: Object = {"equals_undisturbed": equal, "characters": len(story)}
+        if equal:
+            line = f"the text equals that of an undisturbed run, all {len(story)} characters of it"
+            self._report(click.style(line, fg="green", bold=True), data)
+        elif self._simulated:
+            raise DemoFailed("the text differs from that of an undisturbed run")
+        else:
+            at = next((at for at, (one, other) in enumerate(zip(story, again.text)) if one != other), "its end")  # noqa: B905 - one may be longer
+            line = (
+                f"the text differs from that of an undisturbed run at character {at}: "
+                "a real vLLM's answers to one request may differ from run to run, at temperature 0 too"
+            )
+            self._report(click.style(line, fg="yellow"), data)
 
 
 @asynccontextmanager
@@ -186,54 +287,35 @@ async def _check_redis(url: str) -> None:
 
 
 async def _model_of(url: str) -> str:
-    upstream = ServerPool([url], keys=load_settings(_KEYS).api_keys(), limits=StreamTimeouts())
+    pool = ServerPool([url], keys=load_settings(_KEYS).api_keys(), limits=StreamTimeouts())
     try:
-        return (await upstream.list_models(upstream.servers[0]))[0]
+        return (await pool.list_models(pool.servers[0]))[0]
     except (UpstreamError, IndexError) as error:
-        raise DemoFailed(f"{shown_url(url)} does not say which model it serves: {error}") from None
+        raise DemoFailed(f"{shown_url(url)} does not list the model that it serves: {error}") from None
     finally:
-        await upstream.aclose()
+        await pool.aclose()
 
 
-@contextmanager
-def _workers(redis_url: str, vllm_url: str, prefix: str) -> "Iterator[list[subprocess.Popen[bytes]]]":
-    """Two workers as processes, gone at the end."""
-    own = {"REDIS_URL": redis_url, "VLLM_URLS": vllm_url, "WORKER_PREFIX": prefix, "WORKER_SLOTS": "2"}
-    own["WORKER_DRAIN_TIMEOUT"] = "0"  # whoever leaves the demo early does not wait for the answers
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(("WORKER_", "VLLM_URL"))}
-    package = str(Path(__file__).parents[2])
-    rest["PYTHONPATH"] = os.pathsep.join(filter(None, (package, rest.get("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory(prefix="vllm-relay-demo-") as folder:
-        processes = []
-        try:
-            for number in range(2):
-                with (Path(folder) / f"{number}.log").open("wb") as log:
-                    command = [sys.executable, "-m", "worker", "run"]
-                    processes.append(
-                        # In a session of its own: Ctrl-C is for the demo, which then ends all in order.
-                        subprocess.Popen(command, env=rest | own, cwd=folder, stderr=log, start_new_session=True)  # noqa: S603
-                    )
-            yield processes
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                try:
-                    process.wait(_LAST_WORDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-async def _watch(workers: "list[subprocess.Popen[bytes]]") -> None:
-    while all(worker.poll() is None for worker in workers):  # noqa: ASYNC110 - a process is no asyncio event
-        await asyncio.sleep(0.2)
-    raise DemoFailed("a worker ended before its time: start `worker run` by hand to see why")
-
-
-async def _clean(redis_url: str, prefix: str) -> None:
-    with suppress(RedisError, OSError):  # an embedded one may have met the same Ctrl-C
+async def _delete_keys(redis_url: str, prefix: str) -> None:
+    with suppress(RedisError, OSError):  # the embedded Redis may have ended
         async with Redis.from_url(redis_url, protocol=2) as redis:
             keys = [key async for key in redis.scan_iter(match=f"{prefix}:*", count=1000)]
             if keys:
                 await redis.delete(*keys)
+
+
+def _report_commands(report: Report) -> None:
+    """Three commands to try next, spelt so that they work where the demo was started."""
+    program = sys.argv[0]
+    if Path(program).name == "__main__.py":
+        program = f"{sys.executable} -m {__name__.partition('.')[0]}"
+    elif (found := shutil.which(Path(program).name)) and Path(found).resolve() == Path(program).resolve():
+        program = Path(program).name
+    commands = {
+        f"{program} simulate --port 8000": "a simulated vLLM, until Ctrl-C; --help lists its faults",
+        f"{program} demo --vllm-url http://127.0.0.1:8000": "in another terminal: the demo on it, or on your own vLLM",
+        f"{program} run --help": "every setting of a worker",
+    }
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {command:{width}}  {purpose}" for command, purpose in commands.items())
+    report(f"\nTry next:\n{lines}", {"try_next": list(commands)})

@@ -31,7 +31,17 @@ STORY = (
     "written in silver along the shallows; by autumn they filled the banks like fallen leaves. "
     'A child asked the ferryman who read them. "The sea does," he said, "one line at a time, '
     'and it never skips a page." So the child sat down and waited for the sea to answer. '
-) * 3
+)
+LONG_STORY = STORY + (
+    "Winter came, and the ink froze in the reeds. The ferryman mended his nets by the stove, "
+    "but the child went down to the water every morning. One night the ice broke, and half of "
+    'the ledger was carried off under the bridge. "Is it lost?" the child asked. "No," said the '
+    'ferryman, "another hand has picked up the pen, and it knows the last word that was written." '
+    "In spring the river went on where it had stopped, line after line, with no word missing "
+    "and none written twice. Far away the sea turned the last page. Its answer came up the river "
+    "with the tide, so slowly that only the child saw it: a single boat, its lamp lit, and "
+    "nobody at the oars but the current."
+)
 
 KNOWN = {
     "Who are you?": (
@@ -39,7 +49,8 @@ KNOWN = {
     ),
     "你是谁?": "我是一个人工智能助手,可以帮助你回答问题、写作和编程。很高兴认识你!",
     "Send emoji": "Sure! 🙂🚀👩‍👩‍👧‍👦 café naïve ½ 世界 🇫🇷 done ✅",
-    "Tell me a story": STORY.strip(),
+    "Tell me a story": (STORY * 3).strip(),  # as recorded
+    "Tell me a long story": LONG_STORY,
     "Write code": '```python\ndef main() -> None:\n\tprint("line one\\nline two")\n```\nThat\'s it.',
     "Think first": (
         "<think>\nThe user wants me to think. 让我想想… two steps: read, answer.\n</think>\n\nThe answer is 42."
