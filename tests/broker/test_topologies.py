@@ -160,7 +160,7 @@ async def test_streams_continue_when_the_master_is_killed(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, replica, watcher) = guarded
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), redis_url=url, lease=10)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), redis_url=url, lease=10)
     questions = [f"Tell me a story about {number}" for number in range(8)]
     begun: set[str] = set()
     async with Client(url, patience=20) as client:
@@ -199,7 +199,7 @@ async def test_entries_lost_in_a_failover_are_written_again_visibly(
     lost: str, guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     url, (master, copy, watcher) = guarded
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=url, lease=10)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=url, lease=10)
     async with Client(url, patience=20) as client, command_client(url) as redis:
         await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Tell me a story"))})
         await eventually(lambda: redis.exists("chat:tokens:{r}"))
@@ -389,7 +389,7 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
     cluster_url: str, client: Client, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))), redis_url=cluster_url)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))), redis_url=cluster_url)
     node = nodes[0]
     node.client.config_resetstat()
     request_id = next(name for name in (f"feed-{number}" for number in range(100)) if node.owns(slot_of(name)))
@@ -424,7 +424,7 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_can_be_follow
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("worker.client.following._TICK", 0.05)
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=without_command_info)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=without_command_info)
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
@@ -447,7 +447,7 @@ async def test_a_job_that_nobody_started_before_its_deadline_is_ended_in_a_clust
 async def test_cancel_ends_a_stream_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=20)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=20)))
     await start_worker(simulator, redis_url=cluster_url, lease=0.5)
     request_id = await client.enqueue(ask("Tell me a story"))
     async for entry in client.follow(request_id):
@@ -490,7 +490,7 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
 async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
     cluster_url: str, client: Client, redis: Redis, start_process: StartProcess, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=200)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
     first = start_process(simulator, redis_url=cluster_url, lease=1)
     entries = []
     async for entry in client.generate(ask("Tell me a story")):
@@ -508,7 +508,7 @@ async def test_a_stream_continues_while_its_slot_moves(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=150))), redis_url=cluster_url, lease=10)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     slot = slot_of("chat:tokens:{moving}")
     entries = []
     async for entry in client.generate(ask("Tell me a story"), id="moving"):
@@ -524,7 +524,7 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
     cluster_url: str, client: Client, redis: Redis, nodes: list[topology.Node], start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=150))), redis_url=cluster_url, lease=10)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     entries = []
     async for entry in client.generate(ask("Who are you?")):
         entries.append(entry)
@@ -601,7 +601,7 @@ async def test_a_paused_master_holds_up_no_stream_of_another(
     start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
     """The paused master holds token logs, but neither the job stream nor the lifecycle."""
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), redis_url=cluster_url, lease=20)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), redis_url=cluster_url, lease=20)
     lasting = [slot_of("chat:jobs"), slot_of("chat:lifecycle")]
     stands = next(node for node in nodes if not any(map(node.owns, lasting)))
     runs = next(node for node in nodes if node is not stands)
@@ -737,7 +737,7 @@ async def test_streams_continue_when_a_master_of_the_cluster_is_killed(
 ) -> None:
     with topology.cluster(server, tmp_path, replicas=True) as nodes:
         url = url_of(nodes)
-        await start_worker(await start_simulator(Options(orders=Scenario(rate=100))), redis_url=url, lease=10)
+        await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=url, lease=10)
         questions = [f"Tell me a story about {number}" for number in range(12)]
         slot = slot_of(questions[0].replace(" ", "-"))
         victim, heir = next(

@@ -9,7 +9,7 @@ import msgspec
 from worker.contract.entries import JSON, Object
 from worker.sandbox.simulator.record import digest
 from worker.sandbox.simulator.replies import Reply
-from worker.sandbox.simulator.requests import Options, understand
+from worker.sandbox.simulator.requests import Options, parse_chat_request
 
 __all__ = ["Expected", "Plan", "plan"]
 
@@ -68,10 +68,10 @@ def _plain(dice: random.Random) -> Object:
 
 def _faulty(fault: str) -> Callable[[random.Random], Object]:
     def ask(dice: random.Random) -> Object:
-        orders: Object = {"fault": fault, "times": 1, "after": dice.randint(0, 12), "tokens": dice.randint(3, 40)}
+        scenario: Object = {"fault": fault, "times": 1, "after": dice.randint(0, 12), "tokens": dice.randint(3, 40)}
         if fault == "429":
-            orders["retry_after"] = 0.1
-        return {"question": f"Tell me of {dice.random()}", "simulate": orders}
+            scenario["retry_after"] = 0.1
+        return {"question": f"Tell me of {dice.random()}", "simulate": scenario}
 
     return ask
 
@@ -151,8 +151,8 @@ def _expect(made: Plan) -> None:
     """What the simulator says to this request when nothing goes wrong."""
     sound: dict[str, object] = {"model": "reciter", "temperature": 0, "top_logprobs": 0, "return_token_ids": True}
     body = {**made.request, **({name: sound[name] for name in sound} if made.codes else {"return_token_ids": True})}
-    request, orders = understand(body, Options())
-    reply = Reply(request, orders, Options())
+    request, scenario = parse_chat_request(body, Options())
+    reply = Reply(request, scenario, Options())
     made.prompt_tokens, made.digest = len(reply.question), digest(reply.question)
     if made.codes:
         return

@@ -16,7 +16,7 @@ from worker.sandbox.simulator.server import Options, Scenario
 async def test_three_hundred_followers_of_one_request_at_once(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), lease=15)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)
     request_id = await client.enqueue(ask())
 
     async def follow() -> list[EntryId]:
@@ -31,7 +31,7 @@ async def test_three_hundred_followers_of_one_request_at_once(
 async def test_a_follower_that_reads_nothing_holds_up_nobody(
     client: Client, redis: Redis, redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=40))), lease=15)
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
     key = f"chat:tokens:{{{request_id}}}"

@@ -43,7 +43,7 @@ async def test_a_command_that_is_cut_off_twice_does_not_show(
 ) -> None:
     order = break_at(redis_proxy, how, command, times=2)
     # Two questions, or the second cut may find nothing left to cut.
-    simulator = await start_simulator(Options(orders=Scenario(rate=200)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
     await start_worker(simulator, lease=10, redis_url=redis_proxy.redis_url)
     questions = ["Who are you?", "你是谁?"]
     ids = [await client.enqueue(ask(question)) for question in questions]

@@ -150,7 +150,7 @@ async def test_an_answer_that_breaks_off_in_the_last_attempt_there_is_is_ended(
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     job = await left_behind(redis, [*begun(2), (f"{TOP - 2}-0", {"type": "claimed"})])
-    server = await start_simulator(Options(orders=Scenario(fault="cut", after=3)))
+    server = await start_simulator(Options(scenario=Scenario(fault="cut", after=3)))
     await start_worker(server)
 
     async def is_done_with() -> bool:
@@ -203,7 +203,7 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     start_simulator: StartSimulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))))
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
     key, left = f"chat:tokens:{{{request_id}}}", 3
@@ -297,7 +297,7 @@ async def test_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker
     start_simulator: StartSimulator,
 ) -> None:
     """As the contract says: nobody else can know of the job any more."""
-    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
 
     async def take_out(job: str, consumer: str) -> None:
         if how == "XACK":
@@ -328,7 +328,7 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """D13 for the renaming: the entries that come after it have greater ids than the log that is back, and fit in."""
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
     request_id = await client.enqueue(ask())
     key = f"chat:tokens:{{{request_id}}}"
     await has_begun(redis, request_id, 6)
@@ -349,7 +349,7 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
 async def test_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=50))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
     request_id = await client.enqueue(ask())
     following = asyncio.create_task(client.result(request_id))
     await has_begun(redis, request_id, 6)
@@ -421,7 +421,7 @@ async def test_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
 async def test_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     worker = await start_worker(simulator)
     other = await start_worker(simulator)
     request_id = await client.enqueue(ask())

@@ -51,7 +51,7 @@ async def test_a_job_that_kills_its_worker_each_time_is_buried_alone(
     start_process: StartProcess,
 ) -> None:
     """All are taken in one read, so each death takes the innocent along until the poison runs alone."""
-    simulator = await start_simulator(Options(orders=Scenario(rate=50 if kind == "midway" else 0, first_token=0.1)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50 if kind == "midway" else 0, first_token=0.1)))
     request: dict[str, object] = {"model": "reciter", "messages": STORY, "max_tokens": 5} | more
     poison = await client.enqueue(request | {"user": kind})
     innocent = [await client.enqueue(request) for _ in range(INNOCENT)]
@@ -171,7 +171,7 @@ async def test_whoever_finds_a_job_sealed_as_buried_sees_to_its_dead_letter(
 async def test_deploys_bury_nobody(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(fault="hang", times=4)))
+    simulator = await start_simulator(Options(scenario=Scenario(fault="hang", times=4)))
     request_id = await client.enqueue({"model": "reciter", "messages": STORY})
     for number in range(1, 5):
         # With leases of a minute only a hand-over lets the next one go on.
@@ -205,7 +205,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
 ) -> None:
     ids = [await client.enqueue({"model": "reciter", "messages": STORY}) for _ in range(2)]
     await suspected(redis, *ids)
-    hanging = await start_simulator(Options(orders=Scenario(fault="hang")))
+    hanging = await start_simulator(Options(scenario=Scenario(fault="hang")))
     service = await start_worker(hanging, lease=60, drain_timeout=0)
 
     async def one_runs() -> bool:
@@ -224,7 +224,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
 async def test_the_deadline_of_a_suspect_passes_also_while_it_waits_for_its_turn(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    hanging = await start_simulator(Options(orders=Scenario(fault="hang")))
+    hanging = await start_simulator(Options(scenario=Scenario(fault="hang")))
     first = await client.enqueue({"model": "reciter", "messages": STORY})
     second = await client.enqueue({"model": "reciter", "messages": STORY}, timeout=1)
     await suspected(redis, first, second)

@@ -26,7 +26,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 @pytest.fixture
 async def paced(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers take about a second."""
-    return await start_simulator(Options(orders=Scenario(rate=40)))
+    return await start_simulator(Options(scenario=Scenario(rate=40)))
 
 
 class Durable:
@@ -227,7 +227,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     start_simulator: StartSimulator,
 ) -> None:
     tokens = 5000
-    simulator = await start_simulator(Options(max_model_len=2 * tokens, orders=Scenario(tokens=tokens)))
+    simulator = await start_simulator(Options(max_model_len=2 * tokens, scenario=Scenario(tokens=tokens)))
     worker = await start_worker(simulator, lease=30, redis_url=redis_proxy.redis_url)
     redis_proxy.up = 0.1
     # With its alternatives a token is two kilobytes and a half, and the answer more than sockets can hold on the way.

@@ -20,7 +20,7 @@ def pace() -> Pace:
 
 
 async def paced(start_simulator: StartSimulator) -> Simulator:
-    return await start_simulator(Options(orders=Scenario(rate=100)))
+    return await start_simulator(Options(scenario=Scenario(rate=100)))
 
 
 @pytest.mark.parametrize("fault", ["refuse", "429", "503", "500", "hang", "html"])
@@ -79,7 +79,7 @@ async def test_the_next_try_waits_as_long_as_the_server_asks(
 async def test_a_server_that_asks_for_time_holds_up_nobody_whom_another_can_serve(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
+    busy = await start_simulator(Options(scenario=Scenario(fault="503", retry_after=600)))
     well = await start_simulator()
     await start_worker(busy, well, pace=Pace(first_retry=0.02, longest_retry=3600))
     request_id = await client.enqueue(ask("Who are you?"))

@@ -22,13 +22,13 @@ LEASE = 1.0
 @pytest.fixture
 async def paced(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers take about a second."""
-    return await start_simulator(Options(orders=Scenario(rate=40)))
+    return await start_simulator(Options(scenario=Scenario(rate=40)))
 
 
 @pytest.fixture
 async def slow(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers do not end within a test: whoever asks it is mid-stream."""
-    return await start_simulator(Options(orders=Scenario(rate=10)))
+    return await start_simulator(Options(scenario=Scenario(rate=10)))
 
 
 @pytest.mark.parametrize(

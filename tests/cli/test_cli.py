@@ -49,7 +49,7 @@ def text_of(lines: list[str]) -> str:
 async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
     redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(rate=100)))
+    slow = await start_simulator(Options(scenario=Scenario(rate=100)))
     async with (
         started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as worker,
         started("enqueue", "Tell me a story", "--model", "reciter", "--follow", REDIS_URL=redis_url) as process,
@@ -68,7 +68,7 @@ async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
 async def test_json_lines_are_streamed(
     redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(rate=60)))
+    slow = await start_simulator(Options(scenario=Scenario(rate=60)))
     await start_worker(slow)
     async with started("enqueue", "Who are you?", "--follow", "--json", REDIS_URL=redis_url) as process:
         first = await line_with(process.stdout, '"delta"')
@@ -184,7 +184,7 @@ async def test_reasoning_goes_to_standard_error_and_ends_its_line(redis_url: str
 async def test_a_broken_pipe_ends_follow_quietly(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=100))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))))
     request_id = await client.enqueue({"messages": STORY})
     reader, writer = os.pipe()
     process = await asyncio.create_subprocess_exec(
@@ -206,7 +206,7 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     waiting = await client.enqueue({"messages": WHO}, queue="unserved")
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=3))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=3))))
     running = await client.enqueue({"messages": STORY})
 
     async with started("follow", running, REDIS_URL=redis_url) as follower:
@@ -238,7 +238,7 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
 async def test_a_signal_ends_a_worker_with_0_after_its_jobs(
     signum: signal.Signals, redis_url: str, client: Client, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(rate=40)))
+    slow = await start_simulator(Options(scenario=Scenario(rate=40)))
     async with started("run", REDIS_URL=redis_url, VLLM_URLS=slow.url) as process:
         request_id = await client.enqueue({"messages": WHO})
         text = ""
@@ -272,7 +272,7 @@ async def test_no_secret_prompt_or_output_is_printed_or_logged(
 ) -> None:
     key, password = "key-4711-secret", "pass-0815-secret"
     prompt, output = "my diary says zanzibar", "the answer is xylophone"
-    guarded = await start_simulator(Options(api_key=key, orders=Scenario(text=output)))
+    guarded = await start_simulator(Options(api_key=key, scenario=Scenario(text=output)))
     with start_redis() as embedded:
         with BlockingRedis.from_url(embedded.url, protocol=2) as redis:
             redis.config_set("requirepass", password)
@@ -587,7 +587,7 @@ async def interrupted(process: Process) -> Ended:
 async def test_ctrl_c_while_following_prints_how_to_go_on_and_how_to_cancel(
     redis_url: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator, *, as_json: bool
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(fault="stall", after=3))), gap_timeout=60)
+    await start_worker(await start_simulator(Options(scenario=Scenario(fault="stall", after=3))), gap_timeout=60)
     flag = ["--json"] if as_json else []
     async with started("enqueue", "Hi", "--id", "mine", "--follow", *flag, REDIS_URL=redis_url) as process:
         await line_with(process.stdout if as_json else process.stderr, '"1-3"' if as_json else "taken by")

@@ -28,7 +28,7 @@ async def test_d10_an_id_that_is_used_again_for_another_request_is_buried_and_le
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """While the first job runs, once it has ended, and once only the tombstone is left of it."""
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await start_worker(simulator)
     await add(redis, FIRST)
     await has_begun(redis, "r", 1)

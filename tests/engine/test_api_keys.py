@@ -43,8 +43,8 @@ TEXT = answer_to(ask()["messages"])
 class Changing(Simulator):
     """A server whose key changes once an answer has broken off; it replies `status` to the old key."""
 
-    def __init__(self, *, status: int = 401, lists: bool = False, orders: Scenario = CUT) -> None:
-        super().__init__(Options(api_key=OLD, orders=orders))
+    def __init__(self, *, status: int = 401, lists: bool = False, scenario: Scenario = CUT) -> None:
+        super().__init__(Options(api_key=OLD, scenario=scenario))
         self.status = status
         self.refused = 0
         self._lists = lists

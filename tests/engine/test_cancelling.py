@@ -86,7 +86,7 @@ async def worker_before(start_worker: StartWorker, redis: Redis, *servers: Simul
 async def test_the_seal_and_the_lifecycle_have_the_usage_of_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    await worker_before(start_worker, redis, await start_simulator(Options(orders=Scenario(fault="stall", after=5))))
+    await worker_before(start_worker, redis, await start_simulator(Options(scenario=Scenario(fault="stall", after=5))))
     request_id = await client.enqueue(ask())
     await begun(client, request_id, deltas=5)
     await client.cancel(request_id)
@@ -184,7 +184,7 @@ async def test_a_cancel_before_a_worker_takes_the_job(
 async def test_a_cancel_before_the_first_token(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -197,7 +197,7 @@ async def test_a_cancel_mid_stream_while_the_stream_is_silent(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """A stream that still flows would find the seal with its next entry, even without a hint."""
-    stalls = await start_simulator(Options(orders=Scenario(fault="stall", after=5)))
+    stalls = await start_simulator(Options(scenario=Scenario(fault="stall", after=5)))
     await worker_before(start_worker, redis, stalls)
     request_id = await client.enqueue(ask())
     await begun(client, request_id, deltas=5)
@@ -214,7 +214,7 @@ async def test_a_cancel_mid_stream_while_the_stream_is_silent(
 async def test_a_cancel_between_two_tries(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    busy = await start_simulator(Options(orders=Scenario(fault="503", retry_after=600)))
+    busy = await start_simulator(Options(scenario=Scenario(fault="503", retry_after=600)))
     await worker_before(start_worker, redis, busy)
     request_id = await client.enqueue(ask())
 
@@ -247,7 +247,7 @@ class Silent(Simulator):
 async def test_a_cancel_while_a_server_is_asked_how_to_resume(
     client: Client, redis: Redis, start_worker: StartWorker, ended_by: str
 ) -> None:
-    async with Silent(Options(orders=Scenario(fault="cut", after=8))) as silent:
+    async with Silent(Options(scenario=Scenario(fault="cut", after=8))) as silent:
         await worker_before(start_worker, redis, silent)
         request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
 
@@ -266,7 +266,7 @@ async def test_a_cancel_while_a_server_is_asked_how_to_resume(
 async def test_a_cancel_while_the_job_waits_for_a_vllm_server_that_is_away(
     client: Client, redis: Redis, start_worker: StartWorker
 ) -> None:
-    leaves = Simulator(Options(orders=Scenario(rate=50)))
+    leaves = Simulator(Options(scenario=Scenario(rate=50)))
     await leaves.__aenter__()
     worker = await worker_before(start_worker, redis, leaves)
     request_id = await client.enqueue(ask())
@@ -296,7 +296,7 @@ async def test_a_cancel_after_the_end_is_reported_and_changes_nothing(
 async def test_without_a_hint_maintenance_finds_the_cancel(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent, lease=1)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -308,7 +308,7 @@ async def test_without_a_hint_maintenance_finds_the_cancel(
 async def test_a_subscription_that_is_cut_is_renewed(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -322,7 +322,7 @@ async def test_a_subscription_that_is_cut_is_renewed(
 async def test_a_cancel_during_a_lost_subscription_is_found_when_it_is_renewed(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
     await asked(silent)
@@ -337,7 +337,7 @@ async def test_a_cancel_during_a_lost_subscription_is_found_when_it_is_renewed(
 async def test_a_flood_of_hints_makes_a_worker_read_only_the_logs_that_they_name(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
 

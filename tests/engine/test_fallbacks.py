@@ -26,7 +26,7 @@ async def entries_of(client: Client, request: dict[str, object], **options: Any)
 async def test_the_next_model_is_asked_when_the_tries_of_the_first_are_exhausted(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator, fault: Fault
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Scenario(fault=fault, retry_after=0.01)))
+    large = await start_simulator(Options(model="large", scenario=Scenario(fault=fault, retry_after=0.01)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=2)
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
@@ -123,7 +123,7 @@ async def test_a_request_that_is_wrong_goes_to_no_other_model(
 async def test_an_answer_that_another_model_takes_over_begins_again(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=4, then="503")))
+    large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=4, then="503")))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=1)
     entries = await entries_of(client, ask(), fallbacks=["small"])
@@ -136,7 +136,7 @@ async def test_an_error_names_every_model_that_was_asked(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(*[
-        await start_simulator(Options(model=model, orders=Scenario(fault="429", retry_after=0.01)))
+        await start_simulator(Options(model=model, scenario=Scenario(fault="429", retry_after=0.01)))
         for model in ("large", "small")
     ], tries=1)  # fmt: skip
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
@@ -148,7 +148,7 @@ async def test_an_error_names_every_model_that_was_asked(
 async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_says_fail(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=4)))
+    large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=4)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, on_interrupt="fail")
     answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))

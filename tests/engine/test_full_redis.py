@@ -57,7 +57,7 @@ async def calls(redis: Redis, command: str) -> int:
 async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     worker = await start_worker(simulator, lease=1)
     request_id = await client.enqueue(ask())
 

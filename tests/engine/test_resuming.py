@@ -36,7 +36,7 @@ def kinds(entries: Sequence[Entry]) -> list[str]:
 
 async def breaking(start: StartSimulator, after: int, **options: Any) -> tuple[Simulator, Simulator]:  # noqa: ANN401
     """A server whose streams are cut after so many chunks, and a healthy one."""
-    broken = await start(Options(orders=Scenario(fault="cut", after=after)))
+    broken = await start(Options(scenario=Scenario(fault="cut", after=after)))
     return broken, await start(Options(**options))
 
 
@@ -112,7 +112,7 @@ async def test_an_answer_is_resumed_more_than_once(
 ) -> None:
     """A try that makes progress does not count, so the number of tries does not limit the number of breaks."""
     request = ask("Tell me a story")
-    servers = [await start_simulator(Options(orders=Scenario(fault="cut", after=40))) for _ in range(2)]
+    servers = [await start_simulator(Options(scenario=Scenario(fault="cut", after=40))) for _ in range(2)]
     await start_worker(*servers)
     entries = await entries_of(client, request)
     assert kinds(entries) == ["resumed"] * 6
@@ -192,7 +192,7 @@ async def test_logprobs_ids_and_continuous_usage_are_those_of_one_answer(
             "restarted",
         ),
         ({"lacks": frozenset({"/tokenize"})}, "Who are you?", "restarted"),
-        ({"orders": Scenario(fault="prefill")}, "Who are you?", "restarted"),
+        ({"scenario": Scenario(fault="prefill")}, "Who are you?", "restarted"),
         ({"rejects": frozenset({"kv_transfer_params"})}, "Who are you?", "resumed"),
     ],
     ids=["ids passed over", "and reasoning", "and no completions", "no tokenize", "refused", "one route refused"],
@@ -256,7 +256,7 @@ async def test_the_setting_holds_for_another_worker_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess,
     on_interrupt: str, expected: list[str],
 ) -> None:  # fmt: skip
-    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     first = start_process(simulator, lease=1, on_interrupt=on_interrupt)
     entries = []
     async for entry in client.follow(await client.enqueue(ask("Tell me a story"))):
@@ -299,7 +299,7 @@ async def test_an_answer_that_broke_before_its_first_text_begins_again_unseen(
 async def test_an_answer_that_has_min_tokens_is_resumed_to_its_end(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
-    broken, well = await start_simulator(Options(orders=Scenario(fault="cut", after=37))), await start_simulator()
+    broken, well = await start_simulator(Options(scenario=Scenario(fault="cut", after=37))), await start_simulator()
     await start_worker(broken, well)
     entries = await entries_of(client, ask(min_tokens=37))
     assert kinds(entries) == ["resumed"]
@@ -311,7 +311,7 @@ async def test_tokens_without_text_are_no_progress(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, text: str
 ) -> None:
     """They are generated anew each time. A server that always breaks off there would be tried for ever."""
-    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=2)))
+    broken = await start_simulator(Options(scenario=Scenario(fault="cut", after=2)))
     await start_worker(broken)
     answer = Answer(await entries_of(client, ask(simulate={"text": text})))
     assert isinstance(answer.end, Failed)
@@ -322,7 +322,7 @@ async def test_another_model_does_not_resume_though_it_reads_the_same_ids(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """A job without a model may reach servers of two models that share a tokenizer."""
-    large = await start_simulator(Options(model="large", orders=Scenario(fault="cut", after=8)))
+    large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=8)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small)
     request = ask()
@@ -336,7 +336,7 @@ async def test_a_server_with_a_shorter_context_does_not_end_what_it_cannot_resum
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """The kept part is longer than its whole context, and the answer was not at its end."""
-    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=100)))
+    broken = await start_simulator(Options(scenario=Scenario(fault="cut", after=100)))
     await start_worker(broken, await start_simulator(Options(max_model_len=90)))
     entries = await entries_of(client, ask("Tell me a story"))
     assert kinds(entries) == ["restarted"]
@@ -346,7 +346,7 @@ class Odd(Simulator):
     """A server that replies to one path as the test orders, and breaks the first stream off."""
 
     def __init__(self, path: str, status: int, body: bytes) -> None:
-        super().__init__(Options(orders=Scenario(fault="cut", after=8, times=1)))
+        super().__init__(Options(scenario=Scenario(fault="cut", after=8, times=1)))
         self._path, self._status, self._body = path, status, body
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:

@@ -75,7 +75,7 @@ async def test_jobs_avoid_a_server_that_refuses_the_workers_key(
 ) -> None:
     """It replies at once, so it would always be the server with the fewest requests."""
     async with Guarded(lists=not guards_its_list) as refusing:
-        good = await start_simulator(Options(orders=Scenario(rate=200)))
+        good = await start_simulator(Options(scenario=Scenario(rate=200)))
         worker = await start_worker(refusing, good, tries=1)
         got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(40)))
         assert [answer.outcome for answer in got] == ["done"] * 40
@@ -216,7 +216,7 @@ async def test_an_answer_is_resumed_though_one_server_is_misconfigured(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """That one server cannot plan a resume is no reason to begin again."""
-    first = await start_simulator(Options(orders=Scenario(fault="cut", after=4)))
+    first = await start_simulator(Options(scenario=Scenario(fault="cut", after=4)))
     async with Wrong(307, b"") as wrong:
         await start_worker(first, wrong, await start_simulator(), tries=5)
         entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
@@ -238,7 +238,7 @@ class Guarding(Simulator):
 async def test_an_answer_begins_again_where_no_server_plans_a_resume(
     client: Client, start_worker: StartWorker, count: int
 ) -> None:
-    first = Options(orders=Scenario(fault="cut", after=4, times=1))
+    first = Options(scenario=Scenario(fault="cut", after=4, times=1))
     async with Guarding(first) as one, Guarding() as other:
         await start_worker(*[one, other][:count], tries=2)
         entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
@@ -270,7 +270,7 @@ class Sick(Simulator):
     """A server whose health endpoint reports its failures."""
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
-        if request.path == "/health" and self.options.orders.fault:
+        if request.path == "/health" and self.options.scenario.fault:
             await connection.respond(503, "text/plain", b"")
         else:
             await super()._handle(request, connection)
@@ -284,7 +284,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
     async with Sick() as server:
         worker = await start_worker(server, tries=1, slots=1)
         await answers(client, ask("before"))
-        server.options = Options(orders=Scenario(fault=fault, after=3))
+        server.options = Options(scenario=Scenario(fault=fault, after=3))
         ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
 
         async def away() -> bool:
@@ -320,7 +320,7 @@ async def test_no_job_waits_for_a_server_that_goes_down_with_its_streams_frozen(
     """As vLLM 0.32.0 does on SIGTERM: it accepts no connections, and its open streams send comments for ever."""
     server_pace.frozen_after = 0.1
     server_pace.probe_every = 0.05
-    async with Simulator(Options(keep_alive=0.02, orders=Scenario(fault=fault, after=6))) as going_down:
+    async with Simulator(Options(keep_alive=0.02, scenario=Scenario(fault=fault, after=6))) as going_down:
         # The limits are so long that only the refused connection can be what ends the wait.
         await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
         request_id = await client.enqueue(ask("Who are you?"))
@@ -389,7 +389,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     """A server that cannot be reached has seen no request: that does not count as a try, for any number of servers."""
     server_pace.probe_every = 0.05
     ports = [free_port() for _ in range(3)]
-    servers = [Simulator(Options(orders=Scenario(rate=50)), port=port) for port in ports]
+    servers = [Simulator(Options(scenario=Scenario(rate=50)), port=port) for port in ports]
     for server in servers:
         await server.__aenter__()
     worker = await start_worker(*servers, pace=QUICK_RETRIES, tries=2)

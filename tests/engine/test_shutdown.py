@@ -64,7 +64,7 @@ class Held:
 async def test_a_second_stop_signal_loses_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
     questions = [f"question {n}" for n in range(10)]
     ids = [await client.enqueue(ask(question)) for question in questions]
@@ -90,7 +90,7 @@ async def test_a_second_stop_signal_loses_nothing(
 async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
     request_id = await client.enqueue(ask())
 
@@ -112,7 +112,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
 async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(ask())
     if how == "claim_expired":  # it was with a worker that died
@@ -139,7 +139,7 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
 async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
     client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100, tokens=2000)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100, tokens=2000)))
     settings = load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600)
     worker = Worker(settings, pace=Pace(last_steps=0.2))
     running = asyncio.create_task(worker.run())

@@ -76,7 +76,7 @@ async def test_a_bare_xadd_is_enough_for_a_job(redis: Redis) -> None:
 async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
     start_worker: StartWorker, start_simulator: StartSimulator, client: Client
 ) -> None:
-    await start_worker(await start_simulator(Options(orders=Scenario(rate=200))))
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=200))))
     request_id = await client.enqueue(ask("Tell me a story"))
     first = [entry async for entry in client.follow(request_id)]
     late = [entry async for entry in client.follow(request_id)]
@@ -240,7 +240,7 @@ async def test_a_deadline_that_has_passed_ends_the_job_without_asking_vllm(redis
 async def test_a_deadline_that_passes_mid_stream_ends_the_answer_and_keeps_its_text(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(rate=20)))
+    slow = await start_simulator(Options(scenario=Scenario(rate=20)))
     await start_worker(slow)
     answer = await client.result(await client.enqueue(ask("Tell me a story"), timeout=1.0))
     assert isinstance(answer.end, Failed)
@@ -260,7 +260,7 @@ async def test_a_deadline_that_passes_mid_stream_ends_the_answer_and_keeps_its_t
 async def test_cancelling_stops_vllm_and_seals_the_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(rate=30)))
+    slow = await start_simulator(Options(scenario=Scenario(rate=30)))
     await start_worker(slow)
     request_id = await client.enqueue(ask("Tell me a story"))
     answer = Answer()
@@ -374,7 +374,7 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
 async def test_every_slot_works_at_once(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(fault="hang")))
+    slow = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await start_worker(slow, slots=8, first_token_timeout=60)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(8)]
 
@@ -389,7 +389,7 @@ async def test_every_slot_works_at_once(
 async def test_no_more_jobs_are_taken_than_there_are_slots(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(orders=Scenario(first_token=0.3, text="yes")))
+    slow = await start_simulator(Options(scenario=Scenario(first_token=0.3, text="yes")))
     await start_worker(slow, slots=2)
     ids = [await client.enqueue(ask(f"question {n}")) for n in range(6)]
     most = 0
@@ -528,7 +528,7 @@ async def test_a_stream_whose_vllm_goes_away_is_resumed_when_it_is_back(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     port = free_port()
-    simulator = Simulator(Options(orders=Scenario(rate=50)), port=port)
+    simulator = Simulator(Options(scenario=Scenario(rate=50)), port=port)
     await simulator.__aenter__()
     await start_worker(simulator)
     request_id = await client.enqueue(ask("Tell me a story"))
@@ -610,7 +610,7 @@ async def test_a_job_that_is_deleted_while_it_runs_comes_to_its_end(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """Redis 7.0 drops the job from the pending list, so its lease cannot be renewed."""
-    worker = await start_worker(await start_simulator(Options(orders=Scenario(rate=40, tokens=120))), lease=1)
+    worker = await start_worker(await start_simulator(Options(scenario=Scenario(rate=40, tokens=120))), lease=1)
     request_id = await client.enqueue(ask())
     entries = []
     async for entry in client.follow(request_id):

@@ -41,7 +41,7 @@ async def nothing_pending(redis: Redis) -> bool:
 async def test_two_workers_and_two_hundred_jobs_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=100)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     for _ in range(2):
         # As many slots as half of the jobs, so that both take their share; time enough for two busy cores.
         start_process(simulator, slots=JOBS // 2, lease=15)
@@ -70,7 +70,7 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
 async def test_a_worker_that_stops_lets_its_jobs_end(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     process = start_process(simulator, drain_timeout=20)
     request_id = await client.enqueue(ask("Who are you?"))
     entries = []
@@ -88,7 +88,7 @@ async def test_a_worker_that_stops_lets_its_jobs_end(
 async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=50)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     # With leases of a minute only a hand-over lets the second worker go on within the time of this test.
     first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
     request_id = await client.enqueue(ask("Tell me a story"))
@@ -143,7 +143,7 @@ async def test_a_read_waits_for_less_than_half_a_lease(
 async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=50, tokens=20)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=20)))
     process = start_process(simulator, drain_timeout=0.1, lease=60)
     request_id = await client.enqueue(ask("Who are you?"))
 
@@ -168,7 +168,7 @@ async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
 async def test_a_worker_ends_soon_though_redis_does_not_answer(
     client: Client, redis_server: EmbeddedRedis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
-    simulator = await start_simulator(Options(orders=Scenario(rate=20, tokens=2000)))
+    simulator = await start_simulator(Options(scenario=Scenario(rate=20, tokens=2000)))
     process = start_process(simulator, drain_timeout=0.1, lease=60)
     for number in range(10):
         await client.enqueue(ask(f"question {number}"))

@@ -65,7 +65,7 @@ async def test_a_running_job_keeps_its_lease(
     redis: Redis, client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     """Its lease is renewed, so it shows some idle time at nearly every look, and its worker shows new beats."""
-    silent = await start_simulator(Options(orders=Scenario(fault="hang")))
+    silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     for _ in range(2):
         await start_worker(silent, lease=0.5, first_token_timeout=60)
     await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}, id="r")

@@ -274,22 +274,22 @@ async def test_what_is_not_simulated_is_refused(client: httpx.AsyncClient, field
 
 
 async def test_prefill_refuses_only_to_go_on(simulator: Simulator, client: httpx.AsyncClient) -> None:
-    orders: Event = {"simulate": {"fault": "prefill"}}
-    assert joined(await post(client, CHAT, chat("Who are you?", **orders))) == answer_to(said("Who are you?"))
-    refused = await client.post(CHAT, json=chat("Who are you?", encode("I am"), **orders))
+    scenario: Event = {"simulate": {"fault": "prefill"}}
+    assert joined(await post(client, CHAT, chat("Who are you?", **scenario))) == answer_to(said("Who are you?"))
+    refused = await client.post(CHAT, json=chat("Who are you?", encode("I am"), **scenario))
     assert (refused.status_code, refused.json()["error"]["type"]) == (400, "BadRequestError")
-    whole = await client.post(TEXT, json=text("Who are you?", encode("I am"), **orders) | {"stream": False})
+    whole = await client.post(TEXT, json=text("Who are you?", encode("I am"), **scenario) | {"stream": False})
     assert (whole.status_code, whole.json()["error"]["type"]) == (400, "BadRequestError")
-    (error,) = chunks(await post(client, TEXT, text("Who are you?", encode("I am"), **orders)))
+    (error,) = chunks(await post(client, TEXT, text("Who are you?", encode("I am"), **scenario)))
     assert error["error"]["code"] == 400
     assert [served.fault for served in simulator.served] == [None, *["prefill"] * 3]
 
 
 async def test_a_stream_may_break_and_going_on_then_be_refused(client: httpx.AsyncClient) -> None:
-    orders: Event = {"simulate": {"fault": "abort", "after": 3, "times": 1, "then": "prefill"}}
-    assert finishes(await post(client, CHAT, chat("Who are you?", **orders))) == [("abort", None)]
-    assert (await client.post(CHAT, json=chat("Who are you?", encode("I am"), **orders))).status_code == 400
-    assert finishes(await post(client, CHAT, chat("Who are you?", **orders))) == [("stop", None)]
+    scenario: Event = {"simulate": {"fault": "abort", "after": 3, "times": 1, "then": "prefill"}}
+    assert finishes(await post(client, CHAT, chat("Who are you?", **scenario))) == [("abort", None)]
+    assert (await client.post(CHAT, json=chat("Who are you?", encode("I am"), **scenario))).status_code == 400
+    assert finishes(await post(client, CHAT, chat("Who are you?", **scenario))) == [("stop", None)]
 
 
 async def test_a_server_may_ignore_the_ids_and_lack_routes() -> None:

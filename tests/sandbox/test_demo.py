@@ -90,7 +90,7 @@ async def test_the_demo_needs_nothing_and_shows_a_takeover() -> None:
 async def test_with_json_every_line_parses_and_a_given_redis_is_left_clean(
     redis: Redis, redis_url: str, start_simulator: StartSimulator
 ) -> None:
-    paced = await start_simulator(Options(orders=Scenario(rate=80)))
+    paced = await start_simulator(Options(scenario=Scenario(rate=80)))
     await redis.set("somebody-elses", "key", ex=60)
     ended = await run("demo", "--json", "--redis-url", redis_url, "--vllm-url", f"{paced.url}/v1")
     assert (ended.status, ended.err) == (0, "")
@@ -117,7 +117,7 @@ def test_the_redis_of_the_machine_comes_before_that_of_an_active_environment(
 
 
 async def test_without_any_redis_server_the_demo_imitates_one(start_simulator: StartSimulator) -> None:
-    paced = await start_simulator(Options(orders=Scenario(rate=150)))
+    paced = await start_simulator(Options(scenario=Scenario(rate=150)))
     lines: list[Object] = []
     await run_demo(lambda _, data: lines.append(data), vllm_url=paced.url, servers=[])
     assert lines[0]["redis"] == "fakeredis (an imitation in Python)"
@@ -229,7 +229,7 @@ async def test_a_broken_pipe_ends_the_demo_quietly() -> None:
 async def test_answers_that_fail_are_exit_status_1_with_a_sentence(
     redis_url: str, redis: Redis, start_simulator: StartSimulator
 ) -> None:
-    broken = await start_simulator(Options(orders=Scenario(fault="error_under_200")))
+    broken = await start_simulator(Options(scenario=Scenario(fault="error_under_200")))
     ended = await run("demo", "--vllm-url", broken.url, "--redis-url", redis_url)
     assert ended.status == 1
     (error,) = ended.err.splitlines()

@@ -158,7 +158,7 @@ async def test_usage_is_as_recorded_where_a_limit_settles_it(client: httpx.Async
 async def test_an_error_is_as_recorded_to_the_byte(name: str) -> None:
     options = Options(
         api_key="secret" if name == "error_401_auth" else None,
-        orders=Scenario(fault="500" if name == "error_500_engine_dead" else None),
+        scenario=Scenario(fault="500" if name == "error_500_engine_dead" else None),
     )
     if name == "error_400_context":
         request = asking([{"role": "user", "content": "word " * 5000}])
@@ -395,14 +395,14 @@ async def test_html_and_json_come_in_place_of_a_stream(simulator: Simulator, cli
 
 
 async def test_a_fault_may_be_for_the_first_tries_of_a_prompt_alone(client: httpx.AsyncClient) -> None:
-    orders = {"fault": "503", "times": 2}
-    statuses = [(await client.post(PATH, json=asking(WHO, simulate=orders))).status_code for _ in range(3)]
+    scenario = {"fault": "503", "times": 2}
+    statuses = [(await client.post(PATH, json=asking(WHO, simulate=scenario))).status_code for _ in range(3)]
     assert statuses == [503, 503, 200]
-    assert (await client.post(PATH, json=asking(OTHER, simulate=orders))).status_code == 503
+    assert (await client.post(PATH, json=asking(OTHER, simulate=scenario))).status_code == 503
 
 
 async def test_a_request_overrides_the_orders_of_the_server() -> None:
-    options = Options(orders=Scenario(fault="503", shape="crlf"))
+    options = Options(scenario=Scenario(fault="503", shape="crlf"))
     async with Simulator(options) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         assert (await client.post(PATH, json=asking())).status_code == 503
         body = await post(client, asking(simulate={"fault": None}))

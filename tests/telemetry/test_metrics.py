@@ -135,7 +135,7 @@ async def test_how_a_broken_answer_continued_is_counted(
 async def test_each_vllm_is_shown_with_its_requests(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    hangs = await start_simulator(Options(orders=Scenario(fault="hang")))
+    hangs = await start_simulator(Options(scenario=Scenario(fault="hang")))
     async with Simulator() as leaves:
         worker = await start_worker(hangs, leaves, first_token_timeout=600)
 
@@ -159,8 +159,8 @@ async def test_each_vllm_is_shown_with_its_requests(
 async def test_an_answer_that_continues_is_counted_while_it_still_runs(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    broken = await start_simulator(Options(orders=Scenario(fault="cut", after=3)))
-    stalls = await start_simulator(Options(orders=Scenario(fault="stall", after=10)))
+    broken = await start_simulator(Options(scenario=Scenario(fault="cut", after=3)))
+    stalls = await start_simulator(Options(scenario=Scenario(fault="stall", after=10)))
     worker = await start_worker(broken, stalls, gap_timeout=600)
     request_id = await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
 

@@ -58,7 +58,7 @@ class Recorder(Simulator):
 
     def orders(self, fault: Fault | None = None, *, after: int = 0) -> None:
         """Set the fault of every request from now on."""
-        self.options = Options(model=self.options.model, orders=Scenario(fault=fault, after=after))
+        self.options = Options(model=self.options.model, scenario=Scenario(fault=fault, after=after))
 
 
 BRIEF = {"probe_limit": SHORT, "longest_probe_limit": 4 * SHORT}
@@ -539,7 +539,7 @@ async def half_open(pace: ServerPace | None = None, **settings: Any) -> AsyncIte
 
 async def test_trials_go_one_at_a_time_until_the_first_event_of_one() -> None:
     async with half_open() as (server, pool):
-        server.options = Options(orders=Scenario(first_token=0.2, tokens=400, rate=40))
+        server.options = Options(scenario=Scenario(first_token=0.2, tokens=400, rate=40))
         tried = len(server.served)
         tasks = [asyncio.create_task(ask(pool)) for _ in range(20)]
         await until(lambda: len(server.served) > tried)

@@ -999,6 +999,6 @@ async def test_a_connection_that_is_not_made_in_time_does_not_cut_open_streams(l
 
 
 async def test_the_scenario_of_a_simulator_applies_to_every_request() -> None:
-    async with serving(Options(orders=Scenario(fault="503", times=1))) as (_, pool):
+    async with serving(Options(scenario=Scenario(fault="503", times=1))) as (_, pool):
         assert (await error_of(pool)).code == "upstream_unavailable"
         assert (await ask(pool))[0].text == answer_to(WHO)

@@ -84,7 +84,7 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **scenario: 
         checked = msgspec.convert(scenario, Scenario)
     except msgspec.ValidationError:  # click has checked the other options
         raise click.UsageError(f"--fault must be one of {', '.join(get_args(Fault))}") from None
-    options = Options(model=model, api_key=api_key, orders=checked)
+    options = Options(model=model, api_key=api_key, scenario=checked)
 
     def ready(url: str) -> None:
         click.echo(f"a simulated vLLM listens on {url}", err=True)

@@ -274,7 +274,7 @@ async def _vllm(url: str | None) -> AsyncIterator[tuple[str, str]]:
     if url is not None:
         yield url, shown_url(url)
         return
-    async with Simulator(Options(orders=Scenario(rate=_RATE, first_token=0.2))) as simulator:
+    async with Simulator(Options(scenario=Scenario(rate=_RATE, first_token=0.2))) as simulator:
         yield simulator.url, f"simulated, {_RATE:g} tokens/s, {simulator.url}"
 
 

@@ -4,12 +4,12 @@ import msgspec
 
 from .requests import Shape
 
-__all__ = ["DONE", "comment", "framed"]
+__all__ = ["DONE", "comment", "frame"]
 
 DONE = b"[DONE]"
 
 
-def framed(payload: bytes, shapes: frozenset[Shape], *, first: bool = False) -> bytes:
+def frame(payload: bytes, shapes: frozenset[Shape], *, first: bool = False) -> bytes:
     """One event; `first` says that nothing was sent before."""
     end = _line_end(shapes)
     field = b"data:" if "no_space" in shapes else b"data: "

@@ -47,10 +47,10 @@ class Reply:
     _event = "chat.completion.chunk"
     _prefix = "chatcmpl"
 
-    def __init__(self, request: ChatRequest, orders: Scenario, options: Options) -> None:
+    def __init__(self, request: ChatRequest, scenario: Scenario, options: Options) -> None:
         self._request = request
         self._options = options
-        self._shapes = orders.shapes
+        self._shapes = scenario.shapes
         self.question = request.prompt
         """The token ids of the messages."""
         self._prompt = request.given or self.question
@@ -62,7 +62,7 @@ class Reply:
         self._usage_always = self._usage_last and bool(asked and asked.continuous_usage_stats)
         self._id = f"{self._prefix}-{uuid4().hex[:16]}"
         self._created = int(time.time())
-        self._choices = [self._steps(choice, orders) for choice in range(request.n or 1)]
+        self._choices = [self._steps(choice, scenario) for choice in range(request.n or 1)]
         self.tokens = [0] * len(self._choices)
         """Tokens that each choice has come to in `rounds`, the end token included."""
 
@@ -89,11 +89,11 @@ class Reply:
         """The arguments of each choice's tool call."""
         return [_text_of(steps, "arguments") for steps in self._choices]
 
-    def _steps(self, choice: int, orders: Scenario) -> list[Step]:
+    def _steps(self, choice: int, scenario: Scenario) -> list[Step]:
         request = self._request
-        text = orders.text
+        text = scenario.text
         if text is None:
-            text = answer_to(request.messages, tokens=orders.tokens, choice=choice)
+            text = answer_to(request.messages, tokens=scenario.tokens, choice=choice)
         tokens = answer_tokens(
             text.removeprefix(request.continued),
             tools=bool(request.tools) and request.tool_choice != "none",

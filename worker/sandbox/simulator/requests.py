@@ -20,15 +20,15 @@ __all__ = [
     "Shape",
     "TextRequest",
     "answer_to",
-    "bad",
-    "check",
+    "bad_request",
     "check_model",
+    "check_request",
     "error_body",
-    "invalid",
     "late_error",
-    "orders_of",
-    "parse",
-    "understand",
+    "parse_chat_request",
+    "parse_json",
+    "scenario_of",
+    "validation_error",
 ]
 
 Json = dict[str, object]
@@ -113,7 +113,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Paths answered with a 404, such as `/tokenize`."""
     keep_alive: float = 1.0
     """Seconds between the comments of a frozen stream."""
-    orders: Scenario = Scenario()
+    scenario: Scenario = Scenario()
     record: Path | None = None
     """Where the record of each request is appended as a JSON line, before its answer begins and when it ends."""
 
@@ -210,39 +210,39 @@ def error_body(code: int, message: str, *, kind: str = "BadRequestError", param:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def parse(raw: bytes) -> Json:
+def parse_json(raw: bytes) -> Json:
     """The JSON object of a body; raises RefusedError."""
     try:
         return msgspec.json.decode(raw, type=dict[str, object])
     except msgspec.MsgspecError as error:
-        raise invalid("json_invalid", "body", "JSON decode error", str(error)) from error
+        raise validation_error("json_invalid", "body", "JSON decode error", str(error)) from error
 
 
-def understand(body: Json, options: Options) -> tuple[ChatRequest, Scenario]:
+def parse_chat_request(body: Json, options: Options) -> tuple[ChatRequest, Scenario]:
     """What is asked, and how to answer it; raises RefusedError as vLLM's checks before the stream do."""
     for field in sorted(options.rejects & body.keys()):
         raise _rejected(field, body[field], options)
     if "messages" not in body:
-        raise invalid("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
+        raise validation_error("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["messages"], list):
-        raise invalid("list_type", "body.messages", "Input should be a valid list", body["messages"])
+        raise validation_error("list_type", "body.messages", "Input should be a valid list", body["messages"])
     heeded = {field: value for field, value in body.items() if field not in options.ignores}
     try:
         request = msgspec.convert(heeded, ChatRequest, strict=False)
     except msgspec.ValidationError as error:
-        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
-    orders = orders_of(body, options)
-    check(request, options)
-    return request, orders
+        raise validation_error("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+    scenario = scenario_of(body, options)
+    check_request(request, options)
+    return request, scenario
 
 
-def orders_of(body: Json, options: Options) -> Scenario:
-    """The server's orders with those of the request; raises RefusedError."""
+def scenario_of(body: Json, options: Options) -> Scenario:
+    """The server's scenario with what the request's `simulate` overrides. Raises RefusedError."""
     try:
         ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
-        return msgspec.convert(msgspec.to_builtins(options.orders) | ordered, Scenario)
+        return msgspec.convert(msgspec.to_builtins(options.scenario) | ordered, Scenario)
     except msgspec.ValidationError as error:
-        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+        raise validation_error("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
 
 
 def check_model(model: str | None, options: Options) -> None:
@@ -252,17 +252,17 @@ def check_model(model: str | None, options: Options) -> None:
         raise RefusedError(404, error_body(404, message, kind="NotFoundError", param="model"))
 
 
-def check(request: ChatRequest, options: Options) -> None:
+def check_request(request: ChatRequest, options: Options) -> None:
     """Raises RefusedError, in the order of vLLM 0.32.0."""
     check_model(request.model, options)
     if not request.messages:
-        raise bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
     if request.stream_options is not None and not request.stream:
-        raise bad("Stream options can only be defined when `stream=True`.", "stream_options")
+        raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
     if request.top_logprobs and not request.logprobs:
-        raise bad("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+        raise bad_request("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     if "" in request.stops:
-        raise bad("stop cannot contain an empty string.")
+        raise bad_request("stop cannot contain an empty string.")
     _check_given(request)
     _check_numbers(request)
     _check_length(request, options.max_model_len)
@@ -274,9 +274,11 @@ def _check_given(request: ChatRequest) -> None:
         return
     if not request.given or not all(type(number) is int and number >= 0 for number in request.given):
         where = "kv_transfer_params.prompt_token_ids"
-        raise bad("`kv_transfer_params['prompt_token_ids']` must be a non-empty list of non-negative integers.", where)
+        raise bad_request(
+            "`kv_transfer_params['prompt_token_ids']` must be a non-empty list of non-negative integers.", where
+        )
     if not isinstance(request, TextRequest) and (message := _unknown_token(request)):
-        raise bad(message, "kv_transfer_params.prompt_token_ids")
+        raise bad_request(message, "kv_transfer_params.prompt_token_ids")
 
 
 def _unknown_token(request: ChatRequest) -> str | None:
@@ -288,33 +290,33 @@ def _check_least(request: ChatRequest, longest: int) -> None:
     least = request.min_tokens or 0
     most = longest - len(request.given or request.prompt) if request.asked_tokens is None else request.asked_tokens
     if least < 0:
-        raise bad(f"min_tokens must be greater than or equal to 0, got {least}.")
+        raise bad_request(f"min_tokens must be greater than or equal to 0, got {least}.")
     if least > most:
-        raise bad(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.")
+        raise bad_request(f"min_tokens must be less than or equal to max_tokens={most}, got {least}.")
 
 
 def _check_numbers(request: ChatRequest) -> None:
     temperature = 1.0 if request.temperature is None else request.temperature
     if temperature < 0:
-        raise bad(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+        raise bad_request(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
     if temperature > 2:
-        raise bad(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
+        raise bad_request(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
     choices = 1 if request.n is None else request.n
     if choices < 1:
-        raise bad(f"n must be at least 1, got {choices}.")
+        raise bad_request(f"n must be at least 1, got {choices}.")
     if choices > 1 and temperature == 0:
-        raise bad(f"n must be 1 when using greedy sampling, got {choices}.")
+        raise bad_request(f"n must be 1 when using greedy sampling, got {choices}.")
 
 
 def _check_length(request: ChatRequest, longest: int) -> None:
     asked = request.asked_tokens
     if asked is not None and asked < 1:
-        raise bad(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
+        raise bad_request(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
     if asked is not None and asked > longest:
         message = (
             f"max_tokens={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
         )
-        raise bad(message, "max_tokens", asked)
+        raise bad_request(message, "max_tokens", asked)
     if request.given:
         _check_given_length(request, longest)
     elif len(request.prompt) >= longest:
@@ -324,32 +326,32 @@ def _check_length(request: ChatRequest, longest: int) -> None:
             f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt."
         )
-        raise bad(message, "input_tokens", longest + 1)
+        raise bad_request(message, "input_tokens", longest + 1)
 
 
 def _check_given_length(request: ChatRequest, longest: int) -> None:
     count = len(request.given)
     if count == longest:
-        raise bad("max_tokens must be at least 1, got 0.", "max_tokens", 0)
+        raise bad_request("max_tokens must be at least 1, got 0.", "max_tokens", 0)
     if count > longest and isinstance(request, TextRequest):
         message = (
             f"This model's maximum context length is {longest} tokens. However, your prompt contains {count} "
             "input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt."
         )
-        raise bad(message, "input_tokens", count)
+        raise bad_request(message, "input_tokens", count)
     if count > longest:
-        raise bad(f"Input length ({count}) exceeds model's maximum context length ({longest}).")
+        raise bad_request(f"Input length ({count}) exceeds model's maximum context length ({longest}).")
 
 
-def bad(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
+def bad_request(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
     """A refusal by vLLM's own checks."""
     if param is not None:
         message += f" (parameter={param}{'' if value is None else f', value={value}'})"
     return RefusedError(400, error_body(400, message, param=param))
 
 
-def invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
+def validation_error(kind: str, loc: str, reason: str, value: object) -> RefusedError:
     """What FastAPI's validation becomes in vLLM: the repr of pydantic's details."""
     details = {"type": kind, "loc": loc, "msg": reason, "input": value}
     return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
@@ -357,7 +359,7 @@ def invalid(kind: str, loc: str, reason: str, value: object) -> RefusedError:
 
 def _rejected(field: str, value: object, options: Options) -> RefusedError:
     if options.reject_style == "vllm":
-        return invalid("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
+        return validation_error("extra_forbidden", f"body.{field}", "Extra inputs are not permitted", value)
     if options.reject_style == "fastapi":
         detail = {"type": "extra_forbidden", "loc": ["body", field], "msg": "Extra inputs are not permitted"}
         return RefusedError(400, {"detail": [detail | {"input": value}]})
@@ -366,7 +368,7 @@ def _rejected(field: str, value: object, options: Options) -> RefusedError:
 
 
 def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
-    """The whole text answered to these messages (JSON, as in a request) when `simulate` orders no other.
+    """The whole text answered to these messages (JSON, as in a request) where `simulate` sets no other text.
 
     A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
     the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 import msgspec
 
-from .framing import DONE, comment, framed
+from .framing import DONE, comment, frame
 from .record import Served, digest
 from .replies import Chunk, Reply
 from .requests import (
@@ -24,13 +24,13 @@ from .requests import (
     RefusedError,
     Scenario,
     TextRequest,
-    bad,
+    bad_request,
     error_body,
     late_error,
-    parse,
-    understand,
+    parse_chat_request,
+    parse_json,
 )
-from .texts import TextReply, detokenize, tokenize, understand_text
+from .texts import TextReply, detokenize, parse_text_request, tokenize
 from .wire import HttpConnection, HttpRequest
 
 __all__ = ["Options", "Scenario", "Served", "Simulator", "serve_forever"]
@@ -128,7 +128,7 @@ class Simulator:
     async def _convert(self, request: HttpRequest, connection: HttpConnection) -> None:
         convert = tokenize if request.path == "/tokenize" else detokenize
         try:
-            await _respond(connection, 200, convert(parse(request.body), self.options))
+            await _respond(connection, 200, convert(parse_json(request.body), self.options))
         except RefusedError as error:
             await _respond(connection, error.status, error.body)
 
@@ -142,14 +142,14 @@ class Simulator:
         served = Served(order=self._count, route=request.path, request={}, started=time.monotonic())
         self.served.append(served)
         try:
-            served.request = parse(request.body)
-            understood = understand_text if request.path == _COMPLETIONS else understand
-            asked, orders = understood(served.request, self.options)
-            orders = msgspec.structs.replace(orders, fault=self._fault_for(asked, orders))
-            reply = _reply(asked, orders, self.options)
+            served.request = parse_json(request.body)
+            parse_request = parse_text_request if request.path == _COMPLETIONS else parse_chat_request
+            asked, scenario = parse_request(served.request, self.options)
+            scenario = msgspec.structs.replace(scenario, fault=self._fault_for(asked, scenario))
+            reply = _reply(asked, scenario, self.options)
             served.prompt, served.after = digest(reply.question), len(reply.begun)
             self._write_down(served)
-            await _Answer(connection, served, asked, orders, self.options, reply).give()
+            await _Responder(connection, served, asked, scenario, self.options, reply).give()
         except RefusedError as error:
             served.status = error.status
             await _respond(connection, error.status, error.body)
@@ -160,20 +160,20 @@ class Simulator:
             served.ended = time.monotonic()
             self._write_down(served)
 
-    def _fault_for(self, request: ChatRequest, orders: Scenario) -> Fault | None:
-        fault = orders.fault if self._meets_fault(request, orders) else orders.then
+    def _fault_for(self, request: ChatRequest, scenario: Scenario) -> Fault | None:
+        fault = scenario.fault if self._meets_fault(request, scenario) else scenario.then
         return None if fault == "prefill" and not request.given else fault
 
-    def _meets_fault(self, request: ChatRequest, orders: Scenario) -> bool:
-        if orders.fault is None or orders.times is None:
-            return orders.fault is not None
-        if orders.fault == "prefill" and not request.given:
+    def _meets_fault(self, request: ChatRequest, scenario: Scenario) -> bool:
+        if scenario.fault is None or scenario.times is None:
+            return scenario.fault is not None
+        if scenario.fault == "prefill" and not request.given:
             return False
         if len(self._tries) > KEPT:
             self._tries.clear()
         prompt = digest(request.prompt)
         self._tries[prompt] += 1
-        return self._tries[prompt] <= orders.times
+        return self._tries[prompt] <= scenario.times
 
     def _write_down(self, served: Served) -> None:
         if self.options.record is not None:
@@ -190,7 +190,7 @@ async def serve_forever(
         await _for_ever()
 
 
-class _Answer:
+class _Responder:
     """One answer on its way: good, or broken as ordered."""
 
     def __init__(
@@ -198,21 +198,21 @@ class _Answer:
         connection: HttpConnection,
         served: Served,
         request: ChatRequest,
-        orders: Scenario,
+        scenario: Scenario,
         options: Options,
         reply: Reply,
     ) -> None:
         self._connection = connection
         self._served = served
         self._request = request
-        self._orders = orders
+        self._scenario = scenario
         self._options = options
         self._reply = reply
-        self._pending = orders.fault
+        self._pending = scenario.fault
         """The fault that has yet to strike."""
 
     async def give(self) -> None:
-        fault = self._orders.fault
+        fault = self._scenario.fault
         if fault in _REFUSALS:
             await self._refuse(fault)
             return
@@ -221,11 +221,11 @@ class _Answer:
             return
         if fault == "prefill" and not (isinstance(self._request, TextRequest) and self._request.stream):
             self._strike(fault)
-            raise bad(*_PREFILL)
+            raise bad_request(*_PREFILL)
         if fault == "hang":
             self._strike(fault)
             await _for_ever()
-        await asyncio.sleep(self._orders.first_token)
+        await asyncio.sleep(self._scenario.first_token)
         if fault == "html":
             self._strike(fault)
             await self._respond(200, "text/html; charset=utf-8", _PAGE)
@@ -240,7 +240,7 @@ class _Answer:
 
     async def _refuse(self, fault: Fault) -> None:
         self._strike(fault)
-        after = self._orders.retry_after
+        after = self._scenario.retry_after
         headers = {} if after is None else {"retry_after": f"{after:g}"}
         await self._respond(int(fault), _JSON, msgspec.json.encode(_REFUSALS[fault]), **headers)
 
@@ -254,8 +254,8 @@ class _Answer:
         if error is not None:
             raise RefusedError(400, error)
         reply = self._reply
-        if self._orders.rate:
-            await asyncio.sleep(max(reply.lengths) / self._orders.rate)
+        if self._scenario.rate:
+            await asyncio.sleep(max(reply.lengths) / self._scenario.rate)
         if self._pending == "json":
             self._strike("json")
         self._served.texts, self._served.reasonings = reply.contents, reply.reasonings
@@ -280,7 +280,7 @@ class _Answer:
             await self._event(body, reply)
         began = time.monotonic()
         for number, chunks in enumerate(reply.rounds()):
-            due = began + number / self._orders.rate if self._orders.rate else 0
+            due = began + number / self._scenario.rate if self._scenario.rate else 0
             # Yields in any case: other streams go on, and a close by the client is noticed.
             await asyncio.sleep(max(0, due - time.monotonic()))
             for chunk in chunks:
@@ -300,14 +300,14 @@ class _Answer:
         await self._event(chunk.body, reply)
 
     async def _event(self, body: Json, reply: Reply) -> None:
-        shapes = self._orders.shapes
+        shapes = self._scenario.shapes
         if "sloppy" in shapes:
             await self._frame(msgspec.json.encode(reply.oddity(self._served.chunks)))
         await self._frame(msgspec.json.encode(body))
 
     async def _frame(self, payload: bytes) -> None:
         first = self._served.first_chunk is None
-        await self._connection.send(framed(payload, self._orders.shapes, first=first))
+        await self._connection.send(frame(payload, self._scenario.shapes, first=first))
         if first:
             self._served.first_chunk = time.monotonic()
 
@@ -330,7 +330,7 @@ class _Answer:
     async def _breaks(self, reply: Reply) -> bool:
         """Whether the answer ended here by the ordered fault, which strikes once its number of chunks is sent."""
         fault = self._pending
-        if fault is None or fault == "no_done" or self._served.chunks != self._orders.after:
+        if fault is None or fault == "no_done" or self._served.chunks != self._scenario.after:
             return False
         self._strike(fault)
         if fault == "stall":
@@ -338,7 +338,7 @@ class _Answer:
         elif fault == "freeze":
             while True:
                 await asyncio.sleep(self._options.keep_alive)
-                await self._connection.send(comment(self._orders.shapes))
+                await self._connection.send(comment(self._scenario.shapes))
         elif fault == "malformed":
             await self._frame(b'{"id":"chatcmpl-0","object":"chat.completion.chunk","choices":[{"index":0,"del')
             return False
@@ -356,9 +356,9 @@ class _Answer:
         return True
 
 
-def _reply(request: ChatRequest, orders: Scenario, options: Options) -> Reply:
+def _reply(request: ChatRequest, scenario: Scenario, options: Options) -> Reply:
     kind = TextReply if isinstance(request, TextRequest) else Reply
-    return kind(request, orders, options)
+    return kind(request, scenario, options)
 
 
 async def _for_ever() -> None:

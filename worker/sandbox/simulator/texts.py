@@ -17,14 +17,14 @@ from .requests import (
     Scenario,
     StreamOptions,
     TextRequest,
-    bad,
-    check,
+    bad_request,
     check_model,
-    invalid,
-    orders_of,
+    check_request,
+    scenario_of,
+    validation_error,
 )
 
-__all__ = ["TextReply", "detokenize", "tokenize", "understand_text"]
+__all__ = ["TextReply", "detokenize", "parse_text_request", "tokenize"]
 
 _DEFAULT_TOKENS = 16
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ class _TextBody(msgspec.Struct, frozen=True):
     return_token_ids: bool | None = None
 
 
-def understand_text(body: Json, options: Options) -> tuple[TextRequest, Scenario]:
+def parse_text_request(body: Json, options: Options) -> tuple[TextRequest, Scenario]:
     """What a text completion asks, and how to answer it; raises RefusedError as vLLM does, and for several prompts,
     `echo` and `logprobs`, which are not simulated.
     """
@@ -57,11 +57,11 @@ def understand_text(body: Json, options: Options) -> tuple[TextRequest, Scenario
     text = _convert(heeded, _TextBody)
     check_model(text.model, options)
     if text.prompt is None:
-        raise bad("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+        raise bad_request("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
     if not text.prompt:
-        raise bad("You must pass at least one prompt")
+        raise bad_request("You must pass at least one prompt")
     if text.echo or text.logprobs is not None:
-        raise bad("echo and logprobs of text completions are not simulated")
+        raise bad_request("echo and logprobs of text completions are not simulated")
     ids = encode(text.prompt) if isinstance(text.prompt, str) else text.prompt
     request = TextRequest(
         messages=_messages(ids),
@@ -78,9 +78,9 @@ def understand_text(body: Json, options: Options) -> tuple[TextRequest, Scenario
         return_token_ids=text.return_token_ids,
         kv_transfer_params=KvTransferParams(ids),
     )
-    orders = orders_of(body, options)
-    check(request, options)
-    return request, orders
+    scenario = scenario_of(body, options)
+    check_request(request, options)
+    return request, scenario
 
 
 def _messages(ids: list[int]) -> list[Message]:
@@ -108,8 +108,8 @@ class TextReply(Reply):
     _kind = _event = "text_completion"
     _prefix = "cmpl"
 
-    def __init__(self, request: ChatRequest, orders: Scenario, options: Options) -> None:
-        super().__init__(request, orders, msgspec.structs.replace(options, reasoning=False))
+    def __init__(self, request: ChatRequest, scenario: Scenario, options: Options) -> None:
+        super().__init__(request, scenario, msgspec.structs.replace(options, reasoning=False))
         self._told: set[int] = set()
 
     def opening(self) -> Iterator[Json]:
@@ -175,15 +175,15 @@ class _Tokenize(msgspec.Struct, frozen=True):
 def tokenize(body: Json, options: Options) -> Json:
     """The answer of /tokenize for messages or a prompt; raises RefusedError as vLLM does."""
     if "prompt" not in body and "messages" not in body:
-        raise invalid("missing", "body.prompt", "Field required", f"<dict of {len(body)} items>")
+        raise validation_error("missing", "body.prompt", "Field required", f"<dict of {len(body)} items>")
     asked = _convert(body, _Tokenize)
     check_model(asked.model, options)
     if asked.messages is None:
         ids = encode(asked.prompt or "")
     elif not asked.messages:
-        raise bad("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
     elif asked.continue_final_message and asked.add_generation_prompt:
-        raise bad(
+        raise bad_request(
             "continue_final_message and add_generation_prompt are not compatible. Use continue_final_message when you "
             "want the model to continue the final message, and add_generation_prompt when you want to add a header "
             "that will prompt it to start a new assistant message instead."
@@ -206,13 +206,15 @@ class _Detokenize(msgspec.Struct, frozen=True):
 def detokenize(body: Json, options: Options) -> Json:
     """The answer of /detokenize; raises RefusedError as vLLM does."""
     if "tokens" not in body:
-        raise invalid("missing", "body.tokens", "Field required", f"<dict of {len(body)} items>")
+        raise validation_error("missing", "body.tokens", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["tokens"], list):
-        raise invalid("list_type", "body.tokens", "Input should be a valid list", body["tokens"])
+        raise validation_error("list_type", "body.tokens", "Input should be a valid list", body["tokens"])
     asked = _convert(body, _Detokenize)
     check_model(asked.model, options)
     if any(number < 0 for number in asked.tokens):
-        raise invalid("greater_than_equal", "body.tokens", "Input should be greater than or equal to 0", asked.tokens)
+        raise validation_error(
+            "greater_than_equal", "body.tokens", "Input should be greater than or equal to 0", asked.tokens
+        )
     return {"prompt": decode(asked.tokens)}
 
 
@@ -220,4 +222,4 @@ def _convert(body: Json, kind: type[_T]) -> _T:
     try:
         return msgspec.convert(body, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise invalid("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
+        raise validation_error("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
