@@ -1,5 +1,6 @@
 """The embedded Redis starts empty, is the binary that was given, and leaves nothing behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -110,6 +111,12 @@ def test_the_version_is_the_one_that_the_binary_prints() -> None:
     for server in SERVERS:
         printed = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
         assert f"v={version_of(server)} " in printed
+
+
+def test_ctrl_c_does_not_reach_a_server_that_prints_its_version(tmp_path: Path) -> None:
+    session = "$(cut -d' ' -f6 /proc/$$/stat)"
+    server = program(tmp_path / "redis-server", f'echo "Redis server v={session} sha=0"')
+    assert version_of(server) != str(os.getsid(0))
 
 
 USER = """

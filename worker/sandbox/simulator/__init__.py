@@ -1,1 +1,1 @@
-"""A simulated vLLM: it answers as the recorded transcripts of a real one do, and breaks when it is asked to."""
+"""A simulated vLLM: it answers as a real one did in recorded transcripts, and breaks streams on request."""

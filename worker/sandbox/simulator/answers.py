@@ -1,8 +1,8 @@
-"""What the simulated vLLM knows and says: its tokenizer, the answers it knows and pseudo-text. Pure data, no I/O.
+"""The simulated vLLM's tokenizer, its fixed answers and its pseudo-text. Pure data, no I/O.
 
-The tokenizer is reversible and needs no file: token 0 to 3 are special, then come the 256 bytes, then pairs of letters
-and the words of everything known here. A character outside that list (an emoji, say) is one token a byte, and only its
-last token carries text, as with the byte-level tokenizers of real models.
+The tokenizer is reversible and needs no file. Tokens 0 to 3 are special; then come the 256 bytes, then pairs of letters
+and all words of the fixed answers. Any other character, such as an emoji, is one token a byte, and only its last token
+carries text, as with the byte-level tokenizers of real models.
 """
 
 import codecs
@@ -94,20 +94,20 @@ VOCABULARY = _vocabulary()
 _IDS = {token: number for number, token in enumerate(VOCABULARY)}
 
 Kind = Literal["content", "reasoning", "hidden", "name", "arguments"]
-"""Where the text of a token goes: a field of the delta, or nowhere (markers, and the frame of a tool call)."""
+"""The field of the delta that gets the text of a token; `hidden` for markers and the frame of a tool call."""
 
 
 class Token(NamedTuple):
     id: int
     text: str
-    """What it adds to the text: empty while a character is incomplete, and complete with its last byte."""
+    """The text that the token adds: empty while a character is incomplete, the character with its last byte."""
     kind: Kind
     part: str
-    """What of it is published; for `name` the whole name of the function."""
+    """The part of the text that is sent; for `name` the whole name of the function."""
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of a text. Joining their VOCABULARY gives its UTF-8 back."""
+    """The token ids of a text. Their entries in VOCABULARY, joined, are its UTF-8."""
     ids: list[int] = []
     for piece in _PIECE.findall(text):
         whole = _IDS.get(piece.encode())
@@ -122,18 +122,18 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """The text of token ids; U+FFFD for what is not UTF-8, nothing for an id out of the vocabulary."""
+    """The text of token ids: U+FFFD for bytes that are not UTF-8, nothing for an unknown id."""
     known = (VOCABULARY[number] for number in ids if number < len(VOCABULARY))
     return b"".join(known).decode(errors="replace")
 
 
 def filler(count: int) -> list[Token]:
-    """So many tokens for after an answer that may not end yet; always the same ones."""
+    """`count` tokens to append to an answer that may not end yet; always the same ones."""
     return _tokens("content", f" {pseudo_text('more', count)}") if count > 0 else []
 
 
 def answer_tokens(answer: str, *, tools: bool, reasoning: bool) -> list[Token]:
-    """The tokens of an answer (less the end token), sorted by a tool parser and a reasoning parser if these are on."""
+    """The tokens of an answer without the end token, sorted by the tool parser and the reasoning parser, if on."""
     if tools and (call := _TOOL_CALL.fullmatch(answer)):
         opening, name, middle, arguments, closing = call.groups()
         return [
@@ -160,12 +160,12 @@ def _tokens(kind: Kind, text: str) -> list[Token]:
 
 
 def known_answer(question: str) -> str | None:
-    """The known answer to this question, `<think>` and `<tool_call>` markers included; None if unknown."""
+    """The fixed answer to this question, with its `<think>` and `<tool_call>` markers; None where there is none."""
     return KNOWN.get(question)
 
 
 def pseudo_text(seed: str, tokens: int) -> str:
-    """A text of exactly so many tokens, and always the same for the same seed."""
+    """A text of exactly `tokens` tokens, always the same for the same seed."""
     return "".join(_pseudo_words(hashlib.shake_128(seed.encode()).digest(tokens)))
 
 

@@ -1,4 +1,4 @@
-"""How an event looks on the wire: as vLLM sends it, or with the quirks of other servers. No I/O."""
+"""The bytes of a server-sent event: as vLLM sends it, or with the quirks of other servers. No I/O."""
 
 import msgspec
 
@@ -10,7 +10,7 @@ DONE = b"[DONE]"
 
 
 def frame(payload: bytes, shapes: frozenset[Shape], *, first: bool = False) -> bytes:
-    """One event; `first` says that nothing was sent before."""
+    """One event; `first` is true for the first of a stream."""
     end = _line_end(shapes)
     field = b"data:" if "no_space" in shapes else b"data: "
     if "multiline" in shapes and payload != DONE:

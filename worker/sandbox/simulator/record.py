@@ -1,4 +1,4 @@
-"""The record of what a simulated vLLM sent, for whoever checks what became of it. Pure data, no I/O."""
+"""The record of what a simulated vLLM sent, for tests that compare it with what followers read. Pure data, no I/O."""
 
 from hashlib import sha256
 
@@ -10,23 +10,23 @@ __all__ = ["Served", "digest"]
 
 
 class Served(msgspec.Struct, kw_only=True):
-    """What was sent for one chat or text completion. Times are monotonic seconds."""
+    """What the server sent for one chat or text completion. Times are monotonic seconds."""
 
     order: int
-    """Requests are numbered from 1 as they come."""
+    """The number of the request, from 1 in the order of arrival."""
     route: str
-    """The path."""
+    """The path of the request."""
     request: Json
     """The body; empty if it was not a JSON object."""
     status: int | None = None
-    """Of HTTP; None while nothing is answered."""
+    """The HTTP status; None until it is sent."""
     fault: str | None = None
-    """The fault that struck."""
+    """The fault that the request met."""
     prompt: str | None = None
-    """A digest of the messages' token ids, the same on both routes: as `prompt_digest` of an answer not gone on from.
+    """The digest of the messages' token ids, the same on both routes: the log's `prompt_digest` of a first attempt.
     None where no answer began."""
     after: int = 0
-    """Tokens of the answer that were given, and gone on from."""
+    """Tokens of the answer that the request already held, to continue after."""
     texts: list[str] = []
     """The content sent so far, by choice."""
     reasonings: list[str] = []
@@ -38,14 +38,14 @@ class Served(msgspec.Struct, kw_only=True):
     tokens: int = 0
     """Tokens generated for all choices, end tokens included."""
     finished: bool = False
-    """Whether a good answer was sent whole (a missing [DONE] is no matter)."""
+    """Whether a correct answer was sent to its end; a missing [DONE] does not count."""
     closed_early: bool = False
-    """Whether the connection was closed from outside before the answer ended."""
+    """Whether the client closed the connection before the answer ended."""
     started: float
     first_chunk: float | None = None
     ended: float | None = None
 
 
 def digest(ids: list[int]) -> str:
-    """Of token ids: the first 16 hex digits of the SHA-256 of their compact JSON."""
+    """The digest of token ids: the first 16 hex digits of the SHA-256 of their compact JSON."""
     return sha256(msgspec.json.encode(ids)).hexdigest()[:16]

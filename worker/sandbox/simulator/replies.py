@@ -1,7 +1,7 @@
 """The simulated vLLM's answer to a request, worded as by vLLM 0.32.0: chunks, usage, complete answers. No I/O.
 
-Where the wording follows the engine's ways: a step without text is sent only if its token id or logprob is asked for;
-the end token counts and comes in the finish chunk; with stop strings, text that may yet become one is held back.
+As in the engine: a step without text is sent only if the request wants its token id or logprob; the end token counts
+and comes in the finish chunk; with stop strings, text that may become one is withheld.
 """
 
 import time
@@ -21,7 +21,7 @@ _END_TOKEN = Token(END, "", "content", "")
 
 
 class Step(NamedTuple):
-    """What one step of the engine gives one choice."""
+    """The result of one step of the engine for one choice."""
 
     tokens: list[Token]
     content: str
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 class Reply:
-    """The whole answer to one request, settled beforehand and handed out piece by piece."""
+    """The complete answer to one request, which is made first and then sent chunk by chunk."""
 
     _kind = "chat.completion"
     _event = "chat.completion.chunk"
@@ -56,7 +56,7 @@ class Reply:
         self._prompt = request.given or self.question
         known = self._prompt[: len(self.question)] == self.question
         self.begun = self._prompt[len(self.question) :] if known else []
-        """Token ids beyond the messages' own: an answer begun elsewhere, to go on after them."""
+        """Token ids beyond the messages' own: the beginning of an answer, which this one continues."""
         asked = request.stream_options
         self._usage_last = bool(asked and asked.include_usage)
         self._usage_always = self._usage_last and bool(asked and asked.continuous_usage_stats)
@@ -64,7 +64,7 @@ class Reply:
         self._created = int(time.time())
         self._choices = [self._steps(choice, scenario) for choice in range(request.n or 1)]
         self.tokens = [0] * len(self._choices)
-        """Tokens that each choice has come to in `rounds`, the end token included."""
+        """Tokens of each choice that `rounds` has given so far, the end token included."""
 
     @property
     def choices(self) -> int:
@@ -72,12 +72,12 @@ class Reply:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each whole choice, the end token included."""
+        """Tokens of each complete choice, the end token included."""
         return [sum(len(step.tokens) for step in steps) for steps in self._choices]
 
     @property
     def contents(self) -> list[str]:
-        """The whole text of each choice."""
+        """The complete text of each choice."""
         return ["".join(step.content for step in steps) for steps in self._choices]
 
     @property
@@ -99,7 +99,7 @@ class Reply:
             tools=bool(request.tools) and request.tool_choice != "none",
             reasoning=self._options.reasoning,
         )
-        # What follows an answer that may not end yet is said, or was said where that answer was begun.
+        # An answer that may not end yet gets further tokens; so did one that another server began.
         more = filler(len(self.begun) + (request.min_tokens or 0) - len(tokens))
         if request.min_tokens or [token.id for token in tokens + more] == self.begun:
             tokens += more
@@ -115,14 +115,14 @@ class Reply:
         return steps
 
     def _rest(self, tokens: list[Token]) -> list[Token]:
-        """What of an answer is left after the tokens begun; all of it if it did not begin so."""
+        """The tokens after those of `begun`; all of them if the answer does not begin so."""
         count = len(self.begun)
         begun = tokens[:count]
         if [token.id for token in begun] + [END] * (count - len(begun)) != self.begun:
             return tokens
         rest = tokens[count:]
         if begun and not begun[-1].text:
-            # The prompt leaks out before the character that the cut went through (vllm#48853).
+            # The prompt appears in the output before the character that the cut split (vllm#48853).
             whole = next((place for place, token in enumerate(rest) if token.text), None)
             if whole is not None:
                 shown = b"".join(VOCABULARY[number] for number in self._prompt if number >= _SPECIAL)
@@ -150,7 +150,7 @@ class Reply:
         return {"prompt_token_ids": self._prompt if self._request.return_token_ids else None, "prompt_text": None}
 
     def opening(self) -> Iterator[Json]:
-        """The role chunk of each choice, and with `echo` the text that is gone on from."""
+        """The role chunk of each choice, and with `echo` the text that the answer continues."""
         for choice in range(self.choices):
             delta = {"role": "assistant", "content": ""}
             body = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -191,7 +191,7 @@ class Reply:
         return Chunk(choice, chunk, step.content, _text_of([step], "reasoning"), _text_of([step], "arguments"))
 
     def closing(self) -> Iterator[Json]:
-        """The usage chunk, if asked for."""
+        """The usage chunk, if the request wants one."""
         if self._usage_last:
             body = self._head(self._event) | {"choices": [], "usage": self._usage(sum(self.tokens))}
             yield body | {"system_fingerprint": FINGERPRINT}
@@ -202,7 +202,7 @@ class Reply:
             yield self._delta_chunk(choice, Step([], "", {}, "abort"), last=choice == self.choices - 1).body
 
     def oddity(self, number: int) -> Json:
-        """A chunk that says nothing in one of the ways in which servers do."""
+        """A chunk without content, in one of the shapes that servers send."""
         odd: list[Json] = [
             {},
             {"choices": []},
@@ -214,7 +214,7 @@ class Reply:
         return self._head(self._event) | odd[number % len(odd)]
 
     def complete(self) -> Json:
-        """The answer as one JSON object, of a request that does not stream."""
+        """The answer as one JSON object, for a request that does not stream."""
         completion = sum(self.lengths)
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         return {
@@ -263,7 +263,7 @@ class Reply:
 def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_field: str) -> Iterator[Step]:
     """One step a token, to the end token, a stop string or the limit, whichever comes first."""
     called = any(token.kind == "name" for token in tokens)
-    # A function that the client named is no choice of the model's, hence "stop".
+    # The reason is "stop" where the client named the function: the model did not choose it.
     ending = "tool_calls" if called and not isinstance(request.tool_choice, dict) else "stop"
     held_back = 0 if request.include_stop_str_in_output else max(map(len, request.stops), default=1) - 1
     text, sent = "", 0

@@ -1,4 +1,4 @@
-"""What a client may ask of the simulated vLLM, and how a real one refuses it. Pure data, no I/O."""
+"""The requests that the simulated vLLM takes, and its refusals in the words of a real one. Pure data, no I/O."""
 
 from pathlib import Path
 from typing import Literal
@@ -34,46 +34,46 @@ __all__ = [
 Json = dict[str, object]
 
 ASSISTANT = [START, *encode("assistant\n")]
-"""The token ids that ask for an answer, after those of the messages."""
+"""The token ids that open the answer in the template, after those of the messages."""
 
 Fault = Literal[
-    "refuse",  # before an answer: closes the connection without a byte
+    "refuse",  # before an answer: the server closes the connection without a byte
     "429",
     "503",
     "500",
-    "hang",  # never answers a byte
+    "hang",  # never sends a byte
     "html",  # 200 with a web page
     "json",  # 200 with a complete chat.completion in place of the stream
-    "stall",  # after so many delta chunks: sends nothing more, and keeps the connection open
-    "freeze",  # the same, with keep-alive comments going on
+    "stall",  # after `after` delta chunks: sends nothing more, and keeps the connection open
+    "freeze",  # the same, but keep-alive comments go on
     "cut",  # ends the body cleanly, with neither finish nor [DONE]
     "reset",  # TCP RST
-    "malformed",  # one chunk that is not JSON, then goes on
+    "malformed",  # one chunk that is not JSON, and then the rest
     "error_under_200",  # an error event and [DONE]
     "abort",  # finish_reason `abort` and [DONE]
-    "no_done",  # at the end: no [DONE]
-    "prefill",  # refuses to go on after the token ids given; every other request is answered
+    "no_done",  # at the end: [DONE] is missing
+    "prefill",  # refuses to continue after given token ids; every other request is answered
 ]
 Shape = Literal[
     "no_space",  # `data:` without a space
     "crlf",
     "cr",
     "comments",  # a keep-alive comment before every event
-    "sloppy",  # odd chunks in between, and finish_reason "" where none is due
+    "sloppy",  # odd chunks in between, and finish_reason "" in place of null
     "bom",
     "multiline",  # the JSON of an event over several data lines
     "finish_text",  # the last text in the finish chunk
-    "reasoning_content",  # under this name, as older servers have it
+    "reasoning_content",  # reasoning under this name, as older servers send it
 ]
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to answer: defaults of a server, and what a request's `simulate` field may override."""
+    """How a request is answered: a server has one, and a request's `simulate` field overrides parts of it."""
 
     text: str | None = None
-    """The exact text to answer."""
+    """The exact text of the answer."""
     tokens: int | None = None
-    """Answer pseudo-text of so many tokens."""
+    """The answer is pseudo-text of this many tokens."""
     rate: float = 0.0
     """Tokens per second and stream; 0 is as fast as possible."""
     first_token: float = 0.0
@@ -82,9 +82,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     after: int = 0
     """Delta chunks sent before the fault strikes; a finish chunk counts, and a shorter answer never meets the fault."""
     times: int | None = None
-    """Only the first so many requests for the same messages meet the fault; None is all of them."""
+    """How many requests for the same messages meet the fault, from the first; None is all of them."""
     then: Fault | None = None
-    """The fault of the requests for which `times` spares them the first one."""
+    """The fault of the requests after the first `times`."""
     retry_after: float | None = None
     """Seconds, for the Retry-After header of 429 and 503."""
     shape: Shape | frozenset[Shape] = frozenset()
@@ -95,11 +95,11 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a simulated server is like."""
+    """The properties of a simulated server."""
 
     model: str = "reciter"
     api_key: str | None = None
-    """Asked for as `Authorization: Bearer …` under /v1 when set."""
+    """The key that the server requires under /v1, as `Authorization: Bearer …`."""
     max_model_len: int = 4096
     """Tokens of prompt and answer together."""
     reasoning: bool = True
@@ -108,7 +108,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Request fields answered with a 400 that names them."""
     reject_style: Literal["openai", "vllm", "fastapi"] = "openai"
     ignores: frozenset[str] = frozenset()
-    """Request fields that change nothing."""
+    """Request fields that the server ignores."""
     lacks: frozenset[str] = frozenset()
     """Paths answered with a 404, such as `/tokenize`."""
     keep_alive: float = 1.0
@@ -139,7 +139,7 @@ class KvTransferParams(msgspec.Struct, frozen=True):
 
 
 class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a chat completion that change the simulated answer; others are passed over."""
+    """The fields of a chat completion that change the simulated answer; others are ignored."""
 
     messages: list[Message]
     model: str | None = None
@@ -173,7 +173,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def continued(self) -> str:
-        """The text of an unfinished last message that the answer goes on from; mostly empty."""
+        """The text of an unfinished last message, which the answer continues; mostly empty."""
         return self.messages[-1].text if self.continue_final_message else ""
 
     @property
@@ -188,17 +188,17 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def given(self) -> list[int]:
-        """The token ids that were sent in place of the messages; mostly none."""
+        """The token ids that the request has in place of the messages; mostly none."""
         given = self.kv_transfer_params and self.kv_transfer_params.prompt_token_ids
         return given if isinstance(given, list) else []
 
 
 class TextRequest(ChatRequest, frozen=True, kw_only=True):
-    """A text completion, read back as the chat that its prompt renders, with that prompt as the token ids given."""
+    """A text completion, as the chat request whose template renders its prompt, with that prompt as the given ids."""
 
 
 class RefusedError(Exception):
-    """An answer with an HTTP error status and this JSON."""
+    """An answer with an HTTP error status and a JSON body."""
 
     def __init__(self, status: int, body: object) -> None:
         super().__init__(status, body)
@@ -219,7 +219,11 @@ def parse_json(raw: bytes) -> Json:
 
 
 def parse_chat_request(body: Json, options: Options) -> tuple[ChatRequest, Scenario]:
-    """What is asked, and how to answer it; raises RefusedError as vLLM's checks before the stream do."""
+    """The request of a chat completion, and the scenario of its answer.
+
+    Raises:
+        RefusedError: where vLLM refuses before the stream begins.
+    """
     for field in sorted(options.rejects & body.keys()):
         raise _rejected(field, body[field], options)
     if "messages" not in body:
@@ -246,14 +250,14 @@ def scenario_of(body: Json, options: Options) -> Scenario:
 
 
 def check_model(model: str | None, options: Options) -> None:
-    """Raises RefusedError for a model that is not served."""
+    """Raise RefusedError for a model that the server does not have."""
     if model not in {None, "", options.model}:
         message = f"The model `{model}` does not exist. Valid aliases: {options.model}."
         raise RefusedError(404, error_body(404, message, kind="NotFoundError", param="model"))
 
 
 def check_request(request: ChatRequest, options: Options) -> None:
-    """Raises RefusedError, in the order of vLLM 0.32.0."""
+    """Make the checks of vLLM 0.32.0, in its order. Raises RefusedError."""
     check_model(request.model, options)
     if not request.messages:
         raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
@@ -320,7 +324,7 @@ def _check_length(request: ChatRequest, longest: int) -> None:
     if request.given:
         _check_given_length(request, longest)
     elif len(request.prompt) >= longest:
-        # vLLM stops counting at the first token too many.
+        # vLLM counts no further than the first token over the limit.
         message = (
             f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
             f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
@@ -352,7 +356,7 @@ def bad_request(message: str, param: str | None = None, value: float | None = No
 
 
 def validation_error(kind: str, loc: str, reason: str, value: object) -> RefusedError:
-    """What FastAPI's validation becomes in vLLM: the repr of pydantic's details."""
+    """A refusal by FastAPI's validation, in which vLLM shows the repr of pydantic's details."""
     details = {"type": kind, "loc": loc, "msg": reason, "input": value}
     return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
 
@@ -368,7 +372,7 @@ def _rejected(field: str, value: object, options: Options) -> RefusedError:
 
 
 def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
-    """The whole text answered to these messages (JSON, as in a request) where `simulate` sets no other text.
+    """The complete text of the answer to these messages (JSON, as in a request), where `simulate` sets no other text.
 
     A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
     the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
@@ -384,7 +388,7 @@ def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -
 
 
 def late_error(request: ChatRequest) -> Json | None:
-    """The error that vLLM notices only once a stream has begun, and then sends under HTTP 200."""
+    """The error that vLLM finds only after the stream has begun, and sends under HTTP 200."""
     if isinstance(request, TextRequest) and (message := _unknown_token(request)):
         return error_body(400, message)
     asked = request.top_logprobs or 0

@@ -1,4 +1,4 @@
-"""The simulated vLLM: its routes, the pace of its streams, the faults to order, and the record of what it sent."""
+"""The simulated vLLM: its routes, the pace and the faults of its streams, and the record of what it sent."""
 
 import asyncio
 import hmac
@@ -36,7 +36,7 @@ from .wire import HttpConnection, HttpRequest
 __all__ = ["Options", "Scenario", "Served", "Simulator", "serve_forever"]
 
 KEPT = 10_000
-"""Records, and prompts whose tries are counted, that a server remembers."""
+"""How many records a server keeps, and how many prompts whose requests it counts."""
 
 _JSON = "application/json"
 _EVENTS = "text/event-stream; charset=utf-8"
@@ -64,12 +64,12 @@ _METHODS = {
 
 
 class Simulator:
-    """A simulated vLLM, running inside `async with`."""
+    """A simulated vLLM, which runs inside `async with`."""
 
     def __init__(self, options: Options | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.options = options or Options()
         self.served: deque[Served] = deque(maxlen=KEPT)
-        """The latest 10,000 completions asked for, oldest first; the record of a running one grows."""
+        """The latest 10,000 completions, the oldest first; the record of a running one grows."""
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
@@ -79,7 +79,7 @@ class Simulator:
 
     @property
     def url(self) -> str:
-        """The base URL, without `/v1`; the port is known once it runs."""
+        """The base URL, without `/v1`; the port is known once the server runs."""
         return f"http://{self._host}:{self._port}"
 
     async def __aenter__(self) -> Self:
@@ -97,7 +97,7 @@ class Simulator:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def refuse(self) -> None:
-        """Take no connections any more, and close those on which nothing is asked: what vLLM does first on SIGTERM."""
+        """Accept no further connections and close the idle ones, as vLLM does first on SIGTERM."""
         if self._server is not None:
             self._server.close()
         for connection in self._connections:
@@ -121,16 +121,13 @@ class Simulator:
         elif request.path == "/v1/models":
             await _respond(connection, 200, _models(self.options))
         elif request.path in {"/tokenize", "/detokenize"}:
-            await self._convert(request, connection)
+            convert = tokenize if request.path == "/tokenize" else detokenize
+            try:
+                await _respond(connection, 200, convert(parse_json(request.body), self.options))
+            except RefusedError as error:
+                await _respond(connection, error.status, error.body)
         else:
             await self._complete(request, connection)
-
-    async def _convert(self, request: HttpRequest, connection: HttpConnection) -> None:
-        convert = tokenize if request.path == "/tokenize" else detokenize
-        try:
-            await _respond(connection, 200, convert(parse_json(request.body), self.options))
-        except RefusedError as error:
-            await _respond(connection, error.status, error.body)
 
     def _authorized(self, request: HttpRequest) -> bool:
         given = request.headers.get("authorization", "")
@@ -146,10 +143,10 @@ class Simulator:
             parse_request = parse_text_request if request.path == _COMPLETIONS else parse_chat_request
             asked, scenario = parse_request(served.request, self.options)
             scenario = msgspec.structs.replace(scenario, fault=self._fault_for(asked, scenario))
-            reply = _reply(asked, scenario, self.options)
+            reply = (TextReply if isinstance(asked, TextRequest) else Reply)(asked, scenario, self.options)
             served.prompt, served.after = digest(reply.question), len(reply.begun)
-            self._write_down(served)
-            await _Responder(connection, served, asked, scenario, self.options, reply).give()
+            self._record(served)
+            await _Responder(connection, served, asked, scenario, self.options, reply).send()
         except RefusedError as error:
             served.status = error.status
             await _respond(connection, error.status, error.body)
@@ -158,7 +155,7 @@ class Simulator:
             raise
         finally:
             served.ended = time.monotonic()
-            self._write_down(served)
+            self._record(served)
 
     def _fault_for(self, request: ChatRequest, scenario: Scenario) -> Fault | None:
         fault = scenario.fault if self._meets_fault(request, scenario) else scenario.then
@@ -175,7 +172,7 @@ class Simulator:
         self._tries[prompt] += 1
         return self._tries[prompt] <= scenario.times
 
-    def _write_down(self, served: Served) -> None:
+    def _record(self, served: Served) -> None:
         if self.options.record is not None:
             with self.options.record.open("ab") as file:
                 file.write(msgspec.json.encode(served) + b"\n")
@@ -187,11 +184,11 @@ async def serve_forever(
     """Serve until cancelled; `ready` is called with the base URL once connections are accepted."""
     async with Simulator(options, host=host, port=port) as simulator:
         ready(simulator.url)
-        await _for_ever()
+        await _wait_forever()
 
 
 class _Responder:
-    """One answer on its way: good, or broken as ordered."""
+    """Sends one answer, with the faults of its scenario."""
 
     def __init__(
         self,
@@ -209,12 +206,15 @@ class _Responder:
         self._options = options
         self._reply = reply
         self._pending = scenario.fault
-        """The fault that has yet to strike."""
+        """The fault that has not struck yet."""
 
-    async def give(self) -> None:
+    async def send(self) -> None:
         fault = self._scenario.fault
         if fault in _REFUSALS:
-            await self._refuse(fault)
+            self._strike(fault)
+            after = self._scenario.retry_after
+            headers = {} if after is None else {"retry_after": f"{after:g}"}
+            await self._respond(int(fault), _JSON, msgspec.json.encode(_REFUSALS[fault]), **headers)
             return
         if fault == "refuse":
             self._strike(fault)
@@ -224,7 +224,7 @@ class _Responder:
             raise bad_request(*_PREFILL)
         if fault == "hang":
             self._strike(fault)
-            await _for_ever()
+            await _wait_forever()
         await asyncio.sleep(self._scenario.first_token)
         if fault == "html":
             self._strike(fault)
@@ -232,24 +232,18 @@ class _Responder:
         elif self._request.stream and fault != "json":
             await self._stream()
         else:
-            await self._whole()
+            await self._send_complete()
 
     def _strike(self, fault: Fault) -> None:
         self._pending = None
         self._served.fault = fault
-
-    async def _refuse(self, fault: Fault) -> None:
-        self._strike(fault)
-        after = self._scenario.retry_after
-        headers = {} if after is None else {"retry_after": f"{after:g}"}
-        await self._respond(int(fault), _JSON, msgspec.json.encode(_REFUSALS[fault]), **headers)
 
     async def _respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
         self._served.status = status
         self._served.first_chunk = time.monotonic()
         await self._connection.respond(status, content_type, body, **headers)
 
-    async def _whole(self) -> None:
+    async def _send_complete(self) -> None:
         error = late_error(self._request)
         if error is not None:
             raise RefusedError(400, error)
@@ -277,91 +271,86 @@ class _Responder:
         reply = self._reply
         self._served.texts, self._served.reasonings, self._served.arguments = [[""] * reply.choices for _ in range(3)]
         for body in reply.opening():
-            await self._event(body, reply)
+            await self._send_event(body)
         began = time.monotonic()
         for number, chunks in enumerate(reply.rounds()):
             due = began + number / self._scenario.rate if self._scenario.rate else 0
-            # Yields in any case: other streams go on, and a close by the client is noticed.
+            # Yield even without a pause: other streams go on, and a close by the client is noticed.
             await asyncio.sleep(max(0, due - time.monotonic()))
             for chunk in chunks:
-                if await self._breaks(reply):
+                if await self._ended_by_fault():
                     return
-                await self._send(chunk, reply)
+                await self._send_chunk(chunk)
             self._served.tokens = sum(reply.tokens)
-        if not await self._breaks(reply):
-            await self._close(reply)
+        if not await self._ended_by_fault():
+            await self._finish()
 
-    async def _send(self, chunk: Chunk, reply: Reply) -> None:
-        # Recorded first: the client may have it while this waits for a slow connection.
+    async def _send_chunk(self, chunk: Chunk) -> None:
+        # Record first: the client may have the chunk while this waits for a slow connection.
         self._served.chunks += 1
         self._served.texts[chunk.choice] += chunk.content
         self._served.reasonings[chunk.choice] += chunk.reasoning
         self._served.arguments[chunk.choice] += chunk.arguments
-        await self._event(chunk.body, reply)
+        await self._send_event(chunk.body)
 
-    async def _event(self, body: Json, reply: Reply) -> None:
+    async def _send_event(self, body: Json) -> None:
         shapes = self._scenario.shapes
         if "sloppy" in shapes:
-            await self._frame(msgspec.json.encode(reply.oddity(self._served.chunks)))
-        await self._frame(msgspec.json.encode(body))
+            await self._send_frame(msgspec.json.encode(self._reply.oddity(self._served.chunks)))
+        await self._send_frame(msgspec.json.encode(body))
 
-    async def _frame(self, payload: bytes) -> None:
+    async def _send_frame(self, payload: bytes) -> None:
         first = self._served.first_chunk is None
         await self._connection.send(frame(payload, self._scenario.shapes, first=first))
         if first:
             self._served.first_chunk = time.monotonic()
 
-    async def _close(self, reply: Reply) -> None:
-        for body in reply.closing():
-            await self._event(body, reply)
+    async def _finish(self) -> None:
+        for body in self._reply.closing():
+            await self._send_event(body)
         self._served.finished = True
         if self._pending == "no_done":
             self._strike("no_done")
         else:
-            await self._frame(DONE)
+            await self._send_frame(DONE)
         self._connection.finish()
 
     async def _end_with(self, error: Json) -> None:
-        # vLLM words these with json.dumps, hence the spaces.
-        await self._frame(json.dumps(error).encode())
-        await self._frame(DONE)
+        # With json.dumps, as in vLLM: hence the spaces.
+        await self._send_frame(json.dumps(error).encode())
+        await self._send_frame(DONE)
         self._connection.finish()
 
-    async def _breaks(self, reply: Reply) -> bool:
-        """Whether the answer ended here by the ordered fault, which strikes once its number of chunks is sent."""
+    async def _ended_by_fault(self) -> bool:
+        """Strike with the fault once its number of chunks is sent. Returns whether it ended the answer."""
         fault = self._pending
         if fault is None or fault == "no_done" or self._served.chunks != self._scenario.after:
             return False
         self._strike(fault)
         if fault == "stall":
-            await _for_ever()
+            await _wait_forever()
         elif fault == "freeze":
             while True:
                 await asyncio.sleep(self._options.keep_alive)
                 await self._connection.send(comment(self._scenario.shapes))
         elif fault == "malformed":
-            await self._frame(b'{"id":"chatcmpl-0","object":"chat.completion.chunk","choices":[{"index":0,"del')
+            await self._send_frame(b'{"id":"chatcmpl-0","object":"chat.completion.chunk","choices":[{"index":0,"del')
             return False
         elif fault == "reset":
             self._connection.reset()
         elif fault == "error_under_200":
             await self._end_with(_ENGINE_DEAD)
         elif fault == "abort":
-            for body in reply.aborted():
-                await self._event(body, reply)
-            await self._frame(DONE)
+            for body in self._reply.aborted():
+                await self._send_event(body)
+            await self._send_frame(DONE)
             self._connection.finish()
         else:
             self._connection.finish()
         return True
 
 
-def _reply(request: ChatRequest, scenario: Scenario, options: Options) -> Reply:
-    kind = TextReply if isinstance(request, TextRequest) else Reply
-    return kind(request, scenario, options)
-
-
-async def _for_ever() -> None:
+async def _wait_forever() -> None:
     await asyncio.Event().wait()
 
 

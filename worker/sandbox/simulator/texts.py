@@ -1,4 +1,4 @@
-"""The simulated vLLM's routes for token ids: /tokenize, /detokenize, and text completions from ids. No I/O."""
+"""The simulated vLLM's routes that take token ids: /tokenize, /detokenize and text completions. No I/O."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class _TextBody(msgspec.Struct, frozen=True):
-    """The fields of a text completion that change the simulated answer; others are passed over."""
+    """The fields of a text completion that change the simulated answer; others are ignored."""
 
     prompt: str | list[int] | None = None
     model: str | None = None
@@ -50,8 +50,10 @@ class _TextBody(msgspec.Struct, frozen=True):
 
 
 def parse_text_request(body: Json, options: Options) -> tuple[TextRequest, Scenario]:
-    """What a text completion asks, and how to answer it; raises RefusedError as vLLM does, and for several prompts,
-    `echo` and `logprobs`, which are not simulated.
+    """The request of a text completion, and the scenario of its answer.
+
+    Raises:
+        RefusedError: where vLLM refuses, and for several prompts, `echo` and `logprobs`, which are not simulated.
     """
     heeded = {field: value for field, value in body.items() if field not in options.ignores}
     text = _convert(heeded, _TextBody)
@@ -84,7 +86,7 @@ def parse_text_request(body: Json, options: Options) -> tuple[TextRequest, Scena
 
 
 def _messages(ids: list[int]) -> list[Message]:
-    """The messages that these ids render by the template; plain text is one message of the user."""
+    """The messages that the template renders to these ids; plain text is one message of the user."""
     if START not in ids:
         return [Message("user", decode(ids))]
     starts = [place for place, number in enumerate(ids) if number == START]
@@ -94,7 +96,7 @@ def _messages(ids: list[int]) -> list[Message]:
         messages.append(Message(role, content))
     begun = ids[starts[-1] :]
     if len(messages) > 1 and begun[: len(ASSISTANT)] == ASSISTANT:
-        messages.pop()  # what comes after is the answer, perhaps with its end
+        messages.pop()  # the rest is the answer, perhaps with its end token
     return messages
 
 
@@ -103,28 +105,28 @@ def _until_end(ids: list[int]) -> list[int]:
 
 
 class TextReply(Reply):
-    """The answer to a text completion, which goes through no parser."""
+    """The answer to a text completion: no parser splits its text."""
 
     _kind = _event = "text_completion"
     _prefix = "cmpl"
 
     def __init__(self, request: ChatRequest, scenario: Scenario, options: Options) -> None:
         super().__init__(request, scenario, msgspec.structs.replace(options, reasoning=False))
-        self._told: set[int] = set()
+        self._opened: set[int] = set()
 
     def opening(self) -> Iterator[Json]:
-        """Nothing: there are no roles."""
+        """No chunks: a text completion has no roles."""
         yield from ()
 
     def _usage_so_far(self, completion: int) -> Json:
         return self._usage(completion)
 
-    def _sends(self, step: Step) -> bool:  # noqa: ARG002, a step without text is sent all the same
+    def _sends(self, step: Step) -> bool:  # noqa: ARG002, vLLM sends a step without text too
         return True
 
     def _delta_chunk(self, choice: int, step: Step, *, last: bool) -> Chunk:
-        first = choice not in self._told
-        self._told.add(choice)
+        first = choice not in self._opened
+        self._opened.add(choice)
         body: Json = {"index": choice, "text": step.content, "logprobs": None}
         body |= {"finish_reason": step.finish_reason, "stop_reason": step.stop_reason}
         body["prompt_token_ids"] = self._prompt if first and self._request.return_token_ids else None
@@ -135,7 +137,7 @@ class TextReply(Reply):
         return Chunk(choice, chunk, step.content, "", "")
 
     def complete(self) -> Json:
-        """The answer as one JSON object."""
+        """The answer as one JSON object, for a request that does not stream."""
         completion = sum(self.lengths)
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         return {
@@ -173,7 +175,7 @@ class _Tokenize(msgspec.Struct, frozen=True):
 
 
 def tokenize(body: Json, options: Options) -> Json:
-    """The answer of /tokenize for messages or a prompt; raises RefusedError as vLLM does."""
+    """The answer of /tokenize for messages or a prompt. Raises RefusedError where vLLM refuses."""
     if "prompt" not in body and "messages" not in body:
         raise validation_error("missing", "body.prompt", "Field required", f"<dict of {len(body)} items>")
     asked = _convert(body, _Tokenize)
@@ -204,7 +206,7 @@ class _Detokenize(msgspec.Struct, frozen=True):
 
 
 def detokenize(body: Json, options: Options) -> Json:
-    """The answer of /detokenize; raises RefusedError as vLLM does."""
+    """The answer of /detokenize. Raises RefusedError where vLLM refuses."""
     if "tokens" not in body:
         raise validation_error("missing", "body.tokens", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["tokens"], list):

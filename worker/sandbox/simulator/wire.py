@@ -16,12 +16,12 @@ class HttpRequest(NamedTuple):
     method: str
     path: str
     headers: dict[str, str]
-    """By name in lower case."""
+    """Values by name in lower case."""
     body: bytes
 
 
 class HttpConnection(asyncio.Protocol):
-    """Answers one request after the other with `handle(request, connection)`, which is cancelled if the client closes.
+    """Answers its requests in turn with `handle(request, connection)`, which is cancelled if the client closes.
 
     The transport sends each write at once: TCP_NODELAY is the default of asyncio and of uvloop.
     """
@@ -86,7 +86,7 @@ class HttpConnection(asyncio.Protocol):
             self._advance()
 
     async def respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
-        """A whole answer; underscores in names of headers become hyphens."""
+        """Send a complete answer. Underscores in names of headers become hyphens."""
         fields = [("content-type", content_type), ("content-length", str(len(body)))]
         fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
         self._start(status, fields)
@@ -94,7 +94,7 @@ class HttpConnection(asyncio.Protocol):
         self.finish()
 
     def begin(self, content_type: str) -> None:
-        """The head of a chunked 200."""
+        """Send the head of a chunked answer with status 200."""
         self._start(200, [("content-type", content_type), ("transfer-encoding", "chunked")])
 
     def _start(self, status: int, fields: list[tuple[str, str]]) -> None:
@@ -102,35 +102,35 @@ class HttpConnection(asyncio.Protocol):
         self._send(h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase))
 
     async def send(self, data: bytes) -> None:
-        """One HTTP chunk; waits while the client is slow to read."""
+        """Send one HTTP chunk, and wait while the client is slow to read."""
         self._send(h11.Data(data=data))
         await self._writable.wait()
 
     def finish(self) -> None:
-        """The regular end of the answer."""
+        """End the answer regularly."""
         self._send(h11.EndOfMessage())
 
     def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
         self._transport.write(self._http.send(event) or b"")
 
     def reset(self) -> None:
-        """Close with a TCP RST, dropping what is not sent yet."""
+        """Close with a TCP RST, and drop the bytes that are not sent yet."""
         connection = cast("socket.socket", self._transport.get_extra_info("socket"))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     def retire(self) -> None:
-        """Answer what has been asked by now, and close then."""
+        """Close after the requests received by now are answered."""
         self._retired = True
         transport: asyncio.Transport | None = getattr(self, "_transport", None)
         if transport is not None and self._task is None:
             transport.close()
 
     def drop(self) -> asyncio.Task[None] | None:
-        """Close at once, whatever is going on; the task to wait for, if there is one."""
+        """Close at once. Returns the task to wait for, if one is running."""
         task = self._task
         transport: asyncio.Transport | None = getattr(self, "_transport", None)
-        if transport is not None:  # a connection that was accepted need not be made yet
+        if transport is not None:  # asyncio may not have called connection_made yet
             transport.abort()
         if task is not None:
             task.cancel()
