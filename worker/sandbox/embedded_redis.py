@@ -58,7 +58,7 @@ def find_servers() -> list[Path]:
 def version_of(server: Path) -> str:
     """The version of a redis-server binary, such as `7.0.15`."""
     # In a session of its own: Ctrl-C in a terminal would end it, and look like a server that does not work.
-    command = [server, "--version"]
+    command = [str(server), "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout  # noqa: S603 - a server found above
     return output.partition("v=")[2].split(" ", 1)[0]
 
