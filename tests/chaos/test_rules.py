@@ -1,46 +1,46 @@
-"""The rules that keep a log true: each has a test that was seen to fail with the rule taken out of the code.
+"""The rules that keep a log true. Each has a test that was seen to fail with the rule taken out of the code.
 
 What an id gives (the tests that name no file are in tests/broker/test_log.py):
 
-| | rule | test | without it |
+| | rule | test | without the rule |
 |---|---|---|---|
-| a | fencing | a_former_owner_cannot_write_… | ids left to Redis: the former owner's entry is taken |
-| b | idempotent appends | resent_entries_that_redis_has_… | a refusal is final: `LogRefused` of what is written |
-| c | one outcome | below | the seal at the end of its attempt: Redis takes what follows it |
-| d | cancel is one command | the_first_of_two_seals_stands | `seal` does not look for one: `LogSealed` and no outcome |
+| a | fencing | a_former_owner_cannot_write_… | Redis assigns the ids, and accepts the former owner's entry |
+| b | idempotent appends | resent_entries_that_redis_has_… | a refusal is final: `LogRefused` for written entries |
+| c | one outcome | below | the seal ends its attempt only, and Redis accepts later entries |
+| d | cancel is one command | the_first_of_two_seals_stands | `seal` does not search for one: `LogSealed`, no outcome |
 
 The rules by their numbers:
 
-| | rule | test | without it |
+| | rule | test | without the rule |
 |---|---|---|---|
-| 1 | the seal has a fence | a_former_owner_cannot_seal_… | the last entry is not judged: the former owner seals |
+| 1 | the seal has a fence | a_former_owner_cannot_seal_… | the last entry is not compared: the former owner seals |
 | 1 | … under a WATCH | below | another key is watched: the former owner seals |
-| 1 | … and counts the entries | test_meddling: a_log_that_is_meddled_with_… | not counted: `done`, text is missing |
-| 1 | … whose lost reply is looked up | below | no seal is looked for: `LogSealed`, though it is ours |
-| 2 | only seal after the last finish_reason | below | the history is not asked: the answer comes again |
+| 1 | … and counts the entries | test_meddling: a_log_that_is_meddled_with_… | `done`, though text is missing |
+| 1 | … which is found after a lost reply | below | no seal is searched for: `LogSealed`, though it is ours |
+| 2 | after the last finish_reason only seal | below | the history is not consulted: the answer comes again |
 | 3 | `resumed` names what is kept | below, for the reader | nothing is dropped: token ids 2 and 4 are there |
 | 4 | no holes | full_memory_… | no MULTI: the log is lost as refused while memory is full |
-| 4 | … and if there is one | below | later entries are not looked at: it is waited for what has passed |
-| 4 | … or was made by others | test_meddling: a_log_with_a_hole_… | not looked at: it is resumed as if whole |
-| 5 | the nonce tells whose | below | the name tells: the second life goes on in attempt 1 |
-| 6 | the loser looks again | below | it takes what it lost: both own attempt 2 |
-| 6 | … unless this delivery has claimed | test_log: a_claim_is_not_repeated_… | it claims with each try to read |
-| 6 | … or stops | one_of_two_simultaneous_take_overs_… | the lease is not asked for: both own the log |
-| 7 | NOMKSTREAM | a_deleted_log_… | the log is made again, without a beginning |
-| 7 | the tombstone | a_tombstone_keeps_a_late_job_… | not looked at: the job runs again |
+| 4 | … and a hole is noticed | below | later verdicts are ignored: the error is waited for, though it passed |
+| 4 | … also one made by others | test_meddling: a_log_with_a_hole_… | the answer is resumed as if the log were whole |
+| 5 | the nonce identifies the owner | below | the name does: the second life continues attempt 1 |
+| 6 | the loser reads the log again | below | it takes what it lost: both own attempt 2 |
+| 6 | … unless this delivery has claimed | a_claim_is_not_repeated_… | it claims with each try to read |
+| 6 | … or stops | one_of_two_simultaneous_take_overs_… | the lease is not checked: both own the log |
+| 7 | NOMKSTREAM | a_deleted_log_… | the log is recreated, without a beginning |
+| 7 | the tombstone | a_tombstone_keeps_a_late_job_… | it is not read: the job runs again |
 | 7 | … under a WATCH | below | only the log is watched: the job starts |
-| 8 | look before writing again | below | sent again at once: the log has a hole, and nobody knows |
-| 8 | the seal before the acknowledgement | finalizing_finds_that_… | not looked at: a lost seal is taken for there |
-| 9 | a duplicate waits | a_duplicate_does_not_run_… | the first is not asked for: the duplicate takes over |
+| 8 | verify before writing again | below | entries are resent at once: the log has a hole that nobody notices |
+| 8 | the seal before the acknowledgement | finalizing_finds_that_… | it is not read: a lost seal counts as written |
+| 9 | a duplicate waits | a_duplicate_does_not_run_… | the first job is not checked: the duplicate takes over |
 | 9 | … and takes over | the same | it never does: the request has no end |
-| 9 | … of the same request | test_reused_ids | not compared: another request's answer, as `done` |
-| 9 | … before it is validated | test_worker: a_bad_duplicate_… | as above: it spoils the log of the first |
-| 10 | burial seals first | below | the letter first: the log has no end while it cannot be written |
-| 10 | … and acknowledges last | below | acknowledged before the letter: nobody writes it any more |
-| 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | none is looked for: there are two |
-| 10 | … of two at once too | test_dead: two_workers_that_bury_… | the letters are not watched: there are two |
-| 10 | a deploy is no failure | test_poison: deploys_bury_nobody | each claim counts: it is buried |
-| 11 | the feed after the reply | the_feed_never_carries_a_refused_entry | published with the XADD: `refused` is told |
+| 9 | … of the same request | test_reused_ids | the digest is not compared: another request's answer, as `done` |
+| 9 | … before it is validated | test_worker: a_bad_duplicate_… | as above: it spoils the log of the first job |
+| 10 | burial seals first | below | the letter comes first: while it cannot be written, the log has no end |
+| 10 | … and acknowledges last | below | the acknowledgement comes before the letter: nobody writes the letter |
+| 10 | … with one letter | test_poison: whoever_finds_a_job_sealed_… | no letter is searched for: there are two |
+| 10 | … also of two at once | test_dead: two_workers_that_bury_… | the letters are not watched: there are two |
+| 10 | a deploy is not a failure | test_poison: deploys_bury_nobody | each claim counts: the job is buried |
+| 11 | the feed after the reply | the_feed_never_carries_a_refused_entry | published with the XADD: it has `refused` |
 """
 
 import asyncio
@@ -99,7 +99,7 @@ async def finish(gate: Gate, task: "asyncio.Future[Any]") -> None:
 
 
 async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Delivery, redis: Redis) -> None:
-    """Without: `seal` writes `<attempt>-18446744073709551615`; then a cancel is taken after `done`."""
+    """Without the rule `seal` writes `<attempt>-18446744073709551615`, and Redis accepts a cancel after `done`."""
     await one.seal(await one.acquire(delivery))
     for entry_id in ("1-1", "2-0", "*", str(SEAL)):
         with pytest.raises(ResponseError, match=r"equal or smaller|exhausted the last possible ID"):
@@ -107,13 +107,13 @@ async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Del
     assert await texts(redis) == ["1-0:started", f"{SEAL}:done"]
 
 
-async def test_rule_1_a_take_over_between_the_look_and_the_seal_holds_the_seal_back(
+async def test_rule_1_a_take_over_between_reading_and_sealing_prevents_the_seal(
     redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     old = await one.acquire(delivery)
     gate = await gate_before(one, redis_url)
     sealing = asyncio.create_task(one.seal(old))
-    await let_through(gate, *[Fate.FINE] * 2)  # connected, watched and looked
+    await let_through(gate, *[Fate.FINE] * 2)  # connected, and read under a WATCH
     await two.acquire(await stolen(redis, two, delivery))
     await finish(gate, sealing)
     with pytest.raises(LogFenced):
@@ -121,7 +121,7 @@ async def test_rule_1_a_take_over_between_the_look_and_the_seal_holds_the_seal_b
     assert (await texts(redis))[-1] == "2-0:claimed"
 
 
-async def test_rule_1_a_seal_whose_reply_is_lost_is_found_and_not_written_again(
+async def test_rule_1_a_seal_whose_reply_was_lost_is_found_and_not_written_again(
     redis_url: str, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)
@@ -152,7 +152,7 @@ async def test_rule_2_after_the_last_finish_reason_a_new_owner_only_seals(
     assert not simulator.served
 
 
-def test_rule_3_a_second_resume_does_not_take_up_what_the_first_dropped() -> None:
+def test_rule_3_a_second_resume_does_not_restore_what_the_first_dropped() -> None:
     """The reader's side: what the first `resumed` dropped stays dropped, though the second one names a later entry."""
     answer = Answer()
     for entry_id, fields in (
@@ -197,7 +197,7 @@ async def test_rule_4_a_hole_makes_a_new_attempt_necessary(redis_url: str, redis
 async def test_rule_5_a_process_of_the_same_name_does_not_take_the_log_for_its_own(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
-    """As after a restart in a container: the name is the same, the job's lease is its own, and the log was begun."""
+    """As after a restart in a container: the name is the same, the process has the lease, and the log was started."""
     await one.acquire(delivery)
     again = LogOwnership(
         one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="another life", now=lambda: 1
@@ -213,28 +213,36 @@ async def test_rule_6_the_loser_of_a_race_takes_the_next_attempt_if_the_lease_is
     gate = await gate_before(two, redis_url)
     await redis.xclaim("chat:jobs", "workers", "two", 0, [delivery.id])
     racing = asyncio.create_task(two.owner.acquire("r", delivery, FAR))
-    await let_through(gate, *[Fate.FINE] * 2)  # connected, watched and looked
-    assert await one.owner._claim("r", 2, delivery, "race")
+    await let_through(gate, *[Fate.FINE] * 2)  # connected, and read under a WATCH
+    rival = {
+        "type": "claimed",
+        "queue": "default",
+        "job": delivery.id,
+        "worker": "one",
+        "owner": "nonce-one",
+        "time": 1,
+    }
+    await redis.xadd(KEY, rival, id="2-0")  # type: ignore[arg-type]  # dict is invariant
     await finish(gate, racing)
     assert isinstance(racing.result(), Acquired)
     assert await texts(redis) == ["1-0:started", "2-0:claimed", "3-0:claimed"]
     assert isinstance(await one.owner.acquire("r", delivery, FAR), LeaseLost)
-    assert (await redis.xpending("chat:jobs", "workers"))["pending"] == 1, "and it acknowledges nothing"
+    assert (await redis.xpending("chat:jobs", "workers"))["pending"] == 1, "the loser acknowledges nothing"
 
 
-async def test_rule_7_a_tombstone_that_comes_between_the_look_and_the_start_keeps_the_job_from_starting(
+async def test_rule_7_a_tombstone_between_reading_and_starting_keeps_the_job_from_starting(
     redis_url: str, one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     gate = await gate_before(one, redis_url)
-    taking = asyncio.create_task(one.owner.acquire("r", delivery, FAR))
-    await let_through(gate, *[Fate.FINE] * 2)  # connected, watched, log and tombstone looked at
+    acquiring = asyncio.create_task(one.owner.acquire("r", delivery, FAR))
+    await let_through(gate, *[Fate.FINE] * 2)  # connected, and read log and tombstone under a WATCH
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
-    await finish(gate, taking)
-    assert isinstance(taking.result(), AlreadyEnded)
+    await finish(gate, acquiring)
+    assert isinstance(acquiring.result(), AlreadyEnded)
     assert not await redis.exists(KEY)
 
 
-async def test_rule_8_what_a_failover_lost_shows_before_anything_is_written_again(
+async def test_rule_8_a_loss_in_a_failover_is_noticed_before_anything_is_written_again(
     one: Process, delivery: Delivery, redis: Redis
 ) -> None:
     log = await one.acquire(delivery)

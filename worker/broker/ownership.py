@@ -74,10 +74,10 @@ class LogOwnership:
         self, request_id: str, delivery: Delivery, expires: int, digest: str = "",
         is_same: Callable[[str], bool] = lambda _: True,
     ) -> AcquireResult:  # fmt: skip
-        """Come to own the log of a delivered job, or find out why that must not be.
+        """Acquire the log of a delivered job, or find out why this process must not have it.
 
-        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's, and `is_same` tells
-        whether another digest is of the same request: it may be empty, or from an earlier version of this package.
+        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's. `is_same`
+        decides whether another digest is of the same request: that one may be empty, or from an earlier version.
 
         Raises:
             LogExhausted: when no attempt can follow.
@@ -110,7 +110,7 @@ class LogOwnership:
     async def _take_over(
         self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
     ) -> AcquireResult | None:
-        """Come to own a log that was started, or find out why that must not be; None where it changed meanwhile.
+        """Acquire a log that was started, or find out why not; None where the log changed meanwhile.
 
         The greatest id that the log ever had decides, because entries may have been deleted.
         """
