@@ -337,7 +337,7 @@ async def test_only_the_entries_of_a_batch_that_redis_lacks_are_written_again(
     held = log.reconcile(EntryId(1, 3))
     assert [(first, entries) for _, first, entries, _ in held] == [(2, [delta("a"), delta("b")])]
     assert [(first, entries) for _, first, entries, _ in log.pending] == [(4, [delta("c"), delta("d")])]
-    assert log._bytes == sum(len(packed) for _, _, _, packed in log.pending)
+    assert log.pending_bytes == sum(len(packed) for _, _, _, packed in log.pending)
     await log.wait_drained()
     assert log.accepted == EntryId(1, 5)
     assert await texts(redis) == ["1-0:started", "1-1:0", "1-2:a", "1-3:b", "1-4:c", "1-5:d"]
