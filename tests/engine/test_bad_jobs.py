@@ -144,7 +144,7 @@ async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server
 
 
 async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_errors(
-    client: Client, start_worker: StartWorker
+    client: Client, start_worker: StartWorker, server_pace: ServerPace
 ) -> None:
     """Each job is sent at most once more and then waits, even if it has a single try."""
     async with Picky() as broken:
@@ -161,6 +161,6 @@ async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_er
         lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
         assert lost <= FAILURES + 4
         broken.fails_all = False
-        worker._servers.servers[0].circuit._own_trial_pause.until = 0.0
+        server_pace.longest_pause = 0.0
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes.count("error") <= lost

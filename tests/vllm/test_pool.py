@@ -372,7 +372,7 @@ async def test_a_frozen_server_is_tried_with_one_request_at_a_time() -> None:
         server.orders("hang")
         await fails(pool, FAILURES)
         assert circuit.state is CircuitState.OPEN
-        pool._limits = PATIENT
+        pool.limits = PATIENT
         tried = len(server.served)
         waiting = [asyncio.create_task(ask(pool)) for _ in range(5)]
         await until(lambda: len(server.served) > tried)
@@ -494,7 +494,7 @@ async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_i
         assert (pool.is_available, len(pool.servers[0].requests)) == (False, 0)
         server.orders()
         server.statuses.clear()
-        pool._limits = PATIENT
+        pool.limits = PATIENT
         assert await ask(pool)
         assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
@@ -703,7 +703,7 @@ async def test_the_other_servers_serve_while_one_is_frozen() -> None:
         frozen.orders("freeze")
         await fails(pool, FAILURES)
         before = len(frozen.served)
-        pool._limits = PATIENT
+        pool.limits = PATIENT
         for _ in range(5):
             assert await ask(pool)
         assert (len(frozen.served), len(good.served)) == (before, 5)

@@ -31,7 +31,7 @@ from worker.vllm.servers.opening import body_for
 from worker.vllm.servers.pace import ServerPace
 from worker.vllm.servers.pool import ServerPool
 from worker.vllm.stream.chat_stream import ChatStream, open_response
-from worker.vllm.stream.sse import SSEDecoder
+from worker.vllm.stream.sse import MAX_EVENT_BYTES
 from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
@@ -81,9 +81,10 @@ def to(url: str) -> Target:
     return Target.of(httpx.AsyncClient(), url, {})
 
 
-async def opened(transport: Transport, url: str) -> ChatStream:
+async def opened(transport: Transport, url: str, *, max_event_bytes: int = MAX_EVENT_BYTES) -> ChatStream:
     watchdog = StreamWatchdog(PATIENT)
-    return ChatStream(await open_response(transport, to(url), REQUEST, PATIENT, watchdog), watchdog)
+    response = await open_response(transport, to(url), REQUEST, PATIENT, watchdog)
+    return ChatStream(response, watchdog, max_event_bytes=max_event_bytes)
 
 
 def enough(_events: list[bytes]) -> bool:
@@ -519,8 +520,7 @@ async def test_an_error_page_without_end_is_read_to_a_limit() -> None:
 
 async def test_an_event_without_end_is_malformed() -> None:
     async with sending(HEAD + b"\r\ndata: ", again=b"x" * 100) as url, Transport() as transport:
-        stream = await opened(transport, url)
-        stream._decoder = SSEDecoder(max_event_bytes=1000)
+        stream = await opened(transport, url, max_event_bytes=1000)
         with pytest.raises(UpstreamError, match="larger than 1000 bytes") as caught:
             await stream.read_into(enough)
         await stream.aclose()

@@ -1,1 +1,1 @@
-"""All that speaks to vLLM; nothing in here knows of Redis."""
+"""Everything that talks to vLLM servers. Nothing in this package knows of Redis."""

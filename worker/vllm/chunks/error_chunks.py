@@ -32,4 +32,4 @@ def unreadable(data: bytes, why: str) -> UpstreamError:
     """The error for data that is not a chunk: an error of the server in a shape of its own, or a malformed stream."""
     if is_error(value := decoded(data)):
         return from_event(value)
-    return malformed(f"the stream holds what is no chunk of a completion ({why}): {excerpt(data[:150])}")
+    return malformed(f"the stream contains something other than chunks of a completion ({why}): {excerpt(data[:150])}")

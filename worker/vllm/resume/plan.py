@@ -120,7 +120,7 @@ def why_not_resumable(request: Object) -> str:
         return "several choices"
     for name in _LIMITS:
         if not isinstance(request.get(name, 0), int | None):  # "50" or 50.0, which vLLM takes for a number too
-            return f"{name} that is no integer"
+            return f"{name} that is not an integer"
     for name in _OF_THE_PROMPT:
         if request.get(name):
             return name

@@ -57,7 +57,7 @@ class VllmApi:
         """Post a completion request, and give the response, which the caller closes.
 
         Raises:
-            UpstreamError: when there is no response that holds a stream.
+            UpstreamError: when no response with a stream comes.
         """
         url = server.url + route
         return await self._with_key(

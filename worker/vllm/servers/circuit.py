@@ -50,18 +50,23 @@ class ServerRequest:
 
 
 class _Pause:
-    """A pause between tries that doubles each time, within the limits of the pace."""
+    """A pause between tries. Each is twice as long as the one before, within the limits of the pace."""
 
-    __slots__ = ("_length", "_pace", "until")
+    __slots__ = ("_began", "_length", "_next_length", "_pace")
 
-    def __init__(self, pace: ServerPace, length: float = 0.0) -> None:
+    def __init__(self, pace: ServerPace, first: float = 0.0) -> None:
         self._pace = pace
-        self._length = length
-        self.until = 0.0
+        self._began = float("-inf")
+        self._length = 0.0
+        self._next_length = first
 
     def begin(self, now: float) -> None:
-        self.until = now + self._length
-        self._length = min(max(2 * self._length, self._pace.first_pause), self._pace.longest_pause)
+        self._began = now
+        self._length = self._next_length
+        self._next_length = min(max(2 * self._length, self._pace.first_pause), self._pace.longest_pause)
+
+    def is_over(self, now: float) -> bool:
+        return now >= self._began + min(self._length, self._pace.longest_pause)
 
 
 class Circuit:
@@ -129,12 +134,12 @@ class Circuit:
             return False
         if self.state is not CircuitState.HALF_OPEN:
             return self.state is CircuitState.CLOSED
-        is_due = last_resort or self._clock() >= self._trial_pause.until
+        is_due = last_resort or self._trial_pause.is_over(self._clock())
         return self not in caller.failed_at and self._has_no_trial and is_due
 
     def wants_trial(self, caller: Caller) -> bool:
         """Whether the worker should try the server by itself, for a job that waits because it has failed here."""
-        is_due = self._has_no_trial and self._clock() >= self._own_trial_pause.until
+        is_due = self._has_no_trial and self._own_trial_pause.is_over(self._clock())
         waits = self in caller.failed_at and self not in caller.refused_at
         return self.state is CircuitState.HALF_OPEN and waits and is_due
 
@@ -146,7 +151,7 @@ class Circuit:
     def wants_probe(self) -> bool:
         """Whether the server should be probed: a request failed, the server is away, or nothing is known of it."""
         if self.state is CircuitState.OPEN:
-            return self._clock() >= self._probe_pause.until
+            return self._probe_pause.is_over(self._clock())
         return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def on_probe(self, trouble: str) -> None:

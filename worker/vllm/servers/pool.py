@@ -62,7 +62,8 @@ class ServerPool:
         pace: ServerPace | None = None,
         transport: Transport | None = None,
     ) -> None:
-        self._limits = limits
+        self.limits = limits
+        """Those of the requests that begin from now on."""
         self._telemetry = telemetry or Receivers()
         self._pace = pace or ServerPace()
         self.servers = [Server(base_url(url), on_change=self._on_change, pace=self._pace) for url in urls]
@@ -247,8 +248,8 @@ class ServerPool:
         """The token stream of a request; the end of the context closes it.
 
         The server's circuit learns from how the context ends. Without an exception, the request succeeded. With an
-        UpstreamError, the server failed, unless the error is its refusal of the request. Any other exception says
-        nothing. So check within the context that the answer is whole, and do not let an error out of it that comes when
+        UpstreamError, the server failed, unless the error is its refusal of the request. Any other exception does not
+        count. So check within the context that the answer is whole, and do not let an error out of it that comes when
         nothing of the answer is missing.
 
         Raises:
@@ -256,23 +257,23 @@ class ServerPool:
         """
         circuit, model = server.circuit, request.get("model")
         caller = caller or Caller()
-        run = circuit.begin(caller)
+        sent = circuit.begin(caller)
 
         def on_first() -> None:
-            circuit.on_first_event(run)
+            circuit.on_first_event(sent)
             if isinstance(model, str):
                 server.record_answer(model)
 
         watchdog = self._watch(server)
         try:
             stream = await open_stream(
-                self._api, server, request, route, limits=self._limits, watchdog=watchdog, on_first=on_first
+                self._api, server, request, route, limits=self.limits, watchdog=watchdog, on_first=on_first
             )
             try:
                 yield stream
             finally:
                 await stream.aclose()
-            circuit.on_success(run)
+            circuit.on_success(sent)
         except UpstreamError as error:
             refuses_key = await self._check_key(server, error)
             if error.code == MODEL_NOT_FOUND and isinstance(model, str):
@@ -280,10 +281,10 @@ class ServerPool:
             error.elsewhere &= route == CHAT  # a server may lack the other routes
             if error.elsewhere:
                 caller.refused_at[circuit] = error
-            server.record_failure(run, error, refuses_key=refuses_key)
+            server.record_failure(sent, error, refuses_key=refuses_key)
             raise
         finally:
-            self._end(server, run, watchdog)
+            self._end(server, sent, watchdog)
 
     async def post(self, server: Server, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
         """Post a small question to a server, before a stream is requested from it, and give the body of the answer.
@@ -295,7 +296,7 @@ class ServerPool:
             UpstreamError: when the server does not answer, or refuses.
         """
         caller = caller or Caller()
-        run = server.circuit.begin(caller)
+        sent = server.circuit.begin(caller)
         watchdog = self._watch(server)
         try:
             async with watchdog:
@@ -308,10 +309,10 @@ class ServerPool:
             if error.elsewhere:
                 caller.refused_at[server.circuit] = error
             else:
-                server.record_failure(run, error, refuses_key=refuses_key)
+                server.record_failure(sent, error, refuses_key=refuses_key)
             raise
         finally:  # a caller that goes on to a stream begins it before another job may try the server
-            self._end(server, run, watchdog)
+            self._end(server, sent, watchdog)
 
     async def list_models(self, server: Server) -> list[str]:
         """The names of the models that a server lists.
@@ -322,13 +323,13 @@ class ServerPool:
         return await self._api.models(server, self._pace.probe_limit)
 
     def _watch(self, server: Server) -> StreamWatchdog:
-        watchdog = StreamWatchdog(self._limits, frozen_after=self._pace.frozen_after)
+        watchdog = StreamWatchdog(self.limits, frozen_after=self._pace.frozen_after)
         server.requests.add(watchdog)
         return watchdog
 
-    def _end(self, server: Server, run: ServerRequest, watchdog: StreamWatchdog) -> None:
+    def _end(self, server: Server, sent: ServerRequest, watchdog: StreamWatchdog) -> None:
         server.requests.discard(watchdog)
-        server.circuit.on_end(run)
+        server.circuit.on_end(sent)
         if server.circuit.state is CircuitState.HALF_OPEN:
             self._wake()
 

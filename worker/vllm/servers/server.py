@@ -61,7 +61,7 @@ class Server:
         self._clock = clock
         self._busy_until = 0.0
         self._deniers: dict[str, set[Caller]] = {}
-        """By listed model: the jobs that were told that the server does not have the model."""
+        """By listed model: the jobs to which the server answered that it does not have the model."""
 
     @contextmanager
     def reserve(self) -> Iterator[None]:

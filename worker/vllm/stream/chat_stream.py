@@ -12,7 +12,7 @@ from ..errors import UpstreamError, from_response, malformed, truncated, unreach
 from ..http.connection import HttpResponse
 from ..http.target import Target
 from ..http.transport import Transport
-from .sse import EventTooLarge, SSEDecoder
+from .sse import MAX_EVENT_BYTES, EventTooLarge, SSEDecoder
 from .watchdog import StreamTimeouts, StreamWatchdog
 
 _REST_LIMIT = 0.5
@@ -27,7 +27,7 @@ class ChatStream:
     """The events of one answer, handed over as they arrive.
 
     Attributes:
-        has_begun: tells whether the answer has begun, which only the reader of the events knows. Called after each
+        has_begun: returns whether the answer has begun, which only the reader of the events knows. Called after each
             event until it returns true. Without it, the first event begins the answer.
 
     Args:
@@ -36,11 +36,12 @@ class ChatStream:
         on_first: called once the first event was handed over.
         reopen: called with an error that came in place of the first event. Gives the response to a changed request that
             avoids the error, or None.
+        max_event_bytes: the largest event that is accepted.
     """
 
     __slots__ = (
-        "_answer_started", "_decoder", "_is_new", "_on_events", "_on_first", "_reopen", "_response", "_watchdog",
-        "has_begun",
+        "_answer_started", "_decoder", "_is_new", "_max_event_bytes", "_on_events", "_on_first", "_reopen", "_response",
+        "_watchdog", "has_begun",
     )  # fmt: skip
 
     def __init__(
@@ -50,11 +51,13 @@ class ChatStream:
         *,
         on_first: Callable[[], None] | None = None,
         reopen: Callable[[UpstreamError], Awaitable[HttpResponse | None]] | None = None,
+        max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
         self._response = response
         self._watchdog = watchdog
         self._on_first = on_first
         self._reopen = reopen
+        self._max_event_bytes = max_event_bytes
         self._is_new = True
         """Whether no event has been handed over yet."""
         self._answer_started = False
@@ -134,7 +137,7 @@ class ChatStream:
             self._watchdog.on_answer_start()
 
     def _start_decoder(self) -> SSEDecoder:
-        self._decoder = decoder = SSEDecoder()
+        self._decoder = decoder = SSEDecoder(self._max_event_bytes)
         return decoder
 
     async def read_rest(self) -> None:

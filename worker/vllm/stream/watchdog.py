@@ -99,9 +99,9 @@ class StreamWatchdog:
 
     def timeout_error(self, skipped: str = "") -> UpstreamError:
         """The error for a server that was silent for too long; it quotes what the server sent in place of events."""
-        quoted = f"; what it sent is no event: {excerpt(skipped)}" if skipped else ""
+        quoted = f"; in place of events it sent: {excerpt(skipped)}" if skipped else ""
         if self._tightened_at is not None:
-            return truncated(f"vLLM takes no connections any more, and its open stream is silent{quoted}")
+            return truncated(f"vLLM refuses connections, and its open stream is silent{quoted}")
         if self._has_begun:
             text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream{quoted}"
             return UpstreamError("gap_timeout", text, retryable=True)
