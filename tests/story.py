@@ -1,17 +1,42 @@
 """A log that a test writes and publishes by hand."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from redis.asyncio import Redis
 
 from worker import Delta, Entry
+from worker.broker.client_seals import GRACE
+from worker.broker.log_pages import RawEntry
+from worker.client.errors import MappedRetry
+from worker.client.following.followers import Followers
+from worker.client.timings import Timings
 from worker.contract.entries import Done, Fields, Started, to_fields, to_json
 from worker.contract.ids import SEAL, EntryId
+from worker.contract.keys import Keys
+from worker.redisio.urls import database_of
 
 
 def delta(attempt: int, n: int) -> Delta:
     return Delta(id=EntryId(attempt, n), content=f"{attempt}-{n} ", token_ids=[n])
+
+
+def connect(url: str, timings: Timings | None = None, patience: float = 5.0) -> Followers:
+    """Return what a client follows with."""
+    return Followers.connect(url, Keys("chat", database_of(url)), MappedRetry(patience), timings or Timings())
+
+
+async def let_deadline_pass(redis: Redis, request_id: str, after: float = -0.1) -> None:
+    """Change a request that waits so that clients end it in so many seconds."""
+    key = f"chat:tokens:{{{request_id}}}"
+    ((_, fields),) = cast("list[RawEntry]", await redis.xrange(key))
+    left = await redis.pttl(key)
+    fields[b"deadline"] = str(int((time.time() + after - GRACE) * 1000)).encode()
+    await redis.delete(key)
+    await redis.xadd(key, fields, id="0-1")  # type: ignore[arg-type]  # dict is invariant
+    await redis.pexpire(key, left)
 
 
 @asynccontextmanager

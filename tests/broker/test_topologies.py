@@ -14,6 +14,7 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from story import let_deadline_pass
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
 from worker.broker.job_queue import JobQueue
@@ -421,20 +422,17 @@ def without_command_info(nodes: list[topology.Node], cluster_url: str) -> Iterat
 
 async def test_a_publisher_that_takes_the_cluster_for_an_older_one_can_be_followed(
     without_command_info: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("worker.client.following._TICK", 0.05)
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=without_command_info)
     whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
 
 
 async def test_a_job_that_nobody_started_before_its_deadline_is_ended_in_a_cluster(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis: Redis
 ) -> None:
-    monkeypatch.setattr("worker.client.following._TICK", 0.01)
-    monkeypatch.setattr("worker.client.log_reader._BLOCK", 0.05)
-    monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
     followed, queried = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
+    for request_id in (followed, queried):
+        await let_deadline_pass(redis, request_id)
     assert [entry.type async for entry in client.follow(followed)] == ["queued", "error"]
 
     async def is_over() -> bool:
@@ -468,7 +466,7 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
         raise Died
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.client.enqueuing.Enqueuer._add_after_log", die)
+        patch.setattr("worker.client.enqueuing.Enqueuer.add_to_queue", die)
         with pytest.raises(Died):
             await client.enqueue(ask("Who are you?"), id="once")
     assert await client.status("once") == Status(State.QUEUED)

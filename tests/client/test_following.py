@@ -1,20 +1,23 @@
-"""Following by the feed: whatever it tells, loses, doubles or makes up, a follower sees what the log says, in order."""
+"""Following by the feed: whatever it delivers, loses, doubles or makes up, a follower sees the log in order."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Self
+from functools import partial
 
 import pytest
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import END, START, Story, delta, user_without_channels
+from story import END, START, Story, connect, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
 from worker.broker.log_pages import PageSize
-from worker.client.follower import Follower
+from worker.client.following.follower import Follower
+from worker.client.following.followers import Followers
+from worker.client.following.machine import KEPT_BYTES, FollowState
+from worker.client.timings import Timings
 from worker.contract.entries import (
     Cancelled,
     Claimed,
@@ -37,38 +40,66 @@ async def story(redis: Redis) -> Story:
     return Story(redis)
 
 
-class Reader:
-    """Somebody who follows a request, and what was seen."""
+NOBODY_POLLS = pytest.mark.parametrize("timings", [Timings(tick=1000.0)], ids=["nobody polls"])
+"""No silence is too long."""
 
-    pours = False
+IMPATIENT = pytest.mark.parametrize("timings", [Timings(tick=0.01)], ids=["impatient"])
+"""Silence is too long very soon."""
+
+
+@pytest.fixture
+def timings() -> Timings:
+    return Timings()
+
+
+@pytest.fixture
+async def followers(redis_url: str, timings: Timings) -> AsyncIterator[Followers]:
+    async with aclosing(connect(redis_url, timings)) as followers:
+        yield followers
+
+
+@pytest.fixture(params=["follow", "pour"])
+def pours(request: pytest.FixtureRequest) -> bool:
+    """Every follower does it in either way."""
+    return bool(request.param == "pour")
+
+
+POURS = pytest.mark.parametrize("pours", [True])
+
+
+class Reader:
+    """Follows a request in a task, and notes what it sees."""
 
     def __init__(
-        self, client: Client, request_id: str = "r", after: EntryId | None = None,
+        self,
+        followers: Followers,
+        request_id: str = "r",
+        after: EntryId | None = None,
         into: Callable[[Entry], None] | None = None,
-    ) -> None:  # fmt: skip
+        *,
+        pours: bool,
+    ) -> None:
         self.seen: list[Entry] = []
         self._into = into or self.seen.append
-        self._client = client
+        self._followers = followers
         self._id = request_id
+        self._pours = pours
         self.task = asyncio.create_task(self._read(after))
 
-    @classmethod
-    async def of(cls, client: Client, story: Story) -> Self:
-        """One who listens to a request that has begun."""
-        await story.write(START)
-        reader = cls(client)
-        await reader.hears()
-        return reader
-
     async def _read(self, after: EntryId | None) -> None:
-        if self.pours:
-            await self._client.pour(self._id, self._into, after=after)
-            return
-        async for entry in self._client.follow(self._id, after=after):
-            self._into(entry)
+        follower = self._followers.follow(self._id, after or BEFORE_ALL)
+        try:
+            if self._pours:
+                await follower.pour(self._into)
+            while not follower.is_over:
+                await follower.wait_ready()
+                for entry in follower.drain():
+                    self._into(entry)
+        finally:
+            await follower.leave()
 
     async def has(self, *entries: Entry) -> None:
-        """Wait until the last that was seen are these."""
+        """Wait until these are the last entries that it has seen."""
 
         async def seen() -> bool:
             if self.task.done():
@@ -77,24 +108,42 @@ class Reader:
 
         await eventually(seen)
 
-    async def hears(self) -> None:
-        """Wait until nothing is read but what is not told."""
+    async def listens(self) -> None:
+        """Wait until it reads nothing but what the feed leaves out."""
 
         async def settled() -> bool:
-            request = self._client._following._requests.get(self._id)
-            return request is not None and request.is_settled and all(map(waits, request.followers))
+            request = self._followers.requests.get(self._id)
+            return (
+                request is not None
+                and request.feed.is_settled
+                and all(follower.is_waiting for follower in request.followers)
+            )
 
         await eventually(settled)
 
 
-@pytest.fixture(autouse=True, params=["follow", "pour"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever follows does it in either way."""
-    monkeypatch.setattr(Reader, "pours", request.param == "pour")
+StartReader = Callable[..., Reader]
 
 
-def waits(follower: Follower) -> bool:
-    return follower._waiter is not None and not follower._waiter.done()
+@pytest.fixture
+def start_reader(followers: Followers, *, pours: bool) -> StartReader:
+    return partial(Reader, followers, pours=pours)
+
+
+StartListener = Callable[[], Awaitable[Reader]]
+
+
+@pytest.fixture
+def start_listener(start_reader: StartReader, story: Story) -> StartListener:
+    """Starts a reader of a request that has begun, and waits until it listens."""
+
+    async def start() -> Reader:
+        await story.write(START)
+        reader = start_reader()
+        await reader.listens()
+        return reader
+
+    return start
 
 
 async def calls(redis: Redis, command: str) -> int:
@@ -102,24 +151,12 @@ async def calls(redis: Redis, command: str) -> int:
     return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
 
 
-@pytest.fixture
-async def nobody_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence is never too long."""
-    monkeypatch.setattr("worker.client.following._TICK", 1000.0)
-
-
-@pytest.fixture
-async def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence is too long very soon."""
-    monkeypatch.setattr("worker.client.following._TICK", 0.01)
-
-
-@pytest.mark.usefixtures("nobody_polls")
-async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Story) -> None:
+@NOBODY_POLLS
+async def test_what_is_told_is_not_read(start_reader: StartReader, redis: Redis, story: Story) -> None:
     await story.write(START)
-    reader = Reader(client)
+    reader = start_reader()
     await reader.has(START)
-    await reader.hears()
+    await reader.listens()
     read = await calls(redis, "xrange")
     for n in range(1, 20):
         await story.append(delta(1, n))
@@ -131,12 +168,14 @@ async def test_what_is_told_is_not_read(client: Client, redis: Redis, story: Sto
     assert await calls(redis, "xread") == 0
 
 
-@pytest.mark.usefixtures("nobody_polls")
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
-async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: Client, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@NOBODY_POLLS
+@POURS
+async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(
+    start_listener: StartListener, followers: Followers, story: Story
+) -> None:
+    reader = await start_listener()
     told = delta(1, 1)
-    client._following._requests["r"].on_message(to_json([[str(told.id), to_fields(told)]]).encode())
+    followers.requests["r"].on_message(to_json([[str(told.id), to_fields(told)]]).encode())
     assert reader.seen == [START, told]
     await story.write(told)
     await story.append(END)
@@ -144,37 +183,39 @@ async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(client: C
     assert reader.seen == story.written
 
 
-@pytest.mark.usefixtures("nobody_polls")
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@NOBODY_POLLS
+@POURS
 @pytest.mark.parametrize("is_told", [True, False])
-async def test_what_the_taker_raises_comes_out_and_ends_it(*, is_told: bool, client: Client, story: Story) -> None:
+async def test_what_the_taker_raises_comes_out_and_ends_it(
+    *, is_told: bool, start_reader: StartReader, followers: Followers, story: Story
+) -> None:
     def take(entry: Entry) -> None:
         if isinstance(entry, Delta):
             raise ZeroDivisionError
 
     await story.write(START, *([] if is_told else [delta(1, 1)]))
-    reader = Reader(client, into=take)
+    reader = start_reader(into=take)
     if is_told:
-        await reader.hears()
+        await reader.listens()
         await story.append(delta(1, 1))
     with pytest.raises(ZeroDivisionError):
         await reader.task
-    assert not client._following._requests
+    assert not followers.requests
 
 
-@pytest.mark.usefixtures("nobody_polls")
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
+@NOBODY_POLLS
+@POURS
 @pytest.mark.parametrize(("raised", "out"), [(StopIteration, RuntimeError), (asyncio.CancelledError,) * 2])
 async def test_whatever_a_taker_raises_the_others_hear_on(
-    raised: type[BaseException], out: type[BaseException], client: Client, redis: Redis, story: Story
+    raised: type[BaseException], out: type[BaseException], start_reader: StartReader, redis: Redis, story: Story
 ) -> None:
     def take(entry: Entry) -> None:
         if isinstance(entry, Delta):
             raise raised
 
     await story.write(START)
-    readers = [Reader(client, into=take), Reader(client)]
-    await readers[1].hears()
+    readers = [start_reader(into=take), start_reader()]
+    await readers[1].listens()
     read = await calls(redis, "xrange")
     await story.append(delta(1, 1), delta(1, 2))
     with pytest.raises(out):
@@ -184,9 +225,9 @@ async def test_whatever_a_taker_raises_the_others_hear_on(
     readers[1].task.cancel()
 
 
-@pytest.mark.usefixtures("nobody_polls")
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
-async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: Story) -> None:
+@NOBODY_POLLS
+@POURS
+async def test_a_taker_that_has_enough_is_given_no_more(start_reader: StartReader, story: Story) -> None:
     taken: list[Entry] = []
 
     def take(entry: Entry) -> None:
@@ -195,8 +236,8 @@ async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: S
             reader.task.cancel()
 
     await story.write(START)
-    reader = Reader(client, into=take)
-    await reader.hears()
+    reader = start_reader(into=take)
+    await reader.listens()
     await story.write(delta(1, 1), delta(1, 2))
     await story.publish(delta(1, 1), delta(1, 2))
     with pytest.raises(asyncio.CancelledError):
@@ -204,20 +245,20 @@ async def test_a_taker_that_has_enough_is_given_no_more(client: Client, story: S
     assert taken == [START, delta(1, 1)]
 
 
-@pytest.mark.usefixtures("nobody_polls")
+@NOBODY_POLLS
 @pytest.mark.parametrize("seed", range(8))
 async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing(
-    seed: int, client: Client, story: Story
+    seed: int, start_reader: StartReader, story: Story
 ) -> None:
     dice = random.Random(seed)  # noqa: S311 - no secret
     entries: list[Entry] = [START, *(delta(1, n) for n in range(1, 40))]
     entries += [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), *(delta(2, n) for n in range(2, 40))]
     await story.write(START)
-    readers = [Reader(client) for _ in range(2)]
+    readers = [start_reader() for _ in range(2)]
     untold: list[Entry] = []
     await readers[0].has(START)
     if seed % 2:
-        await readers[0].hears()
+        await readers[0].listens()
     for entry in entries[1:]:
         await story.write(entry)
         untold.append(entry)
@@ -230,7 +271,7 @@ async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing
             if dice.random() < 0.3:
                 untold += told[:1]
         if dice.random() < 0.2:
-            readers.append(Reader(client, after=dice.choice(story.written).id))
+            readers.append(start_reader(after=dice.choice(story.written).id))
     await story.append(END)
     for reader in readers:
         await reader.task
@@ -238,25 +279,24 @@ async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing
     assert readers[0].seen == readers[1].seen == story.written
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_what_nobody_told_as_the_subscription_began_is_found(
-    client: Client, story: Story, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("worker.client.following._SETTLED_AFTER", 60.0)
+@pytest.mark.parametrize("timings", [Timings(tick=1000.0, settles_after=60.0)], ids=["never settled"])
+async def test_what_nobody_told_as_the_subscription_began_is_found(start_reader: StartReader, story: Story) -> None:
     await story.write(START)
-    reader = Reader(client)
+    reader = start_reader()
     await eventually(story.subscribers)
     for n in (1, 2, 3):
         await story.write(delta(1, n))
         await reader.has(delta(1, n))
     await story.append(delta(1, 4))
-    await reader.hears()
+    await reader.listens()
     reader.task.cancel()
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(client: Client, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@NOBODY_POLLS
+async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(
+    start_listener: StartListener, story: Story
+) -> None:
+    reader = await start_listener()
     await story.append(delta(1, 1))
     await story.write(delta(1, 2), delta(1, 3))
     await story.append(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
@@ -268,9 +308,11 @@ async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(cl
     assert reader.seen == story.written
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@NOBODY_POLLS
+async def test_a_cancel_ends_it_after_all_that_was_written(
+    start_listener: StartListener, client: Client, story: Story
+) -> None:
+    reader = await start_listener()
     await story.append(delta(1, 1))
     await story.write(delta(1, 2))
     await client.cancel("r")
@@ -279,9 +321,11 @@ async def test_a_cancel_ends_it_after_all_that_was_written(client: Client, story
     assert isinstance(reader.seen[-1], Cancelled)
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_what_is_told_and_not_in_the_log_is_not_shown(client: Client, redis: Redis, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@NOBODY_POLLS
+async def test_what_is_told_and_not_in_the_log_is_not_shown(
+    start_listener: StartListener, redis: Redis, story: Story
+) -> None:
+    reader = await start_listener()
     await story.publish(delta(1, 7))
     await story.publish(END)
     await story.publish(delta(3, 0))
@@ -295,32 +339,47 @@ def in_database(url: str, number: int) -> str:
     return url.removesuffix("/0") + f"/{number}"
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_d4_equal_ids_in_two_databases_are_two_requests(redis_url: str, redis: Redis) -> None:
-    """D4: pub/sub knows no databases, so the channel says which one it is of."""
+@NOBODY_POLLS
+async def test_equal_ids_in_two_databases_are_two_requests(
+    redis_url: str, redis: Redis, timings: Timings, *, pours: bool
+) -> None:
+    """Pub/sub has no databases, so the channel names its own."""
     url = in_database(redis_url, 1)
-    async with Redis.from_url(url, protocol=2) as other, Client(redis_url) as client, Client(url) as neighbour:
-        mine, theirs = Story(redis), Story(other, channel="chat:feed:1:{r}")
-        readers = [await Reader.of(client, mine), await Reader.of(neighbour, theirs)]
+    async with (
+        Redis.from_url(url, protocol=2) as other,
+        aclosing(connect(redis_url, timings)) as ours,
+        aclosing(connect(url, timings)) as theirs,
+        Client(url) as client,
+    ):
+        stories = [Story(redis), Story(other, channel="chat:feed:1:{r}")]
+        readers: list[Reader] = []
+        for story, followers in zip(stories, (ours, theirs), strict=True):
+            await story.write(START)
+            readers.append(Reader(followers, pours=pours))
+            await readers[-1].listens()
         for n in range(1, 5):
-            await mine.append(delta(1, n))
-            await theirs.append(Delta(id=EntryId(1, n), content="theirs"))
-        await mine.append(END)
-        await neighbour.cancel("r")
+            await stories[0].append(delta(1, n))
+            await stories[1].append(Delta(id=EntryId(1, n), content="theirs"))
+        await stories[0].append(END)
+        await client.cancel("r")
         for reader in readers:
             await reader.task
-        assert readers[0].seen == mine.written
-        assert readers[1].seen[:-1] == theirs.written
+        assert readers[0].seen == stories[0].written
+        assert readers[1].seen[:-1] == stories[1].written
         assert isinstance(readers[1].seen[-1], Cancelled)
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_d4_a_publisher_from_before_the_channel_had_its_database_is_read(redis_url: str) -> None:
-    """During a rolling upgrade one of the two may use the other channel: whoever hears nothing reads."""
+@IMPATIENT
+async def test_a_publisher_from_before_the_channel_had_its_database_is_read(
+    redis_url: str, timings: Timings, *, pours: bool
+) -> None:
+    """During a rolling upgrade the two may use different channels: a follower reads after silence."""
     url = in_database(redis_url, 1)
-    async with Redis.from_url(url, protocol=2) as other, Client(url) as client:
+    async with Redis.from_url(url, protocol=2) as other, aclosing(connect(url, timings)) as followers:
         story = Story(other)
-        reader = await Reader.of(client, story)
+        await story.write(START)
+        reader = Reader(followers, pours=pours)
+        await reader.listens()
         for n in range(1, 5):
             await story.append(delta(1, n))
             await reader.has(delta(1, n))
@@ -329,34 +388,38 @@ async def test_d4_a_publisher_from_before_the_channel_had_its_database_is_read(r
         assert reader.seen == story.written
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_silence_has_the_log_read(client: Client, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@IMPATIENT
+async def test_silence_has_the_log_read(start_listener: StartListener, story: Story) -> None:
+    reader = await start_listener()
     await story.write(delta(1, 1), END)
     await reader.task
     assert reader.seen == story.written
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_log_that_vanishes_is_noticed(client: Client, redis: Redis, story: Story) -> None:
+@IMPATIENT
+async def test_a_log_that_vanishes_is_noticed(
+    start_listener: StartListener, start_reader: StartReader, redis: Redis, story: Story
+) -> None:
     await story.write(START)
-    readers = [Reader(client), Reader(client)]
-    await readers[0].hears()
+    readers = [start_reader(), start_reader()]
+    await readers[0].listens()
     await redis.delete(story.key)
     for reader in readers:
         with pytest.raises(UnknownRequest):
             await reader.task
-    reader = await Reader.of(client, story)
+    reader = await start_listener()
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
     await redis.delete(story.key)
     with pytest.raises(Expired):
         await reader.task
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(client: Client, redis: Redis, story: Story) -> None:
+@IMPATIENT
+async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(
+    start_listener: StartListener, redis: Redis, story: Story
+) -> None:
     """As one is whose publisher may not publish, or takes the cluster for an older one."""
-    reader = await Reader.of(client, story)
+    reader = await start_listener()
     n = 0
     while not await calls(redis, "xread"):
         n += 1
@@ -372,14 +435,16 @@ async def nobody_listens(*stories: Story) -> bool:
     return not any([await story.subscribers() for story in stories])
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redis, redis_url: str) -> None:
+@NOBODY_POLLS
+async def test_a_user_without_the_right_to_the_channel_reads_as_ever(
+    redis: Redis, redis_url: str, timings: Timings, *, pours: bool
+) -> None:
     await redis.config_resetstat()
-    async with user_without_channels(redis, redis_url) as deaf_url, Client(deaf_url, patience=5) as client:
+    async with user_without_channels(redis, redis_url) as deaf_url, aclosing(connect(deaf_url, timings)) as followers:
         for request_id in ("r", "s"):
             told = Story(redis, request_id)
             await told.write(START)
-            reader = Reader(client, request_id)
+            reader = Reader(followers, request_id, pours=pours)
             await reader.has(START)
             await told.append(delta(1, 1))
             await reader.has(delta(1, 1))
@@ -389,51 +454,64 @@ async def test_a_user_without_the_right_to_the_channel_reads_as_ever(redis: Redi
     assert await calls(redis, "xread")
 
 
-@pytest.mark.usefixtures("nobody_polls")
-async def test_whoever_does_not_read_keeps_little_and_misses_nothing(client: Client, story: Story) -> None:
+@NOBODY_POLLS
+async def test_a_follower_that_does_not_read_keeps_little_and_misses_nothing(
+    followers: Followers, story: Story
+) -> None:
     await story.write(START)
-    async with aclosing(client.follow("r")) as entries:
-        seen = [await anext(entries)]
-        following = asyncio.ensure_future(anext(entries))
-        (follower,) = client._following._requests["r"].followers
-        await eventually(lambda: is_settled(follower))
-        kept = 0
-        for n in range(1, 2000):
-            await story.append(delta(1, n))
-            kept = max(kept, follower._bytes)
-        seen.append(await following)
-        assert 0 < kept <= 32 * 1024
-        assert len(follower._ready) < 1000
-        await story.append(END)
-        seen += [entry async for entry in entries]
+    follower = followers.follow("r", BEFORE_ALL)
+    seen = await next_entries(follower)
+    reading = asyncio.ensure_future(next_entries(follower))
+    await eventually(lambda: is_settled(followers, follower))
+    kept = 0
+    for n in range(1, 2000):
+        await story.append(delta(1, n))
+        kept = max(kept, follower.machine.kept_bytes)
+    seen += await reading
+    assert 0 < kept <= KEPT_BYTES
+    assert len(follower.machine.ready) < 1000
+    await story.append(END)
+    while not follower.is_over:
+        await follower.wait_ready()
+        seen += follower.drain()
+    await follower.leave()
     assert seen == story.written
 
 
-async def is_settled(follower: Follower) -> bool:
-    return follower._request.is_settled and waits(follower)
+async def next_entries(follower: Follower) -> list[Entry]:
+    while True:
+        await follower.wait_ready()
+        if entries := list[Entry](follower.drain()):
+            return entries
+
+
+async def is_settled(followers: Followers, follower: Follower) -> bool:
+    return followers.requests["r"].feed.is_settled and follower.is_waiting
 
 
 async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
-    client: Client, redis: Redis, story: Story
+    start_listener: StartListener, redis: Redis, story: Story
 ) -> None:
-    reader = await Reader.of(client, story)
+    reader = await start_listener()
     for n in range(1, 60):
         await story.append(delta(1, n))
         if n % 10 == 0:
             await redis.client_kill_filter(_type="pubsub")
         if n % 20 == 0:
-            await reader.hears()
+            await reader.listens()
     await story.append(END)
     await reader.task
     assert reader.seen == story.written
 
 
-async def test_followers_of_one_request_share_its_subscription(client: Client, redis: Redis, story: Story) -> None:
+async def test_followers_of_one_request_share_its_subscription(
+    start_reader: StartReader, followers: Followers, redis: Redis, story: Story
+) -> None:
     await story.write(START)
-    readers = [Reader(client) for _ in range(20)]
+    readers = [start_reader() for _ in range(20)]
     for reader in readers:
         await reader.has(START)
-    await readers[0].hears()
+    await readers[0].listens()
     assert await story.subscribers() == 1
     await story.append(delta(1, 1))
     for reader in readers:
@@ -447,18 +525,18 @@ async def test_followers_of_one_request_share_its_subscription(client: Client, r
     await story.append(END)
     await readers[0].task
     await eventually(lambda: nobody_listens(story))
-    assert not client._following._requests
+    assert not followers.requests
     assert await redis.ping()
 
 
-async def test_many_requests_are_followed_on_two_connections(client: Client, redis: Redis) -> None:
+async def test_many_requests_are_followed_on_two_connections(start_reader: StartReader, redis: Redis) -> None:
     stories = [Story(redis, f"r{number}") for number in range(300)]
     for story in stories:
         await story.write(START)
     before = len(await redis.client_list())
-    readers = [Reader(client, story.id) for story in stories]
+    readers = [start_reader(story.id) for story in stories]
     for reader in readers:
-        await reader.hears()
+        await reader.listens()
     assert len(await redis.client_list()) - before == 2
     for story in stories:
         await story.append(delta(1, 1), END)
@@ -487,53 +565,54 @@ async def nothing_left(redis: Redis) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("when", ["at once", "while it reads", "while it waits", "without the feed"])
-async def test_closing_the_client_ends_who_still_follows(when: str, redis_url: str, redis: Redis, story: Story) -> None:
+async def test_closing_ends_who_still_follows(
+    when: str, redis_url: str, redis: Redis, story: Story, *, pours: bool
+) -> None:
     await story.write(START)
     async with user_without_channels(redis, redis_url) as deaf_url:
-        await end_by_closing(when, Client(deaf_url if when == "without the feed" else redis_url), redis)
-
-
-async def end_by_closing(when: str, client: Client, redis: Redis) -> None:
-    reader = Reader(client)
-    if when == "while it reads":
-        await asyncio.sleep(0)
-    elif when == "while it waits":
-        await reader.hears()
-    elif when == "without the feed":
-        await reader.has(START)
-        await eventually(lambda: calls(redis, "xread"))
-    await client.aclose()
+        followers = connect(deaf_url if when == "without the feed" else redis_url)
+        reader = Reader(followers, pours=pours)
+        if when == "while it reads":
+            await asyncio.sleep(0)
+        elif when == "while it waits":
+            await reader.listens()
+        elif when == "without the feed":
+            await reader.has(START)
+            await eventually(lambda: calls(redis, "xread"))
+        await followers.aclose()
     with pytest.raises(Unavailable, match="closed"):
         await reader.task
 
 
 @pytest.mark.usefixtures("nothing_left")
-async def test_a_follower_may_stop_at_any_time(redis_url: str, story: Story) -> None:
+async def test_a_follower_may_stop_at_any_time(redis_url: str, story: Story, *, pours: bool) -> None:
     await story.write(START)
-    async with Client(redis_url) as client:
+    async with aclosing(connect(redis_url)) as followers:
         for steps in range(30):
-            reader = Reader(client)
+            reader = Reader(followers, pours=pours)
             for _ in range(steps):
                 await asyncio.sleep(0)
             reader.task.cancel()
             await asyncio.wait([reader.task])
             assert reader.task.cancelled()
-        assert not client._following._requests
+        assert not followers.requests
         await eventually(lambda: nobody_listens(story))
-        reader = Reader(client)
+        reader = Reader(followers, pours=pours)
         await reader.has(START)
         await story.append(delta(1, 1), END)
         await reader.task
     assert reader.seen == story.written
 
 
-async def test_a_redis_that_goes_is_said_when_patience_ends() -> None:
+async def test_a_redis_that_goes_is_reported_when_patience_ends(*, pours: bool) -> None:
     with start_redis() as server:
-        async with Client(server.url, patience=0.2) as client, Redis.from_url(server.url, protocol=2) as redis:
-            story = Story(redis)
-            await story.write(START)
-            reader = Reader(client)
-            await reader.hears()
+        async with (
+            aclosing(connect(server.url, patience=0.2)) as followers,
+            Redis.from_url(server.url, protocol=2) as redis,
+        ):
+            await Story(redis).write(START)
+            reader = Reader(followers, pours=pours)
+            await reader.listens()
             assert server.process
             server.process.kill()
             with pytest.raises(Unavailable, match="does not answer"):
@@ -571,11 +650,11 @@ TOP = log_of(f"{SEAL.attempt}-0", f"{SEAL.attempt}-1", seal=Failed(id=SEAL, code
     ],
 )
 async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
-    log: list[Entry], after: str | None, lacks: str, client: Client, story: Story
+    log: list[Entry], after: str | None, lacks: str, start_reader: StartReader, client: Client, story: Story
 ) -> None:
     """D8: XTRIM, and the answer was `done` with its last tokens."""
     await story.write(*log)
-    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    reader = start_reader(after=EntryId.parse(after) if after else None)
     with pytest.raises(IncompleteLog) as told:
         await reader.task
     assert str(told.value.after) == lacks
@@ -602,15 +681,16 @@ MENDS = [
 ]
 
 
-async def at_hole(client: Client, redis: Redis, log: list[Entry], after: str | None, seen: int) -> Reader:
-    """Somebody who has all that comes before the hole, and has looked several times for what comes behind it."""
-    reader = Reader(client, after=EntryId.parse(after) if after else None)
+async def at_hole(followers: Followers, reader: Reader, redis: Redis, log: list[Entry], seen: int) -> Reader:
+    """Wait until a reader has all that comes before the hole, and has read several times what comes behind it."""
 
     async def waits_there() -> bool:
         if reader.task.done():
             reader.task.result()
-        request = client._following._requests.get("r")
-        return request is not None and all(follower._is_at_hole for follower in request.followers)
+        request = followers.requests.get("r")
+        return request is not None and all(
+            follower.machine.state is FollowState.AT_HOLE for follower in request.followers
+        )
 
     await eventually(waits_there)
     looks = await calls(redis, "xrange")
@@ -627,11 +707,19 @@ async def at_hole(client: Client, redis: Redis, log: list[Entry], after: str | N
 @pytest.mark.parametrize("mend", MENDS, ids=["restarted", "resumed"])
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
 async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_void(
-    log: list[Entry], after: str | None, seen: int, mend: list[Entry], client: Client, redis: Redis, story: Story
+    log: list[Entry],
+    after: str | None,
+    seen: int,
+    mend: list[Entry],
+    start_reader: StartReader,
+    followers: Followers,
+    redis: Redis,
+    story: Story,
 ) -> None:
     """F1: a reader failed for good on a job that its worker made whole seconds later."""
     await story.write(*log)
-    reader = await at_hole(client, redis, log, after, seen)
+    reader = start_reader(after=EntryId.parse(after) if after else None)
+    await at_hole(followers, reader, redis, log, seen)
     await story.append(delta(2, 10), *mend)
     await reader.task
     assert reader.seen == story.written[-len(reader.seen) :]
@@ -642,10 +730,18 @@ async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_v
 @pytest.mark.parametrize("end", ["its seal", "its log is gone", "its seal is deleted"])
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
 async def test_f1_a_hole_that_is_never_void_ends_the_reading(
-    log: list[Entry], after: str | None, seen: int, end: str, client: Client, redis: Redis, story: Story
+    log: list[Entry],
+    after: str | None,
+    seen: int,
+    end: str,
+    start_reader: StartReader,
+    followers: Followers,
+    redis: Redis,
+    story: Story,
 ) -> None:
     await story.write(*log)
-    reader = await at_hole(client, redis, log, after, seen)
+    reader = start_reader(after=EntryId.parse(after) if after else None)
+    await at_hole(followers, reader, redis, log, seen)
     match end:
         case "its seal":
             await story.append(END)
@@ -659,7 +755,6 @@ async def test_f1_a_hole_that_is_never_void_ends_the_reading(
     assert reader.seen == log[:seen]
 
 
-@pytest.mark.parametrize("_way", ["follow"], indirect=True)
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
 async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
     log: list[Entry], after: str | None, seen: int, client: Client, story: Story
@@ -678,22 +773,28 @@ async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
         [entry async for entry in await client.open("r", after=after)]
 
 
-async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(client: Client, redis: Redis, story: Story) -> None:
+async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(
+    start_reader: StartReader, followers: Followers, redis: Redis, story: Story
+) -> None:
     await story.write(START)
     await redis.xdel(story.key, str(START.id))
-    reader = await at_hole(client, redis, [], None, 0)
+    reader = start_reader()
+    await at_hole(followers, reader, redis, [], 0)
     story.written.clear()
     await story.append(delta(1, 1), *MENDS[0])
     await reader.task
     assert reader.seen == story.written
 
 
-async def test_f1_a_log_that_comes_back_whole_is_read_on(client: Client, redis: Redis, story: Story) -> None:
+async def test_f1_a_log_that_comes_back_whole_is_read_on(
+    start_reader: StartReader, followers: Followers, redis: Redis, story: Story
+) -> None:
     await story.write(*WHOLE[:6])
     await redis.rename(story.key, "chat:away:{r}")
     story.written.clear()
     await story.write(*WHOLE[4:6])
-    reader = await at_hole(client, redis, [], None, 0)
+    reader = start_reader()
+    await at_hole(followers, reader, redis, [], 0)
     await redis.rename("chat:away:{r}", story.key)
     await story.write(END)
     await reader.task
@@ -719,21 +820,21 @@ async def test_f1_a_log_that_comes_back_whole_is_read_on(client: Client, redis: 
     ],
 )
 async def test_d8_a_log_that_has_what_counts_is_read(
-    log: list[Entry], after: str | None, is_seen: list[Entry] | None, client: Client, story: Story
+    log: list[Entry], after: str | None, is_seen: list[Entry] | None, start_reader: StartReader, story: Story
 ) -> None:
     await story.write(*log)
-    reader = Reader(client, after=EntryId.parse(after) if after else None)
+    reader = start_reader(after=EntryId.parse(after) if after else None)
     await reader.task
     assert reader.seen == (log[1:] if is_seen is None else is_seen)
 
 
-@pytest.mark.usefixtures("nobody_polls")
+@NOBODY_POLLS
 async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_the_end(
-    client: Client, redis: Redis, story: Story
+    start_reader: StartReader, redis: Redis, story: Story
 ) -> None:
     before = delta(SEAL.attempt, SEAL.n - 1)
     await story.write(START, before)
-    reader = Reader(client, after=before.id)
+    reader = start_reader(after=before.id)
 
     async def waits() -> bool:
         return bool((await redis.info("clients"))["blocked_clients"] or await story.subscribers())
@@ -745,9 +846,11 @@ async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_t
     assert reader.seen == [END]
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(client: Client, redis: Redis, story: Story) -> None:
-    reader = await Reader.of(client, story)
+@IMPATIENT
+async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(
+    start_listener: StartListener, redis: Redis, story: Story
+) -> None:
+    reader = await start_listener()
     await story.write(*(delta(1, n) for n in range(1, 9)))
     await reader.has(delta(1, 8))
     pipe = redis.pipeline()
@@ -761,7 +864,6 @@ async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(client: Client
     assert reader.seen[-1] == delta(1, 8)
 
 
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
 @pytest.mark.parametrize("length", [1, 199, 200, 201, 1500])
 async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Client, redis: Redis, story: Story) -> None:
     await story.write(*log_of("0-1", "1-0"), *(delta(1, n) for n in range(1, length + 4)), END)
@@ -780,7 +882,6 @@ def slow_way(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
     return redis_proxy
 
 
-@pytest.mark.parametrize("_way", ["pour"], indirect=True)
 @pytest.mark.parametrize(("logs", "entries", "size"), [(40, 100, 1000), (1, 600, 6500)])
 async def test_d3_large_logs_on_a_slow_way_are_read(
     logs: int, entries: int, size: int, redis: Redis, slow_way: Proxy
@@ -797,23 +898,23 @@ async def test_d3_large_logs_on_a_slow_way_are_read(
 
 
 async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones(
-    redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch, *, pours: bool
 ) -> None:
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.1)
     story = Story(redis)
     await story.write(START, *(delta(1, n) for n in range(1, 300)), END)
     for count in (b"200", b"50"):
         redis_proxy.hold(b"XRANGE .* COUNT " + count)
-    async with Client(redis_proxy.redis_url, patience=5) as client:
-        reader = Reader(client)
+    async with aclosing(connect(redis_proxy.redis_url)) as followers:
+        reader = Reader(followers, pours=pours)
         await reader.task
     assert reader.seen == story.written
 
 
-async def test_d3_pages_are_of_so_many_bytes(client: Client, story: Story) -> None:
+async def test_d3_pages_are_of_so_many_bytes(followers: Followers, story: Story) -> None:
     """D3: a page of 1,000 entries of 6.5 kB was one reply."""
     await story.write(START, *(Delta(id=EntryId(1, n), content="x" * 6500) for n in range(1, 500)), END)
-    logs, place, size, pages = client._following.logs, BEFORE_ALL, PageSize(), []
+    logs, place, size, pages = followers.logs, BEFORE_ALL, PageSize(), []
     while (page := await logs.read("r", place, size)) is not None:
         pages.append(len(list(page.entries)))
         place = page.last

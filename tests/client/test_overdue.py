@@ -9,10 +9,12 @@ import pytest
 from conftest import StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import user_without_channels
+from story import connect, let_deadline_pass, user_without_channels
 
 from worker import Client, Entry, Failed, Queued, Refused, State, Status
-from worker.contract.ids import SEAL
+from worker.client.following.followers import Followers
+from worker.client.timings import Timings
+from worker.contract.ids import BEFORE_ALL, SEAL
 from worker.sandbox.simulator.server import Simulator
 
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -21,33 +23,35 @@ WAITS = Status(State.QUEUED)
 OVER = Status(State.ENDED, "error")
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence is too long very soon, and so is a deadline that has passed."""
-    monkeypatch.setattr("worker.client.following._TICK", 0.01)
-    monkeypatch.setattr("worker.client.log_reader._BLOCK", 0.05)
-    monkeypatch.setattr("worker.broker.client_seals.GRACE", 0.01)
-
-
 async def follow(client: Client) -> list[Entry]:
     return [entry async for entry in client.follow("r")]
+
+
+async def pour(followers: Followers) -> list[Entry]:
+    seen: list[Entry] = []
+    follower = followers.follow("r", BEFORE_ALL)
+    await follower.pour(seen.append)
+    await follower.leave()
+    return seen
 
 
 async def has_sealed(redis: Redis) -> bool:
     return await redis.xlen(LOG) == 2
 
 
+@pytest.mark.parametrize("passes_in", [-0.1, 0.1])
 @pytest.mark.parametrize("hears", [True, False])
-async def test_c3_a_follower_ends_what_nobody_took_before_its_deadline(
-    *, hears: bool, redis_url: str, redis: Redis
+async def test_a_follower_ends_what_nobody_took_before_its_deadline(
+    *, passes_in: float, hears: bool, client: Client, redis_url: str, redis: Redis
 ) -> None:
-    """C3: nobody sealed it."""
+    await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely", retention=60)
+    await let_deadline_pass(redis, "r", passes_in)
+    soon = Timings(tick=0.01, block=0.05)
     async with (
         user_without_channels(redis, redis_url) as deaf_url,
-        Client(redis_url if hears else deaf_url) as client,
+        aclosing(connect(redis_url if hears else deaf_url, soon)) as followers,
     ):
-        await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely", retention=60)
-        for seen in await asyncio.gather(*(follow(client) for _ in range(5))):
+        for seen in await asyncio.gather(*(pour(followers) for _ in range(5))):
             assert [type(entry) for entry in seen] == [Queued, Failed]
             assert isinstance(end := seen[-1], Failed)
             assert (end.id, end.code) == (SEAL, "deadline")
@@ -59,14 +63,10 @@ async def test_c3_a_follower_ends_what_nobody_took_before_its_deadline(
 
 async def test_c3_status_ends_it(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r", timeout=0.1)
+    assert await client.status("r") == WAITS
+    await let_deadline_pass(redis, "r", 0.1)
     await eventually(lambda: is_over(client))
     assert await has_sealed(redis)
-
-
-async def is_past(redis: Redis) -> bool:
-    """Whether a client that looked now would find it overdue."""
-    ((_, queued),) = await stream(redis, LOG)
-    return time.time() * 1000 > int(queued[b"deadline"]) + 50
 
 
 async def is_over(client: Client) -> bool:
@@ -76,6 +76,7 @@ async def is_over(client: Client) -> bool:
 async def test_c3_a_worker_that_begins_in_the_same_moment_has_it(redis: Redis, redis_proxy: Proxy) -> None:
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
+        await let_deadline_pass(redis, "r")
         sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
         looks = asyncio.create_task(until_it_is_sealed(client))
         await sealing.met.wait()
@@ -89,7 +90,7 @@ async def test_c5_idle_comes_after_what_was_read_while_the_end_is_on_its_way(red
     """Whoever goes on after the id of an `Idle` misses nothing."""
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
-        await eventually(lambda: is_past(redis))
+        await let_deadline_pass(redis, "r")
         sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
         async with aclosing(client.follow("r", idle=0.02)) as entries:
             assert [(await anext(entries)).type for _ in range(3)] == ["queued", "idle", "idle"]
@@ -144,6 +145,7 @@ async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
 ) -> None:
     """F2: the follower waited for ever."""
     await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely")
+    await let_deadline_pass(redis, "r")
     await add_reader(redis, rights, channels=["chat:*"] if hears else [])
     try:
         async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
@@ -177,7 +179,7 @@ async def test_f2_the_clock_of_redis_decides_for_a_user_who_may_only_read(
 
 async def test_c3_a_redis_that_is_full_is_read_on_and_ends_it_when_there_is_room(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r", timeout=0.01)
-    await eventually(lambda: is_past(redis))
+    await let_deadline_pass(redis, "r")
     await redis.config_set("maxmemory", "1")
     try:
         async with aclosing(client.follow("r", idle=0.02)) as entries:
@@ -193,6 +195,7 @@ async def test_c3_a_worker_that_comes_later_does_the_rest(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await client.enqueue(ASK, id="r", timeout=0.1)
+    await let_deadline_pass(redis, "r")
     before = await follow(client)
     await start_worker(simulator)
 

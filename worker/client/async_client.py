@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Self, TypeVar, Unpack
+from typing import ParamSpec, Self, TypeVar, Unpack
 
 import msgspec
 
@@ -29,6 +29,7 @@ from .enqueuing import Enqueuer
 from .errors import (
     MAPPED,
     InvalidArgument,
+    MappedRetry,
     Misused,
     QueueFull,
     Refused,
@@ -38,12 +39,13 @@ from .errors import (
     gone,
     mapped,
 )
-from .follower import Follower
-from .following import Followers
+from .following.follower import Follower
+from .following.followers import Followers
 from .handles import RequestHandle
 from .new_job import JobOptions, new_job
-from .patience import Patience
+from .timings import Timings
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -85,13 +87,13 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         """The event loop of the first call, which has the connections."""
         self._is_closed = False
-        self._patience = Patience(patience)
+        self._retry = MappedRetry(patience)
         self._queue_limit = queue_limit
         try:
             self._keys = Keys(prefix, database_of(url))
             self._redis = command_client(url)
             self._enqueuer = Enqueuer(self._redis, self._keys)
-            self._following = Followers(url, self._keys, self._patience)
+            self._following = Followers.connect(url, self._keys, self._retry, Timings())
         except ValueError as error:
             raise InvalidArgument(f"the URL of Redis {error}") from None
 
@@ -139,7 +141,7 @@ class Client:
         """
         job, queue, timeout = new_job(request, **options)
         await self._check_room(queue, job.id)
-        await self._ask(lambda: self._enqueuer.add(job, queue, timeout))
+        await self._call(self._enqueuer.add, job, queue, timeout)
         return job.id
 
     async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
@@ -169,10 +171,10 @@ class Client:
         try:
             while not follower.is_over:
                 if idle is None:
-                    await follower.news()
-                elif not await follower.news_within(idle):
+                    await follower.wait_ready()
+                elif not await follower.wait_ready_within(idle):
                     yield Idle(id=follower.end)
-                for entry in follower.take():
+                for entry in follower.drain():
                     yield entry
         finally:
             await follower.leave()
@@ -250,11 +252,11 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         check_id(request_id)
-        tail, stone = await self._ask(lambda: self._look(request_id))
+        tail, stone = await self._call(self._read_state, request_id)
         if may_be_overdue(tail):
             with suppress(Refused):  # a user who may only read gets `queued`
                 await self._following.logs.end_overdue(request_id)
-            tail, stone = await self._ask(lambda: self._look(request_id))
+            tail, stone = await self._call(self._read_state, request_id)
         if tail is None:
             return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
         if is_terminal(tail):
@@ -274,8 +276,8 @@ class Client:
         before = await self.status(request_id)
         if must_exist and before.state is State.UNKNOWN:
             raise gone(request_id, None)
-        if before.state not in (State.ENDED, State.EXPIRED) and not await self._ask(
-            lambda: cancel(self._redis, self._keys, request_id)
+        if before.state not in (State.ENDED, State.EXPIRED) and not await self._call(
+            cancel, self._redis, self._keys, request_id
         ):
             return await self.status(request_id)
         return before
@@ -286,17 +288,17 @@ class Client:
         Raises:
             Unavailable: when Redis does not answer.
         """
-        return await self._ask(lambda: is_served(self._redis, self._keys, queue))
+        return await self._call(is_served, self._redis, self._keys, queue)
 
-    async def _ask(self, operation: Callable[[], Awaitable[_T]]) -> _T:
-        """Repeat an operation until Redis answers, or the client is closed. Raises what `Patience.retry` raises."""
+    async def _call(self, operation: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call an operation until Redis answers, or the client is closed. Raises what `MappedRetry` raises."""
 
-        async def unless_closed() -> _T:
+        async def call_unless_closed() -> _T:
             self._check_usable()
-            return await operation()
+            return await operation(*args, **kwargs)
 
         try:
-            return await self._patience.retry(unless_closed)
+            return await self._retry(call_unless_closed)
         finally:
             if self._is_closed:  # the operation may have connected again while the client was closed
                 await self._redis.aclose()
@@ -313,11 +315,11 @@ class Client:
     async def _check_room(self, queue: str, request_id: str) -> None:
         if not self._queue_limit:
             return
-        waiting = await self._ask(lambda: waiting_in(self._redis, self._keys.jobs(queue)))
+        waiting = await self._call(waiting_in, self._redis, self._keys.jobs(queue))
         if waiting >= self._queue_limit and (await self.status(request_id)).state is State.UNKNOWN:
             raise QueueFull(queue, waiting, self._queue_limit)
 
-    async def _look(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
+    async def _read_state(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
         # No MULTI, which a Redis that is full refuses. The tombstone is read first: it is written with the seal, and
         # so a request without one has a log to be read after it, unless nothing is known of it.
         pipe = self._redis.pipeline(transaction=False)

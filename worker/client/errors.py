@@ -1,7 +1,10 @@
-"""What the client raises: each error says what could not be done, and why.
+"""The errors that the client raises: each says what could not be done, and why.
 
-`mapped` is the one place where errors of Redis, and of what stands in it, become these.
+`mapped` is the one place where errors of Redis, and of the data in it, become these.
 """
+
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 
 import msgspec
 from redis.exceptions import RedisError, ResponseError
@@ -10,31 +13,35 @@ from ..contract.entries import BadEntry
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
 from ..contract.records import Tombstone
 from ..redisio.errors import is_transient, redacted_message
+from ..redisio.retry import RetryUntilAvailable
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class ClientError(Exception):
-    """What the client could not do, and why."""
+    """Something that the client could not do. Its text says what, and why."""
 
 
 class UnknownRequest(ClientError):
-    """Nothing is known of the id: no log, and no tombstone of one."""
+    """Nothing is known of the request id: there is neither a log nor a tombstone."""
 
 
 class Expired(ClientError):
-    """The request has ended and its log has expired; `outcome` and `time` (Unix ms) are what is left."""
+    """The request has ended and its log has expired. Only `outcome` and `time` (Unix ms) are left."""
 
-    def __init__(self, request_id: str, stone: Tombstone) -> None:
-        super().__init__(f"request {request_id} ended ({stone.outcome}) and its log has expired")
-        self.outcome = stone.outcome
-        self.time = stone.time
+    def __init__(self, request_id: str, tombstone: Tombstone) -> None:
+        super().__init__(f"request {request_id} ended ({tombstone.outcome}) and its log has expired")
+        self.outcome = tombstone.outcome
+        self.time = tombstone.time
 
 
 class Conflict(ClientError):
-    """The id is taken by another request."""
+    """Another request has the same id."""
 
 
 class QueueFull(ClientError):
-    """As many jobs wait as may; nothing was written. `waiting` and `limit` are numbers of jobs."""
+    """The queue has as many waiting jobs as it may have. Nothing was written. `waiting` and `limit` count jobs."""
 
     def __init__(self, queue: str, waiting: int, limit: int) -> None:
         super().__init__(
@@ -46,10 +53,10 @@ class QueueFull(ClientError):
 
 
 class IncompleteLog(ClientError):
-    """The log lacks entries that were there: somebody trimmed or deleted them, or a failover lost them.
+    """The log lacks entries that it had: somebody trimmed or deleted them, or a failover lost them.
 
-    `after` is the last entry before what is missing, `0-0` where the beginning is; or the place from which somebody
-    wanted to read on, where that is not there. What the log itself calls void later (`restarted`) is not missed.
+    `after` is the last entry before the missing ones: `0-0` where the beginning is missing. Where the place from which
+    to read on is missing, it is that place. Entries that the log calls void later (`restarted`) may be missing.
     """
 
     def __init__(self, request_id: str, after: EntryId, *, is_cursor: bool = False) -> None:
@@ -65,15 +72,15 @@ class IncompleteLog(ClientError):
 
 
 class Unavailable(ClientError):
-    """Redis does not answer, or refuses for now, as while it is full; or the client is closed."""
+    """Redis does not answer, or refuses for now, as while its memory is full; or the client is closed."""
 
 
 class Refused(ClientError):
-    """Redis refuses, and trying again does not help: a password, a right, a key that is not of the contract."""
+    """Redis refuses, and trying again does not help: a password, a right, a key that another program wrote."""
 
 
 class Unreadable(ClientError):
-    """What Redis has of the request cannot be read: an entry of its log, or its tombstone."""
+    """The data of the request in Redis cannot be read: an entry of its log, or its tombstone."""
 
 
 class InvalidArgument(ClientError, ValueError):
@@ -84,32 +91,52 @@ class Misused(ClientError, RuntimeError):
     """The client is used in another event loop or process than its own."""
 
 
-_READING = (BadEntry, msgspec.DecodeError, UnicodeDecodeError)
+_UNREADABLE = (BadEntry, msgspec.DecodeError, UnicodeDecodeError)
 
 _WRONG_TYPE = (
     "Another program wrote to a key of this request (<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to one that all "
     "share: `worker check` names the latter. Remove what it wrote, or choose another prefix"
 )
-"""What to do about a key of another type: `worker check` looks at none of a single request."""
+"""How to fix a key of another type. `worker check` looks at no key of a single request."""
 
-MAPPED = (RedisError, OSError, *_READING)
-"""The kinds of errors that `mapped` knows."""
+MAPPED = (RedisError, OSError, *_UNREADABLE)
+"""The kinds of errors that `mapped` takes."""
 
 
 def mapped(error: Exception) -> ClientError:
-    """What the client raises for one of `MAPPED`."""
-    if isinstance(error, _READING):
+    """Return the error of the client for one of `MAPPED`."""
+    if isinstance(error, _UNREADABLE):
         what = str(error) if isinstance(error, BadEntry) else f"the tombstone cannot be read: {error}"
         return Unreadable(f"{what}. Another program wrote it, or Redis lost a part of it")
-    said = redacted_message(error)
+    message = redacted_message(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
-    advice = _WRONG_TYPE if said.startswith("WRONGTYPE") else "`worker check` says what to do"
-    text = f"Redis {verdict}: {said if said.endswith(('?', '!')) else said.rstrip('.') + '.'} {advice}"
+    advice = _WRONG_TYPE if message.startswith("WRONGTYPE") else "`worker check` says what to do"
+    text = f"Redis {verdict}: {message if message.endswith(('?', '!')) else message.rstrip('.') + '.'} {advice}"
     return Unavailable(text) if is_transient(error) else Refused(text)
 
 
+class MappedRetry:
+    """Retries operations until Redis answers, for at most `patience` seconds. What remains becomes a `ClientError`."""
+
+    def __init__(self, patience: float) -> None:
+        self._retry = RetryUntilAvailable(limit=patience)
+
+    async def __call__(self, operation: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call an operation until it succeeds, and return its result. The operation must be safe to repeat.
+
+        Raises:
+            Unavailable: when Redis does not answer in time.
+            Refused: when Redis refuses, and trying again does not help.
+            Unreadable: when the data in Redis cannot be read.
+        """
+        try:
+            return await self._retry(operation, *args, **kwargs)
+        except MAPPED as error:
+            raise mapped(error) from error
+
+
 def check_id(request_id: str) -> str:
-    """A request id, if it can be one.
+    """Return a request id if it can be one.
 
     Raises:
         InvalidArgument: when it cannot.
@@ -120,14 +147,14 @@ def check_id(request_id: str) -> str:
 
 
 def check_place(after: str | EntryId) -> EntryId:
-    """A place in a log or stream, as Redis takes it.
+    """Return a place in a log or stream as Redis takes it.
 
     Raises:
-        InvalidArgument: when it is none.
+        InvalidArgument: when it cannot be one.
     """
     try:
         place = EntryId.parse(str(after))
-    except ValueError:  # also of thousands of digits, which Python does not read
+    except ValueError:  # also for thousands of digits, which Python does not parse
         place = None
     if place is None or place.attempt > SEAL.attempt or place.n > SEAL.n:
         raise InvalidArgument(
@@ -136,8 +163,11 @@ def check_place(after: str | EntryId) -> EntryId:
     return place
 
 
-def gone(request_id: str, stone: bytes | None) -> ClientError:
-    """What to say of a request without a log, by its tombstone if there is one."""
-    if stone is None:
+def gone(request_id: str, tombstone: bytes | None) -> ClientError:
+    """Return the error for a request without a log, given its tombstone as Redis has it."""
+    if tombstone is None:
         return UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
-    return Expired(request_id, msgspec.json.decode(stone, type=Tombstone))
+    try:
+        return Expired(request_id, msgspec.json.decode(tombstone, type=Tombstone))
+    except _UNREADABLE as error:
+        return mapped(error)

@@ -1,14 +1,12 @@
-"""Reading requests' logs on from a place: as many as want to at once, together, or by an XREAD that waits.
+"""Reading the logs of requests on from a place: many followers in one write, or one with an XREAD that waits.
 
-Logs are read in pages of so many bytes, as far as that can be known: Redis counts entries. What entries a page lacks
-shows in their ids.
+A page has a limited number of bytes, as far as that can be known: Redis counts entries. Entries that are missing show
+in the ids of the others (`holes.py`).
 """
 
 import asyncio
-from bisect import bisect_right
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TypeAlias, TypeVar, cast
 
@@ -22,65 +20,57 @@ from ..contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
-from ..redisio.clients import blocking_client
 from ..redisio.errors import is_transient
 from ..redisio.pipelined import pack
-from .errors import MAPPED, ClientError, IncompleteLog, Refused, Unavailable, UnknownRequest, gone, mapped
-from .patience import Patience
-
-_BLOCK = 5.0
-"""Seconds that a blocking XREAD waits."""
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.5
-"""Seconds from one look for a log that is not there yet, or for the end of a hole, to the next."""
+from .errors import MAPPED, ClientError, IncompleteLog, MappedRetry, Refused, Unavailable, UnknownRequest, gone, mapped
+from .following.machine import Page
+from .holes import find_hole
+from .timings import Timings
 
 _T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
+"""An entry as Redis sends it: its id, and names and values of fields by turns."""
 _Streams: TypeAlias = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """What came next in a log."""
-
-    entries: Iterable[AnyEntry]
-    """They are parsed while they are taken, which raises `Unreadable` where one cannot be."""
-    last: EntryId
-    is_full: bool
-    """Whether there may be more already."""
-    queued: Queued | None = None
-    """Where that is all there is so far."""
-    is_at_hole: bool = False
-    """Whether entries are missing after `last` that a log without a seal may still call void."""
+"""The reply to an XREAD as redis-py gives it."""
 
 
 class LogReader:
-    """The logs of one namespace. Every question is repeated until Redis answers or patience ends."""
+    """Reads the logs of one namespace. Every reading is retried until Redis answers or `retry` gives up.
 
-    def __init__(self, url: str, redis: Redis, keys: Keys, patience: Patience) -> None:
+    `commands` gives one connection to each server away, for all readings together; `blocking` has one connection for
+    each XREAD that waits.
+    """
+
+    def __init__(self, commands: Redis, blocking: Redis, keys: Keys, retry: MappedRetry, timings: Timings) -> None:
         self.is_closed = False
+        self.timings = timings
         self._keys = keys
-        self._patience = patience
-        self._together = CommandBatcher(redis)
-        self._reader = blocking_client(url, _BLOCK)
+        self._retry = retry
+        self._batcher = CommandBatcher(commands)
+        self._blocking = blocking
 
     async def read(
-        self, request_id: str, after: EntryId, size: PageSize, *, alive: bool = False, first: bool = False
+        self, request_id: str, after: EntryId, size: PageSize, *, must_exist: bool = False, is_first: bool = False
     ) -> Page | None:
-        """What a log has after a place, if anything; if `alive`, the log has to be there.
+        """Read what a log has after a place. Returns None if it has nothing.
 
-        If this is the `first` reading, both the log and the place have to be there. Where entries are missing, or the
-        place is, and the log has no seal yet, the page ends before the hole: a worker that notices it begins again.
+        With `must_exist` the log has to exist, and with `is_first` both the log and the place. Where entries or the
+        place are missing, and the log has no seal yet, the page ends before the hole: a worker that notices the hole
+        restarts the answer, or resumes it from before the hole.
 
         Raises:
-            UnknownRequest: when it has to be and nothing is known of the request.
-            Expired: when it has to be, but the request has ended and its log is gone.
-            IncompleteLog: when the place has to be there, is not, and the log has ended.
+            UnknownRequest: when the log has to exist and nothing is known of the request.
+            Expired: when the log has to exist, but the request has ended and its log is gone.
+            IncompleteLog: when the place has to exist, does not, and the log has ended.
             Unavailable: when Redis does not answer, or this is closed.
         """
-        is_cursor = first and after != BEFORE_ALL
-        ask = partial(self._ask, request_id, after, size, alive=alive or first, inclusive=is_cursor)
-        raw = await self._patience.retry(partial(_shrinking, size, ask))
+        is_cursor = is_first and after != BEFORE_ALL
+        if must_exist or is_first:
+            stone, raw, exists = await self._retry(self._read_all, request_id, after, size, inclusive=is_cursor)
+            if not raw and not exists:
+                raise gone(request_id, stone)
+        else:
+            raw = await self._retry(self._read_entries, request_id, after, size)
         is_full = len(raw) == size.entries
         if is_full:
             size.learn(len(raw), sum([sum(map(len, flat)) for _, flat in raw]))
@@ -89,78 +79,63 @@ class LogReader:
                 if len(raw) == 1:
                     return Page((), after, is_full, _queued(raw[0][0], _fields(raw[0][1])))
                 del raw[0]
-            elif not (await self._goes_on(request_id, after, EntryId.parse(raw[0][0]) if raw else None)):
-                return Page((), after, is_full=False, is_at_hole=True)
-        elif not raw and (alive or first) and after == BEFORE_ALL:  # the log is there, and empty
+            else:
+                # Whoever has the log up to a place that is missing can go on if the next entry follows from it, or if
+                # the log calls everything after it void.
+                found = EntryId.parse(raw[0][0]) if raw else None
+                is_next = found and found.attempt <= max(1, after.attempt) and follows(found, after)
+                if not is_next and not (await self._is_void(request_id, after, is_cursor=True) and found):
+                    return Page((), after, is_full=False, is_at_hole=True)
+        elif not raw and (must_exist or is_first) and after == BEFORE_ALL:  # the log exists and is empty
             await self._is_void(request_id, after)
             return Page((), after, is_full=False, is_at_hole=True)
         return await self._page(request_id, after, raw, _fields, is_full=is_full) if raw else None
 
-    async def wait(self, request_id: str, after: EntryId, size: PageSize) -> Page | None:
-        """Wait some seconds for what comes after a place, as anybody can: with an XREAD of one's own.
+    async def poll(self, request_id: str, after: EntryId, size: PageSize) -> Page | None:
+        """Wait some seconds for what comes after a place, with a blocking XREAD. Returns None if nothing came.
 
-        Raises what `read` does, where the log has to be there.
+        Raises what `read` raises where the log has to exist.
         """
-        ask = partial(self._xread, self._keys.tokens(request_id), after, size)
-        streams = await self._patience.retry(partial(_shrinking, size, ask))
+        streams = await self._retry(self._xread, self._keys.tokens(request_id), after, size)
         if not streams:
-            return await self.read(request_id, after, size, alive=True)
+            return await self.read(request_id, after, size, must_exist=True)
         raw = streams[0][1]
         is_full = len(raw) == size.entries
         if is_full:
             size.learn(len(raw), sum([sum(map(len, chain(*fields.items()))) for _, fields in raw]))
-        return await self._page(request_id, after, raw, _as_it_is, is_full=is_full)
+        return await self._page(request_id, after, raw, _unchanged, is_full=is_full)
 
     async def check(self, request_id: str, after: EntryId, wait: float = 0.0) -> None:
-        """See whether a log can be read on from a place; one that is not there yet has `wait` seconds to appear.
+        """Check that a log can be read on from a place. One that does not exist yet has `wait` seconds to appear.
 
-        Raises what `read` does, where it is the first reading, and `BadEntry` when the next entry cannot be read.
+        Raises what `read` raises for the first reading, and `Unreadable` when the next entry cannot be read.
         """
-        until, pause = asyncio.get_running_loop().time() + wait, FIRST_PAUSE
+        until, pause = asyncio.get_running_loop().time() + wait, self.timings.first_pause
         while True:
             try:
-                page = await self.read(request_id, after, PageSize(1), first=True)
+                page = await self.read(request_id, after, PageSize(1), is_first=True)
             except UnknownRequest:
                 left = until - asyncio.get_running_loop().time()
                 if left <= 0:
                     raise
                 await asyncio.sleep(min(pause, left))
-                pause = min(2 * pause, LONGEST_PAUSE)
+                pause = min(2 * pause, self.timings.longest_pause)
             else:
                 next(iter(page.entries if page else ()), None)
                 return
 
-    async def _page(
-        self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",
-        fields_of: "Callable[[_T], Mapping[bytes, bytes]]", *, is_full: bool,
-    ) -> Page:  # fmt: skip
-        """A page of these entries; where some are missing among them that count, it ends before the hole.
-
-        If the log has ended, an `IncompleteLog` comes there.
-        """
-        last = EntryId.parse(raw[-1][0])
-        if (gap := _gap(after, raw, fields_of)) is not None:
-            number, before = gap
-            entries = _parsed(raw[:number], fields_of)
-            try:
-                if not await self._is_void(request_id, before):
-                    return Page(entries, before, is_full=False, is_at_hole=True)
-            except IncompleteLog as error:
-                return Page(chain(entries, _raise(error)), last, is_full)
-        return Page(_parsed(raw, fields_of), last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
-
     async def end_overdue(self, request_id: str) -> bool:
-        """Seal a log that holds nothing but `queued` and whose deadline has passed; whether it was.
+        """Seal a log that holds only `queued` and whose deadline has passed. Returns whether it did.
 
-        It is tried once: a Redis that is full or away is no reason not to read on, and a follower looks again.
+        This is tried once: while Redis is full or away the log is read on, and a follower tries again later.
 
         Raises:
-            Refused: when it is overdue and this user may not write the end.
+            Refused: when the deadline has passed and this user may not write the end.
             Unavailable: when this is closed.
         """
         self._check_open()
         try:
-            return await end_overdue(self._reader, self._keys, request_id)
+            return await end_overdue(self._blocking, self._keys, request_id)
         except MAPPED as error:
             if is_transient(error):
                 return False
@@ -171,28 +146,59 @@ class LogReader:
                 ) from error
             raise reason from error
 
-    async def _goes_on(self, request_id: str, after: EntryId, found: EntryId | None) -> bool:
-        """Whether somebody who has a log up to a place that is not there can go on with what is found behind it.
-
-        Raises what `_is_void` does.
-        """
-        is_next = found is not None and found.attempt <= max(1, after.attempt) and follows(found, after)
-        return is_next or (await self._is_void(request_id, after, is_cursor=True) and found is not None)
-
-    async def _is_void(self, request_id: str, before: EntryId, *, is_cursor: bool = False) -> bool:
-        """Whether nothing of what is missing after an entry counts: the log says later that it is void.
-
-        That stands at the beginning of an attempt, and so two entries of each are read.
+    async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
+        """Yield every line of the lifecycle after a place, and those that are added later.
 
         Raises:
-            IncompleteLog: when it does not say so and never will, for the request has ended.
+            Unavailable: when Redis does not answer, or this is closed.
+        """
+        size = PageSize()
+        while True:
+            for _, lines in await self._retry(self._xread, self._keys.lifecycle, after, size):
+                if len(lines) == size.entries:
+                    size.learn(len(lines), sum([sum(map(len, chain(*fields.items()))) for _, fields in lines]))
+                for line, fields in lines:
+                    yield Lifecycle.read(line.decode(), fields)
+                after = EntryId.parse(lines[-1][0])
+
+    async def aclose(self) -> None:
+        """Close the connections. Every reading, now and later, raises `Unavailable`."""
+        self.is_closed = True
+        await self._batcher.aclose()
+        await self._blocking.aclose()
+
+    async def _page(
+        self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",
+        fields_of: "Callable[[_T], Mapping[bytes, bytes]]", *, is_full: bool,
+    ) -> Page:  # fmt: skip
+        """Return a page of entries. It ends before the first hole that the log does not call void.
+
+        If the log has ended, iterating over the page raises `IncompleteLog` at the hole.
+        """
+        last = EntryId.parse(raw[-1][0])
+        if (hole := find_hole(after, raw, fields_of)) is not None:
+            number, before = hole
+            entries = _parsed(raw[:number], fields_of)
+            try:
+                if not await self._is_void(request_id, before):
+                    return Page(entries, before, is_full=False, is_at_hole=True)
+            except IncompleteLog as error:
+                return Page(chain(entries, _raise(error)), last, is_full)
+        return Page(_parsed(raw, fields_of), last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
+
+    async def _is_void(self, request_id: str, before: EntryId, *, is_cursor: bool = False) -> bool:
+        """Whether the log calls everything void that is missing after an entry.
+
+        It does so at the start of an attempt, so two entries of each attempt are read.
+
+        Raises:
+            IncompleteLog: when it does not and never will, because the request has ended.
             UnknownRequest, Expired: when the log is gone.
         """
         place, size = before, PageSize(2)
-        while place != SEAL:  # Redis refuses to be asked for what comes after it
-            look = partial(self._look, request_id, place, size, inclusive=False)
-            stone, raw, is_there = await self._patience.retry(look)
-            if not raw and not is_there:
+        while place != SEAL:  # Redis refuses a range that begins after the greatest id
+            stone, raw, exists = await self._retry(self._read_all, request_id, place, size, inclusive=False)
+            if not raw and not exists:
                 raise gone(request_id, stone)
             for entry_id, flat in raw:
                 entry = parse_leniently(entry_id, _fields(flat))
@@ -203,66 +209,42 @@ class LogReader:
                 if entry.id == SEAL:
                     raise IncompleteLog(request_id, before, is_cursor=is_cursor)
             if len(raw) < size.entries:
-                if stone is not None:  # it is written with the seal, which somebody has deleted
+                if stone is not None:  # the tombstone is written with the seal, which somebody has deleted
                     break
                 return False
             attempt = EntryId.parse(raw[0][0]).attempt
             place = EntryId(attempt, SEAL.n - (attempt == SEAL.attempt))
         raise IncompleteLog(request_id, before, is_cursor=is_cursor)
 
-    async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
-        """Every line of the lifecycle after a place, and those that come.
-
-        Raises:
-            Unavailable: when Redis does not answer, or this is closed.
-        """
-        size = PageSize()
-        while True:
-            ask = partial(self._xread, self._keys.lifecycle, after, size)
-            for _, lines in await self._patience.retry(partial(_shrinking, size, ask)):
-                if len(lines) == size.entries:
-                    size.learn(len(lines), sum([sum(map(len, chain(*fields.items()))) for _, fields in lines]))
-                for line, fields in lines:
-                    yield Lifecycle.read(line.decode(), fields)
-                after = EntryId.parse(lines[-1][0])
-
-    async def aclose(self) -> None:
-        """Close the connections; whoever reads, or will, gets `Unavailable`."""
-        self.is_closed = True
-        await self._together.aclose()
-        await self._reader.aclose()
-
-    async def _ask(
-        self, request_id: str, after: EntryId, size: PageSize, *, alive: bool, inclusive: bool
-    ) -> list[_Raw]:
-        if alive:
-            stone, raw, is_there = await self._look(request_id, after, size, inclusive=inclusive)
-            if not raw and not is_there:
-                raise gone(request_id, stone)
-            return raw
+    async def _read_entries(self, request_id: str, after: EntryId, size: PageSize) -> list[_Raw]:
         self._check_open()
         key = self._keys.tokens(request_id)
-        (raw,) = await self._together.execute(key, _xrange(key, after, size, inclusive=inclusive), 1)
+        with _shrinking_on_timeout(size):
+            (raw,) = await self._batcher.execute(key, _xrange(key, after, size, inclusive=False), 1)
         return cast("list[_Raw]", raw)
 
-    async def _look(
+    async def _read_all(
         self, request_id: str, after: EntryId, size: PageSize, *, inclusive: bool
     ) -> tuple[bytes | None, list[_Raw], bool]:
-        """The tombstone, what the log has after a place, and whether the log is there.
+        """Read the tombstone, what the log has after a place, and whether the log exists.
 
-        The tombstone is read first: it is written with the seal, and so a request without one has a log to be read
-        after it, unless nothing is known of it.
+        The tombstone is read first. It is written with the seal, so a request without one has a log to be read after
+        it, unless nothing is known of the request.
         """
         self._check_open()
         key = self._keys.tokens(request_id)
-        ended = pack(b"GET", self._keys.ended(request_id).encode())
-        read = _xrange(key, after, size, inclusive=inclusive)
-        stone, raw, is_there = await self._together.execute(key, ended + read + pack(b"EXISTS", key.encode()), 3)
-        return stone, cast("list[_Raw]", raw), bool(is_there)
+        get = pack(b"GET", self._keys.ended(request_id).encode())
+        xrange = _xrange(key, after, size, inclusive=inclusive)
+        with _shrinking_on_timeout(size):
+            packed = get + xrange + pack(b"EXISTS", key.encode())
+            stone, raw, exists = await self._batcher.execute(key, packed, 3)
+        return stone, cast("list[_Raw]", raw), bool(exists)
 
     async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:
         self._check_open()
-        streams = await self._reader.xread({key: str(after)}, count=size.entries, block=int(_BLOCK * 1000))
+        with _shrinking_on_timeout(size):
+            block = int(self.timings.block * 1000)
+            streams = await self._blocking.xread({key: str(after)}, count=size.entries, block=block)
         return cast("_Streams", streams)
 
     def _check_open(self) -> None:
@@ -270,15 +252,25 @@ class LogReader:
             raise Unavailable("the client is closed")
 
 
+@contextmanager
+def _shrinking_on_timeout(size: PageSize) -> Iterator[None]:
+    """Make the next page smaller if this one does not come in time."""
+    try:
+        yield
+    except RedisTimeoutError:
+        size.shrink()
+        raise
+
+
 def _xrange(key: str, after: EntryId, size: PageSize, *, inclusive: bool) -> bytes:
-    since = b"%d-%d" if inclusive else b"(%d-%d"
-    return pack(b"XRANGE", key.encode(), since % after, b"+", b"COUNT", b"%d" % size.entries)
+    start = b"%d-%d" if inclusive else b"(%d-%d"
+    return pack(b"XRANGE", key.encode(), start % after, b"+", b"COUNT", b"%d" % size.entries)
 
 
 def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[AnyEntry]:
     try:
-        for entry_id, told in raw:
-            yield parse(entry_id, fields_of(told))
+        for entry_id, fields in raw:
+            yield parse(entry_id, fields_of(fields))
     except BadEntry as error:
         raise mapped(error) from error
 
@@ -293,50 +285,10 @@ def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
     return dict(zip(each, each, strict=True))
 
 
-def _as_it_is(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
+def _unchanged(fields: dict[bytes, bytes]) -> dict[bytes, bytes]:
     return fields
-
-
-async def _shrinking(size: PageSize, ask: Callable[[], Awaitable[_T]]) -> _T:
-    try:
-        return await ask()
-    except RedisTimeoutError:
-        size.shrink()
-        raise
 
 
 def _raise(error: ClientError) -> Iterator[AnyEntry]:
     yield from ()
     raise error
-
-
-def _gap(
-    after: EntryId, raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]
-) -> tuple[int, EntryId] | None:
-    """The number of the first entry before which others are missing, and the id of the entry before these.
-
-    Ids go up, so it is enough to look where each attempt begins and ends.
-    """
-    number, before = 0, after
-    while number < len(raw):
-        first = EntryId.parse(raw[number][0])
-        if not follows(first, before) or (first == SEAL and _knows_more(fields_of(raw[number][1]), before)):
-            return number, before
-        end = bisect_right(raw, first.attempt, lo=number, key=lambda entry: EntryId.parse(entry[0]).attempt)
-        if first != SEAL and EntryId.parse(raw[end - 1][0]) == SEAL:  # which is in no attempt, whatever its number
-            end -= 1
-        before = EntryId.parse(raw[end - 1][0])
-        if before.n - first.n != end - 1 - number:
-            ids = [EntryId.parse(entry_id) for entry_id, _ in raw[number:end]]
-            at = next(at for at, entry_id in enumerate(ids) if entry_id.n != first.n + at)
-            return number + at, ids[at - 1]
-        number = end
-    return None
-
-
-def _knows_more(seal: Mapping[bytes, bytes], before: EntryId) -> bool:
-    """Whether a seal is of an answer that has begun, or has had another attempt, after the last entry before it."""
-    attempt = seal.get(b"attempt", b"0")
-    if before.attempt:
-        return attempt.isdigit() and int(attempt) > before.attempt
-    return seal.get(b"type") == b"done" or attempt != b"0" or seal.get(b"usage", b"{}") != b"{}"

@@ -1,0 +1,240 @@
+"""One follower of a request: it drives a `FollowMachine`, reads the log where that is due, and wakes who waits."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ...broker.client_seals import may_be_overdue
+from ...broker.log_pages import PageSize
+from ...contract.entries import AnyEntry
+from ...contract.ids import BEFORE_ALL, EntryId
+from ..errors import Expired, IncompleteLog, Refused, UnknownRequest
+from ..log_reader import LogReader
+from .machine import FollowMachine, FollowState, Page, Read
+
+if TYPE_CHECKING:
+    from .followers import RequestFollowers
+
+_LISTENING = FollowState.LISTENING
+"""A member of an enum is slow to look up in Python 3.11, and this one is used for every message."""
+
+
+class Follower:
+    """One follower of a request: `wait_ready` and `drain` by turns, or `pour`; and `leave` at the end.
+
+    The log is read in the task that waits for entries. Messages of the feed wake it, or are poured in their own step.
+    """
+
+    def __init__(self, logs: LogReader, request: "RequestFollowers", after: EntryId, wait: float = 0.0) -> None:
+        timings = logs.timings
+        self.machine = FollowMachine(
+            after,
+            tick_weight=random.uniform(0.8, 1.2),  # noqa: S311 - jitter, no secret
+            first_pause=timings.first_pause,
+            longest_pause=timings.longest_pause,
+        )
+        self.drain: Callable[[], Iterable[AnyEntry]] = self.machine.take
+        """Returns the next entries, if there are any. Iterating over them raises `Unreadable` where one cannot be read.
+
+        This is the machine's own method: there is no further call for each entry.
+        """
+        self._logs = logs
+        self._request = request
+        request.followers[self] = None
+        self._wait = wait
+        """Seconds that the log may take to appear."""
+        self._page_size = PageSize()
+        self._pour_into: Callable[[AnyEntry], object] | None = None
+        """What takes entries in the step in which the feed delivers them, while `pour` waits."""
+        self._error: BaseException | None = None
+        """What that raised."""
+        self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
+        self._waiter: asyncio.Future[None] | None = None
+        self._idle_at = 0.0
+        """When the follower will have been idle for as long as `wait_ready_within` waits, by the loop's clock."""
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._reading: asyncio.Task[None] | None = None
+        """The reading of the log, which may take longer than that."""
+
+    @property
+    def end(self) -> EntryId:
+        """The place after all entries that were drained, once all that is ready is."""
+        return self.machine.end
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the seal is drained, or among the entries that are ready."""
+        return self.machine.state is FollowState.ENDED
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a task waits for the feed."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def wait_ready(self) -> Awaitable[None]:
+        """Return what to await before there can be entries to `drain`. It is cheap where the feed delivers them.
+
+        Raises, when it is awaited:
+            UnknownRequest: when nothing is known of the request.
+            Expired: when the request has ended and its log is gone.
+            IncompleteLog: when entries are missing, and the log has ended without calling them void.
+            Refused: when no worker took the job before its deadline, and this user may not write the end.
+            Unavailable: when Redis does not answer, or the client is closed.
+        """
+        if self.machine.ready or self.machine.state is not _LISTENING:
+            return self._catch_up()
+        self._waiter = waiter = self._new_future()
+        return waiter
+
+    async def wait_ready_within(self, seconds: float) -> bool:
+        """Wait as `wait_ready` does. Returns false whenever nothing has come for so many seconds more.
+
+        It may return true with nothing to `drain`. One timer serves many waits.
+        """
+        loop, machine = asyncio.get_running_loop(), self.machine
+        if machine.ready and self._reading is None:
+            self._idle_at = loop.time() + seconds
+            return True
+        self._idle_at = self._idle_at or loop.time() + seconds
+        if self._reading is None and machine.state is FollowState.LISTENING:
+            if self._idle_timer is None:
+                self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
+            await self.wait_ready()
+        else:
+            self._reading = self._reading or asyncio.ensure_future(self._catch_up())
+            await asyncio.wait([self._reading], timeout=self._idle_at - loop.time())
+            if self._reading.done():
+                done, self._reading = self._reading, None
+                done.result()
+        has_entries, now = bool(machine.ready or machine.page), loop.time()
+        is_idle = not has_entries and now >= self._idle_at and not self.is_over
+        if has_entries or is_idle:
+            self._idle_at = now + seconds
+        return not is_idle
+
+    def _on_idle_timer(self) -> None:
+        self._idle_timer = None
+        if not self.is_waiting:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._idle_at:
+            self._wake()
+        else:  # entries have come since the timer was set
+            self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
+
+    async def pour(self, into: Callable[[AnyEntry], object]) -> None:
+        """Hand over every entry, up to the seal: those of the feed in the step in which they are received.
+
+        Raises what `wait_ready` and `drain` raise, and what `into` raises.
+        """
+        while not self.is_over:
+            self._pour_into = into
+            try:
+                await self.wait_ready()
+            finally:
+                self._pour_into = None
+            if self._error is not None:
+                raise self._error
+            for entry in self.drain():
+                into(entry)
+
+    async def leave(self) -> None:
+        """Follow no more."""
+        self._request.leave(self)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    def on_message(self, entries: Sequence[AnyEntry], size: int) -> None:
+        """The feed delivered entries in a message of `size` bytes. Other followers may share them."""
+        machine = self.machine
+        machine.on_message(entries, size)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        into = self._pour_into
+        if into is None or machine.state is not _LISTENING:
+            waiter.set_result(None)
+            return
+        # Other followers share this step, so what `into` raises is raised in the task that waits.
+        try:
+            for entry in machine.take():
+                into(entry)
+                if waiter.cancelled():
+                    break
+        except BaseException as error:  # noqa: BLE001 - a future takes no StopIteration, and a cancellation is one too
+            self._error = error
+            self._wake()
+
+    def look_up(self) -> None:
+        """Have the log read: the feed may have left something out."""
+        self.machine.look_up()
+        self._wake()
+
+    def fall_back(self) -> None:
+        """Do without the feed from now on."""
+        self.machine.fall_back()
+        self._request.leave(self)
+        self._wake()
+
+    def on_tick(self) -> None:
+        """A tick has passed."""
+        if self.machine.on_tick(waits=self.is_waiting, feed=self._request.feed):
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _catch_up(self) -> None:
+        """Read the log where that is due."""
+        machine = self.machine
+        if machine.ready or machine.page:
+            return
+        if machine.pause:
+            await asyncio.sleep(machine.pause)
+        read = machine.next_read()
+        if read is None:
+            return
+        try:
+            page = await self._read(read)
+        except BaseException:
+            machine.on_read_failed()
+            raise
+        machine.on_page(page)
+        if machine.polls:
+            self._request.leave(self)
+        elif machine.wants_feed and not self.is_over:
+            self._request.subscribe()
+        if may_be_overdue(machine.queued):
+            await self._end_overdue()
+
+    async def _end_overdue(self) -> None:
+        """End a request whose deadline has passed before a worker took it."""
+        try:
+            if await self._logs.end_overdue(self._request.id):
+                self.machine.look_up()
+        except Refused:
+            if not self.machine.page:
+                raise
+            self.machine.look_up()  # the entries that were read are drained first
+
+    async def _read(self, read: Read) -> Page | None:
+        request_id, logs = self._request.id, self._logs
+        if read.waits:
+            return await logs.poll(request_id, read.after, self._page_size)
+        try:
+            if self._wait and read.is_first:
+                await logs.check(request_id, read.after, self._wait)
+                self._wait = 0.0
+            return await logs.read(
+                request_id, read.after, self._page_size, must_exist=read.must_exist, is_first=read.is_first
+            )
+        except (UnknownRequest, Expired) as error:
+            if not read.is_at_hole:
+                raise
+            is_cursor = read.is_first and read.after != BEFORE_ALL
+            raise IncompleteLog(request_id, read.after, is_cursor=is_cursor) from error

@@ -1,0 +1,173 @@
+"""All that one client follows: requests, each with its followers and one subscription, and the timers they share."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Self
+
+from redis.asyncio import Redis
+
+from ...contract.entries import BadEntry
+from ...contract.feed import read_message
+from ...contract.ids import EntryId
+from ...contract.keys import Keys
+from ...redisio.clients import blocking_client, command_client
+from ...redisio.subscriptions import Subscriptions
+from ..errors import MappedRetry
+from ..log_reader import LogReader
+from ..timings import Timings
+from .follower import Follower
+from .machine import FEED_TRANSITIONS, FeedInput, FeedState
+
+_TICKED_AT_ONCE, _TICK_GAP = 200, 0.001
+"""Requests whose followers get a tick in one step, and seconds until the next of these. Messages wait meanwhile."""
+
+_LIVE = FeedState.LIVE
+"""A member of an enum is slow to look up in Python 3.11, and this one is used for every message."""
+
+
+class Followers:
+    """All that a client follows. Two connections to each server do for any number of requests."""
+
+    def __init__(self, redis: Redis, keys: Keys, logs: LogReader) -> None:
+        self.keys = keys
+        self.logs = logs
+        self.timings = logs.timings
+        self.subscriptions = Subscriptions(redis)
+        self._redis = redis
+        self.requests: dict[str, RequestFollowers] = {}
+        """The requests that are followed, by id."""
+        self._settling: dict[RequestFollowers, None] = {}
+        """Those whose log is read again and again, until their feed is settled."""
+        self._tick: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def connect(cls, url: str, keys: Keys, retry: MappedRetry, timings: Timings) -> Self:
+        """Build one with connections of its own.
+
+        Raises:
+            ValueError: for a URL that cannot be one.
+        """
+        redis = command_client(url, connections=2)
+        return cls(redis, keys, LogReader(redis, blocking_client(url, timings.block), keys, retry, timings))
+
+    def follow(self, request_id: str, after: EntryId, wait: float = 0.0) -> Follower:
+        """Return a follower of a request from the place after an entry. Its user calls `leave` at the end.
+
+        A log that does not exist yet has `wait` seconds to appear.
+        """
+        if request_id not in self.requests:
+            self.requests[request_id] = RequestFollowers(self, request_id)
+        if self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(self.timings.tick, self._on_tick)
+        return Follower(self.logs, self.requests[request_id], after, wait)
+
+    def settle(self, request: "RequestFollowers") -> None:
+        """Have its followers read the log again and again, until its feed is settled."""
+        if not self._settling:
+            asyncio.get_running_loop().call_later(self.timings.settling_pause, self._on_settling)
+        self._settling[request] = None
+
+    def forget(self, request: "RequestFollowers") -> None:
+        """The request has no followers any more."""
+        if self.requests.get(request.id) is request:
+            del self.requests[request.id]
+        self._settling.pop(request, None)
+
+    async def aclose(self) -> None:
+        """Close every connection. All followers get `Unavailable`."""
+        if self._tick is not None:
+            self._tick.cancel()
+        for request in self.requests.values():
+            request.look_up()
+        await self.logs.aclose()
+        await self.subscriptions.aclose()
+        await self._redis.aclose()
+
+    def _on_settling(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for request in list(self._settling):
+            if request.feed is not FeedState.LIVE:
+                request.look_up()
+            if request.feed is FeedState.LIVE or request.settles_at < now:
+                del self._settling[request]
+                request.on_feed(FeedInput.TIME_PASSED)
+        if self._settling and not self.logs.is_closed:
+            asyncio.get_running_loop().call_later(self.timings.settling_pause, self._on_settling)
+
+    def _on_tick(self, requests: Sequence["RequestFollowers"] = ()) -> None:
+        requests = requests or list(self.requests.values())
+        for request in requests[:_TICKED_AT_ONCE]:
+            for follower in request.followers:
+                follower.on_tick()
+        call_later = asyncio.get_running_loop().call_later
+        if rest := requests[_TICKED_AT_ONCE:]:
+            self._tick = call_later(_TICK_GAP, self._on_tick, rest)
+        else:
+            self._tick = call_later(self.timings.tick, self._on_tick) if self.requests else None
+
+
+class RequestFollowers:
+    """The followers of one request. They share a subscription, from when one of them has read the log to its end."""
+
+    def __init__(self, owner: Followers, request_id: str) -> None:
+        self.id = request_id
+        self.followers: dict[Follower, None] = {}
+        self.feed = FeedState.ABSENT
+        self.settles_at = 0.0
+        """When the feed is settled if no message comes before, by the event loop's clock."""
+        self._owner = owner
+        self._channel = owner.keys.feed(request_id)
+
+    def subscribe(self) -> None:
+        """Subscribe to the feed, if that is not done."""
+        if self.feed is FeedState.ABSENT:
+            self.on_feed(FeedInput.SUBSCRIBE)
+            self._owner.subscriptions.subscribe(self._channel, self)
+            self._settle()
+
+    def leave(self, follower: Follower) -> None:
+        """A follower leaves. The last one ends the subscription."""
+        if self.followers.pop(follower, self) is None and not self.followers:
+            self._owner.forget(self)
+            if self.feed is not FeedState.ABSENT:
+                self._owner.subscriptions.unsubscribe(self._channel)
+
+    def look_up(self) -> None:
+        """Have every follower read the log."""
+        for follower in self.followers:
+            follower.look_up()
+
+    def on_feed(self, event: FeedInput) -> None:
+        """Something happened to the subscription."""
+        self.feed = FEED_TRANSITIONS.get((self.feed, event), self.feed)
+
+    def on_message(self, payload: bytes) -> None:
+        """See `Listener`, also below."""
+        if self.feed is not _LIVE:
+            self.on_feed(FeedInput.MESSAGE)
+        try:
+            entries = read_message(payload)
+        except BadEntry:
+            self.look_up()
+            return
+        size = len(payload)
+        for follower in list(self.followers):  # pouring may add a follower of the same request
+            follower.on_message(entries, size)
+
+    def on_subscribed(self) -> None:
+        self.on_feed(FeedInput.CONFIRMED)
+        self._settle()
+        self.look_up()
+
+    def on_interrupted(self) -> None:
+        self.on_feed(FeedInput.INTERRUPTED)
+        self.look_up()
+
+    def on_refused(self, error: Exception) -> None:  # noqa: ARG002 - see `Listener`
+        self.on_feed(FeedInput.REFUSED)
+        for follower in list(self.followers):
+            follower.fall_back()
+
+    def _settle(self) -> None:
+        self.settles_at = asyncio.get_running_loop().time() + self._owner.timings.settles_after
+        self._owner.settle(self)

@@ -1,0 +1,24 @@
+"""The pace of following, in seconds. Tests choose others."""
+
+from dataclasses import dataclass
+
+from ..contract.feed import MAX_SILENCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """When logs are read, and how long reads wait."""
+
+    tick: float = 0.5
+    """Between two checks for followers that receive nothing."""
+    settles_after: float = MAX_SILENCE + 0.05
+    """From the confirmation of a subscription until every new entry is published: publishers skip a channel without
+    subscribers for a while. As long a subscription may take until the log is no longer read instead."""
+    settling_pause: float = 0.05
+    """Between two readings of the log until then."""
+    block: float = 5.0
+    """That a blocking read waits for entries."""
+    first_pause: float = 0.02
+    """Until the first retry for a log that does not exist yet, or at a hole. Each further pause is twice as long."""
+    longest_pause: float = 0.5
+    """The longest of these pauses."""
