@@ -53,8 +53,8 @@ class Held:
         self.here = asyncio.Event()
         self.go = asyncio.Event()
 
-    async def __call__(self, *args: object) -> list[Delivery]:
-        deliveries = await self._take(*args)
+    async def __call__(self, *args: object, **more: object) -> list[Delivery]:
+        deliveries = await self._take(*args, **more)
         if deliveries:
             self.here.set()
             await self.go.wait()

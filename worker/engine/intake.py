@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -70,12 +71,10 @@ class JobIntake:
         A read in flight is never cancelled: the jobs that it returns would wait until their lease ends.
         """
         backoff = Backoff("claim_failed", self._telemetry)
-
-        async def read_new(count: int) -> list[Delivery]:
-            return await self._jobs.read_new(queue, count, self._block_ms)
-
-        while await self._fill_slots(rank, backoff, read_new):
-            pass
+        fetched: int | None = 0
+        while fetched is not None:
+            fetch = partial(self._jobs.read_new, queue, block_ms=self._block_ms)
+            fetched = await self._fill_slots(rank, backoff, fetch)
 
     async def take_over_expired(self) -> None:
         """Take over jobs whose worker has let their lease expire, until the intake stops.
@@ -85,24 +84,19 @@ class JobIntake:
         pause = min(self._pace.scan_every, self._settings.lease / 3)
         backoff = Backoff("take_over_failed", self._telemetry, first=pause)
         found = 0
-
         while await sleep_unless_set(self._stopping, 0 if found else pause):
             found = 0
             for queue in self._settings.queues:
+                fetch = partial(self._jobs.claim_expired, queue)
+                found += await self._fill_slots(_BEFORE_ALL_QUEUES, backoff, fetch) or 0
 
-                async def claim_expired(count: int, queue: str = queue) -> list[Delivery]:
-                    nonlocal found
-                    deliveries = await self._jobs.claim_expired(queue, count)
-                    found += len(deliveries)
-                    return deliveries
-
-                await self._fill_slots(_BEFORE_ALL_QUEUES, backoff, claim_expired)
-
-    async def _fill_slots(self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]) -> bool:
-        """Wait for free slots and fetch jobs for them, once. False when no more jobs are to be taken."""
+    async def _fill_slots(
+        self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]
+    ) -> int | None:
+        """Wait for free slots and fetch jobs for them, once. Returns how many came, None when the intake stops."""
         count = await self._slots.reserve(rank)
         if not count:
-            return False
+            return None
         deliveries: list[Delivery] = []
         failure, sent = None, 0.0
         try:
@@ -122,13 +116,13 @@ class JobIntake:
         self._slots.release(count - self._running_jobs.start(deliveries, sent))
         if failure is not None:
             await backoff.wait(failure)
-            return True
+            return 0
         backoff.reset()
         if self.paused == NO_VLLM:
             await self._wait_for_vllm()
         elif self.paused:
             await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
-        return True
+        return len(deliveries)
 
     async def _reason_to_pause(self) -> str:
         """Why a job that is taken now could not be done, or nothing. In the queue any other worker can take it."""

@@ -17,11 +17,13 @@ from ..contract.job import (
     InvalidJob,
     Job,
     check_limits,
-    digest,
     is_digest_of,
     parse_job,
     request_id_of,
     times_of,
+)
+from ..contract.job import (
+    digest as digest_of,
 )
 from ..contract.keys import Keys
 from ..redisio.errors import is_permission_denied, is_transient
@@ -79,8 +81,8 @@ class JobContext:
     """One delivered job. `began` and `deadline` are Unix ms by Redis's clock, `retention` and `remember` are seconds.
 
     `id` is the request's id, empty where the job has none that can be used. `parsed` is the job, an `InvalidJob`
-    where it does not validate, or `UNREAD`; `digest` is the request's, empty where it cannot be read. `release_slot`
-    lets another job start before this one has ended. `retry` retries until Redis answers or the job must stop.
+    where it does not validate, or `UNREAD`. `release_slot` lets another job start before this one has ended. `retry`
+    retries until Redis answers or the job must stop.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class JobContext:
         self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
         self._now = services.now
         self.began = self._now()
-        self.id = self.digest = ""
+        self.id = self._digest = ""
         self.parsed: Job | InvalidJob = UNREAD
         deadline = retention = None
         try:
@@ -123,7 +125,14 @@ class JobContext:
         except InvalidJob as problem:
             self.parsed = problem
         else:
-            self.parsed, self.digest = job, digest(job.request, job.fallbacks)
+            self.parsed = job
+
+    @property
+    def digest(self) -> str:
+        """The digest of the request, empty where it cannot be read."""
+        if not self._digest and isinstance(self.parsed, Job):
+            self._digest = digest_of(self.parsed.request, self.parsed.fallbacks)
+        return self._digest
 
     def may_have_digest(self, known: str) -> bool:
         """Whether a log with this digest may be of the same request. It may where either digest is unknown."""
