@@ -79,7 +79,7 @@ async def watching(
     pool = ServerPool(urls, keys=ApiKeys(api_key), limits=limits, telemetry=LogReceiver(), pace=pace or quick())
     task = asyncio.create_task(pool.monitor())
     try:
-        await until(lambda: all(endpoint.is_known for endpoint in pool.servers))
+        await until(lambda: all(pooled.is_known for pooled in pool.servers))
         yield pool
     finally:
         task.cancel()
@@ -109,14 +109,14 @@ async def chosen(pool: ServerPool, model: str = "") -> Server:
 
 
 async def ask(
-    pool: ServerPool, endpoint: Server | None = None, *, model: str = "", caller: Caller | None = None,
+    pool: ServerPool, pooled: Server | None = None, *, model: str = "", caller: Caller | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> str:  # fmt: skip
     """The text of a whole answer."""
     parser, texts = ChunkParser(), list[str]()
     request: Object = {"messages": [{"role": "user", "content": "Who are you?"}], **({"model": model} if model else {})}
-    endpoint = endpoint or await chosen(pool, model)
-    async with pool.stream(endpoint, request | fields, caller=caller) as stream:
+    pooled = pooled or await chosen(pool, model)
+    async with pool.stream(pooled, request | fields, caller=caller) as stream:
 
         def take(events: list[bytes]) -> bool:
             texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
@@ -144,7 +144,7 @@ async def fails(pool: ServerPool, times: int = 1, **fields: Any) -> set[str]:  #
 
 async def test_a_request_goes_to_a_server_that_lists_its_model() -> None:
     async with serving("small", "large", "large") as (servers, pool):
-        assert [endpoint.models for endpoint in pool.servers] == [{"small"}, {"large"}, {"large"}]
+        assert [pooled.models for pooled in pool.servers] == [{"small"}, {"large"}, {"large"}]
         for _ in range(3):
             await ask(pool, model="small")
             await ask(pool, model="large")
@@ -429,18 +429,18 @@ async def test_log_lines_about_a_server_name_no_job() -> None:
 @pytest.mark.parametrize("refused", ["/v1/chat/completions", "/tokenize"])
 async def test_a_server_that_refused_the_key_is_back_once_its_list_accepts_it(refused: str) -> None:
     async with serving("reciter", "reciter") as ((server, _), pool):
-        endpoint = pool.servers[0]
+        pooled = pool.servers[0]
         server.statuses = {refused: 401, "/v1/models": 401}
-        asking = pool.post(endpoint, refused, {}) if refused == "/tokenize" else ask(pool, endpoint)
+        asking = pool.post(pooled, refused, {}) if refused == "/tokenize" else ask(pool, pooled)
         with pytest.raises(UpstreamError) as caught:
             await asking
-        assert (caught.value.code, endpoint.refuses_key) == ("unauthorized", True)
+        assert (caught.value.code, pooled.refuses_key) == ("unauthorized", True)
         asked = len(server.asked)
         await until(lambda: server.asked[asked:].count("/v1/models") > 2)
-        assert endpoint.refuses_key, "its health is no answer to that"
+        assert pooled.refuses_key, "its health is no answer to that"
         server.statuses.clear()
-        await until(lambda: not endpoint.is_away)
-        assert await ask(pool, endpoint)
+        await until(lambda: not pooled.is_away)
+        assert await ask(pool, pooled)
 
 
 async def test_a_job_with_a_fallback_does_not_wait_for_servers_that_refuse_the_key() -> None:
@@ -516,12 +516,12 @@ async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> Non
 
 async def test_an_exception_of_the_caller_does_not_count_against_the_server() -> None:
     async with serving("reciter") as (_, pool):
-        endpoint = pool.servers[0]
+        pooled = pool.servers[0]
         for _ in range(2 * FAILURES):
             with pytest.raises(ValueError, match="mine"):
-                async with pool.stream(endpoint, {"messages": [{"role": "user", "content": "Hi"}]}):
+                async with pool.stream(pooled, {"messages": [{"role": "user", "content": "Hi"}]}):
                     raise ValueError("mine")
-        assert endpoint.circuit.state is CircuitState.CLOSED
+        assert pooled.circuit.state is CircuitState.CLOSED
 
 
 @asynccontextmanager
@@ -561,7 +561,7 @@ async def test_a_trial_has_the_usual_limits_and_its_failure_keeps_the_circuit_ha
     async with half_open(limits=limits_for(fault)) as (server, pool):
         server.orders(fault, after=2 if fault == "freeze" else 0)
         caller = Caller()
-        (circuit,) = (endpoint.circuit for endpoint in pool.servers)
+        (circuit,) = (pooled.circuit for pooled in pool.servers)
         with pytest.raises(UpstreamError) as caught:
             await ask(pool, await chosen(pool), caller=caller)
         assert caught.value.code == code
@@ -611,9 +611,9 @@ async def test_after_a_cancelled_or_refused_trial_the_next_request_is_the_trial(
         await until(lambda: len(server.served) > tried)
         waiting = asyncio.create_task(chosen(pool))
         trial.cancel()
-        endpoint = await waiting
+        pooled = await waiting
         await fails(pool, temperature=-3.0)
-        assert endpoint.circuit.state is CircuitState.HALF_OPEN
+        assert pooled.circuit.state is CircuitState.HALF_OPEN
         server.orders()
         assert await ask(pool)
 
@@ -642,13 +642,13 @@ async def test_a_question_has_the_limit_of_a_first_token() -> None:
 
 async def test_late_answers_to_questions_leave_the_circuit_closed() -> None:
     async with serving("reciter", limits=IMPATIENT) as ((server,), pool):
-        (endpoint,) = pool.servers
+        (pooled,) = pool.servers
         server.slow = {"/tokenize"}
         late = await asyncio.gather(
-            *(pool.post(endpoint, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
+            *(pool.post(pooled, "/tokenize", {}) for _ in range(2 * FAILURES)), return_exceptions=True
         )
         assert {getattr(error, "code", error) for error in late} == {"first_token_timeout"}
-        assert (endpoint.circuit.state, len(endpoint.requests)) == (CircuitState.CLOSED, 0)
+        assert (pooled.circuit.state, len(pooled.requests)) == (CircuitState.CLOSED, 0)
 
 
 async def test_a_question_fails_soon_at_a_server_that_shuts_down() -> None:
@@ -738,8 +738,8 @@ async def test_a_user_in_the_url_overrides_the_key() -> None:
     async with Recorder() as plain, Recorder() as own:
         url = re.sub("//", "//me:p%40ss@", own.url)
         async with watching(plain.url, url, api_key="key") as pool:
-            for endpoint in pool.servers:
-                assert await ask(pool, endpoint)
+            for pooled in pool.servers:
+                assert await ask(pool, pooled)
     assert set(plain.authorization) == {"Bearer key"}
     assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
 
@@ -753,10 +753,10 @@ async def test_a_connection_that_is_lost_while_it_is_made_is_a_failure_of_the_se
         raise RuntimeError("the handler is closed")
 
     async with serving("reciter") as (_, pool):
-        (endpoint,) = pool.servers
+        (pooled,) = pool.servers
         await pool._api._transport.aclose()
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)
             with pytest.raises(UpstreamError) as raised:
-                await ask(pool, endpoint)
+                await ask(pool, pooled)
     assert (raised.value.code, raised.value.retryable) == ("upstream_unreachable", True)

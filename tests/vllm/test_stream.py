@@ -832,7 +832,7 @@ async def test_many_requests_may_find_a_refused_field_at_the_same_time(style: An
 async def test_what_one_server_refuses_is_still_sent_to_another() -> None:
     async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as pool:
         await ask(pool)
-        assert [endpoint.unsupported_fields for endpoint in pool.servers] == [BOTH, set()]
+        assert [pooled.unsupported_fields for pooled in pool.servers] == [BOTH, set()]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -894,19 +894,19 @@ async def test_requests_spread_over_the_servers() -> None:
     async with Simulator() as one, Simulator() as two, reaching(one.url, two.url) as pool:
 
         async def hold(gate: Awaitable[object]) -> None:
-            with (endpoint := pool.choose("")).reserve():
+            with (pooled := pool.choose("")).reserve():
                 await asyncio.sleep(0)  # whoever comes in the same moment chooses the other one all the same
-                async with pool.stream(endpoint, asking(fault="stall")) as stream:
+                async with pool.stream(pooled, asking(fault="stall")) as stream:
                     await stream.read_into(enough)
                     await gate
 
         gate = asyncio.Event()
         held = [asyncio.create_task(hold(gate.wait())) for _ in range(6)]
-        await until(lambda: [endpoint.in_flight for endpoint in pool.servers] == [3, 3])
+        await until(lambda: [pooled.in_flight for pooled in pool.servers] == [3, 3])
         await until(lambda: len(one.served) == len(two.served) == 3)
         gate.set()
         await asyncio.gather(*held)
-        assert [endpoint.in_flight for endpoint in pool.servers] == [0, 0]
+        assert [pooled.in_flight for pooled in pool.servers] == [0, 0]
 
 
 # The list of models

@@ -117,7 +117,7 @@ def decoded(data: bytes) -> object:
 
 
 def as_json(value: object) -> str:
-    """A value as JSON, for people. A value that is nested too deeply to be encoded gives a text that says so."""
+    """A value as JSON, for people. For a value that is nested too deeply to be encoded, a text in its place."""
     try:
         return msgspec.json.encode(value).decode()
     except RecursionError:

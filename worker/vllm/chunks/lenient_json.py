@@ -49,7 +49,7 @@ class ChunkDecoder:
             RecursionError: when the data is nested too deeply.
         """
         try:
-            value = _decode(data)  # all of the data, as a reader of the log will decode it
+            value = _decode(data)  # also the fields that stay JSON: a reader of the log decodes them
             if not self._halves and is_readable(value, data):
                 return _decode_object(data)
             if _may_have_long_number(data):

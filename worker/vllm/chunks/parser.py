@@ -25,7 +25,7 @@ from .shapes import (
     delta_of,
     has_value,
     ids_of,
-    lift,
+    lift_fields,
     read_finish_reason,
     read_index,
     read_message,
@@ -164,7 +164,7 @@ class ChunkParser:
         """
         if self.done or not data:
             if data and not self._is_ended_here:
-                self._take_late(data)
+                self._read_after_done(data)
             return []
         if data == b"[DONE]":
             self.done = True
@@ -216,13 +216,13 @@ class ChunkParser:
         if not choices and (error := error_in_place_of(chunk)):
             raise error
         for choice in choices:
-            lift(chunk, choice)
+            lift_fields(chunk, choice)
         indexes = [read_index(choice) for choice in choices]
         deltas = [self._delta_of(index, choice) for index, choice in zip(indexes, choices, strict=True)]
         error = error_beside(chunk, choices, deltas)
         if choices and self._unproven is not None and not error:
             self._prove(chunk)
-        self._take_usage(chunk, of_choices=bool(choices))
+        self._read_usage(chunk, of_choices=bool(choices))
         self._extra.add_unknown(chunk)
         entries = self._opened(chunk, deltas)
         for index, choice, delta in zip(indexes, choices, deltas, strict=True):
@@ -252,7 +252,7 @@ class ChunkParser:
             raise CannotResume("the server does not go on from the tokens that it was given")
         self._unproven = None
 
-    def _take_usage(self, chunk: RawObject, *, of_choices: bool) -> None:
+    def _read_usage(self, chunk: RawObject, *, of_choices: bool) -> None:
         usage = chunk.get("usage", NULL)
         if not has_value(usage):
             return
@@ -268,7 +268,7 @@ class ChunkParser:
         if self._keep_usage and of_choices:
             self._extra.unpublished["usage"] = Raw(_encode(self.usage)) if self._kept else usage
 
-    def _take_late(self, data: bytes) -> None:
+    def _read_after_done(self, data: bytes) -> None:
         """Read an event after `[DONE]`: some servers send the usage there, or an error.
 
         Raises:
@@ -277,9 +277,9 @@ class ChunkParser:
         try:
             chunk = self._decoder.decode(data)
             for choice in _decode_choices(chunk.get("choices", NULL)) or ():
-                lift(chunk, choice or {})
+                lift_fields(chunk, choice or {})
             if not self.usage or b'"completion_tokens"' in bytes(chunk.get("usage", NULL)):
-                self._take_usage(chunk, of_choices=False)
+                self._read_usage(chunk, of_choices=False)
             error = None if self.is_complete else error_beside(chunk, [], []) or error_in_place_of(chunk)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return
@@ -306,13 +306,13 @@ class ChunkParser:
                 head["role"] = as_text(raw)
         prompt = chunk.get("prompt_token_ids")
         if prompt is not None and has_value(prompt):
-            self._take_prompt(prompt, head)
+            self._read_prompt(prompt, head)
         if head == self._head or len(head) == 1:
             return []
         self._head = head
         return [head | self._extra.publish()]
 
-    def _take_prompt(self, prompt: Raw, head: Fields) -> None:
+    def _read_prompt(self, prompt: Raw, head: Fields) -> None:
         ids = ids_of(prompt)
         if ids is None:
             self._extra.add("prompt_token_ids", prompt)
@@ -346,7 +346,7 @@ class ChunkParser:
         if index:
             fields["index"] = str(index)
         self._seen.add(index)
-        self._take_end(choice, index, fields)
+        self._read_finish(choice, index, fields)
         read_tokens(choice, fields)
         extra = unread_in(choice)
         if unread:
@@ -355,7 +355,7 @@ class ChunkParser:
             fields |= self._extra.publish(extra)
         return fields
 
-    def _take_end(self, choice: RawObject, index: int, fields: Fields) -> None:
+    def _read_finish(self, choice: RawObject, index: int, fields: Fields) -> None:
         if reason := read_finish_reason(choice):
             if is_fault(reason):
                 self._broken_off = reason[:_LONGEST_REASON]

@@ -1,4 +1,4 @@
-"""The fast path: chunks as vLLM sends nearly all of them, decoded at a fraction of the cost of any other chunk. No I/O.
+"""The fast path: decodes the chunks of the two shapes that vLLM nearly always sends, at a fraction of the cost. No I/O.
 
 The decoders raise MsgspecError or UnicodeDecodeError for a chunk that holds more; the parser then takes the slow path.
 

@@ -83,7 +83,7 @@ def text_of(message: RawObject) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def lift(chunk: RawObject, choice: RawObject) -> None:
+def lift_fields(chunk: RawObject, choice: RawObject) -> None:
     """Move fields of a choice to the chunk, where the chat route has them.
 
     `/v1/completions` has the prompt's token ids in the choice, and Moonshot's servers have the usage there.

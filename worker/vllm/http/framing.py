@@ -74,7 +74,7 @@ class FramingRepair:
                 if numbers == lengths:
                     continue
                 lengths = numbers
-                line = b"content-length: " + b", ".join(sorted(numbers))  # noqa: PLW2901 - as it goes on
+                line = b"content-length: " + b", ".join(sorted(numbers))  # noqa: PLW2901 - the rewritten line
             lines.append(line)
         out.append(b"\r\n".join(lines) + b"\r\n\r\n")
         is_interim = lines[0].partition(b" ")[2].startswith(b"1")

@@ -75,7 +75,7 @@ class Transport(httpx.AsyncBaseTransport):
         idle = self._idle.get(origin, {})
         oldest = asyncio.get_running_loop().time() - _IDLE_LIMIT
         while idle:
-            connection, _ = idle.popitem()  # the server closes the one used last at the latest
+            connection, _ = idle.popitem()  # the connection used last is the last that the server closes
             if connection.is_open and connection.idle_since > oldest:
                 return connection
             connection.abort()

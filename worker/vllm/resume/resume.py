@@ -1,4 +1,4 @@
-"""Finds out from a vLLM server how it can go on with an answer that broke off: the I/O behind a `ResumePlan`."""
+"""Makes a `ResumePlan` for an answer that broke off, with queries to the vLLM server that is to go on with it."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -50,7 +50,7 @@ async def plan_resume(
     if stops and isinstance(minimum := request.get("min_tokens"), int) and minimum > len(kept.token_ids):
         raise CannotResume("stop strings before min_tokens")  # no server looks for them until then
     post = partial(pool.post, server, caller=caller)
-    # The ids of the prompt as this server makes them, held against those of the first attempt.
+    # This server must make the same token ids of the prompt as the first server did.
     fields = {name: request[name] for name in _TOKENIZED if request.get(name) is not None}
     prompt = await _query(post, "/tokenize", fields, _Tokenized)
     if history.opened is None or digest_of_prompt(prompt.tokens) != history.opened.prompt_digest:

@@ -21,7 +21,7 @@ from .server import Server
 _T = TypeVar("_T")
 
 _CONNECT_SHARE = 0.9
-"""The share of a probe's time in which it must connect, so that a missing connection is no late answer."""
+"""The share of a probe's time in which it must connect, so that a failure to connect is not a late answer."""
 
 
 class LateAnswer(UpstreamError):

@@ -11,7 +11,7 @@ class ServerPace:
     """
 
     probe_every: float = 2.0
-    """Between two probes of a server that is away, and between two looks at a server that works."""
+    """Between two probes of a server that is away, and between two checks of a server that works."""
     probe_limit: float = 3.0
     """For the answer to a probe. After a late answer the next probe has twice as long."""
     longest_probe_limit: float = 60.0

@@ -70,7 +70,7 @@ class ServerPool:
         self._changed = asyncio.Event()
         """Set, and replaced, when a circuit changes."""
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
-        """Models that no server lists: any server may be asked for them."""
+        """Models that no server lists. Requests for them may go to any server."""
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
         """The answer of a server that did not know a model which no server lists."""
         self._api = VllmApi(keys or ApiKeys(), self._telemetry, connect=limits.connect, transport=transport)
@@ -177,7 +177,7 @@ class ServerPool:
         return server
 
     async def _try_out(self, server: Server, model: str) -> None:
-        """Request one token from a server, in place of a job that may itself be the reason why it failed there.
+        """Request one token from a server, in place of a job that may have failed there by its own fault.
 
         Only this shows jobs that have all failed at the server whether to wait for it or to give up.
         """
@@ -334,7 +334,7 @@ class ServerPool:
             self._wake()
 
     def _record_missing(self, server: Server, model: str, caller: Caller, answer: UpstreamError) -> None:
-        """Record that a server does not know a model: if all servers list other models, that is the answer to all."""
+        """Record that a server does not know a model. If all servers list other models, all jobs get this answer."""
         server.record_missing(model, caller)
         self._unlisted.drop(model)
         if server.models and model not in server.models and not self.servers_for(model):

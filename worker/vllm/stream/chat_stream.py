@@ -83,7 +83,7 @@ class ChatStream:
             try:
                 return await self._read()
             except UpstreamError as error:
-                # Text may have come in one piece with the error. The answer is then not requested again.
+                # If text came in one piece with the error, the answer is not requested again.
                 has_text = self.has_begun is not None and self.has_begun()
                 response = None
                 if self._reopen is not None and self._is_new and not has_text:

@@ -144,7 +144,7 @@ class SSEDecoder:
         for line in lines:
             if self._json:
                 if not line.startswith(_AFTER_JSON):
-                    self._take_json(line, events)
+                    self._add_json(line, events)
                     continue
                 self._give_up_json()
             if not line:
@@ -157,14 +157,14 @@ class SSEDecoder:
                     events.append(_as_error(event) if self._is_error else event)
                 self._is_error = self._is_late = False
             elif line.startswith(b"data:"):
-                self._take_data(line[6:] if line[5:6] == b" " else line[5:], events)
+                self._add_data(line[6:] if line[5:6] == b" " else line[5:], events)
             elif line == b"data":
-                self._take_data(b"", events)
+                self._add_data(b"", events)
             elif not line.startswith(b":"):
-                self._take_other(line, events)
+                self._add_other(line, events)
         return events
 
-    def _take_data(self, line: bytes, events: list[bytes]) -> None:
+    def _add_data(self, line: bytes, events: list[bytes]) -> None:
         self._has_data = True
         self._end_held_line(events)
         if line == _DONE and not self._data and not self._is_error:
@@ -183,7 +183,7 @@ class SSEDecoder:
             events.append(_as_error(event) if self._is_error and not self._is_late else event)
             self._is_late = False
 
-    def _take_other(self, line: bytes, events: list[bytes]) -> None:
+    def _add_other(self, line: bytes, events: list[bytes]) -> None:
         """Take a line of another field, or of no field."""
         name, _, value = line.partition(b":")
         if name in _ERRORS:
@@ -196,11 +196,11 @@ class SSEDecoder:
         elif _begins_json(text := line.strip(_BLANK)):
             self._end_held_line(events)
             if not self._data:
-                self._take_json(text, events)
+                self._add_json(text, events)
         elif name not in _FIELDS:
             self._skip(line)
 
-    def _take_json(self, line: bytes, events: list[bytes]) -> None:
+    def _add_json(self, line: bytes, events: list[bytes]) -> None:
         """Take the next line of JSON without `data:`, which may be its last."""
         self._json.append(line)
         self._held += len(line) + 1
