@@ -1,4 +1,4 @@
-"""For other Python services: enqueue a chat job, follow its tokens, get its answer, cancel it."""
+"""The asynchronous client, for other Python services: enqueue a chat job, follow it, get its answer, cancel it."""
 
 import asyncio
 import enum
@@ -61,7 +61,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a request is; `outcome` (done, error, cancelled) is there once it has ended."""
+    """How far a request is. Once it has ended, `outcome` is done, error or cancelled."""
 
     state: State
     outcome: str = ""
@@ -70,14 +70,14 @@ class Status:
 class Client:
     """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
 
-    Beside the errors that it names, a method may raise the others of `worker.client.errors`: each is a `ClientError`.
+    Beside the errors that a method names, it may raise the others of `worker.client.errors`: each is a `ClientError`.
 
     Args:
-        redis_url: the workers' Redis; REDIS_URL of the environment when left out, else redis://127.0.0.1:6379/0.
+        redis_url: the workers' Redis. Without it, REDIS_URL of the environment, or else redis://127.0.0.1:6379/0.
         prefix: the workers' prefix.
         patience: seconds without an answer of Redis until `Unavailable` is raised.
-        queue_limit: how many jobs may wait in a queue; 0 is any number. It is a soft limit: callers at the same time
-            may overshoot it by their number, and on Redis 6.2 what waits is known approximately.
+        queue_limit: how many jobs may wait in a queue; 0 is any number. The limit is soft: concurrent callers may
+            overshoot it by their number, and on Redis 6.2 the number of waiting jobs is approximate.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Client:
     ) -> None:
         url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
         self._loop: asyncio.AbstractEventLoop | None = None
-        """The event loop of the first call, which has the connections."""
+        """The event loop of the first call: the connections belong to it."""
         self._is_closed = False
         self._retry = MappedRetry(patience)
         self._queue_limit = queue_limit
@@ -104,7 +104,7 @@ class Client:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection. A call that still waits, and every later one, raises `Unavailable`."""
+        """Close every connection. Calls that still wait, and all later ones, raise `Unavailable`."""
         if self._is_closed:
             return
         self._check_usable()
@@ -115,11 +115,11 @@ class Client:
             await self._redis.aclose()
 
     async def ping(self) -> None:
-        """Ask Redis once, without patience.
+        """Send Redis one PING, without retries.
 
         Raises:
-            Unavailable: when it does not answer.
-            Refused: when it refuses, such as a password.
+            Unavailable: when Redis does not answer.
+            Refused: when Redis refuses, such as a password.
         """
         self._check_usable()
         try:
@@ -128,15 +128,14 @@ class Client:
             raise mapped(error) from error
 
     async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
-        """Add a chat job; gives the request id, under which its tokens can be followed.
+        """Add a chat job, and return the request id with which it can be followed.
 
-        The same request under the same id attaches to the first one, so that a call whose answer was lost can be
-        made again.
+        The same request with the same id is added once, so a call whose reply was lost can be made again.
 
         Raises:
             InvalidJob: when the request cannot be one.
             Conflict: when the id belongs to another request.
-            QueueFull: when too many jobs wait; a request that was enqueued before is never refused for this.
+            QueueFull: when too many jobs wait. A request that was enqueued before is not refused for this.
             Unavailable: when Redis does not answer.
         """
         job, queue, timeout = new_job(request, **options)
@@ -145,23 +144,24 @@ class Client:
         return job.id
 
     async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
-        """Add a chat job, as `enqueue` does and raising what it raises; gives a handle to follow and cancel it."""
+        """Add a chat job, and return a handle to follow and cancel it. Raises what `enqueue` raises."""
         return RequestHandle(await self.enqueue(request, **options), self)
 
     async def follow(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
-        """Every entry of the log, from the start or after an id that was seen, up to the terminal one.
+        """Yield every entry of the log up to the terminal one: from the start, or from after an entry's id.
 
-        A log that is not there yet has `wait` seconds to appear: without `queued` it begins when a worker takes the
-        job. With `idle` there is an `Idle` among the entries whenever nothing has come for so many seconds, as for
+        A log that does not exist yet has `wait` seconds to appear: a job that was added without `queued` has none until
+        a worker takes it. With `idle`, an `Idle` is yielded whenever nothing has come for so many seconds, such as for
         a heartbeat.
 
         Raises:
             UnknownRequest: when nothing is known of the id.
-            Expired: when it has ended and its log is gone.
-            IncompleteLog: when the log lacks entries, or does not have `after`, and has ended. Before that what comes
-                behind the hole waits: a worker that notices it writes `restarted`, or `resumed` from before it.
+            Expired: when the request has ended and its log is gone.
+            IncompleteLog: when the log lacks entries, or the entry `after`, and has ended. Before its end, entries
+                behind a hole are held back: a worker that notices the hole writes `restarted`, or `resumed` from
+                before it.
             Refused: when no worker took the job before its deadline, and this user may not write that end.
             Unavailable: when Redis does not answer.
         """
@@ -182,9 +182,10 @@ class Client:
     async def open(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
-        """What `follow` gives, once it is known that the log is there, and that it has `after` if it has ended.
+        """Check that the log can be followed, and return what `follow` yields. Raises what `follow` raises.
 
-        So a server can still answer otherwise. Raises what `follow` raises.
+        The log has to exist, and to have the entry `after` if it has ended. So a server knows before it begins a
+        response.
         """
         self._check_usable()
         place = BEFORE_ALL if after is None else check_place(after)
@@ -199,11 +200,11 @@ class Client:
         after: str | EntryId | None = None,
         wait: float = 0.0,
     ) -> None:
-        """Hand over every entry that `follow` would yield, in the step in which it comes, until all are there.
+        """Call `into` with every entry that `follow` would yield, in the step in which the entry is received.
 
-        Where one process follows many requests it costs less, for no task wakes for each entry. `into` is called from
-        the event loop, which it must not keep waiting, mostly outside of this task and its context variables. What it
-        raises ends this, and comes out here. Raises what `follow` raises.
+        This costs less where one process follows many requests: no task wakes for each entry. `into` is called from the
+        event loop, mostly outside of this task and its context variables, and must not keep the loop waiting. An error
+        that `into` raises ends this call and is raised by it. Raises what `follow` raises.
         """
         follower = self._follower(request_id, after, wait)
         try:
@@ -216,17 +217,17 @@ class Client:
         return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
-        """Submit and follow in one. Raises what these two raise."""
+        """Submit a job and follow it. Raises what `submit` and `follow` raise."""
         handle = await self.submit(request, **options)
         async with aclosing(handle.entries()) as entries:
             async for entry in entries:
                 yield entry
 
     async def lifecycle(self, *, after: str | EntryId | None = None) -> AsyncGenerator[Lifecycle]:
-        """What starts and what finishes, of all requests: every line that is kept, and then those that come.
+        """Yield the starts and ends of all requests: every line that is kept, and then each new one.
 
-        It does not end. A reader that comes back gives the `line` of the last one as `after`; a time in Unix ms is a
-        place too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
+        It does not end. A reader that comes back gives the `line` of its last line as `after`; a time in Unix ms works
+        too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
 
         Raises:
             Unavailable: when Redis does not answer.
@@ -238,39 +239,39 @@ class Client:
                 yield line
 
     async def result(self, request_id: str) -> Answer:
-        """Wait for the end and give the whole answer, whatever its outcome. Raises what `follow` raises."""
+        """Wait for the end and return the whole answer, whatever its outcome. Raises what `follow` raises."""
         answer = Answer()
         await self.pour(request_id, answer.add)
         return answer
 
     async def status(self, request_id: str) -> Status:
-        """How far a request is.
+        """Return how far a request is.
 
-        One whose deadline has passed by some seconds, and that no worker has begun, is ended here.
+        A request whose deadline passed some seconds ago, and that no worker has started, is ended here.
 
         Raises:
             Unavailable: when Redis does not answer.
         """
         check_id(request_id)
-        tail, stone = await self._call(self._read_state, request_id)
+        tail, tombstone = await self._call(self._read_state, request_id)
         if may_be_overdue(tail):
-            with suppress(Refused):  # a user who may only read gets `queued`
+            with suppress(Refused):  # for a user who may only read it stays `queued`
                 await self._following.logs.end_overdue(request_id)
-            tail, stone = await self._call(self._read_state, request_id)
+            tail, tombstone = await self._call(self._read_state, request_id)
         if tail is None:
-            return Status(State.EXPIRED, stone.outcome) if stone else Status(State.UNKNOWN)
+            return Status(State.EXPIRED, tombstone.outcome) if tombstone else Status(State.UNKNOWN)
         if is_terminal(tail):
             return Status(State.ENDED, Answer([tail]).outcome)
         return Status(State.RUNNING if tail.id.attempt else State.QUEUED)
 
     async def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
-        """End a request, whether it waits or runs; gives how far it was. One that has ended is left as it is.
+        """End a request that waits or runs, and return how far it was. A request that has ended stays as it is.
 
-        An id of which nothing is known is ended too, for its job may come. With `must_exist` it is not: a public
-        endpoint needs that, where anybody could fill Redis with ends of what never was.
+        An id of which nothing is known is ended too, because its job may still be added. With `must_exist` it is not: a
+        public endpoint needs that, or anybody could fill Redis with the ends of requests that never existed.
 
         Raises:
-            UnknownRequest: when nothing is known of the id, but must be.
+            UnknownRequest: with `must_exist`, when nothing is known of the id.
             Unavailable: when Redis does not answer.
         """
         before = await self.status(request_id)
@@ -283,7 +284,7 @@ class Client:
         return before
 
     async def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
-        """Whether a worker lives that serves a queue: where none does, its jobs wait until one is started.
+        """Return whether a live worker serves a queue. Without one, its jobs wait until one is started.
 
         Raises:
             Unavailable: when Redis does not answer.
@@ -320,12 +321,12 @@ class Client:
             raise QueueFull(queue, waiting, self._queue_limit)
 
     async def _read_state(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
-        # No MULTI, which a Redis that is full refuses. The tombstone is read first: it is written with the seal, and
-        # so a request without one has a log to be read after it, unless nothing is known of it.
+        # Not in a MULTI, which a Redis without memory refuses. The tombstone is read first: it is written with the
+        # seal, so a request without one has a log to be read after it, unless nothing is known of the request.
         pipe = self._redis.pipeline(transaction=False)
         pipe.get(self._keys.ended(request_id))
         pipe.xrevrange(self._keys.tokens(request_id), count=1)
-        raw, tail = await pipe.execute()
+        tombstone, tail = await pipe.execute()
         if tail:
             return parse_leniently(*tail[0]), None
-        return None, msgspec.json.decode(raw, type=Tombstone) if raw is not None else None
+        return None, msgspec.json.decode(tombstone, type=Tombstone) if tombstone is not None else None

@@ -1,4 +1,4 @@
-"""A request that was submitted, in one object: its id, and what its client can do with it."""
+"""Handles of submitted requests: the id, and what a client can do with it."""
 
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RequestHandle:
-    """What `Client.submit` gives. It holds nothing but the id: another process makes do with that."""
+    """What `Client.submit` returns. Its only state is the id, which is all that another process needs."""
 
     id: str
     _client: "Client" = field(repr=False)
@@ -37,7 +37,7 @@ class RequestHandle:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequestHandle:
-    """What `SyncClient.submit` gives."""
+    """What `SyncClient.submit` returns."""
 
     id: str
     _client: "SyncClient" = field(repr=False)

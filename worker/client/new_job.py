@@ -1,4 +1,4 @@
-"""What a service may ask for, and the job that becomes of it: everything is checked here, before Redis is asked."""
+"""The options of a new job, and building the job. Everything is checked here, before anything is sent to Redis."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ _NO_LIMIT = 2**31
 
 
 class JobOptions(TypedDict, total=False):
-    """What may be said of a job beside its request. None says nothing, as if it were left out.
+    """The options of a job beside its request. None means the same as leaving an option out.
 
-    `id`: the request id, 1 to 128 of A-Za-z0-9_-, made up when it is left out. `queue`: `default` when left out.
-    `timeout`: seconds within which the answer must be whole (24 hours). `retention`: seconds that the log is kept
-    after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
-    `retry_of`: the request that this one is another try of.
+    `id`: the request id, 1 to 128 characters of A-Za-z0-9_-; without it one is generated. `queue`: without it,
+    `default`. `timeout`: seconds within which the answer must be complete (24 hours). `retention`: seconds that the log
+    is kept after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
+    `retry_of`: the request that this one repeats.
     """
 
     id: str
@@ -34,11 +34,11 @@ class JobOptions(TypedDict, total=False):
 
 
 class UnknownOption(InvalidJob, TypeError):
-    """An option that no job has."""
+    """A job has no option of this name."""
 
 
 class NewJob(NamedTuple):
-    """A job that can be added to a queue; `timeout` in seconds becomes its deadline by Redis's clock."""
+    """A job that can be added to a queue. `timeout`, in seconds, becomes its deadline by Redis's clock."""
 
     job: Job
     queue: str
@@ -46,40 +46,40 @@ class NewJob(NamedTuple):
 
 
 def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> NewJob:
-    """The job that `enqueue` adds.
+    """Build the job that `enqueue` adds.
 
     Raises:
-        UnknownOption: when an option is none.
-        InvalidJob: when the request or an option cannot be.
+        UnknownOption: when a job has no such option.
+        InvalidJob: when the request or an option is invalid.
     """
     given = _checked(options)
     queue, timeout = given.pop("queue", DEFAULT_QUEUE), given.pop("timeout", None)
     if not is_queue_name(queue):
-        raise InvalidJob(f"the queue {queue[:80]!r} cannot be: its name must be 1 to 64 characters of A-Za-z0-9_-")
-    if timeout is not None and not 0 < timeout <= _LONGEST:  # NaN is neither
+        raise InvalidJob(f"the queue {queue[:80]!r} has an invalid name: it must be 1 to 64 characters of A-Za-z0-9_-")
+    if timeout is not None and not 0 < timeout <= _LONGEST:  # not so for NaN
         raise InvalidJob(f"the timeout is {timeout:g}: it must be more than 0 seconds and at most a year")
     if not isinstance(request, Mapping):
         raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
     given["fallbacks"] = tuple(given.get("fallbacks", ()))
-    asked: dict[str, Any] = dict(request)
-    for name, value in asked.items():
-        if (number := _no_number(value)) is not None:
+    body: dict[str, Any] = dict(request)
+    for name, value in body.items():
+        if (number := _find_non_json_number(value)) is not None:
             raise InvalidJob(f"the request's {name} holds {number}: JSON has no such number")
-    job = Job(request=asked, **({"id": new_request_id()} | given))
+    job = Job(request=body, **({"id": new_request_id()} | given))
     try:
         fields = {name.encode(): value.encode() for name, value in job.to_fields().items()}
     except UnicodeEncodeError:
-        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: mend it there") from None
+        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: correct it there") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidJob(f"the request cannot be written as JSON: {error}") from None
-    # What a worker would refuse is refused here, as it would read it; the size limit is the worker's own.
+    # Parsed as a worker parses it, so a job that workers would refuse is refused here. Only they know their size limit.
     return NewJob(parse_job(fields, _NO_LIMIT), queue, timeout)
 
 
-def _no_number(value: object) -> float | None:
-    """The first float in a value that JSON cannot hold (NaN, Infinity), if any: msgspec writes null in its place."""
+def _find_non_json_number(value: object) -> float | None:
+    """Return the first NaN or Infinity in a value: JSON has no such numbers, and msgspec writes null for them."""
     unread = [value]
-    seen: set[int] = set()  # what holds itself is refused where it is written
+    seen: set[int] = set()  # a value that contains itself is refused later, by the encoder
     while unread:
         item = unread.pop()
         if isinstance(item, float):
@@ -92,7 +92,7 @@ def _no_number(value: object) -> float | None:
 
 
 def _checked(options: JobOptions) -> dict[str, Any]:
-    """The options that say something, each of its type."""
+    """Return the options that are not None, after a check of their types."""
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - JobOptions.__annotations__):
         known = ", ".join(JobOptions.__annotations__)

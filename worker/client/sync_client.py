@@ -1,4 +1,4 @@
-"""The same client for services without asyncio: it runs the asynchronous one on a thread of its own."""
+"""The client for services without asyncio: it runs the asynchronous client on a thread of its own."""
 
 import asyncio
 import concurrent.futures
@@ -22,10 +22,10 @@ _T = TypeVar("_T")
 
 
 class SyncClient:
-    """What `Client` does, blocking; the methods, their arguments and errors are the same.
+    """A blocking `Client`: the methods, their arguments and their errors are the same.
 
-    Make it after a fork, not before: it has a thread, and its use in another process raises `Misused`. It may be
-    used from several threads at once. A process may end without closing it.
+    Make it after a fork, not before: it has a thread, and its use in another process raises `Misused`. Several threads
+    may use it at once. A process may end without closing it.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class SyncClient:
         self._pid = os.getpid()
         self._is_closed = False
         self._closing = threading.RLock()
-        """Held while a call is handed to the thread, so that none is handed over once the thread was told to end.
+        """Held while a call is handed to the thread, so that none is handed over once the thread has to end.
 
-        The collector may end a generator, which does so too, in the step that holds it.
+        It is reentrant: in the step that holds it, the garbage collector may end a generator, which hands over a call.
         """
         self._loop = asyncio.new_event_loop()
-        # Not to be waited for at the interpreter's end, as a pool's threads are.
+        # A daemon: the interpreter does not wait for it at its end, as it does for the threads of a pool.
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-relay-client", daemon=True)
         self._thread.start()
 
@@ -51,9 +51,9 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """Close every connection, and end the thread. A call that still waits raises `Unavailable`."""
+        """Close every connection, and end the thread. Calls that still wait raise `Unavailable`."""
         if os.getpid() != self._pid:
-            return  # what there is to close belongs to the process that made it
+            return  # the connections belong to the process that made them
         with self._closing:
             if self._is_closed:
                 return
@@ -109,13 +109,13 @@ class SyncClient:
         return self._call(lambda: self._client.is_served(queue))
 
     def _call(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """Have the thread do it, and wait for it."""
+        """Run a coroutine on the thread, and wait for its result."""
         future = self._start(work)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
             raise Unavailable("the client is closed") from None
-        except BaseException:  # as of Ctrl-C: nobody waits for it any more
+        except BaseException:  # such as Ctrl-C: nobody waits for the result any more
             future.cancel()
             raise
 
@@ -130,19 +130,19 @@ class SyncClient:
     def _each(self, items: AsyncGenerator[_T]) -> Iterator[_T]:
         nothing = object()
 
-        async def following() -> _T | object:
+        async def next_item() -> _T | object:
             return await anext(items, nothing)
 
-        async def leave() -> None:
+        async def close() -> None:
             await items.aclose()
 
         try:
-            while (item := self._call(following)) is not nothing:
-                yield item  # type: ignore[misc]  # it is no `nothing`
+            while (item := self._call(next_item)) is not nothing:
+                yield item  # type: ignore[misc]  # it is not `nothing`
         finally:
-            # Not waited for: a generator may be collected on any thread, this client's own among them.
+            # Not waited for: a generator may be collected on any thread, also on this client's own.
             with suppress(ClientError):
-                self._start(leave)
+                self._start(close)
 
     async def _aclose(self) -> None:
         try:
