@@ -1,4 +1,4 @@
-"""Redis as a cluster and under Sentinel, of real servers on ports of 127.0.0.1, gone when they are no longer needed."""
+"""Redis as a cluster and under Sentinel: real servers on ports of 127.0.0.1, which end with the test."""
 
 import random
 import socket
@@ -22,30 +22,30 @@ _QUICK = ("--repl-diskless-sync-delay", "0")
 
 @dataclass
 class Node:
-    """A server that was started. `client` asks it directly, once."""
+    """A running server. `client` sends each command to it directly, and only once."""
 
     port: int
     process: "subprocess.Popen[bytes]"
     client: Redis = field(repr=False)
 
-    def ask(self, *command: object) -> Any:  # noqa: ANN401 - whatever the command answers
+    def execute(self, *command: object) -> Any:  # noqa: ANN401 - the reply depends on the command
         """Send a command that redis-py has no method for."""
         return self.client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def owns(self, slot: int) -> bool:
         """Whether this master of a cluster holds a slot."""
-        told = self.ask("CLUSTER SLOTS")
-        return any(first <= slot <= last and master[1] == self.port for first, last, master, *_ in told)
+        slots = self.execute("CLUSTER SLOTS")
+        return any(first <= slot <= last and master[1] == self.port for first, last, master, *_ in slots)
 
     def kill(self) -> None:
-        """As kill -9 does."""
+        """End the server by SIGKILL."""
         self.process.kill()
         self.process.wait()
 
 
 @contextmanager
 def node(binary: Path, folder: Path, *options: str) -> Iterator[Node]:
-    """One server on a free port; its folder is made."""
+    """One server on a free port, with a folder of its own below `folder`."""
     port = _port()
     folder = folder / str(port)
     folder.mkdir()
@@ -78,54 +78,54 @@ def cluster(binary: Path, folder: Path, *, replicas: bool = False) -> Iterator[l
         nodes = [stack.enter_context(node(binary, folder, *options)) for _ in range(6 if replicas else 3)]
         masters = nodes[:3]
         for epoch, (master, first) in enumerate(zip(masters, range(0, _SLOTS, _SLOTS // 3 + 1), strict=True), 1):
-            master.ask("CLUSTER SET-CONFIG-EPOCH", epoch)
-            master.ask("CLUSTER ADDSLOTS", *range(first, min(first + _SLOTS // 3 + 1, _SLOTS)))
+            master.execute("CLUSTER SET-CONFIG-EPOCH", epoch)
+            master.execute("CLUSTER ADDSLOTS", *range(first, min(first + _SLOTS // 3 + 1, _SLOTS)))
         for other in nodes[1:]:
-            other.ask("CLUSTER MEET", "127.0.0.1", nodes[0].port)
+            other.execute("CLUSTER MEET", "127.0.0.1", nodes[0].port)
         until(lambda: all(_knows(it) == len(nodes) for it in nodes))
         for master, replica in zip(masters, nodes[3:], strict=False):
-            name = master.ask("CLUSTER MYID")
-            until(lambda replica=replica, name=name: replica.ask("CLUSTER REPLICATE", name))  # type: ignore[misc]
+            name = master.execute("CLUSTER MYID")
+            until(lambda replica=replica, name=name: replica.execute("CLUSTER REPLICATE", name))  # type: ignore[misc]
         until(lambda: all(_info(it, "cluster_state") == "ok" for it in nodes))
         until(lambda: all(it.client.info("replication")["master_link_status"] == "up" for it in nodes[3:]))
         yield nodes
 
 
 def catch_up(master: Node, replica: Node) -> None:
-    """Wait until the replica has all that the master has by now: on a busy machine it may be far behind."""
+    """Wait until the replica has everything that the master has now. On a busy machine it may be far behind."""
     there = master.client.info("replication")["master_repl_offset"]
     until(lambda: replica.client.info("replication")["slave_repl_offset"] >= there)
 
 
 def fail_over(master: Node, watcher: Node) -> None:
-    """Kill the master and let the sentinel promote its replica; the sentinel is told, so that nobody waits for it."""
+    """Kill the master and order the sentinel to promote its replica, which saves the wait until it notices."""
     master.kill()
-    until(lambda: watcher.ask("SENTINEL FAILOVER", "mymaster"))
+    until(lambda: watcher.execute("SENTINEL FAILOVER", "mymaster"))
 
 
 def fail_over_in_cluster(master: Node, replica: Node) -> None:
-    """Kill a master of a cluster; its replica takes the slots without waiting for the others to see that."""
+    """Kill a master of a cluster. Its replica takes the slots without the votes of the others."""
     master.kill()
-    replica.ask("CLUSTER FAILOVER", "TAKEOVER")
+    replica.execute("CLUSTER FAILOVER", "TAKEOVER")
 
 
 def fail_over_to_an_older_copy(master: Node, copy: Node, watcher: Node) -> None:
-    """Kill the master, and let the sentinel name a server that had stopped being its replica before."""
+    """Kill the master, and make the sentinel name a server that had stopped replicating before."""
     master.kill()
-    watcher.ask("SENTINEL REMOVE", "mymaster")
-    watcher.ask("SENTINEL MONITOR", "mymaster", "127.0.0.1", copy.port, 1)
+    watcher.execute("SENTINEL REMOVE", "mymaster")
+    watcher.execute("SENTINEL MONITOR", "mymaster", "127.0.0.1", copy.port, 1)
 
 
 def move_slot(nodes: list[Node], slot: int) -> None:
-    """Move a slot with its keys from the master that holds it to another, as a resharding does."""
+    """Move a slot with its keys from its master to another, as a resharding does."""
     source = next(it for it in nodes if it.owns(slot))
     target = next(it for it in nodes if it is not source)
-    target.ask("CLUSTER SETSLOT", slot, "IMPORTING", source.ask("CLUSTER MYID"))
-    source.ask("CLUSTER SETSLOT", slot, "MIGRATING", target.ask("CLUSTER MYID"))
-    for key in source.ask("CLUSTER GETKEYSINSLOT", slot, 1000):
-        source.ask("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+    target.execute("CLUSTER SETSLOT", slot, "IMPORTING", source.execute("CLUSTER MYID"))
+    source.execute("CLUSTER SETSLOT", slot, "MIGRATING", target.execute("CLUSTER MYID"))
+    for key in source.execute("CLUSTER GETKEYSINSLOT", slot, 1000):
+        source.execute("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
     for it in (target, source):
-        it.ask("CLUSTER SETSLOT", slot, "NODE", target.ask("CLUSTER MYID"))
+        it.execute("CLUSTER SETSLOT", slot, "NODE", target.execute("CLUSTER MYID"))
 
 
 @contextmanager
@@ -143,12 +143,12 @@ def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
         )
         # The configuration file comes first on the command line.
         watcher = stack.enter_context(_started(binary, conf, "--sentinel", port=_port(), folder=folder))
-        until(lambda: watcher.ask("SENTINEL REPLICAS", "mymaster"))
+        until(lambda: watcher.execute("SENTINEL REPLICAS", "mymaster"))
         yield master, replica, watcher
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds; a server that does not answer yet has not said no."""
+    """Wait until a condition holds. An error of Redis counts as not yet."""
     end = time.monotonic() + _START
     while True:
         try:
@@ -157,12 +157,12 @@ def until(condition: Callable[[], object]) -> None:
         except RedisError:
             if time.monotonic() > end:
                 raise
-        assert time.monotonic() < end, "it takes too long"
+        assert time.monotonic() < end, "the condition did not hold in time"
         time.sleep(0.02)
 
 
 def _port() -> int:
-    """A free port below those that the system gives out, whose cluster bus port (10,000 above) is free too."""
+    """A free port below the ephemeral ones, whose cluster bus port (10,000 above) is free too."""
     while True:
         port = random.randint(11_000, 22_000)  # noqa: S311 - no secret
         with socket.socket() as own, socket.socket() as bus:
@@ -175,7 +175,7 @@ def _port() -> int:
 
 
 def _info(it: Node, name: str) -> str:
-    lines = it.ask("CLUSTER INFO")
+    lines = it.execute("CLUSTER INFO")
     return str(lines[name]) if isinstance(lines, dict) else ""
 
 

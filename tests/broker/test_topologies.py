@@ -76,7 +76,7 @@ async def settled(redis: Redis) -> None:
 def guarded(server: Path, tmp_path: Path) -> Iterator[tuple[str, list[topology.Node]]]:
     """A master, its replica and a sentinel, which is not the first that the URL names."""
     with topology.sentinel(server, tmp_path) as (master, replica, watcher):
-        watcher.ask("SENTINEL MONITOR", "former", "127.0.0.1", replica.port, 1)
+        watcher.execute("SENTINEL MONITOR", "former", "127.0.0.1", replica.port, 1)
         yield f"redis+sentinel://127.0.0.1:1,127.0.0.1:{watcher.port}/mymaster/1", [master, replica, watcher]
 
 
@@ -102,11 +102,11 @@ async def test_sentinels_with_a_password_get_the_urls_or_their_own(
     place: str, guarded: tuple[str, list[topology.Node]]
 ) -> None:
     url, (master, _, watcher) = guarded
-    watcher.ask("ACL SETUSER default resetpass >guard/pw")
+    watcher.execute("ACL SETUSER default resetpass >guard/pw")
     if place == "theirs":
         given = url + "?sentinel_password=guard%2Fpw"
     else:
-        master.ask("ACL SETUSER default resetpass >guard/pw")
+        master.execute("ACL SETUSER default resetpass >guard/pw")
         given = url.replace("://", "://:guard%2Fpw@")
     async with command_client(given) as redis:
         assert await asyncio.gather(*(redis.set("k", "v") for _ in range(20))) == [True] * 20
@@ -120,7 +120,7 @@ async def test_a_refusal_by_sentinels_is_reported(
     password: str, words: str, guarded: tuple[str, list[topology.Node]], simulator: Simulator
 ) -> None:
     url, (_, _, watcher) = guarded
-    watcher.ask("ACL SETUSER default resetpass >guard")
+    watcher.execute("ACL SETUSER default resetpass >guard")
     given = url.replace("://", password) if "@" in password else url + password
     async with command_client(given) as redis:
         with pytest.raises(RedisConnectionError, match=f"^no sentinel names the master 'mymaster': {words} "):
@@ -136,7 +136,7 @@ async def test_the_documented_rights_suffice_under_sentinel(
 ) -> None:
     url, (master, *_) = guarded
     for role in ROLES:
-        master.ask("ACL", "SETUSER", *acl(role), "+role", "+select")  # the URL names database 1
+        master.execute("ACL", "SETUSER", *acl(role), "+role", "+select")  # the URL names database 1
     urls = {role: url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
     await start_worker(simulator, redis_url=urls["worker"])
     async with Client(urls["client"]) as client:
@@ -212,7 +212,7 @@ async def test_entries_lost_in_a_failover_are_written_again_visibly(
                 assert master.client.wait(1, 5000) == 1, "the replica has everything up to the mark"
                 copy.client.replicaof("NO", "ONE")
                 if lost == "all":
-                    copy.ask("SELECT", 1)
+                    copy.execute("SELECT", 1)
                     assert copy.client.delete("chat:tokens:{r}")
             if entry.id == (1, 15):
                 topology.fail_over_to_an_older_copy(master, copy, watcher)
@@ -333,11 +333,11 @@ def users(nodes: list[topology.Node]) -> Iterator[None]:
     for node in nodes:
         for role in ROLES:
             sharded = [f"+{command}" for command in commands_of(role, "cluster")] if has_shards(node) else []
-            node.ask("ACL", "SETUSER", *acl(role), "+cluster|slots", "+command", *sharded)
-        node.ask("ACL", "LOG", "RESET")
+            node.execute("ACL", "SETUSER", *acl(role), "+cluster|slots", "+command", *sharded)
+        node.execute("ACL", "LOG", "RESET")
     yield
     for node in nodes:
-        node.ask("ACL", "DELUSER", *ROLES)
+        node.execute("ACL", "DELUSER", *ROLES)
 
 
 @pytest.mark.usefixtures("users")
@@ -398,7 +398,7 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
 
     async def has_feed() -> bool:
         if has_shards(node):
-            return bool(node.ask("PUBSUB SHARDNUMSUB", channel) == [(channel.encode(), 1)])
+            return bool(node.execute("PUBSUB SHARDNUMSUB", channel) == [(channel.encode(), 1)])
         return "cmdstat_xread" in node.client.info("commandstats")
 
     entries = []
@@ -414,10 +414,10 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
 def without_command_info(nodes: list[topology.Node], cluster_url: str) -> Iterator[str]:
     """The URL of a user who may not run COMMAND INFO, so that Redis looks older than 7 to that user."""
     for node in nodes:
-        node.ask("ACL", "SETUSER", "older", "on", ">pw", "~*", "&*", "+@all", "-command")
+        node.execute("ACL", "SETUSER", "older", "on", ">pw", "~*", "&*", "+@all", "-command")
     yield cluster_url.replace("://", "://older:pw@")
     for node in nodes:
-        node.ask("ACL", "DELUSER", "older")
+        node.execute("ACL", "DELUSER", "older")
 
 
 async def test_a_publisher_that_takes_the_cluster_for_an_older_one_can_be_followed(
@@ -579,13 +579,13 @@ async def test_a_transaction_over_several_slots_is_all_or_nothing_in_each(
     connections = NodeConnections(master, by_slot=True)
     await connections.connect()
     moving = slot_of(keys[0])
-    nodes[0].ask("CLUSTER SETSLOT", moving, "MIGRATING", nodes[1].ask("CLUSTER MYID"))
+    nodes[0].execute("CLUSTER SETSLOT", moving, "MIGRATING", nodes[1].execute("CLUSTER MYID"))
     try:
         executed: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         connections.execute(commands, executed.set_result)
         refusal = await executed
     finally:
-        nodes[0].ask("CLUSTER SETSLOT", moving, "STABLE")
+        nodes[0].execute("CLUSTER SETSLOT", moving, "STABLE")
     assert isinstance(refusal, RedisError)
     assert is_transient(refusal)
     assert await asyncio.gather(*(redis.xlen(key) for key in keys)) == [0] + [4] * (len(keys) - 1)

@@ -1,4 +1,4 @@
-"""What the simulated vLLM gives to whoever goes on with an answer begun elsewhere, against what a real one gave."""
+"""The simulated vLLM continues an answer that another server began, as a real one did in recorded answers."""
 
 import hashlib
 from collections.abc import AsyncIterator, Sequence
@@ -45,13 +45,13 @@ def prompt_of(question: str) -> list[int]:
 
 
 def chat(question: str, ids: Sequence[int] = (), **fields: Any) -> Event:  # noqa: ANN401, JSON
-    """A streamed chat, gone on with from these ids of the answer."""
+    """A streamed chat that continues after these token ids of the answer."""
     begun = {"kv_transfer_params": {"prompt_token_ids": [*prompt_of(question), *ids]}} if ids else {}
     return {"messages": said(question), "stream": True, "return_token_ids": True, **begun, **fields}
 
 
 def text(question: str, ids: list[int], **fields: object) -> Event:
-    """The same as a text completion."""
+    """A text completion that continues after these token ids of the answer."""
     limit = {"max_tokens": 1000}
     return {"prompt": prompt_of(question) + ids, "stream": True, "return_token_ids": True, **limit, **fields}
 
@@ -67,7 +67,7 @@ def choices(body: bytes) -> list[Event]:
 
 
 def part(choice: Event, field: str = "content") -> str:
-    """What a choice of either route says, whole or streamed."""
+    """The text of a choice of either route, complete or streamed."""
     message = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
     return message.get(field) or ""
 
@@ -85,7 +85,7 @@ def finishes(body: bytes) -> list[tuple[str, str | None]]:
 
 
 def shape(value: object) -> object:
-    """The keys at every level in their order, and the types of what they hold."""
+    """The keys at every level in their order, and the types of their values."""
     if isinstance(value, dict):
         return tuple((key, shape(inner)) for key, inner in value.items())
     return type(value).__name__
@@ -104,14 +104,14 @@ async def post(client: httpx.AsyncClient, path: str, request: Event) -> bytes:
 
 
 def here(recorded: Event) -> Event:
-    """A recorded request, with the token ids that its text has here."""
+    """A recorded request, with the simulator's token ids of its text."""
     request: Event = recorded["request"]
     ids = prompt_of(recorded["question"]) + encode(recorded["kept"])
     return request | ({"prompt": ids} if "prompt" in request else {"kv_transfer_params": {"prompt_token_ids": ids}})
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-async def test_going_on_looks_and_reads_as_recorded(client: httpx.AsyncClient, name: str) -> None:
+async def test_a_continuation_has_the_recorded_shape_and_text(client: httpx.AsyncClient, name: str) -> None:
     recorded = RECORDED[name]
     request = here(recorded)
     body = await post(client, recorded["path"], request)
@@ -130,7 +130,7 @@ async def test_going_on_looks_and_reads_as_recorded(client: httpx.AsyncClient, n
 
 
 @pytest.mark.parametrize("name", ERRORS)
-async def test_an_error_is_as_recorded_to_the_byte(client: httpx.AsyncClient, name: str) -> None:
+async def test_an_error_equals_the_recorded_bytes(client: httpx.AsyncClient, name: str) -> None:
     recorded = RECORDED[name]
     response = await client.post(recorded["path"], json=recorded["request"])
     assert response.text == recorded["body"]
@@ -138,7 +138,7 @@ async def test_an_error_is_as_recorded_to_the_byte(client: httpx.AsyncClient, na
 
 
 @pytest.mark.parametrize("name", ["tokenize", "tokenize_strings", "tokenize_prompt", "detokenize"])
-async def test_token_ids_are_told_as_recorded(client: httpx.AsyncClient, name: str) -> None:
+async def test_token_ids_are_sent_as_recorded(client: httpx.AsyncClient, name: str) -> None:
     recorded = RECORDED[name]
     request = recorded["request"] | ({"tokens": encode(answer_to(said("Send emoji")))} if name == "detokenize" else {})
     answer = (await client.post(recorded["path"], json=request)).json()
@@ -175,7 +175,7 @@ async def test_detokenize_shows_a_character_cut_in_two(client: httpx.AsyncClient
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-async def test_the_chat_goes_on_exactly_at_every_token_with_text(client: httpx.AsyncClient, question: str) -> None:
+async def test_a_chat_continues_exactly_at_every_token_with_text(client: httpx.AsyncClient, question: str) -> None:
     whole = await post(client, CHAT, chat(question))
     ids, content, reasoning = [], "", ""
     for choice in choices(whole)[1:-1]:
@@ -193,7 +193,7 @@ async def test_the_chat_goes_on_exactly_at_every_token_with_text(client: httpx.A
 
 
 @pytest.mark.parametrize("question", ["你是谁?", "Send emoji", "Think first"])
-async def test_a_text_completion_goes_on_exactly_at_every_character(client: httpx.AsyncClient, question: str) -> None:
+async def test_a_text_completion_continues_exactly_at_every_character(client: httpx.AsyncClient, question: str) -> None:
     whole = await post(client, TEXT, text(question, []))
     assert joined(whole) == answer_to(said(question))
     ids = ids_of(whole)
@@ -214,26 +214,26 @@ async def test_a_cut_through_a_character_leaks_the_prompt(client: httpx.AsyncCli
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_a_stop_string_is_not_seen_across_the_seam(client: httpx.AsyncClient, path: str) -> None:
+async def test_a_stop_string_across_the_cut_is_not_found(client: httpx.AsyncClient, path: str) -> None:
     ids = encode("I am LLaMA, an AI")
     request = chat("Who are you?", ids) if path == CHAT else text("Who are you?", ids)
     rest = await post(client, path, request | {"stop": ["AI assistant"]})
     assert joined(rest) == answer_to(said("Who are you?")).removeprefix("I am LLaMA, an AI")
 
 
-async def test_an_answer_that_was_whole_only_ends(client: httpx.AsyncClient) -> None:
+async def test_a_complete_answer_only_ends(client: httpx.AsyncClient) -> None:
     ids = encode(answer_to(said("Who are you?")))
     for kept in (ids, [*ids, END]):
         rest = await post(client, CHAT, chat("Who are you?", kept))
         assert (joined(rest), ids_of(rest), finishes(rest)) == ("", [END], [("stop", None)])
 
 
-async def test_ids_that_are_no_answer_to_the_question_change_its_prompt_alone(client: httpx.AsyncClient) -> None:
+async def test_ids_that_do_not_answer_the_question_change_only_its_prompt(client: httpx.AsyncClient) -> None:
     body = await post(client, CHAT, chat("Who are you?", encode("It was a dark night")))
     assert joined(body) == answer_to(said("Who are you?"))
 
 
-async def test_usage_counts_what_was_given_as_prompt(client: httpx.AsyncClient) -> None:
+async def test_usage_counts_given_ids_as_prompt(client: httpx.AsyncClient) -> None:
     ids = encode("I am LLaMA")
     for path, request in ((CHAT, chat("Who are you?", ids)), (TEXT, text("Who are you?", ids))):
         body = await post(client, path, request | {"stream_options": {"include_usage": True}})
@@ -243,7 +243,7 @@ async def test_usage_counts_what_was_given_as_prompt(client: httpx.AsyncClient) 
 
 
 @pytest.mark.parametrize("kept", [0, 3, 30, 45])
-async def test_no_end_before_the_least_tokens(client: httpx.AsyncClient, kept: int) -> None:
+async def test_no_answer_ends_before_min_tokens(client: httpx.AsyncClient, kept: int) -> None:
     whole = await post(client, CHAT, chat("Who are you?", min_tokens=50))
     assert len(ids_of(whole)) == 51
     assert joined(whole).startswith(answer_to(said("Who are you?")) + " ")
@@ -251,29 +251,29 @@ async def test_no_end_before_the_least_tokens(client: httpx.AsyncClient, kept: i
     assert ids_of(rest) == ids_of(whole)[kept:]
 
 
-async def test_no_stop_string_before_the_least_tokens(client: httpx.AsyncClient) -> None:
+async def test_no_stop_string_ends_an_answer_before_min_tokens(client: httpx.AsyncClient) -> None:
     body = await post(client, CHAT, chat("Who are you?", min_tokens=8, stop=["am", "to"]))
     assert finishes(body) == [("stop", "to")]
 
 
-async def test_a_completion_says_sixteen_tokens_if_not_asked_for_more(client: httpx.AsyncClient) -> None:
+async def test_a_text_completion_has_sixteen_tokens_by_default(client: httpx.AsyncClient) -> None:
     request = text("Tell me a story", [])
     del request["max_tokens"]
     body = await post(client, TEXT, request)
     assert (len(ids_of(body)), finishes(body)) == (16, [("length", None)])
 
 
-async def test_a_prompt_may_be_text(client: httpx.AsyncClient) -> None:
+async def test_a_prompt_can_be_text(client: httpx.AsyncClient) -> None:
     body = await post(client, TEXT, {"prompt": "Who are you?", "stream": True, "max_tokens": 100})
     assert joined(body) == answer_to(said("Who are you?"))
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"logprobs": 1}, {"prompt": [[1, 2], [3]]}, {"prompt": ["a", "b"]}])
-async def test_what_is_not_simulated_is_refused(client: httpx.AsyncClient, fields: Event) -> None:
+async def test_fields_that_are_not_simulated_are_refused(client: httpx.AsyncClient, fields: Event) -> None:
     assert (await client.post(TEXT, json=text("Who are you?", []) | fields)).status_code == 400
 
 
-async def test_prefill_refuses_only_to_go_on(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_prefill_refuses_only_continuations(simulator: Simulator, client: httpx.AsyncClient) -> None:
     scenario: Event = {"simulate": {"fault": "prefill"}}
     assert joined(await post(client, CHAT, chat("Who are you?", **scenario))) == answer_to(said("Who are you?"))
     refused = await client.post(CHAT, json=chat("Who are you?", encode("I am"), **scenario))
@@ -285,14 +285,14 @@ async def test_prefill_refuses_only_to_go_on(simulator: Simulator, client: httpx
     assert [served.fault for served in simulator.served] == [None, *["prefill"] * 3]
 
 
-async def test_a_stream_may_break_and_going_on_then_be_refused(client: httpx.AsyncClient) -> None:
+async def test_a_scenario_breaks_a_stream_and_then_refuses_its_continuation(client: httpx.AsyncClient) -> None:
     scenario: Event = {"simulate": {"fault": "abort", "after": 3, "times": 1, "then": "prefill"}}
     assert finishes(await post(client, CHAT, chat("Who are you?", **scenario))) == [("abort", None)]
     assert (await client.post(CHAT, json=chat("Who are you?", encode("I am"), **scenario))).status_code == 400
     assert finishes(await post(client, CHAT, chat("Who are you?", **scenario))) == [("stop", None)]
 
 
-async def test_a_server_may_ignore_the_ids_and_lack_routes() -> None:
+async def test_a_server_can_ignore_the_ids_and_lack_routes() -> None:
     options = Options(
         ignores=frozenset({"kv_transfer_params"}), lacks=frozenset({"/tokenize", "/detokenize", TEXT, "/health"})
     )
@@ -306,7 +306,7 @@ async def test_a_server_may_ignore_the_ids_and_lack_routes() -> None:
         assert len(simulator.served) == 1
 
 
-async def test_the_record_says_from_where_an_answer_went_on(tmp_path: Path) -> None:
+async def test_the_record_holds_where_a_continuation_began(tmp_path: Path) -> None:
     path = tmp_path / "served.jsonl"
     ids = encode("I am LLaMA")
     async with Simulator(Options(record=path)) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:

@@ -1,4 +1,4 @@
-"""The simulated vLLM against what a real vLLM 0.32.0 sent, and each of its faults and quirks on the wire."""
+"""The simulated vLLM compared with the answers of a real vLLM 0.32.0, and the bytes of each fault and quirk."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -57,11 +57,11 @@ def choices(body: bytes) -> list[Event]:
 
 
 def texts(body: bytes, field: str = "content") -> dict[int, str]:
-    """What each choice says in this field of its deltas."""
-    said: dict[int, str] = {}
+    """The text of each choice in this field of its deltas."""
+    joined: dict[int, str] = {}
     for choice in choices(body):
-        said[choice["index"]] = said.get(choice["index"], "") + ((choice.get("delta") or {}).get(field) or "")
-    return said
+        joined[choice["index"]] = joined.get(choice["index"], "") + ((choice.get("delta") or {}).get(field) or "")
+    return joined
 
 
 def arguments(body: bytes) -> str:
@@ -74,7 +74,7 @@ def finishes(body: bytes) -> list[tuple[str, str | None]]:
 
 
 def shape(value: object) -> object:
-    """The keys at every level in their order, and the types of what they hold."""
+    """The keys at every level in their order, and the types of their values."""
     if isinstance(value, dict):
         return tuple((key, shape(inner)) for key, inner in value.items())
     if isinstance(value, list):
@@ -88,7 +88,7 @@ def shapes(body: bytes) -> list[object]:
 
 
 def agree(recorded: str, simulated: str, *, whole: bool) -> bool:
-    """Texts are equal, or, where a limit in tokens cut them, one begins with the other."""
+    """Whether texts are equal or, where a token limit cut them, one begins with the other."""
     return recorded == simulated or (not whole and (recorded.startswith(simulated) or simulated.startswith(recorded)))
 
 
@@ -121,7 +121,7 @@ def recorded_request(name: str) -> Event:
 
 
 @pytest.mark.parametrize("name", STREAMS)
-async def test_a_stream_looks_and_reads_as_recorded(client: httpx.AsyncClient, name: str) -> None:
+async def test_a_stream_has_the_recorded_shape_and_text(client: httpx.AsyncClient, name: str) -> None:
     recorded = (TRANSCRIPTS / f"{name}.body").read_bytes()
     request = recorded_request(name)
     died = name == "engine_death_mid_stream"
@@ -146,7 +146,7 @@ async def test_a_stream_looks_and_reads_as_recorded(client: httpx.AsyncClient, n
 
 
 @pytest.mark.parametrize("name", ["n2", "length"])
-async def test_usage_is_as_recorded_where_a_limit_settles_it(client: httpx.AsyncClient, name: str) -> None:
+async def test_usage_is_as_recorded_where_a_limit_ends_the_answer(client: httpx.AsyncClient, name: str) -> None:
     usage_asked = {"stream_options": {"include_usage": True}}
     body = await post(client, recorded_request(name) | usage_asked)
     usage = chunks(body)[-1]["usage"]
@@ -155,7 +155,7 @@ async def test_usage_is_as_recorded_where_a_limit_settles_it(client: httpx.Async
 
 
 @pytest.mark.parametrize("name", ERRORS)
-async def test_an_error_is_as_recorded_to_the_byte(name: str) -> None:
+async def test_an_error_equals_the_recorded_bytes(name: str) -> None:
     options = Options(
         api_key="secret" if name == "error_401_auth" else None,
         scenario=Scenario(fault="500" if name == "error_500_engine_dead" else None),
@@ -212,7 +212,7 @@ async def test_models_health_and_unknown_paths(client: httpx.AsyncClient) -> Non
     assert (wrong.status_code, wrong.json()) == (405, {"detail": "Method Not Allowed"})
 
 
-async def test_the_key_opens_v1_and_health_needs_none() -> None:
+async def test_v1_requires_the_key_and_health_does_not() -> None:
     async with Simulator(Options(api_key="secret")) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/v1/models")).status_code == 401
@@ -221,7 +221,7 @@ async def test_the_key_opens_v1_and_health_needs_none() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"n": 2, "temperature": 1}, {"max_tokens": 4}, {"stop": ["the"]}])
 @pytest.mark.parametrize("question", ["Who are you?", "Think first", "Weather in Paris", "Anything else"])
-async def test_an_answer_without_streaming_says_the_same(
+async def test_an_answer_without_streaming_has_the_same_text(
     client: httpx.AsyncClient, question: str, fields: Event
 ) -> None:
     request = asking([{"role": "user", "content": question}], tools=[{}], return_token_ids=True, logprobs=True) | fields
@@ -249,18 +249,18 @@ async def test_an_unknown_question_gets_a_text_that_a_test_can_compute(client: h
     assert 20 < len(answer_to(OTHER).split()) < 60
 
 
-async def test_as_many_tokens_as_ordered(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_a_scenario_sets_the_number_of_tokens(simulator: Simulator, client: httpx.AsyncClient) -> None:
     body = await post(client, asking(OTHER, simulate={"tokens": 100}, stream_options={"include_usage": True}))
     assert texts(body) == {0: answer_to(OTHER, tokens=100)}
     assert chunks(body)[-1]["usage"]["completion_tokens"] == simulator.served[-1].tokens == 101
 
 
-def test_tokens_give_their_text_back() -> None:
+def test_tokens_decode_to_their_text() -> None:
     text = "Ünknown <think> words, 🙂 世界 \x00\r\n\u2028 HTTP/2 " + pseudo_text("seed", 50)
     assert b"".join(VOCABULARY[number] for number in encode(text)) == text.encode()
 
 
-async def test_the_text_may_be_ordered_and_its_first_bytes_carry_none(client: httpx.AsyncClient) -> None:
+async def test_a_scenario_sets_the_text_and_an_incomplete_character_has_none(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(return_token_ids=True, simulate={"text": "a\u2028🙂"}))
     deltas = [choice["delta"] for choice in choices(body)]
     said = [{"content": "a"}, {}, {}, {"content": "\u2028"}, {}, {}, {}, {"content": "🙂"}, {}]
@@ -268,12 +268,12 @@ async def test_the_text_may_be_ordered_and_its_first_bytes_carry_none(client: ht
     assert [len(choice["token_ids"]) for choice in choices(body)[1:]] == [1] * len(said)
 
 
-async def test_steps_without_text_are_not_sent_unless_ids_are_asked_for(client: httpx.AsyncClient) -> None:
+async def test_steps_without_text_are_sent_only_with_token_ids(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(simulate={"text": "🙂"}))
     assert [choice["delta"] for choice in choices(body)[1:]] == [{"content": "🙂"}, {}]
 
 
-async def test_ignoring_the_end_goes_on_to_the_limit(client: httpx.AsyncClient) -> None:
+async def test_ignore_eos_generates_up_to_the_limit(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(ignore_eos=True, max_tokens=30, return_token_ids=True))
     assert texts(body) == {0: answer_to(WHO)}
     assert finishes(body) == [("length", None)]
@@ -287,13 +287,13 @@ async def test_a_stop_string_ends_the_text(client: httpx.AsyncClient, include: b
     assert finishes(body) == [("stop", "LLaMA")]
 
 
-async def test_text_held_back_for_a_stop_string_comes_with_the_end(client: httpx.AsyncClient) -> None:
+async def test_text_withheld_for_a_stop_string_comes_with_the_end(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(stop=["never said at all"]))
     assert texts(body) == {0: answer_to(WHO)}
     assert choices(body)[-1]["delta"] == {"content": answer_to(WHO)[-16:]}
 
 
-async def test_an_answer_goes_on_after_the_token_ids_given(client: httpx.AsyncClient) -> None:
+async def test_an_answer_continues_after_given_token_ids(client: httpx.AsyncClient) -> None:
     whole = await post(client, asking(EMOJI, return_token_ids=True))
     prompt: list[int] = chunks(whole)[0]["prompt_token_ids"]
     ids = [number for choice in choices(whole) for number in choice.get("token_ids", [])]
@@ -326,14 +326,16 @@ async def test_hang_never_answers(simulator: Simulator, client: httpx.AsyncClien
     await until(lambda: simulator.served[-1].closed_early)
 
 
-async def test_stall_sends_so_many_deltas_and_then_nothing(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_stall_sends_the_given_number_of_deltas_and_then_nothing(
+    simulator: Simulator, client: httpx.AsyncClient
+) -> None:
     body, error = await read_until_broken(client, asking(simulate={"fault": "stall", "after": 3}), patience=0.2)
     assert isinstance(error, httpx.ReadTimeout)
     assert texts(body) == {0: "I am LLaMA"}
     await until(lambda: simulator.served[-1].closed_early)
 
 
-async def test_freeze_goes_on_with_comments_alone() -> None:
+async def test_freeze_sends_only_comments() -> None:
     async with Simulator(Options(keep_alive=0.001)) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         body = b""
         async with client.stream("POST", PATH, json=asking(simulate={"fault": "freeze", "after": 3})) as response:
@@ -345,7 +347,7 @@ async def test_freeze_goes_on_with_comments_alone() -> None:
         assert b"data:" not in body.partition(b": keep-alive")[2]
 
 
-async def test_cut_ends_the_body_cleanly_too_early(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_cut_ends_the_body_early_and_cleanly(simulator: Simulator, client: httpx.AsyncClient) -> None:
     body = await post(client, asking(simulate={"fault": "cut", "after": 3}))
     assert (texts(body), finishes(body)) == ({0: "I am LLaMA"}, [])
     assert b"[DONE]" not in body
@@ -363,14 +365,14 @@ async def test_reset_breaks_the_connection(simulator: Simulator) -> None:
     assert (simulator.served[-1].fault, simulator.served[-1].chunks) == ("reset", 3)
 
 
-async def test_no_done_is_all_that_lacks(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_no_done_leaves_out_only_the_done_event(simulator: Simulator, client: httpx.AsyncClient) -> None:
     body = await post(client, asking(simulate={"fault": "no_done"}))
     assert (texts(body), finishes(body)) == ({0: answer_to(WHO)}, [("stop", None)])
     assert b"[DONE]" not in body
     assert simulator.served[-1].finished
 
 
-async def test_malformed_is_one_chunk_that_is_not_json(client: httpx.AsyncClient) -> None:
+async def test_malformed_sends_one_chunk_that_is_not_json(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(simulate={"fault": "malformed", "after": 3}))
     lines = payloads(body)
     with pytest.raises(msgspec.DecodeError):
@@ -384,7 +386,7 @@ async def test_abort_ends_every_choice_with_that_reason(client: httpx.AsyncClien
     assert payloads(body)[-1] == "[DONE]"
 
 
-async def test_html_and_json_come_in_place_of_a_stream(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_html_and_json_replace_the_stream(simulator: Simulator, client: httpx.AsyncClient) -> None:
     page = await client.post(PATH, json=asking(simulate={"fault": "html"}))
     assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert page.text.startswith("<!DOCTYPE html>")
@@ -394,14 +396,14 @@ async def test_html_and_json_come_in_place_of_a_stream(simulator: Simulator, cli
     assert [served.fault for served in simulator.served] == ["html", "json"]
 
 
-async def test_a_fault_may_be_for_the_first_tries_of_a_prompt_alone(client: httpx.AsyncClient) -> None:
+async def test_a_fault_can_be_limited_to_the_first_tries_of_a_prompt(client: httpx.AsyncClient) -> None:
     scenario = {"fault": "503", "times": 2}
     statuses = [(await client.post(PATH, json=asking(WHO, simulate=scenario))).status_code for _ in range(3)]
     assert statuses == [503, 503, 200]
     assert (await client.post(PATH, json=asking(OTHER, simulate=scenario))).status_code == 503
 
 
-async def test_a_request_overrides_the_orders_of_the_server() -> None:
+async def test_a_request_overrides_the_scenario_of_the_server() -> None:
     options = Options(scenario=Scenario(fault="503", shape="crlf"))
     async with Simulator(options) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         assert (await client.post(PATH, json=asking())).status_code == 503
@@ -428,7 +430,7 @@ async def test_a_request_overrides_the_orders_of_the_server() -> None:
         ("finish_text", lambda body: choices(body)[-1]["delta"] == {"content": "."} and len(finishes(body)) == 1),
     ],
 )
-async def test_a_quirk_changes_the_wire_and_not_the_text(
+async def test_a_quirk_changes_the_bytes_and_not_the_text(
     client: httpx.AsyncClient, quirk: str, seen: Callable[[bytes], bool]
 ) -> None:
     body = await post(client, asking(simulate={"shape": quirk}))
@@ -437,13 +439,13 @@ async def test_a_quirk_changes_the_wire_and_not_the_text(
     assert payloads(body)[-1] == "[DONE]"
 
 
-async def test_quirks_may_come_together(client: httpx.AsyncClient) -> None:
+async def test_quirks_can_be_combined(client: httpx.AsyncClient) -> None:
     quirks = ["crlf", "no_space", "multiline", "bom", "comments", "sloppy"]
     body = await post(client, asking(EMOJI, simulate={"shape": quirks}))
     assert texts(body) == {0: answer_to(EMOJI)}
 
 
-async def test_reasoning_has_the_name_of_older_servers_if_ordered(client: httpx.AsyncClient) -> None:
+async def test_a_scenario_gives_reasoning_the_name_of_older_servers(client: httpx.AsyncClient) -> None:
     body = await post(
         client, asking([{"role": "user", "content": "Think first"}], simulate={"shape": "reasoning_content"})
     )
@@ -461,7 +463,7 @@ async def test_a_foreign_server_names_the_field_it_rejects(style: Any, where: st
         assert texts(await post(client, asking())) == {0: answer_to(WHO)}
 
 
-async def test_a_foreign_server_may_ignore_fields() -> None:
+async def test_a_foreign_server_can_ignore_fields() -> None:
     options = Options(ignores=frozenset({"return_token_ids", "stream_options", "kv_transfer_params"}))
     async with Simulator(options) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         fields = {"stream_options": {"include_usage": True}, "kv_transfer_params": {"prompt_token_ids": [1, 2]}}
@@ -491,7 +493,7 @@ async def test_each_event_is_one_http_chunk_and_the_connection_is_kept(simulator
     assert [served.finished for served in simulator.served] == [True, True]
 
 
-async def test_tokens_come_no_faster_than_ordered(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_tokens_come_no_faster_than_the_rate(simulator: Simulator, client: httpx.AsyncClient) -> None:
     await post(client, asking(OTHER, simulate={"tokens": 10, "rate": 100, "first_token": 0.05}))
     served = simulator.served[-1]
     assert served.first_chunk is not None
@@ -500,7 +502,7 @@ async def test_tokens_come_no_faster_than_ordered(simulator: Simulator, client: 
     assert served.ended - served.first_chunk >= 0.09
 
 
-async def test_a_close_by_the_client_is_noticed_and_recorded(simulator: Simulator, client: httpx.AsyncClient) -> None:
+async def test_a_close_by_the_client_is_recorded(simulator: Simulator, client: httpx.AsyncClient) -> None:
     async with client.stream("POST", PATH, json=asking(OTHER, simulate={"tokens": 4000, "rate": 50})) as response:
         async for _ in response.aiter_raw():
             break
@@ -511,7 +513,7 @@ async def test_a_close_by_the_client_is_noticed_and_recorded(simulator: Simulato
     assert served.chunks < 200
 
 
-async def test_the_record_says_what_was_sent(tmp_path: Path) -> None:
+async def test_the_record_holds_what_was_sent(tmp_path: Path) -> None:
     path = tmp_path / "served.jsonl"
     request = asking(OTHER, n=2)
     async with Simulator(Options(record=path)) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
@@ -531,7 +533,7 @@ async def test_the_record_says_what_was_sent(tmp_path: Path) -> None:
     assert (begun.order, begun.ended, begun.texts, begun.prompt) == (1, None, [], first.prompt)
 
 
-async def test_hundreds_of_paced_streams_go_at_once(simulator: Simulator) -> None:
+async def test_hundreds_of_paced_streams_run_at_once(simulator: Simulator) -> None:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=simulator.url, timeout=30, limits=limits) as client:
         asked = [asking([{"role": "user", "content": f"{number}"}]) for number in range(200)]
