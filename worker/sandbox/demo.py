@@ -6,6 +6,7 @@ is given. All keys have a prefix of their own, and are deleted at the end.
 
 import asyncio
 import secrets
+import shlex
 import shutil
 import sys
 import time
@@ -22,7 +23,7 @@ from redis.exceptions import RedisError
 from ..client.async_client import Client
 from ..client.errors import Unavailable
 from ..contract.answer import Answer
-from ..contract.entries import Claimed, Entry, Idle, Object, Restarted, Resumed
+from ..contract.entries import Claimed, Delta, Entry, Idle, Object, Restarted, Resumed
 from ..settings import load_settings, shown_url
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
@@ -59,7 +60,7 @@ class DemoFollower:
     workers: DemoWorkers
     report: Report
     first_text: asyncio.Event
-    """Shared by all followers: set once one of them has text."""
+    """Shared by all followers: set once one of them has a token."""
     prints: bool = True
     entries: list[Entry] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
@@ -76,7 +77,7 @@ class DemoFollower:
             before = 0 if isinstance(entry, Restarted) else len(self.answer.text)
             self.answer.add(entry)
             self._pending += self.answer.text[before:]
-            if self._pending:
+            if isinstance(entry, Delta):
                 self.first_text.set()
             if len(self.entries) > _LATE_AFTER or self.answer.end:
                 self.is_underway.set()
@@ -168,6 +169,8 @@ class _Demo:
         self._simulated = simulated
         self._followers: list[DemoFollower] = []
         self._first_text = asyncio.Event()
+        self._disturbed: DemoFollower | None = None
+        """A follower of the answer whose worker was killed."""
 
     async def run(self) -> None:
         async with Client(self._redis_url, prefix=self._prefix) as client, asyncio.TaskGroup() as group:
@@ -198,7 +201,8 @@ class _Demo:
         self._report(text, {"late": late.name, "id": late.request_id})
         self._followers.insert(2, late)
         await asyncio.wait([*readers, group.create_task(late.follow(client))])
-        if kill.cancel():
+        kill.cancel()
+        if self._disturbed is None:
             line = f"no worker is killed: all answers ended within {_KILL_AFTER:g} s of their first text"
             self._report(line, {"killed": None})
 
@@ -212,8 +216,11 @@ class _Demo:
         await self._first_text.wait()
         await asyncio.sleep(_KILL_AFTER)
         running = [it for it in self._followers if it.answer.started and not it.answer.end]
-        longest = max(running, key=lambda it: len(it.entries))
-        worker = longest.answer.started.worker if longest.answer.started else ""
+        longest = max(running, key=lambda it: len(it.entries), default=None)
+        if longest is None or longest.answer.started is None:
+            return
+        self._disturbed = longest
+        worker = longest.answer.started.worker
         self._workers.kill(worker)
         line = f"{self._workers.name_of(worker)} runs the longest answer, and is killed (SIGKILL)"
         self._report(click.style(line, fg="red", bold=True), {"killed": worker, "id": longest.request_id})
@@ -245,23 +252,24 @@ class _Demo:
         self._report(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
 
     async def _compare_with_undisturbed(self, client: Client) -> None:
-        """Ask for the story again, which nothing disturbs this time, and compare the texts."""
-        story = self._followers[0].answer.text
-        request = self._request(STORY)
+        """Ask the same again, which nothing disturbs this time, and compare the texts."""
+        disturbed = self._disturbed or self._followers[0]
+        text = disturbed.answer.text
+        request = self._request(disturbed.question)
         if self._simulated:
             request["simulate"] = {"rate": 0, "first_token": 0}  # the same tokens, without the pauses
         again = Answer([entry async for entry in client.follow(await client.enqueue(request))])
         if again.outcome != "done":
             raise DemoFailed(f"the undisturbed run failed: {again.error or 'no end'}")
-        equal = again.text == story
-        data: Object = {"equals_undisturbed": equal, "characters": len(story)}
+        equal = again.text == text
+        data: Object = {"equals_undisturbed": equal, "characters": len(text)}
         if equal:
-            line = f"the text equals that of an undisturbed run, all {len(story)} characters of it"
+            line = f"the text equals that of an undisturbed run, all {len(text)} characters of it"
             self._report(click.style(line, fg="green", bold=True), data)
         elif self._simulated:
             raise DemoFailed("the text differs from that of an undisturbed run")
         else:
-            at = next((at for at, (one, other) in enumerate(zip(story, again.text)) if one != other), "its end")  # noqa: B905 - one may be longer
+            at = next((at for at, (one, other) in enumerate(zip(text, again.text)) if one != other), "its end")  # noqa: B905 - one may be longer
             line = (
                 f"the text differs from that of an undisturbed run at character {at}: "
                 "a real vLLM's answers to one request may differ from run to run, at temperature 0 too"
@@ -306,11 +314,12 @@ async def _delete_keys(redis_url: str, prefix: str) -> None:
 
 def _report_commands(report: Report) -> None:
     """Three commands to try next, spelt so that they work where the demo was started."""
-    program = sys.argv[0]
-    if Path(program).name == "__main__.py":
-        program = f"{sys.executable} -m {__name__.partition('.')[0]}"
-    elif (found := shutil.which(Path(program).name)) and Path(found).resolve() == Path(program).resolve():
-        program = Path(program).name
+    path = Path(sys.argv[0])
+    program = shlex.quote(sys.argv[0])
+    if path.name == "__main__.py":
+        program = f"{shlex.quote(sys.executable)} -m {__name__.partition('.')[0]}"
+    elif (found := shutil.which(path.name)) and Path(found).resolve() == path.resolve():
+        program = path.name
     commands = {
         f"{program} simulate --port 8000": "a simulated vLLM, until Ctrl-C; --help lists its faults",
         f"{program} demo --vllm-url http://127.0.0.1:8000": "in another terminal: the demo on it, or on your own vLLM",
