@@ -44,7 +44,7 @@ async def listening(url: str, recorder: Recorder) -> AsyncIterator[None]:
         listener = CancelListener(redis, "chat:cancel", recorder, recorder, ask_again=0.02)
         running = asyncio.create_task(listener.run())
         yield
-        listener.leave()
+        listener.stop()
         await running
 
 

@@ -40,21 +40,21 @@ class CancelListener:
         self._channel = channel
         self._publisher = publisher
         self._telemetry = telemetry
-        self._leaving = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._refusal = ""
         """The error with which Redis refused the subscription, if it did."""
 
     async def run(self) -> None:
-        """Listen until `leave` is called."""
+        """Listen until `stop` is called."""
         self._subscriptions.subscribe(self._channel, self)
         try:
-            await self._leaving.wait()
+            await self._stopping.wait()
         finally:
             await self._subscriptions.aclose()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """End `run`."""
-        self._leaving.set()
+        self._stopping.set()
 
     def on_message(self, payload: bytes) -> None:
         """See `Listener`, also below. The payload is the id of a request that was sealed."""

@@ -262,7 +262,7 @@ class Worker:
             finally:  # also when a part has failed: redis-py may lose the cancellation of the others
                 intake.stop()
                 maintenance.stop()
-                self._cancels.leave()
+                self._cancels.stop()
                 self._publisher.stop()
                 watching.cancel()
             await asyncio.wait(parts, timeout=max(0, deadline - time.monotonic()))
