@@ -87,7 +87,7 @@ async def test_show_prints_a_whole_letter(redis_url: str, bury: Bury) -> None:
     assert "1-1: there is no such letter: worker dead list shows which there are" in missing.stderr
     wrong = await worker(redis_url, "dead", "show", "r1")
     assert wrong.exit_code == 2
-    assert "'r1' is no id of a dead letter" in wrong.stderr
+    assert "'r1' is not the id of a dead letter" in wrong.stderr
 
 
 async def test_a_retry_is_another_request_and_the_two_name_each_other(

@@ -30,7 +30,7 @@ def _check_letter_id(_ctx: click.Context, _parameter: click.Parameter, value: st
     try:
         return EntryId.parse(value)
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no id of a dead letter: worker dead list shows them") from None
+        raise click.BadParameter(f"{value!r} is not the id of a dead letter: worker dead list shows them") from None
 
 
 def _check_letter_ids(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[EntryId, ...]:
