@@ -4,7 +4,6 @@ Every connection of the project comes from here. This module touches private par
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -57,17 +56,6 @@ def blocking_client(url: str, block: float) -> Redis:
         ValueError: when the URL is not valid.
     """
     return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
-
-
-class Backoff:
-    """Pauses of the client's patience, until it takes those of `retry`."""
-
-    def __init__(self, _: None) -> None:
-        self._pause = 0.05
-
-    async def wait(self, _: BaseException) -> None:
-        await asyncio.sleep(self._pause * random.uniform(0.5, 1))  # noqa: S311 - jitter, no secret
-        self._pause = min(self._pause * 2, 2)
 
 
 class _NoRetry(Retry):
