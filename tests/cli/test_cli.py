@@ -364,7 +364,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["enqueue", "--request", "."], "Is a directory"),
     (["enqueue", "Hi", "--max-tokens", "many"], "'many' is not a valid integer"),
     (["enqueue", "Hi", "--id", "a/b"], "id 'a/b' cannot be used"),
-    (["enqueue", "Hi", "--queue", "a b"], "the queue 'a b' cannot be"),
+    (["enqueue", "Hi", "--queue", "a b"], "the queue 'a b' has an invalid name"),
     (["enqueue", "Hi", "--timeout", "nan"], "the timeout is nan"),
     (["enqueue", "Hi", "--timeout", "-1"], "the timeout is -1"),
     (["enqueue", "Hi", "--retention", "0"], "retention is '0'"),

@@ -186,7 +186,7 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
     [
         ({}, 20, "its request was over the size limit, and only the beginning was kept"),
         ({"request": "{}"}, 9999, "does not validate: the request has no messages"),
-        ({"queue": "no/queue"}, 9999, "the queue 'no/queue' cannot be"),
+        ({"queue": "no/queue"}, 9999, "the queue 'no/queue' has an invalid name"),
     ],
 )
 async def test_letters_that_cannot_be_put_back_are_reported_and_the_others_are_put_back(
