@@ -24,7 +24,7 @@ ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "H
         ({"id": ""}, "the job's id '' cannot be used"),
         ({"id": "a/b"}, "the job's id 'a/b' cannot be used"),
         ({"queue": 5}, "the option queue is 5: "),
-        ({"queue": ""}, "the queue '' cannot be"),
+        ({"queue": ""}, "the queue '' has an invalid name"),
         ({"timeout": "5"}, "the option timeout is '5': "),
         ({"timeout": True}, "the option timeout is True: "),
         ({"timeout": float("nan")}, "the timeout is nan"),
