@@ -1,4 +1,4 @@
-"""Somebody who reads the log of a request, and holds it against what the contract promises."""
+"""A reader of a request's log that checks it against the guarantees of the contract."""
 
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -14,7 +14,7 @@ Raw: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
 
 @dataclass(eq=False)
 class Follower:
-    """Somebody who reads the log of a request, and what they hold against it."""
+    """A reader of one log: what it has seen, and what it knows of the request."""
 
     id: str
     length: int
@@ -26,30 +26,30 @@ class Follower:
 
     @property
     def text(self) -> str:
-        """What the model answers."""
+        """The text of the model's whole answer."""
         return "".join(tokens_of(self.id, self.length))
 
     def read(self, raw: Raw) -> None:
-        """Read the log: what was there stays, and what is new follows from it."""
-        assert raw[: len(self.seen)] == self.seen, "what was written has changed"
+        """Read the log: earlier entries must be unchanged, and new ones must continue them."""
+        assert raw[: len(self.seen)] == self.seen, "earlier entries have changed"
         last = EntryId.parse(self.seen[-1][0]) if self.seen else None
         for entry_id, fields in raw[len(self.seen) :]:
             assert self.ever.setdefault(entry_id, fields) == fields, f"{entry_id!r} came twice"
             entry = parse(entry_id, fields)
-            if last is None or entry.id > last:  # what a failover lost is read once
-                self.take(entry)
+            if last is None or entry.id > last:  # an entry that a failover lost is read once
+                self._add(entry)
         self.seen = raw
         self.check_whole([parse(*entry) for entry in raw])
 
-    def take(self, entry: Entry) -> None:
-        """Take the next entry."""
+    def _add(self, entry: Entry) -> None:
+        """Add the next entry to the answer."""
         self.answer.add(entry)
-        assert self.text.startswith(self.answer.text), f"{self.answer.text!r} is no beginning of {self.text!r}"
+        assert self.text.startswith(self.answer.text), f"{self.answer.text!r} is not the start of {self.text!r}"
         if isinstance(entry, Done):
             assert self.answer.text == self.text, f"done with {self.answer.text!r} in place of {self.text!r}"
 
     def check_whole(self, entries: list[Entry]) -> None:
-        """The rules for the log as a whole, as one sees it who reads it from the start."""
+        """Check the rules for a whole log, as a reader from the start sees it."""
         before: EntryId | None = None
         for entry in entries:
             assert entry.id in _may_follow(before), f"{entry.id} after {before}"
@@ -57,7 +57,7 @@ class Follower:
             assert isinstance(entry, first_of_attempt) == (entry.id.n == 0 or entry.id == (0, 1)), entry
             before = entry.id if entry.id != SEAL else before
         answer = Answer(entries)
-        assert self.text.startswith(answer.text), f"{answer.text!r} is no beginning of {self.text!r}"
+        assert self.text.startswith(answer.text), f"{answer.text!r} is not the start of {self.text!r}"
         if answer.end is not None:
             assert isinstance(answer.end, Done | Cancelled), answer.end
             assert self.was_cancelled or isinstance(answer.end, Done)

@@ -1,4 +1,4 @@
-"""Followers, many and bad ones: each reads the whole log with a cursor of its own, and none holds up another."""
+"""Many followers, and stuck ones: each reads the whole log with its own cursor, and none delays another."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from worker.contract.ids import EntryId
 from worker.sandbox.simulator.server import Options, Scenario
 
 
-async def test_three_hundred_followers_of_one_request_at_once(
+async def test_three_hundred_followers_of_one_request_get_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)
@@ -28,7 +28,7 @@ async def test_three_hundred_followers_of_one_request_at_once(
     assert all(ids == whole for ids in seen)
 
 
-async def test_a_follower_that_reads_nothing_holds_up_nobody(
+async def test_a_follower_that_reads_nothing_delays_nobody(
     client: Client, redis: Redis, redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)

@@ -1,4 +1,4 @@
-"""The client, asynchronous and blocking: enqueueing once, states, following through trouble."""
+"""Both clients: enqueueing once, states, following through faults, cancelling."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ ASK: dict[str, object] = {"model": "reciter", "messages": [{"role": "user", "con
 TEXT = answer_to([{"role": "user", "content": "Who are you?"}])
 
 
-async def test_the_same_request_under_the_same_id_is_enqueued_once(client: Client, redis: Redis) -> None:
+async def test_the_same_request_with_the_same_id_is_enqueued_once(client: Client, redis: Redis) -> None:
     again = {"messages": ASK["messages"], "model": "reciter"}
     assert await client.enqueue(ASK, id="mine") == await client.enqueue(again, id="mine") == "mine"
     assert await redis.xlen("chat:jobs") == 1
@@ -41,7 +41,7 @@ async def test_the_same_request_under_the_same_id_is_enqueued_once(client: Clien
     ("content", "options"),
     [("half an emoji: \ud83d", {}), ("Hi", {"tenant": "\ud83d"}), ("Hi", {"fallbacks": ["\ud83d"]})],
 )
-async def test_text_that_is_not_unicode_is_no_job(
+async def test_a_job_with_text_that_is_not_unicode_is_refused(
     content: str, options: JobOptions, client: Client, redis: Redis
 ) -> None:
     with pytest.raises(InvalidJob, match="text that is not Unicode"):
@@ -49,12 +49,12 @@ async def test_text_that_is_not_unicode_is_no_job(
     assert not await redis.exists("chat:jobs")
 
 
-async def test_many_at_once_under_one_id_are_one_job(client: Client, redis: Redis) -> None:
+async def test_concurrent_calls_with_one_id_add_one_job(client: Client, redis: Redis) -> None:
     await asyncio.gather(*(client.enqueue(ASK, id="mine") for _ in range(20)))
     assert await redis.xlen("chat:jobs") == 1
 
 
-async def test_another_request_under_the_same_id_is_refused(client: Client, redis: Redis) -> None:
+async def test_another_request_with_the_same_id_is_refused(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="mine")
     with pytest.raises(Conflict, match="mine belongs to another request"):
         await client.enqueue(ASK | {"temperature": 1}, id="mine")
@@ -64,7 +64,7 @@ async def test_another_request_under_the_same_id_is_refused(client: Client, redi
 
 
 async def enqueue_by_hand(redis: Redis, request_id: str) -> None:
-    """As the examples for other languages do: without the digest."""
+    """Enqueue as the examples for other languages do: without the digest."""
     pipe = redis.pipeline()
     pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "queued", "v": 1}, id="0-1")
     pipe.expire(f"chat:tokens:{{{request_id}}}", 90_000)
@@ -72,10 +72,10 @@ async def enqueue_by_hand(redis: Redis, request_id: str) -> None:
     await pipe.execute()
 
 
-async def test_c2_a_queued_without_digest_makes_a_request_known_and_is_taken(
+async def test_a_log_without_a_digest_is_followed_and_its_job_is_run(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """C2: while it waits, in every language; and enqueue knows by `started` what was asked."""
+    """A client in any language may leave the digest out. `enqueue` finds it in `started`."""
     await enqueue_by_hand(redis, "mine")
     assert (await client.status("mine")).state is State.QUEUED
     entry = await anext(client.follow("mine"))
@@ -91,7 +91,7 @@ async def test_c2_a_queued_without_digest_makes_a_request_known_and_is_taken(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_an_id_stays_taken_when_its_log_has_expired(client: Client, redis: Redis) -> None:
+async def test_an_id_cannot_be_used_again_after_its_log_has_expired(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)
     await client.result(request_id)
     await gone(redis, request_id)
@@ -101,7 +101,7 @@ async def test_an_id_stays_taken_when_its_log_has_expired(client: Client, redis:
 
 
 async def gone(redis: Redis, request_id: str) -> None:
-    """The log expires: its time is over now, not after an hour."""
+    """Wait for the tombstone, and let the log expire now, not after an hour."""
 
     async def tombstone() -> object:
         return await redis.get(f"chat:ended:{{{request_id}}}")
@@ -110,7 +110,7 @@ async def gone(redis: Redis, request_id: str) -> None:
     await redis.delete(f"chat:tokens:{{{request_id}}}")
 
 
-async def test_the_states_are_told_apart(
+async def test_status_tells_the_states_apart(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     assert await client.status("nobody") == Status(State.UNKNOWN)
@@ -127,7 +127,9 @@ async def test_the_states_are_told_apart(
     assert await client.status(request_id) == Status(State.EXPIRED, "done")
 
 
-async def test_following_the_unknown_and_the_expired_says_which(client: Client, redis: Redis) -> None:
+async def test_following_an_unknown_and_an_expired_request_raises_different_errors(
+    client: Client, redis: Redis
+) -> None:
     with pytest.raises(UnknownRequest, match="nothing is known of a request nobody"):
         await client.result("nobody")
     await redis.set("chat:ended:{old}", '{"outcome":"error","time":5}', ex=60)
@@ -136,7 +138,7 @@ async def test_following_the_unknown_and_the_expired_says_which(client: Client, 
     assert (caught.value.outcome, caught.value.time) == ("error", 5)
 
 
-async def test_a_follower_of_a_waiting_request_waits(
+async def test_a_follower_of_a_queued_request_waits_for_its_entries(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     request_id = await client.enqueue(ASK)
@@ -167,7 +169,7 @@ async def test_generate_enqueues_and_follows(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("worker")
-async def test_c6_the_id_of_a_submitted_request_is_known_before_its_first_entry(client: Client) -> None:
+async def test_submit_returns_the_id_before_the_first_entry(client: Client) -> None:
     handle = await client.submit(ASK)
     assert (await client.status(handle.id)).state in {State.QUEUED, State.RUNNING, State.ENDED}
     entries = [entry async for entry in handle.entries()]
@@ -178,7 +180,7 @@ async def test_c6_the_id_of_a_submitted_request_is_known_before_its_first_entry(
     assert repr(handle) == f"RequestHandle(id={handle.id!r})"
 
 
-async def test_c6_a_submitted_request_is_cancelled_before_anybody_has_it(client: Client) -> None:
+async def test_a_submitted_request_can_be_cancelled_before_a_worker_takes_it(client: Client) -> None:
     handle = await client.submit(ASK, id="mine")
     assert handle.id == "mine"
     assert await handle.cancel() == Status(State.QUEUED)
@@ -186,7 +188,7 @@ async def test_c6_a_submitted_request_is_cancelled_before_anybody_has_it(client:
 
 
 @pytest.mark.usefixtures("worker")
-async def test_c7_the_lifecycle_of_all_requests_is_followed(client: Client) -> None:
+async def test_the_lifecycle_of_all_requests_is_followed(client: Client) -> None:
     lines: list[Lifecycle] = []
     request_ids = [await client.enqueue(ASK, tenant="t"), await client.enqueue(ASK)]
     async for line in client.lifecycle():
@@ -209,7 +211,7 @@ async def test_c7_the_lifecycle_of_all_requests_is_followed(client: Client) -> N
         break
 
 
-async def test_c7_a_line_that_cannot_be_read_is_in_nobodys_way(client: Client, redis: Redis) -> None:
+async def test_an_unreadable_line_of_the_lifecycle_stops_no_reader(client: Client, redis: Redis) -> None:
     await redis.xadd(
         "chat:lifecycle", {"type": b"\xff", "attempt": "x", "time": "9" * 40, "usage": "[", "timings": "5"}
     )
@@ -218,7 +220,7 @@ async def test_c7_a_line_that_cannot_be_read_is_in_nobodys_way(client: Client, r
         break
 
 
-async def test_c7_who_follows_the_lifecycle_is_told_that_the_client_is_closed(redis_url: str) -> None:
+async def test_closing_the_client_ends_a_reader_of_the_lifecycle(redis_url: str) -> None:
     client = Client(redis_url)
 
     async def follow() -> None:
@@ -232,7 +234,7 @@ async def test_c7_who_follows_the_lifecycle_is_told_that_the_client_is_closed(re
         await following
 
 
-async def test_cancelling_what_waits_seals_it_with_everything(client: Client, redis: Redis) -> None:
+async def test_cancelling_a_queued_request_writes_seal_expiry_and_tombstone(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)
     assert await client.cancel(request_id) == Status(State.QUEUED)
     assert (await client.result(request_id)).outcome == "cancelled"
@@ -241,7 +243,7 @@ async def test_cancelling_what_waits_seals_it_with_everything(client: Client, re
     assert await client.enqueue(ASK, id=request_id) == request_id
 
 
-async def test_cancelling_an_id_that_nobody_knows_keeps_its_job_from_running(
+async def test_cancelling_an_unknown_id_keeps_its_job_from_running(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     assert await client.cancel("coming") == Status(State.UNKNOWN)
@@ -257,33 +259,33 @@ async def test_cancelling_an_id_that_nobody_knows_keeps_its_job_from_running(
 
 
 @pytest.mark.parametrize(
-    ("request_", "says"),
+    ("request_", "message"),
     [({}, "no messages"), ({"messages": []}, "no messages"), (ASK | {"n": 0}, "whole number from 1")],
 )
-async def test_a_request_that_cannot_be_one_is_refused_before_redis(
-    request_: dict[str, object], says: str, client: Client, redis: Redis
+async def test_an_invalid_request_is_refused_before_anything_is_sent(
+    request_: dict[str, object], message: str, client: Client, redis: Redis
 ) -> None:
-    with pytest.raises(InvalidJob, match=says):
+    with pytest.raises(InvalidJob, match=message):
         await client.enqueue(request_)
     with pytest.raises(InvalidJob, match="cannot be used"):
         await client.enqueue(ASK, id="no/slash")
     assert await redis.dbsize() == 0
 
 
-async def test_a_redis_that_is_not_there_is_said() -> None:
+async def test_a_redis_that_does_not_answer_raises_unavailable() -> None:
     async with Client(f"redis://127.0.0.1:{free_port()}", patience=0.1) as client:
         with pytest.raises(Unavailable, match="Redis does not answer"):
             await client.enqueue(ASK)
 
 
-async def test_three_hundred_followers_see_the_same(client: Client, worker: Worker) -> None:
+async def test_three_hundred_followers_get_the_same_entries(client: Client, worker: Worker) -> None:
     assert worker is not None
     request_id = await client.enqueue(ASK | {"simulate": {"rate": 100}})
     answers = await asyncio.gather(*(client.result(request_id) for _ in range(300)))
     assert {answer.text for answer in answers} == {TEXT}
 
 
-async def test_the_blocking_twin_does_the_same(
+async def test_the_blocking_client_does_the_same(
     redis_url: str, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     def in_a_thread() -> None:
@@ -299,11 +301,11 @@ async def test_the_blocking_twin_does_the_same(
             stopped = next(iter(client.follow(request_id)))
             assert stopped == entries[0], "a follower may stop early"
             assert client.cancel(request_id) == Status(State.ENDED, "done")
-            handle = client.submit(ASK, id="handled")  # C6
+            handle = client.submit(ASK, id="handled")
             assert [entry.id for entry in handle.entries()][-1] == SEAL
             assert (handle.id, handle.result().text) == ("handled", TEXT)
             assert handle.cancel() == Status(State.ENDED, "done")
-            assert next(iter(client.lifecycle())).id == "sync"  # C7
+            assert next(iter(client.lifecycle())).id == "sync"
             with pytest.raises(UnknownRequest):
                 client.result("nobody")
 

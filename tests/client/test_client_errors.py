@@ -1,4 +1,4 @@
-"""What the clients raise: one tree of errors, whatever Redis says and whatever stands in it."""
+"""The errors of the clients: one tree of them, whatever Redis answers and whatever is stored in it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -56,21 +56,21 @@ async def user(redis: Redis) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-async def test_b5_a_wrong_password_is_refused(call: Call, redis_url: str, user: str) -> None:
+async def test_a_wrong_password_raises_refused(call: Call, redis_url: str, user: str) -> None:
     async with Client(redis_url.replace("//", f"//{user}:wrong@")) as client:
         with pytest.raises(Refused, match=r"Redis refuses: .*(username-password|WRONGPASS).*`worker check`"):
             await call(client)
 
 
 @pytest.mark.parametrize("name", ["enqueue", "follow", "pour", "result", "status", "cancel"])
-async def test_b5_a_missing_right_is_refused(name: str, redis: Redis, redis_url: str, user: str) -> None:
+async def test_a_missing_right_raises_refused(name: str, redis: Redis, redis_url: str, user: str) -> None:
     await redis.acl_setuser(user, enabled=True, commands=["-xrange", "-xrevrange", "-watch"])
     async with Client(redis_url.replace("//", f"//{user}:pw@")) as client:
         with pytest.raises(Refused, match=r"Redis refuses: .*permission"):
             await CALLS[name](client)
 
 
-async def test_b1_a_cancel_that_redis_refuses_raises(redis: Redis, redis_url: str, user: str) -> None:
+async def test_a_cancel_that_redis_refuses_raises(redis: Redis, redis_url: str, user: str) -> None:
     async with Client(redis_url.replace("//", f"//{user}:pw@")) as client:
         await client.enqueue(ASK, id="r")
         await redis.acl_setuser(user, enabled=True, commands=["-xadd"])
@@ -82,7 +82,7 @@ async def test_b1_a_cancel_that_redis_refuses_raises(redis: Redis, redis_url: st
         assert (await client.status("r")).state is State.QUEUED
 
 
-async def test_b1_a_log_that_has_lost_its_seal_is_no_error(client: Client, redis: Redis) -> None:
+async def test_cancelling_a_log_that_has_lost_its_seal_raises_nothing(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r")
     await client.cancel("r")
     await redis.xdel("chat:tokens:{r}", str(SEAL))
@@ -90,7 +90,7 @@ async def test_b1_a_log_that_has_lost_its_seal_is_no_error(client: Client, redis
 
 
 @pytest.mark.parametrize("name", ["enqueue", "cancel"])
-async def test_b5_a_connection_that_is_lost_in_every_transaction_is_no_reason_to_try_for_ever(
+async def test_a_connection_that_is_lost_in_every_transaction_is_not_retried_for_ever(
     name: str, client: Client, redis_proxy: Proxy
 ) -> None:
     if name == "cancel":
@@ -102,7 +102,9 @@ async def test_b5_a_connection_that_is_lost_in_every_transaction_is_no_reason_to
 
 
 @pytest.mark.parametrize("name", ["enqueue", "follow", "pour", "result", "status", "cancel"])
-async def test_b5_a_log_that_is_none_is_refused(name: str, client: Client, redis: Redis) -> None:
+async def test_a_key_of_another_type_in_place_of_the_log_raises_refused(
+    name: str, client: Client, redis: Redis
+) -> None:
     await redis.set("chat:tokens:{r}", "x", ex=60)
     with pytest.raises(Refused, match="WRONGTYPE"):
         await CALLS[name](client)
@@ -123,24 +125,22 @@ async def test_b5_a_log_that_is_none_is_refused(name: str, client: Client, redis
           "Remove what it wrote, or choose another prefix")),
     ],
 )  # fmt: skip
-def test_c8_an_error_of_redis_is_a_sentence_with_what_to_do(error: Exception, text: str) -> None:
-    """F10 of C8. A check looks at no key of a single request."""
+def test_an_error_of_redis_is_a_sentence_with_advice(error: Exception, text: str) -> None:
+    """`worker check` looks at no key of a single request, so the advice on one names the keys."""
     assert str(mapped(error)) == text
 
 
-@pytest.mark.parametrize("stone", ["x", "{}", b'{"outcome":"\xff","time":1}', "null"])
+@pytest.mark.parametrize("tombstone", ["x", "{}", b'{"outcome":"\xff","time":1}', "null"])
 @pytest.mark.parametrize("name", ["enqueue", "follow", "pour", "result", "status", "cancel"])
-async def test_b5_a_tombstone_that_cannot_be_read_is_said(
-    name: str, stone: str | bytes, client: Client, redis: Redis
+async def test_an_unreadable_tombstone_raises_unreadable(
+    name: str, tombstone: str | bytes, client: Client, redis: Redis
 ) -> None:
-    await redis.set("chat:ended:{r}", stone, ex=60)
+    await redis.set("chat:ended:{r}", tombstone, ex=60)
     with pytest.raises(Unreadable, match="the tombstone cannot be read: "):
         await CALLS[name](client)
 
 
-async def test_b5_a_tombstone_that_cannot_be_read_is_in_nobodys_way_while_the_log_is_there(
-    client: Client, redis: Redis
-) -> None:
+async def test_an_unreadable_tombstone_stops_nobody_while_the_log_exists(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r")
     await redis.set("chat:ended:{r}", "x", ex=60)
     assert (await client.status("r")).state is State.QUEUED
@@ -150,7 +150,7 @@ async def test_b5_a_tombstone_that_cannot_be_read_is_in_nobodys_way_while_the_lo
 
 
 @pytest.mark.parametrize("name", ["follow", "pour", "result"])
-async def test_b5_an_entry_that_cannot_be_read_is_said(name: str, client: Client, redis: Redis) -> None:
+async def test_an_unreadable_entry_raises_unreadable(name: str, client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r")
     await redis.xadd("chat:tokens:{r}", {"type": "started"}, id="1-0")
     await redis.xadd("chat:tokens:{r}", {"type": "delta", "token_ids": "?"}, id="1-1")
@@ -158,9 +158,7 @@ async def test_b5_an_entry_that_cannot_be_read_is_said(name: str, client: Client
         await CALLS[name](client)
 
 
-async def test_b5_worker_follow_names_an_entry_that_cannot_be_read(
-    client: Client, redis: Redis, redis_url: str
-) -> None:
+async def test_worker_follow_names_an_unreadable_entry(client: Client, redis: Redis, redis_url: str) -> None:
     await client.enqueue(ASK, id="r")
     await redis.xadd("chat:tokens:{r}", {"type": "started"}, id="1-0")
     await redis.xadd("chat:tokens:{r}", {"type": "delta", "token_ids": "?"}, id="1-1")
@@ -170,14 +168,14 @@ async def test_b5_worker_follow_names_an_entry_that_cannot_be_read(
     assert "Traceback" not in result.err
 
 
-async def test_b5_a_first_entry_that_cannot_be_read_belongs_to_another_request(client: Client, redis: Redis) -> None:
+async def test_an_unreadable_first_entry_counts_as_another_request(client: Client, redis: Redis) -> None:
     await redis.xadd("chat:tokens:{r}", {"type": "queued", "v": "?"}, id="0-1")
     await redis.expire("chat:tokens:{r}", 60)
     with pytest.raises(Conflict):
         await client.enqueue(ASK, id="r")
 
 
-async def test_b5_what_pour_calls_raises_as_it_is(client: Client) -> None:
+async def test_pour_raises_what_its_callback_raises(client: Client) -> None:
     def fail(_: object) -> None:
         raise OSError("mine")
 
@@ -187,7 +185,7 @@ async def test_b5_what_pour_calls_raises_as_it_is(client: Client) -> None:
 
 
 @pytest.mark.parametrize("after", ["x", "", "1-x", "1-2-3", "-1", "18446744073709551616-0", "1" * 5000])
-async def test_b5_a_place_that_is_none_is_said(after: str, client: Client) -> None:
+async def test_an_invalid_place_raises_invalid_argument(after: str, client: Client) -> None:
     await client.enqueue(ASK, id="r")
     with pytest.raises(InvalidArgument, match="not the id of a log entry"):
         await follow(client, after=after)
@@ -198,14 +196,14 @@ async def test_b5_a_place_that_is_none_is_said(after: str, client: Client) -> No
 @pytest.mark.parametrize(
     "request_id", ["", "a b", "a/b", "{x}", "é", "x" * 129, "x\n", cast("str", 5), cast("str", None)]
 )
-async def test_c5_an_id_that_cannot_be_one_costs_redis_nothing(request_id: str, client: Client, redis: Redis) -> None:
+async def test_an_invalid_id_is_refused_before_anything_is_sent(request_id: str, client: Client, redis: Redis) -> None:
     for call in (client.result, client.status, client.cancel, lambda it: follow(client, it)):
         with pytest.raises(InvalidArgument, match="1 to 128 characters"):
             await call(request_id)
     assert await redis.dbsize() == 0
 
 
-async def test_c5_a_cancel_of_what_must_exist_writes_nothing_where_it_does_not(client: Client, redis: Redis) -> None:
+async def test_a_cancel_with_must_exist_writes_nothing_for_an_unknown_id(client: Client, redis: Redis) -> None:
     with pytest.raises(UnknownRequest, match="nothing is known of a request nobody"):
         await client.cancel("nobody", must_exist=True)
     assert await redis.dbsize() == 0
@@ -214,11 +212,11 @@ async def test_c5_a_cancel_of_what_must_exist_writes_nothing_where_it_does_not(c
     assert (await client.cancel("r", must_exist=True)).state is State.ENDED
 
 
-def test_b5_a_url_that_is_none_is_said() -> None:
+def test_an_invalid_url_raises_invalid_argument() -> None:
     with pytest.raises(InvalidArgument, match="must be a URL such as"):
         Client("nonsense://x")
 
 
-def test_b5_everything_that_a_client_raises_is_a_client_error() -> None:
+def test_all_errors_of_the_client_are_client_errors() -> None:
     for kind in (Refused, Unreadable, InvalidArgument, Conflict):
         assert issubclass(kind, ClientError)

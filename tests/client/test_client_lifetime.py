@@ -1,4 +1,4 @@
-"""When a client may be used: until it is closed, in the event loop and the process that are its own."""
+"""When a client may be used: until it is closed, in its own event loop and its own process."""
 
 import asyncio
 import sys
@@ -50,7 +50,9 @@ async def gone(redis: Redis, before: int) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-async def test_b6_a_closed_client_says_so_and_does_not_connect_again(call: Call, redis: Redis, redis_url: str) -> None:
+async def test_a_closed_client_raises_unavailable_and_does_not_connect_again(
+    call: Call, redis: Redis, redis_url: str
+) -> None:
     before = await connections(redis)
     client = Client(redis_url)
     await client.enqueue(ASK, id="r")
@@ -66,7 +68,7 @@ async def test_b6_a_closed_client_says_so_and_does_not_connect_again(call: Call,
 
 
 @pytest.mark.parametrize("name", ["enqueue", "status", "cancel"])
-async def test_b6_who_waits_for_an_answer_while_the_client_is_closed_gets_one(
+async def test_a_call_that_waits_while_the_client_is_closed_raises_unavailable(
     name: str, redis: Redis, redis_proxy: Proxy, client: Client
 ) -> None:
     if name != "enqueue":
@@ -74,17 +76,17 @@ async def test_b6_who_waits_for_an_answer_while_the_client_is_closed_gets_one(
     before = await connections(redis)
     closing = Client(redis_proxy.redis_url)
     held = redis_proxy.hold(rb"XREVRANGE" if name == "status" else rb"XADD")
-    asking = asyncio.create_task(CALLS[name](closing))
+    calling = asyncio.create_task(CALLS[name](closing))
     await held.met.wait()
     await closing.aclose()
     with pytest.raises(Unavailable, match="the client is closed"):
-        await asking
+        await calling
     held.release()
     await gone(redis, before)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_c5_a_client_belongs_to_one_event_loop(call: Call, redis_url: str) -> None:
+def test_a_client_belongs_to_one_event_loop(call: Call, redis_url: str) -> None:
     async def first() -> Client:
         client = Client(redis_url)
         await client.enqueue(ASK, id="r")
@@ -109,7 +111,7 @@ SYNC_CALLS: dict[str, Callable[[SyncClient], object]] = {
 }
 
 
-def test_b3_a_url_that_is_none_leaves_no_thread() -> None:
+def test_an_invalid_url_leaves_no_thread() -> None:
     before = threading.enumerate()
     with pytest.raises(InvalidArgument):
         SyncClient("nonsense://x")
@@ -117,7 +119,7 @@ def test_b3_a_url_that_is_none_leaves_no_thread() -> None:
 
 
 @pytest.mark.parametrize("call", SYNC_CALLS.values(), ids=SYNC_CALLS)
-def test_b6_a_closed_blocking_client_says_so(call: Callable[[SyncClient], object], redis_url: str) -> None:
+def test_a_closed_blocking_client_raises_unavailable(call: Callable[[SyncClient], object], redis_url: str) -> None:
     before = threading.enumerate()
     client = SyncClient(redis_url)
     client.enqueue(ASK, id="r")
@@ -129,7 +131,7 @@ def test_b6_a_closed_blocking_client_says_so(call: Callable[[SyncClient], object
 
 
 @pytest.mark.parametrize("name", ["follow", "result"])
-def test_b6_who_waits_in_another_thread_while_a_blocking_client_is_closed_gets_an_error(
+def test_a_call_in_another_thread_raises_unavailable_when_the_blocking_client_is_closed(
     name: str, redis_url: str
 ) -> None:
     client = SyncClient(redis_url)
@@ -142,7 +144,7 @@ def test_b6_who_waits_in_another_thread_while_a_blocking_client_is_closed_gets_a
             waiting.result(timeout=10)
 
 
-def test_b6_a_follower_that_was_left_in_the_middle_is_in_nobodys_way(redis_url: str) -> None:
+def test_a_generator_that_was_not_finished_does_not_hinder_closing(redis_url: str) -> None:
     client = SyncClient(redis_url)
     client.enqueue(ASK, id="r")
     entries = client.follow("r")
@@ -181,9 +183,7 @@ else:
     ],
     ids=["b3 it is not closed", "d13 it is used after a fork"],
 )
-async def test_an_interpreter_ends_whatever_became_of_a_blocking_client(
-    more: str, printed: str, redis_url: str
-) -> None:
+async def test_an_interpreter_ends_with_a_blocking_client_in_any_state(more: str, printed: str, redis_url: str) -> None:
     program = PROGRAM.format(url=redis_url) + more
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=environment(), stdout=PIPE)
     async with asyncio.timeout(20):

@@ -60,7 +60,7 @@ async def followers(redis_url: str, timings: Timings) -> AsyncIterator[Followers
 
 @pytest.fixture(params=["follow", "pour"])
 def pours(request: pytest.FixtureRequest) -> bool:
-    """Every follower does it in either way."""
+    """Followers pour, or wait and drain: tests do both."""
     return bool(request.param == "pour")
 
 
@@ -152,7 +152,9 @@ async def calls(redis: Redis, command: str) -> int:
 
 
 @NOBODY_POLLS
-async def test_what_is_told_is_not_read(start_reader: StartReader, redis: Redis, story: Story) -> None:
+async def test_entries_that_the_feed_delivers_are_not_read(
+    start_reader: StartReader, redis: Redis, story: Story
+) -> None:
     await story.write(START)
     reader = start_reader()
     await reader.has(START)
@@ -170,14 +172,14 @@ async def test_what_is_told_is_not_read(start_reader: StartReader, redis: Redis,
 
 @NOBODY_POLLS
 @POURS
-async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(
+async def test_pour_hands_over_entries_in_the_step_in_which_they_are_received(
     start_listener: StartListener, followers: Followers, story: Story
 ) -> None:
     reader = await start_listener()
-    told = delta(1, 1)
-    followers.requests["r"].on_message(to_json([[str(told.id), to_fields(told)]]).encode())
-    assert reader.seen == [START, told]
-    await story.write(told)
+    published = delta(1, 1)
+    followers.requests["r"].on_message(to_json([[str(published.id), to_fields(published)]]).encode())
+    assert reader.seen == [START, published]
+    await story.write(published)
     await story.append(END)
     await reader.task
     assert reader.seen == story.written
@@ -185,17 +187,17 @@ async def test_what_is_told_is_poured_in_the_step_in_which_it_is_heard(
 
 @NOBODY_POLLS
 @POURS
-@pytest.mark.parametrize("is_told", [True, False])
-async def test_what_the_taker_raises_comes_out_and_ends_it(
-    *, is_told: bool, start_reader: StartReader, followers: Followers, story: Story
+@pytest.mark.parametrize("is_published", [True, False])
+async def test_an_error_of_the_callback_ends_pour_and_is_raised_by_it(
+    *, is_published: bool, start_reader: StartReader, followers: Followers, story: Story
 ) -> None:
-    def take(entry: Entry) -> None:
+    def handle(entry: Entry) -> None:
         if isinstance(entry, Delta):
             raise ZeroDivisionError
 
-    await story.write(START, *([] if is_told else [delta(1, 1)]))
-    reader = start_reader(into=take)
-    if is_told:
+    await story.write(START, *([] if is_published else [delta(1, 1)]))
+    reader = start_reader(into=handle)
+    if is_published:
         await reader.listens()
         await story.append(delta(1, 1))
     with pytest.raises(ZeroDivisionError):
@@ -206,15 +208,15 @@ async def test_what_the_taker_raises_comes_out_and_ends_it(
 @NOBODY_POLLS
 @POURS
 @pytest.mark.parametrize(("raised", "out"), [(StopIteration, RuntimeError), (asyncio.CancelledError,) * 2])
-async def test_whatever_a_taker_raises_the_others_hear_on(
+async def test_an_error_of_one_callback_does_not_disturb_other_followers(
     raised: type[BaseException], out: type[BaseException], start_reader: StartReader, redis: Redis, story: Story
 ) -> None:
-    def take(entry: Entry) -> None:
+    def handle(entry: Entry) -> None:
         if isinstance(entry, Delta):
             raise raised
 
     await story.write(START)
-    readers = [start_reader(into=take), start_reader()]
+    readers = [start_reader(into=handle), start_reader()]
     await readers[1].listens()
     read = await calls(redis, "xrange")
     await story.append(delta(1, 1), delta(1, 2))
@@ -227,16 +229,16 @@ async def test_whatever_a_taker_raises_the_others_hear_on(
 
 @NOBODY_POLLS
 @POURS
-async def test_a_taker_that_has_enough_is_given_no_more(start_reader: StartReader, story: Story) -> None:
+async def test_a_callback_that_cancels_its_task_gets_no_further_entry(start_reader: StartReader, story: Story) -> None:
     taken: list[Entry] = []
 
-    def take(entry: Entry) -> None:
+    def handle(entry: Entry) -> None:
         taken.append(entry)
         if isinstance(entry, Delta):
             reader.task.cancel()
 
     await story.write(START)
-    reader = start_reader(into=take)
+    reader = start_reader(into=handle)
     await reader.listens()
     await story.write(delta(1, 1), delta(1, 2))
     await story.publish(delta(1, 1), delta(1, 2))
@@ -247,7 +249,7 @@ async def test_a_taker_that_has_enough_is_given_no_more(start_reader: StartReade
 
 @NOBODY_POLLS
 @pytest.mark.parametrize("seed", range(8))
-async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing(
+async def test_lost_doubled_late_and_shuffled_messages_change_nothing(
     seed: int, start_reader: StartReader, story: Story
 ) -> None:
     dice = random.Random(seed)  # noqa: S311 - no secret
@@ -255,21 +257,21 @@ async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing
     entries += [Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), *(delta(2, n) for n in range(2, 40))]
     await story.write(START)
     readers = [start_reader() for _ in range(2)]
-    untold: list[Entry] = []
+    unpublished: list[Entry] = []
     await readers[0].has(START)
     if seed % 2:
         await readers[0].listens()
     for entry in entries[1:]:
         await story.write(entry)
-        untold.append(entry)
+        unpublished.append(entry)
         if dice.random() < 0.5:
-            dice.shuffle(untold)
-        while untold and dice.random() < 0.6:
-            told = [untold.pop() for _ in range(min(len(untold), dice.randint(1, 3)))]
+            dice.shuffle(unpublished)
+        while unpublished and dice.random() < 0.6:
+            published = [unpublished.pop() for _ in range(min(len(unpublished), dice.randint(1, 3)))]
             if dice.random() < 0.8:
-                await story.publish(*told)
+                await story.publish(*published)
             if dice.random() < 0.3:
-                untold += told[:1]
+                unpublished += published[:1]
         if dice.random() < 0.2:
             readers.append(start_reader(after=dice.choice(story.written).id))
     await story.append(END)
@@ -280,7 +282,9 @@ async def test_messages_that_are_lost_doubled_late_or_in_disorder_change_nothing
 
 
 @pytest.mark.parametrize("timings", [Timings(tick=1000.0, settles_after=60.0)], ids=["never settled"])
-async def test_what_nobody_told_as_the_subscription_began_is_found(start_reader: StartReader, story: Story) -> None:
+async def test_entries_that_were_not_published_as_the_subscription_began_are_found(
+    start_reader: StartReader, story: Story
+) -> None:
     await story.write(START)
     reader = start_reader()
     await eventually(story.subscribers)
@@ -293,7 +297,7 @@ async def test_what_nobody_told_as_the_subscription_began_is_found(start_reader:
 
 
 @NOBODY_POLLS
-async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(
+async def test_another_attempt_comes_after_the_rest_of_the_one_before(
     start_listener: StartListener, story: Story
 ) -> None:
     reader = await start_listener()
@@ -309,7 +313,7 @@ async def test_another_attempt_comes_after_all_that_is_left_of_the_one_before(
 
 
 @NOBODY_POLLS
-async def test_a_cancel_ends_it_after_all_that_was_written(
+async def test_a_cancel_comes_after_every_entry_before_it(
     start_listener: StartListener, client: Client, story: Story
 ) -> None:
     reader = await start_listener()
@@ -322,7 +326,7 @@ async def test_a_cancel_ends_it_after_all_that_was_written(
 
 
 @NOBODY_POLLS
-async def test_what_is_told_and_not_in_the_log_is_not_shown(
+async def test_published_entries_that_the_log_does_not_have_are_not_shown(
     start_listener: StartListener, redis: Redis, story: Story
 ) -> None:
     reader = await start_listener()
@@ -397,7 +401,7 @@ async def test_silence_has_the_log_read(start_listener: StartListener, story: St
 
 
 @IMPATIENT
-async def test_a_log_that_vanishes_is_noticed(
+async def test_a_log_that_disappears_is_noticed(
     start_listener: StartListener, start_reader: StartReader, redis: Redis, story: Story
 ) -> None:
     await story.write(START)
@@ -415,10 +419,10 @@ async def test_a_log_that_vanishes_is_noticed(
 
 
 @IMPATIENT
-async def test_a_feed_that_says_nothing_is_left_for_a_blocking_read(
+async def test_a_feed_that_delivers_nothing_is_given_up_for_blocking_reads(
     start_listener: StartListener, redis: Redis, story: Story
 ) -> None:
-    """As one is whose publisher may not publish, or takes the cluster for an older one."""
+    """Such as the feed of a publisher that may not publish, or takes the cluster for an older one."""
     reader = await start_listener()
     n = 0
     while not await calls(redis, "xread"):
@@ -436,21 +440,21 @@ async def nobody_listens(*stories: Story) -> bool:
 
 
 @NOBODY_POLLS
-async def test_a_user_without_the_right_to_the_channel_reads_as_ever(
+async def test_a_user_without_a_right_to_the_channel_follows_by_reading(
     redis: Redis, redis_url: str, timings: Timings, *, pours: bool
 ) -> None:
     await redis.config_resetstat()
     async with user_without_channels(redis, redis_url) as deaf_url, aclosing(connect(deaf_url, timings)) as followers:
         for request_id in ("r", "s"):
-            told = Story(redis, request_id)
-            await told.write(START)
+            story = Story(redis, request_id)
+            await story.write(START)
             reader = Reader(followers, request_id, pours=pours)
             await reader.has(START)
-            await told.append(delta(1, 1))
+            await story.append(delta(1, 1))
             await reader.has(delta(1, 1))
-            await told.append(END)
+            await story.append(END)
             await reader.task
-            assert reader.seen == told.written
+            assert reader.seen == story.written
     assert await calls(redis, "xread")
 
 
@@ -489,7 +493,7 @@ async def is_settled(followers: Followers, follower: Follower) -> bool:
     return followers.requests["r"].feed.is_settled and follower.is_waiting
 
 
-async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
+async def test_nothing_is_missed_while_subscriptions_are_lost_and_made_again(
     start_listener: StartListener, redis: Redis, story: Story
 ) -> None:
     reader = await start_listener()
@@ -504,7 +508,7 @@ async def test_lost_subscriptions_are_made_again_and_nothing_is_missed(
     assert reader.seen == story.written
 
 
-async def test_followers_of_one_request_share_its_subscription(
+async def test_followers_of_one_request_share_a_subscription(
     start_reader: StartReader, followers: Followers, redis: Redis, story: Story
 ) -> None:
     await story.write(START)
@@ -565,7 +569,7 @@ async def nothing_left(redis: Redis) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("when", ["at once", "while it reads", "while it waits", "without the feed"])
-async def test_closing_ends_who_still_follows(
+async def test_closing_ends_every_follower_with_unavailable(
     when: str, redis_url: str, redis: Redis, story: Story, *, pours: bool
 ) -> None:
     await story.write(START)
@@ -649,16 +653,16 @@ TOP = log_of(f"{SEAL.attempt}-0", f"{SEAL.attempt}-1", seal=Failed(id=SEAL, code
         pytest.param(WHOLE[:4], str(SEAL), str(SEAL), id="the seal of a log that goes on"),
     ],
 )
-async def test_d8_whoever_reads_a_log_that_lacks_entries_is_told(
+async def test_reading_a_log_that_lacks_entries_raises_incomplete_log(
     log: list[Entry], after: str | None, lacks: str, start_reader: StartReader, client: Client, story: Story
 ) -> None:
-    """D8: XTRIM, and the answer was `done` with its last tokens."""
+    """After an XTRIM, the answer must not be `done` with only its last tokens."""
     await story.write(*log)
     reader = start_reader(after=EntryId.parse(after) if after else None)
-    with pytest.raises(IncompleteLog) as told:
+    with pytest.raises(IncompleteLog) as raised:
         await reader.task
-    assert str(told.value.after) == lacks
-    assert not reader.seen or reader.seen[-1].id == told.value.after, "what comes before is given"
+    assert str(raised.value.after) == lacks
+    assert not reader.seen or reader.seen[-1].id == raised.value.after, "what comes before is given"
     if after is None:
         with pytest.raises(IncompleteLog):
             await client.result("r")
@@ -675,7 +679,7 @@ RUNNING = [
 ]
 """Logs that are still written: what they hold, after which entry a reader begins, and how many come before a hole."""
 
-MENDS = [
+REPAIRS = [
     [Claimed(id=EntryId(3, 0)), Restarted(id=EntryId(3, 1)), delta(3, 2), Done(id=SEAL, attempt=3)],
     [Claimed(id=EntryId(3, 0)), Resumed(id=EntryId(3, 1), after="0-0"), delta(3, 2), Done(id=SEAL, attempt=3)],
 ]
@@ -704,32 +708,32 @@ async def at_hole(followers: Followers, reader: Reader, redis: Redis, log: list[
     return reader
 
 
-@pytest.mark.parametrize("mend", MENDS, ids=["restarted", "resumed"])
+@pytest.mark.parametrize("repair", REPAIRS, ids=["restarted", "resumed"])
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
-async def test_f1_what_comes_behind_a_hole_waits_until_the_log_says_that_it_is_void(
+async def test_entries_behind_a_hole_are_held_back_until_the_log_calls_the_missing_ones_void(
     log: list[Entry],
     after: str | None,
     seen: int,
-    mend: list[Entry],
+    repair: list[Entry],
     start_reader: StartReader,
     followers: Followers,
     redis: Redis,
     story: Story,
 ) -> None:
-    """F1: a reader failed for good on a job that its worker made whole seconds later."""
+    """A worker may mend a hole seconds later, so a reader must not give up."""
     await story.write(*log)
     reader = start_reader(after=EntryId.parse(after) if after else None)
     await at_hole(followers, reader, redis, log, seen)
-    await story.append(delta(2, 10), *mend)
+    await story.append(delta(2, 10), *repair)
     await reader.task
     assert reader.seen == story.written[-len(reader.seen) :]
-    assert reader.seen[-len(mend) :] == mend
+    assert reader.seen[-len(repair) :] == repair
     assert after or reader.seen == story.written
 
 
 @pytest.mark.parametrize("end", ["its seal", "its log is gone", "its seal is deleted"])
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
-async def test_f1_a_hole_that_is_never_void_ends_the_reading(
+async def test_a_hole_that_is_never_void_raises_incomplete_log_at_the_end(
     log: list[Entry],
     after: str | None,
     seen: int,
@@ -749,14 +753,14 @@ async def test_f1_a_hole_that_is_never_void_ends_the_reading(
             await redis.delete(story.key)
         case _:
             await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
-    with pytest.raises(IncompleteLog) as told:
+    with pytest.raises(IncompleteLog) as raised:
         await reader.task
-    assert str(told.value.after) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
+    assert str(raised.value.after) == (after or str(log[seen - 1].id if seen else BEFORE_ALL))
     assert reader.seen == log[:seen]
 
 
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
-async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
+async def test_idle_is_yielded_at_a_hole_and_open_accepts_one(
     log: list[Entry], after: str | None, seen: int, client: Client, story: Story
 ) -> None:
     await story.write(*log)
@@ -773,7 +777,7 @@ async def test_f1_idle_comes_at_a_hole_and_open_does_not_refuse_it(
         [entry async for entry in await client.open("r", after=after)]
 
 
-async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(
+async def test_a_log_that_was_emptied_while_it_is_written_is_waited_for(
     start_reader: StartReader, followers: Followers, redis: Redis, story: Story
 ) -> None:
     await story.write(START)
@@ -781,12 +785,12 @@ async def test_f1_a_log_that_was_emptied_while_it_is_written_waits(
     reader = start_reader()
     await at_hole(followers, reader, redis, [], 0)
     story.written.clear()
-    await story.append(delta(1, 1), *MENDS[0])
+    await story.append(delta(1, 1), *REPAIRS[0])
     await reader.task
     assert reader.seen == story.written
 
 
-async def test_f1_a_log_that_comes_back_whole_is_read_on(
+async def test_a_log_that_comes_back_whole_is_read_on(
     start_reader: StartReader, followers: Followers, redis: Redis, story: Story
 ) -> None:
     await story.write(*WHOLE[:6])
@@ -819,7 +823,7 @@ async def test_f1_a_log_that_comes_back_whole_is_read_on(
         pytest.param([Failed(id=SEAL, code="deadline")], None, [Failed(id=SEAL, code="deadline")], id="never begun"),
     ],
 )
-async def test_d8_a_log_that_has_what_counts_is_read(
+async def test_a_log_that_lacks_only_void_entries_is_read(
     log: list[Entry], after: str | None, is_seen: list[Entry] | None, start_reader: StartReader, story: Story
 ) -> None:
     await story.write(*log)
@@ -829,7 +833,7 @@ async def test_d8_a_log_that_has_what_counts_is_read(
 
 
 @NOBODY_POLLS
-async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_the_end(
+async def test_the_seal_ends_a_log_also_where_its_id_is_the_next_one(
     start_reader: StartReader, redis: Redis, story: Story
 ) -> None:
     before = delta(SEAL.attempt, SEAL.n - 1)
@@ -847,7 +851,7 @@ async def test_b2_who_follows_up_to_the_id_before_the_seals_takes_the_seal_for_t
 
 
 @IMPATIENT
-async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(
+async def test_trimming_a_log_while_it_is_read_raises_incomplete_log(
     start_listener: StartListener, redis: Redis, story: Story
 ) -> None:
     reader = await start_listener()
@@ -865,39 +869,39 @@ async def test_d8_a_log_that_is_trimmed_while_it_is_read_shows_it(
 
 
 @pytest.mark.parametrize("length", [1, 199, 200, 201, 1500])
-async def test_d8_a_hole_is_found_wherever_a_page_ends(length: int, client: Client, redis: Redis, story: Story) -> None:
+async def test_a_hole_is_found_wherever_a_page_ends(length: int, client: Client, redis: Redis, story: Story) -> None:
     await story.write(*log_of("0-1", "1-0"), *(delta(1, n) for n in range(1, length + 4)), END)
     assert len((await client.result("r")).deltas) == length + 3
     await redis.xdel(story.key, f"1-{length}")
-    with pytest.raises(IncompleteLog) as told:
+    with pytest.raises(IncompleteLog) as raised:
         await client.result("r")
-    assert told.value.after == (1, length - 1)
+    assert raised.value.after == (1, length - 1)
 
 
 @pytest.fixture
-def slow_way(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """3 MB a second, where Redis has 0.3 s to say something: the scale is a twentieth of the real one."""
+def slow_connection(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """3 MB a second, and 0.3 s for each reply: a twentieth of the real scale."""
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
     redis_proxy.down = 0.02  # for each piece of 64 KiB
     return redis_proxy
 
 
 @pytest.mark.parametrize(("logs", "entries", "size"), [(40, 100, 1000), (1, 600, 6500)])
-async def test_d3_large_logs_on_a_slow_way_are_read(
-    logs: int, entries: int, size: int, redis: Redis, slow_way: Proxy
+async def test_large_logs_are_read_on_a_slow_connection(
+    logs: int, entries: int, size: int, redis: Redis, slow_connection: Proxy
 ) -> None:
-    """D3: 100 logs of 100 kB at 1 MB/s: 70 of 100 `Unavailable`; a page of 1,000 entries of 6.5 kB: never."""
+    """A limit on the whole reply made 70 of 100 logs of 100 kB unavailable at 1 MB/s, and pages of 6.5 MB for ever."""
     stories = [Story(redis, f"r{number}") for number in range(logs)]
     text = "x" * size
     for story in stories:
         deltas = (Delta(id=EntryId(1, n), content=text) for n in range(1, entries + 1))
         await story.write(START, *deltas, END)
-    async with Client(slow_way.redis_url, patience=5) as client:
+    async with Client(slow_connection.redis_url, patience=5) as client:
         answers = await asyncio.gather(*(client.result(story.id) for story in stories))
     assert all(len(answer.text) == entries * size for answer in answers)
 
 
-async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones(
+async def test_a_page_that_does_not_come_in_time_is_read_in_smaller_ones(
     redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch, *, pours: bool
 ) -> None:
     monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.1)
@@ -911,8 +915,8 @@ async def test_d3_a_page_that_does_not_come_in_time_is_asked_for_in_smaller_ones
     assert reader.seen == story.written
 
 
-async def test_d3_pages_are_of_so_many_bytes(followers: Followers, story: Story) -> None:
-    """D3: a page of 1,000 entries of 6.5 kB was one reply."""
+async def test_a_page_has_a_limited_number_of_bytes(followers: Followers, story: Story) -> None:
+    """1,000 entries of 6.5 kB would otherwise be one reply."""
     await story.write(START, *(Delta(id=EntryId(1, n), content="x" * 6500) for n in range(1, 500)), END)
     logs, place, size, pages = followers.logs, BEFORE_ALL, PageSize(), []
     while (page := await logs.read("r", place, size)) is not None:

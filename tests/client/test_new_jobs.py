@@ -1,4 +1,4 @@
-"""What cannot be a job is said before Redis is asked, whatever it is."""
+"""An invalid job is refused before anything is sent to Redis."""
 
 from types import MappingProxyType
 from typing import Any
@@ -37,19 +37,19 @@ ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "H
         ({"retry_of": "a b"}, "the job's retry_of is 'a b'"),
     ],
 )
-def test_c5_an_option_that_cannot_be_is_no_job(options: dict[str, Any], message: str) -> None:
+def test_an_invalid_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidJob) as caught:
         new_job(ASK, **options)
     assert message in str(caught.value)
 
 
-def test_c5_an_option_that_no_job_has_is_a_type_error_too() -> None:
+def test_an_unknown_option_is_also_a_type_error() -> None:
     for kind in (InvalidJob, TypeError):
         with pytest.raises(kind, match="a job has no option priority: there are id, queue, timeout, retention"):
             new_job(ASK, priority=3)  # type: ignore[call-arg]  # that is the point
 
 
-def test_c5_an_option_that_is_none_is_left_out() -> None:
+def test_an_option_that_is_none_is_left_out() -> None:
     nothing: dict[str, Any] = dict.fromkeys(JobOptions.__annotations__)
     job, queue, timeout = new_job(ASK, **nothing)
     assert (job.request, len(job.id), queue, timeout) == (ASK, 32, "default", None)
@@ -67,7 +67,7 @@ def test_c5_an_option_that_is_none_is_left_out() -> None:
         (ASK | {"a": 10**5000}, "the request cannot be written as JSON: "),
         (ASK | {"a": "\ud83d"}, "text that is not Unicode"),
         (ASK | {None: 1}, "the request cannot be written as JSON: "),
-        # F10 of C8: msgspec writes null for what JSON has no number for
+        # msgspec writes null for numbers that JSON does not have
         (ASK | {"temperature": float("nan")}, "the request's temperature holds nan: JSON has no such number"),
         (ASK | {"top_p": -float("inf")}, "the request's top_p holds -inf: JSON has no such number"),
         (ASK | {"x": {"y": [1.5, ({"z": float("inf")},)]}}, "the request's x holds inf: JSON has no such number"),
@@ -76,20 +76,20 @@ def test_c5_an_option_that_is_none_is_left_out() -> None:
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else type(value).__name__,
 )
-def test_c5_a_request_that_cannot_be_is_no_job(request_: Any, message: str) -> None:  # noqa: ANN401 - anything
+def test_an_invalid_request_is_refused(request_: Any, message: str) -> None:  # noqa: ANN401 - anything
     with pytest.raises(InvalidJob) as caught:
         new_job(request_)
     assert message in str(caught.value)
 
 
-def test_a_request_that_refers_to_itself_is_no_job() -> None:
+def test_a_request_that_contains_itself_is_refused() -> None:
     endless: dict[str, Any] = dict(ASK)
     endless["a"] = endless
     with pytest.raises(InvalidJob, match="cannot be written as JSON"):
         new_job(endless)
 
 
-def test_b10_the_digest_of_a_client_is_that_of_what_a_worker_reads() -> None:
+def test_client_and_worker_compute_the_same_digest() -> None:
     odd = ASK | {"messages": tuple(ASK["messages"]), "a": {1: 1.0}, "b": b"bytes", "c": 1.5, "d": 2**70}
     job = new_job(odd).job
     read = parse_job({name.encode(): text.encode() for name, text in job.to_fields().items()})

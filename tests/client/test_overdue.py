@@ -1,4 +1,4 @@
-"""A deadline that passes while nobody takes the job: whoever looks ends it, unless somebody has begun."""
+"""A deadline that passes before a worker takes the job: a client that looks ends it, unless a worker has started."""
 
 import asyncio
 import time
@@ -40,16 +40,16 @@ async def has_sealed(redis: Redis) -> bool:
 
 
 @pytest.mark.parametrize("passes_in", [-0.1, 0.1])
-@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("has_feed", [True, False])
 async def test_a_follower_ends_what_nobody_took_before_its_deadline(
-    *, passes_in: float, hears: bool, client: Client, redis_url: str, redis: Redis
+    *, passes_in: float, has_feed: bool, client: Client, redis_url: str, redis: Redis
 ) -> None:
     await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely", retention=60)
     await let_deadline_pass(redis, "r", passes_in)
     soon = Timings(tick=0.01, block=0.05)
     async with (
         user_without_channels(redis, redis_url) as deaf_url,
-        aclosing(connect(redis_url if hears else deaf_url, soon)) as followers,
+        aclosing(connect(redis_url if has_feed else deaf_url, soon)) as followers,
     ):
         for seen in await asyncio.gather(*(pour(followers) for _ in range(5))):
             assert [type(entry) for entry in seen] == [Queued, Failed]
@@ -61,7 +61,7 @@ async def test_a_follower_ends_what_nobody_took_before_its_deadline(
     assert await redis.ttl(ENDED) > 3600
 
 
-async def test_c3_status_ends_it(client: Client, redis: Redis) -> None:
+async def test_status_ends_an_overdue_request(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r", timeout=0.1)
     assert await client.status("r") == WAITS
     await let_deadline_pass(redis, "r", 0.1)
@@ -73,7 +73,7 @@ async def is_over(client: Client) -> bool:
     return await client.status("r") == OVER
 
 
-async def test_c3_a_worker_that_begins_in_the_same_moment_has_it(redis: Redis, redis_proxy: Proxy) -> None:
+async def test_a_worker_that_starts_in_the_same_moment_keeps_the_job(redis: Redis, redis_proxy: Proxy) -> None:
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
         await let_deadline_pass(redis, "r")
@@ -86,8 +86,10 @@ async def test_c3_a_worker_that_begins_in_the_same_moment_has_it(redis: Redis, r
     assert not await redis.exists(ENDED)
 
 
-async def test_c5_idle_comes_after_what_was_read_while_the_end_is_on_its_way(redis: Redis, redis_proxy: Proxy) -> None:
-    """Whoever goes on after the id of an `Idle` misses nothing."""
+async def test_idle_comes_after_the_entries_that_were_read_while_the_end_is_being_written(
+    redis: Redis, redis_proxy: Proxy
+) -> None:
+    """A reader that goes on after the id of an `Idle` misses nothing."""
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
         await let_deadline_pass(redis, "r")
@@ -99,20 +101,20 @@ async def test_c5_idle_comes_after_what_was_read_while_the_end_is_on_its_way(red
 
 
 async def until_it_is_sealed(client: Client) -> Status:
-    """How far it is, as soon as it does not only wait."""
+    """Return the status as soon as it is not `queued`."""
     while (status := await client.status("r")) == WAITS:  # noqa: ASYNC110 - what is waited for is in Redis
         await asyncio.sleep(0.01)
     return status
 
 
-async def test_c3_the_clock_of_redis_decides(client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_clock_of_redis_decides(client: Client, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     await client.enqueue(ASK, id="r", timeout=60)
     monkeypatch.setattr("worker.broker.client_seals.time.time", lambda: time.monotonic() + 1e11)
     assert await client.status("r") == WAITS
     assert await redis.xlen(LOG) == 1
 
 
-async def test_c3_a_deadline_that_queued_does_not_name_is_nobodys_to_keep(client: Client, redis: Redis) -> None:
+async def test_without_a_readable_deadline_a_request_is_not_ended(client: Client, redis: Redis) -> None:
     await redis.xadd(LOG, {"type": "queued", "v": 1, "deadline": "soon"}, id="0-1")
     await redis.expire(LOG, 60)
     assert await client.status("r") == WAITS
@@ -138,15 +140,14 @@ async def types_of(entries: AsyncIterator[Entry], seen: list[str]) -> None:
         seen.append(entry.type)  # noqa: PERF401 - what was seen before an error counts
 
 
-@pytest.mark.parametrize("hears", [True, False])
+@pytest.mark.parametrize("has_feed", [True, False])
 @pytest.mark.parametrize("rights", [READING, [*READING, "+@transaction"], ["+@all", "-@write"]])
-async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
-    rights: list[str], *, hears: bool, client: Client, redis: Redis, redis_url: str
+async def test_a_user_who_may_only_read_gets_refused_after_the_deadline(
+    rights: list[str], *, has_feed: bool, client: Client, redis: Redis, redis_url: str
 ) -> None:
-    """F2: the follower waited for ever."""
     await client.enqueue(ASK, id="r", timeout=0.1, queue="lonely")
     await let_deadline_pass(redis, "r")
-    await add_reader(redis, rights, channels=["chat:*"] if hears else [])
+    await add_reader(redis, rights, channels=["chat:*"] if has_feed else [])
     try:
         async with Client(redis_url.replace("//", "//reader:pw@")) as reader:
             seen: list[str] = []
@@ -161,7 +162,7 @@ async def test_f2_a_user_who_may_only_read_learns_that_the_deadline_passed(
 
 
 @pytest.mark.parametrize("rights", [READING, ["+@all", "-@write"]])
-async def test_f2_the_clock_of_redis_decides_for_a_user_who_may_only_read(
+async def test_the_clock_of_redis_decides_for_a_user_who_may_only_read(
     rights: list[str], client: Client, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.enqueue(ASK, id="r", timeout=60)
@@ -177,7 +178,7 @@ async def test_f2_the_clock_of_redis_decides_for_a_user_who_may_only_read(
         await redis.acl_deluser("reader")
 
 
-async def test_c3_a_redis_that_is_full_is_read_on_and_ends_it_when_there_is_room(client: Client, redis: Redis) -> None:
+async def test_an_overdue_request_is_ended_when_redis_has_memory_again(client: Client, redis: Redis) -> None:
     await client.enqueue(ASK, id="r", timeout=0.01)
     await let_deadline_pass(redis, "r")
     await redis.config_set("maxmemory", "1")
@@ -191,7 +192,7 @@ async def test_c3_a_redis_that_is_full_is_read_on_and_ends_it_when_there_is_room
         await redis.config_set("maxmemory", "0")
 
 
-async def test_c3_a_worker_that_comes_later_does_the_rest(
+async def test_a_worker_that_comes_later_settles_an_overdue_request(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await client.enqueue(ASK, id="r", timeout=0.1)

@@ -1,4 +1,4 @@
-"""A limit on the jobs that wait: a clear refusal, and nothing written."""
+"""A limit on waiting jobs: a clear error, and nothing is written."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -26,9 +26,7 @@ async def full(client: Client, queue: str = "default") -> None:
         await client.enqueue(ASK, id=f"{queue}-{number}", queue=queue)
 
 
-async def test_above_the_limit_nothing_is_written_and_the_refusal_says_what_to_do(
-    limited: Client, redis: Redis
-) -> None:
+async def test_at_the_limit_nothing_is_written_and_the_error_says_what_to_do(limited: Client, redis: Redis) -> None:
     await full(limited)
     with pytest.raises(
         QueueFull, match=r"default is full: 3 jobs wait in it, and the limit is 3\. Try again"
@@ -37,17 +35,17 @@ async def test_above_the_limit_nothing_is_written_and_the_refusal_says_what_to_d
     assert (caught.value.waiting, caught.value.limit) == (3, 3)
     assert await redis.xlen("chat:jobs") == 3
     assert not await redis.exists("chat:tokens:{one-too-many}")
-    await limited.enqueue(ASK, queue="other")  # each queue has its own room
+    await limited.enqueue(ASK, queue="other")  # each queue has its own limit
 
 
-async def test_a_request_that_is_there_already_is_never_refused(limited: Client) -> None:
+async def test_a_request_that_was_enqueued_before_is_not_refused_for_the_limit(limited: Client) -> None:
     await full(limited)
     assert await limited.enqueue(ASK, id="default-1") == "default-1"
     with pytest.raises(Conflict):
         await limited.enqueue(ASK | {"temperature": 1}, id="default-1")
 
 
-async def test_only_what_no_worker_has_counts(limited: Client, redis: Redis) -> None:
+async def test_only_jobs_that_no_worker_has_taken_count(limited: Client, redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     await full(limited)
     await redis.xreadgroup("workers", "one", {"chat:jobs": ">"}, count=2)
@@ -58,8 +56,8 @@ async def test_only_what_no_worker_has_counts(limited: Client, redis: Redis) -> 
         await limited.enqueue(ASK)
 
 
-async def test_where_redis_does_not_know_the_lag_what_is_not_pending_counts(redis: Redis) -> None:
-    """As on 6.2, and on 7 after entries were deleted in the middle."""
+async def test_jobs_that_are_not_pending_count_where_redis_does_not_know_the_lag(redis: Redis) -> None:
+    """So it is on Redis 6.2, and on 7 after entries in the middle were deleted."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     jobs = [cast("bytes", await redis.xadd("chat:jobs", {"n": n})) for n in range(5)]
     await redis.xreadgroup("workers", "one", {"chat:jobs": ">"}, count=2)
@@ -70,8 +68,8 @@ async def test_where_redis_does_not_know_the_lag_what_is_not_pending_counts(redi
 
 
 @pytest.mark.parametrize("way", ["trimmed", "deleted"])
-async def test_jobs_that_were_removed_before_they_were_read_do_not_wait(way: str, redis: Redis) -> None:
-    """D9: Redis 7.0 counts what was trimmed unread in the group's lag for ever."""
+async def test_jobs_that_were_removed_unread_do_not_count(way: str, redis: Redis) -> None:
+    """Redis 7.0 counts entries that were trimmed unread in the group's lag for ever."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     jobs = [cast("bytes", await redis.xadd("chat:jobs", {"n": n})) for n in range(20)]
     if way == "trimmed":
@@ -85,7 +83,7 @@ async def test_jobs_that_were_removed_before_they_were_read_do_not_wait(way: str
     assert (await depth_of(redis, "chat:jobs")).waiting == 0
 
 
-async def test_callers_at_once_overshoot_by_no_more_than_their_number(limited: Client, redis: Redis) -> None:
+async def test_concurrent_callers_overshoot_the_limit_by_their_number_at_most(limited: Client, redis: Redis) -> None:
     added = await asyncio.gather(*(limited.enqueue(ASK) for _ in range(10)), return_exceptions=True)
     assert all(isinstance(one, str | QueueFull) for one in added)
     assert 3 <= await redis.xlen("chat:jobs") <= 10

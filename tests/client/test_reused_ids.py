@@ -1,4 +1,4 @@
-"""An id that is used again, by a bare XADD: for the same request nothing happens, for another one the job is buried."""
+"""An id that a bare XADD uses again: nothing happens for the same request; a job of another request is buried."""
 
 import json
 
@@ -24,10 +24,10 @@ async def all_done(redis: Redis) -> None:
     await eventually(nothing_left)
 
 
-async def test_d10_an_id_that_is_used_again_for_another_request_is_buried_and_leaves_the_log_alone(
+async def test_a_job_that_uses_the_id_of_another_request_is_buried_and_leaves_the_log_alone(
     redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """While the first job runs, once it has ended, and once only the tombstone is left of it."""
+    """It is so while the first job runs, after its end, and when only its tombstone is left."""
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await start_worker(simulator)
     await add(redis, FIRST)
@@ -50,7 +50,7 @@ async def test_d10_an_id_that_is_used_again_for_another_request_is_buried_and_le
 
 
 @pytest.mark.parametrize("stone", [{"outcome": "done", "time": 1}, {"outcome": "done", "time": 1, "digest": ""}, "?"])
-async def test_d10_where_no_digest_tells_it_is_taken_for_the_same_request(
+async def test_without_a_digest_a_second_job_counts_as_the_same_request(
     stone: object, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await redis.set("chat:ended:{r}", json.dumps(stone), ex=60)
@@ -62,7 +62,7 @@ async def test_d10_where_no_digest_tells_it_is_taken_for_the_same_request(
     assert not simulator.served
 
 
-async def test_d10_a_job_does_not_go_on_with_the_log_of_another_request_whose_job_is_gone(
+async def test_a_job_does_not_continue_the_log_of_another_request_whose_job_is_gone(
     redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     begun = {"type": "started", "queue": "default", "job": "1-1", "owner": "gone", "digest": "of the first"}

@@ -1,4 +1,4 @@
-"""Whether anybody serves a queue: known from the workers' lines, and said to whoever waits in vain."""
+"""Whether a worker serves a queue: the worker records show it, and `enqueue --follow` warns when none does."""
 
 import asyncio
 import time
@@ -22,14 +22,13 @@ ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?
         pytest.param([], False, id="no worker"),
         pytest.param([(1, ["fast", "slow"])], True, id="one that serves it"),
         pytest.param([(1, ["default"]), (1, ["fast"])], False, id="others"),
-        pytest.param([(1, ["fast"]), (1, [])], True, id="one of an earlier version, which does not say"),
+        pytest.param([(1, ["fast"]), (1, [])], True, id="a worker of an earlier version, whose record has no queues"),
         pytest.param([(3600, ["slow"])], False, id="one that died"),
     ],
 )
-async def test_c3_a_queue_is_served_while_a_worker_lives_that_names_it(
+async def test_a_queue_is_served_while_a_live_worker_lists_it(
     workers: list[tuple[int, list[str]]], *, is_served: bool, client: Client, redis: Redis
 ) -> None:
-    """C3: jobs waited in silence."""
     await redis.hset("chat:workers", "w", "unreadable")
     for number, (age, queues) in enumerate(workers):
         beat = int((time.time() - age) * 1000)
@@ -38,7 +37,7 @@ async def test_c3_a_queue_is_served_while_a_worker_lives_that_names_it(
     assert await client.is_served("slow") is is_served
 
 
-async def test_c3_a_worker_says_which_queues_it_serves(
+async def test_a_worker_record_lists_the_queues_that_it_serves(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, queues=("fast", "slow"))
@@ -46,23 +45,23 @@ async def test_c3_a_worker_says_which_queues_it_serves(
     assert not await client.is_served("default")
 
 
-async def test_c3_whoever_follows_what_was_enqueued_is_told_that_no_worker_serves_its_queue(
+async def test_enqueue_with_follow_warns_when_no_worker_serves_the_queue(
     client: Client,
     start_worker: StartWorker,
     simulator: Simulator,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """C3: after 3 s of waiting `worker enqueue --follow` says so, once."""
+    """After 3 s of waiting `worker enqueue --follow` warns, once."""
     request_id = await client.enqueue(ASK, queue="slow")
     printing = asyncio.create_task(print_answer(client, request_id, as_json=False, queue="slow", unserved_after=0.02))
-    said = ""
+    logged = ""
 
-    async def is_said() -> bool:
-        nonlocal said
-        said += capsys.readouterr().err
-        return "no worker serves the queue slow: start one with worker run --queues slow" in said
+    async def has_warned() -> bool:
+        nonlocal logged
+        logged += capsys.readouterr().err
+        return "no worker serves the queue slow: start one with worker run --queues slow" in logged
 
-    await eventually(is_said)
+    await eventually(has_warned)
     await start_worker(simulator, queues=("slow",))
     assert await printing
     assert "serves" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Following with limits of time: until a log appears, while nothing comes; and what is known before the first entry."""
+"""Following with time limits: until a log appears, and while nothing comes; and what `open` checks."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,14 +24,14 @@ def story(redis: Redis) -> Story:
 
 
 async def idle(entries: AsyncIterator[Entry]) -> Idle:
-    """The next entry, which must be an `Idle`."""
+    """Return the next entry, which must be an `Idle`."""
     entry = await anext(entries)
     assert isinstance(entry, Idle)
     return entry
 
 
 async def until(entries: AsyncIterator[Entry], last: Entry) -> list[Entry]:
-    """What comes up to an entry, but for idle moments before it."""
+    """Return the entries up to one, without `Idle`."""
     seen: list[Entry] = []
     while last not in seen:
         if not isinstance(entry := await anext(entries), Idle):
@@ -39,8 +39,8 @@ async def until(entries: AsyncIterator[Entry], last: Entry) -> list[Entry]:
     return seen
 
 
-async def test_idle_is_said_whenever_nothing_has_come_and_ends_nothing(client: Client, story: Story) -> None:
-    """`wait_for(anext(…))` ended the following."""
+async def test_idle_is_yielded_whenever_nothing_has_come_and_following_goes_on(client: Client, story: Story) -> None:
+    """With `wait_for(anext(…))` in place of `idle`, the first timeout ends the generator."""
     await story.write(START)
     async with aclosing(client.follow("r", idle=0.05)) as entries:
         assert await until(entries, START) == [START]
@@ -53,7 +53,7 @@ async def test_idle_is_said_whenever_nothing_has_come_and_ends_nothing(client: C
         assert await until(entries, END) == [delta(1, 3), END]
 
 
-async def test_idle_is_said_while_redis_does_not_answer_and_patience_still_ends(
+async def test_idle_is_yielded_while_redis_does_not_answer_until_patience_ends(
     redis_proxy: Proxy, story: Story
 ) -> None:
     await story.write(START)
@@ -66,7 +66,7 @@ async def test_idle_is_said_while_redis_does_not_answer_and_patience_still_ends(
                 [entry async for entry in entries]
 
 
-async def test_idle_is_said_where_the_feed_cannot_be_heard(redis: Redis, redis_url: str, story: Story) -> None:
+async def test_idle_is_yielded_to_a_follower_that_polls(redis: Redis, redis_url: str, story: Story) -> None:
     await story.write(START)
     async with (
         user_without_channels(redis, redis_url) as deaf_url,
@@ -81,7 +81,7 @@ async def test_idle_is_said_where_the_feed_cannot_be_heard(redis: Redis, redis_u
 
 
 @pytest.mark.parametrize("reads", [True, False])
-async def test_whoever_waits_with_a_limit_may_stop_at_any_time(
+async def test_a_follower_with_idle_may_stop_at_any_time(
     *, reads: bool, redis_url: str, redis_proxy: Proxy, story: Story
 ) -> None:
     before = asyncio.all_tasks()
@@ -107,7 +107,6 @@ async def test_whoever_waits_with_a_limit_may_stop_at_any_time(
 
 
 async def test_handles_follow_with_the_arguments_of_their_client() -> None:
-    """There was no `wait`."""
     pairs = (RequestHandle.entries, Client.follow), (SyncRequestHandle.entries, SyncClient.follow)
     for entries, follow in pairs:
         asked = [parameter for name, parameter in signature(follow).parameters.items() if name != "request_id"]
@@ -127,17 +126,15 @@ async def test_a_handle_waits_for_its_log(client: Client, story: Story, redis_ur
     assert await asyncio.to_thread(synchronously) == [START, END]
 
 
-async def test_idle_is_an_entry_of_no_log(client: Client) -> None:
+async def test_idle_is_not_an_entry_of_a_log(client: Client) -> None:
     assert Idle(id=START.id).as_dict() == {"id": "1-0", "type": "idle"}
     assert not isinstance(parse("1-1", {"type": "idle"}), Idle)
     with pytest.raises(ValueError, match="idle"):
         await anext(client.follow("r", idle=0))
 
 
-async def test_open_says_before_the_first_entry_that_there_is_none(
-    client: Client, redis: Redis, story: Story, redis_url: str
-) -> None:
-    """So that an edge can answer 404 or 410."""
+async def test_open_raises_before_the_first_entry(client: Client, redis: Redis, story: Story, redis_url: str) -> None:
+    """A server can then answer 404 or 410."""
     with pytest.raises(UnknownRequest):
         await client.open("r")
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
@@ -176,7 +173,7 @@ async def read_all(client: Client, how: str, wait: float) -> list[Entry]:
 
 @pytest.mark.parametrize("how", ["follow", "open", "pour"])
 async def test_a_log_that_is_not_there_yet_is_waited_for(how: str, client: Client, story: Story) -> None:
-    """A job added by a bare XADD was unknown while it waited."""
+    """A job that a bare XADD added has no log until a worker takes it."""
     reading = asyncio.create_task(read_all(client, how, wait=30))
     for _ in range(20):
         await asyncio.sleep(0)
@@ -190,15 +187,17 @@ async def test_a_log_that_does_not_appear_in_time_is_unknown(how: str, client: C
         await read_all(client, how, wait=0.05)
 
 
-async def test_idle_is_said_while_a_log_is_waited_for(client: Client, story: Story) -> None:
+async def test_idle_is_yielded_while_a_log_is_waited_for(client: Client, story: Story) -> None:
     async with aclosing(client.follow("r", wait=30, idle=0.05)) as entries:
         assert (await idle(entries)).id == BEFORE_ALL
         await story.write(START, END)
         assert await until(entries, END) == [START, END]
 
 
-async def test_following_a_whole_answer_from_its_seal_is_well(redis_url: str, story: Story, redis: Redis) -> None:
-    """It ended with exit status 1."""
+async def test_following_a_complete_answer_from_its_seal_yields_nothing_and_exits_with_0(
+    redis_url: str, story: Story, redis: Redis
+) -> None:
+    """It is so for `worker follow --after` too."""
     await story.write(START, Delta(id=delta(1, 1).id, content="whole"))
     unended = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
     assert (unended.status, unended.out) == (1, "")
