@@ -1,6 +1,7 @@
 """The layout of `worker/`, read from the imports in its source: who may import whom, and how large a module may be."""
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -196,3 +197,16 @@ def test_no_two_functions_of_the_command_line_share_a_name() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     assert not [module.name for module in _MODULES.values() if not ast.get_docstring(module.tree)]
+
+
+def test_no_test_replaces_a_private_name_of_the_package() -> None:
+    """What a test must vary is a constructor argument."""
+    patched = [
+        f"{path.name}:{node.lineno}"
+        for path in Path(__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr"
+        for target in node.args[:2]
+        if isinstance(target, ast.Constant) and re.search(r"^_|^worker\..*\._", str(target.value))
+    ]
+    assert not patched
