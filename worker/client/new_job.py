@@ -55,7 +55,7 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> New
     given = _checked(options)
     queue, timeout = given.pop("queue", DEFAULT_QUEUE), given.pop("timeout", None)
     if not is_queue_name(queue):
-        raise InvalidJob(f"the queue {queue[:80]!r} cannot be used: its name must be 1 to 64 characters of A-Za-z0-9_-")
+        raise InvalidJob(f"the queue {queue[:80]!r} has an invalid name: it must be 1 to 64 characters of A-Za-z0-9_-")
     if timeout is not None and not 0 < timeout <= _LONGEST:  # not so for NaN
         raise InvalidJob(f"the timeout is {timeout:g}: it must be more than 0 seconds and at most a year")
     if not isinstance(request, Mapping):
