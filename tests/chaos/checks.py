@@ -18,11 +18,11 @@ from worker.sandbox.simulator.answers import END, encode
 from worker.sandbox.simulator.requests import answer_to
 
 QUESTION = "What do the river and the sea say to one another in the night?"
-"""Its answer has some forty tokens, each a delta with text."""
+"""A question whose answer has some forty tokens, each a delta with text."""
 
 
 def ask(content: str = QUESTION, **more: object) -> dict[str, object]:
-    """A request; `simulate` among the rest orders how the simulated vLLM answers."""
+    """A request. Its field `simulate` is the scenario that the simulated vLLM follows."""
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -61,7 +61,7 @@ class Story:
 
 
 async def log_of(redis: Redis, request_id: str) -> list[Line]:
-    """The log as it stands."""
+    """The log as it is now."""
     return [
         Line(EntryId.parse(where), {name.decode(): value.decode() for name, value in fields.items()})
         for where, fields in await stream(redis, f"chat:tokens:{{{request_id}}}")
@@ -79,7 +79,7 @@ async def has_begun(redis: Redis, request_id: str, deltas: int = 5, attempt: int
 
 
 async def pending(redis: Redis) -> list[tuple[str, str]]:
-    """Every job that is not done with: its entry id, and who has it, or nobody while it is unread."""
+    """Every unfinished job: its entry id, and the consumer that has it; none while it is unread."""
     (group,) = await redis.xinfo_groups("chat:jobs")
     delivered = EntryId.parse(cast("bytes", group["last-delivered-id"]))
     taken = await redis.xpending_range("chat:jobs", GROUP, "-", "+", 10_000)
@@ -126,10 +126,10 @@ async def promise_kept(
 
 
 def read(log: list[Line]) -> Story:
-    """Read a log that has ended as the contract says, and assert that it is as the contract says."""
+    """Read an ended log by the rules of the contract, and assert that it follows them."""
     _is_in_order(log)
     kept: list[Line] = []
-    begun = False  # whether the attempt has said what becomes of the text of former ones
+    begun = False  # whether the attempt has resumed or restarted the text of former ones
     for line in log:
         match line.type:
             case "started" | "claimed":

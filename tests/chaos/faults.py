@@ -1,4 +1,4 @@
-"""A network between redis-py and a real Redis in which one exchange happens at a time, and as it is told to.
+"""A network between redis-py and a real Redis in which exchanges happen one at a time, each with a chosen fate.
 
 An exchange is what redis-py sends at once (a command, a pipeline, a MULTI … EXEC, or a connection's handshake) with
 its replies. Every exchange waits at the gate of its process until somebody lets it through with a fate.
@@ -22,7 +22,7 @@ from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, rep
 
 _T = TypeVar("_T")
 Late: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter, list[bytes]]
-"""What is still on its way, and the connection that it is on."""
+"""Commands in transit, and the connection that carries them."""
 
 _PONG = b"the-end-of-the-replies"
 
@@ -47,21 +47,21 @@ class Network:
     late: list[Late] = field(default_factory=list)
 
     def fail_over(self) -> None:
-        """Every connection is lost, and what was still on its way with it."""
+        """Lose every connection, with all that is in transit."""
         self.life += 1
         for _, writer, _ in self.late:
             writer.close()
         self.late.clear()
 
     async def deliver(self, place: int) -> None:
-        """What is on its way arrives, though nobody waits for its reply any more."""
+        """Deliver commands in transit, though nobody waits for their replies any more."""
         reader, writer, packed = self.late.pop(place % len(self.late))
         writer.writelines([*packed, b"PING %s\r\n" % _PONG])
         await reader.readuntil(_PONG)
         writer.close()
 
     async def calm(self) -> None:
-        """Wait until nothing happens any more: every task waits at a gate, or for another task."""
+        """Wait until the processes are quiet: every task waits at a gate, or for another task."""
         ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]  # exact, where a pause would be a guess
         quiet = 0
         while quiet < 3:  # timers that are due show in the next round
@@ -71,7 +71,7 @@ class Network:
 
 @dataclass(eq=False)
 class Gate:
-    """Where the exchanges of one process wait, in the order in which they came."""
+    """The exchanges of one process that wait, in the order of their arrival."""
 
     network: Network
     waiting: deque["asyncio.Future[Fate]"] = field(default_factory=deque)
@@ -90,7 +90,7 @@ class Gate:
                 self.waiting.remove(place)
 
     async def let_through(self, fate: Fate = Fate.FINE, place: int = 0) -> None:
-        """Let one of those that wait meet its fate, and wait until nothing happens any more."""
+        """Let one of the waiting exchanges through with a fate, and wait until the processes are quiet."""
         if self.waiting:
             chosen = self.waiting[place % len(self.waiting)]
             self.waiting.remove(chosen)
@@ -100,7 +100,7 @@ class Gate:
     async def meet(
         self, fate: Fate, life: int, leave: Callable[[], Late], exchange: Coroutine[object, object, _T]
     ) -> _T | None:
-        """What becomes of an exchange on a connection of this life; nothing where the reply is lost."""
+        """Carry out an exchange on a connection of this life; returns nothing where the reply is lost."""
         network = self.network
         try:
             if fate is Fate.LATE and life == network.life:
@@ -119,13 +119,13 @@ class Gate:
             exchange.close()
 
     def guard(self, redis: Redis) -> None:
-        """Have all connections that this client makes from now on wait at this gate."""
+        """Make all future connections of this client wait at this gate."""
         pool = redis.connection_pool
         pool.connection_class = type("GatedConnection", (_Connection,), {"gate": self})
 
 
 class _Connection(Connection):
-    """A connection whose exchanges are whole: the replies are there when the sending returns, or never."""
+    """A connection whose exchanges are whole: all replies are there when sending returns, or never."""
 
     gate: ClassVar[Gate]
 
@@ -148,7 +148,7 @@ class _Connection(Connection):
         self._life = self.gate.network.life
 
     async def can_read(self) -> bool:
-        return False  # that a connection is dead shows when it is used
+        return False  # a dead connection is noticed when it is used
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's own
         if self._shaking_hands:
@@ -251,7 +251,7 @@ class _PipelinedConnection(PipelinedConnection):
 
 
 def late(connection: AbstractConnection, packed: list[bytes]) -> Late:
-    """Take what a connection is made of from it: it is lost, and what was to be sent with it arrives later."""
+    """Detach the streams of a connection: it is lost, and the commands sent on it arrive later."""
     assert connection._reader
     assert connection._writer
     taken = connection._reader, connection._writer, packed

@@ -1,7 +1,7 @@
-"""Worker processes without a process: the real relay, log and queue code, moved one exchange at a time.
+"""Workers that share one process: the real runner, log and queue code, advanced one exchange at a time.
 
-What the service does by the clock (claiming, renewing, taking over, leaving) is done here when told to, and by a
-clock that is told as well.
+A real worker claims, renews, takes over and leaves by the clock. Here the test calls for each of these, and sets the
+clock.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from worker.vllm.stream.watchdog import StreamTimeouts
 _PROMPT = [0]
 
 LEASE = 1000.0
-"""Seconds: so long that real time plays no part."""
+"""Seconds: long enough for real time to play no part."""
 
 
 @dataclass(eq=False)
@@ -56,7 +56,7 @@ class World:
     faults: list[str] = field(default_factory=list)
 
     def pass_time(self, seconds: float) -> None:
-        """Every job that somebody has is idle for so much longer."""
+        """Let every pending job be idle for so many seconds more."""
         self.clock += seconds
         admin, key = self.network.admin, Keys().jobs()
         for line in admin.xpending_range(key, GROUP, "-", "+", 100):
@@ -66,7 +66,7 @@ class World:
 
 @dataclass(eq=False)
 class Running:
-    """A job at work, as in the service."""
+    """A running job, as in a real worker."""
 
     delivery: Delivery
     stop: "asyncio.Future[Stop]"
@@ -74,7 +74,7 @@ class Running:
 
 
 class Worker:
-    """One worker process. It does nothing but what waits at its gate and is let through."""
+    """One worker process. It does only what its gate lets through."""
 
     def __init__(self, world: World, name: str) -> None:
         self.name = name
@@ -117,30 +117,30 @@ class Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to do but to wait for work."""
+        """Whether the worker only waits for work."""
         return self._tasks.keys() <= {"publisher"} and not self.gate.waiting
 
     async def claim(self) -> None:
-        """Ask for one new job."""
+        """Read one new job."""
         self._fill("claim", partial(self._jobs.read_new, DEFAULT_QUEUE, 1, 1))
 
     async def take_over(self) -> None:
-        """Ask for one job whose lease has run out."""
+        """Claim one job whose lease has run out."""
         self._fill("take over", partial(self._jobs.claim_expired, DEFAULT_QUEUE, 1))
 
     async def keep(self) -> None:
-        """Renew the leases, look at the logs, stop what could not be renewed in time, and trim."""
+        """Renew the leases, verify the logs, stop jobs that could not be renewed in time, and trim."""
         if "keep" not in self._tasks and not self.left:
             self._do("keep", self._keep())
 
     async def leave(self) -> None:
-        """Take no more jobs, and hand over those at work."""
+        """Take no more jobs, and hand over the running ones."""
         if not self.left:
             self.left = True
             self._do("leave", self._leave())
 
     async def run(self) -> None:
-        """Do all that there is to do, without a fault."""
+        """Do everything that is left to do, without a fault."""
         await self.gate.network.calm()
         for _ in range(3000):
             if not self.gate.waiting:
@@ -149,7 +149,7 @@ class Worker:
         raise AssertionError(f"{self.name} never comes to rest")
 
     async def die(self) -> None:
-        """The process is killed: nothing is said to anybody. What it has sent may still arrive."""
+        """Kill the process: it sends nothing more. What it has sent before may still arrive."""
         self.gate.closed = True
         tasks = list(self._tasks.values())
         for task in tasks:
@@ -214,15 +214,15 @@ class Worker:
         self._tasks[what] = asyncio.create_task(self._guarded(what, work))
 
     async def _guarded(self, what: str, work: Coroutine[object, object, None]) -> None:
-        """What the service lives through: a passing fault of Redis, a lost log, and a stop; the job comes back."""
+        """Survive what a real worker survives: a passing fault of Redis, a lost log, and a stop. The job comes back."""
         try:
             await work
-        except (LogLost, Stopped):  # as `Leases` has it
+        except (LogLost, Stopped):  # as in `RunningJobs`
             pass
         except (RedisError, OSError) as error:
             if not is_transient(error):
                 self._world.faults.append(f"{self.name}: {what}: {error!r}")
-        except Exception as error:  # noqa: BLE001 - told by the machine, which sees no task
+        except Exception as error:  # noqa: BLE001 - reported by the state machine, which sees no task
             self._world.faults.append(f"{self.name}: {what}: {error!r}")
         finally:
             del self._tasks[what]
@@ -269,7 +269,7 @@ class _Tokens:
         return False
 
     async def aclose(self) -> None:
-        """There is no connection."""
+        """Nothing to close: there is no connection."""
 
     async def _sent(self) -> AsyncIterator[bytes]:
         head = {"id": "c", "model": "m", "created": 1}
@@ -288,7 +288,7 @@ class _Tokens:
 
 
 def tokens_of(name: str, count: int) -> list[str]:
-    """What the model answers."""
+    """The answer of the model."""
     return [f"{name}.{place} " for place in range(count)]
 
 

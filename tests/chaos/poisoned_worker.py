@@ -1,4 +1,4 @@
-"""A worker that dies of a request whose `user` says when, as of one that makes a library crash or uses up the memory.
+"""A worker that dies at a request: its `user` names the moment. So may one that crashes a library or exhausts memory.
 
 `unreadable`: as it is read; `poison`: before its first token; `midway`: after some deltas.
 """

@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks connections as ordered, to stand before Redis or vLLM: nothing but asyncio, nothing of ours.
+"""A TCP proxy before Redis or vLLM that breaks connections as ordered. It uses asyncio and nothing of the product.
 
 Before Redis it understands commands, however the client cuts them into writes: a MULTI with all up to its EXEC counts
 as one command, so that a pattern finds an XADD inside it. Before anything else each piece that was read is a command.
@@ -22,7 +22,7 @@ class _Deed(enum.Enum):
 
 
 class Order:
-    """What happens to the next commands that match. `met` is set when the first has come, `done` when all have."""
+    """What happens to the next commands that match. `met` is set when the first has arrived, `done` when all have."""
 
     def __init__(self, deed: _Deed, command: bytes, reply: bytes, times: int) -> None:
         self.deed = deed
@@ -34,18 +34,18 @@ class Order:
         self._left = times
 
     def strike(self) -> None:
-        """One more of the commands got what was ordered."""
+        """Note that the order was carried out for one more command."""
         self._left -= 1
         if self._left <= 0:
             self.done.set()
 
     def release(self) -> None:
-        """Let a held command go on."""
+        """Pass a held command on."""
         self.released.set()
 
 
 class Proxy:
-    """Passes everything on, until ordered otherwise. Use it as a context manager.
+    """Passes everything on until ordered otherwise. Use it as a context manager.
 
     Args:
         port: where the server listens on 127.0.0.1.
@@ -57,9 +57,9 @@ class Proxy:
         self.resp = resp
         self.port = 0
         self.up = self.down = 0.0
-        """Seconds that each piece waits on its way to the server, and back."""
+        """Seconds that each piece is delayed on its way to the server, and on its way back."""
         self.accepted = 0
-        """How many connections there have been."""
+        """The number of connections so far."""
         self.open = asyncio.Event()
         self._orders: list[Order] = []
         self._server: asyncio.Server | None = None
@@ -78,19 +78,19 @@ class Proxy:
 
     @classmethod
     def before(cls, url: str) -> Self:
-        """Before the server of a URL; `redis://` says that it is a Redis."""
+        """Build a proxy before the server of a URL; `redis://` means Redis."""
         parts = urlsplit(url)
         assert parts.port is not None
         return cls(parts.port, resp=parts.scheme == "redis")
 
     @property
     def redis_url(self) -> str:
-        """For clients of Redis."""
+        """The URL for clients of Redis."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     @property
     def url(self) -> str:
-        """For clients of vLLM."""
+        """The URL for clients of vLLM."""
         return f"http://127.0.0.1:{self.port}"
 
     def cut_before(self, command: bytes, *, times: int = 1) -> Order:
@@ -113,13 +113,13 @@ class Proxy:
         self.open.clear()
 
     def refuse(self) -> None:
-        """Accept no connection; those that are there go on."""
+        """Accept no new connection; the existing ones continue."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     async def cut(self) -> None:
-        """Cut every connection that there is."""
+        """Cut every existing connection."""
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -135,7 +135,7 @@ class Proxy:
             await self._listen()
 
     def order_for(self, command: bytes) -> Order | None:
-        """The order that a command meets, if any."""
+        """The order for a command, if there is one."""
         self._orders = [order for order in self._orders if not order.done.is_set()]
         return next((order for order in self._orders if order.command.search(command)), None)
 
@@ -155,14 +155,14 @@ class Proxy:
         try:
             await _Connection(self, reader, writer).run()
         except (asyncio.CancelledError, OSError):
-            pass  # cut by us or by either side: asyncio's streams would complain of a handler that ends so
+            pass  # cut by the proxy or by either side: asyncio's streams would log a handler that ends with this error
         finally:
             writer.transport.abort()
             self._connections.discard(task)
 
 
 class _Connection:
-    """One client's connection and the one to the server that belongs to it."""
+    """The connection of a client, and the connection to the server that belongs to it."""
 
     def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._proxy = proxy
@@ -178,7 +178,7 @@ class _Connection:
         ways = {asyncio.ensure_future(self._ask(writer)), asyncio.ensure_future(self._answer(reader))}
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            self._writer.close()  # what the server said last is still to be heard
+            self._writer.close()  # the last replies of the server still have to arrive
             await self._writer.wait_closed()
         finally:
             writer.transport.abort()
@@ -217,7 +217,7 @@ class _Connection:
                     return
 
     async def _drops(self, order: Order) -> bool:
-        """Wait for the reply; whether it is one to be dropped, and not passed on after all."""
+        """Wait for the reply; returns whether it is to be dropped instead of passed on."""
         await self._all_answered()
         kept = bytes(self._withheld or b"")
         if not order.done.is_set() and order.reply.search(kept):
@@ -242,7 +242,7 @@ class _Connection:
                 self._answered.notify_all()
 
     def _count(self, buffer: bytearray) -> int:
-        """Whole replies in what has come; they are taken out."""
+        """Remove and return the whole replies in what has arrived."""
         if not self._proxy.resp:
             buffer.clear()
             return 1
@@ -258,7 +258,7 @@ class _Connection:
 
 
 class _Commands:
-    """Puts together what a client sends: whole commands, a transaction counting as one."""
+    """Assembles what a client sends into whole commands. A transaction counts as one."""
 
     def __init__(self, *, resp: bool) -> None:
         self._resp = resp
@@ -283,7 +283,7 @@ class _Commands:
 
 
 def end_of(data: bytes | bytearray, start: int = 0) -> int | None:
-    """Where the RESP value that begins at `start` ends; None while it is not whole."""
+    """The end of the RESP value that begins at `start`; None while it is incomplete."""
     line = data.find(b"\r\n", start)
     if line < 0:
         return None

@@ -32,7 +32,7 @@ def break_at(proxy: Proxy, how: str, command: bytes, times: int = 1) -> Order:
     [STARTED, DELTAS, SEAL, CONFIRM, LIFECYCLE, FEED, ACK, LOOK, WATCH],
     ids=["started", "deltas", "seal", "confirm", "lifecycle", "feed", "ack", "look", "watch"],
 )
-async def test_a_command_that_is_cut_off_twice_does_not_show(
+async def test_a_command_that_is_cut_off_twice_changes_no_result(
     command: bytes,
     how: str,
     client: Client,
@@ -42,7 +42,7 @@ async def test_a_command_that_is_cut_off_twice_does_not_show(
     start_simulator: StartSimulator,
 ) -> None:
     order = break_at(redis_proxy, how, command, times=2)
-    # Two questions, or the second cut may find nothing left to cut.
+    # Two requests, so that there is still something to cut the second time.
     simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
     await start_worker(simulator, lease=10, redis_url=redis_proxy.redis_url)
     questions = ["Who are you?", "你是谁?"]
@@ -77,7 +77,7 @@ async def test_the_jobs_of_a_take_over_whose_reply_was_lost_come_once_more(
 
 
 @pytest.mark.parametrize("how", ["reply lost", "not sent"])
-async def test_a_claim_that_is_cut_off_is_made_once(
+async def test_a_claim_that_is_cut_off_is_repeated_at_most_once(
     how: str,
     client: Client,
     redis: Redis,
@@ -89,6 +89,6 @@ async def test_a_claim_that_is_cut_off_is_made_once(
     await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
     order = break_at(redis_proxy, how, rb"^XADD \S+ NOMKSTREAM 2-0 ")
     await start_worker(await start_simulator(), lease=10, redis_url=redis_proxy.redis_url)
-    # A lost reply leaves a claim of our own, which is fenced by the next: that is safe, and a third would be a fault.
+    # A lost reply leaves an own claim, which the next one fences: that is safe. A third claim would be a fault.
     assert (await promise_kept(redis, request_id)).attempts <= 3
     assert order.done.is_set()

@@ -25,7 +25,7 @@ CLAIMED = BEGUN | {"type": "claimed", "reason": "takeover"}
 
 
 async def left_behind(redis: Redis, log: Iterable[tuple[str, dict[str, str]]], deliveries: int = 1) -> bytes:
-    """A job whose worker died, with what it has written; gives the job's entry id."""
+    """Add a job whose worker died, with the entries that it wrote; returns the job's entry id."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     job = await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
     assert isinstance(job, bytes)
@@ -223,7 +223,7 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     assert [line.type for line in log].count("restarted") == 1
 
 
-async def test_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_without_one(
+async def test_a_burial_whose_log_is_deleted_before_the_seal_still_writes_a_seal(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await left_behind(redis, [*begun(2), ("2-0", CLAIMED), ("2-1", {"type": "resumed"})])
@@ -247,10 +247,10 @@ async def test_a_burial_whose_log_is_deleted_before_the_seal_is_no_end_without_o
     assert len(await stream(redis, "chat:dead")) == 1
 
 
-async def test_an_end_that_is_deleted_before_it_is_settled_is_no_end(
+async def test_an_end_that_is_deleted_before_its_settlement_does_not_end_the_job(
     redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cancelled by a bare XADD, which leaves no tombstone, and deleted between the worker's look and its settlement."""
+    """A bare XADD cancels the request and leaves no tombstone; the log is deleted just before the worker settles it."""
     read = LogOwnership.read_entries
 
     async def deleted_before(owner: LogOwnership, request_id: str) -> object:
@@ -288,7 +288,7 @@ async def test_a_job_whose_log_loses_entries_for_ever_is_buried(
 
 
 @pytest.mark.parametrize("how", ["XACK", "XGROUP DELCONSUMER"])
-async def test_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker_or_else_by_a_cancel(
+async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker_or_by_a_cancel(
     how: str,
     client: Client,
     redis: Redis,
@@ -296,7 +296,7 @@ async def test_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker
     start_process: StartProcess,
     start_simulator: StartSimulator,
 ) -> None:
-    """As the contract says: nobody else can know of the job any more."""
+    """As the contract says: no other process knows of the job any more."""
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
 
     async def take_out(job: str, consumer: str) -> None:
@@ -327,7 +327,7 @@ async def test_a_job_that_somebody_takes_out_of_the_group_is_ended_by_its_worker
 async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_whole(
     step: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """D13 for the renaming: the entries that come after it have greater ids than the log that is back, and fit in."""
+    """After a renaming, the next entries have greater ids than the log that is back, so that Redis accepts them."""
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
     request_id = await client.enqueue(ask())
     key = f"chat:tokens:{{{request_id}}}"
@@ -342,11 +342,11 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
     reading = asyncio.create_task(client.result(request_id))
     log = await ended(redis, request_id)
     assert "restarted" in [line.type for line in log]
-    answer = await reading  # F1: it was an `IncompleteLog` at once
+    answer = await reading  # it was an `IncompleteLog` at once
     assert (answer.outcome, answer.text) == ("done", expected())
 
 
-async def test_a_log_that_is_trimmed_while_it_is_written_goes_on_for_who_follows_it(
+async def test_a_log_that_is_trimmed_while_it_is_written_stays_whole_for_its_followers(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
@@ -418,7 +418,7 @@ async def test_a_log_whose_end_was_deleted_does_not_bring_its_job_back_for_ever(
     await redis.expire(KEY, 60)
 
 
-async def test_a_hole_that_appears_while_a_stream_is_open_begins_it_again_when_it_breaks(
+async def test_a_hole_that_appears_during_a_stream_restarts_the_answer_when_it_breaks(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))

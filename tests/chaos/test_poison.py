@@ -50,7 +50,7 @@ async def test_a_job_that_kills_its_worker_each_time_is_buried_alone(
     start_simulator: StartSimulator,
     start_process: StartProcess,
 ) -> None:
-    """All are taken in one read, so each death takes the innocent along until the poison runs alone."""
+    """One read delivers all jobs, so each death takes innocent ones along until the poison job runs alone."""
     simulator = await start_simulator(Options(scenario=Scenario(rate=50 if kind == "midway" else 0, first_token=0.1)))
     request: dict[str, object] = {"model": "reciter", "messages": STORY, "max_tokens": 5} | more
     poison = await client.enqueue(request | {"user": kind})
@@ -88,7 +88,7 @@ async def test_a_job_that_kills_its_worker_each_time_is_buried_alone(
 
 
 async def begun(client: Client, redis: Redis, *entries: dict[str, str]) -> str:
-    """A job that a worker had, wrote so much of and left without a word; its lease has run out."""
+    """A job whose worker wrote so much and vanished; its lease has run out."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     request_id = await client.enqueue({"model": "reciter", "messages": STORY})
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
@@ -102,7 +102,7 @@ async def begun(client: Client, redis: Redis, *entries: dict[str, str]) -> str:
 
 
 async def answer_of(redis: Redis, request_id: str) -> Answer:
-    """The log's last entry, for the rest may not be readable."""
+    """The log's last entry; the other entries may be unreadable."""
     return Answer([parse(*(await stream(redis, f"chat:tokens:{{{request_id}}}"))[-1])])
 
 
@@ -130,7 +130,7 @@ async def test_a_log_that_cannot_be_read_is_sealed_and_its_job_buried(
     assert not simulator.served
 
 
-async def test_a_job_that_runs_into_a_fault_of_the_worker_at_each_take_over_comes_to_an_end(
+async def test_a_job_that_meets_an_error_of_the_worker_at_each_take_over_is_ended(
     client: Client,
     redis: Redis,
     start_worker: StartWorker,
@@ -152,7 +152,7 @@ async def test_a_job_that_runs_into_a_fault_of_the_worker_at_each_take_over_come
 
 
 @pytest.mark.parametrize("there", [False, True])
-async def test_whoever_finds_a_job_sealed_as_buried_sees_to_its_dead_letter(
+async def test_a_worker_that_finds_a_job_sealed_as_buried_writes_its_dead_letter(
     *, there: bool, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """As after a crash between the seal and the letter, or between the letter and the acknowledgement."""
@@ -168,13 +168,13 @@ async def test_whoever_finds_a_job_sealed_as_buried_sees_to_its_dead_letter(
     assert (letter[b"job"], letter[b"reason"]) == (job, b"why"), "of the job that was buried, not of its duplicate"
 
 
-async def test_deploys_bury_nobody(
+async def test_deploys_bury_no_job(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(fault="hang", times=4)))
     request_id = await client.enqueue({"model": "reciter", "messages": STORY})
     for number in range(1, 5):
-        # With leases of a minute only a hand-over lets the next one go on.
+        # With leases of a minute only a hand-over lets the next worker continue.
         service = await start_worker(simulator, lease=60, drain_timeout=0, max_deliveries=2)
 
         async def sent(number: int = number) -> bool:
@@ -221,7 +221,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
     assert len(hanging.served) == 1
 
 
-async def test_the_deadline_of_a_suspect_passes_also_while_it_waits_for_its_turn(
+async def test_a_suspect_ends_at_its_deadline_while_it_waits_for_its_turn(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     hanging = await start_simulator(Options(scenario=Scenario(fault="hang")))

@@ -16,7 +16,7 @@ from worker.sandbox.simulator.server import Simulator
 
 @pytest.fixture
 async def through(redis_proxy: Proxy) -> AsyncIterator[Redis]:
-    """A client behind the proxy that repeats nothing by itself."""
+    """A client behind the proxy that does not retry."""
     client = command_client(redis_proxy.redis_url)
     yield client
     await client.aclose()
@@ -66,7 +66,7 @@ async def test_the_command_whose_reply_is_dropped_was_executed(
     assert await held(redis) == [b"first", b"lost", b"next"]
 
 
-async def test_replies_that_came_before_the_dropped_one_are_heard(redis_proxy: Proxy) -> None:
+async def test_replies_before_the_dropped_one_arrive(redis_proxy: Proxy) -> None:
     redis_proxy.drop_reply(rb"ECHO two")
     reader, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
     for byte in b"*2\r\n$4\r\nECHO\r\n$3\r\none\r\n*2\r\n$4\r\nECHO\r\n$3\r\ntwo\r\n":
@@ -133,7 +133,7 @@ async def test_connections_are_cut_and_refused(redis_proxy: Proxy, through: Redi
     assert await through.ping()
 
 
-async def test_a_delay_is_for_each_direction(redis_proxy: Proxy, through: Redis) -> None:
+async def test_a_delay_applies_to_each_direction(redis_proxy: Proxy, through: Redis) -> None:
     loop = asyncio.get_running_loop()
     await through.ping()
     redis_proxy.up, redis_proxy.down = 0.03, 0.05
@@ -142,7 +142,7 @@ async def test_a_delay_is_for_each_direction(redis_proxy: Proxy, through: Redis)
     assert loop.time() - began >= 0.08
 
 
-async def test_a_stream_of_vllm_passes_and_can_be_cut(simulator: Simulator) -> None:
+async def test_a_stream_of_vllm_passes_through_and_can_be_cut(simulator: Simulator) -> None:
     async def ask(proxy: Proxy) -> bytes:
         body = b'{"messages": [{"role": "user", "content": "Who are you?"}], "stream": true}'
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)

@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from worker import Answer, Client
 from worker.contract.entries import Entry, parse
 
-# Read here: the suite hides the settings of whoever runs it.
+# Read here, because the suite hides the settings of the person who runs it.
 URLS = [url.rstrip("/").removesuffix("/v1") for url in os.environ.get("VLLM_URLS", "").split(",") if url]
 pytestmark = [
     pytest.mark.real_vllm,
@@ -80,7 +80,7 @@ async def log_of(redis: Redis, request_id: str) -> list[Entry]:
 
 @contextmanager
 def held(urls: Iterable[str]) -> Iterator[list[psutil.Process]]:
-    """Engines that compute nothing until they are told to: else the short answers were over before anything dies."""
+    """Engines that compute nothing until the test lets them: otherwise the short answers end before anything dies."""
     engines = [worker for url in urls for worker in engine_of(url).children(recursive=True)]
     for engine in engines:
         engine.suspend()
@@ -148,9 +148,7 @@ def check_all_were_broken(broken: dict[str, list[str]]) -> None:
     assert "claimed" in broken[QUESTIONS[-1]]
 
 
-async def test_the_death_of_a_worker_shows_in_no_answer(
-    client: Client, redis: Redis, start_process: StartProcess
-) -> None:
+async def test_no_answer_shows_the_death_of_a_worker(client: Client, redis: Redis, start_process: StartProcess) -> None:
     name, (one, two) = await model(), [SimpleNamespace(url=url) for url in URLS]
     first = start_process(one, lease=1)
     with held(URLS[:1]) as (engine,):
@@ -161,7 +159,7 @@ async def test_the_death_of_a_worker_shows_in_no_answer(
     check_all_were_broken(await compare(client, redis, name, ids))
 
 
-async def test_the_death_of_an_engine_shows_in_no_answer(
+async def test_no_answer_shows_the_death_of_an_engine(
     client: Client, redis: Redis, start_process: StartProcess
 ) -> None:
     name = await model()

@@ -30,7 +30,7 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 
 class Durable:
-    """A Redis that has every write on disk before it answers, and can be killed and started again."""
+    """A Redis that writes to disk before it answers, and can be killed and restarted."""
 
     def __init__(self, binary: Path, folder: Path) -> None:
         self._port = free_port()
@@ -104,7 +104,7 @@ async def test_connections_to_redis_that_are_cut_again_and_again(
     assert (await promise_kept(redis, request_id)).attempts == 1
 
 
-async def test_a_silent_redis_is_left_and_what_was_sent_to_it_may_come_late(
+async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_late(
     client: Client,
     redis: Redis,
     redis_proxy: Proxy,
@@ -173,7 +173,7 @@ async def test_a_redis_that_forgets_everything(
     assert not await redis.exists(f"chat:tokens:{{{lost}}}"), "what is gone is not made again"
 
 
-async def test_a_group_that_is_destroyed_is_made_again_with_all_its_jobs(
+async def test_a_destroyed_group_is_recreated_with_all_its_jobs(
     client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
 ) -> None:
     await start_worker(paced, slots=2, lease=15)
@@ -254,7 +254,7 @@ def waiting(worker: Worker) -> int:
 
 @pytest.fixture
 async def limited(redis: Redis, redis_url: str) -> AsyncIterator[str]:
-    """The URL of a user of the workers' own, whose rights a test takes away and gives back."""
+    """The URL of a user for the workers alone, whose rights a test removes and restores."""
     await redis.execute_command("ACL", "SETUSER", "relay", "on", ">secret", "~*", "&*", "+@all")  # type: ignore[no-untyped-call]  # so in redis-py 8.1
     yield redis_url.replace("redis://", "redis://relay:secret@")
     await redis.execute_command("ACL", "DELUSER", "relay")  # type: ignore[no-untyped-call]  # likewise
@@ -270,7 +270,7 @@ async def limited(redis: Redis, redis_url: str) -> AsyncIterator[str]:
     ],
     ids=["the logs' keys", "MULTI", "commands", "the password"],
 )
-async def test_a_right_that_is_taken_away_and_given_back_ends_no_job(
+async def test_a_right_that_is_removed_and_restored_ends_no_job(
     taken: tuple[str, ...],
     given: tuple[str, ...],
     client: Client,

@@ -1,4 +1,4 @@
-"""The soak's checker catches what it is there for: each doctored log is told for what it is."""
+"""The soak's checker recognizes each kind of doctored log."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every order of things that hypothesis can think of, on a real Redis: the promise holds after each step.
+"""Every order of events that hypothesis generates, on a real Redis: the promise holds after each step.
 
 Up to three workers run the real relay, log and queue code; a canceller, duplicate jobs, crashes, pauses past the
 lease, hand-overs, lost replies, commands that arrive late, a full Redis, broken streams of vLLM and a failover that
@@ -49,7 +49,7 @@ def _one_of(places: Sequence[int], which: int) -> int:
 
 
 class Machine(RuleBasedStateMachine):
-    """The workers, what befalls them, and what must be true whatever does."""
+    """The workers, what happens to them, and what must stay true."""
 
     url: ClassVar[str]
 
@@ -173,7 +173,7 @@ class Machine(RuleBasedStateMachine):
     def come_to_rest(self, which: int) -> None:
         self._do(self._workers[_one_of(self._waiting(), which)].run())
 
-    # What befalls them.
+    # What happens to them.
 
     @precondition(lambda self: self._waiting())
     @rule(which=workers, fate=st.sampled_from(list(Fate)[1:]), place=places, times=st.integers(1, 3), steps=steps)
@@ -220,7 +220,7 @@ class Machine(RuleBasedStateMachine):
                 pipe.pexpire(key, expiry)
             pipe.execute()
         follower.seen = kept
-        # One who read on would hold what is lost, and a new owner that finds no delta says no `restarted`.
+        # A reader would keep what is lost, and a new owner that finds no delta writes no `restarted`.
         follower.answer = Answer(parse(*entry) for entry in kept)
 
     @precondition(lambda self: self._followers)
@@ -235,7 +235,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        self._holds = False  # until it is seen to
+        self._holds = False  # until it is checked again
         assert self._world.faults == []
         for follower in self._followers:
             raw = cast("Raw", self._admin.xrange(_KEYS.tokens(follower.id)))
@@ -248,7 +248,7 @@ class Machine(RuleBasedStateMachine):
         self._holds = True
 
     def _check_feed(self) -> None:
-        """What the feed has told is in the log."""
+        """Every entry that the feed has published is in the log."""
         self._feed.ping()
         followers = {_KEYS.feed(follower.id).encode(): follower for follower in self._followers}
         while (message := self._feed.get_message(timeout=5)) is None or message["type"] != "pong":
@@ -271,7 +271,7 @@ class Machine(RuleBasedStateMachine):
             self._admin.close()
 
     async def _settle(self) -> None:
-        """All is well again: what is left to do is done within a few leases."""
+        """All faults end: the rest is done within a few leases."""
         for _ in range(12):
             for worker in self._workers:
                 await worker.run()
@@ -332,7 +332,7 @@ def _request(follower: Follower) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": follower.id}], "max_tokens": follower.length}
 
 
-@pytest.mark.timeout(300 + 2 * _EXAMPLES)  # where it fails, hypothesis looks for the shortest way there
+@pytest.mark.timeout(300 + 2 * _EXAMPLES)  # after a failure, hypothesis searches for the shortest example
 class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, valid-type]  # made by hypothesis
     settings = settings(
         max_examples=_EXAMPLES,
@@ -344,9 +344,9 @@ class TestNothingIsLostOrTwiceOrStuck(Machine.TestCase):  # type: ignore[misc, v
     @pytest.fixture(autouse=True)
     def _on_a_redis(self, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Machine.url = redis_url
-        # Each pause ends at a gate as it is.
+        # Each pause is followed by a gate anyway.
         monkeypatch.setattr("worker.redisio.retry.Backoff.wait", _no_pause)
-        # Reading all certificates anew takes longer than the life of such a worker.
+        # Loading all certificates takes longer than the life of such a worker.
         context = ssl.create_default_context()
         monkeypatch.setattr("httpx._transports.default.create_ssl_context", lambda **_: context)
 

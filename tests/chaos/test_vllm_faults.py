@@ -24,7 +24,7 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 
 @pytest.mark.parametrize("fault", ["refuse", "429", "503", "500", "hang", "html"])
-async def test_a_fault_before_the_first_token_does_not_show(
+async def test_a_fault_before_the_first_token_is_invisible(
     fault: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(keep_alive=0.1))
@@ -37,7 +37,7 @@ async def test_a_fault_before_the_first_token_does_not_show(
 
 @pytest.mark.parametrize("after", [0, 5], ids=["before any text", "mid-stream"])
 @pytest.mark.parametrize("fault", ["stall", "freeze", "cut", "reset", "malformed", "error_under_200", "abort"])
-async def test_a_stream_that_breaks_goes_on_or_begins_again(
+async def test_a_broken_stream_is_resumed_or_restarted(
     fault: str, after: int, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(keep_alive=0.1))
@@ -50,7 +50,7 @@ async def test_a_stream_that_breaks_goes_on_or_begins_again(
 
 
 @pytest.mark.parametrize("order", [{"fault": "no_done"}, {"first_token": 0.3}], ids=["no [DONE]", "slow first token"])
-async def test_what_is_no_fault_is_not_tried_again(
+async def test_a_response_that_is_not_a_fault_is_not_retried(
     order: dict[str, object],
     client: Client,
     redis: Redis,
@@ -76,7 +76,7 @@ async def test_the_next_try_waits_as_long_as_the_server_asks(
     assert second.started - first.started >= 0.4, "twenty times the pause without being asked"
 
 
-async def test_a_server_that_asks_for_time_holds_up_nobody_whom_another_can_serve(
+async def test_a_server_that_asks_for_time_holds_up_no_job_that_another_can_serve(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     busy = await start_simulator(Options(scenario=Scenario(fault="503", retry_after=600)))

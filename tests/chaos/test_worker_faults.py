@@ -27,7 +27,7 @@ async def paced(start_simulator: StartSimulator) -> Simulator:
 
 @pytest.fixture
 async def slow(start_simulator: StartSimulator) -> Simulator:
-    """A vLLM whose answers do not end within a test: whoever asks it is mid-stream."""
+    """A vLLM whose answers do not end within a test, so that every request stays mid-stream."""
     return await start_simulator(Options(scenario=Scenario(rate=10)))
 
 
@@ -42,7 +42,7 @@ async def slow(start_simulator: StartSimulator) -> Simulator:
     ],
     ids=["mid-stream", "seal", "lifecycle", "feed", "acknowledgement"],
 )
-async def test_a_worker_that_is_killed_before_it_could_say_something(
+async def test_a_worker_that_is_killed_before_it_sends_a_command(
     before: bytes,
     client: Client,
     redis: Redis,
@@ -57,14 +57,14 @@ async def test_a_worker_that_is_killed_before_it_could_say_something(
     async with asyncio.timeout(30):
         await held.met.wait()
     process.kill()
-    await redis_proxy.cut()  # what is held must not come after all
+    await redis_proxy.cut()  # the held command must not arrive later
     process.wait()
     await start_worker(simulator, lease=LEASE)
     await promise_kept(redis, request_id)
 
 
 @pytest.mark.parametrize("wakes", ["mid-stream of the next", "after the end"])
-async def test_a_worker_that_was_stopped_past_its_lease_writes_nothing_more_and_does_not_acknowledge(
+async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_does_not_acknowledge(
     wakes: str,
     client: Client,
     redis: Redis,
@@ -104,7 +104,7 @@ async def test_a_worker_that_was_stopped_past_its_lease_writes_nothing_more_and_
 
 
 @pytest.mark.parametrize("drain", [20, 0.1], ids=["below the drain", "past the drain"])
-async def test_a_worker_that_is_told_to_leave(
+async def test_a_worker_that_gets_sigterm_finishes_or_hands_over(
     drain: float,
     client: Client,
     redis: Redis,
@@ -113,7 +113,7 @@ async def test_a_worker_that_is_told_to_leave(
     simulator: Simulator,
     slow: Simulator,
 ) -> None:
-    # With leases of a minute only a hand-over lets the next worker go on within the time of this test.
+    # With leases of a minute only a hand-over lets the next worker continue within the time of this test.
     process = start_process(slow, lease=60, drain_timeout=drain)
     request_id = await client.enqueue(ask(simulate={"rate": 40} if drain == 20 else {}))
     await has_begun(redis, request_id, 2)
@@ -125,7 +125,7 @@ async def test_a_worker_that_is_told_to_leave(
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-async def test_a_worker_that_is_told_twice_to_leave_hands_over_at_once(
+async def test_a_worker_that_gets_a_second_signal_hands_over_at_once(
     how: signal.Signals,
     client: Client,
     redis: Redis,
@@ -164,7 +164,7 @@ async def test_a_stalled_event_loop_costs_the_lease_and_nothing_else(
 
 
 def stall_past_the_lease(redis_url: str, lease: float) -> None:
-    """Hold the event loop up, asking all the while, until the job has been idle for longer than a lease."""
+    """Block the event loop until Redis shows that the job has been idle for longer than a lease."""
     with BlockingRedis.from_url(redis_url) as redis:
         while True:
             (line,) = redis.xpending_range("chat:jobs", "workers", "-", "+", 1)
@@ -175,7 +175,7 @@ def stall_past_the_lease(redis_url: str, lease: float) -> None:
 async def test_a_dead_workers_job_is_found_behind_many_live_ones(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """XAUTOCLAIM passes over ten entries for each that is asked for, and starts from its cursor."""
+    """XAUTOCLAIM passes over ten entries for each requested one, and starts from its cursor."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     for number in range(100):
         await redis.xadd("chat:jobs", {"id": f"live-{number}"})
