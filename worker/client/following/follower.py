@@ -39,6 +39,8 @@ class Follower:
 
         This is the machine's own method: there is no further call for each entry.
         """
+        self.is_over = False
+        """Whether the seal is drained, or among the entries that are ready."""
         self._logs = logs
         self._request = request
         request.followers[self] = None
@@ -63,11 +65,6 @@ class Follower:
         return self.machine.end
 
     @property
-    def is_over(self) -> bool:
-        """Whether the seal is drained, or among the entries that are ready."""
-        return self.machine.state is FollowState.ENDED
-
-    @property
     def is_waiting(self) -> bool:
         """Whether a task waits for the feed."""
         return self._waiter is not None and not self._waiter.done()
@@ -82,7 +79,8 @@ class Follower:
             Refused: when no worker took the job before its deadline, and this user may not write the end.
             Unavailable: when Redis does not answer, or the client is closed.
         """
-        if self.machine.ready or self.machine.state is not _LISTENING:
+        machine = self.machine
+        if machine.ready or machine.state is not _LISTENING:
             return self._catch_up()
         self._waiter = waiter = self._new_future()
         return waiter
@@ -97,7 +95,7 @@ class Follower:
             self._idle_at = loop.time() + seconds
             return True
         self._idle_at = self._idle_at or loop.time() + seconds
-        if self._reading is None and machine.state is FollowState.LISTENING:
+        if self._reading is None and machine.state is _LISTENING:
             if self._idle_timer is None:
                 self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
             await self.wait_ready()
@@ -205,6 +203,7 @@ class Follower:
             machine.on_read_failed()
             raise
         machine.on_page(page)
+        self.is_over = machine.state is FollowState.ENDED
         if machine.polls:
             self._request.leave(self)
         elif machine.wants_feed and not self.is_over:

@@ -248,8 +248,8 @@ class FollowMachine:
             self._held.append((entries, size))
         else:
             return
-        self.kept_bytes += size
-        if self.kept_bytes > KEPT_BYTES and self.kept_bytes > size:
+        self.kept_bytes = kept = self.kept_bytes + size
+        if kept > KEPT_BYTES and kept > size:
             self._n -= len(self.ready)
             self.ready, self._held, self.kept_bytes = [], [], 0
             self._move(FollowInput.LOOK_UP)
