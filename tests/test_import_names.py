@@ -55,6 +55,15 @@ assert "Client" not in vars(worker)
 print(Client is vllm_relay.Client)
 """
 
+TYPED = """
+from typing import assert_type
+from vllm_relay import Client
+import worker
+async def enqueue(client: Client) -> bool:
+    assert_type(await client.enqueue({}), str)
+    return worker.MINE
+"""
+
 USERS_OWN_ON_A_LATER_PATH = """
 import sys
 from vllm_relay import Client
@@ -132,6 +141,15 @@ def test_either_name_runs_as_a_program(installed: str) -> None:
 def test_the_public_names_are_the_same() -> None:
     assert vllm_relay.__all__ == worker.__all__
     assert all(getattr(vllm_relay, name) is getattr(worker, name) for name in worker.__all__)
+
+
+def test_mypy_knows_the_types_of_a_wheel_beside_a_users_own_worker(wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("MINE = True\n")
+    (tmp_path / "service.py").write_text(TYPED)
+    checker = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "service.py"]
+    path = os.pathsep.join(map(str, (tmp_path, wheel)))
+    checked = subprocess.run(checker, env=os.environ | {"MYPYPATH": path}, capture_output=True, text=True, check=False)
+    assert checked.stdout == "Success: no issues found in 1 source file\n"
 
 
 def test_type_checkers_see_one_class_under_both_names() -> None:
