@@ -90,7 +90,7 @@ async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
         picky = [one, other][:servers]
         await start_worker(*picky)
         ids = []
-        for n in range(bad):  # one after the other, so that each finds what those before it have left
+        for n in range(bad):  # one after another, so that each meets the circuit state that the former left
             ids.append(await client.enqueue(ask(f"bad {n}")))
             await eventually(partial(_asked, picky, f"bad {n}"))
         (good,) = await ended(client, await client.enqueue(ask("good")))
@@ -98,7 +98,7 @@ async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
         assert sum(server.asked["good"] for server in picky) == 1
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes == ["error"] * bad
-    # Three tries, and one more at each server where the job was the trial.
+    # Three tries, and one more at each server where the job was the trial request.
     assert all(sum(server.asked[f"bad {n}"] for server in picky) <= 3 + servers for n in range(bad))
 
 
@@ -125,7 +125,7 @@ async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, s
         (good,) = await ended(client, await client.enqueue(ask("good")))
         assert good.outcome == "done"
         assert {answer.outcome for answer in await ended(client, *ids)} == {"error"}
-        assert picky.asked["Hi"], "or this test would prove nothing"
+        assert picky.asked["Hi"], "the worker sent a request of its own"
 
 
 async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server_can_do(
@@ -139,7 +139,9 @@ async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server
         for n in range(4 * FAILURES):
             (answer,) = await ended(client, await client.enqueue(ask(f"question {n}")))
             assert answer.outcome == "done"
-        assert broken.asked.total() == FAILURES + 1  # those that found it out, and the first trial, which is at once
+        assert (
+            broken.asked.total() == FAILURES + 1
+        )  # the failures that open the circuit, and the first trial, which follows at once
         assert len(good.served) == 4 * FAILURES
 
 

@@ -52,7 +52,7 @@ async def test_a_role_long_before_the_text_does_not_start_the_gap_timeout(
         await reader.readuntil(b"\r\n\r\n")
         head, role, rest = answer_that_ends("stop").partition(b'data: {"choices": [{"delta": {"content": ""}}]}\n\n')
         writer.write(head + role)
-        await asyncio.sleep(0.3)  # longer than the gap, and nothing else is limited
+        await asyncio.sleep(0.3)  # longer than the gap timeout; no other limit applies
         writer.write(rest)
         writer.close()
 
@@ -93,7 +93,7 @@ async def test_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows
         asked = await reader.readuntil(b"\r\n\r\n")
         head, *events = answer_that_ends("stop").replace(b"\n\n", b"\n").split(b"data: ")
         writer.write(head + b"".join(b"data: " + event.strip() + b"\n" for event in events[:3]))
-        if asked.startswith(b"POST"):  # and is no probe
+        if asked.startswith(b"POST"):  # not a probe
             await shown.wait()
         writer.write(b"data: " + events[3].strip() + b"\n")
         writer.close()

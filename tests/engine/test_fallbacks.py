@@ -33,7 +33,7 @@ async def test_the_next_model_is_asked_when_the_tries_of_the_first_are_exhausted
     assert isinstance(answer.end, Done)
     assert (answer.end.model, answer.model) == ("small", "small")
     assert answer.text == answer_to(ask()["messages"])
-    # What is answered by nothing at all, over a connection that was kept from before, is sent again at once.
+    # A request that gets no reply at all over a kept connection is sent again at once.
     assert len(large.served) in ({2, 3} if fault == "refuse" else {2})
     assert len(small.served) == 1
 
@@ -176,7 +176,7 @@ async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
     async with Simulator(Options(model="large")) as large, Simulator(Options(model="small")) as small:
         other = await start_simulator()
         await start_worker(large, small, other)
-        for model in ("large", "small"):  # so that they are known
+        for model in ("large", "small"):  # so that the worker knows the models of both servers
             assert Answer(await entries_of(client, ask() | {"model": model})).model == model
     request_id = await client.enqueue(ask(), fallbacks=["small"])
 

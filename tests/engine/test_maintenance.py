@@ -109,7 +109,7 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
             keeping = [asyncio.create_task(keep()) for keep in (maintenance.keep_leases, maintenance.watch_expiry)]
             assert await stopped is Stop.LEASE_LOST
         assert renewal.met.is_set()
-        assert logs == [], "the renewal waits yet"
+        assert logs == [], "the renewal still waits"
         await redis_proxy.heal()
         maintenance.stop()
         await asyncio.gather(*keeping)

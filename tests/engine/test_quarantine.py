@@ -51,7 +51,7 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
     ("history", "count", "expected"),
     [
         ([], 1, 0),
-        ([], 7, 0),  # nobody came to a claim: only replies were lost
+        ([], 7, 0),  # no worker claimed the log: only replies were lost
         (log(1), 2, 1),
         (log(1, 2, 3, 4), 5, 4),
         (log(1, 1, 1, 1, 1, 1), 1, 0),  # handed over at each deploy
@@ -60,19 +60,19 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
         (log(1, 4), 7, 2),
         (log(1, 2, 3, "d"), 4, 0),  # the owner that died last had made progress
         (log(1, 2, "d", 3), 4, 1),
-        (log(1, "retry", "retry", "retry"), 2, 1),  # its owner's own tries are no deliveries
+        (log(1, "retry", "retry", "retry"), 2, 1),  # an attempt for the owner's own retry is no delivery
         (log(1, "retry", "retry"), 1, 0),
-        (log(3), 1, 0),  # the group was made again, and counts from the start
+        (log(3), 1, 0),  # the consumer group was created again, and counts from the start
         (log(3, 1), 2, 1),
         ([ANOTHER, *log(1)], 1, 0),  # a job of the same request, whose deliveries are not this one's
         ([*log(1, 2, 3), ANOTHER], 4, 0),
-        (log(1, *"dd", 2, *"-dd", 3, *"-dd"), 4, 2),  # it begins again each time, and dies at the same place
+        (log(1, *"dd", 2, *"-dd", 3, *"-dd"), 4, 2),  # begins again each time, and dies at the same place
         (log(1, *"dd", 2, *"-ddd", 3, *"-dddd"), 4, 2),  # about the same
         (log(1, *"dd", 2, *"-dd", 3, *"-ddddd"), 4, 0),
         (log(1, *"dd", 2, *"-d", 3, *"-dd", 4), 5, 3),
-        (log(1, *"dd", 2, *"+d", 3), 4, 1),  # what goes on gets further with each delta
-        (log(1, *"dd", 2, "resumed after the first", "d", 3), 4, 2),  # but for tokens that showed no text
-        (log(1, *"dd", "retry", *"dd", 2), 3, 1),  # of its owner's own tries too
+        (log(1, *"dd", 2, *"+d", 3), 4, 1),  # a resumed answer makes progress with each delta
+        (log(1, *"dd", 2, "resumed after the first", "d", 3), 4, 2),  # except for tokens without text
+        (log(1, *"dd", "retry", *"dd", 2), 3, 1),  # the owner's own retries begin again too
     ],
 )
 def test_failures_are_owners_lost_in_a_row_without_progress(history: list[Entry], count: int, expected: int) -> None:
@@ -94,7 +94,7 @@ def test_a_job_may_be_poison_once_its_deliveries_allow_enough_failures(
     *, count: int, most: int, doubtful: bool
 ) -> None:
     assert may_be_poison(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
-    assert not may_be_poison(Delivery("default", "5-0", {}, count=count), most), "the first to have it"
+    assert not may_be_poison(Delivery("default", "5-0", {}, count=count), most), "no other worker had the job before"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ async def test_turns_are_taken_one_after_another() -> None:
     done, _ = await asyncio.wait({second}, timeout=0.01)
     assert not done
     first.end()
-    first.end()  # of the former turn: it does not end the next one
+    first.end()  # a second end of this turn does not end the next one
     assert await second
     third = asyncio.create_task(turns.wait_turn(stop, 60))
     done, _ = await asyncio.wait({third}, timeout=0.01)

@@ -90,7 +90,7 @@ async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(
     await start_worker(simulator)
 
     async def break_off(question: str, after: int) -> str:
-        # Messages of its own: the simulator breaks off the first answer to the same.
+        # Each case has messages of its own: the simulator breaks off the first answer to the same messages.
         case = {"role": "system", "content": f"case {after}"}
         request = ask(question, simulate={"fault": "cut", "after": after, "times": 1})
         request["messages"] = [case, *cast("list[object]", request["messages"])]
@@ -227,7 +227,7 @@ async def test_an_answer_that_cannot_be_resumed_is_restarted_visibly(
     ours, direct_ones = Answer(entries).choices, expected.choices
     for choice in [*ours, *direct_ones]:
         for call in choice.tool_calls:
-            call.pop("id")  # each answer has its own
+            call.pop("id")  # the id differs between answers
     assert ours == direct_ones
     assert Answer(entries).usage == expected.usage
 
@@ -246,7 +246,9 @@ async def test_a_setting_decides_about_a_broken_answer(
     if isinstance(end, Failed):
         assert end.code == "upstream_truncated"
         tokens = [token for entry in entries if isinstance(entry, Delta) for token in entry.token_ids]
-        assert (end.model, end.usage["completion_tokens"]) == ("reciter", len(tokens)), "as far as it came"
+        assert (end.model, end.usage["completion_tokens"]) == ("reciter", len(tokens)), (
+            "the usage of what was generated"
+        )
 
 
 @pytest.mark.parametrize(

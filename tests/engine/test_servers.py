@@ -293,7 +293,7 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
         await eventually(away)
         states = [(await client.status(request_id)).state for request_id in ids]
         lost = states.count(State.ENDED)
-        # What was read before the circuit opened runs, and waits; nothing else is claimed.
+        # Jobs that were read before the circuit opened wait for it; no other job is claimed.
         assert lost <= FAILURES
         assert states.count(State.RUNNING) <= 1
         assert len(server.served) <= lost + 2
@@ -321,7 +321,7 @@ async def test_no_job_waits_for_a_server_that_goes_down_with_its_streams_frozen(
     server_pace.frozen_after = 0.1
     server_pace.probe_every = 0.05
     async with Simulator(Options(keep_alive=0.02, scenario=Scenario(fault=fault, after=6))) as going_down:
-        # The limits are so long that only the refused connection can be what ends the wait.
+        # The limits are so long that only the refused connection can end the wait.
         await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
         request_id = await client.enqueue(ask("Who are you?"))
 

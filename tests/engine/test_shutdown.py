@@ -84,7 +84,7 @@ async def test_a_second_stop_signal_loses_nothing(
     assert set(taken) == {2}
     (handed,) = [line["jobs"] for line in logs if line["event"] == "jobs_handed_over"]
     assert len(taken) <= handed <= 10
-    assert first._running_jobs.finished <= 10 - len(taken), "what is handed over has not ended here"
+    assert first._running_jobs.finished <= 10 - len(taken), "jobs that were handed over have not ended here"
 
 
 async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
@@ -115,7 +115,7 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(ask())
-    if how == "claim_expired":  # it was with a worker that died
+    if how == "claim_expired":  # a dead worker had the job
         await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
         job = (await redis.xpending("chat:jobs", "workers"))["min"]
         await redis.xclaim("chat:jobs", "workers", "dead", 0, [job], idle=2000 * NEVER, justid=True)
@@ -129,7 +129,7 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
         return not (await redis.info("clients"))["blocked_clients"]
 
     await eventually(no_other_read_is_out)
-    for _ in range(100):  # let the worker do all that it would do without what is held
+    for _ in range(100):  # let the worker do everything that does not depend on the held reply
         await asyncio.sleep(0)
     held.go.set()
     await start_worker(simulator, lease=NEVER)

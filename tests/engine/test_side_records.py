@@ -80,7 +80,7 @@ async def test_answers_are_whole_without_permission_to_write_side_records(
     answer = await client.result(await client.enqueue(REQUEST))
     assert answer.text == answer_to(REQUEST["messages"])
     await settled(redis)
-    assert refused(worker, "lifecycle") == 2, "of its start and of its end"
+    assert refused(worker, "lifecycle") == 2, "the lines of its start and of its end"
     assert not await redis.exists("chat:dead")
 
 

@@ -218,7 +218,7 @@ async def test_a_refusal_of_vllm_is_an_error_with_its_message(
     assert isinstance(answer.end, Failed)
     assert answer.end.code == code
     assert message in answer.end.message
-    assert len(simulator.served) <= 1, "what is the job's fault is not tried again"
+    assert len(simulator.served) <= 1, "an error that is the job's fault is not tried again"
     await settled(redis)
 
 
@@ -362,11 +362,11 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
     fault: str, code: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, tries=2)
-    order = {"fault": fault, "retry_after": 0.01}  # before any text: an answer that gets on is gone on with
+    order = {"fault": fault, "retry_after": 0.01}  # before any text: an answer with progress would be resumed
     answer = await client.result(await client.enqueue(ask(simulate=order)))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == code
-    # Over a connection that was kept from before, a request that is answered by nothing at all is sent again at once.
+    # A request that gets no reply at all over a kept connection is sent again at once.
     assert len(simulator.served) in ({2, 3} if fault == "refuse" else {2})
     await settled(redis)
 

@@ -43,7 +43,7 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     for _ in range(2):
-        # As many slots as half of the jobs, so that both take their share; time enough for two busy cores.
+        # Slots for half of the jobs, so that both workers take their share; a timeout that suits two busy cores.
         start_process(simulator, slots=JOBS // 2, lease=15)
     questions = [f"question {number}" for number in range(JOBS)]
     ids = await asyncio.gather(*(client.enqueue(ask(question)) for question in questions))
@@ -59,7 +59,7 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
         started = Answer(entries).started
         assert started is not None
         workers[started.worker] += 1
-    assert len(workers) == 2, "both took part"
+    assert len(workers) == 2, "both workers ran jobs"
     finished = Counter(
         fields[b"id"] for _, fields in await stream(redis, "chat:lifecycle") if fields[b"type"] == b"finished"
     )
@@ -89,7 +89,7 @@ async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     client: Client, redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
-    # With leases of a minute only a hand-over lets the second worker go on within the time of this test.
+    # With leases of a minute only a hand-over lets the second worker continue within this test.
     first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
     request_id = await client.enqueue(ask("Tell me a story"))
     entries = []

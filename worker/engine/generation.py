@@ -101,7 +101,7 @@ class Generation:
             raise
         except Exception as error:  # noqa: BLE001 - without an end the job would come back for ever
             self._emit(InternalError(error))
-            message = "an error inside the worker: its own log says more"
+            message = "an error inside the worker: see the log of the worker process"
             return Failed(id=SEAL, attempt=self._log.attempt, code="internal", message=message)
 
     async def restart(self, reason: str) -> None:

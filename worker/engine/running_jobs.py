@@ -16,7 +16,7 @@ from ..telemetry.job_events import JobBrokenOff, JobFailed, JobLeft, LeaseWasLos
 from .job_context import Stop, Stopped
 
 RunJob: TypeAlias = "Callable[[Delivery, asyncio.Future[Stop], Callable[[], None]], Awaitable[None]]"
-"""Runs a delivered job until it ends or its future says to stop. The last argument releases the job's slot."""
+"""Runs a delivered job until it ends or its stop future is done. The last argument releases the job's slot."""
 
 _MOST_WITHOUT_SLOT = 1000
 """Jobs that may have released their slot before their end: each is in memory, with its request."""

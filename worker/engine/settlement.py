@@ -166,7 +166,7 @@ class Settlement:
 def _dead_letter_reason(job: JobContext, answer: Answer) -> str:
     """Why a sealed job gets a dead letter, or nothing where it gets none.
 
-    The seal of a log that another job began says nothing about this job. A job that does not validate is recognized
+    The seal of a log that another job began is not about this job. A job that does not validate is recognized
     without its seal, unless it was not read.
     """
     end = answer.end
