@@ -731,6 +731,23 @@ async def test_entries_behind_a_hole_are_held_back_until_the_log_calls_the_missi
     assert after or reader.seen == story.written
 
 
+async def test_a_follower_without_the_feed_goes_on_after_a_hole(
+    redis: Redis, redis_url: str, story: Story, *, pours: bool
+) -> None:
+    await story.write(START, delta(1, 1))
+    async with user_without_channels(redis, redis_url) as deaf_url, aclosing(connect(deaf_url)) as followers:
+        reader = Reader(followers, pours=pours)
+        await eventually(lambda: calls(redis, "xread"))
+        await story.write(delta(1, 3))
+        await story.write(Claimed(id=EntryId(2, 0)), Restarted(id=EntryId(2, 1)), delta(2, 2))
+        await reader.has(delta(2, 2))
+        await story.write(delta(2, 3))
+        await reader.has(delta(2, 3))
+        await story.write(END)
+        await reader.task
+    assert reader.seen == story.written
+
+
 @pytest.mark.parametrize("end", ["its seal", "its log is gone", "its seal is deleted"])
 @pytest.mark.parametrize(("log", "after", "seen"), RUNNING)
 async def test_a_hole_that_is_never_void_raises_incomplete_log_at_the_end(

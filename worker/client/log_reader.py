@@ -66,9 +66,9 @@ class LogReader:
         """
         is_cursor = is_first and after != BEFORE_ALL
         if must_exist or is_first:
-            stone, raw, exists = await self._retry(self._read_all, request_id, after, size, inclusive=is_cursor)
+            tombstone, raw, exists = await self._retry(self._read_all, request_id, after, size, inclusive=is_cursor)
             if not raw and not exists:
-                raise gone(request_id, stone)
+                raise gone(request_id, tombstone)
         else:
             raw = await self._retry(self._read_entries, request_id, after, size)
         is_full = len(raw) == size.entries
@@ -80,8 +80,8 @@ class LogReader:
                     return Page((), after, is_full, _queued(raw[0][0], _fields(raw[0][1])))
                 del raw[0]
             else:
-                # Whoever has the log up to a place that is missing can go on if the next entry follows from it, or if
-                # the log calls everything after it void.
+                # A reader whose place is missing can go on if the next entry is the one after it, or if the log calls
+                # everything after it void.
                 found = EntryId.parse(raw[0][0]) if raw else None
                 is_next = found and found.attempt <= max(1, after.attempt) and follows(found, after)
                 if not is_next and not (await self._is_void(request_id, after, is_cursor=True) and found):
@@ -197,9 +197,9 @@ class LogReader:
         """
         place, size = before, PageSize(2)
         while place != SEAL:  # Redis refuses a range that begins after the greatest id
-            stone, raw, exists = await self._retry(self._read_all, request_id, place, size, inclusive=False)
+            tombstone, raw, exists = await self._retry(self._read_all, request_id, place, size, inclusive=False)
             if not raw and not exists:
-                raise gone(request_id, stone)
+                raise gone(request_id, tombstone)
             for entry_id, flat in raw:
                 entry = parse_leniently(entry_id, _fields(flat))
                 if isinstance(entry, Restarted) or (
@@ -209,7 +209,7 @@ class LogReader:
                 if entry.id == SEAL:
                     raise IncompleteLog(request_id, before, is_cursor=is_cursor)
             if len(raw) < size.entries:
-                if stone is not None:  # the tombstone is written with the seal, which somebody has deleted
+                if tombstone is not None:  # the tombstone is written with the seal, which was deleted
                     break
                 return False
             attempt = EntryId.parse(raw[0][0]).attempt
@@ -237,8 +237,8 @@ class LogReader:
         xrange = _xrange(key, after, size, inclusive=inclusive)
         with _shrinking_on_timeout(size):
             packed = get + xrange + pack(b"EXISTS", key.encode())
-            stone, raw, exists = await self._batcher.execute(key, packed, 3)
-        return stone, cast("list[_Raw]", raw), bool(exists)
+            tombstone, raw, exists = await self._batcher.execute(key, packed, 3)
+        return tombstone, cast("list[_Raw]", raw), bool(exists)
 
     async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:
         self._check_open()

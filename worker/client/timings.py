@@ -13,9 +13,9 @@ class Timings:
     """Between two checks for followers that receive nothing."""
     settles_after: float = MAX_SILENCE + 0.05
     """From the confirmation of a subscription until every new entry is published: publishers skip a channel without
-    subscribers for a while. As long a subscription may take until the log is no longer read instead."""
+    subscribers for a while. The log is read meanwhile, and for as long before the confirmation."""
     settling_pause: float = 0.05
-    """Between two readings of the log until then."""
+    """Between two of these readings."""
     block: float = 5.0
     """That a blocking read waits for entries."""
     first_pause: float = 0.02

@@ -98,7 +98,7 @@ class FeedState(enum.Enum):
     """How far the subscription to a request's feed is, which all of its followers share."""
 
     ABSENT = "absent"
-    """Nobody has subscribed, or Redis has refused it."""
+    """There is no subscription, or Redis has refused it."""
     PENDING = "pending"
     """Redis has not confirmed the subscription yet, or the connection was lost."""
     SETTLING = "settling"
