@@ -36,7 +36,7 @@ async def client(simulator: Simulator) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def said(question: str) -> list[dict[str, object]]:
+def messages_of(question: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": question}]
 
 
@@ -47,7 +47,7 @@ def prompt_of(question: str) -> list[int]:
 def chat(question: str, ids: Sequence[int] = (), **fields: Any) -> Event:  # noqa: ANN401, JSON
     """A streamed chat that continues after these token ids of the answer."""
     begun = {"kv_transfer_params": {"prompt_token_ids": [*prompt_of(question), *ids]}} if ids else {}
-    return {"messages": said(question), "stream": True, "return_token_ids": True, **begun, **fields}
+    return {"messages": messages_of(question), "stream": True, "return_token_ids": True, **begun, **fields}
 
 
 def text(question: str, ids: list[int], **fields: object) -> Event:
@@ -115,18 +115,18 @@ async def test_a_continuation_has_the_recorded_shape_and_text(client: httpx.Asyn
     recorded = RECORDED[name]
     request = here(recorded)
     body = await post(client, recorded["path"], request)
-    told = recorded["body"].encode()
+    body_recorded = recorded["body"].encode()
     if not request.get("stream"):
-        simulated, real = msgspec.json.decode(body), msgspec.json.decode(told)
+        simulated, real = msgspec.json.decode(body), msgspec.json.decode(body_recorded)
         assert shape(simulated) == shape(real)
         assert part(simulated["choices"][0]) == part(real["choices"][0])
         return
-    assert finishes(body) == finishes(told)
-    if finishes(told)[0][0] == "length":
-        assert joined(body).startswith(joined(told))
+    assert finishes(body) == finishes(body_recorded)
+    if finishes(body_recorded)[0][0] == "length":
+        assert joined(body).startswith(joined(body_recorded))
     else:
-        assert joined(body) == joined(told)
-    assert shapes(body) == shapes(told)
+        assert joined(body) == joined(body_recorded)
+    assert shapes(body) == shapes(body_recorded)
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -140,7 +140,9 @@ async def test_an_error_equals_the_recorded_bytes(client: httpx.AsyncClient, nam
 @pytest.mark.parametrize("name", ["tokenize", "tokenize_strings", "tokenize_prompt", "detokenize"])
 async def test_token_ids_are_sent_as_recorded(client: httpx.AsyncClient, name: str) -> None:
     recorded = RECORDED[name]
-    request = recorded["request"] | ({"tokens": encode(answer_to(said("Send emoji")))} if name == "detokenize" else {})
+    request = recorded["request"] | (
+        {"tokens": encode(answer_to(messages_of("Send emoji")))} if name == "detokenize" else {}
+    )
     answer = (await client.post(recorded["path"], json=request)).json()
     real = msgspec.json.decode(recorded["body"])
     assert shape(answer) == shape(real)
@@ -157,7 +159,10 @@ async def test_token_ids_are_sent_as_recorded(client: httpx.AsyncClient, name: s
     ],
 )
 async def test_tokenize_gives_the_prompt_of_the_same_chat(client: httpx.AsyncClient, fields: Event) -> None:
-    request = {"messages": [*said("你是谁?"), {"role": "assistant", "content": "我"}, *said("🙂")], **fields}
+    request = {
+        "messages": [*messages_of("你是谁?"), {"role": "assistant", "content": "我"}, *messages_of("🙂")],
+        **fields,
+    }
     tokens = (await client.post("/tokenize", json=request)).json()["tokens"]
     first = chunks(await post(client, CHAT, request | {"stream": True, "return_token_ids": True}))[0]
     assert tokens == first["prompt_token_ids"]
@@ -195,7 +200,7 @@ async def test_a_chat_continues_exactly_at_every_token_with_text(client: httpx.A
 @pytest.mark.parametrize("question", ["你是谁?", "Send emoji", "Think first"])
 async def test_a_text_completion_continues_exactly_at_every_character(client: httpx.AsyncClient, question: str) -> None:
     whole = await post(client, TEXT, text(question, []))
-    assert joined(whole) == answer_to(said(question))
+    assert joined(whole) == answer_to(messages_of(question))
     ids = ids_of(whole)
     for count in range(len(ids)):
         before = b"".join(VOCABULARY[number] for number in ids[:count])
@@ -218,11 +223,11 @@ async def test_a_stop_string_across_the_cut_is_not_found(client: httpx.AsyncClie
     ids = encode("I am LLaMA, an AI")
     request = chat("Who are you?", ids) if path == CHAT else text("Who are you?", ids)
     rest = await post(client, path, request | {"stop": ["AI assistant"]})
-    assert joined(rest) == answer_to(said("Who are you?")).removeprefix("I am LLaMA, an AI")
+    assert joined(rest) == answer_to(messages_of("Who are you?")).removeprefix("I am LLaMA, an AI")
 
 
 async def test_a_complete_answer_only_ends(client: httpx.AsyncClient) -> None:
-    ids = encode(answer_to(said("Who are you?")))
+    ids = encode(answer_to(messages_of("Who are you?")))
     for kept in (ids, [*ids, END]):
         rest = await post(client, CHAT, chat("Who are you?", kept))
         assert (joined(rest), ids_of(rest), finishes(rest)) == ("", [END], [("stop", None)])
@@ -230,7 +235,7 @@ async def test_a_complete_answer_only_ends(client: httpx.AsyncClient) -> None:
 
 async def test_ids_that_do_not_answer_the_question_change_only_its_prompt(client: httpx.AsyncClient) -> None:
     body = await post(client, CHAT, chat("Who are you?", encode("It was a dark night")))
-    assert joined(body) == answer_to(said("Who are you?"))
+    assert joined(body) == answer_to(messages_of("Who are you?"))
 
 
 async def test_usage_counts_given_ids_as_prompt(client: httpx.AsyncClient) -> None:
@@ -246,7 +251,7 @@ async def test_usage_counts_given_ids_as_prompt(client: httpx.AsyncClient) -> No
 async def test_no_answer_ends_before_min_tokens(client: httpx.AsyncClient, kept: int) -> None:
     whole = await post(client, CHAT, chat("Who are you?", min_tokens=50))
     assert len(ids_of(whole)) == 51
-    assert joined(whole).startswith(answer_to(said("Who are you?")) + " ")
+    assert joined(whole).startswith(answer_to(messages_of("Who are you?")) + " ")
     rest = await post(client, CHAT, chat("Who are you?", ids_of(whole)[:kept], min_tokens=50 - kept))
     assert ids_of(rest) == ids_of(whole)[kept:]
 
@@ -265,7 +270,7 @@ async def test_a_text_completion_has_sixteen_tokens_by_default(client: httpx.Asy
 
 async def test_a_prompt_can_be_text(client: httpx.AsyncClient) -> None:
     body = await post(client, TEXT, {"prompt": "Who are you?", "stream": True, "max_tokens": 100})
-    assert joined(body) == answer_to(said("Who are you?"))
+    assert joined(body) == answer_to(messages_of("Who are you?"))
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"logprobs": 1}, {"prompt": [[1, 2], [3]]}, {"prompt": ["a", "b"]}])
@@ -275,7 +280,7 @@ async def test_fields_that_are_not_simulated_are_refused(client: httpx.AsyncClie
 
 async def test_prefill_refuses_only_continuations(simulator: Simulator, client: httpx.AsyncClient) -> None:
     scenario: Event = {"simulate": {"fault": "prefill"}}
-    assert joined(await post(client, CHAT, chat("Who are you?", **scenario))) == answer_to(said("Who are you?"))
+    assert joined(await post(client, CHAT, chat("Who are you?", **scenario))) == answer_to(messages_of("Who are you?"))
     refused = await client.post(CHAT, json=chat("Who are you?", encode("I am"), **scenario))
     assert (refused.status_code, refused.json()["error"]["type"]) == (400, "BadRequestError")
     whole = await client.post(TEXT, json=text("Who are you?", encode("I am"), **scenario) | {"stream": False})
@@ -298,7 +303,7 @@ async def test_a_server_can_ignore_the_ids_and_lack_routes() -> None:
     )
     async with Simulator(options) as simulator, httpx.AsyncClient(base_url=simulator.url) as client:
         body = await post(client, CHAT, chat("Who are you?", encode("I am")))
-        assert joined(body) == answer_to(said("Who are you?"))
+        assert joined(body) == answer_to(messages_of("Who are you?"))
         assert chunks(body)[0]["prompt_token_ids"] == prompt_of("Who are you?")
         missing = [await client.post(path, json={}) for path in ("/tokenize", "/detokenize", TEXT)]
         missing.append(await client.get("/health"))
@@ -319,10 +324,10 @@ async def test_the_record_holds_where_a_continuation_began(tmp_path: Path) -> No
     begun = [record for record in records if record.ended is None]
     ended = {record.order: record for record in records if record.ended is not None}
     digest = hashlib.sha256(str(prompt_of("Who are you?")).replace(" ", "").encode()).hexdigest()[:16]
-    told = [(record.route, record.prompt, record.after) for record in begun]
-    assert told == [(CHAT, digest, 0), (CHAT, digest, 3), (TEXT, digest, 3), (TEXT, digest, 3)]
+    seen = [(record.route, record.prompt, record.after) for record in begun]
+    assert seen == [(CHAT, digest, 0), (CHAT, digest, 3), (TEXT, digest, 3), (TEXT, digest, 3)]
     assert sorted(ended) == [1, 2, 3, 4, 5]
-    assert ended[2].texts == ended[3].texts == [answer_to(said("Who are you?")).removeprefix("I am LLaMA")]
+    assert ended[2].texts == ended[3].texts == [answer_to(messages_of("Who are you?")).removeprefix("I am LLaMA")]
     assert [ended[order].finished for order in (1, 2, 3, 5)] == [True, True, True, False]
     assert (ended[5].status, ended[5].prompt) == (400, None)
 

@@ -228,14 +228,14 @@ async def test_an_answer_without_streaming_has_the_same_text(
     streamed = await post(client, request)
     whole = (await client.post(PATH, json=request | {"stream": False})).json()
     for choice in whole["choices"]:
-        said = [part for part in choices(streamed) if part["index"] == choice["index"]]
+        parts = [part for part in choices(streamed) if part["index"] == choice["index"]]
         message = choice["message"]
         assert (message["content"] or "") == texts(streamed)[choice["index"]]
         assert (message["reasoning"] or "") == texts(streamed, "reasoning")[choice["index"]]
-        assert choice["finish_reason"] == said[-1]["finish_reason"]
-        assert choice["stop_reason"] == said[-1]["stop_reason"]
-        assert choice["token_ids"] == [number for part in said for number in part.get("token_ids", [])]
-        entries = [entry for part in said if part["logprobs"] for entry in part["logprobs"]["content"]]
+        assert choice["finish_reason"] == parts[-1]["finish_reason"]
+        assert choice["stop_reason"] == parts[-1]["stop_reason"]
+        assert choice["token_ids"] == [number for part in parts for number in part.get("token_ids", [])]
+        entries = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
         assert choice["logprobs"]["content"] == entries
     if "tool_calls" in whole["choices"][0]["message"] and "n" not in fields:
         call = whole["choices"][0]["message"]["tool_calls"][0]
@@ -263,9 +263,9 @@ def test_tokens_decode_to_their_text() -> None:
 async def test_a_scenario_sets_the_text_and_an_incomplete_character_has_none(client: httpx.AsyncClient) -> None:
     body = await post(client, asking(return_token_ids=True, simulate={"text": "a\u2028🙂"}))
     deltas = [choice["delta"] for choice in choices(body)]
-    said = [{"content": "a"}, {}, {}, {"content": "\u2028"}, {}, {}, {}, {"content": "🙂"}, {}]
-    assert deltas[1:] == said
-    assert [len(choice["token_ids"]) for choice in choices(body)[1:]] == [1] * len(said)
+    expected = [{"content": "a"}, {}, {}, {"content": "\u2028"}, {}, {}, {}, {"content": "🙂"}, {}]
+    assert deltas[1:] == expected
+    assert [len(choice["token_ids"]) for choice in choices(body)[1:]] == [1] * len(expected)
 
 
 async def test_steps_without_text_are_sent_only_with_token_ids(client: httpx.AsyncClient) -> None:

@@ -377,13 +377,13 @@ def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -
     A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
     the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
     """
-    said = msgspec.convert(messages, list[Message])
-    while len(said) > 1 and said[-1].role == "assistant":
-        said.pop()
-    known = known_answer(said[-1].text)
+    chat = msgspec.convert(messages, list[Message])
+    while len(chat) > 1 and chat[-1].role == "assistant":
+        chat.pop()
+    known = known_answer(chat[-1].text)
     if known is not None and tokens is None:
         return known
-    seed = "\n".join([f"{message.role}: {message.text}" for message in said] + ([f"choice {choice}"] if choice else []))
+    seed = "\n".join([f"{message.role}: {message.text}" for message in chat] + ([f"choice {choice}"] if choice else []))
     return pseudo_text(seed, 24 + len(seed) % 24 if tokens is None else tokens)
 
 
