@@ -38,7 +38,7 @@ def listening(*log: AnyEntry, after: EntryId = BEFORE_ALL) -> FollowMachine:
     machine = FollowMachine(after)
     assert machine.next_read() == Read(after, is_first=True)
     machine.on_page(read(log, after))
-    assert list(machine.take()) == list(log)
+    assert list(machine.drain()) == list(log)
     assert machine.state is FollowState.LISTENING
     return machine
 
@@ -119,7 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def entries_are_taken(self) -> None:
-        self.taken += self.machine.take()
+        self.taken += self.machine.drain()
 
     @precondition(lambda self: not self.is_reading)
     @rule()
@@ -158,12 +158,12 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.request
             self.machine.on_page(read(self.log, self.request.after))
         for _ in range(100):
-            self.taken += self.machine.take()
+            self.taken += self.machine.drain()
             if (request := self.machine.next_read()) is not None:
                 self.machine.on_page(read(self.log, request.after, 3))
             elif self.machine.state is FollowState.LISTENING:
                 self.machine.on_tick(waits=True, feed=self.feed)
-        self.taken += self.machine.take()
+        self.taken += self.machine.drain()
         assert self.machine.state is FollowState.ENDED
         assert self.taken == self.log
 
@@ -176,7 +176,7 @@ def test_the_next_entries_of_the_feed_are_ready_at_once_and_the_log_is_not_read(
     machine = listening(START)
     for n in range(1, 9):
         machine.on_message([delta(1, n)], 100)
-        assert list(machine.take()) == [delta(1, n)]
+        assert list(machine.drain()) == [delta(1, n)]
     assert machine.next_read() is None
     assert machine.end == (1, 8)
 
@@ -190,7 +190,7 @@ def test_at_any_other_entry_the_log_is_read_after_what_is_ready(message: list[An
     machine = listening(START)
     machine.on_message(message, 100)
     machine.on_message([delta(1, 2)], 100)  # behind, it relies on no message
-    ready = list(machine.take())
+    ready = list(machine.drain())
     assert ready == message[:-1]
     assert machine.next_read() == Read([START, *ready][-1].id)
 
@@ -199,7 +199,7 @@ def test_entries_that_are_ready_come_before_the_next_reading() -> None:
     machine = listening(START)
     machine.on_message([delta(1, 1), delta(1, 3)], 100)
     assert machine.next_read() is None
-    assert list(machine.take()) == [delta(1, 1)]
+    assert list(machine.drain()) == [delta(1, 1)]
     assert machine.next_read()
 
 
@@ -207,7 +207,7 @@ def test_entries_that_are_ready_come_before_the_next_reading() -> None:
 def test_entries_that_are_there_already_change_nothing(late: list[AnyEntry]) -> None:
     machine = listening(START, delta(1, 1))
     machine.on_message(late, 100)
-    assert not list(machine.take())
+    assert not list(machine.drain())
     assert machine.state is FollowState.LISTENING
 
 
@@ -216,10 +216,10 @@ def test_messages_during_a_reading_come_after_its_page() -> None:
     machine.next_read()
     machine.on_message([delta(1, 1)], 100)  # it is on the page too
     machine.on_message([delta(1, 2)], 100)
-    assert not list(machine.take())
+    assert not list(machine.drain())
     machine.on_page(read([START, delta(1, 1)], BEFORE_ALL))
-    assert list(machine.take()) == [START, delta(1, 1)]
-    assert list(machine.take()) == [delta(1, 2)]
+    assert list(machine.drain()) == [START, delta(1, 1)]
+    assert list(machine.drain()) == [delta(1, 2)]
     assert machine.state is FollowState.LISTENING
 
 
@@ -228,7 +228,7 @@ def test_a_doubt_that_comes_up_during_a_reading_has_the_log_read_again() -> None
     machine.next_read()
     machine.look_up()
     machine.on_page(read([START], BEFORE_ALL))
-    assert list(machine.take()) == [START]
+    assert list(machine.drain()) == [START]
     assert machine.next_read() == Read(START.id)
     assert machine.wants_feed
 
@@ -238,7 +238,7 @@ def test_a_full_page_has_the_log_read_on_and_the_feed_is_not_wanted_before_its_e
     machine.next_read()
     machine.on_page(read([START, delta(1, 1), delta(1, 2)], BEFORE_ALL, limit=2))
     assert not machine.wants_feed
-    assert list(machine.take()) == [START, delta(1, 1)]
+    assert list(machine.drain()) == [START, delta(1, 1)]
     assert machine.next_read() == Read(EntryId(1, 1))
     machine.on_page(read([delta(1, 2)], EntryId(1, 1), limit=2))
     assert machine.wants_feed
@@ -249,7 +249,7 @@ def test_more_than_is_kept_is_dropped_and_read_from_the_log() -> None:
     machine.on_message([delta(1, 1)], 2 * KEPT_BYTES)  # one message is kept, however large
     machine.on_message([delta(1, 2)], 1)
     assert machine.kept_bytes == 0
-    assert not list(machine.take())
+    assert not list(machine.drain())
     assert machine.next_read() == Read(START.id)
 
 
@@ -259,7 +259,7 @@ def test_more_than_is_kept_during_a_reading_is_dropped_and_read_again() -> None:
     for n in (1, 2):
         machine.on_message([delta(1, n)], KEPT_BYTES)
     machine.on_page(read([START], BEFORE_ALL))
-    assert [*machine.take(), *machine.take()] == [START]
+    assert [*machine.drain(), *machine.drain()] == [START]
     assert machine.next_read() == Read(START.id)
 
 
@@ -300,7 +300,7 @@ def test_a_settled_feed_that_leaves_something_out_twice_is_given_up(feed: FeedSt
         request = machine.next_read()
         assert request
         machine.on_page(read(log, request.after))
-        assert list(machine.take()) == log[-1:]
+        assert list(machine.drain()) == log[-1:]
     assert machine.polls == polls
     request = machine.next_read()
     assert request == (Read(EntryId(1, 2), waits=True) if polls else None)
@@ -311,14 +311,14 @@ def test_a_feed_that_is_refused_before_the_first_page_is_given_up_after_it() -> 
     machine.fall_back()
     assert machine.next_read() == Read(BEFORE_ALL, is_first=True)
     machine.on_page(read([START], BEFORE_ALL))
-    assert list(machine.take()) == [START]
+    assert list(machine.drain()) == [START]
     logs: list[list[AnyEntry]] = [[START, delta(1, 1)], [START, delta(1, 1)], [START, delta(1, 1), END]]
     for log in logs:
         request = machine.next_read()
         assert request
         assert request.waits
         machine.on_page(read(log, request.after))
-        list(machine.take())
+        list(machine.drain())
     assert machine.state is FollowState.ENDED
 
 
@@ -351,7 +351,7 @@ def test_at_a_hole_the_log_is_read_after_growing_pauses_until_it_is_mended() -> 
     pages: list[list[AnyEntry]] = [[START, delta(1, 1)], [], [], []]
     for entries in pages:
         machine.on_page(Page(entries, EntryId(1, 1), is_full=False, is_at_hole=True))
-        assert list(machine.take()) == entries
+        assert list(machine.drain()) == entries
         pauses.append(machine.pause)
         machine.on_message([delta(1, 2)], 100)  # behind the hole nothing counts
         machine.look_up()
@@ -360,7 +360,7 @@ def test_at_a_hole_the_log_is_read_after_growing_pauses_until_it_is_mended() -> 
     assert pauses == [0.02, 0.04, 0.08, 0.1]
     mended: list[AnyEntry] = [NEXT_ATTEMPT, Restarted(id=EntryId(2, 1))]
     machine.on_page(read(mended, EntryId(1, 1)))
-    assert list(machine.take()) == mended
+    assert list(machine.drain()) == mended
     assert machine.pause == 0
     assert machine.state is FollowState.LISTENING
 
@@ -381,7 +381,7 @@ def test_a_follower_that_polls_goes_on_polling_after_a_hole() -> None:
     machine.on_page(Page((), START.id, is_full=False, is_at_hole=True))
     assert machine.next_read() == Read(START.id, must_exist=True, is_at_hole=True)
     machine.on_page(read([NEXT_ATTEMPT, Restarted(id=EntryId(2, 1))], START.id))
-    list(machine.take())
+    list(machine.drain())
     assert machine.next_read() == Read(EntryId(2, 1), waits=True)
 
 
@@ -418,17 +418,17 @@ def test_a_thousand_entries_in_disorder_come_out_in_order(seed: int) -> None:
     machine, seen, reads = FollowMachine(BEFORE_ALL), list[AnyEntry](), 0
     for message in messages:
         machine.on_message(message, 100)
-        seen += machine.take()
+        seen += machine.drain()
         if (request := machine.next_read()) is not None:
             reads += 1
             written = log[: log.index(message[-1]) + 1]
             machine.on_page(read(written, request.after))
-            seen += machine.take()
+            seen += machine.drain()
     while machine.state is not FollowState.ENDED:
         machine.look_up()
-        seen += machine.take()
+        seen += machine.drain()
         if (request := machine.next_read()) is not None:
             machine.on_page(read(log, request.after))
-            seen += machine.take()
+            seen += machine.drain()
     assert seen == log
     assert reads < 400

@@ -34,7 +34,7 @@ class Follower:
             first_pause=timings.first_pause,
             longest_pause=timings.longest_pause,
         )
-        self.drain: Callable[[], Iterable[AnyEntry]] = self.machine.take
+        self.drain: Callable[[], Iterable[AnyEntry]] = self.machine.drain
         """Returns the next entries, if there are any. Iterating over them raises `Unreadable` where one cannot be read.
 
         This is the machine's own method: there is no further call for each entry.
@@ -159,7 +159,7 @@ class Follower:
             return
         # Other followers share this step, so what `into` raises is raised in the task that waits.
         try:
-            for entry in machine.take():
+            for entry in machine.drain():
                 into(entry)
                 if waiter.cancelled():
                     break

@@ -15,7 +15,7 @@ from ...contract.entries import AnyEntry, Queued
 from ...contract.ids import SEAL, EntryId
 
 KEPT_BYTES = 32 * 1024
-"""Of messages that a follower does not take. Beyond this all are dropped, and the log is read instead."""
+"""Of messages that a follower does not drain. Beyond this all are dropped, and the log is read instead."""
 
 _FIRST_LIMIT, _SILENCE_LIMIT = 1, 10
 """Ticks of silence until the log is read: before the feed's first message, and after it."""
@@ -190,9 +190,9 @@ class FollowMachine:
         self.ready: list[AnyEntry] = []
         """Entries of the feed: of one attempt, without a gap, and after those of `page`."""
         self.page: Iterable[AnyEntry] = ()
-        """Entries of the log that were not taken yet."""
+        """Entries of the log that were not drained yet."""
         self.kept_bytes = 0
-        """Of messages whose entries were not taken yet."""
+        """Of messages whose entries were not drained yet."""
         self.pause = 0.0
         """Seconds to wait before the next read: at a hole."""
         self.queued: Queued | None = None
@@ -220,11 +220,11 @@ class FollowMachine:
 
     @property
     def end(self) -> EntryId:
-        """The place after all entries that are here, also those that are still to be taken."""
+        """The place after all entries that are here, also those that are still to be drained."""
         return EntryId(self._attempt, self._n)
 
-    def take(self) -> Iterable[AnyEntry]:
-        """The next entries: a page of the log first, then entries of the feed."""
+    def drain(self) -> Iterable[AnyEntry]:
+        """Return the next entries: a page of the log first, then entries of the feed."""
         if self.page:
             page, self.page = self.page, ()
             return page
@@ -260,7 +260,7 @@ class FollowMachine:
         self._move(FollowInput.LOOK_UP)
 
     def on_tick(self, *, waits: bool, feed: FeedState) -> bool:
-        """A tick has passed. Returns whether it was one too many for a follower that `waits`."""
+        """A tick has passed. Returns whether the log is to be read now, for a follower that `waits` in silence."""
         if not waits or self._place_at_tick != (self._attempt, self._n):
             self._place_at_tick, self._silence = self.end, 0.0
             self._silence_limit = float(_SILENCE_LIMIT if feed is FeedState.LIVE else _FIRST_LIMIT)
@@ -274,9 +274,9 @@ class FollowMachine:
         return True
 
     def next_read(self) -> Read | None:
-        """The reading that is due, which `on_page` or `on_read_failed` has to follow.
+        """Return the reading that is due, which `on_page` or `on_read_failed` has to follow.
 
-        None if entries are to be taken first, or the feed delivers the next ones.
+        None if entries are to be drained first, or the feed delivers the next ones.
         """
         state = self.state
         if self.page or self.ready or (state, FollowInput.READ) not in TRANSITIONS:
