@@ -144,7 +144,7 @@ class JobContext:
         return max(self.deadline, now) + self.retention * 1000
 
     async def wait_for(self, event: Awaitable[_T]) -> _T:
-        """Wait for what may take as long as Redis is full or does not answer.
+        """Wait for an event that Redis may delay, for as long as it is full or does not answer.
 
         Raises:
             Stopped: when the job must stop before.
@@ -159,7 +159,7 @@ class JobContext:
         return waiting.result()
 
     async def within_limits(self, work: Coroutine[object, object, _T], log: LogWriter) -> _T:
-        """Do what may take as long as vLLM likes, while the log is ours, the lease holds and the deadline is ahead.
+        """Do work that vLLM may delay, for as long as the log is ours, the lease holds and the deadline is ahead.
 
         Raises:
             DeadlinePassed: when the deadline passes before.
