@@ -1,7 +1,7 @@
-"""The promise, checked on what Redis holds and nothing else: every test of a failure ends with it.
+"""Checks the promise from the contents of Redis alone. Every test of a failure ends with this check.
 
-It reads the log by the contract's own rules, without the reader that the product has: what both got wrong would
-otherwise look right.
+It reads the log by the contract's rules with code of its own: an error in the product's reader would otherwise hide the
+same error in its writer.
 """
 
 import json
@@ -27,13 +27,13 @@ def ask(content: str = QUESTION, **more: object) -> dict[str, object]:
 
 
 def expected(content: str = QUESTION) -> str:
-    """What the simulated vLLM answers."""
+    """The answer of the simulated vLLM."""
     return answer_to(ask(content)["messages"])
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """An entry of a log as Redis holds it, read as text."""
+class LogEntry:
+    """An entry of a log as Redis holds it, decoded as text."""
 
     id: EntryId
     fields: Mapping[str, str]
@@ -44,26 +44,26 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
-    """What became of a request: its whole log, and what a reader has of it at the end."""
+class EndedLog:
+    """The log of a request that has ended, and the answer that a reader has at the end."""
 
-    log: list[Line]
+    log: list[LogEntry]
     text: str
     token_ids: list[int]
 
     @property
     def attempts(self) -> int:
-        return max(line.id.attempt for line in self.log if line.id != SEAL)
+        return max(entry.id.attempt for entry in self.log if entry.id != SEAL)
 
     @property
-    def end(self) -> Line:
+    def end(self) -> LogEntry:
         return self.log[-1]
 
 
-async def log_of(redis: Redis, request_id: str) -> list[Line]:
-    """The log as it is now."""
+async def log_of(redis: Redis, request_id: str) -> list[LogEntry]:
+    """The present entries of a log."""
     return [
-        Line(EntryId.parse(where), {name.decode(): value.decode() for name, value in fields.items()})
+        LogEntry(EntryId.parse(where), {name.decode(): value.decode() for name, value in fields.items()})
         for where, fields in await stream(redis, f"chat:tokens:{{{request_id}}}")
     ]
 
@@ -72,114 +72,113 @@ async def has_begun(redis: Redis, request_id: str, deltas: int = 5, attempt: int
     """Wait until an attempt has written so many deltas."""
 
     async def begun() -> bool:
-        lines = await log_of(redis, request_id)
-        return sum(line.type == "delta" and line.id.attempt == attempt for line in lines) >= deltas
+        entries = await log_of(redis, request_id)
+        return sum(entry.type == "delta" and entry.id.attempt == attempt for entry in entries) >= deltas
 
     await eventually(begun, within=30)
 
 
 async def pending(redis: Redis) -> list[tuple[str, str]]:
-    """Every unfinished job: its entry id, and the consumer that has it; none while it is unread."""
+    """Every unfinished job: its entry id and its consumer, or no consumer while the job is unread."""
     (group,) = await redis.xinfo_groups("chat:jobs")
     delivered = EntryId.parse(cast("bytes", group["last-delivered-id"]))
     taken = await redis.xpending_range("chat:jobs", GROUP, "-", "+", 10_000)
     unread = [where for where, _ in await stream(redis, "chat:jobs") if EntryId.parse(where) > delivered]
     return [
-        *((cast("bytes", line["message_id"]).decode(), cast("bytes", line["consumer"]).decode()) for line in taken),
+        *((cast("bytes", entry["message_id"]).decode(), cast("bytes", entry["consumer"]).decode()) for entry in taken),
         *((where.decode(), "") for where in unread),
     ]
 
 
 async def promise_kept(
     redis: Redis, request_id: str, text: str | None = None, *, outcome: str = "done", within: float = 30
-) -> Story:
+) -> EndedLog:
     """Wait for the end of a request, and assert that the promise was kept for it, with this text.
 
     Args:
         redis: the Redis itself, not a proxy before it.
-        request_id: whose log.
-        text: the whole answer; that to QUESTION when left out.
-        outcome: the type of its terminal entry.
+        request_id: the request.
+        text: the whole answer; the answer to QUESTION if left out.
+        outcome: the type of the terminal entry.
         within: seconds until a test that hangs fails.
     """
 
     async def settled() -> bool:
-        # In this order: before a job is done there may be no group, as after a FLUSHALL.
+        # In this order: before the job has ended there may be no group, as after a FLUSHALL.
         return await redis.exists(f"chat:ended:{{{request_id}}}") == 1 and not await pending(redis)
 
     await eventually(settled, within)
-    story = read(await log_of(redis, request_id))
-    assert story.end.type == outcome, story.end.fields
+    ended = read(await log_of(redis, request_id))
+    assert ended.end.type == outcome, ended.end.fields
     whole = expected() if text is None else text
     if outcome == "done":
-        assert story.text == whole
-        usage = json.loads(story.end.fields["usage"])
-        assert story.token_ids == [*encode(whole), END], "each token once and in order"
-        assert usage["completion_tokens"] == len(story.token_ids)
+        assert ended.text == whole
+        usage = json.loads(ended.end.fields["usage"])
+        assert ended.token_ids == [*encode(whole), END], "each token once and in order"
+        assert usage["completion_tokens"] == len(ended.token_ids)
     else:
-        assert whole.startswith(story.text)
-    await _is_told_once(redis, request_id, story)
+        assert whole.startswith(ended.text)
+    await _has_one_end_in_the_lifecycle(redis, request_id, ended)
     for key in (f"chat:tokens:{{{request_id}}}", f"chat:ended:{{{request_id}}}"):
         assert await redis.ttl(key) > 0, f"{key} must expire"
     assert json.loads(await redis.get(f"chat:ended:{{{request_id}}}") or b"{}")["outcome"] == outcome
-    return story
+    return ended
 
 
-def read(log: list[Line]) -> Story:
-    """Read an ended log by the rules of the contract, and assert that it follows them."""
+def read(log: list[LogEntry]) -> EndedLog:
+    """Read the log of a request that has ended by the rules of the contract, and assert that it follows them."""
     _is_in_order(log)
-    kept: list[Line] = []
-    begun = False  # whether the attempt has resumed or restarted the text of former ones
-    for line in log:
-        match line.type:
+    kept: list[LogEntry] = []
+    begun = False  # whether the attempt has resumed or restarted the text of former attempts
+    for entry in log:
+        match entry.type:
             case "started" | "claimed":
                 begun = not kept
             case "restarted":
                 kept.clear()
                 begun = True
             case "resumed":
-                after = EntryId.parse(line.fields["after"])
+                after = EntryId.parse(entry.fields["after"])
                 assert not any("content" in old.fields for old in kept if old.id > after), "no text may be dropped"
                 kept = [old for old in kept if old.id <= after]
                 begun = True
             case "delta":
-                assert begun, f"{line.id} adds to a text that was neither resumed nor restarted"
-                kept.append(line)
-    return Story(
+                assert begun, f"{entry.id} adds to a text that was neither resumed nor restarted"
+                kept.append(entry)
+    return EndedLog(
         log,
-        "".join(line.fields.get("content", "") for line in kept),
-        [number for line in kept for number in json.loads(line.fields.get("token_ids", "[]"))],
+        "".join(entry.fields.get("content", "") for entry in kept),
+        [number for entry in kept for number in json.loads(entry.fields.get("token_ids", "[]"))],
     )
 
 
-def _is_in_order(log: list[Line]) -> None:
+def _is_in_order(log: list[LogEntry]) -> None:
     """One seal, at the end; every attempt begins with its claim and has consecutive ids."""
-    assert [line.id == SEAL for line in log] == [False] * (len(log) - 1) + [True]
+    assert [entry.id == SEAL for entry in log] == [False] * (len(log) - 1) + [True]
     assert log[-1].type in {"done", "error", "cancelled"}
-    ids = [line.id for line in log[:-1]]
+    ids = [entry.id for entry in log[:-1]]
     if ids and ids[0] == EntryId(0, 1):
         ids = ids[1:]
     attempts = sorted({where.attempt for where in ids})
     assert attempts == list(range(1, len(attempts) + 1))
     assert ids == [EntryId(attempt, n) for attempt in attempts for n in range(sum(i.attempt == attempt for i in ids))]
-    for line in log[:-1]:
-        assert (line.id.n == 0) == (line.type in {"started", "claimed"}), line
-        assert line.type not in {"restarted", "resumed"} or line.id.n == 1, line
+    for entry in log[:-1]:
+        assert (entry.id.n == 0) == (entry.type in {"started", "claimed"}), entry
+        assert entry.type not in {"restarted", "resumed"} or entry.id.n == 1, entry
 
 
-async def _is_told_once(redis: Redis, request_id: str, story: Story) -> None:
-    lines = [fields for _, fields in await stream(redis, "chat:lifecycle") if fields[b"id"] == request_id.encode()]
-    told = {(fields[b"type"], fields[b"attempt"]) for fields in lines}
-    ends = [fields for fields in lines if fields[b"type"] == b"finished"]
-    assert len({attempt for kind, attempt in told if kind == b"finished"}) == 1, "one end, once repeated lines are gone"
-    assert {end[b"outcome"] for end in ends} == {story.end.type.encode()}
-    if "usage" in story.end.fields:
-        usage = json.loads(story.end.fields["usage"])
+async def _has_one_end_in_the_lifecycle(redis: Redis, request_id: str, ended: EndedLog) -> None:
+    entries = [fields for _, fields in await stream(redis, "chat:lifecycle")]
+    ends = [fields for fields in entries if (fields[b"id"], fields[b"type"]) == (request_id.encode(), b"finished")]
+    assert len({end[b"attempt"] for end in ends}) == 1, "one end, apart from repeated entries"
+    assert {end[b"outcome"] for end in ends} == {ended.end.type.encode()}
+    if "usage" in ended.end.fields:
+        usage = json.loads(ended.end.fields["usage"])
         assert [json.loads(end[b"usage"]) for end in ends] == [usage] * len(ends)
 
 
 async def begun_by_a_dead_worker(redis: Redis, request_id: str, *log: dict[str, str]) -> str:
-    """Have the next job be begun by a worker that died thereafter, its lease over; gives the job's entry id.
+    """Begin the next job as a worker that then died, and let its lease run out. Returns the job's entry id.
 
     `log` are the entries after `started`.
     """

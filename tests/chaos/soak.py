@@ -1,12 +1,12 @@
-"""The soak: jobs of every kind over real processes that are killed, paused, restarted and cut off all the while.
+"""The soak: jobs of every kind, on real processes that are killed, paused, restarted and disconnected all the time.
 
     python tests/chaos/soak.py --jobs 100000 --workers 4 --seed 7
 
-Every request is held against what must be so (soak_checker). Jobs come in waves: each is checked once it has ended
-and nothing is pending, and its logs are then deleted, so that memory does not grow with the number of jobs. The seed
-settles the jobs and what harm is drawn, but not how these meet in time.
+The checker (soak_checker.py) compares every request with the promise. Jobs come in waves. A wave is checked once all of
+its jobs have ended and nothing is pending. Its logs are then deleted, so memory does not grow with the number of jobs.
+The seed determines the jobs and the faults, but not how they meet in time.
 """
-# ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
+# ruff: noqa: E402 - where the project is not installed, the imports below need the changed sys.path
 
 import asyncio
 import random
@@ -37,15 +37,23 @@ from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.record import Served
 
 _WAVE = 1000
+"""Jobs of a wave."""
+
 _STUCK_AFTER = 60.0
+"""Seconds without an end, after which the jobs that are left count as lost."""
+
 _AT_ONCE = 32
-_GIVEN_UP = 0.05  # on a machine that stood still for seconds it was 0.02, and mostly it is 0
+"""Jobs that are added at the same time."""
+
+_GIVEN_UP = 0.05
+"""The largest share of jobs with an upstream start that was given up. It was 0.02 on a machine that stood still for
+seconds, and is 0 on most."""
 _KEYS = Keys()
 _LASTING = {_KEYS.jobs(), _KEYS.lifecycle, _KEYS.dead, _KEYS.workers}
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """What became of all jobs."""
+    """The results of all jobs."""
 
     seed: int
     jobs: int
@@ -66,7 +74,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     @property
     def table(self) -> str:
-        """For people."""
+        """The report for people: one row for each figure."""
         rows: list[tuple[str, object]] = [
             ("seed", self.seed),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
@@ -100,8 +108,8 @@ class Soak:
         self._chaos = Chaos(processes, random.Random(seed + 1), pause)  # noqa: S311
         self._harms = harms
         self._progress = progress
-        self.told_to_end = False
-        """Whether to end with the wave that runs, and tell of what was done."""
+        self.is_ending = False
+        """Whether to end after the wave that runs, and to report on the waves so far."""
         self._tally = Tally()
         self._kinds: Counter[str] = Counter()
         self._redis = command_client(processes.redis_url)
@@ -111,11 +119,11 @@ class Soak:
         self._cursors = {_KEYS.lifecycle: "0", _KEYS.dead: "0"}
 
     async def run(self) -> Report:
-        """Run all waves, and say what became of the jobs."""
+        """Run all waves and return the report."""
         began, wrong = time.monotonic(), 0
-        await self._persist("PING")
+        await self._execute("PING")
         for first in range(0, self._jobs, _WAVE):
-            if self.told_to_end:
+            if self.is_ending:
                 self._jobs = first
                 break
             plans = [
@@ -130,11 +138,11 @@ class Soak:
                 seconds = time.monotonic() - began
                 click.echo(f"{first + len(plans):7} jobs, {seconds:5.0f} s, {wrong} violations", err=True)
         await self._client.aclose()
-        info = cast("dict[str, Any]", await self._persist("INFO", "server"))
+        info = cast("dict[str, Any]", await self._execute("INFO", "server"))
         await self._redis.aclose()
         tally = self._tally
         if tally.given_up > 1 + self._jobs * _GIVEN_UP:
-            self._violated("starts", f"{tally.given_up} that the logs do not show")
+            self._violated("starts", f"the logs do not show {tally.given_up} of them")
         return Report(
             seed=self._seed, jobs=self._jobs, seconds=round(time.monotonic() - began, 1),
             versions={
@@ -150,11 +158,11 @@ class Soak:
         self._began = time.monotonic()  # one clock for all processes of a machine
         chaos = asyncio.create_task(self._chaos.run(self._harms * len(plans) // _WAVE))
         turn = asyncio.Semaphore(_AT_ONCE)
-        await asyncio.gather(*(self._give(made, turn) for made in plans))
-        waiting = await self._ended({made.id for made in plans}, chaos)
+        await asyncio.gather(*(self._submit(made, turn) for made in plans))
+        waiting = await self._wait_ended({made.id for made in plans}, chaos)
         chaos.cancel()
         await asyncio.wait([chaos])
-        await self._quiet(waiting)
+        await self._wait_nothing_pending(waiting)
         evidence = await self._evidence(plans)
         for made in plans:
             before = len(self._tally.violations)
@@ -162,15 +170,15 @@ class Soak:
             if len(self._tally.violations) > before:
                 (self._processes.folder / f"{made.id}.json").write_bytes(msgspec.json.encode((made, evidence[made.id])))
         await self._check_keys()
-        for fallen in self._processes.fallen():
-            self._violated("process", fallen)
+        for failure in self._processes.failures():
+            self._violated("process", failure)
         await self._delete(plans)
 
     def _violated(self, what: str, detail: str) -> None:
         self._tally.violations.append(Violation(what, "", detail))
 
-    async def _persist(self, *command: object) -> object:
-        """A command, until Redis answers; it may be done twice."""
+    async def _execute(self, *command: object) -> object:
+        """Send a command until Redis answers. Redis may execute it twice."""
         while True:
             try:
                 return await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -179,10 +187,10 @@ class Soak:
                     raise
                 await asyncio.sleep(0.05)
 
-    async def _give(self, made: Plan, turn: asyncio.Semaphore) -> None:
+    async def _submit(self, made: Plan, turn: asyncio.Semaphore) -> None:
         if made.cancel_after is None:
             await self._add(made, turn)
-        elif made.by_client:  # which would not add what is cancelled already
+        elif made.by_client:  # a client does not add a request that is cancelled already
             await self._add(made, turn)
             await self._cancel(made)
         else:
@@ -195,35 +203,35 @@ class Soak:
                 return
             request = made.raw or msgspec.json.encode(made.request)
             for _ in range(made.copies):
-                await self._persist("XADD", _KEYS.jobs(), "*", "id", made.id, "request", request)
+                await self._execute("XADD", _KEYS.jobs(), "*", "id", made.id, "request", request)
 
     async def _cancel(self, made: Plan) -> None:
         await asyncio.sleep(made.cancel_after or 0)
         if made.cancel_raw:
             with suppress(RedisError):  # sealed already
-                await self._persist("XADD", _KEYS.tokens(made.id), SEAL, "type", "cancelled")
+                await self._execute("XADD", _KEYS.tokens(made.id), SEAL, "type", "cancelled")
         else:
             await self._client.cancel(made.id)
 
-    async def _ended(self, waiting: set[str], chaos: "asyncio.Task[None]") -> set[str]:
-        """Wait until the lifecycle has the end of all; gives those that are left when none has ended for long."""
+    async def _wait_ended(self, waiting: set[str], chaos: "asyncio.Task[None]") -> set[str]:
+        """Wait until the lifecycle has the end of all these jobs. Returns the jobs that got stuck."""
         until = time.monotonic() + _STUCK_AFTER
         while waiting and time.monotonic() < until:
-            await self._persist("XREAD", "BLOCK", 1000, "STREAMS", _KEYS.lifecycle, self._cursors[_KEYS.lifecycle])
-            lines = [line for line in await self._new(_KEYS.lifecycle) if line["type"] == "finished"]
-            self._finished += lines
-            waiting -= {line["id"] for line in lines}
-            if lines or not chaos.done():
+            await self._execute("XREAD", "BLOCK", 1000, "STREAMS", _KEYS.lifecycle, self._cursors[_KEYS.lifecycle])
+            ends = [entry for entry in await self._new(_KEYS.lifecycle) if entry["type"] == "finished"]
+            self._finished += ends
+            waiting -= {end["id"] for end in ends}
+            if ends or not chaos.done():
                 until = time.monotonic() + _STUCK_AFTER
         return waiting
 
-    async def _quiet(self, waiting: set[str]) -> None:
-        """Wait until nothing is pending; what stays so is a violation, but for the jobs that have no end."""
+    async def _wait_nothing_pending(self, waiting: set[str]) -> None:
+        """Wait until no job is pending or unread; one that stays so is a violation. Stuck jobs shorten the wait."""
         until = time.monotonic() + (1 if waiting else _STUCK_AFTER)
         while True:
-            groups = cast("list[dict[str, Any]]", await self._persist("XINFO GROUPS", _KEYS.jobs()))
+            groups = cast("list[dict[str, Any]]", await self._execute("XINFO GROUPS", _KEYS.jobs()))
             pending = sum(group["pending"] for group in groups if group["name"] == GROUP.encode())
-            unread = len(cast("list[object]", await self._persist("XRANGE", _KEYS.jobs(), f"({_last(groups)}", "+")))
+            unread = len(cast("list[object]", await self._execute("XRANGE", _KEYS.jobs(), f"({_last(groups)}", "+")))
             if not pending and not unread:
                 return
             if time.monotonic() > until:
@@ -233,7 +241,7 @@ class Soak:
 
     async def _evidence(self, plans: list[Plan]) -> dict[str, Evidence]:
         found = {made.id: Evidence() for made in plans}
-        self._finished += [line for line in await self._new(_KEYS.lifecycle) if line["type"] == "finished"]
+        self._finished += [entry for entry in await self._new(_KEYS.lifecycle) if entry["type"] == "finished"]
         letters = await self._new(_KEYS.dead)
         for request_id, one in found.items():
             pipe = self._redis.pipeline(transaction=False)
@@ -253,17 +261,17 @@ class Soak:
         for digest, starts in self._starts().items():
             owner = owners.get(digest)
             if owner is None:
-                self._violated("starts", f"{len(starts)} for a prompt that no job of this wave has")
+                self._violated("starts", f"{len(starts)} with a prompt that no job of this wave has")
             else:
                 found[owner].starts = starts
         return found
 
     async def _new(self, key: str) -> list[dict[str, str]]:
-        """What was added to a stream since the last call."""
+        """The entries that were added to a stream since the last call."""
         rows: list[dict[str, str]] = []
         while True:
             since = f"({self._cursors[key]}"
-            reply = await self._persist("XRANGE", key, since, "+", "COUNT", 5000)
+            reply = await self._execute("XRANGE", key, since, "+", "COUNT", 5000)
             batch = cast("list[tuple[bytes, dict[bytes, bytes]]]", reply)
             if not batch:
                 return rows
@@ -271,7 +279,7 @@ class Soak:
             self._cursors[key] = batch[-1][0].decode()
 
     def _starts(self) -> dict[str, list[Served]]:
-        """The record of this wave, which is then dropped, by the digest of the prompt."""
+        """The simulators' records of this wave, by the digest of the prompt. Their files are deleted."""
         starts: dict[str, dict[tuple[Path, int, float], Served]] = {}
         for path in self._processes.records:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -280,8 +288,8 @@ class Soak:
                 try:
                     record = msgspec.json.decode(line, type=Served)
                 except msgspec.MsgspecError:
-                    continue  # the last line of one that was killed
-                # One of an earlier wave may end after its check: what must not be is that one begins.
+                    continue  # the last line of a simulator that was killed
+                # A start of an earlier wave may end after its check, but none may begin then.
                 if record.prompt is not None and record.started >= self._began and not is_own_trial(record):
                     starts.setdefault(record.prompt, {})[path, record.order, record.started] = record
         return {digest: list(records.values()) for digest, records in starts.items()}
@@ -289,7 +297,7 @@ class Soak:
     async def _check_keys(self) -> None:
         async for key in self._redis.scan_iter(count=10_000):
             if key.decode() not in _LASTING and await self._redis.pttl(key) == -1:
-                self._violated("expiry", f"{key.decode()} is kept for ever")
+                self._violated("expiry", f"{key.decode()} has no expiry")
 
     async def _delete(self, plans: list[Plan]) -> None:
         for made in plans:
@@ -312,16 +320,16 @@ async def soak(
     *, jobs: int, workers: int, seed: int, simulators: int = 2, pause: float = 0.6, harms: int = 40,
     redis_server: Path | None = None, folder: Path, progress: bool = False,
 ) -> Report:  # fmt: skip
-    """Run a soak; `harms` are done for each thousand jobs, `pause` is the mean time between two, in seconds."""
+    """Run a soak: `harms` faults for each thousand jobs, with a mean time of `pause` seconds between two."""
     server = redis_server or find_servers()[0]
     processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server)
     run = Soak(processes, jobs=jobs, seed=seed, pause=pause, harms=harms, progress=progress)
 
     def end() -> None:
-        if run.told_to_end:
+        if run.is_ending:
             raise KeyboardInterrupt
-        run.told_to_end = True
-        click.echo("ending after this wave; once more to end at once", err=True)
+        run.is_ending = True
+        click.echo("the soak ends after this wave; a second signal ends it at once", err=True)
 
     if progress:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -336,14 +344,20 @@ async def soak(
 @click.option("--jobs", default=1000, type=click.IntRange(1), show_default=True)
 @click.option("--workers", default=4, type=click.IntRange(1), show_default=True)
 @click.option("--simulators", default=2, type=click.IntRange(1), show_default=True)
-@click.option("--seed", default=None, type=int, help="Drawn if left out, and told.")
-@click.option("--pause", default=0.6, type=click.FloatRange(0.05), show_default=True, help="Seconds between two harms.")
-@click.option("--harms", default=40, type=click.IntRange(0), show_default=True, help="For each thousand jobs.")
-@click.option("--redis-server", type=click.Path(path_type=Path), help="The redis-server to run; the first at hand.")
-@click.option("--keep", is_flag=True, help="Keep the folder with what the processes printed, as after a violation.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--seed", default=None, type=int, help="Drawn at random and printed if left out.")
+@click.option(
+    "--pause", default=0.6, type=click.FloatRange(0.05), show_default=True, help="Mean seconds between two faults."
+)
+@click.option("--harms", default=40, type=click.IntRange(0), show_default=True, help="Faults for each thousand jobs.")
+@click.option(
+    "--redis-server",
+    type=click.Path(path_type=Path),
+    help="The redis-server to run. [default: the first that is installed]",
+)
+@click.option("--keep", is_flag=True, help="Keep the folder with the output of the processes, as after a violation.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(seed: int | None, keep: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001, ANN401, from click
-    """Run jobs of every kind under every harm, and tell what became of each."""
+    """Run jobs of every kind under every kind of fault, and compare each with the promise."""
     seed = random.SystemRandom().randrange(10_000) if seed is None else seed
     folder = Path(tempfile.mkdtemp(prefix="vllm-relay-soak-"))
     click.echo(f"seed {seed}, folder {folder}", err=True)

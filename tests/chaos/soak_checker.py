@@ -1,11 +1,13 @@
-"""What must hold of every request once it has ended, judged from Redis and from the simulators' own record alone.
+"""Checks every request that has ended, from the contents of Redis and the simulators' own records alone.
 
-It reads logs by the contract's rules with code of its own, and compares sequences: a token that is there twice shows,
-as one that lacks does. Of the upstream starts of a request it holds that never more were going on at once than the log
-has attempts, and that each shows in the log: as the one of its attempt, or as a further `opened`. What came to nothing
-(refused, broken by the server or by its death, closed before its first delta) need not show, since it is tried again
-without a word. What a worker on a busy machine gave up by its limits before it had read of it does not show either:
-such starts are counted as given up, for the soak to hold against the number of jobs.
+The checker reads logs by the contract's rules with code of its own, and compares sequences, so it finds missing tokens
+and repeated ones.
+
+It also checks the upstream starts of a request. No more of them run at once than the log has attempts. Each appears in
+the log: as the start of its attempt, or as a further `opened`. A start without a result (refused, broken off by the
+server or by its death, closed before its first delta) need not appear, since the worker repeats it without an entry.
+A start does not appear either if a worker on a busy machine gave it up at a time limit before it read anything. Such
+starts are counted as given up, and the soak compares their number with the number of jobs.
 """
 
 from collections import Counter
@@ -25,13 +27,13 @@ OWN_TRIAL = {
     "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "model": "reciter",
     "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True},
 }  # fmt: skip
-"""The request by which a worker tries out a server at which jobs have failed. No job has it: each has a temperature."""
+"""With this request a worker tests a server at which jobs have failed. No job equals it: each has a temperature."""
 
 Fields = Mapping[str, str]
 
 
 class Violation(NamedTuple):
-    """Something that must not be. `what` is its class: lost, duplicated, different, or the rule that is broken."""
+    """A breach of the promise. `what` is its class: lost, duplicated, different, or the rule that is broken."""
 
     what: str
     id: str
@@ -39,17 +41,17 @@ class Violation(NamedTuple):
 
 
 class Evidence(msgspec.Struct, kw_only=True):
-    """What is left of a request."""
+    """Everything that Redis and the simulators hold of a request."""
 
     log: Sequence[tuple[str, Fields]] = ()
     log_expiry: int = -2
-    """Milliseconds, as PTTL has it: -1 is for ever, -2 is no key."""
+    """Milliseconds, as PTTL returns them: -1 for a key without an expiry, -2 for no key."""
     tombstone: str = ""
     tombstone_expiry: int = -2
     starts: Sequence[Served] = ()
-    """The record of each request to a simulator, the last line of each."""
+    """The last record of each request to a simulator."""
     finished: Sequence[Fields] = ()
-    """Its `finished` lines of the lifecycle."""
+    """Its `finished` entries of the lifecycle."""
     letters: Sequence[Fields] = ()
     """Its dead letters."""
 
@@ -63,17 +65,17 @@ class Tally(msgspec.Struct, kw_only=True):
     restarted: int = 0
     starts: int = 0
     given_up: int = 0
-    """Starts beyond those that the log shows, one after the other."""
+    """Starts that the log does not show."""
     deltas: int = 0
     violations: list[Violation] = msgspec.field(default_factory=list)
 
     def count(self, what: str) -> int:
-        """How many requests were lost, or duplicated, or whatever else."""
+        """How many requests have a violation of this class."""
         return len({violation.id for violation in self.violations if violation.what == what})
 
 
 class _Choice:
-    """What the kept deltas of one choice come to."""
+    """The sum of the deltas of one choice that were kept."""
 
     def __init__(self, deltas: Iterable[Fields]) -> None:
         self.content = self.reasoning = self.arguments = self.finish_reason = ""
@@ -95,12 +97,12 @@ class _Choice:
             self.ends += "finish_reason" in delta
 
     @property
-    def said(self) -> tuple[str, str, str]:
+    def texts(self) -> tuple[str, str, str]:
         return self.content, self.reasoning, self.arguments
 
 
 def check(plan: Plan, evidence: Evidence, tally: Tally) -> None:
-    """Hold the evidence against the plan; what is found goes into the tally."""
+    """Compare the evidence with the plan, and add the results to the tally."""
     _Check(plan, evidence, tally).run()
 
 
@@ -121,7 +123,7 @@ class _Check:
         seals = [fields for entry_id, fields in log if entry_id == SEAL]
         if len(seals) != 1 or log[-1][0] != SEAL:
             self._wrong("no seal", f"{len(log)} entries, {len(seals)} seals")
-            self._wrong("lost", "never ended")
+            self._wrong("lost", "it did not end")
             return
         (seal,) = seals
         self._read(log[:-1])
@@ -136,13 +138,13 @@ class _Check:
         self._check_starts()
 
     def _read(self, entries: list[tuple[str, Fields]]) -> None:
-        """Go through the log as a reader does, with an eye on every id."""
+        """Read the log as a reader does, and check every id."""
         attempt, n = 0, 1  # `queued` is 0-1
         for entry_id, fields in entries:
             here = _parsed(entry_id)
             kind = fields.get("type", "")
             if here not in {(attempt, n), (attempt + 1, 0)}:
-                self._wrong("ids", f"{entry_id} ({kind}) where {attempt}-{n} or {attempt + 1}-0 is due")
+                self._wrong("ids", f"{entry_id} ({kind}) where {attempt}-{n} or {attempt + 1}-0 must come")
             (attempt, n) = here
             place = {"queued": here == (0, 1), "started": here == (1, 0), "claimed": attempt > 1 and n == 0}
             if not place.get(kind, n > 0):
@@ -150,10 +152,10 @@ class _Check:
             if kind in {"resumed", "restarted"} and n != 1:
                 self._wrong("ids", f"{kind} at {entry_id}")
             n += 1
-            self._take(here, kind, fields)
+            self._add(here, kind, fields)
         self._attempts = attempt
 
-    def _take(self, here: tuple[int, int], kind: str, fields: Fields) -> None:
+    def _add(self, here: tuple[int, int], kind: str, fields: Fields) -> None:
         self._tally.resumed += kind == "resumed"
         self._tally.restarted += kind == "restarted"
         if kind == "delta":
@@ -167,7 +169,7 @@ class _Check:
             after = _parsed(fields["after"])
             dropped = [delta for where, delta in self._kept if where > after]
             if any(delta.get(name) for delta in dropped for name in ("content", "reasoning", "tool_calls")):
-                self._wrong("duplicated", f"resumed after {fields['after']}, which drops text that was shown")
+                self._wrong("duplicated", f"resumed after {fields['after']}, which drops published text")
             self._kept = [(where, delta) for where, delta in self._kept if where <= after]
         elif kind in TERMINAL:
             self._wrong("second end", f"{kind} at {here}")
@@ -191,39 +193,41 @@ class _Check:
         choices = self._choices()
         for index, expected in enumerate(self._plan.choices):
             choice = choices.pop(index, _Choice(()))
-            told = f"choice {index}"
-            self._compare(f"{told}, token ids", choice.token_ids, expected.token_ids, whole=whole)
-            for name, mine, theirs in zip(Expected._fields, choice.said, expected[:3], strict=False):
-                self._compare(f"{told}, {name}", mine, theirs, whole=whole)
+            name_of_choice = f"choice {index}"
+            self._compare(f"{name_of_choice}, token ids", choice.token_ids, expected.token_ids, whole=whole)
+            for name, mine, theirs in zip(Expected._fields, choice.texts, expected[:3], strict=False):
+                self._compare(f"{name_of_choice}, {name}", mine, theirs, whole=whole)
             if choice.after_end or choice.ends > 1:
-                self._wrong("duplicated", f"{told} goes on after its end")
+                self._wrong("duplicated", f"{name_of_choice} continues after its end")
             if whole:
-                self._compare(f"{told}, logprobs", choice.logprobs, expected.logprobs, whole=True)
+                self._compare(f"{name_of_choice}, logprobs", choice.logprobs, expected.logprobs, whole=True)
                 ends = (choice.finish_reason, choice.stop_reason)
                 if ends != (expected.finish_reason, expected.stop_reason):
-                    self._wrong("different", f"{told} ended by {ends}, not {expected[-2:]}")
+                    self._wrong("different", f"{name_of_choice} ended with {ends}, not {expected[-2:]}")
         if choices:
-            self._wrong("different", f"choices {sorted(choices)} that nobody asked for")
+            self._wrong("different", f"choices {sorted(choices)} that were not requested")
 
     def _compare(self, where: str, mine: Sequence[object], theirs: Sequence[object], *, whole: bool) -> None:
-        if not whole:  # one that did not come to its end is as long as it is
+        if not whole:  # an answer that was cut short is a beginning of the expected one
             theirs = theirs[: len(mine)]
         if mine == theirs:
             return
         pairs = enumerate(zip(mine, theirs, strict=False))
-        place = next((at for at, (said, due) in pairs if said != due), min(len(mine), len(theirs)))
-        self._wrong(_difference(mine, theirs), f"{where}: {len(mine)} of {len(theirs)}, apart from {place} on")
+        place = next((at for at, (got, due) in pairs if got != due), min(len(mine), len(theirs)))
+        self._wrong(_difference(mine, theirs), f"{where}: {len(mine)} of {len(theirs)}, different from {place} on")
 
     def _check_usage(self, outcome: str, seal: Fields) -> None:
-        """The lifecycle tells once how the request ended, with the usage that the log shows."""
-        told = {(line.get("attempt"), line.get("outcome"), line.get("usage", "{}")) for line in self._evidence.finished}
-        if len(told) != 1:
-            self._wrong("lifecycle", f"{len(told)} different `finished` lines: {sorted(map(str, told))}"[:300])
+        """The lifecycle has one end of the request, with the usage that the log shows."""
+        ends = {(end.get("attempt"), end.get("outcome"), end.get("usage", "{}")) for end in self._evidence.finished}
+        if len(ends) != 1:
+            self._wrong("lifecycle", f"{len(ends)} different `finished` entries: {sorted(map(str, ends))}"[:300])
             return
-        ((attempt, ended, usage),) = told
+        ((attempt, ended, usage),) = ends
         shown = msgspec.json.decode(seal.get("usage", "{}")) or self._counted()
         if (attempt, ended) != (str(self._attempts), outcome):
-            self._wrong("lifecycle", f"says attempt {attempt}, {ended}; the log {self._attempts}, {outcome}")
+            self._wrong(
+                "lifecycle", f"attempt {attempt}, {ended} there; attempt {self._attempts}, {outcome} in the log"
+            )
         if msgspec.json.decode(usage or "{}") != shown:
             self._wrong("usage", f"{usage} in the lifecycle, {shown} in the log")
         if outcome == "done":
@@ -246,45 +250,45 @@ class _Check:
         if evidence.log_expiry < 0 or evidence.tombstone_expiry < 0:
             self._wrong("expiry", f"log {evidence.log_expiry} ms, tombstone {evidence.tombstone_expiry} ms")
         elif msgspec.json.decode(evidence.tombstone).get("outcome") != outcome:
-            self._wrong("tombstone", f"{evidence.tombstone} of a log that ended {outcome}")
+            self._wrong("tombstone", f"{evidence.tombstone} for a log that ended with {outcome}")
         letters = Counter((letter.get("queue"), letter.get("job")) for letter in evidence.letters)
         if bool(letters) != self._plan.buried or any(count > 1 for count in letters.values()):
             self._wrong("dead letters", f"{dict(letters)}")
 
     def _check_starts(self) -> None:
         self._tally.starts += len(self._evidence.starts)
-        counting = [start for start in self._evidence.starts if not came_to_nothing(start)]
+        counting = [start for start in self._evidence.starts if not had_no_result(start)]
         opened = Counter(attempt for attempt, _ in self._opened)
         shown = sum(max(1, opened[attempt]) for attempt in range(1, self._attempts + 1))
         self._tally.given_up += max(0, len(counting) - shown)
         if _at_once(counting) > max(1, self._attempts):
-            told = [
+            spans = [
                 (start.started, start.ended, start.chunks, start.finished, start.closed_early) for start in counting
             ]
-            self._wrong("starts", f"more upstream starts at once than attempts ({self._attempts}): {told}")
+            self._wrong("starts", f"more upstream starts at once than attempts ({self._attempts}): {spans}")
         for start in self._evidence.starts:
-            # One that was given tokens and did not go on after them ends by the limits of what was left.
+            # A start that got token ids and ignored them ends at the limits that were left.
             given = "kv_transfer_params" in start.request
             if start.finished and not start.after and not given and self._plan.choices:
                 sent = [tuple(texts) for texts in zip(start.texts, start.reasonings, start.arguments, strict=True)]
                 if sent != [choice[:3] for choice in self._plan.choices]:
-                    self._wrong("simulator", "sent another answer than the one expected")
+                    self._wrong("simulator", "it sent another answer than the expected one")
 
 
 def is_own_trial(start: Served) -> bool:
-    """Whether an upstream start is a worker's own and belongs to no job."""
+    """Whether an upstream start is a worker's own test of a server, which belongs to no job."""
     return start.route == "/v1/chat/completions" and start.request == OWN_TRIAL
 
 
-def came_to_nothing(start: Served) -> bool:
-    """Whether an upstream start may be tried again in the same attempt, without a word in the log."""
+def had_no_result(start: Served) -> bool:
+    """Whether the worker may repeat an upstream start in the same attempt, without an entry in the log."""
     ignored = "kv_transfer_params" in start.request and not start.after
     broken = start.ended is None or start.status != 200 or start.fault not in {None, "no_done"}
     return broken or ignored or not start.chunks
 
 
 def _at_once(starts: Sequence[Served]) -> int:
-    """How many were going on at the same time, at most."""
+    """How many starts ran at the same time, at most."""
     spans = [(start.started, start.ended or 0.0) for start in starts]
     return max((sum(begin <= moment < end for begin, end in spans) for moment, _ in spans), default=0)
 

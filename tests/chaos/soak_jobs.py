@@ -1,4 +1,4 @@
-"""The jobs of the soak: what is asked, how it may end, and what its answer must be. Pure data, no I/O."""
+"""The jobs of the soak: requests, the outcomes they may have, and the answers they must have. Pure data, no I/O."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ DONE = frozenset({"done"})
 
 
 class Expected(NamedTuple):
-    """One choice of the whole answer."""
+    """One choice of the complete answer."""
 
     content: str
     reasoning: str
@@ -29,32 +29,32 @@ class Expected(NamedTuple):
 
 
 class Plan(msgspec.Struct, kw_only=True):
-    """One request, with everything that the checker holds its log against."""
+    """One request, with everything that the checker compares its log with."""
 
     id: str
     kind: str
     request: Object
     raw: bytes | None = None
-    """What stands in the job in place of the request, where that is no JSON."""
+    """The job's `request` where it is not JSON."""
     outcomes: frozenset[str] = DONE
     codes: frozenset[str] = frozenset()
-    """The codes with which it may fail; it must fail if there are any."""
+    """The error codes that the request may end with. If there are any, it must fail."""
     copies: int = 1
     """How often the job is added."""
     by_client: bool = False
-    """Whether our client adds it, and not a bare XADD."""
+    """Whether our client adds the job, and not a bare XADD."""
     cancel_after: float | None = None
-    """Seconds after which it is cancelled."""
+    """Seconds until the request is cancelled."""
     cancel_raw: bool = False
-    """Whether it is cancelled by a bare XADD."""
+    """Whether a bare XADD cancels the request, and not our client."""
     choices: list[Expected] = []
     prompt_tokens: int = 0
     digest: str = ""
-    """Of the prompt: how the simulators' record names the request."""
+    """The digest of the prompt, by which the simulators' records name the request."""
 
     @property
     def buried(self) -> bool:
-        """Whether it is no job that can be run, and ends among the dead letters."""
+        """Whether the job is invalid, so that it ends among the dead letters."""
         return self.codes == _INVALID
 
 
@@ -67,18 +67,18 @@ def _plain(dice: random.Random) -> Object:
 
 
 def _faulty(fault: str) -> Callable[[random.Random], Object]:
-    def ask(dice: random.Random) -> Object:
+    def request_of(dice: random.Random) -> Object:
         scenario: Object = {"fault": fault, "times": 1, "after": dice.randint(0, 12), "tokens": dice.randint(3, 40)}
         if fault == "429":
             scenario["retry_after"] = 0.1
         return {"question": f"Tell me of {dice.random()}", "simulate": scenario}
 
-    return ask
+    return request_of
 
 
 def _refused_resume(dice: random.Random) -> Object:
-    asked = _faulty("cut")(dice)
-    return {**asked, "simulate": {**cast("Object", asked["simulate"]), "then": "prefill"}}
+    drawn = _faulty("cut")(dice)
+    return {**drawn, "simulate": {**cast("Object", drawn["simulate"]), "then": "prefill"}}
 
 
 _KINDS: dict[str, tuple[int, Callable[[random.Random], Object]]] = {
@@ -121,17 +121,17 @@ _CODES = {
 
 
 def plan(dice: random.Random, number: int, prefix: str) -> Plan:
-    """The next job, drawn at random."""
+    """Draw the next job."""
     weights = [weight for weight, _ in _KINDS.values()]
     (kind,) = dice.choices(list(_KINDS), weights)
     request_id = f"{prefix}-{number}"
-    asked = dict(_KINDS[kind][1](dice))
-    # The id in the prompt makes every prompt one of a kind, on every route.
+    drawn = dict(_KINDS[kind][1](dice))
+    # The id in the prompt makes every prompt unique, on every route.
     messages: list[Object] = [
         {"role": "system", "content": f"You answer {request_id}."},
-        {"role": "user", "content": asked.pop("question")},
+        {"role": "user", "content": drawn.pop("question")},
     ]
-    request: Object = {"model": "reciter", "temperature": 0, "messages": messages, **asked}  # type: ignore[dict-item]
+    request: Object = {"model": "reciter", "temperature": 0, "messages": messages, **drawn}  # type: ignore[dict-item]
     made = Plan(id=request_id, kind=kind, request=request, by_client=dice.random() < 0.5)
     if kind in _CODES:
         made.codes, made.outcomes, made.by_client = _CODES[kind], frozenset({"error"}), False
@@ -148,7 +148,7 @@ def plan(dice: random.Random, number: int, prefix: str) -> Plan:
 
 
 def _expect(made: Plan) -> None:
-    """What the simulator says to this request when nothing goes wrong."""
+    """Add the answer that the simulator gives to this request when nothing goes wrong."""
     sound: dict[str, object] = {"model": "reciter", "temperature": 0, "top_logprobs": 0, "return_token_ids": True}
     body = {**made.request, **({name: sound[name] for name in sound} if made.codes else {"return_token_ids": True})}
     request, scenario = parse_chat_request(body, Options())

@@ -1,4 +1,4 @@
-"""The processes of the soak: a Redis with an append-only file, simulators and workers, and what is done to them."""
+"""The processes of the soak (a Redis with an append-only file, simulators, workers) and the faults they suffer."""
 
 import asyncio
 import os
@@ -18,13 +18,13 @@ from worker.settings import Settings
 
 __all__ = ["LEASE", "Chaos", "Processes"]
 
-LEASE = 2.0  # with 1 s, workers of a busy machine lose their leases all the time, and little gets done
+LEASE = 2.0  # with 1 s, workers on a busy machine lose their leases all the time, and few jobs end
 _ROOT = Path(__file__).parents[2]
 _SETTINGS: dict[str, object] = {
     "slots": 64,
     "lease": LEASE,
     "drain_timeout": 0.3,
-    # Long enough that a busy machine does not make a worker give up what a simulator has sent whole.
+    # A busy machine must not make a worker give up an answer that a simulator has sent completely.
     "gap_timeout": 4,
     "first_token_timeout": 6,
     "tries": 50,
@@ -35,7 +35,7 @@ _SETTINGS: dict[str, object] = {
 
 
 class Processes:
-    """Everything that runs; `stop` ends it. What they print goes to files in `folder`."""
+    """All processes, until `stop` ends them. Their output goes to files in `folder`."""
 
     def __init__(self, folder: Path, *, workers: int, simulators: int, redis_server: Path) -> None:
         self.folder = folder
@@ -49,7 +49,7 @@ class Processes:
         self.simulators = [self._start_simulator(number) for number in range(simulators)]
         self.workers = [self.start_worker() for _ in range(workers)]
         self.leaving: list[subprocess.Popen[bytes]] = []
-        """Workers that were told to leave."""
+        """Workers that got SIGTERM."""
 
     def _start(self, name: str, *command: str | Path, **environment: str) -> "subprocess.Popen[bytes]":
         rest = {key: value for key, value in os.environ.items() if not key.startswith(("WORKER_", "VLLM_", "REDIS_"))}
@@ -66,12 +66,12 @@ class Processes:
     def _start_simulator(self, number: int) -> "subprocess.Popen[bytes]":
         script = Path(__file__).parent / "soak_simulator.py"
         port, record = str(self._ports[number]), str(self.records[number])
-        # Every second one does not know the way by which a chat goes on from token ids.
+        # Every second simulator ignores the field by which a chat continues after token ids.
         ignored = ["kv_transfer_params"] * (number % 2)
         return self._start(f"simulator-{number}", sys.executable, script, port, record, *ignored)
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
-        """One more worker."""
+        """Start one more worker."""
         self._number += 1
         known = {name: value for name, value in _SETTINGS.items() if name in Settings.model_fields}
         settings = {f"WORKER_{name.upper()}": str(value) for name, value in known.items()}
@@ -82,43 +82,47 @@ class Processes:
         )  # fmt: skip
 
     def restart_redis(self) -> None:
-        """SIGKILL, and a new one that reads the append-only file."""
+        """Kill Redis (SIGKILL) and start a new one, which reads the append-only file."""
         _kill(self.redis)
         self.redis = self._start_redis()
 
     def restart_simulator(self, number: int) -> None:
-        """SIGKILL, and a new one at the same place."""
+        """Kill a simulator (SIGKILL) and start a new one on the same port."""
         _kill(self.simulators[number])
         self.simulators[number] = self._start_simulator(number)
 
     def replace_worker(self, number: int) -> None:
-        """SIGKILL, and a new one."""
+        """Kill a worker (SIGKILL) and start a new one."""
         _kill(self.workers[number])
         self.workers[number] = self.start_worker()
 
     def deploy_worker(self, number: int) -> None:
-        """SIGTERM, and a new one beside it."""
+        """Terminate a worker (SIGTERM) and start a new one beside it."""
         self.workers[number].terminate()
         self.leaving.append(self.workers[number])
         self.workers[number] = self.start_worker()
 
-    def fallen(self) -> list[str]:
-        """What has ended by itself, or left with another status than 0."""
+    def failures(self) -> list[str]:
+        """The processes that ended by themselves, and the terminated workers whose status is not 0."""
         self.leaving, ended = [
             [process for process in self.leaving if (process.poll() is None) is running] for running in (True, False)
         ]
-        # One that was told to before it could listen ends by the signal.
+        # A worker that gets SIGTERM before it handles signals ends by it.
         wrong = [
-            f"a worker told to leave did so with {process.returncode}"
+            f"a terminated worker ended with status {process.returncode}"
             for process in ended
             if process.returncode not in {0, -signal.SIGTERM}
         ]
         rest = [("Redis", self.redis), *(("a simulator", process) for process in self.simulators)]
         rest += [("a worker", process) for process in self.workers]
-        return wrong + [f"{name} ended by itself with {it.returncode}" for name, it in rest if it.poll() is not None]
+        return wrong + [
+            f"{name} ended by itself with status {process.returncode}"
+            for name, process in rest
+            if process.poll() is not None
+        ]
 
     def stop(self) -> None:
-        """End all that runs."""
+        """Kill all processes."""
         for process in [*self.workers, *self.leaving, *self.simulators, self.redis]:
             _kill(process)
 
@@ -129,7 +133,10 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Chaos:
-    """Does harm at random moments, drawn from `dice`; in the end all runs again. `pause` is the mean, in seconds."""
+    """Causes faults at random moments, drawn from `dice`. In the end all processes run again.
+
+    `pause` is the mean time between two faults, in seconds.
+    """
 
     def __init__(self, processes: Processes, dice: random.Random, pause: float) -> None:
         self._processes = processes
@@ -139,7 +146,7 @@ class Chaos:
         self._harms: dict[str, tuple[int, Callable[[], None]]] = {
             "workers killed": (4, lambda: processes.replace_worker(self._worker())),
             "workers paused": (3, self._pause_worker),
-            "workers told to leave": (3, lambda: processes.deploy_worker(self._worker())),
+            "workers terminated": (3, lambda: processes.deploy_worker(self._worker())),
             "simulators killed": (2, lambda: processes.restart_simulator(dice.randrange(len(processes.simulators)))),
             "Redis killed": (1, processes.restart_redis),
             "all connections cut": (4, self._cut),
@@ -159,10 +166,10 @@ class Chaos:
             with BlockingRedis.from_url(self._processes.redis_url, protocol=2, socket_timeout=1) as redis:
                 redis.execute_command("CLIENT", "KILL", "TYPE", "normal")
         except RedisError:
-            pass  # it is being restarted: there is no connection to cut
+            pass  # Redis is being restarted: there is no connection to cut
 
     async def run(self, times: int) -> None:
-        """Do harm so many times, or until cancelled."""
+        """Cause so many faults, or as many as fit until the task is cancelled."""
         try:
             for _ in range(times):
                 await asyncio.sleep(self._dice.expovariate(1 / self._pause))
@@ -177,5 +184,5 @@ class Chaos:
 
     def _wake(self, now: float) -> None:
         for process in [process for process, until in self._paused.items() if until <= now]:
-            process.send_signal(signal.SIGCONT)  # to one that was killed meanwhile it does nothing
+            process.send_signal(signal.SIGCONT)  # without effect on a process that was killed meanwhile
             del self._paused[process]

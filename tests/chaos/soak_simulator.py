@@ -1,4 +1,4 @@
-"""One simulated vLLM as a process of its own: `python soak_simulator.py PORT RECORD [IGNORED FIELD …]`, until ended."""
+"""One simulated vLLM as a process, until it is killed: `python soak_simulator.py PORT RECORD [IGNORED FIELD …]`."""
 
 import asyncio
 import sys

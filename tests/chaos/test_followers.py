@@ -47,5 +47,5 @@ async def test_a_follower_that_reads_nothing_delays_nobody(
 
         await eventually(is_stuck)
         answer = await client.result(request_id)
-        story = await promise_kept(redis, request_id)
-    assert (answer.text, story.attempts) == (story.text, 1)
+        ended = await promise_kept(redis, request_id)
+    assert (answer.text, ended.attempts) == (ended.text, 1)

@@ -48,8 +48,8 @@ async def test_a_command_that_is_cut_off_twice_changes_no_result(
     questions = ["Who are you?", "你是谁?"]
     ids = [await client.enqueue(ask(question)) for question in questions]
     for question, request_id in zip(questions, ids, strict=True):
-        story = await promise_kept(redis, request_id, expected(question))
-        assert story.attempts == 1, "the worker lived and had its lease: nothing begins again"
+        ended = await promise_kept(redis, request_id, expected(question))
+        assert ended.attempts == 1, "the worker lived and had its lease: nothing begins again"
     assert order.done.is_set()
     assert len(simulator.served) == len(questions)
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from checks import Line, ask, expected, has_begun, log_of, pending, promise_kept
+from checks import LogEntry, ask, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
 from redis.asyncio import Redis
 
@@ -47,7 +47,7 @@ def begun(tokens: int, *, finished: bool = False) -> list[tuple[str, dict[str, s
     return log
 
 
-async def ended(redis: Redis, request_id: str) -> list[Line]:
+async def ended(redis: Redis, request_id: str) -> list[LogEntry]:
     """Wait for the end of a request whose log was meddled with, and assert that a reader has the whole answer."""
 
     async def settled() -> bool:

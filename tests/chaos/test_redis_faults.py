@@ -87,8 +87,8 @@ async def test_a_redis_that_is_killed_and_comes_back_with_its_file(
         durable.start()
         await durable.ready()
         for question, request_id in zip(("one", "two", "three"), ids, strict=True):
-            story = await promise_kept(durable.client, request_id, expected(question))
-            assert story.attempts == 1
+            ended = await promise_kept(durable.client, request_id, expected(question))
+            assert ended.attempts == 1
         await follower
         assert [entry.id for entry in seen] == [line.id for line in await log_of(durable.client, ids[0])]
 
@@ -191,8 +191,8 @@ async def test_a_destroyed_group_is_recreated_with_all_its_jobs(
 
     await eventually(made_again)
     for question, request_id in zip(questions, ids, strict=True):
-        story = await promise_kept(redis, request_id, expected(question))
-        assert story.attempts == 1, "a job that comes again while it runs here is no second run"
+        ended = await promise_kept(redis, request_id, expected(question))
+        assert ended.attempts == 1, "a job that comes again while it runs here is no second run"
 
 
 async def test_streams_wait_while_redis_has_no_room(

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from soak_checker import OWN_TRIAL, SEAL, Evidence, Tally, came_to_nothing, check, is_own_trial
+from soak_checker import OWN_TRIAL, SEAL, Evidence, Tally, check, had_no_result, is_own_trial
 from soak_jobs import Plan, plan
 
 from worker.sandbox.simulator.record import Served
@@ -193,10 +193,10 @@ def test_two_different_ends_in_the_lifecycle_are_caught() -> None:
 
 
 def test_a_start_that_sent_a_delta_counts_and_one_that_was_refused_does_not() -> None:
-    assert not came_to_nothing(start(closed_early=True, chunks=1))
-    assert came_to_nothing(start(closed_early=True, chunks=0))
-    assert came_to_nothing(start(request={"kv_transfer_params": {}}, after=0, chunks=3))
-    assert not came_to_nothing(start(fault="no_done", chunks=3))
+    assert not had_no_result(start(closed_early=True, chunks=1))
+    assert had_no_result(start(closed_early=True, chunks=0))
+    assert had_no_result(start(request={"kv_transfer_params": {}}, after=0, chunks=3))
+    assert not had_no_result(start(fault="no_done", chunks=3))
 
 
 def test_a_bad_job_is_buried_once() -> None:

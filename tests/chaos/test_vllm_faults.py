@@ -30,9 +30,9 @@ async def test_a_fault_before_the_first_token_is_invisible(
     simulator = await start_simulator(Options(keep_alive=0.1))
     await start_worker(simulator, **QUICK)
     request_id = await client.enqueue(ask("Who are you?", simulate={"fault": fault, "times": 1}))
-    story = await promise_kept(redis, request_id, expected("Who are you?"))
+    ended = await promise_kept(redis, request_id, expected("Who are you?"))
     assert simulator.served[0].fault == fault
-    assert "restarted" not in {line.type for line in story.log}
+    assert "restarted" not in {line.type for line in ended.log}
 
 
 @pytest.mark.parametrize("after", [0, 5], ids=["before any text", "mid-stream"])

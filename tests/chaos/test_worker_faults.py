@@ -119,9 +119,9 @@ async def test_a_worker_that_gets_sigterm_finishes_or_hands_over(
     await has_begun(redis, request_id, 2)
     process.terminate()
     await start_worker(simulator, lease=60)
-    story = await promise_kept(redis, request_id)
+    ended = await promise_kept(redis, request_id)
     assert await asyncio.to_thread(process.wait, 20) == 0
-    assert story.attempts == (1 if drain == 20 else 2)
+    assert ended.attempts == (1 if drain == 20 else 2)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
