@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.settings import PREFIX, ConfigError, Settings, load_settings, shown_url, variable
+from worker.settings import PREFIX, ConfigError, Settings, load_settings, redacted_url, variable
 
 NO_REDIS_URL = (
     "must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path, "
@@ -166,7 +166,7 @@ def test_all_problems_are_reported_at_once_by_the_names_of_the_variables(monkeyp
         "WORKER_LEASE is 'soon': it should be a valid number, unable to parse string as a number",
         "WORKER_LOG_LEVEL is 'loud': it should be 'debug', 'info', 'warning' or 'error'",
         "WORKER_PREFIX is 'a b': String should match pattern '^[A-Za-z0-9_.:-]{1,64}$'",
-        "WORKER_QUEUES names a queue twice",
+        "WORKER_QUEUES contains a queue twice",
         "WORKER_SLOT is not a setting: did you mean WORKER_SLOTS?",
         "WORKER_SLOTS is '0': it should be greater than or equal to 1",
         "WORKER_TRIES is '1.5': it should be a valid integer, unable to parse string as an integer",
@@ -392,4 +392,4 @@ def test_an_error_about_a_secret_does_not_contain_it(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
-    assert shown_url(url) == shown
+    assert redacted_url(url) == shown

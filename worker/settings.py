@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from .contract.job import MAX_REQUEST_BYTES
 from .contract.keys import DEFAULT_QUEUE, is_queue_name
 from .redisio.urls import parse_redis_url
-from .vllm.http.credentials import ApiKeys, checked_key, keys_in
+from .vllm.http.credentials import ApiKeys, read_keys, validated_key
 from .vllm.http.target import base_url
 
 PREFIX = "WORKER_"
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_ignore_empty=True,  # compose sets what it has no value for: `WORKER_SLOTS: ${SLOTS:-}`
+        env_ignore_empty=True,  # Docker Compose sets a variable without a value to "": `WORKER_SLOTS: ${SLOTS:-}`
         extra="ignore",
         populate_by_name=True,
     )
@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     queues: Annotated[tuple[str, ...], NoDecode] = Field(
         (DEFAULT_QUEUE,), description="Queues that this worker serves, separated by commas, the most important first"
     )
-    # By default the queue is the buffer, however long it becomes. Those who enqueue may choose a limit.
+    # The queue is the buffer, so its length has no limit by default. A service that enqueues may set one.
     queue_limit: int = Field(
         0, ge=0, description="Number of waiting jobs from which `worker enqueue` refuses to add one; 0 is no limit"
     )
@@ -146,7 +146,7 @@ class Settings(BaseSettings):
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """Variables that begin with WORKER_ and are not settings: another program's, or badly misspelt."""
+        """Variables that begin with WORKER_ and are not settings: another program uses them, or they are misspelt."""
         return self._unknown
 
     @field_validator("vllm_urls", "queues", mode="before")
@@ -165,14 +165,14 @@ class Settings(BaseSettings):
     @field_validator("vllm_api_key", "vllm_api_key_2")
     @classmethod
     def _header_value(cls, value: SecretStr) -> SecretStr:
-        return SecretStr(checked_key(value.get_secret_value()))
+        return SecretStr(validated_key(value.get_secret_value()))
 
     @field_validator("vllm_api_key_file")
     @classmethod
     def _key_file(cls, value: str) -> str:
         try:
             if value:
-                keys_in(Path(value))
+                read_keys(Path(value))
         except OSError as error:
             raise ValueError(f"is {value[:80]!r}, which cannot be read: {error.strerror or error}") from None
         return value
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         if value:
-            address_of(value)
+            parse_address(value)
         return value
 
     @field_validator("vllm_urls")
@@ -191,11 +191,11 @@ class Settings(BaseSettings):
             raise ValueError("is empty: set it to the base URL of a vLLM server, such as http://127.0.0.1:8000")
         for url in value:
             if not _is_http(url):
-                raise ValueError(f"holds {shown_url(url)!r}, which is not a URL such as http://127.0.0.1:8000")
+                raise ValueError(f"holds {redacted_url(url)!r}, which is not a URL such as http://127.0.0.1:8000")
             parts = urlsplit(base_url(url))
             if parts.query or parts.fragment or parts.path.endswith("/completions"):
                 raise ValueError(
-                    f"holds {shown_url(url)!r}: give the base of the server, such as http://127.0.0.1:8000"
+                    f"holds {redacted_url(url)!r}: give the base of the server, such as http://127.0.0.1:8000"
                 )
         return value
 
@@ -205,7 +205,7 @@ class Settings(BaseSettings):
         if not value or not all(map(is_queue_name, value)):
             raise ValueError("must be names of 1 to 64 characters of A-Za-z0-9_-, separated by commas")
         if len(set(value)) != len(value):
-            raise ValueError("names a queue twice")
+            raise ValueError("contains a queue twice")
         return value
 
     def api_keys(self) -> ApiKeys:
@@ -216,13 +216,13 @@ class Settings(BaseSettings):
 
 
 def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
-    """Read the settings. An option that is None is not given, so the environment decides.
+    """Read the settings. An option that is None counts as not set, so the environment decides.
 
-    With `only`, just these settings are read, for a command that needs few of them. The others keep their defaults,
-    even where the environment has bad values for them.
+    `only` limits the settings that are read, for a command that needs few of them. The others keep their defaults, even
+    if the environment has bad values for them.
 
     Raises:
-        ConfigError: names every variable whose value is bad, or whose name is nearly that of a setting.
+        ConfigError: when a variable has a bad value or a name that is nearly a setting's. The error lists them all.
     """
     used = [name for name in Settings.model_fields if name in only or not only]
     given = {
@@ -258,10 +258,10 @@ def variable(name: str) -> str:
     return _OWN_NAMES.get(name, PREFIX + name.upper())
 
 
-def shown_url(url: str) -> str:
-    """A URL as it may be logged: without the user's name, the password and the query.
+def redacted_url(url: str) -> str:
+    """A URL without the user's name, the password and the query, for logs and errors.
 
-    The text is not parsed as a URL, since it may be an invalid one, which holds the password all the same.
+    The text is not parsed as a URL, because an invalid URL may contain a password too.
     """
     scheme = re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]*://)?", url)
     start = scheme.group() if scheme else ""
@@ -269,7 +269,7 @@ def shown_url(url: str) -> str:
     return f"{start}{user and '***@'}{re.split('[?#]', place)[0]}"
 
 
-def address_of(text: str) -> tuple[str, int]:
+def parse_address(text: str) -> tuple[str, int]:
     """Host and port of an address such as `127.0.0.1:9100` or `[::1]:9100`.
 
     Raises:
@@ -298,10 +298,10 @@ def _is_unknown(name: str) -> bool:
 
 
 def _is_misspelt(name: str, own: str) -> bool:
-    """Whether a variable's name is nearly that of a setting's variable: anything further off may be another program's.
+    """Whether a variable's name is nearly that of a setting's variable. A less similar one may be another program's.
 
-    Nearly means: one letter is missing, added or another, or two where the name is long; or two letters are swapped; or
-    the name has a prefix where the setting's variable has none.
+    Nearly means one of these: one letter is missing, added or replaced (two in a long name); two letters are swapped;
+    the name has the prefix WORKER_ and the setting's variable does not.
     """
     found, meant = name.removeprefix(PREFIX), own.removeprefix(PREFIX)
     if found == meant:

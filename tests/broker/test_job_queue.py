@@ -129,7 +129,7 @@ async def test_a_handed_over_job_is_claimed_at_once_without_raising_its_count(gr
     (delivery,) = await one.read_new("default", 1, 100)
     assert await one.hand_over([(delivery, 0)]) == [True]
     (claimed,) = await two.claim_expired("default", 1)
-    assert claimed == dataclasses.replace(delivery, again=True)
+    assert claimed == dataclasses.replace(delivery, redelivered=True)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 

@@ -162,7 +162,7 @@ async def test_two_workers_that_bury_a_job_at_once_leave_one_letter(
         writing = redis_proxy.hold(rb"XADD chat:dead ")
         paused = asyncio.create_task(DeadLetterWriter(first, Keys()).bury(job, "why", 7, 9999))
         await writing.met.wait()
-        await DeadLetterWriter(second, Keys()).bury(replace(job, again=True), "why", 7, 9999)
+        await DeadLetterWriter(second, Keys()).bury(replace(job, redelivered=True), "why", 7, 9999)
         await DeadLetterWriter(second, Keys()).bury(replace(job, id="2-0"), "another", 7, 9999)
         writing.release()
         await paused
@@ -175,7 +175,7 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
         clients = [await stack.enter_async_context(command_client(redis_url)) for _ in range(3)]
         writers = [DeadLetterWriter(each, Keys()) for each in clients]
         burials = (
-            writer.bury(Delivery("default", i, {}, again=True), "why", 7, 9999) for i in ids for writer in writers
+            writer.bury(Delivery("default", i, {}, redelivered=True), "why", 7, 9999) for i in ids for writer in writers
         )
         await asyncio.gather(*burials)
     assert sorted(letter[b"job"].decode() for letter in await letters(redis)) == sorted(ids)

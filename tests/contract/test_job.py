@@ -19,7 +19,7 @@ from worker.contract.job import (
     is_digest_of,
     parse_job,
     request_id_of,
-    with_limit,
+    with_max_tokens,
 )
 
 ASKED: Any = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -315,4 +315,4 @@ def test_a_request_within_the_limits_is_accepted() -> None:
     ],
 )
 def test_a_job_without_a_length_gets_the_limit(given: dict[str, Any], limit: int, sent: dict[str, Any]) -> None:
-    assert with_limit(Job(id="r", request=ASKED | given), limit).request == ASKED | sent
+    assert with_max_tokens(Job(id="r", request=ASKED | given), limit).request == ASKED | sent

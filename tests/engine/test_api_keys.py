@@ -16,7 +16,7 @@ from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 from worker.telemetry.logging import LogReceiver, configure_logging
-from worker.vllm.http.credentials import ApiKeys, keys_in
+from worker.vllm.http.credentials import ApiKeys, read_keys
 from worker.vllm.servers.pace import ServerPace
 
 OLD, NEW = "the-old-key", "the-new-key"
@@ -274,4 +274,4 @@ def test_a_key_file_without_a_usable_key_is_refused_with_the_reason(
     """The message quotes nothing of the file."""
     (tmp_path / "keys").write_bytes(content)
     with pytest.raises(ValueError, match=problem):
-        keys_in(tmp_path / "keys")
+        read_keys(tmp_path / "keys")

@@ -76,7 +76,7 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
     ],
 )
 def test_failures_are_owners_lost_in_a_row_without_progress(history: list[Entry], count: int, expected: int) -> None:
-    assert failures(history, Delivery("default", "5-0", {}, again=True, count=count)) == expected
+    assert failures(history, Delivery("default", "5-0", {}, redelivered=True, count=count)) == expected
 
 
 def test_an_answer_that_begins_again_makes_progress_once_it_is_twice_as_long_as_ever() -> None:
@@ -93,7 +93,7 @@ def test_an_answer_that_begins_again_makes_progress_once_it_is_twice_as_long_as_
 def test_a_job_may_be_poison_once_its_deliveries_allow_enough_failures(
     *, count: int, most: int, doubtful: bool
 ) -> None:
-    assert may_be_poison(Delivery("default", "5-0", {}, again=True, count=count), most) is doubtful
+    assert may_be_poison(Delivery("default", "5-0", {}, redelivered=True, count=count), most) is doubtful
     assert not may_be_poison(Delivery("default", "5-0", {}, count=count), most), "no other worker had the job before"
 
 

@@ -22,7 +22,7 @@ from worker.engine.application import Worker
 from worker.ops.checks import Finding, check
 from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Simulator
-from worker.settings import ConfigError, load_settings, shown_url
+from worker.settings import ConfigError, load_settings, redacted_url
 from worker.telemetry.logging import configure_logging
 from worker.vllm.servers.pace import ServerPace
 
@@ -254,7 +254,7 @@ def test_a_key_from_a_file_may_end_with_a_newline() -> None:
     ],
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
-    assert shown_url(url) == shown
+    assert redacted_url(url) == shown
 
 
 async def test_workers_that_cannot_renew_their_records_in_a_full_redis_are_not_called_silent(

@@ -1,1 +1,1 @@
-"""Jobs and token logs on Redis. Nothing here knows of vLLM."""
+"""Jobs and token logs on Redis. Nothing in this package depends on vLLM."""

@@ -1,4 +1,4 @@
-"""The possible results of acquiring a log, and the judgements that lead to them. They are made without I/O."""
+"""The possible results of acquiring a log, and the decisions that lead to them, without I/O."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,10 +13,10 @@ from .log_writer import LogExhausted, LogWriter
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """The log is this process's to write. `history` is what earlier attempts wrote.
+    """The process owns the log and may write to it. `history` holds the entries of earlier attempts.
 
-    `unreadable` is why the history cannot be read, and the history is empty then. `fault` is why an answer cannot
-    continue from the history.
+    `unreadable` is why the history cannot be read; the history is then empty. `fault` is why an answer cannot continue
+    from the history. Both are empty if there is no such problem.
     """
 
     log: LogWriter
@@ -32,27 +32,27 @@ class AlreadyEnded:
 
 @dataclass(frozen=True, slots=True)
 class DuplicateJob:
-    """Another job of the same request id is at work."""
+    """Another job with the same request id is not done yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdReused:
-    """The log belongs to another request with the same id: nothing in it is this job's."""
+    """The log belongs to another request with the same id: no entry in it is this job's."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """Another worker holds the job by now: this process does nothing more, and does not acknowledge it."""
+    """Another worker holds the job now: this process neither runs nor acknowledges it."""
 
 
 AcquireResult: TypeAlias = Acquired | AlreadyEnded | DuplicateJob | IdReused | LeaseLost
 
 
-def attempt_after(attempt: int) -> int:
+def attempt_number_after(attempt: int) -> int:
     """The number of the next attempt.
 
     Raises:
-        LogExhausted: when there is none; Redis would refuse its id each time.
+        LogExhausted: when there is no next number: Redis would refuse its id each time.
     """
     if attempt >= LAST_ATTEMPT:
         raise LogExhausted(f"no attempt can follow attempt {attempt} of its log")
@@ -60,14 +60,14 @@ def attempt_after(attempt: int) -> int:
 
 
 def job_of(source: Started | Claimed | Delivery) -> tuple[str, str]:
-    """What identifies a job: its queue and the id of its entry there."""
+    """The identity of a job: its queue and the id of its entry there."""
     return source.queue, source.id if isinstance(source, Delivery) else source.job
 
 
 def was_written_by(entry: Entry | None, owner: str, delivery: Delivery, count: int) -> bool:
     """Whether the process with nonce `owner` began an attempt with this entry, for the job of a delivery.
 
-    `count` is the delivery's, or 0 where the process began the attempt on its own account.
+    `count` is the delivery's, or 0 if the process began the attempt without a delivery.
     """
     return (
         isinstance(entry, Started | Claimed)
@@ -76,9 +76,9 @@ def was_written_by(entry: Entry | None, owner: str, delivery: Delivery, count: i
 
 
 def acquired(log: LogWriter, raw: list[RawEntry], greatest: EntryId | None = None) -> Acquired:
-    """An acquired log with the history that its entries hold.
+    """The result for an acquired log with these entries.
 
-    `greatest` is the greatest id that the log ever had before this attempt, where that is known.
+    `greatest` is the greatest id that the log ever had before this attempt, if that is known.
     """
     try:
         entries = [parse(*entry) for entry in raw]

@@ -1,7 +1,7 @@
-"""Hints of cancels: a channel on which clients publish the id of each request that they seal.
+"""The listener for cancel hints: clients publish the id of each request that they seal on a channel.
 
-A worker that listens reads the end of that log at once. The hints are for speed only: the log is the truth, and workers
-read the end of every log three times a lease. A hint that is lost costs time.
+A worker that gets a hint reads the end of that log at once. The hints are for speed only: the log is the truth, and
+workers read the end of every log three times a lease. A lost hint only delays a cancel.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from ..telemetry.events import CancelHintsRefused, Recovered, Telemetry
 
 
 class LogVerifier(Protocol):
-    """The reader of the ends of this process's logs: a publisher."""
+    """Reads the ends of this process's logs. Publishers implement it."""
 
     def verify(self, request_id: str) -> None:
         """Read the end of one log soon."""
@@ -25,7 +25,7 @@ class LogVerifier(Protocol):
 
 
 class CancelListener:
-    """The process's subscription to the channel of cancels.
+    """The process's subscription to the channel of cancel hints.
 
     A refusal is not final: an operator may give the user the right to the channel, or restore a password that was
     changed. So the subscription is requested again every `ask_again` seconds. The same refusal is reported once.
@@ -67,7 +67,7 @@ class CancelListener:
         self._publisher.verify_all()  # earlier hints may be lost
 
     def on_interrupted(self) -> None:
-        """Nothing: `on_subscribed` makes up for it."""
+        """Do nothing: `on_subscribed` verifies all logs after the interruption."""
 
     def on_refused(self, error: Exception) -> None:
         refusal = redacted_message(error)

@@ -1,8 +1,8 @@
-"""The seals that clients write: a cancel, and the end of a request whose deadline passed before a worker took it.
+"""The seals that clients write: a cancel, and the end of a request whose deadline passed before a worker started it.
 
-The client that writes a seal also sets the log's expiry, writes the tombstone, and informs followers and workers. A
-worker that gets the job later finds the seal, adds what is missing, and does the rest. Nothing here imports the
-worker process.
+The client that writes a seal also sets the log's expiry, writes the tombstone, and notifies followers and workers. A
+worker that gets the job later finds the seal, repeats any step that is missing, writes the lifecycle and acknowledges.
+Clients import this module, so it must not import the worker process.
 """
 
 import re
@@ -42,13 +42,13 @@ _RETENTION, _REMEMBER = 3600, 24 * 3600
 """Seconds that a log without an expiry, and a tombstone, are kept."""
 
 USAGE_TRIES = 4
-"""Times that `seal_cancelled` counts the usage of a log that is still written, before it leaves the usage out."""
+"""How often `seal_cancelled` counts the usage of a log that is still written, before it omits the usage."""
 
 _EXHAUSTED = re.compile("(ERR )?The stream has exhausted the last possible ID")
-"""The error of Redis 6.2 and 7 for a stream that has the greatest id already. redis-py cuts `ERR ` off."""
+"""The error of Redis 6.2 and 7 for a stream that has the greatest id already. redis-py removes `ERR `."""
 
 _NO_MULTI = "EXEC without MULTI"
-"""The error where a user may not MULTI: Redis has then executed each command by itself."""
+"""The error for a user who has no right to MULTI: Redis has then executed each command by itself."""
 
 _MESSAGE = "the deadline of the job passed before a worker took it: none serves its queue, or all were busy"
 
@@ -57,33 +57,33 @@ async def cancel(redis: Redis, keys: Keys, request_id: str) -> bool:
     """Seal a log as cancelled. Returns false if the log had a seal.
 
     Raises:
-        RedisError: what Redis answers. A caller that repeats this after a lost reply finds the seal.
+        RedisError: when Redis returns an error. A caller that repeats this after a lost reply finds the seal.
     """
-    key, now = keys.tokens(request_id), await now_of(redis)
+    key, now = keys.tokens(request_id), await redis_time_ms(redis)
 
-    def keep(pipe: Pipeline, first: Entry | None) -> None:
+    def add_expiry_and_tombstone(pipe: Pipeline, first: Entry | None) -> None:
         digest = first.digest if isinstance(first, Queued | Started) else ""
-        stone = Tombstone(outcome=Cancelled.type, time=now, digest=digest)
+        tombstone = Tombstone(outcome=Cancelled.type, time=now, digest=digest)
         pipe.expire(key, _RETENTION)
-        pipe.set(keys.ended(request_id), to_json(stone), ex=_REMEMBER, nx=True)
+        pipe.set(keys.ended(request_id), to_json(tombstone), ex=_REMEMBER, nx=True)
 
-    sealed = await seal_cancelled(redis, key, keep)
+    sealed = await seal_cancelled(redis, key, add_expiry_and_tombstone)
     if sealed is None:
         return False
     pipe = redis.pipeline(transaction=False)
-    if not sealed.is_whole:
-        keep(pipe, sealed.first)
-    kept = len(pipe.command_stack)
+    if not sealed.is_complete:
+        add_expiry_and_tombstone(pipe, sealed.first)
+    required = len(pipe.command_stack)
     _publish(redis, pipe, keys, request_id, sealed.fields)
-    replies = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish: speed only
-    for reply in replies[:kept]:
+    replies = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish, which is only for speed
+    for reply in replies[:required]:
         if isinstance(reply, Exception):
             raise reply
     return True
 
 
 def may_be_overdue(entry: Entry | None) -> bool:
-    """Whether a log's last entry is `queued` with a deadline that has passed, by the clock of this machine."""
+    """Whether a log's last entry is `queued` and its deadline has passed by this machine's clock."""
     return isinstance(entry, Queued) and _is_overdue(entry, int(time.time() * 1000))
 
 
@@ -93,24 +93,24 @@ async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
     The log is read and written in one step, under a WATCH: a worker that starts meanwhile keeps the job and its log.
 
     Raises:
-        RedisError: what Redis answers. A caller that repeats this after a lost reply finds the seal. A user who may
-            read but not write gets the error only where there is something to seal.
+        RedisError: when Redis returns an error. A caller that repeats this after a lost reply finds the seal. A user
+            with the right to read and not to write gets the error only if there is something to seal.
     """
     key, ended = keys.tokens(request_id), keys.ended(request_id)
-    if await _overdue(redis, key) is None:
+    if await _read_overdue(redis, key) is None:
         return False
     async with redis.pipeline() as pipe:
         await pipe.watch(key, ended)
-        overdue = await _overdue(pipe, key)
+        overdue = await _read_overdue(pipe, key)
         if overdue is None or await pipe.exists(ended):
             return False
         last, now = overdue
         left = int(await pipe.ttl(key))
         seal = to_fields(Failed(id=SEAL, code="deadline", message=_MESSAGE))
-        stone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
+        tombstone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
         pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
         pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
-        pipe.set(ended, to_json(stone), ex=max(_REMEMBER, left))
+        pipe.set(ended, to_json(tombstone), ex=max(_REMEMBER, left))
         if left < 0:
             pipe.expire(key, _RETENTION)
         try:
@@ -123,16 +123,16 @@ async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
     return True
 
 
-async def now_of(redis: Redis) -> int:
-    """Redis's clock, in Unix ms."""
+async def redis_time_ms(redis: Redis) -> int:
+    """The time of Redis's clock, in Unix ms."""
     seconds, micros = await redis.time()
     return int(seconds) * 1000 + int(micros) // 1000
 
 
-async def _overdue(redis: Redis, key: str) -> tuple[Queued, int] | None:
+async def _read_overdue(redis: Redis, key: str) -> tuple[Queued, int] | None:
     """The last entry of a log and the time in Unix ms, if that entry is `queued` and its deadline has passed."""
     tail = cast("list[tuple[bytes, dict[bytes, bytes]]]", await redis.xrevrange(key, count=1))
-    last, now = parse_leniently(*tail[0]) if tail else None, await now_of(redis)
+    last, now = parse_leniently(*tail[0]) if tail else None, await redis_time_ms(redis)
     return (last, now) if isinstance(last, Queued) and _is_overdue(last, now) else None
 
 
@@ -141,7 +141,7 @@ def _is_overdue(queued: Queued, now: int) -> bool:
 
 
 def _publish(redis: Redis, pipe: Pipeline, keys: Keys, request_id: str, seal: Fields) -> None:
-    """Add the commands that inform workers and followers of a seal."""
+    """Add the commands that notify workers and followers of a seal."""
     pipe.publish(keys.cancel, request_id)
     message = keys.feed(request_id), to_json([[str(SEAL), seal]])
     pipe.publish(*message)
@@ -153,17 +153,17 @@ def _publish(redis: Redis, pipe: Pipeline, keys: Keys, request_id: str, seal: Fi
 class Sealed:
     """A seal that was written.
 
-    `first` is the log's first entry before it, `fields` are its own, and `is_whole` says whether the commands that
-    belong with the seal were executed with it.
+    `first` is the log's first entry, or None if the seal began the log. `fields` are the seal's. `is_complete` is
+    whether Redis executed the accompanying commands with the seal.
     """
 
     first: Entry | None
     fields: Fields
-    is_whole: bool
+    is_complete: bool
 
 
 def _add_nothing(_pipe: Pipeline, _first: Entry | None) -> None:
-    """Add no further command."""
+    """Add no accompanying command."""
 
 
 async def seal_cancelled(
@@ -171,16 +171,16 @@ async def seal_cancelled(
 ) -> Sealed | None:
     """Seal a log as cancelled, or begin it with the seal. Returns None if the log had a seal.
 
-    `add` adds the commands that belong with the seal, given the log's first entry. Redis executes all of them or none,
-    as where the user lacks a right to one. Only the seal is written where entries come too fast, and where the user may
-    not MULTI.
+    `add` gets the log's first entry and adds the accompanying commands. Redis executes seal and commands together, or
+    none of them if the user lacks a right to one. Only the seal is written if entries come too fast, or if the user
+    has no right to MULTI.
 
-    The seal holds the usage of the whole log, or none: an entry between count and seal would be in the log and not in
-    the usage. So the log is watched while the usage is counted. A cancel does not wait for a log to which entries are
-    added faster than that.
+    The seal holds the usage of the whole log, or none. The log is watched while its usage is counted, because an entry
+    between count and seal would be missing in the usage. If entries are added faster than the usage is counted, the
+    seal has no usage, so that the cancel does not wait.
 
     Raises:
-        RedisError: what Redis answers, unless it answers that there is a seal. Repeating this after a lost reply is
+        RedisError: when Redis returns an error, except for a log that is sealed. Repeating this after a lost reply is
             safe.
     """
     log = [parse_leniently(*entry) for entry in await read_raw_entries(redis, key)]
@@ -211,12 +211,12 @@ async def seal_cancelled(
                 tries_left -= 1  # an entry was added meanwhile
                 continue
             except ResponseError as error:
-                return Sealed(first, seal, is_whole=False) if await _was_written(redis, key, seal, error) else None
-            return Sealed(first, seal, is_whole=bool(tries_left))
+                return Sealed(first, seal, is_complete=False) if await _was_written(redis, key, seal, error) else None
+            return Sealed(first, seal, is_complete=bool(tries_left))
 
 
 async def _was_written(redis: Redis, key: str, seal: Fields, error: ResponseError) -> bool:
-    """Whether a seal was written in spite of an error; false where the log had another.
+    """Whether a seal was written in spite of an error; false if the log had another seal.
 
     Raises:
         ResponseError: when the log has no seal.

@@ -1,8 +1,8 @@
 """The publisher in a cluster: one for each master, so that a master that is down delays only the logs of its own slots.
 
-A log is written by the publisher of the master that holds its slot. After each error of a publisher the cluster is
-queried again, and logs whose slots have moved are moved to the publishers of their new masters, which verify the logs'
-ends before they write.
+The publisher of the master that holds a log's slot writes that log. After each error of a publisher the cluster is
+queried again. Logs whose slots have moved go to the publishers of their new masters, which verify the logs' ends before
+they write.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ class ClusterPublisher:
 
     @property
     def has_shards(self) -> bool:
-        """Whether the feed uses sharded channels: every master has to know them."""
-        return all(publisher.knows_shards for publisher in self._publishers.values())
+        """Whether the feed uses sharded channels. Every master must support them."""
+        return all(publisher.supports_shards for publisher in self._publishers.values())
 
     def attach(self, log: LogWriter) -> None:
         """See `Publisher.attach`."""
@@ -61,13 +61,13 @@ class ClusterPublisher:
             publisher.detach(log)
 
     def enqueue(self, batch: AppendBatch) -> None:
-        """Nothing: a log without a publisher keeps its entries itself until it has one."""
+        """Do nothing: a log without a publisher keeps its own entries until it has one."""
 
     def dequeue(self, log: LogWriter) -> None:
-        """Nothing, as nothing was enqueued."""
+        """Do nothing, as nothing was enqueued."""
 
     def release_bytes(self, size: int) -> None:
-        """Nothing, as nothing was enqueued."""
+        """Do nothing, as nothing was enqueued."""
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """See `Publisher.publish`."""
@@ -122,7 +122,7 @@ class ClusterPublisher:
         await self._cluster.aclose()
 
     async def reassign(self, publisher: "_MasterPublisher") -> None:
-        """Move the logs of a publisher whose slots its master no longer holds; none of their entries is in flight."""
+        """Move the logs whose slots the publisher's master no longer holds. None of their entries is in flight."""
         self._cluster.connection_pool.forget()
         with suppress(RedisError, OSError):
             await self._cluster.masters()
@@ -134,7 +134,7 @@ class ClusterPublisher:
                 successor.adopt(log)
 
     def _assign_all(self) -> None:
-        """Give each log without a publisher to the one of its master.
+        """Assign each log without a publisher to the publisher of its master.
 
         Raises:
             ClusterDownError: when a log's slot has no master.
@@ -182,12 +182,12 @@ class _MasterPublisher(Publisher):
         return self._cluster_publisher.has_shards
 
     @property
-    def knows_shards(self) -> bool:
-        """Whether this master knows sharded channels."""
+    def supports_shards(self) -> bool:
+        """Whether this master supports sharded channels."""
         return self._connections.has_sharded_channels
 
     def retire(self) -> None:
-        """End once all logs are with other publishers: the server is no master any more."""
+        """End once all logs are with other publishers, because the server is no longer a master."""
         self._is_retired = True
         self.verify_all()
 

@@ -1,4 +1,4 @@
-"""Dead letters: workers bury jobs there, and a person finds letters, puts their jobs back, or drops them."""
+"""Dead letters: workers add the jobs that they bury, and operators find, retry and drop letters."""
 
 import asyncio
 import hashlib
@@ -21,10 +21,10 @@ from .job_queue import Delivery
 from .refusals import reports_refusal
 
 _MAX_LETTERS = 1000
-_CHECKED = 50
-"""How many of the newest letters are searched for a job's letter that may have been written before a lost reply."""
-_KEPT_OF_LONG_FIELD = 1024
-"""Bytes."""
+_SEARCHED = 50
+"""How many of the newest letters are searched for a job's letter, which may have been written before a lost reply."""
+_TRUNCATED_LENGTH = 1024
+"""Bytes of a long field that a truncated letter keeps."""
 _PAGE = 16
 """Letters in one reply: a letter may hold megabytes."""
 _NO_LIMIT = 2**31
@@ -33,7 +33,7 @@ _RawLetter: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
 
 class DeadLetterWriter:
-    """The worker's side: buries jobs."""
+    """The worker's side of dead letters: it buries jobs."""
 
     def __init__(self, redis: Redis, keys: Keys, telemetry: Telemetry = NO_TELEMETRY) -> None:
         self._redis = redis
@@ -44,30 +44,29 @@ class DeadLetterWriter:
     async def bury(self, delivery: Delivery, reason: str, time: int, max_bytes: int) -> None:
         """Add a dead letter for a job, unless the job has one. `time` is Unix ms.
 
-        A job of at most `max_bytes` is kept whole, ready to be put back. Of a larger one, fields outside of the
-        contract are left out, and if that is not enough, long fields are truncated. The newest thousand letters are
-        kept.
+        A job of at most `max_bytes` is kept whole, ready to be put back. The letter of a larger job omits fields that
+        are not in the contract; if that is not enough, long fields are truncated. The newest thousand letters are kept.
 
-        Where another worker had the job before, all letters since the job was added are searched for the job's letter;
-        otherwise only the latest ones, for the case that this call repeats one whose reply was lost. Search and write
-        are one step, because two workers may have the job at once when a lease has run out. One process writes one
-        letter at a time, since its own letters would only make it search again. Of several processes one succeeds
-        whenever the others have to search again, and they search no more than what is new.
+        If another worker had the job before, all letters since the job was added are searched for the job's letter.
+        Otherwise only the newest letters are searched, because this call may repeat a call whose reply was lost. Search
+        and write are one step, because two workers may have the job at once after a lease has expired. A process writes
+        one letter at a time, since its own letters would make it search again. When several processes write at once,
+        one of them succeeds, and the others then search only the new letters.
         """
-        fields, truncated = _kept(delivery.fields, max_bytes)
+        fields, truncated = _fields_to_keep(delivery.fields, max_bytes)
         letter = DeadLetter(
             reason=reason, queue=delivery.queue, job=delivery.id, time=time, fields=fields, truncated=truncated
         )
-        since, count = f"{delivery.enqueued}-0", None if delivery.again else _CHECKED
+        since, count = f"{delivery.enqueued}-0", None if delivery.redelivered else _SEARCHED
         with reports_refusal(self._telemetry, "dead"):
             async with self._burying:
                 while (last := await self._bury_once(letter, since, count)) is not None:
                     since, count = last, None
 
     async def _bury_once(self, letter: DeadLetter, since: str, count: int | None) -> str | None:
-        """Search for the letter of a job and write it where there is none, unless another letter comes in between.
+        """Search for the letter of a job. Write it if there is none and no other letter is added meanwhile.
 
-        Returns None when the letter is there, else the id from which there are new letters to search.
+        Returns None if the job has its letter, else the id from which there are new letters to search.
         """
         async with self._redis.pipeline() as pipe:
             await pipe.watch(self._key)
@@ -91,16 +90,16 @@ class DeadLetterWriter:
             await self._redis.xtrim(self._key, minid=str(max(0, before)), approximate=False)
 
 
-def _kept(fields: RawFields, max_bytes: int) -> tuple[Fields, tuple[str, ...]]:
-    """What a letter keeps of a job, and the names of the truncated fields.
+def _fields_to_keep(fields: RawFields, max_bytes: int) -> tuple[Fields, tuple[str, ...]]:
+    """The fields of a job that its letter keeps, and the names of the truncated ones.
 
-    JSON that is text in JSON takes up to twice its bytes; other text may take more.
+    The fields are encoded as text in JSON. That doubles JSON at most; other text may become longer.
     """
     known = {name: fields[name] for name in FIELDS if name in fields}
     for candidate in (fields, known):
         if size_of(candidate) <= max_bytes and len(to_json(text := _as_text(candidate)).encode()) <= 2 * max_bytes:
             return text, ()
-    length = min(_KEPT_OF_LONG_FIELD, max_bytes)
+    length = min(_TRUNCATED_LENGTH, max_bytes)
     truncated = tuple(name.decode() for name, value in known.items() if len(value) > length)
     return _as_text({name: value[:length] for name, value in known.items()}), truncated
 
@@ -119,32 +118,32 @@ class StoredLetter:
 
     @property
     def request_id(self) -> str:
-        """The request that the job was for; empty where the job had no valid id."""
+        """The request id of the job; empty if the job had no valid id."""
         named = self.letter.fields.get("id", "")
         return named if is_request_id(named) else ""
 
 
 @dataclass(frozen=True, slots=True)
 class LetterFilter:
-    """Selects the letters of a queue and those whose reason contains a text. Empty strings match everything."""
+    """Selects letters by queue and by a text in their reason. An empty string matches everything."""
 
     queue: str = ""
     reason: str = ""
 
     def matches(self, letter: DeadLetter) -> bool:
-        """Whether a letter is selected. Upper and lower case are the same."""
+        """Whether a letter is selected. The case of the reason is ignored."""
         return self.queue in {"", letter.queue} and self.reason.casefold() in letter.reason.casefold()
 
 
 class NotRetryable(ValueError):
-    """Why a letter cannot be put back."""
+    """A letter's job cannot be put back. The message is the reason."""
 
 
 def retry_of(stored: StoredLetter) -> Job:
-    """The job that runs a buried job again.
+    """A new job that runs a buried job again.
 
-    Its request id is derived from the buried job, so that a retry whose outcome is unknown can be repeated and stays
-    one job. The deadline is left out, because it was that of the first try.
+    Its request id is derived from the buried job. So a retry whose outcome is unknown can be repeated without adding a
+    second job. The deadline is omitted, because it was that of the first try.
 
     Raises:
         NotRetryable: when the letter was retried before, is truncated, or holds a job that does not validate.
@@ -167,14 +166,14 @@ def retry_of(stored: StoredLetter) -> Job:
 
 
 class DeadLetters:
-    """The operator's side: finds, drops and marks letters."""
+    """The operator's side of dead letters: it finds, drops and marks them."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis = redis
         self._key = keys.dead
 
     async def newest(self, limit: int, wanted: LetterFilter) -> list[StoredLetter]:
-        """The newest letters that match, the newest of all last."""
+        """The newest `limit` letters that match, from oldest to newest."""
         found: list[StoredLetter] = []
         last = "+"
         while len(found) < limit and (page := await self._redis.xrevrange(self._key, max=last, count=_PAGE)):
@@ -184,7 +183,7 @@ class DeadLetters:
         return found[:limit][::-1]
 
     async def oldest_first(self, wanted: LetterFilter) -> AsyncIterator[StoredLetter]:
-        """All letters that match, the oldest first."""
+        """All letters that match, from oldest to newest."""
         last = "-"
         while page := await self._redis.xrange(self._key, min=last, count=_PAGE):
             for raw in cast("list[_RawLetter]", page):
@@ -194,18 +193,18 @@ class DeadLetters:
                     yield stored
 
     async def get(self, letter_id: EntryId) -> StoredLetter | None:
-        """One letter; None where there is none of this id."""
+        """The letter with this id, or None."""
         raw = cast("list[_RawLetter]", await self._redis.xrange(self._key, str(letter_id), str(letter_id)))
         return _stored(raw[0]) if raw else None
 
     async def drop(self, letter_id: EntryId) -> bool:
-        """Drop a letter. False where there is none of this id."""
+        """Drop a letter. Returns false if no letter has this id."""
         return bool(await self._redis.xdel(self._key, str(letter_id)))
 
     async def mark_retried(self, stored: StoredLetter, request_id: str) -> str:
-        """Replace a letter that was put back with one that names the new request.
+        """Replace a letter whose job was put back by a copy with `retried_as` set to the new request.
 
-        The new letter is a new entry of the stream. Returns its id, or an empty string where the old letter is gone.
+        The copy is a new entry of the stream. Returns its id, or an empty string if the old letter is gone.
         """
         after = msgspec.structs.replace(stored.letter, retried_as=request_id)
         while True:

@@ -1,7 +1,7 @@
 """The publishing end of the feed: a pub/sub copy of the entries that Redis has accepted, for logs that have listeners.
 
-The copy goes out with the publisher's next flush, or soon in a flush of its own. It is for speed only: where Redis
-refuses it, nothing more is published, and followers read the logs.
+The copy is sent with the publisher's next flush, or soon afterwards in a flush of its own. The feed is for speed only:
+if Redis refuses it, nothing more is published, and followers read the logs.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 
 _REFUSED = "feed_refused"
 _NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
-"""In the errors of Redis 6.2 to 8 for a PUBLISH that the user has no right to, or that was renamed."""
+"""Matches the errors of Redis 6.2 to 8 for a PUBLISH that the user has no right to, or that was renamed."""
 _encode = msgspec.json.encode
 
 
 class FeedPublisher:
-    """Collects what a publisher's next flush publishes. `on_due` is called when no flush came along for a while."""
+    """Collects the entries that a publisher's next flush publishes. `on_due` is called if no flush follows soon."""
 
     def __init__(self, on_due: Callable[[], None], telemetry: Telemetry, pace: FlushPace) -> None:
         self.pending: FeedBatch = {}
@@ -54,7 +54,7 @@ class FeedPublisher:
             self.schedule()
 
     def schedule(self) -> None:
-        """Have `on_due` called after the delay, if no flush has taken the pending entries by then."""
+        """Call `on_due` after the delay, unless a flush has published the pending entries by then."""
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_later(self._pace.feed_delay, self._on_timer)
@@ -65,7 +65,7 @@ class FeedPublisher:
             self._on_due()
 
     def drain(self, publish: bytes) -> tuple[FeedBatch, list[Command]]:
-        """Take all pending entries, with the commands that publish them by `publish` (PUBLISH or SPUBLISH)."""
+        """Remove and return all pending entries, with the commands that publish them (PUBLISH or SPUBLISH)."""
         batch, self.pending = self.pending, {}
         commands: list[Command] = []
         for target, entries in batch.items():
@@ -80,7 +80,7 @@ class FeedPublisher:
                 target.feed_idle_until = 0.0 if count else now + self._pace.feed_idle_for
 
     def mute_if_refused(self, error: BaseException) -> None:
-        """Stop publishing if Redis refuses the feed: it is in one MULTI with log entries, and would hold them back."""
+        """Stop publishing if Redis refuses the feed, which would block the log entries in the same MULTI."""
         message = redacted_message(error)
         if isinstance(error, ResponseError) and _NAMES_THE_FEED.search(message):
             self.is_muted = True

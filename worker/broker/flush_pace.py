@@ -1,4 +1,4 @@
-"""How a publisher paces its writes: the sizes and times, all measured, that suit one worker process."""
+"""The pace of a publisher's writes: sizes and times, all measured for one worker process."""
 
 import time
 from collections.abc import Callable
@@ -12,16 +12,16 @@ class FlushPace:
     """How often a publisher writes, and how much at once. Times are seconds."""
 
     max_entries: int = 2048
-    """Entries in a flush, or a few more: a batch is not divided."""
+    """Entries in a flush. A flush may have a few more, since a batch is not divided."""
     busy_rate: float = 10_000
     """Entries a second, since the last flush, above which the process pauses between flushes."""
     interval: float = 0.0007
-    """From one flush to the next of a busy process. Waking for each token, where many come, costs a seventh more CPU
-    than reading at once what has arrived."""
+    """The time between two flushes of a busy process. Waking for each of many tokens costs a seventh more CPU than
+    reading at once all that have arrived."""
     sleep: Callable[[float], None] = time.sleep
     """How the process pauses."""
     feed_delay: float = 0.001
-    """Until entries are published that no flush has taken along: a MULTI for the feed alone costs as much as one for
-    log entries."""
+    """The time after which entries are published without a flush of log entries. A MULTI for the feed alone costs as
+    much as one for log entries."""
     feed_idle_for: float = MAX_SILENCE
-    """For which a log is not published that had no listeners."""
+    """The time for which a log without listeners is not published."""

@@ -14,12 +14,12 @@ from redis.exceptions import ResponseError
 
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
-from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupMadeAgain, StoppedLeasesEnded, Telemetry
+from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
 from .queue_depth import Depth, depth_of
 
 _MAX_SCANS = 64
-"""XAUTOCLAIM calls at most for one `claim_expired`. Redis passes over ten live entries for each requested one: with one
-free slot, one call a second would be too few."""
+"""The most XAUTOCLAIM calls in one `claim_expired`. A call examines ten entries for each requested one: with one free
+slot, one call a second would be too few."""
 
 _NO_LIMIT = 2**31
 
@@ -27,7 +27,7 @@ _REPORT_EVERY = 30.0
 """Seconds between two reports of a group that vanished."""
 
 _RENEWAL_BATCH = 500
-"""Leases in one XCLAIM: a command for each costs 30 us here. Redis does nothing else while it goes through a batch."""
+"""Leases in one XCLAIM. A command for each lease would cost the worker 30 us. A batch blocks Redis while it runs."""
 
 _REMOVE = """
 for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
@@ -38,8 +38,8 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   end
 end
 """
-"""Removes an idle consumer: check and deletion are one step. A WATCH is not enough: on 6.2 and 7.0 XREADGROUP and
-XCLAIM do not touch the key, and jobs that the consumer gets in between would be pending with nobody, and lost."""
+"""Removes an idle consumer. Check and deletion are one step, so that no job is lost that the consumer gets in between.
+A WATCH is not enough: on Redis 6.2 and 7.0, XREADGROUP and XCLAIM do not touch the key."""
 
 _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 
@@ -48,20 +48,20 @@ _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 class Delivery:
     """A job as the group delivered it. `queue` and `id` (of the stream's entry) identify it together.
 
-    `again` is true where another worker had it before. `count` is how often the group has delivered it: a hand-over and
-    a renewal do not raise the count, an XAUTOCLAIM whose reply was lost does.
+    `redelivered` is true if another worker had the job before. `count` is how often the group has delivered the job: an
+    XAUTOCLAIM increases the count, even if its reply was lost; a hand-over or a renewal does not.
     """
 
     queue: str
     id: str
     fields: Mapping[bytes, bytes]
-    again: bool = False
+    redelivered: bool = False
     count: int = 1
 
     @property
     def enqueued(self) -> int:
         """When the job was added, in Unix ms by Redis's clock."""
-        return EntryId.parse(self.id).attempt  # the first part of a stream's id
+        return EntryId.parse(self.id).attempt  # the first part of the entry's id
 
 
 class JobQueue:
@@ -84,7 +84,7 @@ class JobQueue:
         self._telemetry = telemetry
 
     async def ensure_group(self, queue: str) -> None:
-        """Create the stream and its group where they are missing. The group also gets jobs added before it."""
+        """Create the stream and its group if they are missing. The group also gets jobs added before it."""
         try:
             await self._commands.xgroup_create(self._keys.jobs(queue), GROUP, id="0", mkstream=True)
         except ResponseError as error:
@@ -105,12 +105,12 @@ class JobQueue:
         return [delivery for _, messages in streams for delivery in _deliveries(queue, messages)]
 
     async def claim_expired(self, queue: str, count: int) -> list[Delivery]:
-        """Take over up to `count` jobs whose lease has run out.
+        """Take over up to `count` jobs whose lease has expired.
 
-        Jobs that were removed from the stream while pending are passed over. Redis includes them in `count`.
+        Jobs that were removed from the stream while pending are skipped. Redis includes them in `count`.
 
-        Each call continues where the last one stopped. If it began at the start each time, a few live entries at the
-        front would hide the expired ones behind them for ever.
+        Each call continues where the last one stopped. If each call started at the front, a few live entries there
+        would hide the expired ones behind them forever.
         """
         key, scans, purged = self._keys.jobs(queue), 0, False
         deliveries: list[Delivery] = []
@@ -125,11 +125,11 @@ class JobQueue:
                 return []
             cursor, messages, *dropped = cast("tuple[bytes, list[_Message], list[bytes]]", reply)
             self._cursors[queue] = cursor.decode()
-            deliveries = _deliveries(queue, messages, again=True)
+            deliveries = _deliveries(queue, messages, redelivered=True)
             purged = purged or len(deliveries) < len(messages)
             if deliveries or cursor == b"0-0":
                 break
-            # A reply with nothing but purged jobs is progress too: jobs may follow. 7.0 lists the purged ones apart.
+            # A reply with only purged jobs is progress too: jobs may follow. Redis 7.0 lists purged jobs separately.
             scans += not (messages or any(dropped))
         if purged:
             await self._acknowledge_purged(queue)
@@ -145,11 +145,11 @@ class JobQueue:
     async def renew_leases(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
         """Renew leases, each given with the seconds since its last renewal.
 
-        Returns for each whether the job is still ours, or the error with which Redis refused.
+        Returns for each whether this worker still has the job, or the error with which Redis refused.
 
-        XCLAIM claims an entry only if it is idle for longer than it could be with another worker, who has reset the
-        idle time since. With min-idle 0, a late renewal would steal the job back. Leases that were last renewed
-        together are renewed in one command.
+        A worker that takes a job over resets its idle time. XCLAIM therefore gets a min-idle that the entry cannot
+        have reached with another worker. With min-idle 0, a late renewal would steal the job back. Leases that were
+        last renewed together are renewed in one command.
         """
         batches: dict[tuple[str, int], list[str]] = {}
         for delivery, age in leases:
@@ -188,7 +188,7 @@ class JobQueue:
                 max(0, int(age * 1000) - self._lease_ms // 2),
                 [delivery.id],
                 idle=2 * self._lease_ms,
-                # The next owner's XAUTOCLAIM adds one, and so arrives at the count of this owner's delivery.
+                # The next owner's XAUTOCLAIM adds one, which gives the count of this owner's delivery.
                 retrycount=delivery.count - 1,
                 justid=True,
             )
@@ -201,7 +201,7 @@ class JobQueue:
         return bool(await self._pending(delivery.queue, delivery.id, self._consumer))
 
     async def is_outstanding(self, queue: str, job: str) -> bool:
-        """Whether a job is not done yet: pending with any worker, or not read by one."""
+        """Whether a job is not done yet: pending with any worker, or not read by any."""
         if await self._pending(queue, job):
             return True
         key = self._keys.jobs(queue)
@@ -213,13 +213,13 @@ class JobQueue:
         return bool(unread and await self._commands.xrange(key, job, job))
 
     async def acknowledge(self, delivery: Delivery) -> None:
-        """Remove a finished job from the pending ones."""
+        """Remove a finished job from the group's pending list."""
         await self._commands.xack(self._keys.jobs(delivery.queue), GROUP, delivery.id)
 
     async def trim(self, queue: str) -> None:
-        """Drop the jobs that are done, never a pending or unread one.
+        """Remove the jobs that are done from the stream, never a pending or unread job.
 
-        The last delivered id is read before the oldest pending one: in the other order, a job that is delivered in
+        The last delivered id is read before the oldest pending id. In the other order, a job that is delivered in
         between would count as neither and be trimmed. XDEL is never used: it hides the lag that autoscalers read.
         """
         key = self._keys.jobs(queue)
@@ -235,16 +235,16 @@ class JobQueue:
         If somebody has created a stream at the key of the probe, the stream is kept at one entry.
 
         Raises:
-            RedisError: what Redis answers to a write, such as an OutOfMemoryError.
+            RedisError: the error that Redis returns for a write, such as an OutOfMemoryError.
         """
         await self._commands.xadd(self._keys.probe, {"type": "probe"}, nomkstream=True, maxlen=1, approximate=False)
 
     async def depth(self, queue: str) -> Depth:
-        """How many jobs are waiting, and how old the oldest pending job is."""
+        """The number of waiting jobs and the time of the oldest pending job."""
         return await depth_of(self._commands, self._keys.jobs(queue))
 
     async def remove_stale_consumers(self, queue: str, alive: Collection[str], idle: float) -> None:
-        """Remove consumers that are not in `alive`, have nothing pending, and have been idle for so many seconds."""
+        """Remove consumers that are not in `alive`, have nothing pending, and were idle for at least `idle` seconds."""
         key = self._keys.jobs(queue)
         for consumer in await self._commands.xinfo_consumers(key, GROUP):
             name = consumer["name"].decode("utf-8", "replace")
@@ -279,9 +279,9 @@ class JobQueue:
                     await self._commands.xgroup_delconsumer(key, GROUP, self._consumer)
 
     async def _acknowledge_purged(self, queue: str) -> None:
-        """Acknowledge pending jobs of this worker that are not in the stream any more.
+        """Acknowledge pending jobs of this worker that are no longer in the stream.
 
-        7.0 does that by itself. On 6.2 such a job would go from worker to worker for ever, and hold back the trimming.
+        Redis 7.0 does that itself. On 6.2, workers would claim such a job forever, and it would hold back trimming.
         """
         key = self._keys.jobs(queue)
         for pending in await self._commands.xpending_range(key, GROUP, "-", "+", _NO_LIMIT, self._consumer):
@@ -290,7 +290,7 @@ class JobQueue:
                 await self._commands.xack(key, GROUP, job)
 
     async def _pending(self, queue: str, job: str, consumer: str | None = None) -> list[dict[str, Any]]:
-        """The group's record of a job that was read and not acknowledged; empty where there is none, or no group."""
+        """The group's record of a job that was read and not acknowledged; empty if there is no record or no group."""
         try:
             return await self._commands.xpending_range(self._keys.jobs(queue), GROUP, job, job, 1, consumer)
         except ResponseError as error:
@@ -303,16 +303,18 @@ class JobQueue:
         return [group for group in groups if group["name"] == GROUP.encode()]
 
     async def _recreate_group(self, queue: str, error: ResponseError) -> bool:
-        """Recreate a group that vanished (FLUSHALL, a failover). False where that was not the reason of the error."""
+        """Recreate a group that vanished (FLUSHALL, a failover). Returns false if the error has another reason."""
         if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
             return False
         if time.monotonic() - self._reported > _REPORT_EVERY:
             self._reported = time.monotonic()
-            self._telemetry.emit(GroupMadeAgain(queue))
+            self._telemetry.emit(GroupRecreated(queue))
         await self.ensure_group(queue)
         return True
 
 
-def _deliveries(queue: str, messages: Iterable[_Message], *, again: bool = False) -> list[Delivery]:
-    """The deliveries in a reply, without the nil entries of 6.2: those jobs were trimmed while pending."""
-    return [Delivery(queue, entry_id.decode(), fields, again) for entry_id, fields in messages if entry_id and fields]
+def _deliveries(queue: str, messages: Iterable[_Message], *, redelivered: bool = False) -> list[Delivery]:
+    """The deliveries in a reply, without the nil entries of Redis 6.2, whose jobs were trimmed while pending."""
+    return [
+        Delivery(queue, entry_id.decode(), fields, redelivered) for entry_id, fields in messages if entry_id and fields
+    ]

@@ -1,7 +1,7 @@
 """The lifecycle stream: one record when a request starts, and one when it is finished.
 
-Records are written in the background: a job waits for its record only where a later step depends on it. In a cluster
-one master holds the stream, and while that master is down the logs and jobs of the others go on.
+Records are written in the background: a job waits for its record only if a later step depends on it. In a cluster one
+master holds the stream. While that master is down, the logs and jobs of the other masters continue.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ _REFUSED = "lifecycle_refused"
 
 
 class LifecycleWriter:
-    """Writes the records of a process in the order in which they are given, each at least once.
+    """Writes the records of a process in order, each at least once.
 
-    `length` is how many records the stream keeps, approximately.
+    `length` is the approximate number of records that the stream keeps.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LifecycleWriter:
     def write(self, record: Lifecycle) -> "asyncio.Future[None]":
         """Add a record. The future is done once Redis has the record, and stays open while Redis is unavailable.
 
-        A record that Redis refuses is dropped and reported: it must not keep a job from its end.
+        A record that Redis refuses is dropped and reported, so that the job can end.
         """
         words = (*self._command, *chain(*record.to_fields().items()))
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -68,11 +68,11 @@ class LifecycleWriter:
             batch = list(islice(self._waiting, _BATCH))
             try:
                 await self._batcher.execute(self._key, b"".join([packed for packed, _ in batch]), len(batch))
-            except Exception as error:  # noqa: BLE001 - whatever the error is, no job may wait for ever
+            except Exception as error:  # noqa: BLE001 - for any error: no job may wait forever
                 is_unavailable = isinstance(error, RedisError | OSError) and not isinstance(error, ResponseError)
                 if is_unavailable or is_transient(error):
                     await backoff.wait(error)
-                    continue  # Redis may have some of the records: those are written twice
+                    continue  # Redis may have some of the records, which are then written twice
                 for _ in batch:
                     self._telemetry.emit(RecordRefused("lifecycle"))
                 self._telemetry.emit(failing(_REFUSED, error))

@@ -1,4 +1,4 @@
-"""The commands about one log that its owner sends, packed, and how their replies are read."""
+"""The packed commands that the owner of a log sends, and the readers of their replies."""
 
 from itertools import chain
 from typing import Any
@@ -24,12 +24,12 @@ def read_last(key: str) -> bytes:
 
 
 def xadd(key: str, entry_id: EntryId, fields: Fields, *, create: bool) -> bytes:
-    """Adds an entry; where the log does not exist, only if the command may `create` it."""
+    """Adds an entry. `create` is whether the command may create the log if it does not exist."""
     return command("XADD", key, *([] if create else ["NOMKSTREAM"]), str(entry_id), *chain(*fields.items()))
 
 
 def expire(key: str, seconds: int) -> bytes:
-    """Makes a key expire after so many seconds."""
+    """Makes a key expire after this number of seconds."""
     return command("EXPIRE", key, str(seconds))
 
 
@@ -47,7 +47,7 @@ def first_of(reply: list[tuple[bytes, list[bytes]]]) -> RawEntry | None:
 
 
 def id_of(entry: RawEntry | None) -> EntryId | None:
-    """The id of an entry, if there is one."""
+    """The id of an entry, or None without an entry."""
     return EntryId.parse(entry[0]) if entry else None
 
 
@@ -57,8 +57,8 @@ def has_ended(replies: list[Any]) -> bool:
     return id_of(first_of(last)) == SEAL or bool(exists)
 
 
-def is_taken(error: ResponseError) -> bool:
-    """Whether Redis refused an entry because the log has, or had, one of that id or a greater one."""
+def is_id_taken(error: ResponseError) -> bool:
+    """Whether Redis refused an entry because the log has, or had, an entry with that id or a greater one."""
     return "equal or smaller" in str(error) or "exhausted the last" in str(error)
 
 
@@ -69,14 +69,14 @@ async def watch_end(transaction: Transaction, key: str, ended: str) -> tuple[Raw
 
 
 async def entry_at(transaction: Transaction, key: str, entry_id: EntryId) -> Entry | None:
-    """The entry of this id, if the log has it; an entry that cannot be read is one of an unknown type."""
+    """The entry with this id, or None. An entry that cannot be read is returned as `Unknown`."""
     (reply,) = await transaction.query(command("XRANGE", key, str(entry_id), str(entry_id)))
     raw = first_of(reply)
     return parse_leniently(*raw) if raw else None
 
 
 async def greatest_id(transaction: Transaction, key: str) -> EntryId | None:
-    """The greatest id that a log ever had, even if the entry was deleted; None where there is no log."""
+    """The greatest id that a log ever had, even if the entry was deleted; None if there is no log."""
     try:
         (reply,) = await transaction.query(command("XINFO", "STREAM", key))
     except ResponseError as error:
@@ -87,7 +87,7 @@ async def greatest_id(transaction: Transaction, key: str) -> EntryId | None:
 
 
 async def is_trimmed(transaction: Transaction, log: LogWriter, length: int) -> bool:
-    """Whether a log of this length lacks entries only at its front, as far as its current attempt shows."""
+    """Whether a log of this length lacks entries only at its front. Only its current attempt is checked."""
     (reply,) = await transaction.query(command("XRANGE", log.key, "-", "+", "COUNT", "1"))
     first = id_of(first_of(reply))
     return first is not None and first.attempt == log.attempt and length == log.accepted.n - first.n + 1

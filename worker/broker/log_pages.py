@@ -1,7 +1,7 @@
-"""Reading a log in pages of about the same number of bytes.
+"""Reads a log in pages of about the same number of bytes.
 
-Redis counts entries, so the size of a page is estimated from the pages before. A reply with a whole log could exceed
-what Redis buffers for a connection (`client-output-buffer-limit`): Redis then closes the connection, at each retry.
+Redis limits a page by its number of entries, so the number is estimated from the pages before. A reply with a whole log
+could exceed the buffer of a connection (`client-output-buffer-limit`): Redis would close the connection at each retry.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ RawEntry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """An entry as redis-py returns it: its id and its fields."""
 
 _MAX_ENTRIES, _FIRST_ENTRIES = 1000, 200
-"""Entries in a page at most, and in the first page of a log."""
+"""The most entries in a page, and the entries in the first page of a log."""
 
 _SEAL = str(SEAL).encode()
 
 _PAGE_BYTES = 256 * 1024
-"""The size of a page whose entries are as large as those of the page before."""
+"""The target size of a page. A page has this size if its entries are as large as those of the page before."""
 
 
 @dataclass(slots=True)
 class PageSize:
-    """How many entries of one log are read in one page."""
+    """The number of entries in the next page of one log."""
 
     entries: int = _FIRST_ENTRIES
 
     def learn(self, entries: int, size: int) -> None:
-        """Adapt to a page of so many entries and bytes. The number of entries grows at most fourfold."""
+        """Adapt to a page that had `entries` entries and `size` bytes. The number of entries grows at most fourfold."""
         self.entries = max(1, min(_PAGE_BYTES * entries // max(1, size), 4 * self.entries, _MAX_ENTRIES))
 
     def shrink(self) -> None:
@@ -44,7 +44,7 @@ async def read_raw_entries(redis: Redis, key: str) -> list[RawEntry]:
     """All entries of a stream, oldest first.
 
     Raises:
-        RedisError: what Redis answers, or that it is unreachable.
+        RedisError: when Redis returns an error or is unreachable.
     """
     entries: list[RawEntry] = []
     size, after = PageSize(), "-"

@@ -1,4 +1,4 @@
-"""The writing end of one token log: what its owner has appended, what Redis has accepted, and how it was lost."""
+"""The writing end of one token log: the entries that its owner appended and that Redis accepted, and its loss."""
 
 import asyncio
 from collections import deque
@@ -17,11 +17,11 @@ A plain tuple, because one is made for each append.
 """
 
 HIGH_WATER_BYTES = 256 * 1024
-"""When this much of one log waits for Redis, reading its answer from vLLM pauses."""
+"""When this many bytes of one log wait for Redis, the worker pauses reading its answer from vLLM."""
 
 
 class LogLost(Exception):
-    """The owner of a log may not write to it any more."""
+    """The owner of a log may no longer write to it."""
 
 
 class LogSealed(LogLost):
@@ -33,7 +33,7 @@ class LogFenced(LogLost):
 
 
 class LogGone(LogLost):
-    """The log does not exist any more: it expired or was deleted."""
+    """The log no longer exists: it expired or was deleted."""
 
 
 class LogOver(LogGone):
@@ -45,18 +45,18 @@ class LogDiverged(LogLost):
 
 
 class LogExhausted(LogLost):
-    """No attempt can follow the last one of the log: somebody has written one of the greatest possible ids."""
+    """No attempt can follow the last one of the log, because an entry has one of the greatest possible ids."""
 
 
 class LogRefused(LogLost):
-    """The log's key holds another type. No other refusal of Redis concerns one log alone."""
+    """The log's key holds another type. Every other refusal of Redis concerns more than one log."""
 
 
 class EntrySink(Protocol):
     """The receiver of the entries of logs: a publisher."""
 
     is_full: bool
-    """Whether all logs together have so many entries waiting that reading from vLLM must pause for all of them."""
+    """Whether reading from vLLM must pause for all logs, because too many of their bytes wait for Redis."""
 
     def enqueue(self, batch: AppendBatch) -> None:
         """Write entries, after all earlier ones of their log."""
@@ -84,12 +84,12 @@ class LogWriter:
     accepted_at_check: EntryId | None = field(init=False, default=None)
     """The last accepted entry at the time of the last `Publisher.verify_idle`."""
     feed_idle_until: float = field(init=False, default=0.0)
-    """Until when the feed leaves the log out because nobody listened (monotonic clock); 0 if somebody may listen."""
+    """Until when the feed skips the log, because it had no listeners (monotonic clock); 0 if it may have listeners."""
     lost: asyncio.Future[LogLost] = field(init=False)
     loss: LogLost | None = field(init=False, default=None)
     """Why the owner may not write any more; None while it may."""
     progress: asyncio.Future[None] = field(init=False)
-    """Done once Redis has accepted a delta of this owner; of a restarted answer more than `deltas_to_pass`."""
+    """Done once Redis has accepted a delta of this owner, or more than `deltas_to_pass` of a restarted answer."""
     _deltas_left: int = field(init=False, default=0)
     """Deltas until there is progress; below 0 once there is."""
     _packed_key: str = field(init=False)
@@ -105,7 +105,7 @@ class LogWriter:
         self._packed_key = f"${len(self.key.encode())}\r\n{self.key}\r\n$10\r\nNOMKSTREAM\r\n$"
 
     def append(self, fields: Fields) -> None:
-        """Add an entry with the next id; it goes out with the next flush. A log that is lost takes no entries."""
+        """Add an entry with the next id, for the next flush. A log that is lost ignores the entry."""
         self.extend([fields])
 
     def extend(self, entries: list[Fields]) -> None:
@@ -151,7 +151,7 @@ class LogWriter:
         return self._bytes
 
     def accept(self, batch: AppendBatch) -> bool:
-        """Note that Redis has accepted the oldest pending batch. False where the batch was discarded meanwhile."""
+        """Record that Redis has accepted the oldest pending batch. Returns false if it was discarded meanwhile."""
         pending = self._pending
         if not pending or pending[0] is not batch:
             return False
@@ -180,9 +180,9 @@ class LogWriter:
     def reconcile(self, tail: EntryId | None) -> list[AppendBatch]:
         """Compare with the log's last id in Redis, while nothing is in flight; returns the batches that Redis has.
 
-        The log is lost where Redis has less or more than this owner can account for.
+        The log is lost if an acknowledged entry is missing in Redis, or if Redis has an entry that is not this owner's.
         """
-        lost = loss_shown_by(tail, self.attempt, self.accepted)
+        lost = loss_from_tail(tail, self.attempt, self.accepted)
         if lost is None and tail is not None and tail.n >= self._next:
             lost = LogDiverged(f"Redis holds the log up to {tail}, which its owner has not written")
         if lost is not None:
@@ -196,7 +196,7 @@ class LogWriter:
         return accepted
 
     def _split_first(self, n: int) -> None:
-        """Split the first batch after entry `n` in two, if it goes beyond."""
+        """Split the first batch after entry `n`, if the batch has later entries."""
         _, first, entries, _ = self._pending[0]
         kept = n + 1 - first
         if kept < len(entries):
@@ -204,7 +204,7 @@ class LogWriter:
             self._pending.appendleft(self._batch(first, entries[:kept]))
 
     def mark_lost(self, reason: LogLost) -> None:
-        """Stop writing, and wake all who wait for this log."""
+        """Stop writing, and wake everything that waits for this log."""
         if self.loss is None:
             self.loss = reason
             self.lost.set_result(reason)
@@ -246,20 +246,20 @@ class LogWriter:
         self.sink.release_bytes(size)
 
     def wake_waiters(self) -> None:
-        """Have all who wait for room or for the last entry check again."""
+        """Wake `wait_for_room` and `wait_drained`, which then check again."""
         waiting, self._waiting = self._waiting, ()
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
 
 
-def loss_shown_by(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
-    """How the last id of a log shows that its owner has lost it; None when it does not.
+def loss_from_tail(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:
+    """Why the owner of a log has lost it, by the last id of the log; None if the owner still has it.
 
-    `attempt` is the owner's, and `accepted` the last entry that Redis acknowledged to it.
+    `attempt` is the owner's, and `accepted` is its last entry that Redis acknowledged.
     """
     if tail is None:
-        return LogGone("the log is not there any more")
+        return LogGone("the log no longer exists")
     if tail == SEAL:
         return LogSealed("the log has its terminal entry")
     if tail.attempt > attempt:
@@ -269,19 +269,19 @@ def loss_shown_by(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogL
     return None
 
 
-def refusal_by(error: BaseException) -> LogRefused | None:
-    """The loss of a log that an error of Redis means; None when the error is not about that log.
+def refusal_from(error: BaseException) -> LogRefused | None:
+    """The loss of a log that an error of Redis shows; None if the error does not concern that log alone.
 
-    Everything else that Redis refuses (a right, a write, a command) is no job's fault, and may pass.
+    Other refusals (a missing right, no memory for a write, an unknown command) concern all logs, and may be temporary.
     """
     message = redacted_message(error)
     return LogRefused(message) if message.startswith("WRONGTYPE") else None
 
 
 def refused_logs(batches: list[AppendBatch], verdicts: list[object]) -> dict[LogWriter, list[object]]:
-    """The logs of which Redis refused an entry, each with its verdicts from that entry on.
+    """The logs of which Redis refused an entry, each with its replies from that entry on.
 
-    None of such a log's entries in the same MULTI count as accepted: its end will show which Redis has.
+    None of such a log's entries in the same MULTI count as accepted: the log's end shows which ones Redis has.
     """
     refused: dict[LogWriter, list[object]] = {}
     remaining = iter(verdicts)
@@ -295,17 +295,17 @@ def refused_logs(batches: list[AppendBatch], verdicts: list[object]) -> dict[Log
 
 
 _HEADS = [f"*{4 + 2 * count}\r\n$4\r\nXADD\r\n" for count in range(32)]
-"""The first words of an XADD by its number of fields; no entry has half as many fields."""
+"""The first words of an XADD, by its number of fields. No entry has more than 16 fields."""
 _SIZES = [f"{size}\r\n" for size in range(256)]
 _NAMES: dict[str, str] = {}
-"""Field names, packed. They are few, and all are defined here."""
+"""Field names, packed. They are few, since the contract defines them."""
 
 
 def _xadds(key: str, attempt: int, first: int, entries: list[Fields]) -> bytes:
     """The packed commands that add entries. `key` is packed already.
 
-    They are joined from prepared pieces of text and encoded once. That costs four fifths of formatting them, and half
-    of hiredis's `pack_command`.
+    The commands are joined from prepared pieces of text and encoded once. That takes four fifths of the time of
+    formatting them, and half the time of hiredis's `pack_command`.
     """
     parts: list[str] = []
     for n, fields in enumerate(entries, first):

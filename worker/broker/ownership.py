@@ -1,8 +1,8 @@
-"""How a process acquires the log of a request, continues it under a later attempt, seals it and settles its end.
+"""Ownership of logs: a process acquires a request's log, continues it under a later attempt, seals and finalizes it.
 
-Every decision is read from the log itself, under a WATCH where two keys must agree. So each method may be repeated
-after a lost reply: it finds what was written and continues from there. Each raises LogRefused where a key of another
-type is in the log's place.
+Every decision is based on the log itself, under a WATCH if two keys must agree. Each method may therefore be repeated
+after a lost reply: it finds the entries that were written and continues from them. Each raises LogRefused if the log's
+key holds another type.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,7 +22,7 @@ from .acquisition import (
     IdReused,
     LeaseLost,
     acquired,
-    attempt_after,
+    attempt_number_after,
     job_of,
     was_written_by,
 )
@@ -37,24 +37,24 @@ from .log_commands import (
     greatest_id,
     has_ended,
     id_of,
-    is_taken,
+    is_id_taken,
     is_trimmed,
     read_last,
     watch_end,
     xadd,
 )
 from .log_pages import RawEntry, read_raw_entries
-from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_shown_by, refusal_by
+from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_from_tail, refusal_from
 from .replicas import Replicas
 
 _NO_END = "its end was deleted, and Redis takes no other"
 
 
 class LogOwnership:
-    """What this process does with the logs of requests.
+    """Acquires, continues, seals and finalizes the logs of requests for this process.
 
-    `nonce` distinguishes it from every other process, and from an earlier life of the same one. `replicas` must have
-    the end of a log before its job is acknowledged. `now` is Redis's clock in Unix ms.
+    `nonce` distinguishes the process from every other one, including an earlier one of the same worker name. `replicas`
+    must have the end of a log before its job is acknowledged. `now` returns Redis's time in Unix ms.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class LogOwnership:
         self, request_id: str, delivery: Delivery, expires: int, digest: str = "",
         is_same: Callable[[str], bool] = lambda _: True,
     ) -> AcquireResult:  # fmt: skip
-        """Acquire the log of a delivered job, or find out why this process must not have it.
+        """Acquire the log of a delivered job, or find out why this process must not own it.
 
-        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's. `is_same`
-        decides whether another digest is of the same request: that one may be empty, or from an earlier version.
+        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's. `is_same` decides
+        whether a stored digest belongs to the same request: that digest may be empty, or from an earlier version.
 
         Raises:
             LogExhausted: when no attempt can follow.
@@ -96,13 +96,13 @@ class LogOwnership:
                     )
             except WatchError:
                 continue
-            # The connection is returned before another is requested: callers that each hold one and wait for a second
-            # would wait for ever.
+            # The connection is returned before another is requested. Callers that each hold a connection and wait for a
+            # second one would wait forever.
             if is_started:
                 log = self._writer(request_id, 1)
                 if last is None:
                     return acquired(log, [])
-                # The last entry was the only one, unless something else than `queued` was written there.
+                # If the last entry was `queued`, it was the only one.
                 return acquired(log, [last] if tail == QUEUED else await self._read(key))
             if (result := await self._take_over(request_id, delivery, is_same)) is not None:
                 return result
@@ -110,9 +110,9 @@ class LogOwnership:
     async def _take_over(
         self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
     ) -> AcquireResult | None:
-        """Acquire a log that was started, or find out why not; None where the log changed meanwhile.
+        """Acquire a log that was started, or find out why not; None if the log changed meanwhile.
 
-        The greatest id that the log ever had decides, because entries may have been deleted.
+        The decision uses the greatest id that the log ever had, because entries may have been deleted.
         """
         key = self._keys.tokens(request_id)
         async with self._transaction(key) as transaction:
@@ -127,13 +127,13 @@ class LogOwnership:
             is_ours = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
             if not is_ours and await self._is_reused(transaction, request_id, delivery, is_same):
                 return IdReused()
-        # The attempt is ours already where the reply was lost or the log could not be read afterwards. It is not where
-        # an earlier delivery of the job ran in this process: what that run sent may still be on its way to Redis.
+        # The attempt is ours already if the reply was lost, or if the log could not be read afterwards. It is not ours
+        # if an earlier delivery of the job ran in this process: entries of that run may still be on the way to Redis.
         if greatest.n == 0 and was_written_by(holder, self._nonce, delivery, delivery.count):
             return acquired(self._writer(request_id, greatest.attempt), await self._read(key))
         if (obstacle := await self._obstacle(holder, delivery)) is not None:
             return obstacle
-        attempt = attempt_after(greatest.attempt)
+        attempt = attempt_number_after(greatest.attempt)
         if not await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count):
             return None
         return acquired(self._writer(request_id, attempt), await self._read(key), greatest)
@@ -141,30 +141,30 @@ class LogOwnership:
     async def _is_reused(
         self, transaction: Transaction, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
     ) -> bool:
-        """Whether a log, or the tombstone that is left of it, belongs to another job and another request."""
+        """Whether a log, or the tombstone of an expired log, belongs to another job and another request."""
         first = await entry_at(transaction, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(first, Started):
             return job_of(first) != job_of(delivery) and not is_same(first.digest)
-        (stone,) = await transaction.query(command("GET", self._keys.ended(request_id)))
-        return stone is not None and not is_same(Tombstone.read(stone).digest)
+        (tombstone,) = await transaction.query(command("GET", self._keys.ended(request_id)))
+        return tombstone is not None and not is_same(Tombstone.read(tombstone).digest)
 
     async def _obstacle(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
         """Why this process must not take over a log from its holder; None when it may."""
         named = job_of(holder) if isinstance(holder, Started | Claimed) and holder.job else None
         if named and named != job_of(delivery):
-            # Another job of the same request holds it: this job is a duplicate as long as that one is not done.
+            # Another job of the same request holds the log. This job is a duplicate while that job is not done.
             return DuplicateJob() if await self._jobs.is_outstanding(*named) else None
         return None if await self._jobs.is_held(delivery) else LeaseLost()
 
     async def recreate(self, log: LogWriter, delivery: Delivery, expires: int, digest: str = "") -> None:
-        """Recreate an own log that is gone though the request has not ended, as after a failover.
+        """Recreate this process's log that is gone though the request has not ended, as after a failover.
 
         The new log begins with `1-0`. The owner then continues under a later attempt than it had, so that a reader of
-        the lost log sees that the new entries are new. A log that exists is left as it is.
+        the lost log sees that the new entries are new. An existing log is not changed.
 
         Raises:
             LogOver: when the request has ended: its log was deleted or has expired.
-            LogFenced: when the job is not with this process any more.
+            LogFenced: when this process no longer has the job.
         """
         ended = self._keys.ended(log.request_id)
         while await self._jobs.is_held(delivery):
@@ -177,22 +177,22 @@ class LogOwnership:
                 with suppress(WatchError):
                     await self._start(transaction, log.request_id, delivery, expires, digest)
                     return
-        raise LogFenced("Redis does not hold the log as it was, and the job is not with this worker any more")
+        raise LogFenced("Redis does not hold the log as it was, and this worker no longer has the job")
 
     async def next_attempt(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
-        """Continue an own log under its next attempt.
+        """Continue this process's log under its next attempt.
 
         Raises:
             LogExhausted: when no attempt can follow.
-            LogLost: when the log is not ours any more.
+            LogLost: when this process no longer owns the log.
         """
-        attempt = attempt_after(log.attempt)
+        attempt = attempt_number_after(log.attempt)
         if not await self._claim(log.request_id, attempt, delivery, reason):
             async with self._transaction(log.key) as transaction:
                 (reply,) = await transaction.query(read_last(log.key))
                 first = await entry_at(transaction, log.key, EntryId(attempt, 0))
                 greatest = await greatest_id(transaction, log.key)
-            lost = loss_shown_by(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
+            lost = loss_from_tail(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
             if isinstance(lost, LogDiverged) and greatest is not None and greatest >= (attempt, 0):
                 lost = LogRefused(_NO_END) if greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
             if lost is not None:
@@ -206,27 +206,27 @@ class LogOwnership:
     async def seal(
         self, log: LogWriter, end: Terminal, tombstone: Tombstone, *, retention: int, remember: int
     ) -> Entry:
-        """Write the terminal entry with expiry and tombstone in one step; returns the terminal entry that stands.
+        """Write the terminal entry with expiry and tombstone in one step; returns the terminal entry of the log.
 
-        The seal's id is greater than that of any attempt, so it needs a fence of its own: the log is watched while its
-        last entry is compared with what this owner has written. `retention` and `remember` are seconds.
+        The seal's id is greater than that of any attempt, so the seal needs a fence of its own: the log is watched
+        while its last entry is compared with the last one of this owner. `retention` and `remember` are seconds.
 
-        The number of entries is compared too: a log from which somebody deleted entries, or that was renamed away and
-        back while another was begun in its place, must not be sealed as a whole answer. A log that was trimmed at its
-        front is sealed: its followers have all of it, and later readers see in the ids what is missing.
+        The number of entries is compared too. A log from which entries were deleted, or that was renamed away and back
+        while another was begun in its place, must not be sealed as a complete answer. A log that was trimmed at its
+        front is sealed: its followers have all of it, and the ids show later readers that entries are missing.
 
         Raises:
-            LogLost: when the log is not ours any more.
+            LogLost: when this process no longer owns the log.
         """
         await log.wait_drained()
-        ended, stone = self._keys.ended(log.request_id), to_json(tombstone)
+        ended = self._keys.ended(log.request_id)
         while True:
             async with self._transaction(log.key) as transaction:
                 reply, length = await transaction.watch([log.key], read_last(log.key), command("XLEN", log.key))
                 last = first_of(reply)
                 if last and id_of(last) == SEAL:
                     return parse_leniently(*last)
-                lost = loss_shown_by(id_of(last), log.attempt, log.accepted)
+                lost = loss_from_tail(id_of(last), log.attempt, log.accepted)
                 if lost is not None:
                     raise lost
                 if length != log.length and not await is_trimmed(transaction, log, length):
@@ -235,21 +235,22 @@ class LogOwnership:
                     await transaction.execute(
                         xadd(log.key, SEAL, to_fields(end), create=False),
                         expire(log.key, retention),
-                        command("SET", ended, stone, "EX", str(remember)),
+                        command("SET", ended, to_json(tombstone), "EX", str(remember)),
                     )
                 except WatchError:
                     continue  # the log was cancelled or touched meanwhile, or only the reply was lost
                 except ResponseError as error:
-                    if not is_taken(error):
+                    if not is_id_taken(error):
                         raise
                     raise LogRefused(_NO_END) from error
             return parse(str(SEAL), to_fields(end))
 
     async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expires: int) -> bool:
-        """Seal the log of a job that this process cannot run, whatever the log holds.
+        """Seal the log of a job that this process cannot run, with any contents.
 
-        Returns true as well where the request had ended before. False where this process must not seal it: another job
-        of the request is at work, or another worker has this job. `expires` is Unix ms; settlement adds the tombstone.
+        Returns true also if the request had ended before. Returns false if this process must not seal the log: another
+        job of the request is not done, or another worker has this job. `expires` is Unix ms; settlement adds the
+        tombstone.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
@@ -270,28 +271,28 @@ class LogOwnership:
                 except WatchError:
                     continue
                 except ResponseError as error:
-                    if not is_taken(error):
+                    if not is_id_taken(error):
                         raise
                     raise LogRefused(_NO_END) from error
             return True
 
     async def finalize(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
-        """Before the acknowledgement, check that the seal is there, and add a missing expiry and tombstone.
+        """Check before the acknowledgement that the request has its end, and add a missing expiry and tombstone.
 
-        Of a log that is gone the tombstone must be left. False when the end is lost, as after a failover: a tombstone
-        would then keep every worker from writing it again.
+        The end is the seal, or the tombstone of a log that is gone. Returns false if the end is lost, as after a
+        failover. No tombstone is added then: it would prevent all workers from writing the end again.
 
         Raises:
-            TooFewReplicas: when the end is not on enough replicas yet.
+            TooFewReplicas: when too few replicas have the end.
         """
         key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
             async with self._transaction(key) as transaction:
                 if not has_ended(await transaction.watch([key], read_last(key), command("EXISTS", ended))):
                     return False
-                stone = command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
+                add_tombstone = command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
                 try:
-                    await transaction.execute(expire(key, retention), stone)
+                    await transaction.execute(expire(key, retention), add_tombstone)
                 except WatchError:
                     continue  # somebody else set the expiry meanwhile
             if not self._replicas.count:
@@ -300,7 +301,7 @@ class LogOwnership:
                 return await self._replicas.have_end(transaction, key, ended, retention)
 
     async def read_entries(self, request_id: str) -> list[Entry]:
-        """The whole log. An entry that cannot be read is one of an unknown type."""
+        """The whole log. An entry that cannot be read is returned as `Unknown`."""
         return [parse_leniently(*entry) for entry in await self._read(self._keys.tokens(request_id))]
 
     def _writer(self, request_id: str, attempt: int) -> LogWriter:
@@ -321,7 +322,7 @@ class LogOwnership:
     async def _start(
         self, transaction: Transaction, request_id: str, delivery: Delivery, expires: int, digest: str
     ) -> bool:
-        """Write `1-0` into a log that has no attempt. False where it had one, whose entries somebody has deleted.
+        """Write `1-0` into a log that has no attempt. Returns false if it had one whose entries were deleted.
 
         Raises:
             WatchError: when the log or its tombstone was touched meanwhile.
@@ -334,14 +335,14 @@ class LogOwnership:
         try:
             await transaction.execute(xadd(key, started.id, to_fields(started), create=True), expire_at(key, expires))
         except ResponseError as error:
-            if not is_taken(error):
+            if not is_id_taken(error):
                 raise
             return False
         self._publish(request_id, started)
         return True
 
     async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0) -> bool:
-        """Write `<attempt>-0`, which fences every earlier attempt. False when Redis refused it."""
+        """Write `<attempt>-0`, which fences every earlier attempt. Returns false if Redis refused it."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
@@ -351,7 +352,7 @@ class LogOwnership:
             async with self._transaction(key) as transaction:
                 (written,) = await transaction.query(xadd(key, claimed.id, to_fields(claimed), create=False))
         except ResponseError as error:
-            if is_taken(error):
+            if is_id_taken(error):
                 return False
             raise
         if written is not None:
@@ -364,11 +365,11 @@ class LogOwnership:
 
 @contextmanager
 def _raises_log_refused() -> Iterator[None]:
-    """Raises LogRefused in place of the error of Redis for a key of another type."""
+    """Raises LogRefused in place of Redis's error for a key of another type."""
     try:
         yield
     except ResponseError as error:
-        refusal = refusal_by(error)
+        refusal = refusal_from(error)
         if refusal is None:
             raise
         raise refusal from error

@@ -1,13 +1,13 @@
-"""The publisher: it writes what all logs of this process have appended. In a cluster there is one for each master.
+"""The publisher, which writes the entries of all logs of this process. A cluster has one for each master.
 
-One flush is in flight at a time, and entries that are appended meanwhile go out with the next: so a log never has two
+One flush is in flight at a time, and entries that are appended meanwhile go with the next flush. So a log never has two
 unanswered batches, and a busier worker has larger batches. A flush is one MULTI, in a cluster one for each slot: Redis
 accepts all of it or nothing, so that a refusal leaves no hole. The publisher has a connection of its own. After a lost
-connection it reads the end of every log before it writes again, since a failover may have dropped entries that were
-acknowledged.
+connection the publisher reads the end of every log before it writes again, since a failover may have lost acknowledged
+entries.
 
 Flushes follow one another without a task, because waking a task costs more than a small flush. `run` connects, verifies
-the ends of logs and recovers from errors, while nothing is in flight. Where very much is written, the whole process
+the ends of logs and recovers from errors, while nothing is in flight. At a high rate of entries, the whole process
 sleeps after a flush, for less than a millisecond.
 """
 
@@ -30,14 +30,14 @@ from ..redisio.retry import Backoff
 from ..telemetry.events import NO_TELEMETRY, EntriesAccepted, Telemetry, WriteFailed
 from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
-from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_by, refused_logs
+from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
 
 _HIGH_WATER_BYTES = 1024 * 1024
-"""Of all logs together. Without a limit, a process that gets more than it can handle would only read, not write."""
+"""The limit for all logs together. Without it, an overloaded process would only read from vLLM, and not write."""
 
 
 class _Phase(enum.Enum):
-    """What the publisher is doing."""
+    """The state of the publisher."""
 
     IDLE = enum.auto()
     SCHEDULED = enum.auto()
@@ -55,7 +55,7 @@ class Publisher:
         self, redis: Redis, telemetry: Telemetry = NO_TELEMETRY, pace: FlushPace | None = None, *,
         in_cluster: bool = False, connection_type: type[PipelinedConnection] = PipelinedConnection,
     ) -> None:  # fmt: skip
-        """Write to the server of a client, which the publisher closes at its end."""
+        """Write to the server of a client. `aclose` closes the client."""
         self._redis = redis
         self._connections = NodeConnections(redis, by_slot=in_cluster, connection_type=connection_type)
         self._in_cluster = in_cluster
@@ -65,7 +65,7 @@ class Publisher:
         self._backoff = Backoff("log_write_failed", telemetry)
         self.is_full = False
         self.pending_bytes = 0
-        """Of all commands that Redis has not accepted."""
+        """The bytes of all commands that Redis has not accepted."""
         self._logs: set[LogWriter] = set()
         self._by_request: dict[str, LogWriter] = {}
         self._queue: list[AppendBatch] = []
@@ -73,7 +73,7 @@ class Publisher:
         self._must_verify_all = True  # before the first write, so that there is one place that connects
         self._to_verify: set[LogWriter] = set()
         self._refused: dict[LogWriter, int] = {}
-        """Logs that have an entry already, according to Redis, with their attempt: their ends must show it."""
+        """Logs, with their attempt, of which Redis refused an entry as present already. Their ends must show it."""
         self._hinted: set[str] = set()
         self._error: Exception | None = None
         self._is_stopping = False
@@ -82,9 +82,10 @@ class Publisher:
         self._last_pause = 0.0
 
     def attach(self, log: LogWriter) -> None:
-        """Watch over a log that this process has begun to own.
+        """Begin to write a log that this process owns.
 
-        The log may have been cancelled since it was read, with a hint that came before this call: then it is verified.
+        If a cancel hint for the log came before this call, the log is verified: it may have been cancelled since it
+        was read.
         """
         log.sink = self
         self._logs.add(log)
@@ -98,7 +99,7 @@ class Publisher:
         return list(self._logs)
 
     def detach(self, log: LogWriter) -> None:
-        """Forget a log that the process is done with."""
+        """Forget a log that this process no longer writes."""
         log.discard_pending()
         self._remove(log)
 
@@ -143,7 +144,7 @@ class Publisher:
                 log.wake_waiters()
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
-        """Publish to the feed entries that Redis has accepted, each with its id. They may be lost on the way."""
+        """Publish entries that Redis has accepted to the feed, each with its id. The feed may lose them."""
         self._feed.publish(channel, entries)
 
     def _flush_feed(self) -> None:
@@ -152,14 +153,14 @@ class Publisher:
             self._proceed()
 
     def verify_all(self) -> None:
-        """Read the end of every log soon: it shows a seal or a fence that came while nothing was appended."""
+        """Read the end of every log soon, to find a seal or a fence that came while nothing was appended."""
         self._must_verify_all = True
         self._wake()
 
     def verify_idle(self) -> None:
-        """Read the ends of those logs soon of which Redis accepted nothing since the last call of this.
+        """Read soon the ends of the logs of which Redis has accepted nothing since the last call.
 
-        The others need it not: Redis refuses what is written to a log that was sealed or fenced.
+        The other logs need no check: Redis refuses entries for a log that was sealed or fenced.
         """
         for log in self._logs:
             accepted = log.accepted
@@ -167,12 +168,12 @@ class Publisher:
                 self._to_verify.add(log)
             log.accepted_at_check = accepted
         if self._feed.is_muted:
-            self._to_verify.update(islice(self._logs, 1))  # each verification also tries whether Redis takes the feed
+            self._to_verify.update(islice(self._logs, 1))  # a verification also tries whether Redis accepts the feed
         self._hinted.clear()
         self._wake()
 
     def verify(self, request_id: str) -> None:
-        """Read the end of one request's log soon, if it is attached, or when it is attached in a moment."""
+        """Read the end of one request's log soon, or as soon as the log is attached."""
         log = self._by_request.get(request_id)
         if log is not None:
             self._verify_soon(log)
@@ -207,7 +208,7 @@ class Publisher:
     async def run(self) -> None:
         """Write until `stop` is called and nothing is left to write, or Redis fails after that.
 
-        It is never cancelled: redis-py 8.1 was seen to swallow a cancellation while it connects.
+        The task of `run` is never cancelled: redis-py 8.1 was seen to swallow a cancellation while it connects.
         """
         while True:
             await self._work.wait()
@@ -251,7 +252,7 @@ class Publisher:
         self._connections.execute(commands, partial(self._on_outcome, batches, feed))
         if is_busy and not self._is_stopping:
             loop = asyncio.get_running_loop()
-            loop.call_soon(loop.call_soon, self._pause)  # after uvloop has sent it, at the end of the loop's step
+            loop.call_soon(loop.call_soon, self._pause)  # uvloop sends at the end of the loop's step: pause after that
 
     @property
     def has_shards(self) -> bool:
@@ -263,7 +264,7 @@ class Publisher:
         return b"SPUBLISH" if self.has_shards else b"PUBLISH"
 
     def _pause(self) -> None:
-        """Sleep until the interval since the last pause is over, as a network driver that moderates its interrupts."""
+        """Sleep until the interval since the last pause is over, like a network driver that moderates interrupts."""
         left = self._last_pause + self._pace.interval - time.monotonic()
         if left > 0:
             self._pace.sleep(left)
@@ -279,7 +280,7 @@ class Publisher:
             except Exception as error:  # noqa: BLE001 - `run` raises it
                 self._error = error
             else:
-                self._backoff.reset()  # not after a verification: Redis answers reads while it has no room to write
+                self._backoff.reset()  # not after a verification: without memory, Redis refuses writes but not reads
         if self._queue or self._error or self._must_verify_all or self._to_verify or self._is_stopping:
             self._schedule()
         else:
@@ -295,7 +296,7 @@ class Publisher:
     def _apply_replies(self, batches: list[AppendBatch], feed: FeedBatch, replies: list[Any]) -> None:
         now = time.monotonic()
         verdicts = replies[: len(replies) - len(feed)]
-        # First of all: a follower that was not listening when this was written reads it, one that was needs the feed.
+        # Note the listeners first: a follower that listened when this was written needs these entries from the feed.
         if self.has_shards or not self._in_cluster:  # else each node counts only its own listeners
             self._feed.note_listeners(feed, replies[len(verdicts) :], now)
         refused = {} if {*map(type, verdicts)} <= {bytes} else refused_logs(batches, verdicts)
@@ -310,7 +311,7 @@ class Publisher:
                 elif now >= log.feed_idle_until:
                     unpublished[log] = batch
         for log, first, entries, _ in unpublished.values():
-            # The last entry is enough: a follower that has come since reads the log up to it.
+            # The last entry is enough: a follower that has subscribed since then reads the log up to this entry.
             self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
         if accepted:
             self._telemetry.emit(EntriesAccepted(accepted))
@@ -318,14 +319,14 @@ class Publisher:
             self._handle_refusal(log, since)
 
     def _handle_refusal(self, log: LogWriter, verdicts: list[object]) -> None:
-        """Find out why Redis refused an entry, the first of these verdicts.
+        """Handle the refusal of an entry. `verdicts` are the replies from that entry on.
 
         Raises:
-            RedisError: when the reason is not this log and may pass.
+            RedisError: when the reason does not concern this log alone.
         """
         first = verdicts[0]
-        if not isinstance(first, RedisError):  # NOMKSTREAM answers nil
-            log.mark_lost(LogGone("the log is not there any more"))
+        if not isinstance(first, RedisError):  # with NOMKSTREAM, Redis replies nil
+            log.mark_lost(LogGone("the log no longer exists"))
             return
         text = redacted_message(first)
         if "equal or smaller" in text or "exhausted the last" in text:
@@ -333,18 +334,18 @@ class Publisher:
             self._refused[log] = log.attempt
         elif any(isinstance(verdict, bytes) for verdict in verdicts):
             log.mark_lost(LogDiverged(f"Redis refused an entry and accepted a later one: {text}"))
-        elif refusal := refusal_by(first):
+        elif refusal := refusal_from(first):
             log.mark_lost(refusal)
         else:
             raise first
 
     async def _verify_logs(self) -> None:
-        """Read the end of every log, or of those to verify, and act on it. Nothing is in flight meanwhile."""
+        """Read the end of every log, or of those to verify, and compare. Nothing is in flight meanwhile."""
         if await self._connections.connect():
             self._must_verify_all = True
         selected = self._logs if self._must_verify_all else self._to_verify & self._logs
         logs = [(log, log.attempt) for log in selected if log.loss is None]
-        self._must_verify_all, self._to_verify = False, set()  # what is requested from now on is a further verification
+        self._must_verify_all, self._to_verify = False, set()  # a later request is another verification
         commands: list[Command] = [
             (log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs
         ]
@@ -358,7 +359,7 @@ class Publisher:
         for (log, attempt), reply in zip(logs, replies, strict=True):
             if log.attempt == attempt:
                 self._reconcile(log, reply)
-            else:  # its owner has begun another attempt meanwhile: the reply may be older than that
+            else:  # its owner has begun another attempt meanwhile, and the reply may be older
                 self._to_verify.add(log)
         for log in verified:
             self._queue += log.pending
@@ -366,7 +367,7 @@ class Publisher:
     def _reconcile(self, log: LogWriter, reply: object) -> None:
         """Compare a log with its last entry in Redis."""
         if isinstance(reply, RedisError):
-            refusal = refusal_by(reply)
+            refusal = refusal_from(reply)
             if refusal is None:
                 raise reply
             log.mark_lost(refusal)
@@ -375,14 +376,14 @@ class Publisher:
         accepted = log.reconcile(EntryId.parse(tail[0][0]) if tail else None)
         was_refused = self._refused.pop(log, 0) == log.attempt
         if was_refused and log.loss is None and not accepted:  # Redis would refuse the same entries again
-            log.mark_lost(LogDiverged("Redis has had an entry that is not there any more: somebody deleted it"))
+            log.mark_lost(LogDiverged("Redis has had an entry that is not in the log: somebody deleted it"))
         if accepted:
             self._telemetry.emit(EntriesAccepted(sum(len(entries) for _, _, entries, _ in accepted)))
         for _, first, entries, _ in accepted:
             self._feed.publish_accepted(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
-        """After a lost connection or a refusal it is unknown what was written: verify all logs before writing again."""
+        """Verify all logs before writing again, since after an error it is unknown which entries Redis has."""
         self._telemetry.emit(WriteFailed())
         self._feed.mute_if_refused(error)
         self._refused.clear()  # the next connection may lead to another server

@@ -1,4 +1,4 @@
-"""How many jobs of a queue are waiting, how old the oldest pending job is, and whether any worker serves the queue."""
+"""Measures a queue: its waiting jobs, the time of its oldest pending job, and whether a live worker serves it."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from ..contract.keys import GROUP, Keys
 from ..contract.records import WorkerRecord
 
 _DEAD_AFTER = 60.0
-"""Seconds without a beat after which a worker counts as dead. It beats three times a lease, and few leases are longer
-than three minutes."""
+"""Seconds without a beat after which a worker counts as dead. A worker beats three times a lease, and few leases are
+longer than three minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
     """The depth of a queue.
 
-    `waiting` is the number of jobs that no worker has read, None where Redis does not know it. `oldest` is when the
-    oldest pending job was added, in Unix ms; None where no worker has a job.
+    `waiting` is the number of jobs that no worker has read; None if Redis cannot count them. `oldest` is when the
+    oldest pending job was added, in Unix ms; None if no worker has a job.
     """
 
     waiting: int | None
@@ -32,7 +32,7 @@ async def depth_of(redis: Redis, key: str) -> Depth:
     """The depth of the queue in a job stream.
 
     Raises:
-        RedisError: also where the stream does not exist.
+        RedisError: when Redis returns an error, which includes a stream that does not exist.
     """
     group = _worker_group(await redis.xinfo_groups(key))
     if group is None:
@@ -45,8 +45,8 @@ async def depth_of(redis: Redis, key: str) -> Depth:
 async def waiting_in(redis: Redis, key: str) -> int:
     """The number of jobs of a stream that no worker has read yet.
 
-    Where Redis does not know the group's lag (before 7.0, and after an XDEL), the result is the stream's length without
-    the pending jobs. That is too high by the jobs that are done and not yet trimmed.
+    If Redis does not know the group's lag (before 7.0, and after an XDEL), the result is the stream's length without
+    the pending jobs. That includes the jobs that are done and not yet trimmed.
     """
     pipe = redis.pipeline(transaction=False)
     pipe.exists(key)
@@ -69,7 +69,7 @@ async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
     """Whether a live worker serves a queue. A worker without a list of queues in its record counts as one.
 
     Raises:
-        RedisError: what Redis answers.
+        RedisError: when Redis returns an error.
     """
     seconds, _ = await redis.time()
     for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
@@ -81,9 +81,9 @@ async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
 
 
 async def _unread(redis: Redis, key: str, group: dict[str, Any], length: int) -> int | None:
-    """The number of entries after the last one that the group delivered; None where Redis does not know it.
+    """The number of entries after the last one that the group delivered; None if Redis cannot count them.
 
-    Redis 7.0 keeps counting unread jobs that were trimmed, so its lag may be too high, and stay above 0 for ever.
+    Redis 7.0 still counts unread jobs that were trimmed, so its lag may be too high, and stay above 0 forever.
     """
     lag = group.get("lag")
     if lag == 0:

@@ -1,4 +1,4 @@
-"""Reports of records beside the logs that Redis refuses, such as a key of another type or a missing right."""
+"""Reports records that Redis refuses, for example because of a key of another type or a missing right."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from ..telemetry.events import RecordRefused, Telemetry
 
 @contextmanager
 def reports_refusal(telemetry: Telemetry, record: str) -> Iterator[None]:
-    """Emits `RecordRefused(record)` where Redis refuses a command for a reason that does not pass by itself."""
+    """Emits `RecordRefused(record)` if Redis refuses a command for a reason that is not temporary."""
     try:
         yield
     except ResponseError as error:

@@ -1,4 +1,4 @@
-"""Waiting until replicas of Redis have the end of a log, before its job is acknowledged."""
+"""Waits until replicas of Redis have the end of a log, before its job is acknowledged."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,13 +9,14 @@ from ..redisio.transactions import Transaction
 from .log_commands import command, expire, has_ended, read_last
 
 _MAX_WAITING = 8
-"""How many connections may wait for replicas at once: the renewals of leases need one of the rest."""
+"""How many connections may wait for replicas at once. The others stay free, as for the renewal of leases."""
 
 
 class Replicas:
-    """The replicas that must have the end of a log: `count` of them, 0 for none.
+    """The number of replicas that must have the end of a log; a `count` of 0 disables the check.
 
-    `wait` is the time in seconds that they get for it. A connection is occupied meanwhile; after it the caller repeats.
+    `wait` is how long one check waits, in seconds. A connection is occupied meanwhile. Afterwards the caller tries
+    again.
     """
 
     def __init__(self, count: int = 0, wait: float = 1.0) -> None:
@@ -24,13 +25,13 @@ class Replicas:
         self._slots = asyncio.Semaphore(_MAX_WAITING)
 
     async def have_end(self, transaction: Transaction, key: str, ended: str, retention: int) -> bool:
-        """Wait until enough replicas have the end of a log. False when the log has no end. `retention` is seconds.
+        """Wait until enough replicas have the end of a log. False if the log has no end. `retention` is seconds.
 
-        WAIT counts replicas for what its own connection has written, hence the EXPIRE: a replica that has it also has
-        the seal, which was written earlier.
+        WAIT counts the replicas that have the last write of its own connection, which is the EXPIRE. A replica that has
+        the EXPIRE also has the seal, which was written earlier.
 
         Raises:
-            TooFewReplicas: when there are too few of them in time.
+            TooFewReplicas: when too few replicas have the end in time.
         """
         if not has_ended(await transaction.query(read_last(key), command("EXISTS", ended))):
             return False
@@ -42,7 +43,7 @@ class Replicas:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """One of the few slots for waiting. The wait for a slot is short too, so that a caller can be stopped.
+        """One of the few slots for waiting. The wait for a slot is limited too, so that a caller can be stopped.
 
         Raises:
             TooFewReplicas: when no slot becomes free in time.
@@ -51,7 +52,7 @@ class Replicas:
             async with asyncio.timeout(self._wait):
                 await self._slots.acquire()
         except TimeoutError:
-            raise TooFewReplicas("the ends of other logs wait for replicas: this one's job is kept") from None
+            raise TooFewReplicas("the ends of other logs wait for replicas: the job is kept") from None
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""The hash of workers: each worker keeps a record of itself there and drops the records of dead workers."""
+"""The hash of worker records: each worker keeps its own record up to date, and drops the records of dead workers."""
 
 from contextlib import suppress
 from typing import cast
@@ -15,7 +15,7 @@ from .refusals import reports_refusal
 
 
 class _Beat(msgspec.Struct):
-    """The one field that is read of another worker's record: a later version may have written the rest differently."""
+    """The only field read from another worker's record, since a later version may write the rest differently."""
 
     beat: int = 0
 
@@ -29,10 +29,10 @@ class WorkerRegistry:
         self._telemetry = telemetry
 
     async def beat(self, record: WorkerRecord, stale_after: float) -> dict[str, int]:
-        """Write this worker's record, and drop those that were not renewed for `stale_after` seconds.
+        """Write this worker's record, and drop records that were not renewed for `stale_after` seconds.
 
-        A record that is as far in the future is dropped too: Redis's clock has stepped back, and a live worker writes
-        a new record soon. Returns the beat of every remaining worker, in Unix ms.
+        A record that is more than `stale_after` seconds in the future is dropped too: Redis's clock was set back, and a
+        live worker writes a new record soon. Returns the beat of every remaining worker, in Unix ms.
         """
         with reports_refusal(self._telemetry, "workers"):
             await self._redis.hset(self._key, record.name, to_json(record))
@@ -61,6 +61,6 @@ class WorkerRegistry:
         return records
 
     async def remove(self, name: str) -> None:
-        """Remove a worker's record. Where Redis refuses that, other workers drop the record as stale."""
+        """Remove a worker's record. If Redis refuses that, other workers drop the record as stale."""
         with suppress(ResponseError):
             await self._redis.hdel(self._key, name)

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from ..client.async_client import Client
 from ..client.errors import Unavailable
-from ..settings import Settings, load_settings, shown_url, variable
+from ..settings import Settings, load_settings, redacted_url, variable
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -127,6 +127,6 @@ async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
         try:
             await client.ping()
         except Unavailable as error:
-            where = f"{shown_url(url)} ({variable('redis_url')})"
+            where = f"{redacted_url(url)} ({variable('redis_url')})"
             click.echo(f"· {error}. Trying {where} for {patience:g} s", err=True)
         yield client

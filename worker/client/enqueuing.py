@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
-from ..broker.client_seals import now_of
+from ..broker.client_seals import redis_time_ms
 from ..broker.log_pages import RawEntry
 from ..contract.entries import Cancelled, Queued, Started, parse_leniently, to_fields
 from ..contract.ids import QUEUED
@@ -46,7 +46,7 @@ class Enqueuer:
                 is_repeated = await self._is_repeated(pipe, job)
                 if is_repeated and not (is_cluster and await self._is_only_queued(pipe, log)):
                     return
-                now = await now_of(pipe)
+                now = await redis_time_ms(pipe)
                 if within is not None:
                     job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
                 deadline = job.deadline or now + _DAY * 1000

@@ -1,8 +1,8 @@
-"""How the pieces of a streamed message become whole values: text, lists, objects, logprobs and tool calls.
+"""Joins the pieces of a streamed message into whole values: text, lists, objects, logprobs and tool calls.
 
-Strings are joined, lists are extended, objects are accumulated field by field, and the latest number replaces earlier
-ones. A piece that is null or empty changes nothing; nor does a piece of another type than the value so far. The whole
-value is changed in place, since an answer may have many pieces. A piece is never changed, since it belongs to an entry.
+Strings are joined, lists are extended, objects are accumulated field by field, and a number replaces the one before. A
+piece that is null or empty, or of another type than the value so far, changes nothing. The whole value is changed in
+place, since an answer may have many pieces. A piece is never changed, since it belongs to an entry.
 """
 
 from .entries import JSON, Object
@@ -43,9 +43,9 @@ def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
 def add_tool_call(calls: list[Object], piece: Object) -> None:
     """Add a piece to the tool call that it belongs to, or begin another call with it. An empty piece is ignored.
 
-    Pieces of a call have its index. Servers that leave the index out begin a call with an id of its own or, if they
-    leave that out too, with a name. A new id together with a name always begins a call, since some servers give
-    index 0 to every call. A new id alone does not, since some servers make up an id for every piece.
+    Pieces of a call have its index. Servers that omit the index begin a call with a new id or, without ids, with a
+    name. A new id together with a name always begins a call, since some servers give index 0 to every call. A new id
+    alone does not, since some servers generate an id for every piece.
     """
     piece = {name: value for name, value in piece.items() if value is not None}
     place = _place(calls, piece)
@@ -106,7 +106,7 @@ def _place(calls: list[Object], piece: Object) -> int | None:
     if not (call.get("id") or _name_of(call)):
         return place
     has_arguments = any(tool.get("arguments") or tool.get("input") for tool in _tools(call))
-    # A later piece may continue or repeat the name. Once there are arguments, another name is another call's.
+    # A later piece may continue or repeat the name. Once a call has arguments, another name begins another call.
     is_same = same or (not call_id and index is not None and _index_of(call) == index)
     return place if is_same and (name == _name_of(call) or not has_arguments) else None
 

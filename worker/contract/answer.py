@@ -1,4 +1,4 @@
-"""A whole answer, put together from the entries of its log: the only place that knows how a log is read."""
+"""A whole answer, assembled from the entries of its log. Nothing else interprets the sequence of entries."""
 
 from collections.abc import Iterable
 from typing import Self, cast
@@ -81,7 +81,7 @@ class Choice(msgspec.Struct):
 
 
 class Answer:
-    """The answer that the entries read so far make. Feed it with `add`; it is complete once `end` is not None."""
+    """The answer so far, from the entries passed to `add`. It is complete once `end` is not None."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self.attempt = 0
@@ -94,7 +94,7 @@ class Answer:
             self.add(entry)
 
     def __repr__(self) -> str:
-        """The state of the answer, in a line that may be logged: of the text there is only the length."""
+        """The state of the answer in one line that is safe to log: it has the length of the text, not the text."""
         shown = {
             "outcome": self.outcome,
             "finish_reason": self.finish_reason,
@@ -109,8 +109,8 @@ class Answer:
     def add(self, entry: Entry) -> Self:
         """Add the next entry of the log."""
         if isinstance(entry, Opened | Delta) and self._just_claimed:
-            # A worker that claims a log with deltas writes `resumed` or `restarted`. This one found none: a failover
-            # has lost them.
+            # A worker that claims a log with deltas writes `resumed` or `restarted`. This worker found no deltas, so a
+            # failover has lost them.
             self._deltas.clear()
         self._just_claimed = isinstance(entry, Claimed)
         match entry:
@@ -143,12 +143,12 @@ class Answer:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the answer has been written."""
+        """Whether the answer has a valid delta."""
         return bool(self._deltas)
 
     @property
     def choices(self) -> list[Choice]:
-        """The choices in the order of their index, built anew at each call."""
+        """The choices in the order of their index. Each access builds them again."""
         choices: dict[int, Choice] = {}
         for delta in self._deltas:
             choices.setdefault(delta.index, Choice(index=delta.index)).add(delta)
@@ -166,9 +166,9 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """The tokens that were used: as vLLM counts them or, where vLLM did not finish, as the log shows them."""
+        """The number of tokens used: vLLM's count or, if vLLM did not finish, a count of the tokens in the log."""
         reported = self.end.usage if self.end else Usage()
-        # Anybody may write a cancel, and may have read only a part of the log.
+        # Any client may write a cancel, and may have read only a part of the log.
         if isinstance(self.end, Cancelled):
             return self._counted_usage() or reported
         return reported or self._counted_usage()
@@ -197,12 +197,12 @@ class Answer:
                 ended.discard(delta.index)
             if delta.finish_reason:
                 ended.add(delta.index)
-        # It stops at the first choice that has not ended: a job may ask for any `n`.
+        # The check stops at the first choice that has not ended, since a job may request any `n`.
         return all(index in ended for index in range(n))
 
     @property
     def error(self) -> str:
-        """The error in a sentence, with its code; empty without an error."""
+        """The message and the code of the error; empty without an error."""
         return f"{self.end.message} ({self.end.code})" if isinstance(self.end, Failed) else ""
 
     def _counted_usage(self) -> Usage:
@@ -213,7 +213,7 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def completion(self) -> Object:
-        """The answer in the shape of an OpenAI chat completion that was not streamed."""
+        """The answer as an OpenAI chat completion that was not streamed."""
         opened = self.opened
         choices: list[JSON] = []
         for choice in self.choices:
@@ -238,7 +238,7 @@ class Answer:
 
 
 def _without_tail(delta: Delta, cut: int) -> Delta:
-    """A delta without its last tokens, which had no part in its text."""
+    """A delta without its last `cut` tokens, which added nothing to its text."""
     logprobs = delta.logprobs
     if isinstance(logprobs, dict):
         logprobs = {name: part[:-cut] if isinstance(part, list) else part for name, part in logprobs.items()}
@@ -246,7 +246,7 @@ def _without_tail(delta: Delta, cut: int) -> Delta:
 
 
 def _accumulate_extra(name: str, whole: JSON, piece: JSON) -> JSON:
-    """Add what a chunk held beyond the contract. Its delta comes in pieces; the latest value of another field holds."""
+    """Add a field of `extra`. The `delta` is accumulated from pieces; another field is replaced by its latest value."""
     if name == "delta":
         return accumulate_value(whole, piece)
     return whole | piece if name == "chunk" and isinstance(whole, dict) and isinstance(piece, dict) else piece

@@ -1,7 +1,7 @@
 """JSON in the canonical form of RFC 8785 (JCS), so that equal values are equal bytes in every language.
 
-There is no white space; keys are sorted by their UTF-16 code units; only what JSON must escape is escaped; numbers are
-as ECMAScript writes a double (ECMA-262, Number::toString): `1` for 1.0, `1e-7`, `1e+21`.
+The text has no white space. Keys are sorted by their UTF-16 code units. Only the characters that JSON must escape are
+escaped. Numbers are written as ECMAScript writes a double (ECMA-262, Number::toString): `1` for 1.0, `1e-7`, `1e+21`.
 """
 
 import math
@@ -16,29 +16,30 @@ _EXACT = 2**53
 
 
 def canonical_json(value: object) -> bytes:
-    """A JSON value as RFC 8785 writes it, in UTF-8.
+    """A JSON value in the form of RFC 8785, as UTF-8.
 
-    msgspec escapes strings as the RFC requires. Values that msgspec would write in another way are replaced first.
+    msgspec escapes strings as the RFC requires. Values that msgspec would write in another form are replaced first, in
+    copies of the lists and objects.
     """
     top = [value]
     unread: list[Any] = [top]
     while unread:  # not recursive, since a request may be nested deeply
-        made = unread.pop()
-        for place, item in made.items() if type(made) is dict else enumerate(made):
+        container = unread.pop()
+        for key, item in container.items() if type(container) is dict else enumerate(container):
             kind = type(item)
             if kind is str:
                 continue
             if kind is float:
-                made[place] = _number(item)
+                container[key] = _number(item)
             elif kind is int:
                 if not -_EXACT < item < _EXACT:
-                    made[place] = _large(item)
+                    container[key] = _large_integer(item)
             elif kind is dict:
-                made[place] = {name: item[name] for name in _sorted(item)}
-                unread.append(made[place])
+                container[key] = {name: item[name] for name in _sorted(item)}
+                unread.append(container[key])
             elif kind is list or kind is tuple:
-                made[place] = list(item)
-                unread.append(made[place])
+                container[key] = list(item)
+                unread.append(container[key])
     return msgspec.json.encode(top[0])
 
 
@@ -57,8 +58,8 @@ def _number(value: float) -> float | msgspec.Raw | None:
     return msgspec.Raw(repr(value).encode()) if math.isfinite(value) else None
 
 
-def _large(value: int) -> int | float | msgspec.Raw | None:
+def _large_integer(value: int) -> int | float | msgspec.Raw | None:
     try:
         return _number(float(value))
-    except OverflowError:  # above all doubles: the RFC has no form for such a number
+    except OverflowError:  # greater than every double: the RFC has no form for such a number
         return value

@@ -1,4 +1,4 @@
-"""The entries of a token log, typed: how they are read from Redis fields and written to them.
+"""The types of the entries of a token log, which are read from Redis fields and written to them.
 
 A field that is JSON on the wire is a Python value here; a field that is missing has its default.
 Readers ignore types (`Unknown`) and fields that they do not know, so that the contract can grow.
@@ -22,7 +22,7 @@ BURIED = "buried"
 """The `code` of the error that ends a buried job: it is not tried again, and becomes a dead letter."""
 
 TAKEOVER = "takeover"
-"""The `reason` of a claim by which a worker continues a job that it, or another worker, had begun."""
+"""The `reason` of a claim by which a worker continues a job that it or another worker began."""
 
 
 class BadEntry(ValueError):
@@ -30,9 +30,9 @@ class BadEntry(ValueError):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """What every entry has: its id, and the name of its type.
+    """The base of every entry: its id, and the name of its type.
 
-    Ids compare as in Redis. `str(entry.id)` is the text that Redis has: keep it to follow on after this entry.
+    Ids compare as in Redis. `str(entry.id)` is the id as Redis writes it: keep it to continue after this entry.
     """
 
     type: ClassVar[str] = ""
@@ -49,15 +49,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     def chunk(self, opened: "Opened | None" = None) -> Object | None:  # noqa: ARG002 - see Delta and Opened
         """The entry as a `chat.completion.chunk` of OpenAI's API, or None for an entry that is not a chunk.
 
-        `opened` is the latest one of the log, and gives every chunk its id, model and time. A delta is a chunk. So is
-        an `opened`, which begins a message: send only the first of several. A failed answer has no last chunk, and
-        clients take a stream that simply ends for a complete one: a server of chunks has to send an error event then.
+        `opened` is the latest one of the log: every chunk gets its id, model and time. A delta is a chunk. So is an
+        `opened`, which begins a message: send only the first of several. A failed answer has no last chunk, and clients
+        treat a stream that ends without an error as complete. So a server of chunks must send an error event.
         """
         return None
 
 
 class Queued(Entry, frozen=True, kw_only=True):
-    """The client has enqueued the request, and no worker has it yet. `deadline` is the job's, in Unix ms."""
+    """The client has enqueued the request, and no worker has started it. `deadline` is the job's, in Unix ms."""
 
     type: ClassVar[Literal["queued"]] = "queued"
     v: int = 1
@@ -66,9 +66,9 @@ class Queued(Entry, frozen=True, kw_only=True):
 
 
 class Started(Entry, frozen=True, kw_only=True):
-    """A worker has begun. `owner` is a nonce of its process; `time` is Unix ms; `digest` is as in `Queued`.
+    """A worker has started the job. `owner` is a nonce of its process; `time` is Unix ms; `digest` is as in `Queued`.
 
-    `delivery` is how often the group had delivered the job by then. A hand-over does not raise it.
+    `delivery` is how often the consumer group had delivered the job at that time. A hand-over does not increase it.
     """
 
     type: ClassVar[Literal["started"]] = "started"
@@ -96,10 +96,10 @@ class Claimed(Entry, frozen=True, kw_only=True):
 
 
 class Resumed(Entry, frozen=True, kw_only=True):
-    """The text goes on where it stopped. Token ids and logprobs of earlier attempts beyond `after` are void.
+    """The text continues where it stopped. Token ids and logprobs of earlier attempts beyond `after` are void.
 
-    So are the last `cut` token ids of the entry `after` itself, whose chunk ended inside a character. `forgets` names
-    the sampling settings that count generated tokens, and now ignore those of earlier attempts.
+    The last `cut` token ids of the entry `after` are void too, since its chunk ended inside a character. `forgets`
+    lists the sampling settings that count generated tokens, and now ignore those of earlier attempts.
     """
 
     type: ClassVar[Literal["resumed"]] = "resumed"
@@ -115,7 +115,7 @@ class Restarted(Entry, frozen=True, kw_only=True):
 
 
 class Opened(Entry, frozen=True, kw_only=True):
-    """The fields that are the same in every chunk of vLLM's answer. It may come again; the latest holds."""
+    """The fields that are the same in every chunk of vLLM's answer. A log may have several; the latest is valid."""
 
     type: ClassVar[Literal["opened"]] = "opened"
     response_id: str = ""
@@ -132,7 +132,7 @@ class Opened(Entry, frozen=True, kw_only=True):
 
 
 class Delta(Entry, frozen=True, kw_only=True):
-    """What one chunk added to one choice."""
+    """The text and fields that one chunk added to one choice."""
 
     type: ClassVar[Literal["delta"]] = "delta"
     content: str = ""
@@ -152,7 +152,7 @@ class Delta(Entry, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The content, also where a server sends it in parts."""
+        """The content, including content that a server sends in parts."""
         return self.content + text_of_parts(self.extra)
 
     def chunk(self, opened: Opened | None = None) -> Object:
@@ -189,7 +189,7 @@ class CompletionTokensDetails(TypedDict, total=False):
 
 
 class Usage(TypedDict, total=False):
-    """The tokens of an answer, as its server counts them. It may have more fields than these."""
+    """The numbers of tokens of an answer, as its server counts them. The server may add fields."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -224,19 +224,19 @@ class Failed(Terminal, frozen=True, kw_only=True):
 
 
 class Cancelled(Terminal, frozen=True, kw_only=True):
-    """Somebody cancelled the request."""
+    """A client cancelled the request."""
 
     type: ClassVar[Literal["cancelled"]] = "cancelled"
 
 
 class Idle(Entry, frozen=True, kw_only=True):
-    """No entry came for the time that a follower has set. It is in no log; its id is that of the entry before."""
+    """No entry came for the time that a follower set. This entry is in no log; its id is that of the entry before."""
 
     type: ClassVar[Literal["idle"]] = "idle"
 
 
 class Unknown(Entry, frozen=True, kw_only=True):
-    """An entry of a type that this version does not know. With the seal's id it ends the log all the same."""
+    """An entry of a type that this version does not know. With the seal's id the entry ends the log anyway."""
 
     type: ClassVar[Literal[""]] = ""
     name: str = ""
@@ -250,7 +250,7 @@ class Unknown(Entry, frozen=True, kw_only=True):
 AnyEntry: TypeAlias = (
     Queued | Started | Claimed | Resumed | Restarted | Opened | Delta | Done | Failed | Cancelled | Idle | Unknown
 )
-"""An entry of any type: type checkers narrow it by its `type`. `Idle` comes only where a follower has set a time."""
+"""An entry of any type: type checkers narrow it by its `type`. `Idle` comes only if a follower has set a time."""
 
 TEXT_FIELDS = frozenset({"content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call"})
 """Fields of a delta that hold the model's output: a finish reason that is followed by one of them was not the end."""
@@ -275,20 +275,20 @@ _TYPES: dict[str, tuple[Callable[..., AnyEntry], dict[str, Reader]]] = {
 
 
 def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
-    """Read an entry as Redis (bytes) or the feed (text) gives it.
+    """Read an entry from the fields that Redis (bytes) or the feed (text) returns.
 
-    All fields are checked here, since readers rely on them. The `after` of a `resumed` is the only field that must be
-    there: without it no reader knows which part of the text is valid.
+    All fields are checked here, since readers rely on them. The `after` of a `resumed` is the only required field:
+    without it a reader cannot tell which part of the text is valid.
 
     Raises:
         BadEntry: when a field of a known type cannot be read. The message names the entry and the field.
     """
-    where = EntryId.parse(entry_id)
+    parsed_id = EntryId.parse(entry_id)
     texts = {_text(name): _text(value) for name, value in fields.items()}
     name = texts.pop("type", "")
     known = _TYPES.get(name)
     if known is None:
-        return Unknown(id=where, name=name, fields=texts)
+        return Unknown(id=parsed_id, name=name, fields=texts)
     kind, readers = known
     values: dict[str, object] = {}
     for field, text in texts.items():
@@ -298,16 +298,18 @@ def parse(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, st
         try:
             values[field] = reader(text)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            raise BadEntry(f"entry {where} ({name}): field {field} cannot be read: {error}") from error
+            raise BadEntry(f"entry {parsed_id} ({name}): field {field} cannot be read: {error}") from error
     if kind is Resumed:
         after = texts.get("after")
-        if not after or not EntryId.parse(after) < where:
-            raise BadEntry(f"entry {where} ({name}): field after cannot be read: it must be the id of an entry before")
-    return kind(id=where, **values)
+        if not after or not EntryId.parse(after) < parsed_id:
+            raise BadEntry(
+                f"entry {parsed_id} ({name}): field after cannot be read: it must be the id of an entry before"
+            )
+    return kind(id=parsed_id, **values)
 
 
 def parse_leniently(entry_id: str | bytes, fields: Mapping[bytes, bytes] | Mapping[str, str]) -> AnyEntry:
-    """Read an entry as `parse` does, but return one that cannot be read as `Unknown`, without a type or fields."""
+    """Read an entry as `parse` does. An entry that cannot be read is returned as `Unknown`, without type and fields."""
     try:
         return parse(entry_id, fields)
     except BadEntry:
@@ -322,7 +324,7 @@ def refusal_of(extra: Object) -> str:
 
 
 def text_of_parts(extra: Object) -> str:
-    """The text of a content in parts, `[{"type": "text", "text": …}]`, which is in `extra` as the delta's `content`."""
+    """The text of content in parts, `[{"type": "text", "text": …}]`: the `content` of the delta in `extra`."""
     delta = extra.get("delta")
     parts = delta.get("content") if isinstance(delta, dict) else None
     texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
@@ -338,10 +340,10 @@ def transcript_of(extra: Object) -> str:
 
 
 def rest_of_message(extra: Object) -> Object:
-    """The fields of a message that have no field of their own in `Delta`, from the `delta` in `extra`."""
+    """The fields of a message that `Delta` has no field for, from the `delta` in `extra`."""
     delta = extra.get("delta")
     rest = delta if isinstance(delta, dict) else {}
-    # A field of `Delta` is there only if its value is malformed, except for a content in parts.
+    # A field of `Delta` is in `extra` only if its value is malformed, except for content in parts.
     return {
         name: value
         for name, value in rest.items()

@@ -1,7 +1,7 @@
-"""The feed of a request: how its messages are read, and for how long a publisher may skip it.
+"""The messages of a request's feed, and for how long a publisher may skip the feed.
 
 A message is JSON, `[[id, {field: value}], …]`: entries that Redis has accepted, in the order of the log. A message may
-be lost and may come late; the log is the truth.
+be lost or late; the log is the truth.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ MAX_SILENCE = 0.25
 
 
 class _FeedDelta(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A delta without the rarer fields, which nearly every message is."""
+    """A delta without the rarer fields. Nearly every message consists of these."""
 
     type: Literal["delta"]
     content: str = ""
@@ -31,10 +31,10 @@ _read_ids = msgspec.json.Decoder(list[int]).decode
 
 
 def read_message(payload: bytes) -> list[AnyEntry]:
-    """The entries of a message, as `parse` reads them, but in a third of the time where they are plain deltas.
+    """Read the entries of a message as `parse` does. Plain deltas take a third of the time that `parse` takes.
 
     Raises:
-        BadEntry: when the message or an entry of it cannot be read.
+        BadEntry: when the message or one of its entries cannot be read.
     """
     try:
         try:

@@ -1,7 +1,8 @@
-"""How the fields of entries are read from text, and which values make an entry unreadable.
+"""Readers of the fields of entries: each converts the text of a field, or rejects the entry as unreadable.
 
 Fields that a worker relies on are read strictly: ids and names that become keys or parts of commands, counts, the ids
-of tokens. Fields that only repeat what a server sent are read leniently: a bad number there leaves the rest readable.
+of tokens. Fields that only repeat what a server sent are read leniently, so that a bad number does not make the rest
+unreadable.
 """
 
 import json
@@ -19,7 +20,7 @@ Reader: TypeAlias = Callable[[str], object]
 
 
 def _count(text: str) -> int:
-    """Read a number of things.
+    """Read a count.
 
     Raises:
         ValueError: when the text is not a whole number, or the number is below 0.
@@ -33,7 +34,7 @@ def _stream_id(text: str) -> str:
     """Check the id of a stream entry; returns it as text.
 
     Raises:
-        ValueError: when Redis cannot have such an id. A command with it would fail each time.
+        ValueError: when Redis cannot have such an id. Every command with this id would fail.
     """
     if text and max(EntryId.parse(text)) > SEAL.n:
         raise ValueError(f"{text[:50]!r} is above the greatest id")
@@ -60,10 +61,10 @@ def _time(text: str) -> int:
 
 
 def _json_reader(kind: type | None = None) -> Reader:
-    """A reader of a field that is JSON, of one type if readers rely on that.
+    """A reader of a field that is JSON; `kind` is its type, if readers rely on that.
 
-    Some JSON of other writers is beyond msgspec. It is read all the same: a number that is too large, NaN and Infinity
-    become null, as JavaScript writes them, and half of a surrogate pair becomes a question mark.
+    msgspec rejects some JSON that other libraries write. Python's `json` reads it: a number that is too large, NaN and
+    Infinity become null, as JavaScript writes them, and half of a surrogate pair becomes a question mark.
     """
     decode: Callable[[str | bytes], object] = msgspec.json.Decoder(kind or Any).decode
 
@@ -126,4 +127,4 @@ READERS: dict[str, Reader] = {
 }
 """The readers of fields that are not text, by the field's name."""
 TEXTS: dict[str, Reader] = {"queue": _queue, "job": _stream_id, "after": _stream_id}
-"""The readers of texts that become a key or a part of a command. Any other text is not checked."""
+"""The readers of texts that become a key or a part of a command. Other texts are not checked."""

@@ -1,4 +1,4 @@
-"""What earlier attempts wrote into a log, and whether an answer can go on from there."""
+"""The entries that earlier attempts wrote into a log, and whether an answer can continue from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from .ids import BEFORE_ALL, SEAL, follows
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The entries of earlier attempts. `fault` is why an answer cannot go on from them; it is empty where it can."""
+    """The entries of earlier attempts. `fault` is why an answer cannot continue from them; empty if it can."""
 
     entries: Sequence[Entry]
     fault: str
 
 
 def fault_in(history: Sequence[Entry]) -> str:
-    """Why an answer cannot go on from these entries of its log; empty where it can.
+    """Why an answer cannot continue from these entries of its log; empty if it can.
 
-    Entries may have been deleted (XDEL, XTRIM) or damaged. Then text or token ids are missing, and an answer that went
-    on would show some text twice and some never. Entries before a `restarted` do not matter, since they are void.
+    Entries may have been deleted (XDEL, XTRIM) or damaged. Then text or token ids are missing, and an answer that
+    continued would repeat some text and omit some. Entries before a `restarted` do not matter, since they are void.
     """
     begin = max((number for number, entry in enumerate(history) if isinstance(entry, Restarted)), default=0)
     before = history[begin - 1].id if begin else BEFORE_ALL

@@ -1,4 +1,4 @@
-"""The ids of a token log, `<attempt>-<n>`, which are ordered as in Redis, and the ids of requests."""
+"""The ids of log entries, `<attempt>-<n>`, ordered as in Redis, and the ids of requests."""
 
 import re
 import uuid
@@ -10,7 +10,7 @@ VERSION = 1
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LAST = 2**64 - 1
 _new = tuple.__new__
-"""Makes an `EntryId` in half the time of a call of the class: every token has an id."""
+"""Creates an `EntryId` in half the time that a call of the class takes: every token has an id."""
 
 
 class EntryId(NamedTuple):
@@ -24,7 +24,7 @@ class EntryId(NamedTuple):
 
     @classmethod
     def parse(cls, raw: str | bytes) -> Self:
-        """Read an id as Redis writes it. A number alone has n = 0, as in Redis.
+        """Read an id as Redis writes it. A number without `-<n>` has n = 0, as in Redis.
 
         Raises:
             ValueError: when the text is not a stream id.
@@ -32,7 +32,7 @@ class EntryId(NamedTuple):
         text = raw.decode("ascii", "replace") if isinstance(raw, bytes) else raw
         first, _, second = text.partition("-")
         if not (text.isascii() and first.isdecimal() and (not second or second.isdecimal())):
-            raise ValueError(f"{text!r} is not the id of a log entry: give one such as 1-0, as it stood in the log")
+            raise ValueError(f"{text!r} is not the id of a log entry: give an id from the log, such as 1-0")
         return _new(cls, (int(first), int(second or 0)))
 
 
@@ -46,15 +46,15 @@ SEAL = EntryId(_LAST, _LAST)
 """The id of the terminal entry. It is the greatest id there is, so Redis refuses every entry after it."""
 
 LAST_ATTEMPT = SEAL.attempt - 1
-"""The greatest number that an attempt can have: the next one is the seal's."""
+"""The greatest number that an attempt can have: the next number belongs to the seal."""
 
 
 def follows(entry: EntryId, before: EntryId) -> bool:
     """Whether no entry is missing between two entries, judged by their ids; `before` may be `BEFORE_ALL`.
 
-    A log begins with `0-1`, with `1-0`, or with its seal. Within an attempt `n` goes up by one, and the next attempt
-    begins with 0. The next attempt may skip numbers, since a log that was lost and recreated goes on under a later one.
-    The seal's id does not depend on the entry before it, so the seal follows every entry.
+    A log begins with `0-1`, with `1-0`, or with its seal. Within an attempt `n` increases by one, and the next attempt
+    begins with 0. The attempt number may increase by more than one, since a log that was lost and recreated continues
+    under a later attempt. The seal's id does not depend on the entry before it, so the seal follows every entry.
     """
     if entry == SEAL:
         return True
@@ -65,10 +65,10 @@ def follows(entry: EntryId, before: EntryId) -> bool:
 
 
 def is_request_id(text: object) -> bool:
-    """Whether a text can name a request: 1 to 128 characters of `A-Za-z0-9_-`."""
+    """Whether a value is a valid request id: text of 1 to 128 characters of `A-Za-z0-9_-`."""
     return isinstance(text, str) and _REQUEST_ID.fullmatch(text) is not None
 
 
 def new_request_id() -> str:
-    """A fresh request id: 32 hexadecimal digits."""
+    """A new random request id: 32 hexadecimal digits."""
     return uuid.uuid4().hex

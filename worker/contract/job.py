@@ -1,4 +1,4 @@
-"""A job: a request for an answer, as it stands in a job stream, and how it is validated."""
+"""A job, which is a request for an answer in a job stream, and the validation of jobs."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from .ids import VERSION, is_request_id
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """The default limit of a job's `request`, in bytes."""
 
-MAX_BESIDE_BYTES = 16 * 1024
+MAX_OTHER_FIELDS_BYTES = 16 * 1024
 """The limit of everything else in a job, in bytes: other fields, known or not, and the names of all fields."""
 
 MAX_FALLBACKS = 8
@@ -42,23 +42,23 @@ _FORBIDDEN = (
     "bootstrap_port",
     "bootstrap_room",
     "data_parallel_rank",
-    # Tries of one job would collide in vLLM, where an earlier one may still run.
+    # Tries of one job would collide in vLLM, where an earlier try may still run.
     "request_id",
 )
 """Fields of a request that a job may not set.
 
 Of the fields of vLLM 0.32, a job may set: `priority` (vLLM refuses it unless its operator has turned it on),
-`cache_salt` and `session_id` (they name a cache, which only jobs with the same name share), `chat_template` (vLLM
-refuses it unless turned on), `mm_processor_kwargs` and `media_io_kwargs` (how the job's own media are read). vLLM
-fetches the URLs of images and other media: its --allowed-media-domains limits from where.
+`cache_salt` and `session_id` (they select a cache that only jobs with the same value share), `chat_template` (vLLM
+refuses it unless its operator has turned it on), `mm_processor_kwargs` and `media_io_kwargs` (how the job's own media
+are read). vLLM fetches the URLs of images and other media: its --allowed-media-domains limits the domains.
 """
 
 _FORBIDDEN_XARGS = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
-"""vLLM reads these from `vllm_xargs` without a check. Everything else in it belongs to plugins of vLLM."""
+"""vLLM reads these from `vllm_xargs` without a check. All other fields there belong to plugins of vLLM."""
 
 
 class InvalidJob(ValueError):
-    """A job that cannot be run. `code` is for programs, the text for people."""
+    """A job cannot be run. `code` is for programs, the message for people."""
 
     def __init__(self, message: str, code: str = "invalid_job") -> None:
         super().__init__(message)
@@ -99,10 +99,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def request_id_of(fields: RawFields) -> str:
-    """The job's id, which is all that is needed to find its log.
+    """The request id of a job, which identifies its log.
 
     Raises:
-        InvalidJob: when the id is missing or cannot be used.
+        InvalidJob: when the id is missing or invalid.
     """
     raw = fields.get(b"id")
     if raw is None:
@@ -113,11 +113,11 @@ def request_id_of(fields: RawFields) -> str:
     return text
 
 
-def times_of(fields: RawFields) -> tuple[int | None, int | None]:
-    """A job's deadline (Unix ms) and retention (seconds). The request is not read.
+def deadline_and_retention(fields: RawFields) -> tuple[int | None, int | None]:
+    """A job's deadline (Unix ms) and retention (seconds). The request is not parsed.
 
     Raises:
-        InvalidJob: when one of them cannot be used.
+        InvalidJob: when one of them is invalid.
     """
     return (
         _whole_number(fields, "deadline", "a time in Unix milliseconds"),
@@ -129,19 +129,19 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
     """Read a job from the fields of its stream entry. Fields that are not in the contract are ignored.
 
     Raises:
-        InvalidJob: says what is wrong and how to fix it.
+        InvalidJob: when the job is invalid. The message has the reason and the fix.
     """
-    size, limit = size_of(fields), max_request_bytes + MAX_BESIDE_BYTES
+    size, limit = size_of(fields), max_request_bytes + MAX_OTHER_FIELDS_BYTES
     if size > limit:
         raise InvalidJob(
-            f"the job has {size} bytes in all, above the limit of {limit} ({MAX_BESIDE_BYTES} more than "
+            f"the job has {size} bytes in all, above the limit of {limit} ({MAX_OTHER_FIELDS_BYTES} more than "
             "WORKER_MAX_REQUEST_BYTES)",
             code="job_too_large",
         )
     version = _name(fields, "v") or str(VERSION)
     if version != str(VERSION):
         raise InvalidJob(f"the job's v is {version!r}: this worker supports version {VERSION} of the contract")
-    deadline, retention = times_of(fields)
+    deadline, retention = deadline_and_retention(fields)
     retry_of = _text(fields, "retry_of")
     if retry_of and not is_request_id(retry_of):
         raise InvalidJob(f"the job's retry_of is {retry_of[:140]!r}: it must be the id of a request")
@@ -158,15 +158,15 @@ def parse_job(fields: RawFields, max_request_bytes: int = MAX_REQUEST_BYTES) -> 
 
 
 def size_of(fields: RawFields) -> int:
-    """The bytes of a job's fields, names and values."""
+    """The size of a job in bytes: the names and values of its fields."""
     return sum(len(name) + len(value) for name, value in fields.items())
 
 
 def check_request(request: object) -> Object:
-    """Check what holds for every chat request, whatever the model. vLLM checks the rest.
+    """Check the rules that every chat request must keep, for any model. vLLM checks the rest. Returns the request.
 
     Raises:
-        InvalidJob: says what is wrong.
+        InvalidJob: when the request breaks a rule. The message has the reason.
     """
     if not isinstance(request, dict):
         raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
@@ -192,10 +192,10 @@ def check_request(request: object) -> Object:
 
 
 def check_limits(request: Object, *, max_choices: int, max_tokens: int) -> None:
-    """Check what a worker's settings limit; `max_tokens` of 0 is no limit.
+    """Check a request against the limits in a worker's settings. A `max_tokens` of 0 is no limit.
 
     Raises:
-        InvalidJob: says what is too large.
+        InvalidJob: when the request exceeds a limit. The message has the field and the limit.
     """
     for name in ("n", "best_of"):
         choices = request.get(name)
@@ -214,7 +214,7 @@ def check_limits(request: Object, *, max_choices: int, max_tokens: int) -> None:
             )
 
 
-def with_limit(job: Job, max_tokens: int) -> Job:
+def with_max_tokens(job: Job, max_tokens: int) -> Job:
     """The job with `max_tokens` in its request, unless the request limits the answer itself or there is no limit."""
     if not max_tokens or any(job.request.get(name) is not None for name in _LENGTHS):
         return job
@@ -222,10 +222,10 @@ def with_limit(job: Job, max_tokens: int) -> Job:
 
 
 def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
-    """A digest that differs between two requests under one id.
+    """The digest of a request, by which two requests under one id are told apart.
 
-    It is the first 32 hex digits of SHA-256 over the request as RFC 8785 writes it. Models to fall back to are a part
-    of the request: the list of them follows if there are any, written in the same way.
+    The digest is the first 32 hex digits of SHA-256 over the request in the form of RFC 8785. Fallback models are a
+    part of the request: if there are any, their list follows in the same form.
     """
     return _digest(canonical_json(request), fallbacks)
 
@@ -233,7 +233,7 @@ def digest(request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> str:
 def is_digest_of(known: str, request: Mapping[str, object], fallbacks: Sequence[str] = ()) -> bool:
     """Whether a digest in a log or tombstone is that of a request.
 
-    Earlier versions did not write numbers as RFC 8785 does: their digest is over 1.0 where 1 is hashed today.
+    Earlier versions did not write numbers as RFC 8785 does: they hashed 1.0 where this version hashes 1.
     """
     return known == digest(request, fallbacks) or known == _digest(
         msgspec.json.encode(request, order="deterministic"), fallbacks

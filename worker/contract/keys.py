@@ -4,20 +4,20 @@ import re
 from dataclasses import dataclass
 
 GROUP = "workers"
-"""The one consumer group of every job stream."""
+"""The consumer group of every job stream."""
 
 DEFAULT_QUEUE = "default"
-"""The queue that lives in the job stream without a suffix."""
+"""The queue whose job stream has no suffix."""
 
 
 def is_queue_name(text: str) -> bool:
-    """Whether a text can name a queue: 1 to 64 characters of `A-Za-z0-9_-`."""
+    """Whether a text is a valid queue name: 1 to 64 characters of `A-Za-z0-9_-`."""
     return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of one installation; several share a Redis by having different prefixes, or databases."""
+    """The keys of one installation. Installations that share a Redis have different prefixes or databases."""
 
     prefix: str = "chat"
     database: int = 0
@@ -37,27 +37,29 @@ class Keys:
     def feed(self, request_id: str) -> str:
         """The pub/sub channel that carries the log's entries as Redis accepts them.
 
-        Pub/sub ignores databases: without the number, followers in one database would get the entries of another.
+        Pub/sub ignores databases, so the channel contains the number of the database. Without it, followers in one
+        database would get the entries of another.
         """
         within = f"{self.database}:" if self.database else ""
         return f"{self.prefix}:feed:{within}{{{request_id}}}"
 
     @property
     def cancel(self) -> str:
-        """The pub/sub channel of hints that a request was cancelled, beside the seal: a message is a request id.
+        """The pub/sub channel of cancel hints, which are sent in addition to the seal. A message is a request id.
 
-        All databases share it. A worker that gets a hint from another database reads its own log, which has no seal.
+        All databases share the channel. A worker that gets a hint from another database reads its own log, which has
+        no seal.
         """
         return f"{self.prefix}:cancel"
 
     @property
     def lifecycle(self) -> str:
-        """The capped stream of what started and what finished."""
+        """The capped stream of the starts and ends of all requests."""
         return f"{self.prefix}:lifecycle"
 
     @property
     def dead(self) -> str:
-        """The capped stream of buried jobs."""
+        """The capped stream of dead letters."""
         return f"{self.prefix}:dead"
 
     @property
@@ -67,5 +69,5 @@ class Keys:
 
     @property
     def probe(self) -> str:
-        """A stream that never exists: an XADD NOMKSTREAM to it shows whether Redis takes writes."""
+        """A stream that never exists: an XADD NOMKSTREAM to it shows whether Redis accepts writes."""
         return f"{self.prefix}:probe"

@@ -1,4 +1,4 @@
-"""The records beside the logs: tombstones, the lifecycle, dead letters and the records of workers."""
+"""The records that are stored in addition to the logs: tombstones, lifecycle entries, dead letters, worker records."""
 
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar, cast
@@ -19,7 +19,7 @@ class Tombstone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
-        """Read a tombstone as it stands in Redis; one that cannot be read is empty."""
+        """Read a tombstone as stored in Redis. A tombstone that cannot be read is empty."""
         return _decoded(raw, cls, cls(outcome="", time=0))
 
 
@@ -51,7 +51,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, line: str, raw: Mapping[bytes, bytes]) -> Self:
-        """Read an entry as it stands in the stream. Fields that are missing or cannot be read are empty."""
+        """Read an entry as stored in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
         named = ("type", "id", "job", "queue", "outcome", "model", "tenant", "retry_of")
         return cls(
@@ -65,9 +65,9 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A buried job, ready to be put back. `fields` is the job as it was, with bytes that are not UTF-8 replaced.
+    """A buried job, ready to be put back. `fields` are the job's fields, with bytes that are not UTF-8 replaced.
 
-    `truncated` (on the wire `cut`) names the fields that were too large to be kept whole. `retried_as` is the id of the
+    `truncated` (on the wire `cut`) lists the fields that were too large to be kept whole. `retried_as` is the id of the
     request by which the job was put back.
     """
 
@@ -96,7 +96,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def read(cls, raw: Mapping[bytes, bytes]) -> Self:
-        """Read a letter as it stands in the stream. Fields that are missing or cannot be read are empty."""
+        """Read a letter as stored in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
         return cls(
             reason=texts.get("reason", ""),
@@ -112,8 +112,9 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's record in the hash of workers.
 
-    `beat` and `started` are Unix ms. `paused` is the reason why the worker takes no jobs, and is empty while it does.
-    `queues` are the queues that it serves, `version` is that of its package: workers of early versions write neither.
+    `beat` and `started` are Unix ms. `paused` is the reason why the worker takes no jobs, and is empty while it takes
+    jobs. `queues` are the queues that the worker serves, `version` is that of its package. Early versions wrote
+    neither.
     """
 
     name: str

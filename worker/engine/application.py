@@ -28,7 +28,7 @@ from ..redisio.errors import is_transient
 from ..redisio.retry import Outage, RetryUntilAvailable
 from ..redisio.transactions import Transactions
 from ..redisio.urls import database_of
-from ..settings import ConfigError, Settings, address_of, shown_url, variable
+from ..settings import ConfigError, Settings, parse_address, redacted_url, variable
 from ..telemetry.events import (
     LeaveFailed,
     MetricsServed,
@@ -73,7 +73,7 @@ class Worker:
         self._settings = settings
         self._pace = pace = pace or Pace()
         self._url = url = settings.redis_url.get_secret_value()
-        self._shown_redis, self._shown_vllm = shown_url(url), [shown_url(server) for server in settings.vllm_urls]
+        self._shown_redis, self._shown_vllm = redacted_url(url), [redacted_url(server) for server in settings.vllm_urls]
         nonce = secrets.token_hex(8)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
@@ -163,7 +163,9 @@ class Worker:
         self._at_once = asyncio.Event()
 
     def _measure_at_scrape(self, server: Server) -> None:
-        self.metrics.observe_server(shown_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight)
+        self.metrics.observe_server(
+            redacted_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight
+        )
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
@@ -199,7 +201,7 @@ class Worker:
         if not address:
             return
         try:
-            port = self.metrics.serve(*address_of(address))
+            port = self.metrics.serve(*parse_address(address))
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ConfigError([f"{variable('metrics')} is {address!r}, and cannot be served: {why}"]) from None

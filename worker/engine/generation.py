@@ -12,8 +12,8 @@ from ..contract.answer import Answer
 from ..contract.entries import Done, Failed, Fields, Object, Restarted, Terminal, Usage, to_fields
 from ..contract.history import History, fault_in
 from ..contract.ids import BEFORE_ALL, SEAL
-from ..contract.job import InvalidJob, Job, with_limit
-from ..settings import shown_url
+from ..contract.job import InvalidJob, Job, with_max_tokens
+from ..settings import redacted_url
 from ..telemetry.job_events import (
     AnswerRestarted,
     AnswerResumed,
@@ -94,7 +94,7 @@ class Generation:
                 return self._failed(
                     "interrupted", "the worker that wrote this answer is gone, and WORKER_ON_INTERRUPT is fail"
                 )
-            return await self._ask_models(with_limit(job, self._settings.max_tokens))
+            return await self._ask_models(with_max_tokens(job, self._settings.max_tokens))
         except DeadlinePassed:
             return self._failed("deadline", "the deadline of the job passed before its answer was whole")
         except (LogLost, Stopped, RedisError, OSError):
@@ -179,7 +179,7 @@ class Generation:
             except UpstreamError as error:
                 self._emit(
                     UpstreamFailed(  # without the message, which may quote the request
-                        error.code, error.status, shown_url(server.url), tried=tries.made, retryable=error.retryable
+                        error.code, error.status, redacted_url(server.url), tried=tries.made, retryable=error.retryable
                     )
                 )
                 is_elsewhere = error.elsewhere and self._servers.has_candidate(model, self._caller)
@@ -284,7 +284,7 @@ class Generation:
             finally:
                 self._note_progress()
         if parser.unknown_reason:
-            self._emit(UnknownFinishReason(parser.unknown_reason[:_LONGEST_NAME], shown_url(server.url)))
+            self._emit(UnknownFinishReason(parser.unknown_reason[:_LONGEST_NAME], redacted_url(server.url)))
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     def _on_events(self, events: list[bytes]) -> bool:
@@ -311,7 +311,7 @@ class Generation:
         if isinstance(parser, ResumedChunkParser):
             self._attempt_extended = parser.has_progressed
             if not self._attempt_committed:  # emitted at the first entry: the end of the answer may be minutes away
-                self._emit(AnswerResumed(self._log.attempt, shown_url(self._server.url)))
+                self._emit(AnswerResumed(self._log.attempt, redacted_url(self._server.url)))
         self._attempt_committed = True
 
     def _done(self, finish_reason: str, usage: Usage | Object, model: str, extra: Object | None = None) -> Done:

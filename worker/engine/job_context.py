@@ -17,10 +17,10 @@ from ..contract.job import (
     InvalidJob,
     Job,
     check_limits,
+    deadline_and_retention,
     is_digest_of,
     parse_job,
     request_id_of,
-    times_of,
 )
 from ..contract.job import (
     digest as digest_of,
@@ -104,7 +104,7 @@ class JobContext:
         deadline = retention = None
         try:
             self.id = request_id_of(delivery.fields)
-            deadline, retention = times_of(delivery.fields)
+            deadline, retention = deadline_and_retention(delivery.fields)
         except InvalidJob as problem:
             if not self.id:
                 self.parsed = problem

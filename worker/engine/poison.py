@@ -70,7 +70,7 @@ def may_be_poison(delivery: Delivery, max_deliveries: int) -> bool:
 
     The job itself is not read before that: reading it may be what kills its worker.
     """
-    return delivery.again and delivery.count > _quarantine_from(max_deliveries)
+    return delivery.redelivered and delivery.count > _quarantine_from(max_deliveries)
 
 
 def _quarantine_from(max_deliveries: int) -> int:

@@ -16,7 +16,7 @@ from ..broker.log_writer import LogDiverged, LogWriter
 from ..contract.answer import Answer
 from ..contract.entries import BURIED, Done, Failed, Started, Terminal, to_fields
 from ..contract.ids import SEAL, EntryId
-from ..contract.job import INVALID, MAX_BESIDE_BYTES, InvalidJob, Job
+from ..contract.job import INVALID, MAX_OTHER_FIELDS_BYTES, InvalidJob, Job
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.retry import RetryUntilAvailable
 from ..telemetry.job_events import DuplicateFound, JobBuried, JobFinished
@@ -124,7 +124,7 @@ class Settlement:
     async def _write_dead_letter(self, reason: str, code: str) -> None:
         services, delivery = self._services, self._job.delivery
         # A job that does not validate cannot be put back as it is, and anybody may add any number of them.
-        most = MAX_BESIDE_BYTES + (0 if code in INVALID else services.settings.max_request_bytes)
+        most = MAX_OTHER_FIELDS_BYTES + (0 if code in INVALID else services.settings.max_request_bytes)
         # A job is not acknowledged before its letter is written. Where Redis refuses the letter, the job does not wait
         # for the right to be granted, which would take a slot: it comes again once its lease has ended.
         retry = RetryUntilAvailable(stop=self._job.stop, outage=services.outage)

@@ -19,7 +19,7 @@ from ..redisio.clients import OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from ..redisio.urls import database_of, parse_redis_url
-from ..settings import ConfigError, Settings, load_settings, shown_url, variable
+from ..settings import ConfigError, Settings, load_settings, redacted_url, variable
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.api import LateAnswer
 from ..vllm.servers.pace import ServerPace
@@ -96,7 +96,7 @@ async def check(options: dict[str, object], *, pace: ServerPace | None = None) -
 
 async def _check_redis(settings: Settings) -> AsyncGenerator[Finding]:
     url = settings.redis_url.get_secret_value()
-    where = f"Redis {shown_url(url)}"
+    where = f"Redis {redacted_url(url)}"
     redis = command_client(url)
     keys = Keys(settings.prefix, database_of(url))
     try:
@@ -288,7 +288,7 @@ async def _check_workers(redis: Redis, keys: Keys, lease: float, unfinished: int
 
 
 async def _check_vllm(pool: ServerPool, server: Server) -> Finding:
-    where = f"vLLM {shown_url(server.url)}"
+    where = f"vLLM {redacted_url(server.url)}"
     try:
         models = await pool.list_models(server)
     except LateAnswer as late:

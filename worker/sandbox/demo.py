@@ -24,7 +24,7 @@ from ..client.async_client import Client
 from ..client.errors import Unavailable
 from ..contract.answer import Answer
 from ..contract.entries import Claimed, Delta, Entry, Idle, Object, Restarted, Resumed
-from ..settings import load_settings, shown_url
+from ..settings import load_settings, redacted_url
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
@@ -138,7 +138,7 @@ async def run_demo(
             embedded = stack.enter_context(start_redis(servers=servers))
             redis_url, what = embedded.url, embedded.what
         else:
-            what = shown_url(redis_url)
+            what = redacted_url(redis_url)
             await _check_redis(redis_url)
         timed(f"Redis: {what}", {"redis": what})
         async with _vllm(vllm_url) as (url, what):
@@ -280,7 +280,7 @@ class _Demo:
 @asynccontextmanager
 async def _vllm(url: str | None) -> AsyncIterator[tuple[str, str]]:
     if url is not None:
-        yield url, shown_url(url)
+        yield url, redacted_url(url)
         return
     async with Simulator(Options(scenario=Scenario(rate=_RATE, first_token=0.2))) as simulator:
         yield simulator.url, f"simulated, {_RATE:g} tokens/s, {simulator.url}"
@@ -291,7 +291,7 @@ async def _check_redis(url: str) -> None:
         try:
             await client.ping()
         except (Unavailable, RedisError) as error:
-            raise DemoFailed(f"{shown_url(url)} cannot be used: {error}") from None
+            raise DemoFailed(f"{redacted_url(url)} cannot be used: {error}") from None
 
 
 async def _model_of(url: str) -> str:
@@ -299,7 +299,7 @@ async def _model_of(url: str) -> str:
     try:
         return (await pool.list_models(pool.servers[0]))[0]
     except (UpstreamError, IndexError) as error:
-        raise DemoFailed(f"{shown_url(url)} does not list the model that it serves: {error}") from None
+        raise DemoFailed(f"{redacted_url(url)} does not list the model that it serves: {error}") from None
     finally:
         await pool.aclose()
 

@@ -1,1 +1,1 @@
-"""What an operator sees of a running worker: events, and their two receivers, metrics and logs. Never a prompt."""
+"""Telemetry of a running worker: events, and their two receivers, metrics and logs. It never holds a prompt."""

@@ -1,8 +1,8 @@
-"""What happens in a worker, as frozen events. This module imports nothing of the project, so that every part may emit.
+"""The events that a worker emits: frozen records of what happened. This module imports no other part of the project.
 
 The engine, the broker and the vLLM side emit events to a `Telemetry`. It has two receivers: `worker.telemetry.metrics`
-counts events, and `worker.telemetry.logging` writes them to the log. The events of one job are in `job_events`. Nothing
-is emitted per token, and no event holds a prompt, an output or a secret.
+counts events, and `worker.telemetry.logging` writes them to the log. The events of one job are in `job_events`. No
+event is emitted per token, and no event holds a prompt, an output or a secret.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Telemetry(Protocol):
     """A receiver of events."""
 
     def emit(self, event: Event) -> None:
-        """Receive an event. Emitters are in the middle of their work: this is quick and raises nothing."""
+        """Receive an event. Implementations return quickly and never raise, since emitters wait for them."""
 
 
 class Receivers:
-    """Passes every event on to each of several receivers."""
+    """Forwards every event to each of several receivers."""
 
     def __init__(self, *receivers: Telemetry) -> None:
         self._receivers = receivers
@@ -44,12 +44,12 @@ NO_TELEMETRY: Telemetry = Receivers()
 """Discards all events."""
 
 
-# Trouble that lasts: logged at first, then every half minute, and once when it is over.
+# Failures that last: logged at first, then every half minute, and once when they are over.
 
 
 @dataclass(frozen=True, slots=True)
 class Failing(Event):
-    """An operation failed and is tried again. `what` is its name in the log, `advice` says how to fix the cause."""
+    """An operation failed and is tried again. `what` is its name in the log, `advice` is how to fix the cause."""
 
     level = "warning"
     what: str
@@ -103,7 +103,7 @@ class WorkerDraining(Event):
 
 @dataclass(frozen=True, slots=True)
 class LeaveFailed(Event):
-    """Redis did not remove this worker's record and consumer in time. Other workers drop them as stale."""
+    """The worker's record and consumer were not removed in time. Other workers remove them as stale."""
 
     level = "warning"
     error: str
@@ -119,7 +119,7 @@ class WorkerStopped(Event):
 
 @dataclass(frozen=True, slots=True)
 class IntakePaused(Event):
-    """The worker takes no jobs for this reason (`on`), or takes them again as far as this reason goes."""
+    """The worker pauses its intake for this reason (`on` is true), or this reason no longer applies."""
 
     level = "silent"
     reason: str
@@ -142,8 +142,8 @@ class ClaimsResumed(Event):
 class QueueMeasured(Event):
     """The length of a queue. `waiting` is None where Redis cannot count waiting jobs.
 
-    `oldest_s` is the age of the oldest pending job in seconds: None where no job is pending, NaN while Redis does not
-    answer.
+    `oldest_s` is the age of the oldest pending job in seconds: None if no job is pending, NaN while Redis is
+    unavailable.
     """
 
     level = "silent"
@@ -153,9 +153,10 @@ class QueueMeasured(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMadeAgain(Event):
-    """A queue's consumer group was gone and has been created again."""
+class GroupRecreated(Event):
+    """A queue's consumer group was missing, and this worker has created it again."""
 
+    name = "group_made_again"
     level = "warning"
     queue: str
 
@@ -206,7 +207,7 @@ class WriteFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class RecordRefused(Event):
-    """Redis refused a record beside the logs: `lifecycle`, `dead`, `workers` or `feed`."""
+    """Redis refused a record that is not a log entry: `lifecycle`, `dead`, `workers` or `feed`."""
 
     level = "silent"
     record: str

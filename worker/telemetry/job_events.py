@@ -1,6 +1,6 @@
-"""What happens to one job, as frozen events: from its start to its end, its attempts, and the servers that it tries.
+"""The events of one job: its start and end, its attempts, and the servers that it tries.
 
-See `worker.telemetry.events` for what holds for all events.
+The rules for all events are in `worker.telemetry.events`.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class FencedOff(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobLeft(Event):
-    """The job stops here without an acknowledgement. The worker that gets it next goes on."""
+    """The worker stops the job without an acknowledgement. The next worker that gets the job continues it."""
 
     reason: str
     attempt: int | None = None
@@ -68,7 +68,7 @@ class JobLeft(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobBrokenOff(Event):
-    """An error of Redis ended the run of a job. The job stays pending."""
+    """An error of Redis ended the run of a job, which stays pending."""
 
     name = "job_left"
     level = "warning"
@@ -79,7 +79,7 @@ class JobBrokenOff(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(Event):
-    """An error inside the worker ended the run of a job. The job stays pending."""
+    """An error in the worker's own code ended the run of a job, which stays pending."""
 
     level = "error"
     queue: str

@@ -1,7 +1,7 @@
 """Logs: structlog, JSON lines in production and readable lines on a terminal, always on standard error.
 
 Only names, numbers and codes are logged: never a prompt, an output, a URL with its password, or the text of a vLLM
-error, which may quote the request. So tracebacks have no values of local variables, which structlog would add.
+error, which may quote the request. Tracebacks therefore have no values of local variables, which structlog would add.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from .events import Event, Failing, Recovered
 Format = Literal["auto", "json", "console"]
 
 REPEAT_AFTER = 30.0
-"""Seconds until trouble that lasts is logged again."""
+"""Seconds until a failure that lasts is logged again."""
 
 _WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
 
@@ -28,15 +28,15 @@ _WORD_START = re.compile(r"(?<!^)(?=[A-Z])")
 class LogReceiver:
     """Writes events to the log.
 
-    Trouble that lasts is logged at first, then every `repeat_after` seconds, and once when it is over.
-    A field that has the default of its event is left out. An error that is an exception is logged with its traceback.
+    A failure that lasts is logged at first, then every `repeat_after` seconds, and once when it is over. A field that
+    has its default value is omitted. An error that is an exception is logged with its traceback.
     """
 
     def __init__(self, *, repeat_after: float = REPEAT_AFTER) -> None:
         self._logger = structlog.get_logger()
         self._repeat_after = repeat_after
         self._failing: dict[str, float] = {}
-        """When each warning was last logged (monotonic clock, in seconds). `Recovered` is logged only after one."""
+        """When each warning was last logged (monotonic clock). `Recovered` is logged only after a warning."""
 
     def emit(self, event: Event) -> None:
         """Log an event, unless its level is silent."""
@@ -65,7 +65,7 @@ class LogReceiver:
 
 
 def name_of(kind: type[Event]) -> str:
-    """The name in the log of an event's class: its own in snake case, unless it has another `name`."""
+    """The log's name for a class of events: its `name` or, if that is empty, the class's name in snake case."""
     return kind.name or _WORD_START.sub("_", kind.__name__).lower()
 
 
@@ -73,7 +73,7 @@ def configure_logging(log_format: Format = "auto", level: str = "info") -> None:
     """Set up structlog for the process. `auto` is readable on a terminal and JSON elsewhere."""
     readable = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    # By default structlog shows the values of variables in tracebacks: they hold prompts and outputs.
+    # By default structlog adds the values of local variables to tracebacks: they hold prompts and outputs.
     tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     renderers: list[structlog.typing.Processor] = (
         [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]

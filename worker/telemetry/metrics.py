@@ -1,8 +1,8 @@
-"""The metrics of one worker, for Prometheus: what is counted, under which names, and how they are served.
+"""The Prometheus metrics of one worker: their names, how events are counted, and the server for scrapers.
 
-To add a metric: emit an event where the thing happens (`worker.telemetry.events`), make the metric in `Metrics`, count
-the event in `Metrics.emit`, and add a row to the table of metrics in deploy/README.md, which a test compares with these
-names. A value that is better read at each scrape than counted goes into `observe_worker` or `observe_server`.
+To add a metric: emit an event where the thing happens (`worker.telemetry.events`), create the metric in `Metrics`,
+count the event in `Metrics.emit`, and add a row to the table of metrics in deploy/README.md, which a test compares with
+these names. A value that is read at each scrape, not counted, goes into `observe_worker` or `observe_server`.
 
 Nothing is counted per token, and no label holds text of a job.
 """
@@ -35,11 +35,11 @@ _MAX_REASONS = 20
 _MAX_CODES = 50
 _PREFIX = "vllm_relay"
 _WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
-"""Seconds; from a free worker to a queue that is an hour long."""
+"""Histogram buckets in seconds: from an idle worker to a queue with a wait of an hour."""
 
 
 class Metrics:
-    """All metrics of a process, in a registry of its own. It receives events. Durations are seconds."""
+    """All metrics of a process, in a registry of their own: a receiver of events. Durations are seconds."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -74,7 +74,7 @@ class Metrics:
         self._vllm_requests = self._gauge("vllm_requests", "Requests of this worker at a vLLM server", "endpoint")
 
     def emit(self, event: Event) -> None:  # noqa: C901, PLR0912 - one row for each event that is counted
-        """Count an event. Events that no metric is about are ignored."""
+        """Count an event. Events without a metric are ignored."""
         match event:
             case EntriesAccepted():  # the most frequent comes first
                 self._written.inc(event.count)
@@ -113,20 +113,23 @@ class Metrics:
                 self._oldest.labels(event.queue).set(event.oldest_s or 0)
 
     def observe_worker(self, slots: int, running: Callable[[], float]) -> None:
-        """Show how many slots the worker has and, read at each scrape, how many jobs run."""
+        """Set the number of slots. `running` returns the number of running jobs, and is called at each scrape."""
         self._slots.set(slots)
         self._running.set_function(running)
 
     def observe_server(self, endpoint: str, up: Callable[[], float], requests: Callable[[], float]) -> None:
-        """Show, read at each scrape, whether a vLLM server gets requests and how many it has from this worker."""
+        """Add a vLLM server. Both functions are called at each scrape.
+
+        `up` returns 1 while the server gets requests, else 0. `requests` returns how many it has from this worker.
+        """
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
 
     def serve(self, host: str, port: int) -> int:
-        """Serve the metrics at `/metrics`, from a thread of its own; returns the port.
+        """Serve the metrics at `/metrics` from a separate thread; returns the port.
 
         Raises:
-            OSError: when the address is in use, or is not one of this machine.
+            OSError: when the address is in use, or does not belong to this machine.
         """
         server, thread = start_http_server(port, host, self.registry)
 
@@ -154,7 +157,7 @@ class Metrics:
 
 
 def _bounded(word: str, seen: set[str], limit: int) -> str:
-    """A word as a label, or `other` if it is not a plain word or one too many. Others choose these words."""
+    """A word as a label, or `other` if it is not a plain word or there are `limit` words. vLLM chooses these words."""
     if not _WORD.fullmatch(word) or (word not in seen and len(seen) >= limit):
         word = "other"
     seen.add(word)

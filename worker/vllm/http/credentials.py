@@ -22,7 +22,7 @@ class ApiKeys:
     def __init__(self, *keys: str, file: Path | None = None) -> None:
         self._given = tuple(key for key in keys if key)
         self._file = file
-        self._of_file = keys_in(file) if file else ()
+        self._of_file = read_keys(file) if file else ()
         self._trouble = ""
 
     async def untried(self, likely: str, refused: AbstractSet[str], telemetry: Telemetry) -> str | None:
@@ -44,7 +44,7 @@ class ApiKeys:
     async def _read_again(self, file: Path, telemetry: Telemetry) -> None:
         trouble = ""
         try:
-            self._of_file = await asyncio.to_thread(keys_in, file)
+            self._of_file = await asyncio.to_thread(read_keys, file)
         except (OSError, ValueError) as error:  # somebody may be replacing the file right now
             trouble = type(error).__name__
         if trouble and trouble != self._trouble:
@@ -52,7 +52,7 @@ class ApiKeys:
         self._trouble = trouble
 
 
-def keys_in(file: Path) -> tuple[str, ...]:
+def read_keys(file: Path) -> tuple[str, ...]:
     """The keys in a file.
 
     Raises:
@@ -63,13 +63,13 @@ def keys_in(file: Path) -> tuple[str, ...]:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
-    keys = tuple(checked_key(line) for line in text.splitlines() if line.strip())
+    keys = tuple(validated_key(line) for line in text.splitlines() if line.strip())
     if not keys:
         raise ValueError("holds no key")
     return keys
 
 
-def checked_key(text: str) -> str:
+def validated_key(text: str) -> str:
     """A key without the blanks around it.
 
     Raises:
