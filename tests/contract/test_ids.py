@@ -22,7 +22,7 @@ def test_a_number_alone_is_the_first_id_of_an_attempt() -> None:
 
 @pytest.mark.parametrize("raw", ["", "-", "-1", "1-x", "x-1", "1-1-1", "+", "$", "1.0", " 1-0", "1-0\n", b"\xff-1"])
 def test_a_bad_id_is_refused_with_an_example(raw: str | bytes) -> None:
-    with pytest.raises(ValueError, match="is not the id of a log entry: give one such as 1-0"):
+    with pytest.raises(ValueError, match="is not the id of a log entry: give an id from the log, such as 1-0"):
         EntryId.parse(raw)
 
 
