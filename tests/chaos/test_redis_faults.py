@@ -18,9 +18,12 @@ from worker.broker.log_writer import HIGH_WATER_BYTES
 from worker.broker.publisher import Publisher
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
+from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
+
+IMPATIENT = Pace(longest_block=0.1, command_timeout=0.3)
 
 
 @pytest.fixture
@@ -105,15 +108,9 @@ async def test_connections_to_redis_that_are_cut_again_and_again(
 
 
 async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_late(
-    client: Client,
-    redis: Redis,
-    redis_proxy: Proxy,
-    start_worker: StartWorker,
-    paced: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
 ) -> None:
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
-    await start_worker(paced, lease=15, redis_url=redis_proxy.redis_url)
+    await start_worker(paced, pace=IMPATIENT, lease=15, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
     redis_proxy.half_open()
@@ -129,19 +126,13 @@ async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_lat
 
 
 async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
-    client: Client,
-    redis: Redis,
-    redis_proxy: Proxy,
-    start_worker: StartWorker,
-    paced: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
 ) -> None:
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
-    first = await start_worker(paced, lease=1, redis_url=redis_proxy.redis_url)
+    first = await start_worker(paced, pace=IMPATIENT, lease=1, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
     await has_begun(redis, request_id)
     redis_proxy.half_open()
-    await start_worker(paced, lease=1)
+    await start_worker(paced, pace=IMPATIENT, lease=1)
     assert (await promise_kept(redis, request_id)).attempts > 1
     before = await log_of(redis, request_id)
     await redis_proxy.heal()

@@ -12,7 +12,7 @@ from proxy import Proxy
 from redis.asyncio import Redis
 from story import END, START, Story, connect, delta, user_without_channels
 
-from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
+from worker import Answer, Client, Delta, Entry, Expired, Idle, IncompleteLog, Unavailable, UnknownRequest
 from worker.broker.log_pages import PageSize
 from worker.client.following.follower import Follower
 from worker.client.following.followers import Followers
@@ -895,38 +895,35 @@ async def test_a_hole_is_found_wherever_a_page_ends(length: int, client: Client,
     assert raised.value.after == (1, length - 1)
 
 
-@pytest.fixture
-def slow_connection(redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """3 MB a second, and 0.3 s for each reply: a twentieth of the real scale."""
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.3)
-    redis_proxy.down = 0.02  # for each piece of 64 KiB
-    return redis_proxy
-
-
 @pytest.mark.parametrize(("logs", "entries", "size"), [(40, 100, 1000), (1, 600, 6500)])
 async def test_large_logs_are_read_on_a_slow_connection(
-    logs: int, entries: int, size: int, redis: Redis, slow_connection: Proxy
+    logs: int, entries: int, size: int, redis: Redis, redis_proxy: Proxy
 ) -> None:
-    """A limit on the whole reply made 70 of 100 logs of 100 kB unavailable at 1 MB/s, and pages of 6.5 MB for ever."""
+    """A limit on the whole reply made 70 of 100 logs of 100 kB unavailable at 1 MB/s, and pages of 6.5 MB for ever.
+
+    Here are 3 MB a second, and a silence of 0.3 s fails: a twentieth of the real scale.
+    """
+    redis_proxy.down = 0.02  # for each piece of 64 KiB
     stories = [Story(redis, f"r{number}") for number in range(logs)]
     text = "x" * size
     for story in stories:
         deltas = (Delta(id=EntryId(1, n), content=text) for n in range(1, entries + 1))
         await story.write(START, *deltas, END)
-    async with Client(slow_connection.redis_url, patience=5) as client:
-        answers = await asyncio.gather(*(client.result(story.id) for story in stories))
+    answers = [Answer() for _ in stories]
+    async with aclosing(connect(redis_proxy.redis_url, Timings(command_timeout=0.3))) as followers:
+        pairs = zip(stories, answers, strict=True)
+        await asyncio.gather(*(followers.follow(story.id, BEFORE_ALL).pour(answer.add) for story, answer in pairs))
     assert all(len(answer.text) == entries * size for answer in answers)
 
 
 async def test_a_page_that_does_not_come_in_time_is_read_in_smaller_ones(
-    redis: Redis, redis_proxy: Proxy, monkeypatch: pytest.MonkeyPatch, *, pours: bool
+    redis: Redis, redis_proxy: Proxy, *, pours: bool
 ) -> None:
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.1)
     story = Story(redis)
     await story.write(START, *(delta(1, n) for n in range(1, 300)), END)
     for count in (b"200", b"50"):
         redis_proxy.hold(b"XRANGE .* COUNT " + count)
-    async with aclosing(connect(redis_proxy.redis_url)) as followers:
+    async with aclosing(connect(redis_proxy.redis_url, Timings(command_timeout=0.1))) as followers:
         reader = Reader(followers, pours=pours)
         await reader.task
     assert reader.seen == story.written

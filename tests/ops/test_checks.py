@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord
 from worker.engine.application import Worker
+from worker.engine.pace import Pace
 from worker.ops.checks import Finding, check
 from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Simulator
@@ -35,8 +36,8 @@ async def own_redis() -> AsyncIterator[tuple[Redis, str]]:
             yield redis, embedded.url
 
 
-async def found(**options: object) -> list[Finding]:
-    return [finding async for finding in check(options)]
+async def found(*, redis_timeout: float = 5.0, **options: object) -> list[Finding]:
+    return [finding async for finding in check(options, redis_timeout=redis_timeout)]
 
 
 def about(findings: list[Finding], subject: str) -> list[Finding]:
@@ -374,12 +375,10 @@ WORDS: list[tuple[str, str, str]] = [
 
 @pytest.mark.parametrize(("url", "words", "fix"), WORDS)
 async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
-    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
+    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator
+) -> None:
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
-    (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url), "Redis")
+    (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url, redis_timeout=0.5), "Redis")
     assert finding.level == "error"
     assert words.lower() in finding.message.lower().replace("`", "'")
     assert finding.fix.startswith(fix)
@@ -390,24 +389,22 @@ MIXED_UP = [case for case in WORDS if "TLS" in case[2] and "+" not in case[0]]
 
 @pytest.mark.parametrize(("url", "words", "fix"), MIXED_UP)
 async def test_a_worker_that_waits_for_redis_logs_that_tls_is_mixed_up(
-    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator
+) -> None:
     """The error itself is only a timeout or a closed connection."""
-    monkeypatch.setattr("worker.redisio.clients.COMMAND_TIMEOUT", 0.5)
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0])
-    service = Worker(load_settings(redis_url=url, vllm_urls=simulator.url))
+    service = Worker(load_settings(redis_url=url, vllm_urls=simulator.url), pace=Pace(command_timeout=0.5))
     configure_logging("json")
     with capture_logs() as logs:
         running = asyncio.create_task(service.run())
 
-        async def has_said_it() -> bool:
-            return any(line["event"] == "redis_unavailable" for line in logs)
+        async def is_logged() -> bool:
+            return any(entry["event"] == "redis_unavailable" for entry in logs)
 
-        await eventually(has_said_it)
+        await eventually(is_logged)
         service.stop()
         await running
-    logged = next(line for line in logs if line["event"] == "redis_unavailable")
+    logged = next(entry for entry in logs if entry["event"] == "redis_unavailable")
     assert words in logged["error"]
     assert logged["advice"] == fix
 

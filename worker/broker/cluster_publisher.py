@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ClusterDownError, RedisError
 
 from ..contract.entries import Fields
-from ..redisio.clients import command_client
+from ..redisio.clients import COMMAND_TIMEOUT, command_client
 from ..redisio.cluster import ClusterClient, on_master_removed
 from ..redisio.retry import Backoff
 from ..telemetry.events import Telemetry
@@ -214,7 +214,7 @@ class _MasterPublisher(Publisher):
 AnyPublisher: TypeAlias = Publisher | ClusterPublisher
 
 
-def open_publisher(url: str, telemetry: Telemetry) -> AnyPublisher:
+def open_publisher(url: str, telemetry: Telemetry, command_timeout: float = COMMAND_TIMEOUT) -> AnyPublisher:
     """The publisher for a URL of Redis. Its `run` connects it."""
-    redis = command_client(url, connections=1)
+    redis = command_client(url, connections=1, timeout=command_timeout)
     return ClusterPublisher(redis, telemetry) if isinstance(redis, ClusterClient) else Publisher(redis, telemetry)

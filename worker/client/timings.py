@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 from ..contract.feed import MAX_SILENCE
+from ..redisio.clients import COMMAND_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
     """When logs are read, and how long reads wait."""
 
+    command_timeout: float = COMMAND_TIMEOUT
+    """Of silence, after which a command to Redis fails."""
     tick: float = 0.5
     """Between two checks for followers that receive nothing."""
     settles_after: float = MAX_SILENCE + 0.05

@@ -84,11 +84,11 @@ class Worker:
 
         # The lease counts from the read. After a wait of half a lease the first renewal would look like a theft.
         block = min(pace.longest_block, settings.lease / 4)
-        self._commands = command_client(url)
-        self._blocking = blocking_client(url, block)
+        self._commands = command_client(url, timeout=pace.command_timeout)
+        self._blocking = blocking_client(url, block, timeout=pace.command_timeout)
         self._clock = Clock(self._commands)
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry)
-        self._publisher = open_publisher(url, telemetry)
+        self._publisher = open_publisher(url, telemetry, pace.command_timeout)
         self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
         self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)

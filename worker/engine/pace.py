@@ -4,11 +4,15 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ..redisio.clients import COMMAND_TIMEOUT
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """Waiting times of a worker that are no settings, in seconds."""
 
+    command_timeout: float = COMMAND_TIMEOUT
+    """Of silence, after which a command to Redis fails."""
     longest_block: float = 1.0
     """The longest wait of one read for a job. A worker that stops waits for its last reads to return."""
     scan_every: float = 0.5

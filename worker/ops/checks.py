@@ -15,7 +15,7 @@ from ..contract.entries import Object
 from ..contract.keys import GROUP, Keys
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
-from ..redisio.clients import OLDEST, command_client
+from ..redisio.clients import COMMAND_TIMEOUT, OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from ..redisio.urls import database_of, parse_redis_url
@@ -58,10 +58,12 @@ class Finding:
         return {"level": self.level, "subject": self.subject, "text": self.message, "mend": self.fix}
 
 
-async def check(options: dict[str, object], *, pace: ServerPace | None = None) -> AsyncGenerator[Finding]:
+async def check(
+    options: dict[str, object], *, pace: ServerPace | None = None, redis_timeout: float = COMMAND_TIMEOUT
+) -> AsyncGenerator[Finding]:
     """Check everything, one finding at a time. A caller that stops early closes this (`contextlib.aclosing`).
 
-    `pace` has the seconds that a vLLM server has to answer.
+    `pace` has the seconds that a vLLM server has to answer, `redis_timeout` are those of a command to Redis.
     """
     try:
         settings = load_settings(**options)
@@ -76,7 +78,7 @@ async def check(options: dict[str, object], *, pace: ServerPace | None = None) -
     if ignored := parse_redis_url(settings.redis_url.get_secret_value()).ignored:
         message = f"options of {variable('redis_url')} without effect: {', '.join(ignored)}"
         yield Finding("warning", "settings", message, "leave them out: the worker sets these by itself")
-    async with aclosing(_check_redis(settings)) as of_redis:
+    async with aclosing(_check_redis(settings, redis_timeout)) as of_redis:
         async for finding in of_redis:
             yield finding
     pool = ServerPool(
@@ -94,10 +96,10 @@ async def check(options: dict[str, object], *, pace: ServerPace | None = None) -
         await pool.aclose()
 
 
-async def _check_redis(settings: Settings) -> AsyncGenerator[Finding]:
+async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerator[Finding]:
     url = settings.redis_url.get_secret_value()
     where = f"Redis {redacted_url(url)}"
-    redis = command_client(url)
+    redis = command_client(url, timeout=redis_timeout)
     keys = Keys(settings.prefix, database_of(url))
     try:
         is_cluster = isinstance(redis, ClusterClient)

@@ -31,7 +31,7 @@ _MAX_CONNECTIONS = 64
 _NO_LIMIT = 2**31
 
 
-def command_client(url: str, *, connections: int = _MAX_CONNECTIONS, timeout: float | None = None) -> Redis:
+def command_client(url: str, *, connections: int = _MAX_CONNECTIONS, timeout: float = COMMAND_TIMEOUT) -> Redis:
     """A client that sends each command once.
 
     redis-py 8 resends a command whose reply was lost up to ten times by itself: a plain XADD then adds two entries, and
@@ -41,21 +41,23 @@ def command_client(url: str, *, connections: int = _MAX_CONNECTIONS, timeout: fl
     Args:
         url: the URL of Redis.
         connections: how many are open at once. Callers wait for a free one, so more commands at once do not fail.
-        timeout: seconds of silence after which a command fails; `COMMAND_TIMEOUT` unless given.
+        timeout: seconds of silence after which a command, or connecting, fails.
 
     Raises:
         ValueError: when the URL is not valid.
     """
-    return _client(url, socket_timeout=timeout or COMMAND_TIMEOUT, connections=connections)
+    return _client(url, timeout=timeout, connections=connections)
 
 
-def blocking_client(url: str, block: float) -> Redis:
+def blocking_client(url: str, block: float, *, timeout: float = COMMAND_TIMEOUT) -> Redis:
     """A client for reads that block up to `block` seconds: redis-py's own limit of 5 s would end longer ones.
 
+    A read fails after `timeout` seconds more.
+
     Raises:
         ValueError: when the URL is not valid.
     """
-    return _client(url, socket_timeout=block + COMMAND_TIMEOUT, connections=_NO_LIMIT)
+    return _client(url, timeout=timeout, block=block, connections=_NO_LIMIT)
 
 
 class _NoRetry(Retry):
@@ -124,15 +126,15 @@ class _SilenceLimitParser(_AsyncHiredisParser):
             connection._reschedule_active_read_timeout(connection.socket_timeout)  # noqa: SLF001
 
 
-def _client(url: str, *, socket_timeout: float, connections: int) -> Redis:
+def _client(url: str, *, timeout: float, block: float = 0.0, connections: int) -> Redis:
     parsed = parse_redis_url(url)
     options: dict[str, Any] = {
         **parsed.options,
         "protocol": 2,  # replies of 3 have other shapes, and no feature of it is needed
         "retry": _NoRetry(NoBackoff(), 0),
         "parser_class": _SilenceLimitParser,
-        "socket_connect_timeout": COMMAND_TIMEOUT,
-        "socket_timeout": socket_timeout,
+        "socket_connect_timeout": timeout,
+        "socket_timeout": block + timeout,
         "max_connections": connections,
         "timeout": None,
     }

@@ -47,8 +47,9 @@ class Followers:
         Raises:
             ValueError: for a URL that cannot be one.
         """
-        redis = command_client(url, connections=2)
-        return cls(redis, keys, LogReader(redis, blocking_client(url, timings.block), keys, retry, timings))
+        redis = command_client(url, connections=2, timeout=timings.command_timeout)
+        blocking = blocking_client(url, timings.block, timeout=timings.command_timeout)
+        return cls(redis, keys, LogReader(redis, blocking, keys, retry, timings))
 
     def follow(self, request_id: str, after: EntryId, wait: float = 0.0) -> Follower:
         """Return a follower of a request from the place after an entry. Its user calls `leave` at the end.
