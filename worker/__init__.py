@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .client.async_client import Client, State, Status
+    from .client.async_client import Client, RequestHandle, State, Status
     from .client.errors import (
         ClientError,
         Conflict,
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
         UnknownRequest,
         Unreadable,
     )
-    from .client.handles import RequestHandle, SyncRequestHandle
     from .client.new_job import JobOptions
-    from .client.sync_client import SyncClient
+    from .client.sync_client import SyncClient, SyncRequestHandle
     from .contract.answer import Answer, Choice
     from .contract.entries import (
         AnyEntry,
@@ -55,7 +54,6 @@ else:
         "contract.ids",
         "contract.job",
         "contract.records",
-        "client.handles",
         "client.new_job",
         "client.sync_client",
     )

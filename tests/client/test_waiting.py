@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 from story import END, START, Story, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest
-from worker.client.handles import RequestHandle, SyncRequestHandle
+from worker.client.async_client import RequestHandle
+from worker.client.sync_client import SyncRequestHandle
 from worker.contract.entries import Done, Failed, parse
 from worker.contract.ids import BEFORE_ALL, SEAL
 

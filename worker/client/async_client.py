@@ -5,7 +5,7 @@ import enum
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, Self, TypeVar, Unpack
 
 import msgspec
@@ -41,7 +41,6 @@ from .errors import (
 )
 from .following.follower import Follower
 from .following.followers import Followers
-from .handles import RequestHandle
 from .new_job import JobOptions, new_job
 from .timings import Timings
 
@@ -143,7 +142,7 @@ class Client:
         await self._call(self._enqueuer.add, job, queue, timeout)
         return job.id
 
-    async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> RequestHandle:
+    async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> "RequestHandle":
         """Add a chat job, and return a handle to follow and cancel it. Raises what `enqueue` raises."""
         return RequestHandle(await self.enqueue(request, **options), self)
 
@@ -330,3 +329,25 @@ class Client:
         if tail:
             return parse_leniently(*tail[0]), None
         return None, msgspec.json.decode(tombstone, type=Tombstone) if tombstone is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHandle:
+    """What `Client.submit` returns. Its only state is the id, which is all that another process needs."""
+
+    id: str
+    _client: Client = field(repr=False)
+
+    def entries(
+        self, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> AsyncGenerator[AnyEntry]:
+        """See `Client.follow`."""
+        return self._client.follow(self.id, after=after, wait=wait, idle=idle)
+
+    async def result(self) -> Answer:
+        """See `Client.result`."""
+        return await self._client.result(self.id)
+
+    async def cancel(self) -> Status:
+        """See `Client.cancel`."""
+        return await self._client.cancel(self.id)

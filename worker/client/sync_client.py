@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, Unpack
 
 from ..contract.answer import Answer
@@ -15,7 +16,6 @@ from ..contract.keys import DEFAULT_QUEUE
 from ..contract.records import Lifecycle
 from .async_client import Client, Status
 from .errors import ClientError, Misused, Unavailable
-from .handles import SyncRequestHandle
 from .new_job import JobOptions
 
 _T = TypeVar("_T")
@@ -68,7 +68,7 @@ class SyncClient:
         """See `Client.enqueue`."""
         return self._call(lambda: self._client.enqueue(request, **options))
 
-    def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> SyncRequestHandle:
+    def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> "SyncRequestHandle":
         """See `Client.submit`."""
         return SyncRequestHandle(self.enqueue(request, **options), self)
 
@@ -153,3 +153,25 @@ class SyncClient:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
             await self._loop.shutdown_asyncgens()
+
+
+@dataclass(frozen=True, slots=True)
+class SyncRequestHandle:
+    """What `SyncClient.submit` returns."""
+
+    id: str
+    _client: SyncClient = field(repr=False)
+
+    def entries(
+        self, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
+    ) -> Iterator[AnyEntry]:
+        """See `Client.follow`."""
+        return self._client.follow(self.id, after=after, wait=wait, idle=idle)
+
+    def result(self) -> Answer:
+        """See `Client.result`."""
+        return self._client.result(self.id)
+
+    def cancel(self) -> Status:
+        """See `Client.cancel`."""
+        return self._client.cancel(self.id)
