@@ -183,6 +183,11 @@ async def worker(start_worker: StartWorker, simulator: Simulator) -> Worker:
     return await start_worker(simulator)
 
 
+def metric(worker: Worker, name: str, **labels: str) -> float:
+    """The value of a metric of a worker; 0 while there is none with these labels."""
+    return worker.metrics.registry.get_sample_value(f"vllm_relay_{name}", labels) or 0.0
+
+
 async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
     """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
     async with asyncio.timeout(within):

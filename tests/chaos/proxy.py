@@ -19,10 +19,14 @@ class _Deed(enum.Enum):
     CUT_BEFORE = enum.auto()
     DROP_REPLY = enum.auto()
     HOLD = enum.auto()
+    HOLD_REPLY = enum.auto()
 
 
 class Order:
-    """What happens to the next commands that match. `met` is set when the first has arrived, `done` when all have."""
+    """What happens to the next commands that match.
+
+    `met` is set when the first has arrived, `done` when the order was carried out for all.
+    """
 
     def __init__(self, deed: _Deed, command: bytes, reply: bytes, times: int) -> None:
         self.deed = deed
@@ -40,7 +44,7 @@ class Order:
             self.done.set()
 
     def release(self) -> None:
-        """Pass a held command on."""
+        """Pass a held command or reply on."""
         self.released.set()
 
 
@@ -100,13 +104,20 @@ class Proxy:
     def drop_reply(self, command: bytes, *, reply: bytes = b"", times: int = 1) -> Order:
         """Pass a command on, wait for the whole reply, and cut the connection in place of passing that on.
 
-        Replies that do not match `reply` are passed on as ever.
+        Replies that do not match `reply` are passed on.
         """
         return self._order(Order(_Deed.DROP_REPLY, command, reply, times))
 
     def hold(self, command: bytes) -> Order:
         """Keep a command back until it is released or the connection is cut."""
         return self._order(Order(_Deed.HOLD, command, b"", 1))
+
+    def hold_reply(self, command: bytes, *, reply: bytes = b"") -> Order:
+        """Pass a command on, and keep its reply back until that is released or the connection is cut.
+
+        Replies that do not match `reply` are passed on.
+        """
+        return self._order(Order(_Deed.HOLD_REPLY, command, reply, 1))
 
     def half_open(self) -> None:
         """Pass nothing on, and keep every connection open, new ones too."""
@@ -217,13 +228,15 @@ class _Connection:
                     return
 
     async def _drops(self, order: Order) -> bool:
-        """Wait for the reply; returns whether it is to be dropped instead of passed on."""
+        """Wait for the reply, and pass it on at once or when it is released. Returns whether it was dropped."""
         await self._all_answered()
         kept = bytes(self._withheld or b"")
         if not order.done.is_set() and order.reply.search(kept):
             order.strike()
-            self._writer.transport.abort()
-            return True
+            if order.deed is _Deed.DROP_REPLY:
+                self._writer.transport.abort()
+                return True
+            await order.released.wait()
         self._withheld = None
         self._writer.write(kept)
         return False

@@ -4,17 +4,16 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import Entries, StartSimulator, StartWorker, eventually, stream
+from conftest import Entries, StartSimulator, StartWorker, eventually, metric, stream
+from proxy import Proxy
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError
 from structlog.testing import capture_logs
 
 from worker import Answer, Client, State, UnknownRequest
-from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
-from worker.engine.intake import NO_VLLM, REDIS_FULL
+from worker.engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_REFUSES
 from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
@@ -27,10 +26,11 @@ def ask(content: str = "Who are you?") -> dict[str, object]:
 
 
 async def paused(worker: Worker, why: str) -> None:
-    async def it_is() -> bool:
-        return worker._intake.paused == why
+    async def is_paused() -> bool:
+        reasons = [NO_VLLM, REDIS_FULL, REDIS_REFUSES, REDIS_AWAY]
+        return {reason for reason in reasons if metric(worker, "claims_paused", reason=reason)} == {why} - {""}
 
-    await eventually(it_is)
+    await eventually(is_paused)
 
 
 async def log_of(redis: Redis, request_id: str) -> Entries:
@@ -78,41 +78,27 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
         await eventually(answered)
         before = await calls(redis, "xclaim")
         await eventually(outlasted)
-        assert worker.metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 1
         assert not Answer(parse(*entry) for entry in await log_of(redis, request_id)).outcome
     finally:
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
     await paused(worker, "")
-    assert worker.metrics.registry.get_sample_value("vllm_relay_claims_paused", {"reason": REDIS_FULL}) == 0
-    assert worker.metrics.registry.get_sample_value("vllm_relay_lease_lost_total") == 0
-    assert (worker.metrics.registry.get_sample_value("vllm_relay_redis_write_failures_total") or 0) > 0
+    assert metric(worker, "lease_lost_total") == 0
+    assert metric(worker, "redis_write_failures_total") > 0
 
 
 async def test_memory_that_ends_at_the_seal_delays_the_seal(
-    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    seal = LogOwnership.seal
-    refused: list[Exception] = []
-
-    async def seal_without_room(owner: LogOwnership, *args: object, **more: object) -> object:
-        if not refused:
-            await redis.config_set("maxmemory", "1")
-        try:
-            return await seal(owner, *args, **more)  # type: ignore[arg-type]  # as they came
-        except Exception as error:
-            refused.append(error)
-            raise
-
-    monkeypatch.setattr(LogOwnership, "seal", seal_without_room)
-    await start_worker(simulator)
+    first, second = [redis_proxy.hold(str(SEAL).encode()) for _ in range(2)]
+    await start_worker(simulator, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
-
-    async def tried_twice() -> bool:
-        return len(refused) > 1
-
+    await first.met.wait()
+    await redis.config_set("maxmemory", "1")
     try:
-        await eventually(tried_twice)
+        first.release()
+        await second.met.wait()
+        second.release()
         assert (await log_of(redis, request_id))[-1][0] != str(SEAL).encode()
         assert not await redis.exists(f"chat:ended:{{{request_id}}}")
     finally:
@@ -160,49 +146,38 @@ async def test_no_jobs_are_taken_while_redis_is_full(
 
 
 async def test_a_job_that_was_taken_as_redis_became_full_runs_when_there_is_room(
-    client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+    client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """The memory may run out between the probe for room and the job's first entry."""
-    worker = await start_worker(simulator, slots=4)
-    read = worker._jobs.read_new
-
-    async def read_as_the_memory_ends(queue: str, count: int, block_ms: int) -> object:
-        deliveries = await read(queue, count, block_ms)
-        if deliveries:
-            await redis.config_set("maxmemory", "1")
-        return deliveries
-
-    worker._jobs.read_new = read_as_the_memory_ends  # type: ignore[method-assign,assignment]  # to be in between
+    reading = redis_proxy.hold_reply(b"XREADGROUP", reply=b"request")
+    worker = await start_worker(simulator, slots=4, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(ask())
-
-    async def waits() -> bool:
-        return worker._intake.paused == REDIS_FULL and len(worker._running_jobs) == 1
-
+    await reading.done.wait()
+    await redis.config_set("maxmemory", "1")
     try:
-        await eventually(waits)
+        reading.release()
+        await paused(worker, REDIS_FULL)
+        assert metric(worker, "jobs_running") == 1
         assert not simulator.served
     finally:
-        worker._jobs.read_new = read  # type: ignore[method-assign]
         await redis.config_set("maxmemory", "0")
     await whole(redis, client, request_id, "Who are you?")
 
 
-async def test_refusals_that_come_and_go_are_logged_once(start_worker: StartWorker, simulator: Simulator) -> None:
-    worker = await start_worker(simulator, pace=Pace(recheck_writes_after=0.01))
-    asked = 0
-
-    async def refuse_now_and_then() -> None:
-        nonlocal asked
-        asked += 1
-        if asked % 2:
-            raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
-
-    async def asked_often() -> bool:
-        return asked > 20
-
+async def test_refusals_that_come_and_go_are_logged_once(
+    redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, pace=Pace(longest_block=0.01, recheck_writes_after=0.01))
+    await eventually(lambda: redis.hlen("chat:workers"))  # without room it could not start
     configure_logging("json")
     with capture_logs() as logs:
-        worker._jobs.probe_writable = refuse_now_and_then  # type: ignore[method-assign]  # as Redis then does
-        await eventually(asked_often)
-    logged = [line["event"] for line in logs if line["event"].startswith("claims_")]
+        try:
+            for _ in range(10):
+                await redis.config_set("maxmemory", "1")
+                await paused(worker, REDIS_FULL)
+                await redis.config_set("maxmemory", "0")
+                await paused(worker, "")
+        finally:
+            await redis.config_set("maxmemory", "0")
+    logged = [entry["event"] for entry in logs if entry["event"].startswith("claims_")]
     assert logged == ["claims_paused", "claims_resumed"]

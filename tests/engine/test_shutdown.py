@@ -1,18 +1,16 @@
 """A worker that must stop at once: other workers continue its jobs, and nothing is lost."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 from conftest import StartSimulator, StartWorker, eventually
+from proxy import Proxy
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from worker import Answer, Client
-from worker.broker.job_queue import Delivery
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
-from worker.redisio.pipelined import NodeConnections
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.settings import load_settings
@@ -43,22 +41,6 @@ async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -
         return not await pending(redis)
 
     await eventually(nothing_pending)
-
-
-class Held:
-    """Holds back the reply of a call that takes jobs, until it is released."""
-
-    def __init__(self, take: Callable[..., Awaitable[list[Delivery]]]) -> None:
-        self._take = take
-        self.here = asyncio.Event()
-        self.go = asyncio.Event()
-
-    async def __call__(self, *args: object, **more: object) -> list[Delivery]:
-        deliveries = await self._take(*args, **more)
-        if deliveries:
-            self.here.set()
-            await self.go.wait()
-        return deliveries
 
 
 async def test_a_second_stop_signal_loses_nothing(
@@ -108,21 +90,25 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
 
 
-@pytest.mark.parametrize("how", ["read_new", "claim_expired"])
+@pytest.mark.parametrize("command", ["XREADGROUP", "XAUTOCLAIM"])
 async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
-    how: str, client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+    command: str,
+    client: Client,
+    redis: Redis,
+    redis_proxy: Proxy,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(ask())
-    if how == "claim_expired":  # a dead worker had the job
+    if command == "XAUTOCLAIM":  # a dead worker had the job
         await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
         job = (await redis.xpending("chat:jobs", "workers"))["min"]
         await redis.xclaim("chat:jobs", "workers", "dead", 0, [job], idle=2000 * NEVER, justid=True)
-    first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
-    held = Held(getattr(first._jobs, how))
-    setattr(first._jobs, how, held)
-    await held.here.wait()
+    held = redis_proxy.hold_reply(command.encode(), reply=b"request")
+    first = await start_worker(simulator, lease=NEVER, drain_timeout=600, redis_url=redis_proxy.redis_url)
+    await held.done.wait()
     stop_at_once(first)
 
     async def no_other_read_is_out() -> bool:
@@ -131,16 +117,16 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     await eventually(no_other_read_is_out)
     for _ in range(100):  # let the worker do everything that does not depend on the held reply
         await asyncio.sleep(0)
-    held.go.set()
+    held.release()
     await start_worker(simulator, lease=NEVER)
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
 
 
 async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
-    client: Client, redis_url: str, start_simulator: StartSimulator, monkeypatch: pytest.MonkeyPatch
+    client: Client, redis_proxy: Proxy, start_simulator: StartSimulator
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100, tokens=2000)))
-    settings = load_settings(redis_url=redis_url, vllm_urls=simulator.url, drain_timeout=600)
+    settings = load_settings(redis_url=redis_proxy.redis_url, vllm_urls=simulator.url, drain_timeout=600)
     worker = Worker(settings, pace=Pace(last_steps=0.2))
     running = asyncio.create_task(worker.run())
     await client.enqueue(ask())
@@ -148,16 +134,14 @@ async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
     async def runs() -> bool:
         return [served.chunks > 2 for served in simulator.served] == [True]
 
-    async def never(*_: object) -> None:
-        await asyncio.Event().wait()
-
     await eventually(runs)
-    for part, what in ((worker._jobs, "hand_over"), (worker._registry, "remove")):
-        monkeypatch.setattr(part, what, never)
-    monkeypatch.setattr(NodeConnections, "execute", lambda _connections, _commands, _callback: None)
+    handing_over = redis_proxy.hold(b"XCLAIM .* RETRYCOUNT")
     configure_logging("json")
     with capture_logs() as logs:
         stop_at_once(worker)
+        await handing_over.met.wait()
+        redis_proxy.half_open()
         async with asyncio.timeout(30):
             await running
-    assert [line["event"] for line in logs if line["event"].endswith("_failed")] == ["hand_over_failed", "leave_failed"]
+    failed = [entry["event"] for entry in logs if entry["event"].endswith("_failed")]
+    assert failed == ["hand_over_failed", "leave_failed"]
