@@ -14,7 +14,7 @@ from conftest import StartProcess, StartSimulator, StartWorker, eventually, stre
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from story import let_deadline_pass
+from written_log import let_deadline_pass
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status
 from worker.broker.job_queue import JobQueue

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from story import START, Story, user_without_channels
+from written_log import START, WrittenLog, user_without_channels
 
 from worker import Client
 from worker.client.errors import MappedRetry
@@ -40,7 +40,7 @@ async def test_a_cancellation_that_redis_py_loses_still_ends_the_follower(
     *, fails: bool, redis: Redis, redis_url: str
 ) -> None:
     keys = Keys("chat")
-    await Story(redis).write(START)
+    await WrittenLog(redis).write(START)
     async with user_without_channels(redis, redis_url) as deaf_url:
         blocking = LosingRedis()
         blocking.reading, blocking.fails = asyncio.Event(), fails

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from story import END, START, delta
+from written_log import END, START, delta
 
 from worker.client.following.machine import (
     FEED_TRANSITIONS,

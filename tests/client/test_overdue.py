@@ -9,7 +9,7 @@ import pytest
 from conftest import StartWorker, eventually, stream
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import connect, let_deadline_pass, user_without_channels
+from written_log import connect, let_deadline_pass, user_without_channels
 
 from worker import Client, Entry, Failed, Idle, Queued, Refused, State, Status
 from worker.client.following.followers import Followers

@@ -10,7 +10,7 @@ from command import run
 from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
-from story import END, START, Story, delta, user_without_channels
+from written_log import END, START, WrittenLog, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest
 from worker.client.async_client import RequestHandle
@@ -20,8 +20,8 @@ from worker.contract.ids import BEFORE_ALL, SEAL
 
 
 @pytest.fixture
-def story(redis: Redis) -> Story:
-    return Story(redis)
+def log(redis: Redis) -> WrittenLog:
+    return WrittenLog(redis)
 
 
 async def idle(entries: AsyncIterator[Entry]) -> Idle:
@@ -40,24 +40,24 @@ async def until(entries: AsyncIterator[Entry], last: Entry) -> list[Entry]:
     return seen
 
 
-async def test_idle_is_yielded_whenever_nothing_has_come_and_following_goes_on(client: Client, story: Story) -> None:
+async def test_idle_is_yielded_whenever_nothing_has_come_and_following_goes_on(client: Client, log: WrittenLog) -> None:
     """With `wait_for(anext(…))` in place of `idle`, the first timeout ends the generator."""
-    await story.write(START)
+    await log.write(START)
     async with aclosing(client.follow("r", idle=0.05)) as entries:
         assert await until(entries, START) == [START]
         for _ in range(3):
             assert (await idle(entries)).id == START.id
-        await story.append(delta(1, 1), delta(1, 2))
+        await log.append(delta(1, 1), delta(1, 2))
         assert await until(entries, delta(1, 2)) == [delta(1, 1), delta(1, 2)]
         assert (await idle(entries)).id == (1, 2)
-        await story.append(delta(1, 3), END)
+        await log.append(delta(1, 3), END)
         assert await until(entries, END) == [delta(1, 3), END]
 
 
 async def test_idle_is_yielded_while_redis_does_not_answer_until_patience_ends(
-    redis_proxy: Proxy, story: Story
+    redis_proxy: Proxy, log: WrittenLog
 ) -> None:
-    await story.write(START)
+    await log.write(START)
     async with Client(redis_proxy.redis_url, patience=0.3) as client:
         redis_proxy.refuse()
         await redis_proxy.cut()
@@ -67,8 +67,8 @@ async def test_idle_is_yielded_while_redis_does_not_answer_until_patience_ends(
                 [entry async for entry in entries]
 
 
-async def test_idle_is_yielded_to_a_follower_that_polls(redis: Redis, redis_url: str, story: Story) -> None:
-    await story.write(START)
+async def test_idle_is_yielded_to_a_follower_that_polls(redis: Redis, redis_url: str, log: WrittenLog) -> None:
+    await log.write(START)
     async with (
         user_without_channels(redis, redis_url) as deaf_url,
         Client(deaf_url) as client,
@@ -77,16 +77,16 @@ async def test_idle_is_yielded_to_a_follower_that_polls(redis: Redis, redis_url:
         assert await until(entries, START) == [START]
         for _ in range(3):
             assert (await idle(entries)).id == START.id
-        await story.write(delta(1, 1), END)
+        await log.write(delta(1, 1), END)
         assert await until(entries, END) == [delta(1, 1), END]
 
 
 @pytest.mark.parametrize("reads", [True, False])
 async def test_a_follower_with_idle_may_stop_at_any_time(
-    *, reads: bool, redis_url: str, redis_proxy: Proxy, story: Story
+    *, reads: bool, redis_url: str, redis_proxy: Proxy, log: WrittenLog
 ) -> None:
     before = asyncio.all_tasks()
-    await story.write(START)
+    await log.write(START)
     async with Client(redis_proxy.redis_url if reads else redis_url) as client:
         async with aclosing(client.follow("r", idle=0.05)) as entries:
             if reads:
@@ -96,7 +96,7 @@ async def test_a_follower_with_idle_may_stop_at_any_time(
                 await until(entries, START)
 
         async def nobody_listens() -> bool:
-            return not await story.subscribers()
+            return not await log.subscribers()
 
         await eventually(nobody_listens)
         await redis_proxy.cut()
@@ -114,10 +114,10 @@ async def test_handles_follow_with_the_arguments_of_their_client() -> None:
         assert list(signature(entries).parameters.values()) == asked
 
 
-async def test_a_handle_waits_for_its_log(client: Client, story: Story, redis_url: str) -> None:
+async def test_a_handle_waits_for_its_log(client: Client, log: WrittenLog, redis_url: str) -> None:
     async with aclosing(RequestHandle("r", client).entries(wait=30, idle=0.05)) as entries:
         assert (await idle(entries)).id == BEFORE_ALL
-        await story.write(START, END)
+        await log.write(START, END)
         assert await until(entries, END) == [START, END]
 
     def synchronously() -> list[Entry]:
@@ -134,20 +134,22 @@ async def test_idle_is_not_an_entry_of_a_log(client: Client) -> None:
         await anext(client.follow("r", idle=0))
 
 
-async def test_open_raises_before_the_first_entry(client: Client, redis: Redis, story: Story, redis_url: str) -> None:
+async def test_open_raises_before_the_first_entry(
+    client: Client, redis: Redis, log: WrittenLog, redis_url: str
+) -> None:
     """A server can then answer 404 or 410."""
     with pytest.raises(UnknownRequest):
         await client.open("r")
     await redis.set("chat:ended:{r}", '{"outcome":"done","time":5}', ex=60)
     with pytest.raises(Expired):
         await client.open("r")
-    await story.write(START, delta(1, 1))
+    await log.write(START, delta(1, 1))
     with pytest.raises(IncompleteLog):
         await client.open("r", after=str(SEAL))
-    await story.write(END)
+    await log.write(END)
     with pytest.raises(IncompleteLog):
         await client.open("r", after="1-2")
-    for after, is_seen in ((None, story.written), ("0", story.written), ("1-0", story.written[1:]), (str(SEAL), [])):
+    for after, is_seen in ((None, log.written), ("0", log.written), ("1-0", log.written[1:]), (str(SEAL), [])):
         assert [entry async for entry in await client.open("r", after=after)] == is_seen
 
     def synchronously() -> list[Entry]:
@@ -157,8 +159,8 @@ async def test_open_raises_before_the_first_entry(client: Client, redis: Redis, 
             assert list(blocking.open("r", after="1-1")) == [END]
             return list(blocking.follow("r", wait=1, idle=1))
 
-    assert await asyncio.to_thread(synchronously) == story.written
-    await redis.xtrim(story.key, maxlen=1, approximate=False)
+    assert await asyncio.to_thread(synchronously) == log.written
+    await redis.xtrim(log.key, maxlen=1, approximate=False)
     with pytest.raises(IncompleteLog):
         await client.open("r")
 
@@ -173,13 +175,13 @@ async def read_all(client: Client, how: str, wait: float) -> list[Entry]:
 
 
 @pytest.mark.parametrize("how", ["follow", "open", "pour"])
-async def test_a_log_that_is_not_there_yet_is_waited_for(how: str, client: Client, story: Story) -> None:
+async def test_a_log_that_is_not_there_yet_is_waited_for(how: str, client: Client, log: WrittenLog) -> None:
     """A job that a bare XADD added has no log until a worker takes it."""
     reading = asyncio.create_task(read_all(client, how, wait=30))
     for _ in range(20):
         await asyncio.sleep(0)
-    await story.write(START, delta(1, 1), END)
-    assert await reading == story.written
+    await log.write(START, delta(1, 1), END)
+    assert await reading == log.written
 
 
 @pytest.mark.parametrize("how", ["follow", "open", "pour"])
@@ -188,25 +190,25 @@ async def test_a_log_that_does_not_appear_in_time_is_unknown(how: str, client: C
         await read_all(client, how, wait=0.05)
 
 
-async def test_idle_is_yielded_while_a_log_is_waited_for(client: Client, story: Story) -> None:
+async def test_idle_is_yielded_while_a_log_is_waited_for(client: Client, log: WrittenLog) -> None:
     async with aclosing(client.follow("r", wait=30, idle=0.05)) as entries:
         assert (await idle(entries)).id == BEFORE_ALL
-        await story.write(START, END)
+        await log.write(START, END)
         assert await until(entries, END) == [START, END]
 
 
 async def test_following_a_complete_answer_from_its_seal_yields_nothing_and_exits_with_0(
-    redis_url: str, story: Story, redis: Redis
+    redis_url: str, log: WrittenLog, redis: Redis
 ) -> None:
     """It is so for `worker follow --after` too."""
-    await story.write(START, Delta(id=delta(1, 1).id, content="whole"))
+    await log.write(START, Delta(id=delta(1, 1).id, content="whole"))
     unended = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
     assert (unended.status, unended.out) == (1, "")
-    await story.write(Done(id=SEAL, attempt=1))
+    await log.write(Done(id=SEAL, attempt=1))
     ended = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (0, "")
-    await redis.delete(story.key)
-    await story.write(START, Failed(id=SEAL, attempt=1, code="deadline"))
+    await redis.delete(log.key)
+    await log.write(START, Failed(id=SEAL, attempt=1, code="deadline"))
     failed = await run("follow", "r", "--after", str(SEAL), REDIS_URL=redis_url)
     assert (failed.status, failed.out) == (1, "")
     assert "error" in failed.err

@@ -49,7 +49,7 @@ async def user_without_channels(redis: Redis, url: str) -> AsyncIterator[str]:
     await redis.acl_deluser("deaf")
 
 
-class Story:
+class WrittenLog:
     """A log, written and published to its feed by hand."""
 
     def __init__(self, redis: Redis, request_id: str = "r", channel: str = "") -> None:
