@@ -1,9 +1,9 @@
-"""Made-up streams of servers that do not stream as vLLM does, as bytes: a table with a line for each of them.
+"""Streams of servers that do not stream as vLLM does, made by hand: a table of bytes with a row for each stream.
 
-openai's own client and ours read each of them (`tests/contract/test_streams.py`), and both must get the same message.
-Where openai's client fails or loses something, the line has the right message.
+openai's own client and ours read each stream (`tests/contract/test_streams.py`), and both must get the same message.
+Where openai's client fails or loses something, the row has the right message.
 
-`x` is the event of one chunk, given its delta and its finish reason, and further fields of the choice.
+`x` is the event of one chunk, given its delta, its finish reason, and further fields of the choice.
 """
 
 import json
@@ -15,19 +15,19 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stream:
-    """One stream. `item` is the item of issue 21 that it belongs to."""
+    """One stream. `group` is the part of the format in which the stream differs (issue 21)."""
 
-    item: str
+    group: str
     shows: str
     body: bytes
     right: Object | None = None
-    """The right message where openai's client gets another one or fails; None where it gets the right one.
+    """The right message if openai's client gets another one or fails; None if it gets the right one.
 
-    It has `finish_reason` (`stop` when left out), `logprobs` and `usage`, and no empty values.
+    It has `finish_reason` (`stop` if left out), `logprobs` and `usage`, and no empty values.
     """
 
     def __str__(self) -> str:
-        return f"{self.item}: {self.shows}"
+        return f"{self.group}: {self.shows}"
 
 
 HEAD: Object = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1700000000, "model": "m"}
@@ -44,7 +44,7 @@ def chunk(*choices: Object, **more: object) -> bytes:
 
 
 def x(delta: object, finish_reason: object = None, **choice: object) -> bytes:
-    """The event of a chunk as it is in most streams."""
+    """The event of a usual chunk, with one choice."""
     return chunk({"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason} | choice)
 
 
@@ -64,7 +64,7 @@ def piece(name: str | None = "", arguments: str | None = "", **more: object) -> 
 
 
 def raw(delta: str, **choice: str) -> bytes:
-    """The event of a chunk, of JSON as it is written here."""
+    """The event of a chunk with the given pieces of JSON as they are."""
     choice = {"index": "0", "delta": delta, "finish_reason": "null"} | choice
     text = ",".join(f'"{name}":{value}' for name, value in choice.items())
     return b"data: " + json.dumps(HEAD)[:-1].encode() + f',"choices":[{{{text}}}]}}\n\n'.encode()
@@ -98,117 +98,119 @@ def whole(*events: bytes) -> bytes:
 
 
 STREAMS = [
-    Stream("A2", "tool calls beside an empty text", whole(x({"tool_calls": [F | {"index": 0}]}, text=""))),
-    Stream("A2", "content beside an empty text", whole(x({"content": "hi"}, text=""))),
-    Stream("A2", "content beside a text of null", whole(x({"content": "hi"}, text=None))),
-    Stream("A2", "a text of all so far", whole(x({"content": "a"}, text="a"), x({"content": "b"}, text="ab"))),
-    Stream("A2", "text alone",
+    Stream("text", "tool calls beside an empty text", whole(x({"tool_calls": [F | {"index": 0}]}, text=""))),
+    Stream("text", "content beside an empty text", whole(x({"content": "hi"}, text=""))),
+    Stream("text", "content beside a text of null", whole(x({"content": "hi"}, text=None))),
+    Stream("text", "a text of all so far", whole(x({"content": "a"}, text="a"), x({"content": "b"}, text="ab"))),
+    Stream("text", "text alone",
            chunk({"index": 0, "text": "a"}) + chunk({"index": 0, "text": "b", "finish_reason": "stop"}) + DONE,
            {"content": "ab"}),
-    Stream("A3", "two calls in pieces",
+    Stream("tools", "two calls in pieces",
            whole(call("f", index=0, id="c", type="function"), call(None, "{", index=0),
                  call("g", index=1, id="d", type="function"), call(None, "[]", index=1), call(None, "}", index=0))),
-    Stream("A3", "an empty id, name and type",
+    Stream("tools", "an empty id, name and type",
            whole(call("f", "{", index=0, id="c", type="function"), call("", "}", index=0, id="", type="")),
            {"tool_calls": [F | {"type": "function"}]}),
-    Stream("A3", "an empty id and name", whole(call("f", "{", index=0, id="c"), call("", "}", index=0, id=""))),
-    Stream("A3", "two calls at one index", whole(calls(F | {"index": 0}), calls(G | {"index": 0})), TWO_CALLS),
-    Stream("A3", "two calls at one index in one chunk", whole(calls(F | {"index": 0}, G | {"index": 0})), TWO_CALLS),
-    Stream("A3", "calls without an index", whole(calls(F), calls(G)), TWO_CALLS),
-    Stream("A3", "calls without an index, in pieces",
+    Stream("tools", "an empty id and name", whole(call("f", "{", index=0, id="c"), call("", "}", index=0, id=""))),
+    Stream("tools", "two calls at one index", whole(calls(F | {"index": 0}), calls(G | {"index": 0})), TWO_CALLS),
+    Stream("tools", "two calls at one index in one chunk", whole(calls(F | {"index": 0}, G | {"index": 0})), TWO_CALLS),
+    Stream("tools", "calls without an index", whole(calls(F), calls(G)), TWO_CALLS),
+    Stream("tools", "calls without an index, in pieces",
            whole(call("f", "{", id="c"), call("", "}"), call("g", "[", id="d"), call("", "]")), TWO_CALLS),
-    Stream("A3", "calls without index and id", whole(call("f", "{}"), call("g", "[]")),
+    Stream("tools", "calls without index and id", whole(call("f", "{}"), call("g", "[]")),
            {"tool_calls": [piece("f", "{}"), piece("g", "[]")]}),
-    Stream("A3", "calls at one index without ids", whole(call("f", "{}", index=0), call("g", "[]", index=0)),
+    Stream("tools", "calls at one index without ids", whole(call("f", "{}", index=0), call("g", "[]", index=0)),
            {"tool_calls": [piece("f", "{}"), piece("g", "[]")]}),
-    Stream("A3", "an empty call", whole(calls({}), x({"content": "hi"})), {"content": "hi"}),
-    Stream("A3", "a call of an index and a type", whole(call(index=0, type="function"), x({"content": "hi"})),
+    Stream("tools", "an empty call", whole(calls({}), x({"content": "hi"})), {"content": "hi"}),
+    Stream("tools", "a call of an index and a type", whole(call(index=0, type="function"), x({"content": "hi"})),
            {"content": "hi"}),
-    Stream("A3", "a new id in every piece",
+    Stream("tools", "a new id in every piece",
            whole(call("f", index=0, id="c"), call(None, "{", index=0, id="d"), call(None, "}", index=0, id="e")),
            {"tool_calls": [F]}),
-    Stream("A3", "the same id and name in every piece",
+    Stream("tools", "the same id and name in every piece",
            whole(call("f", "{", index=0, id="c"), call("f", "}", index=0, id="c")), {"tool_calls": [F]}),
-    Stream("A3", "the input of a custom tool",
+    Stream("tools", "the input of a custom tool",
            whole(calls({"index": 0, "id": "c", "type": "custom", "custom": {"name": "x", "input": "a"}}),
                  calls({"index": 0, "custom": {"input": "b"}}))),
-    Stream("A5", "the whole message beside an empty delta",
+    Stream("message", "the whole message beside an empty delta",
            ROLE + x({"content": "hi"}) + x({}, "stop", message=HI) + DONE),
-    Stream("A5", "the whole message beside a delta of null",
+    Stream("message", "the whole message beside a delta of null",
            ROLE + x({"content": "hi"}) + x(None, "stop", message=HI) + DONE, {"content": "hi"}),
-    Stream("A5", "the whole message without a delta",
+    Stream("message", "the whole message without a delta",
            ROLE + x({"content": "hi"}) + chunk({"index": 0, "finish_reason": "stop", "message": HI}) + DONE,
            {"content": "hi"}),
-    Stream("A5", "the whole message alone", chunk({"index": 0, "finish_reason": "stop", "message": HI}) + DONE,
+    Stream("message", "the whole message alone", chunk({"index": 0, "finish_reason": "stop", "message": HI}) + DONE,
            {"content": "hi"}),
-    Stream("A6", "a refusal", whole(x({"refusal": "I can"}), x({"refusal": "not"}))),
-    Stream("A6", "audio",
+    Stream("fields", "a refusal", whole(x({"refusal": "I can"}), x({"refusal": "not"}))),
+    Stream("fields", "audio",
            whole(x({"audio": {"id": "a", "transcript": "Hi"}}), x({"audio": {"transcript": " you", "data": "AA"}}),
                  x({"audio": {"expires_at": 7}}))),
-    Stream("A6", "audio with its id and time in every piece",
+    Stream("fields", "audio with its id and time in every piece",
            whole(*(x({"audio": {"id": "a", "transcript": text, "expires_at": 7}}) for text in ("Hi", " you"))),
            {"audio": {"id": "a", "transcript": "Hi you", "expires_at": 7}}),
-    Stream("A6", "reasoning_details", whole(thought(text="hm"), thought(text=", so"))),
-    Stream("A6", "reasoning_details that repeat their format",
+    Stream("fields", "reasoning_details", whole(thought(text="hm"), thought(text=", so"))),
+    Stream("fields", "reasoning_details that repeat their format",
            whole(thought(text="hm", format="x"), thought(text=", so", format="x")),
            {"reasoning_details": [{"type": "reasoning.text", "index": 0, "text": "hm, so", "format": "x"}]}),
-    Stream("A6", "reasoning_details of two types at one index",
+    Stream("fields", "reasoning_details of two types at one index",
            whole(thought(text="hm"), thought(type="reasoning.encrypted", data="AA")),
            {"reasoning_details": [{"type": "reasoning.text", "index": 0, "text": "hm"},
                                   {"type": "reasoning.encrypted", "index": 0, "data": "AA"}]}),
-    Stream("A6", "a function_call",
+    Stream("fields", "a function_call",
            whole(x({"function_call": {"name": "f", "arguments": ""}}), x({"function_call": {"arguments": "{"}}),
                  x({"function_call": {"arguments": "}"}}))),
-    Stream("A6", "content parts",
+    Stream("fields", "content parts",
            x({"content": [{"type": "text", "text": "a"}]}) + x({"content": [{"type": "text", "text": "b"}]}) + END,
            {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}),
-    Stream("A6", "content in parts, and then as text",
+    Stream("fields", "content in parts, and then as text",
            x({"content": [{"type": "thinking", "thinking": []}]}) + x({"content": "a"}) + x({"content": "b"}) + END,
            {"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "ab"}]}),
-    Stream("A6", "images", whole(image("x", index=0), image("y", index=1))),
-    Stream("A6", "images without an index", whole(image("x"), image("y")),
+    Stream("fields", "images", whole(image("x", index=0), image("y", index=1))),
+    Stream("fields", "images without an index", whole(image("x"), image("y")),
            {"images": [{"image_url": {"url": "x"}}, {"image_url": {"url": "y"}}]}),
-    Stream("A6", "annotations",
+    Stream("fields", "annotations",
            whole(x({"content": "a", "annotations": [{"type": "url_citation"}]}),
                  x({"annotations": [{"type": "file_citation"}]})),
            {"content": "a", "annotations": [{"type": "url_citation"}, {"type": "file_citation"}]}),
-    Stream("A6", "a field that nobody knows", whole(x({"aside": "a"}), x({"aside": "b"}))),
-    Stream("A6", "reasoning under both of its names", whole(x({"reasoning": "a", "reasoning_content": "a"})),
+    Stream("fields", "an unknown field", whole(x({"aside": "a"}), x({"aside": "b"}))),
+    Stream("fields", "reasoning under both of its names", whole(x({"reasoning": "a", "reasoning_content": "a"})),
            {"reasoning": "a"}),
-    Stream("A3", "an index as text and as a number",
+    Stream("tools", "an index as text and as a number",
            whole(x({"tool_calls": [{"index": "0", "id": "a", "function": {"name": "f", "arguments": "{"}}]}),
                  x({"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}))),
-    Stream("A6", "refusals of two choices",
+    Stream("fields", "refusals of two choices",
            whole(x({"refusal": "a"}, index=1), x({"refusal": "b"}), x({"refusal": "c"}, "stop", index=1))),
-    Stream("A10", "a null list among logprobs", whole(SURE, x({"content": "b"}, logprobs={"content": None}), SURE)),
-    Stream("A10", "null among logprobs", whole(SURE, x({"content": "b"}), SURE)),
-    Stream("A10", "an empty list among logprobs", whole(SURE, x({"content": "b"}, logprobs={"content": []}), SURE)),
-    Stream("A10", "logprobs of a refusal",
+    Stream("logprobs", "a null list among logprobs",
+           whole(SURE, x({"content": "b"}, logprobs={"content": None}), SURE)),
+    Stream("logprobs", "null among logprobs", whole(SURE, x({"content": "b"}), SURE)),
+    Stream("logprobs", "an empty list among logprobs",
+           whole(SURE, x({"content": "b"}, logprobs={"content": []}), SURE)),
+    Stream("logprobs", "logprobs of a refusal",
            whole(*(x({"refusal": text}, logprobs={"content": None, "refusal": [LOGPROB]}) for text in "ab"))),
-    Stream("A10", "a number that is too large",
+    Stream("logprobs", "a number that is too large",
            whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-1e999}]}')),
            {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
-    Stream("A10", "a number that is none",
+    Stream("logprobs", "a number that is infinite",
            whole(raw('{"content":"a"}', logprobs='{"content":[{"token":"a","logprob":-Infinity}]}')),
            {"content": "a", "logprobs": {"content": [{"token": "a"}]}}),
-    Stream("A12", "a last event with one line end", ROLE + x({"content": "a"}) + STOP[:-1], {"content": "a"}),
-    Stream("A12", "a last event without a line end", ROLE + x({"content": "a"}) + STOP[:-2], {"content": "a"}),
-    Stream("A12", "several data lines of an event, each a chunk",
+    Stream("framing", "a last event with one line end", ROLE + x({"content": "a"}) + STOP[:-1], {"content": "a"}),
+    Stream("framing", "a last event without a line end", ROLE + x({"content": "a"}) + STOP[:-2], {"content": "a"}),
+    Stream("framing", "several data lines of an event, each a chunk",
            whole(x({"content": "a"})[:-1] + x({"content": "b"})), {"content": "ab"}),
-    Stream("A15", "an object as tool calls", whole(x({"content": "a", "tool_calls": {"id": "c"}})), {"content": "a"}),
-    Stream("A15", "null among tool calls", whole(x({"content": "a", "tool_calls": [None]})), {"content": "a"}),
-    Stream("A15", "odd token ids", whole(x({"content": "a"}, token_ids=[[1]]), x({"content": "b"}, token_ids=[0.5]))),
-    Stream("A15", "the prompt's token ids as text",
+    Stream("types", "an object as tool calls", whole(x({"content": "a", "tool_calls": {"id": "c"}})), {"content": "a"}),
+    Stream("types", "null among tool calls", whole(x({"content": "a", "tool_calls": [None]})), {"content": "a"}),
+    Stream("types", "odd token ids", whole(x({"content": "a"}, token_ids=[[1]]), x({"content": "b"}, token_ids=[0.5]))),
+    Stream("types", "the prompt's token ids as text",
            whole(chunk({"index": 0, "delta": {"content": "a"}}, prompt_token_ids="1 2"))),
-    Stream("A15", "an object as finish reason", ROLE + x({"content": "a"}) + x({}, {"type": "stop"}) + DONE,
+    Stream("types", "an object as finish reason", ROLE + x({"content": "a"}) + x({}, {"type": "stop"}) + DONE,
            {"content": "a"}),
-    Stream("A15", "an index as text", whole(x({"content": "a"}, index="0")), {"content": "a"}),
-    Stream("A15", "a character in two chunks, each with half of a surrogate pair",
+    Stream("types", "an index as text", whole(x({"content": "a"}, index="0")), {"content": "a"}),
+    Stream("types", "a character in two chunks, each with half of a surrogate pair",
            whole(raw('{"content":"a\\ud83d"}'), raw('{"content":"\\ude42b"}')), {"content": "a🙂b"}),
-    Stream("A16", "usage in the choice", ROLE + x({"content": "a"}) + x({}, "stop", usage=USED) + DONE,
+    Stream("usage", "usage in the choice", ROLE + x({"content": "a"}) + x({}, "stop", usage=USED) + DONE,
            {"content": "a", "usage": USED}),
-    Stream("A16", "usage after [DONE]", ROLE + x({"content": "a"}) + STOP + DONE + chunk(usage=USED),
+    Stream("usage", "usage after [DONE]", ROLE + x({"content": "a"}) + STOP + DONE + chunk(usage=USED),
            {"content": "a", "usage": USED}),
-    Stream("A16", "usage after the end", ROLE + x({"content": "a"}) + STOP + chunk(usage=USED) + DONE),
-    Stream("A16", "another id in each chunk", whole(x({"content": "a"}).replace(b"chatcmpl-1", b"chatcmpl-2"))),
+    Stream("usage", "usage after the end", ROLE + x({"content": "a"}) + STOP + chunk(usage=USED) + DONE),
+    Stream("usage", "another id in each chunk", whole(x({"content": "a"}).replace(b"chatcmpl-1", b"chatcmpl-2"))),
 ]  # fmt: skip

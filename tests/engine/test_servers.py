@@ -137,7 +137,6 @@ async def test_a_job_whose_model_a_server_denies_does_not_take_the_model_from_ot
 async def test_a_job_whose_model_one_server_denies_goes_to_the_other(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """A1 and A11."""
     async with Choosy() as choosy:
         good = await start_simulator()
         await start_worker(choosy, good, tries=1)
