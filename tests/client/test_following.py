@@ -940,6 +940,20 @@ async def test_a_page_that_does_not_come_in_time_is_read_in_smaller_ones(
     assert reader.seen == log.written
 
 
+async def test_a_timeout_does_not_hide_that_missing_entries_are_void(
+    redis: Redis, redis_proxy: Proxy, *, pours: bool
+) -> None:
+    """Two entries of each attempt are read for that, also where the first read of them gets no reply."""
+    log = WrittenLog(redis)
+    await log.write(*HOLE, *BEGAN_AGAIN)
+    held = redis_proxy.hold(b"XRANGE .* COUNT 2$")
+    async with aclosing(connect(redis_proxy.redis_url, Timings(command_timeout=0.1))) as followers:
+        reader = Reader(followers, pours=pours)
+        await reader.task
+    assert held.done.is_set()
+    assert reader.seen == log.written
+
+
 async def test_a_page_has_a_limited_number_of_bytes(followers: Followers, log: WrittenLog) -> None:
     """1,000 entries of 6.5 kB would otherwise be one reply."""
     await log.write(START, *(Delta(id=EntryId(1, n), content="x" * 6500) for n in range(1, 500)), END)

@@ -66,7 +66,7 @@ class LogReader:
         """
         is_cursor = is_first and after != BEFORE_ALL
         if must_exist or is_first:
-            tombstone, raw, exists = await self._retry(self._read_all, request_id, after, size, inclusive=is_cursor)
+            tombstone, raw, exists = await self._retry(self._read_checked, request_id, after, size, inclusive=is_cursor)
             if not raw and not exists:
                 raise gone(request_id, tombstone)
         else:
@@ -195,9 +195,9 @@ class LogReader:
             IncompleteLog: when it does not and never will, because the request has ended.
             UnknownRequest, Expired: when the log is gone.
         """
-        place, size = before, PageSize(2)
+        place, count = before, 2
         while place != SEAL:  # Redis refuses a range that begins after the greatest id
-            tombstone, raw, exists = await self._retry(self._read_all, request_id, place, size, inclusive=False)
+            tombstone, raw, exists = await self._retry(self._read_all, request_id, place, count, inclusive=False)
             if not raw and not exists:
                 raise gone(request_id, tombstone)
             for entry_id, flat in raw:
@@ -208,7 +208,7 @@ class LogReader:
                     return True
                 if entry.id == SEAL:
                     raise IncompleteLog(request_id, before, is_cursor=is_cursor)
-            if len(raw) < size.entries:
+            if len(raw) < count:
                 if tombstone is not None:  # the tombstone is written with the seal, which was deleted
                     break
                 return False
@@ -220,13 +220,19 @@ class LogReader:
         self._check_open()
         key = self._keys.tokens(request_id)
         with _shrinking_on_timeout(size):
-            (raw,) = await self._batcher.execute(key, _xrange(key, after, size, inclusive=False), 1)
+            (raw,) = await self._batcher.execute(key, _xrange(key, after, size.entries, inclusive=False), 1)
         return cast("list[_Raw]", raw)
 
-    async def _read_all(
+    async def _read_checked(
         self, request_id: str, after: EntryId, size: PageSize, *, inclusive: bool
     ) -> tuple[bytes | None, list[_Raw], bool]:
-        """Read the tombstone, what the log has after a place, and whether the log exists.
+        with _shrinking_on_timeout(size):
+            return await self._read_all(request_id, after, size.entries, inclusive=inclusive)
+
+    async def _read_all(
+        self, request_id: str, after: EntryId, count: int, *, inclusive: bool
+    ) -> tuple[bytes | None, list[_Raw], bool]:
+        """Read the tombstone, up to `count` entries of the log after a place, and whether the log exists.
 
         The tombstone is read first. It is written with the seal, so a request without one has a log to be read after
         it, unless nothing is known of the request.
@@ -234,10 +240,9 @@ class LogReader:
         self._check_open()
         key = self._keys.tokens(request_id)
         get = pack(b"GET", self._keys.ended(request_id).encode())
-        xrange = _xrange(key, after, size, inclusive=inclusive)
-        with _shrinking_on_timeout(size):
-            packed = get + xrange + pack(b"EXISTS", key.encode())
-            tombstone, raw, exists = await self._batcher.execute(key, packed, 3)
+        xrange = _xrange(key, after, count, inclusive=inclusive)
+        packed = get + xrange + pack(b"EXISTS", key.encode())
+        tombstone, raw, exists = await self._batcher.execute(key, packed, 3)
         return tombstone, cast("list[_Raw]", raw), bool(exists)
 
     async def _xread(self, key: str, after: EntryId, size: PageSize) -> _Streams:
@@ -262,9 +267,9 @@ def _shrinking_on_timeout(size: PageSize) -> Iterator[None]:
         raise
 
 
-def _xrange(key: str, after: EntryId, size: PageSize, *, inclusive: bool) -> bytes:
+def _xrange(key: str, after: EntryId, count: int, *, inclusive: bool) -> bytes:
     start = b"%d-%d" if inclusive else b"(%d-%d"
-    return pack(b"XRANGE", key.encode(), start % after, b"+", b"COUNT", b"%d" % size.entries)
+    return pack(b"XRANGE", key.encode(), start % after, b"+", b"COUNT", b"%d" % count)
 
 
 def _parsed(raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]) -> Iterator[AnyEntry]:
