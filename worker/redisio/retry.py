@@ -10,9 +10,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
+from redis.exceptions import WatchError
+
 from ..telemetry.events import Failing, Recovered, Telemetry
 from .advice import advice_on, advice_on_silence
-from .errors import is_transient, redacted_message
+from .errors import is_lost_connection, is_transient, redacted_message
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -63,26 +65,41 @@ class Outage:
 
     The application builds one and hands it to every `RetryUntilAvailable`. The outage is over when no operation is
     being retried any more and the last one succeeded.
+
+    A new outage within `quiet_for` seconds after the start of the last reported one is reported only if it lasts beyond
+    them: at the edge of its memory, or with slow replicas, Redis refuses commands now and then.
     """
 
-    def __init__(self, telemetry: Telemetry, what: str = "redis_unavailable") -> None:
+    def __init__(self, telemetry: Telemetry, what: str = "redis_unavailable", *, quiet_for: float = 30.0) -> None:
         self._telemetry = telemetry
         self._what = what
+        self._quiet_for = quiet_for
         self._retried = 0
         """Operations that have failed and are being retried now."""
+        self._is_reported = False
+        self._reported_at = float("-inf")
+        """When the last reported outage began, by the monotonic clock in seconds."""
 
     def begin(self) -> None:
         """An operation failed for the first time and is going to be retried."""
         self._retried += 1
 
     def report(self, error: BaseException, advice: str = "") -> None:
-        """A try failed."""
+        """A try failed. A conflict with another client's write is no outage."""
+        if isinstance(error, WatchError) and not is_lost_connection(error):
+            return
+        if not self._is_reported:
+            now = time.monotonic()
+            if now - self._reported_at <= self._quiet_for:
+                return
+            self._is_reported, self._reported_at = True, now
         self._telemetry.emit(failing(self._what, error, advice))
 
     def end(self, *, is_over: bool) -> None:
         """An operation is no longer retried: it succeeded (`is_over`) or was given up."""
         self._retried -= 1
-        if is_over and not self._retried:
+        if is_over and not self._retried and self._is_reported:
+            self._is_reported = False
             self._telemetry.emit(Recovered(self._what))
 
 
