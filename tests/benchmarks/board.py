@@ -1,4 +1,4 @@
-"""What the processes of a run share, in a file in memory: counters, when each token was written, and latencies read.
+"""The shared memory of the processes of a run: counters, the time of each written token, and the measured latencies.
 
 All times are nanoseconds of CLOCK_MONOTONIC, which is one clock for all processes of a machine.
 """
@@ -22,17 +22,17 @@ class Count(IntEnum):
     OPEN = 0
     """Streams that the load generator has open now."""
     OPENED = 1
-    """Streams that it has ever opened."""
+    """Streams that it has opened since its start."""
     WRITTEN = 2
     """Tokens that it has written."""
     LATE = 3
     """Of these, those written more than 5 ms after they were due."""
     WITHHELD = 4
-    """Tokens that were due and not written, for their stream had too much unsent."""
+    """Tokens that were due but not written, because their stream had too many unsent bytes."""
     READ = 5
     """Deltas that the reader has seen."""
     STRAY = 6
-    """Deltas that the reader saw with another text than the one written: lost, doubled or out of order before it."""
+    """Deltas whose text is not the one that was written next: a delta was lost, doubled or out of order."""
 
 
 _READ = int(Count.READ)
@@ -60,7 +60,7 @@ class Board:
 
     @classmethod
     def create(cls, path: Path, streams: int) -> Self:
-        """A new file for at most `streams` streams."""
+        """Create a file for at most `streams` streams."""
         ring = max(256, 1 << (_TOKENS // streams).bit_length() - 1)
         with path.open("w+b") as file:
             file.truncate(_HEADER.size + 8 * (_COUNTERS + streams * ring + 2 * _SAMPLES))
@@ -70,7 +70,7 @@ class Board:
 
     @classmethod
     def attach(cls, path: Path) -> Self:
-        """The file that another process has created."""
+        """Open the file that another process has created."""
         with path.open("r+b") as file:
             shared = mmap.mmap(file.fileno(), 0)
         streams, ring, _, _ = _HEADER.unpack_from(shared)
@@ -80,7 +80,7 @@ class Board:
         return self.counters[count]
 
     def add(self, arrived: int, latency: int) -> None:
-        """Note what the reader saw; the oldest are forgotten. It is made to cost little: every reader pays for it."""
+        """Record a delta that the reader saw, in place of the oldest record. It is cheap: every reader pays for it."""
         number, samples = self._seen, self._samples
         place = 2 * (number % _SAMPLES)
         samples[place] = arrived
@@ -89,13 +89,13 @@ class Board:
         self.counters[_READ] = number
 
     def samples(self, first: int) -> list[Sample]:
-        """What the reader saw from its sample `first` on, as far as it is remembered."""
+        """The records of the reader from number `first` on, as far as they are kept."""
         count = self.counters[Count.READ]
         places = (2 * (number % _SAMPLES) for number in range(max(first, count - _SAMPLES), count))
         return [Sample(self._samples[place], self._samples[place + 1]) for place in places]
 
 
 def folder() -> Path:
-    """Where files in memory live, or files at all where there is no such place."""
+    """The folder for files in memory, or for temporary files if there is none."""
     memory = Path("/dev/shm")  # noqa: S108 - what is made there has a random name
     return memory if os.access(memory, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108

@@ -1,4 +1,4 @@
-"""The bridges that are compared, and how each is started; ours is the real worker with everything on."""
+"""The bridges that are compared, and how each is started. Ours is the real worker with all of its features."""
 
 import hashlib
 import os
@@ -17,19 +17,19 @@ _BRIDGES = _HERE / "bridges"
 _ROOT = _HERE.parents[1]
 _SLOTS = 8192
 _NODE_OPTIONS = ("--single-threaded-gc", "--max-semi-space-size=2")
-"""On its one core the collector of Node 20 has no use for threads, and the nursery of 16 MiB that it has by default
-takes 6 to 10 ms to go through: with these it holds 20,000/s within 5 ms, without them 3,000/s."""
+"""On one core the garbage collector of Node 20 has no use for threads, and collecting its default nursery of 16 MiB
+takes 6 to 10 ms. With these options Node holds 20,000/s within 5 ms, without them 3,000/s."""
 
 
-class NotAtHand(RuntimeError):
-    """What a bridge needs is not on this machine."""
+class NotInstalled(RuntimeError):
+    """A program that a bridge needs is not installed on this machine."""
 
 
 @dataclass(frozen=True)
 class Bridge:
     """A program that brings tokens from vLLM to Redis, started with `command(port of vLLM, port of Redis)`.
 
-    It takes its jobs from the job stream, or where `by_lines` from lines `<first> <count>` on its standard input.
+    It takes its jobs from the job stream or, with `by_lines`, from lines `<first> <count>` on its standard input.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Bridge:
     environment: Callable[[int, int], Mapping[str, str]] = field(default=lambda _vllm, _redis: {})
     by_lines: bool = False
     first_entries: int = 0
-    """How many entries of a log come before its first delta."""
+    """The number of entries in a log before its first delta."""
 
     @contextmanager
     def running(self, vllm: int, redis: int, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
-        """The process, killed in the end. What it prints goes to `log`."""
+        """The running process, which is killed at the end. Its output goes to `log`."""
         rest = {name: value for name, value in os.environ.items() if not name.startswith(("WORKER_", "VLLM_"))}
         environment = rest | {"PYTHONPATH": str(_ROOT)} | dict(self.environment(vllm, redis))
-        with log.open("wb") as said:
+        with log.open("wb") as output:
             process = subprocess.Popen(
                 self.command(vllm, redis),
                 stdin=subprocess.PIPE,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 env=environment,
                 cwd=log.parent,
             )
@@ -64,7 +64,7 @@ class Bridge:
 
 
 def ours() -> Bridge:
-    """The worker: ids, leases, parsing, metrics and all. Only its limits are as wide as the benchmark needs them."""
+    """The real worker with all of its features. Only its limits are set as high as the benchmark needs them."""
 
     def environment(vllm: int, redis: int) -> dict[str, str]:
         return {
@@ -72,7 +72,7 @@ def ours() -> Bridge:
             "REDIS_URL": _redis(redis),
             "WORKER_SLOTS": str(_SLOTS),
             "WORKER_METRICS": f"127.0.0.1:{free_port()}",
-            # Streams that are held open for their memory are silent for long.
+            # The streams whose memory is measured are silent for a long time.
             "WORKER_GAP_TIMEOUT": "3600",
             "WORKER_LOG_FORMAT": "json",
         }
@@ -84,7 +84,7 @@ def ours() -> Bridge:
 
 
 def straightforward() -> Bridge:
-    """The worker of a good tutorial."""
+    """A worker as a good tutorial has it."""
     script = str(_BRIDGES / "straightforward.py")
     return Bridge(
         "straightforward", "httpx, json, awaited xadd",
@@ -93,7 +93,7 @@ def straightforward() -> Bridge:
 
 
 def floor(folder: Path) -> Bridge:
-    """The least: a few lines of C, or of Python where there is no compiler. `folder` is for the program."""
+    """The minimum: a few lines of C, or of Python if there is no compiler. The program is built in `folder`."""
     compiler = shutil.which("cc")
     if compiler is None:
         command, what = [sys.executable, str(_BRIDGES / "floor.py")], "minimal Python, for there is no C compiler"
@@ -104,14 +104,14 @@ def floor(folder: Path) -> Bridge:
 
 
 def node() -> Bridge:
-    """The lean worker of a good Node engineer.
+    """A lean worker, as a good Node engineer writes it.
 
     Raises:
-        NotAtHand: without node and npm, or when npm cannot install what it needs.
+        NotInstalled: if node or npm is missing, or if npm cannot install the packages.
     """
     program, npm = shutil.which("node"), shutil.which("npm")
     if program is None or npm is None:
-        raise NotAtHand("node and npm are not on this machine")
+        raise NotInstalled("node and npm are not on this machine")
     script = _installed(npm) / "bridge.mjs"
     return Bridge(
         "node", "undici, eventsource-parser, ioredis",
@@ -120,7 +120,7 @@ def node() -> Bridge:
 
 
 def _installed(npm: str) -> Path:
-    """A folder of the user's cache with the script and its packages, installed there once for each list of them."""
+    """The folder with the script and its packages in the user's cache. npm runs once for each list of packages."""
     wanted = (_BRIDGES / "node" / "package.json").read_bytes()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "vllm-relay-benchmarks" / hashlib.sha256(wanted).hexdigest()[:16]
@@ -131,7 +131,7 @@ def _installed(npm: str) -> Path:
         command = [npm, "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise NotAtHand(f"npm cannot install its packages: {done.stderr.strip()[-200:]}")
+            raise NotInstalled(f"npm cannot install its packages: {done.stderr.strip()[-200:]}")
         (folder / "installed").touch()
     return folder
 

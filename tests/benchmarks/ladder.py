@@ -10,18 +10,18 @@ _LEAST = 50.0
 
 
 class Verdict(enum.Enum):
-    """What came of one rate."""
+    """The result of one rate."""
 
     HELD = "held"
     LOST = "lost"
     """The bridge was too slow."""
     VOID = "void"
-    """The load generator was: nothing is known of the bridge."""
+    """The load generator was too slow: the result does not show anything about the bridge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Highest:
-    """The highest rate that was held; `at_least` where it was the load generator that could not go further."""
+    """The highest rate that was held. With `at_least`, the load generator could not go further."""
 
     rate: float
     at_least: bool = False

@@ -1,10 +1,10 @@
-"""The load generator, a process of its own: a vLLM that writes tokens at a given rate, each at its own time.
+"""The load generator, a separate process: a vLLM that writes tokens at a given rate, each at its own time.
 
     load.py <board>
 
-It prints its port. On standard input it is told `pace <tokens/s> <tokens in a write>`, `end` (all streams come to
-their end) and nothing more: the end of the input ends it. Tokens go to the streams in turn, each due at its own time
-of a fixed schedule; what the kernel does not take waits, as it would in vLLM.
+It prints its port. On standard input it reads the commands `pace <tokens/s> <tokens in a write>` and `end`, which ends
+all streams. The process ends with its input. Tokens go to the streams in turn, each at its own time of a fixed
+schedule. Bytes that the kernel does not accept wait, as they would in vLLM.
 """
 
 import ctypes
@@ -22,10 +22,10 @@ from chunks import MODELS, Stream
 
 _LATE = 5_000_000
 _TICK = 1_000_000
-"""Nanoseconds between two looks at the sockets."""
+"""Nanoseconds between two polls of the sockets."""
 _SHORTEST_SLEEP = 50_000
-"""Nanoseconds, in which Redis and the reader get the core where they share it: tokens that are nearer to each other
-than this are written one right after the other."""
+"""Nanoseconds. On a shared core, Redis and the reader run meanwhile. Tokens that are closer together are written one
+right after the other."""
 _MOST_UNSENT = 1 << 16
 _PR_SET_TIMERSLACK = 29
 
@@ -34,7 +34,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 class Connection:
-    """One connection of a client: what it has sent, and what it has not yet taken."""
+    """One connection of a client: the bytes that it sent, and those that it has not accepted yet."""
 
     def __init__(self, peer: socket.socket) -> None:
         self.peer = peer
@@ -63,7 +63,7 @@ class Load:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port on which the process listens."""
         return int(self._listener.getsockname()[1])
 
     def _begin(self, rate: float, together: int) -> None:
@@ -74,7 +74,7 @@ class Load:
         self._writes = 0
 
     def run(self) -> None:
-        """Until standard input ends."""
+        """Serve until standard input ends."""
         look = time.monotonic_ns()
         while True:
             due = self._started + self._writes * self._gap if self._streams else float("inf")
@@ -89,7 +89,7 @@ class Load:
                 self._write(now)
 
     def _write(self, now: int) -> None:
-        """Write what is due, but look at the sockets in between when there is too much of it."""
+        """Write the tokens that are due. Where there are too many, stop after a tick to poll the sockets."""
         streams, gap, started, together = self._streams, self._gap, self._started, self._together
         until = now + _TICK
         while streams and (due := started + self._writes * gap) <= now < until:
@@ -126,17 +126,17 @@ class Load:
             sent = to.peer.send(data)
         except BlockingIOError:
             sent = 0
-        except OSError:  # the reading side tells of it too
+        except OSError:  # reading from the socket shows it too
             return
         if sent < len(data):
             to.unsent = data[sent:]
             self._poll.modify(to.peer, select.EPOLLIN | select.EPOLLOUT)
 
     def _serve(self, timeout: float) -> bool:
-        """Look at the sockets; false when standard input has ended."""
+        """Poll the sockets. Returns false when standard input has ended."""
         for descriptor, events in self._poll.poll(timeout):
             if descriptor == 0:
-                if not self._told():
+                if not self._read_commands():
                     return False
             elif descriptor == self._listener.fileno():
                 self._accept()
@@ -144,7 +144,7 @@ class Load:
                 self._advance(self._connections[descriptor], events)
         return True
 
-    def _told(self) -> bool:
+    def _read_commands(self) -> bool:
         lines = os.read(0, 65536)
         for line in lines.decode().splitlines():
             match line.split():
@@ -197,7 +197,7 @@ class Load:
             self._counters[Count.OPEN] = len(self._streams)
 
     def _answer(self, connection: Connection) -> None:
-        """Answer a request that is whole."""
+        """Answer a request once all of it has arrived."""
         head, end, body = connection.received.partition(b"\r\n\r\n")
         length = int(found[1]) if (found := _LENGTH.search(head)) else 0
         if not end or len(body) < length:
@@ -232,7 +232,7 @@ def main() -> None:
     # Linux wakes a sleeper 50 microseconds late by default: too coarse a clock for 20,000 tokens a second.
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     load = Load(Board.attach(Path(sys.argv[1])))
-    print(load.port, flush=True)  # noqa: T201 - its first line is for whoever started it
+    print(load.port, flush=True)  # noqa: T201 - the process that started this one reads the port
     gc.disable()
     load.run()
 

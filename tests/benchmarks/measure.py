@@ -1,4 +1,4 @@
-"""What is measured from outside: the CPU and the memory of a process, what Redis has done, and numbers out of many."""
+"""Measuring from outside: the CPU and the memory of a process, the counters of Redis, and statistics."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from redis import Redis
 
 _CPUCLOCK_SCHED = 2
 _FIRST = -20
-"""The niceness that gets all of a core where others want it too."""
+"""The niceness with which a process gets all of a core that others want too."""
 TICKS = os.sysconf("SC_CLK_TCK")
 """In a second."""
 
@@ -45,7 +45,7 @@ def cpu_of_others(ours: Container[int]) -> Counter[int]:
 
 @contextmanager
 def kept_apart(measured: Collection[int], others: Collection[int]) -> Iterator[None]:
-    """Meanwhile the processes that are measured have the last core of the machine, and these others the rest.
+    """Meanwhile run the measured processes on the last core of the machine, and these others on the rest.
 
     Where a few cores are busy, the processes push each other from one to another, and wait for one while another is
     idle.
@@ -68,7 +68,7 @@ def _keep_to(cores: Iterable[int], *pids: int) -> None:
 
 @contextmanager
 def undisturbed(measured: int, others: Iterable[int]) -> Iterator[None]:
-    """Meanwhile the process that is measured, and these others, wait for nothing else that the machine does.
+    """Meanwhile run the measured process and these others before everything else on the machine.
 
     The others are put in the kernel's real-time class, in which a load generator is on time. Who is measured is not: it
     may need all of a core, and that class leaves a twentieth of it to the rest. Where this is not allowed, nothing
@@ -97,7 +97,7 @@ def _schedule(policy: int, priority: int, pids: Iterable[int]) -> None:
 
 
 def _threads(pid: int) -> list[int]:
-    """Those that a process has by now; none if it has ended, which others tell."""
+    """The threads of a process; none if it has ended."""
     try:
         return [int(thread.name) for thread in Path(f"/proc/{pid}/task").iterdir()]
     except OSError:
@@ -111,7 +111,7 @@ def resident(pid: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RedisState:
-    """What Redis has done, from its INFO."""
+    """The counters of Redis, from its INFO."""
 
     added: int
     """Entries that XADD has added to streams."""
@@ -119,7 +119,7 @@ class RedisState:
 
 
 def redis_state(redis: "Redis") -> RedisState:
-    """Two sections of INFO at once; Redis 6.2 gives no two of them in one."""
+    """Read two sections of INFO at once; Redis 6.2 does not return two of them for one command."""
     pipe = redis.pipeline(transaction=False)
     pipe.info("commandstats")
     pipe.info("memory")
@@ -129,19 +129,19 @@ def redis_state(redis: "Redis") -> RedisState:
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """The smallest value that at least `part` percent of all do not exceed; NaN of none."""
+    """The smallest value that at least `part` percent of all do not exceed; NaN if there is no value."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(len(values) * part / 100) - 1)]
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """The median of what could be measured."""
+    """The median of the values that could be measured."""
     there = [value for value in values if value is not None and not math.isnan(value)]
     return median_of(there) if there else None
 
 
 def many_files() -> None:
-    """Allow as many open files as the machine does: each stream is one, in each process."""
+    """Raise the limit of open files to the machine's: each stream is one, in each process."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,4 +1,4 @@
-"""The reader, a process of its own: it follows some of the logs with blocking XREADs, and notes each delta's latency.
+"""The reader, a separate process: it follows some of the logs with blocking XREADs, and records each delta's latency.
 
     reader.py <board> <port of Redis> <logs of one XREAD> <first stream> <end> <step>
 
@@ -41,13 +41,13 @@ class Connection:
         self.ask()
 
     def ask(self) -> None:
-        """Wait for what comes after the last entries seen."""
-        # hiredis 3.5 says that it takes a tuple of one.
+        """Wait for entries after the last ones."""
+        # The types of hiredis 3.5 allow a tuple of one element only.
         command: Any = (b"XREAD", b"COUNT", b"1000", b"BLOCK", b"0", b"STREAMS", *self._last, *self._last.values())
         self.peer.sendall(hiredis.pack_command(command))
 
     def read(self) -> None:
-        """Take what has come."""
+        """Handle the entries that have arrived."""
         self._replies.feed(self.peer.recv(1 << 20))
         now = time.monotonic_ns()
         while (reply := self._replies.gets()) is not False:

@@ -1,5 +1,5 @@
-"""The reading side: what it costs to follow many requests in one process, with a blocking XREAD each, with one for all,
-and with the library's own `Client`.
+"""The reading side: the cost of following many requests in one process, with a blocking XREAD for each, with one XREAD
+for all, and with the library's own `Client`.
 """
 
 import os
@@ -26,14 +26,14 @@ _KEPT = 0.97
 
 @dataclass(frozen=True)
 class Follower:
-    """A way to follow requests: its process is told the board, the port of Redis and what `arguments` says."""
+    """A way to follow requests. Its process gets the board, the port of Redis and `arguments`."""
 
     name: str
     what: str
     script: str
     arguments: Callable[[int], list[int]]
     feed: bool
-    """Whether the writer publishes to the feed; nobody else's figures shall pay for that."""
+    """Whether the writer publishes to the feed. The figures of the others must not include that cost."""
 
 
 FOLLOWERS = {
@@ -84,7 +84,7 @@ class Reading:
         time.sleep(_SETTLED)
 
     def follow(self, follower: Follower, logs: int) -> None:
-        """Begin to read, and read all that is there."""
+        """Start a follower, and wait until it has read all entries so far."""
         arguments = map(str, follower.arguments(logs))
         self._follower = self._stack.enter_context(helper(follower.script, self._path, self._port, *arguments))
         self._stack.enter_context(kept_apart([self._follower.pid], [os.getpid()]))
@@ -97,7 +97,7 @@ class Reading:
         time.sleep(_SETTLED)
 
     def window(self, run: Run, what: str) -> tuple[_Moment, _Moment]:
-        """Its beginning and its end: of the first window in which the machine does nothing else, or of the last try."""
+        """The begin and end of the first window in which the machine does nothing else, or of the last try."""
         tries = 0
         while True:
             others = cpu_of_others(self._pids)
@@ -114,7 +114,7 @@ class Reading:
             return before, after
 
     def look(self) -> _Moment:
-        """What has been done so far."""
+        """The counts so far."""
         return _Moment(
             time.monotonic_ns(), self.board[Count.WRITTEN], self.board[Count.READ], cpu_of(self._redis.pid),
             cpu_of(self._follower.pid) if self._follower else 0,
@@ -157,7 +157,7 @@ def _tell(
     figures[f"read_us_{logs}"], figures[f"read_redis_us_{logs}"] = own + redis, redis
     figures[f"read_p50_{logs}"], figures[f"read_p99_{logs}"] = percentile(latencies, 50), percentile(latencies, 99)
     rate = read * 1e9 / (after.time - before.time)
-    run.tell(
+    run.show(
         f"  {logs:,} followed: {rate:,.0f}/s read, {own:.1f} µs here and {redis:.1f} µs in Redis each, "
         f"p50 {figures[f'read_p50_{logs}']:.2f} ms, p99 {figures[f'read_p99_{logs}']:.2f} ms"
     )

@@ -23,7 +23,7 @@ from worker.contract.entries import Delta, Entry
 
 
 def taker(board: Board, number: int, begun: asyncio.Future[None]) -> Callable[[Entry], None]:
-    """Notes the entries of one request."""
+    """Records the entries of one request."""
     seen, times, ring = 0, board.times, board.ring
     first = number * ring
 
@@ -58,8 +58,8 @@ async def follow_all(board: Board, port: int, logs: int, *, pours: bool) -> None
         followers = [asyncio.create_task(way(f"r{number}", take)) for number, take in enumerate(takers)]
         events: set[asyncio.Future[Any]] = {ended, asyncio.gather(*begun), *followers}
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        # As the worker does, and a gateway would: what is there by now stays, and collecting it would be most of the
-        # latency. A library leaves that to the process it is in.
+        # The worker does this too, and a gateway would. The objects so far stay, and collecting them again and again
+        # would be most of the latency. A library leaves that to the process that it runs in.
         gc.collect()
         gc.freeze()
         gc.set_threshold(10_000, 100, 10)

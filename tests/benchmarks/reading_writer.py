@@ -1,9 +1,9 @@
-"""The writer of the reading side, a process of its own: many logs at a steady rate, with or without the feed.
+"""The writer of the reading side, a separate process: many logs at a steady rate, with or without the feed.
 
     reading_writer.py <board> <port of Redis> <logs> <feed: 0 or 1>
 
-As the worker does, it writes what is due in one MULTI, and tells the feed of it in the next, once Redis has taken it.
-It prints a line when every log has begun, is then told `pace <deltas/s>` on standard input, and ends with it.
+As the worker does, it writes the due entries in one MULTI, and publishes them in the next, once Redis has accepted
+them. It prints a line when every log has begun. Then it reads `pace <deltas/s>` from standard input, and ends with it.
 """
 
 import gc
@@ -40,18 +40,18 @@ class Writer:
         self._replies = hiredis.Reader()
         self._keys = [key_of(number).encode() for number in range(logs)]
         self._channels = [Keys().feed(f"r{number}").encode() for number in range(logs)]
-        self._to_tell: list[tuple[bytes, ...]] = []
+        self._unpublished: list[tuple[bytes, ...]] = []
         self._rate = 0.0
         self._began = 0
         self._written = self._due_before = 0
 
     def begin(self) -> None:
-        """Every log gets its first entry."""
+        """Write the first entry of every log."""
         begun = (b"type", b"started", b"v", b"1", b"queue", b"default", b"job", b"0-1", b"worker", b"w", b"owner", b"o")
         self._exchange([(b"XADD", key, b"1-0", *begun, b"time", b"1") for key in self._keys])
 
     def run(self) -> None:
-        """Until standard input ends."""
+        """Write until standard input ends."""
         poll = select.poll()
         poll.register(0, select.POLLIN)
         look = time.monotonic_ns()
@@ -61,11 +61,11 @@ class Writer:
                 time.sleep((look - now) / 1e9)
                 continue
             look = max(look + _TICK, now)
-            if poll.poll(0) and not self._told():
+            if poll.poll(0) and not self._read_commands():
                 return
             self._write(int((now - self._began) * self._rate / 1e9) + self._due_before)
 
-    def _told(self) -> bool:
+    def _read_commands(self) -> bool:
         lines = os.read(0, 4096).decode().splitlines()
         for line in lines:
             self._rate = float(line.removeprefix("pace "))
@@ -73,11 +73,11 @@ class Writer:
         return bool(lines)
 
     def _write(self, upto: int) -> None:
-        """Write all that is due, and tell the feed of what was due before."""
-        if upto <= self._written and not self._to_tell:
+        """Write the entries that are due, and publish those of the write before."""
+        if upto <= self._written and not self._unpublished:
             return
         commands: list[tuple[bytes, ...]] = [(b"MULTI",)]
-        told, self._to_tell = self._to_tell, []
+        messages, self._unpublished = self._unpublished, []
         now = time.monotonic_ns()
         for delta in range(self._written, upto):
             number, log = divmod(delta, self._logs)
@@ -88,12 +88,12 @@ class Writer:
             commands.append((b"XADD", self._keys[log], b"NOMKSTREAM", entry_id, *fields))
             if self._feed:
                 entry = f'[["{entry_id.decode()}",{_JSON[number % len(_WORDS)]}]]'
-                self._to_tell.append((b"PUBLISH", self._channels[log], entry.encode()))
-        self._exchange([*commands, *told, (b"EXEC",)])
+                self._unpublished.append((b"PUBLISH", self._channels[log], entry.encode()))
+        self._exchange([*commands, *messages, (b"EXEC",)])
         self._board.counters[Count.WRITTEN] = self._written = max(upto, self._written)
 
     def _exchange(self, commands: list[tuple[bytes, ...]]) -> None:
-        # hiredis 3.5 says that it takes a tuple of one.
+        # The types of hiredis 3.5 allow a tuple of one element only.
         packed: list[Any] = list(commands)
         self._redis.sendall(b"".join(map(hiredis.pack_command, packed)))
         waiting = len(commands)
@@ -113,7 +113,7 @@ def main() -> None:
     board, port, logs, feed = sys.argv[1:]
     writer = Writer(Board.attach(Path(board)), int(port), int(logs), feed=feed == "1")
     writer.begin()
-    print("begun", flush=True)  # noqa: T201 - for whoever started it
+    print("begun", flush=True)  # noqa: T201 - the process that started this one waits for it
     gc.disable()
     writer.run()
 

@@ -1,4 +1,4 @@
-"""What a run has found, for people and for programs: medians, ratios beside what is to be reached, and the machine."""
+"""The results of a run, for people and for programs: medians, ratios beside their targets, and the machine."""
 
 import os
 import platform
@@ -58,7 +58,7 @@ _READING = (
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Where and when it was measured."""
+    """The machine and the date of a run."""
 
     date: str
     cpu: str
@@ -70,7 +70,7 @@ class Machine(msgspec.Struct, frozen=True):
 
     @property
     def line(self) -> str:
-        """For people."""
+        """The machine in one line, for people."""
         node = f", Node {self.node}" if self.node else ""
         programs = f"Redis {self.redis}, Python {self.python}{node}"
         return f"{self.date}: {self.cpu}, {self.cores} cores, {self.system}, {programs}"
@@ -78,7 +78,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure, and what it must reach.
+    """A figure and its target.
 
     It is the figure itself, or its ratio in each round to the best of `others`, or to the figure `of` the same one.
     """
@@ -111,7 +111,7 @@ class Target:
         return value >= self.reach if self.at_least else value <= self.reach
 
     def gross(self, value: float) -> bool:
-        """Whether it is a ratio that is missed by more than a factor of two."""
+        """Whether it is a ratio that misses its target by more than a factor of two."""
         bound = self.reach / _GROSS if self.at_least else self.reach * _GROSS
         return self.is_ratio and (value < bound if self.at_least else value > bound)
 
@@ -191,7 +191,7 @@ class Report(msgspec.Struct, kw_only=True):
 
     @property
     def gross(self) -> list[str]:
-        """The ratios that are missed by more than a factor of two."""
+        """The ratios that miss their target by more than a factor of two."""
         values = [(target, self.ratios[target.what]) for target in TARGETS]
         return [
             f"{target.what}: {value:.2f}, to reach: {_bound(target)}"
@@ -201,7 +201,7 @@ class Report(msgspec.Struct, kw_only=True):
 
 
 def this_machine() -> Machine:
-    """What is under the figures."""
+    """The machine on which this process runs."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

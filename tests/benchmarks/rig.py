@@ -1,4 +1,4 @@
-"""One bridge at work: a load generator before it, a Redis of its own behind it, and a reader of some of its logs."""
+"""One bridge at work, between a load generator and a Redis of its own, with a reader of some of its logs."""
 
 import json
 import os
@@ -23,18 +23,18 @@ from worker.sandbox.embedded_redis import start_redis
 
 _HERE = Path(__file__).parent
 _OF_AN_XREAD = 4
-"""Logs that the reader waits for at once. More would cost Redis more at each delta."""
+"""Logs in one XREAD of the reader. More of them would cost Redis more for each delta."""
 _PATIENCE = 120.0
 _SETTLED = 0.5
 _ON_TIME = 0.99
 _IDLE = 0.2
 """The part of a core that a bridge may need for streams that are open and silent."""
 _PROBES = 10
-"""More XADDs than an idle worker sends meanwhile, to see whether Redis takes writes."""
-_LOOKS = 200
+"""More XADDs than an idle worker sends meanwhile: it probes whether Redis accepts writes."""
+_SAMPLE_TRIES = 200
 _AT_ONCE = 10_000_000
-"""Nanoseconds within which a look must be done, or it is done again: where the core is full this process may have to
-wait in the middle of it, and then what Redis has added is older than what was written."""
+"""Nanoseconds within which all counts of a sample must be read; otherwise they are read again. On a full core this
+process may have to wait between two of them, and then the count of Redis is older than that of the load generator."""
 ELSE = 0.016
 """The part of a core that other processes may take; the kernel's own upkeep takes half of it."""
 _KEPT = 0.97
@@ -42,12 +42,12 @@ _KEPT = 0.97
 
 
 class RigFailed(RuntimeError):
-    """Something did not happen in time, or a process has ended."""
+    """A condition did not come true in time, or a process has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What happened in some seconds of steady load. Times are in microseconds, latencies in milliseconds."""
+    """The figures of some seconds of steady load. Times are in microseconds, latencies in milliseconds."""
 
     seconds: float
     rate: float
@@ -62,7 +62,7 @@ class Window:
     p50: float
     p99: float
     memory: int
-    """What Redis's memory grew by, in bytes."""
+    """The growth of Redis's memory, in bytes."""
     others_cpu: float
     """The part of a core that everything else on the machine took."""
 
@@ -73,17 +73,17 @@ class Window:
 
     @property
     def on_time(self) -> bool:
-        """Whether it did so when each token was due: without this, latencies say nothing."""
+        """Whether it wrote each token when it was due: latencies are valid only then."""
         return self.paced and self.late <= (1 - _ON_TIME) * self.written
 
     @property
     def disturbed(self) -> bool:
-        """Whether the machine did something else besides, which then is most of the p99."""
+        """Whether the machine did something else too, which then is most of the p99."""
         return self.others_cpu > ELSE
 
     @property
     def kept(self) -> bool:
-        """Whether the bridge brought what was written."""
+        """Whether the bridge kept up with the load generator."""
         return self.replied >= _KEPT * self.written
 
     @property
@@ -110,7 +110,7 @@ class Rig:
 
     @property
     def name(self) -> str:
-        """The bridge's."""
+        """The name of the bridge."""
         return self._bridge.name
 
     @property
@@ -120,7 +120,7 @@ class Rig:
 
     @property
     def opened(self) -> int:
-        """How many streams have been asked for."""
+        """How many streams were opened."""
         return self._enqueued
 
     def __enter__(self) -> Self:
@@ -172,9 +172,9 @@ class Rig:
     def apart(self) -> Iterator[None]:
         """Meanwhile the bridge has a core of its own, and nothing else of the machine comes before it or the load.
 
-        So every bridge is measured in one place. Left to itself the kernel has a bridge now on the core of the load
-        generator and now not, for minutes at a time, and what waking it costs, more than half of what the floor takes,
-        comes and goes with it. This process, which asks Redis and looks through /proc, is elsewhere too.
+        So every bridge is measured in the same place. Otherwise the kernel runs a bridge on the core of the load
+        generator for some minutes and elsewhere for others, and the cost of waking it comes and goes with that: more
+        than half of the CPU of the floor. This process, which queries Redis and reads /proc, runs on another core too.
         """
         pid, others = self.bridge_pid, self._others
         with kept_apart([pid], [*others, os.getpid()]), undisturbed(pid, others):
@@ -183,16 +183,16 @@ class Rig:
     def pace(self, rate: float, together: int = 1) -> None:
         """Write so many tokens a second from now on, so many of a stream at once."""
         self._rate = rate
-        self._tell(f"pace {rate} {together}")
+        self._send(f"pace {rate} {together}")
 
     def window(self, seconds: float) -> Window:
         """Watch the load for some seconds."""
         first = self.board[Count.READ]
         ours = {os.getpid(), self.bridge_pid, *self._others}
-        others = cpu_of_others(ours)  # at both ends outside of what is watched: it takes 10 ms
-        before = self._look()
+        others = cpu_of_others(ours)  # outside of the window at both ends, since it takes 10 ms
+        before = self._sample()
         time.sleep(seconds)
-        after = self._look()
+        after = self._sample()
         others = cpu_of_others(ours) - others
         latencies = [
             sample.latency / 1e6 for sample in self.board.samples(first) if before.time <= sample.arrived <= after.time
@@ -215,32 +215,32 @@ class Rig:
         return self.window(seconds)
 
     def warmed_up(self, rate: float, seconds: float) -> None:
-        """Write so much for some seconds: what a bridge loads or connects at its first tokens is in no window."""
+        """Write at a rate for some seconds. No window then has what a bridge loads or connects at its first tokens."""
         self.pace(rate)
         time.sleep(seconds)
         self.drained()
 
     def drained(self) -> None:
-        """Write no more, and wait until all that was written is in Redis."""
+        """Stop writing, and wait until all tokens are in Redis."""
         self.pace(0)
         self._quiet()
 
     def _quiet(self) -> None:
-        """Wait until the bridge does nothing."""
+        """Wait until the bridge is idle."""
         deadline = time.monotonic() + _PATIENCE
-        before = self._look()
+        before = self._sample()
         while True:
             time.sleep(_SETTLED)
-            after = self._look()
+            after = self._sample()
             busy = (after.cpu[-1] - before.cpu[-1]) / (after.time - before.time)
             if after.added - before.added < _PROBES and busy < _IDLE:
                 return
             if time.monotonic() > deadline:
-                raise RigFailed(f"{self._bridge.name} is still busy after {_PATIENCE:g} s{self._said()}")
+                raise RigFailed(f"{self._bridge.name} is still busy after {_PATIENCE:g} s{self._output()}")
             before = after
 
     def missing(self) -> int:
-        """How many of the tokens that were written have no entry, counted in the logs themselves; first drain it."""
+        """How many of the written tokens have no entry in the logs. Call `drained` before."""
         pipe = self.redis.pipeline(transaction=False)
         for number in range(self._enqueued):
             pipe.xlen(key_of(number))
@@ -248,8 +248,8 @@ class Rig:
         return int(self.board[Count.WRITTEN] - entries)
 
     def end(self) -> None:
-        """Let every stream come to its end."""
-        self._tell("end")
+        """End every stream."""
+        self._send("end")
 
     def cpu_now(self) -> int:
         """CPU that the bridge has used, in nanoseconds."""
@@ -268,10 +268,10 @@ class Rig:
             entries += self.redis.xlen(key_of(number))
         return used / max(1, entries)
 
-    def _look(self) -> "_Moment":
+    def _sample(self) -> "_Moment":
         self._check()
         processes = (self._load, self._reader, self._redis_process, self._process)
-        for _ in range(_LOOKS):
+        for _ in range(_SAMPLE_TRIES):
             began = time.monotonic_ns()
             state = redis_state(self.redis)
             moment = _Moment(
@@ -280,9 +280,9 @@ class Rig:
             )  # fmt: skip
             if time.monotonic_ns() - began < _AT_ONCE:
                 return moment
-        raise RigFailed(f"{self.name}: this process gets no time to look at what happens")
+        raise RigFailed(f"{self.name}: this process gets too little CPU time to read the counts")
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._load.stdin is not None
         self._load.stdin.write(f"{line}\n".encode())
         self._load.stdin.flush()
@@ -292,18 +292,18 @@ class Rig:
         while not condition():
             self._check()
             if time.monotonic() > deadline:
-                raise RigFailed(f"{self._bridge.name}: not within {_PATIENCE:g} s: {what}{self._said()}")
+                raise RigFailed(f"{self._bridge.name}: not within {_PATIENCE:g} s: {what}{self._output()}")
             time.sleep(0.01)
 
     def _check(self) -> None:
-        """Whether all still runs."""
+        """Raise an error if a process has ended."""
         for name, process in (("load", self._load), ("reader", self._reader), (self._bridge.name, self._process)):
             if process.poll() is not None:
-                raise RigFailed(f"{name} has ended with {process.returncode}{self._said()}")
+                raise RigFailed(f"{name} has ended with status {process.returncode}{self._output()}")
 
-    def _said(self) -> str:
+    def _output(self) -> str:
         text = self._log.read_text(errors="replace")[-2000:]
-        return f"; it said:\n{text}" if text else ""
+        return f"; its output:\n{text}" if text else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/run.py --rounds 3 --json report.json --plot report.svg
 
-It wants the machine for itself: on one that does something else besides, little more than the ratios of CPU holds.
+The benchmark needs the machine for itself: where other programs run too, little but the ratios of CPU is valid.
 """
-# ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
+# ruff: noqa: E402 - where the project is not installed, the imports below need the changed sys.path
 
 import signal
 import sys
@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 import click
 import msgspec
-from bridge import Bridge, NotAtHand, floor, node, ours, straightforward
+from bridge import Bridge, NotInstalled, floor, node, ours, straightforward
 from measure import many_files
 from plot import svg
 from reading import FOLLOWERS, reading
@@ -33,33 +33,33 @@ _PARTS: dict[str, tuple[Callable[[Bridge, Run], Figures], tuple[str, ...]]] = {
     "open": (open_streams, ("straightforward", "node", "ours")),
     "growth": (growth, ("ours", "floor")),
 }
-"""What is done with a bridge, and with which: the floor takes no jobs, and how its cost grows is asked of ours alone,
-beside the floor."""
+"""The parts of the benchmark, and the bridges of each. The floor takes no jobs. Growth is measured for ours and the
+floor alone."""
 
 
 def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: Run) -> Report:
-    """Run everything in turn, round after round."""
+    """Run all parts with all bridges in turn, once in each round."""
     done: list[dict[str, Figures]] = []
     kinds = {bridge.name: bridge.what for bridge in bridges}
     readers = FOLLOWERS.values() if "reading" in parts else ()
     kinds |= {follower.name: follower.what for follower in readers}
     for number in range(1, rounds + 1):
-        run.tell(f"round {number} of {rounds}")
+        run.show(f"round {number} of {rounds}")
         figures: dict[str, Figures] = {name: {} for name in kinds}
         for part, (do, whose) in _PARTS.items():
             for bridge in bridges:
                 if part in parts and bridge.name in whose:
-                    run.tell(f" {bridge.name}, {part}")
+                    run.show(f" {bridge.name}, {part}")
                     figures[bridge.name] |= _tried(run, do, bridge)
         for follower in readers:
-            run.tell(f" {follower.name}, reading")
+            run.show(f" {follower.name}, reading")
             figures[follower.name] = _tried(run, reading, follower)
         done.append(figures)
     return Report(machine=this_machine(), bridges=kinds, rounds=done, notes=run.notes)
 
 
 def _tried(run: Run, do: Callable[[_T, Run], Figures], whom: _T) -> Figures:
-    """What fails is told of, and the rest goes on."""
+    """Run one part. If it fails, note the reason and return no figures."""
     try:
         return do(whom, run)
     except RigFailed as error:
@@ -75,7 +75,7 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
     for name in names:
         try:
             made.append(make[name]())
-        except NotAtHand as error:
+        except NotInstalled as error:
             run.note(f"{name} is left out: {error}")
     return made
 
@@ -86,9 +86,9 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
 @click.option(
     "--only", multiple=True, type=click.Choice([*_PARTS, "reading"]), help="Parts to run; all if it is left out."
 )
-@click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Whom to compare; all if it is left out.")
+@click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Bridges to compare; all if it is left out.")
 @click.option(
-    "--quick", is_flag=True, help="A minute's worth; exits with 1 when a ratio is not half of what it must be."
+    "--quick", is_flag=True, help="Run for about a minute; exit with 1 if a ratio is below half of its target."
 )
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians, as SVG, into this file.")
@@ -97,11 +97,11 @@ def main(
     plot: Path | None,
 ) -> None:  # fmt: skip
     """Compare the worker with other bridges between vLLM and Redis, and ways to read with each other."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a Redis of its own would be left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise a Redis would be left behind
     many_files()
     run = Run(
         seconds=min(seconds, 2.0) if quick else seconds, rung_seconds=min(seconds, 3.0), climbs=not quick,
-        tell=lambda line: click.echo(line, err=True),
+        show=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
         parts = ("hot",) if quick else only or (*_PARTS, "reading")
@@ -114,7 +114,7 @@ def main(
         plot.write_text(svg(report))
     click.echo(report.table)
     if quick and (wrong := report.gross or ([] if any(report.ratios.values()) else ["nothing could be measured"])):
-        click.echo("\n".join(["", "far from what is to be reached:", *wrong]), err=True)
+        click.echo("\n".join(["", "far from the targets:", *wrong]), err=True)
         sys.exit(1)
 
 

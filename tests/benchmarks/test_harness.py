@@ -156,9 +156,9 @@ def test_what_is_compared_with_several_is_compared_with_the_best() -> None:
     assert Target("", "x", 1, ("c",)).measured(rounds) is None
 
 
-def test_every_target_is_of_a_figure_that_is_told() -> None:
-    told = Report(machine=this_machine(), bridges={"ours": ""}, rounds=[{}], notes=[]).medians["ours"]
-    assert {target.figure for target in TARGETS} <= told.keys()
+def test_every_target_has_its_figure_in_the_report() -> None:
+    figures = Report(machine=this_machine(), bridges={"ours": ""}, rounds=[{}], notes=[]).medians["ours"]
+    assert {target.figure for target in TARGETS} <= figures.keys()
 
 
 _BRIDGES = {"ours": lambda _: ours(), "straightforward": lambda _: straightforward(), "floor": floor}

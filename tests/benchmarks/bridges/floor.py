@@ -1,4 +1,4 @@
-"""The floor where there is no C compiler: the same as floor.c, with as little Python as it takes.
+"""The floor if there is no C compiler: the same as floor.c, in as little Python as possible.
 
 floor.py <port of vLLM> <port of Redis>
 """
@@ -17,7 +17,7 @@ _XADD = (
 
 
 class Writer(asyncio.Protocol):
-    """The connection to Redis: what has come in one round of the loop is one write."""
+    """The connection to Redis: the commands of one round of the loop are one write."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -60,9 +60,9 @@ class Reader(asyncio.Protocol):
         *lines, self._tail = (self._tail + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: "):
-                self._take(line)
+                self._add(line)
 
-    def _take(self, line: bytes) -> None:
+    def _add(self, line: bytes) -> None:
         start = line.find(_TEXT) + len(_TEXT)
         end = line.find(b'"', start)
         ids = line.find(_IDS, end) + len(_IDS) - 1
@@ -75,12 +75,12 @@ class Reader(asyncio.Protocol):
 
 
 async def serve(vllm_port: int, redis_port: int) -> None:
-    """Open the streams that standard input tells, until it ends."""
+    """Open the streams that standard input names, until it ends."""
     loop = asyncio.get_running_loop()
     _, writer = await loop.create_connection(Writer, "127.0.0.1", redis_port)
-    told = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(told), sys.stdin)
-    while line := await told.readline():
+    commands = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
+    while line := await commands.readline():
         first, count = map(int, line.split())
         for number in range(first, first + count):
             await loop.create_connection(lambda number=number: Reader(writer, number), "127.0.0.1", vllm_port)  # type: ignore[misc]
