@@ -3,8 +3,8 @@
 A module named `worker` is common: a `worker.py` beside a user's service hides this package under that name, but not
 under `vllm_relay`. In this repository and in an editable installation the files are in the folder `worker`, and
 `_alias/editable` adds the other name. A wheel has the files in the folder `vllm_relay`, so that type checkers find
-them there too, and `_alias/wheel` adds the name `worker`. Both names give the same module objects: a class or an
-exception is the same under either. This module imports nothing of the package.
+them there too, and `_alias/wheel` adds the name `worker`. Both names import the same module objects, so a class or an
+exception is the same under both. This module imports no other module of the package.
 """
 
 import sys
@@ -16,7 +16,7 @@ from types import CodeType, ModuleType
 
 
 def add_alias(alias: str, name: str) -> None:
-    """Make every import of `alias`, and of modules below it, give the modules of `name`, which is imported."""
+    """Make imports of `alias` and of its submodules return the modules of `name`, which must be imported already."""
     sys.modules[alias] = sys.modules[name]
     sys.meta_path.insert(0, _AliasFinder(alias, name))
 
@@ -49,7 +49,7 @@ class _AliasFinder(MetaPathFinder):
 
 
 class _LoadedModule(InspectLoader):
-    """Gives a module that is loaded under another name, and keeps the module's spec, which the import replaces."""
+    """Returns a module that is loaded under another name, and restores its spec, which the import replaces."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -67,5 +67,5 @@ class _LoadedModule(InspectLoader):
         return loader.get_code(self._module.__name__) if isinstance(loader, InspectLoader) else None
 
     def get_source(self, fullname: str) -> str | None:  # noqa: ARG002 - part of the protocol
-        """Nothing: the module itself names its file."""
+        """Return no source: the module object has its own file."""
         return None

@@ -217,17 +217,17 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
             run("cancel", "nobody", REDIS_URL=redis_url),
         )
         followed = await rest(follower)
-    assert (of_waiting.status, of_waiting.out) == (0, "cancelled; it was queued\n")
+    assert (of_waiting.status, of_waiting.out) == (0, "cancelled; the request was queued\n")
     assert json.loads(of_running.out) == {"id": running, "cancelled": True, "was": "running"}
     assert (of_unknown.status, of_running.status) == (0, 0)
-    assert "nothing was known of it" in of_unknown.out
+    assert "the request was unknown" in of_unknown.out
     assert followed.status == 1, "a follower of a cancelled request does not have the whole answer"
     says(followed, "· cancelled")
 
     again, as_json = await asyncio.gather(
         run("cancel", waiting, REDIS_URL=redis_url), run("cancel", running, "--json", REDIS_URL=redis_url)
     )
-    assert (again.status, again.out) == (0, "it had ended before: cancelled\n")
+    assert (again.status, again.out) == (0, "the request had ended before: cancelled\n")
     assert json.loads(as_json.out) == {"id": running, "cancelled": False, "was": "ended"}
 
 
@@ -518,7 +518,7 @@ async def test_the_help_lists_every_command_and_where_to_begin() -> None:
     for name in HELP:
         assert f"\n  {name} " in helped.out
     sections = re.findall(r"^(\w.*):$", helped.out, re.MULTILINE)
-    assert sections == ["Options", "To ask", "To run workers", "To try it"]
+    assert sections == ["Options", "Requests", "Workers", "Try it"]
     assert "..." not in helped.out.partition("Options:")[2], "every line is whole"
     assert "worker demo" in helped.out
     assert long.out.startswith("vllm-relay ")

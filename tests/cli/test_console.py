@@ -24,9 +24,9 @@ RESTARTED = {"type": "restarted"}
 @pytest.mark.parametrize(
     ("reason", "how", "printed", "notes"),
     [
-        ("takeover", RESUMED, "One, two\n", "· taken by w1\n· taken over by w2\n· the answer goes on\n· done\n"),
+        ("takeover", RESUMED, "One, two\n", "· taken by w1\n· taken over by w2\n· the answer continues\n· done\n"),
         ("upstream_truncated", RESUMED, "One, two\n", "· upstream_truncated: tried again by w2\n"),
-        ("takeover", RESTARTED, "One, \ntwo\n", "· the answer starts again: what stands above is void\n"),
+        ("takeover", RESTARTED, "One, \ntwo\n", "· the answer starts again: the text above is void\n"),
     ],
 )
 async def test_a_resumed_text_has_no_line_breaks_added_in_a_file_or_pipe(
@@ -116,4 +116,4 @@ def test_when_redis_is_lost_mid_answer_follow_prints_how_to_go_on(
     monkeypatch.setattr(Client, "follow", lose)
     result = CliRunner(env={"REDIS_URL": redis_url}).invoke(main, ["follow", "r"])
     assert (result.exit_code, result.stdout) == (1, "As r\n")
-    assert result.stderr == "Error: Redis does not answer: gone\nGo on later with: worker follow r --after 1-7\n"
+    assert result.stderr == "Error: Redis does not answer: gone\nContinue later with: worker follow r --after 1-7\n"

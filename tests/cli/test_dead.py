@@ -84,7 +84,7 @@ async def test_show_prints_a_whole_letter(redis_url: str, bury: Bury) -> None:
         assert shown["fields"] == {"id": "r1", "request": REQUEST}
     missing = await worker(redis_url, "dead", "show", "1-1")
     assert missing.exit_code == 1
-    assert "1-1: there is no such letter: worker dead list shows which there are" in missing.stderr
+    assert "1-1: there is no such letter: worker dead list shows all letters" in missing.stderr
     wrong = await worker(redis_url, "dead", "show", "r1")
     assert wrong.exit_code == 2
     assert "'r1' is not the id of a dead letter" in wrong.stderr
@@ -198,7 +198,7 @@ async def test_letters_that_cannot_be_put_back_are_reported_and_the_others_are_p
     assert done.exit_code == 1
     assert f"{bad}: " in done.stderr
     assert says in done.stderr
-    assert "1 of 2 letters are as they were" in done.stderr
+    assert "1 of 2 letters were not changed" in done.stderr
     assert [job["retry_of"] for job in await jobs(redis)] == ["r2"]
     assert sorted(b"retried_as" in letter for letter in await letters(redis)) == [False, True]
 

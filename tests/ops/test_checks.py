@@ -164,8 +164,8 @@ async def test_a_proxy_or_redirect_before_a_vllm_is_found_with_its_fix(redis_url
     async with sending(pages) as web, sending(moved) as redirect:
         urls = [web, redirect, simulator.url.replace("http:", "https:"), simulator.url + "/v1/chat/completions"]
         page_found, moved_found, plain, good = about(await found(redis_url=redis_url, vllm_urls=",".join(urls)), "vLLM")
-    assert page_found.message == "a web page came in place of an answer: Dashboard"
-    assert page_found.fix == "see whether VLLM_URLS is the URL of a vLLM server"
+    assert page_found.message == "a web page came instead of an answer: Dashboard"
+    assert page_found.fix == "check that VLLM_URLS is the URL of a vLLM server"
     assert moved_found.message == "HTTP 308: the server redirects to https://other/v1/models, which is not followed"
     assert moved_found.fix == "set VLLM_URLS to the server's own URL"
     assert plain.fix == "if the server does not speak TLS there, its URL begins with http://"
@@ -178,13 +178,13 @@ async def test_a_proxy_or_redirect_before_a_vllm_is_found_with_its_fix(redis_url
         (b"", "the server closed the connection", "if the server speaks TLS, its URL begins with https://"),
         (None, "Connection reset by peer", "if the server speaks TLS, its URL begins with https://"),
         (b"HTTP/1.1 404 X\r\nconnection: close\r\n\r\n<html><title>Nothing matches</title>" + b"<p>x</p>" * 999,
-         "HTTP 404: a web page came in place of an answer: Nothing matches",
-         "see whether VLLM_URLS is the URL of a vLLM server"),
+         "HTTP 404: a web page came instead of an answer: Nothing matches",
+         "check that VLLM_URLS is the URL of a vLLM server"),
         (b"HTTP/1.1 401 X\r\nconnection: close\r\n\r\n<html><title>401</title></html>",
-         "HTTP 401: a web page came in place of an answer: 401",
+         "HTTP 401: a web page came instead of an answer: 401",
          "set VLLM_API_KEY to the key that the server was started with"),
         (b"HTTP/1.1 502 X\r\nconnection: close\r\n\r\n<html><title>502 Bad Gateway</title></html>",
-         "HTTP 502: a web page came in place of an answer: 502 Bad Gateway",
+         "HTTP 502: a web page came instead of an answer: 502 Bad Gateway",
          "start vLLM there, or set VLLM_URLS"),
     ],
 )  # fmt: skip
@@ -309,7 +309,7 @@ async def test_a_redis_that_takes_no_writes_is_an_error_and_no_worker_is_called_
     await harm(redis)
     findings = await found(redis_url=url, vllm_urls=simulator.url)
     (refusal,) = [finding for finding in findings if finding.level == "error"]
-    assert refusal.message.startswith("it takes no writes: ")
+    assert refusal.message.startswith("it refuses writes: ")
     assert refusal.fix.startswith(fix)
     assert not about(findings, "worker")
 
@@ -426,4 +426,4 @@ async def test_a_vllm_that_lists_its_models_late_may_be_busy(redis_url: str) -> 
         options: dict[str, object] = {"redis_url": redis_url, "vllm_urls": url}
         findings = [finding async for finding in check(options, pace=ServerPace(probe_limit=0.1))]
     assert findings[-1].message == f"{url}/v1/models did not answer within 0.1 s"
-    assert findings[-1].fix == "see whether it is busy: workers give it more time to answer"
+    assert findings[-1].fix == "check whether it is busy: workers give it more time to answer"

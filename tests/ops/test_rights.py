@@ -259,9 +259,7 @@ async def test_a_renamed_command_is_reported_as_renamed(
         found = [it for it in await findings(renamed.url, simulator) if "append-only" not in it.message]
     assert [it.level for it in found].count("error") == (level == "error")
     problems = [it for it in found if it.level != "ok"]
-    assert [(it.level, it.message) for it in problems] == (
-        [(level, f"{words}: renamed, or switched off")] if words else []
-    )
+    assert [(it.level, it.message) for it in problems] == ([(level, f"{words}: renamed or disabled")] if words else [])
     assert all("rename-command" in it.fix and "start Redis" not in it.fix for it in problems)
 
 
@@ -278,7 +276,7 @@ async def test_a_key_of_another_type_in_place_of_a_side_record_is_a_warning(
     ]
     assert finding.level == "warning"
     assert finding.message.startswith(without)
-    assert finding.message.endswith(f"something else is stored at chat:{key}")
+    assert finding.message.endswith(f"other data is stored at chat:{key}")
 
 
 async def test_a_transaction_refused_for_a_missing_right_is_not_a_transient_error(

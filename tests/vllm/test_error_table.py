@@ -15,7 +15,7 @@ from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.errors import UpstreamError
 from worker.vllm.http.connection import HttpResponse
 from worker.vllm.servers.pool import ServerPool
-from worker.vllm.servers.server import may_be_its_fault
+from worker.vllm.servers.server import counts_against_server
 from worker.vllm.stream.chat_stream import ChatStream
 from worker.vllm.stream.sse import SSEDecoder
 from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
@@ -144,16 +144,16 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (499, M, "upstream_unavailable", AGAIN, M),
     (502, f"<html>{M}</html>", "upstream_unavailable", AGAIN, M),
     # A web page with any status: what it says without its markup.
-    (403, WEB_PAGE, "unauthorized", AGAIN, "HTTP 403: a web page came in place of an answer: Sorry & no; see whether"),
-    (404, WEB_PAGE, "not_found", ONCE, "HTTP 404: a web page came in place of an answer: Sorry & no; see whether"),
-    (400, WEB_PAGE, "not_a_stream", ONCE, "HTTP 400: a web page came in place of an answer: Sorry & no; see whether"),
-    (501, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 501: a web page came in place of an answer: Sorry & no; see"),
-    (502, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 502: a web page came in place of an answer: Sorry & no"),
-    (429, WEB_PAGE, "rate_limited", AGAIN, "HTTP 429: a web page came in place of an answer: Sorry & no"),
-    (413, WEB_PAGE, "invalid_request", ONCE, "HTTP 413: a web page came in place of an answer: Sorry & no"),
-    (404, "<title>Models</title>", "not_found", ONCE, "in place of an answer: Models; see whether VLLM_URLS is"),
-    (503, "<title>\n</title><h1>Away</h1>", "upstream_unavailable", AGAIN, "in place of an answer: Away"),
-    (503, "<" * 70_000, "upstream_unavailable", AGAIN, "in place of an answer: it has no words"),
+    (403, WEB_PAGE, "unauthorized", AGAIN, "HTTP 403: a web page came instead of an answer: Sorry & no; check that"),
+    (404, WEB_PAGE, "not_found", ONCE, "HTTP 404: a web page came instead of an answer: Sorry & no; check that"),
+    (400, WEB_PAGE, "not_a_stream", ONCE, "HTTP 400: a web page came instead of an answer: Sorry & no; check that"),
+    (501, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 501: a web page came instead of an answer: Sorry & no; check"),
+    (502, WEB_PAGE, "upstream_unavailable", AGAIN, "HTTP 502: a web page came instead of an answer: Sorry & no"),
+    (429, WEB_PAGE, "rate_limited", AGAIN, "HTTP 429: a web page came instead of an answer: Sorry & no"),
+    (413, WEB_PAGE, "invalid_request", ONCE, "HTTP 413: a web page came instead of an answer: Sorry & no"),
+    (404, "<title>Models</title>", "not_found", ONCE, "instead of an answer: Models; check that VLLM_URLS is"),
+    (503, "<title>\n</title><h1>Away</h1>", "upstream_unavailable", AGAIN, "instead of an answer: Away"),
+    (503, "<" * 70_000, "upstream_unavailable", AGAIN, "instead of an answer: it has no words"),
     # A server that speaks TLS, asked without: nginx, Go, Apache.
     (400, "<title>400 The plain HTTP request was sent to HTTPS port</title>", "not_a_stream", ONCE, WANTS_TLS),
     (400, "Client sent an HTTP request to an HTTPS server.\n", "not_a_stream", ONCE, WANTS_TLS),
@@ -164,7 +164,7 @@ TABLE: list[tuple[int, str, str, bool, str]] = [
     (0, "\x15\x03\x01\x00\x02\x02\x46", "upstream_unreachable", AGAIN, "its URL begins with https://"),
     (0, "HTTP/1.1 307 X\r\nlocation: https://other/v1\r\ncontent-length: 0\r\n\r\n",
      "upstream_error", ONCE, "the server redirects to https://other/v1, which is not followed; set VLLM_URLS to"),
-    (0, "HTTP/1.1 200 X\r\ncontent-length: 9\r\n\r\n<html>", "not_a_stream", AGAIN, "see whether VLLM_URLS is"),
+    (0, "HTTP/1.1 200 X\r\ncontent-length: 9\r\n\r\n<html>", "not_a_stream", AGAIN, "check that VLLM_URLS is"),
     # A prompt that is too long: vLLM, its multimodal path, SGLang, llama.cpp, TGI, and others.
     (400, json.dumps({"error": {"message": "This model's maximum context length is 4096 tokens.", "code": 400}}),
      "context_length_exceeded", ONCE, "4096"),
@@ -331,7 +331,7 @@ async def test_which_errors_send_the_job_to_another_server(
     answer = f"HTTP/1.1 {status} X\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}"
     async with sending(answer.encode()) as url:
         error = await error_of(url)
-    assert (error.elsewhere, may_be_its_fault(error)) == (elsewhere, blamed)
+    assert (error.elsewhere, counts_against_server(error)) == (elsewhere, blamed)
     assert error.retryable is (status in {200, 501})
 
 

@@ -148,7 +148,7 @@ def test_a_web_page_of_a_proxy_is_quoted_in_short() -> None:
     page = b"<html>\n<head><title>502 Bad Gateway</title></head>\n<body>" + b"<hr>" * 500 + b"</body></html>"
     error = from_body(502, page)
     assert summary(error) == ("upstream_unavailable", 502, True)
-    assert error.message == "HTTP 502: a web page came in place of an answer: 502 Bad Gateway"
+    assert error.message == "HTTP 502: a web page came instead of an answer: 502 Bad Gateway"
     untitled = from_body(502, b"<html>" + b"<p>away</p>" * 500)
     assert untitled.message.endswith("away away away")
     assert len(untitled.message) < 300

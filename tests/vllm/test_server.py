@@ -7,7 +7,7 @@ import pytest
 
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
 from worker.vllm.servers.circuit import FAILURES, Caller, ServerRequest
-from worker.vllm.servers.server import BUSY, MISSING, Server, best_of
+from worker.vllm.servers.server import BUSY, MISSING, Server, best_server
 
 Burden = Callable[[Server, int], None]
 
@@ -57,7 +57,7 @@ def admits(server: Server) -> bool:
 
 def best(servers: list[Server], other_than: Server | None = None) -> Server:
     """The choice for a new job."""
-    return best_of(servers, Caller(), other_than)
+    return best_server(servers, Caller(), other_than)
 
 
 def half_open(server: Server) -> None:
@@ -220,9 +220,9 @@ def test_the_choice_is_not_a_server_where_the_job_has_failed(clock: Clock, burde
     for server in servers[:2]:
         server.record_failure(server.circuit.begin(caller), classify(500, "no"))
     burden(servers[2], 9)
-    assert best_of(servers, caller, servers[1]) is servers[2]
+    assert best_server(servers, caller, servers[1]) is servers[2]
     servers[2].record_failure(server.circuit.begin(caller), classify(500, "no"))
-    assert best_of(servers, caller, servers[1]) is servers[0]
+    assert best_server(servers, caller, servers[1]) is servers[0]
 
 
 def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) -> None:

@@ -352,7 +352,7 @@ async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
             assert (await ask(pool))[0].text == "a"
         async with reaching(url.replace("127.0.0.1", "localhost")) as pool:  # which the certificate is not for
             assert "Hostname mismatch" in (error := await error_of(pool)).message
-            assert error.message.endswith("; use the name in VLLM_URLS that the server's certificate is for")
+            assert error.message.endswith("; set VLLM_URLS to the host name in the server's certificate")
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
         async with reaching(url) as pool:
             assert "the certificates of SSL_CERT_FILE cannot be read" in (await error_of(pool)).message
@@ -509,7 +509,7 @@ async def test_a_completion_that_is_cut_off_is_truncated() -> None:
 async def test_an_error_page_cut_short_is_an_error_of_its_status() -> None:
     error = await error_of_server(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 1000\r\n\r\n<html>no gateway")
     assert (error.code, error.status) == ("upstream_unavailable", 502)
-    assert error.message == "HTTP 502: a web page came in place of an answer: no gateway"
+    assert error.message == "HTTP 502: a web page came instead of an answer: no gateway"
 
 
 async def test_an_error_page_without_end_is_read_to_a_limit() -> None:

@@ -187,7 +187,7 @@ async def test_a_connection_with_two_lengths_in_its_response_is_not_used_again()
 async def test_a_head_that_is_too_large_is_an_error() -> None:
     head = b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: %b\r\n" % (n, b"y" * 1000) for n in range(70)) + b"\r\n"
     async with sending(head) as url, reaching(url) as pool:
-        with pytest.raises(UpstreamError, match="the head of the answer is larger than 65536 bytes"):
+        with pytest.raises(UpstreamError, match="the head of the response is larger than 65536 bytes"):
             await ask(pool)
 
 

@@ -1,4 +1,4 @@
-"""What a wheel holds: the files of `worker/` as the package `vllm_relay`, and the alias `worker` beside them."""
+"""The contents of a wheel: the files of `worker/` as the package `vllm_relay`, and the alias `worker`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 class WheelLayout(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if version == "editable":  # uses the folders as they are: see dev-mode-dirs
+        if version == "editable":  # an editable installation uses the folders themselves: see dev-mode-dirs
             return
         package = Path(self.root, "worker")
-        # File by file: hatchling passes over a folder's file whose new path is the old one of another.
+        # File by file, because hatchling skips a file of a folder if its new path is the old path of another file.
         files = {str(path): f"worker/{path.name}" for path in (package / "_alias/wheel/worker").glob("*.*")}
         for path in package.iterdir():
             if path.name not in {"_alias", "__pycache__"}:

@@ -20,7 +20,7 @@ from ..redisio.clients import command_client
 from ..settings import load_settings
 from .options import CLIENT_OPTIONS, Surroundings, json_option, open_client, run_async, settings_options
 
-_NOT_FOUND = "there is no such letter: worker dead list shows which there are (one that is retried gets a new id)"
+_NOT_FOUND = "there is no such letter: worker dead list shows all letters (one that is retried gets a new id)"
 _NONE = "· no dead letters"
 
 _Action = Callable[[StoredLetter], Awaitable[Object]]
@@ -46,7 +46,7 @@ _yes = click.option("--yes", is_flag=True, help="Do not ask before --all.")
 
 @click.group(short_help="List, show, put back or drop buried jobs.", epilog="Example: worker dead list")
 def dead() -> None:
-    """Manage dead letters: each is a buried job, with the reason and the whole request, so they hold prompts."""
+    """Manage dead letters. Each is a buried job with the reason and the whole request, which contains the prompt."""
 
 
 @dead.command("list", epilog="Example: worker dead list --reason 'without progress'")
@@ -56,7 +56,7 @@ def dead() -> None:
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object) -> None:
-    """List dead letters, the newest last."""
+    """List dead letters, from oldest to newest."""
 
     async def print_them() -> None:
         async with _open_letters(settings) as (_, letters):
@@ -74,7 +74,7 @@ def list_(limit: int, queue: str, reason: str, as_json: bool, **settings: object
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
-    """Show a whole dead letter, with the job and so its prompt."""
+    """Show a whole dead letter, including the prompt of its job."""
 
     async def print_it() -> None:
         async with _open_letters(settings) as (_, letters):
@@ -99,7 +99,7 @@ def show(letter_id: EntryId, as_json: bool, **settings: object) -> None:
 def retry(
     ids: tuple[EntryId, ...], every: bool, queue: str, reason: str, yes: bool, as_json: bool, **settings: object
 ) -> None:
-    """Put jobs back, each under a new request id, which is printed; the letter stays, under a new id, and names it."""
+    """Put jobs back, each under a new request id, which is printed. The letter, marked as retried, gets a new id."""
     wanted = _check_selection(ids, every=every, queue=queue, reason=reason)
 
     async def put_all_back() -> None:
@@ -127,7 +127,7 @@ def retry(
 def drop(
     ids: tuple[EntryId, ...], every: bool, queue: str, reason: str, yes: bool, as_json: bool, **settings: object
 ) -> None:
-    """Drop dead letters for good, those of retried jobs as well."""
+    """Drop dead letters for good, including those of retried jobs."""
     wanted = _check_selection(ids, every=every, queue=queue, reason=reason)
 
     async def drop_all() -> None:
@@ -148,7 +148,7 @@ def drop(
 async def put_back(client: Client, letters: DeadLetters, stored: StoredLetter) -> Object:
     """Enqueue a buried job again, then mark its letter as retried; returns what `--json` prints.
 
-    The job comes first: after a crash in between, the same command finds that job and adds no other.
+    The job is enqueued first: after a crash between the two steps, the same command finds that job and adds no other.
 
     Raises:
         NotRetryable: when the job cannot be enqueued.
@@ -169,7 +169,7 @@ async def put_back(client: Client, letters: DeadLetters, stored: StoredLetter) -
 
 
 async def _apply_to_each(letters: DeadLetters, chosen: list[EntryId], action: _Action, *, as_json: bool) -> None:
-    """Do it to one letter after another. A letter for which it fails is reported, and does not hold up the rest."""
+    """Apply an action to one letter after another. A failure is reported, and the other letters are still processed."""
     failed = 0
     for letter_id in chosen:
         problem = _NOT_FOUND
@@ -191,7 +191,7 @@ async def _apply_to_each(letters: DeadLetters, chosen: list[EntryId], action: _A
             result = f"retried as {done['retried_as']}{kept}"
         click.echo(to_json(done) if as_json else f"{letter_id}: {result}")
     if failed:
-        raise click.ClickException(f"{failed} of {len(chosen)} letters are as they were")
+        raise click.ClickException(f"{failed} of {len(chosen)} letters were not changed")
     if not chosen:
         click.echo(_NONE, err=True)
 
@@ -200,7 +200,7 @@ def _check_selection(ids: tuple[EntryId, ...], *, every: bool, queue: str, reaso
     if bool(ids) == every:
         raise click.UsageError("give either the IDs of letters or --all")
     if ids and (queue or reason):
-        raise click.UsageError("--queue and --reason go with --all")
+        raise click.UsageError("--queue and --reason can only be used with --all")
     return LetterFilter(queue, reason)
 
 

@@ -1,4 +1,4 @@
-"""What holds for every command: the help lists commands in sections, and an error becomes a sentence and a status."""
+"""The root command: its help lists commands in sections, and it maps every error to a message and an exit status."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
@@ -15,13 +15,13 @@ from ..settings import ConfigError, variable
 
 
 class UsageProblem(click.ClickException):
-    """A setting, an option or a request is invalid. Trying again does not help, so this has a status of its own."""
+    """A setting, an option or a request is invalid. A retry does not help, so this has an exit status of its own."""
 
     exit_code = 2
 
 
 class Interrupted(click.ClickException):
-    """The user pressed Ctrl-C. The message says what to do now, and the status is that of a shell."""
+    """The user pressed Ctrl-C. The message has the commands for what to do next; the exit status is that of a shell."""
 
     exit_code = 130
 
@@ -31,9 +31,9 @@ class Interrupted(click.ClickException):
 
 
 class SectionedGroup(click.Group):
-    """The root command, with the commands of each section of its help by the section's title.
+    """The root command. `sections` are the commands of each section of its help, by the section's title.
 
-    Errors of every command are mapped here and nowhere else. Where the command has `--json`, the error is JSON too.
+    Errors of every command are mapped here and nowhere else. With `--json`, the error is JSON too.
     """
 
     def __init__(self, *, sections: Mapping[str, Sequence[click.Command]], **attributes: Any) -> None:  # noqa: ANN401 - click's
@@ -54,7 +54,7 @@ class SectionedGroup(click.Group):
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as click has it
-        """Write the commands in sections, by what they are for."""
+        """Write the commands in their sections."""
         limit = formatter.width - 6 - max(map(len, self.commands))
         for title, commands in self._sections.items():
             with formatter.section(title):
@@ -81,6 +81,6 @@ def _map_errors(run: Callable[[], object]) -> object:
         raise UsageProblem(str(error)) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
-        raise click.ClickException(f"Redis answers: {redacted_message(error)}: {advice}") from None
+        raise click.ClickException(f"Redis returned an error: {redacted_message(error)}: {advice}") from None
     except (ClientError, OSError) as error:
         raise click.ClickException(str(error) or type(error).__name__) from None

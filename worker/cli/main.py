@@ -1,8 +1,8 @@
-"""The command `worker` as a whole: which commands there are, and under which title `worker --help` lists each.
+"""The command `worker`: the list of its subcommands, in the sections of `worker --help`.
 
-To add a command, write it as a `@click.command` in this package, in the module of its kind or in one of its own, and
-list it in `_SECTIONS`. Options that are settings come from `settings_options`; what only this command needs, such as
-the engine, is imported in its function, so that the other commands start as fast as before.
+To add a command, write it as a `@click.command` in this package, in the module of its kind or in a new one, and list it
+in `_SECTIONS`. Options that are settings come from `settings_options`. A module that only this command needs, such as
+the engine, is imported in its function, so that the other commands do not start slower.
 """
 
 import os
@@ -18,9 +18,9 @@ from .run import run
 from .sandbox import demo, simulate
 
 _SECTIONS = {
-    "To ask": (enqueue, follow, cancel),
-    "To run workers": (run, check, dead),
-    "To try it": (demo, simulate),
+    "Requests": (enqueue, follow, cancel),
+    "Workers": (run, check, dead),
+    "Try it": (demo, simulate),
 }
 
 
@@ -42,6 +42,6 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, given: bool)
 )  # fmt: skip
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Token streams of vLLM on Redis Streams: durable, shared, and not lost with a worker."""
+    """Token streams of vLLM on Redis Streams: durable, shared, and not lost when a worker dies."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False

@@ -1,4 +1,4 @@
-"""What the commands share: options made of the settings, the client, and how their asynchronous part runs."""
+"""Shared parts of the commands: options for settings, the client, and the event loop."""
 
 import asyncio
 import signal
@@ -29,16 +29,16 @@ def _stdin_is_terminal() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a command runs. It is the `obj` of click's context, where a test may put its own."""
+    """The environment in which a command runs: the `obj` of click's context, which a test may replace."""
 
     redis_patience: float = 10.0
-    """Seconds to wait for Redis: enough for a failover, and not so long that a user wonders."""
+    """Seconds to wait for Redis: long enough for a failover, and short enough for a user who waits."""
     can_confirm: bool = field(default_factory=_stdin_is_terminal)
-    """Whether somebody is there to answer a question."""
+    """Whether a person can answer a question on the terminal."""
 
     @classmethod
     def current(cls) -> "Surroundings":
-        """Those of the command that runs."""
+        """The environment of the command that runs."""
         return click.get_current_context().ensure_object(cls)
 
 
@@ -89,15 +89,15 @@ def run_async(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
     """Run a command's asynchronous part to its end."""
     if sys.platform == "win32":
         return asyncio.run(make())
-    import uvloop  # noqa: PLC0415 - not there on Windows
+    import uvloop  # noqa: PLC0415 - not available on Windows
 
     return uvloop.run(make())
 
 
 async def until_stopped(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run `work` until it ends or SIGTERM cancels it, so that it can end what it started.
+    """Run `work` until it ends, or until SIGTERM cancels it, so that it can stop the processes that it started.
 
-    SIGTERM is needed where a shell ignores SIGINT (`worker … &`).
+    SIGTERM is needed because a shell lets background commands ignore SIGINT (`worker … &`).
 
     Raises:
         KeyboardInterrupt: after SIGTERM, as after Ctrl-C.
@@ -118,10 +118,10 @@ def exit_status(success: bool) -> NoReturn:
 
 @asynccontextmanager
 async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
-    """A client of these settings. When Redis does not answer, a note says so at once, and where the client looks."""
+    """A client with these settings. If Redis does not answer, a note with its URL is printed at once."""
     settings = load_settings(options, **options)
     url = settings.redis_url.get_secret_value()
-    limit = settings.queue_limit if "queue_limit" in options else 0  # no limit for a command that has no option for it
+    limit = settings.queue_limit if "queue_limit" in options else 0  # a command without this option has no limit
     patience = Surroundings.current().redis_patience
     async with Client(url, prefix=settings.prefix, patience=patience, queue_limit=limit) as client:
         try:

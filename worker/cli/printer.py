@@ -1,4 +1,4 @@
-"""How entries look on a terminal: the text as it comes on standard output, everything about it on standard error."""
+"""Prints entries on a terminal: the answer's text on standard output, notes about it on standard error."""
 
 import sys
 
@@ -29,7 +29,7 @@ class Printer:
         self._json = as_json
         self._last = ""
         self._unfinished = ""
-        """The stream whose line has no end yet, `out` or `err`; or nothing."""
+        """The stream whose last line has no end yet, `out` or `err`; empty if there is none."""
 
     def show(self, entry: Entry) -> None:
         """Print the next entry."""
@@ -50,19 +50,19 @@ class Printer:
                 how = "taken over by" if entry.reason == TAKEOVER else f"{entry.reason}: tried again by"
                 self._note_amid_text(f"{how} {entry.worker}")
             case Restarted():
-                self._note("the answer starts again: what stands above is void")
+                self._note("the answer starts again: the text above is void")
             case Resumed():
-                self._note_amid_text("the answer goes on")
+                self._note_amid_text("the answer continues")
         if self.answer.end is not None:
             self._finish()
 
     def break_off(self) -> str:
-        """End the unfinished line, since no more entries come; returns the id of the last one printed, or nothing."""
+        """End the unfinished line, since no more entries come; returns the last printed id, or an empty string."""
         self._end_line()
         return self._last
 
     def _finish(self) -> None:
-        """Print what a stream of text cannot show: tool calls, further choices, and how the request ended."""
+        """Print the tool calls, the other choices, and how the request ended."""
         self._end_line()
         for choice in self.answer.choices:
             if choice.index:
@@ -85,14 +85,14 @@ class Printer:
         click.secho(f"· {text}", err=True, dim=True)
 
     def _note_amid_text(self, text: str) -> None:
-        """Print a note within an answer. A person needs an end of line before it; a file or a pipe must not get one."""
+        """Print a note within an answer. On a terminal it begins a new line; a file or pipe gets no extra line end."""
         if self._unfinished == "out" and not sys.stdout.isatty():
             click.secho(f"· {text}", err=True, dim=True)
         else:
             self._note(text)
 
     def _write(self, text: str, stream: str) -> None:
-        """Print a piece of the reasoning or of the answer; the line of one ends where the other begins."""
+        """Print a piece of the reasoning or of the answer. A change between them begins a new line."""
         if not text:
             return
         if self._unfinished != stream:

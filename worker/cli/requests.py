@@ -1,4 +1,4 @@
-"""The commands of those who ask: `worker enqueue`, `worker follow` and `worker cancel`."""
+"""The commands for requests: `worker enqueue`, `worker follow` and `worker cancel`."""
 
 import asyncio
 from contextlib import aclosing
@@ -36,14 +36,14 @@ _request_id = click.argument("request_id", metavar="ID", callback=_check_request
 @click.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
 @click.argument("prompt", required=False)
 @click.option("--request", "source", type=click.File("rb"), help="A JSON chat completion request; - is standard input.")
-@click.option("--model", metavar="MODEL", help="The model to ask, when it is not in the request.")
-@click.option("--max-tokens", type=int, help="How many tokens the answer may have.")
-@click.option("--id", "request_id", metavar="ID", help="The request id; made up when left out.")
+@click.option("--model", metavar="MODEL", help="The model, if the request does not have one.")
+@click.option("--max-tokens", type=int, help="The largest number of tokens in the answer.")
+@click.option("--id", "request_id", metavar="ID", help="The request id. By default a random one.")
 @click.option("--queue", default="default", metavar="QUEUE", show_default=True, help="The queue to add the job to.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Seconds within which the answer must be complete.")
 @click.option("--retention", type=int, metavar="SECONDS", help="Seconds that the log is kept after its end.")
-@click.option("--fallback", "fallbacks", multiple=True, metavar="MODEL", help="A further model; may be given again.")
-@click.option("--follow", is_flag=True, help="Print the answer as it comes.")
+@click.option("--fallback", "fallbacks", multiple=True, metavar="MODEL", help="A fallback model; may be given again.")
+@click.option("--follow", is_flag=True, help="Print the answer as it arrives.")
 @json_option
 @settings_options(*CLIENT_OPTIONS, "queue_limit")
 def enqueue(
@@ -65,7 +65,7 @@ def enqueue(
     if fallbacks:
         options["fallbacks"] = fallbacks
 
-    new_job(request, **options)  # so that a mistake is reported also where Redis does not answer
+    new_job(request, **options)  # so that a mistake is reported even if Redis does not answer
 
     async def add() -> bool:
         async with open_client(settings) as client:
@@ -81,11 +81,11 @@ def enqueue(
 
 @click.command(epilog="Example: worker follow 3f0c… --json")
 @_request_id
-@click.option("--after", metavar="ENTRY", callback=_check_after, help="Go on after this entry id, such as 1-5.")
+@click.option("--after", metavar="ENTRY", callback=_check_after, help="Continue after this entry id, such as 1-5.")
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: object) -> None:
-    """Print a request's answer from its start, and as it comes. Exit status 0 only if it is complete."""
+    """Print a request's answer from its start, and as it arrives. Exit status 0 only if it is complete."""
 
     async def print_it() -> bool:
         async with open_client(settings) as client:
@@ -99,7 +99,7 @@ def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: ob
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def cancel(request_id: str, as_json: bool, **settings: object) -> None:
-    """End a request, whether it waits or runs."""
+    """Cancel a request that waits or runs."""
 
     async def end_it() -> None:
         async with open_client(settings) as client:
@@ -108,11 +108,11 @@ def cancel(request_id: str, as_json: bool, **settings: object) -> None:
         if as_json:
             click.echo(to_json({"id": request_id, "cancelled": not had_ended, "was": before.state.value}))
         elif had_ended:
-            click.echo(f"it had ended before: {before.outcome}")
+            click.echo(f"the request had ended before: {before.outcome}")
         elif before.state is State.UNKNOWN:
-            click.echo("cancelled; nothing was known of it: if its job comes, it will not run")
+            click.echo("cancelled; the request was unknown: if its job comes, it will not run")
         else:
-            click.echo(f"cancelled; it was {before.state.value}")
+            click.echo(f"cancelled; the request was {before.state.value}")
 
     run_async(end_it)
 
@@ -121,9 +121,9 @@ async def print_answer(
     client: Client, request_id: str, after: EntryId | None = None,
     *, as_json: bool, queue: str = "", unserved_after: float = 3.0,
 ) -> bool:  # fmt: skip
-    """Print a log as it comes; returns whether the answer is complete.
+    """Print a log as it arrives; returns whether the answer is complete.
 
-    When nothing has come for `unserved_after` seconds, and `queue` is given, a note says so if no worker serves it.
+    If `queue` is given, no entry came for `unserved_after` seconds and no worker serves the queue, a note is printed.
     """
     printer = Printer(as_json=as_json)
     idle = unserved_after if queue else None
@@ -144,10 +144,10 @@ async def print_answer(
         last = printer.break_off()
         if not last or not isinstance(error, Unavailable):
             raise
-        raise Unavailable(f"{error}\nGo on later with: worker follow {request_id} --after {last}") from None
-    if after == SEAL:  # nothing comes after the seal, so nothing has shown how the request ended
+        raise Unavailable(f"{error}\nContinue later with: worker follow {request_id} --after {last}") from None
+    if after == SEAL:  # no entry comes after the seal, so the outcome was not printed
         outcome = (await client.status(request_id)).outcome
-        click.echo(f"· it has ended: {outcome}", err=True)
+        click.echo(f"· the request has ended: {outcome}", err=True)
         return outcome == "done"
     return printer.answer.outcome == "done"
 
@@ -155,7 +155,7 @@ async def print_answer(
 async def _is_served(client: Client, queue: str) -> bool:
     try:
         return await client.is_served(queue)
-    except ClientError:  # this user may not read the records of the workers, or Redis does not answer: no note
+    except ClientError:  # no note if the user may not read the worker records, or if Redis does not answer
         return True
 
 

@@ -11,14 +11,14 @@ from .options import json_option, run_async, until_stopped
 
 
 @click.command(
-    short_help="See it work, with nothing but this command.",
+    short_help="See it work. Needs neither vLLM nor Redis.",
     epilog="Example: worker demo --vllm-url http://127.0.0.1:8000",
 )
-@click.option("--redis-url", help="Use this Redis in place of an embedded one.")
-@click.option("--vllm-url", help="Use this vLLM in place of a simulated one.")
+@click.option("--redis-url", help="Use this Redis instead of an embedded one.")
+@click.option("--vllm-url", help="Use this vLLM instead of a simulated one.")
 @json_option
 def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
-    """See it work: three answers are followed live, a worker is killed in the middle, and its text goes on."""
+    """See it work: three answers are followed live, a worker is killed in the middle, and its answer continues."""
     try:
         from ..sandbox.demo import run_demo  # noqa: PLC0415 - of the extra `demo`
         from ..sandbox.demo_workers import DemoFailed  # noqa: PLC0415
@@ -42,11 +42,13 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
 
 
 @click.command(
-    short_help="Serve a simulated vLLM, with speeds and faults to order.",
+    short_help="Serve a simulated vLLM, with a chosen speed and chosen faults.",
     epilog="Example: worker simulate --port 8000 --rate 50 --fault stall --after 20",
 )
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), show_default=True, help="0 takes a free one.")
+@click.option(
+    "--port", default=8000, type=click.IntRange(0, 65535), show_default=True, help="The port; 0 for a free one."
+)
 @click.option("--model", default="reciter", show_default=True, help="The name of the model.")
 @click.option("--api-key", help="Require this bearer key.")
 @click.option(
@@ -54,7 +56,7 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     default=50.0,
     type=click.FloatRange(0),
     show_default=True,
-    help="Tokens per second and stream; 0 is without a pause.",
+    help="Tokens per second and stream; 0 for no pause.",
 )
 @click.option(
     "--first-token",
@@ -64,9 +66,9 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     show_default=True,
     help="Seconds before the first token.",
 )
-@click.option("--fault", help="What goes wrong, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
+@click.option("--fault", help="The fault, such as cut, stall, freeze, reset, hang, 429, 503, error_under_200.")
 @click.option("--after", default=0, type=click.IntRange(0), show_default=True, help="Delta chunks before the fault.")
-@click.option("--times", type=click.IntRange(0), help="Only this many tries of a request meet the fault.")
+@click.option("--times", type=click.IntRange(0), help="How many tries of a request fail. By default all.")
 @click.option(
     "--retry-after",
     type=click.FloatRange(0),
@@ -74,7 +76,7 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
     help="Seconds, for the Retry-After header of 429 and 503.",
 )
 def simulate(host: str, port: int, model: str, api_key: str | None, **scenario: object) -> None:
-    """Serve a simulated vLLM, which answers as a real one does, at the speed and with the faults that you order."""
+    """Serve a simulated vLLM, which answers as a real one does, with the speed and the faults that you choose."""
     try:
         from ..sandbox.simulator.requests import Fault  # noqa: PLC0415 - of the extra `demo`
         from ..sandbox.simulator.server import Options, Scenario, serve_forever  # noqa: PLC0415 - of the extra `demo`
@@ -89,7 +91,7 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **scenario: 
     def ready(url: str) -> None:
         click.echo(f"a simulated vLLM listens on {url}", err=True)
 
-    with suppress(KeyboardInterrupt):  # Ctrl-C is the way to end it
+    with suppress(KeyboardInterrupt):  # users end this command with Ctrl-C
         run_async(lambda: until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
 
 

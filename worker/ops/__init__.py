@@ -1,1 +1,1 @@
-"""What an operator checks in an installation: whether a worker could work there."""
+"""Checks of an installation for operators: whether a worker can work there."""

@@ -1,4 +1,4 @@
-"""The checks of `worker check`: settings, Redis, workers and vLLM servers, each with how to fix what is wrong."""
+"""The checks of `worker check`: settings, Redis, workers and vLLM servers, each with a fix for what is wrong."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -31,21 +31,21 @@ from .rights import Missing, find_missing
 Level: TypeAlias = Literal["ok", "warning", "error"]
 
 _PAUSED_FIXES = {
-    NO_VLLM: "start a vLLM server that it can reach: its log says what is wrong with each (vllm_away)",
-    REDIS_FULL: f"Redis has no memory for more: {MORE_ROOM}",
-    REDIS_REFUSES: "Redis took no writes: see what this check reports of Redis",
-    REDIS_AWAY: "Redis did not answer it: check the network between them",
+    NO_VLLM: "start a vLLM server that the worker can reach: its log has the reason for each server (vllm_away)",
+    REDIS_FULL: f"Redis has no free memory: {MORE_ROOM}",
+    REDIS_REFUSES: "Redis refused its writes: see the findings of this check about Redis",
+    REDIS_AWAY: "Redis did not answer the worker: check the network between them",
 }
-"""What to do about a worker that takes no jobs, by its reason."""
+"""How to fix a worker that takes no jobs, by its reason."""
 
 _SEE_SETTINGS = "worker run --help lists all settings with their meaning"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found about one thing, the subject. `fix` says what to do, and is empty where nothing is to be done.
+    """The result of a check of one subject. `fix` is how to fix it; empty if nothing needs to be fixed.
 
-    An error means that a worker could not work.
+    An error means that a worker cannot work.
     """
 
     level: Level
@@ -54,16 +54,16 @@ class Finding:
     fix: str = ""
 
     def as_dict(self) -> Object:
-        """The finding as `--json` prints it, under the field names that are published."""
+        """The finding as `--json` prints it, with the published field names."""
         return {"level": self.level, "subject": self.subject, "text": self.message, "mend": self.fix}
 
 
 async def check(
     options: dict[str, object], *, pace: ServerPace | None = None, redis_timeout: float = COMMAND_TIMEOUT
 ) -> AsyncGenerator[Finding]:
-    """Check everything, one finding at a time. A caller that stops early closes this (`contextlib.aclosing`).
+    """Check everything, one finding at a time. A caller that stops early must close it (`contextlib.aclosing`).
 
-    `pace` has the seconds that a vLLM server has to answer, `redis_timeout` are those of a command to Redis.
+    `pace` has the time limits for the vLLM servers, `redis_timeout` is that of a command to Redis, in seconds.
     """
     try:
         settings = load_settings(**options)
@@ -73,11 +73,11 @@ async def check(
         return
     yield Finding("ok", "settings", "every setting has a valid value")
     if settings.unknown:
-        message = f"variables that are no settings are ignored: {', '.join(settings.unknown)}"
+        message = f"variables that are not settings are ignored: {', '.join(settings.unknown)}"
         yield Finding("warning", "settings", message, _SEE_SETTINGS)
     if ignored := parse_redis_url(settings.redis_url.get_secret_value()).ignored:
         message = f"options of {variable('redis_url')} without effect: {', '.join(ignored)}"
-        yield Finding("warning", "settings", message, "leave them out: the worker sets these by itself")
+        yield Finding("warning", "settings", message, "remove them: the worker sets these itself")
     async with aclosing(_check_redis(settings, redis_timeout)) as of_redis:
         async for finding in of_redis:
             yield finding
@@ -119,8 +119,8 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
         rights = [finding async for finding in _check_rights(servers, where, keys, settings)]
         for finding in rights:
             yield finding
-        if not any(finding.level == "error" for finding in rights):  # Redis would refuse everything that follows
-            fresh = not (is_full or refusal)  # while Redis takes no writes no worker can renew its record
+        if not any(finding.level == "error" for finding in rights):  # else Redis would refuse the commands that follow
+            fresh = not (is_full or refusal)  # while Redis refuses writes, no worker can renew its record
             async with aclosing(_check_queues_and_workers(redis, keys, settings, records_are_fresh=fresh)) as findings:
                 async for finding in findings:
                     yield finding
@@ -134,7 +134,7 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
 
 
 async def _read_info(server: Redis) -> dict[str, object]:
-    """INFO of a server, or nothing where the user has no right to it: `_check_rights` reports that."""
+    """INFO of a server; empty if the user has no right to INFO, which `_check_rights` reports."""
     try:
         return dict(await server.info())
     except ResponseError as error:
@@ -172,18 +172,18 @@ def _check_storage(where: str, info: dict[str, object]) -> list[Finding]:
 
 
 async def _check_writes(redis: Redis, where: str, keys: Keys, lease: float) -> Finding | None:
-    """Try a write: reads work where writes do not, as on a replica, on a full disk, or with too few replicas."""
+    """Try a write. Redis may refuse only writes, as on a replica, with a full disk, or with too few replicas."""
     try:
         await JobQueue(redis, redis, keys, "check", lease).probe_writable()
     except ResponseError as error:
         if is_permission_denied(error):
             return None
-        return Finding("error", where, f"it takes no writes: {redacted_message(error)}", advice_on(error))
+        return Finding("error", where, f"it refuses writes: {redacted_message(error)}", advice_on(error))
     return None
 
 
 async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: Settings) -> AsyncGenerator[Finding]:
-    """Report what the user may not do, and what Redis cannot do."""
+    """Report the rights that the user lacks, and the commands that Redis lacks."""
     found: dict[Missing, None] = {}
     kind, replicas = parse_redis_url(settings.redis_url.get_secret_value()).kind, settings.wait_replicas > 0
     for server in servers:
@@ -213,10 +213,10 @@ def _missing_rights(level: Level, where: str, consequence: str, found: list[Miss
         causes.append(f"the user lacks the rights {' '.join(rights)}")
         fixes.append(f"ACL SETUSER <user> {' '.join(rights)}")
     if commands:
-        causes.append(f"Redis does not know {', '.join(commands)}: renamed, or switched off")
-        fixes.append("give the commands their names back (rename-command in its configuration)")
+        causes.append(f"Redis does not know {', '.join(commands)}: renamed or disabled")
+        fixes.append("restore the names of the commands (rename-command in Redis's configuration)")
     if keys:
-        causes.append(f"something else is stored at {', '.join(keys)}")
+        causes.append(f"other data is stored at {', '.join(keys)}")
         fixes.append(f"remove it, or choose another {variable('prefix')}")
     return Finding(level, where, f"{consequence}: {'; '.join(causes)}", "; ".join(fixes))
 
@@ -267,19 +267,19 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tupl
 
 
 async def _check_workers(redis: Redis, keys: Keys, lease: float, unfinished: int) -> list[Finding]:
-    """Findings about the workers, from their records. The record of a worker that was killed stays for ten leases."""
+    """Findings about the workers, from their records. The record of a killed worker remains for ten leases."""
     seconds, _ = await redis.time()
     findings, alive = [], []
     for name, record in sorted((await WorkerRegistry(redis, keys).records()).items()):
         silent = seconds - record.beat // 1000
         if silent > lease:
             message = f"it has been silent for {silent} s"
-            findings.append(Finding("warning", f"worker {name}", message, "see whether it still runs"))
+            findings.append(Finding("warning", f"worker {name}", message, "check whether it still runs"))
             continue
         alive.append(record)
         if record.paused:
             message = f"it takes no jobs at the moment: {record.paused}"
-            fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have further reasons
+            fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have other reasons
             findings.append(Finding("warning", f"worker {name}", message, fix))
     slots, running = sum(record.slots for record in alive), sum(record.running for record in alive)
     message = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
@@ -294,7 +294,7 @@ async def _check_vllm(pool: ServerPool, server: Server) -> Finding:
     try:
         models = await pool.list_models(server)
     except LateAnswer as late:
-        return Finding("error", where, late.message, "see whether it is busy: workers give it more time to answer")
+        return Finding("error", where, late.message, "check whether it is busy: workers give it more time to answer")
     except UpstreamError as error:
         fix = error.fix or (
             f"set {variable('vllm_api_key')} to the key that the server was started with"

@@ -1,7 +1,7 @@
 """The rights in Redis that a worker and a client need, and which of them a user lacks.
 
-Redis checks a user's rights before it checks a command's arguments. So each command is sent once in a way that does
-nothing: with an id that no entry can have, or to a key that is never there. Every other reply is ignored.
+Redis checks a user's rights before it checks a command's arguments. So each command is sent once in a form that has no
+effect: with an id that no entry can have, or to a key that never exists. Other replies are ignored.
 """
 
 import re
@@ -22,15 +22,15 @@ _CLIENT: frozenset[Role] = frozenset(("client",))
 _BOTH = _WORKER | _CLIENT
 
 _NOBODY = ".check"
-"""Stands for a request id. Request ids have no dot, so its log and its tombstone are never there."""
+"""A placeholder for a request id. Request ids have no dot, so its log and its tombstone never exist."""
 
 _KEY_PATTERNS = {
     "@jobs": "jobs*", "@tokens": "tokens:*", "@ended": "ended:*", "@lifecycle": "lifecycle", "@dead": "dead",
     "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
 }  # fmt: skip
-"""The keys and channels that a word of a probe stands for, without the prefix, as ACL SETUSER takes them."""
+"""The patterns of keys and channels for the placeholders in probes, without the prefix, in the form of ACL SETUSER."""
 
-# What is worse for the lack of some rights.
+# The consequences of missing rights.
 _NO_FEED = "the feed is silent, and followers read the logs instead"
 _NO_HINTS = "a cancel takes effect within two thirds of a lease, not at once"
 _NO_RECORD = "neither this check nor the other workers see this worker"
@@ -43,16 +43,16 @@ _NO_TRIMMING = "the job streams are not trimmed, and the number of waiting jobs 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """A command in a form that does nothing; words with a @ stand for keys and channels.
+    """A command in a form that has no effect. Words with an @ are placeholders for keys and channels.
 
-    `without` says what is worse where a worker lacks the right. It is empty where no job can be done without it.
+    `without` is the consequence if a worker lacks the right; empty if no job can be done without the right.
     """
 
     roles: frozenset[Role]
     words: str
     without: str = ""
     where: Literal["", "cluster", "replicas"] = ""
-    """The only place where it is used: a cluster (from Redis 7 on), or with WORKER_WAIT_REPLICAS. Empty: everywhere."""
+    """Where the command is used: in a cluster (from Redis 7 on), or with WORKER_WAIT_REPLICAS. Empty: everywhere."""
 
 
 _PROBES = (
@@ -104,7 +104,7 @@ _PROBES = (
     _Probe(_BOTH, "SPUBLISH @feed []", _NO_FEED, "cluster"),
     _Probe(_WORKER, "COMMAND INFO SPUBLISH", _NO_FEED, "cluster"),
     _Probe(_WORKER, "WAIT 0 0", where="replicas"),
-    # What changes the state of the connection comes last.
+    # Commands that change the state of the connection come last.
     _Probe(_BOTH, "WATCH @tokens"),
     _Probe(_BOTH, "UNWATCH"),
     _Probe(_BOTH, "MULTI"),
@@ -119,10 +119,10 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Something that a user may not do, or that this Redis cannot do.
+    """A right that a user lacks, a command that this Redis lacks, or a key of another type.
 
-    `name` is a right as ACL SETUSER takes it, or a command that Redis does not know, or a key of another type.
-    `without` says what is worse for the lack of it. It is empty where no job can be done.
+    `name` is the right in the form of ACL SETUSER, the command, or the key. `without` is the consequence; empty if no
+    job can be done.
     """
 
     kind: Literal["right", "command", "key"]
@@ -134,14 +134,14 @@ class Missing:
 async def find_missing(
     server: Redis, keys: Keys, queues: Iterable[str], *, cluster: bool, replicas: bool
 ) -> list[Missing]:
-    """Try each command on a server of Redis, and change nothing there.
+    """Try each command on a server of Redis, without an effect there.
 
     Raises:
         RedisError: when Redis does not answer.
     """
     used = {"", "cluster" if cluster else "", "replicas" if replicas else ""}
     probes = [probe for probe in _PROBES if probe.where in used]
-    # After a subscription there are messages among the replies, so each has a connection of its own.
+    # After a subscription, replies may be mixed with messages, so each subscription has a connection of its own.
     alone = [[probe] for probe in probes if probe.words.startswith(("SUBSCRIBE", "SSUBSCRIBE"))]
     found: list[Missing | None] = []
     for group in [[probe for probe in probes if [probe] not in alone], *alone]:
@@ -161,9 +161,9 @@ async def find_missing(
 
 
 def commands_of(role: Role, where: Literal["", "cluster"] = "") -> list[str]:
-    """The commands that a worker or a client uses, as ACL SETUSER takes them without the +.
+    """The commands that a worker or a client uses, in the form of ACL SETUSER without the +.
 
-    With `where`, only those that it uses in a cluster alone.
+    With `where`, only the commands that it uses only in a cluster.
     """
     own = [probe for probe in _PROBES if role in probe.roles and (probe.where == "cluster") == (where == "cluster")]
     return sorted({probe.words.split()[0].lower() for probe in own})
@@ -185,7 +185,7 @@ def _missing_by(probe: _Probe, refusal: ResponseError, keys: Keys) -> Missing | 
 
 
 def _resolved(word: str, keys: Keys, queue: str) -> str:
-    """A word of a probe as it is sent: the key or channel that it stands for, or itself."""
+    """A word of a probe as it is sent: the key or channel of a placeholder, or the word itself."""
     match word:
         case "@jobs":
             return keys.jobs(queue)

@@ -1,1 +1,1 @@
-"""Everything that talks to vLLM servers. Nothing in this package knows of Redis."""
+"""The client of vLLM servers. Nothing in this package depends on Redis."""

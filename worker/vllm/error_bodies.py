@@ -1,7 +1,7 @@
-"""Reads an error of a server, in any shape: its message, and the HTTP status that it names. No I/O.
+"""Reads a server's error of any shape: its message and its HTTP status. No I/O.
 
 The shapes are those of vLLM, SGLang, TGI, llama.cpp, LiteLLM, FastAPI and proxies: `tests/vllm/test_error_table.py`
-lists them. `errors.py` decides what a status means.
+lists them. `errors.py` classifies errors by status.
 """
 
 import ast
@@ -17,14 +17,14 @@ _EXCERPT = 500
 _DEEPEST = 8
 """How many levels of nested objects are searched."""
 _MOST_PRINTED = 64 * 1024
-"""Bytes of a Python literal that are parsed at most."""
+"""The most bytes of a Python literal that are parsed."""
 _INNER = ("error", "message", "detail")
 _MESSAGES = ("error", "message", "error_message", "error_msg", "detail", "text", "msg")
 _STATUSES = ("code", "status", "status_code", "http_status_code", "error_code")
 _NAMES = ("code", "error_code", "status", "type", "error_type")
-"""The most exact name first: OpenAI uses the type `invalid_request_error` for a wrong key, too."""
+"""The most specific field first: OpenAI uses the type `invalid_request_error` for a wrong key too."""
 _MARKS = ("error_message", "error_msg", "error_type", "error_code")
-"""Fields that only errors have, and no chunk of an answer."""
+"""Fields that errors have and chunks of an answer do not."""
 _SUCCESS = (0, "0")
 _SUCCESS_WORDS = ("success", "ok", "succeeded", "no error")
 
@@ -41,7 +41,7 @@ _STATUS_OF_NAME = (
 def message_of(error: object, depth: int = 0) -> str:
     """The message of an error: a string, a list, or an object with the message in one of its fields.
 
-    An object inside an error that has no such field is the message as JSON.
+    If an object inside an error has no such field, its JSON is the message.
     """
     if isinstance(error, str):
         return error
@@ -60,13 +60,13 @@ def message_of(error: object, depth: int = 0) -> str:
 
 
 def words_of(error: object) -> set[str]:
-    """The words for programs beside a message. vLLM has one in `param`, other servers in `code` or `type`."""
+    """The words for programs that accompany a message: in vLLM's `param`, in other servers' `code` or `type`."""
     return {word for level in _levels(error) for name in (*_NAMES, "param") if isinstance(word := level.get(name), str)}
 
 
 def status_of(error: object) -> int:
-    """The HTTP status that an error names by a number, or else by its type; 500 where it names none."""
-    return _named_status(_levels(error)[::-1]) or 500  # the innermost is the most exact
+    """The HTTP status in an error: its number, or else the status of its type; 500 if it has neither."""
+    return _named_status(_levels(error)[::-1]) or 500  # the innermost is the most specific
 
 
 def is_error(event: object) -> bool:
@@ -81,7 +81,7 @@ def is_error(event: object) -> bool:
         return False
     if event.get("error_code") in _SUCCESS:
         return False
-    # Older vLLM sends {"object": "error", "message": …}. Other servers have the word in another field.
+    # Older versions of vLLM send {"object": "error", "message": …}. Other servers have "error" in another field.
     if "error" in (event.get("object"), event.get("type"), event.get("status")) or any(map(event.get, _MARKS)):
         return True
     if "object" in event or not message_of(event):
@@ -98,7 +98,7 @@ def is_no_error(error: object) -> bool:
 
 
 def decoded(data: bytes) -> object:
-    """The value of JSON, or of a Python literal in its place (`{'error': …}`); None for anything else."""
+    """The value of JSON, or of a Python literal sent instead of JSON (`{'error': …}`); None for other data."""
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -117,7 +117,7 @@ def decoded(data: bytes) -> object:
 
 
 def as_json(value: object) -> str:
-    """A value as JSON, for people. For a value that is nested too deeply to be encoded, a text in its place."""
+    """A value as JSON, for people. A value that is nested too deeply to be encoded gives a fixed text."""
     try:
         return msgspec.json.encode(value).decode()
     except RecursionError:
@@ -125,7 +125,7 @@ def as_json(value: object) -> str:
 
 
 def excerpt(text: str | bytes) -> str:
-    """The beginning of what a server sent, on one line."""
+    """The beginning of a server's text, on one line."""
     text = " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
     return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
 
@@ -169,7 +169,7 @@ def _named_status(levels: list[dict[str, object]]) -> int | None:
 
 
 def _as_status(value: object) -> int | None:
-    """An HTTP status other than a success, from an int, a float or digits."""
+    """An HTTP status that is not a success, from an int, a float or a string of digits."""
     is_digits = isinstance(value, str) and value.isdecimal() and len(value) == 3
     if is_digits or (isinstance(value, float) and value.is_integer()):
         value = int(value)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""The errors of vLLM servers: one exception type, and the one place that classifies what a server sends. No I/O."""
+"""The errors of vLLM servers: one exception type, and the only classification of servers' errors. No I/O."""
 
 import re
 import time
@@ -28,7 +28,7 @@ UNAUTHORIZED = "unauthorized"
 _LONGEST_RETRY_AFTER = 60.0
 _RETRYABLE_STATUS = frozenset({408, 409, 421, 424, 425, 429, 499})
 _SETUP_STATUS = frozenset({*range(300, 400), 402, 405, 407, 426})
-"""Statuses of a server whose account, route or proxy is set up wrongly, whatever the request."""
+"""Statuses of a server whose account, route or proxy is misconfigured. Every request fails there."""
 TOO_LARGE_STATUS = frozenset({413, 414, 431})
 """Statuses by which a proxy refuses a request that exceeds a limit of its own."""
 _NO_ROUTE = re.compile(
@@ -41,7 +41,7 @@ _NO_ROUTE = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
-"""The whole message of a 404 that is about the route, and not about the request."""
+"""Matches the whole message of a 404 that concerns the route, and not the request."""
 _TOO_LONG = frozenset({"input_tokens", "context_length_exceeded", "exceed_context_size_error"})
 _TOO_LONG_WORDS = re.compile(
     r"""
@@ -64,7 +64,7 @@ _TOO_LONG_WORDS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""Messages of servers about a prompt that is too long for the model."""
+"""Matches the messages of servers about a prompt that is too long for the model."""
 _NO_MODEL = frozenset({MODEL_NOT_FOUND, "model_decommissioned", "DeploymentNotFound"})
 _NO_MODEL_WORDS = re.compile(
     r"""
@@ -74,48 +74,48 @@ _NO_MODEL_WORDS = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-"""Messages of servers that do not have a model, with any status."""
+"""Matches the messages of servers that do not have a model, with any status."""
 _A_MODEL = re.compile(r"(?<![\w/.?&-])models?(?![\w-]|\.\w)", re.IGNORECASE)
-"""The word "model", but not as part of a URL, such as that of an image that was not found."""
+"""Matches the word "model", except in a URL, such as the URL of an image that was not found."""
 _NO_TLS = "the server does not speak TLS there: its URL begins with http://"
 _FIXES = (
-    ("Hostname mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
-    ("IP address mismatch", "use the name in VLLM_URLS that the server's certificate is for"),
+    ("Hostname mismatch", "set VLLM_URLS to the host name in the server's certificate"),
+    ("IP address mismatch", "set VLLM_URLS to the host name in the server's certificate"),
     ("certificate has expired", "renew the server's certificate"),
     ("CERTIFICATE_VERIFY_FAILED", "set SSL_CERT_FILE to a PEM file with the certificate of the server's authority"),
     ("WRONG_VERSION_NUMBER", _NO_TLS),
-    ("RECORD_LAYER_FAILURE", _NO_TLS),  # the same, as OpenSSL 3.2 has it
+    ("RECORD_LAYER_FAILURE", _NO_TLS),  # the same error in OpenSSL 3.2
     ("HTTP_REQUEST", _NO_TLS),
     (
         "closed the connection in the TLS handshake",
         "if the server does not speak TLS there, its URL begins with http://",
     ),
 )
-"""How to fix a TLS connection that fails, by words in its message. The first match counts."""
+"""Fixes of failed TLS connections, by words in the error message. The first match counts."""
 _MAY_SPEAK_TLS = "if the server speaks TLS, its URL begins with https://"
 _CUT_OFF = ("the server closed the connection", "Connection reset by peer")
-"""What becomes of a request without TLS at a server that requires it."""
+"""The errors of a request without TLS to a server that requires TLS."""
 _WANTS_TLS = re.compile(r"HTTP request (was sent )?to (an )?HTTPS (port|server)|plain HTTP to an SSL", re.IGNORECASE)
-"""The answers of nginx, Go and Apache to a request without TLS, with status 400."""
-_NO_VLLM = "see whether VLLM_URLS is the URL of a vLLM server"
+"""Matches the responses of nginx, Go and Apache to a request without TLS, with status 400."""
+_NO_VLLM = "check that VLLM_URLS is the URL of a vLLM server"
 _STATUS_OF_A_SITE = frozenset({403, 404, 405, 501})
-"""Statuses of a web page that comes from another site, and not from a proxy in front of a vLLM that is away."""
+"""Statuses of a web page that comes from another site, and not from a proxy whose vLLM server is down."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
 
 
 class UpstreamError(Exception):
-    """A vLLM server gave no answer, or not a whole one.
+    """A vLLM server gave no answer, or an incomplete one.
 
     Attributes:
         code: for programs, one of the codes in the documentation of the contract.
-        message: for people: the server's message.
-        status: the HTTP status, or the code inside an error event; 0 when there was none.
+        message: for people: the server's message, and the fix.
+        status: the HTTP status, or the code inside an error event; 0 if there was none.
         retryable: whether the same request may succeed at another server, or later.
-        elsewhere: whether another server may answer the request, while this one never will: it lacks the model, or is
-            set up wrongly.
-        retry_after: how many seconds the server asks the worker to wait, at most 60; None when it does not ask.
-        words: words for programs beside the message, such as the parameter that the server refuses.
-        fix: how to fix the error, if that is known. The message ends with it.
+        elsewhere: whether this server can never answer the request and another may: this one lacks the model, or is
+            misconfigured.
+        retry_after: how many seconds the server asks the worker to wait, at most 60; None if it does not ask.
+        words: words for programs that accompany the message, such as the parameter that the server refuses.
+        fix: how to fix the error, if that is known.
     """
 
     def __init__(
@@ -142,21 +142,21 @@ class UpstreamError(Exception):
 
 
 class CannotResume(Exception):
-    """An answer that broke off cannot be resumed; the text is the reason."""
+    """An interrupted answer cannot be resumed. The message is the reason."""
 
 
 class NoConnection(UpstreamError):
-    """The server cannot be reached: the connection is refused, or is not made in time."""
+    """The server cannot be reached: the connection is refused, or not made in time."""
 
 
 class ConnectionRefused(NoConnection):
-    """Nothing listens at the address. A connection that is not made in time may be waiting in a full queue instead."""
+    """No server listens at the address. A connection that is not made in time may instead wait in a full queue."""
 
 
 def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> UpstreamError:
     """The error in a response whose status is not a success: JSON of several shapes, or HTML.
 
-    A redirect is reported and not followed: only the settings choose a server.
+    A redirect is reported and not followed, since only the settings may choose a server.
     """
     error = decoded(body)
     message = message_of(error) or excerpt(body) or f"HTTP {status} with an empty body"
@@ -180,12 +180,12 @@ def from_response(status: int, body: bytes, headers: Mapping[str, str]) -> Upstr
 
 
 def _page_with_status(status: int, page: bytes, headers: Mapping[str, str]) -> UpstreamError:
-    """The error for a web page, from a proxy or from a site that is not vLLM. Only its status counts."""
+    """The error for a web page, from a proxy or from a site that is not vLLM. Only the status is used."""
     found = classify(status, "", retry_after=_retry_after(headers))
     is_setup = found.code == "invalid_request" and status not in TOO_LARGE_STATUS
     return UpstreamError(
         "not_a_stream" if is_setup else found.code,
-        f"HTTP {status}: a web page came in place of an answer: {text_of_page(page)}",
+        f"HTTP {status}: a web page came instead of an answer: {text_of_page(page)}",
         status=status, retryable=found.retryable, elsewhere=found.elsewhere or is_setup or status == 404,
         retry_after=found.retry_after, fix=_NO_VLLM if is_setup or status in _STATUS_OF_A_SITE else "",
     )  # fmt: skip
@@ -193,21 +193,19 @@ def _page_with_status(status: int, page: bytes, headers: Mapping[str, str]) -> U
 
 def from_event(error: object) -> UpstreamError:
     """The error inside a stream that began with status 200: an event, or the value of its field `error`."""
-    message = message_of(error) or _without_words(error)
+    message = message_of(error)
+    if not message:
+        message = "the server sent an error without a message"
+        message += "" if is_no_error(error) else f": {excerpt(as_json(error))}"
     return classify(status_of(error), message, words=words_of(error))
-
-
-def _without_words(error: object) -> str:
-    text = "the server sent an error without a message"
-    return text if is_no_error(error) else f"{text}: {excerpt(as_json(error))}"
 
 
 def classify(
     status: int, message: str, *, words: AbstractSet[str] = frozenset(), retry_after: float | None = None
 ) -> UpstreamError:
-    """The error for a status, a message and words for programs: whose fault it is, and whether a retry can help.
+    """The error for a status, a message and words for programs, with its code and whether a retry may help.
 
-    A prompt that is too long may fit another model. `content_policy` is about the request, whatever the model.
+    A prompt that is too long may fit another model. A request with `content_policy` fails for every model.
     """
     code, retryable, elsewhere = "upstream_error", False, False
     if _is_context_error(message, words):
@@ -217,7 +215,7 @@ def classify(
     elif _is_model_error(status, message, words):
         code, elsewhere = MODEL_NOT_FOUND, True
     elif status in {401, 403}:
-        code, retryable = UNAUTHORIZED, True  # at a server that accepts the key
+        code, retryable = UNAUTHORIZED, True  # another server may accept the key
     elif status == 404:
         code = "not_found"
     elif status in _RETRYABLE_STATUS or status >= 500:
@@ -226,7 +224,7 @@ def classify(
         elsewhere = True
     elif 400 <= status < 500:
         code, elsewhere = "invalid_request", status in TOO_LARGE_STATUS
-    elif 200 <= status < 300:  # 204 and the like: an empty body in place of an answer
+    elif 200 <= status < 300:  # such as 204: an empty body instead of an answer
         code, retryable = "not_a_stream", True
     return UpstreamError(
         code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=words
@@ -236,8 +234,8 @@ def classify(
 def unreachable(url: str, error: Exception, *, is_probe: bool = False) -> UpstreamError:
     """The error for a connection that was not made, or that broke before a response.
 
-    When a probe is cut off, the server may require TLS. A chat request comes after a probe: when it is cut off, the
-    server is rather shutting down.
+    If the server closes the connection of a probe, it may require TLS. A chat request is sent after a probe: if its
+    connection is closed, the server is more likely shutting down.
     """
     kind = UpstreamError
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -261,8 +259,8 @@ def truncated(message: str) -> UpstreamError:
 
 
 def web_page(page: bytes, *, retryable: bool = True) -> UpstreamError:
-    """The error for a web page in place of a stream or a list, with status 200."""
-    message = f"a web page came in place of an answer: {text_of_page(page)}"
+    """The error for a web page instead of a stream or a list, with status 200."""
+    message = f"a web page came instead of an answer: {text_of_page(page)}"
     return UpstreamError("not_a_stream", message, status=200, retryable=retryable, fix=_NO_VLLM)
 
 
@@ -272,9 +270,9 @@ def malformed(message: str) -> UpstreamError:
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether a connection was refused, by every address that was tried: anyio raises a group of their errors.
+    """Whether every address that was tried refused the connection. anyio raises their errors as a group.
 
-    httpcore 1.0 raises its error `from None`, so that the original error is found in its context only.
+    httpcore 1.0 raises its error `from None`, so the original error is only in its context.
     """
     if isinstance(error, BaseExceptionGroup):
         return all(map(_is_refused, error.exceptions))
@@ -294,7 +292,7 @@ def _is_model_error(status: int, message: str, words: AbstractSet[str]) -> bool:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Retry-After in seconds from now. A date is counted from the server's own `Date`, since clocks differ."""
+    """Retry-After in seconds from now. A date is compared with the server's own `Date`, since clocks differ."""
     value = headers.get("retry-after", "")
     if value.replace(".", "", 1).isdecimal():
         return min(float(value), _LONGEST_RETRY_AFTER)
@@ -306,7 +304,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _unix_time(date: str) -> float | None:
-    """An HTTP date in seconds. It is always GMT, even if the header does not say so (RFC 9110, 5.6.7)."""
+    """An HTTP date in Unix seconds. It is always GMT, even if the header has no time zone (RFC 9110, 5.6.7)."""
     try:
         return parsedate_to_datetime(date).replace(tzinfo=UTC).timestamp()
     except (ValueError, OverflowError):

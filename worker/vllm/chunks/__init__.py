@@ -1,1 +1,1 @@
-"""Chunks of a completion, as any OpenAI-compatible server sends them, into fields of log entries. No I/O."""
+"""Converts the chunks of a completion from any OpenAI-compatible server into fields of log entries. No I/O."""

@@ -1,4 +1,4 @@
-"""Errors in a stream of chunks: in place of a chunk, in a chunk, or in one of its choices. No I/O."""
+"""Errors in a stream of chunks: instead of a chunk, in a chunk, or in one of its choices. No I/O."""
 
 import msgspec
 
@@ -10,10 +10,10 @@ _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 
 
-def error_beside(chunk: RawObject, choices: list[RawObject], deltas: list[RawObject]) -> UpstreamError | None:
-    """The error in a chunk, in a choice or in a delta, beside what these hold otherwise.
+def error_within(chunk: RawObject, choices: list[RawObject], deltas: list[RawObject]) -> UpstreamError | None:
+    """The `error` field of a chunk, a choice or a delta, which may have other fields too.
 
-    `"error": false` and the like are no errors, and are dropped.
+    A field that reports no error, such as `"error": false`, is dropped.
     """
     for place in (chunk, *choices, *deltas):
         if "error" in place:
@@ -23,13 +23,13 @@ def error_beside(chunk: RawObject, choices: list[RawObject], deltas: list[RawObj
     return None
 
 
-def error_in_place_of(chunk: RawObject) -> UpstreamError | None:
-    """The error that came as a chunk without choices; None when the chunk is no error."""
+def error_instead_of(chunk: RawObject) -> UpstreamError | None:
+    """The error that a server sent instead of a chunk with choices; None if the chunk is no error."""
     return from_event(event) if is_error(event := _decode(_encode(chunk))) else None
 
 
 def unreadable(data: bytes, why: str) -> UpstreamError:
-    """The error for data that is not a chunk: an error of the server in a shape of its own, or a malformed stream."""
+    """The error for data that is not a chunk: the server's error, if it can be read, or else a malformed stream."""
     if is_error(value := decoded(data)):
         return from_event(value)
     return malformed(f"the stream contains something other than chunks of a completion ({why}): {excerpt(data[:150])}")

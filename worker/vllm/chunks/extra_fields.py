@@ -1,4 +1,4 @@
-"""The unknown fields of chunks, such as a fingerprint, which are published in `extra`. No I/O."""
+"""The unknown fields of chunks, such as a fingerprint. They are published in `extra`. No I/O."""
 
 import msgspec
 from msgspec import Raw
@@ -11,7 +11,7 @@ _encode = msgspec.json.encode
 
 _KNOWN = frozenset({"id", "object", "created", "model", "choices", "usage", "prompt_token_ids", *PRIVATE})
 _OF_EVERY_CHUNK = frozenset({"system_fingerprint", "service_tier"})
-"""Unknown fields that every chunk may have, and that show no error."""
+"""Unknown fields that every chunk may have, and that indicate no error."""
 
 
 class ExtraFields:
@@ -48,7 +48,10 @@ class ExtraFields:
                 self.add(name, chunk[name])
 
     def publish(self, of_choice: RawObject | None = None) -> Fields:
-        """The field `extra` of an entry. Without a choice the unpublished fields are in it, else under `chunk`."""
+        """The field `extra` of an entry: the fields of the choice, with the unpublished fields under `chunk`.
+
+        Without a choice, the unpublished fields are directly in `extra`.
+        """
         shown, self.unpublished = self.unpublished, {}
         if of_choice is not None:
             shown = of_choice | {"chunk": Raw(_encode(shown))} if shown else of_choice
@@ -59,6 +62,6 @@ class ExtraFields:
         return _decode(_encode(self.unpublished), type=dict)
 
     def unusual(self) -> str:
-        """The fields that not every chunk has, as JSON; empty when there are none."""
+        """The fields that not every chunk has, as JSON; empty if there are none."""
         unusual = {name: Raw(raw) for name, raw in self._latest.items() if name not in _OF_EVERY_CHUNK}
         return _encode(unusual).decode() if unusual else ""

@@ -1,4 +1,4 @@
-"""What a finish reason means: that the answer is whole, that its server broke it off, or nothing known. No I/O."""
+"""Classifies finish reasons: the answer is complete, the server broke it off, or the reason is unknown. No I/O."""
 
 import re
 
@@ -10,7 +10,7 @@ _WHOLE = frozenset({
     "max_tokens", "max_length", "model_length", "model_context_window_exceeded",
     "tool_call", "tool_use", "refusal", "safety", "recitation", "sensitive", "content_filtered", "guardrail_intervened",
 })  # fmt: skip
-"""Reasons of a whole answer, in lower case."""
+"""Reasons of a complete answer, in lower case."""
 _BROKEN_OFF = re.compile(
     r"""
       abort | cancel | interrupt | preempt | evict | kill | terminat | shutdown | unload | stopped_by | stall
@@ -21,14 +21,17 @@ _BROKEN_OFF = re.compile(
     """,
     re.VERBOSE,
 )
-"""Words in any other reason that show that the server broke the answer off."""
+"""Words in any other reason that indicate that the server broke the answer off."""
 
 
 def is_known(reason: str) -> bool:
-    """Whether a reason is that of a whole answer. A reason that is neither known nor a fault counts as one too."""
+    """Whether a reason is on the list of those of a complete answer.
+
+    An answer with a reason that is neither known nor a fault counts as complete too.
+    """
     return reason.lower() in _WHOLE
 
 
 def is_fault(reason: str) -> bool:
-    """Whether a reason shows that the server broke the answer off."""
+    """Whether a reason indicates that the server broke the answer off."""
     return not is_known(reason) and _BROKEN_OFF.search(reason.lower()) is not None

@@ -1,6 +1,7 @@
-"""Decodes the JSON of chunks into what every reader of a log can decode. No I/O.
+"""Decodes the JSON of chunks, and replaces what strict decoders refuse. No I/O.
 
-Servers send what strict decoders refuse: bytes that are not UTF-8, characters cut in two, numbers without bounds.
+Servers send bytes that are not UTF-8, characters split in two, and numbers of any size. Every reader of a log must be
+able to decode the result.
 """
 
 import json
@@ -16,9 +17,9 @@ _decode = msgspec.json.decode
 _decode_object = msgspec.json.Decoder(RawObject).decode
 
 _LONGEST_INTEGER = 300
-"""Digits. A longer integer does not fit into a float, which most readers make of it."""
+"""Digits. A longer integer does not fit into a float, to which most readers convert it."""
 _MOST_LEVELS = 100
-"""Of lists and objects inside each other. Decoders in Python give up at 1,000, less the depth of their callers."""
+"""Levels of nested lists and objects. Decoders in Python fail at 1,000 levels, less the depth of their callers."""
 
 _TWO_DIGITS = re.compile(rb"[0-9][0-9]")
 
@@ -26,15 +27,17 @@ _TWO_DIGITS = re.compile(rb"[0-9][0-9]")
 class ChunkDecoder:
     """Decodes the chunks of one stream into objects whose fields are still JSON.
 
-    Bytes that are not UTF-8 become replacement characters. So do halves of surrogate pairs, but two halves in two
-    chunks of a choice become one character. NaN, Infinity, numbers that are too large for a float, and integers of more
-    than 300 digits become null. So does a value that is nested too deeply for some readers.
+    Bytes that are not UTF-8 become replacement characters. Halves of surrogate pairs do too, but two halves in two
+    chunks of a choice become one character. NaN, Infinity, numbers that are too large for a float, integers of more
+    than 300 digits, and values that are nested too deeply for some readers become null.
     """
 
     __slots__ = ("_halves",)
 
     def __init__(self) -> None:
-        self._halves: dict[tuple[str, ...], str] = {}  # the first half of a pair, by the path to the text that it ended
+        self._halves: dict[
+            tuple[str, ...], str
+        ] = {}  # the first half of a pair, by the path of the text that ended with it
 
     @property
     def holds_half(self) -> bool:
@@ -49,7 +52,7 @@ class ChunkDecoder:
             RecursionError: when the data is nested too deeply.
         """
         try:
-            value = _decode(data)  # also the fields that stay JSON: a reader of the log decodes them
+            value = _decode(data)  # the fields that stay JSON too, since readers of the log decode them
             if not self._halves and is_readable(value, data):
                 return _decode_object(data)
             if _may_have_long_number(data):
@@ -89,7 +92,7 @@ class ChunkDecoder:
         return whole[:-1]
 
     def _release(self, choice: dict[str, Any], index: str) -> None:
-        """Give the halves of a choice back at its end, since their other halves will not come."""
+        """Put the halves of a choice back into its text at its end, since the other halves will not come."""
         for path in [path for path in self._halves if path[0] == index]:
             half, (_, name, *inner) = self._halves.pop(path), path
             holder = choice if name == "text" else choice.get("delta")
@@ -132,7 +135,7 @@ def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401
 
 
 def _flattened(value: Any, levels: int) -> Any:  # noqa: ANN401
-    """A value with null in place of everything below so many levels."""
+    """A value with null in place of everything below this number of levels."""
     if not isinstance(value, dict | list):
         return value
     if not levels:

@@ -1,8 +1,8 @@
-"""Turns the chunks of a chat completion into log entries, and loses nothing that the server sent. No I/O.
+"""Converts the chunks of a chat completion into log entries, and loses nothing that the server sent. No I/O.
 
-What the entries need as text is decoded; the rest stays the JSON that came (`msgspec.Raw`), byte for byte.
-The shapes are those of vLLM 0.32.0 and of other OpenAI-compatible servers: choices or a delta that are missing or
-null, null content, an empty finish_reason, `reasoning_content` for `reasoning`, and all that `shapes` reads.
+The fields that entries need as text are decoded. All others stay the JSON of the server (`msgspec.Raw`), byte for byte.
+The shapes are those of vLLM 0.32.0 and of other OpenAI-compatible servers: choices or a delta that are missing or null,
+null content, an empty finish_reason, `reasoning_content` for `reasoning`, and everything that `shapes` reads.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from msgspec import Raw
 from ...contract.entries import TEXT_FIELDS, Fields, Object
 from ..error_bodies import excerpt
 from ..errors import CannotResume, UpstreamError, truncated
-from .error_chunks import error_beside, error_in_place_of, unreadable
+from .error_chunks import error_instead_of, error_within, unreadable
 from .extra_fields import ExtraFields
 from .finish_reasons import is_fault, is_known
 from .lenient_json import ChunkDecoder
@@ -46,20 +46,21 @@ _MAX_MODELS = 2
 
 
 class ChunkParser:
-    """Turns the events of one answer into log entries, and finds out whether the answer is whole.
+    """Converts the events of one answer into log entries, and checks whether the answer is complete.
 
     Args:
         n: the number of choices in the request.
         keep_prompt_ids: whether the request itself has `return_token_ids`, so that the prompt's ids are published.
         keep_usage: whether the request has `continuous_usage_stats`, so that each delta keeps its usage.
-        expected_prompt: the token ids from which the server must go on. Its first chunk must return them.
-        kept: how many of these ids, at the end, belong to the answer.
+        expected_prompt: the token ids from which the server must continue. Its first chunk must return them.
+        kept: how many of the last of these ids belong to the answer.
     """
 
     __slots__ = (
         "_broken_off", "_decoder", "_extra", "_fault", "_fingerprint", "_finished", "_has_delta", "_head",
-        "_is_ended_here", "_is_rich", "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n", "_same",
-        "_seen", "_unproven", "_with_content", "done", "finish_reason", "unknown_reason", "usage",
+        "_is_ended_here", "_is_rich", "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n",
+        "_plain_model", "_seen", "_unchecked_prompt", "_with_content", "done", "finish_reason", "unknown_reason",
+        "usage",
     )  # fmt: skip
 
     def __init__(
@@ -75,24 +76,24 @@ class ChunkParser:
         self.usage: Object = {}
         self.finish_reason = ""
         self.unknown_reason = ""
-        """A finish reason that is on no list. The answer counts as whole; the worker logs the reason."""
+        """A finish reason that is on no list. The answer counts as complete; the worker logs the reason."""
         self._decoder = ChunkDecoder()
         self._has_delta = False
         self._n = n
         self._keep_prompt_ids = keep_prompt_ids
         self._keep_usage = keep_usage
-        self._unproven = expected_prompt
+        self._unchecked_prompt = expected_prompt
         self._kept = kept
         self._seen: set[int] = set()
         self._with_content: set[int] = set()  # choices that have sent something other than their end
         self._finished: set[int] = set()
         self._is_ended_here = False
         self._broken_off = ""
-        self._fault: UpstreamError | None = None  # an error that came beside text
+        self._fault: UpstreamError | None = None  # an error that came with text
         self._messages: dict[int, str] = {}  # the text of choices that come as `message` only
-        self._models = 0  # how many names of models were published
+        self._models = 0  # how many model names were published
         self._head: Fields = {}
-        self._same = ""  # the model of plain chunks, while the fast path is open
+        self._plain_model = ""  # the model of plain chunks, while the fast path is open
         self._is_rich = False  # whether the last chunk had logprobs or a tool call
         self._fingerprint = ""
         self._extra = ExtraFields()
@@ -114,12 +115,12 @@ class ChunkParser:
 
     @property
     def is_committed(self) -> bool:
-        """Whether an entry was made that a further attempt would repeat."""
+        """Whether an entry was made that another attempt would repeat."""
         return self._has_delta
 
     @property
     def extra(self) -> Object:
-        """The fields of chunks without choices, beside the usage, for the terminal entry."""
+        """The fields of chunks without choices, except the usage, for the terminal entry."""
         return self._extra.unpublished_values()
 
     @property
@@ -127,11 +128,11 @@ class ChunkParser:
         """Whether every choice has finished. After `[DONE]`, the choices that came count: some servers ignore `n`."""
         if self._fault is not None or not self._seen <= self._finished:
             return False
-        # This stops at the first missing choice: a job may ask for any `n`.
+        # The check stops at the first missing choice, since a job may request any `n`.
         return bool(self.done and self._seen) or all(index in self._finished for index in range(self._n))
 
     def end(self, reason: str) -> None:
-        """End the answer here, though the server would go on: its one choice has finished."""
+        """End the answer before the server does: its only choice has finished."""
         self.done = self._is_ended_here = True
         self.finish_reason = reason
         self._finished.add(0)
@@ -143,7 +144,7 @@ class ChunkParser:
             skipped: lines of the stream that belong to no event, quoted in the error of an empty answer.
 
         Raises:
-            UpstreamError: when the answer is not whole. `[DONE]` alone does not make it whole.
+            UpstreamError: when the answer is not complete. `[DONE]` alone does not make it complete.
         """
         if self._fault is not None:
             raise self._fault
@@ -153,11 +154,11 @@ class ChunkParser:
             )
         if not self.is_complete:
             quoted = "" if self._has_delta else excerpt(f"{skipped} {self._extra.unusual()}")
-            text = f"the stream ended with nothing but: {quoted}"
+            text = f"the stream held only: {quoted}"
             raise truncated(text if quoted else "the stream ended before the answer had a finish_reason")
 
     def parse(self, data: bytes) -> list[Fields]:
-        """The log entries for the data of an event: perhaps `opened`, then a `delta` for each choice that is not empty.
+        """The log entries for the data of an event: `opened` if needed, then a `delta` for each choice with content.
 
         Raises:
             UpstreamError: for an error event, and for data that is not a chunk.
@@ -169,23 +170,25 @@ class ChunkParser:
         if data == b"[DONE]":
             self.done = True
             return []
-        if self._same:
+        if self._plain_model:
             try:
                 return self._rich(decode_rich(data)) if self._is_rich else self._plain(decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
-                pass  # the chunk holds more, or is malformed: take the slow path
+                pass  # the chunk has other fields, or is malformed: take the slow path
         try:
             return self._entries(self._decoder.decode(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise unreadable(data, str(error)) from error
 
     def _plain(self, chunk: PlainChunk) -> list[Fields]:
-        """The entry of a plain chunk, at a fifth of the cost of `_entries`, and equal to what that makes of it.
+        """The entry of a plain chunk: the same result as `_entries`, at a fifth of its cost.
 
         Raises:
             ValidationError: when the model or the fingerprint differs.
         """
-        if chunk.model != self._same or (chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint):
+        if chunk.model != self._plain_model or (
+            chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint
+        ):
             raise msgspec.ValidationError("another model or fingerprint")
         (choice,) = chunk.choices
         fields: Fields = {"type": "delta"}
@@ -201,8 +204,15 @@ class ChunkParser:
         return [fields]
 
     def _rich(self, chunk: RichChunk) -> list[Fields]:
-        """The entry of a rich chunk. Raises as `_plain` does, and what `rich_fields` raises."""
-        if chunk.model != self._same or (chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint):
+        """The entry of a rich chunk.
+
+        Raises:
+            ValidationError: as `_plain` and `rich_fields` do.
+            DecodeError: as `rich_fields` does.
+        """
+        if chunk.model != self._plain_model or (
+            chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint
+        ):
             raise msgspec.ValidationError("another model or fingerprint")
         fields = rich_fields(chunk)
         if len(fields) == 1:
@@ -211,17 +221,17 @@ class ChunkParser:
         return [fields]
 
     def _entries(self, chunk: RawObject) -> list[Fields]:
-        self._same = ""
+        self._plain_model = ""
         choices = [choice for choice in _decode_choices(chunk.get("choices", b"null")) or () if choice]
-        if not choices and (error := error_in_place_of(chunk)):
+        if not choices and (error := error_instead_of(chunk)):
             raise error
         for choice in choices:
             lift_fields(chunk, choice)
         indexes = [read_index(choice) for choice in choices]
         deltas = [self._delta_of(index, choice) for index, choice in zip(indexes, choices, strict=True)]
-        error = error_beside(chunk, choices, deltas)
-        if choices and self._unproven is not None and not error:
-            self._prove(chunk)
+        error = error_within(chunk, choices, deltas)
+        if choices and self._unchecked_prompt is not None and not error:
+            self._check_prompt(chunk)
         self._read_usage(chunk, of_choices=bool(choices))
         self._extra.add_unknown(chunk)
         entries = self._opened(chunk, deltas)
@@ -236,21 +246,21 @@ class ChunkParser:
             self.done, self._fault = True, error  # raised by check_complete, so that the text is not lost
         is_running = 0 in self._with_content and 0 not in self._finished
         if is_running and not (self._extra.unpublished or self._messages or self._decoder.holds_half):
-            self._same = self._head["model"] if self._head.keys() >= _HEAD else ""
+            self._plain_model = self._head["model"] if self._head.keys() >= _HEAD else ""
             self._is_rich = bool(entries) and not _RICH.isdisjoint(entries[-1])
             if fingerprint := self._extra.value_of("system_fingerprint"):
                 self._fingerprint = as_text(fingerprint)
         return entries
 
-    def _prove(self, chunk: RawObject) -> None:
-        """Check the first chunk: a server that ignored the ids would send text that is already published.
+    def _check_prompt(self, chunk: RawObject) -> None:
+        """Check the first chunk: a server that ignored the token ids would send text that is already published.
 
         Raises:
             CannotResume: when the server did not return the ids.
         """
-        if _decode(chunk.get("prompt_token_ids", NULL)) != self._unproven:
-            raise CannotResume("the server does not go on from the tokens that it was given")
-        self._unproven = None
+        if _decode(chunk.get("prompt_token_ids", NULL)) != self._unchecked_prompt:
+            raise CannotResume("the server does not continue from the tokens that it was given")
+        self._unchecked_prompt = None
 
     def _read_usage(self, chunk: RawObject, *, of_choices: bool) -> None:
         usage = chunk.get("usage", NULL)
@@ -272,7 +282,7 @@ class ChunkParser:
         """Read an event after `[DONE]`: some servers send the usage there, or an error.
 
         Raises:
-            UpstreamError: for an error, when the answer is not whole.
+            UpstreamError: for an error, when the answer is not complete.
         """
         try:
             chunk = self._decoder.decode(data)
@@ -280,19 +290,19 @@ class ChunkParser:
                 lift_fields(chunk, choice or {})
             if not self.usage or b'"completion_tokens"' in bytes(chunk.get("usage", NULL)):
                 self._read_usage(chunk, of_choices=False)
-            error = None if self.is_complete else error_beside(chunk, [], []) or error_in_place_of(chunk)
+            error = None if self.is_complete else error_within(chunk, [], []) or error_instead_of(chunk)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return
         if error:
             raise error
 
     def _opened(self, chunk: RawObject, deltas: list[RawObject]) -> list[Fields]:
-        """The `opened` entry, when a field is new that should be the same in every chunk."""
+        """The `opened` entry, if a field is new that should be the same in every chunk."""
         head = dict(self._head) or {"type": "opened"}
-        # Some servers make a new id and time for each chunk. The first counts; otherwise every delta needs an `opened`.
+        # Some servers send a new id and time in each chunk. Only the first counts, else every delta needs an `opened`.
         if "response_id" not in head and has_value(raw := chunk.get("id", NULL)):
             head["response_id"] = as_text(raw)
-        # A router may name itself first. If names alternate, only two count, for the same reason.
+        # A router may send its own name first. If names alternate, only two count, for the same reason.
         if self._models < _MAX_MODELS and has_value(raw := chunk.get("model", NULL)):
             head["model"] = as_text(raw)
             self._models += head["model"] != self.model
@@ -324,7 +334,7 @@ class ChunkParser:
             self._extra.unpublished["prompt_token_ids"] = Raw(_encode(ids))
 
     def _delta_of(self, index: int, choice: RawObject) -> RawObject:
-        """The delta of a choice. Its `message` counts only when the choice came in messages so far: see `delta_of`."""
+        """The delta of a choice. Its `message` counts only if the choice came in messages so far: see `delta_of`."""
         message = choice.get("message")
         published = (self._messages.get(index) or None) if index in self._with_content else ""
         delta = delta_of(choice, published=published)
@@ -340,7 +350,7 @@ class ChunkParser:
         read_message(delta, fields)
         unread = unread_in(delta)
         if len(fields) > 1 or not TEXT_FIELDS.isdisjoint(unread):
-            self._finished.discard(index)  # text after an end means that the choice goes on
+            self._finished.discard(index)  # text after a finish reason means that the choice continues
         if unread or len(fields) > 1:
             self._with_content.add(index)
         if index:

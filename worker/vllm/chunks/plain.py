@@ -1,9 +1,10 @@
 """The fast path: decodes the chunks of the two shapes that vLLM nearly always sends, at a fraction of the cost. No I/O.
 
-The decoders raise MsgspecError or UnicodeDecodeError for a chunk that holds more; the parser then takes the slow path.
+The decoders raise MsgspecError or UnicodeDecodeError for a chunk with other fields; the parser then takes the slow
+path.
 
-There are two shapes, for speed: `RichChunk` reads plain chunks too, but the checks of its undecoded parts make every
-plain chunk a fifth slower, and there is one a token. What the shapes share is inherited, which costs nothing.
+`RichChunk` could decode plain chunks too. `PlainChunk` exists for speed: the checks of undecoded parts make each chunk
+a fifth slower, and there is one chunk a token. Fields of both shapes are inherited, which costs nothing.
 """
 
 from typing import Literal
@@ -43,7 +44,7 @@ class _PlainChoice(_FastChoice, forbid_unknown_fields=True, kw_only=True):
 
 
 class PlainChunk(_FastChunk, forbid_unknown_fields=True, kw_only=True):
-    """A chunk of one choice that has text and token ids only."""
+    """A chunk of one choice with only text and token ids."""
 
     choices: tuple[_PlainChoice]
 
@@ -60,7 +61,7 @@ class _RichChoice(_FastChoice, forbid_unknown_fields=True, kw_only=True):
 
 
 class RichChunk(_FastChunk, forbid_unknown_fields=True, kw_only=True):
-    """A plain chunk that may also have logprobs and pieces of tool calls, which stay the JSON that came."""
+    """A plain chunk that may also have logprobs and pieces of tool calls, which stay the JSON of the server."""
 
     choices: tuple[_RichChoice]
 
@@ -75,7 +76,7 @@ def rich_fields(chunk: RichChunk) -> Fields:
     """The fields of a chunk's `delta` entry.
 
     Raises:
-        ValidationError: when a part cannot be published as it came.
+        ValidationError: when a part cannot be published unchanged.
         DecodeError: when a part is not JSON.
     """
     (choice,) = chunk.choices
@@ -97,10 +98,10 @@ def rich_fields(chunk: RichChunk) -> Fields:
 
 
 def _checked(part: Raw) -> Raw:
-    """A part that every reader can decode.
+    """Check that every reader can decode a part; returns the part.
 
     Raises:
-        ValidationError: when one might not.
+        ValidationError: when some reader may not.
         DecodeError: when the part is not JSON.
     """
     if not is_readable(_decode(part), bytes(part)):

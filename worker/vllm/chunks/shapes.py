@@ -1,6 +1,6 @@
-"""Brings the chunks of other servers into the shape of vLLM's chat route, one choice at a time. No I/O.
+"""Converts the chunks of other servers into the shape of vLLM's chat route, one choice at a time. No I/O.
 
-Each function removes from the choice what it can read. What remains is published as `extra`, as it came.
+Each function removes the fields that it reads from the choice. The remaining fields are published unchanged in `extra`.
 """
 
 from typing import TypeAlias
@@ -14,7 +14,7 @@ RawObject: TypeAlias = dict[str, Raw]
 
 NULL = Raw(b"null")
 PRIVATE = frozenset({"kv_transfer_params", "ec_transfer_params"})
-"""Fields from one server to another, such as the address of a cache. They are not published."""
+"""Fields that one server sends to another, such as the address of a cache. They are not published."""
 _NOTHING = frozenset({b"null", b'""', b"[]", b"{}"})
 _TEXTS = ("reasoning", "reasoning_content", "content")
 _EMPTY_LIST = b"[]"
@@ -22,7 +22,7 @@ _EMPTY_LIST = b"[]"
 _LONGEST_INDEX = 18
 """Digits of an index that is text."""
 _UNFINISHED = ("null", "none", "None", "not_finished")
-"""Values of `finish_reason` by which some servers mean that a choice goes on."""
+"""Values of `finish_reason` that some servers send while a choice continues."""
 _ASSISTANT = Raw(b'"assistant"')
 
 _decode = msgspec.json.decode
@@ -44,18 +44,19 @@ def as_text(raw: Raw | bytes) -> str:
 
 
 def delta_of(choice: RawObject, *, published: str | None) -> RawObject:
-    """The delta of a choice, or what stands for it.
+    """The delta of a choice, or the field that a server sends instead of a delta.
 
-    `text` is that of `/v1/completions`. It counts only without a delta. Beside a delta it is empty, or repeats the
-    delta, alone or after all text before it. A repetition is dropped: the log would grow with its square.
+    `/v1/completions` sends `text`, which is used only if the choice has no delta. If it has both, `text` is empty, or
+    repeats the delta, alone or after all text before it. A repetition is dropped: otherwise the size of the log would
+    grow with the square of its length.
 
-    A `message` is that of an answer that is not streamed, or repeats the whole answer at its end. It counts only when
-    the delta is empty, and when the choice had nothing so far but such messages.
+    A `message` belongs to an answer that is not streamed, or repeats the whole answer at its end. It is used only if
+    the delta is empty and the choice has had only such messages so far.
 
     Args:
-        choice: loses what is read.
-        published: the reasoning and text of the choice so far, when it came in messages only; None when it came
-            otherwise. A message that begins with it repeats it.
+        choice: the choice, from which the fields that are read are removed.
+        published: the reasoning and text of the choice so far, if all of it came in messages; else None. A message that
+            begins with this text repeats it.
 
     Raises:
         ValidationError: when the delta is not an object.
@@ -94,7 +95,7 @@ def lift_fields(chunk: RawObject, choice: RawObject) -> None:
 
 
 def unread_in(part: RawObject) -> RawObject:
-    """What remains of a choice or a delta for readers."""
+    """The fields of a choice or a delta that were not read, without private and empty ones."""
     return {name: raw for name, raw in part.items() if name not in PRIVATE and has_value(raw)}
 
 
@@ -130,7 +131,7 @@ def ids_of(raw: Raw) -> list[int] | None:
 
 
 def read_index(choice: RawObject) -> int:
-    """The index of a choice, which may be text or a float; 0 for a value that is no index."""
+    """The index of a choice, which may be text or a float; 0 for any other value."""
     raw = choice.get("index", NULL)
     value = _decode(raw)
     if isinstance(value, str) and value.isascii() and value.isdecimal():
@@ -144,9 +145,9 @@ def read_index(choice: RawObject) -> int:
 
 
 def read_finish_reason(choice: RawObject) -> str:
-    """The reason why a choice ended; empty while it goes on.
+    """The reason why a choice ended; empty while it continues.
 
-    Some servers send an object that contains the reason. Any other value that is not text is a reason as JSON.
+    Some servers send an object that contains the reason. Any other value that is not text is returned as JSON.
     """
     raw = choice.get("finish_reason", NULL)
     value = _decode(raw)
@@ -182,7 +183,7 @@ def _repeats(text: Raw, content: Raw) -> bool:
 
 
 def _without(message: RawObject, published: str) -> RawObject:
-    """A message less the published text with which it begins."""
+    """A message without the published text with which it begins."""
     for name in _TEXTS:
         if isinstance(text := _decode(message.get(name, NULL)), str):
             message[name], published = Raw(_encode(text[len(published) :])), published[len(text) :]

@@ -1,1 +1,1 @@
-"""HTTP/1.1 to vLLM servers: connections, framing of answers, where requests go and the keys they carry."""
+"""HTTP/1.1 to vLLM servers: connections, the framing of responses, the targets of requests and their API keys."""

@@ -1,6 +1,6 @@
-"""One HTTP/1.1 connection to a server, and its responses, whose pieces are passed on as they arrive.
+"""One HTTP/1.1 connection to a server, and its responses, whose pieces are forwarded as they arrive.
 
-What goes wrong is raised as httpx's exceptions.
+Errors are raised as httpx's exceptions.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from .framing import FramingRepair, is_repairable, parser_for, why_not_http
 _Head: TypeAlias = tuple[int, list[tuple[bytes, bytes]]]
 
 HIGH_WATER = 64 * 1024
-"""Bytes of a body that wait for their reader until the connection stops reading from the server."""
+"""When this many bytes of a body wait for their reader, the connection stops reading from the server."""
 _MAX_HEAD = 64 * 1024
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -37,7 +37,7 @@ class ResponseBody(httpx.AsyncByteStream):
         self._waiter: asyncio.Future[None] | None = None
 
     async def read_into(self, on_data: Callable[[bytes], bool]) -> bool:
-        """Pass each piece to `on_data`, in the step in which it arrives, until `on_data` returns true.
+        """Pass each piece to `on_data`, in the step of the event loop in which it arrives, until it returns true.
 
         Returns false at the end of the body. An exception of `on_data` is raised here.
 
@@ -62,7 +62,7 @@ class ResponseBody(httpx.AsyncByteStream):
         return False
 
     def feed(self, piece: bytes) -> None:
-        """Take the next piece from the connection."""
+        """Accept the next piece from the connection."""
         on_data = self._on_data
         if on_data is None:
             self._pieces.append(piece)
@@ -77,7 +77,7 @@ class ResponseBody(httpx.AsyncByteStream):
             self._wake(error)
 
     def end(self, error: Exception | None = None) -> None:
-        """Take the end of the body; with an error, the body is not whole."""
+        """Mark the end of the body; with an error, the body is incomplete."""
         if not self._is_over:
             self._is_over, self._error = True, error
             self._wake()
@@ -102,29 +102,29 @@ class ResponseBody(httpx.AsyncByteStream):
                 yield pieces.pop(0)
 
     async def aclose(self) -> None:
-        """Stop reading. A server that is still sending sees the connection close."""
+        """Stop reading. If the server is still sending, the connection is closed."""
         if not self._is_over:
             self._connection.abort()
 
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """The head of a response, and the body, which comes as it is read."""
+    """The head of a response, and its body, which is read later."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: ResponseBody
 
     def header(self, name: bytes) -> str:
-        """The value of a header, by its name in lower case; empty when there is none."""
+        """The value of a header, by its name in lower case; empty if there is none."""
         return b", ".join([value for one, value in self.headers if one.lower() == name]).decode("latin-1")
 
 
 class HttpClientConnection(asyncio.Protocol):
-    """One connection, over which requests go one after the other.
+    """One connection, which sends requests one after the other.
 
     Args:
-        on_idle: called when a response is over and the next request may follow.
+        on_idle: called when a response has ended and the next request may follow.
         on_lost: called when the connection is lost.
     """
 
@@ -138,7 +138,7 @@ class HttpClientConnection(asyncio.Protocol):
     ) -> None:
         self.idle_since = 0.0
         self.has_answered = False
-        """Whether a byte of a response to the last request has come."""
+        """Whether a byte of the response to the last request has arrived."""
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -148,7 +148,7 @@ class HttpClientConnection(asyncio.Protocol):
         self._body: ResponseBody | None = None
         self._pieces: list[bytes] = []
         self._start: bytes | None = None
-        """The response so far, until a piece of its body has been passed on."""
+        """The response so far, until a piece of its body has been forwarded."""
         self._repair: FramingRepair | None = None
         self._is_until_close = False
         """Whether the end of the connection is the end of the body."""
@@ -158,11 +158,11 @@ class HttpClientConnection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether a request can be sent, as far as is known."""
+        """Whether a request can be sent. The server may have closed the connection unnoticed."""
         return self._transport is not None and not self._transport.is_closing()
 
     async def request(self, packed: bytes) -> HttpResponse:
-        """Send a request, and give the response once its head is there.
+        """Send a request; returns the response once its head has arrived.
 
         Raises:
             httpx.TransportError: when no response comes.
@@ -176,7 +176,7 @@ class HttpClientConnection(asyncio.Protocol):
         self._head = asyncio.get_running_loop().create_future()
         try:
             self.write(packed)
-            status, headers = await self._head  # by now the next request may be on its way
+            status, headers = await self._head  # the next request may be sent during this wait
         except BaseException:
             self._head.cancel()  # asyncio logs a future whose exception nobody retrieves
             self.abort()
@@ -190,7 +190,7 @@ class HttpClientConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def pause_reading(self) -> None:
-        """Read nothing from the server for now."""
+        """Stop reading from the server until `resume_reading`."""
         if not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
@@ -241,7 +241,7 @@ class HttpClientConnection(asyncio.Protocol):
             self._pass_on()
 
     def _read_repaired(self, start: bytes) -> None:
-        """Parse the response once more from its start, with its framing repaired."""
+        """Parse the response again from its start, with its framing repaired."""
         self._repair = FramingRepair()
         self._parser = parser_for(self)
         self._headers, self._head_room = [], _MAX_HEAD
@@ -280,7 +280,7 @@ class HttpClientConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_room -= len(name) + len(value)
         if self._head_room < 0:
-            raise ValueError(f"the head of the answer is larger than {_MAX_HEAD} bytes")
+            raise ValueError(f"the head of the response is larger than {_MAX_HEAD} bytes")
         if self._head is not None and not self._head.done():
             self._headers.append((name, value))
 

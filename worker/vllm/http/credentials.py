@@ -1,4 +1,4 @@
-"""The API keys of vLLM servers: those that are set, and those of a file, which is read again when none is accepted."""
+"""The API keys of vLLM servers: from the settings, and from a file that is read again if no key is accepted."""
 
 import asyncio
 from collections.abc import Set as AbstractSet
@@ -8,11 +8,11 @@ from ...telemetry.events import KeyFileUnreadable, Telemetry
 
 
 class ApiKeys:
-    """The keys of a worker, in the order in which they are tried: those of the file, then those that were given.
+    """The keys of a worker, in the order in which they are tried: those of the file, then `keys`.
 
     Args:
-        keys: empty ones are left out.
-        file: holds keys, one a line.
+        keys: keys from the settings. Empty ones are ignored.
+        file: a file of keys, one a line.
 
     Raises:
         OSError: when the file cannot be read.
@@ -26,9 +26,10 @@ class ApiKeys:
         self._trouble = ""
 
     async def untried(self, likely: str, refused: AbstractSet[str], telemetry: Telemetry) -> str | None:
-        """A key that a server has not refused, `likely` first if it is one of the keys; None when there is none left.
+        """A key that a server has not refused, `likely` first if it is one of the keys; None if there is none left.
 
-        The empty key stands for no key at all, where none is set. The file is read again before the answer is None.
+        Without any key, the result is an empty key, and the request has no key. Before None is returned, the file is
+        read again.
         """
         key = self._first(likely, refused)
         if key is None and self._file is not None:
@@ -45,7 +46,7 @@ class ApiKeys:
         trouble = ""
         try:
             self._of_file = await asyncio.to_thread(read_keys, file)
-        except (OSError, ValueError) as error:  # somebody may be replacing the file right now
+        except (OSError, ValueError) as error:  # the file may be in the middle of being replaced
             trouble = type(error).__name__
         if trouble and trouble != self._trouble:
             telemetry.emit(KeyFileUnreadable(error=trouble))
@@ -70,10 +71,10 @@ def read_keys(file: Path) -> tuple[str, ...]:
 
 
 def validated_key(text: str) -> str:
-    """A key without the blanks around it.
+    """A key without leading and trailing white space.
 
     Raises:
-        ValueError: when an HTTP header cannot carry the key. The HTTP client would quote the key in its error.
+        ValueError: when an HTTP header cannot hold the key. The HTTP client would quote the key in its error.
     """
     key = text.strip()  # a secret from a file often ends with a newline
     if not (key.isascii() and key.isprintable()):

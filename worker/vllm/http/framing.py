@@ -1,4 +1,4 @@
-"""The HTTP/1.1 response parser, and the repair of responses whose framing it refuses. No I/O."""
+"""The parser of HTTP/1.1 responses, and the repair of responses whose framing the parser refuses. No I/O."""
 
 import re
 from typing import Any
@@ -7,11 +7,11 @@ import httptools
 
 _TLS_ALERT = b"\x15\x03"
 _LENIENCIES = {
-    "lenient_chunked_length": True,  # Content-Length beside chunked, which overrules it (RFC 9112, 6.3)
+    "lenient_chunked_length": True,  # Content-Length together with chunked, which overrides it (RFC 9112, 6.3)
     "lenient_optional_cr_before_lf": True,  # lines that end in LF alone
     "lenient_spaces_after_chunk_size": True,
 }
-"""For what simple servers and proxies send. These are dangerous only when others read the same connection."""
+"""Leniency for simple servers and proxies. It is dangerous only if other parties read the same connection."""
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 _LONGEST_LINE = 4096
 """Bytes of a line of a chunked body, other than its data."""
@@ -41,8 +41,8 @@ def is_repairable(error: Exception, start: bytes) -> bool:
 class FramingRepair:
     """Rewrites a response from its first byte so that httptools 0.9 (llhttp) reads it: bytes in, bytes out.
 
-    A Content-Length that is repeated with the same number comes out once (RFC 9110, 8.6). In a chunked body, lines may
-    end in LF alone, and blanks may stand around a size.
+    A Content-Length that is repeated with the same number is written once (RFC 9110, 8.6). In a chunked body, lines may
+    end in LF alone, and a size may have blanks around it.
     """
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class FramingRepair:
         self._left = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Take more of the response, and give as much of it as can be rewritten so far."""
+        """Add a piece of the response; returns as much as can be rewritten so far."""
         out: list[bytes] = []
         data = self._held + data
         while data:
             before = len(data), self._rewrite
             data = self._rewrite(data, out)
-            if (len(data), self._rewrite) == before:  # the step waits for more
+            if (len(data), self._rewrite) == before:  # the step needs more data
                 break
         self._held = data
         return b"".join(out)

@@ -1,4 +1,4 @@
-"""The targets of requests: where they go and the head that they share. No I/O."""
+"""The targets of requests: the URL, the server and the shared head. No I/O."""
 
 import re
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ import httpx
 Origin: TypeAlias = tuple[str, str, int]
 """Scheme, host and port."""
 _ENDS = frozenset(b"\r\n\0")
-"""Bytes that end a line, and so may not stand in a header."""
+"""Bytes that end a line, and are not allowed in a header."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL to which JSON is posted, with the head that all of these requests share, but for Content-Length.
+    """A URL to which JSON is posted, with the head of these requests, which differ only in Content-Length.
 
-    httpx (0.28) builds the head once: to build it takes 0.2 ms.
+    The head is built once per target, because httpx (0.28) takes 0.2 ms to build it.
     """
 
     url: str
@@ -26,7 +26,7 @@ class Target:
 
     @classmethod
     def of(cls, client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> Self:
-        """The target of a client's requests to a URL, with these headers. A user in the URL overrides an authorization.
+        """The target of a client's requests to a URL, with these headers. A user in the URL overrides `authorization`.
 
         Raises:
             httpx.HTTPError: when the URL is not the address of a server, or a header contains a line end.

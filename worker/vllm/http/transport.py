@@ -1,7 +1,7 @@
-"""Connections to vLLM servers: an httpx transport that also posts a stream's request by a shorter way.
+"""Connections to vLLM servers: an httpx transport with a faster way to post the request of a stream.
 
 httpx's own transport (0.28) takes 60 us for each token of a stream, with several awaits. It also searches all of its
-connections for each request: among 3,000 open streams, a request costs 7 to 20 ms.
+connections for each request: with 3,000 open streams, a request costs 7 to 20 ms.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from .connection import HttpClientConnection, HttpResponse
 from .target import Origin, Target, head_of, origin_of
 
 _IDLE_LIMIT = 4.0
-"""Seconds for which a connection is kept for the next request. uvicorn, and so vLLM, closes it after 5."""
+"""Seconds for which an idle connection is kept. vLLM's server, uvicorn, closes idle connections after 5 seconds."""
 
 
 class Transport(httpx.AsyncBaseTransport):
@@ -34,7 +34,7 @@ class Transport(httpx.AsyncBaseTransport):
         return httpx.Response(response.status, headers=response.headers, stream=response.body)
 
     async def post(self, target: Target, content: bytes, connect_limit: float) -> HttpResponse:
-        """Post JSON, and give the response once its head is there. To connect takes at most `connect_limit` seconds.
+        """Post JSON; returns the response once its head has arrived. `connect_limit` is in seconds.
 
         Raises:
             httpx.TransportError: when no response comes.
@@ -54,14 +54,14 @@ class Transport(httpx.AsyncBaseTransport):
             if reused.has_answered:
                 raise
             stale = error
-        # The server had closed the idle connection, which shows only now (RFC 9112, 9.3.1). It may have sent a 408
-        # before that (RFC 9110, 15.5.9). The request is sent once more, over a new connection.
+        # The server closed the idle connection, which is only noticed now (RFC 9112, 9.3.1). It may have sent a 408
+        # before (RFC 9110, 15.5.9). The request is sent again over a new connection.
         try:
             connection = await self._connect(origin, connect_limit)
         except httpx.TransportError:
             if isinstance(stale, HttpResponse):
                 return stale
-            # The request may have killed the server. As a failure to connect, it would be sent again without end.
+            # The request may have killed the server. Reported as a failure to connect, it would be sent again forever.
             raise stale from None
         reused.abort()
         return await connection.request(packed)
@@ -75,7 +75,7 @@ class Transport(httpx.AsyncBaseTransport):
         idle = self._idle.get(origin, {})
         oldest = asyncio.get_running_loop().time() - _IDLE_LIMIT
         while idle:
-            connection, _ = idle.popitem()  # the connection used last is the last that the server closes
+            connection, _ = idle.popitem()  # the server closes the connection used last after all others
             if connection.is_open and connection.idle_since > oldest:
                 return connection
             connection.abort()
@@ -101,7 +101,7 @@ class Transport(httpx.AsyncBaseTransport):
                 )
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {limit:g} s") from error
-        except (OSError, RuntimeError) as error:  # RuntimeError: uvloop 0.22, when the server goes meanwhile
+        except (OSError, RuntimeError) as error:  # RuntimeError: uvloop 0.22, when the server stops meanwhile
             raise httpx.ConnectError(str(error) or "the server closed the connection in the TLS handshake") from error
         self._open.add(connection)
         return connection

@@ -1,1 +1,1 @@
-"""Going on mid-stream with an answer that broke off: the plan, the requests, the stop strings."""
+"""Resumes interrupted answers mid-stream: the plan, the requests, the stop strings."""

@@ -1,4 +1,4 @@
-"""Reads the stream of a server that goes on with an answer, into log entries. No I/O."""
+"""Converts the stream of a resumed answer into log entries. No I/O."""
 
 from collections.abc import Iterator
 
@@ -15,11 +15,11 @@ _VISIBLE = frozenset({"content", "reasoning", "tool_calls", "finish_reason"})
 
 
 class ResumedChunkParser(ChunkParser):
-    """A chunk parser whose first entry is `resumed`, once the server has proven that it goes on from the kept tokens.
+    """A chunk parser whose first entry is `resumed`, after it has checked that the server continues the kept tokens.
 
     Attributes:
-        has_progressed: whether the server has added something visible to the answer. Tokens without text do not count:
-            each attempt generates them anew.
+        has_progressed: whether the server has added something visible to the answer. Tokens without text do not count,
+            since each attempt generates them again.
     """
 
     __slots__ = ("_has_resumed", "_new_tokens", "_plan", "_stops", "has_progressed")
@@ -47,13 +47,13 @@ class ResumedChunkParser(ChunkParser):
             self.has_progressed = any(_VISIBLE & fields.keys() for fields in entries)
         if entries and not self._has_resumed:
             if self._plan.prompt_ids and self.model != self._plan.model:
-                raise CannotResume("another model answers")  # it may read the token ids as its own
+                raise CannotResume("another model answers")  # token ids have another meaning for another model
             self._has_resumed = True
             entries.insert(0, self._plan.entry)
         return entries
 
     def _up_to_stop(self, stops: StopStrings, entries: list[Fields]) -> Iterator[Fields]:
-        """The entries up to a stop string, which ends the answer here: the server would go on."""
+        """The entries up to a stop string, which ends the answer here, since the server would continue."""
         for fields in entries:
             if fields["type"] != Delta.type:
                 yield fields

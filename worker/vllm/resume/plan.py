@@ -1,8 +1,8 @@
-"""The plan for going on mid-stream with an answer that broke off. Pure: no I/O.
+"""The plan for resuming an interrupted answer mid-stream. No I/O.
 
-A server gets the token ids of the prompt and of the kept tokens as its prompt, so that nothing is tokenized anew. That
-is exact only where the kept tokens end with a whole character: after a cut inside a character, vLLM 0.32.0 sends the
-end of the prompt as text (vllm#48853).
+A server gets the token ids of the prompt and of the kept tokens as its prompt, so that nothing is tokenized again. That
+is exact only if the kept tokens end with a whole character: after a cut inside a character, vLLM 0.32.0 sends the end
+of the prompt as text (vllm#48853).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,26 +21,26 @@ _OF_THE_PROMPT = ("echo", "prompt_logprobs", "truncate_prompt_tokens", "use_beam
 _COUNTING = (
     "presence_penalty", "frequency_penalty", "bad_words", "thinking_token_budget", "repetition_detection",
 )  # fmt: skip
-"""Options that look back on generated tokens only. They forget the kept tokens, which are part of the prompt."""
+"""Options that depend on generated tokens only. They ignore the kept tokens, which are part of the prompt."""
 
 _NOT_OF_COMPLETIONS = frozenset({
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "logprob_token_ids", "add_generation_prompt",
     "continue_final_message", "chat_template", "chat_template_kwargs", "response_format", "tools", "tool_choice",
     "parallel_tool_calls", "reasoning_effort", "include_reasoning", "documents", "echo",
 })  # fmt: skip
-"""Fields of a chat request that `/v1/completions` does not know, or reads differently."""
+"""Fields of a chat request that `/v1/completions` does not support, or reads differently."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptAnswer:
-    """The part of a broken-off answer that stands.
+    """The part of an interrupted answer that is kept.
 
     Attributes:
         after: the last entry that is kept.
         token_ids: the kept tokens.
         last_count: how many of these tokens came with the last entry.
-        content: the text up to there, without reasoning.
-        is_plain: whether the answer is text alone, without reasoning.
+        content: the text up to this entry, without reasoning.
+        is_plain: whether the answer has only text, and no reasoning.
         cut: how many tokens at the end of the last entry are void: a chunk of several may end inside a character.
     """
 
@@ -54,15 +54,15 @@ class KeptAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ResumePlan:
-    """How a server goes on with an answer.
+    """How a server continues an answer.
 
     Attributes:
         request: the job's request.
-        kept: the part of the answer that stands.
-        prompt_ids: the prompt that the server is given, the kept tokens included; empty when none are kept.
+        kept: the part of the answer that is kept.
+        prompt_ids: the prompt that the server gets, which includes the kept tokens; empty if none are kept.
         withheld: text of the kept tokens that was not published, since it might have become a stop string.
-        room: how many more tokens the model has room for; None when that is not known.
-        model: the name that the model of the first attempt gave itself.
+        room: how many more tokens fit into the model's context; None if that is not known.
+        model: the name of the model in the first attempt's chunks.
     """
 
     request: Object
@@ -74,19 +74,19 @@ class ResumePlan:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the answer has all the tokens that it may have."""
+        """Whether the answer has as many tokens as it may have."""
         return 0 in (self.budget, self.room)
 
     @property
     def budget(self) -> int | None:
-        """How many more tokens the job allows; None when it sets no limit."""
+        """How many more tokens the job allows; None if it sets no limit."""
         limit = self.request.get("max_completion_tokens")
         limit = self.request.get("max_tokens") if limit is None else limit
         return max(0, limit - len(self.kept.token_ids)) if isinstance(limit, int) else None
 
     @property
     def requests(self) -> Iterator[tuple[str, Object]]:
-        """The requests by which a server may go on, each a route and a body, the best first."""
+        """The requests with which a server may continue, each a route and a body, the best first."""
         if not self.prompt_ids:
             yield CHAT, self.request
             return
@@ -99,7 +99,7 @@ class ResumePlan:
         limit = self.room if self.budget is None else self.budget
         if self.kept.is_plain and not body.get("logprobs") and limit is not None:
             plain = {name: value for name, value in body.items() if name not in _NOT_OF_COMPLETIONS}
-            # Without a limit this route gives 16 tokens; the chat route fills the model's room.
+            # Without a limit this route generates 16 tokens; the chat route fills the model's context.
             yield COMPLETIONS, plain | {"prompt": list(self.prompt_ids), "max_tokens": limit}
 
     @property
@@ -110,7 +110,7 @@ class ResumePlan:
 
 
 def why_not_resumable(request: Object) -> str:
-    """The reason why an answer to this request cannot be resumed; empty when it can."""
+    """The reason why an answer to this request cannot be resumed; empty if it can."""
     if request.get("tools") or request.get("functions"):
         return "tools"
     form = request.get("response_format")
@@ -119,7 +119,7 @@ def why_not_resumable(request: Object) -> str:
     if any(isinstance(count := request.get(name), int) and count > 1 for name in ("n", "best_of")):
         return "several choices"
     for name in _LIMITS:
-        if not isinstance(request.get(name, 0), int | None):  # "50" or 50.0, which vLLM takes for a number too
+        if not isinstance(request.get(name, 0), int | None):  # "50" or 50.0, which vLLM accepts as a number too
             return f"{name} that is not an integer"
     for name in _OF_THE_PROMPT:
         if request.get(name):
@@ -133,10 +133,10 @@ def why_not_resumable(request: Object) -> str:
 
 
 def keep_answer(deltas: Sequence[Delta]) -> KeptAnswer:
-    """The part of an answer that stands: all up to the last delta with text. Later tokens have shown no text yet.
+    """The part of an answer that is kept: up to the last delta with text. Later tokens have no text yet.
 
     Raises:
-        CannotResume: when a delta cannot be turned into a prompt.
+        CannotResume: when a delta cannot become a part of a prompt.
     """
     with_text = [n for n, delta in enumerate(deltas) if delta.content or delta.reasoning or delta.tool_calls]
     if not with_text:
@@ -145,9 +145,9 @@ def keep_answer(deltas: Sequence[Delta]) -> KeptAnswer:
     kept = deltas[: with_text[-1] + 1]
     for delta in kept:
         if delta.index or delta.tool_calls or "delta" in delta.extra:
-            raise CannotResume("it holds more than text")
+            raise CannotResume("the answer holds more than text")
         if (delta.content or delta.reasoning) and not delta.token_ids:
-            raise CannotResume("the server gave no token ids")
+            raise CannotResume("the server sent no token ids")
     return KeptAnswer(
         after=kept[-1].id,
         token_ids=[token for delta in kept for token in delta.token_ids],

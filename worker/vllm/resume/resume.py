@@ -1,4 +1,4 @@
-"""Makes a `ResumePlan` for an answer that broke off, with queries to the vLLM server that is to go on with it."""
+"""Makes a `ResumePlan` for an interrupted answer, with queries to the vLLM server that will continue it."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .stop_strings import stops_of
 
 _T = TypeVar("_T")
 _Post: TypeAlias = Callable[[str, Object], Awaitable[bytes]]
-"""Posts a body to a path of the server, and gives the body of the response."""
+"""Posts a body to a path of the server; returns the body of the response."""
 
 _TOKENIZED = (
     "model", "messages", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",
@@ -31,13 +31,13 @@ _REPLACEMENT = "\ufffd"
 async def plan_resume(
     pool: ServerPool, server: Server, request: Object, history: Answer, caller: Caller | None = None
 ) -> ResumePlan:
-    """Plan how a server goes on with the answer in `history`, for the job `caller`.
+    """Plan how a server continues the answer in `history`, for the job `caller`.
 
-    The server is queried by `/tokenize` and `/detokenize`.
+    The server is queried with `/tokenize` and `/detokenize`.
 
     Raises:
         CannotResume: when the answer cannot be resumed.
-        UpstreamError: when this server does not answer, and another one might.
+        UpstreamError: when this server does not answer, and another server may.
     """
     kept = keep_answer(history.deltas)
     if not kept.token_ids:
@@ -48,9 +48,9 @@ async def plan_resume(
     if stops and not kept.is_plain:
         raise CannotResume("stop strings with reasoning")
     if stops and isinstance(minimum := request.get("min_tokens"), int) and minimum > len(kept.token_ids):
-        raise CannotResume("stop strings before min_tokens")  # no server looks for them until then
+        raise CannotResume("stop strings before min_tokens")  # servers ignore stop strings before that
     post = partial(pool.post, server, caller=caller)
-    # This server must make the same token ids of the prompt as the first server did.
+    # This server must tokenize the prompt to the same token ids as the first server did.
     fields = {name: request[name] for name in _TOKENIZED if request.get(name) is not None}
     prompt = await _query(post, "/tokenize", fields, _Tokenized)
     if history.opened is None or digest_of_prompt(prompt.tokens) != history.opened.prompt_digest:
@@ -63,7 +63,7 @@ async def plan_resume(
     prompt_ids = prompt.tokens + kept.token_ids
     room = None if prompt.max_model_len is None else prompt.max_model_len - len(prompt_ids)
     if room is not None and room < 0:
-        raise CannotResume("this server has less room than the one that began")
+        raise CannotResume("this server's context is smaller than the first server's")
     return ResumePlan(request, kept, prompt_ids, withheld, room, history.opened.model)
 
 
@@ -85,7 +85,7 @@ def _withheld_text(text: str, published: str, limit: int) -> str:
     for whole, shown in ((text, published), (text.lstrip(), published.lstrip())):
         if whole.startswith(shown) and len(whole) - len(shown) <= limit:
             return whole[len(shown) :]
-    raise CannotResume("its tokens do not read as its text")
+    raise CannotResume("the text of its tokens is not the published text")
 
 
 class _Tokenized(msgspec.Struct):
@@ -101,9 +101,9 @@ async def _query(post: _Post, path: str, body: Object, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(await post(path, body), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise CannotResume(f"{path} gives no answer that can be read") from None
+        raise CannotResume(f"the response of {path} cannot be read") from None
     except UpstreamError as error:
-        # A proxy may forbid a route (403) just as it may lack it.
+        # A proxy may forbid a route (403), or may not have it.
         if error.elsewhere or (error.retryable and error.status != 403):
             raise
         raise CannotResume(f"{path}: {error.code}") from None

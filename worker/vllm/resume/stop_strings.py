@@ -11,15 +11,15 @@ def stops_of(request: Object) -> list[str]:
 
 
 class StopStrings:
-    """Finds stop strings in place of a server that goes on with an answer, since it has not seen the answer's start.
+    """Finds stop strings in place of the server that continues an answer, which has not generated the answer's start.
 
-    The rule is that of vLLM 0.32.0: the stop string that ends first counts, of several the first in the list. Text that
-    may become a stop string is held back, unless stop strings are part of the output.
+    The rule is that of vLLM 0.32.0: the stop string that ends first counts; of several, the first in the list. Text
+    that may become a stop string is withheld, unless stop strings are part of the output.
 
     Args:
         request: the job's request.
         published: the text so far.
-        withheld: text that the first server generated and held back.
+        withheld: text that the first server generated and withheld.
     """
 
     def __init__(self, request: Object, published: str, withheld: str) -> None:
@@ -27,7 +27,7 @@ class StopStrings:
         self.found = False
         self._is_included = bool(request.get("include_stop_str_in_output"))
         self._reach = max(map(len, self.stops), default=1) - 1
-        # Published text can still begin a stop string where that is part of the output.
+        # If stop strings are part of the output, published text may be the beginning of one.
         shown = published[-self._reach :] if self._is_included and self._reach else ""
         self._text, self._sent = shown + withheld, len(shown)
 
@@ -38,7 +38,7 @@ class StopStrings:
         ends = [
             (start + len(stop), rank)
             for rank, stop in enumerate(self.stops)
-            # It must end in the new text.
+            # The stop string must end in the new text.
             if (start := self._text.find(stop, max(0, seen - len(stop) + 1))) >= 0
         ]
         limit = len(self._text) if self._is_included or "finish_reason" in fields else len(self._text) - self._reach

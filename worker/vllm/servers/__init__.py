@@ -1,1 +1,1 @@
-"""The vLLM servers of a worker: what each serves, which one gets a request, probes and circuits."""
+"""The vLLM servers of a worker: their models, the choice of a server for each request, probes and circuits."""

@@ -1,4 +1,4 @@
-"""The HTTP API of the vLLM servers: completions, small questions, health and models, with the right key."""
+"""The HTTP API of the vLLM servers: completions, short queries, health and models, each with the right API key."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,7 @@ from .server import Server
 _T = TypeVar("_T")
 
 _CONNECT_SHARE = 0.9
-"""The share of a probe's time in which it must connect, so that a failure to connect is not a late answer."""
+"""The share of a probe's time within which it must connect, so that a failure to connect is not a late answer."""
 
 
 class LateAnswer(UpstreamError):
@@ -54,10 +54,10 @@ class VllmApi:
     async def open(
         self, server: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
     ) -> HttpResponse:
-        """Post a completion request, and give the response, which the caller closes.
+        """Post a completion request; returns the response, which the caller must close.
 
         Raises:
-            UpstreamError: when no response with a stream comes.
+            UpstreamError: when the server sends no response with a stream.
         """
         url = server.url + route
         return await self._with_key(
@@ -65,7 +65,7 @@ class VllmApi:
         )
 
     async def post(self, server: Server, path: str, body: Object) -> bytes:
-        """Post a small question, and give the body of the response.
+        """Post a short query; returns the body of the response.
 
         Raises:
             UpstreamError: when the server does not answer, or refuses.
@@ -96,7 +96,7 @@ class VllmApi:
 
         Raises:
             LateAnswer: when the server does not answer within `limit` seconds.
-            UpstreamError: when the server cannot be reached, or gives no list.
+            UpstreamError: when the server cannot be reached, or sends no list.
         """
         url = f"{server.url}/v1/models"
 
@@ -114,7 +114,7 @@ class VllmApi:
     async def _with_key(self, server: Server, send: Callable[[str], Awaitable[_T]]) -> _T:
         """Send a request with the key that the server accepted last and, if refused, with each of the other keys.
 
-        When all are refused, a 403 is the error to raise: the server knows that key, and forbids something to it.
+        If all are refused, a 403 takes precedence over a 401: the server knows that key, and forbids the request.
         """
         refused: set[str] = set()
         refusal: UpstreamError | None = None
@@ -171,5 +171,5 @@ def _body_of(response: httpx.Response) -> bytes:
 
 
 def _authorization(key: str) -> dict[str, str]:
-    """The header of a key. A user in the URL overrides it: httpx makes Basic authorization of user and password."""
+    """The header of a key. A user in the URL overrides the key: httpx sends it with the password (Basic)."""
     return {"authorization": f"Bearer {key}"} if key else {}

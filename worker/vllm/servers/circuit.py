@@ -1,4 +1,4 @@
-"""The circuit breaker of one vLLM server, fed with how requests and probes ended. No I/O; the clock is injected."""
+"""The circuit breaker of one vLLM server, driven by results of requests and probes. No I/O; the clock is injected."""
 
 import enum
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .pace import ServerPace
 
 FAILURES = 5
-"""How many jobs in a row must fail at a server, without a success between them, to open its circuit."""
+"""How many jobs must fail at a server, without a success between them, to open its circuit."""
 
 
 class CircuitState(enum.Enum):
@@ -20,19 +20,19 @@ class CircuitState(enum.Enum):
     OPEN = "open"
     """The server is away: it is probed, and gets no requests."""
     HALF_OPEN = "half_open"
-    """The server has answered a probe: one request at a time tries whether it works."""
+    """The server has answered a probe: one request at a time tests whether it works."""
 
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """One job, as the circuits see it.
+    """The sender of requests: a job, with its history at each circuit.
 
     Attributes:
-        is_job: false for the worker itself, which sends a trial request of its own.
-        failed_at: the circuits of the servers at which a request of the job failed, perhaps by the job's own fault. Its
-            further failures there count no more.
+        is_job: false for the worker itself, which sends trial requests of its own.
+        failed_at: the circuits of the servers at which a request of the job failed, perhaps by the job's own fault. The
+            job's later failures there do not count.
         refused_at: the circuits of the servers that will never answer the job, each with its last error. The job sends
-            no further request there.
+            no more requests there.
     """
 
     is_job: bool = True
@@ -42,7 +42,7 @@ class Caller:
 
 @dataclass(slots=True, eq=False)
 class ServerRequest:
-    """One request at a server. `epoch` counts how often the circuit had opened before the request was sent."""
+    """One request at a server. `epoch` is how often the circuit had opened before the request was sent."""
 
     caller: Caller
     epoch: int
@@ -72,23 +72,22 @@ class _Pause:
 class Circuit:
     """Decides whether a server gets requests.
 
-    Failures are counted by jobs, since one bad job may fail wherever it goes. The circuit opens when `FAILURES`
-    different jobs have failed with no success between them. Any answer that begins outweighs requests that failed
-    before their answer. Only a whole answer outweighs an answer that broke off.
+    Failures are counted by jobs, since a bad job may fail at every server. The circuit opens when `FAILURES` different
+    jobs have failed with no success between them. Any answer that begins clears the failures of requests that failed
+    before their answer. Only a complete answer clears the failures of interrupted answers.
 
-    A half-open circuit lets one request through at a time, and only of jobs that have not failed here. After each
-    failed trial, jobs that can go elsewhere wait longer. A job that can go nowhere else is let through at once, for
-    the trials before may have failed by their own fault. A job that has failed here waits for the trial of another
-    job, or for a trial request that the worker makes by itself.
+    A half-open circuit admits one request at a time, and only from jobs that have not failed here. After each failed
+    trial, jobs that other servers can answer wait longer. A job that no other server can answer is admitted at once,
+    because the earlier trials may have failed by their own fault. A job that has failed here waits for the trial of
+    another job, or for a trial request of the worker.
 
     The first data event of a job's trial closes the circuit, since the end of its answer may be minutes away. The
-    worker's own trial is short, and must come whole. A vLLM that begins answers and never ends them is on probation:
-    until one stream has come whole, a single stream that breaks off opens the circuit again. A trial without any sign
-    of life, as in a long queue at vLLM, keeps other requests away for `ServerPace.trial` seconds.
+    worker's own trial is short, and must complete. After a job's trial the server is on probation, since it may begin
+    answers and never end them: until one answer is complete, a single interrupted answer opens the circuit again. A
+    trial without any event, as in a long queue at vLLM, blocks other requests for `ServerPace.trial` seconds.
 
-    A late probe shows only that something accepts connections. A server of which nothing is known, or that is away, is
-    then tried with one request. If that trial fails, the server is away again. A good probe after a late one counts as
-    much as a good first probe.
+    A late probe shows only that the server accepts connections. A server that is unknown or away then gets one trial
+    request. If that trial fails, the server is away again. A good probe after a late one counts as a good first probe.
 
     The end of a request that was sent before the circuit opened does not count: streams that a dying vLLM left frozen
     end long after the server is back.
@@ -114,7 +113,7 @@ class Circuit:
         self._unanswered: set[Caller] = set()
         """Jobs whose requests failed before their answer began, since the last answer that began."""
         self._broken: set[Caller] = set()
-        """Jobs whose answers broke off, since the last whole answer."""
+        """Jobs whose answers broke off, since the last complete answer."""
         self._is_suspect = False
         """Whether a request failed since the last probe."""
         self._late_from: CircuitState | None = None
@@ -129,7 +128,7 @@ class Circuit:
         self._own_trial_pause = _Pause(self._pace, self._pace.first_pause)
 
     def admits(self, caller: Caller, *, last_resort: bool = False) -> bool:
-        """Whether a job may send a request now. With `last_resort`, the job can go nowhere else."""
+        """Whether a job may send a request now. With `last_resort`, no other server can answer the job."""
         if self in caller.refused_at:
             return False
         if self.state is not CircuitState.HALF_OPEN:
@@ -138,7 +137,7 @@ class Circuit:
         return self not in caller.failed_at and self._has_no_trial and is_due
 
     def wants_trial(self, caller: Caller) -> bool:
-        """Whether the worker should try the server by itself, for a job that waits because it has failed here."""
+        """Whether the worker should send a trial request, for a job that waits because it has failed here."""
         is_due = self._has_no_trial and self._own_trial_pause.is_over(self._clock())
         waits = self in caller.failed_at and self not in caller.refused_at
         return self.state is CircuitState.HALF_OPEN and waits and is_due
@@ -149,13 +148,13 @@ class Circuit:
 
     @property
     def wants_probe(self) -> bool:
-        """Whether the server should be probed: a request failed, the server is away, or nothing is known of it."""
+        """Whether the server should be probed: a request failed, or the server is away or unknown."""
         if self.state is CircuitState.OPEN:
             return self._probe_pause.is_over(self._clock())
         return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def on_probe(self, trouble: str) -> None:
-        """Take the result of a probe: empty when the server answered, else the reason why the server is away."""
+        """Record the result of a probe: empty if the server answered, else the reason why the server is away."""
         self._is_suspect = False
         late_from, self._late_from = self._late_from, None
         if self.state is CircuitState.OPEN:
@@ -170,7 +169,7 @@ class Circuit:
             self._reserved_until -= self._pace.late_trial - self._pace.trial
 
     def on_late_probe(self) -> None:
-        """Take note that a probe was not answered in time."""
+        """Record that the server did not answer a probe in time."""
         self._is_suspect = False
         if self.state in {CircuitState.UNKNOWN, CircuitState.OPEN}:
             self._reserved_until = 0.0
@@ -179,22 +178,22 @@ class Circuit:
             self._late_from = former
 
     def reserve_trial(self) -> None:
-        """Keep other requests away while a half-open circuit tries the server with the request that comes next."""
+        """Block other requests while the next request is the trial of a half-open circuit."""
         self._reserved_until = self._clock() + (self._pace.trial if self._late_from is None else self._pace.late_trial)
 
     def request_of(self, caller: Caller) -> ServerRequest:
-        """A request of a job that is sent now, to be handed to the `on_…` methods."""
+        """A request of a job that is sent now, for the `on_…` methods."""
         return ServerRequest(caller, self._epoch)
 
     def begin(self, caller: Caller) -> ServerRequest:
-        """Reserve the trial for a request of a job, and give that request."""
+        """Reserve the trial for a request of a job; returns that request."""
         self.reserve_trial()
         return self.request_of(caller)
 
     def on_first_event(self, request: ServerRequest) -> None:
-        """Take note that the first data event of a request came.
+        """Record the first data event of a request.
 
-        For a request that was sent before the circuit opened, the event counts only when a probe was answered since:
+        If the request was sent before the circuit opened, the event counts only if a probe was answered since then:
         otherwise the server may only be ending its old answers.
         """
         if request.epoch != self._epoch and self.state is not CircuitState.HALF_OPEN:
@@ -206,7 +205,7 @@ class Circuit:
             self._become(CircuitState.CLOSED)
 
     def on_success(self, request: ServerRequest) -> None:
-        """Take note that the answer to a request came whole."""
+        """Record that the answer to a request is complete."""
         if request.epoch == self._epoch:
             self._forget_failures()
             self._reset_pauses()
@@ -214,7 +213,7 @@ class Circuit:
                 self._become(CircuitState.CLOSED)
 
     def on_failure(self, request: ServerRequest, reason: str, *, at_once: bool = False) -> None:
-        """Take note that a request failed. With `at_once` the fault is certainly the server's: the circuit opens."""
+        """Record that a request failed. With `at_once` the fault is certainly the server's, and the circuit opens."""
         caller, is_new = request.caller, self not in request.caller.failed_at
         if not at_once:
             caller.failed_at.add(self)
@@ -239,7 +238,7 @@ class Circuit:
             self._open(reason)
 
     def on_end(self, request: ServerRequest) -> None:
-        """Take note that a request is over, with any result: another request may be the trial."""
+        """Record that a request has ended with any result, so that another request may be the trial."""
         if request.epoch == self._epoch:
             self._reserved_until = 0.0
 

@@ -1,4 +1,4 @@
-"""Opening the stream of a request at a server, without the fields that the worker adds and the server refuses."""
+"""Opens the stream of a request at a server. Fields that the worker adds are omitted if the server refuses them."""
 
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
@@ -13,12 +13,12 @@ from .server import Server
 
 _ADDED = ("return_token_ids", "stream_options")
 _USAGE = "include_usage"
-"""What is added inside of `stream_options`."""
+"""The field that is added inside `stream_options`."""
 _REFUSALS = frozenset({400, 403, 422, 500, 501})
 
 
 def body_for(request: Object, without: AbstractSet[str]) -> Object:
-    """The body to send for a request: streamed, with the added fields but for those in `without`."""
+    """The body to send for a request: streamed, with the added fields except those in `without`."""
     body: Object = {**request, "stream": True}
     if "return_token_ids" not in without:
         body["return_token_ids"] = True
@@ -29,10 +29,10 @@ def body_for(request: Object, without: AbstractSet[str]) -> Object:
 
 
 def refused_fields(error: UpstreamError, request: Object) -> set[str]:
-    """The added fields that an error names, in its message or in its words for programs.
+    """The added fields that an error mentions, in its message or in its words for programs.
 
-    Fields that the request itself has are left out. A server may name a field that it accepts, when it quotes the
-    request: only the same request without the field shows whether it was refused.
+    Fields that the request itself has are ignored. A server that quotes the request may mention a field that it
+    accepts: only the same request without the field shows whether the field was refused.
     """
     if error.status not in _REFUSALS:
         return set()
@@ -54,18 +54,18 @@ async def open_stream(
     watchdog: StreamWatchdog,
     on_first: Callable[[], None],
 ) -> ChatStream:
-    """Open the stream of a request, without the added fields that the server refuses, before the stream or within it.
+    """Open the stream of a request without the added fields that the server refuses, before or within the stream.
 
-    The server's refusal of a field is remembered only once the same request was accepted without the field, and never
-    for a request that has the field itself: one bad job, or a job whose text quotes such a name in an error, must not
-    cost other jobs the field. `on_first` is called with the first event.
+    The refusal of a field is remembered only once the server has accepted the same request without the field, and never
+    for a request that has the field itself. Otherwise other jobs would lose the field because of one bad job, or of a
+    job whose text contains the field's name and is quoted in an error. `on_first` is called at the first event.
 
     Raises:
-        UpstreamError: when the server does not give a stream.
+        UpstreamError: when the server sends no stream.
     """
     without = set(server.unsupported_fields)
 
-    def leave_out(error: UpstreamError) -> bool:
+    def omit_refused(error: UpstreamError) -> bool:
         refused = refused_fields(error, request) - without
         without.update(refused)
         return bool(refused)
@@ -75,11 +75,11 @@ async def open_stream(
             try:
                 return await api.open(server, route, body_for(request, without), limits, watchdog)
             except UpstreamError as error:
-                if not leave_out(error):
+                if not omit_refused(error):
                     raise
 
     async def reopen(error: UpstreamError) -> HttpResponse | None:
-        if not leave_out(error):
+        if not omit_refused(error):
             return None
         watchdog.restart()
         return await post()

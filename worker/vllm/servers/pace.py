@@ -7,24 +7,24 @@ from dataclasses import dataclass
 class ServerPace:
     """How often a worker probes its servers, and how long it waits for them.
 
-    A pool and all of its circuits read one object, each time anew, so that tests can change the pace as they go.
+    A pool and all of its circuits share one object and read it each time, so that tests can change the pace.
     """
 
     probe_every: float = 2.0
-    """Between two probes of a server that is away, and between two checks of a server that works."""
+    """The time between two probes of a server that is away, and between two checks of a server that works."""
     probe_limit: float = 3.0
-    """For the answer to a probe. After a late answer the next probe has twice as long."""
+    """The time limit of a probe. After a late answer the limit of the next probe is doubled."""
     longest_probe_limit: float = 60.0
     list_every: float = 60.0
-    """Between two requests for the models of a server that works."""
+    """The time between two requests for the models of a server that works."""
     list_again_after: float = 2.0
-    """Between two requests for the models of all servers, made because no server lists a model."""
+    """The time between two requests for the models of all servers, which are sent if no server lists a model."""
     trial: float = 10.0
-    """For which a trial request without any sign of life keeps other requests away from its server."""
+    """The time for which a trial request without any event blocks other requests to its server."""
     late_trial: float = 60.0
     """The same, while probes of the server are late."""
     first_pause: float = 2.0
-    """Before the second probe or trial in a row; each further pause is twice as long."""
+    """The pause before the second probe or trial in a row; each further pause is twice as long."""
     longest_pause: float = 30.0
     frozen_after: float = 2.0
-    """Of silence after which a stream counts as frozen, once its server refuses connections."""
+    """The silence after which a stream counts as frozen, once its server refuses connections."""

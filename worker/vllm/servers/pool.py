@@ -24,7 +24,7 @@ from .opening import open_stream
 from .pace import ServerPace
 from .probes import Probes
 from .recent import Recent
-from .server import MISSING, Server, best_of, may_be_its_fault
+from .server import MISSING, Server, best_server, counts_against_server
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -33,8 +33,8 @@ COMPLETIONS = "/v1/completions"
 class ServerPool:
     """All vLLM servers of a worker.
 
-    A job waits until a server accepts it, and chooses a server in the same step, since the choice of a server whose
-    circuit is half open keeps other jobs away from that server:
+    A job waits until a server accepts it, and chooses a server in the same step of the event loop, since the choice of
+    a server whose circuit is half open blocks other jobs there:
 
         while not pool.accepts(model, caller):
             await pool.wait_available(model, caller=caller)
@@ -63,7 +63,7 @@ class ServerPool:
         transport: Transport | None = None,
     ) -> None:
         self.limits = limits
-        """Those of the requests that begin from now on."""
+        """The limits of requests that begin from now on."""
         self._telemetry = telemetry or Receivers()
         self._pace = pace or ServerPace()
         self.servers = [Server(base_url(url), on_change=self._on_change, pace=self._pace) for url in urls]
@@ -72,7 +72,7 @@ class ServerPool:
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
         """Models that no server lists. Requests for them may go to any server."""
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
-        """The answer of a server that did not know a model which no server lists."""
+        """The error of a server that does not have a model, for models that no server lists."""
         self._api = VllmApi(keys or ApiKeys(), self._telemetry, connect=limits.connect, transport=transport)
         self._probes = Probes(self._api, self.servers, self._pace)
 
@@ -82,18 +82,18 @@ class ServerPool:
 
     @property
     def is_available(self) -> bool:
-        """Whether a server accepts requests for any model, as far as is known."""
+        """Whether a server accepts requests for some model, as far as is known."""
         return self.accepts("")
 
     def accepts(self, model: str, caller: Caller | None = None) -> bool:
         """Whether a server accepts a job's request for this model now, as far as is known; the empty name is any model.
 
-        False until every server was probed once: otherwise the first to answer would get all jobs that waited.
+        False until every server was probed once: otherwise the first server to answer would get all waiting jobs.
         """
         return all(server.is_known for server in self.servers) and bool(self._accepting(model, caller or Caller()))
 
     def all_busy(self, model: str, caller: Caller) -> bool:
-        """Whether every server that accepts the job's requests for this model has asked for a pause."""
+        """Whether every server that accepts the job's requests for this model has requested a pause."""
         return all(server.is_busy for server in self._accepting(model, caller))
 
     def all_refuse_keys(self, model: str) -> bool:
@@ -134,16 +134,16 @@ class ServerPool:
     async def wait_available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
         """Wait until a server accepts a job's request for this model. `monitor` must run meanwhile.
 
-        When no server lists the model, the lists are fetched again. After that any server may be asked: adapters are
-        loaded at run time, some by the first request, and some servers answer to more names than they list. If a server
-        then does not know the model, that is the answer to all jobs for a minute. Servers that are away and have never
-        listed their models may have the model, so the job waits for them, unless a server accepts one of `others`.
-        When this job and others have failed at a server, the worker tries that server with a request of its own.
+        If no server lists the model, the lists are fetched again. After that, any server may get the request: adapters
+        are loaded at run time, some by the first request, and some servers serve more names than they list. If a server
+        then does not know the model, all jobs get this error for a minute. Servers that are away and have never listed
+        their models may have the model, so the job waits for them, unless a server accepts one of `others`. If this job
+        and others have failed at a server, the worker sends a trial request to that server.
 
         Raises:
             UpstreamError: the last refusal, when every server of the model has refused the job; `model_not_found`, when
-                a server gave that answer lately; `upstream_unreachable` or `unauthorized`, when no server of the model
-                may answer the job (see `should_fall_back`) and a server accepts a request for one of `others`.
+                a server lately returned that error; `upstream_unreachable` or `unauthorized`, when no server of the
+                model may answer the job (see `should_fall_back`) and a server accepts a request for one of `others`.
         """
         caller = caller or Caller()
         while not self.accepts(model, caller):
@@ -159,7 +159,9 @@ class ServerPool:
             if suspect is not None:
                 await self._try_out(suspect, model)
             elif serving:
-                await _wait_for(changed, self._pace.probe_every)  # the end of a trial's reservation sets no event
+                await _wait_for(
+                    changed, self._pace.probe_every
+                )  # the end of a trial's reservation does not set the event
             elif answer := self._missing.get(model):
                 raise UpstreamError(answer.code, answer.message, status=answer.status, retryable=False)
             elif not await self._probes.fetch_all_models():
@@ -168,18 +170,18 @@ class ServerPool:
                 self._unlisted.put(model, True)
 
     def choose(self, model: str, caller: Caller | None = None, *, other_than: Server | None = None) -> Server:
-        """The best server for a request (see `best_of`); one that may accept it later, if none does now.
+        """The best server for a request (see `best_server`), even if no server accepts the request now.
 
         `other_than` is the server of the last try.
         """
-        server = best_of(self.servers_for(model) or self.servers, caller or Caller(), other_than)
+        server = best_server(self.servers_for(model) or self.servers, caller or Caller(), other_than)
         server.circuit.reserve_trial()
         return server
 
     async def _try_out(self, server: Server, model: str) -> None:
-        """Request one token from a server, in place of a job that may have failed there by its own fault.
+        """Request one token from a server, in place of jobs that may have failed there by their own fault.
 
-        Only this shows jobs that have all failed at the server whether to wait for it or to give up.
+        If all waiting jobs have failed at the server, only this trial shows whether to wait for it or to give up.
         """
         self._telemetry.emit(VllmTriedOut(endpoint=without_user(server.url)))
         server.circuit.reserve_trial()
@@ -198,7 +200,7 @@ class ServerPool:
                     pass
                 parser.check_complete()
         except UpstreamError as error:
-            if not may_be_its_fault(error):  # the server answers: it has no chat template, or is busy
+            if not counts_against_server(error):  # the server works, but has no chat template, or is busy
                 circuit = server.circuit
                 circuit.on_success(circuit.request_of(Caller(is_job=False)))
 
@@ -230,7 +232,7 @@ class ServerPool:
         self._wake()
 
     def _report(self, server: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
-        """Emit the change of a circuit. Runs in a context of its own, since the change is not about one job."""
+        """Emit the change of a circuit, in a context of its own, since the change does not belong to one job."""
         structlog.contextvars.unbind_contextvars("request_id")
         if state is CircuitState.OPEN:
             self._telemetry.emit(VllmAway(endpoint=without_user(server.url), reason=reason, fix=server.fix))
@@ -245,15 +247,15 @@ class ServerPool:
     async def stream(
         self, server: Server, request: Object, route: str = CHAT, *, caller: Caller | None = None
     ) -> AsyncIterator[ChatStream]:
-        """The token stream of a request; the end of the context closes it.
+        """The token stream of a request, as a context that closes the stream at its end.
 
-        The server's circuit learns from how the context ends. Without an exception, the request succeeded. With an
+        The end of the context is recorded in the server's circuit. Without an exception, the request succeeded. With an
         UpstreamError, the server failed, unless the error is its refusal of the request. Any other exception does not
-        count. So check within the context that the answer is whole, and do not let an error out of it that comes when
-        nothing of the answer is missing.
+        count. So check within the context that the answer is complete, and do not raise an error that comes after the
+        answer is complete.
 
         Raises:
-            UpstreamError: when the server does not give a stream.
+            UpstreamError: when the server sends no stream.
         """
         circuit, model = server.circuit, request.get("model")
         caller = caller or Caller()
@@ -287,10 +289,10 @@ class ServerPool:
             self._end(server, sent, watchdog)
 
     async def post(self, server: Server, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
-        """Post a small question to a server, before a stream is requested from it, and give the body of the answer.
+        """Post a short query to a server before a stream is requested from it; returns the body of the response.
 
-        The server has as long as for a first token, since all streams that broke at another server ask at once. A late
-        answer does not count against the server, nor does a redirect: the server may redirect all but its completions.
+        The time limit is that of a first token, since all streams that broke at another server send queries at once. A
+        late answer does not count against the server, nor does a redirect: it may redirect all but its completions.
 
         Raises:
             UpstreamError: when the server does not answer, or refuses.
@@ -311,14 +313,14 @@ class ServerPool:
             else:
                 server.record_failure(sent, error, refuses_key=refuses_key)
             raise
-        finally:  # a caller that goes on to a stream begins it before another job may try the server
+        finally:  # a caller that then requests a stream does so before another job may try the server
             self._end(server, sent, watchdog)
 
     async def list_models(self, server: Server) -> list[str]:
         """The names of the models that a server lists.
 
         Raises:
-            UpstreamError: when the server cannot be reached, or gives no list.
+            UpstreamError: when the server cannot be reached, or sends no list.
         """
         return await self._api.models(server, self._pace.probe_limit)
 
@@ -334,17 +336,17 @@ class ServerPool:
             self._wake()
 
     def _record_missing(self, server: Server, model: str, caller: Caller, answer: UpstreamError) -> None:
-        """Record that a server does not know a model. If all servers list other models, all jobs get this answer."""
+        """Record that a server does not have a model. If all servers list other models, all jobs get this error."""
         server.record_missing(model, caller)
         self._unlisted.drop(model)
         if server.models and model not in server.models and not self.servers_for(model):
             self._missing.put(model, answer)
 
     async def _check_key(self, server: Server, error: UpstreamError) -> bool:
-        """Whether a server that refused a request refuses all keys, and so its list of models too.
+        """Whether a server that refused a request refuses all keys, so that it refuses its list of models too.
 
-        The error then has status 401. Otherwise the server may refuse the request alone: a router has keys of its own
-        for its servers. A server that never gave its list, and forbids it (403), shows nothing.
+        The status of the error is then set to 401. Otherwise the server may refuse only this request: a router has keys
+        of its own for its servers. If a server has never sent its list and forbids it (403), the keys may be good.
         """
         if error.code != UNAUTHORIZED or (error.status == 403 and not server.models):
             return False
@@ -358,7 +360,7 @@ class ServerPool:
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, but not for longer."""
+    """Wait for an event for at most this number of seconds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,7 +1,7 @@
-"""Probes of the vLLM servers: whether each is there, and which models it lists.
+"""Probes of the vLLM servers: whether each server answers, and which models it lists.
 
-A busy vLLM may take 40 s to answer, and a router queries all of its servers first. A server that answers late is probed
-with more time, up to a minute, and does not count as away.
+A busy vLLM may take 40 s to answer, and a router queries all of its servers first. A server that answers late gets more
+time for the next probe, up to a minute, and does not count as away.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ class Probes:
         self._servers = servers
         self._pace = pace
         self._health_limits: dict[Server, float] = {}
-        """By server whose last answer was late: how many seconds it has for the next."""
+        """The time limit of the next probe in seconds, for each server whose last answer was late."""
         self._list_limits: dict[Server, float] = {}
         self._listing = asyncio.Lock()
         self._last_round_began = self._last_whole_round_began = float("-inf")
 
     async def probe(self, server: Server) -> None:
-        """Probe a server, and give the result to its circuit."""
+        """Probe a server, and record the result in its circuit."""
         try:
             trouble = await self._trouble_of(server)
         except LateAnswer:
@@ -41,29 +41,29 @@ class Probes:
             server.circuit.on_probe(trouble)
 
     async def probe_silent(self, server: Server) -> None:
-        """Probe a server whose streams are silent: if it is shutting down, they need not wait for their limit."""
+        """Probe a server whose streams are silent. If it is shutting down, they end before their time limit."""
         request = server.circuit.request_of(Caller())
         try:
             await self._api.health(server, self._pace.probe_limit)
         except NoConnection as error:
             server.record_failure(request, error)
         except UpstreamError:
-            pass  # a server that answers late may well go on sending
+            pass  # a server that answers late may continue its streams
 
     async def fetch_models(self, server: Server) -> UpstreamError | None:
-        """Fetch a server's list of models. Returns an error that may pass; the former list then still holds."""
+        """Fetch a server's list of models. Returns an error that may be temporary; the former list is then kept."""
         return await self._record_list(
             server, lambda: self._with_longer_limit(self._list_limits, server, self._api.models)
         )
 
     async def fetch_all_models(self) -> bool:
-        """Fetch the lists of all servers that are there, at most once in `list_again_after` seconds.
+        """Fetch the lists of all servers that are not away, at most once in `list_again_after` seconds.
 
-        Returns whether every server has answered. A server that does not answer in a minute counts as one that has.
+        Returns whether every server has answered. A server that does not answer within a minute counts as answered.
         """
         wanted_at = time.monotonic()
         async with self._listing:
-            if self._last_whole_round_began >= wanted_at:  # for another request, while this one waited
+            if self._last_whole_round_began >= wanted_at:  # another caller fetched them while this one waited
                 return True
             await asyncio.sleep(self._last_round_began + self._pace.list_again_after - time.monotonic())
             self._last_round_began = began = time.monotonic()
@@ -74,7 +74,7 @@ class Probes:
             return True
 
     async def _trouble_of(self, server: Server) -> str:
-        """Why a server takes no requests; empty when it does. Its list of models is then recorded, unless it is late.
+        """Why a server is away; empty if it is not. Its list of models is then recorded, unless the list is late.
 
         Raises:
             LateAnswer: when the server does not answer in time.
@@ -94,9 +94,9 @@ class Probes:
             raise problem
         if problem is None or isinstance(problem, LateAnswer):
             return ""
-        if not problem.status:  # no connection after all
+        if not problem.status:  # the connection was lost meanwhile
             return problem.code
-        if problem.code == UNAUTHORIZED and server.refuses_key:  # the list shows when the key of a request is accepted
+        if problem.code == UNAUTHORIZED and server.refuses_key:  # the server is away until its list accepts a key
             return problem.code
         return problem.code if health == 404 and problem.status >= 500 else ""  # a refused key is an answer too
 
@@ -116,7 +116,7 @@ class Probes:
     async def _with_longer_limit(
         self, limits: dict[Server, float], server: Server, send: Callable[[Server, float], Awaitable[_T]]
     ) -> _T:
-        """Send a probe with twice the time of the last one, if that was late."""
+        """Send a probe. If the answer is late, the limit of the server's next probe is doubled."""
         limit = limits.pop(server, self._pace.probe_limit)
         try:
             return await send(server, limit)

@@ -1,6 +1,6 @@
-"""A bounded memory of what was found out about models lately. No I/O.
+"""A bounded cache of recent findings about models. No I/O.
 
-The names of models come from jobs: there may be any number of them, of any length.
+The names of models come from jobs, so there may be any number of them, of any length.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _CAPACITY = 1000
 
 
 class Recent(Generic[_T]):
-    """Values by name: the newest 1,000, each for `seconds` of the clock. A name takes 16 bytes, however long it is."""
+    """A cache of the newest 1,000 values by name, each for `seconds` of the clock. Each name takes 16 bytes."""
 
     def __init__(self, clock: Callable[[], float], seconds: float) -> None:
         self._clock = clock
@@ -23,12 +23,12 @@ class Recent(Generic[_T]):
         return self.get(name) is not None
 
     def get(self, name: str) -> _T | None:
-        """The value of a name; None when there is none or its time is over."""
+        """The value of a name; None if there is none or it has expired."""
         until, value = self._values.get(_key(name), (0.0, None))
         return value if self._clock() < until else None
 
     def put(self, name: str, value: _T) -> None:
-        """Remember a value from now on."""
+        """Store a value, whose time begins now."""
         self.drop(name)
         if len(self._values) >= _CAPACITY:
             del self._values[next(iter(self._values))]

@@ -1,4 +1,4 @@
-"""What is known of one vLLM server: its models, its load and its circuit. No I/O; the clock is injected."""
+"""The state of one vLLM server: its models, its load and its circuit. No I/O; the clock is injected."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +18,22 @@ from .pace import ServerPace
 from .recent import Recent
 
 MISSING = 60.0
-"""Seconds for which the answer holds that a server does not have a model."""
+"""Seconds for which a server's error that it does not have a model is remembered."""
 BUSY = 1.0
-"""Seconds for which a server is passed over after a 429 without Retry-After."""
+"""Seconds for which other servers are preferred after a 429 without Retry-After."""
 
 
 class Server:
-    """One server.
+    """One vLLM server of the worker.
 
     Attributes:
         url: its base URL, without `/v1`.
-        requests: the watchdogs of the requests that the server works on.
+        requests: the watchdogs of the server's unfinished requests.
         unsupported_fields: the request fields that the server refuses.
         models: the names that the server lists; empty while they are not known, and for a server without a list.
-        unlisted_models: names that the server answers to, though it does not list them.
-        missing_models: names that the server did not know lately.
-        listed_at: when the server was last asked for its list, by the clock.
+        unlisted_models: names that the server serves but does not list.
+        missing_models: names that the server has lately refused as unknown.
+        listed_at: when the server's list was last requested, by the clock.
         fix: how to fix the server's last error, if that is known.
         accepted_key: the API key that the server accepted last; empty before that.
     """
@@ -61,14 +61,14 @@ class Server:
         self._clock = clock
         self._busy_until = 0.0
         self._deniers: dict[str, set[Caller]] = {}
-        """By listed model: the jobs to which the server answered that it does not have the model."""
+        """For each listed model, the jobs to which the server replied that it does not have the model."""
 
     @contextmanager
     def reserve(self) -> Iterator[None]:
         """Count a request of this worker as in flight at the server, within the context.
 
-        Enter the context in the same step in which the server is chosen. `requests` grows only once the request is
-        sent: if the choice relied on it, all jobs that arrive together would choose the same server.
+        Enter the context in the step of the event loop in which the server is chosen. `requests` grows only once the
+        request is sent: if the choice relied on it, all jobs that arrive together would choose the same server.
         """
         self.in_flight += 1
         try:
@@ -78,7 +78,7 @@ class Server:
 
     @property
     def is_known(self) -> bool:
-        """Whether a probe or a request has shown whether the server is there."""
+        """Whether a probe or a request has shown whether the server works."""
         return self.circuit.state is not CircuitState.UNKNOWN
 
     @property
@@ -88,7 +88,7 @@ class Server:
 
     @property
     def is_up(self) -> bool:
-        """Whether the server is known to take requests, if only one at a time."""
+        """Whether the server is known to accept requests, even if only one at a time."""
         return self.is_known and not self.is_away
 
     @property
@@ -98,7 +98,7 @@ class Server:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the server has asked for a pause that is not over yet."""
+        """Whether the server has requested a pause that is not over yet."""
         return self._clock() < self._busy_until
 
     def serves(self, model: str) -> bool:
@@ -123,9 +123,9 @@ class Server:
     def record_missing(self, model: str, caller: Caller) -> None:
         """Record that the server did not know the model of a job; the server's list is then fetched again.
 
-        For a model that the server lists, the answer may be about this one job, such as an image that is not found. The
-        model then counts as missing only when the new list lacks it, or when `FAILURES` jobs got the same answer and no
-        other answer came between them.
+        If the server lists the model, the error may concern only this job, such as an image that is not found. The
+        model then counts as missing only if the new list lacks it, or if `FAILURES` jobs got the same error with no
+        answer between them.
         """
         self.listed_at = float("-inf")
         self.unlisted_models.drop(model)
@@ -137,36 +137,37 @@ class Server:
         self.missing_models.put(model, True)
 
     def record_failure(self, request: ServerRequest, error: UpstreamError, *, refuses_key: bool = False) -> None:
-        """Record that a request failed. With `refuses_key`, the server accepts none of the worker's keys for anything.
+        """Record that a request failed. With `refuses_key`, the server refuses all of the worker's keys.
 
         One such request opens the circuit: a server that refuses at once has the fewest requests in flight, and would
-        get nearly all of them. Any other 401 or 403 may be about the request, and counts as other faults do.
+        get nearly all of them. Any other 401 or 403 may concern only the request, and counts like other faults.
         """
         self.fix = error.fix
         if error.status == 429 or error.retry_after is not None:
             self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
-        if may_be_its_fault(error):
+        if counts_against_server(error):
             self.circuit.on_failure(request, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
         if isinstance(error, ConnectionRefused):
             for watchdog in self.requests:
                 watchdog.tighten()
 
 
-def may_be_its_fault(error: UpstreamError) -> bool:
+def counts_against_server(error: UpstreamError) -> bool:
     """Whether an error counts against the server.
 
-    A refusal of the request (4xx) does not count, nor does a busy server. A wrong setup counts, such as a redirect.
+    A refusal of the request (4xx) does not count, nor does a busy server. A misconfiguration, such as a redirect, does.
     """
     if error.elsewhere:
         return error.code != MODEL_NOT_FOUND and error.status not in TOO_LARGE_STATUS
     return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
 
-def best_of(servers: Sequence[Server], caller: Caller, other_than: Server | None = None) -> Server:
-    """The server to which a job's request goes: the first by these criteria, in their order.
+def best_server(servers: Sequence[Server], caller: Caller, other_than: Server | None = None) -> Server:
+    """The best server for a job's request.
 
-    Servers that admit the job, servers that admit it as a last resort, servers that are not away, servers that are not
-    busy, servers at which the job has not failed, servers other than the last one, the fewest requests in flight.
+    Preferred are, in this order: servers that admit the job, servers that admit it as a last resort, servers that are
+    not away, servers that are not busy, servers at which the job has not failed, servers other than `other_than`, and
+    servers with the fewest requests in flight.
     """
 
     def rank(server: Server) -> tuple[object, ...]:

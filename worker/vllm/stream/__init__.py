@@ -1,1 +1,1 @@
-"""The token stream of one answer: server-sent events and the limits on silence."""
+"""The token stream of one answer: server-sent events, and time limits on silence."""

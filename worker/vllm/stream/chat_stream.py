@@ -1,4 +1,4 @@
-"""The token stream of one answer: the one place that holds an open HTTP response of a vLLM server."""
+"""The token stream of one answer, which owns the open HTTP response of a vLLM server."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -24,18 +24,18 @@ _BLANK = b" \t\r\n"
 
 
 class ChatStream:
-    """The events of one answer, handed over as they arrive.
+    """The events of one answer, passed to the reader as they arrive.
 
     Attributes:
-        has_begun: returns whether the answer has begun, which only the reader of the events knows. Called after each
-            event until it returns true. Without it, the first event begins the answer.
+        has_begun: returns whether the answer has begun, which only the reader of the events can decide. It is called
+            after each event until it returns true. Without it, the first event begins the answer.
 
     Args:
         response: the response that holds the stream.
         watchdog: the limits on silence.
-        on_first: called once the first event was handed over.
-        reopen: called with an error that came in place of the first event. Gives the response to a changed request that
-            avoids the error, or None.
+        on_first: called once the first event was passed on.
+        reopen: called with an error that came instead of the first event. It returns the response to a changed request
+            that avoids the error, or None.
         max_event_bytes: the largest event that is accepted.
     """
 
@@ -59,7 +59,7 @@ class ChatStream:
         self._reopen = reopen
         self._max_event_bytes = max_event_bytes
         self._is_new = True
-        """Whether no event has been handed over yet."""
+        """Whether no event has been passed on yet."""
         self._answer_started = False
         self.has_begun: Callable[[], bool] | None = None
         self._decoder: SSEDecoder | _Opening = _Opening(self._start_decoder)
@@ -71,7 +71,7 @@ class ChatStream:
         return self._decoder.skipped.decode("utf-8", "replace")
 
     async def read_into(self, on_events: Callable[[list[bytes]], bool]) -> bool:
-        """Hand over the data of the events that arrive together, as they arrive, until `on_events` returns true.
+        """Pass the data of events that arrive together to `on_events`, as they arrive, until it returns true.
 
         Returns false at the end of the stream. An exception of `on_events` is raised here.
 
@@ -83,7 +83,7 @@ class ChatStream:
             try:
                 return await self._read()
             except UpstreamError as error:
-                # If text came in one piece with the error, the answer is not requested again.
+                # If text came in the same piece as the error, the answer is not requested again.
                 has_text = self.has_begun is not None and self.has_begun()
                 response = None
                 if self._reopen is not None and self._is_new and not has_text:
@@ -104,7 +104,7 @@ class ChatStream:
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
-            if self._hand_over(self._decoder.end()):  # the last event was whole but for its line end
+            if self._hand_over(self._decoder.end()):  # the last event was complete except for its line end
                 return True
             raise truncated(f"the connection to vLLM broke: {_reason(error)}") from None
 
@@ -121,7 +121,7 @@ class ChatStream:
         return is_enough
 
     def _hand_over(self, events: list[bytes]) -> bool:
-        """Hand over the last events, which are complete only at the end of the body. False when there are none."""
+        """Pass on the last events, which are complete only at the end of the body. False if there are none."""
         if events:
             self._on_events(events)
             if not self._answer_started:
@@ -143,7 +143,7 @@ class ChatStream:
     async def read_rest(self) -> None:
         """Read the end of the response after `[DONE]`, for half a second, so that the connection can be used again.
 
-        Events that still come are handed over as before: one of them may hold the usage.
+        Events that still come are passed on as before: one of them may hold the usage.
         """
 
         def on_data(piece: bytes) -> bool:
@@ -163,7 +163,7 @@ class ChatStream:
 async def open_response(
     transport: Transport, target: Target, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
 ) -> HttpResponse:
-    """Post a completion request, and give the response that holds its stream.
+    """Post a completion request; returns the response that holds its stream.
 
     Raises:
         UpstreamError: when there is no connection, or the status is not that of a stream.
@@ -205,10 +205,10 @@ async def _check_head(response: HttpResponse, limits: StreamTimeouts) -> None:
 
 
 class _Opening:
-    """Stands in for the decoder until the first byte that is not blank shows whether the body is a web page.
+    """The decoder until the first byte that is not blank shows whether the body is a web page.
 
-    The content type does not show what else the body is: vLLM's own proxies label a stream as JSON, and other servers
-    label a whole completion as a stream.
+    The content type is no reliable sign: vLLM's own proxies label a stream as JSON, and other servers label a whole
+    completion as a stream.
     """
 
     __slots__ = ("_held", "_start_decoder")

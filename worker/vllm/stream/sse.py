@@ -1,19 +1,19 @@
-"""Decodes server-sent events: bytes go in as they arrive, the data of whole events comes out. No I/O.
+"""Decodes server-sent events: converts bytes, as they arrive, into the data of complete events. No I/O.
 
-The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream". Lines end at CR, LF or CRLF and
-nowhere else: `splitlines` would also cut at U+2028 and U+0085, which may stand inside the JSON. One space after the
-colon is dropped, several data lines are joined by LF, and an event that the end of the stream cuts off is dropped.
-Fields other than `data` carry nothing in a stream of completions. The BOM at the start of a stream is removed by
-`chat_stream.py`, which looks at the first bytes of every response.
+The rules are those of the WHATWG HTML standard, 9.2.6 "Interpreting an event stream". Lines end only at CR, LF or CRLF:
+`splitlines` would also split at U+2028 and U+0085, which may be inside the JSON. One space after the colon is dropped,
+several data lines are joined by LF, and an event that is cut off by the end of the stream is dropped. In a stream of
+completions, only the field `data` has content. `chat_stream.py`, which checks the first bytes of every response,
+removes the BOM at the start of a stream.
 
 Four rules go beyond the standard:
 
-- A data line that is a whole chunk is an event of its own. It comes out when the next data line is there: some servers
-  end their events with one LF.
-- The last event is not dropped if it is whole JSON.
-- Errors come out too, as `{"error": …}`: the data of an event named `error` or `exception`, and the value of a field of
-  that name.
-- JSON without `data:`, on one line or several, comes out as it is.
+- A data line that is a whole chunk is an event by itself, and is returned when the next data line is there. Some
+  servers end their events with one LF.
+- The last event is not dropped if it is complete JSON.
+- Errors are returned too, as `{"error": …}`: the data of an event named `error` or `exception`, and the value of a
+  field of that name.
+- JSON without `data:`, on one line or several, is returned unchanged.
 """
 
 import json
@@ -31,7 +31,7 @@ MAX_EVENT_BYTES = 16 * 1024 * 1024
 _ERRORS = frozenset({b"error", b"exception"})
 _FIELDS = frozenset({b"id", b"retry"})
 _AFTER_JSON = (b"data:", b"event:", b"error:")
-"""Starts of lines that cannot be inside JSON: an object that has not ended before them is not JSON."""
+"""Starts of lines that cannot be inside JSON: an object that has not ended before such a line is not JSON."""
 _MAX_SKIPPED = 500
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _BLANK = b" \t"
@@ -58,13 +58,13 @@ class SSEDecoder:
         self._json: list[bytes] = []  # lines of unfinished JSON without `data:`
         self._depth = 0  # how many brackets are open in that JSON
         self._size = 0  # bytes in the pieces of the line
-        self._held = 0  # bytes in the data lines and in the JSON, one more for each line: empty lines take memory too
+        self._held = 0  # bytes in the data lines and the JSON, and one for each line, since empty lines take memory too
         self._is_error = False  # the unfinished event is named an error
         self._is_late = False  # the name came after the data that is buffered
         self._has_data = False
         self._objects = 0  # how many JSON objects came without `data:`
         self.skipped = b""
-        """The first lines that belong to no event, for errors that quote what came in place of an answer."""
+        """The first lines that belong to no event, which are quoted in the error if no answer came."""
 
     @property
     def holds_json(self) -> bool:
@@ -77,7 +77,7 @@ class SSEDecoder:
         Raises:
             EventTooLarge: when an unfinished or finished event is above the limit.
         """
-        # The fast path, at a quarter of the cost: whole events, mostly one, each of one line, as vLLM sends them.
+        # The fast path, at a quarter of the cost: complete events, mostly one, each of one line, as vLLM sends them.
         if (
             self._is_between and chunk.startswith(b"data: ") and chunk.endswith(b"\n\n") and chunk.find(b"\r") < 0
             and len(chunk) <= self._max
@@ -85,7 +85,7 @@ class SSEDecoder:
             if chunk.find(b"\n") == len(chunk) - 2:
                 return [chunk[6:-2]]
             events = chunk[6:-2].split(b"\n\ndata: ")
-            if b"\n" not in b"".join(events):  # costs a third of a check of each event, or of counting
+            if b"\n" not in b"".join(events):  # a third of the cost of checking each event, or of counting
                 return events
         events = self._by_lines(chunk)
         is_buffering = self._pending or self._data or self._json or self._after_cr or self._is_error
@@ -93,10 +93,10 @@ class SSEDecoder:
         return events
 
     def end(self) -> list[bytes]:
-        """The events that the end of the stream completes: those that lack only their line ends, and so are whole JSON.
+        """The events that the end of the stream completes: complete JSON that lacks only its line ends.
 
-        A single object without `data:`, when nothing else came, is a whole completion: `[DONE]` is added. Anything else
-        that is unfinished goes to `skipped`.
+        A single object without `data:`, if nothing else came, is a completion that is not streamed: `[DONE]` is added.
+        Other unfinished lines go to `skipped`.
         """
         events = self._events([b"".join(self._pending)] if self._pending else [])
         self._pending.clear()
@@ -174,7 +174,7 @@ class SSEDecoder:
         self._held += len(line) + 1
 
     def _end_held_line(self, events: list[bytes]) -> None:
-        """Release a buffered data line that is a whole chunk: something else begins, and no blank line is needed."""
+        """Return a buffered data line that is a whole chunk, without a blank line, since the next line begins."""
         if len(self._data) == 1 and _is_chunk(self._data[0]):
             event = self._data.pop()
             self._held = 0
@@ -184,7 +184,7 @@ class SSEDecoder:
             self._is_late = False
 
     def _add_other(self, line: bytes, events: list[bytes]) -> None:
-        """Take a line of another field, or of no field."""
+        """Handle a line of another field, or of no field."""
         name, _, value = line.partition(b":")
         if name in _ERRORS:
             self._end_held_line(events)
@@ -201,7 +201,7 @@ class SSEDecoder:
             self._skip(line)
 
     def _add_json(self, line: bytes, events: list[bytes]) -> None:
-        """Take the next line of JSON without `data:`, which may be its last."""
+        """Add the next line of JSON without `data:`, which may be its last."""
         self._json.append(line)
         self._held += len(line) + 1
         self._depth += _opened(line)
@@ -211,7 +211,7 @@ class SSEDecoder:
             self._clear_json()
 
     def _give_up_json(self) -> None:
-        """Skip lines that began as JSON and are not JSON."""
+        """Skip the buffered lines, which began as JSON and are not JSON."""
         for line in self._json:
             self._skip(line)
         self._clear_json()
@@ -239,13 +239,13 @@ def _begins_json(line: bytes) -> bool:
 
 
 def _opened(line: bytes) -> int:
-    """How many brackets a line of JSON leaves open; negative when it closes more. A JSON string is on one line."""
+    """How many brackets a line of JSON leaves open; negative if it closes more. A JSON string is on one line."""
     line = _STRING.sub(b"", line)
     return line.count(b"{") + line.count(b"[") - line.count(b"}") - line.count(b"]")
 
 
 def _is_json(data: bytes) -> bool:
-    """Whether data may be a chunk. The parser reads more than a strict decoder does, and so does this."""
+    """Whether data may be a chunk. Like the parser, this accepts more than a strict decoder does."""
     try:
         json.loads(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
@@ -258,7 +258,7 @@ def _is_chunk(line: bytes) -> bool:
 
 
 def _as_error(data: bytes) -> bytes:
-    """The data of an event named an error, in the shape of other errors."""
+    """The data of an event named `error` or `exception`, in the shape of other errors."""
     value = decoded(data)
     if isinstance(value, dict) and "error" in value:
         return msgspec.json.encode(value)

@@ -1,4 +1,4 @@
-"""The limits on how long a vLLM server may be silent, and the watchdog that enforces them for one request."""
+"""The time limits on the silence of a vLLM server, and the watchdog that enforces them for one request."""
 
 import asyncio
 from dataclasses import dataclass
@@ -17,9 +17,8 @@ class StreamTimeouts:
 
     Attributes:
         connect: until there is a connection.
-        first_token: from the request to the first token; a long queue at vLLM is silence after status 200.
-        gap: from one data event to the next. Keep-alive comments do not count: a vLLM that shuts down goes on sending
-            them.
+        first_token: from the request to the first token. A long queue at vLLM is silence after status 200.
+        gap: from one data event to the next. Keep-alive comments do not count: a vLLM that shuts down still sends them.
     """
 
     connect: float = 5.0
@@ -31,10 +30,10 @@ class StreamWatchdog:
     """Ends the wait for one request when its server is silent for too long.
 
     Until the answer begins, the first-token limit applies; then the gap limit. An event without a token, such as a
-    chunk with the role alone, begins no answer, but it restarts the count of silence: servers send empty events while
-    they hold back what may be a tool call.
+    chunk with only the role, does not begin the answer, but restarts the count of silence: servers send empty events
+    while they withhold text that may be a tool call.
 
-    Each wait for the server goes into the context of the watchdog, which raises TimeoutError when a limit is reached.
+    Wait for the server within the context of the watchdog, which raises TimeoutError when a limit is reached.
 
     Args:
         limits: the two limits.
@@ -55,7 +54,7 @@ class StreamWatchdog:
 
     async def __aenter__(self) -> None:
         if self._has_begun:
-            self._since = monotonic()  # while the worker did not read, the server could not send
+            self._since = monotonic()  # the server could not send while the worker did not read
         self._timeout = await asyncio.timeout(None).__aenter__()
         self._check()
 
@@ -69,18 +68,18 @@ class StreamWatchdog:
             await timeout.__aexit__(kind, error, traceback)
 
     def on_event(self) -> None:
-        """Restart the count of silence. Called for every event, so no timer is touched: a timer that fires rechecks."""
+        """Restart the count of silence. It runs for every event, so it sets no timer: a timer checks when it fires."""
         self._since = monotonic()
 
     def on_answer_start(self) -> None:
-        """Apply the gap limit from here on."""
+        """Apply the gap limit from now on."""
         self._since = monotonic()
         if not self._has_begun:
             self._has_begun = True
             self._recheck()
 
     def restart(self) -> None:
-        """Start over: the request is sent again in another form, and what came before was no answer."""
+        """Start again: the request is sent again in another form, and the events so far were no answer."""
         self._since = monotonic()
         self._has_begun = False
 
@@ -89,7 +88,7 @@ class StreamWatchdog:
         return self._timer is not None and monotonic() - self._since > self._frozen_after
 
     def tighten(self) -> None:
-        """Allow only `frozen_after` seconds of silence from now on: the server refuses connections.
+        """Allow only `frozen_after` seconds of silence from now on, because the server refuses connections.
 
         vLLM 0.32.0 freezes its open streams on SIGTERM, and refuses connections at once.
         """
@@ -98,8 +97,8 @@ class StreamWatchdog:
         self._recheck()
 
     def timeout_error(self, skipped: str = "") -> UpstreamError:
-        """The error for a server that was silent for too long; it quotes what the server sent in place of events."""
-        quoted = f"; in place of events it sent: {excerpt(skipped)}" if skipped else ""
+        """The error for a server that was silent for too long. It quotes `skipped`, the lines that are no events."""
+        quoted = f"; instead of events it sent: {excerpt(skipped)}" if skipped else ""
         if self._tightened_at is not None:
             return truncated(f"vLLM refuses connections, and its open stream is silent{quoted}")
         if self._has_begun:
