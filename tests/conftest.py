@@ -92,6 +92,15 @@ def _knows_debug(server: Path) -> bool:
     return not version_of(server).startswith("6.")
 
 
+@pytest.fixture(scope="session")
+def redis_binary(redis_server: EmbeddedRedis) -> Path:
+    """The redis-server that all tests of this run use."""
+    assert redis_server.process is not None
+    binary = cast("list[object]", redis_server.process.args)[0]
+    assert isinstance(binary, Path)
+    return binary
+
+
 @pytest.fixture
 def redis_url(redis_server: EmbeddedRedis) -> Iterator[str]:
     """An empty Redis. A test that leaves a key without an expiry fails, except for the few lasting keys."""

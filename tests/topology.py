@@ -4,16 +4,25 @@ import random
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conftest import eventually
 from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
+
+from worker import Answer, Entry
+from worker.contract.ids import SEAL
+from worker.sandbox.simulator.requests import answer_to
+
+MEDDLING = "?max_connections=1&protocol=3&decode_responses=yes&socket_timeout=0.001&timeout=0.001&retry_on_timeout=yes"
+"""Options in the URL of Redis that would break the worker if they had an effect."""
 
 _SLOTS = 16384
 _START = 20.0
@@ -145,6 +154,32 @@ def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
         watcher = stack.enter_context(_started(binary, conf, "--sentinel", port=_port(), folder=folder))
         until(lambda: watcher.execute("SENTINEL REPLICAS", "mymaster"))
         yield master, replica, watcher
+
+
+def ask(content: str) -> dict[str, object]:
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
+
+
+def expected(content: str) -> str:
+    return answer_to([{"role": "user", "content": content}])
+
+
+def whole(entries: Sequence[Entry], content: str) -> None:
+    """One end, the right text, and ids without a gap within each attempt."""
+    assert [entry.id for entry in entries].count(SEAL) == 1
+    assert Answer(entries).text == expected(content)
+    for attempt in {entry.id.attempt for entry in entries if 0 < entry.id.attempt < SEAL.attempt}:
+        numbers = [entry.id.n for entry in entries if entry.id.attempt == attempt]
+        assert numbers == list(range(len(numbers)))
+
+
+async def settled(redis: AsyncRedis) -> None:
+    """Wait until every job is acknowledged."""
+
+    async def nothing_pending() -> bool:
+        return all(not group["pending"] and not group.get("lag") for group in await redis.xinfo_groups("chat:jobs"))
+
+    await eventually(nothing_pending)
 
 
 def until(condition: Callable[[], object]) -> None:
