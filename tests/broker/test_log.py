@@ -586,7 +586,7 @@ async def test_a_full_log_makes_the_reader_wait(one: Process, delivery: Delivery
 
 
 class Flushes:
-    """Counts flushes by the events of a publisher: one for each flush of which Redis accepted something."""
+    """Counts flushes by the events of a publisher that reports each flush of which Redis accepted something."""
 
     count = 0
 
@@ -594,10 +594,44 @@ class Flushes:
         self.count += isinstance(event, EntriesAccepted)
 
 
+class Events:
+    """Keeps the events of a publisher."""
+
+    def __init__(self) -> None:
+        self.kept: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.kept.append(event)
+
+
+async def test_entries_are_reported_in_one_event_for_many_flushes(redis_url: str, redis: Redis) -> None:
+    events = Events()
+    async with process(redis_url, "one", telemetry=events, pace=FlushPace(report_every=60)) as one:
+        log = await one.acquire(await deliver(one, redis))
+        for number in range(20):
+            log.append(delta(str(number)))
+            await log.wait_drained()
+        assert not events.kept
+    assert events.kept == [EntriesAccepted(20)]
+
+
+async def test_entries_are_reported_while_their_log_grows(redis_url: str, redis: Redis) -> None:
+    events = Events()
+    async with process(redis_url, "one", telemetry=events, pace=FlushPace(report_every=0.01)) as one:
+        log = await one.acquire(await deliver(one, redis))
+        for number in range(1, 3):
+            log.append(delta("x"))
+
+            async def is_reported(number: int = number) -> bool:
+                return events.kept == [EntriesAccepted(1)] * number
+
+            await eventually(is_reported)
+
+
 async def test_a_flooded_log_does_not_hold_up_the_others(redis_url: str, redis: Redis) -> None:
     """As one fast stream among slow ones: its waiting entries fill less than two flushes."""
     flushes, is_over = Flushes(), False
-    async with process(redis_url, "one", telemetry=flushes) as one:
+    async with process(redis_url, "one", telemetry=flushes, pace=FlushPace(report_every=0)) as one:
         flooded = await one.acquire(await deliver(one, redis))
         await redis.xadd("chat:tokens:{s}", {"type": "started"}, id="1-0")
         await redis.expire("chat:tokens:{s}", 60)

@@ -190,13 +190,16 @@ async def test_a_workers_jobs_are_counted(
     async def measured() -> bool:
         return one.metrics.registry.get_sample_value("vllm_relay_oldest_pending_seconds", {"queue": "default"}) == 0
 
+    async def entries_counted() -> bool:
+        return value(one, "log_entries_total") > 3
+
     await eventually(all_counted)
     await eventually(measured)
+    await eventually(entries_counted)
     assert value(one, "slots") == 7
     assert value(one, "jobs_finished_total", outcome="done", code="") == 3
     assert value(one, "attempts_total", reason="started") == 3
     assert value(one, "job_wait_seconds_count") == value(one, "first_delta_seconds_count") == 3
-    assert value(one, "log_entries_total") > 3
     assert (
         other.metrics.registry.get_sample_value("vllm_relay_jobs_finished_total", {"outcome": "done", "code": ""})
         is None

@@ -25,3 +25,5 @@ class FlushPace:
     much as one for log entries."""
     feed_idle_for: float = MAX_SILENCE
     """The time for which a log without listeners is not published."""
+    report_every: float = 0.25
+    """The time between two reports of accepted entries."""

@@ -27,7 +27,8 @@ from ..contract.ids import EntryId
 from ..redisio.errors import redacted_message
 from ..redisio.pipelined import Command, NodeConnections, Outcome, PipelinedConnection, pack
 from ..redisio.retry import Backoff
-from ..telemetry.events import NO_TELEMETRY, EntriesAccepted, Telemetry, WriteFailed
+from ..telemetry.events import NO_TELEMETRY, Telemetry, WriteFailed
+from .accepted_entries import AcceptedEntries
 from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
@@ -61,6 +62,7 @@ class Publisher:
         self._in_cluster = in_cluster
         self._telemetry = telemetry
         self._pace = pace or FlushPace()
+        self._accepted = AcceptedEntries(telemetry, self._pace.report_every)
         self._feed = FeedPublisher(self._flush_feed, telemetry, self._pace)
         self._backoff = Backoff("log_write_failed", telemetry)
         self.is_full = False
@@ -290,6 +292,7 @@ class Publisher:
 
     async def aclose(self) -> None:
         """Close the connection."""
+        self._accepted.report()
         await self._connections.close()
         await self._redis.aclose()
 
@@ -314,7 +317,7 @@ class Publisher:
             # The last entry is enough: a follower that has subscribed since then reads the log up to this entry.
             self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
         if accepted:
-            self._telemetry.emit(EntriesAccepted(accepted))
+            self._accepted.add(accepted)
         for log, since in refused.items():
             self._handle_refusal(log, since)
 
@@ -378,7 +381,7 @@ class Publisher:
         if was_refused and log.loss is None and not accepted:  # Redis would refuse the same entries again
             log.mark_lost(LogDiverged("Redis has had an entry that is not in the log: somebody deleted it"))
         if accepted:
-            self._telemetry.emit(EntriesAccepted(sum(len(entries) for _, _, entries, _ in accepted)))
+            self._accepted.add(sum(len(entries) for _, _, entries, _ in accepted))
         for _, first, entries, _ in accepted:
             self._feed.publish_accepted(log, first, entries)
 

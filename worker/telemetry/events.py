@@ -194,7 +194,7 @@ class HandOverFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesAccepted(Event):
-    """Redis has accepted entries of token logs; emitted once a flush."""
+    """Redis has accepted entries of token logs; emitted at most four times a second."""
 
     level = "silent"
     count: int

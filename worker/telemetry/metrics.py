@@ -63,7 +63,7 @@ class Metrics:
         )
         self._reasons: set[str] = set()
         # Redis and the queues.
-        self._written = self._counter("log_entries", "Log entries that Redis accepted, counted once a flush")
+        self._written = self._counter("log_entries", "Log entries that Redis accepted")
         self._write_failures = self._counter("redis_write_failures", "Writes and reads of logs that failed")
         self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
         self._paused = self._gauge("claims_paused", "1 while the worker takes no jobs, by reason", "reason")
