@@ -1,7 +1,9 @@
 """An answer that breaks off is resumed without a trace in its text; one that cannot be resumed begins again."""
 
 import asyncio
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -81,6 +83,18 @@ async def test_a_stream_that_breaks_is_resumed_at_another_server(
     assert [str(entry.id) for entry in entries if isinstance(entry, Claimed | Resumed)] == ["2-0", "2-1"]
     assert len(broken.served) == 1
     assert well.served[0].after > 0
+
+
+async def test_the_log_names_the_request_of_a_resumed_answer(
+    client: Client, start_process: StartProcess, simulator: Simulator, tmp_path: Path
+) -> None:
+    """With uvloop a stream arrives in the context in which its connection was opened, for example by another job."""
+    start_process(simulator)
+    await asyncio.gather(*(entries_of(client, ask(question)) for question in QUESTIONS))
+    request_id = await client.enqueue(ask("Goodbye", simulate={"fault": "cut", "after": 5, "times": 1}))
+    assert (await client.result(request_id)).outcome == "done"
+    lines = [json.loads(line) for line in (tmp_path / "worker-0.log").read_text().splitlines()]
+    assert [line.get("request_id") for line in lines if line["event"] == "answer_resumed"] == [request_id]
 
 
 async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(

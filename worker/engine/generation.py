@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextvars import Context, copy_context
 from typing import TypedDict, cast
 
 from redis.exceptions import RedisError
@@ -47,9 +48,9 @@ class Generation:
     """The answer to one request, as this process generates it."""
 
     __slots__ = (
-        "_answer", "_attempt_committed", "_attempt_extended", "_began", "_caller", "_emit", "_fault", "_first_delta",
-        "_job", "_log", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for", "_waited_ms",
-        "_was_allowed",
+        "_answer", "_attempt_committed", "_attempt_extended", "_began", "_caller", "_context", "_emit", "_fault",
+        "_first_delta", "_job", "_log", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for",
+        "_waited_ms", "_was_allowed",
     )  # fmt: skip
 
     def __init__(self, services: JobServices, job: JobContext, log: LogWriter, history: History) -> None:
@@ -66,6 +67,8 @@ class Generation:
         self._server: Server
         """The server whose stream is read."""
         self._parser: ChunkParser
+        self._context: Context
+        """The job's context, which has the request's id for the log. The stream arrives in its connection's context."""
         self._attempt_committed = False
         """Whether this attempt has written entries that another try cannot simply write again."""
         self._attempt_extended = False
@@ -269,7 +272,7 @@ class Generation:
 
     async def _read_stream(self, server: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token only `_on_events` runs: no await and no task."""
-        self._server, self._parser = server, parser
+        self._server, self._parser, self._context = server, parser, copy_context()
         async with self._servers.stream(server, body, route, caller=self._caller) as stream:
             stream.has_begun = lambda: parser.has_content
             try:
@@ -311,7 +314,8 @@ class Generation:
         if isinstance(parser, ResumedChunkParser):
             self._attempt_extended = parser.has_progressed
             if not self._attempt_committed:  # emitted at the first entry: the end of the answer may be minutes away
-                self._emit(AnswerResumed(self._log.attempt, redacted_url(self._server.url)))
+                resumed = AnswerResumed(self._log.attempt, redacted_url(self._server.url))
+                self._context.run(self._emit, resumed)
         self._attempt_committed = True
 
     def _done(self, finish_reason: str, usage: Usage | Object, model: str, extra: Object | None = None) -> Done:
