@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from processes import Process, process
 from proxy import Proxy
+from readers import followers, log, pours, start_listener, start_reader, timings  # noqa: F401 - fixtures
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
@@ -197,13 +198,6 @@ def metric(worker: Worker, name: str, **labels: str) -> float:
     return worker.metrics.registry.get_sample_value(f"vllm_relay_{name}", labels) or 0.0
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
-    """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
-    async with asyncio.timeout(within):
-        while not await condition():  # noqa: ASYNC110 - the condition is about another process
-            await asyncio.sleep(0.01)
-
-
 Entries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
@@ -227,11 +221,11 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
         own = {f"WORKER_{name.upper()}": str(value) for name, value in given.items()}
         own |= {"REDIS_URL": str(redis), "VLLM_URLS": ",".join(server.url for server in vllm) or "http://127.0.0.1:1"}
         root = Path(__file__).parents[1]
-        with (tmp_path / f"worker-{len(started)}.log").open("wb") as log:
+        with (tmp_path / f"worker-{len(started)}.log").open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, *program],
                 env=os.environ | own | {"PYTHONPATH": str(root)},
-                stderr=log,
+                stderr=output,
             )
         started.append(process)
         return process

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import eventually
 from documents import (
     API,
     BENCHMARKS,
@@ -32,6 +31,7 @@ from documents import (
     settings_table,
 )
 from redis.asyncio import Redis
+from waits import eventually
 
 import worker
 from worker import Client, SyncClient

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from conftest import eventually
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker.broker.cancels import CancelListener
 from worker.redisio.clients import blocking_client

@@ -10,10 +10,11 @@ from typing import cast
 import pytest
 import topology
 from acl import ROLES, acl
-from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from topology import MEDDLING, ask, expected, settled, whole
+from waits import eventually
 from written_log import let_deadline_pass
 
 from worker import Answer, Client, Conflict, Delta, Entry, State, Status

@@ -3,10 +3,10 @@
 import json
 import math
 
-from conftest import eventually
 from processes import Process, delta, process
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
+from waits import eventually
 
 from worker.broker.flush_pace import FlushPace
 from worker.broker.log_writer import LogWriter

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import pytest
-from conftest import eventually, stream
+from conftest import stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, ResponseError
+from waits import eventually
 
 from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, LeaseLost
 from worker.broker.flush_pace import FlushPace

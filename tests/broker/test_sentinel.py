@@ -10,9 +10,10 @@ from typing import cast
 import pytest
 import topology
 from acl import ROLES, acl
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from redis.exceptions import ConnectionError as RedisConnectionError
 from topology import MEDDLING, ask, expected, settled, whole
+from waits import eventually
 
 from worker import Client, Delta, Entry
 from worker.ops.checks import check

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from conftest import Entries, eventually, stream
+from conftest import Entries, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import GROUP

@@ -5,8 +5,9 @@ import socket
 from urllib.parse import urlsplit
 
 from checks import ask, has_begun, log_of, promise_kept
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.contract.ids import EntryId

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import pytest
 from checks import LogEntry, ask, expected, has_begun, log_of, pending, promise_kept
-from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, IncompleteLog
 from worker.broker.log_writer import LogWriter

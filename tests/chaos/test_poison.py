@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, Failed
 from worker.broker.ownership import LogOwnership

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import StartProcess, eventually
+from conftest import StartProcess
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client
 from worker.contract.entries import Entry, parse

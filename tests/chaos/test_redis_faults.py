@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from checks import ask, expected, has_begun, log_of, pending, promise_kept
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from waits import eventually
 
 from worker import Client, Entry
 from worker.broker.log_writer import HIGH_WATER_BYTES

@@ -48,12 +48,13 @@ import json
 from typing import Any
 
 import pytest
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from faults import Fate, Gate, Network, gated
 from processes import FAR, KEY, Process, delta, process, stolen, texts
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
+from waits import eventually
 
 from worker.broker.acquisition import Acquired, AlreadyEnded, LeaseLost
 from worker.broker.job_queue import Delivery

@@ -2,9 +2,10 @@
 
 import pytest
 from checks import ask, expected, has_begun, log_of, promise_kept
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.engine.pace import Pace

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from checks import ask, begun_by_a_dead_worker, expected, has_begun, log_of, pending, promise_kept
-from conftest import StartProcess, StartSimulator, StartWorker, eventually
+from conftest import StartProcess, StartSimulator, StartWorker
 from proxy import Proxy
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.contract.entries import to_json

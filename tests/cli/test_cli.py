@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from command import Ended, environment, line_with, rest, run, started
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartSimulator, StartWorker, stream
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client, Delta
 from worker.cli.main import main

@@ -9,9 +9,10 @@ from typing import cast
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.broker.dead_letters import DeadLetters, DeadLetterWriter

@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import (
     Client,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from command import environment
-from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client, InvalidArgument, Misused, SyncClient, Unavailable
 

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 
 import pytest
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 from written_log import connect, let_deadline_pass, user_without_channels
 
 from worker import Client, Entry, Failed, Idle, Queued, Refused, State, Status

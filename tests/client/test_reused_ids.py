@@ -4,8 +4,9 @@ import json
 
 import pytest
 from checks import ask, expected, has_begun, log_of, pending
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 

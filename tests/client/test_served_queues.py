@@ -4,8 +4,9 @@ import asyncio
 import time
 
 import pytest
-from conftest import StartWorker, eventually
+from conftest import StartWorker
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.cli.requests import print_answer

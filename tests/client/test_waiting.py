@@ -7,9 +7,9 @@ from inspect import signature
 
 import pytest
 from command import run
-from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 from written_log import END, START, WrittenLog, delta, user_without_channels
 
 from worker import Client, Delta, Entry, Expired, Idle, IncompleteLog, SyncClient, Unavailable, UnknownRequest

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker import Client, Done, Failed
 from worker import State as JobState

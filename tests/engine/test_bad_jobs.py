@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
+from waits import eventually
 
 from worker import Answer, Client
 from worker.contract.entries import Object

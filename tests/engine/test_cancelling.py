@@ -5,9 +5,10 @@ import json
 from typing import Any
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartSimulator, StartWorker, stream
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, Delta, IncompleteLog, Refused, State
 from worker.broker.client_seals import USAGE_TRIES, seal_cancelled

@@ -4,7 +4,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
+from waits import eventually
 
 from worker import Answer, Client, Done, Entry, Failed, State
 from worker.sandbox.simulator.requests import Fault, answer_to

@@ -4,10 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import Entries, StartSimulator, StartWorker, eventually, metric, stream
+from conftest import Entries, StartSimulator, StartWorker, metric, stream
 from proxy import Proxy
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker import Answer, Client, State, UnknownRequest
 from worker.contract.entries import parse

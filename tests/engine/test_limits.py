@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client, Failed
 from worker.engine.application import Worker

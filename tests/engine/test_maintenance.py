@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from conftest import eventually
 from processes import Process, process
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.publisher import Publisher

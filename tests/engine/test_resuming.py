@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import StartProcess, StartSimulator, StartWorker, eventually, stream
+from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, Delta, Done, Entry, Failed, Restarted, Resumed
 from worker.contract.entries import Claimed, Object, Opened, Usage, parse

@@ -4,8 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker import Answer, Client, Failed, State
 from worker.contract.entries import Object

@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker import Answer, Client
 from worker.engine.application import Worker

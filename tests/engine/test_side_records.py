@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from checks import begun_by_a_dead_worker
-from conftest import StartWorker, eventually, stream
+from conftest import StartWorker, stream
 from redis.asyncio import Redis
 from redis.exceptions import ExecAbortError, NoPermissionError, ResponseError
+from waits import eventually
 
 from worker import Client
 from worker.contract.ids import SEAL

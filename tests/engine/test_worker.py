@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, Conflict, Delta, Done, Failed, Opened, Queued, Started, State
 from worker.broker.worker_registry import WorkerRegistry

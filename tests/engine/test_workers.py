@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import StartProcess, StartSimulator, eventually, stream
+from conftest import StartProcess, StartSimulator, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Answer, Client, Delta, Entry
 from worker.contract.entries import parse

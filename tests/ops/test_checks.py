@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import trustme
-from conftest import StartSimulator, eventually
+from conftest import StartSimulator
 from raw_server import sending
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord

@@ -10,9 +10,10 @@ from typing import cast
 import pytest
 from acl import ROLES, acl
 from click.testing import CliRunner
-from conftest import StartWorker, eventually
+from conftest import StartWorker
 from redis.asyncio import Redis
 from redis.exceptions import ExecAbortError
+from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
 from worker.cli.main import main

@@ -7,13 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Any, Self
 
 import pytest
-from conftest import StartWorker, eventually
+from conftest import StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker import Client
 from worker.redisio.clients import command_client

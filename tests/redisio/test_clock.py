@@ -4,8 +4,9 @@ import struct
 from typing import cast
 
 import pytest
-from conftest import StartSimulator, StartWorker, eventually, stream
+from conftest import StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client
 from worker.contract.keys import GROUP

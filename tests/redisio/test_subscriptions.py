@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker.redisio.clients import command_client
 from worker.redisio.subscriptions import Subscriptions

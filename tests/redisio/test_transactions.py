@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import eventually
 from proxy import Proxy
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, ResponseError, WatchError
+from waits import eventually
 
 from worker.redisio.clients import command_client
 from worker.redisio.pipelined import PipelinedConnection, pack

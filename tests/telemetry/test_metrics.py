@@ -5,11 +5,12 @@ import re
 
 import httpx
 import pytest
-from conftest import StartSimulator, StartWorker, eventually
+from conftest import StartSimulator, StartWorker
 from documents import DEPLOY
 from prometheus_client import generate_latest
 from proxy import Proxy
 from redis.asyncio import Redis
+from waits import eventually
 
 from worker import Client, State
 from worker.contract.entries import to_json

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 import structlog
-from conftest import eventually
 from structlog.testing import capture_logs
+from waits import eventually
 
 from worker.contract.entries import Object
 from worker.sandbox.embedded_redis import free_port

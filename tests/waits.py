@@ -1,0 +1,11 @@
+"""Waiting for conditions."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
+    """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
+    async with asyncio.timeout(within):
+        while not await condition():  # noqa: ASYNC110 - the condition is about another process
+            await asyncio.sleep(0.01)
