@@ -56,8 +56,6 @@ class _Module:
     lines: int
     imports: frozenset[str]
     """Modules of the package that it imports, in functions and for types alone as well."""
-    typing_imports: frozenset[str]
-    """Those of them that it imports for types alone."""
     libraries: frozenset[str]
     """Everything else that it imports, by the first part of its name."""
 
@@ -76,11 +74,9 @@ def _read_module(path: Path, known: Collection[str]) -> _Module:
     text = path.read_text()
     tree = ast.parse(text)
     package = path.relative_to(_ROOT).parent.parts
-    imports, typing_imports, libraries = set[str](), set[str](), set[str]()
+    imports, libraries = set[str](), set[str]()
     for node in ast.walk(tree):
         match node:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING"), body=body):
-                typing_imports |= {name for line in body for name in _imports_in(line, package, known)}
             case ast.Import():
                 libraries |= {alias.name.partition(".")[0] for alias in node.names}
             case ast.ImportFrom(level=0):
@@ -92,7 +88,6 @@ def _read_module(path: Path, known: Collection[str]) -> _Module:
         tree,
         len(text.splitlines()),
         frozenset(imports),
-        frozenset(typing_imports),
         frozenset(libraries),
     )
 
@@ -141,7 +136,7 @@ def test_packages_import_only_what_is_below_them() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    imports = {module.name: module.imports - module.typing_imports for module in _MODULES.values()}
+    imports = {module.name: module.imports for module in _MODULES.values()}
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ...broker.client_seals import may_be_overdue
 from ...broker.log_pages import PageSize
@@ -11,13 +11,24 @@ from ...contract.entries import AnyEntry
 from ...contract.ids import BEFORE_ALL, EntryId
 from ..errors import Expired, IncompleteLog, Refused, UnknownRequest
 from ..log_reader import LogReader
-from .machine import FollowMachine, FollowState, Page, Read
-
-if TYPE_CHECKING:
-    from .followers import RequestFollowers
+from .machine import FeedState, FollowMachine, FollowState, Page, Read
 
 _LISTENING = FollowState.LISTENING
 """A member of an enum is slow to look up in Python 3.11, and this one is used for every message."""
+
+
+class FollowedRequest(Protocol):
+    """What the followers of one request share: a subscription to its feed."""
+
+    id: str
+    followers: "dict[Follower, None]"
+    feed: FeedState
+
+    def subscribe(self) -> None:
+        """Subscribe to the feed, if that is not done."""
+
+    def leave(self, follower: "Follower") -> None:
+        """A follower leaves. The last one ends the subscription."""
 
 
 class Follower:
@@ -26,7 +37,7 @@ class Follower:
     The log is read in the task that waits for entries. Messages of the feed wake it, or are poured in their own step.
     """
 
-    def __init__(self, logs: LogReader, request: "RequestFollowers", after: EntryId, wait: float = 0.0) -> None:
+    def __init__(self, logs: LogReader, request: FollowedRequest, after: EntryId, wait: float = 0.0) -> None:
         timings = logs.timings
         self.machine = FollowMachine(
             after,
