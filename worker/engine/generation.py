@@ -205,9 +205,11 @@ class Generation:
     def _counts_for_nothing(self, error: UpstreamError, server: Server, *, is_trial: bool) -> bool:
         """Whether a try that failed does not count.
 
-        A try that never reached a server waits for one like any other. So does a refusal of what was allowed when the
-        answer began. A trial request of an open circuit does not count either: others have failed at that server too,
-        and a job gets no second trial there.
+        Three kinds do not count:
+
+        - a try that never reached a server. The job waits for a server, as before its first try.
+        - a 401 or 403 after a server has begun to answer with this model: the job's request was allowed.
+        - a failed trial request of an open circuit. Other jobs failed there too, and this job gets no second trial.
         """
         is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
         return never_reached(error) or is_forbidden or (is_trial and server.circuit in self._caller.failed_at)
@@ -304,7 +306,7 @@ class Generation:
         return parser.done or log.is_full
 
     def _note_progress(self) -> None:
-        """Take note of what a stream has written so far."""
+        """Update what is known of this attempt: its first delta, and whether it has written or added to the answer."""
         parser = self._parser
         if self._first_delta is None and parser.has_delta:
             self._first_delta = time.monotonic()

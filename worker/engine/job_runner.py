@@ -118,7 +118,7 @@ class JobRunner:
         return needs_quarantine(failures(history, job.delivery), self._max_deliveries)
 
     async def _acquire_and_finish(self, turn: QuarantineTurn | None) -> None:
-        """Acquire the log and bring the job to its end; again where an end that stood in the log is lost since."""
+        """Acquire the log and bring the job to its end. Starts over if Redis has lost an end that was in the log."""
         job, settlement = self._job, self._settlement
         while True:
             try:
@@ -148,7 +148,7 @@ class JobRunner:
         return await self._ownership.acquire(job.id, job.delivery, expire_at, job.digest, job.may_have_digest)
 
     async def _run_as_owner(self, acquired: Acquired) -> None:
-        """Answer, seal and settle, for as long as the log is ours."""
+        """Answer, seal and settle, as long as this process owns the log."""
         job, log = self._job, acquired.log
         if log.attempt == 1:
             self._emit(JobStarted(max(0, self._services.now() - job.delivery.enqueued) / 1000))

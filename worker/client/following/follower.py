@@ -1,4 +1,4 @@
-"""One follower of a request: it drives a `FollowMachine`, reads the log where that is due, and wakes who waits."""
+"""One follower of a request: it drives a `FollowMachine`, reads the log, and wakes the task that waits for entries."""
 
 import asyncio
 import random
@@ -59,16 +59,16 @@ class Follower:
         """Seconds that the log may take to appear."""
         self._page_size = PageSize()
         self._pour_into: Callable[[AnyEntry], object] | None = None
-        """What takes entries in the step in which the feed delivers them, while `pour` waits."""
+        """The function to which `on_message` passes entries directly, while `pour` waits."""
         self._error: BaseException | None = None
-        """What that raised."""
+        """The error that this function raised; `pour` raises it."""
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
         self._idle_at = 0.0
         """When the follower will have been idle for as long as `wait_ready_within` waits, by the loop's clock."""
         self._idle_timer: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
-        """The reading of the log, which may take longer than that."""
+        """The task that reads the log for `wait_ready_within`. It may take longer than one wait."""
 
     @property
     def end(self) -> EntryId:

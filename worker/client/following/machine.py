@@ -15,13 +15,15 @@ from ...contract.entries import AnyEntry, Queued
 from ...contract.ids import SEAL, EntryId
 
 KEPT_BYTES = 32 * 1024
-"""Of messages that a follower does not drain. Beyond this all are dropped, and the log is read instead."""
+"""The most bytes of messages that a follower keeps until they are drained. Beyond this limit the follower drops all of
+them and reads the log instead."""
 
 _FIRST_LIMIT, _SILENCE_LIMIT = 1, 10
-"""Ticks of silence until the log is read: before the feed's first message, and after it."""
+"""Ticks of silence after which a follower reads the log: before the feed's first message, and after it."""
 
 _MAX_MISSES = 2
-"""Silences in a row in which the log had entries that the feed did not deliver, until the feed is given up."""
+"""A follower gives the feed up after this many silences in a row in which the log had entries that the feed had not
+delivered."""
 
 
 class FollowState(enum.Enum):
@@ -192,7 +194,7 @@ class FollowMachine:
         self.page: Iterable[AnyEntry] = ()
         """Entries of the log that were not drained yet."""
         self.kept_bytes = 0
-        """Of messages whose entries were not drained yet."""
+        """The bytes of messages whose entries were not drained yet."""
         self.pause = 0.0
         """Seconds to wait before the next read: at a hole."""
         self.queued: Queued | None = None
@@ -212,11 +214,11 @@ class FollowMachine:
         self._place_at_tick = after
         self._tick_weight = tick_weight
         self._silence, self._silence_limit = 0.0, float(_FIRST_LIMIT)
-        """In ticks, since the last entry; and when the log is read for it."""
+        """The ticks since the last entry, and the number of ticks at which the follower reads the log."""
         self._is_feed_in_doubt = False
-        """Whether the next page shows if a silent feed has left something out."""
+        """Whether the log is read after a silence of a settled feed. Entries in the page are then entries it missed."""
         self._misses, self._missed_until = 0, after
-        """How often in a row it has, and the place after the last page."""
+        """How many silences in a row the feed has missed entries, and the place after the last page."""
 
     @property
     def end(self) -> EntryId:
