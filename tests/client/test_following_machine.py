@@ -365,6 +365,15 @@ def test_at_a_hole_the_log_is_read_after_growing_pauses_until_it_is_mended() -> 
     assert machine.state is FollowState.LISTENING
 
 
+def test_a_doubt_during_a_reading_that_finds_a_hole_has_the_log_read_again() -> None:
+    machine = FollowMachine(BEFORE_ALL)
+    machine.next_read()
+    machine.look_up()
+    machine.on_page(Page([START], START.id, is_full=False, is_at_hole=True))
+    assert list(machine.drain()) == [START]
+    assert machine.next_read() == Read(START.id, must_exist=True, is_at_hole=True)
+
+
 def test_a_place_that_the_log_lacks_is_still_to_be_confirmed() -> None:
     machine = FollowMachine(EntryId(1, 5))
     for _ in range(2):
@@ -405,6 +414,31 @@ def test_every_state_but_the_last_has_a_way_out_and_every_state_is_reached() -> 
     assert {event for _, event in TRANSITIONS} == set(FollowInput)
     assert {FeedState.ABSENT, *FEED_TRANSITIONS.values()} == set(FeedState)
     assert {event for _, event in FEED_TRANSITIONS} == set(FeedInput)
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], FeedState.ABSENT),
+        ([FeedInput.SUBSCRIBE], FeedState.PENDING),
+        ([FeedInput.SUBSCRIBE, FeedInput.REFUSED], FeedState.ABSENT),
+        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED], FeedState.SETTLING),
+        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.MESSAGE], FeedState.LIVE),
+        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.TIME_PASSED], FeedState.QUIET),
+        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.TIME_PASSED, FeedInput.MESSAGE], FeedState.LIVE),
+    ],
+)
+def test_a_subscription_goes_from_state_to_state(events: list[FeedInput], state: FeedState) -> None:
+    feed = FeedState.ABSENT
+    for event in events:
+        feed = FEED_TRANSITIONS[feed, event]
+    assert feed is state
+
+
+@pytest.mark.parametrize("state", [FeedState.SETTLING, FeedState.QUIET, FeedState.LIVE])
+def test_a_confirmed_subscription_may_be_interrupted_and_refused(state: FeedState) -> None:
+    assert FEED_TRANSITIONS[state, FeedInput.INTERRUPTED] is FeedState.PENDING
+    assert FEED_TRANSITIONS[state, FeedInput.REFUSED] is FeedState.ABSENT
 
 
 @pytest.mark.parametrize("seed", range(5))
