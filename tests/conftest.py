@@ -12,13 +12,14 @@ from typing import cast
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
-from processes import Process, process
+from processes import Process, deliver, process
 from proxy import Proxy
 from readers import followers, log, pours, start_listener, start_reader, timings  # noqa: F401 - fixtures
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from worker import Client
+from worker.broker.job_queue import Delivery
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
 from worker.sandbox.embedded_redis import EmbeddedRedis, find_servers, start_redis, version_of
@@ -248,3 +249,8 @@ async def one(redis_url: str) -> AsyncIterator[Process]:
 async def two(redis_url: str) -> AsyncIterator[Process]:
     async with process(redis_url, "two") as it:
         yield it
+
+
+@pytest.fixture
+async def delivery(one: Process, redis: Redis) -> Delivery:
+    return await deliver(one, redis)

@@ -83,6 +83,12 @@ async def process(
         await it.blocking.aclose()
 
 
+async def deliver(process: Process, redis: Redis) -> Delivery:
+    await process.jobs.ensure_group("default")
+    await redis.xadd("chat:jobs", {"id": "r"})
+    return await process.claim()
+
+
 async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
     """Let the lease of a job of process `one` run out, and another process claim the job."""
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
