@@ -359,8 +359,12 @@ WORDS: list[tuple[str, str, str]] = [
     ("redis://no-such-host.invalid/0", "not known", "check the name of the host in REDIS_URL"),
     ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
     ("rediss+cluster://127.0.0.1:{plain}", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
-    ("redis://127.0.0.1:{tls}/0", "", "this port wants TLS: begin REDIS_URL with rediss, not redis"),
-    ("redis+sentinel://127.0.0.1:{tls}/m", "no sentinel answers", "this port wants TLS: begin REDIS_URL with rediss"),
+    ("redis://127.0.0.1:{tls}/0", "", "this port requires TLS: begin REDIS_URL with rediss, not redis"),
+    (
+        "redis+sentinel://127.0.0.1:{tls}/m",
+        "no sentinel answers",
+        "this port requires TLS: begin REDIS_URL with rediss",
+    ),
     (
         "rediss://localhost:{tls}/0",
         "CERTIFICATE_VERIFY_FAILED",
@@ -368,7 +372,7 @@ WORDS: list[tuple[str, str, str]] = [
     ),
     ("rediss://127.0.0.1:{tls}/0?ssl_ca_certs={ca}", "address mismatch", "name the server in REDIS_URL as its cert"),
     ("redis://127.0.0.1:{plain}/99", "DB index is out of range", "set REDIS_URL to a database that exists: 0 to 15"),
-    ("redis://:pw@127.0.0.1:{plain}/0", "without any password", "leave the password out of REDIS_URL"),
+    ("redis://:pw@127.0.0.1:{plain}/0", "without any password", "remove the password from REDIS_URL"),
     ("redis+cluster://127.0.0.1:{plain}", "cluster support disabled", "this is no cluster: begin REDIS_URL with redis"),
     ("redis+sentinel://127.0.0.1:{plain}/m", "unknown command 'SENTINEL'", "no sentinel listens there: set REDIS_URL"),
 ]

@@ -144,7 +144,7 @@ async def test_a_refusal_is_reported_to_every_listener_also_to_later_ones(mute_u
 async def test_a_refused_subscription_is_requested_again_unless_it_was_ended(redis: Redis, mute_url: str) -> None:
     stays, left = Recorder(), Recorder()
     async with command_client(mute_url, connections=1) as client:
-        subscriptions = Subscriptions(client, ask_again=0.02)
+        subscriptions = Subscriptions(client, retry_refused_after=0.02)
         subscriptions.subscribe("stays", stays)
         subscriptions.subscribe("left", left)
 

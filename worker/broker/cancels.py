@@ -28,14 +28,21 @@ class CancelListener:
     """The process's subscription to the channel of cancel hints.
 
     A refusal is not final: an operator may give the user the right to the channel, or restore a password that was
-    changed. So the subscription is requested again every `ask_again` seconds. The same refusal is reported once.
+    changed. So the subscription is requested again every `retry_refused_after` seconds. The same refusal is reported
+    once.
     """
 
     def __init__(
-        self, redis: Redis, channel: str, publisher: LogVerifier, telemetry: Telemetry, *, ask_again: float = 5.0
+        self,
+        redis: Redis,
+        channel: str,
+        publisher: LogVerifier,
+        telemetry: Telemetry,
+        *,
+        retry_refused_after: float = 5.0,
     ) -> None:
         self._subscriptions = Subscriptions(
-            redis, sharded=False, ask_again=ask_again, what="cancel_hints_lost", telemetry=telemetry
+            redis, sharded=False, retry_refused_after=retry_refused_after, what="cancel_hints_lost", telemetry=telemetry
         )
         self._channel = channel
         self._publisher = publisher

@@ -67,7 +67,7 @@ class Delivery:
 class JobQueue:
     """One worker's access to the job streams. `consumer` is unique to the process; `lease` is in seconds.
 
-    `blocking` is the client for reads that wait, `commands` the one for everything else.
+    `blocking` is the client for reads that wait, `commands` the client for all other commands.
     """
 
     def __init__(

@@ -161,7 +161,7 @@ class Answer:
 
     @property
     def outcome(self) -> str:
-        """`done`, `error` or `cancelled`; empty while the request goes on."""
+        """`done`, `error` or `cancelled`; empty until the request has ended."""
         return self.end.type if self.end else ""
 
     @property

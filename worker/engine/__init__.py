@@ -1,1 +1,1 @@
-"""The worker process: it takes jobs, runs them, keeps their leases and ends them."""
+"""The worker process: it takes jobs, runs them, renews their leases and ends them."""

@@ -1,4 +1,4 @@
-"""The worker process: it is put together here, starts, drains on a signal, and ends in order."""
+"""The worker process: its assembly from parts, its start, the drain on a signal, and an orderly end."""
 
 import asyncio
 import os
@@ -58,8 +58,8 @@ from .slots import Slots
 class Worker:
     """One worker process, from its start to a clean end.
 
-    Of equally good vLLM servers the first is chosen. So each worker shuffles them, unless `shuffle_servers` is false:
-    with one order in all workers, idle workers would all choose the same server.
+    Of equally good vLLM servers the first is chosen. Each worker therefore shuffles its list of servers, unless
+    `shuffle_servers` is false: with the same order in all workers, idle workers would all choose the same server.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Worker:
         self._telemetry = telemetry = Receivers(self.metrics, LogReceiver())
         self._outage = Outage(telemetry)
 
-        # The lease counts from the read. After a wait of half a lease the first renewal would look like a theft.
+        # The lease begins with the sending of the read. After a wait of half a lease, the renewal would be refused.
         block = min(pace.longest_block, settings.lease / 4)
         self._commands = command_client(url, timeout=pace.command_timeout)
         self._blocking = blocking_client(url, block, timeout=pace.command_timeout)
@@ -213,7 +213,7 @@ class Worker:
         until_available = RetryUntilAvailable(stop=stopping, outage=self._outage, url=self._url)
         self._telemetry.emit(WorkerStarting(version(), self._shown_redis, self._shown_vllm))
         try:
-            with structlog.contextvars.bound_contextvars(redis=self._shown_redis):  # the log says which Redis is away
+            with structlog.contextvars.bound_contextvars(redis=self._shown_redis):  # the log shows which Redis is away
                 await until_available(self._clock.sync)
                 for queue in self._settings.queues:
                     await until_available(self._jobs.ensure_group, queue)
@@ -231,9 +231,9 @@ class Worker:
         return True
 
     async def _work(self) -> float:
-        """Run all parts until the process is to stop, drain, and hand over.
+        """Run all parts until the process must stop; then drain and hand over.
 
-        Returns when the process must have ended, by the monotonic clock.
+        Returns the time by which the process must have ended (monotonic clock).
         """
         intake, maintenance = self._intake, self._maintenance
         deadline = float("inf")
@@ -273,7 +273,7 @@ class Worker:
         return deadline
 
     async def _drain(self, deadline: float) -> None:
-        """Let running jobs end until the deadline (by the monotonic clock), or until they are to be handed over."""
+        """Let running jobs end until the deadline (monotonic clock), or until a second signal."""
         at_once = asyncio.ensure_future(self._at_once.wait())
         while self._running_jobs and not at_once.done() and (left := deadline - time.monotonic()) > 0:
             self._running_jobs.changed.clear()

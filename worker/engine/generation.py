@@ -1,4 +1,4 @@
-"""Having vLLM answer one job into its log: models, servers, tries and pauses, resuming, and the limits on all of it."""
+"""Generates the answer to one job with vLLM: models, servers, tries, pauses and resumes, within the job's limits."""
 
 import asyncio
 import time
@@ -41,7 +41,7 @@ _LONGEST_NAME = 200
 """Characters of a model's name or of a finish reason in the worker's log."""
 
 _ANOTHER_MODEL_MAY_DO = frozenset({"context_length_exceeded", MODEL_NOT_FOUND})
-"""Refusals that another model may not share. After the last try, an error that is worth a retry moves on too."""
+"""Errors that another model may not have. After the last try, a retryable error moves to the next model too."""
 
 
 class Generation:
@@ -61,7 +61,7 @@ class Generation:
         self._job = job
         self._log = log
         self._was_allowed = False
-        """Whether a server has begun to answer with this model: a later 401 or 403 is then not about the request."""
+        """Whether a server has begun to answer with this model. A later 401 or 403 then concerns the key only."""
         self._recall(history)
         self._caller = Caller()
         self._server: Server
@@ -70,9 +70,9 @@ class Generation:
         self._context: Context
         """The job's context, which has the request's id for the log. The stream arrives in its connection's context."""
         self._attempt_committed = False
-        """Whether this attempt has written entries that another try cannot simply write again."""
+        """Whether this attempt has written entries, so that another try needs the next attempt."""
         self._attempt_extended = False
-        """Whether this attempt has added to an answer that had broken off."""
+        """Whether this attempt has added to an interrupted answer."""
         self._waited_for: set[str] = set()
         """Models whose wait for a server is logged already."""
         self._began = time.monotonic()
@@ -80,10 +80,10 @@ class Generation:
         self._first_delta: float | None = None
 
     async def generate(self) -> Terminal:
-        """Write all deltas of the answer, and return the terminal entry that belongs after them.
+        """Write all deltas of the answer; returns the terminal entry that must follow them.
 
         Raises:
-            LogLost: when the log is no longer ours.
+            LogLost: when this process no longer owns the log.
             Stopped: when the job must stop here.
         """
         job, answer = self._job.parsed, self._answer
@@ -99,25 +99,25 @@ class Generation:
                 )
             return await self._ask_models(with_max_tokens(job, self._settings.max_tokens))
         except DeadlinePassed:
-            return self._failed("deadline", "the deadline of the job passed before its answer was whole")
+            return self._failed("deadline", "the deadline of the job passed before its answer was complete")
         except (LogLost, Stopped, RedisError, OSError):
             raise
-        except Exception as error:  # noqa: BLE001 - without an end the job would come back for ever
+        except Exception as error:  # noqa: BLE001 - without an end the job would be delivered forever
             self._emit(InternalError(error))
             message = "an error inside the worker: see the log of the worker process"
             return Failed(id=SEAL, attempt=self._log.attempt, code="internal", message=message)
 
     async def restart(self, reason: str) -> None:
-        """Begin the answer again under the next attempt: Redis has lost some of what it had accepted.
+        """Begin the answer again under the next attempt, because Redis has lost entries that it had accepted.
 
         Raises:
-            LogLost: when the log is no longer ours.
+            LogLost: when this process no longer owns the log.
         """
         await self._begin_attempt(reason)
         self._begin_answer_again(reason)
 
     async def _begin_attempt(self, reason: str) -> None:
-        """Continue under the next attempt of the log, from what Redis holds of the answer."""
+        """Continue under the next attempt of the log, from the answer as Redis holds it."""
         job, ownership = self._job, self._services.ownership
         if not isinstance(self._log.loss, LogDiverged | LogGone):
             await job.wait_for(self._log.wait_drained())
@@ -128,12 +128,12 @@ class Generation:
         self._emit(AttemptBegun(reason))
 
     def _recall(self, history: History) -> None:
-        """Take what earlier attempts wrote as the answer so far."""
+        """Set the answer so far from the entries of earlier attempts."""
         self._answer, self._fault = Answer(history.entries), history.fault
         self._was_allowed |= self._answer.begun
 
     def _begin_answer_again(self, reason: str) -> None:
-        """Write `restarted`: readers drop the answer so far."""
+        """Write `restarted`, at which readers drop the answer so far."""
         self._emit(AnswerRestarted(self._log.attempt, reason))
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
         self._answer, self._fault = Answer(), ""
@@ -141,7 +141,7 @@ class Generation:
         self._first_delta = None
 
     async def _ask_models(self, job: Job) -> Terminal:
-        """Ask for the job's model and, where no server can answer with it, for its fallbacks one after another."""
+        """Try the job's model and, if no server can answer with it, its fallbacks one after another."""
         models = [model_of(job.request), *job.fallbacks]
         if self._answer.model in models:  # the model that began the answer continues it
             del models[: models.index(self._answer.model)]
@@ -164,13 +164,13 @@ class Generation:
                 self._was_allowed = False
 
     async def _ask_model(self, request: Object, others: Sequence[str]) -> Done:
-        """Ask for one model until the tries without progress are exhausted; `others` are its fallbacks.
+        """Try one model until the tries without progress are exhausted; `others` are its fallbacks.
 
         Raises:
-            UpstreamError: of the last try.
+            UpstreamError: the error of the last try.
         """
         model, tries, server = model_of(request), Tries(self._settings.tries, self._services.pace), None
-        self._caller.refused_at.clear()  # the servers that refused the former model may take this one
+        self._caller.refused_at.clear()  # the servers that refused the former model may accept this one
         while True:
             await self._wait_for_server(model, others)
             server = self._servers.choose(model, self._caller, other_than=server)
@@ -191,31 +191,31 @@ class Generation:
                 if self._attempt_extended:
                     tries.start_over()
                 is_final = not (error.retryable or is_elsewhere) or tries.are_exhausted
-                if error.code == UNAUTHORIZED:  # which otherwise waits for a server that takes the key
+                if error.code == UNAUTHORIZED:  # otherwise the job waits for a server that accepts the key
                     is_final |= self._servers.should_fall_back(model, others, self._caller)
                 if is_final or (self._attempt_committed and self._settings.on_interrupt == "fail"):
                     raise
                 pause = tries.pause()
                 if error.retry_after and self._servers.all_busy(model, self._caller):
-                    pause += error.retry_after  # another server need not wait for that
+                    pause += error.retry_after  # not if another server is free
                 await self._job.within_limits(asyncio.sleep(pause), self._log)
                 if self._attempt_committed:
                     await self._begin_attempt(error.code)
 
     def _counts_for_nothing(self, error: UpstreamError, server: Server, *, is_trial: bool) -> bool:
-        """Whether a try that failed does not count.
+        """Whether a failed try does not count.
 
         Three kinds do not count:
 
         - a try that never reached a server. The job waits for a server, as before its first try.
         - a 401 or 403 after a server has begun to answer with this model: the job's request was allowed.
-        - a failed trial request of an open circuit. Other jobs failed there too, and this job gets no second trial.
+        - a failed trial request of a half-open circuit. Other jobs failed there too, and this job gets no second trial.
         """
         is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
         return never_reached(error) or is_forbidden or (is_trial and server.circuit in self._caller.failed_at)
 
     async def _wait_for_server(self, model: str, others: Sequence[str]) -> None:
-        """Wait until a server can take a request for this model. It is no try, and is logged once for each model."""
+        """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model."""
         if self._servers.accepts(model, self._caller):
             return
         if model not in self._waited_for:
@@ -230,7 +230,7 @@ class Generation:
             self._emit(ModelWaitEnded())
 
     async def _ask_server(self, server: Server, request: Object, *, is_last: bool) -> Done:
-        """One try at one server: resume the answer so far or, where that is not possible, begin again."""
+        """Make one try at one server: resume the answer so far or, if that is not possible, begin again."""
         if self._fault:
             self._begin_answer_again(self._fault)
         if self._answer.begun:
@@ -241,7 +241,7 @@ class Generation:
         return await self._read_stream(server, request, ChunkParser(**_parser_options(request)))
 
     async def _resume(self, server: Server, request: Object, *, is_last: bool) -> Done:
-        """Have a server continue the answer, by the first of the plan's routes that it takes.
+        """Let a server continue the answer, with the first of the plan's requests that it accepts.
 
         Raises:
             CannotResume: when the answer must begin again.
@@ -254,9 +254,9 @@ class Generation:
             others_remain = self._servers.has_candidate(model_of(request), self._caller)
             if others_remain if error.elsewhere else (not is_last or never_reached(error)):
                 raise
-            # The server may answer from the beginning all the same.
+            # The server may still be able to answer from the beginning.
             self._caller.refused_at.clear()
-            raise CannotResume(f"the server does not say how: {error.code}") from None
+            raise CannotResume(f"the server did not answer the queries for the plan: {error.code}") from None
         if plan.is_exhausted and not plan.withheld:
             return self._done("length", self._answer.usage, self._answer.model)
         refusal = ""
@@ -269,7 +269,7 @@ class Generation:
             except UpstreamError as error:
                 if self._attempt_committed or error.retryable or error.elsewhere or not plan.prompt_ids:
                     raise
-                refusal = f"the server refuses to go on: {error.code}"
+                refusal = f"the server refuses to continue: {error.code}"
         raise CannotResume(refusal)
 
     async def _read_stream(self, server: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
@@ -285,7 +285,7 @@ class Generation:
             except UpstreamError:
                 if not parser.is_complete:
                     raise
-                # It broke after the last finish_reason: nothing of the answer is missing.
+                # The stream broke after the last finish_reason: the answer is complete.
             finally:
                 self._note_progress()
         if parser.unknown_reason:
@@ -293,7 +293,7 @@ class Generation:
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
 
     def _on_events(self, events: list[bytes]) -> bool:
-        """Append what events of the stream carry to the log. Returns whether reading should pause."""
+        """Append the entries of the stream's events to the log. Returns whether reading should pause."""
         log, parser = self._log, self._parser
         entries: list[Fields] = []
         try:
@@ -343,13 +343,13 @@ class Generation:
 
 
 def choices_of(request: Object) -> int:
-    """How many choices a request asks for."""
+    """The number of choices (`n`) of a request."""
     n = request.get("n")
     return n if isinstance(n, int) else 1
 
 
 def model_of(request: Object) -> str:
-    """The model that a request asks for; empty when the server is to choose."""
+    """The model of a request; empty if the server chooses the model."""
     model = request.get("model")
     return model if isinstance(model, str) else ""
 
@@ -361,7 +361,7 @@ class _ParserOptions(TypedDict):
 
 
 def _parser_options(request: Object) -> _ParserOptions:
-    """What the parser of an answer must know of its request."""
+    """The options of the parser that depend on the request."""
     options = request.get("stream_options")
     return {
         "n": choices_of(request),

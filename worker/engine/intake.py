@@ -1,4 +1,4 @@
-"""Intake: taking new jobs and those of dead workers for free slots, and taking none while they could not be done."""
+"""Intake: takes new jobs, and jobs of dead workers, for free slots. It pauses while jobs could not be done."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ _BEFORE_ALL_QUEUES = -1
 
 
 class JobIntake:
-    """Fills the slots of a process. `block` is how many seconds a read waits for a job."""
+    """Fills the slots of a process with jobs. `block` is how many seconds a read waits for a job."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class JobIntake:
         self._telemetry = telemetry
         self._stopping = asyncio.Event()
         self.paused = ""
-        """Why no jobs are taken at the moment, or nothing."""
+        """Why no jobs are taken now; empty while jobs are taken."""
         self._logged_pause = ""
         self._logged_at: dict[str, float] = {}
         """When each reason was last logged, by the monotonic clock in seconds."""
@@ -77,9 +77,9 @@ class JobIntake:
             fetched = await self._fill_slots(rank, backoff, fetch)
 
     async def take_over_expired(self) -> None:
-        """Take over jobs whose worker has let their lease expire, until the intake stops.
+        """Take over jobs whose lease has expired, until the intake stops.
 
-        After a find the next search follows at once.
+        After a search that finds jobs, the next search follows at once.
         """
         pause = min(self._pace.scan_every, self._settings.lease / 3)
         backoff = Backoff("take_over_failed", self._telemetry, first=pause)
@@ -93,7 +93,7 @@ class JobIntake:
     async def _fill_slots(
         self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]
     ) -> int | None:
-        """Wait for free slots and fetch jobs for them, once. Returns how many came, None when the intake stops."""
+        """Wait for free slots and fetch jobs for them, once. Returns the number of jobs; None when the intake stops."""
         count = await self._slots.reserve(rank)
         if not count:
             return None
@@ -125,7 +125,7 @@ class JobIntake:
         return len(deliveries)
 
     async def _reason_to_pause(self) -> str:
-        """Why a job that is taken now could not be done, or nothing. In the queue any other worker can take it."""
+        """Why a job that is taken now could not be done; empty if it could. Any worker can take it from the queue."""
         if not self._servers.is_available:
             return NO_VLLM
         try:
@@ -133,11 +133,11 @@ class JobIntake:
         except ResponseError as error:
             if is_transient(error):
                 return REDIS_FULL if isinstance(error, OutOfMemoryError) else REDIS_REFUSES
-            # Where only the right to the probed key is missing, the commands that need rights report it.
+            # A missing right to the probed key alone is no reason. Other missing rights are reported by their commands.
         return ""
 
     def _pause_for(self, reason: str) -> None:
-        """Take no jobs for a reason; an empty one ends the pause."""
+        """Begin a pause for a reason. An empty reason ends the pause."""
         if reason != self.paused:
             if self.paused:
                 self._telemetry.emit(IntakePaused(self.paused, on=False))
@@ -147,7 +147,7 @@ class JobIntake:
         self._log_pause("" if reason in (NO_VLLM, REDIS_AWAY) else reason)  # those two are logged elsewhere
 
     def _log_pause(self, reason: str) -> None:
-        """Log each reason once in a while: a Redis at the edge of its memory refuses writes now and then."""
+        """Log each reason at most every half minute: a Redis with little free memory refuses some writes."""
         if reason == self._logged_pause:
             return
         if self._logged_pause:

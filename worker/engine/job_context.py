@@ -1,4 +1,4 @@
-"""One delivered job while this process runs it: its facts, what stops it early, and what it shares with other jobs."""
+"""The context of one delivered job: its data, the conditions that stop it, and the services shared by all jobs."""
 
 import asyncio
 import enum
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 _DAY_MS = 24 * 3600 * 1000
 
 UNREAD = InvalidJob("the job is not read yet")
-"""Stands for a possible poison job until its log is claimed: a death while the job is read then counts as a failure."""
+"""The placeholder for a possible poison job until its log is claimed. So a death while it is read is a failure."""
 
 
 class Stop(enum.Enum):
@@ -60,7 +60,7 @@ class DeadlinePassed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobServices:
-    """What all jobs of a process share. `now` returns Redis's clock in Unix ms."""
+    """The services that all jobs of a process share. `now` returns Redis's time in Unix ms."""
 
     settings: Settings
     keys: Keys
@@ -80,9 +80,9 @@ class JobServices:
 class JobContext:
     """One delivered job. `began` and `deadline` are Unix ms by Redis's clock, `retention` and `remember` are seconds.
 
-    `id` is the request's id, empty where the job has none that can be used. `parsed` is the job, an `InvalidJob`
-    where it does not validate, or `UNREAD`. `release_slot` lets another job start before this one has ended. `retry`
-    retries until Redis answers or the job must stop.
+    `id` is the request's id; empty if the job has no valid id. `parsed` is the job, an `InvalidJob` if it does not
+    validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `retry` retries until Redis
+    answers or the job must stop.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class JobContext:
             self.parse()
 
     def parse(self) -> None:
-        """Read and check the job, unless that is done."""
+        """Parse and check the job, unless that was done."""
         if self.parsed is not UNREAD:
             return
         settings = self._settings
@@ -129,13 +129,13 @@ class JobContext:
 
     @property
     def digest(self) -> str:
-        """The digest of the request, empty where it cannot be read."""
+        """The digest of the request; empty if the request cannot be read."""
         if not self._digest and isinstance(self.parsed, Job):
             self._digest = digest_of(self.parsed.request, self.parsed.fallbacks)
         return self._digest
 
     def may_have_digest(self, known: str) -> bool:
-        """Whether a log with this digest may be of the same request. It may where either digest is unknown."""
+        """Whether a log with this digest may belong to the same request. True if either digest is unknown."""
         job = self.parsed
         return not isinstance(job, Job) or not known or is_digest_of(known, job.request, job.fallbacks)
 
@@ -144,11 +144,11 @@ class JobContext:
         return max(self.deadline, now) + self.retention * 1000
 
     async def wait_for(self, event: Awaitable[_T]) -> _T:
-        """Wait for an event that Redis may delay, for as long as it is full or does not answer.
+        """Wait for an event that Redis delays while it is full or does not answer.
 
         Raises:
-            Stopped: when the job must stop before.
-            Exception: what the awaitable raised.
+            Stopped: when the job must stop before the event.
+            Exception: the error of the awaitable.
         """
         waiting = asyncio.ensure_future(event)
         events: set[asyncio.Future[Any]] = {waiting, self.stop}
@@ -159,23 +159,23 @@ class JobContext:
         return waiting.result()
 
     async def within_limits(self, work: Coroutine[object, object, _T], log: LogWriter) -> _T:
-        """Do work that vLLM may delay, for as long as the log is ours, the lease holds and the deadline is ahead.
+        """Do work that vLLM may delay, until the log is lost, the job must stop or the deadline passes.
 
         Raises:
-            DeadlinePassed: when the deadline passes before.
+            DeadlinePassed: when the deadline passes before the work is done.
             LogLost: when the log is lost before.
             Stopped: when the job must stop before.
         """
         limits: tuple[asyncio.Future[Any], ...] = (log.lost, self.stop)
         left = (self.deadline - self._now()) / 1000
         if left <= 0 or any(limit.done() for limit in limits):
-            work.close()  # without a single step, so that vLLM gets no request for nothing
+            work.close()  # before its first step, so that vLLM gets no useless request
             self._check(log)
             raise DeadlinePassed
         timeout = asyncio.timeout(left)  # cheaper than a task to wait for
 
         def interrupt(_: object) -> None:
-            with suppress(RuntimeError):  # it has ended, or is interrupted already
+            with suppress(RuntimeError):  # the timeout has ended or expired already
                 timeout.reschedule(0)
 
         try:
@@ -200,5 +200,5 @@ class JobContext:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether a job waits for an error to pass. A missing permission is not its fault, and an operator may grant it."""
+    """Whether a job is retried after an error. An operator may grant a missing permission, which is not its fault."""
     return is_transient(error) or is_permission_denied(error)

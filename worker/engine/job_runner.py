@@ -1,6 +1,6 @@
-"""One job from delivery to acknowledgement: acquire its log, have vLLM answer into it, seal the log, settle the job.
+"""Runs one job from delivery to acknowledgement: acquires its log, generates the answer, seals the log, and settles.
 
-A crash between any two steps is repaired by the worker that gets the job next and reads the log.
+After a crash between two steps, the next worker that gets the job reads the log and does the remaining steps.
 """
 
 import asyncio
@@ -44,9 +44,9 @@ from .poison import QuarantineTurn, failures, needs_quarantine, progress_goal
 from .settlement import Settlement
 
 _DIVERGED = "diverged"
-"""The `reason` of an attempt that became necessary because Redis has lost something of the log."""
+"""The `reason` of an attempt that became necessary because Redis has lost entries of the log."""
 
-_REUSED = "the id of the job was used before, for another request: give each request an id of its own"
+_REUSED = "the id of the job was used before, for another request: use a new id for each request"
 
 
 async def run_job(
@@ -55,13 +55,13 @@ async def run_job(
     stop: "asyncio.Future[Stop]",
     release_slot: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a delivered job. It ends with an acknowledgement, unless `stop` or a fence leaves it to another worker.
+    """Run a delivered job to its acknowledgement, unless `stop` or a fence leaves it to another worker.
 
-    `release_slot` lets another job start. It is called when only Redis is still waited for.
+    `release_slot` lets another job start. It is called when the job only waits for Redis.
     """
     job = JobContext(services, delivery, stop, release_slot)
     settlement = Settlement(services, job)
-    if not job.id:  # there is no log that could say what is wrong with the job
+    if not job.id:  # without an id there is no log for the error
         await settlement.acknowledge_job()
         return
     with structlog.contextvars.bound_contextvars(request_id=job.id):
@@ -113,7 +113,7 @@ class JobRunner:
             return False
         try:
             history = await job.retry(self._ownership.read_entries, job.id)
-        except LogRefused:  # acquiring the log raises the same
+        except LogRefused:  # acquiring the log raises it again
             return False
         return needs_quarantine(failures(history, job.delivery), self._max_deliveries)
 
@@ -172,11 +172,11 @@ class JobRunner:
             self._services.publisher.detach(log)
 
     async def _answer_and_settle(self, acquired: Acquired) -> None:
-        """Bring an acquired log to its end, with an answer or with the reason of a burial.
+        """Write the end of an acquired log: an answer, or the reason of a burial.
 
-        A log that is deleted, or of which Redis has lost something, continues under the next attempt. That attempt may
-        be lost too, at any step, so one loop is around all steps. A job whose log is lost again and again is buried:
-        otherwise vLLM would generate the answer for ever.
+        A log that was deleted, or of which Redis has lost entries, continues under the next attempt. That attempt may
+        be lost too, at any step, so one loop is around all steps. A job whose log is lost repeatedly is buried:
+        otherwise vLLM would generate the answer forever.
         """
         job, log = self._job, acquired.log
         burial, generation, losses = self._reason_to_bury(acquired), None, 0
@@ -209,14 +209,14 @@ class JobRunner:
                 return
 
     def _reason_to_bury(self, acquired: Acquired) -> str:
-        """Why a job must not run, or nothing."""
+        """Why a job must not run; empty if it may."""
         failed = failures(acquired.history, self._job.delivery)
         if failed >= self._max_deliveries:
             return f"the job was delivered {failed} times without progress: its workers died or were cut off"
         return acquired.unreadable
 
     async def _recreate_log(self, log: LogWriter) -> None:
-        """Create a log again that is gone before its time: it was deleted, or lost with the Redis that had it."""
+        """Create a log again that was deleted or lost before it expired."""
         job = self._job
         expire_at = job.deadline + job.retention * 1000
         if self._services.now() >= expire_at:
@@ -224,7 +224,7 @@ class JobRunner:
         await self._ownership.recreate(log, job.delivery, expire_at, job.digest)
 
     async def _condemn(self, reason: str) -> None:
-        """End a job that this process cannot handle. Without an end it would come back for ever."""
+        """End a job that this process cannot handle. Without an end it would be delivered forever."""
         job = self._job
         end, expire_at = _buried(reason, 0), job.expires_at(self._services.now())
         try:
@@ -233,7 +233,7 @@ class JobRunner:
         except Exception as error:
             if isinstance(error, RedisError | OSError | LogLost | Stopped) and not isinstance(error, LogRefused):
                 raise
-            # Whatever the log holds, the job must not come back because of it.
+            # The job must not be delivered again because of its log, whatever the log holds.
             await self._settlement.bury_and_acknowledge(reason, BURIED)
 
 

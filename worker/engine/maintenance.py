@@ -1,4 +1,4 @@
-"""Maintenance, three times a lease: lease renewal, heartbeat, sampling, trimming, clearing up after dead workers."""
+"""Maintenance, three times a lease: lease renewal, heartbeat, sampling, trimming, cleaning up after dead workers."""
 
 import asyncio
 import math
@@ -20,16 +20,16 @@ from .pace import sleep_unless_set
 from .running_jobs import RunningJobs
 
 _STALE_AFTER = 10
-"""Leases without a heartbeat after which a worker counts as gone."""
+"""Leases without a heartbeat after which a worker counts as dead."""
 
 _SILENT_AFTER = 2
 """Leases without a new heartbeat after which a worker's jobs are inspected: Redis's clock may hide expired leases."""
 
 
 class Maintenance:
-    """Keeps the leases and what workers leave in Redis. `record` returns this worker's entry in the hash of workers."""
+    """Renews leases, and cleans up data of workers in Redis. `record` returns this worker's record."""
 
-    def __init__(  # noqa: PLR0913 - it looks after all of these
+    def __init__(  # noqa: PLR0913 - it maintains all of these
         self,
         settings: Settings,
         *,
@@ -55,38 +55,38 @@ class Maintenance:
         self._swept_at = 0.0
         self._heartbeats: dict[str, int] = {}
         self._unchanged: dict[str, tuple[int | None, float]] = {}
-        """The last heartbeat of each consumer with jobs, and since when it is that, by the monotonic clock."""
+        """The last heartbeat of each consumer with jobs, and when it was first seen (monotonic clock)."""
         self._without_idle_time: dict[tuple[str, str], set[str]] = {}
         """The jobs of each queue and consumer that had no idle time when last inspected."""
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
-        """Come to an end."""
+        """Stop all loops."""
         self._stopping.set()
 
     async def keep_leases(self) -> None:
-        """Renew the leases and verify idle logs until stopped. Nothing else may delay this, such as a full Redis."""
+        """Renew the leases and verify idle logs until stopped. No other duty may delay this, as with a full Redis."""
         backoff = Backoff("renewal_failed", self._telemetry, most=self._interval / 2)
         while await sleep_unless_set(self._stopping, self._interval):
             try:
                 if await self._running_jobs.renew_all():
-                    backoff.reset()  # not without leases: Redis then got no command, and may still be away
+                    backoff.reset()  # not without leases, since no command was then sent to Redis
             except (RedisError, OSError) as error:
                 await backoff.wait(error)
             self._publisher.verify_idle()
 
     async def watch_expiry(self) -> None:
-        """Stop jobs whose lease ends, on time: a renewal that Redis does not answer takes some seconds."""
+        """Stop jobs on time when their lease ends, since a renewal that Redis does not answer takes some seconds."""
         wait = self._interval
         due = time.monotonic() + wait
         while await sleep_unless_set(self._stopping, wait):
             now, wait = time.monotonic(), self._interval
-            if now - due < self._interval:  # otherwise this process stood still, and a renewal comes first
+            if now - due < self._interval:  # otherwise this process was paused, and a renewal comes first
                 wait = min(wait, self._running_jobs.stop_expired())
             due = now + wait
 
     async def run_duties(self) -> None:
-        """Send the heartbeat, sample the queues and clear up: at once, and then three times a lease until stopped."""
+        """Send the heartbeat, sample the queues and clean up: at once, and then three times a lease until stopped."""
         duties = {
             Backoff("clock_failed", self._telemetry): self._clock.sync,
             Backoff("trim_failed", self._telemetry): self._trim,
@@ -128,12 +128,12 @@ class Maintenance:
         self._heartbeats = await self._registry.beat(self._record(), stale_after=stale_after)
 
     async def _end_stopped_leases(self) -> None:
-        """End leases that nobody renews though their idle time stands still: of silent workers, and of jobs lost here.
+        """End leases that no worker renews though Redis reports no idle time for them.
 
-        Redis's clock may step back, or a failover may go to a host whose clock is behind. A job then has no idle time
-        until that clock has reached the time of its delivery, and XAUTOCLAIM does not return it. A job whose lease is
-        renewed has no idle time only in the millisecond of its renewal. So a job that has none twice in a row is not
-        renewed.
+        These are jobs of silent workers, and jobs that this process lost. Redis's clock may be set back, or a failover
+        may lead to a host whose clock is behind. A job then has no idle time until that clock has reached the time of
+        its delivery, and XAUTOCLAIM does not return the job. A job whose lease is renewed has no idle time only in the
+        millisecond of its renewal. So a job without idle time in two inspections in a row is not renewed.
         """
         now, own = time.monotonic(), self._record().name
         unchanged: dict[str, tuple[int | None, float]] = {}
@@ -155,7 +155,7 @@ class Maintenance:
         await self._dead_letters.drop_older(self._clock.now() - self._settings.dead_retention * 1000)
 
     async def _remove_stale_consumers(self) -> None:
-        """Remove the consumers of workers that were killed. Nobody else does."""
+        """Remove the consumers of workers that were killed."""
         stale = _STALE_AFTER * self._settings.lease
         if time.monotonic() - self._swept_at < stale:
             return

@@ -1,7 +1,7 @@
-"""Poison jobs: counting the failures of a job that may kill its worker, and the quarantine in which it runs alone.
+"""Poison jobs: counts the failures of a job that may kill its worker, and runs such jobs alone, in quarantine.
 
-A process that dies takes all of its jobs down with it, including the harmless ones. So a job that has failed twice goes
-into quarantine: a process runs such jobs one at a time, and the next death counts against that job alone.
+The death of a process is a failure of all jobs that run there, including the harmless ones. So a job that has failed
+twice is put into quarantine: a process runs such jobs one at a time, and the next death counts only against that job.
 """
 
 import asyncio
@@ -13,22 +13,22 @@ from ..contract.answer import Answer
 from ..contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
 
 _QUARANTINE_FROM = 2
-"""Failures."""
+"""The number of failures from which a job runs in quarantine."""
 
 _PROGRESS_FACTOR = 2
-"""An answer that begins again has made progress once it is so many times as long as ever before."""
+"""An answer that begins again has made progress once it is this many times as long as the longest one before."""
 
 
 def failures(history: Iterable[Entry], delivery: Delivery) -> int:
     """How many owners of this job in a row were lost without progress, up to this delivery.
 
-    The log is the source: Redis's own delivery count also rises when the reply of an XAUTOCLAIM is lost and nobody has
-    run the job. A claim with the same `delivery` as the claim before it was a hand-over, which is no failure. A claim
-    with a greater one is one failure, whatever the difference. An attempt that an owner claims for its own retry is no
-    delivery.
+    The failures are counted in the log, because Redis's own delivery count also increases if the reply of an XAUTOCLAIM
+    is lost and no worker runs the job. A claim with the same `delivery` as the claim before it was a hand-over, which
+    is no failure. A claim with a greater `delivery` is one failure, whatever the difference. An attempt that an owner
+    claims for its own retry is no delivery.
 
-    An owner has made progress when it added a delta to the answer that stood. An owner that had to begin the answer
-    again must have come twice as far as any owner before: a job does not always kill its worker at the same place.
+    An owner has made progress if it added a delta to the answer. An owner that had to begin the answer again must have
+    written twice as much as any owner before, since a job may kill its workers at different places.
     """
     count, last = 0, None
     answer, longest, goal = Answer(), 0, 0
@@ -61,14 +61,14 @@ def progress_goal(history: Iterable[Entry]) -> int:
 
 
 def needs_quarantine(failed: int, max_deliveries: int) -> bool:
-    """Whether a job that failed so often runs alone. At `max_deliveries` failures it is buried instead."""
+    """Whether a job with `failed` failures runs alone. At `max_deliveries` failures it is buried instead."""
     return _quarantine_from(max_deliveries) <= failed < max_deliveries
 
 
 def may_be_poison(delivery: Delivery, max_deliveries: int) -> bool:
-    """Whether the delivery count allows enough failures for quarantine; the log then gives the exact number.
+    """Whether the delivery count allows enough failures for quarantine; the log then has the exact number.
 
-    The job itself is not read before that: reading it may be what kills its worker.
+    The job is not parsed before that, because parsing it may kill the worker.
     """
     return delivery.redelivered and delivery.count > _quarantine_from(max_deliveries)
 
@@ -80,7 +80,7 @@ def _quarantine_from(max_deliveries: int) -> int:
 class Quarantine:
     """Runs one possible poison job at a time.
 
-    A turn lasts `longest` seconds at most: the job's vLLM server may be away, and the other jobs would wait with it.
+    A turn lasts at most `longest` seconds: if the job's vLLM server is away, the other jobs would otherwise wait too.
     """
 
     def __init__(self, longest: float) -> None:
@@ -88,7 +88,7 @@ class Quarantine:
         self._longest = longest
 
     async def wait_turn(self, stop: asyncio.Future[Any], within: float) -> "QuarantineTurn | None":
-        """Wait for a turn. Returns None when `stop` is done or `within` seconds have passed before."""
+        """Wait for a turn. Returns None if `stop` is done or `within` seconds have passed before."""
         waiting = asyncio.ensure_future(self._lock.acquire())
         events: set[asyncio.Future[Any]] = {waiting, stop}
         try:
@@ -99,7 +99,7 @@ class Quarantine:
 
 
 class QuarantineTurn:
-    """A job's time alone: from before its claim until it makes progress, ends, or has used its time."""
+    """A job's time alone: from before its claim until it makes progress, ends, or reaches the time limit."""
 
     def __init__(self, lock: asyncio.Lock, longest: float) -> None:
         self._lock: asyncio.Lock | None = lock

@@ -1,4 +1,4 @@
-"""The jobs that run in this process, with their leases: renewed while a job runs, given up when lost, handed over."""
+"""The jobs that run in this process, and the renewal, loss and hand-over of their leases."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ RunJob: TypeAlias = "Callable[[Delivery, asyncio.Future[Stop], Callable[[], None
 """Runs a delivered job until it ends or its stop future is done. The last argument releases the job's slot."""
 
 _MOST_WITHOUT_SLOT = 1000
-"""Jobs that may have released their slot before their end: each is in memory, with its request."""
+"""The most jobs that may have released their slot before their end, since each is in memory with its request."""
 
 
 @dataclass(eq=False)
@@ -33,15 +33,15 @@ class RunningJob:
     has_slot: bool = True
 
     def stop_for(self, reason: Stop) -> None:
-        """Have the job stop. The first reason stands."""
+        """Stop the job. Only the first reason counts."""
         if not self.stop.done():
             self.stop.set_result(reason)
 
 
 class RunningJobs:
-    """The jobs that run here. `run` runs one, and `slot_released` is called when it gives its slot back.
+    """The jobs that run here. `run` runs one job, and `slot_released` is called when a job releases its slot.
 
-    A job that has its end in the log, and only waits for Redis, may release its slot. It keeps its lease. `lease` is in
+    A job whose log is sealed, and that only waits for Redis, may release its slot. It keeps its lease. `lease` is in
     seconds.
     """
 
@@ -61,7 +61,7 @@ class RunningJobs:
         self._telemetry = telemetry
         self._running: dict[tuple[str, str], RunningJob] = {}
         self.finished = 0
-        """Jobs that came to their end here. Jobs that were handed over or otherwise left do not count."""
+        """How many jobs ended here. Jobs that were handed over or otherwise left do not count."""
         self.changed = asyncio.Event()
         """Set whenever a job has ended."""
         self.to_trim: set[str] = set()
@@ -82,7 +82,7 @@ class RunningJobs:
     def start(self, deliveries: Iterable[Delivery], sent: float) -> int:
         """Start jobs that were requested from Redis at `sent`. Returns how many were started.
 
-        A job that runs here already, as after a pause of this process, has its lease renewed by the delivery.
+        If a job runs here already, as after a pause of this process, the delivery renews its lease.
         """
         started = 0
         for delivery in deliveries:
@@ -97,12 +97,12 @@ class RunningJobs:
         return started
 
     async def _run_to_end(self, delivery: Delivery, stop: "asyncio.Future[Stop]") -> None:
-        """Run one job. No error of it reaches the other jobs: it stays pending, and its log has how far it came."""
+        """Run one job. Its errors do not affect other jobs: the job stays pending, and its log has its progress."""
         queue, job = delivery.queue, delivery.id
         try:
             await self._run(delivery, stop, partial(self._release_slot, delivery))
             self.finished += not stop.done()
-        except Stopped:  # the worker that gets the job next does the rest
+        except Stopped:  # the next worker that gets the job continues it
             self._telemetry.emit(JobLeft(stop.result().value, queue=queue, job=job))
         except RedisError as error:  # without a traceback, which would quote the command and thus the answer
             self._telemetry.emit(JobBrokenOff(queue, job, redacted_message(error)))
@@ -122,7 +122,7 @@ class RunningJobs:
             self._slot_released()
 
     async def renew_all(self) -> bool:
-        """Renew every lease, and stop the jobs that another worker has by now. Returns whether there was any lease.
+        """Renew every lease, and stop the jobs that another worker has now. Returns whether there was any lease.
 
         Raises:
             RedisError: when Redis does not answer, or has refused to renew some leases. The others are renewed.
@@ -139,14 +139,14 @@ class RunningJobs:
             if is_ours is False:
                 if await self._jobs.is_outstanding(running.delivery.queue, running.delivery.id):
                     self._stop_without_lease(running)
-                else:  # somebody deleted the job: no other worker can have it, so it runs to its end here
+                else:  # the job was deleted: no other worker can get it, so it runs to its end here
                     running.renewed = sent
         if refusal := next((reply for reply in replies if isinstance(reply, Exception)), None):
             raise refusal
         return True
 
     def stop_expired(self) -> float:
-        """Stop the jobs whose lease ended before it could be renewed: another worker may have them by now.
+        """Stop the jobs whose lease ended before it could be renewed, since another worker may have them now.
 
         Returns the seconds until the next job may have to stop.
         """
@@ -165,7 +165,7 @@ class RunningJobs:
     async def hand_over_all(self, within: float) -> None:
         """Stop all jobs, and end their leases now, so that other workers continue them at once.
 
-        This takes `within` seconds at most: the jobs have half of them to stop, Redis the other half to answer.
+        This takes at most `within` seconds: half of them for the jobs to stop, and half for Redis to answer.
         """
         stopped = list(self._running.values())
         for running in stopped:
@@ -184,7 +184,7 @@ class RunningJobs:
             return
         if refusals := [reply for reply in replies if isinstance(reply, Exception)]:
             self._telemetry.emit(HandOverFailed(len(refusals), redacted_message(refusals[0])))
-        # The jobs that do not count have ended, or other workers have them already.
+        # The other jobs have ended, or other workers have them already.
         self._telemetry.emit(JobsHandedOver(replies.count(True)))
 
     def cancel(self) -> None:

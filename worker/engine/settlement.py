@@ -1,8 +1,8 @@
 """The end of a job: seal, expiry and tombstone, feed, dead letter, lifecycle, acknowledgement, in this order.
 
-A crash between any two steps is repaired by the worker that gets the job next and finds the seal. The acknowledgement
-comes last because it ends those repairs. No step delays an earlier one: readers get the end of the answer while a dead
-letter or a lifecycle line still waits for Redis, and a job that waits gives its slot to another.
+After a crash between two steps, the next worker that gets the job finds the seal and does the remaining steps. The
+acknowledgement comes last, because no worker gets the job after it. No step delays an earlier one: readers get the end
+of the answer while a dead letter or a lifecycle record still waits for Redis, and a job that waits releases its slot.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from ..telemetry.job_events import DuplicateFound, JobBuried, JobFinished
 from .job_context import UNREAD, JobContext, JobServices
 
 _SLOT_RELEASED_AFTER = 0.2
-"""Seconds that the steps after the seal may take before the job gives its slot back."""
+"""Seconds that the steps after the seal may take before the job releases its slot."""
 
 
 class Settlement:
@@ -35,14 +35,14 @@ class Settlement:
         self._ownership = services.ownership
 
     def record_start(self, attempt: int) -> None:
-        """Add a `started` line to the lifecycle. Only the `finished` line waits for it."""
+        """Add a `started` record to the lifecycle. Only the `finished` record waits for it."""
         self._record_lifecycle("started", Answer([Started(id=EntryId(attempt, 0))]))
 
     async def seal_log(self, log: LogWriter, end: Terminal) -> Answer:
-        """Write the terminal entry. Returns the answer with the terminal entry that stands, which may be another's.
+        """Write the terminal entry. Returns the answer with the log's terminal entry, which another may have written.
 
         Raises:
-            LogLost: when the log is no longer ours.
+            LogLost: when this process no longer owns the log.
             Stopped: when the job must stop before.
         """
         job = self._job
@@ -51,19 +51,19 @@ class Settlement:
             so_far = Answer(await job.retry(self._ownership.read_entries, job.id))
             end = msgspec.structs.replace(end, usage=so_far.usage, model=so_far.model)
         tombstone = self._tombstone(end.type)
-        standing = await job.retry(
+        written = await job.retry(
             self._ownership.seal, log, end, tombstone, retention=job.retention, remember=job.remember
         )
-        if isinstance(standing, Done | Failed) and standing.usage:
-            return Answer([standing])
-        # A client that cancels does not always know the usage. The log shows what was generated.
-        return Answer([*await job.retry(self._ownership.read_entries, job.id), standing])
+        if isinstance(written, Done | Failed) and written.usage:
+            return Answer([written])
+        # A client that cancels does not always know the usage, which is then counted in the log.
+        return Answer([*await job.retry(self._ownership.read_entries, job.id), written])
 
     async def settle_existing_end(self, *, may_lack_start: bool = False) -> None:
-        """Settle a request whose terminal entry somebody else has written.
+        """Settle a request whose terminal entry another process has written.
 
-        With `may_lack_start` another worker had the job and may have died before its `started` line was written: the
-        line is written again.
+        With `may_lack_start`, another worker had the job and may have died before its `started` record was written. The
+        record is then written again.
         """
         answer = Answer(await self._job.retry(self._ownership.read_entries, self._job.id))
         if may_lack_start and answer.started and not _is_of_another_job(answer, self._job.delivery):
@@ -71,19 +71,19 @@ class Settlement:
         await self.settle(answer)
 
     async def settle(self, answer: Answer) -> None:
-        """Do everything that follows the seal, from expiry and tombstone to the acknowledgement.
+        """Do all steps after the seal, from expiry and tombstone to the acknowledgement.
 
         Raises:
             LogDiverged: when the seal is lost, as after a failover.
             Stopped: when the job must stop before.
         """
         job, services, end = self._job, self._services, answer.end
-        # Where the log has expired, the tombstone is all that is left of the outcome, and stays as it is.
+        # If the log has expired, only its tombstone still has the outcome, and is not changed.
         tombstone = self._tombstone(answer.outcome or "unknown")
         if not await job.retry(
             self._ownership.finalize, job.id, tombstone, retention=job.retention, remember=job.remember
         ):
-            raise LogDiverged("the seal is not there any more")
+            raise LogDiverged("the seal no longer exists")
         with self._slot_released_soon():
             if end is not None:
                 finished = self._record_lifecycle("finished", answer)
@@ -108,7 +108,7 @@ class Settlement:
         )
 
     async def acknowledge_job(self) -> None:
-        """Acknowledge the job, whatever became of its log. A job that does not validate is buried first."""
+        """Acknowledge the job. A job that does not validate is buried first."""
         job = self._job
         if isinstance(job.parsed, InvalidJob) and job.parsed is not UNREAD:
             await self.bury_and_acknowledge(str(job.parsed), job.parsed.code)
@@ -123,16 +123,16 @@ class Settlement:
 
     async def _write_dead_letter(self, reason: str, code: str) -> None:
         services, delivery = self._services, self._job.delivery
-        # A job that does not validate cannot be put back as it is, and anybody may add any number of them.
+        # A job that does not validate cannot be put back, and clients may add any number of them: less of it is kept.
         most = MAX_OTHER_FIELDS_BYTES + (0 if code in INVALID else services.settings.max_request_bytes)
-        # A job is not acknowledged before its letter is written. Where Redis refuses the letter, the job does not wait
-        # for the right to be granted, which would take a slot: it comes again once its lease has ended.
+        # A job is not acknowledged before its letter is written. If Redis refuses the letter, the job does not wait
+        # here for an operator to grant the right, which would take a slot: it is delivered again after its lease.
         retry = RetryUntilAvailable(stop=self._job.stop, outage=services.outage)
         await retry(services.dead_letters.bury, delivery, reason, services.now(), most)
         services.telemetry.emit(JobBuried(delivery.queue, delivery.id, code))
 
     def _record_lifecycle(self, kind: str, answer: Answer) -> "asyncio.Future[None]":
-        """Add a line to the lifecycle. The future is done once Redis has this line and all earlier ones."""
+        """Add a record to the lifecycle. The future is done once Redis has this record and all earlier ones."""
         job = self._job
         record = Lifecycle(
             type=kind,
@@ -164,9 +164,9 @@ class Settlement:
 
 
 def _dead_letter_reason(job: JobContext, answer: Answer) -> str:
-    """Why a sealed job gets a dead letter, or nothing where it gets none.
+    """Why a sealed job gets a dead letter; empty if it gets none.
 
-    The seal of a log that another job began is not about this job. A job that does not validate is recognized
+    The seal of a log that another job began does not concern this job. A job that does not validate is recognized
     without its seal, unless it was not read.
     """
     end = answer.end

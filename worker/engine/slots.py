@@ -1,12 +1,12 @@
-"""The slots of a process: how many jobs it may still take, and which queue may take them."""
+"""The slots of a process: how many more jobs it may take, and from which queue."""
 
 import asyncio
 
 _LONGEST_WAIT_EVERY = 8
-"""One grant in so many goes to the reader that has waited longest. Otherwise less important queues would starve."""
+"""One of this many grants goes to the reader that has waited longest, so that less important queues do not starve."""
 
 _MOST_PER_READ = 16
-"""Jobs. Each may hold megabytes, and a process that dies of one of them takes the others down with it."""
+"""The most jobs in one read. Each may hold megabytes, and one that kills the process fails all of them."""
 
 
 class Slots:
@@ -20,7 +20,7 @@ class Slots:
         self._waiting: dict[int, asyncio.Future[int]] = {}
 
     async def reserve(self, rank: int) -> int:
-        """Wait for free slots. Returns how many are granted: at least one, or 0 when no more jobs are to be taken."""
+        """Wait for free slots. Returns how many are granted: at least one, or 0 after `close`."""
         if self._is_closed:
             return 0
         if self._free and not self._waiting:
@@ -30,7 +30,7 @@ class Slots:
         return await waiter
 
     def release(self, count: int) -> None:
-        """Give slots back. A waiting reader gets them."""
+        """Return slots, which are granted to waiting readers."""
         self._free += count
         while self._free and self._waiting:
             self._grants += 1
@@ -42,8 +42,8 @@ class Slots:
     def adapt(self, *, too_slow: bool) -> None:
         """Grant half as many slots per read after a read that took too long, and twice as many after any other.
 
-        Leases count from the sending of a read. Where megabytes arrive slowly, the leases of many jobs would have run
-        out by the time all of them are here.
+        Leases begin when a read is sent. If megabytes arrive slowly, the leases of many jobs would have expired before
+        all of them have arrived.
         """
         most = self._most_per_read
         self._most_per_read = max(1, most // 2) if too_slow else min(_MOST_PER_READ, 2 * most)

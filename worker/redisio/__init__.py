@@ -1,1 +1,1 @@
-"""Redis as such: clients, topologies, retries, pipelined connections and pub/sub. Nothing here knows of jobs."""
+"""Access to Redis: clients, topologies, retries, pipelined connections and pub/sub. It does not depend on jobs."""

@@ -1,4 +1,4 @@
-"""How to fix an error of Redis or of the connection to it: one table for the check, the commands and the log."""
+"""Advice on errors of Redis and of connections to it: one table for `worker check`, the commands and the log."""
 
 import asyncio
 import ssl
@@ -13,15 +13,15 @@ from .urls import parse_redis_url
 MORE_ROOM = "give Redis more memory, or shorten WORKER_RETENTION"
 _REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
 _PLAIN = "this port has no TLS: begin REDIS_URL with redis, not rediss"
-_SECURE = "this port wants TLS: begin REDIS_URL with rediss, not redis"
+_SECURE = "this port requires TLS: begin REDIS_URL with rediss, not redis"
 _TRUST = (
     "trust the certificate's issuer: ?ssl_ca_certs=/path/to/ca.pem in REDIS_URL, or SSL_CERT_FILE in the environment"
 )
 _LOGIN = "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…"
 
 _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
-    (exceptions.RedisError, "address mismatch", "name the server in REDIS_URL as its certificate does"),
-    (exceptions.RedisError, "Hostname mismatch", "name the server in REDIS_URL as its certificate does"),
+    (exceptions.RedisError, "address mismatch", "use the host name of the server's certificate in REDIS_URL"),
+    (exceptions.RedisError, "Hostname mismatch", "use the host name of the server's certificate in REDIS_URL"),
     (exceptions.RedisError, "CERTIFICATE_VERIFY_FAILED", _TRUST),
     (
         exceptions.RedisError, "CERTIFICATE_REQUIRED",
@@ -29,7 +29,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (exceptions.RedisError, "WRONG_VERSION_NUMBER", _PLAIN),
     (exceptions.RedisError, "RECORD_LAYER_FAILURE", _PLAIN),
-    (exceptions.RedisError, "without any password", "leave the password out of REDIS_URL: there is none"),
+    (exceptions.RedisError, "without any password", "remove the password from REDIS_URL: the server has none"),
     (exceptions.AuthenticationError, "", _LOGIN),
     (
         MasterNotFoundError, "unknown command",
@@ -58,7 +58,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     (exceptions.OutOfMemoryError, "", MORE_ROOM),
     (
         exceptions.ResponseError, "MISCONF",
-        "give Redis space on its disk and permission to write there: the log of Redis names the problem",
+        "give Redis space on its disk and permission to write there: the log of Redis has the reason",
     ),
     (exceptions.ResponseError, "NOREPLICAS", "start the replicas of Redis, or lower its min-replicas-to-write"),
 )  # fmt: skip
@@ -69,15 +69,15 @@ _PROBE_TIMEOUT = 2.0
 
 
 def advice_on(error: BaseException) -> str:
-    """How to fix an error; empty where the error says nothing but that no server answers."""
+    """How to fix an error; empty if no row applies, as for a server that does not answer."""
     return next((advice for kind, words, advice in _ADVICE if isinstance(error, kind) and words in str(error)), "")
 
 
 async def advice_on_silence(url: str) -> str:
-    """How to fix a Redis that does not answer: whether REDIS_URL lacks TLS or has TLS in error.
+    """How to fix a Redis that does not answer because REDIS_URL has TLS and the server does not, or the reverse.
 
-    Probes all servers at the same time, with TLS where REDIS_URL has none and without it otherwise, for up to 2 s.
-    Empty where no server answers that either.
+    All servers are probed at the same time for up to 2 s: with TLS if REDIS_URL has no TLS, else without. The result is
+    empty if no server answers the probe.
     """
     parsed = parse_redis_url(url)
     connection_class = parsed.options.get("connection_class")
@@ -99,7 +99,7 @@ async def _answers(host: str, port: int, *, secure: bool) -> bool:
         async with asyncio.timeout(_PROBE_TIMEOUT):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
-                if secure:  # the server may want a client's certificate before it answers
+                if secure:  # the server may require a client certificate before it answers
                     return True
                 writer.write(b"PING\r\n")
                 return (await reader.read(1)) in (b"+", b"-")

@@ -1,4 +1,4 @@
-"""Commands of many callers in one write: one connection to each server, and what waits for it is sent together."""
+"""Sends the commands of many callers in one write: one connection to each server, shared by all callers."""
 
 import asyncio
 from typing import Any, TypeAlias
@@ -12,18 +12,18 @@ from .errors import is_transient
 from .pipelined import PipelinedConnection, connection_lost_error
 
 _BATCH_SIZE = 128
-"""Calls that are sent together at most: more would keep the process from everything else while it reads the replies.
+"""The most calls in one batch: reading the replies to more would block the process for too long.
 
-After a timeout the batch is a quarter of that, so that what Redis can answer in time is answered, and it doubles with
-each success.
+After a timeout, batches are a quarter of that size, so that Redis can answer them in time. Each success doubles the
+size.
 """
 
 _Call: TypeAlias = tuple[bytes, int, asyncio.Future[list[Any]]]
-"""Packed commands, their number, and what gets their replies."""
+"""Packed commands, their number, and the future of their replies."""
 
 
 class CommandBatcher:
-    """Sends the commands of many callers, on one connection to each server out of a client's pool.
+    """Sends the commands of many callers, on one connection to each server from a client's pool.
 
     The client may be used for other commands as well.
     """

@@ -1,6 +1,6 @@
 """The clients of Redis: one that sends each command once, and one for blocking reads.
 
-Every connection of the project comes from here. This module touches private parts of redis-py.
+Every connection of the project is made by one of these. This module uses private parts of redis-py.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ _NO_LIMIT = 2**31
 def command_client(url: str, *, connections: int = _MAX_CONNECTIONS, timeout: float = COMMAND_TIMEOUT) -> Redis:
     """A client that sends each command once.
 
-    redis-py 8 resends a command whose reply was lost up to ten times by itself: a plain XADD then adds two entries, and
-    Redis answers a repeated MULTI with `equal or smaller` for what it has written. Here the caller decides what to
-    retry.
+    By default redis-py 8 resends a command whose reply was lost, up to ten times: a plain XADD then adds two entries,
+    and Redis refuses the written entries of a repeated MULTI with `equal or smaller`. With this client the caller
+    decides which commands to retry.
 
     Args:
         url: the URL of Redis.
@@ -63,8 +63,8 @@ def blocking_client(url: str, block: float, *, timeout: float = COMMAND_TIMEOUT)
 class _NoRetry(Retry):
     """Runs every command of a connection once, without a retry.
 
-    uvloop 0.22 raises a RuntimeError for a connection that goes while it is written to, and redis-py 8.1 does not map
-    the error: it once ended a worker. Here it becomes the error of a lost connection.
+    uvloop 0.22 raises a RuntimeError for a connection that is lost during a write, and redis-py 8.1 does not map the
+    error, which once ended a worker. This class maps it to the error of a lost connection.
     """
 
     async def call_with_retry(self, do: Callable[[], Awaitable[_T]], *args: Any, **options: Any) -> _T:  # noqa: ANN401 - redis-py's
@@ -80,10 +80,10 @@ class _NoRetry(Retry):
 
 
 class _SilenceLimitParser(_AsyncHiredisParser):
-    """Starts the time limit of a read again with each piece that arrives, and while a large command still goes out.
+    """Restarts the time limit of a read with each piece that arrives, and while a large command is still being sent.
 
     The limit of redis-py 8.1 covers a whole reply: on a slow network it cut off a large reply each time, and the caller
-    retried for ever. Every kind of connection uses this parser: plain, TLS, under Sentinel and in a cluster.
+    retried forever. Every kind of connection uses this parser: plain, TLS, under Sentinel and in a cluster.
     """
 
     _connection: AbstractConnection | None = None
@@ -130,7 +130,7 @@ def _client(url: str, *, timeout: float, block: float = 0.0, connections: int) -
     parsed = parse_redis_url(url)
     options: dict[str, Any] = {
         **parsed.options,
-        "protocol": 2,  # replies of 3 have other shapes, and no feature of it is needed
+        "protocol": 2,  # replies of protocol 3 have other shapes, and none of its features is needed
         "retry": _NoRetry(NoBackoff(), 0),
         "parser_class": _SilenceLimitParser,
         "socket_connect_timeout": timeout,

@@ -1,4 +1,4 @@
-"""Redis's clock, which all workers share: the clock of a machine may be set at any time."""
+"""Redis's clock, which all workers share, since the clock of a machine may be set at any time."""
 
 import time
 

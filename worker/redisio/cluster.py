@@ -1,8 +1,8 @@
-"""A Redis Cluster as one client: every command goes once, to the master that holds the slot of its key.
+"""A client for a Redis Cluster: it sends every command once, to the master that holds the slot of its key.
 
 redis-py's own RedisCluster does not fit (8.1, measured): a command that is queued in a transaction costs a thread and
-an event loop (0.5 ms), a transaction may not have a PUBLISH or several slots, and a command fails where no connection
-is free. So each master has a pool as a single server has, and this module only finds the pool of a key. It does not
+an event loop (0.5 ms), a transaction may not have a PUBLISH or several slots, and a command fails if no connection is
+free. So each master has the same pool as a single server, and this module only finds the pool of a key. It does not
 resend a command that Redis refuses because the slot has moved: the error is transient, and a retry finds the slot.
 """
 
@@ -35,8 +35,8 @@ WRONG_SERVER = (
 class ClusterClient(Redis):
     """`Redis` for a cluster.
 
-    A transaction has keys of one slot, any other pipeline may have keys of many. A command without a key goes to any
-    master.
+    The keys of a transaction must be in one slot; those of other pipelines may be in many. A command without a key is
+    sent to any master.
     """
 
     connection_pool: "ClusterPool"
@@ -56,7 +56,7 @@ class ClusterClient(Redis):
 
 
 class ClusterPool(ConnectionPool):
-    """A pool for each master of the cluster, created once CLUSTER SLOTS names it. It opens no connection of its own."""
+    """The pools of all masters of the cluster, created once CLUSTER SLOTS lists them. It opens no other connection."""
 
     def __init__(self, nodes: Sequence[_Address], **options: Any) -> None:  # noqa: ANN401 - any option of a connection
         self._options = options
@@ -88,7 +88,7 @@ class ClusterPool(ConnectionPool):
         return master
 
     def known_master_of(self, key: str | bytes) -> Redis | None:
-        """The client of the master that held a key at the last CLUSTER SLOTS, or None. Does no I/O."""
+        """The client of the master that held a key at the last CLUSTER SLOTS, or None, without I/O."""
         return self._by_slot[slot_of(key)]
 
     async def masters(self) -> list[Redis]:
@@ -97,7 +97,7 @@ class ClusterPool(ConnectionPool):
         return list(self._masters.values())
 
     def on_master_removed(self, drop: Callable[[Redis], Awaitable[None]]) -> None:
-        """Have `drop` called with the client of each master that is no longer one."""
+        """Call `drop` later with the client of each server that is no longer a master."""
         self._drops.append(drop)
 
     async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:  # noqa: ANN401 - as redis-py has it
@@ -126,7 +126,7 @@ class ClusterPool(ConnectionPool):
             return
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.ensure_future(self._query_and_apply())
-        await asyncio.shield(self._refreshing)  # all callers share the result, and the error where no node answers
+        await asyncio.shield(self._refreshing)  # all callers share the result, or the error if no node answers
 
     async def _query_and_apply(self) -> None:
         await self._apply(await self._query_slots())
@@ -139,19 +139,19 @@ class ClusterPool(ConnectionPool):
         """
         error: Exception = RedisConnectionError("the cluster has no nodes")
         known = list(self._masters)
-        random.shuffle(known)  # one that is cut off from the others must not be the first each time
+        random.shuffle(known)  # a node that is cut off from the others must not be the first each time
         limits = {"socket_timeout": _SLOTS_TIMEOUT, "socket_connect_timeout": _SLOTS_TIMEOUT}
         for host, port in dict.fromkeys([*known, *self._seeds]):
             options = self._options | limits
             pool = BlockingConnectionPool(connection_class=self._plain_type, **options, host=host, port=port)
-            self._stale = False  # before the query: a change that shows during it makes this stale again
+            self._stale = False  # before the query, since a change during the query makes the slots stale again
             try:
                 async with Redis.from_pool(pool) as node:
                     reply = await node.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
             except (RedisError, OSError) as problem:
                 self._stale, error = True, problem
                 continue
-            # A node that does not know its own address leaves it out.
+            # A node that does not know its own address omits it.
             return {range(first, last + 1): ((at[0] or b"").decode() or host, at[1]) for first, last, at, *_ in reply}
         raise error
 
@@ -195,7 +195,7 @@ class _ClusterPipeline(Pipeline):
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as redis-py has it
         stack: list[_Command] = list(self.command_stack)
-        if self.is_transaction or not stack:  # its keys are of one slot, or Redis refuses it
+        if self.is_transaction or not stack:  # Redis refuses a transaction with keys of several slots
             if self.connection is None and stack:
                 self.connection_pool = (await self._cluster.master_of(_key_of(stack[0][0]))).connection_pool
             return await super().execute(raise_on_error)
@@ -224,7 +224,7 @@ class _ClusterPipeline(Pipeline):
 
 
 class _NodeConnection(Connection):
-    """Calls `forget` when an error may come from a change in the cluster."""
+    """Calls `forget` if an error may come from a change in the cluster."""
 
     def __init__(self, *, forget: Callable[[], None], **options: Any) -> None:  # noqa: ANN401 - as redis-py has it
         super().__init__(**options)
@@ -240,7 +240,7 @@ class _NodeConnection(Connection):
     async def read_response(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         try:
             return await super().read_response(*args, **options)
-        except AskError as error:  # MovedError is one
+        except AskError as error:  # includes MovedError
             self._forget()
             raise TryAgainError(f"the slot is on another master, or about to move there: {error}") from None
         except (ClusterDownError, RedisConnectionError, RedisTimeoutError):
@@ -253,7 +253,7 @@ class _SecureNodeConnection(_NodeConnection, SSLConnection):
 
 
 async def servers_of(redis: Redis) -> list[Redis]:
-    """A client for each server that takes writes: the masters of a cluster, or the only server."""
+    """A client for each server that accepts writes: the masters of a cluster, or the only server."""
     return await redis.masters() if isinstance(redis, ClusterClient) else [redis]
 
 
@@ -267,24 +267,24 @@ async def server_of(redis: Redis, key: str) -> Redis:
 
 
 def on_master_removed(redis: Redis, drop: Callable[[Redis], Awaitable[None]]) -> None:
-    """Have `drop` called with the client of each master of a cluster that is no longer one."""
+    """Call `drop` later with the client of each server that is no longer a master of the cluster."""
     if isinstance(redis, ClusterClient):
         redis.connection_pool.on_master_removed(drop)
 
 
 def forget_masters(redis: Redis) -> None:
-    """Find the masters again before the next command, because a server's error or silence may come from a change."""
+    """Query the masters again before the next command: a server's error or silence may come from a change."""
     if isinstance(redis, ClusterClient):
         redis.connection_pool.forget()
 
 
 def slot_of(key: str | bytes) -> int:
-    """The slot of a key: of the part in braces, where it has one."""
+    """The slot of a key, computed from the part in braces if it has one."""
     return key_slot(key.encode() if isinstance(key, str) else key)
 
 
 def _key_of(args: tuple[Any, ...]) -> str | bytes | None:
-    """The first key of a command. For PUBLISH it is the channel, which shares braces, and so a master, with its log."""
+    """The first key of a command. For PUBLISH it is the channel, which has the same braces and master as its log."""
     if args[0] in ("XREAD", "XREADGROUP"):
         args = args[args.index(b"STREAMS") :]
     elif args[0] == "EVAL":

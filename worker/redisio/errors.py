@@ -1,6 +1,6 @@
-"""What an error of Redis means: whether it passes, whether an operator can end it, and what of it may be logged.
+"""Classifies errors of Redis: whether they are transient, whether an operator can fix them, and their text for logs.
 
-This module classifies errors and does no I/O. `advice.py` says how to fix them.
+This module does no I/O. `advice.py` has the fixes.
 """
 
 import re
@@ -9,7 +9,7 @@ from redis import exceptions
 
 
 class TooFewReplicas(exceptions.RedisError):
-    """Fewer replicas than required have acknowledged a write so far."""
+    """Fewer replicas than required have acknowledged a write in time."""
 
 
 _TRANSIENT = (
@@ -34,7 +34,7 @@ _ARGUMENTS_QUOTE = re.compile(r",? with args beginning with:.*", re.DOTALL)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same command may succeed in a moment: no connection, a failover, memory that is full."""
+    """Whether the same command may succeed in a moment, as after a lost connection, a failover or full memory."""
     if isinstance(error, _TRANSIENT):
         return not is_permission_denied(error)
     return isinstance(error, exceptions.ResponseError) and redacted_message(error).startswith(_TRANSIENT_PREFIXES)
@@ -43,7 +43,7 @@ def is_transient(error: BaseException) -> bool:
 def is_permission_denied(error: BaseException) -> bool:
     """Whether Redis denies a permission or a password (NOPERM, NOAUTH, WRONGPASS), which an operator can grant.
 
-    A command that was renamed or switched off counts too, and so does a transaction that is refused for such a reason.
+    A command that was renamed or disabled counts too, and so does a transaction that is refused for such a reason.
     """
     if isinstance(error, exceptions.ExecAbortError):
         return "because of: NOPERM" in str(error)
@@ -53,12 +53,12 @@ def is_permission_denied(error: BaseException) -> bool:
 
 
 def is_unknown_command(error: BaseException) -> bool:
-    """Whether Redis does not know a command: an operator renamed it or switched it off."""
+    """Whether Redis does not know a command, because an operator renamed or disabled it."""
     return isinstance(error, exceptions.ResponseError) and redacted_message(error).startswith("unknown command")
 
 
 def is_lost_connection(error: exceptions.WatchError) -> bool:
-    """Whether a WatchError means that the connection is gone, and not that a watched key changed.
+    """Whether a WatchError means that the connection was lost, and not that a watched key changed.
 
     redis-py 8.1 raises the same class for both.
     """

@@ -1,8 +1,8 @@
 """Pipelined commands to Redis: one write for many commands, and one wake-up for all their replies.
 
-redis-py opens each connection, with all that belongs to it (AUTH, TLS, SELECT, Sentinel, the masters of a cluster), and
-closes it. In between this module reads and writes the transport itself, because redis-py 8.1 takes 13 us to pack a
-command and an await for each reply. This module touches private parts of redis-py's connections.
+redis-py opens and closes each connection, with AUTH, TLS, SELECT, Sentinel and the masters of a cluster. In between
+this module reads and writes the transport directly, because redis-py 8.1 takes 13 us to pack a command and an await for
+each reply. This module uses private parts of redis-py's connections.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ Packed: TypeAlias = tuple[bytes, int]
 Command: TypeAlias = tuple[str, bytes, int]
 """A key, packed commands on that key, and the number of commands."""
 Outcome: TypeAlias = list[Any] | Exception
-"""Replies, with the error of a single command as a value; or the error for which there are no replies."""
+"""Replies, in which the error of a single command is a value; or an error, if there are no replies."""
 Callback: TypeAlias = Callable[[Outcome], None]
 
 
@@ -42,15 +42,15 @@ _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
 
 
 class TakenConnection(asyncio.Protocol):
-    """A connection taken out of a pool, which has one fewer until `close`. Subclasses get replies in `on_replies`.
+    """A connection taken out of a pool until `close` returns it. Subclasses get the replies in `on_replies`.
 
-    `timeout` is the limit on silence in seconds, as the pool's client was built with.
+    `timeout` is the limit on silence in seconds, from the options of the pool's client.
     """
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:
         self._pool = pool
         self._connection = connection
-        self.timeout = cast("float", connection.socket_timeout)  # `clients` gives one to every pool
+        self.timeout = cast("float", connection.socket_timeout)  # `clients` sets it for every pool
         writer = cast("asyncio.StreamWriter", connection._writer)  # noqa: SLF001 - redis-py 8.1 has no other way to it
         self._transport = cast("asyncio.Transport", writer.transport)
         self._former_protocol = self._transport.get_protocol()
@@ -81,16 +81,16 @@ class TakenConnection(asyncio.Protocol):
             raise connection_lost_error()
         try:
             self._transport.write(packed)
-        except RuntimeError as error:  # uvloop 0.22 raises it for a connection that goes while it is written to
+        except RuntimeError as error:  # uvloop 0.22 raises it for a connection that is lost during the write
             self.abort()
             raise connection_lost_error() from error
 
     def abort(self) -> None:
-        """Drop the connection now. `close` is still needed to give its place in the pool back."""
+        """Close the connection at once. `close` is still needed to return it to the pool."""
         self._transport.abort()
 
     async def close(self) -> None:
-        """Close the connection and give its place in the pool back."""
+        """Close the connection and return it to the pool."""
         with suppress(RedisError, OSError):
             await self._connection.disconnect()
         await self._pool.release(self._connection)
@@ -148,15 +148,15 @@ class PipelinedConnection(TakenConnection):
         return answer
 
     def _abort_if_cancelled(self, answer: asyncio.Future[list[Any]]) -> None:
-        if answer.cancelled():  # its late replies would be taken for those of the next commands
+        if answer.cancelled():  # late replies would be assigned to the next commands
             self.abort()
 
     def send(self, packed: bytes, count: int, callback: Callback) -> None:
         """Send commands, and call `callback` with their `count` replies, errors among them as values.
 
-        The callback gets a RedisError in place of replies when the connection is lost, or when for `timeout` seconds
-        nothing arrived and nothing more of the commands went out. Redis may have executed them, and the connection
-        cannot be used any more.
+        The callback gets a RedisError in place of replies when the connection is lost, or when for `timeout` seconds no
+        reply arrived and no more bytes of the commands were sent. Redis may have executed the commands, and the
+        connection can no longer be used.
         """
         try:
             self.write(packed)
@@ -170,7 +170,7 @@ class PipelinedConnection(TakenConnection):
             self._timer = loop.call_at(self._deadline, self._check_deadline)
 
     def _check_deadline(self) -> None:
-        """One timer serves many exchanges: a timer for each would cost more than the writing."""
+        """Check the deadline. One timer serves many exchanges, since a timer for each would cost more than a write."""
         self._timer = None
         if self._callback is None:
             return
@@ -189,7 +189,7 @@ class PipelinedConnection(TakenConnection):
             callback(outcome)
 
     def on_replies(self, replies: list[Any]) -> None:
-        """Collect replies until all have arrived. A piece of a reply, an empty list, also moves the deadline."""
+        """Collect replies until all have arrived. An empty list, for a piece of a reply, also extends the deadline."""
         self._replies += replies
         if len(self._replies) < self._expected:
             self._deadline = asyncio.get_running_loop().time() + self.timeout
@@ -243,7 +243,7 @@ class NodeConnections:
 
     @property
     def has_sharded_channels(self) -> bool:
-        """Whether the server is a master of a cluster that knows sharded pub/sub, as Redis 7 does."""
+        """Whether the server is a master of a cluster and supports sharded pub/sub, as Redis 7 does."""
         return self._has_sharded_channels
 
     async def connect(self) -> bool:
@@ -287,8 +287,8 @@ class NodeConnections:
     def execute(self, commands: Sequence[Command], callback: Callback) -> None:
         """Send commands in a MULTI, in a cluster in one for each slot. Redis executes all commands of a MULTI or none.
 
-        `callback` gets the replies, or a RedisError: also the reason why Redis refused a MULTI, when it may have
-        executed others.
+        `callback` gets the replies or a RedisError. If Redis refused one MULTI, the error is the reason, and Redis may
+        have executed the others.
         """
         connection = self._connection
         if connection is None:
@@ -324,7 +324,7 @@ def report_outcome(callback: Callback, task: asyncio.Task[list[Any]]) -> None:
 
 
 def _result_of_exec(replies: list[Any]) -> Outcome:
-    """The replies to the commands of a MULTI, out of all replies to it; or why Redis did not execute it."""
+    """The replies to the commands of a MULTI, from all replies to it; or the reason why Redis did not execute it."""
     executed = replies[-1]
     if isinstance(executed, list):
         return executed
@@ -335,12 +335,12 @@ def _result_of_exec(replies: list[Any]) -> Outcome:
 
 
 def connection_lost_error() -> RedisConnectionError:
-    """The error to raise where a connection is gone."""
+    """The error for a lost connection."""
     return RedisConnectionError("the connection to Redis was lost")
 
 
 def _parse_error(text: str) -> Exception:
     error: Exception = BaseParser.parse_error(text)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
-    if isinstance(error, AskError):  # MovedError is one
+    if isinstance(error, AskError):  # includes MovedError
         return TryAgainError(f"the slot is on another master, or about to move there: {error}")
     return error

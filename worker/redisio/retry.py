@@ -1,7 +1,7 @@
-"""Retrying on Redis: pauses that grow, operations that are retried until Redis answers, and reports of the trouble.
+"""Retries of operations on Redis: growing pauses, retries until Redis answers, and reports of failures.
 
-Trouble is reported as events (`Failing`, `Recovered`) to a `Telemetry`, if there is one. This module logs nothing
-itself: the receiver of the events decides how often the same trouble is written down.
+Failures are reported as events (`Failing`, `Recovered`) to a `Telemetry`, if there is one. The receiver of the events
+decides how often the same failure is logged.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _ADVICE_LASTS = 30.0
-"""Seconds until a Redis that still does not answer is probed again for mixed-up TLS."""
+"""Seconds until a Redis that still does not answer is probed again for a mismatch of TLS."""
 
 
 def failing(what: str, error: BaseException, advice: str = "") -> Failing:
-    """The event that reports an error, with what to do about it: what the error suggests, or else `advice`."""
+    """The event that reports an error, with advice on how to fix it: that of `advice_on`, or else `advice`."""
     return Failing(what, redacted_message(error), advice_on(error) or advice)
 
 
@@ -53,7 +53,7 @@ class Backoff:
         self._pause = min(self._pause * 2, self._most)
 
     def reset(self) -> None:
-        """After a success: report the recovery, if there is one, and start with short pauses again."""
+        """Report the recovery after a failure, and start with short pauses again. Call this after each success."""
         self._pause = self._first
         if self._telemetry and self._is_failing:
             self._is_failing = False
@@ -63,11 +63,11 @@ class Backoff:
 class Outage:
     """An outage of Redis, reported as one by all operations of a process that are retried during it.
 
-    The application builds one and hands it to every `RetryUntilAvailable`. The outage is over when no operation is
-    being retried any more and the last one succeeded.
+    The application creates one and passes it to every `RetryUntilAvailable`. The outage is over when the last operation
+    that was retried has succeeded.
 
-    A new outage within `quiet_for` seconds after the start of the last reported one is reported only if it lasts beyond
-    them: at the edge of its memory, or with slow replicas, Redis refuses commands now and then.
+    For `quiet_for` seconds after the start of a reported outage, a new outage is not reported. It is reported if it
+    lasts longer: with little free memory, or with slow replicas, Redis refuses some commands.
     """
 
     def __init__(self, telemetry: Telemetry, what: str = "redis_unavailable", *, quiet_for: float = 30.0) -> None:
@@ -81,11 +81,11 @@ class Outage:
         """When the last reported outage began, by the monotonic clock in seconds."""
 
     def begin(self) -> None:
-        """An operation failed for the first time and is going to be retried."""
+        """Record that an operation failed for the first time and will be retried."""
         self._retried += 1
 
     def report(self, error: BaseException, advice: str = "") -> None:
-        """A try failed. A conflict with another client's write is no outage."""
+        """Report the failure of a try. A conflict with another client's write is no outage."""
         if isinstance(error, WatchError) and not is_lost_connection(error):
             return
         if not self._is_reported:
@@ -96,7 +96,7 @@ class Outage:
         self._telemetry.emit(failing(self._what, error, advice))
 
     def end(self, *, is_over: bool) -> None:
-        """An operation is no longer retried: it succeeded (`is_over`) or was given up."""
+        """Record that an operation is no longer retried, because it succeeded (`is_over`) or was given up."""
         self._retried -= 1
         if is_over and not self._retried and self._is_reported:
             self._is_reported = False
@@ -104,9 +104,9 @@ class Outage:
 
 
 class RetryUntilAvailable:
-    """Retries operations until Redis answers, time is up, or the caller has to stop.
+    """Retries operations until Redis answers, the time limit is reached, or the caller must stop.
 
-    Built once with its limits, and called with each operation and its arguments:
+    It is created once with its limits, and called with each operation and its arguments:
 
         retry = RetryUntilAvailable(stop=stop, outage=outage)
         entries = await retry(ownership.read, request_id)
@@ -114,12 +114,12 @@ class RetryUntilAvailable:
     An operation must be safe to repeat: it reads before it writes.
 
     Args:
-        stop: once this future is done, no failed operation is retried. A pause is not cut short by it.
+        stop: once this future is done, no failed operation is retried. It does not interrupt a pause.
         limit: seconds from the call after which a failed operation is not retried.
-        waits_for: which errors are retried.
-        outage: what the failures are reported to; without one nothing is reported.
-        url: the URL of Redis, where a Redis that does not answer is to be probed for mixed-up TLS, which no error
-            names. The report carries the advice.
+        waits_for: returns whether an error is retried.
+        outage: the receiver of failures; without one nothing is reported.
+        url: the URL of Redis. If set, a Redis that does not answer is probed for a mismatch of TLS, which no error
+            shows. The report then has the advice.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class RetryUntilAvailable:
         """Call an operation until it succeeds, and return its result.
 
         Raises:
-            Exception: what the operation raised last, when it is not retried.
+            Exception: the operation's last error, when it is not retried.
         """
         began = time.monotonic()
         backoff = Backoff()
@@ -174,7 +174,7 @@ class RetryUntilAvailable:
         return self._limit is None or time.monotonic() - began <= self._limit
 
     async def _probe(self, error: Exception) -> str:
-        """What to do where TLS is mixed up: found out at the first failure, and each half minute after it."""
+        """The advice if TLS does not match. It probes at the first failure, and then every half minute."""
         now = time.monotonic()
         if self._url and not advice_on(error) and now - self._probed_at > _ADVICE_LASTS:
             self._probed_at = now
@@ -186,7 +186,7 @@ async def _cancellable(operation: Awaitable[_T]) -> _T:
     """Await an operation, and raise CancelledError if the task was cancelled during it.
 
     redis-py 8.1 sends with `asyncio.wait_for`, which in Python 3.11 loses a cancellation that arrives as the sending
-    ends (cpython#86296): up to 10 in 100 on a busy stream. A follower would read on for as long as the stream lasts.
+    ends (cpython#86296): up to 10 in 100 on a busy stream. A follower would then continue until the stream ends.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task else 0

@@ -1,4 +1,4 @@
-"""Redis under Sentinel as one client: every new connection goes to the master that the sentinels name."""
+"""A client for Redis under Sentinel: every new connection is to the master that the sentinels report."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -16,7 +16,7 @@ _SENTINEL_TIMEOUT = 1.0
 
 
 class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
-    """Waits for a free connection, as the pool of a single server does: redis-py's own pool fails without one."""
+    """Waits for a free connection, as the pool of a single server does. redis-py's own pool raises an error instead."""
 
     async def aclose(self) -> None:
         """Close every connection, including those to the sentinels."""
@@ -25,7 +25,7 @@ class SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
 
 
 class _MasterConnection(SentinelManagedConnection):
-    """Checks the role of the server itself: a sentinel may still name the former master, whose data is old."""
+    """Checks the role of the server, since a sentinel may still report the former master, whose data is old."""
 
     async def connect_to(self, address: tuple[str, int]) -> None:
         await super().connect_to(address)  # type: ignore[no-untyped-call]  # here and below: redis-py 8.1 has no types
@@ -50,7 +50,7 @@ class _Sentinels(Sentinel):
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """The address of the master, from the first sentinel that knows it.
 
-        Another sentinel may answer where one refuses, so this queries all of them before it fails.
+        If one sentinel refuses, another may answer, so all of them are queried before this fails.
 
         Raises:
             MasterNotFoundError: with the last refusal in its message. redis-py's own message quotes its connections.
@@ -78,8 +78,8 @@ class _Sentinels(Sentinel):
 def sentinel_pool(url: RedisUrl, **options: Any) -> SentinelPool:  # noqa: ANN401 - any option of a connection
     """A pool of connections to the master.
 
-    The sentinels get the name and password that the URL has for them. Without these they are queried with no login
-    first, and then with the master's.
+    The sentinels get the user name and password that the URL has for them. Without these they are queried first with
+    no login, and then with the master's.
     """
     secure = options.pop("connection_class", None) is SSLConnection
     shared = {name: value for name, value in options.items() if name.startswith(("ssl_", "protocol", "retry"))}

@@ -1,4 +1,4 @@
-"""Pub/sub: the subscriptions of a client, on one connection to each server however many channels there are.
+"""Pub/sub: the subscriptions of a client, with one connection to each server for any number of channels.
 
 In a cluster, subscriptions may be sharded (Redis 7): the messages of a channel are then received at the master of its
 slot. All changes of one step of the event loop are sent in one write. After a lost connection every channel is
@@ -25,30 +25,30 @@ _PING = pack(b"PING")
 
 
 class Listener(Protocol):
-    """The receiver of a channel's messages. Other listeners wait during each call: it is quick and raises nothing."""
+    """The receiver of a channel's messages. Its methods return quickly and never raise, since other listeners wait."""
 
     def on_message(self, payload: bytes) -> None:
-        """A message was received."""
+        """Handle a message."""
 
     def on_subscribed(self) -> None:
-        """Redis has confirmed the subscription: every message that is published from now on is received."""
+        """Called when Redis has confirmed the subscription: every later message is received."""
 
     def on_interrupted(self) -> None:
-        """The connection was lost: messages are lost until `on_subscribed` is called again."""
+        """Called when the connection was lost: messages are lost until `on_subscribed` is called again."""
 
     def on_refused(self, error: Exception) -> None:
-        """Redis refuses the subscription, which is dropped: the user lacks a right, or the server is too old."""
+        """Called when Redis refuses the subscription, because the user lacks a right or the server is too old."""
 
 
 class Subscriptions:
     """All subscriptions of a client.
 
     Args:
-        redis: the client that has the connections. Each server's pool gives one of them away.
-        sharded: in a cluster, receive the messages of SPUBLISH at the master of a channel's slot. Otherwise messages
-            of PUBLISH are received, which a cluster hands to all of its nodes.
-        ask_again: seconds until a subscription that Redis refused is requested again. Without it, a refusal holds for
-            all channels of that server until the connection is lost.
+        redis: the client. One connection is taken from each server's pool.
+        sharded: in a cluster, receive the messages of SPUBLISH at the master of a channel's slot. Otherwise the
+            messages of PUBLISH are received, which a cluster sends to all of its nodes.
+        retry_refused_after: seconds until a subscription that Redis refused is requested again. Without it, a refusal
+            applies to all channels of that server until the connection is lost.
         silence: seconds until a silent connection gets a PING, and then until it counts as lost.
         what: the name of lost connections in reports to `telemetry`.
     """
@@ -58,23 +58,23 @@ class Subscriptions:
         redis: Redis,
         *,
         sharded: bool = True,
-        ask_again: float | None = None,
+        retry_refused_after: float | None = None,
         silence: float = 5.0,
         what: str = "",
         telemetry: Telemetry | None = None,
     ) -> None:
-        self.ask_again = ask_again
+        self.retry_refused_after = retry_refused_after
         self.silence = silence
         self.new_backoff = partial(Backoff, what, telemetry)
         self.backoff = self.new_backoff()
-        """Of looking for the servers of channels."""
+        """The pauses between tries to find the servers of channels."""
         self._redis = redis
         self._is_sharded = sharded and isinstance(redis, ClusterClient)
         self._servers: dict[Redis, _ServerSubscriptions] = {}
         self._homes: dict[bytes, _ServerSubscriptions] = {}
         """The server of each channel that has one."""
         self._unplaced: dict[bytes, Listener] = {}
-        """The listeners of channels whose server is still to be found."""
+        """The listeners of channels whose server is not known yet."""
         self._refused: dict[bytes, tuple[Listener, asyncio.TimerHandle]] = {}
         """The listeners of refused channels, and when each is requested again."""
         self._placing: asyncio.Task[None] | None = None
@@ -88,7 +88,7 @@ class Subscriptions:
         self.place()
 
     def unsubscribe(self, channel: str) -> None:
-        """End the subscription to a channel; its listener is not called any more."""
+        """End the subscription to a channel. Its listener is no longer called."""
         name = channel.encode()
         self._unplaced.pop(name, None)
         if name in self._refused:
@@ -113,7 +113,7 @@ class Subscriptions:
             self._placing = asyncio.create_task(self._place())
 
     def displace(self, listeners: dict[bytes, Listener]) -> None:
-        """Take channels from the server they were at. `place` finds their server again."""
+        """Remove channels from their server. `place` finds their new server."""
         forget_masters(self._redis)
         for channel, listener in listeners.items():
             del self._homes[channel]
@@ -121,11 +121,11 @@ class Subscriptions:
             listener.on_interrupted()
 
     def refuse(self, listeners: dict[bytes, Listener], error: Exception) -> None:
-        """Drop channels that Redis refuses, or set them aside until they are requested again."""
+        """Drop channels that Redis refuses, or keep them until they are requested again."""
         for channel, listener in listeners.items():
             del self._homes[channel]
-            if self.ask_again is not None:
-                timer = asyncio.get_running_loop().call_later(self.ask_again, self._request_again, channel)
+            if self.retry_refused_after is not None:
+                timer = asyncio.get_running_loop().call_later(self.retry_refused_after, self._request_again, channel)
                 self._refused[channel] = listener, timer
             listener.on_refused(error)
 
@@ -134,7 +134,7 @@ class Subscriptions:
         self.place()
 
     async def _remove_server(self, server: Redis) -> None:
-        """A server is no master any more: find another one for its channels."""
+        """Find other servers for the channels of a server that is no longer a master."""
         former = self._servers.pop(server, None)
         if former is None:
             return
@@ -149,7 +149,7 @@ class Subscriptions:
             trouble: Exception | None = None
             for channel in list(self._unplaced):
                 try:
-                    # Messages of PUBLISH are received at any master, and so at the one of this slot.
+                    # Every master receives the messages of PUBLISH, including the master of this slot.
                     server = await server_of(self._redis, channel.decode())
                 except ClusterDownError as error:  # this slot has no master: others may have one
                     trouble = error
@@ -182,15 +182,15 @@ class _ServerSubscriptions:
         self._message = prefix.lower() + b"message"
         self._listeners: dict[bytes, Listener] = {}
         self._changed: dict[bytes, None] = {}
-        """Channels that are to be subscribed to, or unsubscribed from, in the next write."""
+        """Channels to subscribe to, or to unsubscribe from, in the next write."""
         self._connection: _SubscriptionConnection | None = None
         self._backoff = owner.new_backoff()
         self._refusal: Exception | None = None
-        """Why this server refuses every subscription, until the connection is lost: then a new right may help."""
+        """Why this server refuses every subscription. A new connection, which may have new rights, clears it."""
 
     def add(self, channel: bytes, listener: Listener) -> None:
         """Subscribe to a channel."""
-        if self._refusal is not None and self._owner.ask_again is None:
+        if self._refusal is not None and self._owner.retry_refused_after is None:
             self._owner.refuse({channel: listener}, self._refusal)
             return
         self._listeners[channel] = listener
@@ -204,14 +204,14 @@ class _ServerSubscriptions:
         self._change(channel)
 
     def retire(self) -> dict[bytes, Listener]:
-        """Lose the connection for good. Returns the listeners that were here."""
+        """Close the connection for good. Returns the listeners of this server."""
         listeners = self._remove_all()
         if self._connection is not None:
             self._connection.give_up(connection_lost_error())
         return listeners
 
     def on_replies(self, replies: list[object]) -> None:
-        """Redis has sent these together, nearly all of them messages."""
+        """Handle replies that arrived together, nearly all of them messages."""
         message, get = self._message, self._listeners.get
         for reply in replies:
             if isinstance(reply, list) and reply[0] == message:
@@ -222,7 +222,7 @@ class _ServerSubscriptions:
                 self._on_answer(reply)
 
     def _on_answer(self, reply: object) -> None:
-        """Redis has answered a command, or has ended a subscription by itself."""
+        """Handle the reply to a command, or the end of a subscription by Redis."""
         if isinstance(reply, RedisError):
             if not is_transient(reply):
                 self._refusal = reply
@@ -235,7 +235,7 @@ class _ServerSubscriptions:
                 self._backoff.reset()
                 self._owner.backoff.reset()
                 listener.on_subscribed()
-            elif reply[0] == self._unsubscribed:  # nobody unsubscribed: the slot has moved
+            elif reply[0] == self._unsubscribed:  # Redis ended the subscription, since the slot has moved
                 del self._listeners[reply[1]]
                 self._owner.displace({reply[1]: listener})
                 self._owner.place()
@@ -276,7 +276,7 @@ class _ServerSubscriptions:
         """Connect, subscribe to every channel, and receive messages until the connection is lost.
 
         Raises:
-            RedisError: always: why it could not connect, or why the connection was lost.
+            RedisError: always, with the reason why it could not connect or why the connection was lost.
         """
         connection = await _SubscriptionConnection.open(self._server.connection_pool)
         connection.subscriptions = self
@@ -300,12 +300,12 @@ class _SubscriptionConnection(TakenConnection):
         self._lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     def send(self, packed: bytes) -> None:
-        """Send commands. Where the connection is lost, `wait_lost` says so."""
+        """Send commands. If the connection is lost, `wait_lost` returns the error."""
         with suppress(RedisError):
             self.write(packed)
 
     async def wait_lost(self) -> Exception:
-        """Wait until the connection is lost or silent for too long, and return why."""
+        """Wait until the connection is lost or silent for too long; returns the error."""
         silence = self.subscriptions.silence
         while not self._lost.done():
             self._is_silent = True
@@ -318,7 +318,7 @@ class _SubscriptionConnection(TakenConnection):
         return self._lost.result()
 
     def give_up(self, error: Exception) -> None:
-        """End this connection, for a reason."""
+        """End this connection with an error."""
         if not self._lost.done():
             self._lost.set_result(error)
             self.abort()

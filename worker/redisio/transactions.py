@@ -1,4 +1,4 @@
-"""WATCH, MULTI and EXEC on connections that one caller at a time has to itself. Every step is one write.
+"""WATCH, MULTI and EXEC on connections that are lent to one caller at a time. Every step is one write.
 
 redis-py 8.1 takes 40 to 75 us for each command, and waits for the reply to one before it sends the next.
 """
@@ -16,7 +16,7 @@ from .cluster import WRONG_SERVER, forget_masters, on_master_removed, server_of
 from .pipelined import PipelinedConnection, pack
 
 MAX_CONNECTIONS = 16
-"""Connections to one server at most. Its client's pool has 64, and the renewals of leases need one of the rest."""
+"""The most connections to one server. Its client's pool has 64, and the renewal of leases needs one of the others."""
 
 _UNWATCH = pack(b"UNWATCH")
 
@@ -48,21 +48,21 @@ class Transaction:
 
         Raises:
             WatchError: when a watched key changed; Redis executed nothing.
-            RedisError: when Redis refused, or the connection is lost: in that case Redis may have executed them.
+            RedisError: when Redis refused, or the connection was lost. After a loss Redis may have executed them.
         """
         return _raise_first(await self._connection.execute_multi([[(command, 1) for command in commands]]))
 
 
 @dataclass(eq=False)
 class _ServerConnections:
-    """The connections to one server: the number still available, and the idle ones."""
+    """The connections to one server: how many are still available, and the idle ones."""
 
     available: Semaphore = field(default_factory=lambda: Semaphore(MAX_CONNECTIONS))
     idle: list[PipelinedConnection] = field(default_factory=list)
 
 
 class Transactions:
-    """Lends connections out of the pool of a client, which closes them with its own.
+    """Lends connections from the pool of a client, which closes them together with its others.
 
     `redis` is that client, for all other commands.
     """
@@ -75,7 +75,7 @@ class Transactions:
 
     @asynccontextmanager
     async def begin(self, key: str) -> AsyncIterator[Transaction]:
-        """A connection to the server of a key, for the caller alone. Waits while too many are taken.
+        """A connection to the server of a key, for this caller only. It waits while too many are in use.
 
         Raises:
             RedisError: when no server holds the key, or it cannot be reached.
@@ -110,7 +110,7 @@ class Transactions:
             await connection.close()
 
     def _abort_idle(self) -> None:
-        """One connection met a server that is away or no longer the master: so would the idle ones."""
+        """Close the idle connections: one connection has shown that the server is away or no longer the master."""
         forget_masters(self.redis)
         for server in self._servers.values():
             for connection in server.idle:

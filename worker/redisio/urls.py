@@ -1,6 +1,6 @@
 """Parses the URL of one Redis server, a master under Sentinel or a cluster into options of redis-py's connections.
 
-This module does no I/O but to check that the files of TLS exist.
+This module does no I/O, except that it loads the files of TLS to check them.
 """
 
 import difflib
@@ -38,8 +38,8 @@ _IGNORED = frozenset(
      "lib_version", "max_connections", "protocol", "retry_on_error", "retry_on_timeout", "socket_connect_timeout",
      "socket_keepalive", "socket_read_size", "socket_timeout", "timeout")
 )  # fmt: skip
-"""Options of redis-py that another program may need in the same URL. The worker sets them itself: it could not read
-replies with another protocol or decoding, and with a smaller pool jobs would wait for each other."""
+"""Options of redis-py that another program may need in the same URL. The worker sets them itself: it cannot read
+replies in another protocol or decoding, and with a smaller pool jobs would wait for each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class RedisUrl:
     """A parsed URL.
 
     `nodes` are some sentinels, or some nodes of the cluster. `options` are for the connections. `service` is the name
-    of the master under Sentinel. `for_sentinels` is the login of the sentinels, where the URL has one of its own.
+    of the master under Sentinel. `for_sentinels` is the login of the sentinels, if the URL has a separate one.
     `ignored` are options of the URL that have no effect.
     """
 
@@ -63,8 +63,8 @@ def parse_redis_url(url: str) -> RedisUrl:
     """Parse a URL.
 
     Raises:
-        ValueError: what is wrong, as the end of a sentence about the URL. The message quotes names of options and the
-            database, and nothing else, because a URL may hold a password.
+        ValueError: when the URL is not valid. The message is the end of a sentence about the URL. It quotes only names
+            of options and the database, because a URL may hold a password.
     """
     url = url.strip()  # a URL from a file often ends with a newline
     multi_host, single = _MULTI_HOST.fullmatch(url), _SINGLE_HOST.fullmatch(url)
@@ -115,7 +115,7 @@ def parse_redis_url(url: str) -> RedisUrl:
 
 
 def database_of(url: str) -> int:
-    """The number of the database that a URL selects; 0 where the URL names none.
+    """The number of the database that a URL selects; 0 if the URL has none.
 
     Raises:
         ValueError: as `parse_redis_url` does.
@@ -124,11 +124,15 @@ def database_of(url: str) -> int:
 
 
 class _SafeError(ValueError):
-    """What is wrong with a URL, in a message without secrets."""
+    """A URL is not valid. The message has no secrets."""
 
 
 def _options(query: str, *, secure: bool, kind: str) -> dict[str, str]:
-    """The options of a URL. Raises for unknown ones and for those without a value."""
+    """The options of a URL.
+
+    Raises:
+        _SafeError: for an unknown option, and for an option without a value.
+    """
     accepted = {*_ACCEPTED, *(_TLS if secure else ()), *(_SENTINEL_LOGIN if kind == "sentinel" else ())}
     if kind == "cluster":
         accepted.remove("db")
@@ -159,7 +163,7 @@ def _database(path: str) -> str:
 
 
 def _check_tls(options: Mapping[str, Any]) -> None:
-    """Check the files and options of TLS now: an error while connecting would look like a server that is away."""
+    """Check the files and options of TLS now, since an error during a connect would look like a server that is away."""
     tls = {name: value for name, value in options.items() if name in _TLS}
     if not tls:
         return

@@ -109,7 +109,7 @@ class Probes:
                 server.record_models([])
                 return None
             if isinstance(error, LateAnswer) and error.limit < self._pace.longest_probe_limit:
-                server.listed_at = float("-inf")  # fetch it again soon, while requests go on
+                server.listed_at = float("-inf")  # fetch it again soon, while requests continue
             return error
         return None
 
