@@ -370,7 +370,7 @@ WORDS: list[tuple[str, str, str]] = [
         "CERTIFICATE_VERIFY_FAILED",
         "trust the certificate's issuer: ?ssl_ca_certs=/path/to/ca.pem",
     ),
-    ("rediss://127.0.0.1:{tls}/0?ssl_ca_certs={ca}", "address mismatch", "name the server in REDIS_URL as its cert"),
+    ("rediss://127.0.0.1:{tls}/0?ssl_ca_certs={ca}", "address mismatch", "use the host name of the server's cert"),
     ("redis://127.0.0.1:{plain}/99", "DB index is out of range", "set REDIS_URL to a database that exists: 0 to 15"),
     ("redis://:pw@127.0.0.1:{plain}/0", "without any password", "remove the password from REDIS_URL"),
     ("redis+cluster://127.0.0.1:{plain}", "cluster support disabled", "this is no cluster: begin REDIS_URL with redis"),
