@@ -80,8 +80,10 @@ def to(url: str) -> Target:
     return Target.of(httpx.AsyncClient(), url, {})
 
 
-async def opened(transport: Transport, url: str, *, max_event_bytes: int = MAX_EVENT_BYTES) -> ChatStream:
-    watchdog = StreamWatchdog(PATIENT)
+async def opened(
+    transport: Transport, url: str, *, max_event_bytes: int = MAX_EVENT_BYTES, since: float | None = None
+) -> ChatStream:
+    watchdog = StreamWatchdog(PATIENT, since=since)
     response = await open_response(transport, to(url), REQUEST, PATIENT, watchdog)
     return ChatStream(response, watchdog, max_event_bytes=max_event_bytes)
 

@@ -168,7 +168,7 @@ async def test_a_request_with_the_refused_field_itself_gets_the_refusal(style: A
         error = await error_of(pool, {**REQUEST, **fields})
         assert (error.code, error.retryable, len(simulator.served)) == ("invalid_request", False, 1)
         assert name in error.message
-        # Others find out on their own, and it is the same for whoever asks for the field later.
+        # The worker learns of the refusal from another request. A later request with the field is refused as before.
         await ask(pool)
         assert (await error_of(pool, {**REQUEST, **fields})).code == "invalid_request"
 

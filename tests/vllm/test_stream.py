@@ -530,7 +530,7 @@ async def test_requests_spread_over_the_servers() -> None:
 
         async def hold(gate: Awaitable[object]) -> None:
             with (pooled := pool.choose("")).reserve():
-                await asyncio.sleep(0)  # whoever comes in the same moment chooses the other one all the same
+                await asyncio.sleep(0)  # a request of the same moment chooses the other server all the same
                 async with pool.stream(pooled, asking(fault="stall")) as stream:
                     await stream.read_into(enough)
                     await gate

@@ -38,14 +38,17 @@ class StreamWatchdog:
     Args:
         limits: the two limits.
         frozen_after: the seconds of silence allowed once the server refuses connections.
+        since: when the request was sent, by the monotonic clock; now, if it is left out.
     """
 
     __slots__ = ("_frozen_after", "_has_begun", "_limits", "_since", "_tightened_at", "_timeout", "_timer")
 
-    def __init__(self, limits: StreamTimeouts, *, frozen_after: float = _FROZEN_AFTER) -> None:
+    def __init__(
+        self, limits: StreamTimeouts, *, frozen_after: float = _FROZEN_AFTER, since: float | None = None
+    ) -> None:
         self._limits = limits
         self._frozen_after = frozen_after
-        self._since = monotonic()
+        self._since = monotonic() if since is None else since
         """When the silence began."""
         self._has_begun = False
         self._tightened_at: float | None = None
