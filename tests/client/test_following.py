@@ -371,6 +371,28 @@ async def is_settled(followers: Followers, follower: Follower) -> bool:
     return followers.requests["r"].feed.is_settled and follower.is_waiting
 
 
+@NOBODY_POLLS
+async def test_entries_that_come_while_a_follower_does_not_wait_are_ready_at_once(
+    followers: Followers, log: WrittenLog
+) -> None:
+    await log.write(START)
+    follower = followers.follow("r", BEFORE_ALL)
+    assert await next_entries(follower) == [START]
+    reading = asyncio.ensure_future(next_entries(follower))
+    await eventually(lambda: is_settled(followers, follower))
+    await log.append(delta(1, 1))
+    assert await reading == [delta(1, 1)]
+    await log.append(delta(1, 2))
+
+    async def is_ready() -> bool:
+        return bool(follower.machine.ready)
+
+    await eventually(is_ready)
+    assert await asyncio.wait_for(next_entries(follower), 10) == [delta(1, 2)]
+    await follower.leave()
+    await log.append(END)
+
+
 async def test_nothing_is_missed_while_subscriptions_are_lost_and_made_again(
     start_listener: StartListener, redis: Redis, log: WrittenLog
 ) -> None:

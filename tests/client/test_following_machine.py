@@ -247,6 +247,7 @@ def test_a_full_page_has_the_log_read_on_and_the_feed_is_not_wanted_before_its_e
 def test_more_than_is_kept_is_dropped_and_read_from_the_log() -> None:
     machine = listening(START)
     machine.on_message([delta(1, 1)], 2 * KEPT_BYTES)  # one message is kept, however large
+    assert machine.ready == [delta(1, 1)]
     machine.on_message([delta(1, 2)], 1)
     assert machine.kept_bytes == 0
     assert not list(machine.drain())
