@@ -28,7 +28,7 @@ _SETTINGS = re.compile(r"(<!-- settings -->\n).*?(<!-- end of the settings -->)"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A block of code; `name` is what the comment before it says, empty where there is none."""
+    """A block of code; `name` is the name in the comment before it, or empty."""
 
     name: str
     language: str

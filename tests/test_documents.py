@@ -343,9 +343,9 @@ def test_every_error_code_is_in_the_table(document: Document) -> None:
 
 
 def test_the_digests_are_those_that_clients_and_workers_write() -> None:
-    asked = {"model": "m", "temperature": 1.0}
-    assert f"has the digest `{digest(asked)}`" in CONTRACT.text
-    assert f"it is\n`{digest(asked, ['s'])}`" in CONTRACT.text
+    request = {"model": "m", "temperature": 1.0}
+    assert f"has the digest `{digest(request)}`" in CONTRACT.text
+    assert f"it is\n`{digest(request, ['s'])}`" in CONTRACT.text
 
 
 # The Python API.

@@ -1,4 +1,4 @@
-"""What comes out of `result()` and `worker follow` against what a real vLLM says directly; runs when VLLM_URL is set.
+"""The output of `result()` and `worker follow`, compared with that of a real vLLM; runs when VLLM_URL is set.
 
 The direct answer is read with nothing of ours: httpx for the bytes, `json` for the chunks. The questions are those of
 the recorded transcripts; another model answers them in its own words, and the comparison holds all the same, as long as
@@ -190,7 +190,7 @@ def assert_follow_prints(url: str, request_id: str, direct: Summary, *, as_json:
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "says"),
+    ("change", "code", "message"),
     [
         ({"model": "nope"}, "model_not_found", "nope"),
         ({"max_tokens": 1_000_000}, "invalid_request", "max_tokens"),
@@ -201,14 +201,14 @@ def assert_follow_prints(url: str, request_id: str, direct: Summary, *, as_json:
     ],
 )
 async def test_what_vllm_refuses_ends_in_its_words(
-    change: dict[str, Any], code: str | None, says: str, relay: tuple[Client, str]
+    change: dict[str, Any], code: str | None, message: str, relay: tuple[Client, str]
 ) -> None:
     client, _ = relay
     request = await request_of("chinese") | change
     if code is None:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             await client.enqueue(request)
         return
     answer = await client.result(await client.enqueue(request))
     assert answer.end is not None
-    assert (getattr(answer.end, "code", ""), says in getattr(answer.end, "message", "")) == (code, True)
+    assert (getattr(answer.end, "code", ""), message in getattr(answer.end, "message", "")) == (code, True)

@@ -120,8 +120,8 @@ def test_an_empty_variable_leaves_the_value_of_the_file(monkeypatch: pytest.Monk
 
 
 def test_an_empty_option_is_an_error() -> None:
-    for option, says in (("redis_url", "REDIS_URL must be a URL"), ("slots", "WORKER_SLOTS is ''")):
-        with pytest.raises(ConfigError, match=re.escape(says)):
+    for option, message in (("redis_url", "REDIS_URL must be a URL"), ("slots", "WORKER_SLOTS is ''")):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             load_settings(**{option: ""})
 
 

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: its numbers, its search for the highest rate, and a second of each bridge."""
+"""The benchmark measures correctly: its numbers, its search for the highest rate, and a second of each bridge."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def _events(body: bytes) -> list[bytes]:
 
 
 def _shape(chunk: object) -> object:
-    """What a chunk is made of, whatever it says."""
+    """The parts of a chunk, whatever its text."""
     if isinstance(chunk, dict):
         return [(name, _shape(value)) for name, value in chunk.items()]
     if isinstance(chunk, list):
@@ -65,7 +65,7 @@ def test_the_load_is_what_vllm_sends() -> None:
     for ours_, theirs in ((events[0], real[0]), (events[1], real[1]), (events[-3], real[-3]), (events[-2], real[-2])):
         sent, recorded = json.loads(ours_), json.loads(theirs)
         if recorded["choices"]:
-            recorded.pop("usage", None)  # asked for in each chunk of this transcript
+            recorded.pop("usage", None)  # requested in each chunk of this transcript
         assert _shape(sent) == _shape(recorded)
 
 

@@ -247,10 +247,10 @@ class _Vllm(Transport):
     async def post(self, target: Target, content: bytes, connect_limit: float) -> HttpResponse:  # noqa: ARG002 - all is one server
         if await self._gate.fate() is not Fate.FINE:
             raise httpx.ReadError("broken")
-        asked = json.loads(content)
-        given = asked.get("kv_transfer_params", {}).get("prompt_token_ids", _PROMPT)
+        body = json.loads(content)
+        given = body.get("kv_transfer_params", {}).get("prompt_token_ids", _PROMPT)
         kept = len(given) - len(_PROMPT)
-        tokens = tokens_of(asked["messages"][0]["content"], kept + asked["max_tokens"])
+        tokens = tokens_of(body["messages"][0]["content"], kept + body["max_tokens"])
         events = _Tokens(self._gate, given, list(enumerate(tokens, 1))[kept:])
         return HttpResponse(200, [(b"content-type", b"text/event-stream")], cast("ResponseBody", events))
 

@@ -112,7 +112,7 @@ TOP = SEAL.attempt
 async def test_a_job_whose_log_no_attempt_can_follow_is_buried_once(
     last: str, what: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """15 deliveries in 30 s, each of which asked Redis for an attempt of the number 2^64."""
+    """15 deliveries in 30 s, each of which tried the attempt of the number 2^64."""
     job = await left_behind(redis, [*begun(2), (last, {"type": "claimed" if what == "claimed" else "delta"})])
     if what == "deleted":
         await redis.xdel(KEY, last)
@@ -297,7 +297,7 @@ async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker
     start_process: StartProcess,
     start_simulator: StartSimulator,
 ) -> None:
-    """As the contract says: no other process knows of the job any more."""
+    """As the contract has it: no other process knows of the job any more."""
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
 
     async def take_out(job: str, consumer: str) -> None:

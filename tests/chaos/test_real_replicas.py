@@ -42,9 +42,9 @@ TOOL = {
 }
 COPIES = 4
 SOME = 5
-"""Entries of a log that has some tokens: after those that say queued, started, opened."""
+"""Entries of a log that has some tokens: after queued, started and opened."""
 
-Said = tuple[str, str, str, list[tuple[str, str]]]
+Parts = tuple[str, str, str, list[tuple[str, str]]]
 
 
 async def model() -> str:
@@ -59,7 +59,7 @@ def ask(name: str, question: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def ask_directly(request: dict[str, Any]) -> Said:
+async def ask_directly(request: dict[str, Any]) -> Parts:
     async with httpx.AsyncClient(timeout=120) as http:
         (choice,) = (await http.post(f"{URLS[1]}/v1/chat/completions", json=request)).json()["choices"]
     message = choice["message"]
@@ -67,11 +67,11 @@ async def ask_directly(request: dict[str, Any]) -> Said:
     return message["content"] or "", message.get("reasoning") or "", choice["finish_reason"], calls
 
 
-def said(answer: Answer) -> Said:
+def parts_of(answer: Answer) -> Parts:
     (choice,) = answer.choices
     calls: Any = [call["function"] for call in choice.tool_calls]
-    told = [(call["name"], call["arguments"]) for call in calls]
-    return choice.content, choice.reasoning, choice.finish_reason, told
+    arguments = [(call["name"], call["arguments"]) for call in calls]
+    return choice.content, choice.reasoning, choice.finish_reason, arguments
 
 
 async def log_of(redis: Redis, request_id: str) -> list[Entry]:
@@ -94,9 +94,9 @@ def held(urls: Iterable[str]) -> Iterator[list[psutil.Process]]:
 
 
 async def under_way(client: Client, redis: Redis, name: str, engine: psutil.Process) -> dict[str, list[str]]:
-    """Each question asked several times; this engine has computed some tokens of each of them, and finished none."""
-    asked = [question for question in QUESTIONS for _ in range(COPIES)]
-    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in asked))
+    """Each question several times; this engine has computed some tokens of each of them, and finished none."""
+    repeated = [question for question in QUESTIONS for _ in range(COPIES)]
+    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in repeated))
     ports = {httpx.URL(url).port for url in URLS}
 
     async def are_at_the_servers() -> bool:
@@ -132,7 +132,7 @@ async def compare(client: Client, redis: Redis, name: str, ids: dict[str, list[s
         for request_id in copies:
             answer = await client.result(request_id)
             assert answer.outcome == "done", answer.error
-            assert said(answer) == direct, question
+            assert parts_of(answer) == direct, question
             kinds = [
                 entry.type
                 for entry in await log_of(redis, request_id)

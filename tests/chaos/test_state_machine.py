@@ -5,7 +5,7 @@ lease, hand-overs, lost replies, commands that arrive late, a full Redis, broken
 loses the newest entries come between any two of their exchanges with Redis. A worker does nothing but what it is let
 do, so a worker that is paused is one that has no turn.
 
-A run that fails says how to repeat it. To search for longer than CI does (here about ten minutes), and from a seed:
+A run that fails prints how to repeat it. To search for longer than CI does (here about ten minutes), and from a seed:
 
     CHAOS_EXAMPLES=2000 pytest tests/chaos/test_state_machine.py --hypothesis-seed=1
 """
@@ -255,8 +255,10 @@ class Machine(RuleBasedStateMachine):
             if message is None or (follower := followers[message["channel"]]).lost_its_log:
                 continue
             for entry_id, fields in json.loads(message["data"]):
-                told = {name.encode(): value.encode() for name, value in fields.items()}
-                assert follower.ever.get(entry_id.encode()) == told or entry_id == str(SEAL), f"{entry_id} was refused"
+                published = {name.encode(): value.encode() for name, value in fields.items()}
+                assert follower.ever.get(entry_id.encode()) == published or entry_id == str(SEAL), (
+                    f"{entry_id} was refused"
+                )
 
     def teardown(self) -> None:
         try:
@@ -307,7 +309,7 @@ class Machine(RuleBasedStateMachine):
                 (line[b"type"], line[b"id"], line.get(b"outcome"))
                 == (b"finished", follower.id.encode(), outcome.encode())
                 for line in finished
-            ), f"the lifecycle does not tell of {follower.id}"
+            ), f"the lifecycle does not have {follower.id}"
 
     async def _end(self) -> None:
         for worker in self._workers:

@@ -74,7 +74,7 @@ async def test_the_next_try_waits_as_long_as_the_server_asks(
     request_id = await client.enqueue(ask("Who are you?", simulate=order))
     await promise_kept(redis, request_id, expected("Who are you?"))
     first, second = simulator.served
-    assert second.started - first.started >= 0.4, "twenty times the pause without being asked"
+    assert second.started - first.started >= 0.4, "twenty times the pause without Retry-After"
 
 
 async def test_a_server_that_asks_for_time_holds_up_no_job_that_another_can_serve(

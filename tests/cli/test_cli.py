@@ -33,7 +33,7 @@ STORY = [{"role": "user", "content": "Tell me a story"}]
 NOWHERE = "redis://:hidden-pw@127.0.0.1:1/0"
 
 
-def says(ended: Ended, *texts: str) -> None:
+def prints(ended: Ended, *texts: str) -> None:
     """Check that standard error has these texts, and no traceback."""
     assert "Traceback" not in ended.err
     for text in texts:
@@ -61,7 +61,7 @@ async def test_a_worker_process_serves_a_request_and_its_text_is_streamed(
         ended = await rest(process)
         assert first.decode() + ended.out == answer_to(STORY) + "\n", "standard output is the text alone"
         assert ended.status == 0
-        says(ended, "· request ", "· waiting for a worker", "· taken by ", "· done, ")
+        prints(ended, "· request ", "· waiting for a worker", "· taken by ", "· done, ")
         worker.terminate()
         assert (await rest(worker)).status == 0
 
@@ -98,8 +98,8 @@ async def test_a_request_is_read_from_a_file_or_from_standard_input(
         ),
     )  # fmt: skip
     assert (named.status, piped.status) == (0, 0)
-    says(named, "· request named\n", "· done, 3 tokens")
-    says(piped, "· done, 5 tokens")
+    prints(named, "· request named\n", "· done, 3 tokens")
+    prints(piped, "· done, 5 tokens")
     assert {served.request.get("max_tokens") for served in simulator.served} == {3, 5}
     assert all(served.request["temperature"] == 0.5 for served in simulator.served)
 
@@ -119,7 +119,7 @@ async def test_enqueue_prints_the_id_and_nothing_else(redis_url: str, client: Cl
 async def test_a_failed_answer_is_exit_status_1_with_a_sentence(redis_url: str) -> None:
     ended = await run("enqueue", "Hi", "--model", "nope", "--follow", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (1, "")
-    says(ended, "error: The model `nope` does not exist", "(model_not_found)")
+    prints(ended, "error: The model `nope` does not exist", "(model_not_found)")
 
 
 @pytest.mark.usefixtures("worker")
@@ -127,7 +127,7 @@ async def test_an_id_that_another_request_has_is_refused(redis_url: str, client:
     await client.result(await client.enqueue({"messages": WHO}, id="mine"))
     ended = await run("enqueue", "Something else", "--id", "mine", REDIS_URL=redis_url)
     assert (ended.status, ended.out) == (1, "")
-    says(ended, "Error: the id mine belongs to another request")
+    prints(ended, "Error: the id mine belongs to another request")
 
 
 @pytest.mark.usefixtures("worker")
@@ -163,8 +163,8 @@ async def test_following_an_unknown_or_expired_request_is_exit_status_1(redis_ur
         run("follow", "nope", REDIS_URL=redis_url), run("follow", "old", "--json", REDIS_URL=redis_url)
     )
     assert (unknown.status, unknown.out, expired.status, expired.out) == (1, "", 1, "")
-    says(unknown, "Error: nothing is known of a request nope")
-    says(expired, '{"error":"request old ended (done) and its log has expired","status":1}')
+    prints(unknown, "Error: nothing is known of a request nope")
+    prints(expired, '{"error":"request old ended (done) and its log has expired","status":1}')
 
 
 async def test_reasoning_goes_to_standard_error_and_ends_its_line(redis_url: str, redis: Redis) -> None:
@@ -223,7 +223,7 @@ async def test_cancel_prints_the_state_that_the_request_was_in(
     assert (of_unknown.status, of_running.status) == (0, 0)
     assert "the request was unknown" in of_unknown.out
     assert followed.status == 1, "a follower of a cancelled request does not have the whole answer"
-    says(followed, "· cancelled")
+    prints(followed, "· cancelled")
 
     again, as_json = await asyncio.gather(
         run("cancel", waiting, REDIS_URL=redis_url), run("cancel", running, "--json", REDIS_URL=redis_url)
@@ -425,10 +425,10 @@ async def test_a_misspelt_setting_stops_a_worker_with_a_hint() -> None:
         run("run", WORKER_SLOT="3", WORKER_LEASE="0"), run("enqueue", "--request", "-", stdin=b"{messages}")
     )
     assert (ended.status, ended.out) == (2, "")
-    says(ended, "WORKER_SLOT is not a setting: did you mean WORKER_SLOTS?", "WORKER_LEASE is '0'")
+    prints(ended, "WORKER_SLOT is not a setting: did you mean WORKER_SLOTS?", "WORKER_LEASE is '0'")
     assert len(ended.err.splitlines()) == 2
     assert (malformed.status, malformed.out) == (2, "")
-    says(malformed, "Error: the request is not JSON")
+    prints(malformed, "Error: the request is not JSON")
 
 
 async def test_variables_of_kubernetes_and_of_other_programs_stop_no_command(
@@ -537,7 +537,7 @@ async def test_simulate_serves_until_a_signal(signum: signal.Signals) -> None:
         process.send_signal(signum)
         ended = await rest(process)
     assert (ended.status, ended.out) == (0, "")
-    says(ended)
+    prints(ended)
 
 
 @pytest.mark.parametrize("name", ["demo", "simulate"])
@@ -552,7 +552,7 @@ async def test_a_command_of_the_extra_names_it_where_it_is_not_installed(name: s
 async def test_a_port_in_use_is_a_line(simulator: Simulator) -> None:
     ended = await run("simulate", "--port", simulator.url.rpartition(":")[2])
     assert ended.status == 1
-    says(ended, "address already in use")
+    prints(ended, "address already in use")
     assert len(ended.err.splitlines()) == 1
 
 

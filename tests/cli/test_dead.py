@@ -183,7 +183,7 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
 
 
 @pytest.mark.parametrize(
-    ("more", "largest", "says"),
+    ("more", "largest", "message"),
     [
         ({}, 20, "its request was over the size limit, and only the beginning was kept"),
         ({"request": "{}"}, 9999, "does not validate: the request has no messages"),
@@ -191,14 +191,14 @@ async def test_a_burst_of_burials_by_several_workers_leaves_a_letter_of_each_job
     ],
 )
 async def test_letters_that_cannot_be_put_back_are_reported_and_the_others_are_put_back(
-    more: dict[str, str], largest: int, says: str, redis_url: str, redis: Redis, bury: Bury
+    more: dict[str, str], largest: int, message: str, redis_url: str, redis: Redis, bury: Bury
 ) -> None:
     bad = await bury(1, largest=largest, **more)
     await bury(2)
     done = await worker(redis_url, "dead", "retry", "--all")
     assert done.exit_code == 1
     assert f"{bad}: " in done.stderr
-    assert says in done.stderr
+    assert message in done.stderr
     assert "1 of 2 letters were not changed" in done.stderr
     assert [job["retry_of"] for job in await jobs(redis)] == ["r2"]
     assert sorted(b"retried_as" in letter for letter in await letters(redis)) == [False, True]

@@ -110,8 +110,8 @@ async def test_a_follower_with_idle_may_stop_at_any_time(
 async def test_handles_follow_with_the_arguments_of_their_client() -> None:
     pairs = (RequestHandle.entries, Client.follow), (SyncRequestHandle.entries, SyncClient.follow)
     for entries, follow in pairs:
-        asked = [parameter for name, parameter in signature(follow).parameters.items() if name != "request_id"]
-        assert list(signature(entries).parameters.values()) == asked
+        expected = [parameter for name, parameter in signature(follow).parameters.items() if name != "request_id"]
+        assert list(signature(entries).parameters.values()) == expected
 
 
 async def test_a_handle_waits_for_its_log(client: Client, log: WrittenLog, redis_url: str) -> None:

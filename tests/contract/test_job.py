@@ -1,4 +1,4 @@
-"""Jobs: which are valid, the error of each bad one, and the digest that tells two requests apart."""
+"""Jobs: which are valid, the error of each bad one, and the digest that distinguishes requests."""
 
 import hashlib
 import re

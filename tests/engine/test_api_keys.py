@@ -179,11 +179,11 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
     """A policy in front of the server may refuse a request, with 403."""
 
     class Choosy(Simulator):
-        asked = 0
+        requests = 0
 
         async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
             if b"forbidden" in request.body:
-                self.asked += 1
+                self.requests += 1
                 await connection.respond(403, "text/html", b"<h1>Forbidden</h1>")
             else:
                 await super()._handle(request, connection)
@@ -192,7 +192,7 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
         await start_worker(server)
         answer = await client.result(await client.enqueue(ask(user="forbidden")))
         assert isinstance(answer.end, Failed)
-        assert (answer.end.code, server.asked) == ("unauthorized", 3)
+        assert (answer.end.code, server.requests) == ("unauthorized", 3)
         assert (await client.result(await client.enqueue(ask()))).outcome == "done"
 
 
@@ -217,10 +217,10 @@ async def test_requests_refused_with_401_by_a_server_that_accepts_the_key_block_
         await start_worker(router, tries=1)
         waiting = [await client.enqueue(ask(user="refused")) for _ in range(8)]
 
-        async def asked() -> bool:
+        async def has_request() -> bool:
             return router.refused > 8
 
-        await eventually(asked)
+        await eventually(has_request)
         for _ in range(3):
             assert (await client.result(await client.enqueue(ask()))).outcome == "done"
         router.mended = True

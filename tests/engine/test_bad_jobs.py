@@ -47,7 +47,7 @@ class Picky(Simulator):
     def __init__(self, way: str = "500") -> None:
         super().__init__()
         self.way = way
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         """How often each question came."""
         self.fails_all = False
 
@@ -56,7 +56,7 @@ class Picky(Simulator):
             await super()._handle(request, connection)
             return
         question = msgspec.json.decode(request.body)["messages"][0]["content"]
-        self.asked[question] += 1
+        self.requests[question] += 1
         if not self.fails_all and not question.startswith("bad"):
             await super()._handle(request, connection)
         elif self.way == "500":
@@ -96,15 +96,15 @@ async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
             await eventually(partial(_asked, picky, f"bad {n}"))
         (good,) = await ended(client, await client.enqueue(ask("good")))
         assert good.outcome == "done"
-        assert sum(server.asked["good"] for server in picky) == 1
+        assert sum(server.requests["good"] for server in picky) == 1
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
     assert outcomes == ["error"] * bad
     # Three tries, and one more at each server where the job was the trial request.
-    assert all(sum(server.asked[f"bad {n}"] for server in picky) <= 3 + servers for n in range(bad))
+    assert all(sum(server.requests[f"bad {n}"] for server in picky) <= 3 + servers for n in range(bad))
 
 
 async def _asked(servers: list[Picky], question: str) -> bool:
-    return any(server.asked[question] for server in servers)
+    return any(server.requests[question] for server in servers)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -115,7 +115,7 @@ async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_w
         ids = [await client.enqueue(ask(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
         assert outcomes == ["error", "done"] * 40
-        assert all(picky.asked[f"good {n}"] == 1 for n in range(1, 80, 2))
+        assert all(picky.requests[f"good {n}"] == 1 for n in range(1, 80, 2))
 
 
 async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
@@ -126,7 +126,7 @@ async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, s
         (good,) = await ended(client, await client.enqueue(ask("good")))
         assert good.outcome == "done"
         assert {answer.outcome for answer in await ended(client, *ids)} == {"error"}
-        assert picky.asked["Hi"], "the worker sent a request of its own"
+        assert picky.requests["Hi"], "the worker sent a request of its own"
 
 
 async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server_can_do(
@@ -141,7 +141,7 @@ async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server
             (answer,) = await ended(client, await client.enqueue(ask(f"question {n}")))
             assert answer.outcome == "done"
         assert (
-            broken.asked.total() == FAILURES + 1
+            broken.requests.total() == FAILURES + 1
         )  # the failures that open the circuit, and the first trial, which follows at once
         assert len(good.served) == 4 * FAILURES
 
@@ -158,10 +158,10 @@ async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_er
 
         async def waits() -> bool:
             waiting = worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model")
-            return waiting == 4 and broken.asked["Hi"] > 0
+            return waiting == 4 and broken.requests["Hi"] > 0
 
         await eventually(waits)
-        lost = broken.asked.total() - 1 - broken.asked["Hi"] - 4
+        lost = broken.requests.total() - 1 - broken.requests["Hi"] - 4
         assert lost <= FAILURES + 4
         broken.fails_all = False
         server_pace.longest_pause = 0.0

@@ -50,7 +50,7 @@ async def settled(redis: Redis) -> dict[bytes, bytes]:
     return (await stream(redis, "chat:lifecycle"))[-1][1]
 
 
-async def asked(server: Simulator, times: int = 1) -> None:
+async def has_requests(server: Simulator, times: int = 1) -> None:
     async def enough() -> bool:
         return len(server.served) == times
 
@@ -188,7 +188,7 @@ async def test_a_cancel_before_the_first_token(
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-    await asked(silent)
+    await has_requests(silent)
     assert (await client.cancel(request_id)).state is State.RUNNING
     await closed_early(silent)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
@@ -231,13 +231,13 @@ async def test_a_cancel_between_two_tries(
 class Silent(Simulator):
     """A server whose first stream breaks off, and which never answers how it would resume."""
 
-    asked = closed = 0
+    requests = closed = 0
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path != "/tokenize":
             await super()._handle(request, connection)
             return
-        self.asked += 1
+        self.requests += 1
         try:
             await asyncio.Event().wait()
         finally:
@@ -253,7 +253,7 @@ async def test_a_cancel_while_a_server_is_asked_how_to_resume(
         request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
 
         async def is_asked() -> bool:
-            return silent.asked == 1
+            return silent.requests == 1
 
         await eventually(is_asked)
         if ended_by == "cancel":
@@ -300,7 +300,7 @@ async def test_without_a_hint_maintenance_finds_the_cancel(
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent, lease=1)
     request_id = await client.enqueue(ask())
-    await asked(silent)
+    await has_requests(silent)
     await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
     await closed_early(silent)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
@@ -312,7 +312,7 @@ async def test_a_subscription_that_is_cut_is_renewed(
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-    await asked(silent)
+    await has_requests(silent)
     assert await redis.client_kill_filter(_type="pubsub") == 1
     await listening(redis)
     await client.cancel(request_id)
@@ -326,7 +326,7 @@ async def test_a_cancel_during_a_lost_subscription_is_found_when_it_is_renewed(
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
     request_id = await client.enqueue(ask())
-    await asked(silent)
+    await has_requests(silent)
     pipe = redis.pipeline()
     pipe.client_kill_filter(_type="pubsub")
     pipe.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
@@ -345,7 +345,7 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_the_logs_that_they_name
     async def reads() -> int:
         return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
 
-    await asked(silent, times=5)
+    await has_requests(silent, times=5)
     before = await reads()
     pipe = redis.pipeline()
     for n in range(1000):

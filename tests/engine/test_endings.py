@@ -90,10 +90,10 @@ async def test_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows
     shown = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = await reader.readuntil(b"\r\n\r\n")
+        request = await reader.readuntil(b"\r\n\r\n")
         head, *events = answer_that_ends("stop").replace(b"\n\n", b"\n").split(b"data: ")
         writer.write(head + b"".join(b"data: " + event.strip() + b"\n" for event in events[:3]))
-        if asked.startswith(b"POST"):  # not a probe
+        if request.startswith(b"POST"):  # not a probe
             await shown.wait()
         writer.write(b"data: " + events[3].strip() + b"\n")
         writer.close()

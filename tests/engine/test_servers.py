@@ -42,7 +42,7 @@ async def test_every_job_goes_to_a_server_that_has_its_model(
 async def test_a_model_that_no_server_has_is_an_error_with_a_servers_message(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    """Only one server is asked, and only the first time."""
+    """Only one server gets a request with the field, and only the first time."""
     servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(*servers)
     for _ in range(3):
@@ -152,13 +152,13 @@ class Wrong(Simulator):
     def __init__(self, status: int, body: bytes, options: Options | None = None) -> None:
         super().__init__(options)
         self.answer = status, body
-        self.asked = 0
+        self.requests = 0
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
         if request.path in {"/health", "/v1/models"}:
             await super()._handle(request, connection)
         else:
-            self.asked += request.path == "/v1/chat/completions"
+            self.requests += request.path == "/v1/chat/completions"
             await connection.respond(self.answer[0], "text/plain", self.answer[1])
 
 
@@ -188,7 +188,7 @@ async def test_a_misconfigured_server_ends_no_job_that_another_can_serve(
         got = await answers(client, *(ask(f"again {n}", max_tokens=5) for n in range(12)))
         assert [answer.outcome for answer in got] == ["done"] * 12
         if status != 413:
-            assert wrong.asked <= 12
+            assert wrong.requests <= 12
             assert worker._servers.servers[0].circuit.state in {CircuitState.OPEN, CircuitState.HALF_OPEN}
 
 
@@ -201,7 +201,7 @@ async def test_a_job_ends_with_the_servers_message_where_every_server_is_misconf
     start_worker: StartWorker,
     server_pace: ServerPace,
 ) -> None:
-    """Each job asks each server once, even after all of them have failed."""
+    """Each job tries each server once, even after all of them have failed."""
     server_pace.probe_every = 0.05
     async with Wrong(status, body) as one, Wrong(status, body) as other:
         await start_worker(one, other, pace=QUICK_RETRIES, tries=1 if status in {200, 501} else 5)
@@ -209,7 +209,7 @@ async def test_a_job_ends_with_the_servers_message_where_every_server_is_misconf
         codes = {answer.end.code for answer in got if isinstance(answer.end, Failed)}
         assert (codes, len(got)) == ({code}, 2 * FAILURES)
         if status not in {200, 501}:
-            assert (one.asked, other.asked) == (2 * FAILURES, 2 * FAILURES)
+            assert (one.requests, other.requests) == (2 * FAILURES, 2 * FAILURES)
 
 
 async def test_an_answer_is_resumed_though_one_server_is_misconfigured(

@@ -536,9 +536,9 @@ async def test_the_record_holds_what_was_sent(tmp_path: Path) -> None:
 async def test_hundreds_of_paced_streams_run_at_once(simulator: Simulator) -> None:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=simulator.url, timeout=30, limits=limits) as client:
-        asked = [asking([{"role": "user", "content": f"{number}"}]) for number in range(200)]
-        bodies = await asyncio.gather(*(post(client, request | {"simulate": {"rate": 50}}) for request in asked))
-    for request, body in zip(asked, bodies, strict=True):
+        requests = [asking([{"role": "user", "content": f"{number}"}]) for number in range(200)]
+        bodies = await asyncio.gather(*(post(client, request | {"simulate": {"rate": 50}}) for request in requests))
+    for request, body in zip(requests, bodies, strict=True):
         assert texts(body) == {0: answer_to(request["messages"])}
 
 

@@ -170,41 +170,41 @@ def where_it_went(path: tuple[str, ...]) -> tuple[str, ...]:
             return ("extra", *path)
 
 
-def what_is_said(one: Object, choice: Object) -> Iterator[tuple[tuple[str, ...], object]]:
+def fields_of_chunk(one: Object, choice: Object) -> Iterator[tuple[tuple[str, ...], object]]:
     """The values of a chunk with one choice or none that the log must have."""
     known = {"choices", "object"}
     yield from leaves({name: value for name, value in one.items() if name not in known})
     yield from leaves({name: value for name, value in choice.items() if name != "index"})
 
 
-def found(wanted: tuple[str, ...], told: list[Any]) -> list[object]:
+def found(wanted: tuple[str, ...], published: list[Any]) -> list[object]:
     """The log's values at these keys. `extra` may be in an entry, in the `chunk` of one, or in the terminal entry."""
     if wanted[0] != "extra":
-        return [value for one in told for path, value in leaves({one["type"]: one}) if path == wanted]
+        return [value for one in published for path, value in leaves({one["type"]: one}) if path == wanted]
     tails = {wanted, ("extra", "chunk", *wanted[1:])}
-    return [value for one in told for path, value in leaves(one) if path in tails]
+    return [value for one in published for path, value in leaves(one) if path in tails]
 
 
 @pytest.mark.parametrize("name", [*WHOLE, "engine_death_mid_stream"])
 def test_no_field_of_a_recorded_answer_is_lost(name: str) -> None:
     parser = parser_for(name)
-    said = [one for one in plainly(recorded(name)) if "error" not in one]
+    sent = [one for one in plainly(recorded(name)) if "error" not in one]
     opened: list[Any] = []
     unsettled = []
-    for one in said:
-        told: list[Any] = [entry.as_dict() for entry in read(parser.parse(json.dumps(one).encode()))]
-        opened += [entry for entry in told if entry["type"] == "opened"]
+    for one in sent:
+        published: list[Any] = [entry.as_dict() for entry in read(parser.parse(json.dumps(one).encode()))]
+        opened += [entry for entry in published if entry["type"] == "opened"]
         for choice in one["choices"] or [{}]:
-            for path, value in what_is_said(one, choice):
+            for path, value in fields_of_chunk(one, choice):
                 wanted = where_it_went(path)
                 if wanted[0] == "delta" and wanted[:2] != ("delta", "extra"):
-                    assert value in found(wanted, told), path
+                    assert value in found(wanted, published), path
                 elif wanted[0] == "opened":
                     assert found(wanted, opened)[-1] == value, path
                 else:
                     unsettled.append((path, wanted, value))
-        # What is said beside the choices comes with the next entry, or with the end.
-        now = [*told, {"extra": dict(parser.extra)}, {"extra": {"usage": dict(parser.usage)}}]
+        # Fields beside the choices come with the next entry, or with the end.
+        now = [*published, {"extra": dict(parser.extra)}, {"extra": {"usage": dict(parser.usage)}}]
         seen = [*opened, *now]
         for path, wanted, value in unsettled:
             if path != ("prompt_token_ids",) or request_of(name).get("return_token_ids"):
@@ -231,18 +231,18 @@ def test_the_entries_are_the_same_at_every_cut(name: str) -> None:
 
 
 def test_fields_that_stay_the_same_are_published_once() -> None:
-    told = fields_of(parser_for("plain"), [recorded("plain")])
-    assert [fields["type"] for fields in told[:2]] == ["opened", "delta"]
-    assert told[1] == {"type": "delta", "content": "I"}
-    assert sum(fields["type"] == "opened" for fields in told) == 1
+    published = fields_of(parser_for("plain"), [recorded("plain")])
+    assert [fields["type"] for fields in published[:2]] == ["opened", "delta"]
+    assert published[1] == {"type": "delta", "content": "I"}
+    assert sum(fields["type"] == "opened" for fields in published) == 1
 
 
 def test_the_usage_of_each_chunk_is_kept_when_the_request_asks_for_it() -> None:
     body = recorded("continuous_usage_token_ids")
-    told = read(fields_of(parser_for("continuous_usage_token_ids"), [body]))
-    kept = [entry.extra["chunk"] for entry in told if isinstance(entry, Delta)]
-    said = [one["usage"] for one in plainly(body) if one["choices"][:1] and "role" not in one["choices"][0]["delta"]]
-    assert [json.loads(json.dumps(one))["usage"] for one in kept] == said
+    published = read(fields_of(parser_for("continuous_usage_token_ids"), [body]))
+    kept = [entry.extra["chunk"] for entry in published if isinstance(entry, Delta)]
+    sent = [one["usage"] for one in plainly(body) if one["choices"][:1] and "role" not in one["choices"][0]["delta"]]
+    assert [json.loads(json.dumps(one))["usage"] for one in kept] == sent
     assert all("usage" not in str(fields) for fields in fields_of(ChunkParser(), [body]))
 
 
@@ -260,11 +260,11 @@ def test_prompt_ids_are_kept_when_the_request_asks_for_them_and_otherwise_only_t
 def test_an_engine_that_dies_is_an_error_after_the_text_so_far() -> None:
     parser = parser_for("engine_death_mid_stream")
     *events, last, _ = payloads(recorded("engine_death_mid_stream"))
-    told = [fields for event in events for fields in parser.parse(event)]
+    published = [fields for event in events for fields in parser.parse(event)]
     with pytest.raises(UpstreamError, match="EngineCore encountered an issue") as caught:
         parser.parse(last)
     assert (caught.value.code, caught.value.status, caught.value.retryable) == ("upstream_error", 500, True)
-    assert Answer(read(told)).text.startswith("The river kept a ledger")
+    assert Answer(read(published)).text.startswith("The river kept a ledger")
     assert not parser.is_complete
 
 
@@ -300,9 +300,9 @@ def test_a_finish_reason_without_done_is_success() -> None:
     ],
 )  # fmt: skip
 def test_a_finish_reason_may_show_that_the_server_broke_off(reason: str) -> None:
-    told = parsed(chunk({"content": "a"}), chunk({"content": "b"}, reason))
-    assert Answer(told[1]).text == "ab"
-    assert Answer(told[1]).finish_reason == ""
+    published = parsed(chunk({"content": "a"}), chunk({"content": "b"}, reason))
+    assert Answer(published[1]).text == "ab"
+    assert Answer(published[1]).finish_reason == ""
     error = error_of(chunk({"content": "a"}), chunk({}, reason))
     assert (error.code, error.retryable) == ("upstream_aborted", True)
     assert reason in error.message
@@ -323,9 +323,9 @@ def test_good_finish_reasons_are_known(reason: str) -> None:
 
 @pytest.mark.parametrize("reason", ["because", "unknown", "room", "boom"])
 def test_an_unknown_finish_reason_ends_the_answer_and_is_reported(reason: str) -> None:
-    parser, told = parsed(chunk({"content": "a"}), chunk({}, reason))
+    parser, published = parsed(chunk({"content": "a"}), chunk({}, reason))
     parser.check_complete()
-    assert (parser.finish_reason, parser.unknown_reason, Answer(told).finish_reason) == (reason, reason, reason)
+    assert (parser.finish_reason, parser.unknown_reason, Answer(published).finish_reason) == (reason, reason, reason)
 
 
 @pytest.mark.parametrize("reason", ["null", "none", "not_finished"])
@@ -357,10 +357,10 @@ def test_fields_without_text_may_follow_a_finish_reason(late: Object) -> None:
 def test_every_choice_must_finish(done: bool) -> None:  # noqa: FBT001 - a parameter of the test
     both = [chunk({"content": "a"}, index=0), chunk({"content": "b"}, index=1)]
     assert error_of(*both, chunk({}, "stop", index=0), n=2, done=done).code == "upstream_truncated"
-    parser, told = parsed(*both, chunk({}, "length", index=1), chunk({}, "stop", index=0), n=2, done=done)
+    parser, published = parsed(*both, chunk({}, "length", index=1), chunk({}, "stop", index=0), n=2, done=done)
     parser.check_complete()
     assert parser.finish_reason == "stop"
-    assert [choice.finish_reason for choice in Answer(told).choices] == ["stop", "length"]
+    assert [choice.finish_reason for choice in Answer(published).choices] == ["stop", "length"]
 
 
 def test_an_answer_of_a_server_that_ignores_n_is_whole_after_done() -> None:
@@ -370,14 +370,14 @@ def test_an_answer_of_a_server_that_ignores_n_is_whole_after_done() -> None:
 
 
 def test_a_huge_n_costs_nothing() -> None:
-    parser, told = parsed(chunk({"content": "a"}, "stop"), n=2**62, done=False)
+    parser, published = parsed(chunk({"content": "a"}, "stop"), n=2**62, done=False)
     assert not parser.is_complete
-    assert not Answer(told).finished(2**62)
+    assert not Answer(published).finished(2**62)
 
 
 def test_events_after_done_are_ignored() -> None:
-    parser, told = parsed(chunk({"content": "a"}, "stop"), b"[DONE]", chunk({"content": "more"}), b"{not json")
-    assert Answer(told).text == "a"
+    parser, published = parsed(chunk({"content": "a"}, "stop"), b"[DONE]", chunk({"content": "more"}), b"{not json")
+    assert Answer(published).text == "a"
     parser.check_complete()
 
 
@@ -406,31 +406,33 @@ def test_empty_data_is_ignored() -> None:
     ],
 )
 def test_an_empty_chunk_makes_no_entry(nothing: Object) -> None:
-    parser, told = parsed(nothing)
-    assert (told, parser.has_delta, parser.usage, parser.extra) == ([], False, {}, {})
+    parser, published = parsed(nothing)
+    assert (published, parser.has_delta, parser.usage, parser.extra) == ([], False, {}, {})
 
 
 def test_a_missing_or_null_index_is_the_first() -> None:
-    told = parsed({"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"index": None, "delta": {"content": "b"}}]})
-    assert Answer(told[1]).text == "ab"
+    published = parsed(
+        {"choices": [{"delta": {"content": "a"}}]}, {"choices": [{"index": None, "delta": {"content": "b"}}]}
+    )
+    assert Answer(published[1]).text == "ab"
 
 
 def test_text_may_come_in_the_finish_chunk_and_in_the_role_chunk() -> None:
-    parser, told = parsed(chunk({"role": "assistant", "content": "a"}), chunk({"content": "b"}, "stop"))
-    assert Answer(told).text == "ab"
-    assert isinstance(told[-1], Delta)
-    assert (told[-1].content, told[-1].finish_reason) == ("b", "stop")
+    parser, published = parsed(chunk({"role": "assistant", "content": "a"}), chunk({"content": "b"}, "stop"))
+    assert Answer(published).text == "ab"
+    assert isinstance(published[-1], Delta)
+    assert (published[-1].content, published[-1].finish_reason) == ("b", "stop")
     parser.check_complete()
 
 
 def test_a_role_in_every_chunk_is_published_once() -> None:
-    told = parsed(*(chunk({"role": "assistant", "content": text}) for text in "abc"))[1]
-    assert [entry.type for entry in told] == ["opened", "delta", "delta", "delta"]
+    published = parsed(*(chunk({"role": "assistant", "content": text}) for text in "abc"))[1]
+    assert [entry.type for entry in published] == ["opened", "delta", "delta", "delta"]
 
 
 def test_a_head_that_changes_is_published_again() -> None:
-    told = parsed(chunk({"content": "a"}), chunk({"content": "b"}) | {"model": "other"})[1]
-    assert [entry.model for entry in told if isinstance(entry, Opened)] == ["reciter", "other"]
+    published = parsed(chunk({"content": "a"}), chunk({"content": "b"}) | {"model": "other"})[1]
+    assert [entry.model for entry in published if isinstance(entry, Opened)] == ["reciter", "other"]
 
 
 @pytest.mark.parametrize("delta", [{"reasoning_content": "why"}, {"reasoning": "why", "reasoning_content": "why"}])
@@ -453,8 +455,8 @@ def test_content_that_is_not_text_goes_to_extra() -> None:
 @pytest.mark.parametrize("beside", [{}, {"delta": None}, {"delta": {}}])
 def test_a_message_may_stand_for_the_delta(beside: Object) -> None:
     whole = {"choices": [{"message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"} | beside]}
-    parser, told = parsed(whole, done=False)
-    assert (Answer(told).text, Answer(told).finish_reason) == ("a", "stop")
+    parser, published = parsed(whole, done=False)
+    assert (Answer(published).text, Answer(published).finish_reason) == ("a", "stop")
     parser.check_complete()
 
 
@@ -524,11 +526,11 @@ def test_data_that_is_not_a_chunk_is_a_retryable_error(data: bytes) -> None:
 
 @pytest.mark.parametrize("created", [1.5, "yesterday", 1e300, -1])
 def test_a_time_that_is_not_an_integer_goes_to_extra(created: object) -> None:
-    told = parsed(*[chunk({"content": "a"}) | {"created": created}] * 2)[1]
-    opened = told[0]
+    published = parsed(*[chunk({"content": "a"}) | {"created": created}] * 2)[1]
+    opened = published[0]
     assert isinstance(opened, Opened)
     assert (opened.created, opened.extra) == (0, {"created": created})
-    assert [entry.type for entry in told] == ["opened", "delta", "delta"]
+    assert [entry.type for entry in published] == ["opened", "delta", "delta"]
 
 
 @pytest.mark.parametrize(
@@ -552,11 +554,11 @@ def test_an_error_event_is_an_error_in_each_of_its_shapes(event: Object, code: s
 
 
 def test_fields_of_other_names_are_kept_at_every_level() -> None:
-    told = parsed(
+    published = parsed(
         chunk({"content": "a", "audio": {"id": "x"}}, odd=[1]) | {"system_fingerprint": "f", "service_tier": "fast"},
         chunk({"content": "b"}) | {"system_fingerprint": "f", "service_tier": "slow"},
     )[1]
-    opened, first, second = told
+    opened, first, second = published
     assert isinstance(opened, Opened)
     assert isinstance(first, Delta)
     assert isinstance(second, Delta)
@@ -573,8 +575,8 @@ def test_a_choice_with_only_unknown_fields_makes_an_entry() -> None:
 def test_fields_of_chunks_without_a_choice_go_to_the_terminal_entry() -> None:
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     last = {"choices": [], "usage": usage, "system_fingerprint": "f", "timings": {"ms": 1}}
-    parser, told = parsed(chunk({"content": "a"}, "stop"), last)
-    assert [entry.type for entry in told] == ["opened", "delta"]
+    parser, published = parsed(chunk({"content": "a"}, "stop"), last)
+    assert [entry.type for entry in published] == ["opened", "delta"]
     assert (parser.usage, parser.extra) == (usage, {"system_fingerprint": "f", "timings": {"ms": 1}})
 
 
@@ -641,19 +643,19 @@ _ODD = st.dictionaries(st.sampled_from(_NAMES), _JSON, max_size=4) | st.fixed_di
 @given(st.lists(_CHUNK, max_size=5), st.booleans())
 def test_all_text_of_any_well_formed_chunks_is_published(chunks: list[Object], escaped: bool) -> None:  # noqa: FBT001
     answer = Answer(parsed(*(json.dumps(one, ensure_ascii=escaped).encode() for one in chunks))[1])
-    said: dict[int, Object] = {}
+    sent: dict[int, Object] = {}
     for choice in (choice for one in chunks for choice in one.get("choices") or [] if choice):
-        so_far = said.setdefault(choice.get("index") or 0, {"content": "", "reasoning": "", "ids": []})
+        so_far = sent.setdefault(choice.get("index") or 0, {"content": "", "reasoning": "", "ids": []})
         delta = choice.get("delta") or {}
         so_far["content"] += delta.get("content") or ""
         so_far["reasoning"] += delta.get("reasoning") or ""
         so_far["ids"] += choice.get("token_ids") or []
-    told = {choice.index: choice for choice in answer.choices}
-    for index, wanted in said.items():
-        if index in told:
-            assert told[index].content == wanted["content"]
-            assert told[index].reasoning == wanted["reasoning"]
-            assert told[index].token_ids == wanted["ids"]
+    published = {choice.index: choice for choice in answer.choices}
+    for index, wanted in sent.items():
+        if index in published:
+            assert published[index].content == wanted["content"]
+            assert published[index].reasoning == wanted["reasoning"]
+            assert published[index].token_ids == wanted["ids"]
         else:
             assert wanted == {"content": "", "reasoning": "", "ids": []}
 
@@ -691,23 +693,23 @@ def test_any_json_makes_readable_entries_or_an_upstream_error(chunks: list[Objec
     error = None
     for one in chunks:
         try:
-            told = read(parser.parse(msgspec.json.encode(one)))
+            published = read(parser.parse(msgspec.json.encode(one)))
         except UpstreamError as caught:
             error = caught
             break
-        assert all(isinstance(entry, Opened | Delta) for entry in told)
+        assert all(isinstance(entry, Opened | Delta) for entry in published)
     assert error is None or (error.code.startswith("upstream_") and error.message)
 
 
 @given(st.binary(max_size=40) | st.text('[]{}":,0.eE+-ntru\\\x00', max_size=40).map(str.encode))
 def test_any_bytes_make_entries_or_an_upstream_error(data: bytes) -> None:
-    told: list[Fields] = []
+    published: list[Fields] = []
     code = "upstream_malformed"
     try:
-        told = ChunkParser().parse(data)
+        published = ChunkParser().parse(data)
     except UpstreamError as error:
         code = error.code
-    assert (told, code) == ([], "upstream_malformed")
+    assert (published, code) == ([], "upstream_malformed")
 
 
 class Thorough(ChunkParser):
@@ -733,13 +735,13 @@ def test_logprobs_and_tool_calls_are_checked_in_chunks_that_are_nearly_plain() -
 
 
 def both(parser: ChunkParser, thorough: ChunkParser, data: bytes) -> None:
-    told: list[list[Fields] | str] = []
+    published: list[list[Fields] | str] = []
     for one in (parser, thorough):
         try:
-            told.append(one.parse(data))
+            published.append(one.parse(data))
         except UpstreamError as error:
-            told.append(str(error))
-    assert told[0] == told[1]
+            published.append(str(error))
+    assert published[0] == published[1]
     state = attrgetter(
         *(name for name in ChunkParser.__slots__ if name not in {"_decoder", "_extra", "_is_rich"}),
         "_decoder._halves",

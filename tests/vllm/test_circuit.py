@@ -21,7 +21,7 @@ Change = tuple[CircuitState, CircuitState, str]
 
 
 class Clock:
-    """Monotonic seconds that pass when the test says so."""
+    """Monotonic seconds that pass only when the test adds some."""
 
     now = 1000.0
 
