@@ -73,7 +73,7 @@ class Running:
     renewed: float
 
 
-class Worker:
+class FleetWorker:
     """One worker process. It does only what its gate lets through."""
 
     def __init__(self, world: World, name: str) -> None:

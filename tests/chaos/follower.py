@@ -13,7 +13,7 @@ Raw: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 @dataclass(eq=False)
-class Follower:
+class FleetFollower:
     """A reader of one log: what it has seen, and what it knows of the request."""
 
     id: str

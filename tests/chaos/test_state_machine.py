@@ -19,8 +19,8 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import pytest
 from faults import Fate, Network
-from fleet import LEASE, Worker, World
-from follower import Follower, Raw
+from fleet import LEASE, FleetWorker, World
+from follower import FleetFollower, Raw
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -64,14 +64,14 @@ class Machine(RuleBasedStateMachine):
         self._world = World(self.url, Network(self._admin))
         self._names = (f"worker-{number}" for number in range(1000))
         self._workers = [self._do(self._new_worker()) for _ in range(3)]
-        self._followers: list[Follower] = []
+        self._followers: list[FleetFollower] = []
         self._holds = True
 
     def _do(self, work: Coroutine[Any, Any, _T]) -> _T:
         return self._runner.run(work)
 
-    async def _new_worker(self) -> Worker:
-        return Worker(self._world, next(self._names))
+    async def _new_worker(self) -> FleetWorker:
+        return FleetWorker(self._world, next(self._names))
 
     async def _replace(self, place: int) -> None:
         await self._workers[place].die()
@@ -99,7 +99,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self._followers) < 3)
     @rule(length=st.integers(1, 4), by_hand=st.booleans())
     def enqueue(self, length: int, by_hand: bool) -> None:  # noqa: FBT001 - drawn
-        follower = Follower(f"r{len(self._followers)}", length)
+        follower = FleetFollower(f"r{len(self._followers)}", length)
         self._followers.append(follower)
         if by_hand:
             self._add(follower)
@@ -322,7 +322,7 @@ class Machine(RuleBasedStateMachine):
         last = cast("Raw", self._admin.xrevrange(_KEYS.jobs(), count=1))
         return not group["pending"] and (not last or last[0][0] == group["last-delivered-id"])
 
-    def _add(self, follower: Follower) -> None:
+    def _add(self, follower: FleetFollower) -> None:
         self._admin.xadd(_KEYS.jobs(), {"id": follower.id, "request": json.dumps(_request(follower))})
 
     async def _with_client(self, work: Callable[[Client], Awaitable[object]]) -> None:
@@ -330,7 +330,7 @@ class Machine(RuleBasedStateMachine):
             await work(client)
 
 
-def _request(follower: Follower) -> dict[str, object]:
+def _request(follower: FleetFollower) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": follower.id}], "max_tokens": follower.length}
 
 
