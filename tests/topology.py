@@ -156,7 +156,7 @@ def sentinel(binary: Path, folder: Path) -> Iterator[tuple[Node, Node, Node]]:
         yield master, replica, watcher
 
 
-def ask(content: str) -> dict[str, object]:
+def chat_request(content: str) -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 

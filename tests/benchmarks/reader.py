@@ -38,9 +38,9 @@ class Connection:
         self._streams = {key_of(stream).encode(): stream for stream in streams}
         self._last = dict.fromkeys(self._streams, b"0")
         self._seen = dict.fromkeys(self._streams, 0)
-        self.ask()
+        self.send_xread()
 
-    def ask(self) -> None:
+    def send_xread(self) -> None:
         """Wait for entries after the last ones."""
         # The types of hiredis 3.5 allow a tuple of one element only.
         command: Any = (b"XREAD", b"COUNT", b"1000", b"BLOCK", b"0", b"STREAMS", *self._last, *self._last.values())
@@ -57,7 +57,7 @@ class Connection:
                 for entry_id, fields in entries:
                     self._last[key] = entry_id
                     self._take(key, fields, now)
-            self.ask()
+            self.send_xread()
 
     def _take(self, key: bytes, fields: list[bytes], now: int) -> None:
         values = dict(zip(fields[::2], fields[1::2], strict=True))

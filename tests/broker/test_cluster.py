@@ -13,7 +13,7 @@ from acl import ROLES, acl
 from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from topology import MEDDLING, ask, expected, settled, whole
+from topology import MEDDLING, chat_request, expected, settled, whole
 from waits import eventually
 from written_log import let_deadline_pass
 
@@ -76,7 +76,7 @@ async def test_logs_of_every_master_are_written_and_followed(
 ) -> None:  # fmt: skip
     await start_worker(await start_simulator(), redis_url=cluster_url)
     questions = [f"question {number}" for number in range(30)]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     for request_id, question in zip(ids, questions, strict=True):
         whole([entry async for entry in client.follow(request_id)], question)
     await settled(redis)
@@ -118,7 +118,7 @@ async def test_the_documented_rights_suffice_in_a_cluster(
     await start_worker(simulator, redis_url=urls["worker"])
     async with Client(urls["client"]) as client:
         for number in range(12):
-            answer = await client.result(await client.enqueue(ask(f"question {number}")))
+            answer = await client.result(await client.enqueue(chat_request(f"question {number}")))
             assert answer.text == expected(f"question {number}")
         await client.cancel("never")
     refused = {str(entry["object"]) for node in nodes for entry in node.client.acl_log()}
@@ -133,7 +133,7 @@ async def test_connection_options_in_the_url_change_nothing_in_a_cluster(
 ) -> None:
     await start_worker(simulator, redis_url=cluster_url + MEDDLING)
     async with Client(cluster_url + MEDDLING) as client:
-        ids = await asyncio.gather(*(client.enqueue(ask(f"question {number}")) for number in range(20)))
+        ids = await asyncio.gather(*(client.enqueue(chat_request(f"question {number}")) for number in range(20)))
         answers = await asyncio.gather(*map(client.result, ids))
     assert [answer.text for answer in answers] == [expected(f"question {number}") for number in range(20)]
 
@@ -151,7 +151,7 @@ async def test_the_feed_is_sharded_from_redis_7_on_and_at_every_master_before(
             else:
                 feed.subscribe(channel)
             assert feed.get_message(timeout=5)
-            await client.result(await client.enqueue(ask("Who are you?"), id=request_id))
+            await client.result(await client.enqueue(chat_request("Who are you?"), id=request_id))
             received = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
             assert received[0][1]["type"] == "started"
 
@@ -172,7 +172,7 @@ async def test_followers_subscribe_to_the_slot_from_redis_7_on_and_read_before(
         return "cmdstat_xread" in node.client.info("commandstats")
 
     entries = []
-    async for entry in client.generate(ask("Who are you?"), id=request_id):
+    async for entry in client.generate(chat_request("Who are you?"), id=request_id):
         entries.append(entry)
         if len(entries) == 3:
             await eventually(has_feed)
@@ -194,13 +194,13 @@ async def test_a_publisher_that_takes_the_cluster_for_an_older_one_can_be_follow
     without_command_info: str, client: Client, start_worker: StartWorker, start_simulator: StartSimulator,
 ) -> None:  # fmt: skip
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=without_command_info)
-    whole([entry async for entry in client.generate(ask("Who are you?"))], "Who are you?")
+    whole([entry async for entry in client.generate(chat_request("Who are you?"))], "Who are you?")
 
 
 async def test_a_job_that_nobody_started_before_its_deadline_is_ended_in_a_cluster(
     client: Client, redis: Redis
 ) -> None:
-    followed, queried = [await client.enqueue(ask("Who are you?"), timeout=0.1) for _ in range(2)]
+    followed, queried = [await client.enqueue(chat_request("Who are you?"), timeout=0.1) for _ in range(2)]
     for request_id in (followed, queried):
         await let_deadline_pass(redis, request_id)
     assert [entry.type async for entry in client.follow(followed)] == ["queued", "error"]
@@ -217,7 +217,7 @@ async def test_cancel_ends_a_stream_in_a_cluster(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=20)))
     await start_worker(simulator, redis_url=cluster_url, lease=0.5)
-    request_id = await client.enqueue(ask("Tell me a story"))
+    request_id = await client.enqueue(chat_request("Tell me a story"))
     async for entry in client.follow(request_id):
         if isinstance(entry, Delta) and entry.id.n == 3:
             assert (await client.cancel(request_id)).state is State.RUNNING
@@ -238,20 +238,20 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
     with monkeypatch.context() as patch:
         patch.setattr("worker.client.enqueuing.Enqueuer.add_to_queue", die)
         with pytest.raises(Died):
-            await client.enqueue(ask("Who are you?"), id="once")
+            await client.enqueue(chat_request("Who are you?"), id="once")
     assert await client.status("once") == Status(State.QUEUED)
     assert await redis.xlen("chat:jobs") == 0
     with pytest.raises(Conflict):
-        await client.enqueue(ask("Another question"), id="once")
+        await client.enqueue(chat_request("Another question"), id="once")
 
     for _ in range(3):  # each call may or may not have added the job
-        await client.enqueue(ask("Who are you?"), id="once")
+        await client.enqueue(chat_request("Who are you?"), id="once")
     await start_worker(simulator, redis_url=cluster_url)
     whole([entry async for entry in client.follow("once")], "Who are you?")
     await settled(redis)
     assert len(simulator.served) == 1, "the others were acknowledged without running"
     length = await redis.xlen("chat:jobs")
-    await client.enqueue(ask("Who are you?"), id="once")
+    await client.enqueue(chat_request("Who are you?"), id="once")
     assert await redis.xlen("chat:jobs") == length
 
 
@@ -261,7 +261,7 @@ async def test_the_job_of_a_dead_worker_goes_to_another_in_a_cluster(
     simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
     first = start_process(simulator, redis_url=cluster_url, lease=1)
     entries = []
-    async for entry in client.generate(ask("Tell me a story")):
+    async for entry in client.generate(chat_request("Tell me a story")):
         entries.append(entry)
         if isinstance(entry, Delta) and entry.id == (1, 10):
             first.kill()
@@ -279,7 +279,7 @@ async def test_a_stream_continues_while_its_slot_moves(
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     slot = slot_of("chat:tokens:{moving}")
     entries = []
-    async for entry in client.generate(ask("Tell me a story"), id="moving"):
+    async for entry in client.generate(chat_request("Tell me a story"), id="moving"):
         entries.append(entry)
         if isinstance(entry, Delta) and entry.id == (1, 10):
             await asyncio.to_thread(topology.move_slot, nodes, slot)
@@ -294,7 +294,7 @@ async def test_a_stream_outlives_every_connection_to_the_cluster(
 ) -> None:  # fmt: skip
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=150))), redis_url=cluster_url, lease=10)
     entries = []
-    async for entry in client.generate(ask("Who are you?")):
+    async for entry in client.generate(chat_request("Who are you?")):
         entries.append(entry)
         if isinstance(entry, Delta) and entry.id.n in (5, 10, 15):
             for node in nodes:
@@ -377,7 +377,7 @@ async def test_a_paused_master_holds_up_no_stream_of_another(
         node.port: next(name for name in map(str, range(1000)) if node.owns(slot_of(name))) for node in (stands, runs)
     }
     for request_id in ids.values():
-        await client.enqueue(ask("Who are you?"), id=request_id)
+        await client.enqueue(chat_request("Who are you?"), id=request_id)
 
     async def both_run() -> bool:
         return all([await redis.xlen(f"chat:tokens:{{{name}}}") > 4 for name in ids.values()])
@@ -422,7 +422,7 @@ async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slo
     stands.process.send_signal(signal.SIGSTOP)
     try:
         for name in names:
-            await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(ask("Who are you?"))})
+            await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(chat_request("Who are you?"))})
         await eventually(ended)
         assert (await redis.xpending("chat:jobs", "workers"))["pending"] == len(names), (
             "no job is acknowledged without its record"
@@ -461,7 +461,7 @@ async def test_a_paused_master_of_the_dead_letters_holds_up_no_answer(
     try:
         for _ in range(4):
             await redis.xadd("chat:jobs", {"id": "no/id", "request": "{}"})
-        await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(ask("Who are you?"))})
+        await redis.xadd("chat:jobs", {"id": name, "request": json.dumps(chat_request("Who are you?"))})
         await eventually(ended)
     finally:
         stands.process.send_signal(signal.SIGCONT)
@@ -515,7 +515,7 @@ async def test_streams_continue_when_a_master_of_the_cluster_is_killed(
 
             async def generate(question: str) -> Sequence[Entry]:
                 entries = []
-                request_id = await client.enqueue(ask(question), id=question.replace(" ", "-"))
+                request_id = await client.enqueue(chat_request(question), id=question.replace(" ", "-"))
                 async for entry in client.follow(request_id):
                     entries.append(entry)
                     if question == questions[0] and isinstance(entry, Delta) and entry.id == (1, 10):

@@ -12,7 +12,7 @@ import topology
 from acl import ROLES, acl
 from conftest import StartSimulator, StartWorker
 from redis.exceptions import ConnectionError as RedisConnectionError
-from topology import MEDDLING, ask, expected, settled, whole
+from topology import MEDDLING, chat_request, expected, settled, whole
 from waits import eventually
 
 from worker import Client, Delta, Entry
@@ -90,7 +90,7 @@ async def test_the_documented_rights_suffice_under_sentinel(
     urls = {role: url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
     await start_worker(simulator, redis_url=urls["worker"])
     async with Client(urls["client"]) as client:
-        answer = await client.result(await client.enqueue(ask("Who are you?")))
+        answer = await client.result(await client.enqueue(chat_request("Who are you?")))
     assert answer.text == expected("Who are you?")
     refused = {str(entry["object"]) for entry in master.client.acl_log()}
     assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
@@ -118,7 +118,7 @@ async def test_streams_continue_when_the_master_is_killed(
 
         async def generate(question: str) -> Sequence[Entry]:
             entries = []
-            async for entry in client.generate(ask(question)):
+            async for entry in client.generate(chat_request(question)):
                 entries.append(entry)
                 if isinstance(entry, Delta) and entry.id == (1, 10):
                     begun.add(question)
@@ -152,7 +152,7 @@ async def test_entries_lost_in_a_failover_are_written_again_visibly(
     url, (master, copy, watcher) = guarded
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))), redis_url=url, lease=10)
     async with Client(url, patience=20) as client, command_client(url) as redis:
-        await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask("Tell me a story"))})
+        await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(chat_request("Tell me a story"))})
         await eventually(lambda: redis.exists("chat:tokens:{r}"))
         entries = []
         async for entry in client.follow("r"):
@@ -196,7 +196,7 @@ async def test_a_job_is_kept_until_as_many_replicas_as_asked_for_have_its_end(
     try:
         first = await start_worker(simulator, redis_url=url, wait_replicas=1, lease=60, drain_timeout=0)
         async with Client(url, patience=20) as client:
-            entries = [entry async for entry in client.generate(ask("Who are you?"))]
+            entries = [entry async for entry in client.generate(chat_request("Who are you?"))]
         whole(entries, "Who are you?")
         await eventually(has_waited_twice)
         assert len(await pending()) == 1

@@ -22,14 +22,14 @@ QUESTION = "What do the river and the sea say to one another in the night?"
 """A question whose answer has some forty tokens, each a delta with text."""
 
 
-def ask(content: str = QUESTION, **more: object) -> dict[str, object]:
+def chat_request(content: str = QUESTION, **more: object) -> dict[str, object]:
     """A request. Its field `simulate` is the scenario that the simulated vLLM follows."""
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
 def expected(content: str = QUESTION) -> str:
     """The answer of the simulated vLLM."""
-    return answer_to(ask(content)["messages"])
+    return answer_to(chat_request(content)["messages"])
 
 
 @dataclass(frozen=True, slots=True)

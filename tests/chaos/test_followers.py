@@ -4,7 +4,7 @@ import asyncio
 import socket
 from urllib.parse import urlsplit
 
-from checks import ask, has_begun, log_of, promise_kept
+from checks import chat_request, has_begun, log_of, promise_kept
 from conftest import StartSimulator, StartWorker
 from redis.asyncio import Redis
 from waits import eventually
@@ -18,7 +18,7 @@ async def test_three_hundred_followers_of_one_request_get_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
 
     async def follow() -> list[EntryId]:
         return [entry.id async for entry in client.follow(request_id)]
@@ -33,7 +33,7 @@ async def test_a_follower_that_reads_nothing_delays_nobody(
     client: Client, redis: Redis, redis_url: str, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=40))), lease=15)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     key = f"chat:tokens:{{{request_id}}}"
     parts = urlsplit(redis_url)

@@ -1,7 +1,7 @@
 """Connections to Redis that break around one command: before it was sent, or after it was executed, its reply lost."""
 
 import pytest
-from checks import ask, begun_by_a_dead_worker, expected, promise_kept
+from checks import begun_by_a_dead_worker, chat_request, expected, promise_kept
 from conftest import StartSimulator, StartWorker
 from proxy import Order, Proxy
 from redis.asyncio import Redis
@@ -46,7 +46,7 @@ async def test_a_command_that_is_cut_off_twice_changes_no_result(
     simulator = await start_simulator(Options(scenario=Scenario(rate=200)))
     await start_worker(simulator, lease=10, redis_url=redis_proxy.redis_url)
     questions = ["Who are you?", "你是谁?"]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     for question, request_id in zip(questions, ids, strict=True):
         ended = await promise_kept(redis, request_id, expected(question))
         assert ended.attempts == 1, "the worker lived and had its lease: nothing begins again"
@@ -59,7 +59,7 @@ async def test_the_jobs_of_a_read_whose_reply_was_lost_come_with_their_lease(
 ) -> None:
     order = redis_proxy.drop_reply(rb"^XREADGROUP", reply=rb"messages")
     await start_worker(await start_simulator(), lease=1, redis_url=redis_proxy.redis_url)
-    ids = [await client.enqueue(ask()) for _ in range(3)]
+    ids = [await client.enqueue(chat_request()) for _ in range(3)]
     for request_id in ids:
         await promise_kept(redis, request_id)
     assert order.done.is_set()
@@ -68,7 +68,7 @@ async def test_the_jobs_of_a_read_whose_reply_was_lost_come_with_their_lease(
 async def test_the_jobs_of_a_take_over_whose_reply_was_lost_come_once_more(
     client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
     order = redis_proxy.drop_reply(rb"^XAUTOCLAIM", reply=rb"messages")
     await start_worker(await start_simulator(), lease=1, redis_url=redis_proxy.redis_url)
@@ -85,7 +85,7 @@ async def test_a_claim_that_is_cut_off_is_repeated_at_most_once(
     start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
     order = break_at(redis_proxy, how, rb"^XADD \S+ NOMKSTREAM 2-0 ")
     await start_worker(await start_simulator(), lease=10, redis_url=redis_proxy.redis_url)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 
 import pytest
-from checks import LogEntry, ask, expected, has_begun, log_of, pending, promise_kept
+from checks import LogEntry, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
 from waits import eventually
@@ -28,7 +28,7 @@ CLAIMED = BEGUN | {"type": "claimed", "reason": "takeover"}
 async def left_behind(redis: Redis, log: Iterable[tuple[str, dict[str, str]]], deliveries: int = 1) -> bytes:
     """Add a job whose worker died, with the entries that it wrote; returns the job's entry id."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
-    job = await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
+    job = await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(chat_request())})
     assert isinstance(job, bytes)
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
     for where, fields in log:
@@ -205,7 +205,7 @@ async def test_a_log_that_is_deleted_again_and_again_has_its_end_before_the_job_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=100))))
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     key, left = f"chat:tokens:{{{request_id}}}", 3
     take_step = getattr(LogOwnership, step)
@@ -261,7 +261,7 @@ async def test_an_end_that_is_deleted_before_its_settlement_does_not_end_the_job
 
     monkeypatch.setattr(LogOwnership, "read_entries", deleted_before)
     await redis.xadd(KEY, {"type": "cancelled"}, id=str(SEAL))
-    await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(ask())})
+    await redis.xadd("chat:jobs", {"id": "r", "request": json.dumps(chat_request())})
     await start_worker(simulator)
     await promise_kept(redis, "r")
 
@@ -278,7 +278,7 @@ async def test_a_job_whose_log_loses_entries_for_ever_is_buried(
 
     monkeypatch.setattr(LogOwnership, "seal", deleted_before)
     await start_worker(simulator, max_deliveries=2)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
 
     async def is_done_with() -> bool:
         return bool(await redis.exists("chat:dead")) and not await pending(redis)
@@ -307,14 +307,14 @@ async def test_a_job_that_somebody_removes_from_the_group_is_ended_by_its_worker
             await redis.xgroup_delconsumer("chat:jobs", "workers", consumer)
 
     worker = start_process(simulator)
-    dies = await client.enqueue(ask())
+    dies = await client.enqueue(chat_request())
     await has_begun(redis, dies)
     ((job, consumer),) = await pending(redis)
     worker.kill()
     worker.wait()
     await take_out(job, consumer)
     await start_worker(simulator, lease=0.5)
-    lives = await client.enqueue(ask())
+    lives = await client.enqueue(chat_request())
     await has_begun(redis, lives)
     ((job, consumer),) = await pending(redis)
     await take_out(job, consumer)
@@ -330,7 +330,7 @@ async def test_a_log_that_is_meddled_with_while_it_is_written_is_not_sealed_as_w
 ) -> None:
     """After a renaming, the next entries have greater ids than the log that is back, so that Redis accepts them."""
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     key = f"chat:tokens:{{{request_id}}}"
     await has_begun(redis, request_id, 6)
     match step:
@@ -351,7 +351,7 @@ async def test_a_log_that_is_trimmed_while_it_is_written_stays_whole_for_its_fol
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=50))))
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     following = asyncio.create_task(client.result(request_id))
     await has_begun(redis, request_id, 6)
     await redis.xtrim(f"chat:tokens:{{{request_id}}}", maxlen=3, approximate=False)
@@ -425,7 +425,7 @@ async def test_a_hole_that_appears_during_a_stream_restarts_the_answer_when_it_b
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     worker = await start_worker(simulator)
     other = await start_worker(simulator)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id, 8)
     await redis.xdel(f"chat:tokens:{{{request_id}}}", "1-4", "1-5", "1-6")
     holder = worker if len(worker._running_jobs) else other

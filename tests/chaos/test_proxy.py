@@ -143,7 +143,7 @@ async def test_a_delay_applies_to_each_direction(redis_proxy: Proxy, through: Re
 
 
 async def test_a_stream_of_vllm_passes_through_and_can_be_cut(simulator: Simulator) -> None:
-    async def ask(proxy: Proxy) -> bytes:
+    async def exchange(proxy: Proxy) -> bytes:
         body = b'{"messages": [{"role": "user", "content": "Who are you?"}], "stream": true}'
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
@@ -156,8 +156,8 @@ async def test_a_stream_of_vllm_passes_through_and_can_be_cut(simulator: Simulat
             writer.close()
 
     async with Proxy.before(simulator.url) as proxy:
-        assert b"[DONE]" in await ask(proxy)
+        assert b"[DONE]" in await exchange(proxy)
         order = proxy.drop_reply(rb"POST")
-        assert not await ask(proxy)
+        assert not await exchange(proxy)
         assert order.done.is_set()
         assert len(simulator.served) == 2

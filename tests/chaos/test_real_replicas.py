@@ -52,7 +52,7 @@ async def model() -> str:
         return str((await http.get(f"{URLS[0]}/v1/models")).json()["data"][0]["id"])
 
 
-def ask(name: str, question: str) -> dict[str, Any]:
+def chat_request(name: str, question: str) -> dict[str, Any]:
     tools = {"tools": [TOOL]} if "Weather" in question else {}
     return {
         "model": name, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 400, **tools
@@ -96,7 +96,7 @@ def held(urls: Iterable[str]) -> Iterator[list[psutil.Process]]:
 async def under_way(client: Client, redis: Redis, name: str, engine: psutil.Process) -> dict[str, list[str]]:
     """Each question several times; this engine has computed some tokens of each of them, and finished none."""
     repeated = [question for question in QUESTIONS for _ in range(COPIES)]
-    added = await asyncio.gather(*(client.enqueue(ask(name, question)) for question in repeated))
+    added = await asyncio.gather(*(client.enqueue(chat_request(name, question)) for question in repeated))
     ports = {httpx.URL(url).port for url in URLS}
 
     async def are_at_the_servers() -> bool:
@@ -128,7 +128,7 @@ async def compare(client: Client, redis: Redis, name: str, ids: dict[str, list[s
     """Every answer against the direct one; gives what became of those that were broken off."""
     broken: dict[str, list[str]] = {}
     for question, copies in ids.items():
-        direct = await ask_directly(ask(name, question))
+        direct = await ask_directly(chat_request(name, question))
         for request_id in copies:
             answer = await client.result(request_id)
             assert answer.outcome == "done", answer.error

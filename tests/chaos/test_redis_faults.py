@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from checks import ask, expected, has_begun, log_of, pending, promise_kept
+from checks import chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartSimulator, StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
@@ -79,7 +79,7 @@ async def test_a_redis_that_is_killed_and_comes_back_with_its_file(
 ) -> None:
     await start_worker(paced, lease=15, redis_url=durable.url)
     async with Client(durable.url, patience=30) as client:
-        ids = [await client.enqueue(ask(question)) for question in ("one", "two", "three")]
+        ids = [await client.enqueue(chat_request(question)) for question in ("one", "two", "three")]
         seen: list[Entry] = []
 
         async def follow() -> None:
@@ -101,7 +101,7 @@ async def test_connections_to_redis_that_are_cut_again_and_again(
     client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
 ) -> None:
     await start_worker(paced, lease=15, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     for deltas in range(1, 40, 4):
         await has_begun(redis, request_id, deltas)
         await redis_proxy.cut()
@@ -112,7 +112,7 @@ async def test_a_silent_redis_is_given_up_and_commands_sent_to_it_may_arrive_lat
     client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
 ) -> None:
     await start_worker(paced, pace=IMPATIENT, lease=15, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     redis_proxy.half_open()
     before = redis_proxy.accepted
@@ -130,7 +130,7 @@ async def test_a_redis_that_is_silent_past_the_lease_for_one_worker_only(
     client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, paced: Simulator
 ) -> None:
     first = await start_worker(paced, pace=IMPATIENT, lease=1, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     redis_proxy.half_open()
     await start_worker(paced, pace=IMPATIENT, lease=1)
@@ -151,10 +151,10 @@ async def test_a_redis_that_forgets_everything(
     when: str, client: Client, redis: Redis, start_worker: StartWorker, paced: Simulator
 ) -> None:
     await start_worker(paced)
-    lost = await client.enqueue(ask("lost", simulate={"rate": 40 if when == "streaming" else 0}))
+    lost = await client.enqueue(chat_request("lost", simulate={"rate": 40 if when == "streaming" else 0}))
     await (has_begun(redis, lost) if when == "streaming" else promise_kept(redis, lost, expected("lost")))
     await redis.flushall()
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await promise_kept(redis, request_id)
 
     async def dropped() -> bool:
@@ -172,7 +172,7 @@ async def test_a_destroyed_group_is_recreated_with_all_its_jobs(
     questions = [f"question {number}" for number in range(3)]
     rates = (80, 20, 0)  # the first one ends while the second runs, and the third comes with the group
     ids = [
-        await client.enqueue(ask(question, simulate={"rate": rate}))
+        await client.enqueue(chat_request(question, simulate={"rate": rate}))
         for question, rate in zip(questions, rates, strict=True)
     ]
     await has_begun(redis, ids[0])
@@ -192,7 +192,7 @@ async def test_streams_wait_while_redis_has_no_room(
 ) -> None:
     await start_worker(paced, lease=1)
     questions = ("one", "two", "three")
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     for request_id in ids:
         await has_begun(redis, request_id)
     await redis.config_set("maxmemory", "1")
@@ -223,7 +223,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     worker = await start_worker(simulator, lease=30, redis_url=redis_proxy.redis_url)
     redis_proxy.up = 0.1
     # With its alternatives a token is two kilobytes and a half, and the answer more than sockets can hold on the way.
-    request_id = await client.enqueue(ask(logprobs=True, top_logprobs=20))
+    request_id = await client.enqueue(chat_request(logprobs=True, top_logprobs=20))
 
     chunks = [-1]
 
@@ -235,7 +235,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     assert not simulator.served[0].finished
     assert waiting(worker) < 3 * HIGH_WATER_BYTES, "no more than one read beyond the mark"
     await redis_proxy.heal()
-    await promise_kept(redis, request_id, answer_to(ask()["messages"], tokens=tokens))
+    await promise_kept(redis, request_id, answer_to(chat_request()["messages"], tokens=tokens))
 
 
 def waiting(worker: Worker) -> int:
@@ -273,7 +273,7 @@ async def test_a_right_that_is_removed_and_restored_ends_no_job(
 ) -> None:
     worker = await start_worker(paced, lease=15, redis_url=limited)
     questions = [f"question {number}" for number in range(6)]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     for request_id in ids:
         await has_begun(redis, request_id)
 
@@ -283,7 +283,7 @@ async def test_a_right_that_is_removed_and_restored_ends_no_job(
     await redis.execute_command("ACL", "SETUSER", "relay", *taken)  # type: ignore[no-untyped-call]  # so in redis-py 8.1
     if "resetpass" in taken:
         await redis.execute_command("CLIENT", "KILL", "USER", "relay")  # type: ignore[no-untyped-call]  # likewise
-    late = await client.enqueue(ask("late"))
+    late = await client.enqueue(chat_request("late"))
     before = failures()
 
     async def refused_again_and_again() -> bool:

@@ -1,7 +1,7 @@
 """Every fault of a vLLM that the simulated one can have: the first try meets it, and the answer is whole in the end."""
 
 import pytest
-from checks import ask, expected, has_begun, log_of, promise_kept
+from checks import chat_request, expected, has_begun, log_of, promise_kept
 from conftest import StartSimulator, StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
@@ -30,7 +30,7 @@ async def test_a_fault_before_the_first_token_is_invisible(
 ) -> None:
     simulator = await start_simulator(Options(keep_alive=0.1))
     await start_worker(simulator, **QUICK)
-    request_id = await client.enqueue(ask("Who are you?", simulate={"fault": fault, "times": 1}))
+    request_id = await client.enqueue(chat_request("Who are you?", simulate={"fault": fault, "times": 1}))
     ended = await promise_kept(redis, request_id, expected("Who are you?"))
     assert simulator.served[0].fault == fault
     assert "restarted" not in {line.type for line in ended.log}
@@ -44,7 +44,7 @@ async def test_a_broken_stream_is_resumed_or_restarted(
     simulator = await start_simulator(Options(keep_alive=0.1))
     await start_worker(simulator, **QUICK)
     order = {"fault": fault, "times": 1, "after": after}
-    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    request_id = await client.enqueue(chat_request("Who are you?", simulate=order))
     await promise_kept(redis, request_id, expected("Who are you?"))
     assert simulator.served[0].fault == fault
     assert len(simulator.served) > 1
@@ -60,7 +60,7 @@ async def test_a_response_that_is_not_a_fault_is_not_retried(
 ) -> None:
     simulator = await start_simulator(Options(keep_alive=0.1))
     await start_worker(simulator)
-    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    request_id = await client.enqueue(chat_request("Who are you?", simulate=order))
     assert (await promise_kept(redis, request_id, expected("Who are you?"))).attempts == 1
     assert len(simulator.served) == 1
 
@@ -71,7 +71,7 @@ async def test_the_next_try_waits_as_long_as_the_server_asks(
     simulator = await paced(start_simulator)
     await start_worker(simulator)
     order = {"fault": "429", "times": 1, "retry_after": 0.4}
-    request_id = await client.enqueue(ask("Who are you?", simulate=order))
+    request_id = await client.enqueue(chat_request("Who are you?", simulate=order))
     await promise_kept(redis, request_id, expected("Who are you?"))
     first, second = simulator.served
     assert second.started - first.started >= 0.4, "twenty times the pause without Retry-After"
@@ -83,7 +83,7 @@ async def test_a_server_that_asks_for_time_holds_up_no_job_that_another_can_serv
     busy = await start_simulator(Options(scenario=Scenario(fault="503", retry_after=600)))
     well = await start_simulator()
     await start_worker(busy, well, pace=Pace(first_retry=0.02, longest_retry=3600))
-    request_id = await client.enqueue(ask("Who are you?"))
+    request_id = await client.enqueue(chat_request("Who are you?"))
     await promise_kept(redis, request_id, expected("Who are you?"))
     assert (len(busy.served), len(well.served)) == (1, 1)
 
@@ -94,7 +94,7 @@ async def test_a_connection_to_vllm_that_is_cut_mid_stream(
     simulator = await paced(start_simulator)
     async with Proxy.before(simulator.url) as proxy:
         await start_worker(proxy)
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         for attempt in (1, 2):
             await has_begun(redis, request_id, attempt=attempt)
             await proxy.cut()
@@ -108,7 +108,7 @@ async def test_a_connection_to_vllm_that_falls_silent_mid_stream(
     simulator = await paced(start_simulator)
     async with Proxy.before(simulator.url) as proxy:
         await start_worker(proxy, **QUICK)
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         await has_begun(redis, request_id)
         proxy.half_open()
 
@@ -126,7 +126,7 @@ async def test_a_vllm_that_dies_mid_stream_is_replaced_by_the_other(
     one, two = await paced(start_simulator), await paced(start_simulator)
     async with Proxy.before(one.url) as first, Proxy.before(two.url) as second:
         await start_worker(first, second)
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         await has_begun(redis, request_id)
         dead, alive = (first, two) if one.served else (second, one)
         dead.refuse()

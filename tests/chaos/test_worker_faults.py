@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from checks import ask, begun_by_a_dead_worker, expected, has_begun, log_of, pending, promise_kept
+from checks import begun_by_a_dead_worker, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker
 from proxy import Proxy
 from redis import Redis as BlockingRedis
@@ -54,7 +54,7 @@ async def test_a_worker_that_is_killed_before_it_sends_a_command(
 ) -> None:
     held = redis_proxy.hold(before)
     process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     async with asyncio.timeout(30):
         await held.met.wait()
     process.kill()
@@ -76,7 +76,7 @@ async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_d
     slow: Simulator,
 ) -> None:
     first = start_process(slow, lease=LEASE, slots=1)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     first.send_signal(signal.SIGSTOP)
     try:
@@ -116,7 +116,7 @@ async def test_a_worker_that_gets_sigterm_finishes_or_hands_over(
 ) -> None:
     # With leases of a minute only a hand-over lets the next worker continue within the time of this test.
     process = start_process(slow, lease=60, drain_timeout=drain)
-    request_id = await client.enqueue(ask(simulate={"rate": 40} if drain == 20 else {}))
+    request_id = await client.enqueue(chat_request(simulate={"rate": 40} if drain == 20 else {}))
     await has_begun(redis, request_id, 2)
     process.terminate()
     await start_worker(simulator, lease=60)
@@ -138,7 +138,7 @@ async def test_a_worker_that_gets_a_second_signal_hands_over_at_once(
 ) -> None:
     # It would drain for longer than the test may take, and the lease of a minute leaves only a hand-over.
     process = start_process(slow, lease=60, drain_timeout=600)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id, 2)
     process.send_signal(how)
 
@@ -158,7 +158,7 @@ async def test_a_stalled_event_loop_costs_the_lease_and_nothing_else(
 ) -> None:
     lease = 0.5
     await start_worker(paced, lease=lease)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_begun(redis, request_id)
     stall_past_the_lease(redis_url, lease)
     await promise_kept(redis, request_id)
@@ -182,7 +182,7 @@ async def test_a_dead_workers_job_is_found_behind_many_live_ones(
         await redis.xadd("chat:jobs", {"id": f"live-{number}"})
     await redis.xreadgroup("workers", "alive", {"chat:jobs": ">"})
     live = [job for job, _ in await pending(redis)]
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(redis, request_id)
     await start_worker(simulator, lease=60, slots=4)
 
@@ -203,7 +203,7 @@ async def test_two_releases_side_by_side_understand_each_other(
     slow: Simulator,
 ) -> None:
     """A later release may write types and fields that this one does not know, and each may take over from the other."""
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(
         redis,
         request_id,
@@ -215,7 +215,7 @@ async def test_two_releases_side_by_side_understand_each_other(
     first = start_process(slow, lease=LEASE, slots=3, queues="default,low", drain_timeout=0.1)
     await has_begun(redis, request_id, 2, attempt=2)
     questions = [f"question {number}" for number in range(8)]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     await start_worker(simulator, lease=LEASE, slots=5, tries=7)
     first.terminate()
     await promise_kept(redis, request_id)
@@ -228,7 +228,7 @@ async def test_a_request_that_is_added_twice_is_answered_once(
     when: str, redis: Redis, start_worker: StartWorker, paced: Simulator
 ) -> None:
     async def add() -> None:
-        await redis.xadd("chat:jobs", {"id": "twice", "request": to_json(ask())})
+        await redis.xadd("chat:jobs", {"id": "twice", "request": to_json(chat_request())})
 
     await add()
     if when == "after its worker died":

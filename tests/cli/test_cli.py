@@ -651,11 +651,11 @@ def test_help_names_the_kind_of_each_value() -> None:
 
 
 def test_a_shell_completes_the_commands() -> None:
-    def ask(**variables: str) -> str:
+    def complete(**variables: str) -> str:
         return CliRunner().invoke(main, prog_name="worker", env=variables).stdout
 
-    assert "_worker_completion" in ask(_WORKER_COMPLETE="zsh_source")  # for bash, click asks for its version first
-    assert ask(_WORKER_COMPLETE="bash_complete", COMP_WORDS="worker enq", COMP_CWORD="1") == "plain,enqueue\n"
+    assert "_worker_completion" in complete(_WORKER_COMPLETE="zsh_source")  # for bash, click asks for its version first
+    assert complete(_WORKER_COMPLETE="bash_complete", COMP_WORDS="worker enq", COMP_CWORD="1") == "plain,enqueue\n"
 
 
 async def test_enqueue_notes_that_no_worker_serves_the_queue(redis_url: str) -> None:

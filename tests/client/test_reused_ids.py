@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from checks import ask, expected, has_begun, log_of, pending
+from checks import chat_request, expected, has_begun, log_of, pending
 from conftest import StartSimulator, StartWorker, stream
 from redis.asyncio import Redis
 from waits import eventually
@@ -11,7 +11,7 @@ from waits import eventually
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 KEY = "chat:tokens:{r}"
-FIRST, SECOND = ({"id": "r", "request": json.dumps(ask(text))} for text in ("first", "second"))
+FIRST, SECOND = ({"id": "r", "request": json.dumps(chat_request(text))} for text in ("first", "second"))
 
 
 async def add(redis: Redis, job: dict[str, str]) -> object:

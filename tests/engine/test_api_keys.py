@@ -34,11 +34,11 @@ def server_pace() -> ServerPace:
     return ServerPace(probe_every=0.05, first_pause=0.05, longest_pause=0.05)
 
 
-def ask(**more: Any) -> Object:  # noqa: ANN401
+def chat_request(**more: Any) -> Object:  # noqa: ANN401
     return {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}], **more}
 
 
-TEXT = answer_to(ask()["messages"])
+TEXT = answer_to(chat_request()["messages"])
 
 
 class Changing(Simulator):
@@ -90,7 +90,7 @@ async def test_an_answer_whose_key_changes_mid_stream_resumes_with_the_new_key_o
     async with Changing(status=status, lists=lists) as server:
         await start_worker(server, tries=2, vllm_api_key_file=str(key_file))
         with capture_logs() as logs:
-            request_id = await client.enqueue(ask())
+            request_id = await client.enqueue(chat_request())
 
             async def refused() -> bool:
                 return server.refused > (3 if lists else 0)
@@ -110,7 +110,7 @@ async def test_an_answer_whose_key_is_refused_resumes_at_a_server_that_accepts_i
     async with Changing() as server:
         other = await start_simulator(Options(api_key=OLD))
         await start_worker(server, other, tries=2, vllm_api_key=OLD)
-        answer = await client.result(await client.enqueue(ask()))
+        answer = await client.result(await client.enqueue(chat_request()))
     assert (answer.outcome, answer.text) == ("done", TEXT)
     assert len(other.served) == 1
 
@@ -122,7 +122,7 @@ async def test_each_server_gets_the_key_that_it_accepts(
     servers = [await start_simulator(Options(api_key=key)) for key in (OLD, NEW)]
     worker = await start_worker(*servers, vllm_api_key=OLD, vllm_api_key_2=NEW)
     for _ in range(4):
-        answer = await client.result(await client.enqueue(ask()))
+        answer = await client.result(await client.enqueue(chat_request()))
         assert answer.outcome == "done"
     assert [endpoint.accepted_key for endpoint in worker._servers.servers] == [OLD, NEW]
 
@@ -135,7 +135,7 @@ async def test_a_job_whose_key_every_server_refuses_waits_for_another(
         for server in (one, other):
             server.options = Options(api_key=NEW)
         worker = await start_worker(one, other, vllm_api_key_file=str(key_file))
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         await eventually(lambda: waits(worker))
         write(key_file, f"{OLD}\n\n  {NEW}  \n")
         answer = await client.result(request_id)
@@ -149,7 +149,7 @@ async def test_a_job_whose_key_is_refused_waits_until_its_deadline_and_no_longer
     async with Changing(lists=lists) as server:
         server.options = Options(api_key=NEW)
         await start_worker(server, vllm_api_key=OLD, tries=1)
-        answer = await client.result(await client.enqueue(ask(), timeout=1))
+        answer = await client.result(await client.enqueue(chat_request(), timeout=1))
         assert server.refused
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"
@@ -163,7 +163,7 @@ async def test_a_server_that_forbids_everything_refuses_the_key(
         worker = await start_worker(server, tries=1, vllm_api_key_file=str(key_file))
         await eventually(lambda: _has_listed(worker))
         server.options = Options(api_key=NEW)
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         await eventually(lambda: waits(worker))
         write(key_file, NEW)
         assert (await client.result(request_id)).outcome == "done"
@@ -190,10 +190,10 @@ async def test_a_request_that_is_forbidden_where_others_are_not_ends_with_its_tr
 
     async with Choosy() as server:
         await start_worker(server)
-        answer = await client.result(await client.enqueue(ask(user="forbidden")))
+        answer = await client.result(await client.enqueue(chat_request(user="forbidden")))
         assert isinstance(answer.end, Failed)
         assert (answer.end.code, server.requests) == ("unauthorized", 3)
-        assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+        assert (await client.result(await client.enqueue(chat_request()))).outcome == "done"
 
 
 async def test_requests_refused_with_401_by_a_server_that_accepts_the_key_block_no_others(
@@ -215,14 +215,14 @@ async def test_requests_refused_with_401_by_a_server_that_accepts_the_key_block_
 
     async with Router() as router:
         await start_worker(router, tries=1)
-        waiting = [await client.enqueue(ask(user="refused")) for _ in range(8)]
+        waiting = [await client.enqueue(chat_request(user="refused")) for _ in range(8)]
 
         async def has_request() -> bool:
             return router.refused > 8
 
         await eventually(has_request)
         for _ in range(3):
-            assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+            assert (await client.result(await client.enqueue(chat_request()))).outcome == "done"
         router.mended = True
         assert {(await client.result(request_id)).outcome for request_id in waiting} == {"done"}
 

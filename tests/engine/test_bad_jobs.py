@@ -70,7 +70,7 @@ class Picky(Simulator):
             await connection.respond(200, "text/event-stream", body)
 
 
-def ask(content: str, **more: Any) -> Object:  # noqa: ANN401
+def chat_request(content: str, **more: Any) -> Object:  # noqa: ANN401
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -92,9 +92,9 @@ async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
         await start_worker(*picky)
         ids = []
         for n in range(bad):  # one after another, so that each meets the circuit state that the former left
-            ids.append(await client.enqueue(ask(f"bad {n}")))
+            ids.append(await client.enqueue(chat_request(f"bad {n}")))
             await eventually(partial(_asked, picky, f"bad {n}"))
-        (good,) = await ended(client, await client.enqueue(ask("good")))
+        (good,) = await ended(client, await client.enqueue(chat_request("good")))
         assert good.outcome == "done"
         assert sum(server.requests["good"] for server in picky) == 1
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
@@ -112,7 +112,7 @@ async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_w
     """Half of all jobs are bad."""
     async with Picky(way) as picky:
         await start_worker(picky, slots=16)
-        ids = [await client.enqueue(ask(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
+        ids = [await client.enqueue(chat_request(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
         assert outcomes == ["error", "done"] * 40
         assert all(picky.requests[f"good {n}"] == 1 for n in range(1, 80, 2))
@@ -122,8 +122,8 @@ async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, s
     """No other job is left for a trial, so the worker tries the server with a request of its own."""
     async with Picky() as picky:
         await start_worker(picky, slots=FAILURES + 2)
-        ids = [await client.enqueue(ask(f"bad {n}")) for n in range(4 * FAILURES)]
-        (good,) = await ended(client, await client.enqueue(ask("good")))
+        ids = [await client.enqueue(chat_request(f"bad {n}")) for n in range(4 * FAILURES)]
+        (good,) = await ended(client, await client.enqueue(chat_request("good")))
         assert good.outcome == "done"
         assert {answer.outcome for answer in await ended(client, *ids)} == {"error"}
         assert picky.requests["Hi"], "the worker sent a request of its own"
@@ -138,7 +138,7 @@ async def test_a_server_that_fails_at_everything_ends_no_job_that_another_server
         good = await start_simulator()
         await start_worker(broken, good, slots=1)
         for n in range(4 * FAILURES):
-            (answer,) = await ended(client, await client.enqueue(ask(f"question {n}")))
+            (answer,) = await ended(client, await client.enqueue(chat_request(f"question {n}")))
             assert answer.outcome == "done"
         assert (
             broken.requests.total() == FAILURES + 1
@@ -152,9 +152,9 @@ async def test_a_server_that_fails_at_everything_does_not_turn_the_queue_into_er
     """Each job is sent at most once more and then waits, even if it has a single try."""
     async with Picky() as broken:
         worker = await start_worker(broken, tries=1, slots=4)
-        await ended(client, await client.enqueue(ask("before")))
+        await ended(client, await client.enqueue(chat_request("before")))
         broken.fails_all = True
-        ids = [await client.enqueue(ask(f"question {n}")) for n in range(4 * FAILURES)]
+        ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(4 * FAILURES)]
 
         async def waits() -> bool:
             waiting = worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model")

@@ -26,7 +26,7 @@ NEVER = 60
 """A lease of a minute: maintenance verifies no log within a test, so only a hint can be the cause."""
 
 
-def ask(content: str = "Tell me a story") -> dict[str, object]:
+def chat_request(content: str = "Tell me a story") -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 
@@ -88,7 +88,7 @@ async def test_the_seal_and_the_lifecycle_have_the_usage_of_the_whole_log(
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await worker_before(start_worker, redis, await start_simulator(Options(scenario=Scenario(fault="stall", after=5))))
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun(client, request_id, deltas=5)
     await client.cancel(request_id)
     line = await settled(redis)
@@ -125,7 +125,7 @@ async def test_a_seal_has_the_usage_of_every_entry_before_it_or_no_usage(
 async def test_an_entry_that_cannot_be_read_does_not_keep_a_request_from_being_cancelled(
     client: Client, redis: Redis
 ) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "delta", "token_ids": "?"}, id="1-1")
     await client.cancel(request_id)
     assert (await client.status(request_id)).outcome == "cancelled"
@@ -164,7 +164,7 @@ async def test_a_log_is_read_to_its_seal_wherever_a_page_ends(entries: int, clie
 
 
 async def test_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client: Client, redis: Redis) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     key = f"chat:tokens:{{{request_id}}}"
     await client.cancel(request_id)
     before = await stream(redis, key)
@@ -175,7 +175,7 @@ async def test_a_log_that_is_sealed_just_before_a_cancel_is_left_as_it_is(client
 async def test_a_cancel_before_a_worker_takes_the_job(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     assert (await client.cancel(request_id)).state is State.QUEUED
     await worker_before(start_worker, redis, simulator)
     assert (await settled(redis))[b"outcome"] == b"cancelled"
@@ -187,7 +187,7 @@ async def test_a_cancel_before_the_first_token(
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_requests(silent)
     assert (await client.cancel(request_id)).state is State.RUNNING
     await closed_early(silent)
@@ -200,7 +200,7 @@ async def test_a_cancel_mid_stream_while_the_stream_is_silent(
     """A stream that still flows would find the seal with its next entry, even without a hint."""
     stalls = await start_simulator(Options(scenario=Scenario(fault="stall", after=5)))
     await worker_before(start_worker, redis, stalls)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun(client, request_id, deltas=5)
     await client.cancel(request_id)
     await closed_early(stalls)
@@ -209,7 +209,7 @@ async def test_a_cancel_mid_stream_while_the_stream_is_silent(
     assert json.loads(finished[b"usage"])["completion_tokens"] >= 5, "the usage so far is reported"
     answer = await read(redis, request_id)
     assert answer.text
-    assert answer_to(ask()["messages"]).startswith(answer.text)
+    assert answer_to(chat_request()["messages"]).startswith(answer.text)
 
 
 async def test_a_cancel_between_two_tries(
@@ -217,7 +217,7 @@ async def test_a_cancel_between_two_tries(
 ) -> None:
     busy = await start_simulator(Options(scenario=Scenario(fault="503", retry_after=600)))
     await worker_before(start_worker, redis, busy)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
 
     async def refused() -> bool:
         return [served.ended is not None for served in busy.served] == [True]
@@ -250,7 +250,7 @@ async def test_a_cancel_while_a_server_is_asked_how_to_resume(
 ) -> None:
     async with Silent(Options(scenario=Scenario(fault="cut", after=8))) as silent:
         await worker_before(start_worker, redis, silent)
-        request_id = await client.enqueue(ask(), timeout=2 if ended_by == "deadline" else 600)
+        request_id = await client.enqueue(chat_request(), timeout=2 if ended_by == "deadline" else 600)
 
         async def is_asked() -> bool:
             return silent.requests == 1
@@ -270,7 +270,7 @@ async def test_a_cancel_while_the_job_waits_for_a_vllm_server_that_is_away(
     leaves = Simulator(Options(scenario=Scenario(rate=50)))
     await leaves.__aenter__()
     worker = await worker_before(start_worker, redis, leaves)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await begun(client, request_id, deltas=3)
     await leaves.__aexit__(None, None, None)
 
@@ -286,7 +286,7 @@ async def test_a_cancel_after_the_end_is_reported_and_changes_nothing(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await worker_before(start_worker, redis, simulator)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await client.result(request_id)
     before = await stream(redis, f"chat:tokens:{{{request_id}}}")
     cancelled = await client.cancel(request_id)
@@ -299,7 +299,7 @@ async def test_without_a_hint_maintenance_finds_the_cancel(
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent, lease=1)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_requests(silent)
     await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "cancelled"}, id=str(SEAL))
     await closed_early(silent)
@@ -311,7 +311,7 @@ async def test_a_subscription_that_is_cut_is_renewed(
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_requests(silent)
     assert await redis.client_kill_filter(_type="pubsub") == 1
     await listening(redis)
@@ -325,7 +325,7 @@ async def test_a_cancel_during_a_lost_subscription_is_found_when_it_is_renewed(
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await has_requests(silent)
     pipe = redis.pipeline()
     pipe.client_kill_filter(_type="pubsub")
@@ -340,7 +340,7 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_the_logs_that_they_name
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
-    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(5)]
 
     async def reads() -> int:
         return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
@@ -368,7 +368,7 @@ async def test_a_cancel_without_a_permission_writes_all_or_nothing_and_names_the
     which: str, redis: Redis, redis_url: str, client: Client
 ) -> None:
     """Once a seal was written without an expiry, and another call did not repair it."""
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     key = f"chat:tokens:{{{request_id}}}"
     await redis.persist(key)
     user: dict[str, Any] = {"enabled": True, "passwords": "+pw", "keys": ["*"], "channels": ["*"]}

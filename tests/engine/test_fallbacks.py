@@ -15,7 +15,7 @@ from worker.sandbox.simulator.wire import HttpConnection, HttpRequest
 LONG = "word " * 200
 
 
-def ask(content: str = "Who are you?", **more: object) -> dict[str, object]:
+def chat_request(content: str = "Who are you?", **more: object) -> dict[str, object]:
     return {"model": "large", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -30,10 +30,10 @@ async def test_the_next_model_is_asked_when_the_tries_of_the_first_are_exhausted
     large = await start_simulator(Options(model="large", scenario=Scenario(fault=fault, retry_after=0.01)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=2)
-    answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+    answer = Answer(await entries_of(client, chat_request(), fallbacks=["small"]))
     assert isinstance(answer.end, Done)
     assert (answer.end.model, answer.model) == ("small", "small")
-    assert answer.text == answer_to(ask()["messages"])
+    assert answer.text == answer_to(chat_request()["messages"])
     # A request that gets no reply at all over a kept connection is sent again at once.
     assert len(large.served) in ({2, 3} if fault == "refuse" else {2})
     assert len(small.served) == 1
@@ -45,7 +45,7 @@ async def test_a_prompt_too_long_for_one_model_is_not_tried_twice(
     large = await start_simulator(Options(model="large", max_model_len=64))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small)
-    answer = Answer(await entries_of(client, ask(LONG), fallbacks=["small"]))
+    answer = Answer(await entries_of(client, chat_request(LONG), fallbacks=["small"]))
     assert (answer.outcome, answer.model) == ("done", "small")
     assert len(large.served) == 1
 
@@ -54,7 +54,7 @@ async def test_a_model_that_no_server_has_is_given_up_for_the_next(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator(Options(model="small")))
-    answer = Answer(await entries_of(client, ask(), fallbacks=["medium", "small"]))
+    answer = Answer(await entries_of(client, chat_request(), fallbacks=["medium", "small"]))
     assert (answer.outcome, answer.model) == ("done", "small")
 
 
@@ -85,7 +85,7 @@ async def test_a_model_that_a_server_says_it_lacks_is_given_up_for_the_next(
 ) -> None:
     async with Forgetful(status, body, Options(model="large")) as large:
         await start_worker(large, await start_simulator(Options(model="small")))
-        answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+        answer = Answer(await entries_of(client, chat_request(), fallbacks=["small"]))
     assert (answer.outcome, answer.model) == ("done", "small")
 
 
@@ -106,7 +106,7 @@ async def test_a_request_that_a_policy_refuses_goes_to_no_other_model(
     small = await start_simulator(Options(model="small"))
     async with Prudish(Options(model="large")) as large:
         await start_worker(large, small)
-        answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+        answer = Answer(await entries_of(client, chat_request(), fallbacks=["small"]))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(small.served)) == ("content_policy", 0)
 
@@ -116,7 +116,7 @@ async def test_a_request_that_is_wrong_goes_to_no_other_model(
 ) -> None:
     servers = [await start_simulator(Options(model=model)) for model in ("large", "small")]
     await start_worker(*servers)
-    answer = Answer(await entries_of(client, ask(temperature=-3), fallbacks=["small"]))
+    answer = Answer(await entries_of(client, chat_request(temperature=-3), fallbacks=["small"]))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(servers[1].served)) == ("invalid_request", 0)
 
@@ -127,9 +127,9 @@ async def test_an_answer_that_another_model_takes_over_begins_again(
     large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=4, then="503")))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, tries=1)
-    entries = await entries_of(client, ask(), fallbacks=["small"])
+    entries = await entries_of(client, chat_request(), fallbacks=["small"])
     assert [entry.type for entry in entries if entry.type in {"restarted", "resumed"}] == ["restarted"]
-    assert Answer(entries).text == answer_to(ask()["messages"])
+    assert Answer(entries).text == answer_to(chat_request()["messages"])
     assert Answer(entries).model == "small"
 
 
@@ -140,7 +140,7 @@ async def test_an_error_names_every_model_that_was_asked(
         await start_simulator(Options(model=model, scenario=Scenario(fault="429", retry_after=0.01)))
         for model in ("large", "small")
     ], tries=1)  # fmt: skip
-    answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+    answer = Answer(await entries_of(client, chat_request(), fallbacks=["small"]))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "rate_limited"
     assert answer.end.message.endswith("(before it: large: rate_limited)")
@@ -152,7 +152,7 @@ async def test_an_answer_that_broke_off_goes_to_no_other_model_where_a_setting_s
     large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=4)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small, on_interrupt="fail")
-    answer = Answer(await entries_of(client, ask(), fallbacks=["small"]))
+    answer = Answer(await entries_of(client, chat_request(), fallbacks=["small"]))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(small.served)) == ("upstream_truncated", 0)
 
@@ -165,10 +165,10 @@ async def test_a_model_whose_only_server_is_away_is_given_up_for_one_with_a_serv
     async with Simulator(Options(model="large")) as large:
         if known:
             await start_worker(large, small)
-            assert Answer(await entries_of(client, ask())).model == "large"
+            assert Answer(await entries_of(client, chat_request())).model == "large"
     if not known:
         await start_worker(large, small)
-    assert Answer(await entries_of(client, ask(), fallbacks=["small"])).model == "small"
+    assert Answer(await entries_of(client, chat_request(), fallbacks=["small"])).model == "small"
 
 
 async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
@@ -178,8 +178,8 @@ async def test_a_job_waits_for_its_model_while_the_fallbacks_are_away_too(
         other = await start_simulator()
         await start_worker(large, small, other)
         for model in ("large", "small"):  # so that the worker knows the models of both servers
-            assert Answer(await entries_of(client, ask() | {"model": model})).model == model
-    request_id = await client.enqueue(ask(), fallbacks=["small"])
+            assert Answer(await entries_of(client, chat_request() | {"model": model})).model == model
+    request_id = await client.enqueue(chat_request(), fallbacks=["small"])
 
     async def begun() -> bool:
         return (await client.status(request_id)).state is State.RUNNING

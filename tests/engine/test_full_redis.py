@@ -22,7 +22,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.telemetry.logging import configure_logging
 
 
-def ask(content: str = "Who are you?") -> dict[str, object]:
+def chat_request(content: str = "Who are you?") -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 
@@ -41,7 +41,7 @@ async def log_of(redis: Redis, request_id: str) -> Entries:
 async def whole(redis: Redis, client: Client, request_id: str, content: str) -> None:
     """Check that a log has one attempt without a hole, its seal and the whole text, and that nothing is pending."""
     answer = await client.result(request_id)
-    assert answer.text == answer_to(ask(content)["messages"])
+    assert answer.text == answer_to(chat_request(content)["messages"])
     ids = [str(parse(*entry).id) for entry in await log_of(redis, request_id)]
     assert ids == ["0-1", *(f"1-{n}" for n in range(len(ids) - 2)), str(SEAL)]
 
@@ -60,7 +60,7 @@ async def test_mid_stream_the_answer_waits_for_room_and_its_lease_is_kept(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     worker = await start_worker(simulator, lease=1)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
 
     async def begun() -> bool:
         return len(await log_of(redis, request_id)) > 4
@@ -93,7 +93,7 @@ async def test_memory_that_ends_at_the_seal_delays_the_seal(
 ) -> None:
     first, second = [redis_proxy.hold(str(SEAL).encode()) for _ in range(2)]
     await start_worker(simulator, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await first.met.wait()
     await redis.config_set("maxmemory", "1")
     try:
@@ -110,7 +110,7 @@ async def test_memory_that_ends_at_the_seal_delays_the_seal(
 
 async def test_followers_read_on_while_redis_is_full(client: Client, redis: Redis) -> None:
     """A full Redis refuses every MULTI, whatever it holds, and `follow` sends one whenever there is nothing to read."""
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await redis.config_set("maxmemory", "1")
     try:
         assert (await client.status(request_id)).state is State.QUEUED
@@ -133,7 +133,7 @@ async def test_no_jobs_are_taken_while_redis_is_full(
 
     await eventually(shown)
     questions = ["Who are you?", "Tell me a story", "你是谁?"]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
     await redis.config_set("maxmemory", "1")
     try:
         simulator = await start_simulator(port=port)
@@ -152,7 +152,7 @@ async def test_a_job_that_was_taken_as_redis_became_full_runs_when_there_is_room
     """The memory may run out between the probe for room and the job's first entry."""
     reading = redis_proxy.hold_reply(b"XREADGROUP", reply=b"request")
     worker = await start_worker(simulator, slots=4, redis_url=redis_proxy.redis_url)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await reading.done.wait()
     await redis.config_set("maxmemory", "1")
     try:

@@ -25,7 +25,7 @@ QUESTIONS = ("Who are you?", "你是谁?", "Send emoji", "Write code", "Think fi
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
 
 
-def ask(content: str = "Who are you?", **more: object) -> dict[str, object]:
+def chat_request(content: str = "Who are you?", **more: object) -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -54,12 +54,12 @@ async def direct(request: dict[str, object], server: Simulator) -> Answer:
     plain = {name: value for name, value in request.items() if name != "simulate"}
     async with upstream.stream(upstream.servers[0], cast("Object", plain)) as stream:
 
-        def take(events: list[bytes]) -> bool:
+        def on_events(events: list[bytes]) -> bool:
             for data in events:
                 entries.extend(parse(f"1-{n}", fields) for n, fields in enumerate(parser.parse(data)))
             return parser.done
 
-        while await stream.read_into(take) and not parser.done:
+        while await stream.read_into(on_events) and not parser.done:
             pass
     await upstream.aclose()
     parser.check_complete()
@@ -79,8 +79,8 @@ async def test_a_stream_that_breaks_is_resumed_at_another_server(
 ) -> None:
     broken, well = await breaking(start_simulator, 8)
     await start_worker(broken, well)
-    entries = await entries_of(client, ask())
-    same(Answer(entries), await direct(ask(), well))
+    entries = await entries_of(client, chat_request())
+    same(Answer(entries), await direct(chat_request(), well))
     assert [str(entry.id) for entry in entries if isinstance(entry, Claimed | Resumed)] == ["2-0", "2-1"]
     assert len(broken.served) == 1
     assert well.served[0].after > 0
@@ -91,8 +91,8 @@ async def test_the_log_names_the_request_of_a_resumed_answer(
 ) -> None:
     """With uvloop a stream arrives in the context in which its connection was opened, for example by another job."""
     start_process(simulator)
-    await asyncio.gather(*(entries_of(client, ask(question)) for question in QUESTIONS))
-    request_id = await client.enqueue(ask("Goodbye", simulate={"fault": "cut", "after": 5, "times": 1}))
+    await asyncio.gather(*(entries_of(client, chat_request(question)) for question in QUESTIONS))
+    request_id = await client.enqueue(chat_request("Goodbye", simulate={"fault": "cut", "after": 5, "times": 1}))
     assert (await client.result(request_id)).outcome == "done"
     lines = [json.loads(line) for line in (tmp_path / "worker-0.log").read_text().splitlines()]
     assert [line.get("request_id") for line in lines if line["event"] == "answer_resumed"] == [request_id]
@@ -107,7 +107,7 @@ async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(
     async def break_off(question: str, after: int) -> str:
         # Each case has messages of its own: the simulator breaks off the first answer to the same messages.
         case = {"role": "system", "content": f"case {after}"}
-        request = ask(question, simulate={"fault": "cut", "after": after, "times": 1})
+        request = chat_request(question, simulate={"fault": "cut", "after": after, "times": 1})
         request["messages"] = [case, *cast("list[object]", request["messages"])]
         expected = await direct(request, simulator)
         if after > len(expected.deltas):
@@ -126,7 +126,7 @@ async def test_an_answer_is_resumed_more_than_once(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """A try that makes progress does not count, so the number of tries does not limit the number of breaks."""
-    request = ask("Tell me a story")
+    request = chat_request("Tell me a story")
     servers = [await start_simulator(Options(scenario=Scenario(fault="cut", after=40))) for _ in range(2)]
     await start_worker(*servers)
     entries = await entries_of(client, request)
@@ -142,7 +142,7 @@ async def test_a_stop_string_is_found_wherever_the_stream_breaks(
 
     async def break_off(after: int) -> None:
         stop = ["one line at", "no such text anywhere"]
-        request = ask("Tell me a story", stop=stop, include_stop_str_in_output=include)
+        request = chat_request("Tell me a story", stop=stop, include_stop_str_in_output=include)
         case = {"role": "system", "content": f"case {after}"}
         request["messages"] = [case, *cast("list[object]", request["messages"])]
         expected = await direct(request, simulator)
@@ -162,9 +162,9 @@ async def test_the_limits_of_an_answer_hold_for_all_of_it(
 ) -> None:
     servers = await breaking(start_simulator, 5)
     await start_worker(*servers)
-    entries = await entries_of(client, ask(**more))
+    entries = await entries_of(client, chat_request(**more))
     assert kinds(entries) == ["resumed"]
-    same(Answer(entries), await direct(ask(**more), servers[1]))
+    same(Answer(entries), await direct(chat_request(**more), servers[1]))
 
 
 @pytest.mark.parametrize("most", [20.0, "20"])
@@ -172,7 +172,7 @@ async def test_an_answer_whose_limit_is_no_json_integer_begins_again_to_keep_it(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, most: float | str
 ) -> None:
     await start_worker(*await breaking(start_simulator, 10))
-    entries = await entries_of(client, ask(max_tokens=most))
+    entries = await entries_of(client, chat_request(max_tokens=most))
     assert kinds(entries) == ["restarted"]
     assert Answer(entries).usage["completion_tokens"] == 20
 
@@ -181,7 +181,7 @@ async def test_logprobs_ids_and_continuous_usage_are_those_of_one_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    request = ask(
+    request = chat_request(
         "Send emoji", logprobs=True, top_logprobs=2, return_token_ids=True, stream_options=options, presence_penalty=0.1
     )
     servers = await breaking(start_simulator, 5)
@@ -218,8 +218,8 @@ async def test_a_server_that_refuses_to_resume_answers_from_the_beginning(
 ) -> None:  # fmt: skip
     broken, well = await breaking(start_simulator, 8, **options)
     await start_worker(broken, well)
-    entries = await entries_of(client, ask(question))
-    same(Answer(entries), await direct(ask(question), await start_simulator()))
+    entries = await entries_of(client, chat_request(question))
+    same(Answer(entries), await direct(chat_request(question), await start_simulator()))
     assert kinds(entries) == [kind]
 
 
@@ -236,9 +236,9 @@ async def test_an_answer_that_cannot_be_resumed_is_restarted_visibly(
 ) -> None:
     servers = await breaking(start_simulator, 20)
     await start_worker(*servers)
-    entries = await entries_of(client, ask(question, **more))
+    entries = await entries_of(client, chat_request(question, **more))
     assert kinds(entries) == ["restarted"]
-    expected = await direct(ask(question, **more), servers[1])
+    expected = await direct(chat_request(question, **more), servers[1])
     ours, direct_ones = Answer(entries).choices, expected.choices
     for choice in [*ours, *direct_ones]:
         for call in choice.tool_calls:
@@ -254,7 +254,7 @@ async def test_a_setting_decides_about_a_broken_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, on_interrupt: str, expected: list[str]
 ) -> None:
     await start_worker(*await breaking(start_simulator, 8), on_interrupt=on_interrupt)
-    entries = await entries_of(client, ask())
+    entries = await entries_of(client, chat_request())
     assert kinds(entries) == expected
     end = Answer(entries).end
     assert isinstance(end, Failed) == (on_interrupt == "fail")
@@ -276,7 +276,7 @@ async def test_the_setting_holds_for_another_worker_too(
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     first = start_process(simulator, lease=1, on_interrupt=on_interrupt)
     entries = []
-    async for entry in client.follow(await client.enqueue(ask("Tell me a story"))):
+    async for entry in client.follow(await client.enqueue(chat_request("Tell me a story"))):
         entries.append(entry)
         if isinstance(entry, Delta) and entry.id == (1, 10):
             first.kill()
@@ -295,7 +295,7 @@ async def test_the_setting_holds_for_another_worker_too(
 
         await eventually(is_in_the_lifecycle)
         return
-    assert answer.text == answer_to(ask("Tell me a story")["messages"])
+    assert answer.text == answer_to(chat_request("Tell me a story")["messages"])
     assert len(simulator.served) == 2
     assert (simulator.served[1].after > 0) == (on_interrupt == "resume")
 
@@ -304,7 +304,7 @@ async def test_an_answer_that_broke_before_its_first_text_begins_again_unseen(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker
 ) -> None:
     """The first tokens of an emoji carry no text: the log has them, and readers have seen nothing."""
-    request = ask(simulate={"text": "🙂 done"})
+    request = chat_request(simulate={"text": "🙂 done"})
     broken, well = await breaking(start_simulator, 2)
     await start_worker(broken, well)
     entries = await entries_of(client, request)
@@ -318,9 +318,9 @@ async def test_an_answer_that_has_min_tokens_is_resumed_to_its_end(
 ) -> None:
     broken, well = await start_simulator(Options(scenario=Scenario(fault="cut", after=37))), await start_simulator()
     await start_worker(broken, well)
-    entries = await entries_of(client, ask(min_tokens=37))
+    entries = await entries_of(client, chat_request(min_tokens=37))
     assert kinds(entries) == ["resumed"]
-    same(Answer(entries), await direct(ask(min_tokens=37), await start_simulator()))
+    same(Answer(entries), await direct(chat_request(min_tokens=37), await start_simulator()))
 
 
 @pytest.mark.parametrize("text", ["🙂 done", "Hi 🙂 done"], ids=["at the start", "later"])
@@ -330,7 +330,7 @@ async def test_tokens_without_text_are_no_progress(
     """They are generated anew each time. A server that always breaks off there would be tried for ever."""
     broken = await start_simulator(Options(scenario=Scenario(fault="cut", after=2)))
     await start_worker(broken)
-    answer = Answer(await entries_of(client, ask(simulate={"text": text})))
+    answer = Answer(await entries_of(client, chat_request(simulate={"text": text})))
     assert isinstance(answer.end, Failed)
     assert (answer.end.code, len(broken.served)) == ("upstream_truncated", 3)
 
@@ -342,7 +342,7 @@ async def test_another_model_does_not_resume_though_it_reads_the_same_ids(
     large = await start_simulator(Options(model="large", scenario=Scenario(fault="cut", after=8)))
     small = await start_simulator(Options(model="small"))
     await start_worker(large, small)
-    request = ask()
+    request = chat_request()
     del request["model"]
     entries = await entries_of(client, request)
     assert kinds(entries) == ["restarted"]
@@ -355,7 +355,7 @@ async def test_a_server_with_a_shorter_context_does_not_end_what_it_cannot_resum
     """The kept part is longer than its whole context, and the answer was not at its end."""
     broken = await start_simulator(Options(scenario=Scenario(fault="cut", after=100)))
     await start_worker(broken, await start_simulator(Options(max_model_len=90)))
-    entries = await entries_of(client, ask("Tell me a story"))
+    entries = await entries_of(client, chat_request("Tell me a story"))
     assert kinds(entries) == ["restarted"]
 
 
@@ -388,7 +388,7 @@ async def test_an_answer_begins_again_where_no_server_tokenizes_the_prompt(
 ) -> None:
     async with Odd(path, status, body) as server:
         await start_worker(server)
-        entries = await entries_of(client, ask(stop=["never said"]))
+        entries = await entries_of(client, chat_request(stop=["never said"]))
     assert kinds(entries) == ["restarted"]
     assert Answer(entries).outcome == "done"
 
@@ -398,7 +398,7 @@ async def test_a_stop_string_before_min_tokens_ends_no_resumed_answer(
     client: Client, start_simulator: StartSimulator, start_worker: StartWorker, after: int
 ) -> None:
     """Servers search for stop strings only after min_tokens, but hold text back from the start."""
-    request = ask(stop=["assistant developed"], min_tokens=12)
+    request = chat_request(stop=["assistant developed"], min_tokens=12)
     servers = await breaking(start_simulator, after)
     await start_worker(*servers)
     same(Answer(await entries_of(client, request)), await direct(request, servers[1]))

@@ -20,7 +20,7 @@ from worker.vllm.servers.circuit import FAILURES, CircuitState
 from worker.vllm.servers.pace import ServerPace
 
 
-def ask(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
+def chat_request(content: str, model: str = "reciter", **more: Any) -> Object:  # noqa: ANN401
     return {"model": model, "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -34,7 +34,7 @@ async def test_every_job_goes_to_a_server_that_has_its_model(
 ) -> None:
     small, large = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(small, large)
-    got = await answers(client, *(ask(f"q{n}", ("small", "large")[n % 2]) for n in range(10)))
+    got = await answers(client, *(chat_request(f"q{n}", ("small", "large")[n % 2]) for n in range(10)))
     assert [answer.model for answer in got] == ["small", "large"] * 5
     assert [len(small.served), len(large.served)] == [5, 5]
 
@@ -46,7 +46,7 @@ async def test_a_model_that_no_server_has_is_an_error_with_a_servers_message(
     servers = [await start_simulator(Options(model=model)) for model in ("small", "large")]
     await start_worker(*servers)
     for _ in range(3):
-        (answer,) = await answers(client, ask("Hi", "no"))
+        (answer,) = await answers(client, chat_request("Hi", "no"))
         assert isinstance(answer.end, Failed)
         assert (answer.end.code, answer.attempt) == ("model_not_found", 1)
         assert answer.end.message.startswith("The model `no` does not exist.")
@@ -62,10 +62,10 @@ async def test_a_model_that_one_server_does_not_know_is_asked_of_another_that_li
     ]
     await start_worker(*servers, tries=1)
     for _ in range(3):
-        got = await answers(client, ask("Hi", "large"), ask("Hi", "small"))
+        got = await answers(client, chat_request("Hi", "large"), chat_request("Hi", "small"))
         assert [answer.outcome for answer in got] == ["done", "done"]
     assert [sum(served.status == 404 for served in server.served) for server in servers] in ([1, 0], [1, 1], [0, 1])
-    (answer,) = await answers(client, ask("Hi", "no"))
+    (answer,) = await answers(client, chat_request("Hi", "no"))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "model_not_found"
 
@@ -78,7 +78,7 @@ async def test_jobs_avoid_a_server_that_refuses_the_workers_key(
     async with Guarded(lists=not guards_its_list) as refusing:
         good = await start_simulator(Options(scenario=Scenario(rate=200)))
         worker = await start_worker(refusing, good, tries=1)
-        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(40)))
+        got = await answers(client, *(chat_request(f"question {n}", max_tokens=5) for n in range(40)))
         assert [answer.outcome for answer in got] == ["done"] * 40
         assert len(good.served) == 40
         if guards_its_list:
@@ -91,7 +91,7 @@ async def test_a_fallback_is_asked_where_every_server_of_the_model_refuses_the_k
     async with Guarded(Options(model="large", api_key="another"), lists=True) as refusing:
         await start_worker(refusing, await start_simulator(Options(model="small")))
         for _ in range(2):
-            answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+            answer = await client.result(await client.enqueue(chat_request("Hi", "large"), fallbacks=["small"]))
             assert (answer.outcome, answer.model) == ("done", "small")
 
 
@@ -122,7 +122,7 @@ async def test_a_job_whose_model_a_server_denies_does_not_take_the_model_from_ot
     server_pace.probe_every = 0.05
     async with Choosy() as server:
         await start_worker(server)
-        (bad,) = await answers(client, ask("a bad one"))
+        (bad,) = await answers(client, chat_request("a bad one"))
         assert isinstance(bad.end, Failed)
         assert bad.end.code == "model_not_found"
 
@@ -130,7 +130,7 @@ async def test_a_job_whose_model_a_server_denies_does_not_take_the_model_from_ot
             return server.lists > 1
 
         await eventually(asked_again)
-        got = await answers(client, *(ask(f"question {n}") for n in range(3)))
+        got = await answers(client, *(chat_request(f"question {n}") for n in range(3)))
         assert [answer.outcome for answer in got] == ["done"] * 3
         server.released.set()
 
@@ -141,7 +141,7 @@ async def test_a_job_whose_model_one_server_denies_goes_to_the_other(
     async with Choosy() as choosy:
         good = await start_simulator()
         await start_worker(choosy, good, tries=1)
-        got = await answers(client, *(ask(f"a bad one {n}") for n in range(6)))
+        got = await answers(client, *(chat_request(f"a bad one {n}") for n in range(6)))
         assert [answer.outcome for answer in got] == ["done"] * 6
         assert len(good.served) == 6
 
@@ -182,10 +182,10 @@ async def test_a_misconfigured_server_ends_no_job_that_another_can_serve(
     async with Wrong(status, body) as wrong:
         good = await start_simulator()
         worker = await start_worker(wrong, good, tries=2)
-        got = await answers(client, *(ask(f"question {n}", max_tokens=5) for n in range(12)))
+        got = await answers(client, *(chat_request(f"question {n}", max_tokens=5) for n in range(12)))
         assert [answer.outcome for answer in got] == ["done"] * 12
         assert len(good.served) == 12
-        got = await answers(client, *(ask(f"again {n}", max_tokens=5) for n in range(12)))
+        got = await answers(client, *(chat_request(f"again {n}", max_tokens=5) for n in range(12)))
         assert [answer.outcome for answer in got] == ["done"] * 12
         if status != 413:
             assert wrong.requests <= 12
@@ -205,7 +205,7 @@ async def test_a_job_ends_with_the_servers_message_where_every_server_is_misconf
     server_pace.probe_every = 0.05
     async with Wrong(status, body) as one, Wrong(status, body) as other:
         await start_worker(one, other, pace=QUICK_RETRIES, tries=1 if status in {200, 501} else 5)
-        got = await answers(client, *(ask(f"question {n}") for n in range(2 * FAILURES)))
+        got = await answers(client, *(chat_request(f"question {n}") for n in range(2 * FAILURES)))
         codes = {answer.end.code for answer in got if isinstance(answer.end, Failed)}
         assert (codes, len(got)) == ({code}, 2 * FAILURES)
         if status not in {200, 501}:
@@ -219,9 +219,9 @@ async def test_an_answer_is_resumed_though_one_server_is_misconfigured(
     first = await start_simulator(Options(scenario=Scenario(fault="cut", after=4)))
     async with Wrong(307, b"") as wrong:
         await start_worker(first, wrong, await start_simulator(), tries=5)
-        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+        entries = [entry async for entry in client.follow(await client.enqueue(chat_request("Who are you?")))]
     assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["resumed"]
-    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+    assert Answer(entries).text == answer_to(chat_request("Who are you?")["messages"])
 
 
 class Guarding(Simulator):
@@ -241,9 +241,9 @@ async def test_an_answer_begins_again_where_no_server_plans_a_resume(
     first = Options(scenario=Scenario(fault="cut", after=4, times=1))
     async with Guarding(first) as one, Guarding() as other:
         await start_worker(*[one, other][:count], tries=2)
-        entries = [entry async for entry in client.follow(await client.enqueue(ask("Who are you?")))]
+        entries = [entry async for entry in client.follow(await client.enqueue(chat_request("Who are you?")))]
     assert [entry.type for entry in entries if entry.type in {"resumed", "restarted"}] == ["restarted"]
-    assert Answer(entries).text == answer_to(ask("Who are you?")["messages"])
+    assert Answer(entries).text == answer_to(chat_request("Who are you?")["messages"])
 
 
 async def test_a_fallback_is_asked_where_every_server_of_the_model_is_misconfigured(
@@ -251,7 +251,7 @@ async def test_a_fallback_is_asked_where_every_server_of_the_model_is_misconfigu
 ) -> None:
     async with Wrong(307, b"", Options(model="large")) as wrong:
         await start_worker(wrong, await start_simulator(Options(model="small")))
-        answer = await client.result(await client.enqueue(ask("Hi", "large"), fallbacks=["small"]))
+        answer = await client.result(await client.enqueue(chat_request("Hi", "large"), fallbacks=["small"]))
     assert (answer.outcome, answer.model) == ("done", "small")
 
 
@@ -283,9 +283,9 @@ async def test_a_server_that_fails_does_not_turn_the_queue_into_errors(
     server_pace.probe_every = 0.05
     async with Sick() as server:
         worker = await start_worker(server, tries=1, slots=1)
-        await answers(client, ask("before"))
+        await answers(client, chat_request("before"))
         server.options = Options(scenario=Scenario(fault=fault, after=3))
-        ids = [await client.enqueue(ask(f"question {n}")) for n in range(FAILURES + 5)]
+        ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(FAILURES + 5)]
 
         async def away() -> bool:
             return not worker._servers.is_available
@@ -306,8 +306,8 @@ async def test_jobs_that_make_their_server_fail_do_not_fail_the_others(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator)
-    poison = [ask(f"poison {n}", simulate={"fault": "error_under_200"}) for n in range(4)]
-    good = [ask(f"question {n}") for n in range(20)]
+    poison = [chat_request(f"poison {n}", simulate={"fault": "error_under_200"}) for n in range(4)]
+    good = [chat_request(f"question {n}") for n in range(20)]
     got = await answers(client, *poison, *good)
     assert [answer.outcome for answer in got] == ["error"] * 4 + ["done"] * 20
 
@@ -323,7 +323,7 @@ async def test_no_job_waits_for_a_server_that_goes_down_with_its_streams_frozen(
     async with Simulator(Options(keep_alive=0.02, scenario=Scenario(fault=fault, after=6))) as going_down:
         # The limits are so long that only the refused connection can end the wait.
         await start_worker(going_down, await start_simulator(), gap_timeout=60, first_token_timeout=60)
-        request_id = await client.enqueue(ask("Who are you?"))
+        request_id = await client.enqueue(chat_request("Who are you?"))
 
         async def frozen() -> bool:
             return bool(going_down.served and going_down.served[0].fault)
@@ -331,7 +331,7 @@ async def test_no_job_waits_for_a_server_that_goes_down_with_its_streams_frozen(
         await eventually(frozen)
         going_down.refuse()
         answer = await client.result(request_id)
-    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
+    assert (answer.outcome, answer.text) == ("done", answer_to(chat_request("Who are you?")["messages"]))
 
 
 async def test_a_job_that_waits_for_its_model_is_logged_once(
@@ -341,9 +341,9 @@ async def test_a_job_that_waits_for_its_model_is_logged_once(
     configure_logging("json", "info")
     async with Simulator(Options(model="large")) as large:
         worker = await start_worker(large, await start_simulator(Options(model="small")))
-        await answers(client, ask("before", "large"))
+        await answers(client, chat_request("before", "large"))
     with capture_logs() as logs:
-        request_id = await client.enqueue(ask("a secret prompt", "large"))
+        request_id = await client.enqueue(chat_request("a secret prompt", "large"))
 
         async def waits() -> bool:
             return worker.metrics.registry.get_sample_value("vllm_relay_jobs_waiting_for_model") == 1
@@ -364,7 +364,7 @@ async def test_a_waiting_job_without_a_model_is_logged_without_one(
     configure_logging("json", "info")
     async with Simulator() as away:
         worker = await start_worker(away)
-        await answers(client, ask("before"))
+        await answers(client, chat_request("before"))
     with capture_logs() as logs:
         request = {"messages": [{"role": "user", "content": "Hi"}]}
         request_id = await client.enqueue(request)
@@ -393,7 +393,7 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     for server in servers:
         await server.__aenter__()
     worker = await start_worker(*servers, pace=QUICK_RETRIES, tries=2)
-    request_id = await client.enqueue(ask("Who are you?"))
+    request_id = await client.enqueue(chat_request("Who are you?"))
 
     async def begun() -> bool:
         return any(served.chunks > 3 for server in servers for served in server.served)
@@ -409,4 +409,4 @@ async def test_an_answer_waits_while_all_of_several_servers_are_away(
     assert (await client.status(request_id)).state is State.RUNNING
     await start_simulator(port=ports[1])
     answer = await client.result(request_id)
-    assert (answer.outcome, answer.text) == ("done", answer_to(ask("Who are you?")["messages"]))
+    assert (answer.outcome, answer.text) == ("done", answer_to(chat_request("Who are you?")["messages"]))

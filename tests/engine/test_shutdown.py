@@ -21,7 +21,7 @@ NEVER = 60
 """A lease of a minute: within a test only a job that is handed over goes to another worker."""
 
 
-def ask(content: str = "Who are you?") -> dict[str, object]:
+def chat_request(content: str = "Who are you?") -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}]}
 
 
@@ -36,7 +36,9 @@ async def pending(redis: Redis) -> int:
 
 
 async def all_whole(redis: Redis, answers: list[Answer], questions: list[str]) -> None:
-    assert [answer.text for answer in answers] == [answer_to(ask(question)["messages"]) for question in questions]
+    assert [answer.text for answer in answers] == [
+        answer_to(chat_request(question)["messages"]) for question in questions
+    ]
 
     async def nothing_pending() -> bool:
         return not await pending(redis)
@@ -50,7 +52,7 @@ async def test_a_second_stop_signal_loses_nothing(
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
     questions = [f"question {n}" for n in range(10)]
-    ids = [await client.enqueue(ask(question)) for question in questions]
+    ids = [await client.enqueue(chat_request(question)) for question in questions]
 
     async def all_run() -> bool:
         return sum(served.chunks > 2 for served in simulator.served) == 10
@@ -75,7 +77,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
 
     async def runs() -> bool:
         return [served.chunks > 2 for served in simulator.served] == [True]
@@ -102,7 +104,7 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     if command == "XAUTOCLAIM":  # a dead worker had the job
         await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
         job = (await redis.xpending("chat:jobs", "workers"))["min"]
@@ -130,7 +132,7 @@ async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
     settings = load_settings(redis_url=redis_proxy.redis_url, vllm_urls=simulator.url, drain_timeout=600)
     worker = Worker(settings, pace=Pace(last_steps=0.2))
     running = asyncio.create_task(worker.run())
-    await client.enqueue(ask())
+    await client.enqueue(chat_request())
 
     async def runs() -> bool:
         return [served.chunks > 2 for served in simulator.served] == [True]

@@ -27,7 +27,7 @@ TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
 STORY = [{"role": "user", "content": "Tell me a story"}]
 
 
-def ask(content: str = "Who are you?", **more: object) -> dict[str, object]:
+def chat_request(content: str = "Who are you?", **more: object) -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -48,7 +48,7 @@ async def settled(redis: Redis) -> None:
 
 @pytest.mark.usefixtures("worker")
 async def test_a_job_becomes_a_log_with_every_delta_in_order(client: Client) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     entries = [entry async for entry in client.follow(request_id)]
 
     assert [type(entry) for entry in entries[:3]] == [Queued, Started, Opened]
@@ -59,18 +59,18 @@ async def test_a_job_becomes_a_log_with_every_delta_in_order(client: Client) -> 
     assert end.id == SEAL
     assert (end.attempt, end.finish_reason, end.model) == (1, "stop", "reciter")
     assert end.usage["completion_tokens"] == sum(len(e.token_ids) for e in entries if isinstance(e, Delta))
-    assert Answer(entries).text == answer_to(ask()["messages"])
+    assert Answer(entries).text == answer_to(chat_request()["messages"])
 
 
 @pytest.mark.usefixtures("worker")
 async def test_a_bare_xadd_is_enough_for_a_job(redis: Redis) -> None:
-    await redis.xadd("chat:jobs", {"id": "bare-1", "request": json.dumps(ask("你是谁?"))})
+    await redis.xadd("chat:jobs", {"id": "bare-1", "request": json.dumps(chat_request("你是谁?"))})
 
     async def ended() -> bool:
         return (await read(redis, "bare-1")).outcome == "done"
 
     await eventually(ended)
-    assert (await read(redis, "bare-1")).text == answer_to(ask("你是谁?")["messages"])
+    assert (await read(redis, "bare-1")).text == answer_to(chat_request("你是谁?")["messages"])
     await settled(redis)
 
 
@@ -78,7 +78,7 @@ async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
     start_worker: StartWorker, start_simulator: StartSimulator, client: Client
 ) -> None:
     await start_worker(await start_simulator(Options(scenario=Scenario(rate=200))))
-    request_id = await client.enqueue(ask("Tell me a story"))
+    request_id = await client.enqueue(chat_request("Tell me a story"))
     first = [entry async for entry in client.follow(request_id)]
     late = [entry async for entry in client.follow(request_id)]
     both = await asyncio.gather(client.result(request_id), client.result(request_id))
@@ -88,7 +88,7 @@ async def test_followers_read_independently_and_a_late_one_gets_the_whole_log(
 
 @pytest.mark.usefixtures("worker")
 async def test_a_follower_that_comes_back_continues_after_its_last_id(client: Client) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     entries = [entry async for entry in client.follow(request_id)]
     for place in (0, 3, len(entries) - 2, len(entries) - 1):
         rest = [entry async for entry in client.follow(request_id, after=entries[place].id)]
@@ -97,7 +97,7 @@ async def test_a_follower_that_comes_back_continues_after_its_last_id(client: Cl
 
 @pytest.mark.usefixtures("worker")
 async def test_after_the_end_nothing_is_pending_and_the_job_stream_is_trimmed(redis: Redis, client: Client) -> None:
-    ids = [await client.enqueue(ask()) for _ in range(10)]
+    ids = [await client.enqueue(chat_request()) for _ in range(10)]
     for request_id in ids:
         await client.result(request_id)
     await settled(redis)
@@ -110,7 +110,7 @@ async def test_after_the_end_nothing_is_pending_and_the_job_stream_is_trimmed(re
 
 @pytest.mark.usefixtures("worker")
 async def test_log_and_tombstone_expire_as_the_job_requests(redis: Redis, client: Client) -> None:
-    request_id = await client.enqueue(ask(), retention=120)
+    request_id = await client.enqueue(chat_request(), retention=120)
     await client.result(request_id)
     await settled(redis)
     assert 0 < await redis.ttl(f"chat:tokens:{{{request_id}}}") <= 120
@@ -121,7 +121,7 @@ async def test_log_and_tombstone_expire_as_the_job_requests(redis: Redis, client
 
 @pytest.mark.usefixtures("worker")
 async def test_the_lifecycle_has_every_request(redis: Redis, client: Client) -> None:
-    request_id = await client.enqueue(ask(), tenant="acme")
+    request_id = await client.enqueue(chat_request(), tenant="acme")
     answer = await client.result(request_id)
     await settled(redis)
     lines = [fields for _, fields in await stream(redis, "chat:lifecycle")]
@@ -135,7 +135,7 @@ async def test_the_feed_carries_the_same_entries(redis: Redis, start_worker: Sta
     async with redis.pubsub() as feed:
         await feed.subscribe("chat:feed:{fed}")
         await start_worker(simulator)
-        await redis.xadd("chat:jobs", {"id": "fed", "request": json.dumps(ask())})
+        await redis.xadd("chat:jobs", {"id": "fed", "request": json.dumps(chat_request())})
         received = []
         async for message in feed.listen():
             if message["type"] == "message":
@@ -154,10 +154,10 @@ async def test_the_feed_carries_the_same_entries(redis: Redis, start_worker: Sta
         ({"request": "{}"}, "invalid_job", "no messages"),
         ({"request": "[]"}, "invalid_job", "not a JSON object"),
         ({}, "invalid_job", "no request"),
-        ({"request": json.dumps(ask()), "v": "2"}, "invalid_job", "version 1"),
-        ({"request": json.dumps(ask()), "deadline": "soon"}, "invalid_job", "Unix milliseconds"),
-        ({"request": json.dumps(ask("x" * 3000))}, "job_too_large", "WORKER_MAX_REQUEST_BYTES"),
-        ({"request": json.dumps(ask() | {"kv_transfer_params": {}})}, "invalid_job", "only the worker"),
+        ({"request": json.dumps(chat_request()), "v": "2"}, "invalid_job", "version 1"),
+        ({"request": json.dumps(chat_request()), "deadline": "soon"}, "invalid_job", "Unix milliseconds"),
+        ({"request": json.dumps(chat_request("x" * 3000))}, "job_too_large", "WORKER_MAX_REQUEST_BYTES"),
+        ({"request": json.dumps(chat_request() | {"kv_transfer_params": {}})}, "invalid_job", "only the worker"),
     ],
 )
 async def test_a_job_that_does_not_validate_ends_in_an_error_and_a_dead_letter(
@@ -170,7 +170,7 @@ async def test_a_job_that_does_not_validate_ends_in_an_error_and_a_dead_letter(
 ) -> None:
     await start_worker(simulator, max_request_bytes=2048)
     await redis.xadd("chat:jobs", {"id": "bad", **fields})  # type: ignore[dict-item]  # dict is invariant
-    await redis.xadd("chat:jobs", {"id": "good", "request": json.dumps(ask())})
+    await redis.xadd("chat:jobs", {"id": "good", "request": json.dumps(chat_request())})
 
     async def ended() -> bool:
         return bool((await read(redis, "good")).outcome and (await read(redis, "bad")).outcome)
@@ -190,7 +190,7 @@ async def test_a_job_that_does_not_validate_ends_in_an_error_and_a_dead_letter(
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize("fields", [{}, {"id": ""}, {"id": "no/slash"}, {"id": "x" * 129}, {"id": b"\xff"}])
 async def test_a_job_without_a_usable_id_goes_to_the_dead_letters(fields: dict[str, str | bytes], redis: Redis) -> None:
-    job = await redis.xadd("chat:jobs", {**fields, "request": json.dumps(ask())})  # type: ignore[dict-item]
+    job = await redis.xadd("chat:jobs", {**fields, "request": json.dumps(chat_request())})  # type: ignore[dict-item]
 
     async def buried() -> bool:
         return bool(await redis.xlen("chat:dead"))
@@ -206,10 +206,10 @@ async def test_a_job_without_a_usable_id_goes_to_the_dead_letters(fields: dict[s
 @pytest.mark.parametrize(
     ("request_", "code", "message"),
     [
-        (ask() | {"model": "nope"}, "model_not_found", "`nope` does not exist"),
-        (ask("word " * 30_000), "context_length_exceeded", "maximum context length"),
-        (ask(temperature=-3), "invalid_request", "temperature"),
-        (ask(logprobs=True, top_logprobs=500), "invalid_request", "logprobs"),
+        (chat_request() | {"model": "nope"}, "model_not_found", "`nope` does not exist"),
+        (chat_request("word " * 30_000), "context_length_exceeded", "maximum context length"),
+        (chat_request(temperature=-3), "invalid_request", "temperature"),
+        (chat_request(logprobs=True, top_logprobs=500), "invalid_request", "logprobs"),
     ],
 )
 async def test_a_refusal_of_vllm_is_an_error_with_its_message(
@@ -225,7 +225,7 @@ async def test_a_refusal_of_vllm_is_an_error_with_its_message(
 
 @pytest.mark.usefixtures("worker")
 async def test_a_deadline_that_has_passed_ends_the_job_without_asking_vllm(redis: Redis, simulator: Simulator) -> None:
-    await redis.xadd("chat:jobs", {"id": "late", "request": json.dumps(ask()), "deadline": "1000"})
+    await redis.xadd("chat:jobs", {"id": "late", "request": json.dumps(chat_request()), "deadline": "1000"})
 
     async def ended() -> bool:
         return bool((await read(redis, "late")).outcome)
@@ -243,7 +243,7 @@ async def test_a_deadline_that_passes_mid_stream_ends_the_answer_and_keeps_its_t
 ) -> None:
     slow = await start_simulator(Options(scenario=Scenario(rate=20)))
     await start_worker(slow)
-    answer = await client.result(await client.enqueue(ask("Tell me a story"), timeout=1.0))
+    answer = await client.result(await client.enqueue(chat_request("Tell me a story"), timeout=1.0))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == "deadline"
     assert answer.text
@@ -263,7 +263,7 @@ async def test_cancelling_stops_vllm_and_seals_the_log(
 ) -> None:
     slow = await start_simulator(Options(scenario=Scenario(rate=30)))
     await start_worker(slow)
-    request_id = await client.enqueue(ask("Tell me a story"))
+    request_id = await client.enqueue(chat_request("Tell me a story"))
     answer = Answer()
     async for entry in client.follow(request_id):
         answer.add(entry)
@@ -281,7 +281,7 @@ async def test_cancelling_stops_vllm_and_seals_the_log(
 async def test_a_job_cancelled_before_it_starts_never_runs(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     await redis.execute_command(  # type: ignore[no-untyped-call]  # the line of the contract, as it stands
         "XADD", f"chat:tokens:{{{request_id}}}", str(SEAL), "type", "cancelled"
     )
@@ -293,7 +293,7 @@ async def test_a_job_cancelled_before_it_starts_never_runs(
 
 @pytest.mark.usefixtures("worker")
 async def test_the_same_id_added_twice_by_hand_runs_once(redis: Redis, simulator: Simulator) -> None:
-    job = {"id": "twice", "request": json.dumps(ask())}
+    job = {"id": "twice", "request": json.dumps(chat_request())}
     for _ in range(3):
         await redis.xadd("chat:jobs", job)  # type: ignore[arg-type]  # dict is invariant
 
@@ -303,7 +303,7 @@ async def test_the_same_id_added_twice_by_hand_runs_once(redis: Redis, simulator
     await eventually(ended)
     await settled(redis)
     assert len(simulator.served) == 1
-    assert (await read(redis, "twice")).text == answer_to(ask()["messages"])
+    assert (await read(redis, "twice")).text == answer_to(chat_request()["messages"])
 
 
 @pytest.mark.parametrize("style", ["openai", "vllm", "fastapi"])
@@ -317,8 +317,8 @@ async def test_servers_that_do_not_know_our_fields_still_work(
     else:
         options = Options(ignores=frozenset({field}))
     await start_worker(await start_simulator(options))
-    answer = await client.result(await client.enqueue(ask()))
-    assert answer.text == answer_to(ask()["messages"])
+    answer = await client.result(await client.enqueue(chat_request()))
+    assert answer.text == answer_to(chat_request()["messages"])
     assert answer.outcome == "done"
 
 
@@ -327,8 +327,8 @@ async def test_a_passing_fault_before_the_first_token_leaves_no_trace(
 ) -> None:
     await start_worker(await start_simulator())
     order = {"fault": "503", "times": 2}
-    answer = await client.result(await client.enqueue(ask(simulate=order)))
-    assert answer.text == answer_to(ask()["messages"])
+    answer = await client.result(await client.enqueue(chat_request(simulate=order)))
+    assert answer.text == answer_to(chat_request()["messages"])
     assert answer.attempt == 1
 
 
@@ -337,12 +337,12 @@ async def test_a_stream_that_breaks_is_restarted_visibly_where_resuming_is_off(
 ) -> None:
     await start_worker(await start_simulator(), on_interrupt="restart")
     order = {"fault": "reset", "after": 5, "times": 1}
-    request_id = await client.enqueue(ask(simulate=order))
+    request_id = await client.enqueue(chat_request(simulate=order))
     entries = [entry async for entry in client.follow(request_id)]
     kinds = [entry.type for entry in entries]
     assert kinds.count("restarted") == 1
     assert [str(entry.id) for entry in entries if entry.type in ("claimed", "restarted")] == ["2-0", "2-1"]
-    assert Answer(entries).text == answer_to(ask()["messages"])
+    assert Answer(entries).text == answer_to(chat_request()["messages"])
     assert Answer(entries).outcome == "done"
 
 
@@ -364,7 +364,7 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
 ) -> None:
     await start_worker(simulator, tries=2)
     order = {"fault": fault, "retry_after": 0.01}  # before any text: an answer with progress would be resumed
-    answer = await client.result(await client.enqueue(ask(simulate=order)))
+    answer = await client.result(await client.enqueue(chat_request(simulate=order)))
     assert isinstance(answer.end, Failed)
     assert answer.end.code == code
     # A request that gets no reply at all over a kept connection is sent again at once.
@@ -377,7 +377,7 @@ async def test_every_slot_works_at_once(
 ) -> None:
     slow = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await start_worker(slow, slots=8, first_token_timeout=60)
-    ids = [await client.enqueue(ask(f"question {n}")) for n in range(8)]
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(8)]
 
     async def all_wait() -> bool:
         return [served.ended for served in slow.served] == [None] * 8
@@ -392,7 +392,7 @@ async def test_no_more_jobs_are_taken_than_there_are_slots(
 ) -> None:
     slow = await start_simulator(Options(scenario=Scenario(first_token=0.3, text="yes")))
     await start_worker(slow, slots=2)
-    ids = [await client.enqueue(ask(f"question {n}")) for n in range(6)]
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(6)]
     most = 0
 
     async def all_done() -> bool:
@@ -409,23 +409,23 @@ async def test_jobs_of_several_queues_are_all_served(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     await start_worker(simulator, queues="high,default,low", slots=2)
-    ids = [await client.enqueue(ask(f"q{n}"), queue=("high", "default", "low")[n % 3]) for n in range(30)]
+    ids = [await client.enqueue(chat_request(f"q{n}"), queue=("high", "default", "low")[n % 3]) for n in range(30)]
     answers = await asyncio.gather(*map(client.result, ids))
     assert all(answer.outcome == "done" for answer in answers)
 
 
 @pytest.mark.usefixtures("worker")
 async def test_a_consumer_group_that_vanishes_is_created_again(client: Client, redis: Redis) -> None:
-    await client.result(await client.enqueue(ask()))
+    await client.result(await client.enqueue(chat_request()))
     await settled(redis)
     await redis.flushall()
-    answer = await client.result(await client.enqueue(ask("after the flood")))
+    answer = await client.result(await client.enqueue(chat_request("after the flood")))
     assert answer.outcome == "done"
 
 
 @pytest.mark.usefixtures("worker")
 async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redis: Redis) -> None:
-    slow = ask(simulate={"rate": 40})
+    slow = chat_request(simulate={"rate": 40})
     request_id = await client.enqueue(slow)
 
     async def begun() -> bool:
@@ -433,7 +433,7 @@ async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redi
 
     await eventually(begun)
     await redis.xadd("chat:jobs", {"id": request_id, "request": "{"})
-    assert (await client.result(request_id)).text == answer_to(ask()["messages"])
+    assert (await client.result(request_id)).text == answer_to(chat_request()["messages"])
     await redis.xadd("chat:jobs", {"id": request_id, "request": "{}"})
 
     async def buried() -> bool:
@@ -447,7 +447,7 @@ async def test_a_bad_duplicate_spoils_nothing_and_is_buried(client: Client, redi
 @pytest.mark.usefixtures("worker")
 async def test_a_job_whose_log_is_a_key_of_another_type_is_buried(redis: Redis) -> None:
     await redis.set("chat:tokens:{odd}", "not a stream", ex=60)
-    await redis.xadd("chat:jobs", {"id": "odd", "request": json.dumps(ask())})
+    await redis.xadd("chat:jobs", {"id": "odd", "request": json.dumps(chat_request())})
 
     async def buried() -> bool:
         return bool(await redis.xlen("chat:dead"))
@@ -479,10 +479,10 @@ async def test_deltas_that_arrive_in_one_read_with_the_error_are_made_void(
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"))
-        request_id = await client.enqueue(ask())
+        request_id = await client.enqueue(chat_request())
         entries = [entry async for entry in client.follow(request_id)]
     assert [entry.type for entry in entries].count("restarted") == 1
-    assert Answer(entries).text == answer_to(ask()["messages"])
+    assert Answer(entries).text == answer_to(chat_request()["messages"])
 
 
 @pytest.mark.usefixtures("worker")
@@ -492,7 +492,7 @@ async def test_a_request_whose_first_job_was_lost_with_its_queue_is_taken_over_b
     begun = {"type": "started", "v": "1", "queue": "gone", "job": "1-1", "worker": "w", "owner": "o", "time": "1"}
     await redis.xadd("chat:tokens:{again}", begun, id="1-0")  # type: ignore[arg-type]  # dict is invariant
     await redis.expire("chat:tokens:{again}", 60)
-    await redis.xadd("chat:jobs", {"id": "again", "request": json.dumps(ask())})
+    await redis.xadd("chat:jobs", {"id": "again", "request": json.dumps(chat_request())})
     answer = await client.result("again")
     assert (answer.outcome, answer.attempt) == ("done", 2)
     await settled(redis)
@@ -501,10 +501,10 @@ async def test_a_request_whose_first_job_was_lost_with_its_queue_is_taken_over_b
 
 @pytest.mark.usefixtures("worker")
 async def test_setting_the_clock_of_the_machine_ends_no_job(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    await client.result(await client.enqueue(ask()))
+    await client.result(await client.enqueue(chat_request()))
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + 3600)
-    answer = await client.result(await client.enqueue(ask("and now?"), timeout=60))
+    answer = await client.result(await client.enqueue(chat_request("and now?"), timeout=60))
     assert answer.outcome == "done", answer.error
 
 
@@ -513,7 +513,7 @@ async def test_jobs_wait_for_a_vllm_that_is_away_and_then_run(
 ) -> None:
     port = free_port()
     worker = await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"), tries=1)
-    ids = [await client.enqueue(ask(f"question {n}")) for n in range(5)]
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(5)]
 
     async def known_to_be_away() -> bool:
         return [endpoint.is_away for endpoint in worker._servers.servers] == [True]
@@ -532,7 +532,7 @@ async def test_a_stream_whose_vllm_goes_away_is_resumed_when_it_is_back(
     simulator = Simulator(Options(scenario=Scenario(rate=50)), port=port)
     await simulator.__aenter__()
     await start_worker(simulator)
-    request_id = await client.enqueue(ask("Tell me a story"))
+    request_id = await client.enqueue(chat_request("Tell me a story"))
     entries = []
     async for entry in client.follow(request_id):
         entries.append(entry)
@@ -546,14 +546,14 @@ async def test_a_stream_whose_vllm_goes_away_is_resumed_when_it_is_back(
 
 async def test_the_same_request_by_hand_and_by_the_client_is_one(client: Client, redis: Redis, worker: Worker) -> None:
     assert worker is not None
-    await redis.xadd("chat:jobs", {"id": "both", "request": json.dumps(ask())})
+    await redis.xadd("chat:jobs", {"id": "both", "request": json.dumps(chat_request())})
     await eventually(lambda: redis.exists("chat:ended:{both}"))
-    assert await client.enqueue(ask(), id="both") == "both"
+    assert await client.enqueue(chat_request(), id="both") == "both"
     with pytest.raises(Conflict, match="belongs to another request"):
-        await client.enqueue(ask("Something else"), id="both")
+        await client.enqueue(chat_request("Something else"), id="both")
     await client.cancel("never")
     with pytest.raises(Conflict, match="was cancelled before"):
-        await client.enqueue(ask(), id="never")
+        await client.enqueue(chat_request(), id="never")
 
 
 async def test_a_server_that_never_answers_delays_no_renewal(
@@ -575,7 +575,7 @@ async def test_a_server_that_never_answers_delays_no_renewal(
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
         silent = SimpleNamespace(url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
         await start_worker(simulator, silent, lease=1.5)
-        request_id = await client.enqueue(ask("Tell me a story", simulate={"rate": 80}))
+        request_id = await client.enqueue(chat_request("Tell me a story", simulate={"rate": 80}))
         await eventually(ended)
     assert 0 < longest < 1300, "renewed three times a lease"
 
@@ -604,7 +604,7 @@ async def test_a_flushall_while_a_read_waits_is_survived(
 
     await eventually(waits)
     await redis.flushall()
-    assert (await client.result(await client.enqueue(ask()))).outcome == "done"
+    assert (await client.result(await client.enqueue(chat_request()))).outcome == "done"
 
 
 async def test_a_job_that_is_deleted_while_it_runs_comes_to_its_end(
@@ -612,7 +612,7 @@ async def test_a_job_that_is_deleted_while_it_runs_comes_to_its_end(
 ) -> None:
     """Redis 7.0 drops the job from the pending list, so its lease cannot be renewed."""
     worker = await start_worker(await start_simulator(Options(scenario=Scenario(rate=40, tokens=120))), lease=1)
-    request_id = await client.enqueue(ask())
+    request_id = await client.enqueue(chat_request())
     entries = []
     async for entry in client.follow(request_id):
         entries.append(entry)

@@ -21,7 +21,7 @@ from worker.sandbox.simulator.server import Options, Scenario
 JOBS = 200
 
 
-def ask(content: str, **more: object) -> dict[str, object]:
+def chat_request(content: str, **more: object) -> dict[str, object]:
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
@@ -47,7 +47,7 @@ async def test_two_workers_and_two_hundred_jobs_at_once(
         # Slots for half of the jobs, so that both workers take their share; a timeout that suits two busy cores.
         start_process(simulator, slots=JOBS // 2, lease=15)
     questions = [f"question {number}" for number in range(JOBS)]
-    ids = await asyncio.gather(*(client.enqueue(ask(question)) for question in questions))
+    ids = await asyncio.gather(*(client.enqueue(chat_request(question)) for question in questions))
     answers = await asyncio.gather(*map(client.result, ids))
     assert [answer.text for answer in answers] == [expected(question) for question in questions]
 
@@ -73,7 +73,7 @@ async def test_a_worker_that_stops_lets_its_jobs_end(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     process = start_process(simulator, drain_timeout=20)
-    request_id = await client.enqueue(ask("Who are you?"))
+    request_id = await client.enqueue(chat_request("Who are you?"))
     entries = []
     async for entry in client.follow(request_id):
         entries.append(entry)
@@ -92,7 +92,7 @@ async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
     simulator = await start_simulator(Options(scenario=Scenario(rate=50)))
     # With leases of a minute only a hand-over lets the second worker continue within this test.
     first = start_process(simulator, drain_timeout=0.1, lease=60, slots=1)
-    request_id = await client.enqueue(ask("Tell me a story"))
+    request_id = await client.enqueue(chat_request("Tell me a story"))
     entries = []
     async for entry in client.follow(request_id):
         entries.append(entry)
@@ -146,7 +146,7 @@ async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
 ) -> None:
     simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=20)))
     process = start_process(simulator, drain_timeout=0.1, lease=60)
-    request_id = await client.enqueue(ask("Who are you?"))
+    request_id = await client.enqueue(chat_request("Who are you?"))
 
     async def begun() -> bool:
         return len(await log_of(redis, request_id)) > 4
@@ -172,7 +172,7 @@ async def test_a_worker_ends_soon_though_redis_does_not_answer(
     simulator = await start_simulator(Options(scenario=Scenario(rate=20, tokens=2000)))
     process = start_process(simulator, drain_timeout=0.1, lease=60)
     for number in range(10):
-        await client.enqueue(ask(f"question {number}"))
+        await client.enqueue(chat_request(f"question {number}"))
 
     async def begun() -> bool:
         return len(simulator.served) == 10

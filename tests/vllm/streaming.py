@@ -93,18 +93,18 @@ def enough(_events: list[bytes]) -> bool:
     return True
 
 
-async def ask(pool: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
+async def request_answer(pool: ServerPool, request: Object | None = None) -> tuple[Answer, ChunkParser]:
     """The whole answer, read as the worker reads it."""
     parser, answer = ChunkParser(), Answer()
     async with pool.stream(pool.servers[0], request or REQUEST) as stream:
         stream.has_begun = lambda: parser.has_content
 
-        def take(events: list[bytes]) -> bool:
+        def on_events(events: list[bytes]) -> bool:
             for fields in (fields for data in events for fields in parser.parse(data)):
                 answer.add(entries.parse("1-1", fields))
             return parser.done
 
-        while await stream.read_into(take) and not parser.done:
+        while await stream.read_into(on_events) and not parser.done:
             pass
         await stream.read_rest()
     parser.check_complete()
@@ -113,7 +113,7 @@ async def ask(pool: ServerPool, request: Object | None = None) -> tuple[Answer, 
 
 async def error_of(pool: ServerPool, request: Object | None = None) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
-        await ask(pool, request)
+        await request_answer(pool, request)
     assert len(pool.servers[0].requests) == 0
     return caught.value
 

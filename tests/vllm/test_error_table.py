@@ -444,12 +444,12 @@ async def read(pool: ServerPool) -> None:
 async def drain(stream: ChatStream) -> None:
     parser = ChunkParser()
 
-    def take(events: list[bytes]) -> bool:
+    def on_events(events: list[bytes]) -> bool:
         for data in events:
             parser.parse(data)
         return parser.done
 
-    while await stream.read_into(take) and not parser.done:
+    while await stream.read_into(on_events) and not parser.done:
         pass
     await stream.read_rest()
     parser.check_complete(stream.skipped)

@@ -9,9 +9,9 @@ import pytest
 from raw_server import sending
 from streaming import (
     HEAD,
-    ask,
     error_of,
     reaching,
+    request_answer,
     serving,
 )
 
@@ -96,12 +96,12 @@ async def test_a_connection_that_is_not_made_in_time_does_not_cut_open_streams(l
     loop = asyncio.get_running_loop()
     limits, pace = StreamTimeouts(connect=0.1, first_token=600, gap=600), ServerPace(frozen_after=0)
     async with reaching(url_of(listening), limits=limits, pace=pace) as pool:
-        asking = asyncio.create_task(ask(pool))
+        asking = asyncio.create_task(request_answer(pool))
         connection, _ = await loop.sock_accept(listening)
         with connection, connections_waiting(listening):
             await loop.sock_sendall(connection, HEAD + b"\r\n")
             with pytest.raises(NoConnection):
-                await ask(pool)
+                await request_answer(pool)
             event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
             await loop.sock_sendall(connection, event)
             connection.shutdown(socket.SHUT_WR)

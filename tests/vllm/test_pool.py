@@ -108,7 +108,7 @@ async def chosen(pool: ServerPool, model: str = "") -> Server:
     return pool.choose(model)
 
 
-async def ask(
+async def request_answer(
     pool: ServerPool, pooled: Server | None = None, *, model: str = "", caller: Caller | None = None,
     **fields: Any,  # noqa: ANN401
 ) -> str:  # fmt: skip
@@ -118,11 +118,11 @@ async def ask(
     pooled = pooled or await chosen(pool, model)
     async with pool.stream(pooled, request | fields, caller=caller) as stream:
 
-        def take(events: list[bytes]) -> bool:
+        def on_events(events: list[bytes]) -> bool:
             texts.extend(entry.get("content", "") for data in events for entry in parser.parse(data))
             return parser.done
 
-        while await stream.read_into(take) and not parser.done:
+        while await stream.read_into(on_events) and not parser.done:
             pass
         await stream.read_rest()
         parser.check_complete()
@@ -134,7 +134,7 @@ async def fails(pool: ServerPool, times: int = 1, **fields: Any) -> set[str]:  #
     codes = set()
     for _ in range(times):
         with pytest.raises(UpstreamError) as caught:
-            await ask(pool, pool.servers[0], **fields)
+            await request_answer(pool, pool.servers[0], **fields)
         codes.add(caught.value.code)
     return codes
 
@@ -146,8 +146,8 @@ async def test_a_request_goes_to_a_server_that_lists_its_model() -> None:
     async with serving("small", "large", "large") as (servers, pool):
         assert [pooled.models for pooled in pool.servers] == [{"small"}, {"large"}, {"large"}]
         for _ in range(3):
-            await ask(pool, model="small")
-            await ask(pool, model="large")
+            await request_answer(pool, model="small")
+            await request_answer(pool, model="large")
         assert [len(servers[0].served), len(servers[1].served) + len(servers[2].served)] == [3, 3]
 
 
@@ -155,7 +155,7 @@ async def test_a_model_that_is_loaded_later_is_found() -> None:
     async with serving("small") as ((server,), pool):
         assert not pool.accepts("adapter")
         server.options = Options(model="adapter")
-        assert await ask(pool, model="adapter")
+        assert await request_answer(pool, model="adapter")
 
 
 async def test_a_request_for_an_unlisted_model_is_sent_once_the_lists_were_fetched_again() -> None:
@@ -165,7 +165,7 @@ async def test_a_request_for_an_unlisted_model_is_sent_once_the_lists_were_fetch
         await pool.wait_available("no")
         assert [server.asked.count("/v1/models") for server in servers] == [count + 1 for count in before]
         with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small"):
-            await ask(pool, model="no")
+            await request_answer(pool, model="no")
         assert not pool.accepts("no")
         for _ in range(3):
             with pytest.raises(UpstreamError, match=r"The model `no` does not exist\. Valid aliases: small") as caught:
@@ -177,10 +177,10 @@ async def test_a_request_for_an_unlisted_model_is_sent_once_the_lists_were_fetch
 async def test_an_unknown_model_is_found_once_a_server_lists_it() -> None:
     async with serving("small") as ((server,), pool):
         with pytest.raises(UpstreamError):
-            await ask(pool, model="adapter")
+            await request_answer(pool, model="adapter")
         server.options = Options(model="adapter")
         await until(lambda: pool.accepts("adapter"))
-        assert await ask(pool, model="adapter")
+        assert await request_answer(pool, model="adapter")
 
 
 async def test_a_server_without_a_list_gets_requests_again_for_a_model_it_did_not_know() -> None:
@@ -190,9 +190,9 @@ async def test_a_server_without_a_list_gets_requests_again_for_a_model_it_did_no
         async with watching(server.url) as pool:
             for _ in range(2):
                 with pytest.raises(UpstreamError):
-                    await ask(pool, model="adapter")
+                    await request_answer(pool, model="adapter")
             server.options = Options(model="adapter")
-            assert await ask(pool, model="adapter")
+            assert await request_answer(pool, model="adapter")
 
 
 class Resolving(Recorder):
@@ -206,11 +206,11 @@ class Resolving(Recorder):
 async def test_a_name_that_a_server_has_answered_to_is_sent_there_at_once() -> None:
     """LoRA resolvers, and `llama3` for `llama3:latest`."""
     async with Resolving() as server, watching(server.url) as pool:
-        assert await ask(pool, model="other")
+        assert await request_answer(pool, model="other")
         asked = server.asked.count("/v1/models")
         for _ in range(3):
             assert pool.accepts("other")
-            assert await ask(pool, model="other")
+            assert await request_answer(pool, model="other")
         assert server.asked.count("/v1/models") == asked
 
 
@@ -226,9 +226,9 @@ async def test_a_server_that_does_not_list_its_models_may_serve_any(status: int)
     async with Recorder() as server:
         server.statuses["/v1/models"] = status
         async with watching(server.url) as pool:
-            assert await ask(pool, model="reciter")
+            assert await request_answer(pool, model="reciter")
             with pytest.raises(UpstreamError) as caught:  # in its own words
-                await ask(pool, model="no")
+                await request_answer(pool, model="no")
             assert (caught.value.code, len(server.served)) == ("model_not_found", 2)
 
 
@@ -238,8 +238,8 @@ async def test_a_job_waits_for_a_server_that_has_never_listed_its_models() -> No
         Recorder(Options(model="small")) as small,
         watching(small.url, f"http://127.0.0.1:{port}") as pool,
     ):
-        asking = asyncio.create_task(ask(pool, model="large"))
-        assert await ask(pool, model="small")
+        asking = asyncio.create_task(request_answer(pool, model="large"))
+        assert await request_answer(pool, model="small")
         assert not pool.accepts("large")
         async with Recorder(Options(model="large"), port=port) as large:
             assert await asking
@@ -255,7 +255,7 @@ async def test_the_models_of_a_server_that_comes_back_are_fetched_again() -> Non
             assert await fails(pool) == {"upstream_unreachable"}
             async with Recorder(Options(model="new"), port=port):
                 await until(lambda: not pool.servers[0].is_away)
-                assert await ask(pool, model="new")
+                assert await request_answer(pool, model="new")
                 assert pool.servers[0].models == {"new"}
 
 
@@ -288,7 +288,7 @@ async def test_a_server_that_answers_with_a_fault_is_away(statuses: dict[str, in
         async with watching(server.url) as pool:
             assert (pool.is_available, pool.servers[0].is_away) == (False, True)
             server.statuses.clear()
-            assert await ask(pool)
+            assert await request_answer(pool)
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
@@ -297,7 +297,7 @@ async def test_a_server_that_answers_late_gets_its_requests(path: str) -> None:
     async with Recorder() as server:
         server.slow = {path}
         async with watching(server.url, pace=quick(**BRIEF)) as pool:
-            assert await ask(pool, model="reciter")
+            assert await request_answer(pool, model="reciter")
             assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
@@ -322,7 +322,7 @@ async def test_a_late_list_is_fetched_again_while_requests_go_on() -> None:
     async with Recorder() as server:
         server.slow = {"/v1/models"}
         async with watching(server.url, pace=pace) as pool:
-            assert await ask(pool, model="reciter")
+            assert await request_answer(pool, model="reciter")
             asked = server.asked.count("/v1/models")
             await until(lambda: server.asked.count("/v1/models") > asked)
             pace.probe_limit = pace.longest_probe_limit = 5
@@ -333,7 +333,7 @@ async def test_a_late_list_is_fetched_again_while_requests_go_on() -> None:
 async def test_a_request_is_sent_though_the_lists_always_come_late() -> None:
     async with Resolving() as server, watching(server.url, pace=quick(**BRIEF)) as pool:
         server.slow = {"/v1/models"}
-        assert await ask(pool, model="other")
+        assert await request_answer(pool, model="other")
 
 
 async def test_a_new_server_that_was_late_gets_all_requests_once_it_answers_a_probe() -> None:
@@ -343,7 +343,7 @@ async def test_a_new_server_that_was_late_gets_all_requests_once_it_answers_a_pr
         server.slow = {"/health"}
         server.orders("hang")
         async with watching(server.url, pace=pace) as pool:
-            asking = [asyncio.create_task(ask(pool)) for _ in range(5)]
+            asking = [asyncio.create_task(request_answer(pool)) for _ in range(5)]
             await until(lambda: len(server.served) == 1)
             pace.probe_limit = pace.longest_probe_limit = 5
             server.released.set()
@@ -361,7 +361,7 @@ async def test_a_server_that_accepts_connections_again_is_tried_before_it_answer
         Recorder(port=port) as server,
     ):
         server.slow = {"/health", "/v1/models"}
-        assert await ask(pool)
+        assert await request_answer(pool)
 
 
 async def test_a_frozen_server_is_tried_with_one_request_at_a_time() -> None:
@@ -374,7 +374,7 @@ async def test_a_frozen_server_is_tried_with_one_request_at_a_time() -> None:
         assert circuit.state is CircuitState.OPEN
         pool.limits = PATIENT
         tried = len(server.served)
-        waiting = [asyncio.create_task(ask(pool)) for _ in range(5)]
+        waiting = [asyncio.create_task(request_answer(pool)) for _ in range(5)]
         await until(lambda: len(server.served) > tried)
         asked = server.asked.count("/health")
         await until(lambda: server.asked.count("/health") > asked + 2)
@@ -395,7 +395,7 @@ async def test_going_away_and_coming_back_are_logged_once_with_the_reason() -> N
                 await stack.aclose()
                 await fails(pool, 3)
                 async with Recorder(port=port):
-                    await ask(pool)
+                    await request_answer(pool)
     assert [(line["event"], line.get("reason")) for line in logs] == [
         ("vllm_away", "upstream_unreachable"),
         ("vllm_back", None),
@@ -431,7 +431,7 @@ async def test_a_server_that_refused_the_key_is_back_once_its_list_accepts_it(re
     async with serving("reciter", "reciter") as ((server, _), pool):
         pooled = pool.servers[0]
         server.statuses = {refused: 401, "/v1/models": 401}
-        asking = pool.post(pooled, refused, {}) if refused == "/tokenize" else ask(pool, pooled)
+        asking = pool.post(pooled, refused, {}) if refused == "/tokenize" else request_answer(pool, pooled)
         with pytest.raises(UpstreamError) as caught:
             await asking
         assert (caught.value.code, pooled.refuses_key) == ("unauthorized", True)
@@ -440,7 +440,7 @@ async def test_a_server_that_refused_the_key_is_back_once_its_list_accepts_it(re
         assert pooled.refuses_key, "its health is no answer to that"
         server.statuses.clear()
         await until(lambda: not pooled.is_away)
-        assert await ask(pool, pooled)
+        assert await request_answer(pool, pooled)
 
 
 async def test_a_job_with_a_fallback_does_not_wait_for_servers_that_refuse_the_key() -> None:
@@ -495,7 +495,7 @@ async def test_every_fault_in_a_row_opens_the_circuit_and_the_probe_half_opens_i
         server.orders()
         server.statuses.clear()
         pool.limits = PATIENT
-        assert await ask(pool)
+        assert await request_answer(pool)
         assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
@@ -511,7 +511,7 @@ async def test_a_whole_answer_between_failures_keeps_the_circuit_closed() -> Non
         for _ in range(3):
             await fails(pool, FAILURES - 1, simulate={"fault": "500"})
             assert pool.servers[0].circuit.state is CircuitState.CLOSED
-            assert await ask(pool)
+            assert await request_answer(pool)
 
 
 async def test_an_exception_of_the_caller_does_not_count_against_the_server() -> None:
@@ -541,7 +541,7 @@ async def test_trials_go_one_at_a_time_until_the_first_event_of_one() -> None:
     async with half_open() as (server, pool):
         server.options = Options(scenario=Scenario(first_token=0.2, tokens=400, rate=40))
         tried = len(server.served)
-        tasks = [asyncio.create_task(ask(pool)) for _ in range(20)]
+        tasks = [asyncio.create_task(request_answer(pool)) for _ in range(20)]
         await until(lambda: len(server.served) > tried)
         assert (len(server.served) - tried, pool.is_available) == (1, False)
         trial = server.served[-1]
@@ -563,7 +563,7 @@ async def test_a_trial_has_the_usual_limits_and_its_failure_keeps_the_circuit_ha
         caller = Caller()
         (circuit,) = (pooled.circuit for pooled in pool.servers)
         with pytest.raises(UpstreamError) as caught:
-            await ask(pool, await chosen(pool), caller=caller)
+            await request_answer(pool, await chosen(pool), caller=caller)
         assert caught.value.code == code
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         assert (circuit.admits(caller, last_resort=True), circuit.admits(Caller())) == (False, False)
@@ -596,7 +596,7 @@ async def test_a_job_that_failed_at_a_server_falls_back_to_another_model() -> No
         caller = Caller()
         large.orders("500")
         with pytest.raises(UpstreamError):
-            await ask(pool, pool.servers[0], model="large", caller=caller)
+            await request_answer(pool, pool.servers[0], model="large", caller=caller)
         await fails(pool, FAILURES - 1, model="large")
         await until(lambda: circuit.state is CircuitState.HALF_OPEN)
         with pytest.raises(UpstreamError, match="every server of `large` is away"):
@@ -607,7 +607,7 @@ async def test_after_a_cancelled_or_refused_trial_the_next_request_is_the_trial(
     async with half_open() as (server, pool):
         server.orders("hang")
         tried = len(server.served)
-        trial = asyncio.create_task(ask(pool))
+        trial = asyncio.create_task(request_answer(pool))
         await until(lambda: len(server.served) > tried)
         waiting = asyncio.create_task(chosen(pool))
         trial.cancel()
@@ -615,7 +615,7 @@ async def test_after_a_cancelled_or_refused_trial_the_next_request_is_the_trial(
         await fails(pool, temperature=-3.0)
         assert pooled.circuit.state is CircuitState.HALF_OPEN
         server.orders()
-        assert await ask(pool)
+        assert await request_answer(pool)
 
 
 async def test_after_a_refused_question_another_request_may_be_the_trial() -> None:
@@ -668,9 +668,9 @@ async def test_a_job_that_waits_for_a_trial_wakes_at_its_end() -> None:
     async with half_open(pace) as (server, pool):
         pace.probe_every = 3600
         tried = len(server.served)
-        trial = asyncio.create_task(ask(pool, simulate={"fault": "hang"}))
+        trial = asyncio.create_task(request_answer(pool, simulate={"fault": "hang"}))
         await until(lambda: len(server.served) > tried)
-        waiting = asyncio.create_task(ask(pool))
+        waiting = asyncio.create_task(request_answer(pool))
         await asyncio.sleep(0)
         trial.cancel()
         assert await waiting
@@ -686,14 +686,14 @@ async def test_a_server_on_trial_is_chosen_once() -> None:
 async def test_a_server_that_goes_away_is_probed_at_once() -> None:
     async with serving("reciter", pace=quick(probe_every=3600)) as (_, pool):
         await fails(pool, FAILURES, simulate={"fault": "500"})
-        assert await ask(pool)
+        assert await request_answer(pool)
 
 
 async def test_one_poisonous_request_does_not_close_a_server_to_other_jobs() -> None:
     async with serving("reciter") as (_, pool):
         for _ in range(3):
             await fails(pool, 2 * FAILURES, simulate={"fault": "error_under_200", "after": 3})
-            assert all(await asyncio.gather(*(ask(pool) for _ in range(10))))
+            assert all(await asyncio.gather(*(request_answer(pool) for _ in range(10))))
         assert pool.servers[0].circuit.state is CircuitState.CLOSED
 
 
@@ -705,7 +705,7 @@ async def test_the_other_servers_serve_while_one_is_frozen() -> None:
         before = len(frozen.served)
         pool.limits = PATIENT
         for _ in range(5):
-            assert await ask(pool)
+            assert await request_answer(pool)
         assert (len(frozen.served), len(good.served)) == (before, 5)
 
 
@@ -713,7 +713,7 @@ async def test_a_server_that_asks_for_a_pause_is_passed_over() -> None:
     async with serving("reciter", "reciter") as ((busy, good), pool):
         await fails(pool, simulate={"fault": "429", "retry_after": 50})
         for _ in range(3):
-            assert await ask(pool)
+            assert await request_answer(pool)
         assert (len(busy.served), len(good.served)) == (1, 3)
 
 
@@ -728,7 +728,7 @@ async def test_a_proxy_in_the_environment_is_not_used(monkeypatch: pytest.Monkey
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     async with serving("reciter") as (_, pool):
-        assert await ask(pool)
+        assert await request_answer(pool)
     async with Simulator() as simulator, httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):  # or this test would prove nothing
             await client.get(f"{simulator.url}/health")
@@ -739,7 +739,7 @@ async def test_a_user_in_the_url_overrides_the_key() -> None:
         url = re.sub("//", "//me:p%40ss@", own.url)
         async with watching(plain.url, url, api_key="key") as pool:
             for pooled in pool.servers:
-                assert await ask(pool, pooled)
+                assert await request_answer(pool, pooled)
     assert set(plain.authorization) == {"Bearer key"}
     assert set(own.authorization) == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
 
@@ -758,5 +758,5 @@ async def test_a_connection_that_is_lost_while_it_is_made_is_a_failure_of_the_se
         with monkeypatch.context() as broken:
             broken.setattr(asyncio.get_running_loop(), "create_connection", connect)
             with pytest.raises(UpstreamError) as raised:
-                await ask(pool, pooled)
+                await request_answer(pool, pooled)
     assert (raised.value.code, raised.value.retryable) == ("upstream_unreachable", True)

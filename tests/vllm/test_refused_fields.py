@@ -11,9 +11,9 @@ from streaming import (
     REQUEST,
     WHO,
     Counting,
-    ask,
     error_of,
     reaching,
+    request_answer,
     serving,
 )
 
@@ -39,7 +39,7 @@ async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Ite
     rejects = frozenset(fields)
     async with serving(Options(rejects=rejects, reject_style=style)) as (simulator, pool):
         for _ in range(2):
-            assert (await ask(pool))[0].text == answer_to(WHO)
+            assert (await request_answer(pool))[0].text == answer_to(WHO)
         assert [served.status for served in simulator.served] == [400] * len(rejects) + [200, 200]
         assert BOTH - simulator.served[-1].request.keys() == rejects
         assert pool.servers[0].unsupported_fields == rejects
@@ -83,7 +83,7 @@ async def test_a_field_that_a_server_refuses_in_its_own_way_is_left_out(
 
     async with Refusing() as server, reaching(server.url) as pool:
         for _ in range(2):
-            assert (await ask(pool))[0].text == answer_to(WHO)
+            assert (await request_answer(pool))[0].text == answer_to(WHO)
         assert (server.refused, len(server.served)) == (1, 2)
         assert pool.servers[0].unsupported_fields == {"return_token_ids"}
 
@@ -101,7 +101,7 @@ async def test_a_server_that_refuses_include_usage_gets_requests_without_it(own:
                 await super()._handle(request, connection)
 
     async with Refusing() as server, reaching(server.url) as pool:
-        assert (await ask(pool, REQUEST | own))[0].text == answer_to(WHO)
+        assert (await request_answer(pool, REQUEST | own))[0].text == answer_to(WHO)
         assert pool.servers[0].unsupported_fields == {"stream_options"}
         asked = REQUEST | {"stream_options": {"include_usage": True}}
         assert (await error_of(pool, asked)).code == "invalid_request"
@@ -121,7 +121,7 @@ async def test_text_that_came_with_such_an_error_is_not_requested_again() -> Non
     answer = b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(b"data: %b\n\n" % json.dumps(it).encode() for it in (chunk, error))
     parser, said = ChunkParser(), list[entries.Fields]()
 
-    def take(events: list[bytes]) -> bool:
+    def on_events(events: list[bytes]) -> bool:
         for data in events:
             said.extend(parser.parse(data))
         return False
@@ -129,7 +129,7 @@ async def test_text_that_came_with_such_an_error_is_not_requested_again() -> Non
     async def read(pool: ServerPool) -> None:
         async with pool.stream(pool.servers[0], REQUEST) as stream:
             stream.has_begun = lambda: parser.has_content
-            await stream.read_into(take)
+            await stream.read_into(on_events)
 
     async with sending(answer) as url, reaching(url) as pool:
         with pytest.raises(UpstreamError, match="cannot sample"):
@@ -139,7 +139,7 @@ async def test_text_that_came_with_such_an_error_is_not_requested_again() -> Non
 
 async def test_a_field_that_a_server_ignores_does_no_harm() -> None:
     async with serving(Options(ignores=BOTH)) as (simulator, pool):
-        answer, parser = await ask(pool)
+        answer, parser = await request_answer(pool)
         assert (answer.text, parser.usage, answer.choices[0].token_ids) == (answer_to(WHO), {}, [])
         assert len(simulator.served) == 1
 
@@ -147,16 +147,16 @@ async def test_a_field_that_a_server_ignores_does_no_harm() -> None:
 @pytest.mark.parametrize("style", STYLES)
 async def test_many_requests_may_find_a_refused_field_at_the_same_time(style: Any) -> None:  # noqa: ANN401
     async with serving(Options(rejects=BOTH, reject_style=style)) as (simulator, pool):
-        answers = await asyncio.gather(*(ask(pool) for _ in range(30)))
+        answers = await asyncio.gather(*(request_answer(pool) for _ in range(30)))
         assert {answer.text for answer, _ in answers} == {answer_to(WHO)}
         sent = len(simulator.served)
-        await ask(pool)
+        await request_answer(pool)
         assert len(simulator.served) == sent + 1
 
 
 async def test_what_one_server_refuses_is_still_sent_to_another() -> None:
     async with serving(Options(rejects=BOTH)) as (strict, _), reaching(strict.url, "http://127.0.0.1:9") as pool:
-        await ask(pool)
+        await request_answer(pool)
         assert [pooled.unsupported_fields for pooled in pool.servers] == [BOTH, set()]
 
 
@@ -169,7 +169,7 @@ async def test_a_request_with_the_refused_field_itself_gets_the_refusal(style: A
         assert (error.code, error.retryable, len(simulator.served)) == ("invalid_request", False, 1)
         assert name in error.message
         # The worker learns of the refusal from another request. A later request with the field is refused as before.
-        await ask(pool)
+        await request_answer(pool)
         assert (await error_of(pool, {**REQUEST, **fields})).code == "invalid_request"
 
 
@@ -184,7 +184,7 @@ async def test_one_bad_request_does_not_cost_other_jobs_their_token_ids(fields: 
     async with serving() as (simulator, pool):
         error = await error_of(pool, {**REQUEST, **fields})
         assert (error.code, error.status) == ("invalid_request", 400)
-        answer, parser = await ask(pool)
+        answer, parser = await request_answer(pool)
         assert answer.choices[0].token_ids
         assert parser.usage
         assert simulator.served[-1].request.keys() >= BOTH

@@ -18,7 +18,6 @@ from streaming import (
     JSON_HEAD,
     REQUEST,
     WHO,
-    ask,
     asking,
     chunked,
     enough,
@@ -26,6 +25,7 @@ from streaming import (
     error_of_server,
     opened,
     reaching,
+    request_answer,
     serving,
     to,
     until,
@@ -45,7 +45,7 @@ from worker.vllm.stream.watchdog import StreamTimeouts
 
 async def test_an_answer_comes_whole() -> None:
     async with serving() as (simulator, pool):
-        answer, parser = await ask(pool)
+        answer, parser = await request_answer(pool)
         request = simulator.served[-1].request
     assert (answer.text, answer.finish_reason, parser.done) == (answer_to(WHO), "stop", True)
     assert request == {**REQUEST, "stream": True, "return_token_ids": True, "stream_options": {"include_usage": True}}
@@ -61,8 +61,8 @@ async def test_an_answer_comes_whole() -> None:
 async def test_an_answer_comes_whole_in_the_shapes_of_other_servers(shape: str) -> None:
     thinking: list[Any] = [{"role": "user", "content": "Think first"}]
     async with serving() as (_, pool):
-        plain, _ = await ask(pool, {**asking(), "messages": thinking})
-        shaped, _ = await ask(pool, {**asking(shape=shape), "messages": thinking})
+        plain, _ = await request_answer(pool, {**asking(), "messages": thinking})
+        shaped, _ = await request_answer(pool, {**asking(shape=shape), "messages": thinking})
     assert plain.choices[0].reasoning.startswith("\nThe user wants me to think.")
     for name in ("content", "reasoning", "token_ids", "finish_reason"):
         assert getattr(shaped.choices[0], name) == getattr(plain.choices[0], name)
@@ -70,10 +70,10 @@ async def test_an_answer_comes_whole_in_the_shapes_of_other_servers(shape: str) 
 
 async def test_a_completion_that_is_not_streamed_is_read() -> None:
     async with serving() as (simulator, pool):
-        answer, parser = await ask(pool, asking(fault="json"))
+        answer, parser = await request_answer(pool, asking(fault="json"))
         assert (answer.text, answer.finish_reason) == (answer_to(WHO), "stop")
         assert parser.usage["completion_tokens"] == len(answer.choices[0].token_ids)
-        await ask(pool)
+        await request_answer(pool)
         assert simulator.accepted == 1
 
 
@@ -81,14 +81,14 @@ async def test_a_completion_over_several_lines_is_read() -> None:
     body = b'{\r\n "choices": [\n  {"message": {"content": "a\\nb"},\r "finish_reason": "stop"}\n ]\n}\n'
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json; charset=utf-8\r\ncontent-length: %d\r\n\r\n" % len(body)
     async with sending(head + body) as url, reaching(url) as pool:
-        assert (await ask(pool))[0].text == "a\nb"
+        assert (await request_answer(pool))[0].text == "a\nb"
 
 
 @pytest.mark.parametrize("kind", [b"content-type: text/plain\r\n", b"content-type: Text/Event-Stream\r\n", b""])
 async def test_a_stream_is_read_whatever_its_content_type(kind: bytes) -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\n'
     async with sending(b"HTTP/1.1 200 OK\r\n" + kind + b"\r\n" + event) as url, reaching(url) as pool:
-        assert (await ask(pool))[0].text == "a"
+        assert (await request_answer(pool))[0].text == "a"
 
 
 LABELS = ["application/json", "application/json; charset=utf-8", "text/event-stream", "text/plain", "text/html",
@@ -104,13 +104,13 @@ async def test_events_come_out_as_they_arrive_whatever_the_content_type(label: s
         stream = await opened(transport, url)
         events: list[bytes] = []
 
-        def take(new: list[bytes]) -> bool:
+        def on_events(new: list[bytes]) -> bool:
             events.extend(new)
             return True
 
         async with asyncio.timeout(5):  # the answer does not end
             while not events:
-                await stream.read_into(take)
+                await stream.read_into(on_events)
         assert events == [event[6:-2]]
         await stream.aclose()
 
@@ -121,7 +121,7 @@ async def test_a_whole_completion_is_read_whatever_the_content_type(label: str, 
     body = start + b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}]}'
     head = f"HTTP/1.1 200 OK\r\ncontent-type: {label}\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     async with sending(head, body) as url, reaching(url) as pool:
-        assert (await ask(pool))[0].text == "a"
+        assert (await request_answer(pool))[0].text == "a"
 
 
 TEXT = b'{"choices":[{"delta":{"content":"%c"}}]}'
@@ -137,13 +137,13 @@ async def test_lines_that_are_chunks_come_out_during_the_stream(prefix: bytes, e
         stream = await opened(transport, url)
         events: list[bytes] = []
 
-        def take(new: list[bytes]) -> bool:
+        def on_events(new: list[bytes]) -> bool:
             events.extend(new)
             return True
 
         async with asyncio.timeout(5):  # the answer does not end
             while len(events) < 2:
-                await stream.read_into(take)
+                await stream.read_into(on_events)
         assert events[:2] == [TEXT % b"a", TEXT % b"b"]
         await stream.aclose()
 
@@ -154,7 +154,7 @@ async def test_lines_that_are_chunks_are_a_whole_answer(prefix: bytes) -> None:
     answer = HEAD + b"\r\n" + b"".join(prefix + line + b"\n" for line in lines)
     for rest in (b"", b"data: [DONE]\n"):
         async with sending(answer + rest) as url, reaching(url) as pool:
-            assert (await ask(pool))[0].text == "abc"
+            assert (await request_answer(pool))[0].text == "abc"
 
 
 ERROR = b'{"error":{"message":"no such thing","code":400}}'
@@ -215,13 +215,13 @@ async def test_a_whole_completion_counts_though_the_connection_stays_open() -> N
         parser = ChunkParser()
         async with pool.stream(pool.servers[0], REQUEST) as stream:
 
-            def take(events: list[bytes]) -> bool:
+            def on_events(events: list[bytes]) -> bool:
                 for data in events:
                     parser.parse(data)
                 return parser.done
 
             with pytest.raises(UpstreamError, match="sent nothing"):
-                await stream.read_into(take)
+                await stream.read_into(on_events)
         assert parser.is_complete
 
 
@@ -229,7 +229,7 @@ async def test_a_whole_completion_counts_though_the_connection_stays_open() -> N
 async def test_a_bom_may_come_in_pieces(cut: int) -> None:
     body = b"\xef\xbb\xbfdata: " + TEXT % b"a" + b"\n\ndata: " + FINISH + b"\n\n"
     async with sending(HEAD + b"\r\n", body[:cut], body[cut:]) as url, reaching(url) as pool:
-        assert (await ask(pool))[0].text == "a"
+        assert (await request_answer(pool))[0].text == "a"
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 203, 206])
@@ -237,7 +237,7 @@ async def test_a_bom_may_come_in_pieces(cut: int) -> None:
 async def test_these_statuses_are_those_of_an_answer(status: int, body: bytes) -> None:
     answer = body % b'{"delta":{"content":"a"},"finish_reason":"stop"}'
     async with sending(b"HTTP/1.1 %d OK\r\n\r\n" % status + answer) as url, reaching(url) as pool:
-        assert (await ask(pool))[0].text == "a"
+        assert (await request_answer(pool))[0].text == "a"
 
 
 async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
@@ -257,7 +257,7 @@ async def test_an_answer_comes_over_tls_from_a_server_whose_certificate_is_good(
             )
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
         async with reaching(url) as pool:
-            assert (await ask(pool))[0].text == "a"
+            assert (await request_answer(pool))[0].text == "a"
         async with reaching(url.replace("127.0.0.1", "localhost")) as pool:  # which the certificate is not for
             assert "Hostname mismatch" in (error := await error_of(pool)).message
             assert error.message.endswith("; set VLLM_URLS to the host name in the server's certificate")
@@ -284,7 +284,7 @@ async def test_tls_to_a_server_without_it_is_an_error_with_a_fix(answer: bytes) 
 
 async def test_the_key_is_sent() -> None:
     async with serving(Options(api_key="secret"), api_key="secret") as (_, pool):
-        assert (await ask(pool))[0].text == answer_to(WHO)
+        assert (await request_answer(pool))[0].text == answer_to(WHO)
     async with serving(Options(api_key="secret"), api_key="wrong") as (_, pool):
         error = await error_of(pool)
         assert (error.code, error.retryable, error.message) == ("unauthorized", True, "Unauthorized")
@@ -292,7 +292,7 @@ async def test_the_key_is_sent() -> None:
 
 async def test_many_streams_go_at_once() -> None:
     async with serving() as (simulator, pool):
-        answers = await asyncio.gather(*(ask(pool, asking(tokens=20, rate=200)) for _ in range(100)))
+        answers = await asyncio.gather(*(request_answer(pool, asking(tokens=20, rate=200)) for _ in range(100)))
         assert {answer.text for answer, _ in answers} == {answer_to(WHO, tokens=20)}
         assert simulator.accepted == 100
         assert len(pool.servers[0].requests) == 0
@@ -324,12 +324,12 @@ async def test_each_fault_has_its_code(fault: str, code: str, status: int, retry
         assert (error.code, error.status, error.retryable) == (code, status, retryable)
         assert error.message
         # The server is as good as before.
-        assert (await ask(pool))[0].text == answer_to(WHO)
+        assert (await request_answer(pool))[0].text == answer_to(WHO)
 
 
 async def test_a_missing_done_is_not_a_fault() -> None:
     async with serving() as (_, pool):
-        answer, parser = await ask(pool, asking(fault="no_done"))
+        answer, parser = await request_answer(pool, asking(fault="no_done"))
     assert (answer.text, parser.done, parser.is_complete) == (answer_to(WHO), False, True)
 
 
@@ -459,7 +459,7 @@ async def test_leaving_the_stream_closes_the_connection() -> None:
 @pytest.mark.parametrize("fault", ["stall", "hang"])
 async def test_being_cancelled_closes_the_connection(fault: str) -> None:
     async with serving() as (simulator, pool):
-        task = asyncio.create_task(ask(pool, asking(fault=fault, after=2)))
+        task = asyncio.create_task(request_answer(pool, asking(fault=fault, after=2)))
         await until(lambda: bool(simulator.served) and simulator.served[-1].fault == fault)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -471,14 +471,14 @@ async def test_being_cancelled_closes_the_connection(fault: str) -> None:
 async def test_the_connection_is_used_again_after_a_whole_stream() -> None:
     async with serving() as (simulator, pool):
         for _ in range(3):
-            await ask(pool)
+            await request_answer(pool)
         assert (len(simulator.served), simulator.accepted) == (3, 1)
 
 
 async def test_the_connection_is_used_again_after_a_refusal() -> None:
     async with serving() as (simulator, pool):
         await error_of(pool, asking(fault="503"))
-        await ask(pool)
+        await request_answer(pool)
         assert simulator.accepted == 1
 
 
@@ -496,14 +496,14 @@ async def test_a_server_that_does_not_end_its_answer_after_done_is_not_waited_fo
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
     async with sending(HEAD + b"\r\n" + event, then_close=False) as url, reaching(url) as pool:
         async with asyncio.timeout(5):
-            assert (await ask(pool))[0].text == "a"
+            assert (await request_answer(pool))[0].text == "a"
 
 
 async def test_usage_after_done_in_a_piece_of_its_own_is_read() -> None:
     event = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
     head = HEAD + b"connection: close\r\n\r\n"
     async with sending(head + event, b'data: {"usage":{"total_tokens":3}}\n\n') as url, reaching(url) as pool:
-        answer, parser = await ask(pool)
+        answer, parser = await request_answer(pool)
     assert (answer.text, parser.usage) == ("a", {"total_tokens": 3})
 
 
@@ -550,4 +550,4 @@ async def test_requests_spread_over_the_servers() -> None:
 async def test_the_scenario_of_a_simulator_applies_to_every_request() -> None:
     async with serving(Options(scenario=Scenario(fault="503", times=1))) as (_, pool):
         assert (await error_of(pool)).code == "upstream_unavailable"
-        assert (await ask(pool))[0].text == answer_to(WHO)
+        assert (await request_answer(pool))[0].text == answer_to(WHO)

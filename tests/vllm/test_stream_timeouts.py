@@ -11,13 +11,13 @@ from streaming import (
     JSON_HEAD,
     REQUEST,
     WHO,
-    ask,
     asking,
     enough,
     error_of,
     error_of_server,
     opened,
     reaching,
+    request_answer,
     serving,
     until,
 )
@@ -125,7 +125,7 @@ async def test_comments_do_not_fill_a_gap() -> None:
 
 async def test_the_gap_limit_is_between_events_and_not_for_the_whole_answer() -> None:
     async with serving(limits=StreamTimeouts(first_token=1, gap=1)) as (_, pool):
-        answer, _ = await ask(pool, asking(tokens=30, rate=20))  # takes 1.5 s
+        answer, _ = await request_answer(pool, asking(tokens=30, rate=20))  # takes 1.5 s
     assert answer.text == answer_to(WHO, tokens=30)
 
 
