@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -300,22 +301,21 @@ async def test_only_the_consumer_of_a_dead_worker_is_removed(group: Group, redis
 
 
 async def test_a_consumer_that_gets_a_job_just_before_its_removal_stays(
-    group: Group, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    group: Group, redis: Redis, redis_proxy: Proxy
 ) -> None:
     """As when a paused worker continues."""
     woken = group.consumer("woken")
     await add(redis, 1)
     await woken.acknowledge((await woken.read_new("default", 1, 1))[0])
-    xinfo_consumers = group.commands.xinfo_consumers
-
-    async def read_and_let_it_wake(*args: str) -> object:
-        seen = await xinfo_consumers(*args)
+    held = redis_proxy.hold_reply(b"XINFO CONSUMERS")
+    async with command_client(redis_proxy.redis_url) as commands, blocking_client(redis_proxy.redis_url, 1) as blocking:
+        one = JobQueue(commands, blocking, Keys(), "one", LEASE)
+        removing = asyncio.create_task(one.remove_stale_consumers("default", set(), idle=0))
+        await held.done.wait()
         await add(redis, 1)
         await woken.read_new("default", 1, 1)
-        return seen
-
-    monkeypatch.setattr(group.commands, "xinfo_consumers", read_and_let_it_wake)
-    await group.consumer("one").remove_stale_consumers("default", set(), idle=0)
+        held.release()
+        await removing
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
 
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from conftest import stream
 from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
+from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from waits import eventually
@@ -86,21 +87,14 @@ async def test_a_log_above_redis_output_limit_is_read_in_pages_and_claimed_once(
 
 
 async def test_a_claim_is_not_repeated_because_the_log_could_not_be_read(
-    one: Process, two: Process, delivery: Delivery, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    one: Process, delivery: Delivery, redis: Redis, redis_proxy: Proxy
 ) -> None:
     await one.acquire(delivery)
-    again, left, xrange = await stolen(redis, two, delivery), 3, two.commands.xrange
-
-    async def cut_off(*_: object, **__: object) -> object:
-        nonlocal left
-        left -= 1
-        if left >= 0:
-            raise ResponseError("MASTERDOWN Link with MASTER is down")
-        return await xrange(KEY)
-
-    monkeypatch.setattr(two.commands, "xrange", cut_off)
-    assert isinstance(await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR), Acquired)
-    assert left < 0
+    async with process(redis_proxy.redis_url, "two") as two:
+        again = await stolen(redis, two, delivery)
+        lost = redis_proxy.drop_reply(b"XRANGE", times=3)
+        assert isinstance(await RetryUntilAvailable()(two.owner.acquire, "r", again, FAR), Acquired)
+    assert lost.done.is_set()
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
 
 
