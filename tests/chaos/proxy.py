@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 _READ = 64 * 1024
 
 
-class _Deed(enum.Enum):
+class _Action(enum.Enum):
     CUT_BEFORE = enum.auto()
     DROP_REPLY = enum.auto()
     HOLD = enum.auto()
@@ -28,8 +28,8 @@ class Order:
     `met` is set when the first has arrived, `done` when the order was carried out for all.
     """
 
-    def __init__(self, deed: _Deed, command: bytes, reply: bytes, times: int) -> None:
-        self.deed = deed
+    def __init__(self, action: _Action, command: bytes, reply: bytes, times: int) -> None:
+        self.action = action
         self.command = re.compile(command, re.DOTALL)
         self.reply = re.compile(reply, re.DOTALL)
         self.met = asyncio.Event()
@@ -37,7 +37,7 @@ class Order:
         self.released = asyncio.Event()
         self._left = times
 
-    def strike(self) -> None:
+    def count_one(self) -> None:
         """Note that the order was carried out for one more command."""
         self._left -= 1
         if self._left <= 0:
@@ -99,25 +99,25 @@ class Proxy:
 
     def cut_before(self, command: bytes, *, times: int = 1) -> Order:
         """Cut the connection in place of passing a command on."""
-        return self._order(Order(_Deed.CUT_BEFORE, command, b"", times))
+        return self._order(Order(_Action.CUT_BEFORE, command, b"", times))
 
     def drop_reply(self, command: bytes, *, reply: bytes = b"", times: int = 1) -> Order:
         """Pass a command on, wait for the whole reply, and cut the connection in place of passing that on.
 
         Replies that do not match `reply` are passed on.
         """
-        return self._order(Order(_Deed.DROP_REPLY, command, reply, times))
+        return self._order(Order(_Action.DROP_REPLY, command, reply, times))
 
     def hold(self, command: bytes) -> Order:
         """Keep a command back until it is released or the connection is cut."""
-        return self._order(Order(_Deed.HOLD, command, b"", 1))
+        return self._order(Order(_Action.HOLD, command, b"", 1))
 
     def hold_reply(self, command: bytes, *, reply: bytes = b"") -> Order:
         """Pass a command on, and keep its reply back until that is released or the connection is cut.
 
         Replies that do not match `reply` are passed on.
         """
-        return self._order(Order(_Deed.HOLD_REPLY, command, reply, 1))
+        return self._order(Order(_Action.HOLD_REPLY, command, reply, 1))
 
     def half_open(self) -> None:
         """Pass nothing on, and keep every connection open, new ones too."""
@@ -181,7 +181,7 @@ class _Connection:
         self._writer = writer
         self._owed = 0
         self._withheld: bytearray | None = None
-        self._answered = asyncio.Condition()
+        self._replied = asyncio.Condition()
 
     async def run(self) -> None:
         """Pass on in both directions until either ends."""
@@ -211,15 +211,15 @@ class _Connection:
                 order = self._proxy.order_for(text)
                 if order is not None:
                     order.met.set()
-                    if order.deed is _Deed.CUT_BEFORE:
-                        order.strike()
+                    if order.action is _Action.CUT_BEFORE:
+                        order.count_one()
                         self._writer.transport.abort()
                         return
-                    if order.deed is _Deed.HOLD:
-                        order.strike()
+                    if order.action is _Action.HOLD:
+                        order.count_one()
                         await order.released.wait()
                     else:
-                        await self._all_answered()
+                        await self._all_replied()
                         self._withheld = bytearray()
                 self._owed += replies
                 server.write(command)
@@ -229,11 +229,11 @@ class _Connection:
 
     async def _drops(self, order: Order) -> bool:
         """Wait for the reply, and pass it on at once or when it is released. Returns whether it was dropped."""
-        await self._all_answered()
+        await self._all_replied()
         kept = bytes(self._withheld or b"")
         if not order.done.is_set() and order.reply.search(kept):
-            order.strike()
-            if order.deed is _Deed.DROP_REPLY:
+            order.count_one()
+            if order.action is _Action.DROP_REPLY:
                 self._writer.transport.abort()
                 return True
             await order.released.wait()
@@ -251,8 +251,8 @@ class _Connection:
                 self._withheld += data
             buffer += data
             self._owed = max(0, self._owed - self._count(buffer))
-            async with self._answered:
-                self._answered.notify_all()
+            async with self._replied:
+                self._replied.notify_all()
 
     def _count(self, buffer: bytearray) -> int:
         """Remove and return the whole replies in what has arrived."""
@@ -265,9 +265,9 @@ class _Connection:
         del buffer[:start]
         return count
 
-    async def _all_answered(self) -> None:
-        async with self._answered:
-            await self._answered.wait_for(lambda: not self._owed)
+    async def _all_replied(self) -> None:
+        async with self._replied:
+            await self._replied.wait_for(lambda: not self._owed)
 
 
 class _Commands:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from waits import eventually
 from written_log import START, WrittenLog, user_without_channels
 
 from worker import Client
@@ -71,8 +72,6 @@ async def test_after_a_cancellation_the_client_can_still_be_used(client: Client,
     async def waits() -> bool:
         return bool(await redis.keys("chat:tokens:*"))
 
-    async with asyncio.timeout(5):
-        while not await waits():  # noqa: ASYNC110 - what is waited for is in Redis
-            await asyncio.sleep(0.01)
+    await eventually(waits)
     follower.cancel()
     assert await follower == "queued"

@@ -8,6 +8,7 @@ from inspect import signature
 import pytest
 from command import run
 from proxy import Proxy
+from readers import calls
 from redis.asyncio import Redis
 from waits import eventually
 from written_log import END, START, WrittenLog, delta, user_without_channels
@@ -17,11 +18,6 @@ from worker.client.async_client import RequestHandle
 from worker.client.sync_client import SyncRequestHandle
 from worker.contract.entries import Done, Failed, parse
 from worker.contract.ids import BEFORE_ALL, SEAL
-
-
-@pytest.fixture
-def log(redis: Redis) -> WrittenLog:
-    return WrittenLog(redis)
 
 
 async def idle(entries: AsyncIterator[Entry]) -> Idle:
@@ -175,11 +171,16 @@ async def read_all(client: Client, how: str, wait: float) -> list[Entry]:
 
 
 @pytest.mark.parametrize("how", ["follow", "open", "pour"])
-async def test_a_log_that_is_not_there_yet_is_waited_for(how: str, client: Client, log: WrittenLog) -> None:
+async def test_a_log_that_is_not_there_yet_is_waited_for(
+    how: str, client: Client, redis: Redis, log: WrittenLog
+) -> None:
     """A job that a bare XADD added has no log until a worker takes it."""
     reading = asyncio.create_task(read_all(client, how, wait=30))
-    for _ in range(20):
-        await asyncio.sleep(0)
+
+    async def has_tried() -> bool:
+        return await calls(redis, "xrange") > 0
+
+    await eventually(has_tried)
     await log.write(START, delta(1, 1), END)
     assert await reading == log.written
 
