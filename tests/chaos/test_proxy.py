@@ -66,6 +66,19 @@ async def test_the_command_whose_reply_is_dropped_was_executed(
     assert await held(redis) == [b"first", b"lost", b"next"]
 
 
+async def test_a_reply_that_is_held_back_arrives_when_it_is_released(
+    redis: Redis, redis_proxy: Proxy, through: Redis
+) -> None:
+    order = redis_proxy.hold_reply(b"RPUSH", reply=b":2")
+    await transaction(through, "first")
+    waiting = asyncio.create_task(transaction(through, "second"))
+    await order.done.wait()
+    assert await held(redis) == [b"first", b"second"], "the command was executed"
+    assert not waiting.done()
+    order.release()
+    assert await waiting == [2, True]
+
+
 async def test_replies_before_the_dropped_one_arrive(redis_proxy: Proxy) -> None:
     redis_proxy.drop_reply(rb"ECHO two")
     reader, writer = await asyncio.open_connection("127.0.0.1", redis_proxy.port)
