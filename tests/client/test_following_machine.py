@@ -283,6 +283,15 @@ def test_silence_goes_on_until_the_log_has_to_exist() -> None:
     assert reads == [Read(START.id, must_exist=must_exist) for must_exist in (False, False, True, True)]
 
 
+@pytest.mark.parametrize(("weight", "ticks"), [(0.5, 20), (1.0, 10), (2.0, 5)])
+def test_followers_with_different_weights_of_a_tick_do_not_read_at_once(weight: float, ticks: int) -> None:
+    machine = FollowMachine(START.id, tick_weight=weight)
+    machine.next_read()
+    machine.on_page(None)
+    machine.on_tick(waits=False, feed=FeedState.LIVE)
+    assert [machine.on_tick(waits=True, feed=FeedState.LIVE) for _ in range(ticks)] == [False] * (ticks - 1) + [True]
+
+
 def test_a_follower_that_does_not_wait_is_not_silent() -> None:
     machine = listening(START)
     assert not any(machine.on_tick(waits=False, feed=FeedState.QUIET) for _ in range(100))
@@ -305,6 +314,22 @@ def test_a_settled_feed_that_leaves_something_out_twice_is_given_up(feed: FeedSt
     assert machine.polls == polls
     request = machine.next_read()
     assert request == (Read(EntryId(1, 2), waits=True) if polls else None)
+
+
+def test_a_feed_that_leaves_something_out_now_and_then_is_kept() -> None:
+    machine = listening(START)
+    log: list[AnyEntry] = [START]
+    for n in range(1, 9, 2):
+        log.append(delta(1, n))
+        while not machine.on_tick(waits=True, feed=FeedState.LIVE):
+            pass
+        request = machine.next_read()
+        assert request
+        machine.on_page(read(log, request.after))
+        log.append(delta(1, n + 1))
+        machine.on_message(log[-1:], 100)  # the feed works between two misses
+        assert [*machine.drain(), *machine.drain()] == log[-2:]
+    assert not machine.polls
 
 
 def test_a_feed_that_is_refused_before_the_first_page_is_given_up_after_it() -> None:
