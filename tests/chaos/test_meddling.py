@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 from checks import LogEntry, chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartProcess, StartSimulator, StartWorker, stream
+from proxy import Proxy
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -130,6 +131,36 @@ async def test_a_job_whose_log_no_attempt_can_follow_is_buried_once(
     assert (await client.status("r")).outcome == "error"
     assert [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")] == [b"finished"]
     assert not simulator.served
+
+
+async def test_a_buried_job_whose_lifecycle_line_is_delayed_is_left_to_the_next_worker(
+    redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """Acknowledged by the worker that stops, it would never get its line."""
+    await left_behind(redis, [*begun(2), (f"{TOP}-0", {"type": "delta"})])
+    held = redis_proxy.hold(b"XADD chat:lifecycle")
+    first = await start_worker(simulator, redis_url=redis_proxy.redis_url, lease=60)
+
+    async def has_its_letter() -> bool:
+        return held.met.is_set() and bool(await stream(redis, "chat:dead"))
+
+    await eventually(has_its_letter)
+    first.stop()
+    first.stop()
+
+    async def is_left() -> bool:
+        return not await redis.hlen("chat:workers")
+
+    await eventually(is_left)
+    assert await pending(redis), "it is not acknowledged"
+    await start_worker(simulator)
+
+    async def is_done_with() -> bool:
+        return not await pending(redis)
+
+    await eventually(is_done_with)
+    assert [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")] == [b"finished"]
+    assert len(await stream(redis, "chat:dead")) == 1
 
 
 @pytest.mark.parametrize("last", [f"1-{TOP}", f"{TOP - 2}-0", f"{TOP - 2}-{TOP}"])
