@@ -163,7 +163,7 @@ async def test_following_an_unknown_or_expired_request_is_exit_status_1(redis_ur
         run("follow", "nope", REDIS_URL=redis_url), run("follow", "old", "--json", REDIS_URL=redis_url)
     )
     assert (unknown.status, unknown.out, expired.status, expired.out) == (1, "", 1, "")
-    prints(unknown, "Error: nothing is known of a request nope")
+    prints(unknown, "Error: the request nope is unknown")
     prints(expired, '{"error":"request old ended (done) and its log has expired","status":1}')
 
 
@@ -324,7 +324,7 @@ async def test_a_command_notes_at_once_that_redis_is_away_and_goes_on_when_it_is
     port = free_port()
     async with started("enqueue", "Hi", REDIS_URL=f"redis://:hidden-pw@127.0.0.1:{port}/0") as process:
         line = await line_with(process.stderr, "Redis does not answer")
-        assert f"`worker check` says what to do. Trying redis://***@127.0.0.1:{port}/0 (REDIS_URL) for 10 s" in line
+        assert f"`worker check` shows how to fix it. Trying redis://***@127.0.0.1:{port}/0 (REDIS_URL) for 10 s" in line
         server = subprocess.Popen(  # noqa: ASYNC220 - it starts at once
             [find_servers()[0], "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--requirepass", "hidden-pw"],
             stdout=subprocess.DEVNULL,
@@ -351,7 +351,7 @@ def test_an_error_about_a_wrong_password_names_redis(redis_url: str) -> None:
     result = CliRunner().invoke(main, ["enqueue", "Hi", "--redis-url", redis_url.replace("//", "//no:body@")])
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: Redis refuses: invalid username-password pair or user is disabled. `worker check` says what to do\n"
+        "Error: Redis refuses: invalid username-password pair or user is disabled. `worker check` shows how to fix it\n"
     )
 
 
@@ -618,7 +618,7 @@ async def test_ctrl_c_before_anything_was_added_ends_quietly() -> None:
         (["enqueue", "--json", ""], 2, "the PROMPT is empty"),
         (["enqueue", "--json", "Hi", "--odd"], 2, "No such option '--odd'"),
         (["follow", "--json", "a b"], 2, "a request id is 1 to 128"),
-        (["follow", "nope", "--json"], 1, "nothing is known of a request nope"),
+        (["follow", "nope", "--json"], 1, "the request nope is unknown"),
         (["dead", "show", "--json", "1-1"], 1, "there is no such letter"),
         (["run", "--json"], 2, "No such option '--json'"),
     ],

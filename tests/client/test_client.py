@@ -81,7 +81,7 @@ async def test_a_log_without_a_digest_is_followed_and_its_job_is_run(
     assert (await client.status("mine")).state is State.QUEUED
     entry = await anext(client.follow("mine"))
     assert (entry.type, entry.id) == ("queued", (0, 1))
-    with pytest.raises(Conflict, match="left out the digest"):
+    with pytest.raises(Conflict, match="omitted the digest"):
         await client.enqueue(ASK, id="mine")
     await start_worker(simulator)
     assert (await client.result("mine")).text == TEXT
@@ -131,7 +131,7 @@ async def test_status_tells_the_states_apart(
 async def test_following_an_unknown_and_an_expired_request_raises_different_errors(
     client: Client, redis: Redis
 ) -> None:
-    with pytest.raises(UnknownRequest, match="nothing is known of a request nobody"):
+    with pytest.raises(UnknownRequest, match="the request nobody is unknown"):
         await client.result("nobody")
     await redis.set("chat:ended:{old}", '{"outcome":"error","time":5}', ex=60)
     with pytest.raises(Expired, match=r"ended \(error\)") as caught:

@@ -114,15 +114,15 @@ async def test_a_key_of_another_type_in_place_of_the_log_raises_refused(
     ("error", "text"),
     [
         (RedisConnectionError("Connection closed by server."),
-         "Redis does not answer: Connection closed by server. `worker check` says what to do"),
+         "Redis does not answer: Connection closed by server. `worker check` shows how to fix it"),
         (RedisConnectionError("Connection refused"),
-         "Redis does not answer: Connection refused. `worker check` says what to do"),
+         "Redis does not answer: Connection refused. `worker check` shows how to fix it"),
         (RedisError("Is the configuration correct?"),
-         "Redis refuses: Is the configuration correct? `worker check` says what to do"),
+         "Redis refuses: Is the configuration correct? `worker check` shows how to fix it"),
         (ResponseError("WRONGTYPE Operation against a key"),
          ("Redis refuses: WRONGTYPE Operation against a key. Another program wrote to a key of this request "
-          "(<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to one that all share: `worker check` names the latter. "
-          "Remove what it wrote, or choose another prefix")),
+          "(<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to a shared key, which `worker check` reports. "
+          "Remove the data of that program, or choose another prefix")),
     ],
 )  # fmt: skip
 def test_an_error_of_redis_is_a_sentence_with_advice(error: Exception, text: str) -> None:
@@ -204,7 +204,7 @@ async def test_an_invalid_id_is_refused_before_anything_is_sent(request_id: str,
 
 
 async def test_a_cancel_with_must_exist_writes_nothing_for_an_unknown_id(client: Client, redis: Redis) -> None:
-    with pytest.raises(UnknownRequest, match="nothing is known of a request nobody"):
+    with pytest.raises(UnknownRequest, match="the request nobody is unknown"):
         await client.cancel("nobody", must_exist=True)
     assert await redis.dbsize() == 0
     await client.enqueue(ASK, id="r")

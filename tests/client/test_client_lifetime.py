@@ -179,7 +179,14 @@ else:
     ("more", "printed"),
     [
         ("", "unknown\n"),
-        (FORK, "unknown\nthis SyncClient was made before a fork, by another process: make one in each\nunknown\n"),
+        (
+            FORK,
+            (
+                "unknown\n"
+                "this SyncClient was created before a fork, by another process: create one in each process\n"
+                "unknown\n"
+            ),
+        ),
     ],
     ids=["b3 it is not closed", "d13 it is used after a fork"],
 )

@@ -45,7 +45,7 @@ def test_an_invalid_option_is_refused(options: dict[str, Any], message: str) -> 
 
 def test_an_unknown_option_is_also_a_type_error() -> None:
     for kind in (InvalidJob, TypeError):
-        with pytest.raises(kind, match="a job has no option priority: there are id, queue, timeout, retention"):
+        with pytest.raises(kind, match="a job has no option priority: the options are id, queue, timeout, retention"):
             new_job(ASK, priority=3)  # type: ignore[call-arg]  # that is the point
 
 

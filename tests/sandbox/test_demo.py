@@ -83,7 +83,7 @@ async def test_the_demo_needs_nothing_and_shows_a_takeover() -> None:
     for name in READERS:
         assert f"→ {name}" in ended.out
     assert "all 3 followers of the story saw the same " in ended.out
-    assert f"the text equals that of an undisturbed run, all {len(STORY)} characters of it" in ended.out
+    assert f"the text equals that of an undisturbed run, all {len(STORY)} characters" in ended.out
     assert "\x1b" not in ended.out, "colour is for terminals"
 
 
@@ -274,7 +274,7 @@ async def test_a_worker_that_dies_by_itself_ends_the_demo_at_once() -> None:
         workers[0].kill()
         ended = await rest(process)
     assert ended.status == 1
-    assert ended.err.startswith("Error: a worker ended before its time")
+    assert ended.err.startswith("Error: a worker ended unexpectedly")
 
 
 def test_the_demo_checks_only_the_settings_that_it_uses() -> None:

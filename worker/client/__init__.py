@@ -1,1 +1,1 @@
-"""The Python client: enqueue jobs, follow their logs, cancel them. Nothing here imports the worker process."""
+"""The Python client: enqueue jobs, follow their logs, cancel them. It does not import the worker process."""

@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 class State(enum.Enum):
-    """How far a request is."""
+    """The state of a request."""
 
     UNKNOWN = "unknown"
     QUEUED = "queued"
@@ -60,7 +60,7 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a request is. Once it has ended, `outcome` is done, error or cancelled."""
+    """The state of a request. Once it has ended, `outcome` is done, error or cancelled."""
 
     state: State
     outcome: str = ""
@@ -69,14 +69,14 @@ class Status:
 class Client:
     """An asynchronous client. Use it as a context manager, or call `aclose` at the end.
 
-    Beside the errors that a method names, it may raise the others of `worker.client.errors`: each is a `ClientError`.
+    A method may raise other errors of `worker.client.errors` than it lists. Each is a `ClientError`.
 
     Args:
         redis_url: the workers' Redis. Without it, REDIS_URL of the environment, or else redis://127.0.0.1:6379/0.
         prefix: the workers' prefix.
         patience: seconds without an answer of Redis until `Unavailable` is raised.
-        queue_limit: how many jobs may wait in a queue; 0 is any number. The limit is soft: concurrent callers may
-            overshoot it by their number, and on Redis 6.2 the number of waiting jobs is approximate.
+        queue_limit: how many jobs may wait in a queue; 0 for no limit. The limit is soft: concurrent callers may exceed
+            it by their number, and on Redis 6.2 the number of waiting jobs is approximate.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Client:
 
         Raises:
             Unavailable: when Redis does not answer.
-            Refused: when Redis refuses, such as a password.
+            Refused: when Redis refuses, for example the password.
         """
         self._check_usable()
         try:
@@ -127,14 +127,14 @@ class Client:
             raise mapped(error) from error
 
     async def enqueue(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> str:
-        """Add a chat job, and return the request id with which it can be followed.
+        """Add a chat job; returns its request id, with which it can be followed.
 
-        The same request with the same id is added once, so a call whose reply was lost can be made again.
+        The same request with the same id is added once, so a call whose reply was lost can be repeated.
 
         Raises:
-            InvalidJob: when the request cannot be one.
+            InvalidJob: when the request or an option is invalid.
             Conflict: when the id belongs to another request.
-            QueueFull: when too many jobs wait. A request that was enqueued before is not refused for this.
+            QueueFull: when too many jobs wait. A request that was enqueued before is not refused for this reason.
             Unavailable: when Redis does not answer.
         """
         job, queue, timeout = new_job(request, **options)
@@ -143,24 +143,24 @@ class Client:
         return job.id
 
     async def submit(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> "RequestHandle":
-        """Add a chat job, and return a handle to follow and cancel it. Raises what `enqueue` raises."""
+        """Add a chat job; returns a handle to follow and cancel it. Raises the errors of `enqueue`."""
         return RequestHandle(await self.enqueue(request, **options), self)
 
     async def follow(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
-        """Yield every entry of the log up to the terminal one: from the start, or from after an entry's id.
+        """Yield every entry of the log up to the terminal one: from the start, or after an entry's id.
 
-        A log that does not exist yet has `wait` seconds to appear: a job that was added without `queued` has none until
-        a worker takes it. With `idle`, an `Idle` is yielded whenever nothing has come for so many seconds, such as for
-        a heartbeat.
+        A log that does not exist yet has `wait` seconds to appear: a job that was added without `queued` has no log
+        until a worker starts it. With `idle`, an `Idle` is yielded after each `idle` seconds without an entry, for
+        example for a heartbeat.
 
         Raises:
-            UnknownRequest: when nothing is known of the id.
-            Expired: when the request has ended and its log is gone.
-            IncompleteLog: when the log lacks entries, or the entry `after`, and has ended. Before its end, entries
-                behind a hole are held back: a worker that notices the hole writes `restarted`, or `resumed` from
-                before it.
+            UnknownRequest: when the id has neither a log nor a tombstone.
+            Expired: when the request has ended and its log has expired.
+            IncompleteLog: when entries, or the entry `after`, are missing and the log has ended. Before its end,
+                entries after a hole are withheld: a worker that notices the hole writes `restarted`, or `resumed` from
+                before the hole.
             Refused: when no worker took the job before its deadline, and this user may not write that end.
             Unavailable: when Redis does not answer.
         """
@@ -181,10 +181,10 @@ class Client:
     async def open(
         self, request_id: str, *, after: str | EntryId | None = None, wait: float = 0.0, idle: float | None = None
     ) -> AsyncGenerator[AnyEntry]:
-        """Check that the log can be followed, and return what `follow` yields. Raises what `follow` raises.
+        """Check that the log can be followed; returns the entries as `follow` does. Raises the errors of `follow`.
 
-        The log has to exist, and to have the entry `after` if it has ended. So a server knows before it begins a
-        response.
+        The log must exist and, if it has ended, must have the entry `after`. A server can thus report an error before
+        it begins a response.
         """
         self._check_usable()
         place = BEFORE_ALL if after is None else check_place(after)
@@ -201,9 +201,9 @@ class Client:
     ) -> None:
         """Call `into` with every entry that `follow` would yield, in the step in which the entry is received.
 
-        This costs less where one process follows many requests: no task wakes for each entry. `into` is called from the
-        event loop, mostly outside of this task and its context variables, and must not keep the loop waiting. An error
-        that `into` raises ends this call and is raised by it. Raises what `follow` raises.
+        This costs less if one process follows many requests, since no task wakes for each entry. `into` is called from
+        the event loop, mostly outside this task and its context variables, and must not block the loop. An error that
+        `into` raises ends this call and is raised from it. Also raises the errors of `follow`.
         """
         follower = self._follower(request_id, after, wait)
         try:
@@ -216,37 +216,37 @@ class Client:
         return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
-        """Submit a job and follow it. Raises what `submit` and `follow` raise."""
+        """Submit a job and follow it. Raises the errors of `submit` and `follow`."""
         handle = await self.submit(request, **options)
         async with aclosing(handle.entries()) as entries:
             async for entry in entries:
                 yield entry
 
     async def lifecycle(self, *, after: str | EntryId | None = None) -> AsyncGenerator[Lifecycle]:
-        """Yield the starts and ends of all requests: every line that is kept, and then each new one.
+        """Yield the starts and ends of all requests: every stored record, and then each new one.
 
-        It does not end. A reader that comes back gives the `line` of its last line as `after`; a time in Unix ms works
-        too. Lines come at least once, and the oldest are dropped beyond WORKER_LIFECYCLE_LENGTH.
+        The iterator does not end. To continue later, pass the `line` of the last record as `after`; a time in Unix ms
+        works too. Each record comes at least once. Beyond WORKER_LIFECYCLE_LENGTH, the oldest are dropped.
 
         Raises:
             Unavailable: when Redis does not answer.
         """
         self._check_usable()
         place = BEFORE_ALL if after is None else check_place(after)
-        async with aclosing(self._following.logs.lifecycle(place)) as lines:
-            async for line in lines:
-                yield line
+        async with aclosing(self._following.logs.lifecycle(place)) as records:
+            async for record in records:
+                yield record
 
     async def result(self, request_id: str) -> Answer:
-        """Wait for the end and return the whole answer, whatever its outcome. Raises what `follow` raises."""
+        """Wait for the end; returns the whole answer with any outcome. Raises the errors of `follow`."""
         answer = Answer()
         await self.pour(request_id, answer.add)
         return answer
 
     async def status(self, request_id: str) -> Status:
-        """Return how far a request is.
+        """Return the state of a request.
 
-        A request whose deadline passed some seconds ago, and that no worker has started, is ended here.
+        If its deadline passed some seconds ago and no worker has started it, this call ends the request.
 
         Raises:
             Unavailable: when Redis does not answer.
@@ -254,7 +254,7 @@ class Client:
         check_id(request_id)
         tail, tombstone = await self._call(self._read_state, request_id)
         if may_be_overdue(tail):
-            with suppress(Refused):  # for a user who may only read it stays `queued`
+            with suppress(Refused):  # for a user with the right to read only, the request stays `queued`
                 await self._following.logs.end_overdue(request_id)
             tail, tombstone = await self._call(self._read_state, request_id)
         if tail is None:
@@ -264,13 +264,13 @@ class Client:
         return Status(State.RUNNING if tail.id.attempt else State.QUEUED)
 
     async def cancel(self, request_id: str, *, must_exist: bool = False) -> Status:
-        """End a request that waits or runs, and return how far it was. A request that has ended stays as it is.
+        """Cancel a request that waits or runs; returns its state before that. An ended request is not changed.
 
-        An id of which nothing is known is ended too, because its job may still be added. With `must_exist` it is not: a
-        public endpoint needs that, or anybody could fill Redis with the ends of requests that never existed.
+        An unknown id is cancelled too, because its job may still be added. With `must_exist` it is not. A public
+        endpoint needs `must_exist`: otherwise users could fill Redis with the ends of requests that never existed.
 
         Raises:
-            UnknownRequest: with `must_exist`, when nothing is known of the id.
+            UnknownRequest: with `must_exist`, when the id has neither a log nor a tombstone.
             Unavailable: when Redis does not answer.
         """
         before = await self.status(request_id)
@@ -283,7 +283,7 @@ class Client:
         return before
 
     async def is_served(self, queue: str = DEFAULT_QUEUE) -> bool:
-        """Return whether a live worker serves a queue. Without one, its jobs wait until one is started.
+        """Return whether a live worker serves a queue. Without a worker, the queue's jobs wait until one is started.
 
         Raises:
             Unavailable: when Redis does not answer.
@@ -291,7 +291,7 @@ class Client:
         return await self._call(is_served, self._redis, self._keys, queue)
 
     async def _call(self, operation: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Call an operation until Redis answers, or the client is closed. Raises what `MappedRetry` raises."""
+        """Call an operation until Redis answers or the client is closed. Raises the errors of `MappedRetry`."""
 
         async def call_unless_closed() -> _T:
             self._check_usable()
@@ -310,7 +310,7 @@ class Client:
         if self._loop is None:
             self._loop = loop
         elif self._loop is not loop:
-            raise Misused("this Client belongs to another event loop: make one in each")
+            raise Misused("this Client belongs to another event loop: create one in each loop")
 
     async def _check_room(self, queue: str, request_id: str) -> None:
         if not self._queue_limit:
@@ -320,8 +320,8 @@ class Client:
             raise QueueFull(queue, waiting, self._queue_limit)
 
     async def _read_state(self, request_id: str) -> tuple[Entry | None, Tombstone | None]:
-        # Not in a MULTI, which a Redis without memory refuses. The tombstone is read first: it is written with the
-        # seal, so a request without one has a log to be read after it, unless nothing is known of the request.
+        # Not in a MULTI, which Redis refuses when it has no memory. The tombstone is read first. It is written with the
+        # seal, so a request without a tombstone has a log to read afterwards, unless the request is unknown.
         pipe = self._redis.pipeline(transaction=False)
         pipe.get(self._keys.ended(request_id))
         pipe.xrevrange(self._keys.tokens(request_id), count=1)
@@ -333,7 +333,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class RequestHandle:
-    """What `Client.submit` returns. Its only state is the id, which is all that another process needs."""
+    """A handle to a request, from `Client.submit`. Its only state is the id, which is enough for another process."""
 
     id: str
     _client: Client = field(repr=False)

@@ -1,4 +1,4 @@
-"""Adding a job to its queue once. The log is begun in the same step, which shows a repeated call that it is one."""
+"""Adds a job to its queue once. The same step begins the log, by which a repeated call is recognized."""
 
 from typing import cast
 
@@ -20,7 +20,7 @@ from .errors import Conflict
 
 _DAY = 24 * 3600
 _RETENTION = 3600
-"""Seconds that a log is kept after its end where the job has no `retention`: the default of WORKER_RETENTION."""
+"""Seconds that a log is kept after its end if the job has no `retention`: the default of WORKER_RETENTION."""
 
 
 class Enqueuer:
@@ -35,7 +35,7 @@ class Enqueuer:
 
         Raises:
             Conflict: when the id belongs to another request.
-            RedisError: what Redis answers. Repeating this after a lost reply is safe.
+            RedisError: when Redis returns an error. Repeating this after a lost reply is safe.
         """
         log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)
         request_digest = digest(job.request, job.fallbacks)
@@ -69,16 +69,16 @@ class Enqueuer:
             return
 
     async def add_to_queue(self, job: Job, queue: str) -> None:
-        """Add the job in a step of its own: in a cluster, log and job stream are in different slots.
+        """Add the job in a separate step, since log and job stream are in different slots of a cluster.
 
-        A client that dies between the two steps leaves a log with nothing but `queued`. The same call made again finds
-        that log and adds the job. It cannot know whether the job is in the stream already, so there may be two of it:
-        workers acknowledge the second one without running it. Without another call, the log expires with the deadline.
+        A client that dies between the two steps leaves a log with only `queued`. A repeated call finds that log and
+        adds the job. It cannot know whether the job is in the stream already, so the job may be there twice: workers
+        acknowledge the second one without running it. Without another call, the log expires with the deadline.
         """
         await self._redis.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
 
     async def _is_only_queued(self, pipe: Pipeline, log: str) -> bool:
-        """Whether a log holds `queued` and nothing else."""
+        """Whether a log holds only `queued`."""
         ((entry_id, _),) = cast("list[RawEntry]", await pipe.xrevrange(log, count=1)) or [(b"", {})]
         return entry_id == str(QUEUED).encode()
 
@@ -99,12 +99,12 @@ class Enqueuer:
             digests = [entry.digest for entry in first_entries if isinstance(entry, Queued | Started)]
             known = next(filter(None, digests), "")
         if first_entries and isinstance(first_entries[0], Cancelled):
-            raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another")
+            raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another id")
         if not known and first_entries and isinstance(first_entries[-1], Queued):
             raise Conflict(
-                f"the id {job.id} is enqueued, and its client left out the digest that shows whether it is the same "
-                "request: choose another"
+                f"the id {job.id} is enqueued, and its client omitted the digest that shows whether it is the same "
+                "request: choose another id"
             )
         if not is_digest_of(known, job.request, job.fallbacks):
-            raise Conflict(f"the id {job.id} belongs to another request: leave the id out, or choose another")
+            raise Conflict(f"the id {job.id} belongs to another request: omit the id, or choose another")
         return True

@@ -1,6 +1,6 @@
-"""The errors that the client raises: each says what could not be done, and why.
+"""The errors that the client raises. Each message has the reason.
 
-`mapped` is the one place where errors of Redis, and of the data in it, become these.
+`mapped` is the only place that maps errors of Redis, and of the data in it, to these.
 """
 
 from collections.abc import Awaitable, Callable
@@ -20,15 +20,15 @@ _T = TypeVar("_T")
 
 
 class ClientError(Exception):
-    """Something that the client could not do. Its text says what, and why."""
+    """The base of all errors of the client."""
 
 
 class UnknownRequest(ClientError):
-    """Nothing is known of the request id: there is neither a log nor a tombstone."""
+    """The request id is unknown: there is neither a log nor a tombstone."""
 
 
 class Expired(ClientError):
-    """The request has ended and its log has expired. Only `outcome` and `time` (Unix ms) are left."""
+    """The request has ended and its log has expired. Only `outcome` and `time` (Unix ms) are known."""
 
     def __init__(self, request_id: str, tombstone: Tombstone) -> None:
         super().__init__(f"request {request_id} ended ({tombstone.outcome}) and its log has expired")
@@ -41,7 +41,7 @@ class Conflict(ClientError):
 
 
 class QueueFull(ClientError):
-    """The queue has as many waiting jobs as it may have. Nothing was written. `waiting` and `limit` count jobs."""
+    """The queue has reached its limit of waiting jobs. Nothing was written. `waiting` and `limit` count jobs."""
 
     def __init__(self, queue: str, waiting: int, limit: int) -> None:
         super().__init__(
@@ -55,14 +55,14 @@ class QueueFull(ClientError):
 class IncompleteLog(ClientError):
     """The log lacks entries that it had: somebody trimmed or deleted them, or a failover lost them.
 
-    `after` is the last entry before the missing ones: `0-0` where the beginning is missing. Where the place from which
-    to read on is missing, it is that place. Entries that the log calls void later (`restarted`) may be missing.
+    `after` is the last entry before the missing ones; `0-0` if the beginning is missing. If the entry from which to
+    continue is missing, `after` is its id. Missing entries that a later entry (`restarted`) makes void are no error.
     """
 
     def __init__(self, request_id: str, after: EntryId, *, is_cursor: bool = False) -> None:
         log = f"the log of request {request_id}"
         super().__init__(
-            f"{log} has no entry {after}, from which to go on: follow it from its start"
+            f"{log} has no entry {after} from which to continue: follow it from its start"
             if is_cursor
             else f"{log} lacks its beginning: somebody has trimmed it"
             if after == BEFORE_ALL
@@ -72,11 +72,11 @@ class IncompleteLog(ClientError):
 
 
 class Unavailable(ClientError):
-    """Redis does not answer, or refuses for now, as while its memory is full; or the client is closed."""
+    """Redis does not answer, or refuses for a temporary reason such as full memory; or the client is closed."""
 
 
 class Refused(ClientError):
-    """Redis refuses, and trying again does not help: a password, a right, a key that another program wrote."""
+    """Redis refuses, and a retry does not help: a wrong password, a missing right, a key of another program."""
 
 
 class Unreadable(ClientError):
@@ -84,23 +84,23 @@ class Unreadable(ClientError):
 
 
 class InvalidArgument(ClientError, ValueError):
-    """A request id, a place in a log or a URL that cannot be one."""
+    """An argument is invalid: a request id, the id of an entry, a number or a URL."""
 
 
 class Misused(ClientError, RuntimeError):
-    """The client is used in another event loop or process than its own."""
+    """The client is used in an event loop or a process that did not create it."""
 
 
 _UNREADABLE = (BadEntry, msgspec.DecodeError, UnicodeDecodeError)
 
 _WRONG_TYPE = (
-    "Another program wrote to a key of this request (<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to one that all "
-    "share: `worker check` names the latter. Remove what it wrote, or choose another prefix"
+    "Another program wrote to a key of this request (<prefix>:tokens:{ID}, <prefix>:ended:{ID}) or to a shared key, "
+    "which `worker check` reports. Remove the data of that program, or choose another prefix"
 )
-"""How to fix a key of another type. `worker check` looks at no key of a single request."""
+"""How to fix a key of another type. `worker check` does not check keys of a single request."""
 
 MAPPED = (RedisError, OSError, *_UNREADABLE)
-"""The kinds of errors that `mapped` takes."""
+"""The errors that `mapped` accepts."""
 
 
 def mapped(error: Exception) -> ClientError:
@@ -110,13 +110,13 @@ def mapped(error: Exception) -> ClientError:
         return Unreadable(f"{what}. Another program wrote it, or Redis lost a part of it")
     message = redacted_message(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
-    advice = _WRONG_TYPE if message.startswith("WRONGTYPE") else "`worker check` says what to do"
+    advice = _WRONG_TYPE if message.startswith("WRONGTYPE") else "`worker check` shows how to fix it"
     text = f"Redis {verdict}: {message if message.endswith(('?', '!')) else message.rstrip('.') + '.'} {advice}"
     return Unavailable(text) if is_transient(error) else Refused(text)
 
 
 class MappedRetry:
-    """Retries operations until Redis answers, for at most `patience` seconds. What remains becomes a `ClientError`."""
+    """Retries operations until Redis answers, for at most `patience` seconds. Errors are mapped to a `ClientError`."""
 
     def __init__(self, patience: float) -> None:
         self._retry = RetryUntilAvailable(limit=patience)
@@ -126,7 +126,7 @@ class MappedRetry:
 
         Raises:
             Unavailable: when Redis does not answer in time.
-            Refused: when Redis refuses, and trying again does not help.
+            Refused: when Redis refuses, and a retry does not help.
             Unreadable: when the data in Redis cannot be read.
         """
         try:
@@ -136,10 +136,10 @@ class MappedRetry:
 
 
 def check_id(request_id: str) -> str:
-    """Return a request id if it can be one.
+    """Check a request id; returns it.
 
     Raises:
-        InvalidArgument: when it cannot.
+        InvalidArgument: when it is invalid.
     """
     if not is_request_id(request_id):
         raise InvalidArgument(f"the request id is {request_id!r:.160}: it must be 1 to 128 characters of A-Za-z0-9_-")
@@ -147,26 +147,24 @@ def check_id(request_id: str) -> str:
 
 
 def check_place(after: str | EntryId) -> EntryId:
-    """Return a place in a log or stream as Redis takes it.
+    """Parse the id of an entry of a log or stream.
 
     Raises:
-        InvalidArgument: when it cannot be one.
+        InvalidArgument: when the id is invalid.
     """
     try:
         place = EntryId.parse(str(after))
     except ValueError:  # also for thousands of digits, which Python does not parse
         place = None
     if place is None or place.attempt > SEAL.attempt or place.n > SEAL.n:
-        raise InvalidArgument(
-            f"{str(after)!r:.60} is not the id of a log entry: give one such as 1-0, as it stood in the log"
-        )
+        raise InvalidArgument(f"{str(after)!r:.60} is not the id of a log entry: give an id from the log, such as 1-0")
     return place
 
 
 def gone(request_id: str, tombstone: bytes | None) -> ClientError:
-    """Return the error for a request without a log, given its tombstone as Redis has it."""
+    """Return the error for a request without a log, given its tombstone in Redis."""
     if tombstone is None:
-        return UnknownRequest(f"nothing is known of a request {request_id}: was it enqueued, and with this prefix?")
+        return UnknownRequest(f"the request {request_id} is unknown: was it enqueued, and with this prefix?")
     try:
         return Expired(request_id, msgspec.json.decode(tombstone, type=Tombstone))
     except _UNREADABLE as error:

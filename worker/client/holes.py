@@ -1,4 +1,4 @@
-"""Holes in a log: ids of entries are consecutive, so entries that are missing show in the ids of the others."""
+"""Holes in a log: ids of entries are consecutive, so the ids show where entries are missing."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,10 @@ _T = TypeVar("_T")
 def find_hole(
     after: EntryId, raw: Sequence[tuple[bytes, _T]], fields_of: Callable[[_T], Mapping[bytes, bytes]]
 ) -> tuple[int, EntryId] | None:
-    """Find the first hole in entries that were read after a place.
+    """Find the first hole in entries that were read after the entry `after`.
 
-    Returns the number of the first entry behind the hole and the id of the last entry before it, or None. Ids go up, so
-    only the first and the last id of each attempt are compared, unless these differ by too much.
+    Returns the number of the first entry after the hole and the id of the last entry before it, or None. Ids increase,
+    so only the first and the last id of each attempt are compared, unless these differ by too much.
     """
     number, before = 0, after
     while number < len(raw):

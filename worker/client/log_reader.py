@@ -1,7 +1,7 @@
-"""Reading the logs of requests on from a place: many followers in one write, or one with an XREAD that waits.
+"""Reads logs from any entry on: for many followers in one write, or for one follower with a blocking XREAD.
 
-A page has a limited number of bytes, as far as that can be known: Redis counts entries. Entries that are missing show
-in the ids of the others (`holes.py`).
+The bytes of a page are limited by an estimate, since Redis limits only the number of entries. `holes.py` finds missing
+entries.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ from .timings import Timings
 
 _T = TypeVar("_T")
 _Raw: TypeAlias = tuple[bytes, list[bytes]]
-"""An entry as Redis sends it: its id, and names and values of fields by turns."""
+"""An entry as Redis sends it: its id, and the names and values of its fields in turn."""
 _Streams: TypeAlias = list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]
-"""The reply to an XREAD as redis-py gives it."""
+"""The reply to an XREAD, as redis-py returns it."""
 
 
 class LogReader:
-    """Reads the logs of one namespace. Every reading is retried until Redis answers or `retry` gives up.
+    """Reads the logs of one prefix. Every read is retried until Redis answers or `retry` gives up.
 
-    `commands` gives one connection to each server away, for all readings together; `blocking` has one connection for
-    each XREAD that waits.
+    One connection of `commands` to each server is used for all reads together. `blocking` has one connection for each
+    XREAD that waits.
     """
 
     def __init__(self, commands: Redis, blocking: Redis, keys: Keys, retry: MappedRetry, timings: Timings) -> None:
@@ -52,17 +52,17 @@ class LogReader:
     async def read(
         self, request_id: str, after: EntryId, size: PageSize, *, must_exist: bool = False, is_first: bool = False
     ) -> Page | None:
-        """Read what a log has after a place. Returns None if it has nothing.
+        """Read the entries of a log after the entry `after`. Returns None if there are none.
 
-        With `must_exist` the log has to exist, and with `is_first` both the log and the place. Where entries or the
-        place are missing, and the log has no seal yet, the page ends before the hole: a worker that notices the hole
-        restarts the answer, or resumes it from before the hole.
+        With `must_exist` the log must exist; with `is_first` the log and the entry `after` must. If entries or `after`
+        are missing, and the log has no seal yet, the page ends before the hole: a worker that notices the hole restarts
+        the answer, or resumes it from before the hole.
 
         Raises:
-            UnknownRequest: when the log has to exist and nothing is known of the request.
-            Expired: when the log has to exist, but the request has ended and its log is gone.
-            IncompleteLog: when the place has to exist, does not, and the log has ended.
-            Unavailable: when Redis does not answer, or this is closed.
+            UnknownRequest: when the log must exist and the request is unknown.
+            Expired: when the log must exist, but the request has ended and its log has expired.
+            IncompleteLog: when `after` must exist and does not, and the log has ended.
+            Unavailable: when Redis does not answer, or the reader is closed.
         """
         is_cursor = is_first and after != BEFORE_ALL
         if must_exist or is_first:
@@ -80,8 +80,8 @@ class LogReader:
                     return Page((), after, is_full, _queued(raw[0][0], _fields(raw[0][1])))
                 del raw[0]
             else:
-                # A reader whose place is missing can go on if the next entry is the one after it, or if the log calls
-                # everything after it void.
+                # A follower whose entry is missing can continue if the log has the very next entry, or if all entries
+                # after the missing one are void.
                 found = EntryId.parse(raw[0][0]) if raw else None
                 is_next = found and found.attempt <= max(1, after.attempt) and follows(found, after)
                 if not is_next and not (await self._is_void(request_id, after, is_cursor=True) and found):
@@ -92,9 +92,9 @@ class LogReader:
         return await self._page(request_id, after, raw, _fields, is_full=is_full) if raw else None
 
     async def poll(self, request_id: str, after: EntryId, size: PageSize) -> Page | None:
-        """Wait some seconds for what comes after a place, with a blocking XREAD. Returns None if nothing came.
+        """Wait some seconds for entries after the entry `after`, with a blocking XREAD. Returns None if none came.
 
-        Raises what `read` raises where the log has to exist.
+        Raises the errors of `read` with `must_exist`.
         """
         streams = await self._retry(self._xread, self._keys.tokens(request_id), after, size)
         if not streams:
@@ -106,9 +106,9 @@ class LogReader:
         return await self._page(request_id, after, raw, _unchanged, is_full=is_full)
 
     async def check(self, request_id: str, after: EntryId, wait: float = 0.0) -> None:
-        """Check that a log can be read on from a place. One that does not exist yet has `wait` seconds to appear.
+        """Check that a log can be read after the entry `after`. A log that does not exist has `wait` seconds to appear.
 
-        Raises what `read` raises for the first reading, and `Unreadable` when the next entry cannot be read.
+        Raises the errors of `read` with `is_first`, and `Unreadable` when the next entry cannot be read.
         """
         until, pause = asyncio.get_running_loop().time() + wait, self.timings.first_pause
         while True:
@@ -127,11 +127,12 @@ class LogReader:
     async def end_overdue(self, request_id: str) -> bool:
         """Seal a log that holds only `queued` and whose deadline has passed. Returns whether it did.
 
-        This is tried once: while Redis is full or away the log is read on, and a follower tries again later.
+        There is only one try: while Redis is full or unavailable, the log can still be followed, and a follower tries
+        again later.
 
         Raises:
             Refused: when the deadline has passed and this user may not write the end.
-            Unavailable: when this is closed.
+            Unavailable: when the reader is closed.
         """
         self._check_open()
         try:
@@ -147,22 +148,22 @@ class LogReader:
             raise reason from error
 
     async def lifecycle(self, after: EntryId) -> AsyncGenerator[Lifecycle]:
-        """Yield every line of the lifecycle after a place, and those that are added later.
+        """Yield every record of the lifecycle after an id, and those that are added later.
 
         Raises:
-            Unavailable: when Redis does not answer, or this is closed.
+            Unavailable: when Redis does not answer, or the reader is closed.
         """
         size = PageSize()
         while True:
-            for _, lines in await self._retry(self._xread, self._keys.lifecycle, after, size):
-                if len(lines) == size.entries:
-                    size.learn(len(lines), sum([sum(map(len, chain(*fields.items()))) for _, fields in lines]))
-                for line, fields in lines:
-                    yield Lifecycle.read(line.decode(), fields)
-                after = EntryId.parse(lines[-1][0])
+            for _, records in await self._retry(self._xread, self._keys.lifecycle, after, size):
+                if len(records) == size.entries:
+                    size.learn(len(records), sum([sum(map(len, chain(*fields.items()))) for _, fields in records]))
+                for record_id, fields in records:
+                    yield Lifecycle.read(record_id.decode(), fields)
+                after = EntryId.parse(records[-1][0])
 
     async def aclose(self) -> None:
-        """Close the connections. Every reading, now and later, raises `Unavailable`."""
+        """Close the connections. Every current and later read raises `Unavailable`."""
         self.is_closed = True
         await self._batcher.aclose()
         await self._blocking.aclose()
@@ -171,7 +172,7 @@ class LogReader:
         self, request_id: str, after: EntryId, raw: "Sequence[tuple[bytes, _T]]",
         fields_of: "Callable[[_T], Mapping[bytes, bytes]]", *, is_full: bool,
     ) -> Page:  # fmt: skip
-        """Return a page of entries. It ends before the first hole that the log does not call void.
+        """Return a page of entries. It ends before the first hole, unless later entries make the missing ones void.
 
         If the log has ended, iterating over the page raises `IncompleteLog` at the hole.
         """
@@ -187,12 +188,12 @@ class LogReader:
         return Page(_parsed(raw, fields_of), last, is_full, _queued(raw[-1][0], fields_of(raw[-1][1])))
 
     async def _is_void(self, request_id: str, before: EntryId, *, is_cursor: bool = False) -> bool:
-        """Whether the log calls everything void that is missing after an entry.
+        """Whether a later entry (`restarted` or `resumed`) makes the entries void that are missing after `before`.
 
-        It does so at the start of an attempt, so two entries of each attempt are read.
+        Such an entry is one of the first two of an attempt, so two entries of each attempt are read.
 
         Raises:
-            IncompleteLog: when it does not and never will, because the request has ended.
+            IncompleteLog: when no entry does, and the request has ended.
             UnknownRequest, Expired: when the log is gone.
         """
         place, count = before, 2
@@ -232,10 +233,10 @@ class LogReader:
     async def _read_all(
         self, request_id: str, after: EntryId, count: int, *, inclusive: bool
     ) -> tuple[bytes | None, list[_Raw], bool]:
-        """Read the tombstone, up to `count` entries of the log after a place, and whether the log exists.
+        """Read the tombstone, up to `count` entries after the entry `after`, and whether the log exists.
 
-        The tombstone is read first. It is written with the seal, so a request without one has a log to be read after
-        it, unless nothing is known of the request.
+        The tombstone is read first. It is written with the seal, so a request without a tombstone has a log to read
+        afterwards, unless the request is unknown.
         """
         self._check_open()
         key = self._keys.tokens(request_id)
@@ -259,7 +260,7 @@ class LogReader:
 
 @contextmanager
 def _shrinking_on_timeout(size: PageSize) -> Iterator[None]:
-    """Make the next page smaller if this one does not come in time."""
+    """Make the next page smaller if this one does not arrive in time."""
     try:
         yield
     except RedisTimeoutError:

@@ -1,4 +1,4 @@
-"""The options of a new job, and building the job. Everything is checked here, before anything is sent to Redis."""
+"""The options of a new job, and the construction of the job. All checks are made before a command is sent to Redis."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ _NO_LIMIT = 2**31
 
 
 class JobOptions(TypedDict, total=False):
-    """The options of a job beside its request. None means the same as leaving an option out.
+    """The options of a job. None has the same effect as omitting the option.
 
     `id`: the request id, 1 to 128 characters of A-Za-z0-9_-; without it one is generated. `queue`: without it,
     `default`. `timeout`: seconds within which the answer must be complete (24 hours). `retention`: seconds that the log
-    is kept after its end. `fallbacks`: further models. `tenant`: whose job it is. `traceparent`: W3C trace context.
-    `retry_of`: the request that this one repeats.
+    is kept after its end. `fallbacks`: further models. `tenant`: the owner of the job. `traceparent`: W3C trace
+    context. `retry_of`: the request that this one repeats.
     """
 
     id: str
@@ -56,7 +56,7 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> New
     queue, timeout = given.pop("queue", DEFAULT_QUEUE), given.pop("timeout", None)
     if not is_queue_name(queue):
         raise InvalidJob(f"the queue {queue[:80]!r} has an invalid name: it must be 1 to 64 characters of A-Za-z0-9_-")
-    if timeout is not None and not 0 < timeout <= _LONGEST:  # not so for NaN
+    if timeout is not None and not 0 < timeout <= _LONGEST:  # false for NaN too
         raise InvalidJob(f"the timeout is {timeout:g}: it must be more than 0 seconds and at most a year")
     if not isinstance(request, Mapping):
         raise InvalidJob("the request is not a JSON object: give the body of an OpenAI chat completion")
@@ -69,10 +69,10 @@ def new_job(request: Mapping[str, object], **options: Unpack[JobOptions]) -> New
     try:
         fields = {name.encode(): value.encode() for name, value in job.to_fields().items()}
     except UnicodeEncodeError:
-        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: correct it there") from None
+        raise InvalidJob("the job holds text that is not Unicode, such as half of an emoji: correct the text") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidJob(f"the request cannot be written as JSON: {error}") from None
-    # Parsed as a worker parses it, so a job that workers would refuse is refused here. Only they know their size limit.
+    # The job is parsed as a worker does, so a job that workers would refuse is refused here, except for its size.
     return NewJob(parse_job(fields, _NO_LIMIT), queue, timeout)
 
 
@@ -96,7 +96,7 @@ def _checked(options: JobOptions) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - JobOptions.__annotations__):
         known = ", ".join(JobOptions.__annotations__)
-        raise UnknownOption(f"a job has no option {', '.join(unknown)}: there are {known}")
+        raise UnknownOption(f"a job has no option {', '.join(unknown)}: the options are {known}")
     for name, value in given.items():
         try:
             msgspec.convert(value, JobOptions.__annotations__[name])

@@ -1,4 +1,4 @@
-"""The client for services without asyncio: it runs the asynchronous client on a thread of its own."""
+"""The client for services without asyncio: it runs the asynchronous client on a separate thread."""
 
 import asyncio
 import concurrent.futures
@@ -24,8 +24,8 @@ _T = TypeVar("_T")
 class SyncClient:
     """A blocking `Client`: the methods, their arguments and their errors are the same.
 
-    Make it after a fork, not before: it has a thread, and its use in another process raises `Misused`. Several threads
-    may use it at once. A process may end without closing it.
+    Create it after a fork, not before: it has a thread, and its use in another process raises `Misused`. Several
+    threads may use it at once. A process may end without closing it.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class SyncClient:
         self._pid = os.getpid()
         self._is_closed = False
         self._closing = threading.RLock()
-        """Held while a call is handed to the thread, so that none is handed over once the thread has to end.
+        """Held while a call is passed to the thread, so that no call is passed once the thread must end.
 
-        It is reentrant: in the step that holds it, the garbage collector may end a generator, which hands over a call.
+        It is reentrant: while it is held, the garbage collector may end a generator, which passes a call to the thread.
         """
         self._loop = asyncio.new_event_loop()
-        # A daemon: the interpreter does not wait for it at its end, as it does for the threads of a pool.
+        # A daemon thread: at its end the interpreter does not wait for it, as it would for the threads of a pool.
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-relay-client", daemon=True)
         self._thread.start()
 
@@ -53,7 +53,7 @@ class SyncClient:
     def close(self) -> None:
         """Close every connection, and end the thread. Calls that still wait raise `Unavailable`."""
         if os.getpid() != self._pid:
-            return  # the connections belong to the process that made them
+            return  # the connections belong to the process that created them
         with self._closing:
             if self._is_closed:
                 return
@@ -115,13 +115,13 @@ class SyncClient:
             return future.result()
         except concurrent.futures.CancelledError:
             raise Unavailable("the client is closed") from None
-        except BaseException:  # such as Ctrl-C: nobody waits for the result any more
+        except BaseException:  # such as Ctrl-C, after which no caller waits for the result
             future.cancel()
             raise
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, _T]]) -> "concurrent.futures.Future[_T]":
         if os.getpid() != self._pid:
-            raise Misused("this SyncClient was made before a fork, by another process: make one in each")
+            raise Misused("this SyncClient was created before a fork, by another process: create one in each process")
         with self._closing:
             if self._is_closed:
                 raise Unavailable("the client is closed")
@@ -140,7 +140,7 @@ class SyncClient:
             while (item := self._call(next_item)) is not nothing:
                 yield item  # type: ignore[misc]  # it is not `nothing`
         finally:
-            # Not waited for: a generator may be collected on any thread, also on this client's own.
+            # This does not wait for the close, since a generator may be collected on any thread, even the client's own.
             with suppress(ClientError):
                 self._start(close)
 
@@ -157,7 +157,7 @@ class SyncClient:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequestHandle:
-    """What `SyncClient.submit` returns."""
+    """A handle to a request, from `SyncClient.submit`."""
 
     id: str
     _client: SyncClient = field(repr=False)

@@ -1,4 +1,4 @@
-"""The pace of following, in seconds. Tests choose others."""
+"""The times of following, in seconds. Tests use other values."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from ..redisio.clients import COMMAND_TIMEOUT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """When logs are read, and how long reads wait."""
+    """When logs are read, and how long reads wait, in seconds."""
 
     command_timeout: float = COMMAND_TIMEOUT
-    """Of silence, after which a command to Redis fails."""
+    """The silence after which a command to Redis fails."""
     tick: float = 0.5
-    """Between two checks for followers that receive nothing."""
+    """The time between two checks for followers that receive no entries."""
     settles_after: float = MAX_SILENCE + 0.05
-    """From the confirmation of a subscription until every new entry is published: publishers skip a channel without
-    subscribers for a while. The log is read meanwhile, and for as long before the confirmation."""
+    """The time from the confirmation of a subscription until every new entry is published, since publishers skip a
+    channel without subscribers for a while. The log is read meanwhile, and for as long before the confirmation."""
     settling_pause: float = 0.05
-    """Between two of these readings."""
+    """The pause between two of these reads."""
     block: float = 5.0
-    """That a blocking read waits for entries."""
+    """How long a blocking read waits for entries."""
     first_pause: float = 0.02
-    """Until the first retry for a log that does not exist yet, or at a hole. Each further pause is twice as long."""
+    """The pause before the first retry for a log that does not exist yet, or at a hole. Later pauses are doubled."""
     longest_pause: float = 0.5
     """The longest of these pauses."""

@@ -1,7 +1,7 @@
-"""The demo: three prompts are followed live, the worker of the longest answer is killed, and the text goes on.
+"""The demo: three prompts are followed live, the worker of the longest answer is killed, and the answer continues.
 
-The workers are the real program, each a process of its own. Embedded servers stand in for Redis and vLLM where no URL
-is given. All keys have a prefix of their own, and are deleted at the end.
+The workers are processes of the real program. Without URLs, an embedded Redis and a simulated vLLM are started. All
+keys have a prefix of their own, and are deleted at the end.
 """
 
 import asyncio
@@ -33,18 +33,18 @@ from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
 
 Report: TypeAlias = Callable[[str | None, Object], None]
-"""Takes a line for a person, None where a person would read the same twice, and the same as JSON."""
+"""Receives a line for a person, and the same as JSON. The line is None if another line has the same text."""
 
 STORY = "Tell me a long story"
 QUESTIONS = (STORY, "你是谁?", "Who are you?")
 _KEYS = ("vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
-"""All of the settings that the demo reads: it gives its workers values of its own for the rest."""
+"""The only settings that the demo reads. It sets the others for its workers."""
 _RATE = 60.0
 _LINE = 48
 _IDLE = 0.3
-"""Seconds without a token after which the text of an unfinished line is shown."""
+"""Seconds without a token after which the text of an unfinished line is printed."""
 _LATE_AFTER = 60
-"""Entries after which the late follower comes."""
+"""The number of entries after which the late follower begins."""
 _KILL_AFTER = 2.0
 """Seconds from the first text to the kill."""
 _TIME_LIMIT = 120.0
@@ -52,7 +52,7 @@ _TIME_LIMIT = 120.0
 
 @dataclass
 class DemoFollower:
-    """A reader of one request's log, with a cursor of its own. Only one follower of a request prints the text."""
+    """A reader of one request's log, with its own position. Only one follower of a request prints the text."""
 
     name: str
     request_id: str
@@ -60,7 +60,7 @@ class DemoFollower:
     workers: DemoWorkers
     report: Report
     first_text: asyncio.Event
-    """Shared by all followers: set once one of them has a token."""
+    """Shared by all followers, and set once one of them has received a token."""
     prints: bool = True
     entries: list[Entry] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
@@ -68,7 +68,7 @@ class DemoFollower:
     _pending: str = ""
 
     async def follow(self, client: Client) -> None:
-        """Read to the end, and report the text in pieces of about a line, and every takeover."""
+        """Follow to the end; report the text in pieces of about a line, and every takeover."""
         async for entry in client.follow(self.request_id, idle=_IDLE):
             if isinstance(entry, Idle):
                 self._report_text()
@@ -90,7 +90,7 @@ class DemoFollower:
             case Claimed():
                 text, color = f"claimed: {self.workers.name_of(entry.worker)} takes the answer over", "yellow"
             case Resumed():
-                text, color = f"resumed: the text goes on after entry {entry.after}", "green"
+                text, color = f"resumed: the text continues after entry {entry.after}", "green"
             case Restarted():
                 text, color = "restarted: the answer begins again, the text above is void", "yellow"
             case _:
@@ -114,15 +114,15 @@ async def run_demo(
     """Run the demo to its end.
 
     Args:
-        report: Receives each line.
-        redis_url: The Redis to use in place of an embedded one.
-        vllm_url: The vLLM to use in place of a simulated one.
-        servers: The redis-server binaries to choose the embedded Redis from; those of this machine by default.
+        report: receives each line.
+        redis_url: the Redis to use instead of an embedded one.
+        vllm_url: the vLLM to use instead of a simulated one.
+        servers: the redis-server binaries to choose the embedded Redis from; by default those of this machine.
 
     Raises:
-        DemoFailed: A server does not answer, an answer is incomplete, followers of one request saw different entries,
-            or the text differs from that of an undisturbed run.
-        ConfigError: A URL is malformed.
+        DemoFailed: when a server does not answer, an answer is incomplete, followers of one request received different
+            entries, or the text differs from that of an undisturbed run.
+        ConfigError: when a URL is malformed.
     """
     given = {name: url for name, url in (("redis_url", redis_url), ("vllm_urls", vllm_url)) if url is not None}
     load_settings([*_KEYS, *given], **given)
@@ -150,13 +150,13 @@ async def run_demo(
                     demo = _Demo(redis_url, prefix, model, workers, timed, simulated=vllm_url is None)
                     async with asyncio.timeout(_TIME_LIMIT):
                         await demo.run()
-            finally:  # after the workers' end: they would create their group again
+            finally:  # after the end of the workers, which would create their group again
                 await _delete_keys(redis_url, prefix)
     _report_commands(report)
 
 
 class _Demo:
-    """What happens between the start of the servers and their end."""
+    """The demo's steps, with running servers and workers."""
 
     def __init__(
         self, redis_url: str, prefix: str, model: str, workers: DemoWorkers, report: Report, *, simulated: bool
@@ -185,7 +185,7 @@ class _Demo:
         return {"model": self._model, "messages": [messages], "max_tokens": 400, "temperature": 0}
 
     async def _follow(self, client: Client, group: asyncio.TaskGroup) -> None:
-        """Enqueue the prompts, follow the answers to their end, and kill the worker of the longest meanwhile."""
+        """Enqueue the prompts, follow the answers to their end, and meanwhile kill the worker of the longest one."""
         for number, question in enumerate(QUESTIONS, 1):
             request_id = await client.enqueue(self._request(question))
             self._report(f"prompt: {question}", {"prompt": question, "id": request_id})
@@ -252,7 +252,7 @@ class _Demo:
         self._report(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
 
     async def _compare_with_undisturbed(self, client: Client) -> None:
-        """Ask the same again, which nothing disturbs this time, and compare the texts."""
+        """Enqueue the same request again, let it run undisturbed, and compare the texts."""
         disturbed = self._disturbed or self._followers[0]
         text = disturbed.answer.text
         request = self._request(disturbed.question)
@@ -264,12 +264,12 @@ class _Demo:
         equal = again.text == text
         data: Object = {"equals_undisturbed": equal, "characters": len(text)}
         if equal:
-            line = f"the text equals that of an undisturbed run, all {len(text)} characters of it"
+            line = f"the text equals that of an undisturbed run, all {len(text)} characters"
             self._report(click.style(line, fg="green", bold=True), data)
         elif self._simulated:
             raise DemoFailed("the text differs from that of an undisturbed run")
         else:
-            at = next((at for at, (one, other) in enumerate(zip(text, again.text)) if one != other), "its end")  # noqa: B905 - one may be longer
+            at = next((at for at, (one, other) in enumerate(zip(text, again.text)) if one != other), "its end")  # noqa: B905 - the texts may have different lengths
             line = (
                 f"the text differs from that of an undisturbed run at character {at}: "
                 "a real vLLM's answers to one request may differ from run to run, at temperature 0 too"
@@ -313,7 +313,7 @@ async def _delete_keys(redis_url: str, prefix: str) -> None:
 
 
 def _report_commands(report: Report) -> None:
-    """Three commands to try next, spelt so that they work where the demo was started."""
+    """Report three commands to try next, written so that they work in the shell that started the demo."""
     path = Path(sys.argv[0])
     program = shlex.quote(sys.argv[0])
     if path.name == "__main__.py":

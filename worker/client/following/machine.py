@@ -1,10 +1,10 @@
-"""Following one log, as a machine without I/O: whatever the feed delivers, the log's entries come out in order, once.
+"""A state machine without I/O that follows one log: it returns the log's entries in order, once, for any feed.
 
-Messages of the feed, ticks, and pages of the log go in. Out come entries, requests to read the log, the wish for the
-feed, and the decision to do without it. Nothing here waits, and nothing knows of Redis or asyncio.
+Its inputs are messages of the feed, ticks, and pages of the log. Its outputs are entries, requests to read the log, the
+request for the feed, and the decision to poll without it. The machine never waits, and does not use Redis or asyncio.
 
-From the feed, a follower takes only the entry that comes next: of the same attempt, and with the next number. At a gap,
-another attempt or the seal, and after silence, it reads the log from its place on.
+From the feed, a follower accepts only the next entry: of the same attempt, and with the next number. At a gap, another
+attempt or the seal, and after silence, it reads the log after its last entry.
 """
 
 import enum
@@ -22,50 +22,50 @@ _FIRST_LIMIT, _SILENCE_LIMIT = 1, 10
 """Ticks of silence after which a follower reads the log: before the feed's first message, and after it."""
 
 _MAX_MISSES = 2
-"""A follower gives the feed up after this many silences in a row in which the log had entries that the feed had not
+"""A follower stops using the feed after this many silences in a row in which the log had entries that the feed had not
 delivered."""
 
 
 class FollowState(enum.Enum):
-    """What a follower does next."""
+    """The states of a follower."""
 
     BEHIND = "behind"
-    """The log has entries after the follower's place, or may have some: it is to be read."""
+    """The log has, or may have, entries after the follower's last one, and must be read."""
     READING = "reading"
-    """The log is being read; messages wait until the page is there."""
+    """The log is being read; messages wait until the page has arrived."""
     REREADING = "rereading"
-    """The log is being read, and is to be read again after that."""
+    """The log is being read, and must be read again afterwards."""
     LISTENING = "listening"
     """The follower has all entries so far, and the feed delivers the next ones."""
     AT_HOLE = "at hole"
-    """Entries are missing, which a later entry may call void: the log is to be read again after a pause."""
+    """Entries are missing, which a later entry may make void: the log must be read again after a pause."""
     POLLING = "polling"
-    """The feed is given up: the log is to be read with a read that waits for the next entry."""
+    """The feed is not used: the log must be read with a read that waits for the next entry."""
     ENDED = "ended"
     """The seal has been read."""
 
 
 class FollowInput(enum.Enum):
-    """What happens to a follower."""
+    """The inputs of a follower."""
 
     GAP = enum.auto()
     """A message has an entry that is not the next one."""
     LOOK_UP = enum.auto()
-    """The feed may have left something out: it began, broke off, was silent, or delivered more than is kept."""
+    """The feed may have omitted entries: it began, broke off, was silent, or delivered more than is kept."""
     READ = enum.auto()
     """The driver begins to read the log."""
     PAGE_TO_END = enum.auto()
     """A page reaches the end of the log."""
     PAGE_FULL = enum.auto()
-    """A page is full: there may be more."""
+    """A page is full: there may be more entries."""
     PAGE_TO_HOLE = enum.auto()
     """A page ends where entries are missing."""
     PAGE_TO_SEAL = enum.auto()
     """A page ends with the seal."""
     READ_FAILED = enum.auto()
-    """A reading failed, or was cancelled."""
+    """A read failed, or was cancelled."""
     FALL_BACK = enum.auto()
-    """The feed is given up."""
+    """The feed is no longer used."""
 
 
 _S, _I = FollowState, FollowInput
@@ -93,37 +93,37 @@ TRANSITIONS: Mapping[tuple[FollowState, FollowInput], FollowState] = {
 """The next state. An input that is not listed for a state changes nothing there."""
 
 _LISTENING, _READING = FollowState.LISTENING, FollowState.READING
-"""For the path of every message: a member of an enum is slow to look up in Python 3.11."""
+"""Constants for the path of every message, because looking up a member of an enum is slow in Python 3.11."""
 
 
 class FeedState(enum.Enum):
-    """How far the subscription to a request's feed is, which all of its followers share."""
+    """The states of the subscription to a request's feed, which all of its followers share."""
 
     ABSENT = "absent"
     """There is no subscription, or Redis has refused it."""
     PENDING = "pending"
     """Redis has not confirmed the subscription yet, or the connection was lost."""
     SETTLING = "settling"
-    """Redis has confirmed it, but publishers may still skip the channel."""
+    """Redis has confirmed the subscription, but publishers may still skip the channel."""
     QUIET = "quiet"
-    """Every new entry is published, as far as can be known; no message has come."""
+    """Every new entry is published, as far as is known; no message has come."""
     LIVE = "live"
     """Messages have come."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether every new entry is published, as far as can be known."""
+        """Whether every new entry is published, as far as is known."""
         return self is FeedState.QUIET or self is FeedState.LIVE
 
 
 class FeedInput(enum.Enum):
-    """What happens to a subscription."""
+    """The inputs of a subscription."""
 
     SUBSCRIBE = enum.auto()
     CONFIRMED = enum.auto()
     MESSAGE = enum.auto()
     TIME_PASSED = enum.auto()
-    """Publishers have noticed the subscriber by now."""
+    """Enough time has passed for publishers to notice the subscriber."""
     INTERRUPTED = enum.auto()
     REFUSED = enum.auto()
 
@@ -145,18 +145,18 @@ FEED_TRANSITIONS: Mapping[tuple[FeedState, FeedInput], FeedState] = {
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What came next in a log."""
+    """The next entries of a log."""
 
     entries: Iterable[AnyEntry]
-    """They are parsed while they are iterated over, which raises `Unreadable` where one cannot be."""
+    """The entries, which are parsed by the iteration. It raises `Unreadable` at an entry that cannot be read."""
     last: EntryId
-    """The place after the page."""
+    """The id of the last entry."""
     is_full: bool
-    """Whether there may be more already."""
+    """Whether there may be more entries already."""
     queued: Queued | None = None
-    """The entry `queued`, where the log has nothing else so far."""
+    """The entry `queued`, if the log has no other entry so far."""
     is_at_hole: bool = False
-    """Whether entries are missing after `last` that a log without a seal may still call void."""
+    """Whether entries are missing after `last`, which a later entry may make void since the log has no seal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +169,15 @@ class Read:
     must_exist: bool = False
     """Whether it is an error if the log does not exist."""
     is_first: bool = False
-    """Whether the log, and the place in it, are still to be confirmed."""
+    """Whether it is not yet confirmed that the log, and the entry `after` in it, exist."""
     is_at_hole: bool = False
-    """Whether entries after the place are known to be missing."""
+    """Whether entries are known to be missing after `after`."""
 
 
 class FollowMachine:
-    """One follower of one log, from the place after an entry.
+    """One follower of one log, from the entry after `after`.
 
-    `tick_weight` is how much a tick counts towards silence. Followers that differ in it do not read all at once.
+    `tick_weight` is how much a tick counts towards silence. Followers with different weights do not all read at once.
     """
 
     def __init__(
@@ -196,19 +196,19 @@ class FollowMachine:
         self.kept_bytes = 0
         """The bytes of messages whose entries were not drained yet."""
         self.pause = 0.0
-        """Seconds to wait before the next read: at a hole."""
+        """Seconds to wait before the next read, at a hole."""
         self.queued: Queued | None = None
-        """The entry `queued`, where the log has nothing else so far."""
+        """The entry `queued`, if the log has no other entry so far."""
         self.wants_feed = False
-        """Whether the feed can be of use: the end of the log was reached."""
+        """Whether the feed is useful, because the end of the log was reached."""
         self.polls = False
-        """Whether the feed is given up."""
+        """Whether the feed is no longer used."""
         self._attempt, self._n = after
-        """The place after all entries that are here."""
+        """The id of the last entry that the machine has received."""
         self._held: list[tuple[Sequence[AnyEntry], int]] = []
         """Messages that came while the log was being read, and their bytes."""
         self._is_confirmed = False
-        """Whether the log has the place from which the follower began."""
+        """Whether it is confirmed that the log has the entry `after`."""
         self._must_exist = False
         self._first_pause, self._longest_pause = first_pause, longest_pause
         self._place_at_tick = after
@@ -216,13 +216,13 @@ class FollowMachine:
         self._silence, self._silence_limit = 0.0, float(_FIRST_LIMIT)
         """The ticks since the last entry, and the number of ticks at which the follower reads the log."""
         self._is_feed_in_doubt = False
-        """Whether the log is read after a silence of a settled feed. Entries in the page are then entries it missed."""
+        """Whether the log is read after a silence of a settled feed, which then has omitted the entries of the page."""
         self._misses, self._missed_until = 0, after
-        """How many silences in a row the feed has missed entries, and the place after the last page."""
+        """In how many silences in a row the feed has omitted entries, and the last id of the last page."""
 
     @property
     def end(self) -> EntryId:
-        """The place after all entries that are here, also those that are still to be drained."""
+        """The id of the last entry that was received, including entries that were not drained yet."""
         return EntryId(self._attempt, self._n)
 
     def drain(self) -> Iterable[AnyEntry]:
@@ -234,7 +234,7 @@ class FollowMachine:
         return ready
 
     def on_message(self, entries: Sequence[AnyEntry], size: int) -> None:
-        """The feed delivered entries that Redis has accepted, in a message of `size` bytes."""
+        """Handle entries of the feed, from a message of `size` bytes."""
         state = self.state
         if state is _LISTENING:
             ready = self.ready
@@ -257,12 +257,12 @@ class FollowMachine:
             self._move(FollowInput.LOOK_UP)
 
     def look_up(self, *, must_exist: bool = False) -> None:
-        """The feed may have left something out: have the log read. With `must_exist`, a missing log is an error."""
+        """Request a read of the log, since the feed may have omitted entries. With `must_exist` the log must exist."""
         self._must_exist |= must_exist
         self._move(FollowInput.LOOK_UP)
 
     def on_tick(self, *, waits: bool, feed: FeedState) -> bool:
-        """A tick has passed. Returns whether the log is to be read now, for a follower that `waits` in silence."""
+        """Count a tick. Returns whether the log must be read now. `waits` is whether the follower waits for entries."""
         if not waits or self._place_at_tick != (self._attempt, self._n):
             self._place_at_tick, self._silence = self.end, 0.0
             self._silence_limit = float(_SILENCE_LIMIT if feed is FeedState.LIVE else _FIRST_LIMIT)
@@ -276,9 +276,9 @@ class FollowMachine:
         return True
 
     def next_read(self) -> Read | None:
-        """Return the reading that is due, which `on_page` or `on_read_failed` has to follow.
+        """Return the read that is due. The caller must then call `on_page` or `on_read_failed`.
 
-        None if entries are to be drained first, or the feed delivers the next ones.
+        None if entries must be drained first, or if the feed delivers the next ones.
         """
         state = self.state
         if self.page or self.ready or (state, FollowInput.READ) not in TRANSITIONS:
@@ -296,7 +296,7 @@ class FollowMachine:
         return read
 
     def on_page(self, page: Page | None) -> None:
-        """The log has been read: it has this page after the place, or nothing."""
+        """Handle the result of a read: a page of entries, or None if there are none."""
         before, held, self._held, self.kept_bytes = self.end, self._held, [], 0
         in_doubt, self._is_feed_in_doubt = self._is_feed_in_doubt, False
         outcome = FollowInput.PAGE_TO_END
@@ -318,7 +318,7 @@ class FollowMachine:
         self._move(outcome)
         if self.state is FollowState.ENDED:
             return
-        # In the attempt of the seal's number the seal may be the next id, and a message of the feed ends no log.
+        # In the attempt with the seal's number, the next id may be the seal's, and a message cannot end a log.
         if self._misses >= _MAX_MISSES or self._attempt == SEAL.attempt:
             self.fall_back()
         elif self.polls:
@@ -328,13 +328,13 @@ class FollowMachine:
             self.on_message(entries, size)
 
     def on_read_failed(self) -> None:
-        """The log could not be read."""
+        """Handle a read that failed or was cancelled."""
         self._held, self.kept_bytes = [], 0
         self._move(FollowInput.READ_FAILED)
         self._poll()
 
     def fall_back(self) -> None:
-        """Give the feed up."""
+        """Stop using the feed, and poll the log."""
         self.polls = True
         self._poll()
 

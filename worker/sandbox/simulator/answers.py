@@ -1,8 +1,8 @@
 """The simulated vLLM's tokenizer, its fixed answers and its pseudo-text. Pure data, no I/O.
 
-The tokenizer is reversible and needs no file. Tokens 0 to 3 are special; then come the 256 bytes, then pairs of letters
-and all words of the fixed answers. Any other character, such as an emoji, is one token a byte, and only its last token
-carries text, as with the byte-level tokenizers of real models.
+The tokenizer is reversible and needs no file. Tokens 0 to 3 are special. The 256 bytes, pairs of letters and all words
+of the fixed answers follow. Any other character, such as an emoji, has one token for each byte, and only its last token
+has text, as with the byte-level tokenizers of real models.
 """
 
 import codecs
@@ -100,7 +100,7 @@ Kind = Literal["content", "reasoning", "hidden", "name", "arguments"]
 class Token(NamedTuple):
     id: int
     text: str
-    """The text that the token adds: empty while a character is incomplete, the character with its last byte."""
+    """The text that the token adds. A character is added by the token of its last byte; the others have no text."""
     kind: Kind
     part: str
     """The part of the text that is sent; for `name` the whole name of the function."""
@@ -128,12 +128,12 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def filler(count: int) -> list[Token]:
-    """`count` tokens to append to an answer that may not end yet; always the same ones."""
+    """`count` tokens to append to an answer that must not end yet; always the same tokens."""
     return _tokens("content", f" {pseudo_text('more', count)}") if count > 0 else []
 
 
 def answer_tokens(answer: str, *, tools: bool, reasoning: bool) -> list[Token]:
-    """The tokens of an answer without the end token, sorted by the tool parser and the reasoning parser, if on."""
+    """The tokens of an answer without the end token. `tools` and `reasoning` are whether these parsers are on."""
     if tools and (call := _TOOL_CALL.fullmatch(answer)):
         opening, name, middle, arguments, closing = call.groups()
         return [
@@ -160,7 +160,7 @@ def _tokens(kind: Kind, text: str) -> list[Token]:
 
 
 def known_answer(question: str) -> str | None:
-    """The fixed answer to this question, with its `<think>` and `<tool_call>` markers; None where there is none."""
+    """The fixed answer to this question, with its `<think>` and `<tool_call>` markers; None if it has none."""
     return KNOWN.get(question)
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a server-sent event: as vLLM sends it, or with the quirks of other servers. No I/O."""
+"""The bytes of a server-sent event, as vLLM or another server sends it. No I/O."""
 
 import msgspec
 

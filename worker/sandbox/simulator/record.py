@@ -1,4 +1,4 @@
-"""The record of what a simulated vLLM sent, for tests that compare it with what followers read. Pure data, no I/O."""
+"""The record of the answers that a simulated vLLM sent, for comparison with what followers read. No I/O."""
 
 from hashlib import sha256
 
@@ -10,7 +10,7 @@ __all__ = ["Served", "digest"]
 
 
 class Served(msgspec.Struct, kw_only=True):
-    """What the server sent for one chat or text completion. Times are monotonic seconds."""
+    """The record of one chat or text completion. Times are monotonic seconds."""
 
     order: int
     """The number of the request, from 1 in the order of arrival."""
@@ -21,12 +21,12 @@ class Served(msgspec.Struct, kw_only=True):
     status: int | None = None
     """The HTTP status; None until it is sent."""
     fault: str | None = None
-    """The fault that the request met."""
+    """The fault that was applied to the request."""
     prompt: str | None = None
     """The digest of the messages' token ids, the same on both routes: the log's `prompt_digest` of a first attempt.
-    None where no answer began."""
+    None if no answer began."""
     after: int = 0
-    """Tokens of the answer that the request already held, to continue after."""
+    """The number of tokens in the request after which the answer continues."""
     texts: list[str] = []
     """The content sent so far, by choice."""
     reasonings: list[str] = []

@@ -1,7 +1,7 @@
-"""The simulated vLLM's answer to a request, worded as by vLLM 0.32.0: chunks, usage, complete answers. No I/O.
+"""The simulated vLLM's answer to a request, in the form of vLLM 0.32.0: chunks, usage, complete answers. No I/O.
 
-As in the engine: a step without text is sent only if the request wants its token id or logprob; the end token counts
-and comes in the finish chunk; with stop strings, text that may become one is withheld.
+As in vLLM, a step without text is sent only if the request wants its token id or logprob. The end token counts, and
+comes in the finish chunk. With stop strings, text that may become one is withheld.
 """
 
 import time
@@ -16,7 +16,7 @@ from .requests import ChatRequest, Json, Options, Scenario, answer_to
 __all__ = ["FINGERPRINT", "Chunk", "Reply", "Step"]
 
 FINGERPRINT = "vllm-0.32.0-simulated"
-_SPECIAL = 4  # token ids below are markers, which never show
+_SPECIAL = 4  # token ids below this are markers, which are never in the text
 _END_TOKEN = Token(END, "", "content", "")
 
 
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 class Reply:
-    """The complete answer to one request, which is made first and then sent chunk by chunk."""
+    """The complete answer to one request, which is generated first and then sent chunk by chunk."""
 
     _kind = "chat.completion"
     _event = "chat.completion.chunk"
@@ -56,15 +56,15 @@ class Reply:
         self._prompt = request.given or self.question
         known = self._prompt[: len(self.question)] == self.question
         self.begun = self._prompt[len(self.question) :] if known else []
-        """Token ids beyond the messages' own: the beginning of an answer, which this one continues."""
-        asked = request.stream_options
-        self._usage_last = bool(asked and asked.include_usage)
-        self._usage_always = self._usage_last and bool(asked and asked.continuous_usage_stats)
+        """Token ids after those of the messages: the beginning of an answer, which this one continues."""
+        stream_options = request.stream_options
+        self._usage_last = bool(stream_options and stream_options.include_usage)
+        self._usage_always = self._usage_last and bool(stream_options and stream_options.continuous_usage_stats)
         self._id = f"{self._prefix}-{uuid4().hex[:16]}"
         self._created = int(time.time())
         self._choices = [self._steps(choice, scenario) for choice in range(request.n or 1)]
         self.tokens = [0] * len(self._choices)
-        """Tokens of each choice that `rounds` has given so far, the end token included."""
+        """Tokens of each choice that `rounds` has returned so far, including the end token."""
 
     @property
     def choices(self) -> int:
@@ -72,7 +72,7 @@ class Reply:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each complete choice, the end token included."""
+        """Tokens of each complete choice, including the end token."""
         return [sum(len(step.tokens) for step in steps) for steps in self._choices]
 
     @property
@@ -99,13 +99,13 @@ class Reply:
             tools=bool(request.tools) and request.tool_choice != "none",
             reasoning=self._options.reasoning,
         )
-        # An answer that may not end yet gets further tokens; so did one that another server began.
+        # An answer that must not end yet gets further tokens. So did the beginning that another server generated.
         more = filler(len(self.begun) + (request.min_tokens or 0) - len(tokens))
         if request.min_tokens or [token.id for token in tokens + more] == self.begun:
             tokens += more
         tokens = self._rest(tokens)
         room = max(1, self._options.max_model_len - len(self._prompt))
-        limit = room if request.asked_tokens is None else min(room, request.asked_tokens)
+        limit = room if request.token_limit is None else min(room, request.token_limit)
         field = "reasoning_content" if "reasoning_content" in self._shapes else "reasoning"
         steps = list(_steps(tokens, request, limit, field))
         if "finish_text" in self._shapes and len(steps) > 1 and not steps[-1].delta and "content" in steps[-2].delta:
@@ -115,7 +115,7 @@ class Reply:
         return steps
 
     def _rest(self, tokens: list[Token]) -> list[Token]:
-        """The tokens after those of `begun`; all of them if the answer does not begin so."""
+        """The tokens after those of `begun`; all of them if the answer does not begin with `begun`."""
         count = len(self.begun)
         begun = tokens[:count]
         if [token.id for token in begun] + [END] * (count - len(begun)) != self.begun:
@@ -175,8 +175,8 @@ class Reply:
             yield chunks
 
     def _sends(self, step: Step) -> bool:
-        asked = self._request.return_token_ids or self._request.logprobs
-        return bool(step.delta or step.finish_reason or asked)
+        wants_tokens = self._request.return_token_ids or self._request.logprobs
+        return bool(step.delta or step.finish_reason or wants_tokens)
 
     def _delta_chunk(self, choice: int, step: Step, *, last: bool) -> Chunk:
         unfinished = "" if "sloppy" in self._shapes else None
@@ -202,7 +202,7 @@ class Reply:
             yield self._delta_chunk(choice, Step([], "", {}, "abort"), last=choice == self.choices - 1).body
 
     def oddity(self, number: int) -> Json:
-        """A chunk without content, in one of the shapes that servers send."""
+        """A chunk without content, in one of the shapes that some servers send."""
         odd: list[Json] = [
             {},
             {"choices": []},
@@ -261,9 +261,9 @@ class Reply:
 
 
 def _steps(tokens: list[Token], request: ChatRequest, limit: int, reasoning_field: str) -> Iterator[Step]:
-    """One step a token, to the end token, a stop string or the limit, whichever comes first."""
+    """One step for each token, up to the end token, a stop string or the limit."""
     called = any(token.kind == "name" for token in tokens)
-    # The reason is "stop" where the client named the function: the model did not choose it.
+    # The reason is "stop" if the client chose the function, and not the model.
     ending = "tool_calls" if called and not isinstance(request.tool_choice, dict) else "stop"
     held_back = 0 if request.include_stop_str_in_output else max(map(len, request.stops), default=1) - 1
     text, sent = "", 0
@@ -316,7 +316,7 @@ def _tool_call(tokens: list[Token]) -> Json | None:
 
 
 def _logprob(token: Token, others: int) -> Json:
-    """A logprob that depends on the token alone; the most likely alternative is the token itself."""
+    """A logprob that depends only on the token. The most likely alternative is the token itself."""
     text = VOCABULARY[END].decode() if token.id == END else token.text
     entry: Json = {"token": text, "logprob": -0.001 * (1 + token.id % 9), "bytes": list(text.encode())}
     alternatives = [(WORDS[(token.id + rank) % len(WORDS)], -8.0 - rank) for rank in range(1, others)]

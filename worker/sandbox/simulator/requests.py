@@ -1,4 +1,4 @@
-"""The requests that the simulated vLLM takes, and its refusals in the words of a real one. Pure data, no I/O."""
+"""The requests that the simulated vLLM accepts, and its refusals with the messages of a real one. No I/O."""
 
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ Fault = Literal[
     "html",  # 200 with a web page
     "json",  # 200 with a complete chat.completion in place of the stream
     "stall",  # after `after` delta chunks: sends nothing more, and keeps the connection open
-    "freeze",  # the same, but keep-alive comments go on
+    "freeze",  # the same, but keep-alive comments are still sent
     "cut",  # ends the body cleanly, with neither finish nor [DONE]
     "reset",  # TCP RST
     "malformed",  # one chunk that is not JSON, and then the rest
@@ -59,7 +59,7 @@ Shape = Literal[
     "crlf",
     "cr",
     "comments",  # a keep-alive comment before every event
-    "sloppy",  # odd chunks in between, and finish_reason "" in place of null
+    "sloppy",  # odd chunks in between, and finish_reason "" instead of null
     "bom",
     "multiline",  # the JSON of an event over several data lines
     "finish_text",  # the last text in the finish chunk
@@ -68,7 +68,7 @@ Shape = Literal[
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a request is answered: a server has one, and a request's `simulate` field overrides parts of it."""
+    """How a request is answered. A server has a scenario, and a request's `simulate` field overrides parts of it."""
 
     text: str | None = None
     """The exact text of the answer."""
@@ -80,9 +80,9 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds before the first chunk."""
     fault: Fault | None = None
     after: int = 0
-    """Delta chunks sent before the fault strikes; a finish chunk counts, and a shorter answer never meets the fault."""
+    """Delta chunks, including the finish chunk, that are sent before the fault. A shorter answer has no fault."""
     times: int | None = None
-    """How many requests for the same messages meet the fault, from the first; None is all of them."""
+    """How many requests for the same messages have the fault, from the first; None for all of them."""
     then: Fault | None = None
     """The fault of the requests after the first `times`."""
     retry_after: float | None = None
@@ -115,7 +115,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds between the comments of a frozen stream."""
     scenario: Scenario = Scenario()
     record: Path | None = None
-    """Where the record of each request is appended as a JSON line, before its answer begins and when it ends."""
+    """The file to which the record of each request is appended as a JSON line, when its answer begins and ends."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -164,7 +164,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
     kv_transfer_params: KvTransferParams | None = None
 
     @property
-    def asked_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -173,7 +173,7 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def continued(self) -> str:
-        """The text of an unfinished last message, which the answer continues; mostly empty."""
+        """The text of an unfinished last message, which the answer continues; empty without one."""
         return self.messages[-1].text if self.continue_final_message else ""
 
     @property
@@ -188,17 +188,17 @@ class ChatRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def given(self) -> list[int]:
-        """The token ids that the request has in place of the messages; mostly none."""
+        """The token ids that the request has instead of messages; empty without them."""
         given = self.kv_transfer_params and self.kv_transfer_params.prompt_token_ids
         return given if isinstance(given, list) else []
 
 
 class TextRequest(ChatRequest, frozen=True, kw_only=True):
-    """A text completion, as the chat request whose template renders its prompt, with that prompt as the given ids."""
+    """A text completion, converted to the chat request with the same prompt, which is also in `given`."""
 
 
 class RefusedError(Exception):
-    """An answer with an HTTP error status and a JSON body."""
+    """A response with an HTTP error status and a JSON body."""
 
     def __init__(self, status: int, body: object) -> None:
         super().__init__(status, body)
@@ -222,7 +222,7 @@ def parse_chat_request(body: Json, options: Options) -> tuple[ChatRequest, Scena
     """The request of a chat completion, and the scenario of its answer.
 
     Raises:
-        RefusedError: where vLLM refuses before the stream begins.
+        RefusedError: when vLLM would refuse before the stream begins.
     """
     for field in sorted(options.rejects & body.keys()):
         raise _rejected(field, body[field], options)
@@ -230,9 +230,9 @@ def parse_chat_request(body: Json, options: Options) -> tuple[ChatRequest, Scena
         raise validation_error("missing", "body.messages", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["messages"], list):
         raise validation_error("list_type", "body.messages", "Input should be a valid list", body["messages"])
-    heeded = {field: value for field, value in body.items() if field not in options.ignores}
+    accepted = {field: value for field, value in body.items() if field not in options.ignores}
     try:
-        request = msgspec.convert(heeded, ChatRequest, strict=False)
+        request = msgspec.convert(accepted, ChatRequest, strict=False)
     except msgspec.ValidationError as error:
         raise validation_error("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
     scenario = scenario_of(body, options)
@@ -241,10 +241,10 @@ def parse_chat_request(body: Json, options: Options) -> tuple[ChatRequest, Scena
 
 
 def scenario_of(body: Json, options: Options) -> Scenario:
-    """The server's scenario with what the request's `simulate` overrides. Raises RefusedError."""
+    """The server's scenario with the overrides of the request's `simulate`. Raises RefusedError."""
     try:
-        ordered = msgspec.convert(body.get("simulate") or {}, dict[str, object])
-        return msgspec.convert(msgspec.to_builtins(options.scenario) | ordered, Scenario)
+        overrides = msgspec.convert(body.get("simulate") or {}, dict[str, object])
+        return msgspec.convert(msgspec.to_builtins(options.scenario) | overrides, Scenario)
     except msgspec.ValidationError as error:
         raise validation_error("value_error", "body", str(error), f"<dict of {len(body)} items>") from error
 
@@ -257,7 +257,7 @@ def check_model(model: str | None, options: Options) -> None:
 
 
 def check_request(request: ChatRequest, options: Options) -> None:
-    """Make the checks of vLLM 0.32.0, in its order. Raises RefusedError."""
+    """Make the checks of vLLM 0.32.0, in the same order. Raises RefusedError."""
     check_model(request.model, options)
     if not request.messages:
         raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
@@ -292,7 +292,7 @@ def _unknown_token(request: ChatRequest) -> str | None:
 
 def _check_least(request: ChatRequest, longest: int) -> None:
     least = request.min_tokens or 0
-    most = longest - len(request.given or request.prompt) if request.asked_tokens is None else request.asked_tokens
+    most = longest - len(request.given or request.prompt) if request.token_limit is None else request.token_limit
     if least < 0:
         raise bad_request(f"min_tokens must be greater than or equal to 0, got {least}.")
     if least > most:
@@ -313,18 +313,18 @@ def _check_numbers(request: ChatRequest) -> None:
 
 
 def _check_length(request: ChatRequest, longest: int) -> None:
-    asked = request.asked_tokens
-    if asked is not None and asked < 1:
-        raise bad_request(f"max_tokens must be at least 1, got {asked}.", "max_tokens", asked)
-    if asked is not None and asked > longest:
+    limit = request.token_limit
+    if limit is not None and limit < 1:
+        raise bad_request(f"max_tokens must be at least 1, got {limit}.", "max_tokens", limit)
+    if limit is not None and limit > longest:
         message = (
-            f"max_tokens={asked} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
+            f"max_tokens={limit} cannot be greater than max_model_len={longest}. Please request fewer output tokens."
         )
-        raise bad_request(message, "max_tokens", asked)
+        raise bad_request(message, "max_tokens", limit)
     if request.given:
         _check_given_length(request, longest)
     elif len(request.prompt) >= longest:
-        # vLLM counts no further than the first token over the limit.
+        # vLLM stops counting at the first token over the limit.
         message = (
             f"This model's maximum context length is {longest} tokens. However, your prompt contains at least "
             f"{longest + 1} input tokens, which exceeds this limit even without any output tokens. "
@@ -349,14 +349,14 @@ def _check_given_length(request: ChatRequest, longest: int) -> None:
 
 
 def bad_request(message: str, param: str | None = None, value: float | None = None) -> RefusedError:
-    """A refusal by vLLM's own checks."""
+    """A refusal of vLLM's own checks."""
     if param is not None:
         message += f" (parameter={param}{'' if value is None else f', value={value}'})"
     return RefusedError(400, error_body(400, message, param=param))
 
 
 def validation_error(kind: str, loc: str, reason: str, value: object) -> RefusedError:
-    """A refusal by FastAPI's validation, in which vLLM shows the repr of pydantic's details."""
+    """A refusal of FastAPI's validation, whose message has the repr of pydantic's details."""
     details = {"type": kind, "loc": loc, "msg": reason, "input": value}
     return RefusedError(400, error_body(400, f"1 validation error:\n  {details}", kind="Bad Request", param=loc))
 
@@ -372,10 +372,10 @@ def _rejected(field: str, value: object, options: Options) -> RefusedError:
 
 
 def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -> str:
-    """The complete text of the answer to these messages (JSON, as in a request), where `simulate` sets no other text.
+    """The complete text of the answer to these messages (JSON, as in a request), unless `simulate` sets another text.
 
-    A known question gets its answer; another, and any with `tokens` given, gets pseudo-text that depends on
-    the messages up to the last one of the user. The choices of one request differ in pseudo-text alone.
+    A known question gets its fixed answer. Any other question, and any with `tokens`, gets pseudo-text that depends on
+    the messages up to the user's last one. The choices of a request differ only in pseudo-text.
     """
     chat = msgspec.convert(messages, list[Message])
     while len(chat) > 1 and chat[-1].role == "assistant":
@@ -388,11 +388,11 @@ def answer_to(messages: object, *, tokens: int | None = None, choice: int = 0) -
 
 
 def late_error(request: ChatRequest) -> Json | None:
-    """The error that vLLM finds only after the stream has begun, and sends under HTTP 200."""
+    """The error that vLLM detects only after the stream has begun, and sends with HTTP 200."""
     if isinstance(request, TextRequest) and (message := _unknown_token(request)):
         return error_body(400, message)
-    asked = request.top_logprobs or 0
-    if asked <= 20:
+    count = request.top_logprobs or 0
+    if count <= 20:
         return None
-    message = f"Requested sample logprobs of {asked}, which is greater than max allowed: 20"
-    return error_body(400, f"{message} (parameter=logprobs, value={asked})", param="logprobs")
+    message = f"Requested sample logprobs of {count}, which is greater than max allowed: 20"
+    return error_body(400, f"{message} (parameter=logprobs, value={count})", param="logprobs")

@@ -1,4 +1,4 @@
-"""The simulated vLLM: its routes, the pace and the faults of its streams, and the record of what it sent."""
+"""The simulated vLLM: its routes, the speed and the faults of its streams, and the records of its answers."""
 
 import asyncio
 import hmac
@@ -69,7 +69,7 @@ class Simulator:
     def __init__(self, options: Options | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.options = options or Options()
         self.served: deque[Served] = deque(maxlen=KEPT)
-        """The latest 10,000 completions, the oldest first; the record of a running one grows."""
+        """The records of the latest 10,000 completions, oldest first. The record of a running one is updated."""
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
@@ -79,7 +79,7 @@ class Simulator:
 
     @property
     def url(self) -> str:
-        """The base URL, without `/v1`; the port is known once the server runs."""
+        """The base URL, without `/v1`. The port is known once the server runs."""
         return f"http://{self._host}:{self._port}"
 
     async def __aenter__(self) -> Self:
@@ -141,12 +141,12 @@ class Simulator:
         try:
             served.request = parse_json(request.body)
             parse_request = parse_text_request if request.path == _COMPLETIONS else parse_chat_request
-            asked, scenario = parse_request(served.request, self.options)
-            scenario = msgspec.structs.replace(scenario, fault=self._fault_for(asked, scenario))
-            reply = (TextReply if isinstance(asked, TextRequest) else Reply)(asked, scenario, self.options)
+            parsed, scenario = parse_request(served.request, self.options)
+            scenario = msgspec.structs.replace(scenario, fault=self._fault_for(parsed, scenario))
+            reply = (TextReply if isinstance(parsed, TextRequest) else Reply)(parsed, scenario, self.options)
             served.prompt, served.after = digest(reply.question), len(reply.begun)
             self._record(served)
-            await _Responder(connection, served, asked, scenario, self.options, reply).send()
+            await _Responder(connection, served, parsed, scenario, self.options, reply).send()
         except RefusedError as error:
             served.status = error.status
             await _respond(connection, error.status, error.body)
@@ -206,7 +206,7 @@ class _Responder:
         self._options = options
         self._reply = reply
         self._pending = scenario.fault
-        """The fault that has not struck yet."""
+        """The fault that was not applied yet."""
 
     async def send(self) -> None:
         fault = self._scenario.fault
@@ -275,7 +275,7 @@ class _Responder:
         began = time.monotonic()
         for number, chunks in enumerate(reply.rounds()):
             due = began + number / self._scenario.rate if self._scenario.rate else 0
-            # Yield even without a pause: other streams go on, and a close by the client is noticed.
+            # Yield even without a pause, so that other streams continue and a close by the client is noticed.
             await asyncio.sleep(max(0, due - time.monotonic()))
             for chunk in chunks:
                 if await self._ended_by_fault():
@@ -286,7 +286,7 @@ class _Responder:
             await self._finish()
 
     async def _send_chunk(self, chunk: Chunk) -> None:
-        # Record first: the client may have the chunk while this waits for a slow connection.
+        # Record the chunk first: the client may have it while this task waits for a slow connection.
         self._served.chunks += 1
         self._served.texts[chunk.choice] += chunk.content
         self._served.reasonings[chunk.choice] += chunk.reasoning
@@ -316,13 +316,13 @@ class _Responder:
         self._connection.finish()
 
     async def _end_with(self, error: Json) -> None:
-        # With json.dumps, as in vLLM: hence the spaces.
+        # With json.dumps, as in vLLM, which writes spaces.
         await self._send_frame(json.dumps(error).encode())
         await self._send_frame(DONE)
         self._connection.finish()
 
     async def _ended_by_fault(self) -> bool:
-        """Strike with the fault once its number of chunks is sent. Returns whether it ended the answer."""
+        """Apply the fault once its number of chunks was sent. Returns whether the fault ended the answer."""
         fault = self._pending
         if fault is None or fault == "no_done" or self._served.chunks != self._scenario.after:
             return False

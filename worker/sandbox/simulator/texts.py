@@ -1,4 +1,4 @@
-"""The simulated vLLM's routes that take token ids: /tokenize, /detokenize and text completions. No I/O."""
+"""The simulated vLLM's routes for token ids: /tokenize, /detokenize and text completions. No I/O."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -53,10 +53,10 @@ def parse_text_request(body: Json, options: Options) -> tuple[TextRequest, Scena
     """The request of a text completion, and the scenario of its answer.
 
     Raises:
-        RefusedError: where vLLM refuses, and for several prompts, `echo` and `logprobs`, which are not simulated.
+        RefusedError: when vLLM would refuse, and for several prompts, `echo` and `logprobs`, which are not simulated.
     """
-    heeded = {field: value for field, value in body.items() if field not in options.ignores}
-    text = _convert(heeded, _TextBody)
+    accepted = {field: value for field, value in body.items() if field not in options.ignores}
+    text = _convert(accepted, _TextBody)
     check_model(text.model, options)
     if text.prompt is None:
         raise bad_request("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
@@ -86,7 +86,7 @@ def parse_text_request(body: Json, options: Options) -> tuple[TextRequest, Scena
 
 
 def _messages(ids: list[int]) -> list[Message]:
-    """The messages that the template renders to these ids; plain text is one message of the user."""
+    """The messages that the template renders to these ids. Plain text is one message of the user."""
     if START not in ids:
         return [Message("user", decode(ids))]
     starts = [place for place, number in enumerate(ids) if number == START]
@@ -105,7 +105,7 @@ def _until_end(ids: list[int]) -> list[int]:
 
 
 class TextReply(Reply):
-    """The answer to a text completion: no parser splits its text."""
+    """The answer to a text completion, whose text is not split by a parser."""
 
     _kind = _event = "text_completion"
     _prefix = "cmpl"
@@ -115,7 +115,7 @@ class TextReply(Reply):
         self._opened: set[int] = set()
 
     def opening(self) -> Iterator[Json]:
-        """No chunks: a text completion has no roles."""
+        """No chunks, since a text completion has no roles."""
         yield from ()
 
     def _usage_so_far(self, completion: int) -> Json:
@@ -175,16 +175,16 @@ class _Tokenize(msgspec.Struct, frozen=True):
 
 
 def tokenize(body: Json, options: Options) -> Json:
-    """The answer of /tokenize for messages or a prompt. Raises RefusedError where vLLM refuses."""
+    """The response of /tokenize for messages or a prompt. Raises RefusedError when vLLM would refuse."""
     if "prompt" not in body and "messages" not in body:
         raise validation_error("missing", "body.prompt", "Field required", f"<dict of {len(body)} items>")
-    asked = _convert(body, _Tokenize)
-    check_model(asked.model, options)
-    if asked.messages is None:
-        ids = encode(asked.prompt or "")
-    elif not asked.messages:
+    parsed = _convert(body, _Tokenize)
+    check_model(parsed.model, options)
+    if parsed.messages is None:
+        ids = encode(parsed.prompt or "")
+    elif not parsed.messages:
         raise bad_request("Cannot apply chat template to an empty conversation. Provide at least one message.")
-    elif asked.continue_final_message and asked.add_generation_prompt:
+    elif parsed.continue_final_message and parsed.add_generation_prompt:
         raise bad_request(
             "continue_final_message and add_generation_prompt are not compatible. Use continue_final_message when you "
             "want the model to continue the final message, and add_generation_prompt when you want to add a header "
@@ -192,11 +192,11 @@ def tokenize(body: Json, options: Options) -> Json:
         )
     else:
         ids = ChatRequest(
-            messages=asked.messages,
-            continue_final_message=asked.continue_final_message,
-            add_generation_prompt=asked.add_generation_prompt,
+            messages=parsed.messages,
+            continue_final_message=parsed.continue_final_message,
+            add_generation_prompt=parsed.add_generation_prompt,
         ).prompt
-    strings = [VOCABULARY[number].decode(errors="replace") for number in ids] if asked.return_token_strs else None
+    strings = [VOCABULARY[number].decode(errors="replace") for number in ids] if parsed.return_token_strs else None
     return {"count": len(ids), "max_model_len": options.max_model_len, "tokens": ids, "token_strs": strings}
 
 
@@ -206,18 +206,18 @@ class _Detokenize(msgspec.Struct, frozen=True):
 
 
 def detokenize(body: Json, options: Options) -> Json:
-    """The answer of /detokenize. Raises RefusedError where vLLM refuses."""
+    """The response of /detokenize. Raises RefusedError when vLLM would refuse."""
     if "tokens" not in body:
         raise validation_error("missing", "body.tokens", "Field required", f"<dict of {len(body)} items>")
     if not isinstance(body["tokens"], list):
         raise validation_error("list_type", "body.tokens", "Input should be a valid list", body["tokens"])
-    asked = _convert(body, _Detokenize)
-    check_model(asked.model, options)
-    if any(number < 0 for number in asked.tokens):
+    parsed = _convert(body, _Detokenize)
+    check_model(parsed.model, options)
+    if any(number < 0 for number in parsed.tokens):
         raise validation_error(
-            "greater_than_equal", "body.tokens", "Input should be greater than or equal to 0", asked.tokens
+            "greater_than_equal", "body.tokens", "Input should be greater than or equal to 0", parsed.tokens
         )
-    return {"prompt": decode(asked.tokens)}
+    return {"prompt": decode(parsed.tokens)}
 
 
 def _convert(body: Json, kind: type[_T]) -> _T:

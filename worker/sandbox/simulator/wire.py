@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection of the simulated vLLM: h11 between an asyncio transport and a handler of requests."""
+"""One HTTP/1.1 connection of the simulated vLLM: it uses h11 between an asyncio transport and a request handler."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ class HttpRequest(NamedTuple):
 
 
 class HttpConnection(asyncio.Protocol):
-    """Answers its requests in turn with `handle(request, connection)`, which is cancelled if the client closes.
+    """Passes its requests in turn to `handle(request, connection)`, which is cancelled if the client closes.
 
     The transport sends each write at once: TCP_NODELAY is the default of asyncio and of uvloop.
     """
@@ -58,11 +58,11 @@ class HttpConnection(asyncio.Protocol):
     def _advance(self) -> None:
         try:
             while isinstance(event := self._http.next_event(), h11.Request | h11.Data | h11.EndOfMessage):
-                self._take(event)
+                self._on_event(event)
         except h11.RemoteProtocolError:
             self._transport.close()
 
-    def _take(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> None:
+    def _on_event(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> None:
         if isinstance(event, h11.Request):
             self._head = event
             self._body.clear()
@@ -86,7 +86,7 @@ class HttpConnection(asyncio.Protocol):
             self._advance()
 
     async def respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
-        """Send a complete answer. Underscores in names of headers become hyphens."""
+        """Send a complete response. Underscores in the names of headers become hyphens."""
         fields = [("content-type", content_type), ("content-length", str(len(body)))]
         fields += [(name.replace("_", "-"), value) for name, value in headers.items()]
         self._start(status, fields)
@@ -94,7 +94,7 @@ class HttpConnection(asyncio.Protocol):
         self.finish()
 
     def begin(self, content_type: str) -> None:
-        """Send the head of a chunked answer with status 200."""
+        """Send the head of a chunked response with status 200."""
         self._start(200, [("content-type", content_type), ("transfer-encoding", "chunked")])
 
     def _start(self, status: int, fields: list[tuple[str, str]]) -> None:
@@ -107,20 +107,20 @@ class HttpConnection(asyncio.Protocol):
         await self._writable.wait()
 
     def finish(self) -> None:
-        """End the answer regularly."""
+        """End the response normally."""
         self._send(h11.EndOfMessage())
 
     def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
         self._transport.write(self._http.send(event) or b"")
 
     def reset(self) -> None:
-        """Close with a TCP RST, and drop the bytes that are not sent yet."""
+        """Close with a TCP RST, and drop the bytes that were not sent yet."""
         connection = cast("socket.socket", self._transport.get_extra_info("socket"))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     def retire(self) -> None:
-        """Close after the requests received by now are answered."""
+        """Close after the requests that were received are answered."""
         self._retired = True
         transport: asyncio.Transport | None = getattr(self, "_transport", None)
         if transport is not None and self._task is None:
