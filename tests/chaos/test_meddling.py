@@ -159,7 +159,7 @@ async def test_a_buried_job_whose_lifecycle_line_is_delayed_is_left_to_the_next_
         return not await pending(redis)
 
     await eventually(is_done_with)
-    assert [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")] == [b"finished"]
+    assert [fields[b"type"] for _, fields in await stream(redis, "chat:lifecycle")] == [b"started", b"finished"]
     assert len(await stream(redis, "chat:dead")) == 1
 
 
