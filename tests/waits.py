@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 10.0) -> None:
-    """Wait until a condition holds; the limit is only for a test that would otherwise hang."""
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 30.0) -> None:
+    """Wait until a condition holds.
+
+    The limit is only for a test that would otherwise hang: on a busy machine a process took 10 s to start.
+    """
     async with asyncio.timeout(within):
         while not await condition():  # noqa: ASYNC110 - the condition is about another process
             await asyncio.sleep(0.01)

@@ -129,11 +129,12 @@ async def test_a_worker_that_waits_for_redis_ends_on_a_signal(start_process: Sta
 
 
 async def test_a_read_waits_for_less_than_half_a_lease(
-    redis: Redis, start_simulator: StartSimulator, start_process: StartProcess
+    redis_url: str, start_simulator: StartSimulator, start_process: StartProcess
 ) -> None:
     """The lease counts from the start of the read, and the first renewal must not look like a theft."""
     start_process(await start_simulator(), lease=1)
-    async with redis.monitor() as monitor:
+    # Until the worker has started there is nothing to see: longer than redis-py's 5 s on a busy machine.
+    async with Redis.from_url(redis_url, protocol=2, socket_timeout=30) as redis, redis.monitor() as monitor:
         async for seen in monitor.listen():
             _, found, rest = seen["command"].partition(" BLOCK ")
             if found:
