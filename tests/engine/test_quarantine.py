@@ -8,7 +8,7 @@ from worker.broker.job_queue import Delivery
 from worker.broker.log_writer import AppendBatch, LogWriter
 from worker.contract.entries import TAKEOVER, Claimed, Delta, Entry, Restarted, Resumed, Started
 from worker.contract.ids import EntryId
-from worker.engine.poison import Quarantine, failures, may_be_poison, needs_quarantine, progress_goal
+from worker.engine.poison import Quarantine, count_failures, may_be_poison, needs_quarantine, progress_goal
 
 
 def log(*steps: int | str) -> list[Entry]:
@@ -76,7 +76,7 @@ ANOTHER = Claimed(id=EntryId(1, 0), queue="default", job="4-0", delivery=9, reas
     ],
 )
 def test_failures_are_owners_lost_in_a_row_without_progress(history: list[Entry], count: int, expected: int) -> None:
-    assert failures(history, Delivery("default", "5-0", {}, redelivered=True, count=count)) == expected
+    assert count_failures(history, Delivery("default", "5-0", {}, redelivered=True, count=count)) == expected
 
 
 def test_an_answer_that_begins_again_makes_progress_once_it_is_twice_as_long_as_ever() -> None:

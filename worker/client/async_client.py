@@ -35,9 +35,9 @@ from .errors import (
     Refused,
     Unavailable,
     check_id,
-    check_place,
-    gone,
     mapped,
+    missing_log_error,
+    parse_entry_id,
 )
 from .following.follower import Follower
 from .following.followers import Followers
@@ -187,9 +187,9 @@ class Client:
         it begins a response.
         """
         self._check_usable()
-        place = BEFORE_ALL if after is None else check_place(after)
-        await self._following.logs.check(check_id(request_id), place, wait)
-        return self.follow(request_id, after=place, idle=idle)
+        after_id = BEFORE_ALL if after is None else parse_entry_id(after)
+        await self._following.logs.check(check_id(request_id), after_id, wait)
+        return self.follow(request_id, after=after_id, idle=idle)
 
     async def pour(
         self,
@@ -213,7 +213,9 @@ class Client:
 
     def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
         self._check_usable()
-        return self._following.follow(check_id(request_id), BEFORE_ALL if after is None else check_place(after), wait)
+        return self._following.follow(
+            check_id(request_id), BEFORE_ALL if after is None else parse_entry_id(after), wait
+        )
 
     async def generate(self, request: Mapping[str, object], **options: Unpack[JobOptions]) -> AsyncGenerator[AnyEntry]:
         """Submit a job and follow it. Raises the errors of `submit` and `follow`."""
@@ -232,8 +234,8 @@ class Client:
             Unavailable: when Redis does not answer.
         """
         self._check_usable()
-        place = BEFORE_ALL if after is None else check_place(after)
-        async with aclosing(self._following.logs.lifecycle(place)) as records:
+        after_id = BEFORE_ALL if after is None else parse_entry_id(after)
+        async with aclosing(self._following.logs.lifecycle(after_id)) as records:
             async for record in records:
                 yield record
 
@@ -275,7 +277,7 @@ class Client:
         """
         before = await self.status(request_id)
         if must_exist and before.state is State.UNKNOWN:
-            raise gone(request_id, None)
+            raise missing_log_error(request_id, None)
         if before.state not in (State.ENDED, State.EXPIRED) and not await self._call(
             cancel, self._redis, self._keys, request_id
         ):

@@ -146,22 +146,22 @@ def check_id(request_id: str) -> str:
     return request_id
 
 
-def check_place(after: str | EntryId) -> EntryId:
+def parse_entry_id(after: str | EntryId) -> EntryId:
     """Parse the id of an entry of a log or stream.
 
     Raises:
         InvalidArgument: when the id is invalid.
     """
     try:
-        place = EntryId.parse(str(after))
+        entry_id = EntryId.parse(str(after))
     except ValueError:  # also for thousands of digits, which Python does not parse
-        place = None
-    if place is None or place.attempt > SEAL.attempt or place.n > SEAL.n:
+        entry_id = None
+    if entry_id is None or entry_id.attempt > SEAL.attempt or entry_id.n > SEAL.n:
         raise InvalidArgument(f"{str(after)!r:.60} is not the id of a log entry: give an id from the log, such as 1-0")
-    return place
+    return entry_id
 
 
-def gone(request_id: str, tombstone: bytes | None) -> ClientError:
+def missing_log_error(request_id: str, tombstone: bytes | None) -> ClientError:
     """Return the error for a request without a log, given its tombstone in Redis."""
     if tombstone is None:
         return UnknownRequest(f"the request {request_id} is unknown: was it enqueued, and with this prefix?")

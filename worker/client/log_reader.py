@@ -22,7 +22,17 @@ from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
 from ..redisio.errors import is_transient
 from ..redisio.pipelined import pack
-from .errors import MAPPED, ClientError, IncompleteLog, MappedRetry, Refused, Unavailable, UnknownRequest, gone, mapped
+from .errors import (
+    MAPPED,
+    ClientError,
+    IncompleteLog,
+    MappedRetry,
+    Refused,
+    Unavailable,
+    UnknownRequest,
+    mapped,
+    missing_log_error,
+)
 from .following.machine import Page
 from .holes import find_hole
 from .timings import Timings
@@ -68,7 +78,7 @@ class LogReader:
         if must_exist or is_first:
             tombstone, raw, exists = await self._retry(self._read_checked, request_id, after, size, inclusive=is_cursor)
             if not raw and not exists:
-                raise gone(request_id, tombstone)
+                raise missing_log_error(request_id, tombstone)
         else:
             raw = await self._retry(self._read_entries, request_id, after, size)
         is_full = len(raw) == size.entries
@@ -200,7 +210,7 @@ class LogReader:
         while place != SEAL:  # Redis refuses a range that begins after the greatest id
             tombstone, raw, exists = await self._retry(self._read_all, request_id, place, count, inclusive=False)
             if not raw and not exists:
-                raise gone(request_id, tombstone)
+                raise missing_log_error(request_id, tombstone)
             for entry_id, flat in raw:
                 entry = parse_leniently(entry_id, _fields(flat))
                 if isinstance(entry, Restarted) or (

@@ -40,7 +40,7 @@ from ..telemetry.job_events import (
 )
 from .generation import Generation
 from .job_context import UNREAD, JobContext, JobServices, Stop, Stopped
-from .poison import QuarantineTurn, failures, needs_quarantine, progress_goal
+from .poison import QuarantineTurn, count_failures, needs_quarantine, progress_goal
 from .settlement import Settlement
 
 _DIVERGED = "diverged"
@@ -95,14 +95,14 @@ class JobRunner:
         except LogRefused as refusal:
             await self._settlement.bury_and_acknowledge(f"Redis refuses to write the log: {refusal}", "log_refused")
         except LogExhausted as problem:
-            await self._condemn(str(problem))
+            await self._end_unrunnable_job(str(problem))
         except (RedisError, OSError, LogLost, Stopped):  # not the job's fault
             raise
         except Exception as error:
             if job.delivery.count <= self._max_deliveries:
                 raise
             self._emit(InternalError(error))
-            await self._condemn(f"an error inside the worker at each delivery: {type(error).__name__}")
+            await self._end_unrunnable_job(f"an error inside the worker at each delivery: {type(error).__name__}")
         finally:
             if turn is not None:
                 turn.end()
@@ -115,7 +115,7 @@ class JobRunner:
             history = await job.retry(self._ownership.read_entries, job.id)
         except LogRefused:  # acquiring the log raises it again
             return False
-        return needs_quarantine(failures(history, job.delivery), self._max_deliveries)
+        return needs_quarantine(count_failures(history, job.delivery), self._max_deliveries)
 
     async def _acquire_and_finish(self, turn: QuarantineTurn | None) -> None:
         """Acquire the log and bring the job to its end. Starts over if Redis has lost an end that was in the log."""
@@ -210,7 +210,7 @@ class JobRunner:
 
     def _reason_to_bury(self, acquired: Acquired) -> str:
         """Why a job must not run; empty if it may."""
-        failed = failures(acquired.history, self._job.delivery)
+        failed = count_failures(acquired.history, self._job.delivery)
         if failed >= self._max_deliveries:
             return f"the job was delivered {failed} times without progress: its workers died or were cut off"
         return acquired.unreadable
@@ -223,7 +223,7 @@ class JobRunner:
             raise LogOver("the log has expired")
         await self._ownership.recreate(log, job.delivery, expire_at, job.digest)
 
-    async def _condemn(self, reason: str) -> None:
+    async def _end_unrunnable_job(self, reason: str) -> None:
         """End a job that this process cannot handle. Without an end it would be delivered forever."""
         job = self._job
         end, expire_at = _buried(reason, 0), job.expires_at(self._services.now())

@@ -19,7 +19,7 @@ _PROGRESS_FACTOR = 2
 """An answer that begins again has made progress once it is this many times as long as the longest one before."""
 
 
-def failures(history: Iterable[Entry], delivery: Delivery) -> int:
+def count_failures(history: Iterable[Entry], delivery: Delivery) -> int:
     """How many owners of this job in a row were lost without progress, up to this delivery.
 
     The failures are counted in the log, because Redis's own delivery count also increases if the reply of an XAUTOCLAIM

@@ -41,7 +41,7 @@ def pack(*args: bytes) -> bytes:
 _MULTI, _EXEC = pack(b"MULTI"), pack(b"EXEC")
 
 
-class TakenConnection(asyncio.Protocol):
+class DirectConnection(asyncio.Protocol):
     """A connection taken out of a pool until `close` returns it. Subclasses get the replies in `on_replies`.
 
     `timeout` is the limit on silence in seconds, from the options of the pool's client.
@@ -115,7 +115,7 @@ class TakenConnection(asyncio.Protocol):
         self._former_protocol.connection_lost(exc)
 
 
-class PipelinedConnection(TakenConnection):
+class PipelinedConnection(DirectConnection):
     """A connection for commands and their replies: one exchange at a time."""
 
     def __init__(self, pool: ConnectionPool, connection: AbstractConnection) -> None:

@@ -18,7 +18,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from ..telemetry.events import Telemetry
 from .cluster import ClusterClient, forget_masters, on_master_removed, server_of
 from .errors import is_transient
-from .pipelined import TakenConnection, connection_lost_error, pack
+from .pipelined import DirectConnection, connection_lost_error, pack
 from .retry import Backoff
 
 _PING = pack(b"PING")
@@ -289,7 +289,7 @@ class _ServerSubscriptions:
             await connection.close()
 
 
-class _SubscriptionConnection(TakenConnection):
+class _SubscriptionConnection(DirectConnection):
     """A connection that receives messages."""
 
     subscriptions: _ServerSubscriptions
@@ -324,11 +324,11 @@ class _SubscriptionConnection(TakenConnection):
             self.abort()
 
     def on_replies(self, replies: list[object]) -> None:
-        """See `TakenConnection`."""
+        """See `DirectConnection`."""
         self._is_silent = False
         self.subscriptions.on_replies(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See `TakenConnection`."""
+        """See `DirectConnection`."""
         self.give_up(connection_lost_error())
         super().connection_lost(exc)

@@ -191,7 +191,7 @@ class _Demo:
             self._report(f"prompt: {question}", {"prompt": question, "id": request_id})
             names = ("websocket", "logger") if question == STORY else (f"reader {number}",)
             self._followers += [self._follower(name, request_id, question) for name in names]
-        readers = [group.create_task(it.follow(client)) for it in self._followers]
+        readers = [group.create_task(follower.follow(client)) for follower in self._followers]
         kill = group.create_task(self._kill_longest())
 
         story = self._followers[0]
@@ -215,8 +215,8 @@ class _Demo:
     async def _kill_longest(self) -> None:
         await self._first_text.wait()
         await asyncio.sleep(_KILL_AFTER)
-        running = [it for it in self._followers if it.answer.started and not it.answer.end]
-        longest = max(running, key=lambda it: len(it.entries), default=None)
+        running = [follower for follower in self._followers if follower.answer.started and not follower.answer.end]
+        longest = max(running, key=lambda follower: len(follower.entries), default=None)
         if longest is None or longest.answer.started is None:
             return
         self._disturbed = longest
@@ -242,11 +242,13 @@ class _Demo:
                     "worker": worker,
                 },
             )
-        failed = [it.answer.error or "no end" for it in self._followers if it.answer.outcome != "done"]
+        failed = [
+            follower.answer.error or "no end" for follower in self._followers if follower.answer.outcome != "done"
+        ]
         if failed:
             raise DemoFailed(f"not every answer is complete: {failed[0]}")
-        stories = [it for it in self._followers if it.question == STORY]
-        seen = [[entry.as_dict() for entry in it.entries] for it in stories]
+        stories = [follower for follower in self._followers if follower.question == STORY]
+        seen = [[entry.as_dict() for entry in follower.entries] for follower in stories]
         if any(entries != seen[0] for entries in seen):
             raise DemoFailed("the followers of one request did not see the same entries")
         self._report(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})

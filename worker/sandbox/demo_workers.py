@@ -50,7 +50,7 @@ class DemoWorkers:
         Raises:
             DemoFailed: always, when that happens.
         """
-        while all(it.poll() is None for it in self._processes if it.pid not in self._killed):  # noqa: ASYNC110 - a process is no asyncio event
+        while all(process.poll() is None for process in self._processes if process.pid not in self._killed):  # noqa: ASYNC110 - a process is no asyncio event
             await asyncio.sleep(0.2)
         raise DemoFailed("a worker ended unexpectedly: start `worker run` by hand to see why")
 

@@ -157,7 +157,7 @@ class ServerPool:
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
             suspect = next((server for server in serving if server.circuit.wants_trial(caller)), None)
             if suspect is not None:
-                await self._try_out(suspect, model)
+                await self._send_trial(suspect, model)
             elif serving:
                 await _wait_for(
                     changed, self._pace.probe_every
@@ -178,7 +178,7 @@ class ServerPool:
         server.circuit.reserve_trial()
         return server
 
-    async def _try_out(self, server: Server, model: str) -> None:
+    async def _send_trial(self, server: Server, model: str) -> None:
         """Request one token from a server, in place of jobs that may have failed there by their own fault.
 
         If all waiting jobs have failed at the server, only this trial shows whether to wait for it or to give up.
