@@ -1,6 +1,7 @@
 """Generates the answer to one job with vLLM: models, servers, tries, pauses and resumes, within the job's limits."""
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
 from contextvars import Context, copy_context
@@ -28,14 +29,14 @@ from ..telemetry.job_events import (
     WaitingForModel,
 )
 from ..vllm.chunks.parser import ChunkParser
-from ..vllm.errors import MODEL_NOT_FOUND, UNAUTHORIZED, CannotResume, UpstreamError
+from ..vllm.errors import MODEL_NOT_FOUND, CannotResume, UpstreamError
 from ..vllm.resume.parser import ResumedChunkParser
 from ..vllm.resume.resume import plan_resume
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
 from .job_context import DeadlinePassed, JobContext, JobServices, Stopped
-from .tries import Tries, never_reached
+from .tries import FailedTry, Raise, Tries, after_failure, never_reached
 
 _LONGEST_NAME = 200
 """Characters of a model's name or of a finish reason in the worker's log."""
@@ -169,50 +170,43 @@ class Generation:
         Raises:
             UpstreamError: the error of the last try.
         """
-        model, tries, server = model_of(request), Tries(self._settings.tries, self._services.pace), None
+        model, pace, server = model_of(request), self._services.pace, None
+        tries = Tries(self._settings.tries, pace.first_retry)
         self._caller.refused_at.clear()  # the servers that refused the former model may accept this one
         while True:
             await self._wait_for_server(model, others)
             server = self._servers.choose(model, self._caller, other_than=server)
             is_trial = server.circuit.state is CircuitState.HALF_OPEN
-            is_last = tries.count()
+            tries = tries.with_one_more()
             try:
                 with server.reserve():
-                    return await self._job.within_limits(self._ask_server(server, request, is_last=is_last), self._log)
+                    answering = self._ask_server(server, request, is_last=tries.are_exhausted)
+                    return await self._job.within_limits(answering, self._log)
             except UpstreamError as error:
                 self._emit(
                     UpstreamFailed(  # without the message, which may quote the request
                         error.code, error.status, redacted_url(server.url), tried=tries.made, retryable=error.retryable
                     )
                 )
-                is_elsewhere = error.elsewhere and self._servers.has_candidate(model, self._caller)
-                if is_elsewhere or self._counts_for_nothing(error, server, is_trial=is_trial):
-                    tries.uncount()
-                if self._attempt_extended:
-                    tries.start_over()
-                is_final = not (error.retryable or is_elsewhere) or tries.are_exhausted
-                if error.code == UNAUTHORIZED:  # otherwise the job waits for a server that accepts the key
-                    is_final |= self._servers.should_fall_back(model, others, self._caller)
-                if is_final or (self._attempt_committed and self._settings.on_interrupt == "fail"):
+                failed = FailedTry(
+                    error=error,
+                    tries=tries,
+                    another_server_may_answer=self._servers.has_candidate(model, self._caller),
+                    another_model_should_answer=self._servers.should_fall_back(model, others, self._caller),
+                    all_servers_are_busy=self._servers.all_busy(model, self._caller),
+                    was_allowed=self._was_allowed,
+                    was_failed_trial=is_trial and server.circuit in self._caller.failed_at,
+                    attempt_committed=self._attempt_committed,
+                    attempt_extended=self._attempt_extended,
+                    fails_on_interrupt=self._settings.on_interrupt == "fail",
+                )
+                decision = after_failure(failed, pace, jitter=random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+                if isinstance(decision, Raise):
                     raise
-                pause = tries.pause()
-                if error.retry_after and self._servers.all_busy(model, self._caller):
-                    pause += error.retry_after  # not if another server is free
-                await self._job.within_limits(asyncio.sleep(pause), self._log)
-                if self._attempt_committed:
+                tries = decision.tries
+                await self._job.within_limits(asyncio.sleep(decision.pause), self._log)
+                if decision.needs_next_attempt:
                     await self._begin_attempt(error.code)
-
-    def _counts_for_nothing(self, error: UpstreamError, server: Server, *, is_trial: bool) -> bool:
-        """Whether a failed try does not count.
-
-        Three kinds do not count:
-
-        - a try that never reached a server. The job waits for a server, as before its first try.
-        - a 401 or 403 after a server has begun to answer with this model: the job's request was allowed.
-        - a failed trial request of a half-open circuit. Other jobs failed there too, and this job gets no second trial.
-        """
-        is_forbidden = error.code == UNAUTHORIZED and self._was_allowed
-        return never_reached(error) or is_forbidden or (is_trial and server.circuit in self._caller.failed_at)
 
     async def _wait_for_server(self, model: str, others: Sequence[str]) -> None:
         """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model."""

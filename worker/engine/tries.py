@@ -1,44 +1,104 @@
-"""How often one request is sent to the servers of one model, and the pauses between the tries."""
+"""How often one request is sent to the servers of one model: the decision after a failed try. No I/O."""
 
-import random
+from dataclasses import dataclass, replace
+from typing import Self
 
-from ..vllm.errors import NoConnection, UpstreamError
+from ..vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
 from .pace import Pace
 
 
+@dataclass(frozen=True, slots=True)
 class Tries:
-    """Counts the tries of one request and stops after `limit` tries in a row that made no progress."""
+    """The tries of one request in a row that made no progress. `limit` of them are made.
 
-    __slots__ = ("_limit", "_next_pause", "_pace", "made")
+    Attributes:
+        made: how many tries count.
+        next_pause: seconds from the next failure to the try after it, without jitter.
+    """
 
-    def __init__(self, limit: int, pace: Pace) -> None:
-        self._limit = limit
-        self._pace = pace
-        self._next_pause = pace.first_retry
-        self.made = 0
+    limit: int
+    next_pause: float
+    made: int = 0
 
-    def count(self) -> bool:
-        """Count one more try. Returns whether it is the last."""
-        self.made += 1
-        return self.are_exhausted
-
-    def uncount(self) -> None:
-        """Do not count the latest try."""
-        self.made -= 1
-
-    def start_over(self) -> None:
-        """The latest try added to the answer: it is the first of a new row."""
-        self.made, self._next_pause = 1, self._pace.first_retry
+    def with_one_more(self) -> Self:
+        """These tries and the one that is made now."""
+        return replace(self, made=self.made + 1)
 
     @property
     def are_exhausted(self) -> bool:
         """Whether no try is left."""
-        return self.made >= self._limit
+        return self.made >= self.limit
 
-    def pause(self) -> float:
-        """Seconds to wait before the next try. Each call doubles the pause, up to the longest."""
-        pause, self._next_pause = self._next_pause, 2 * self._next_pause
-        return min(pause, self._pace.longest_retry) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedTry:
+    """A failed try, and all that decides how the request continues."""
+
+    error: UpstreamError
+    tries: Tries
+    """The tries up to this one."""
+    another_server_may_answer: bool = False
+    """Whether a server of the model has not refused the job."""
+    another_model_should_answer: bool = False
+    """Whether no server of this model may answer the job, and a server accepts a request for one of its fallbacks."""
+    all_servers_are_busy: bool = False
+    """Whether every server that accepts the request has requested a pause."""
+    was_allowed: bool = False
+    """Whether a server has begun to answer with this model."""
+    was_failed_trial: bool = False
+    """Whether this was the trial request of a half-open circuit, and the circuit counts it as the job's failure."""
+    attempt_committed: bool = False
+    """Whether the attempt has written entries, so that another try needs the next attempt."""
+    attempt_extended: bool = False
+    """Whether the attempt has added to an interrupted answer."""
+    fails_on_interrupt: bool = False
+    """Whether an answer that was interrupted must not continue (WORKER_ON_INTERRUPT is fail)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raise:
+    """No other try: the error of this one ends the work with this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Another try after `pause` seconds. `needs_next_attempt` is whether the log must first begin its next attempt."""
+
+    pause: float
+    tries: Tries
+    needs_next_attempt: bool = False
+
+
+def after_failure(failed: FailedTry, pace: Pace, *, jitter: float = 1.0) -> Raise | Retry:
+    """How a request continues after a failed try. `jitter` is a factor of the pause between the tries.
+
+    Three kinds of tries do not count, beside those at a server that can never answer while another server may:
+
+    - a try that never reached a server. The job waits for a server, as before its first try.
+    - a 401 or 403 after a server has begun to answer with this model: the job's request was allowed.
+    - a failed trial request of a half-open circuit. Other jobs failed there too, and this job gets no second trial.
+
+    A try that added to the answer is the first of a new row, even if it would not count.
+    """
+    error, tries = failed.error, failed.tries
+    is_unauthorized = error.code == UNAUTHORIZED
+    moves_to_another_server = error.elsewhere and failed.another_server_may_answer
+    is_forbidden = is_unauthorized and failed.was_allowed
+    if failed.attempt_extended:
+        tries = replace(tries, made=1, next_pause=pace.first_retry)
+    elif moves_to_another_server or never_reached(error) or is_forbidden or failed.was_failed_trial:
+        tries = replace(tries, made=tries.made - 1)
+    if tries.are_exhausted or not (error.retryable or moves_to_another_server):
+        return Raise()
+    if is_unauthorized and failed.another_model_should_answer:  # else the job waits for a server that accepts the key
+        return Raise()
+    if failed.attempt_committed and failed.fails_on_interrupt:
+        return Raise()
+    pause = min(tries.next_pause, pace.longest_retry) * jitter
+    if error.retry_after and failed.all_servers_are_busy:  # not if another server is free
+        pause += error.retry_after
+    next_pause = min(2 * tries.next_pause, pace.longest_retry)
+    return Retry(pause, replace(tries, next_pause=next_pause), failed.attempt_committed)
 
 
 def never_reached(error: UpstreamError) -> bool:
