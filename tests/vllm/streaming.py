@@ -26,17 +26,9 @@ from worker.vllm.stream.sse import MAX_EVENT_BYTES
 from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 PATIENT = StreamTimeouts(connect=5, first_token=10, gap=10)
-
-
 WHO: list[Any] = [{"role": "user", "content": "Who are you?"}]
-
-
 REQUEST: Object = {"model": "reciter", "messages": WHO}
-
-
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
-
-
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
 
 

@@ -28,8 +28,6 @@ from worker.vllm.servers.opening import body_for
 from worker.vllm.servers.pool import ServerPool
 
 BOTH = frozenset({"return_token_ids", "stream_options"})
-
-
 STYLES = ["openai", "vllm", "fastapi"]
 
 
@@ -46,11 +44,7 @@ async def test_a_field_that_a_server_refuses_is_left_out(style: Any, fields: Ite
 
 
 UNKNOWN = "Unrecognized request argument supplied"
-
-
 IN_MESSAGE = {"message": f"{UNKNOWN}: return_token_ids"}
-
-
 IN_PARAM = {"message": UNKNOWN, "param": "return_token_ids", "code": None}
 
 
