@@ -86,8 +86,13 @@ async def test_every_queue_is_listed_with_its_jobs_and_a_lack_of_workers(
     ]
     (workers,) = about(findings, "workers")
     assert (workers.level, workers.fix) == ("warning", "start one: worker run")
-    assert workers.message == "alive: 0; of their 0 slots in use: 0; jobs to be done: 3"
+    assert workers.message == "no worker runs; jobs to be done: 3"
     await redis.delete("chat:jobs:high")
+
+
+async def test_before_the_first_worker_starts_that_is_no_problem(redis_url: str, simulator: Simulator) -> None:
+    findings = await found(redis_url=redis_url, vllm_urls=simulator.url)
+    assert about(findings, "workers") == [Finding("ok", "workers", "no worker runs yet")]
 
 
 async def test_workers_are_counted_and_silent_or_paused_ones_are_listed(

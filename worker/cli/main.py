@@ -33,7 +33,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, given: bool)
 @click.group(
     cls=SectionedGroup,
     sections=_SECTIONS,
-    epilog="Try it: worker demo",
+    epilog="To begin: worker demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option(

@@ -118,7 +118,11 @@ def exit_status(success: bool) -> NoReturn:
 
 @asynccontextmanager
 async def open_client(options: dict[str, object]) -> AsyncIterator[Client]:
-    """A client with these settings. If Redis does not answer, a note with its URL is printed at once."""
+    """Yield a client with these settings, even if Redis does not answer.
+
+    If Redis does not answer, a note with its URL is printed at once. The command's own calls then wait for Redis, as
+    in a failover, and raise `Unavailable` after the client's patience.
+    """
     settings = load_settings(options, **options)
     url = settings.redis_url.get_secret_value()
     limit = settings.queue_limit if "queue_limit" in options else 0  # a command without this option has no limit

@@ -282,10 +282,12 @@ async def _check_workers(redis: Redis, keys: Keys, lease: float, unfinished: int
             fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have other reasons
             findings.append(Finding("warning", f"worker {name}", message, fix))
     slots, running = sum(record.slots for record in alive), sum(record.running for record in alive)
+    if not alive:
+        if unfinished:
+            message = f"no worker runs; jobs to be done: {unfinished}"
+            return [Finding("warning", "workers", message, "start one: worker run"), *findings]
+        return [Finding("ok", "workers", "no worker runs" if findings else "no worker runs yet"), *findings]
     message = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
-    if unfinished and not alive:
-        message = f"{message}; jobs to be done: {unfinished}"
-        return [Finding("warning", "workers", message, "start one: worker run"), *findings]
     return [Finding("ok", "workers", message), *findings]
 
 
