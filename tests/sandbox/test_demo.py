@@ -77,7 +77,10 @@ async def test_the_demo_needs_nothing_and_shows_a_takeover() -> None:
     assert resumed == claimed + 1
     before, after = pieces[:claimed], pieces[resumed + 1 :]
     assert "".join(before + after) == STORY, "the text goes on where it stopped, and is printed once"
-    assert ended.out.index("(SIGKILL)") < ended.out.index("claimed: ")
+    between = ended.out.partition("(SIGKILL)")[2].partition("claimed: ")[0]
+    assert between.count("websocket │") == 1, "a killed worker writes nothing"
+    assert "lease is 2 s" in ended.out.partition("(SIGKILL)")[0]
+    assert re.findall(r"→ (reader \d)", ended.out) == ["reader 1", "reader 2"]
     assert "logger │" not in ended.out
     assert "billing │" not in ended.out
     for name in READERS:
@@ -148,7 +151,7 @@ async def test_a_signal_ends_the_demo_and_all_that_it_started(
             os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     assert ended.status == 130
-    assert ended.err == ""
+    assert ended.err == "· interrupted: every process that the demo started has ended\n"
     assert not [child for child in of_demo if child.is_running()]
 
 

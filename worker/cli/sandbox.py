@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from ..contract.entries import Object, to_json
+from .group import Interrupted
 from .options import json_option, run_async, until_stopped
 
 
@@ -32,6 +33,8 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
 
     try:
         run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url)))
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: every process that the demo started has ended") from None
     except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):

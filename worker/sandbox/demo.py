@@ -24,11 +24,11 @@ from ..client.async_client import Client
 from ..client.errors import Unavailable
 from ..contract.answer import Answer
 from ..contract.entries import Claimed, Delta, Entry, Idle, Object, Restarted, Resumed
-from ..settings import load_settings, redacted_url
+from ..settings import Settings, load_settings, redacted_url, variable
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
-from .demo_workers import DemoFailed, DemoWorkers, start_workers
+from .demo_workers import LEASE, DemoFailed, DemoWorkers, start_workers
 from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
 
@@ -65,13 +65,15 @@ class DemoFollower:
     entries: list[Entry] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
     is_underway: asyncio.Event = field(default_factory=asyncio.Event)
+    holds_text: bool = False
+    """Whether text waits for `resumed`: the last tokens of a killed worker may arrive as late as `claimed`."""
     _pending: str = ""
 
     async def follow(self, client: Client) -> None:
         """Follow to the end; report the text in pieces of about a line, and every takeover."""
         async for entry in client.follow(self.request_id, idle=_IDLE):
             if isinstance(entry, Idle):
-                self._report_text()
+                self.report_text()
                 continue
             self.entries.append(entry)
             before = 0 if isinstance(entry, Restarted) else len(self.answer.text)
@@ -81,9 +83,11 @@ class DemoFollower:
                 self.first_text.set()
             if len(self.entries) > _LATE_AFTER or self.answer.end:
                 self.is_underway.set()
+            if self.answer.end or isinstance(entry, Restarted):
+                self.holds_text = False
             self._report_takeover(entry)
             if len(self._pending) >= _LINE or self.answer.end:
-                self._report_text()
+                self.report_text()
 
     def _report_takeover(self, entry: Entry) -> None:
         match entry:
@@ -95,11 +99,14 @@ class DemoFollower:
                 text, color = "restarted: the answer begins again, the text above is void", "yellow"
             case _:
                 return
-        self._report_text()
+        self.report_text()
         self._report_line(click.style(text, fg=color, bold=True), {"entry": entry.as_dict()})
+        if isinstance(entry, Resumed):
+            self.holds_text = False
 
-    def _report_text(self) -> None:
-        if self._pending:
+    def report_text(self) -> None:
+        """Report the text that has arrived and is shorter than a line."""
+        if self._pending and not self.holds_text:
             self._report_line(self._pending.replace("\n", "⏎"), {"text": self._pending})
             self._pending = ""
 
@@ -147,6 +154,9 @@ async def run_demo(
             try:
                 with start_workers(redis_url, url, prefix) as workers:
                     timed("two workers start, and three prompts wait for them", {"workers": 2})
+                    usual, name = Settings.model_fields["lease"].default, variable("lease")
+                    line = f"their lease is {LEASE} s, so that a takeover is quick; by default, {name} is {usual:g} s"
+                    timed(line, {"lease": LEASE, "default_lease": usual})
                     demo = _Demo(redis_url, prefix, model, workers, timed, simulated=vllm_url is None)
                     async with asyncio.timeout(_TIME_LIMIT):
                         await demo.run()
@@ -186,7 +196,7 @@ class _Demo:
 
     async def _follow(self, client: Client, group: asyncio.TaskGroup) -> None:
         """Enqueue the prompts, follow the answers to their end, and meanwhile kill the worker of the longest one."""
-        for number, question in enumerate(QUESTIONS, 1):
+        for number, question in enumerate(QUESTIONS):  # the first one's followers have names of their own
             request_id = await client.enqueue(self._request(question))
             self._report(f"prompt: {question}", {"prompt": question, "id": request_id})
             names = ("websocket", "logger") if question == STORY else (f"reader {number}",)
@@ -221,6 +231,10 @@ class _Demo:
             return
         self._disturbed = longest
         worker = longest.answer.started.worker
+        for follower in running:
+            if follower.answer.started and follower.answer.started.worker == worker:
+                follower.report_text()
+                follower.holds_text = True
         self._workers.kill(worker)
         line = f"{self._workers.name_of(worker)} runs the longest answer, and is killed (SIGKILL)"
         self._report(click.style(line, fg="red", bold=True), {"killed": worker, "id": longest.request_id})

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from .orphans import guarded_folder
 
+LEASE = 2
+"""Seconds after which the other worker takes over: fewer than a real worker's, so that the demo is short."""
 _SETTINGS = {
     "WORKER_SLOTS": "2",
-    "WORKER_LEASE": "2",  # the other worker takes over after this time
+    "WORKER_LEASE": str(LEASE),
     "WORKER_DRAIN_TIMEOUT": "0",  # Ctrl-C does not wait for the answers
 }
 _EXIT_TIMEOUT = 8.0
