@@ -1,4 +1,4 @@
-"""Chunks to log entries: recorded answers against a simple reading, shapes of other servers, and random chunks."""
+"""Chunks to log entries: recorded answers, compared with a simple reading of them, and shapes of other servers."""
 
 import hashlib
 import json
