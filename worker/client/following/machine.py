@@ -18,8 +18,11 @@ KEPT_BYTES = 32 * 1024
 """The most bytes of messages that a follower keeps until they are drained. Beyond this limit the follower drops all of
 them and reads the log instead."""
 
-_FIRST_LIMIT, _SILENCE_LIMIT = 1, 10
+_FIRST_LIMIT, _LIVE_LIMIT = 1, 10
 """Ticks of silence after which a follower reads the log: before the feed's first message, and after it."""
+
+_LONG_SILENCE = 9
+"""Ticks of silence after which a missing log is an error."""
 
 _MAX_MISSES = 2
 """A follower stops using the feed after this many silences in a row in which the log had entries that the feed had not
@@ -174,6 +177,57 @@ class Read:
     """Whether entries are known to be missing after `after`."""
 
 
+class FeedSilence:
+    """How long a follower has waited without an entry, and how often the feed has omitted entries in that time.
+
+    `tick_weight` is how much a tick counts towards silence.
+    """
+
+    def __init__(self, place: EntryId, tick_weight: float) -> None:
+        self._tick_weight = tick_weight
+        self._place = place
+        """The id of the follower's last entry, at the last tick."""
+        self._ticks = 0.0
+        """The ticks of silence so far."""
+        self._next_read = float(_FIRST_LIMIT)
+        """The ticks of silence at which the follower reads the log."""
+        self._is_feed_in_doubt = False
+        """Whether the log is read after a silence of a settled feed, which then has omitted the entries of the page."""
+        self._misses, self._missed_until = 0, place
+        """In how many silences in a row the feed has omitted entries, and the last id of the last page."""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the silence is so long that a missing log is an error."""
+        return self._ticks >= _LONG_SILENCE
+
+    @property
+    def is_feed_unreliable(self) -> bool:
+        """Whether the feed has omitted entries in so many silences that the follower must stop using it."""
+        return self._misses >= _MAX_MISSES
+
+    def on_tick(self, place: EntryId, *, waits: bool, feed: FeedState) -> bool:
+        """Count a tick, at which the last entry is `place`. Returns whether the log must be read now."""
+        if not waits or place != self._place:
+            self._place, self._ticks = place, 0.0
+            self._next_read = float(_LIVE_LIMIT if feed is FeedState.LIVE else _FIRST_LIMIT)
+            return False
+        self._ticks += self._tick_weight
+        if self._ticks < self._next_read:
+            return False
+        self._next_read += min(2 * self._next_read, _LIVE_LIMIT)
+        self._is_feed_in_doubt = feed.is_settled
+        return True
+
+    def on_page(self, before: EntryId, last: EntryId | None) -> None:
+        """Handle a read of the log after `before`: it has entries up to `last`, or none."""
+        if last is not None:
+            if self._is_feed_in_doubt:
+                self._misses = self._misses + 1 if self._missed_until == before else 1
+            self._missed_until = last
+        self._is_feed_in_doubt = False
+
+
 class FollowMachine:
     """One follower of one log, from the entry after `after`.
 
@@ -211,14 +265,7 @@ class FollowMachine:
         """Whether it is confirmed that the log has the entry `after`."""
         self._must_exist = False
         self._first_pause, self._longest_pause = first_pause, longest_pause
-        self._place_at_tick = after
-        self._tick_weight = tick_weight
-        self._silence, self._silence_limit = 0.0, float(_FIRST_LIMIT)
-        """The ticks since the last entry, and the number of ticks at which the follower reads the log."""
-        self._is_feed_in_doubt = False
-        """Whether the log is read after a silence of a settled feed, which then has omitted the entries of the page."""
-        self._misses, self._missed_until = 0, after
-        """In how many silences in a row the feed has omitted entries, and the last id of the last page."""
+        self._silence = FeedSilence(after, tick_weight)
 
     @property
     def end(self) -> EntryId:
@@ -263,17 +310,10 @@ class FollowMachine:
 
     def on_tick(self, *, waits: bool, feed: FeedState) -> bool:
         """Count a tick. Returns whether the log must be read now. `waits` is whether the follower waits for entries."""
-        if not waits or self._place_at_tick != (self._attempt, self._n):
-            self._place_at_tick, self._silence = self.end, 0.0
-            self._silence_limit = float(_SILENCE_LIMIT if feed is FeedState.LIVE else _FIRST_LIMIT)
-            return False
-        self._silence += self._tick_weight
-        if self._silence < self._silence_limit:
-            return False
-        self._silence_limit += min(2 * self._silence_limit, _SILENCE_LIMIT)
-        self._is_feed_in_doubt = feed.is_settled
-        self.look_up(must_exist=self._silence_limit > _SILENCE_LIMIT)
-        return True
+        is_due = self._silence.on_tick(self.end, waits=waits, feed=feed)
+        if is_due:
+            self.look_up(must_exist=self._silence.is_long)
+        return is_due
 
     def next_read(self) -> Read | None:
         """Return the read that is due. The caller must then call `on_page` or `on_read_failed`.
@@ -298,14 +338,11 @@ class FollowMachine:
     def on_page(self, page: Page | None) -> None:
         """Handle the result of a read: a page of entries, or None if there are none."""
         before, held, self._held, self.kept_bytes = self.end, self._held, [], 0
-        in_doubt, self._is_feed_in_doubt = self._is_feed_in_doubt, False
+        self._silence.on_page(before, page.last if page is not None else None)
         outcome = FollowInput.PAGE_TO_END
         if page is not None:
             self.page, self.queued = page.entries, page.queued
             self._attempt, self._n = page.last
-            if in_doubt:
-                self._misses = self._misses + 1 if self._missed_until == before else 1
-            self._missed_until = page.last
             if page.is_at_hole:
                 outcome = FollowInput.PAGE_TO_HOLE
             elif page.last == SEAL:
@@ -319,7 +356,7 @@ class FollowMachine:
         if self.state is FollowState.ENDED:
             return
         # In the attempt with the seal's number, the next id may be the seal's, and a message cannot end a log.
-        if self._misses >= _MAX_MISSES or self._attempt == SEAL.attempt:
+        if self._silence.is_feed_unreliable or self._attempt == SEAL.attempt:
             self.fall_back()
         elif self.polls:
             self._poll()
