@@ -11,6 +11,7 @@ from ...contract.entries import AnyEntry
 from ...contract.ids import BEFORE_ALL, EntryId
 from ..errors import Expired, IncompleteLog, Refused, UnknownRequest
 from ..log_reader import LogReader
+from .idle_clock import IdleClock
 from .machine import FeedState, FollowMachine, FollowState, Page, Read
 
 _LISTENING = FollowState.LISTENING
@@ -65,9 +66,7 @@ class Follower:
         """The error that this function raised; `pour` raises it."""
         self._new_future: Callable[[], asyncio.Future[None]] = asyncio.get_running_loop().create_future
         self._waiter: asyncio.Future[None] | None = None
-        self._idle_at = 0.0
-        """When `wait_ready_within` will return false, by the loop's clock."""
-        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle = IdleClock(self._wake)
         self._reading: asyncio.Task[None] | None = None
         """The task that reads the log for `wait_ready_within`. It may take longer than one wait."""
 
@@ -102,36 +101,25 @@ class Follower:
 
         It may return true without entries to `drain`. One timer serves many waits.
         """
-        loop, machine = asyncio.get_running_loop(), self.machine
+        machine, idle = self.machine, self._idle
         if machine.ready and self._reading is None:
-            self._idle_at = loop.time() + seconds
+            idle.restart(seconds)
             return True
-        self._idle_at = self._idle_at or loop.time() + seconds
+        idle.start(seconds)
         if self._reading is None and machine.state is _LISTENING:
-            if self._idle_timer is None:
-                self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
+            idle.wake_at_end()
             await self.wait_ready()
         else:
             self._reading = self._reading or asyncio.ensure_future(self._catch_up())
-            await asyncio.wait([self._reading], timeout=self._idle_at - loop.time())
+            await asyncio.wait([self._reading], timeout=idle.seconds_left)
             if self._reading.done():
                 done, self._reading = self._reading, None
                 done.result()
-        has_entries, now = bool(machine.ready or machine.page), loop.time()
-        is_idle = not has_entries and now >= self._idle_at and not self.is_over
+        has_entries = bool(machine.ready or machine.page)
+        is_idle = not has_entries and idle.is_over and not self.is_over
         if has_entries or is_idle:
-            self._idle_at = now + seconds
+            idle.restart(seconds)
         return not is_idle
-
-    def _on_idle_timer(self) -> None:
-        self._idle_timer = None
-        if not self.is_waiting:
-            return
-        loop = asyncio.get_running_loop()
-        if loop.time() >= self._idle_at:
-            self._wake()
-        else:  # entries have come since the timer was set
-            self._idle_timer = loop.call_at(self._idle_at, self._on_idle_timer)
 
     async def pour(self, into: Callable[[AnyEntry], object]) -> None:
         """Call `into` with every entry up to the seal. Entries of the feed are passed in the step of their message.
@@ -152,8 +140,7 @@ class Follower:
     async def leave(self) -> None:
         """Stop following."""
         self._request.leave(self)
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        self._idle.stop()
         if self._reading is not None:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
