@@ -73,15 +73,15 @@ def test_whether_a_request_is_tried_again_and_whether_the_failed_try_counts(
 @pytest.mark.parametrize(
     ("facts", "decision"),
     [
-        pytest.param({"attempt_committed": True}, retry(0.5, 1, 1.0, needs_next_attempt=True), id="it wrote"),
-        pytest.param({"attempt_committed": True, "fails_on_interrupt": True}, Raise(), id="it wrote and must end"),
+        pytest.param({"needs_next_attempt": True}, retry(0.5, 1, 1.0, needs_next_attempt=True), id="it wrote"),
+        pytest.param({"needs_next_attempt": True, "fails_on_interrupt": True}, Raise(), id="it wrote and must end"),
         pytest.param({"fails_on_interrupt": True}, COUNTED, id="it wrote nothing and must end"),
         pytest.param(
-            {"attempt_committed": True, "attempt_extended": True, "made": 3, "next_pause": 8.0},
+            {"needs_next_attempt": True, "has_extended_answer": True, "made": 3, "next_pause": 8.0},
             retry(0.25, 1, 0.5, needs_next_attempt=True),
             id="it added to the answer at the last try",
         ),
-        pytest.param({"attempt_extended": True, "limit": 1}, Raise(), id="it added to the answer at the only try"),
+        pytest.param({"has_extended_answer": True, "limit": 1}, Raise(), id="it added to the answer at the only try"),
     ],
 )  # fmt: skip
 def test_what_the_attempt_has_written_decides_whether_and_how_it_continues(
@@ -94,7 +94,7 @@ def test_what_the_attempt_has_written_decides_whether_and_how_it_continues(
 def test_a_try_that_added_to_the_answer_is_the_first_of_a_new_row_even_if_it_would_not_count(
     error: UpstreamError,
 ) -> None:
-    facts: dict[str, Any] = {"another_server_may_answer": True, "attempt_extended": True}
+    facts: dict[str, Any] = {"another_server_may_answer": True, "has_extended_answer": True}
 
     assert decide(error, facts | {"made": 3}) == retry(0.25, 1, 0.5)
     assert decide(error, facts | {"limit": 1}) == Raise()

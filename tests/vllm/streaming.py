@@ -89,7 +89,7 @@ async def request_answer(pool: ServerPool, request: Object | None = None) -> tup
     """The whole answer, read as the worker reads it."""
     parser, answer = ChunkParser(), Answer()
     async with pool.stream(pool.servers[0], request or REQUEST) as stream:
-        stream.has_begun = lambda: parser.has_content
+        stream.has_output = lambda: parser.has_output
 
         def on_events(events: list[bytes]) -> bool:
             for fields in (fields for data in events for fields in parser.parse(data)):

@@ -122,7 +122,7 @@ async def test_text_that_came_with_such_an_error_is_not_requested_again() -> Non
 
     async def read(pool: ServerPool) -> None:
         async with pool.stream(pool.servers[0], REQUEST) as stream:
-            stream.has_begun = lambda: parser.has_content
+            stream.has_output = lambda: parser.has_output
             await stream.read_into(on_events)
 
     async with sending(answer) as url, reaching(url) as pool:

@@ -143,7 +143,7 @@ def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> 
 def test_the_first_chunk_proves_that_the_server_goes_on() -> None:
     parser = parser_for({"presence_penalty": 0.5})
     resumed, opened, first = parser.parse(chunk("new", 9, prompt=[*PROMPT, 7, 8]))
-    assert parser.is_committed, "it has written"
+    assert parser.needs_next_attempt, "it has written"
     assert parse("2-1", resumed) == Resumed(id=EntryId(2, 1), after="1-9", forgets=["presence_penalty"])
     assert (opened["prompt_tokens"], opened["prompt_digest"]) == ("3", digest_of_prompt(PROMPT))
     assert msgspec.json.decode(opened["extra"]) == {"prompt_token_ids": PROMPT}
@@ -157,7 +157,7 @@ def test_a_server_that_ignores_the_ids_writes_nothing(prompt: list[int] | None) 
     parser = parser_for({})
     with pytest.raises(CannotResume):
         parser.parse(chunk("text", 9, prompt=prompt))
-    assert not parser.is_committed
+    assert not parser.needs_next_attempt
 
 
 def test_chunks_of_a_text_completion_are_read_as_those_of_a_chat() -> None:

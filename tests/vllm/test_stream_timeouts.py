@@ -109,7 +109,7 @@ async def test_empty_events_are_not_silence() -> None:
     ):
         parser = ChunkParser()
         async with pool.stream(pool.servers[0], REQUEST) as stream:
-            stream.has_begun = lambda: parser.has_content
+            stream.has_output = lambda: parser.has_output
             for data in (b"", text[6:]):  # before the first token, and after it
                 parser.parse(data)
                 end = monotonic() + 2 * 0.5

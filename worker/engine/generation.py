@@ -49,8 +49,8 @@ class Generation:
     """The answer to one request, as this process generates it."""
 
     __slots__ = (
-        "_answer", "_attempt_committed", "_attempt_extended", "_began", "_caller", "_context", "_emit", "_fault",
-        "_first_delta", "_job", "_log", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for",
+        "_answer", "_began", "_caller", "_context", "_emit", "_fault", "_first_delta", "_has_extended_answer", "_job",
+        "_log", "_needs_next_attempt", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for",
         "_waited_ms", "_was_allowed",
     )  # fmt: skip
 
@@ -70,10 +70,10 @@ class Generation:
         self._parser: ChunkParser
         self._context: Context
         """The job's context, which has the request's id for the log. The stream arrives in its connection's context."""
-        self._attempt_committed = False
-        """Whether this attempt has written entries, so that another try needs the next attempt."""
-        self._attempt_extended = False
-        """Whether this attempt has added to an interrupted answer."""
+        self._needs_next_attempt = False
+        """Whether this attempt has written a `delta`, `resumed` or `restarted`, which another try must not repeat."""
+        self._has_extended_answer = False
+        """Whether this attempt has added something visible to an interrupted answer."""
         self._waited_for: set[str] = set()
         """Models whose wait for a server is logged already."""
         self._began = time.monotonic()
@@ -125,7 +125,7 @@ class Generation:
         await job.retry(ownership.next_attempt, self._log, job.delivery, reason)
         entries = await job.retry(ownership.read_entries, job.id)
         self._recall(History(entries, fault_in(entries)))
-        self._attempt_committed = self._attempt_extended = False
+        self._needs_next_attempt = self._has_extended_answer = False
         self._emit(AttemptBegun(reason))
 
     def _recall(self, history: History) -> None:
@@ -138,7 +138,7 @@ class Generation:
         self._emit(AnswerRestarted(self._log.attempt, reason))
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
         self._answer, self._fault = Answer(), ""
-        self._attempt_committed = True
+        self._needs_next_attempt = True
         self._first_delta = None
 
     async def _ask_models(self, job: Job) -> Terminal:
@@ -152,13 +152,13 @@ class Generation:
             try:
                 return await self._ask_model(job.request | {"model": model} if model else job.request, models)
             except UpstreamError as error:
-                broke_off = self._attempt_committed and self._settings.on_interrupt == "fail"
+                broke_off = self._needs_next_attempt and self._settings.on_interrupt == "fail"
                 moves_on = error.retryable or error.elsewhere or error.code in _ANOTHER_MODEL_MAY_DO
                 if not models or broke_off or not moves_on:
                     return self._failed(error.code, error.message + (given_up and f" (before it: {given_up})"))
                 given_up += f"{'; ' if given_up else ''}{model}: {error.code}"
                 self._emit(ModelGivenUp(error.code, model, models[0]))
-                if self._attempt_committed:
+                if self._needs_next_attempt:
                     await self._begin_attempt(error.code)
                 if self._answer.begun:
                     self._begin_answer_again("another model")
@@ -196,8 +196,8 @@ class Generation:
                     all_servers_are_busy=self._servers.all_busy(model, self._caller),
                     was_allowed=self._was_allowed,
                     was_failed_trial=is_trial and server.circuit in self._caller.failed_at,
-                    attempt_committed=self._attempt_committed,
-                    attempt_extended=self._attempt_extended,
+                    needs_next_attempt=self._needs_next_attempt,
+                    has_extended_answer=self._has_extended_answer,
                     fails_on_interrupt=self._settings.on_interrupt == "fail",
                 )
                 decision = after_failure(failed, pace, jitter=random.uniform(0.75, 1.25))  # noqa: S311 - jitter
@@ -261,7 +261,7 @@ class Generation:
             except CannotResume as reason:
                 refusal = str(reason)
             except UpstreamError as error:
-                if self._attempt_committed or error.retryable or error.elsewhere or not plan.prompt_ids:
+                if self._needs_next_attempt or error.retryable or error.elsewhere or not plan.prompt_ids:
                     raise
                 refusal = f"the server refuses to continue: {error.code}"
         raise CannotResume(refusal)
@@ -270,7 +270,7 @@ class Generation:
         """Read one stream into the log. Per token only `_on_events` runs: no await and no task."""
         self._server, self._parser, self._context = server, parser, copy_context()
         async with self._servers.stream(server, body, route, caller=self._caller) as stream:
-            stream.has_begun = lambda: parser.has_content
+            stream.has_output = lambda: parser.has_output
             try:
                 while await stream.read_into(self._on_events) and not parser.done:
                     await self._log.wait_for_room()
@@ -295,7 +295,7 @@ class Generation:
                 entries += parser.parse(data)
         finally:  # entries before an error are written too
             log.extend(entries)
-        if not self._attempt_committed or self._first_delta is None:
+        if not self._needs_next_attempt or self._first_delta is None:
             self._note_progress()
         return parser.done or log.is_full
 
@@ -305,14 +305,14 @@ class Generation:
         if self._first_delta is None and parser.has_delta:
             self._first_delta = time.monotonic()
             self._was_allowed = True
-        if not parser.is_committed:
+        if not parser.needs_next_attempt:
             return
         if isinstance(parser, ResumedChunkParser):
-            self._attempt_extended = parser.has_progressed
-            if not self._attempt_committed:  # emitted at the first entry: the end of the answer may be minutes away
+            self._has_extended_answer = parser.has_extended_answer
+            if not self._needs_next_attempt:  # emitted at the first entry: the end of the answer may be minutes away
                 resumed = AnswerResumed(self._log.attempt, redacted_url(self._server.url))
                 self._context.run(self._emit, resumed)
-        self._attempt_committed = True
+        self._needs_next_attempt = True
 
     def _done(self, finish_reason: str, usage: Usage | Object, model: str, extra: Object | None = None) -> Done:
         return Done(

@@ -47,10 +47,10 @@ class FailedTry:
     """Whether a server has begun to answer with this model."""
     was_failed_trial: bool = False
     """Whether this was the trial request of a half-open circuit, and the circuit counts it as the job's failure."""
-    attempt_committed: bool = False
-    """Whether the attempt has written entries, so that another try needs the next attempt."""
-    attempt_extended: bool = False
-    """Whether the attempt has added to an interrupted answer."""
+    needs_next_attempt: bool = False
+    """Whether the attempt has written a `delta`, `resumed` or `restarted`, which another try must not repeat."""
+    has_extended_answer: bool = False
+    """Whether the attempt has added something visible to an interrupted answer."""
     fails_on_interrupt: bool = False
     """Whether an answer that was interrupted must not continue (WORKER_ON_INTERRUPT is fail)."""
 
@@ -84,7 +84,7 @@ def after_failure(failed: FailedTry, pace: Pace, *, jitter: float = 1.0) -> Rais
     is_unauthorized = error.code == UNAUTHORIZED
     moves_to_another_server = error.elsewhere and failed.another_server_may_answer
     is_forbidden = is_unauthorized and failed.was_allowed
-    if failed.attempt_extended:
+    if failed.has_extended_answer:
         tries = replace(tries, made=1, next_pause=pace.first_retry)
     elif moves_to_another_server or never_reached(error) or is_forbidden or failed.was_failed_trial:
         tries = replace(tries, made=tries.made - 1)
@@ -92,13 +92,13 @@ def after_failure(failed: FailedTry, pace: Pace, *, jitter: float = 1.0) -> Rais
         return Raise()
     if is_unauthorized and failed.another_model_should_answer:  # else the job waits for a server that accepts the key
         return Raise()
-    if failed.attempt_committed and failed.fails_on_interrupt:
+    if failed.needs_next_attempt and failed.fails_on_interrupt:
         return Raise()
     pause = min(tries.next_pause, pace.longest_retry) * jitter
     if error.retry_after and failed.all_servers_are_busy:  # not if another server is free
         pause += error.retry_after
     next_pause = min(2 * tries.next_pause, pace.longest_retry)
-    return Retry(pause, replace(tries, next_pause=next_pause), failed.attempt_committed)
+    return Retry(pause, replace(tries, next_pause=next_pause), failed.needs_next_attempt)
 
 
 def never_reached(error: UpstreamError) -> bool:

@@ -59,7 +59,7 @@ class ChunkParser:
     __slots__ = (
         "_broken_off", "_decoder", "_extra", "_fault", "_fingerprint", "_finished", "_has_delta", "_head",
         "_is_ended_here", "_is_rich", "_keep_prompt_ids", "_keep_usage", "_kept", "_messages", "_models", "_n",
-        "_plain_model", "_seen", "_unchecked_prompt", "_with_content", "done", "finish_reason", "unknown_reason",
+        "_plain_model", "_seen", "_unchecked_prompt", "_with_output", "done", "finish_reason", "unknown_reason",
         "usage",
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ class ChunkParser:
         self._unchecked_prompt = expected_prompt
         self._kept = kept
         self._seen: set[int] = set()
-        self._with_content: set[int] = set()  # choices that have sent something other than their end
+        self._with_output: set[int] = set()  # choices of which `has_output` is true
         self._finished: set[int] = set()
         self._is_ended_here = False
         self._broken_off = ""
@@ -105,17 +105,17 @@ class ChunkParser:
 
     @property
     def has_delta(self) -> bool:
-        """Whether a delta entry was made."""
+        """Whether a `delta` was made. One with only a finish reason or token ids counts too."""
         return self._has_delta
 
     @property
-    def has_content(self) -> bool:
-        """Whether text, a tool call or another field of a delta came; the role alone does not count."""
-        return bool(self._with_content)
+    def has_output(self) -> bool:
+        """Whether the server has sent text, a tool call or another field of a delta. The role alone does not count."""
+        return bool(self._with_output)
 
     @property
-    def is_committed(self) -> bool:
-        """Whether an entry was made that another attempt would repeat."""
+    def needs_next_attempt(self) -> bool:
+        """Whether a `delta` or `resumed` was made, which another try must not repeat under the same attempt."""
         return self._has_delta
 
     @property
@@ -244,7 +244,7 @@ class ChunkParser:
             if not any(_VISIBLE & fields.keys() for fields in entries):
                 raise error
             self.done, self._fault = True, error  # raised by check_complete, so that the text is not lost
-        is_running = 0 in self._with_content and 0 not in self._finished
+        is_running = 0 in self._with_output and 0 not in self._finished
         if is_running and not (self._extra.unpublished or self._messages or self._decoder.holds_half):
             self._plain_model = self._head["model"] if self._head.keys() >= _HEAD else ""
             self._is_rich = bool(entries) and not _RICH.isdisjoint(entries[-1])
@@ -336,7 +336,7 @@ class ChunkParser:
     def _delta_of(self, index: int, choice: RawObject) -> RawObject:
         """The delta of a choice. Its `message` counts only if the choice came in messages so far: see `delta_of`."""
         message = choice.get("message")
-        published = (self._messages.get(index) or None) if index in self._with_content else ""
+        published = (self._messages.get(index) or None) if index in self._with_output else ""
         delta = delta_of(choice, published=published)
         if message is not None and "message" not in choice:
             self._messages[index] = (published or "") + text_of(delta)
@@ -352,7 +352,7 @@ class ChunkParser:
         if len(fields) > 1 or not TEXT_FIELDS.isdisjoint(unread):
             self._finished.discard(index)  # text after a finish reason means that the choice continues
         if unread or len(fields) > 1:
-            self._with_content.add(index)
+            self._with_output.add(index)
         if index:
             fields["index"] = str(index)
         self._seen.add(index)

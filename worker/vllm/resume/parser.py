@@ -18,11 +18,11 @@ class ResumedChunkParser(ChunkParser):
     """A chunk parser whose first entry is `resumed`, after it has checked that the server continues the kept tokens.
 
     Attributes:
-        has_progressed: whether the server has added something visible to the answer. Tokens without text do not count,
-            since each attempt generates them again.
+        has_extended_answer: whether the server has added something visible to the interrupted answer. Tokens without
+            text do not count, since each attempt generates them again.
     """
 
-    __slots__ = ("_has_resumed", "_new_tokens", "_plan", "_stops", "has_progressed")
+    __slots__ = ("_has_resumed", "_new_tokens", "_plan", "_stops", "has_extended_answer")
 
     def __init__(self, plan: ResumePlan, *, n: int, keep_prompt_ids: bool, keep_usage: bool) -> None:
         super().__init__(
@@ -33,18 +33,18 @@ class ResumedChunkParser(ChunkParser):
         self._stops = StopStrings(plan.request, plan.kept.content, plan.withheld) if plan.prompt_ids else None
         self._has_resumed = False
         self._new_tokens = 0
-        self.has_progressed = False
+        self.has_extended_answer = False
 
     @property
-    def is_committed(self) -> bool:
+    def needs_next_attempt(self) -> bool:
         return self._has_resumed
 
     def parse(self, data: bytes) -> list[Fields]:
         entries = super().parse(data)
         if self._stops is not None and self._stops.stops:
             entries = list(self._up_to_stop(self._stops, entries))
-        if entries and not self.has_progressed:
-            self.has_progressed = any(_VISIBLE & fields.keys() for fields in entries)
+        if entries and not self.has_extended_answer:
+            self.has_extended_answer = any(_VISIBLE & fields.keys() for fields in entries)
         if entries and not self._has_resumed:
             if self._plan.prompt_ids and self.model != self._plan.model:
                 raise CannotResume("another model answers")  # token ids have another meaning for another model

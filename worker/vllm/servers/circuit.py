@@ -46,7 +46,8 @@ class ServerRequest:
 
     caller: Caller
     epoch: int
-    has_begun: bool = False
+    has_first_event: bool = False
+    """Whether the server has sent a data event that counts: see `on_first_event`."""
 
 
 class _Pause:
@@ -198,7 +199,7 @@ class Circuit:
         """
         if request.epoch != self._epoch and self.state is not CircuitState.HALF_OPEN:
             return
-        request.has_begun = True
+        request.has_first_event = True
         self._unanswered.clear()
         if self.state is not CircuitState.CLOSED and request.caller.is_job:
             self._on_probation = self.state is not CircuitState.UNKNOWN
@@ -232,8 +233,8 @@ class Circuit:
             if not caller.is_job:
                 self._own_trial_pause.begin(self._clock())
             return
-        (self._broken if request.has_begun else self._unanswered).add(caller)
-        breaks_again = self._on_probation and request.has_begun and is_new
+        (self._broken if request.has_first_event else self._unanswered).add(caller)
+        breaks_again = self._on_probation and request.has_first_event and is_new
         if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
             self._open(reason)
 

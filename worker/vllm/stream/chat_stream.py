@@ -27,8 +27,8 @@ class ChatStream:
     """The events of one answer, passed to the reader as they arrive.
 
     Attributes:
-        has_begun: returns whether the answer has begun, which only the reader of the events can decide. It is called
-            after each event until it returns true. Without it, the first event begins the answer.
+        has_output: returns whether the server has sent output, which only the reader of the events can decide. It is
+            called after each event until it returns true. Without it, the first event counts as output.
 
     Args:
         response: the response that holds the stream.
@@ -41,7 +41,7 @@ class ChatStream:
 
     __slots__ = (
         "_answer_started", "_decoder", "_is_new", "_max_event_bytes", "_on_events", "_on_first", "_reopen", "_response",
-        "_watchdog", "has_begun",
+        "_watchdog", "has_output",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +61,7 @@ class ChatStream:
         self._is_new = True
         """Whether no event has been passed on yet."""
         self._answer_started = False
-        self.has_begun: Callable[[], bool] | None = None
+        self.has_output: Callable[[], bool] | None = None
         self._decoder: SSEDecoder | _Opening = _Opening(self._start_decoder)
         self._on_events: Callable[[list[bytes]], bool]
 
@@ -84,9 +84,9 @@ class ChatStream:
                 return await self._read()
             except UpstreamError as error:
                 # If text came in the same piece as the error, the answer is not requested again.
-                has_text = self.has_begun is not None and self.has_begun()
+                output_came = self.has_output is not None and self.has_output()
                 response = None
-                if self._reopen is not None and self._is_new and not has_text:
+                if self._reopen is not None and self._is_new and not output_came:
                     response = await self._reopen(error)
                 if response is None:
                     raise
@@ -132,7 +132,7 @@ class ChatStream:
         if self._is_new and self._on_first is not None:
             self._on_first()
         self._is_new = False
-        if self.has_begun is None or self.has_begun():
+        if self.has_output is None or self.has_output():
             self._answer_started = True
             self._watchdog.on_answer_start()
 
