@@ -393,6 +393,42 @@ async def test_entries_that_come_while_a_follower_does_not_wait_are_ready_at_onc
     await log.append(END)
 
 
+@NOBODY_POLLS
+async def test_a_follower_is_idle_after_an_entry_that_came_while_it_waited(
+    followers: Followers, log: WrittenLog
+) -> None:
+    """The timer of the first wait fires before the second wait has lasted as long."""
+    await log.write(START)
+    follower = followers.follow("r", BEFORE_ALL)
+    assert await next_entries(follower) == [START]
+    reading = asyncio.ensure_future(next_entries(follower))
+    await eventually(lambda: is_settled(followers, follower))
+    await log.append(delta(1, 1))
+    assert await reading == [delta(1, 1)]
+    waiting = asyncio.ensure_future(follower.wait_ready_within(0.5))
+    await asyncio.sleep(0.1)  # so that the timer fires well before the second wait ends
+    await log.append(delta(1, 2))
+    assert await waiting
+    assert list(follower.drain()) == [delta(1, 2)]
+    assert not await asyncio.wait_for(follower.wait_ready_within(0.5), 10)
+    await follower.leave()
+    await log.append(END)
+
+
+async def test_a_follower_that_leaves_while_it_is_idle_stops_reading(followers: Followers, log: WrittenLog) -> None:
+    await log.write(START)
+    follower = followers.follow("r", BEFORE_ALL)
+    assert await next_entries(follower) == [START]
+    follower.fall_back()
+    before = asyncio.all_tasks()
+    assert not await follower.wait_ready_within(0.01)
+    reading = asyncio.all_tasks() - before
+    assert reading
+    await follower.leave()
+    assert all(task.done() for task in reading)
+    await log.append(END)
+
+
 async def test_nothing_is_missed_while_subscriptions_are_lost_and_made_again(
     start_listener: StartListener, redis: Redis, log: WrittenLog
 ) -> None:
