@@ -155,9 +155,9 @@ class ServerPool:
                 if self.all_refuse_keys(model):
                     raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
                 raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
-            suspect = next((server for server in serving if server.circuit.wants_trial(caller)), None)
-            if suspect is not None:
-                await self._send_trial(suspect, model)
+            doubtful = next((server for server in serving if server.circuit.wants_trial(caller)), None)
+            if doubtful is not None:
+                await self._send_trial(doubtful, model)
             elif serving:
                 await _wait_for(
                     changed, self._pace.probe_every
