@@ -182,6 +182,8 @@ async def test_the_service_sends_entries_and_goes_on_after_the_last_event_id(
         whole = await http.get(f"/events/{request_id}")
         events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in whole.text.split("\n\n")[:-1]]
         rest = await http.get(f"/events/{request_id}", headers={"Last-Event-ID": events[2]["id"]})
+        unknown = await http.get("/events/none")
+        malformed = await http.get(f"/events/{request_id}", headers={"Last-Event-ID": "yesterday"})
     await service.client.aclose()
     assert whole.headers["content-type"].startswith("text/event-stream")
     entries = [json.loads(event["data"]) for event in events]
@@ -189,6 +191,8 @@ async def test_the_service_sends_entries_and_goes_on_after_the_last_event_id(
     assert "".join(entry.get("content", "") for entry in entries) == TEXT
     assert whole.text.endswith(rest.text)
     assert rest.text.startswith(f"id: {events[3]['id']}")
+    assert (unknown.status_code, malformed.status_code) == (404, 400)
+    assert "none" in unknown.text
 
 
 @pytest.mark.usefixtures("worker")
@@ -238,7 +242,7 @@ async def test_the_typescript_example_has_right_types_and_prints_the_answer(
     document: Document, redis_url: str, tmp_path: Path
 ) -> None:
     (tmp_path / "node_modules").symlink_to(NODE_MODULES)
-    (tmp_path / "example.mts").write_text(document.example("typescript").replace('"Hi"', '"Who are you?"'))
+    (tmp_path / "example.mts").write_text(document.example("typescript"))
     options = [
         "--strict",
         "--noUncheckedIndexedAccess",
