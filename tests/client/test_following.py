@@ -415,6 +415,17 @@ async def test_a_follower_is_idle_after_an_entry_that_came_while_it_waited(
     await log.append(END)
 
 
+async def test_a_follower_goes_on_after_a_reading_that_failed(followers: Followers, log: WrittenLog) -> None:
+    follower = followers.follow("r", BEFORE_ALL)
+    with pytest.raises(UnknownRequest):
+        await follower.wait_ready()
+    await log.append(START)
+    await follower.wait_ready()
+    assert list(follower.drain()) == [START]
+    await follower.leave()
+    await log.append(END)
+
+
 async def test_a_follower_that_leaves_while_it_is_idle_stops_reading(followers: Followers, log: WrittenLog) -> None:
     await log.write(START)
     follower = followers.follow("r", BEFORE_ALL)
