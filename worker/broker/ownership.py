@@ -72,12 +72,13 @@ class LogOwnership:
 
     async def acquire(
         self, request_id: str, delivery: Delivery, expires: int, digest: str = "",
-        is_same: Callable[[str], bool] = lambda _: True,
+        matches_digest: Callable[[str], bool] = lambda _: True,
     ) -> AcquireResult:  # fmt: skip
         """Acquire the log of a delivered job, or find out why this process must not own it.
 
-        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's. `is_same` decides
-        whether a stored digest belongs to the same request: that digest may be empty, or from an earlier version.
+        `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's.
+        `matches_digest` decides whether a stored digest belongs to the same request: that digest may be empty, or from
+        an earlier version.
 
         Raises:
             LogExhausted: when no attempt can follow.
@@ -89,7 +90,7 @@ class LogOwnership:
                     last, is_over = await watch_end(transaction, key, ended)
                     tail = id_of(last)
                     if tail == SEAL or is_over:
-                        is_reused = await self._is_reused(transaction, request_id, delivery, is_same)
+                        is_reused = await self._is_reused(transaction, request_id, delivery, matches_digest)
                         return IdReused() if is_reused else AlreadyEnded()
                     is_started = (tail is None or tail.attempt == 0) and await self._start(
                         transaction, request_id, delivery, expires, digest
@@ -104,11 +105,11 @@ class LogOwnership:
                     return acquired(log, [])
                 # If the last entry was `queued`, it was the only one.
                 return acquired(log, [last] if tail == QUEUED else await self._read(key))
-            if (result := await self._take_over(request_id, delivery, is_same)) is not None:
+            if (result := await self._take_over(request_id, delivery, matches_digest)) is not None:
                 return result
 
     async def _take_over(
-        self, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
+        self, request_id: str, delivery: Delivery, matches_digest: Callable[[str], bool]
     ) -> AcquireResult | None:
         """Acquire a log that was started, or find out why not; None if the log changed meanwhile.
 
@@ -124,12 +125,14 @@ class LogOwnership:
                     return None
                 raise LogRefused(_NO_END)
             holder = await entry_at(transaction, key, EntryId(greatest.attempt, 0))
-            is_ours = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
-            if not is_ours and await self._is_reused(transaction, request_id, delivery, is_same):
+            is_same_job = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
+            if not is_same_job and await self._is_reused(transaction, request_id, delivery, matches_digest):
                 return IdReused()
-        # The attempt is ours already if the reply was lost, or if the log could not be read afterwards. It is not ours
-        # if an earlier delivery of the job ran in this process: entries of that run may still be on the way to Redis.
-        if greatest.n == 0 and was_written_by(holder, self._nonce, delivery, delivery.count):
+        # This process has begun the attempt already if the reply was lost, or if the log could not be read afterwards.
+        # After an earlier delivery to this process it begins another: entries of that run may still be on the way to
+        # Redis.
+        nothing_follows_the_claim = greatest.n == 0
+        if nothing_follows_the_claim and was_written_by(holder, self._nonce, delivery, delivery.count):
             return acquired(self._writer(request_id, greatest.attempt), await self._read(key))
         if (obstacle := await self._obstacle(holder, delivery)) is not None:
             return obstacle
@@ -139,14 +142,14 @@ class LogOwnership:
         return acquired(self._writer(request_id, attempt), await self._read(key), greatest)
 
     async def _is_reused(
-        self, transaction: Transaction, request_id: str, delivery: Delivery, is_same: Callable[[str], bool]
+        self, transaction: Transaction, request_id: str, delivery: Delivery, matches_digest: Callable[[str], bool]
     ) -> bool:
         """Whether a log, or the tombstone of an expired log, belongs to another job and another request."""
         first = await entry_at(transaction, self._keys.tokens(request_id), EntryId(1, 0))
         if isinstance(first, Started):
-            return job_of(first) != job_of(delivery) and not is_same(first.digest)
+            return job_of(first) != job_of(delivery) and not matches_digest(first.digest)
         (tombstone,) = await transaction.query(command("GET", self._keys.ended(request_id)))
-        return tombstone is not None and not is_same(Tombstone.read(tombstone).digest)
+        return tombstone is not None and not matches_digest(Tombstone.read(tombstone).digest)
 
     async def _obstacle(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
         """Why this process must not take over a log from its holder; None when it may."""
