@@ -132,7 +132,7 @@ class Nowhere:
 async def test_a_turn_ends_once_redis_has_more_of_the_answer_than_before(
     goal: int, written: list[str], behind: int
 ) -> None:
-    log = LogWriter("r", "key", "feed", 2, Nowhere(), deltas_to_pass=goal)
+    log = LogWriter("r", "key", "feed", 2, Nowhere(), deltas_to_exceed=goal)
     for kind in written:
         log.append({"type": kind})
     first, rest = log.pending[:behind], log.pending[behind:]

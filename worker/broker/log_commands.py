@@ -3,10 +3,11 @@
 from itertools import chain
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from ..contract.entries import Entry, Fields, parse_leniently
 from ..contract.ids import SEAL, EntryId
+from ..redisio.errors import redacted_message
 from ..redisio.pipelined import pack
 from ..redisio.transactions import Transaction
 from .log_pages import RawEntry
@@ -57,9 +58,10 @@ def has_ended(replies: list[Any]) -> bool:
     return id_of(first_of(last)) == SEAL or bool(exists)
 
 
-def is_id_taken(error: ResponseError) -> bool:
+def is_id_taken(error: RedisError) -> bool:
     """Whether Redis refused an entry because the log has, or had, an entry with that id or a greater one."""
-    return "equal or smaller" in str(error) or "exhausted the last" in str(error)
+    text = redacted_message(error)  # an error may quote the text of an entry
+    return "equal or smaller" in text or "exhausted the last" in text
 
 
 async def watch_end(transaction: Transaction, key: str, ended: str) -> tuple[RawEntry | None, bool]:

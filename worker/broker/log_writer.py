@@ -79,7 +79,7 @@ class LogWriter:
     sink: EntrySink
     entries_before: int = 0
     """How many entries the log had when the attempt began."""
-    deltas_to_pass: int = 0
+    deltas_to_exceed: int = 0
     """How many deltas an answer that is restarted must exceed to count as progress."""
     accepted_at_check: EntryId | None = field(init=False, default=None)
     """The last accepted entry at the time of the last `Publisher.verify_idle`."""
@@ -89,7 +89,7 @@ class LogWriter:
     loss: LogLost | None = field(init=False, default=None)
     """Why the owner may not write any more; None while it may."""
     progress: asyncio.Future[None] = field(init=False)
-    """Done once Redis has accepted a delta of this owner, or more than `deltas_to_pass` of a restarted answer."""
+    """Done once Redis has accepted a delta of this owner, or more than `deltas_to_exceed` of a restarted answer."""
     _deltas_left: int = field(init=False, default=0)
     """Deltas until there is progress; below 0 once there is."""
     _packed_key: str = field(init=False)
@@ -170,7 +170,7 @@ class LogWriter:
     def _note_progress(self, entries: list[Fields]) -> None:
         for fields in entries:
             if fields["type"] == Restarted.type:
-                self._deltas_left = self.deltas_to_pass
+                self._deltas_left = self.deltas_to_exceed
             elif fields["type"] == Delta.type:
                 self._deltas_left -= 1
             if self._deltas_left < 0:
@@ -278,19 +278,19 @@ def refusal_from(error: BaseException) -> LogRefused | None:
     return LogRefused(message) if message.startswith("WRONGTYPE") else None
 
 
-def refused_logs(batches: list[AppendBatch], verdicts: list[object]) -> dict[LogWriter, list[object]]:
+def refused_logs(batches: list[AppendBatch], replies: list[object]) -> dict[LogWriter, list[object]]:
     """The logs of which Redis refused an entry, each with its replies from that entry on.
 
     None of such a log's entries in the same MULTI count as accepted: the log's end shows which ones Redis has.
     """
     refused: dict[LogWriter, list[object]] = {}
-    remaining = iter(verdicts)
+    remaining = iter(replies)
     for log, _, entries, _ in batches:
-        for verdict in islice(remaining, len(entries)):
+        for reply in islice(remaining, len(entries)):
             if log in refused:
-                refused[log].append(verdict)
-            elif not isinstance(verdict, bytes):
-                refused[log] = [verdict]
+                refused[log].append(reply)
+            elif not isinstance(reply, bytes):
+                refused[log] = [reply]
     return refused
 
 

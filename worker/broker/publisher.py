@@ -31,6 +31,7 @@ from ..telemetry.events import NO_TELEMETRY, Telemetry, WriteFailed
 from .accepted_entries import AcceptedEntries
 from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
+from .log_commands import is_id_taken
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
 
 _HIGH_WATER_BYTES = 1024 * 1024
@@ -76,7 +77,8 @@ class Publisher:
         self._to_verify: set[LogWriter] = set()
         self._refused: dict[LogWriter, int] = {}
         """Logs, with their attempt, of which Redis refused an entry as present already. Their ends must show it."""
-        self._hinted: set[str] = set()
+        self._to_verify_when_attached: set[str] = set()
+        """Requests with a cancel hint that came before their log was attached."""
         self._error: Exception | None = None
         self._is_stopping = False
         self._work = asyncio.Event()
@@ -92,7 +94,7 @@ class Publisher:
         log.sink = self
         self._logs.add(log)
         self._by_request[log.request_id] = log
-        if log.request_id in self._hinted:
+        if log.request_id in self._to_verify_when_attached:
             self._verify_soon(log)
 
     @property
@@ -171,7 +173,7 @@ class Publisher:
             log.accepted_at_check = accepted
         if self._feed.is_muted:
             self._to_verify.update(islice(self._logs, 1))  # a verification also tries whether Redis accepts the feed
-        self._hinted.clear()
+        self._to_verify_when_attached.clear()
         self._wake()
 
     def verify(self, request_id: str) -> None:
@@ -180,7 +182,7 @@ class Publisher:
         if log is not None:
             self._verify_soon(log)
         else:
-            self._hinted.add(request_id)
+            self._to_verify_when_attached.add(request_id)
 
     def _verify_soon(self, log: LogWriter) -> None:
         self._to_verify.add(log)
@@ -298,11 +300,11 @@ class Publisher:
 
     def _apply_replies(self, batches: list[AppendBatch], feed: FeedBatch, replies: list[Any]) -> None:
         now = time.monotonic()
-        verdicts = replies[: len(replies) - len(feed)]
+        entry_replies = replies[: len(replies) - len(feed)]
         # Note the listeners first: a follower that listened when this was written needs these entries from the feed.
         if self.has_shards or not self._in_cluster:  # else each node counts only its own listeners
-            self._feed.note_listeners(feed, replies[len(verdicts) :], now)
-        refused = {} if {*map(type, verdicts)} <= {bytes} else refused_logs(batches, verdicts)
+            self._feed.note_listeners(feed, replies[len(entry_replies) :], now)
+        refused = {} if {*map(type, entry_replies)} <= {bytes} else refused_logs(batches, entry_replies)
         unpublished: dict[LogWriter, AppendBatch] = {}
         accepted = 0
         for batch in batches:
@@ -321,22 +323,21 @@ class Publisher:
         for log, since in refused.items():
             self._handle_refusal(log, since)
 
-    def _handle_refusal(self, log: LogWriter, verdicts: list[object]) -> None:
-        """Handle the refusal of an entry. `verdicts` are the replies from that entry on.
+    def _handle_refusal(self, log: LogWriter, replies: list[object]) -> None:
+        """Handle the refusal of an entry. `replies` are those from that entry on.
 
         Raises:
             RedisError: when the reason does not concern this log alone.
         """
-        first = verdicts[0]
+        first = replies[0]
         if not isinstance(first, RedisError):  # with NOMKSTREAM, Redis replies nil
             log.mark_lost(LogGone("the log no longer exists"))
             return
-        text = redacted_message(first)
-        if "equal or smaller" in text or "exhausted the last" in text:
+        if is_id_taken(first):
             self._to_verify.add(log)  # written already, fenced or sealed: the log's end shows which
             self._refused[log] = log.attempt
-        elif any(isinstance(verdict, bytes) for verdict in verdicts):
-            log.mark_lost(LogDiverged(f"Redis refused an entry and accepted a later one: {text}"))
+        elif any(isinstance(reply, bytes) for reply in replies):
+            log.mark_lost(LogDiverged(f"Redis refused an entry and accepted a later one: {redacted_message(first)}"))
         elif refusal := refusal_from(first):
             log.mark_lost(refusal)
         else:

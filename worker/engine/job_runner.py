@@ -118,18 +118,22 @@ class JobRunner:
         return needs_quarantine(count_failures(history, job.delivery), self._max_deliveries)
 
     async def _acquire_and_finish(self, turn: QuarantineTurn | None) -> None:
-        """Acquire the log and bring the job to its end. Starts over if Redis has lost an end that was in the log."""
+        """Acquire the log and bring the job to its end.
+
+        Starts over if Redis has lost an end that another process wrote and this process was settling: nobody owns that
+        log, so it must be acquired again. Losses in a log that this process owns are handled in `_answer_and_settle`.
+        """
         job, settlement = self._job, self._settlement
         while True:
             try:
                 match await job.retry(self._acquire):
                     case Acquired() as acquired:
                         if turn is not None:
-                            acquired.log.deltas_to_pass = progress_goal(acquired.history)
+                            acquired.log.deltas_to_exceed = progress_goal(acquired.history)
                             acquired.log.progress.add_done_callback(turn.end)
                         await self._run_as_owner(acquired)
                     case AlreadyEnded():
-                        await settlement.settle_existing_end(may_lack_start=True)
+                        await settlement.settle_existing_end(record_missing_start=True)
                     case DuplicateJob():
                         self._emit(DuplicateFound(job.delivery.queue, job.delivery.id))
                         await settlement.acknowledge_job()
@@ -137,7 +141,7 @@ class JobRunner:
                         await settlement.bury_and_acknowledge(_REUSED, "id_reused")
                     case LeaseLost():
                         self._emit(JobTakenElsewhere(job.delivery.queue, job.delivery.id))
-            except LogDiverged as loss:
+            except LogDiverged as loss:  # of `settle_existing_end`
                 self._emit(LogDivergence(str(loss)))
             else:
                 return
@@ -172,7 +176,7 @@ class JobRunner:
             self._services.publisher.detach(log)
 
     async def _answer_and_settle(self, acquired: Acquired) -> None:
-        """Write the end of an acquired log: an answer, or the reason of a burial.
+        """Write the end of an acquired log: an answer, or the reason of a burial. Raises no LogDiverged.
 
         A log that was deleted, or of which Redis has lost entries, continues under the next attempt. That attempt may
         be lost too, at any step, so one loop is around all steps. A job whose log is lost repeatedly is buried:

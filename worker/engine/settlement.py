@@ -59,14 +59,14 @@ class Settlement:
         # A client that cancels does not always know the usage, which is then counted in the log.
         return Answer([*await job.retry(self._ownership.read_entries, job.id), written])
 
-    async def settle_existing_end(self, *, may_lack_start: bool = False) -> None:
+    async def settle_existing_end(self, *, record_missing_start: bool = False) -> None:
         """Settle a request whose terminal entry another process has written.
 
-        With `may_lack_start`, another worker had the job and may have died before its `started` record was written. The
-        record is then written again.
+        `record_missing_start` writes the `started` record of the job again: another worker had the job, and may have
+        died before it wrote the record.
         """
         answer = Answer(await self._job.retry(self._ownership.read_entries, self._job.id))
-        if may_lack_start and answer.started and not _is_of_another_job(answer, self._job.delivery):
+        if record_missing_start and answer.started and not _is_of_another_job(answer, self._job.delivery):
             self.record_start(answer.attempt)
         await self.settle(answer)
 
