@@ -41,7 +41,7 @@ class StreamWatchdog:
         since: when the request was sent, by the monotonic clock; now, if it is left out.
     """
 
-    __slots__ = ("_frozen_after", "_has_begun", "_limits", "_since", "_tightened_at", "_timeout", "_timer")
+    __slots__ = ("_frozen_after", "_gap_limit_applies", "_limits", "_since", "_tightened_at", "_timeout", "_timer")
 
     def __init__(
         self, limits: StreamTimeouts, *, frozen_after: float = _FROZEN_AFTER, since: float | None = None
@@ -50,13 +50,13 @@ class StreamWatchdog:
         self._frozen_after = frozen_after
         self._since = monotonic() if since is None else since
         """When the silence began."""
-        self._has_begun = False
+        self._gap_limit_applies = False
         self._tightened_at: float | None = None
         self._timeout: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> None:
-        if self._has_begun:
+        if self._gap_limit_applies:
             self._since = monotonic()  # the server could not send while the worker did not read
         self._timeout = await asyncio.timeout(None).__aenter__()
         self._check()
@@ -77,14 +77,14 @@ class StreamWatchdog:
     def on_answer_start(self) -> None:
         """Apply the gap limit from now on."""
         self._since = monotonic()
-        if not self._has_begun:
-            self._has_begun = True
+        if not self._gap_limit_applies:
+            self._gap_limit_applies = True
             self._recheck()
 
     def restart(self) -> None:
         """Start again: the request is sent again in another form, and the events so far were no answer."""
         self._since = monotonic()
-        self._has_begun = False
+        self._gap_limit_applies = False
 
     def is_silent(self) -> bool:
         """Whether the silence has lasted for `frozen_after` seconds."""
@@ -104,14 +104,14 @@ class StreamWatchdog:
         quoted = f"; instead of events it sent: {excerpt(skipped)}" if skipped else ""
         if self._tightened_at is not None:
             return truncated(f"vLLM refuses connections, and its open stream is silent{quoted}")
-        if self._has_begun:
+        if self._gap_limit_applies:
             text = f"vLLM sent nothing for {self._limits.gap:g} s mid-stream{quoted}"
             return UpstreamError("gap_timeout", text, retryable=True)
         text = f"vLLM sent no token within {self._limits.first_token:g} s{quoted}"
         return UpstreamError("first_token_timeout", text, retryable=True)
 
     def _due(self) -> float:
-        due = self._since + (self._limits.gap if self._has_begun else self._limits.first_token)
+        due = self._since + (self._limits.gap if self._gap_limit_applies else self._limits.first_token)
         if self._tightened_at is None:
             return due
         return min(due, max(self._since, self._tightened_at) + self._frozen_after)
