@@ -94,15 +94,15 @@ class Reader:
     async def listens(self) -> None:
         """Wait until it reads nothing but what the feed leaves out."""
 
-        async def settled() -> bool:
+        async def is_noticed() -> bool:
             request = self._followers.requests.get(self._id)
             return (
                 request is not None
-                and request.feed.is_settled
+                and request.feed.is_noticed
                 and all(follower.is_waiting for follower in request.followers)
             )
 
-        await eventually(settled)
+        await eventually(is_noticed)
 
 
 StartReader = Callable[..., Reader]

@@ -159,7 +159,7 @@ async def test_lost_doubled_late_and_shuffled_messages_change_nothing(
     assert readers[0].seen == readers[1].seen == log.written
 
 
-@pytest.mark.parametrize("timings", [Timings(tick=1000.0, settles_after=60.0)], ids=["never settled"])
+@pytest.mark.parametrize("timings", [Timings(tick=1000.0, noticed_after=60.0)], ids=["never noticed"])
 async def test_entries_that_were_not_published_as_the_subscription_began_are_found(
     start_reader: StartReader, log: WrittenLog
 ) -> None:
@@ -344,7 +344,7 @@ async def test_a_follower_that_does_not_read_keeps_little_and_misses_nothing(
     follower = followers.follow("r", BEFORE_ALL)
     seen = await next_entries(follower)
     reading = asyncio.ensure_future(next_entries(follower))
-    await eventually(lambda: is_settled(followers, follower))
+    await eventually(lambda: is_noticed(followers, follower))
     kept = 0
     for n in range(1, 2000):
         await log.append(delta(1, n))
@@ -367,8 +367,8 @@ async def next_entries(follower: Follower) -> list[Entry]:
             return entries
 
 
-async def is_settled(followers: Followers, follower: Follower) -> bool:
-    return followers.requests["r"].feed.is_settled and follower.is_waiting
+async def is_noticed(followers: Followers, follower: Follower) -> bool:
+    return followers.requests["r"].feed.is_noticed and follower.is_waiting
 
 
 @NOBODY_POLLS
@@ -379,7 +379,7 @@ async def test_entries_that_come_while_a_follower_does_not_wait_are_ready_at_onc
     follower = followers.follow("r", BEFORE_ALL)
     assert await next_entries(follower) == [START]
     reading = asyncio.ensure_future(next_entries(follower))
-    await eventually(lambda: is_settled(followers, follower))
+    await eventually(lambda: is_noticed(followers, follower))
     await log.append(delta(1, 1))
     assert await reading == [delta(1, 1)]
     await log.append(delta(1, 2))
@@ -402,7 +402,7 @@ async def test_a_follower_is_idle_after_an_entry_that_came_while_it_waited(
     follower = followers.follow("r", BEFORE_ALL)
     assert await next_entries(follower) == [START]
     reading = asyncio.ensure_future(next_entries(follower))
-    await eventually(lambda: is_settled(followers, follower))
+    await eventually(lambda: is_noticed(followers, follower))
     await log.append(delta(1, 1))
     assert await reading == [delta(1, 1)]
     waiting = asyncio.ensure_future(follower.wait_ready_within(0.5))

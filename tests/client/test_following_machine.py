@@ -300,7 +300,7 @@ def test_a_follower_that_does_not_wait_is_not_silent() -> None:
 @pytest.mark.parametrize(
     ("feed", "polls"), [(FeedState.QUIET, True), (FeedState.LIVE, True), (FeedState.PENDING, False)]
 )
-def test_a_settled_feed_that_leaves_something_out_twice_is_given_up(feed: FeedState, *, polls: bool) -> None:
+def test_a_noticed_feed_that_leaves_something_out_twice_is_given_up(feed: FeedState, *, polls: bool) -> None:
     machine = listening(START)
     log: list[AnyEntry] = [START]
     for n in (1, 2):
@@ -448,7 +448,7 @@ def test_every_state_but_the_last_has_a_way_out_and_every_state_is_reached() -> 
         ([], FeedState.ABSENT),
         ([FeedInput.SUBSCRIBE], FeedState.PENDING),
         ([FeedInput.SUBSCRIBE, FeedInput.REFUSED], FeedState.ABSENT),
-        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED], FeedState.SETTLING),
+        ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED], FeedState.UNNOTICED),
         ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.MESSAGE], FeedState.LIVE),
         ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.TIME_PASSED], FeedState.QUIET),
         ([FeedInput.SUBSCRIBE, FeedInput.CONFIRMED, FeedInput.TIME_PASSED, FeedInput.MESSAGE], FeedState.LIVE),
@@ -461,7 +461,7 @@ def test_a_subscription_goes_from_state_to_state(events: list[FeedInput], state:
     assert feed is state
 
 
-@pytest.mark.parametrize("state", [FeedState.SETTLING, FeedState.QUIET, FeedState.LIVE])
+@pytest.mark.parametrize("state", [FeedState.UNNOTICED, FeedState.QUIET, FeedState.LIVE])
 def test_a_confirmed_subscription_may_be_interrupted_and_refused(state: FeedState) -> None:
     assert FEED_TRANSITIONS[state, FeedInput.INTERRUPTED] is FeedState.PENDING
     assert FEED_TRANSITIONS[state, FeedInput.REFUSED] is FeedState.ABSENT

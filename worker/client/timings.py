@@ -14,10 +14,10 @@ class Timings:
     """The silence after which a command to Redis fails."""
     tick: float = 0.5
     """The time between two checks for followers that receive no entries."""
-    settles_after: float = MAX_SILENCE + 0.05
+    noticed_after: float = MAX_SILENCE + 0.05
     """The time from the confirmation of a subscription until every new entry is published, since publishers skip a
     channel without subscribers for a while. The log is read meanwhile, and for as long before the confirmation."""
-    settling_pause: float = 0.05
+    reread_pause: float = 0.05
     """The pause between two of these reads."""
     block: float = 5.0
     """How long a blocking read waits for entries."""

@@ -36,8 +36,8 @@ class Followers:
         self._redis = redis
         self.requests: dict[str, RequestFollowers] = {}
         """The requests that are followed, by id."""
-        self._settling: dict[RequestFollowers, None] = {}
-        """Requests whose log is read repeatedly until their feed is settled."""
+        self._unnoticed: dict[RequestFollowers, None] = {}
+        """Requests whose log is read repeatedly until publishers have noticed their subscription."""
         self._tick: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -62,17 +62,17 @@ class Followers:
             self._tick = asyncio.get_running_loop().call_later(self.timings.tick, self._on_tick)
         return Follower(self.logs, self.requests[request_id], after, wait)
 
-    def settle(self, request: "RequestFollowers") -> None:
-        """Let the followers of a request read the log repeatedly until its feed is settled."""
-        if not self._settling:
-            asyncio.get_running_loop().call_later(self.timings.settling_pause, self._on_settling)
-        self._settling[request] = None
+    def reread_until_noticed(self, request: "RequestFollowers") -> None:
+        """Let the followers of a request read the log repeatedly until publishers have noticed its subscription."""
+        if not self._unnoticed:
+            asyncio.get_running_loop().call_later(self.timings.reread_pause, self._reread_unnoticed)
+        self._unnoticed[request] = None
 
     def forget(self, request: "RequestFollowers") -> None:
         """Forget a request that has no more followers."""
         if self.requests.get(request.id) is request:
             del self.requests[request.id]
-        self._settling.pop(request, None)
+        self._unnoticed.pop(request, None)
 
     async def aclose(self) -> None:
         """Close every connection. All followers get `Unavailable`."""
@@ -84,16 +84,16 @@ class Followers:
         await self.subscriptions.aclose()
         await self._redis.aclose()
 
-    def _on_settling(self) -> None:
+    def _reread_unnoticed(self) -> None:
         now = asyncio.get_running_loop().time()
-        for request in list(self._settling):
+        for request in list(self._unnoticed):
             if request.feed is not FeedState.LIVE:
                 request.look_up()
-            if request.feed is FeedState.LIVE or request.settles_at < now:
-                del self._settling[request]
+            if request.feed is FeedState.LIVE or request.noticed_at < now:
+                del self._unnoticed[request]
                 request.on_feed(FeedInput.TIME_PASSED)
-        if self._settling and not self.logs.is_closed:
-            asyncio.get_running_loop().call_later(self.timings.settling_pause, self._on_settling)
+        if self._unnoticed and not self.logs.is_closed:
+            asyncio.get_running_loop().call_later(self.timings.reread_pause, self._reread_unnoticed)
 
     def _on_tick(self, requests: Sequence["RequestFollowers"] = ()) -> None:
         requests = requests or list(self.requests.values())
@@ -110,28 +110,28 @@ class Followers:
 class RequestFollowers:
     """The followers of one request. They share a subscription, which begins once one has read the log to its end."""
 
-    def __init__(self, owner: Followers, request_id: str) -> None:
+    def __init__(self, client_followers: Followers, request_id: str) -> None:
         self.id = request_id
         self.followers: dict[Follower, None] = {}
         self.feed = FeedState.ABSENT
-        self.settles_at = 0.0
-        """When the feed is settled if no message comes before, by the event loop's clock."""
-        self._owner = owner
-        self._channel = owner.keys.feed(request_id)
+        self.noticed_at = 0.0
+        """When publishers have noticed the subscription if no message comes before, by the event loop's clock."""
+        self._client_followers = client_followers
+        self._channel = client_followers.keys.feed(request_id)
 
     def subscribe(self) -> None:
         """Subscribe to the feed, unless that was done."""
         if self.feed is FeedState.ABSENT:
             self.on_feed(FeedInput.SUBSCRIBE)
-            self._owner.subscriptions.subscribe(self._channel, self)
-            self._settle()
+            self._client_followers.subscriptions.subscribe(self._channel, self)
+            self._await_notice()
 
     def leave(self, follower: Follower) -> None:
         """Remove a follower. The last one ends the subscription."""
         if self.followers.pop(follower, self) is None and not self.followers:
-            self._owner.forget(self)
+            self._client_followers.forget(self)
             if self.feed is not FeedState.ABSENT:
-                self._owner.subscriptions.unsubscribe(self._channel)
+                self._client_followers.subscriptions.unsubscribe(self._channel)
 
     def look_up(self) -> None:
         """Let every follower read the log."""
@@ -157,7 +157,7 @@ class RequestFollowers:
 
     def on_subscribed(self) -> None:
         self.on_feed(FeedInput.CONFIRMED)
-        self._settle()
+        self._await_notice()
         self.look_up()
 
     def on_interrupted(self) -> None:
@@ -169,6 +169,6 @@ class RequestFollowers:
         for follower in list(self.followers):
             follower.fall_back()
 
-    def _settle(self) -> None:
-        self.settles_at = asyncio.get_running_loop().time() + self._owner.timings.settles_after
-        self._owner.settle(self)
+    def _await_notice(self) -> None:
+        self.noticed_at = asyncio.get_running_loop().time() + self._client_followers.timings.noticed_after
+        self._client_followers.reread_until_noticed(self)

@@ -106,7 +106,7 @@ class FeedState(enum.Enum):
     """There is no subscription, or Redis has refused it."""
     PENDING = "pending"
     """Redis has not confirmed the subscription yet, or the connection was lost."""
-    SETTLING = "settling"
+    UNNOTICED = "unnoticed"
     """Redis has confirmed the subscription, but publishers may still skip the channel."""
     QUIET = "quiet"
     """Every new entry is published, as far as is known; no message has come."""
@@ -114,8 +114,8 @@ class FeedState(enum.Enum):
     """Messages have come."""
 
     @property
-    def is_settled(self) -> bool:
-        """Whether every new entry is published, as far as is known."""
+    def is_noticed(self) -> bool:
+        """Whether publishers have noticed the subscription, and so publish every new entry, as far as is known."""
         return self is FeedState.QUIET or self is FeedState.LIVE
 
 
@@ -135,13 +135,13 @@ _F, _G = FeedState, FeedInput
 
 FEED_TRANSITIONS: Mapping[tuple[FeedState, FeedInput], FeedState] = {
     (_F.ABSENT, _G.SUBSCRIBE): _F.PENDING,
-    (_F.PENDING, _G.CONFIRMED): _F.SETTLING,
+    (_F.PENDING, _G.CONFIRMED): _F.UNNOTICED,
     (_F.PENDING, _G.REFUSED): _F.ABSENT,
-    (_F.SETTLING, _G.MESSAGE): _F.LIVE,
-    (_F.SETTLING, _G.TIME_PASSED): _F.QUIET,
+    (_F.UNNOTICED, _G.MESSAGE): _F.LIVE,
+    (_F.UNNOTICED, _G.TIME_PASSED): _F.QUIET,
     (_F.QUIET, _G.MESSAGE): _F.LIVE,
-    **{(state, _G.INTERRUPTED): _F.PENDING for state in (_F.SETTLING, _F.QUIET, _F.LIVE)},
-    **{(state, _G.REFUSED): _F.ABSENT for state in (_F.SETTLING, _F.QUIET, _F.LIVE)},
+    **{(state, _G.INTERRUPTED): _F.PENDING for state in (_F.UNNOTICED, _F.QUIET, _F.LIVE)},
+    **{(state, _G.REFUSED): _F.ABSENT for state in (_F.UNNOTICED, _F.QUIET, _F.LIVE)},
 }
 """The next state. An input that is not listed for a state changes nothing there."""
 
@@ -192,7 +192,7 @@ class FeedSilence:
         self._next_read = float(_FIRST_LIMIT)
         """The ticks of silence at which the follower reads the log."""
         self._is_feed_in_doubt = False
-        """Whether the log is read after a silence of a settled feed, which then has omitted the entries of the page."""
+        """Whether the log is read after a silence of a noticed feed, which then has omitted the entries of the page."""
         self._misses, self._missed_until = 0, place
         """In how many silences in a row the feed has omitted entries, and the last id of the last page."""
 
@@ -216,7 +216,7 @@ class FeedSilence:
         if self._ticks < self._next_read:
             return False
         self._next_read += min(2 * self._next_read, _LIVE_LIMIT)
-        self._is_feed_in_doubt = feed.is_settled
+        self._is_feed_in_doubt = feed.is_noticed
         return True
 
     def on_page(self, before: EntryId, last: EntryId | None) -> None:
