@@ -11,8 +11,8 @@ from worker.contract.entries import JSON, Delta, Resumed, parse
 from worker.contract.ids import EntryId
 from worker.vllm.chunks.parser import digest_of_prompt
 from worker.vllm.errors import CannotResume
-from worker.vllm.resume.parser import ResumedChunkParser
 from worker.vllm.resume.plan import KeptAnswer, ResumePlan, keep_answer, why_not_resumable
+from worker.vllm.resume.resumed_chunks import ResumedChunkParser
 from worker.vllm.resume.stop_strings import StopStrings
 from worker.vllm.servers.pool import CHAT, COMPLETIONS
 

@@ -30,8 +30,8 @@ from ..telemetry.job_events import (
 )
 from ..vllm.chunks.parser import ChunkParser
 from ..vllm.errors import MODEL_NOT_FOUND, CannotResume, UpstreamError
-from ..vllm.resume.parser import ResumedChunkParser
 from ..vllm.resume.resume import plan_resume
+from ..vllm.resume.resumed_chunks import ResumedChunkParser
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
