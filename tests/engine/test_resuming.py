@@ -98,6 +98,17 @@ async def test_the_log_names_the_request_of_a_resumed_answer(
     assert [line.get("request_id") for line in lines if line["event"] == "answer_resumed"] == [request_id]
 
 
+async def test_the_log_names_the_fields_because_of_which_an_answer_begins_again(
+    client: Client, start_process: StartProcess, simulator: Simulator, tmp_path: Path
+) -> None:
+    start_process(simulator)
+    request = chat_request("Weather in Paris", tools=[TOOL], simulate={"fault": "cut", "after": 12, "times": 1})
+    assert kinds(await entries_of(client, request)) == ["restarted"]
+    lines = [json.loads(line) for line in (tmp_path / "worker-0.log").read_text().splitlines()]
+    reasons = [line["reason"] for line in lines if line["event"] == "answer_restarted"]
+    assert reasons == ["the answer holds more than text: tool_calls"]
+
+
 async def test_a_break_leaves_no_trace_in_the_answer_wherever_it_is(
     client: Client, start_worker: StartWorker, simulator: Simulator
 ) -> None:

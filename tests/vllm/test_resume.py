@@ -51,9 +51,12 @@ def test_reasoning_is_text_but_not_plain() -> None:
     ("deltas", "why"),
     [
         ([delta(2, "a")], "no token ids"),
-        ([delta(2, "a", 10, index=1)], "more than text"),
-        ([delta(2, "", 10, tool_calls=[{"index": 0}])], "more than text"),
-        ([delta(2, "a", 10, extra={"delta": {"refusal": "no"}})], "more than text"),
+        ([delta(2, "a", 10, index=1)], "more than text: index$"),
+        ([delta(2, "", 10, tool_calls=[{"index": 0}])], "more than text: tool_calls$"),
+        ([delta(2, "a", 10, extra={"delta": {"refusal": "no"}})], "more than text: refusal$"),
+        ([delta(2, "a", 10, extra={"delta": {"foo": 1, "bar": 2}})], "more than text: foo, bar$"),
+        ([delta(2, "a", 10, extra={"delta": None})], "more than text: delta$"),
+        ([delta(2, "a", 10, extra={"delta": {"x" * 1000: 1}})], "more than text: x{200}$"),
     ],
 )
 def test_a_delta_that_cannot_be_turned_into_a_prompt_cannot_be_resumed(deltas: list[Delta], why: str) -> None:
@@ -96,7 +99,7 @@ def test_these_requests_can_be_resumed(field: dict[str, Any]) -> None:
 
 
 def test_the_limits_of_tokens_count_the_kept_tokens() -> None:
-    plan = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], room=100)
+    plan = ResumePlan(ASKED | {"max_tokens": 10, "min_tokens": 5}, kept(7, 8), [*PROMPT, 7, 8], context_left=100)
     (chat, body), (completions, plain) = plan.requests
     assert (chat, completions) == (CHAT, COMPLETIONS)
     assert body == ASKED | {
@@ -106,7 +109,7 @@ def test_the_limits_of_tokens_count_the_kept_tokens() -> None:
 
 
 def test_without_a_limit_both_routes_may_fill_the_room_of_the_model() -> None:
-    (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], room=100).requests
+    (_, body), (_, plain) = ResumePlan(ASKED, kept(7), [*PROMPT, 7], context_left=100).requests
     assert "max_tokens" not in body
     assert plain["max_tokens"] == 100
 
@@ -114,8 +117,8 @@ def test_without_a_limit_both_routes_may_fill_the_room_of_the_model() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        ResumePlan(ASKED, kept(7, plain=False), [*PROMPT, 7], room=9),
-        ResumePlan(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], room=9),
+        ResumePlan(ASKED, kept(7, plain=False), [*PROMPT, 7], context_left=9),
+        ResumePlan(ASKED | {"logprobs": True}, kept(7), [*PROMPT, 7], context_left=9),
         ResumePlan(ASKED, kept(7), [*PROMPT, 7]),
     ],
     ids=["reasoning", "logprobs", "no limit known"],
@@ -129,10 +132,10 @@ def test_with_nothing_kept_the_request_is_sent_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "room", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
+    ("asked", "context_left", "over"), [({"max_tokens": 2}, 9, True), ({"max_tokens": 3}, 9, False), ({}, 0, True)]
 )
-def test_a_plan_without_tokens_left_is_exhausted(asked: dict[str, Any], room: int, *, over: bool) -> None:
-    assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], room=room).is_exhausted is over
+def test_a_plan_without_tokens_left_is_exhausted(asked: dict[str, Any], context_left: int, *, over: bool) -> None:
+    assert ResumePlan(ASKED | asked, kept(7, 8), [*PROMPT, 7, 8], context_left=context_left).is_exhausted is over
 
 
 def parser_for(asked: dict[str, Any], held: str = "", content: str = "text") -> ResumedChunkParser:

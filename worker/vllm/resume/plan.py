@@ -17,7 +17,9 @@ _STRUCTURED = (
     "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
 )  # fmt: skip
 _LIMITS = ("max_tokens", "max_completion_tokens", "min_tokens")
-_OF_THE_PROMPT = ("echo", "prompt_logprobs", "truncate_prompt_tokens", "use_beam_search")
+_NOT_RESUMABLE = ("echo", "prompt_logprobs", "truncate_prompt_tokens", "use_beam_search")
+"""Options that would apply to the kept tokens too, since these are part of the prompt; or need several candidates."""
+
 _COUNTING = (
     "presence_penalty", "frequency_penalty", "bad_words", "thinking_token_budget", "repetition_detection",
 )  # fmt: skip
@@ -29,6 +31,9 @@ _NOT_OF_COMPLETIONS = frozenset({
     "parallel_tool_calls", "reasoning_effort", "include_reasoning", "documents", "echo",
 })  # fmt: skip
 """Fields of a chat request that `/v1/completions` does not support, or reads differently."""
+
+_LONGEST_NAMES = 200
+"""Characters of the names of fields in an error, since a server chooses the names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class ResumePlan:
         kept: the part of the answer that is kept.
         prompt_ids: the prompt that the server gets, which includes the kept tokens; empty if none are kept.
         withheld: text of the kept tokens that was not published, since it might have become a stop string.
-        room: how many more tokens fit into the model's context; None if that is not known.
+        context_left: how many more tokens fit into the model's context; None if that is not known.
         model: the name of the model in the first attempt's chunks.
     """
 
@@ -69,16 +74,16 @@ class ResumePlan:
     kept: KeptAnswer
     prompt_ids: list[int]
     withheld: str = ""
-    room: int | None = None
+    context_left: int | None = None
     model: str = ""
 
     @property
     def is_exhausted(self) -> bool:
         """Whether the answer has as many tokens as it may have."""
-        return 0 in (self.budget, self.room)
+        return 0 in (self.job_limit_left, self.context_left)
 
     @property
-    def budget(self) -> int | None:
+    def job_limit_left(self) -> int | None:
         """How many more tokens the job allows; None if it sets no limit."""
         limit = self.request.get("max_completion_tokens")
         limit = self.request.get("max_tokens") if limit is None else limit
@@ -91,12 +96,14 @@ class ResumePlan:
             yield CHAT, self.request
             return
         body = {name: value for name, value in self.request.items() if name != "stop"}  # see StopStrings
-        body |= {name: self.budget for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None}
+        body |= {
+            name: self.job_limit_left for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None
+        }
         minimum = body.get("min_tokens")
         if isinstance(minimum, int):
             body["min_tokens"] = max(0, minimum - len(self.kept.token_ids))
         yield CHAT, body | {"kv_transfer_params": {"prompt_token_ids": list(self.prompt_ids)}}
-        limit = self.room if self.budget is None else self.budget
+        limit = self.context_left if self.job_limit_left is None else self.job_limit_left
         if self.kept.is_plain and not body.get("logprobs") and limit is not None:
             plain = {name: value for name, value in body.items() if name not in _NOT_OF_COMPLETIONS}
             # Without a limit this route generates 16 tokens; the chat route fills the model's context.
@@ -121,7 +128,7 @@ def why_not_resumable(request: Object) -> str:
     for name in _LIMITS:
         if not isinstance(request.get(name, 0), int | None):  # "50" or 50.0, which vLLM accepts as a number too
             return f"{name} that is not an integer"
-    for name in _OF_THE_PROMPT:
+    for name in _NOT_RESUMABLE:
         if request.get(name):
             return name
     messages = request.get("messages")
@@ -144,8 +151,8 @@ def keep_answer(deltas: Sequence[Delta]) -> KeptAnswer:
         return KeptAnswer(EntryId(first.attempt, first.n - 1), [], 0, "", is_plain=True)
     kept = deltas[: with_text[-1] + 1]
     for delta in kept:
-        if delta.index or delta.tool_calls or "delta" in delta.extra:
-            raise CannotResume("the answer holds more than text")
+        if names := _fields_beside_text(delta):
+            raise CannotResume(f"the answer holds more than text: {', '.join(names)[:_LONGEST_NAMES]}")
         if (delta.content or delta.reasoning) and not delta.token_ids:
             raise CannotResume("the server sent no token ids")
     return KeptAnswer(
@@ -155,3 +162,10 @@ def keep_answer(deltas: Sequence[Delta]) -> KeptAnswer:
         content="".join(delta.content for delta in kept),
         is_plain=not any(delta.reasoning for delta in kept),
     )
+
+
+def _fields_beside_text(delta: Delta) -> list[str]:
+    """The names of a delta's fields that cannot become a part of a prompt, as the server sends them."""
+    names = [name for name in ("index", "tool_calls") if getattr(delta, name)]
+    rest = delta.extra.get("delta", {})
+    return [*names, *(rest if isinstance(rest, dict) else ["delta"])]

@@ -61,10 +61,10 @@ async def plan_resume(
         if stops and not request.get("include_stop_str_in_output"):
             withheld = _withheld_text(text, kept.content, max(map(len, stops)) - 1)
     prompt_ids = prompt.tokens + kept.token_ids
-    room = None if prompt.max_model_len is None else prompt.max_model_len - len(prompt_ids)
-    if room is not None and room < 0:
+    context_left = None if prompt.max_model_len is None else prompt.max_model_len - len(prompt_ids)
+    if context_left is not None and context_left < 0:
         raise CannotResume("this server's context is smaller than the first server's")
-    return ResumePlan(request, kept, prompt_ids, withheld, room, history.opened.model)
+    return ResumePlan(request, kept, prompt_ids, withheld, context_left, history.opened.model)
 
 
 async def _whole_characters(post: _Post, request: Object, kept: KeptAnswer) -> tuple[KeptAnswer, str]:
@@ -82,6 +82,8 @@ async def _whole_characters(post: _Post, request: Object, kept: KeptAnswer) -> t
 
 def _withheld_text(text: str, published: str, limit: int) -> str:
     """The part of the kept tokens' text that was not published, of at most `limit` characters."""
+    # SentencePiece tokenizers write a space before each word. `/detokenize` removes the space before the first token. A
+    # stream keeps this space, since its text follows the prompt (tokenizers 0.23.3: `decode` and `DecodeStream`).
     for whole, shown in ((text, published), (text.lstrip(), published.lstrip())):
         if whole.startswith(shown) and len(whole) - len(shown) <= limit:
             return whole[len(shown) :]
