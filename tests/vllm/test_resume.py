@@ -1,20 +1,23 @@
 """Resuming: the part of an answer that is kept, requests that cannot be resumed, and stop strings across the break."""
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.contract.entries import JSON, Delta, Resumed, parse
+from worker.contract.answer import Answer
+from worker.contract.entries import JSON, Delta, Opened, Resumed, parse
 from worker.contract.ids import EntryId
 from worker.vllm.chunks.parser import digest_of_prompt
 from worker.vllm.errors import CannotResume
 from worker.vllm.resume.plan import KeptAnswer, ResumePlan, keep_answer, why_not_resumable
+from worker.vllm.resume.resume import plan_resume
 from worker.vllm.resume.resumed_chunks import ResumedChunkParser
 from worker.vllm.resume.stop_strings import StopStrings
-from worker.vllm.servers.pool import CHAT, COMPLETIONS
+from worker.vllm.servers.pool import CHAT, COMPLETIONS, ServerPool
+from worker.vllm.servers.server import Server
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]}
 PROMPT = [1, 2, 3]
@@ -246,3 +249,19 @@ def pieces(text: list[str], stops: list[str], *, include: bool, last: bool = Tru
         chunks.append((whole[sent:upto], False))
         sent = upto
     return [*chunks, (whole[sent:], True)] if last else chunks
+
+
+class Tokenizer:
+    """A pool whose server tokenizes as a SentencePiece model does: the text of whole tokens has no space before it."""
+
+    async def post(self, _server: object, path: str, _body: object, *, caller: object) -> bytes:
+        assert caller is None
+        return msgspec.json.encode({"tokens": PROMPT} if path == "/tokenize" else {"prompt": "Hi there"})
+
+
+async def test_a_space_that_only_the_stream_has_before_the_first_word_does_not_prevent_a_resume() -> None:
+    opened = Opened(id=EntryId(1, 1), model="m", prompt_digest=digest_of_prompt(PROMPT))
+    history = Answer([opened, delta(2, " Hi", 10), delta(3, " the", 11)])
+    plan = await plan_resume(cast("ServerPool", Tokenizer()), cast("Server", None), ASKED | {"stop": ["END"]}, history)
+    assert plan.prompt_ids == [*PROMPT, 10, 11]
+    assert plan.withheld == "re"
