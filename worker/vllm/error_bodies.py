@@ -71,8 +71,8 @@ def status_of(error: object) -> int:
 
 def is_error(event: object) -> bool:
     """Whether the JSON of an event, or of a whole body, is an error and not part of an answer."""
-    if isinstance(event, list):
-        return bool(event) and is_error(event[0])
+    while isinstance(event, list):  # not recursive: since Python 3.12 decoders accept more levels than calls may have
+        event = event[0] if event else None
     if not isinstance(event, dict):
         return False
     if not is_no_error(event.get("error")):
