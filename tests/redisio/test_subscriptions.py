@@ -119,11 +119,20 @@ async def test_a_lost_connection_is_made_again_with_every_channel(
     await has_received(listeners[2], b"x")
 
 
-async def test_a_silent_connection_that_answers_a_ping_is_kept(subscriptions: Subscriptions) -> None:
+async def test_a_silent_connection_that_answers_a_ping_is_kept(subscriptions: Subscriptions, redis: Redis) -> None:
+    async def pings() -> int:
+        statistics = await redis.info("commandstats")
+        return int(statistics.get("cmdstat_ping", {}).get("calls", 0))
+
     listener = Recorder()
     subscriptions.subscribe("c", listener)
     await until(listener)
-    await asyncio.sleep(0.5)  # five times as long as a silence
+    before = await pings()
+
+    async def has_answered_several() -> bool:
+        return await pings() >= before + 4  # the fourth is sent only after a whole silence with an answer
+
+    await eventually(has_answered_several)
     assert (listener.times_subscribed, listener.times_interrupted) == (1, 0)
 
 
