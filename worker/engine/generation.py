@@ -35,7 +35,7 @@ from ..vllm.resume.resumed_chunks import ResumedChunkParser
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
-from .job_context import DeadlinePassed, JobContext, JobServices, Stopped
+from .job_context import DeadlinePassed, JobContext, JobServices, MustWait, Stopped
 from .tries import FailedTry, Raise, Tries, after_failure, never_reached
 
 _LONGEST_NAME = 200
@@ -85,6 +85,7 @@ class Generation:
 
         Raises:
             LogLost: when this process no longer owns the log.
+            MustWait: when no server has a place for the job.
             Stopped: when the job must stop here.
         """
         job, answer = self._job.parsed, self._answer
@@ -101,7 +102,7 @@ class Generation:
             return await self._ask_models(with_max_tokens(job, self._settings.max_tokens))
         except DeadlinePassed:
             return self._failed("deadline", "the deadline of the job passed before its answer was complete")
-        except (LogLost, Stopped, RedisError, OSError):
+        except (LogLost, Stopped, MustWait, RedisError, OSError):
             raise
         except Exception as error:  # noqa: BLE001 - without an end the job would be delivered forever
             self._emit(InternalError(error))
@@ -180,6 +181,8 @@ class Generation:
             tries = tries.with_one_more()
             try:
                 with server.reserve():
+                    if self._job.demand is not None:
+                        self._job.demand.end()
                     answering = self._ask_server(server, request, is_last=tries.are_exhausted)
                     return await self._job.within_limits(answering, self._log)
             except UpstreamError as error:

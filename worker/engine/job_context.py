@@ -32,6 +32,7 @@ from ..settings import Settings
 from ..telemetry.events import Telemetry
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
+from ..vllm.servers.room import Demand
 from .pace import Pace
 from .poison import Quarantine, may_be_poison
 
@@ -58,6 +59,18 @@ class DeadlinePassed(Exception):
     """The job's deadline has passed."""
 
 
+class MustWait(Exception):
+    """No server has a place for the job: it goes back to its queue. All entries of its log are written.
+
+    Attributes:
+        model: the model for which the job waits.
+    """
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"no server has a place for a request for `{model}`")
+        self.model = model
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobServices:
     """The services that all jobs of a process share. `now` returns Redis's time in Unix ms."""
@@ -81,8 +94,8 @@ class JobContext:
     """One delivered job. `began` and `deadline` are Unix ms by Redis's clock, `retention` and `remember` are seconds.
 
     `id` is the request's id; empty if the job has no valid id. `parsed` is the job, an `InvalidJob` if it does not
-    validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `retry` retries until Redis
-    answers or the job must stop.
+    validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `demand` counts against the
+    room at the servers until the job has reserved a server. `retry` retries until Redis answers or the job must stop.
     """
 
     def __init__(
@@ -91,11 +104,13 @@ class JobContext:
         delivery: Delivery,
         stop: "asyncio.Future[Stop]",
         release_slot: Callable[[], None],
+        demand: Demand | None = None,
     ) -> None:
         self._settings = settings = services.settings
         self.delivery = delivery
         self.stop = stop
         self.release_slot = release_slot
+        self.demand = demand
         self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
         self._now = services.now
         self.began = self._now()

@@ -22,6 +22,8 @@ class Pace:
     first_retry: float = 0.25
     """The pause between the first and the second try of a request at vLLM; each further pause is twice as long."""
     longest_retry: float = 10.0
+    longest_wait_here: float = 1.0
+    """How long a job waits for a place at a server before it goes back to its queue."""
     last_steps: float = 10.0
     """The time from the end of the drain to the end of the process, even if Redis does not answer."""
 

@@ -24,6 +24,7 @@ from .opening import open_stream
 from .pace import ServerPace
 from .probes import Probes
 from .recent import Recent
+from .room import Demand, Demands
 from .server import MISSING, Server, best_server, counts_against_server
 
 CHAT = "/v1/chat/completions"
@@ -69,6 +70,9 @@ class ServerPool:
         self.servers = [Server(base_url(url), on_change=self._on_change, pace=self._pace) for url in urls]
         self._changed = asyncio.Event()
         """Set, and replaced, when a circuit changes."""
+        self._demands = Demands()
+        self.generation = 0
+        """Grows when a server comes or goes, or when its list of models changes."""
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
         """Models that no server lists. Requests for them may go to any server."""
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
@@ -91,6 +95,26 @@ class ServerPool:
         False until every server was probed once: otherwise the first server to answer would get all waiting jobs.
         """
         return all(server.is_known for server in self.servers) and bool(self._accepting(model, caller or Caller()))
+
+    def room(self, model: str) -> int:
+        """How many more new jobs of this model can be sent now, less the demand; the empty name is any model."""
+        return 1000 if self.accepts(model) else 0
+
+    def total_room(self) -> int:
+        """How many more new jobs of any model can be sent to servers now, less the demand."""
+        return self.room("")
+
+    def expect(self, model: str) -> Demand:
+        """Count a job that was started here and has no server yet, until the end of the returned demand."""
+        return Demand(self._demands, model)
+
+    def models(self) -> frozenset[str]:
+        """The models that some server lists."""
+        return frozenset().union(*(server.models for server in self.servers))
+
+    async def wait_changed(self, within: float) -> None:
+        """Wait until room, a circuit or a list of models may have changed, for at most `within` seconds."""
+        await _wait_for(self._changed, within)
 
     def all_busy(self, model: str, caller: Caller) -> bool:
         """Whether every server that accepts the job's requests for this model has requested a pause."""
@@ -228,6 +252,7 @@ class ServerPool:
             await _wait_for(changed, self._pace.probe_every * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
 
     def _on_change(self, server: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
+        self.generation += 1
         copy_context().run(self._report, server, former, state, reason)
         self._wake()
 
