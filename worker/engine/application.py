@@ -53,6 +53,7 @@ from .pace import Pace
 from .poison import Quarantine
 from .running_jobs import RunningJobs
 from .slots import Slots
+from .take_over import TakeOver
 
 
 class Worker:
@@ -143,6 +144,7 @@ class Worker:
             pace=pace,
             telemetry=telemetry,
         )
+        self._take_over = TakeOver(settings, self._jobs, self._intake, pace=pace, telemetry=telemetry)
         self._maintenance = Maintenance(
             settings,
             jobs=self._jobs,
@@ -195,6 +197,7 @@ class Worker:
             self._at_once.set()
         self._stopping.set()
         self._intake.stop()
+        self._take_over.stop()
 
     def _serve_metrics(self) -> None:
         address = self._settings.metrics
@@ -241,7 +244,7 @@ class Worker:
             taking = [
                 group.create_task(intake.take_new(rank, queue)) for rank, queue in enumerate(self._settings.queues)
             ]
-            taking.append(group.create_task(intake.take_over_expired()))
+            taking.append(group.create_task(self._take_over.run()))
             parts = [
                 group.create_task(part)
                 for part in (
@@ -263,6 +266,7 @@ class Worker:
                 await self._running_jobs.hand_over_all(self._pace.last_steps)
             finally:  # also when a part has failed: redis-py may lose the cancellation of the others
                 intake.stop()
+                self._take_over.stop()
                 maintenance.stop()
                 self._cancels.stop()
                 self._publisher.stop()

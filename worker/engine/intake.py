@@ -1,4 +1,4 @@
-"""Intake: takes new jobs, and jobs of dead workers, for free slots. It pauses while jobs could not be done."""
+"""Intake: takes jobs for free slots. It pauses while jobs could not be done."""
 
 import asyncio
 import time
@@ -25,9 +25,6 @@ REDIS_REFUSES = "redis_refuses"
 REDIS_AWAY = "redis_away"
 """Why no jobs are taken: no vLLM server is available; Redis has no memory left; Redis refuses writes for another
 reason; Redis does not answer."""
-
-_BEFORE_ALL_QUEUES = -1
-"""The rank of jobs whose lease has expired."""
 
 
 class JobIntake:
@@ -74,26 +71,15 @@ class JobIntake:
         fetched: int | None = 0
         while fetched is not None:
             fetch = partial(self._jobs.read_new, queue, block_ms=self._block_ms)
-            fetched = await self._fill_slots(rank, backoff, fetch)
+            fetched = await self.fill_slots(rank, backoff, fetch)
 
-    async def take_over_expired(self) -> None:
-        """Take over jobs whose lease has expired, until the intake stops.
-
-        After a search that finds jobs, the next search follows at once.
-        """
-        pause = min(self._pace.scan_every, self._settings.lease / 3)
-        backoff = Backoff("take_over_failed", self._telemetry, first=pause)
-        found = 0
-        while await sleep_unless_set(self._stopping, 0 if found else pause):
-            found = 0
-            for queue in self._settings.queues:
-                fetch = partial(self._jobs.claim_expired, queue)
-                found += await self._fill_slots(_BEFORE_ALL_QUEUES, backoff, fetch) or 0
-
-    async def _fill_slots(
+    async def fill_slots(
         self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]
     ) -> int | None:
-        """Wait for free slots and fetch jobs for them, once. Returns the number of jobs; None when the intake stops."""
+        """Wait for free slots and fetch jobs for them, once. Returns the number of jobs; None when the intake stops.
+
+        A lower rank is more important.
+        """
         count = await self._slots.reserve(rank)
         if not count:
             return None
