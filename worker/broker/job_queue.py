@@ -50,6 +50,9 @@ class Delivery:
 
     `redelivered` is true if another worker had the job before. `count` is how often the group has delivered the job: an
     XAUTOCLAIM increases the count, even if its reply was lost; a hand-over or a renewal does not.
+
+    `left_for` is how many seconds the job had no owner at its delivery, where that is known: since the former owner
+    handed the job over (`handed_over` is true), or since it last renewed a lease that has expired.
     """
 
     queue: str
@@ -57,6 +60,8 @@ class Delivery:
     fields: Mapping[bytes, bytes]
     redelivered: bool = False
     count: int = 1
+    left_for: float | None = None
+    handed_over: bool = False
 
     @property
     def enqueued(self) -> int:
