@@ -162,6 +162,25 @@ async def test_silence_in_the_middle_of_a_reply_ends_in_a_timeout(redis_proxy: P
         await connection.close()
 
 
+async def test_a_command_that_is_cancelled_while_the_cluster_is_queried_leaves_no_unhandled_error() -> None:
+    queried, is_over = asyncio.Event(), asyncio.Event()
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        queried.set()
+        await is_over.wait()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        async with command_client(f"redis+cluster://{host}:{port}") as client:
+            others = asyncio.all_tasks()
+            command = asyncio.ensure_future(client.get("key"))
+            await queried.wait()
+            command.cancel()
+            is_over.set()
+            await asyncio.wait(asyncio.all_tasks() - others)  # asyncio would report the error of the query
+
+
 class SlowServer:
     """A server that reads small pieces slowly, and answers each connection's commands at their end."""
 
@@ -169,6 +188,8 @@ class SlowServer:
         self._size = size
         self._server: asyncio.Server | None = None
         self._open: list[asyncio.StreamWriter] = []
+        self._serving: list[asyncio.Task[None]] = []
+        self._is_over = asyncio.Event()
         self.url = ""
         self.is_stuck = False
 
@@ -176,19 +197,24 @@ class SlowServer:
         listening = socket.socket()
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         listening.bind(("127.0.0.1", 0))
-        self._server = await asyncio.start_server(self._serve, sock=listening, limit=2048)
+        self._server = await asyncio.start_server(self._accept, sock=listening, limit=2048)
         self.url = f"redis://127.0.0.1:{listening.getsockname()[1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        self._is_over.set()
         for writer in self._open:
             writer.transport.abort()
         await asyncio.gather(*(writer.wait_closed() for writer in self._open), return_exceptions=True)
+        await asyncio.gather(*self._serving)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.append(writer)
+        self._serving.append(asyncio.create_task(self._serve(reader, writer)))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.append(writer)
         read = 0
         while data := await reader.read(2048):
             if b"CLIENT" in data:  # redis-py's greeting
@@ -200,7 +226,7 @@ class SlowServer:
                 writer.write(b"+OK\r\n")
                 break
             if self.is_stuck:
-                await asyncio.Event().wait()
+                await self._is_over.wait()
         await reader.read(1)
         writer.close()
 

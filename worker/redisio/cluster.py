@@ -125,8 +125,12 @@ class ClusterPool(ConnectionPool):
         if not self._stale:
             return
         if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.ensure_future(self._query_and_apply())
-        await asyncio.shield(self._refreshing)  # all callers share the result, or the error if no node answers
+            self._refreshing = asyncio.create_task(self._query_and_apply())
+            # A caller may be cancelled during its wait, and asyncio logs an error that nobody retrieves.
+            self._refreshing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        refreshing = self._refreshing
+        await asyncio.wait([refreshing])  # a caller that is cancelled does not cancel the query of the others
+        refreshing.result()
 
     async def _query_and_apply(self) -> None:
         await self._apply(await self._query_slots())
