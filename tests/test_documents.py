@@ -31,6 +31,7 @@ from documents import (
     settings_table,
 )
 from redis.asyncio import Redis
+from syntax import syntax_tree
 from waits import eventually
 
 import worker
@@ -153,7 +154,7 @@ def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None
 @pytest.mark.parametrize("example", named(*DOCUMENTS, language="python"))
 def test_every_python_example_imports_the_name_of_its_own(example: Example) -> None:
     imported = {
-        node.module for node in ast.walk(ast.parse(example.code)) if isinstance(node, ast.ImportFrom) and node.module
+        node.module for node in ast.walk(syntax_tree(example.code)) if isinstance(node, ast.ImportFrom) and node.module
     }
     assert "vllm_relay" in imported
     assert "worker" not in {name.partition(".")[0] for name in imported}

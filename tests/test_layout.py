@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from syntax import syntax_tree
+
 import worker
 
 _ROOT = Path(worker.__file__).parent
@@ -72,7 +74,7 @@ def _name_of(path: Path) -> str:
 
 def _read_module(path: Path, known: Collection[str]) -> _Module:
     text = path.read_text()
-    tree = ast.parse(text)
+    tree = syntax_tree(text)
     package = path.relative_to(_ROOT).parent.parts
     imports, libraries = set[str](), set[str]()
     for node in ast.walk(tree):
@@ -199,7 +201,7 @@ def test_no_test_replaces_a_private_name_of_the_package() -> None:
     patched = [
         f"{path.name}:{node.lineno}"
         for path in Path(__file__).parent.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(syntax_tree(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr"
         for target in node.args[:2]
         if isinstance(target, ast.Constant) and re.search(r"^_|^worker\..*\._", str(target.value))
