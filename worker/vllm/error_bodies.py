@@ -114,6 +114,8 @@ def decoded(data: bytes) -> object:
         return ast.literal_eval(text) if text.startswith(("{'", "[{'")) else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+    except SystemError:  # Python 3.11, if the garbage collector runs during the parse (cpython#106905)
+        return None
 
 
 def as_json(value: object) -> str:
