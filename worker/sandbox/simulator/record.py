@@ -42,6 +42,8 @@ class Served(msgspec.Struct, kw_only=True):
     closed_early: bool = False
     """Whether the client closed the connection before the answer ended."""
     started: float
+    scheduled: float | None = None
+    """When the answer began to be generated, after the request had waited for others; None if it never did."""
     first_chunk: float | None = None
     ended: float | None = None
 

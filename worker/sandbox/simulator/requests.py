@@ -1,11 +1,9 @@
 """The requests that the simulated vLLM accepts, and its refusals with the messages of a real one. No I/O."""
 
-from pathlib import Path
-from typing import Literal
-
 import msgspec
 
 from .answers import END, START, VOCABULARY, encode, known_answer, pseudo_text
+from .options import Fault, Options, Scenario, Shape
 
 __all__ = [
     "ASSISTANT",
@@ -35,87 +33,6 @@ Json = dict[str, object]
 
 ASSISTANT = [START, *encode("assistant\n")]
 """The token ids that open the answer in the template, after those of the messages."""
-
-Fault = Literal[
-    "refuse",  # before an answer: the server closes the connection without a byte
-    "429",
-    "503",
-    "500",
-    "hang",  # never sends a byte
-    "html",  # 200 with a web page
-    "json",  # 200 with a complete chat.completion in place of the stream
-    "stall",  # after `after` delta chunks: sends nothing more, and keeps the connection open
-    "freeze",  # the same, but keep-alive comments are still sent
-    "cut",  # ends the body cleanly, with neither finish nor [DONE]
-    "reset",  # TCP RST
-    "malformed",  # one chunk that is not JSON, and then the rest
-    "error_under_200",  # an error event and [DONE]
-    "abort",  # finish_reason `abort` and [DONE]
-    "no_done",  # at the end: [DONE] is missing
-    "prefill",  # refuses to continue after given token ids; every other request is answered
-]
-Shape = Literal[
-    "no_space",  # `data:` without a space
-    "crlf",
-    "cr",
-    "comments",  # a keep-alive comment before every event
-    "sloppy",  # odd chunks in between, and finish_reason "" instead of null
-    "bom",
-    "multiline",  # the JSON of an event over several data lines
-    "finish_text",  # the last text in the finish chunk
-    "reasoning_content",  # reasoning under this name, as older servers send it
-]
-
-
-class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a request is answered. A server has a scenario, and a request's `simulate` field overrides parts of it."""
-
-    text: str | None = None
-    """The exact text of the answer."""
-    tokens: int | None = None
-    """The answer is pseudo-text of this many tokens."""
-    rate: float = 0.0
-    """Tokens per second and stream; 0 is as fast as possible."""
-    first_token: float = 0.0
-    """Seconds before the first chunk."""
-    fault: Fault | None = None
-    after: int = 0
-    """Delta chunks, including the finish chunk, that are sent before the fault. A shorter answer has no fault."""
-    times: int | None = None
-    """How many requests for the same messages have the fault, from the first; None for all of them."""
-    then: Fault | None = None
-    """The fault of the requests after the first `times`."""
-    retry_after: float | None = None
-    """Seconds, for the Retry-After header of 429 and 503."""
-    shape: Shape | frozenset[Shape] = frozenset()
-
-    @property
-    def shapes(self) -> frozenset[Shape]:
-        return frozenset((self.shape,)) if isinstance(self.shape, str) else self.shape
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties of a simulated server."""
-
-    model: str = "reciter"
-    api_key: str | None = None
-    """The key that the server requires under /v1, as `Authorization: Bearer …`."""
-    max_model_len: int = 4096
-    """Tokens of prompt and answer together."""
-    reasoning: bool = True
-    """Whether a reasoning parser is on."""
-    rejects: frozenset[str] = frozenset()
-    """Request fields answered with a 400 that names them."""
-    reject_style: Literal["openai", "vllm", "fastapi"] = "openai"
-    ignores: frozenset[str] = frozenset()
-    """Request fields that the server ignores."""
-    lacks: frozenset[str] = frozenset()
-    """Paths answered with a 404, such as `/tokenize`."""
-    keep_alive: float = 1.0
-    """Seconds between the comments of a frozen stream."""
-    scenario: Scenario = Scenario()
-    record: Path | None = None
-    """The file to which the record of each request is appended as a JSON line, when its answer begins and ends."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -198,12 +115,13 @@ class TextRequest(ChatRequest, frozen=True, kw_only=True):
 
 
 class RefusedError(Exception):
-    """A response with an HTTP error status and a JSON body."""
+    """A response with an HTTP error status and a JSON body; underscores in names of headers become hyphens."""
 
-    def __init__(self, status: int, body: object) -> None:
+    def __init__(self, status: int, body: object, headers: dict[str, str] | None = None) -> None:
         super().__init__(status, body)
         self.status = status
         self.body = body
+        self.headers = headers or {}
 
 
 def error_body(code: int, message: str, *, kind: str = "BadRequestError", param: str | None = None) -> Json:

@@ -1,8 +1,7 @@
-"""The simulated vLLM: its routes, the speed and the faults of its streams, and the records of its answers."""
+"""The simulated vLLM: its routes, its limits and its shutdown, and the records of its answers."""
 
 import asyncio
 import hmac
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -13,9 +12,8 @@ from weakref import WeakSet
 
 import msgspec
 
-from .framing import DONE, comment, frame
 from .record import Served, digest
-from .replies import Chunk, Reply
+from .replies import Reply
 from .requests import (
     ChatRequest,
     Fault,
@@ -24,12 +22,12 @@ from .requests import (
     RefusedError,
     Scenario,
     TextRequest,
-    bad_request,
     error_body,
-    late_error,
     parse_chat_request,
     parse_json,
 )
+from .responder import Responder, send_error_event
+from .scheduler import Scheduler, ServerClock
 from .texts import TextReply, detokenize, parse_text_request, tokenize
 from .wire import HttpConnection, HttpRequest
 
@@ -39,19 +37,14 @@ KEPT = 10_000
 """How many records a server keeps, and how many prompts whose requests it counts."""
 
 _JSON = "application/json"
-_EVENTS = "text/event-stream; charset=utf-8"
-_PAGE = b"<!DOCTYPE html>\n<html><head><title>Welcome</title></head><body><h1>It works!</h1></body></html>\n"
-_ENGINE_DEAD = error_body(
-    500,
-    "EngineCore encountered an issue. See stack trace (above) for the root cause.",
-    kind="InternalServerError",
+_METRICS = "text/plain; version=1.0.0; charset=utf-8"
+_FULL = error_body(
+    503,
+    "The engine is currently busy and cannot accept new requests. Please try again later or on a different instance.",
+    kind="Service Unavailable",
 )
-_REFUSALS: dict[str, Json] = {
-    "429": error_body(429, "Too many requests. Please retry later.", kind="RateLimitError"),
-    "503": error_body(503, "The server is overloaded. Please retry later.", kind="ServiceUnavailableError"),
-    "500": _ENGINE_DEAD,
-}
-_PREFILL = ("Token id 999999 is out of vocabulary", "kv_transfer_params.prompt_token_ids")
+_RATE_LIMITED = error_body(429, "Too many requests. Please retry later.", kind="RateLimitError")
+_SHUT_DOWN = error_body(500, "cannot schedule new futures after shutdown", kind="InternalServerError")
 _COMPLETIONS = "/v1/completions"
 _METHODS = {
     "/v1/chat/completions": "POST",
@@ -60,14 +53,24 @@ _METHODS = {
     "/detokenize": "POST",
     "/v1/models": "GET",
     "/health": "GET",
+    "/metrics": "GET",
 }
 
 
 class Simulator:
     """A simulated vLLM, which runs inside `async with`."""
 
-    def __init__(self, options: Options | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        options: Options | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        clock: ServerClock | None = None,
+    ) -> None:
         self.options = options or Options()
+        self._clock = clock or ServerClock()
+        self.scheduler = Scheduler(self._clock, self.options.max_num_seqs)
         self.served: deque[Served] = deque(maxlen=KEPT)
         """The records of the latest 10,000 completions, oldest first. The record of a running one is updated."""
         self._host = host
@@ -76,6 +79,7 @@ class Simulator:
         self._connections: WeakSet[HttpConnection] = WeakSet()
         self._count = 0
         self._tries: Counter[str] = Counter()
+        self._is_draining = False
 
     @property
     def url(self) -> str:
@@ -103,6 +107,22 @@ class Simulator:
         for connection in self._connections:
             connection.retire()
 
+    def change(self, **options: object) -> None:
+        """Change options while the server runs, such as `max_num_seqs`; begun answers keep the former ones."""
+        self.options = msgspec.structs.replace(self.options, **options)
+        self.scheduler.resize(self.options.max_num_seqs)
+
+    async def drain(self, *, closing: float = 0) -> None:
+        """Shut down as vLLM does on SIGTERM with `--shutdown-timeout`. Returns when no connection is accepted any more.
+
+        Requests that were admitted are answered to their end. Further ones get a 500, while /health still answers 200.
+        The server closes its port `closing` seconds after the last answer.
+        """
+        self._is_draining = True
+        await self.scheduler.wait_idle()
+        await self._clock.sleep(closing)
+        self.refuse()
+
     def _accept(self) -> HttpConnection:
         connection = HttpConnection(self._handle)
         self._connections.add(connection)
@@ -118,8 +138,12 @@ class Simulator:
             await _respond(connection, 405, {"detail": "Method Not Allowed"}, allow=method)
         elif request.path == "/health":
             await connection.respond(200, _JSON, b"")
+        elif request.path == "/metrics":
+            await connection.respond(200, _METRICS, self._metrics())
         elif request.path == "/v1/models":
             await _respond(connection, 200, _models(self.options))
+        elif self._is_draining and request.path in {"/tokenize", "/detokenize"}:
+            await _respond(connection, 500, _SHUT_DOWN)
         elif request.path in {"/tokenize", "/detokenize"}:
             convert = tokenize if request.path == "/tokenize" else detokenize
             try:
@@ -136,26 +160,59 @@ class Simulator:
 
     async def _complete(self, request: HttpRequest, connection: HttpConnection) -> None:
         self._count += 1
-        served = Served(order=self._count, route=request.path, request={}, started=time.monotonic())
+        served = Served(order=self._count, route=request.path, request={}, started=self._clock.now())
         self.served.append(served)
         try:
             served.request = parse_json(request.body)
             parse_request = parse_text_request if request.path == _COMPLETIONS else parse_chat_request
             parsed, scenario = parse_request(served.request, self.options)
             scenario = msgspec.structs.replace(scenario, fault=self._fault_for(parsed, scenario))
+            self._check_admission(parsed)
             reply = (TextReply if isinstance(parsed, TextRequest) else Reply)(parsed, scenario, self.options)
             served.prompt, served.after = digest(reply.question), len(reply.begun)
             self._record(served)
-            await _Responder(connection, served, parsed, scenario, self.options, reply).send()
+            responder = Responder(
+                connection, served, parsed, scenario, self.options, reply,
+                scheduler=self.scheduler, clock=self._clock,
+            )  # fmt: skip
+            with self.scheduler.admit():
+                await responder.send()
         except RefusedError as error:
             served.status = error.status
-            await _respond(connection, error.status, error.body)
+            if error.status == 200:
+                await send_error_event(connection, error.body)
+            else:
+                await _respond(connection, error.status, error.body, **error.headers)
         except asyncio.CancelledError:
             served.closed_early = True
             raise
         finally:
-            served.ended = time.monotonic()
+            served.ended = self._clock.now()
             self._record(served)
+
+    def _check_admission(self, request: ChatRequest) -> None:
+        """Raise RefusedError if the server is full or shutting down. A full one checks that first, as vLLM does."""
+        options = self.options
+        if options.max_num_queued_reqs is not None and self.scheduler.admitted >= options.max_num_queued_reqs:
+            if options.full_status == 429:
+                after = options.full_retry_after
+                headers = {} if after is None else {"retry_after": f"{after:g}"}
+                raise RefusedError(429, _RATE_LIMITED, headers)
+            raise RefusedError(200 if options.full_status == 200 and request.stream else 503, _FULL)
+        if self._is_draining:
+            raise RefusedError(500, _SHUT_DOWN)
+
+    def _metrics(self) -> bytes:
+        """What vLLM's own metrics tell about load."""
+        lines = []
+        for name, value, documentation in (
+            ("running", self.scheduler.running, "Number of requests in model execution batches."),
+            ("waiting", self.scheduler.waiting, "Number of requests waiting to be processed."),
+        ):
+            metric = f"vllm:num_requests_{name}"
+            lines += [f"# HELP {metric} {documentation}", f"# TYPE {metric} gauge"]
+            lines += [f'{metric}{{engine="0",model_name="{self.options.model}"}} {float(value)}']
+        return "".join(f"{line}\n" for line in lines).encode()
 
     def _fault_for(self, request: ChatRequest, scenario: Scenario) -> Fault | None:
         fault = scenario.fault if self._meets_fault(request, scenario) else scenario.then
@@ -185,169 +242,6 @@ async def serve_forever(
     async with Simulator(options, host=host, port=port) as simulator:
         ready(simulator.url)
         await _wait_forever()
-
-
-class _Responder:
-    """Sends one answer, with the faults of its scenario."""
-
-    def __init__(
-        self,
-        connection: HttpConnection,
-        served: Served,
-        request: ChatRequest,
-        scenario: Scenario,
-        options: Options,
-        reply: Reply,
-    ) -> None:
-        self._connection = connection
-        self._served = served
-        self._request = request
-        self._scenario = scenario
-        self._options = options
-        self._reply = reply
-        self._pending = scenario.fault
-        """The fault that was not applied yet."""
-
-    async def send(self) -> None:
-        fault = self._scenario.fault
-        if fault in _REFUSALS:
-            self._strike(fault)
-            after = self._scenario.retry_after
-            headers = {} if after is None else {"retry_after": f"{after:g}"}
-            await self._respond(int(fault), _JSON, msgspec.json.encode(_REFUSALS[fault]), **headers)
-            return
-        if fault == "refuse":
-            self._strike(fault)
-            return
-        if fault == "prefill" and not (isinstance(self._request, TextRequest) and self._request.stream):
-            self._strike(fault)
-            raise bad_request(*_PREFILL)
-        if fault == "hang":
-            self._strike(fault)
-            await _wait_forever()
-        await asyncio.sleep(self._scenario.first_token)
-        if fault == "html":
-            self._strike(fault)
-            await self._respond(200, "text/html; charset=utf-8", _PAGE)
-        elif self._request.stream and fault != "json":
-            await self._stream()
-        else:
-            await self._send_complete()
-
-    def _strike(self, fault: Fault) -> None:
-        self._pending = None
-        self._served.fault = fault
-
-    async def _respond(self, status: int, content_type: str, body: bytes, **headers: str) -> None:
-        self._served.status = status
-        self._served.first_chunk = time.monotonic()
-        await self._connection.respond(status, content_type, body, **headers)
-
-    async def _send_complete(self) -> None:
-        error = late_error(self._request)
-        if error is not None:
-            raise RefusedError(400, error)
-        reply = self._reply
-        if self._scenario.rate:
-            await asyncio.sleep(max(reply.lengths) / self._scenario.rate)
-        if self._pending == "json":
-            self._strike("json")
-        self._served.texts, self._served.reasonings = reply.contents, reply.reasonings
-        self._served.arguments = reply.arguments
-        self._served.tokens = sum(reply.lengths)
-        await self._respond(200, _JSON, msgspec.json.encode(reply.complete()))
-        self._served.finished = self._served.fault is None
-
-    async def _stream(self) -> None:
-        self._connection.begin(_EVENTS)
-        self._served.status = 200
-        error = late_error(self._request)
-        if self._pending == "prefill":
-            self._strike(self._pending)
-            error = error_body(400, _PREFILL[0])
-        if error is not None:
-            await self._end_with(error)
-            return
-        reply = self._reply
-        self._served.texts, self._served.reasonings, self._served.arguments = [[""] * reply.choices for _ in range(3)]
-        for body in reply.opening():
-            await self._send_event(body)
-        began = time.monotonic()
-        for number, chunks in enumerate(reply.rounds()):
-            due = began + number / self._scenario.rate if self._scenario.rate else 0
-            # Yield even without a pause, so that other streams continue and a close by the client is noticed.
-            await asyncio.sleep(max(0, due - time.monotonic()))
-            for chunk in chunks:
-                if await self._ended_by_fault():
-                    return
-                await self._send_chunk(chunk)
-            self._served.tokens = sum(reply.tokens)
-        if not await self._ended_by_fault():
-            await self._finish()
-
-    async def _send_chunk(self, chunk: Chunk) -> None:
-        # Record the chunk first: the client may have it while this task waits for a slow connection.
-        self._served.chunks += 1
-        self._served.texts[chunk.choice] += chunk.content
-        self._served.reasonings[chunk.choice] += chunk.reasoning
-        self._served.arguments[chunk.choice] += chunk.arguments
-        await self._send_event(chunk.body)
-
-    async def _send_event(self, body: Json) -> None:
-        shapes = self._scenario.shapes
-        if "sloppy" in shapes:
-            await self._send_frame(msgspec.json.encode(self._reply.oddity(self._served.chunks)))
-        await self._send_frame(msgspec.json.encode(body))
-
-    async def _send_frame(self, payload: bytes) -> None:
-        first = self._served.first_chunk is None
-        await self._connection.send(frame(payload, self._scenario.shapes, first=first))
-        if first:
-            self._served.first_chunk = time.monotonic()
-
-    async def _finish(self) -> None:
-        for body in self._reply.closing():
-            await self._send_event(body)
-        self._served.finished = True
-        if self._pending == "no_done":
-            self._strike("no_done")
-        else:
-            await self._send_frame(DONE)
-        self._connection.finish()
-
-    async def _end_with(self, error: Json) -> None:
-        # With json.dumps, as in vLLM, which writes spaces.
-        await self._send_frame(json.dumps(error).encode())
-        await self._send_frame(DONE)
-        self._connection.finish()
-
-    async def _ended_by_fault(self) -> bool:
-        """Apply the fault once its number of chunks was sent. Returns whether the fault ended the answer."""
-        fault = self._pending
-        if fault is None or fault == "no_done" or self._served.chunks != self._scenario.after:
-            return False
-        self._strike(fault)
-        if fault == "stall":
-            await _wait_forever()
-        elif fault == "freeze":
-            while True:
-                await asyncio.sleep(self._options.keep_alive)
-                await self._connection.send(comment(self._scenario.shapes))
-        elif fault == "malformed":
-            await self._send_frame(b'{"id":"chatcmpl-0","object":"chat.completion.chunk","choices":[{"index":0,"del')
-            return False
-        elif fault == "reset":
-            self._connection.reset()
-        elif fault == "error_under_200":
-            await self._end_with(_ENGINE_DEAD)
-        elif fault == "abort":
-            for body in self._reply.aborted():
-                await self._send_event(body)
-            await self._send_frame(DONE)
-            self._connection.finish()
-        else:
-            self._connection.finish()
-        return True
 
 
 async def _wait_forever() -> None:
