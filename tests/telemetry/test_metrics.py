@@ -17,10 +17,19 @@ from worker.contract.entries import to_json
 from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.settings import ConfigError, load_settings
-from worker.telemetry.events import EntriesAccepted, Event, IntakePaused, QueueMeasured, RecordRefused, WriteFailed
+from worker.telemetry.events import (
+    EntriesAccepted,
+    Event,
+    IntakePaused,
+    QueueMeasured,
+    ReaderGap,
+    RecordRefused,
+    WriteFailed,
+)
 from worker.telemetry.job_events import (
     AnswerRestarted,
     AnswerResumed,
+    AnswerStreamEnded,
     AttemptBegun,
     FirstDelta,
     JobBuried,
@@ -56,8 +65,12 @@ COUNTED: list[tuple[list[Event], str]] = [
     ([AttemptBegun("gap_timeout")], 'vllm_relay_attempts_total{reason="gap_timeout"} 1.0'),
     ([AnswerResumed(2, "http://a")], 'vllm_relay_interrupted_total{how="resumed"} 1.0'),
     ([AnswerRestarted(2, "tools")], 'vllm_relay_interrupted_total{how="restarted"} 1.0'),
-    ([JobStarted(0.2)], 'vllm_relay_job_wait_seconds_bucket{le="0.3"} 1.0'),
+    ([JobStarted(0.2)], 'vllm_relay_job_wait_seconds_bucket{le="0.25"} 1.0'),
     ([FirstDelta(0.2)], 'vllm_relay_first_delta_seconds_bucket{le="0.1"} 0.0'),
+    ([AnswerStreamEnded(0.02, 4)], 'vllm_relay_inter_delta_mean_seconds_bucket{le="0.025"} 1.0'),
+    ([AnswerStreamEnded(0.02, 4)], 'vllm_relay_inter_delta_max_seconds_bucket{le="2.5"} 0.0'),
+    ([ReaderGap("takeover", 16)], 'vllm_relay_gap_seconds_bucket{cause="takeover",le="20.0"} 1.0'),
+    ([finished("done")], 'vllm_relay_job_duration_seconds_bucket{le="1.0",outcome="done"} 1.0'),
     ([finished("done")], 'vllm_relay_jobs_finished_total{code="",outcome="done"} 1.0'),
     ([finished("error", "gap_timeout")], 'vllm_relay_jobs_finished_total{code="gap_timeout",outcome="error"} 1.0'),
     ([finished("error", "two words")], 'vllm_relay_jobs_finished_total{code="other",outcome="error"} 1.0'),

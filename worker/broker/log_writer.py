@@ -131,6 +131,11 @@ class LogWriter:
             self.lost = asyncio.get_running_loop().create_future()
 
     @property
+    def appended(self) -> int:
+        """How many entries were appended in this attempt, after its first."""
+        return self._next - 1
+
+    @property
     def accepted(self) -> EntryId:
         """The id of the last entry of this attempt that Redis has accepted."""
         return EntryId(self.attempt, self._accepted)

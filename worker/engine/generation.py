@@ -35,6 +35,7 @@ from ..vllm.resume.resumed_chunks import ResumedChunkParser
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
+from .answer_times import AnswerTimes
 from .job_context import DeadlinePassed, JobContext, JobServices, MustWait, Stopped
 from .tries import FailedTry, Raise, Tries, after_failure, never_reached
 
@@ -49,8 +50,8 @@ class Generation:
     """The answer to one request, as this process generates it."""
 
     __slots__ = (
-        "_answer", "_began", "_caller", "_context", "_emit", "_fault", "_first_delta", "_has_extended_answer", "_job",
-        "_log", "_needs_next_attempt", "_parser", "_server", "_servers", "_services", "_settings", "_waited_for",
+        "_answer", "_caller", "_context", "_emit", "_fault", "_has_extended_answer", "_job", "_log",
+        "_needs_next_attempt", "_parser", "_server", "_servers", "_services", "_settings", "_times", "_waited_for",
         "_waited_ms", "_was_allowed",
     )  # fmt: skip
 
@@ -76,9 +77,10 @@ class Generation:
         """Whether this attempt has added something visible to an interrupted answer."""
         self._waited_for: set[str] = set()
         """Models whose wait for a server is logged already."""
-        self._began = time.monotonic()
         self._waited_ms = max(0, services.now() - job.delivery.enqueued)
-        self._first_delta: float | None = None
+        self._times = AnswerTimes(services.telemetry, time.monotonic())
+        if self._answer.begun:
+            self._times.continue_from(job.delivery, self._times.began - (services.now() - job.began) / 1000)
 
     async def generate(self) -> Terminal:
         """Write all deltas of the answer; returns the terminal entry that must follow them.
@@ -116,7 +118,7 @@ class Generation:
             LogLost: when this process no longer owns the log.
         """
         await self._begin_attempt(reason)
-        self._begin_answer_again(reason)
+        self._begin_answer_again(reason, redis_lost_it=True)
 
     async def _begin_attempt(self, reason: str) -> None:
         """Continue under the next attempt of the log, from the answer as Redis holds it."""
@@ -134,13 +136,13 @@ class Generation:
         self._answer, self._fault = Answer(history.entries), history.fault
         self._was_allowed |= self._answer.begun
 
-    def _begin_answer_again(self, reason: str) -> None:
+    def _begin_answer_again(self, reason: str, *, redis_lost_it: bool = False) -> None:
         """Write `restarted`, at which readers drop the answer so far."""
         self._emit(AnswerRestarted(self._log.attempt, reason))
         self._log.append(to_fields(Restarted(id=BEFORE_ALL)))
         self._answer, self._fault = Answer(), ""
         self._needs_next_attempt = True
-        self._first_delta = None
+        self._times.restart(redis_lost_it=redis_lost_it)
 
     async def _ask_models(self, job: Job) -> Terminal:
         """Try the job's model and, if no server can answer with it, its fallbacks one after another."""
@@ -274,6 +276,7 @@ class Generation:
         self._server, self._parser, self._context = server, parser, copy_context()
         async with self._servers.stream(server, body, route, caller=self._caller) as stream:
             stream.has_output = lambda: parser.has_output
+            self._times.awaits_delta = True
             try:
                 while await stream.read_into(self._on_events) and not parser.done:
                     await self._log.wait_for_room()
@@ -285,6 +288,7 @@ class Generation:
                 # The stream broke after the last finish_reason: the answer is complete.
             finally:
                 self._note_progress()
+                self._times.on_stream_end(self._log.appended, stream.watchdog)
         if parser.unknown_reason:
             self._emit(UnknownFinishReason(parser.unknown_reason[:_LONGEST_NAME], redacted_url(server.url)))
         return self._done(parser.finish_reason, parser.usage, parser.model, parser.extra)
@@ -298,15 +302,15 @@ class Generation:
                 entries += parser.parse(data)
         finally:  # entries before an error are written too
             log.extend(entries)
-        if not self._needs_next_attempt or self._first_delta is None:
+        if not self._needs_next_attempt or self._times.awaits_delta:
             self._note_progress()
         return parser.done or log.is_full
 
     def _note_progress(self) -> None:
         """Update what is known of this attempt: its first delta, and whether it has written or added to the answer."""
-        parser = self._parser
-        if self._first_delta is None and parser.has_delta:
-            self._first_delta = time.monotonic()
+        parser, times = self._parser, self._times
+        if times.awaits_delta and parser.has_delta:
+            times.on_first_delta(time.monotonic(), self._log.appended)
             self._was_allowed = True
         if not parser.needs_next_attempt:
             return
@@ -332,10 +336,10 @@ class Generation:
         return Failed(id=SEAL, attempt=self._log.attempt, code=code, message=message, timings=self._timings())
 
     def _timings(self) -> Object:
-        now = time.monotonic()
-        timings: Object = {"waited_ms": self._waited_ms, "total_ms": round((now - self._began) * 1000)}
-        if self._first_delta is not None:
-            timings["first_delta_ms"] = round((self._first_delta - self._began) * 1000)
+        began, first_delta = self._times.began, self._times.first_delta
+        timings: Object = {"waited_ms": self._waited_ms, "total_ms": round((time.monotonic() - began) * 1000)}
+        if first_delta is not None:
+            timings["first_delta_ms"] = round((first_delta - began) * 1000)
         return timings
 
 

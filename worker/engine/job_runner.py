@@ -29,7 +29,6 @@ from ..telemetry.job_events import (
     AttemptBegun,
     DuplicateFound,
     FencedOff,
-    FirstDelta,
     InternalError,
     JobLeft,
     JobStarted,
@@ -197,8 +196,7 @@ class JobRunner:
                     else:
                         await generation.restart(_DIVERGED)
                 end = await generation.generate() if generation else _buried(burial, log.attempt)
-                answer = await self._settlement.seal_log(log, end)
-                await self._settlement.settle(answer)
+                await self._settlement.settle(await self._settlement.seal_log(log, end))
             except LogOver:
                 raise
             except (LogDiverged, LogGone) as loss:
@@ -207,9 +205,6 @@ class JobRunner:
                 if losses > self._max_deliveries:
                     generation, burial = None, f"its log was deleted or lost entries {losses} times while it ran"
             else:
-                first_delta = answer.end.timings.get("first_delta_ms") if answer.end else None
-                if isinstance(first_delta, int):
-                    self._emit(FirstDelta(first_delta / 1000))
                 return
 
     def _reason_to_bury(self, acquired: Acquired) -> str:

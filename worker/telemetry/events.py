@@ -13,6 +13,9 @@ Level = Literal["silent", "info", "warning", "error"]
 
 Outcome = Literal["done", "error", "cancelled"]
 
+GapCause = Literal["handover", "takeover", "vllm", "redis"]
+"""What interrupted an answer: its worker left, or died; its vLLM server failed; Redis did not accept entries."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -187,6 +190,15 @@ class HandOverFailed(Event):
     level = "warning"
     jobs: int
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderGap(Event):
+    """An answer that had begun was interrupted, and a reader waited for its next delta for `seconds`."""
+
+    level = "silent"
+    cause: GapCause
+    seconds: float
 
 
 # Writing to Redis.

@@ -170,10 +170,19 @@ class UnknownFinishReason(Event):
 
 @dataclass(frozen=True, slots=True)
 class FirstDelta(Event):
-    """The first delta of a job came `after_s` seconds after its start. Emitted when the job has ended."""
+    """The first delta of a job came, `after_s` seconds after its start in this worker. Emitted once a job."""
 
     level = "silent"
     after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerStreamEnded(Event):
+    """A stream of an answer has ended. `mean_gap_s` and `longest_gap_s` are seconds between its deltas."""
+
+    level = "silent"
+    mean_gap_s: float
+    longest_gap_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from ..version import version
-from .events import EntriesAccepted, Event, IntakePaused, QueueMeasured, RecordRefused, WriteFailed
+from .events import EntriesAccepted, Event, IntakePaused, QueueMeasured, ReaderGap, RecordRefused, WriteFailed
 from .job_events import (
     AnswerRestarted,
     AnswerResumed,
+    AnswerStreamEnded,
     AttemptBegun,
     FirstDelta,
     JobBuried,
@@ -34,8 +35,17 @@ _WORD = re.compile(r"[A-Za-z_]{1,40}")
 _MAX_REASONS = 20
 _MAX_CODES = 50
 _PREFIX = "vllm_relay"
-_WAITS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
-"""Histogram buckets in seconds: from an idle worker to a queue with a wait of an hour."""
+
+# Histogram buckets in seconds: those of vLLM 0.32 (vllm/v1/metrics/buckets.py), so that both can be compared.
+_WAITS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+"""vLLM's for the time to the first token. They suit the wait in a queue too: an idle worker takes a job in
+milliseconds, and the smallest of `_DURATIONS`, which vLLM has for its own queue, is 0.3 s."""
+_DURATIONS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+"""vLLM's for whole requests. They are the finer ones from 10 to 60 s, where answers end and leases expire."""
+_GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+"""vLLM's for the time between two tokens."""
 
 
 class Metrics:
@@ -53,8 +63,21 @@ class Metrics:
         self._codes: set[str] = set()
         self._buried = self._counter("jobs_buried", "Dead letters that this worker wrote")
         self._lease_lost = self._counter("lease_lost", "Jobs that stopped here as their lease could not be renewed")
-        self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start")
-        self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta")
+        self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start", _WAITS)
+        self._duration = self._histogram(
+            "job_duration_seconds", "From a job's start in this worker to its end", _DURATIONS, "outcome"
+        )
+        self._first_delta = self._histogram("first_delta_seconds", "From a job's start to its first delta", _WAITS)
+        self._mean_gap = self._histogram(
+            "inter_delta_mean_seconds", "Mean time between two deltas, once for each stream", _GAPS
+        )
+        self._longest_gap = self._histogram(
+            "inter_delta_max_seconds", "Longest time between two deltas, once for each stream", _GAPS
+        )
+        self._reader_gap = self._histogram(
+            "gap_seconds", "From an answer's last delta before an interruption to its first after it", _DURATIONS,
+            "cause",
+        )  # fmt: skip
         # Attempts at an answer.
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they continued", "how")
@@ -82,10 +105,16 @@ class Metrics:
                 self._wait.observe(event.waited_s)
             case FirstDelta():
                 self._first_delta.observe(event.after_s)
+            case AnswerStreamEnded():
+                self._mean_gap.observe(event.mean_gap_s)
+                self._longest_gap.observe(event.longest_gap_s)
+            case ReaderGap():
+                self._reader_gap.labels(event.cause).observe(event.seconds)
             case JobFinished():
                 if event.outcome:
                     code = _bounded(event.code, self._codes, _MAX_CODES) if event.code else ""
                     self._finished.labels(event.outcome, code).inc()
+                    self._duration.labels(event.outcome).observe(event.seconds)
             case AttemptBegun():
                 self._attempts.labels(event.reason).inc()
             case AnswerResumed():
@@ -152,8 +181,8 @@ class Metrics:
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, namespace=_PREFIX, registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, (), namespace=_PREFIX, registry=self.registry, buckets=_WAITS)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace=_PREFIX, registry=self.registry, buckets=buckets)
 
 
 def _bounded(word: str, seen: set[str], limit: int) -> str:

@@ -29,10 +29,10 @@ class ChatStream:
     Attributes:
         has_output: returns whether the server has sent output, which only the reader of the events can decide. It is
             called after each event until it returns true. Without it, the first event counts as output.
+        watchdog: the limits on silence, and how long the silences were.
 
     Args:
         response: the response that holds the stream.
-        watchdog: the limits on silence.
         on_first: called once the first event was passed on.
         reopen: called with an error that came instead of the first event. It returns the response to a changed request
             that avoids the error, or None.
@@ -41,7 +41,7 @@ class ChatStream:
 
     __slots__ = (
         "_answer_started", "_decoder", "_is_new", "_max_event_bytes", "_on_events", "_on_first", "_reopen", "_response",
-        "_watchdog", "has_output",
+        "has_output", "watchdog",
     )  # fmt: skip
 
     def __init__(
@@ -54,7 +54,7 @@ class ChatStream:
         max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
         self._response = response
-        self._watchdog = watchdog
+        self.watchdog = watchdog
         self._on_first = on_first
         self._reopen = reopen
         self._max_event_bytes = max_event_bytes
@@ -95,12 +95,12 @@ class ChatStream:
 
     async def _read(self) -> bool:
         try:
-            async with self._watchdog:
+            async with self.watchdog:
                 more = await self._response.body.read_into(self._on_data)
             return more or self._hand_over(self._decoder.end())
         except TimeoutError:
             self._hand_over(self._decoder.end())  # may raise an error that the server sent
-            raise self._watchdog.timeout_error("" if self._answer_started else self.skipped) from None
+            raise self.watchdog.timeout_error("" if self._answer_started else self.skipped) from None
         except EventTooLarge as error:
             raise malformed(str(error)) from None
         except httpx.HTTPError as error:
@@ -112,9 +112,9 @@ class ChatStream:
         events = self._decoder.feed(piece)
         if not events:
             if self._decoder.holds_json:
-                self._watchdog.on_answer_start()  # a completion that is not streamed, in more than one piece
+                self.watchdog.on_answer_start()  # a completion that is not streamed, in more than one piece
             return False
-        self._watchdog.on_event()
+        self.watchdog.on_event()
         is_enough = self._on_events(events)
         if not self._answer_started:  # and `on_events` found no error in place of an answer
             self._after_event()
@@ -134,7 +134,7 @@ class ChatStream:
         self._is_new = False
         if self.has_output is None or self.has_output():
             self._answer_started = True
-            self._watchdog.on_answer_start()
+            self.watchdog.on_answer_start()
 
     def _start_decoder(self) -> SSEDecoder:
         self._decoder = decoder = SSEDecoder(self._max_event_bytes)

@@ -39,9 +39,15 @@ class StreamWatchdog:
         limits: the two limits.
         frozen_after: the seconds of silence allowed once the server refuses connections.
         since: when the request was sent, by the monotonic clock; now, if it is left out.
+
+    Attributes:
+        longest_gap: the longest silence since the answer began, in seconds: between two events, or up to the end.
     """
 
-    __slots__ = ("_frozen_after", "_gap_limit_applies", "_limits", "_since", "_tightened_at", "_timeout", "_timer")
+    __slots__ = (
+        "_frozen_after", "_gap_limit_applies", "_limits", "_since", "_tightened_at", "_timeout", "_timer",
+        "longest_gap",
+    )  # fmt: skip
 
     def __init__(
         self, limits: StreamTimeouts, *, frozen_after: float = _FROZEN_AFTER, since: float | None = None
@@ -52,6 +58,7 @@ class StreamWatchdog:
         """When the silence began."""
         self._gap_limit_applies = False
         self._tightened_at: float | None = None
+        self.longest_gap = 0.0
         self._timeout: asyncio.Timeout | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -67,12 +74,17 @@ class StreamWatchdog:
         timeout, timer, self._timeout, self._timer = self._timeout, self._timer, None, None
         if timer is not None:
             timer.cancel()
+        if self._gap_limit_applies:
+            self.longest_gap = max(self.longest_gap, monotonic() - self._since)
         if timeout is not None:
             await timeout.__aexit__(kind, error, traceback)
 
     def on_event(self) -> None:
         """Restart the count of silence. It runs for every event, so it sets no timer: a timer checks when it fires."""
-        self._since = monotonic()
+        now = monotonic()
+        if now - self._since > self.longest_gap and self._gap_limit_applies:
+            self.longest_gap = now - self._since
+        self._since = now
 
     def on_answer_start(self) -> None:
         """Apply the gap limit from now on."""
@@ -85,6 +97,20 @@ class StreamWatchdog:
         """Start again: the request is sent again in another form, and the events so far were no answer."""
         self._since = monotonic()
         self._gap_limit_applies = False
+
+    @property
+    def last_event(self) -> float:
+        """When the last event came, by the monotonic clock; or when the wait for it began, if that was later."""
+        return self._since
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the answer has begun, so that the gap limit applies."""
+        return self._gap_limit_applies
+
+    def silence(self) -> float:
+        """How long the server has been silent, in seconds; 0 while the worker does not wait. Any thread may call it."""
+        return max(0.0, monotonic() - self._since) if self._timer is not None else 0.0
 
     def is_silent(self) -> bool:
         """Whether the silence has lasted for `frozen_after` seconds."""

@@ -1,0 +1,124 @@
+"""The times of an answer: when its first delta, its gaps and the gaps of its interruptions are emitted."""
+
+import pytest
+from conftest import StartSimulator, StartWorker, metric
+from waits import eventually
+
+from worker import Client, State
+from worker.broker.job_queue import Delivery
+from worker.engine.answer_times import AnswerTimes
+from worker.sandbox.simulator.server import Options, Scenario
+from worker.telemetry.events import Event, ReaderGap
+from worker.telemetry.job_events import AnswerStreamEnded, FirstDelta
+from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
+
+ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+class Recorder:
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def watched(last_event: float) -> StreamWatchdog:
+    watchdog = StreamWatchdog(StreamTimeouts(), since=last_event)
+    watchdog.longest_gap = 3.0
+    return watchdog
+
+
+def stream(times: AnswerTimes, first: float, last: float, entries: int) -> None:
+    """A stream whose first batch is one entry."""
+    times.awaits_delta = True
+    times.on_first_delta(first, 1)
+    times.on_stream_end(entries, watched(last))
+
+
+def test_a_whole_answer_has_a_first_delta_and_the_gaps_of_one_stream() -> None:
+    recorder = Recorder()
+    stream(AnswerTimes(recorder, began=10), first=12, last=20, entries=5)
+    assert recorder.events == [FirstDelta(2), AnswerStreamEnded(mean_gap_s=2, longest_gap_s=3)]
+
+
+def test_a_stream_without_a_second_delta_has_no_gap() -> None:
+    recorder = Recorder()
+    stream(AnswerTimes(recorder, began=10), first=12, last=12, entries=1)
+    assert recorder.events == [FirstDelta(2)]
+
+
+def test_a_broken_stream_leaves_a_gap_up_to_the_first_delta_after_all_failed_tries() -> None:
+    recorder = Recorder()
+    times = AnswerTimes(recorder, began=10)
+    stream(times, first=12, last=20, entries=5)
+    times.awaits_delta = True
+    times.on_stream_end(1, watched(26))  # a try that brought nothing but `resumed`
+    times.restart(redis_lost_it=False)
+    stream(times, first=30, last=30, entries=1)
+    assert recorder.events[2:] == [ReaderGap("vllm", 10)]
+    assert times.first_delta == 30
+
+
+def test_an_answer_that_redis_has_lost_leaves_a_gap_by_redis_and_the_next_one_is_by_vllm_again() -> None:
+    recorder = Recorder()
+    times = AnswerTimes(recorder, began=10)
+    stream(times, first=12, last=20, entries=1)
+    times.restart(redis_lost_it=True)
+    stream(times, first=21, last=22, entries=1)
+    stream(times, first=24, last=24, entries=1)
+    assert recorder.events[1:] == [ReaderGap("redis", 1), ReaderGap("vllm", 2)]
+
+
+@pytest.mark.parametrize(
+    ("delivery", "expected"),
+    [
+        (Delivery("default", "1-0", {}, left_for=0.5, handed_over=True), [ReaderGap("handover", 3.5)]),
+        (Delivery("default", "1-0", {}, left_for=15), [ReaderGap("takeover", 18)]),
+        (Delivery("default", "1-0", {}), []),
+    ],
+)
+def test_a_continued_answer_has_the_gap_that_its_former_owner_left_and_no_second_first_delta(
+    delivery: Delivery, expected: list[Event]
+) -> None:
+    recorder = Recorder()
+    times = AnswerTimes(recorder, began=10)
+    times.continue_from(delivery, delivered=9)
+    stream(times, first=12, last=12, entries=1)
+    assert recorder.events == expected
+
+
+async def test_the_first_delta_is_visible_while_the_answer_still_runs(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    stalls = await start_simulator(Options(scenario=Scenario(fault="stall", after=3)))
+    worker = await start_worker(stalls, gap_timeout=600)
+    request_id = await client.enqueue(ASK)
+
+    async def observed() -> bool:
+        return metric(worker, "first_delta_seconds_count") == 1
+
+    await eventually(observed)
+    assert (await client.status(request_id)).state is State.RUNNING
+    await client.cancel(request_id)
+
+
+async def test_a_silence_in_the_middle_of_an_answer_is_its_longest_gap_and_a_broken_stream_a_gap_of_the_reader(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    stalls = await start_simulator(Options(scenario=Scenario(fault="stall", after=3, times=1)))
+    worker = await start_worker(stalls, gap_timeout=1)
+    await client.result(await client.enqueue(ASK))
+
+    async def ended() -> bool:
+        return metric(worker, "jobs_finished_total", outcome="done", code="") == 1
+
+    await eventually(ended)
+    assert metric(worker, "inter_delta_max_seconds_count") == 2
+    assert metric(worker, "inter_delta_max_seconds_sum") >= 1
+    assert metric(worker, "inter_delta_mean_seconds_sum") < 1
+    assert metric(worker, "gap_seconds_count", cause="vllm") == 1
+    assert 1 <= metric(worker, "gap_seconds_sum", cause="vllm") < 10
+    assert metric(worker, "first_delta_seconds_count") == 1
