@@ -12,7 +12,8 @@ from redis.exceptions import RedisError, ResponseError
 from ..contract.entries import BadEntry
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId, is_request_id
 from ..contract.records import Tombstone
-from ..redisio.errors import is_transient, redacted_message
+from ..redisio.advice import advice_on
+from ..redisio.errors import is_connection_refused, is_transient, redacted_message
 from ..redisio.retry import RetryUntilAvailable
 
 _P = ParamSpec("_P")
@@ -111,6 +112,8 @@ def mapped(error: Exception) -> ClientError:
     message = redacted_message(error)
     verdict = "refuses" if isinstance(error, ResponseError) or not is_transient(error) else "does not answer"
     advice = _WRONG_TYPE if message.startswith("WRONGTYPE") else "`worker check` shows how to fix it"
+    if is_connection_refused(error):
+        verdict, advice = "refuses the connection", f"To fix it: {advice_on(error)}"
     text = f"Redis {verdict}: {message if message.endswith(('?', '!')) else message.rstrip('.') + '.'} {advice}"
     return Unavailable(text) if is_transient(error) else Refused(text)
 

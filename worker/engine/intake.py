@@ -9,7 +9,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.errors import is_transient
+from ..redisio.errors import is_connection_refused, is_login_refused, is_transient
 from ..redisio.retry import Backoff
 from ..settings import Settings
 from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Telemetry
@@ -22,9 +22,19 @@ from .slots import Slots
 NO_VLLM = "no_vllm"
 REDIS_FULL = "redis_full"
 REDIS_REFUSES = "redis_refuses"
+REDIS_LOGIN = "redis_login"
 REDIS_AWAY = "redis_away"
-"""Why no jobs are taken: no vLLM server is available; Redis has no memory left; Redis refuses writes for another
-reason; Redis does not answer."""
+"""Why no jobs are taken: no vLLM server is available; Redis has no memory left; Redis refuses writes or connections for
+another reason; Redis refuses the password or the user; Redis does not answer."""
+
+
+def reason_of(error: RedisError | OSError) -> str:
+    """The reason for a pause after an error of Redis; empty for the refusal of a single command."""
+    if is_login_refused(error):
+        return REDIS_LOGIN
+    if is_connection_refused(error):
+        return REDIS_REFUSES
+    return "" if isinstance(error, ResponseError) else REDIS_AWAY
 
 
 class JobIntake:
@@ -92,8 +102,8 @@ class JobIntake:
                 deliveries = await fetch(count)
         except (RedisError, OSError) as error:
             failure = error
-            if not isinstance(error, ResponseError):
-                self._pause_for(REDIS_AWAY)
+            if reason := reason_of(error):
+                self._pause_for(reason)
             if isinstance(error, RedisTimeoutError):
                 self._slots.adapt(too_slow=True)
         if deliveries:

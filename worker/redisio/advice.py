@@ -18,6 +18,10 @@ _TRUST = (
     "trust the certificate's issuer: ?ssl_ca_certs=/path/to/ca.pem in REDIS_URL, or SSL_CERT_FILE in the environment"
 )
 _LOGIN = "put the password into REDIS_URL: redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…"
+_WRONG_LOGIN = (
+    "correct the password in REDIS_URL (redis://:PASSWORD@host:6379/0, or redis://USER:PASSWORD@…), "
+    "or enable that user: ACL SETUSER <user> on"
+)
 
 _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     (exceptions.RedisError, "address mismatch", "use the host name of the server's certificate in REDIS_URL"),
@@ -30,6 +34,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     (exceptions.RedisError, "WRONG_VERSION_NUMBER", _PLAIN),
     (exceptions.RedisError, "RECORD_LAYER_FAILURE", _PLAIN),
     (exceptions.RedisError, "without any password", "remove the password from REDIS_URL: the server has none"),
+    (exceptions.AuthenticationError, "invalid username-password", _WRONG_LOGIN),
     (exceptions.AuthenticationError, "", _LOGIN),
     (
         MasterNotFoundError, "unknown command",
@@ -49,7 +54,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (exceptions.RedisError, "DB index", "set REDIS_URL to a database that exists: 0 to 15 by default"),
     (exceptions.RedisError, "cluster support disabled", "this is no cluster: begin REDIS_URL with redis://"),
-    (exceptions.RedisError, "max number of clients", "raise maxclients in Redis, or start fewer workers and clients"),
+    (exceptions.RedisError, "max number of clients", "raise maxclients in Redis, or stop some of its clients"),
     (exceptions.RedisError, "protected mode", "give Redis a password, or bind it to this machine only"),
     (exceptions.RedisError, "not known", "check the name of the host in REDIS_URL"),
     (exceptions.BusyLoadingError, "", "wait until Redis has loaded its data from disk"),

@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from .cluster import ClusterClient, ClusterPool
+from .handshake import handshake
 from .sentinel import sentinel_pool
 from .unsent import unsent
 from .urls import parse_redis_url
@@ -133,6 +134,7 @@ def _client(url: str, *, timeout: float, block: float = 0.0, connections: int) -
         "protocol": 2,  # replies of protocol 3 have other shapes, and none of its features is needed
         "retry": _NoRetry(NoBackoff(), 0),
         "parser_class": _SilenceLimitParser,
+        "redis_connect_func": handshake,
         "socket_connect_timeout": timeout,
         "socket_timeout": block + timeout,
         "max_connections": connections,

@@ -27,6 +27,7 @@ _TRANSIENT = (
     OSError,
 )
 _TRANSIENT_PREFIXES = ("NOREPLICAS", "MASTERDOWN", "MISCONF", "BUSY ", "UNBLOCKED", "OOM ")
+_CONNECTION_REFUSALS = ("max number of clients", "DENIED ")
 _PIPELINE_QUOTE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: \(?['\"]?|['\"],\)$", re.DOTALL)
 """redis-py puts a command's arguments around the error of a pipeline."""
 _ARGUMENTS_QUOTE = re.compile(r",? with args beginning with:.*", re.DOTALL)
@@ -50,6 +51,16 @@ def is_permission_denied(error: BaseException) -> bool:
     return is_unknown_command(error) or isinstance(
         error, exceptions.NoPermissionError | exceptions.AuthenticationError | exceptions.AuthorizationError
     )
+
+
+def is_login_refused(error: BaseException) -> bool:
+    """Whether Redis refuses the password or the user (NOAUTH, WRONGPASS), or requires or knows no password."""
+    return isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError)
+
+
+def is_connection_refused(error: BaseException) -> bool:
+    """Whether Redis answers a new connection with a refusal, because of its `maxclients` or its protected mode."""
+    return isinstance(error, exceptions.RedisError) and redacted_message(error).startswith(_CONNECTION_REFUSALS)
 
 
 def is_unknown_command(error: BaseException) -> bool:
