@@ -1,6 +1,7 @@
 """Following by the feed: whatever it delivers, loses, doubles or makes up, a follower sees the log in order."""
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -337,6 +338,42 @@ async def test_a_user_without_a_right_to_the_channel_follows_by_reading(
 
 
 @NOBODY_POLLS
+async def test_followers_return_to_the_feed_once_the_right_to_the_channel_is_granted(
+    redis: Redis, redis_url: str, timings: Timings, *, pours: bool
+) -> None:
+    impatient = dataclasses.replace(timings, retry_refused_after=0.02, block=0.2)
+    async with (
+        user_without_channels(redis, redis_url) as deaf_url,
+        aclosing(connect(deaf_url, impatient)) as followers,
+    ):
+        log = WrittenLog(redis)
+        await log.write(START)
+        readers = [Reader(followers, pours=pours) for _ in range(3)]
+
+        async def polls() -> bool:
+            return await calls(redis, "xread") > 0
+
+        await eventually(polls)
+        await log.append(delta(1, 1))
+        for reader in readers:
+            await reader.has(delta(1, 1))
+        await redis.acl_setuser("deaf", enabled=True, channels=["*"])
+        for reader in readers:
+            await reader.listens()
+        polled = await calls(redis, "xread")
+        for n in range(2, 20):
+            await log.append(delta(1, n))
+            for reader in readers:
+                await reader.has(delta(1, n))
+        await log.append(END)
+        for reader in readers:
+            await reader.task
+            assert reader.seen == log.written
+        assert await calls(redis, "xread") == polled
+        assert not followers.requests
+
+
+@NOBODY_POLLS
 async def test_a_follower_that_does_not_read_keeps_little_and_misses_nothing(
     followers: Followers, log: WrittenLog
 ) -> None:
@@ -430,6 +467,11 @@ async def test_a_follower_that_leaves_while_it_is_idle_stops_reading(followers: 
     await log.write(START)
     follower = followers.follow("r", BEFORE_ALL)
     assert await next_entries(follower) == [START]
+
+    async def is_noticed() -> bool:
+        return followers.requests["r"].feed.is_noticed
+
+    await eventually(is_noticed)
     follower.fall_back()
     before = asyncio.all_tasks()
     assert not await follower.wait_ready_within(0.01)

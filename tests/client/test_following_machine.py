@@ -461,6 +461,27 @@ def test_a_subscription_goes_from_state_to_state(events: list[FeedInput], state:
     assert feed is state
 
 
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_follower_that_returns_to_the_feed_reads_the_log_once_more(*, is_reading: bool) -> None:
+    machine = FollowMachine(BEFORE_ALL)
+    machine.fall_back()
+    request = machine.next_read()
+    assert request is not None
+    machine.on_page(read([START], request.after))
+    assert list(machine.drain()) == [START]
+    if is_reading:
+        assert machine.next_read() == Read(START.id, waits=True)
+    machine.return_to_feed()
+    machine.look_up()
+    if is_reading:
+        machine.on_page(None)
+    assert machine.next_read() == Read(START.id)
+    machine.on_page(None)
+    assert machine.next_read() is None
+    machine.on_message([delta(1, 1)], 100)
+    assert list(machine.drain()) == [delta(1, 1)]
+
+
 @pytest.mark.parametrize("state", [FeedState.UNNOTICED, FeedState.QUIET, FeedState.LIVE])
 def test_a_confirmed_subscription_may_be_interrupted_and_refused(state: FeedState) -> None:
     assert FEED_TRANSITIONS[state, FeedInput.INTERRUPTED] is FeedState.PENDING

@@ -29,7 +29,7 @@ class Recorder:
         self.times_interrupted += 1
 
     def on_refused(self, error: Exception) -> None:
-        assert "permission" in str(error)
+        assert "permission" in str(error) or "password" in str(error)
         self.times_refused += 1
 
 
@@ -167,6 +167,62 @@ async def test_a_refused_subscription_is_requested_again_unless_it_was_ended(red
         assert await redis.publish("left", "x") == 0
         assert await redis.publish("stays", "x") == 1
         await has_received(stays, b"x")
+        await subscriptions.aclose()
+
+
+async def test_after_a_password_was_restored_every_channel_is_subscribed_to_again(redis: Redis, redis_url: str) -> None:
+    async def set_password(password: str) -> None:
+        await redis.acl_setuser(
+            "user", enabled=True, reset_passwords=True, passwords=f"+{password}", categories=["+@all"], channels=["*"]
+        )
+        await redis.client_kill_filter(_type="pubsub")
+
+    await set_password("right")
+    listeners = [Recorder() for _ in range(3)]
+    async with command_client(redis_url.replace("//", "//user:right@"), connections=1) as client:
+        subscriptions = Subscriptions(client, retry_refused_after=0.02)
+        for number, listener in enumerate(listeners):
+            subscriptions.subscribe(f"c{number}", listener)
+        await until(*listeners)
+        await set_password("changed")
+
+        async def refused() -> bool:
+            return all(listener.times_refused for listener in listeners)
+
+        await eventually(refused)
+        await set_password("right")
+        await until(*listeners, subscribed=2)
+        assert [await redis.publish(f"c{number}", "x") for number in range(3)] == [1, 1, 1]
+        await subscriptions.aclose()
+    await redis.acl_deluser("user")
+
+
+async def test_a_refusal_costs_one_request_a_pause_for_any_number_of_channels(redis: Redis, mute_url: str) -> None:
+    async def requests() -> int:
+        statistics = await redis.info("commandstats")
+        return int(statistics["cmdstat_subscribe"].get("rejected_calls", 0))
+
+    listeners = [Recorder() for _ in range(50)]
+    async with command_client(mute_url, connections=1) as client:
+        subscriptions = Subscriptions(client, retry_refused_after=0.02)
+        for number, listener in enumerate(listeners):
+            subscriptions.subscribe(f"c{number}", listener)
+
+        async def all_refused() -> bool:
+            return all(listener.times_refused for listener in listeners)
+
+        await eventually(all_refused)
+        before, tries_before = await requests(), sum(listener.times_refused for listener in listeners)
+
+        async def requested_again() -> bool:
+            return sum(listener.times_refused for listener in listeners) >= tries_before + 10
+
+        await eventually(requested_again)
+        assert await requests() - before < 20
+        await redis.acl_setuser("mute", enabled=True, channels=["*"])
+        await until(*listeners)
+        subscriptions.unsubscribe("c0")
+        assert await redis.publish("c49", "x") == 1
         await subscriptions.aclose()
 
 

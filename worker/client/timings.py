@@ -19,6 +19,8 @@ class Timings:
     channel without subscribers for a while. The log is read meanwhile, and for as long before the confirmation."""
     reread_pause: float = 0.05
     """The pause between two of these reads."""
+    retry_refused_after: float = 5.0
+    """The time from the refusal of a subscription until one is requested again. The logs are polled meanwhile."""
     block: float = 5.0
     """How long a blocking read waits for entries."""
     first_pause: float = 0.02

@@ -3,6 +3,9 @@
 In a cluster, subscriptions may be sharded (Redis 7): the messages of a channel are then received at the master of its
 slot. All changes of one step of the event loop are sent in one write. After a lost connection every channel is
 subscribed to again, and its listener is notified: messages that were published meanwhile are lost.
+
+A refusal is not final: an operator may grant the right to a channel, or restore a password. It applies to all channels
+of its server. From time to time one of them is requested again, and once Redis accepts it, so are the others.
 """
 
 import asyncio
@@ -37,7 +40,7 @@ class Listener(Protocol):
         """Called when the connection was lost: messages are lost until `on_subscribed` is called again."""
 
     def on_refused(self, error: Exception) -> None:
-        """Called when Redis refuses the subscription, because the user lacks a right or the server is too old."""
+        """Called each time that Redis refuses the subscription: a missing right, a wrong password, an old server."""
 
 
 class Subscriptions:
@@ -47,8 +50,7 @@ class Subscriptions:
         redis: the client. One connection is taken from each server's pool.
         sharded: in a cluster, receive the messages of SPUBLISH at the master of a channel's slot. Otherwise the
             messages of PUBLISH are received, which a cluster sends to all of its nodes.
-        retry_refused_after: seconds until a subscription that Redis refused is requested again. Without it, a refusal
-            applies to all channels of that server until the connection is lost.
+        retry_refused_after: seconds after a refusal until one of the server's channels is requested again.
         silence: seconds until a silent connection gets a PING, and then until it counts as lost.
         what: the name of lost connections in reports to `telemetry`.
     """
@@ -58,7 +60,7 @@ class Subscriptions:
         redis: Redis,
         *,
         sharded: bool = True,
-        retry_refused_after: float | None = None,
+        retry_refused_after: float = 5.0,
         silence: float = 5.0,
         what: str = "",
         telemetry: Telemetry | None = None,
@@ -75,8 +77,6 @@ class Subscriptions:
         """The server of each channel that has one."""
         self._unplaced: dict[bytes, Listener] = {}
         """The listeners of channels whose server is not known yet."""
-        self._refused: dict[bytes, tuple[Listener, asyncio.TimerHandle]] = {}
-        """The listeners of refused channels, and when each is requested again."""
         self._placing: asyncio.Task[None] | None = None
         self._is_closed = False
         self._retired: set[asyncio.Task[None]] = set()
@@ -91,16 +91,14 @@ class Subscriptions:
         """End the subscription to a channel. Its listener is no longer called."""
         name = channel.encode()
         self._unplaced.pop(name, None)
-        if name in self._refused:
-            self._refused.pop(name)[1].cancel()
         if (home := self._homes.pop(name, None)) is not None:
             home.remove(name)
 
     async def aclose(self) -> None:
         """Close the connections."""
         self._is_closed = True
-        for _, timer in self._refused.values():
-            timer.cancel()
+        for server in self._servers.values():
+            server.stop_retries()
         tasks = [self._placing, *(server.task for server in self._servers.values()), *self._retired]
         for task in tasks:
             while task is not None and not task.done():  # redis-py 8.1 may swallow a cancellation while it connects
@@ -119,19 +117,6 @@ class Subscriptions:
             del self._homes[channel]
             self._unplaced[channel] = listener
             listener.on_interrupted()
-
-    def refuse(self, listeners: dict[bytes, Listener], error: Exception) -> None:
-        """Drop channels that Redis refuses, or keep them until they are requested again."""
-        for channel, listener in listeners.items():
-            del self._homes[channel]
-            if self.retry_refused_after is not None:
-                timer = asyncio.get_running_loop().call_later(self.retry_refused_after, self._request_again, channel)
-                self._refused[channel] = listener, timer
-            listener.on_refused(error)
-
-    def _request_again(self, channel: bytes) -> None:
-        self._unplaced[channel], _ = self._refused.pop(channel)
-        self.place()
 
     async def _remove_server(self, server: Redis) -> None:
         """Find other servers for the channels of a server that is no longer a master."""
@@ -187,12 +172,18 @@ class _ServerSubscriptions:
         self._backoff = owner.new_backoff()
         self._refusal: Exception | None = None
         """Why this server refuses every subscription. A new connection, which may have new rights, clears it."""
+        self._refused: dict[bytes, Listener] = {}
+        """The listeners of refused channels. The first one is requested again next."""
+        self._retry: asyncio.TimerHandle | None = None
 
     def add(self, channel: bytes, listener: Listener) -> None:
-        """Subscribe to a channel."""
-        if self._refusal is not None and self._owner.retry_refused_after is None:
-            self._owner.refuse({channel: listener}, self._refusal)
-            return
+        """Subscribe to a channel, unless the server refuses every subscription at present."""
+        if self._refusal is not None and channel not in self._listeners:
+            self._refuse({channel: listener}, self._refusal)
+        else:
+            self._request(channel, listener)
+
+    def _request(self, channel: bytes, listener: Listener) -> None:
         self._listeners[channel] = listener
         self._change(channel)
         if self.task is None or self.task.done():
@@ -200,12 +191,13 @@ class _ServerSubscriptions:
 
     def remove(self, channel: bytes) -> None:
         """Unsubscribe from a channel."""
-        del self._listeners[channel]
-        self._change(channel)
+        if self._refused.pop(channel, None) is None and self._listeners.pop(channel, None) is not None:
+            self._change(channel)
 
     def retire(self) -> dict[bytes, Listener]:
         """Close the connection for good. Returns the listeners of this server."""
         listeners = self._remove_all()
+        self.stop_retries()
         if self._connection is not None:
             self._connection.give_up(connection_lost_error())
         return listeners
@@ -225,25 +217,62 @@ class _ServerSubscriptions:
         """Handle the reply to a command, or the end of a subscription by Redis."""
         if isinstance(reply, RedisError):
             if not is_transient(reply):
-                self._refusal = reply
-                self._owner.refuse(self._remove_all(), reply)
+                self._refuse(self._remove_listeners(), reply)
             elif self._connection is not None:
                 self._connection.give_up(reply)
         elif isinstance(reply, list) and (listener := self._listeners.get(reply[1])) is not None:
             if reply[0] == self._subscribed:
-                self._refusal = None
                 self._backoff.reset()
                 self._owner.backoff.reset()
                 listener.on_subscribed()
+                self._request_refused()
             elif reply[0] == self._unsubscribed:  # Redis ended the subscription, since the slot has moved
                 del self._listeners[reply[1]]
                 self._owner.displace({reply[1]: listener})
                 self._owner.place()
 
-    def _remove_all(self) -> dict[bytes, Listener]:
+    def stop_retries(self) -> None:
+        """Request no refused channel again."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _refuse(self, listeners: dict[bytes, Listener], error: Exception) -> None:
+        """Keep channels that Redis refuses, and request one of them again after a pause."""
+        self._refusal = error
+        self._refused |= listeners
+        if self._retry is None:
+            pause = self._owner.retry_refused_after
+            self._retry = asyncio.get_running_loop().call_later(pause, self._request_first_refused)
+        for listener in listeners.values():
+            listener.on_refused(error)
+
+    def _request_first_refused(self) -> None:
+        """Request one refused channel again. If Redis refuses it, it becomes the last of them."""
+        self._retry = None
+        channel = next(iter(self._refused), None)
+        if channel is None:
+            self._refusal = None
+        else:
+            self._request(channel, self._refused.pop(channel))
+
+    def _request_refused(self) -> None:
+        """Request all refused channels again, since Redis has accepted another one."""
+        self._refusal = None
+        self.stop_retries()
+        refused, self._refused = self._refused, {}
+        for channel, listener in refused.items():
+            self._request(channel, listener)
+
+    def _remove_listeners(self) -> dict[bytes, Listener]:
         listeners = dict(self._listeners)
         self._listeners.clear()
         return listeners
+
+    def _remove_all(self) -> dict[bytes, Listener]:
+        """Remove every channel, including the refused ones."""
+        refused, self._refused = self._refused, {}
+        return refused | self._remove_listeners()
 
     def _change(self, channel: bytes) -> None:
         if self._connection is None:  # a new connection subscribes to every channel
@@ -264,13 +293,14 @@ class _ServerSubscriptions:
             try:
                 await self._listen()
             except (RedisError, OSError) as error:
-                self._refusal = None
                 if is_transient(error):
+                    self._refusal = None
+                    self.stop_retries()
                     self._owner.displace(self._remove_all())
                     await self._backoff.wait(error)
                     self._owner.place()
                 else:
-                    self._owner.refuse(self._remove_all(), error)
+                    self._refuse(self._remove_listeners(), error)
 
     async def _listen(self) -> None:
         """Connect, subscribe to every channel, and receive messages until the connection is lost.

@@ -60,6 +60,8 @@ class Follower:
         self._wait = wait
         """Seconds that the log may take to appear."""
         self._page_size = PageSize()
+        self._awaits_feed = False
+        """Whether the log is polled because Redis refuses the subscription."""
         self._pour_into: Callable[[AnyEntry], object] | None = None
         """The function to which `on_message` passes entries directly, while `pour` waits."""
         self._error: BaseException | None = None
@@ -172,10 +174,16 @@ class Follower:
         self._wake()
 
     def fall_back(self) -> None:
-        """Poll the log from now on, without the feed."""
+        """Poll the log, without the feed, until `return_to_feed` is called: Redis refuses the subscription."""
+        self._awaits_feed = True
         self.machine.fall_back()
-        self._request.leave(self)
         self._wake()
+
+    def return_to_feed(self) -> None:
+        """Use the feed again after `fall_back`."""
+        if self._awaits_feed:
+            self._awaits_feed = False
+            self.machine.return_to_feed()
 
     def on_tick(self) -> None:
         """Handle a tick, at which silence is counted."""
@@ -204,7 +212,8 @@ class Follower:
         machine.on_page(page)
         self.is_over = machine.state is FollowState.ENDED
         if machine.polls:
-            self._request.leave(self)
+            if not self._awaits_feed:
+                self._request.leave(self)
         elif machine.wants_feed and not self.is_over:
             self._request.subscribe()
         if may_be_overdue(machine.queued):

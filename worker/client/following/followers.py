@@ -32,7 +32,7 @@ class Followers:
         self.keys = keys
         self.logs = logs
         self.timings = logs.timings
-        self.subscriptions = Subscriptions(redis)
+        self.subscriptions = Subscriptions(redis, retry_refused_after=self.timings.retry_refused_after)
         self._redis = redis
         self.requests: dict[str, RequestFollowers] = {}
         """The requests that are followed, by id."""
@@ -130,8 +130,7 @@ class RequestFollowers:
         """Remove a follower. The last one ends the subscription."""
         if self.followers.pop(follower, self) is None and not self.followers:
             self._client_followers.forget(self)
-            if self.feed is not FeedState.ABSENT:
-                self._client_followers.subscriptions.unsubscribe(self._channel)
+            self._client_followers.subscriptions.unsubscribe(self._channel)
 
     def look_up(self) -> None:
         """Let every follower read the log."""
@@ -158,6 +157,8 @@ class RequestFollowers:
     def on_subscribed(self) -> None:
         self.on_feed(FeedInput.CONFIRMED)
         self._await_notice()
+        for follower in self.followers:
+            follower.return_to_feed()
         self.look_up()
 
     def on_interrupted(self) -> None:
@@ -166,7 +167,7 @@ class RequestFollowers:
 
     def on_refused(self, error: Exception) -> None:  # noqa: ARG002 - see `Listener`
         self.on_feed(FeedInput.REFUSED)
-        for follower in list(self.followers):
+        for follower in self.followers:
             follower.fall_back()
 
     def _await_notice(self) -> None:

@@ -68,7 +68,9 @@ class FollowInput(enum.Enum):
     READ_FAILED = enum.auto()
     """A read failed, or was cancelled."""
     FALL_BACK = enum.auto()
-    """The feed is no longer used."""
+    """The feed is not used."""
+    RETURN = enum.auto()
+    """The feed is used again."""
 
 
 _S, _I = FollowState, FollowInput
@@ -81,6 +83,7 @@ TRANSITIONS: Mapping[tuple[FollowState, FollowInput], FollowState] = {
     (_S.BEHIND, _I.FALL_BACK): _S.POLLING,
     (_S.AT_HOLE, _I.READ): _S.READING,
     (_S.POLLING, _I.READ): _S.READING,
+    (_S.POLLING, _I.RETURN): _S.BEHIND,
     (_S.READING, _I.LOOK_UP): _S.REREADING,
     (_S.READING, _I.PAGE_TO_END): _S.LISTENING,
     (_S.READING, _I.PAGE_FULL): _S.BEHIND,
@@ -135,6 +138,7 @@ _F, _G = FeedState, FeedInput
 
 FEED_TRANSITIONS: Mapping[tuple[FeedState, FeedInput], FeedState] = {
     (_F.ABSENT, _G.SUBSCRIBE): _F.PENDING,
+    (_F.ABSENT, _G.CONFIRMED): _F.UNNOTICED,
     (_F.PENDING, _G.CONFIRMED): _F.UNNOTICED,
     (_F.PENDING, _G.REFUSED): _F.ABSENT,
     (_F.UNNOTICED, _G.MESSAGE): _F.LIVE,
@@ -256,7 +260,7 @@ class FollowMachine:
         self.wants_feed = False
         """Whether the feed is useful, because the end of the log was reached."""
         self.polls = False
-        """Whether the feed is no longer used."""
+        """Whether the log is polled, without the feed."""
         self._attempt, self._n = after
         """The id of the last entry that the machine has received."""
         self._held: list[tuple[Sequence[AnyEntry], int]] = []
@@ -374,6 +378,11 @@ class FollowMachine:
         """Stop using the feed, and poll the log."""
         self.polls = True
         self._poll()
+
+    def return_to_feed(self) -> None:
+        """Use the feed again after `fall_back`. The log must be read once more."""
+        self.polls = False
+        self._move(FollowInput.RETURN)
 
     def _poll(self) -> None:
         if self.polls and self._is_confirmed:
