@@ -85,7 +85,10 @@ async def test_a_renewal_that_redis_refuses_is_raised(one: Process, redis: Redis
     leases.cancel()
 
 
-async def until_stopped(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
+async def until_stopped(
+    _: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None], _demand: object, *, may_park: bool
+) -> None:
+    del may_park
     await stop
 
 
@@ -97,7 +100,10 @@ async def test_a_job_whose_lease_ends_is_stopped_while_a_renewal_waits_for_redis
         await behind.jobs.ensure_group("default")
         stopped: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
 
-        async def work(_: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None]) -> None:
+        async def work(
+            _: Delivery, stop: "asyncio.Future[Stop]", _free: Callable[[], None], _demand: object, *, may_park: bool
+        ) -> None:
+            del may_park
             stopped.set_result(await stop)
 
         leases = RunningJobs(behind.jobs, work, lambda: None, lease=0.6, telemetry=Receivers())

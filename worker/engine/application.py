@@ -18,6 +18,7 @@ from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.ownership import LogOwnership
+from ..broker.parked_jobs import ParkedJobs
 from ..broker.replicas import Replicas
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
@@ -45,11 +46,15 @@ from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
+from .admission import Admission
 from .intake import JobIntake
 from .job_context import JobServices
 from .job_runner import run_job
+from .line_intake import LineIntake
+from .lines import KnownLines
 from .maintenance import Maintenance
 from .pace import Pace
+from .parking import Parking
 from .poison import Quarantine
 from .running_jobs import RunningJobs
 from .slots import Slots
@@ -131,8 +136,15 @@ class Worker:
             pace=pace,
         )
         slots = Slots(settings.slots)
+        parked = ParkedJobs(self._commands, keys, self._name, settings.lease, self._clock.now)
+        parking = Parking(parked, KnownLines(), Admission(self._servers), telemetry)
         self._running_jobs = RunningJobs(
-            self._jobs, partial(run_job, services), partial(slots.release, 1), lease=settings.lease, telemetry=telemetry
+            self._jobs,
+            partial(run_job, services),
+            partial(slots.release, 1),
+            lease=settings.lease,
+            telemetry=telemetry,
+            parking=parking,
         )
         self._intake = JobIntake(
             settings,
@@ -140,7 +152,19 @@ class Worker:
             self._servers,
             self._running_jobs,
             slots,
+            parking=parking,
             block=block,
+            pace=pace,
+            telemetry=telemetry,
+        )
+        self._line_intake = LineIntake(
+            settings,
+            parked,
+            self._servers,
+            self._running_jobs,
+            slots,
+            self._intake,
+            parking=parking,
             pace=pace,
             telemetry=telemetry,
         )
@@ -197,6 +221,7 @@ class Worker:
             self._at_once.set()
         self._stopping.set()
         self._intake.stop()
+        self._line_intake.stop()
         self._take_over.stop()
 
     def _serve_metrics(self) -> None:
@@ -244,7 +269,7 @@ class Worker:
             taking = [
                 group.create_task(intake.take_new(rank, queue)) for rank, queue in enumerate(self._settings.queues)
             ]
-            taking.append(group.create_task(self._take_over.run()))
+            taking += [group.create_task(self._line_intake.run()), group.create_task(self._take_over.run())]
             parts = [
                 group.create_task(part)
                 for part in (
@@ -266,6 +291,7 @@ class Worker:
                 await self._running_jobs.hand_over_all(self._pace.last_steps)
             finally:  # also when a part has failed: redis-py may lose the cancellation of the others
                 intake.stop()
+                self._line_intake.stop()
                 self._take_over.stop()
                 maintenance.stop()
                 self._cancels.stop()

@@ -1,9 +1,8 @@
-"""Intake: takes jobs for free slots. It pauses while jobs could not be done."""
+"""Intake: takes new jobs for free slots and free places at the servers. It pauses while jobs could not be done."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
 
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -15,17 +14,30 @@ from ..settings import Settings
 from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Telemetry
 from ..telemetry.logging import REPEAT_AFTER
 from ..vllm.servers.pool import ServerPool
+from ..vllm.servers.room import Demand
+from .outline import JobOutline, is_valid, outline_of
 from .pace import Pace, sleep_unless_set
+from .parking import JobToPark, Parking
+from .poison import may_be_poison
 from .running_jobs import RunningJobs
 from .slots import Slots
 
 NO_VLLM = "no_vllm"
+VLLM_FULL = "vllm_full"
 REDIS_FULL = "redis_full"
 REDIS_REFUSES = "redis_refuses"
 REDIS_LOGIN = "redis_login"
 REDIS_AWAY = "redis_away"
-"""Why no jobs are taken: no vLLM server is available; Redis has no memory left; Redis refuses writes or connections for
-another reason; Redis refuses the password or the user; Redis does not answer."""
+"""Why no jobs are taken: no vLLM server is available; every server has as many requests as it can answer now; Redis has
+no memory left; Redis refuses writes or connections for another reason; Redis refuses the password or the user; Redis
+does not answer."""
+
+_NOT_LOGGED = ("", VLLM_FULL, NO_VLLM, REDIS_AWAY)
+"""A full vLLM is no fault. The other two are logged elsewhere."""
+
+_IDLE_FACTOR = 4
+"""After a read of jobs that all had to wait, the next read follows this many times as long as the read took."""
+_LEAST_IDLE = 0.01
 
 
 def reason_of(error: RedisError | OSError) -> str:
@@ -40,7 +52,7 @@ def reason_of(error: RedisError | OSError) -> str:
 class JobIntake:
     """Fills the slots of a process with jobs. `block` is how many seconds a read waits for a job."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - it takes jobs from all of these, for all of these
         self,
         settings: Settings,
         jobs: JobQueue,
@@ -48,6 +60,7 @@ class JobIntake:
         running_jobs: RunningJobs,
         slots: Slots,
         *,
+        parking: Parking,
         block: float,
         pace: Pace,
         telemetry: Telemetry,
@@ -57,6 +70,9 @@ class JobIntake:
         self._servers = servers
         self._running_jobs = running_jobs
         self._slots = slots
+        self._parking = parking
+        self._lines = parking.lines
+        self._admission = parking.admission
         self._block_ms = int(block * 1000)
         self._pace = pace
         self._telemetry = telemetry
@@ -78,17 +94,20 @@ class JobIntake:
         A read in flight is never cancelled: the jobs that it returns would wait until their lease ends.
         """
         backoff = Backoff("claim_failed", self._telemetry)
-        fetched: int | None = 0
-        while fetched is not None:
-            fetch = partial(self._jobs.read_new, queue, block_ms=self._block_ms)
-            fetched = await self.fill_slots(rank, backoff, fetch)
+        while not self._stopping.is_set():
+            if not self._is_full:
+                await self._read_new(rank, queue, backoff)
+            elif self._parking.is_possible and self._lines.reads_ahead(queue):
+                await self._read_ahead(queue, backoff)
+            else:
+                await self._wait_for_room(queue)
 
     async def fill_slots(
         self, rank: int, backoff: Backoff, fetch: Callable[[int], Awaitable[list[Delivery]]]
     ) -> int | None:
-        """Wait for free slots and fetch jobs for them, once. Returns the number of jobs; None when the intake stops.
+        """Wait for free slots and fetch jobs that others have begun for them, once.
 
-        A lower rank is more important.
+        A lower rank is more important. Returns the number of jobs; None when the intake stops.
         """
         count = await self._slots.reserve(rank)
         if not count:
@@ -96,31 +115,64 @@ class JobIntake:
         deliveries: list[Delivery] = []
         failure, sent = None, 0.0
         try:
-            self._pause_for(await self._reason_to_pause())
-            if not self.paused:
+            self._pause_for(await self.reason_to_pause())
+            if self.paused in ("", VLLM_FULL):
                 sent = time.monotonic()
                 deliveries = await fetch(count)
         except (RedisError, OSError) as error:
             failure = error
-            if reason := reason_of(error):
-                self._pause_for(reason)
-            if isinstance(error, RedisTimeoutError):
-                self._slots.adapt(too_slow=True)
+            self._note_failure(error)
         if deliveries:
-            took = time.monotonic() - sent - self._block_ms / 1000  # a read may have waited for its first job
-            self._slots.adapt(too_slow=took > self._settings.lease / 3)
-        self._slots.release(count - self._running_jobs.start(deliveries, sent))
+            self._slots.adapt(too_slow=time.monotonic() - sent > self._settings.lease / 3)
+        demands = {}
+        for delivery in deliveries:
+            if (outline := self._outline_of(delivery)) is not None:
+                demands[delivery.id] = self._servers.expect(outline.models[0])
+        self._slots.release(count - self._running_jobs.start(deliveries, sent, demands))
         if failure is not None:
             await backoff.wait(failure)
             return 0
         backoff.reset()
-        if self.paused == NO_VLLM:
-            await self._wait_for_vllm()
-        elif self.paused:
-            await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
+        await self._wait_out_pause()
         return len(deliveries)
 
-    async def _reason_to_pause(self) -> str:
+    async def start_or_park(self, deliveries: Sequence[Delivery], sent: float, slots: int) -> int:
+        """Start the jobs that have a place at a server, in at most `slots` reserved slots, and park the others.
+
+        A job that cannot be parked is started too: it waits in a slot. So is a job that is not valid or may be poison,
+        which needs no place or must not be read here. Slots that are not needed are released. Returns the number of
+        jobs that were started.
+        """
+        startable: list[Delivery] = []
+        demands: dict[str, Demand] = {}
+        waiting: list[JobToPark] = []
+        for delivery in deliveries:
+            outline = self._outline_of(delivery)
+            if outline is None:
+                startable.append(delivery)
+                continue
+            self._lines.on_seen(delivery.queue, outline)
+            demand = self._admission.admit(outline.models) if len(startable) < slots else None
+            if demand is not None:
+                startable.append(delivery)
+                demands[delivery.id] = demand
+            elif self._parking.is_possible and is_valid(delivery, self._settings):
+                waiting.append(JobToPark(delivery, outline, 0.0))
+            else:
+                startable.append(delivery)
+                demands[delivery.id] = self._servers.expect(outline.models[0])
+        started = self._running_jobs.start(startable, sent, demands)
+        self._slots.release(slots - started)
+        if waiting:
+            age = time.monotonic() - sent
+            results = await self._parking.park([JobToPark(job.delivery, job.outline, age) for job in waiting])
+            kept = [job.delivery for job, result in zip(waiting, results, strict=True) if isinstance(result, Exception)]
+            late = self._running_jobs.start(kept, sent)
+            self._slots.release(-late)
+            started += late
+        return started
+
+    async def reason_to_pause(self) -> str:
         """Why a job that is taken now could not be done; empty if it could. Any worker can take it from the queue."""
         if not self._servers.is_available:
             return NO_VLLM
@@ -130,7 +182,97 @@ class JobIntake:
             if is_transient(error):
                 return REDIS_FULL if isinstance(error, OutOfMemoryError) else REDIS_REFUSES
             # A missing right to the probed key alone is no reason. Other missing rights are reported by their commands.
-        return ""
+        return VLLM_FULL if self._is_full else ""
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether servers are available, but none has room for another request."""
+        return self._servers.total_room() <= 0 and self._servers.is_available
+
+    async def _read_new(self, rank: int, queue: str, backoff: Backoff) -> None:
+        """Wait for free slots and read new jobs for them, once. No more are read than the servers have room for."""
+        count = await self._slots.reserve(rank)
+        if not count:
+            return
+        try:
+            self._pause_for(await self.reason_to_pause())
+        except (RedisError, OSError) as error:
+            self._slots.release(count)
+            self._note_failure(error)
+            await backoff.wait(error)
+            return
+        wanted = 0 if self.paused else min(count, self._servers.total_room())
+        self._slots.release(count - wanted)
+        if wanted > 0:
+            self._slots.lend(wanted)
+            await self._read(queue, backoff, wanted, lent=wanted)
+        else:
+            backoff.reset()
+            await self._wait_out_pause()
+
+    async def _read_ahead(self, queue: str, backoff: Backoff) -> None:
+        """Read jobs while no server has room, so that they wait in the lines of their tenants."""
+        try:
+            reason = await self.reason_to_pause()
+        except (RedisError, OSError) as error:
+            self._note_failure(error)
+            await backoff.wait(error)
+            return
+        self._pause_for(reason)
+        if reason == VLLM_FULL:
+            await self._read(queue, backoff, self._slots.most_per_read, lent=0)
+            await sleep_unless_set(self._stopping, self._pace.read_ahead_every)
+        else:
+            backoff.reset()
+            await self._wait_out_pause()
+
+    async def _read(self, queue: str, backoff: Backoff, count: int, *, lent: int) -> None:
+        """Read up to `count` new jobs, and start or park them. `lent` slots are reserved and lent for the read."""
+        deliveries: list[Delivery] = []
+        failure, sent = None, time.monotonic()
+        try:
+            deliveries = await self._jobs.read_new(queue, count, block_ms=self._block_ms)
+        except (RedisError, OSError) as error:
+            failure = error
+            self._note_failure(error)
+        arrived = time.monotonic()
+        slots = self._slots.take_back(lent)
+        self._slots.release(lent - slots)
+        if deliveries:
+            # A read may have waited for its first job.
+            self._slots.adapt(too_slow=arrived - sent - self._block_ms / 1000 > self._settings.lease / 3)
+        started = await self.start_or_park(deliveries, sent, slots)
+        if failure is not None:
+            await backoff.wait(failure)
+            return
+        backoff.reset()
+        if deliveries and not started:  # the jobs behind these may have a place, but this process has other work too
+            idle = max(_LEAST_IDLE, _IDLE_FACTOR * (time.monotonic() - arrived))
+            await sleep_unless_set(self._stopping, min(idle, self._pace.scan_every))
+
+    def _outline_of(self, delivery: Delivery) -> JobOutline | None:
+        """The outline of a job; None if it is not valid, or must not be read here."""
+        return None if may_be_poison(delivery, self._settings.max_deliveries) else outline_of(delivery)
+
+    async def _wait_for_room(self, queue: str) -> None:
+        """Wait until a server has room, or the queue may be read ahead."""
+        self._pause_for(VLLM_FULL)
+        while self._is_full and not self._stopping.is_set():
+            changed = asyncio.ensure_future(self._servers.wait_changed(self._pace.scan_every))
+            stopping = asyncio.ensure_future(self._stopping.wait())
+            await asyncio.wait({changed, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            stopping.cancel()
+            if self._parking.is_possible and self._lines.reads_ahead(queue):
+                return
+        if self.paused == VLLM_FULL:
+            self._pause_for("")
+
+    def _note_failure(self, error: RedisError | OSError) -> None:
+        if reason := reason_of(error):
+            self._pause_for(reason)
+        if isinstance(error, RedisTimeoutError):
+            self._slots.adapt(too_slow=True)
 
     def _pause_for(self, reason: str) -> None:
         """Begin a pause for a reason. An empty reason ends the pause."""
@@ -140,7 +282,7 @@ class JobIntake:
             if reason:
                 self._telemetry.emit(IntakePaused(reason, on=True))
             self.paused = reason
-        self._log_pause("" if reason in (NO_VLLM, REDIS_AWAY) else reason)  # those two are logged elsewhere
+        self._log_pause("" if reason in _NOT_LOGGED else reason)
 
     def _log_pause(self, reason: str) -> None:
         """Log each reason at most every half minute: a Redis with little free memory refuses some writes."""
@@ -153,6 +295,13 @@ class JobIntake:
         if reason and now - self._logged_at.get(reason, float("-inf")) > REPEAT_AFTER:
             self._telemetry.emit(ClaimsPaused(reason))
             self._logged_pause, self._logged_at[reason] = reason, now
+
+    async def _wait_out_pause(self) -> None:
+        """Wait while vLLM is away, or until Redis may accept writes again. A full vLLM is waited for elsewhere."""
+        if self.paused == NO_VLLM:
+            await self._wait_for_vllm()
+        elif self.paused not in ("", VLLM_FULL):
+            await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
 
     async def _wait_for_vllm(self) -> None:
         waiting = {

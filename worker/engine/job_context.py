@@ -33,12 +33,11 @@ from ..telemetry.events import Telemetry
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.room import Demand
+from .outline import DAY_MS
 from .pace import Pace
 from .poison import Quarantine, may_be_poison
 
 _T = TypeVar("_T")
-
-_DAY_MS = 24 * 3600 * 1000
 
 UNREAD = InvalidJob("the job is not read yet")
 """The placeholder for a possible poison job until its log is claimed. So a death while it is read is a failure."""
@@ -95,7 +94,8 @@ class JobContext:
 
     `id` is the request's id; empty if the job has no valid id. `parsed` is the job, an `InvalidJob` if it does not
     validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `demand` counts against the
-    room at the servers until the job has reserved a server. `retry` retries until Redis answers or the job must stop.
+    room at the servers until the job has reserved a server. `may_park` is whether the job may go back to its queue to
+    wait for a server. `retry` retries until Redis answers or the job must stop.
     """
 
     def __init__(
@@ -105,12 +105,15 @@ class JobContext:
         stop: "asyncio.Future[Stop]",
         release_slot: Callable[[], None],
         demand: Demand | None = None,
+        *,
+        may_park: bool = True,
     ) -> None:
         self._settings = settings = services.settings
         self.delivery = delivery
         self.stop = stop
         self.release_slot = release_slot
         self.demand = demand
+        self.may_park = may_park
         self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
         self._now = services.now
         self.began = self._now()
@@ -123,7 +126,7 @@ class JobContext:
         except InvalidJob as problem:
             if not self.id:
                 self.parsed = problem
-        self.deadline = deadline or delivery.enqueued + _DAY_MS
+        self.deadline = deadline or delivery.enqueued + DAY_MS
         self.retention = retention or settings.retention
         self.remember = max(settings.remember, self.retention)
         if not may_be_poison(delivery, settings.max_deliveries):

@@ -37,8 +37,9 @@ from ..telemetry.job_events import (
     LogDisappeared,
     LogDivergence,
 )
+from ..vllm.servers.room import Demand
 from .generation import Generation
-from .job_context import UNREAD, JobContext, JobServices, Stop, Stopped
+from .job_context import UNREAD, JobContext, JobServices, MustWait, Stop, Stopped
 from .poison import QuarantineTurn, count_failures, needs_quarantine, progress_goal
 from .settlement import Settlement
 
@@ -53,12 +54,19 @@ async def run_job(
     delivery: Delivery,
     stop: "asyncio.Future[Stop]",
     release_slot: Callable[[], None] = lambda: None,
+    demand: Demand | None = None,
+    *,
+    may_park: bool = True,
 ) -> None:
     """Run a delivered job to its acknowledgement, unless `stop` or a fence leaves it to another worker.
 
-    `release_slot` lets another job start. It is called when the job only waits for Redis.
+    `release_slot` lets another job start. It is called when the job only waits for Redis. `demand` is the place at the
+    servers that is kept for the job. Without `may_park`, the job waits here for a server until its deadline.
+
+    Raises:
+        MustWait: when no server has a place for the job.
     """
-    job = JobContext(services, delivery, stop, release_slot)
+    job = JobContext(services, delivery, stop, release_slot, demand, may_park=may_park)
     settlement = Settlement(services, job)
     if not job.id:  # without an id there is no log for the error
         await settlement.acknowledge_job()
@@ -95,7 +103,7 @@ class JobRunner:
             await self._settlement.bury_and_acknowledge(f"Redis refuses to write the log: {refusal}", "log_refused")
         except LogExhausted as problem:
             await self._end_unrunnable_job(str(problem))
-        except (RedisError, OSError, LogLost, Stopped):  # not the job's fault
+        except (RedisError, OSError, LogLost, Stopped, MustWait):  # not the job's fault
             raise
         except Exception as error:
             if job.delivery.count <= self._max_deliveries:

@@ -17,6 +17,10 @@ class Pace:
     """The longest wait of one read for a job. A worker that stops waits for its last reads to return."""
     scan_every: float = 0.5
     """The time between two searches for expired leases. So another worker soon continues a job that was handed over."""
+    read_ahead_every: float = 0.1
+    """The pause after a read of jobs for which no server has room."""
+    overdue_every: float = 3.0
+    """The time between two searches for parked jobs whose deadline has passed."""
     recheck_writes_after: float = 0.5
     """The time until a Redis that refuses writes is tried again."""
     first_retry: float = 0.25

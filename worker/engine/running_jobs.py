@@ -2,21 +2,37 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol
 
 from redis.exceptions import RedisError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.errors import redacted_message
+from ..redisio.errors import is_transient, redacted_message
+from ..redisio.retry import Backoff
 from ..telemetry.events import HandOverFailed, JobsHandedOver, Telemetry
 from ..telemetry.job_events import JobBrokenOff, JobFailed, JobLeft, LeaseWasLost
-from .job_context import Stop, Stopped
+from ..vllm.servers.room import Demand
+from .job_context import MustWait, Stop, Stopped
+from .parking import Parking
 
-RunJob: TypeAlias = "Callable[[Delivery, asyncio.Future[Stop], Callable[[], None]], Awaitable[None]]"
-"""Runs a delivered job until it ends or its stop future is done. The last argument releases the job's slot."""
+
+class RunJob(Protocol):
+    """Runs a delivered job until it ends, its stop future is done, or it must wait. See `job_runner.run_job`."""
+
+    def __call__(
+        self,
+        delivery: Delivery,
+        stop: "asyncio.Future[Stop]",
+        release_slot: Callable[[], None],
+        demand: Demand | None,
+        /,
+        *,
+        may_park: bool,
+    ) -> Awaitable[None]: ...
+
 
 _MOST_WITHOUT_SLOT = 1000
 """The most jobs that may have released their slot before their end, since each is in memory with its request."""
@@ -31,6 +47,7 @@ class RunningJob:
     renewed: float
     task: "asyncio.Task[None]"
     has_slot: bool = True
+    demand: Demand | None = None
 
     def stop_for(self, reason: Stop) -> None:
         """Stop the job. Only the first reason counts."""
@@ -42,7 +59,7 @@ class RunningJobs:
     """The jobs that run here. `run` runs one job, and `slot_released` is called when a job releases its slot.
 
     A job whose log is sealed, and that only waits for Redis, may release its slot. It keeps its lease. `lease` is in
-    seconds.
+    seconds. `parking` parks the jobs that must wait for a server.
     """
 
     def __init__(
@@ -53,12 +70,16 @@ class RunningJobs:
         *,
         lease: float,
         telemetry: Telemetry,
+        parking: Parking | None = None,
     ) -> None:
         self._jobs = jobs
         self._run = run
         self._slot_released = slot_released
         self._lease = lease
         self._telemetry = telemetry
+        self._parking = parking
+        self._renewing = asyncio.Lock()
+        """Held while leases are renewed, and while a job is parked: a renewal must not take a parked job back."""
         self._running: dict[tuple[str, str], RunningJob] = {}
         self.finished = 0
         """How many jobs ended here. Jobs that were handed over or otherwise left do not count."""
@@ -79,20 +100,24 @@ class RunningJobs:
         """The ids of the jobs of a queue that run here."""
         return {job for name, job in self._running if name == queue}
 
-    def start(self, deliveries: Iterable[Delivery], sent: float) -> int:
+    def start(self, deliveries: Iterable[Delivery], sent: float, demands: Mapping[str, Demand] | None = None) -> int:
         """Start jobs that were requested from Redis at `sent`. Returns how many were started.
 
-        If a job runs here already, as after a pause of this process, the delivery renews its lease.
+        If a job runs here already, as after a pause of this process, the delivery renews its lease. `demands` has the
+        places at the servers that are kept for jobs, by their ids.
         """
         started = 0
         for delivery in deliveries:
+            demand = demands.get(delivery.id) if demands else None
             running = self._running.get((delivery.queue, delivery.id))
             if running is not None:
                 running.renewed = sent
+                if demand is not None:
+                    demand.end()
                 continue
             stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
             task = asyncio.create_task(self._run_to_end(delivery, stop))
-            self._running[delivery.queue, delivery.id] = RunningJob(delivery, stop, sent, task)
+            self._running[delivery.queue, delivery.id] = RunningJob(delivery, stop, sent, task, demand=demand)
             started += 1
         return started
 
@@ -100,8 +125,8 @@ class RunningJobs:
         """Run one job. Its errors do not affect other jobs: the job stays pending, and its log has its progress."""
         queue, job = delivery.queue, delivery.id
         try:
-            await self._run(delivery, stop, partial(self._release_slot, delivery))
-            self.finished += not stop.done()
+            if await self._run_or_park(self._running[queue, job]):
+                self.finished += not stop.done()
         except Stopped:  # the next worker that gets the job continues it
             self._telemetry.emit(JobLeft(stop.result().value, queue=queue, job=job))
         except RedisError as error:  # without a traceback, which would quote the command and thus the answer
@@ -110,10 +135,53 @@ class RunningJobs:
             self._telemetry.emit(JobFailed(queue, job, error))
         finally:
             running = self._running.pop((queue, job))
+            if running.demand is not None:
+                running.demand.end()
             self.to_trim.add(queue)
             if running.has_slot:
                 self._slot_released()
             self.changed.set()
+
+    async def _run_or_park(self, running: RunningJob) -> bool:
+        """Run one job. Returns whether it ran to its end; false if it waits in its queue.
+
+        If Redis refuses to park the job, the job waits here for a server.
+        """
+        delivery, stop, demand = running.delivery, running.stop, running.demand
+        release_slot = partial(self._release_slot, delivery)
+        parking = self._parking
+        if parking is None or not parking.is_possible:
+            await self._run(delivery, stop, release_slot, demand, may_park=False)
+        else:
+            try:
+                await self._run(delivery, stop, release_slot, demand, may_park=True)
+            except MustWait as wait:
+                if await self._park(running, parking, wait.model):
+                    return False
+                await self._run(delivery, stop, release_slot, demand, may_park=False)
+        if parking is not None and demand is not None:
+            parking.on_ended(demand.model)
+        return True
+
+    async def _park(self, running: RunningJob, parking: Parking, model: str) -> bool:
+        """Give a job back to its queue. Returns false if Redis refuses that.
+
+        While Redis does not answer, the job keeps its lease.
+
+        Raises:
+            Stopped: when the job must stop before.
+        """
+        backoff = Backoff()
+        while not running.stop.done():
+            async with self._renewing:
+                age = time.monotonic() - running.renewed
+                result = await parking.park_started(running.delivery, age, model)
+            if not isinstance(result, Exception):  # if it is false, another worker has the job
+                return True
+            if not is_transient(result):
+                return False
+            await backoff.wait(result)
+        raise Stopped
 
     def _release_slot(self, delivery: Delivery) -> None:
         running = self._running[delivery.queue, delivery.id]
@@ -127,11 +195,12 @@ class RunningJobs:
         Raises:
             RedisError: when Redis does not answer, or has refused to renew some leases. The others are renewed.
         """
-        jobs = list(self._running.values())
-        if not jobs:
-            return False
-        sent = time.monotonic()
-        replies = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
+        async with self._renewing:
+            jobs = list(self._running.values())
+            if not jobs:
+                return False
+            sent = time.monotonic()
+            replies = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
         for running, is_ours in zip(jobs, replies, strict=True):
             if is_ours is True:
                 running.renewed = sent

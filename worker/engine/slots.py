@@ -5,7 +5,7 @@ import asyncio
 _LONGEST_WAIT_EVERY = 8
 """One of this many grants goes to the reader that has waited longest, so that less important queues do not starve."""
 
-_MOST_PER_READ = 16
+MOST_PER_READ = 16
 """The most jobs in one read. Each may hold megabytes, and one that kills the process fails all of them."""
 
 
@@ -14,25 +14,47 @@ class Slots:
 
     def __init__(self, total: int) -> None:
         self._free = total
+        self._lent = 0
+        """Slots of readers that wait for jobs. A parked job may take such a slot."""
         self._grants = 0
-        self._most_per_read = _MOST_PER_READ
         self._is_closed = False
         self._waiting: dict[int, asyncio.Future[int]] = {}
+        self.most_per_read = MOST_PER_READ
+        """The most slots that are granted to one read."""
+        self.freed = asyncio.Event()
+        """Set when slots become free."""
 
     async def reserve(self, rank: int) -> int:
         """Wait for free slots. Returns how many are granted: at least one, or 0 after `close`."""
         if self._is_closed:
             return 0
-        if self._free and not self._waiting:
+        if self._free > 0 and not self._waiting:
             return self._grant()
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting[rank] = waiter
         return await waiter
 
+    def reserve_now(self, most: int) -> int:
+        """Reserve up to `most` slots without waiting, also lent ones. Returns how many are granted; may be 0."""
+        count = 0 if self._is_closed else max(0, min(most, self.most_per_read, self._free + self._lent))
+        self._free -= count
+        return count
+
+    def lend(self, count: int) -> None:
+        """Lend reserved slots while a reader waits for jobs, which may not come."""
+        self._lent += count
+
+    def take_back(self, count: int) -> int:
+        """Take lent slots back. Returns how many of them are still there; jobs beyond that exceed the slots."""
+        self._lent -= count
+        return max(0, count + min(0, self._free))
+
     def release(self, count: int) -> None:
-        """Return slots, which are granted to waiting readers."""
+        """Return slots, which are granted to waiting readers. A negative count takes slots, even if none is free."""
         self._free += count
-        while self._free and self._waiting:
+        if self._free > 0:
+            self.freed.set()
+        while self._free > 0 and self._waiting:
             self._grants += 1
             rank = next(iter(self._waiting)) if self._grants % _LONGEST_WAIT_EVERY == 0 else min(self._waiting)
             waiter = self._waiting.pop(rank)
@@ -45,8 +67,8 @@ class Slots:
         Leases begin when a read is sent. If megabytes arrive slowly, the leases of many jobs would have expired before
         all of them have arrived.
         """
-        most = self._most_per_read
-        self._most_per_read = max(1, most // 2) if too_slow else min(_MOST_PER_READ, 2 * most)
+        most = self.most_per_read
+        self.most_per_read = max(1, most // 2) if too_slow else min(MOST_PER_READ, 2 * most)
 
     def close(self) -> None:
         """Grant no more slots."""
@@ -58,6 +80,6 @@ class Slots:
 
     def _grant(self) -> int:
         # Half of the free slots: a reader that waits at an empty queue leaves slots to the others.
-        count = min(self._most_per_read, max(1, self._free // 2))
+        count = min(self.most_per_read, max(1, self._free // 2))
         self._free -= count
         return count

@@ -13,7 +13,7 @@ from ..broker.queue_depth import waiting_in
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.entries import Object
 from ..contract.keys import GROUP, Keys
-from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES
+from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
 from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
 from ..redisio.clients import COMMAND_TIMEOUT, OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
@@ -31,6 +31,7 @@ from .rights import Missing, find_missing
 Level: TypeAlias = Literal["ok", "warning", "error"]
 
 _PAUSED_FIXES = {
+    VLLM_FULL: "every vLLM server has as many requests as it can answer now: add servers if jobs wait too long",
     NO_VLLM: "start a vLLM server that the worker can reach: its log has the reason for each server (vllm_away)",
     REDIS_FULL: f"Redis has no free memory: {MORE_ROOM}",
     REDIS_REFUSES: "Redis refused its writes or connections: see its log, and the findings of this check about Redis",

@@ -25,6 +25,13 @@ class AttemptBegun(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class JobParked(Event):
+    """A job goes back to its queue, because no server has a place for it."""
+
+    level = "silent"
+
+
+@dataclass(frozen=True, slots=True)
 class JobTakenOver(Event):
     """The worker continues a job that an earlier delivery had begun."""
 

@@ -24,6 +24,7 @@ from .job_events import (
     FirstDelta,
     JobBuried,
     JobFinished,
+    JobParked,
     JobStarted,
     LeaseWasLost,
     ModelWaitBegan,
@@ -61,6 +62,7 @@ class Metrics:
         self._waiting_for_model = self._gauge("jobs_waiting_for_model", "Jobs that run and wait for a server")
         self._finished = self._counter("jobs_finished", "Jobs that ended here", "outcome", "code")
         self._codes: set[str] = set()
+        self._parked = self._counter("jobs_parked", "Times that a job went back to its queue to wait for a server")
         self._buried = self._counter("jobs_buried", "Dead letters that this worker wrote")
         self._lease_lost = self._counter("lease_lost", "Jobs that stopped here as their lease could not be renewed")
         self._wait = self._histogram("job_wait_seconds", "From a job's entry in the queue to its start", _WAITS)
@@ -127,6 +129,8 @@ class Metrics:
                 self._waiting_for_model.inc()
             case ModelWaitEnded():
                 self._waiting_for_model.dec()
+            case JobParked():
+                self._parked.inc()
             case JobBuried():
                 self._buried.inc()
             case LeaseWasLost():
