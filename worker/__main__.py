@@ -19,6 +19,10 @@ def main() -> None:
     handles_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if handles_ctrl_c:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if sys.argv[1:2] == ["health"]:  # without the rest of the command line, since containers run it every few seconds
+        from .cli.health import health  # noqa: PLC0415 - see above
+
+        health.main(sys.argv[2:], prog_name="worker health")
     from .cli import main as cli  # noqa: PLC0415 - after the handlers
 
     if handles_ctrl_c:

@@ -121,7 +121,7 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
     metrics = Metrics()
     running = 3
     metrics.observe_worker(7, lambda: running)
-    metrics.observe_server("http://a", up=lambda: True, requests=lambda: 2)
+    metrics.observe_server("http://a", up=lambda: True, requests=lambda: 2, silences=lambda: ([4, 6], []))
     port = metrics.serve("127.0.0.1", 0)
     running = 4
     async with httpx.AsyncClient(trust_env=False) as http:
@@ -133,6 +133,9 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
         "vllm_relay_jobs_running 4.0",
         'vllm_relay_vllm_up{endpoint="http://a"} 1.0',
         'vllm_relay_vllm_requests{endpoint="http://a"} 2.0',
+        'vllm_relay_streams_silent{endpoint="http://a",phase="first_token"} 1.0',
+        'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="first_token"} 6.0',
+        'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="answer"} 0.0',
     ):
         assert line in page
 

@@ -13,13 +13,14 @@ from ..version import version
 from .check import check
 from .dead_letters import dead
 from .group import SectionedGroup
+from .health import health
 from .requests import cancel, enqueue, follow
 from .run import run
 from .sandbox import demo, simulate
 
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
-    "Workers": (run, check, dead),
+    "Workers": (run, check, health, dead),
     "Try it": (demo, simulate),
 }
 

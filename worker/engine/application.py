@@ -31,6 +31,7 @@ from ..redisio.transactions import Transactions
 from ..redisio.urls import database_of
 from ..settings import ConfigError, Settings, parse_address, redacted_url, variable
 from ..telemetry.events import (
+    HeartbeatRefused,
     LeaveFailed,
     MetricsServed,
     Receivers,
@@ -39,7 +40,9 @@ from ..telemetry.events import (
     WorkerStarting,
     WorkerStopped,
 )
+from ..telemetry.heartbeat import HeartbeatFile
 from ..telemetry.logging import LogReceiver
+from ..telemetry.loop_monitor import LoopMonitor
 from ..telemetry.metrics import Metrics
 from ..version import version
 from ..vllm.servers.pace import ServerPace
@@ -84,7 +87,9 @@ class Worker:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
-        self.metrics = Metrics()
+        self._loop_monitor = LoopMonitor()
+        self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
+        self.metrics = Metrics(self._loop_monitor)
         self._telemetry = telemetry = Receivers(self.metrics, LogReceiver())
         self._outage = Outage(telemetry)
 
@@ -182,6 +187,7 @@ class Worker:
         )
 
         self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
+        self.metrics.observe_readiness(self._why_not_ready)
         for server in self._servers.servers:
             self._measure_at_scrape(server)
         self._started = 0
@@ -190,7 +196,10 @@ class Worker:
 
     def _measure_at_scrape(self, server: Server) -> None:
         self.metrics.observe_server(
-            redacted_url(server.url), up=lambda: server.is_up, requests=lambda: server.in_flight
+            redacted_url(server.url),
+            up=lambda: server.is_up,
+            requests=lambda: server.in_flight,
+            silences=server.silences,
         )
 
     async def run(self) -> None:
@@ -206,7 +215,7 @@ class Worker:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(signum, self.stop)
             try:
-                self._serve_metrics()
+                self._start_monitoring()
                 if await self._prepare():
                     deadline = await self._work()
                     await self._sign_off(deadline)
@@ -224,7 +233,12 @@ class Worker:
         self._line_intake.stop()
         self._take_over.stop()
 
-    def _serve_metrics(self) -> None:
+    def _start_monitoring(self) -> None:
+        self._loop_monitor.start()
+        try:
+            self._heartbeat.start()
+        except OSError as error:
+            self._telemetry.emit(HeartbeatRefused(str(error)))
         address = self._settings.metrics
         if not address:
             return
@@ -327,6 +341,15 @@ class Worker:
             version=version(),
         )
 
+    def _why_not_ready(self) -> str:
+        """Why the worker takes no jobs; empty while it does, or would with a free slot. Any thread may call it."""
+        if self._stopping.is_set():
+            return "draining: the worker takes no more jobs"
+        if not self._started:
+            return "starting: Redis has not answered yet"
+        paused = self._intake.paused
+        return "" if paused in ("", "vllm_full") else f"paused: {paused}"
+
     async def _sign_off(self, deadline: float) -> None:
         """Remove this worker's record and consumer from Redis, if it answers before the deadline."""
         try:
@@ -339,6 +362,8 @@ class Worker:
     async def _close(self) -> None:
         self._running_jobs.cancel()
         await self.metrics.aclose()
+        self._heartbeat.stop()
+        self._loop_monitor.stop()
         await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()

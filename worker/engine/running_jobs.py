@@ -93,8 +93,8 @@ class RunningJobs:
 
     @property
     def with_slot(self) -> int:
-        """How many jobs have a slot."""
-        return sum(running.has_slot for running in self._running.values())
+        """How many jobs have a slot. Any thread may read it."""
+        return sum(running.has_slot for running in self._running.copy().values())
 
     def ids_in(self, queue: str) -> set[str]:
         """The ids of the jobs of a queue that run here."""

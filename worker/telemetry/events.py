@@ -100,6 +100,14 @@ class MetricsServed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class HeartbeatRefused(Event):
+    """No heartbeat file can be written, so `worker health` does not find this worker. The worker tries again."""
+
+    level = "warning"
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDraining(Event):
     running: int
 

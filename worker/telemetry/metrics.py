@@ -5,14 +5,18 @@ count the event in `Metrics.emit`, and add a row to the table of metrics in depl
 these names. A value that is read at each scrape, not counted, goes into `observe_worker` or `observe_server`.
 
 Nothing is counted per token, and no label holds text of a job.
+
+Scrapes come in other threads. So what they read must not be changed by the event loop in between: copy a set or a dict
+before iterating. While the loop is stuck, all gauges are NaN, because nobody updates them.
 """
 
 import asyncio
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
 
 from ..version import version
 from .events import EntriesAccepted, Event, IntakePaused, QueueMeasured, ReaderGap, RecordRefused, WriteFailed
@@ -31,11 +35,22 @@ from .job_events import (
     ModelWaitEnded,
     UnknownFinishReason,
 )
+from .loop_monitor import STUCK_AFTER, LoopMonitor
+from .monitoring_server import MonitoringServer
+
+Silences = Callable[[], tuple[list[float], list[float]]]
+"""Returns how long the open requests of a server are silent, in seconds: before their first token, and after it."""
+
+SILENT_AFTER = 5.0
+"""Seconds without an event after which a stream counts as silent. vLLM sends tokens ten times a second or more; long
+prefills of other requests hold a stream up for a second or two."""
 
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
 _MAX_REASONS = 20
 _MAX_CODES = 50
 _PREFIX = "vllm_relay"
+_TRUE_WHEN_STUCK = frozenset({"build_info", "slots", "loop_delay_seconds"})
+"""Gauges that do not depend on the event loop."""
 
 # Histogram buckets in seconds: those of vLLM 0.32 (vllm/v1/metrics/buckets.py), so that both can be compared.
 _WAITS = (
@@ -52,10 +67,16 @@ _GAPS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 
 class Metrics:
     """All metrics of a process, in a registry of their own: a receiver of events. Durations are seconds."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._stop_serving: Callable[[], None] | None = None
+    def __init__(self, loop: LoopMonitor | None = None) -> None:
+        self._loop = loop or LoopMonitor()
+        self.registry = _LiveRegistry(self._loop)
+        self._server: MonitoringServer | None = None
+        self._why_not_ready: Callable[[], str] = lambda: ""
         self._gauge("build_info", "1, with the version of this worker", "version").labels(version() or "unknown").set(1)
+        loop_delay = self._gauge(
+            "loop_delay_seconds", "Longest delay of the event loop of late, or since when it is stuck"
+        )
+        loop_delay.set_function(self._loop.delay)
         # Jobs.
         self._slots = self._gauge("slots", "Jobs that may run here at once")
         self._running = self._gauge("jobs_running", "Jobs that run here")
@@ -97,6 +118,8 @@ class Metrics:
         # vLLM.
         self._vllm_up = self._gauge("vllm_up", "1 while a vLLM server gets requests", "endpoint")
         self._vllm_requests = self._gauge("vllm_requests", "Requests of this worker at a vLLM server", "endpoint")
+        self._silent = self._gauge("streams_silent", "Streams without an event for 5 s", "endpoint", "phase")
+        self._silence = self._gauge("longest_silence_seconds", "Longest wait for an event now", "endpoint", "phase")
 
     def emit(self, event: Event) -> None:  # noqa: C901, PLR0912 - one row for each event that is counted
         """Count an event. Events without a metric are ignored."""
@@ -150,34 +173,50 @@ class Metrics:
         self._slots.set(slots)
         self._running.set_function(running)
 
-    def observe_server(self, endpoint: str, up: Callable[[], float], requests: Callable[[], float]) -> None:
-        """Add a vLLM server. Both functions are called at each scrape.
+    def observe_readiness(self, why_not: Callable[[], str]) -> None:
+        """Set the function that returns why the worker takes no jobs; empty while it does. `/readyz` calls it."""
+        self._why_not_ready = why_not
+
+    def observe_server(
+        self, endpoint: str, up: Callable[[], float], requests: Callable[[], float], silences: Silences
+    ) -> None:
+        """Add a vLLM server. The functions are called at each scrape.
 
         `up` returns 1 while the server gets requests, else 0. `requests` returns how many it has from this worker.
         """
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
+        for place, phase in enumerate(("first_token", "answer")):
+
+            def silent(place: int = place) -> float:
+                return sum(silence > SILENT_AFTER for silence in silences()[place])
+
+            def longest(place: int = place) -> float:
+                return max(silences()[place], default=0.0)
+
+            self._silent.labels(endpoint, phase).set_function(silent)
+            self._silence.labels(endpoint, phase).set_function(longest)
 
     def serve(self, host: str, port: int) -> int:
-        """Serve the metrics at `/metrics` from a separate thread; returns the port.
+        """Serve `/metrics`, `/healthz` and `/readyz` from separate threads; returns the port.
 
         Raises:
             OSError: when the address is in use, or does not belong to this machine.
         """
-        server, thread = start_http_server(port, host, self.registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stop_serving = stop
-        return server.server_port
+        self._server = MonitoringServer(host, port, self.registry, self._why_not_healthy, self._problem)
+        return self._server.port
 
     async def aclose(self) -> None:
         """Stop serving."""
-        if self._stop_serving is not None:
-            await asyncio.to_thread(self._stop_serving)
+        if self._server is not None:
+            await asyncio.to_thread(self._server.close)
+
+    def _why_not_healthy(self) -> str:
+        age = self._loop.age()
+        return f"the event loop has not run for {age:.1f} s" if age > STUCK_AFTER else ""
+
+    def _problem(self) -> str:
+        return self._why_not_healthy() or self._why_not_ready()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace=_PREFIX, registry=self.registry)
@@ -187,6 +226,22 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace=_PREFIX, registry=self.registry, buckets=buckets)
+
+
+class _LiveRegistry(CollectorRegistry):
+    """A registry whose gauges are NaN while the event loop is stuck, except those that are still true."""
+
+    def __init__(self, loop: LoopMonitor) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def collect(self) -> Iterable[Metric]:
+        """See `CollectorRegistry.collect`."""
+        is_stuck = self._loop.is_stuck()
+        for metric in super().collect():
+            if is_stuck and metric.type == "gauge" and metric.name.removeprefix(f"{_PREFIX}_") not in _TRUE_WHEN_STUCK:
+                metric.samples = [sample._replace(value=math.nan) for sample in metric.samples]
+            yield metric
 
 
 def _bounded(word: str, seen: set[str], limit: int) -> str:

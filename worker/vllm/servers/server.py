@@ -101,6 +101,13 @@ class Server:
         """Whether the server has requested a pause that is not over yet."""
         return self._clock() < self._busy_until
 
+    def silences(self) -> tuple[list[float], list[float]]:
+        """How long the requests are silent, in seconds, before and after their first token. Any thread may call it."""
+        before, after = list[float](), list[float]()
+        for watchdog in self.requests.copy():
+            (after if watchdog.has_answer else before).append(watchdog.silence())
+        return before, after
+
     def serves(self, model: str) -> bool:
         """Whether a request for this model may go to the server, as far as is known; the empty name is any model."""
         if not model or model in self.models:
