@@ -21,7 +21,8 @@ from worker.contract.entries import to_json
 from worker.contract.records import WorkerRecord
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
-from worker.ops.checks import Finding, check
+from worker.ops.checks import check
+from worker.ops.findings import Finding
 from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Options, Simulator
 from worker.settings import ConfigError, load_settings, redacted_url

@@ -17,7 +17,8 @@ from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
 from worker.cli.main import main
-from worker.ops.checks import Finding, check
+from worker.ops.checks import check
+from worker.ops.findings import Finding
 from worker.ops.rights import Role, commands_of
 from worker.redisio.clients import command_client
 from worker.redisio.errors import is_permission_denied, is_transient

@@ -1,10 +1,8 @@
 """Measures a queue: its waiting jobs, the time of its oldest pending job, and whether a live worker serves it."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
-import msgspec
 from redis.asyncio import Redis
 
 from ..contract.ids import EntryId
@@ -73,10 +71,11 @@ async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
     """
     seconds, _ = await redis.time()
     for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
-            record = msgspec.json.decode(raw, type=WorkerRecord)
-            if abs(seconds - record.beat / 1000) < _DEAD_AFTER and (not record.queues or queue in record.queues):
-                return True
+        record = WorkerRecord.read(raw)
+        if record is None or abs(seconds - record.beat / 1000) >= _DEAD_AFTER:
+            continue
+        if not record.queues or queue in record.queues:
+            return True
     return False
 
 

@@ -34,8 +34,7 @@ class WorkerRegistry:
         A record that is more than `stale_after` seconds in the future is dropped too: Redis's clock was set back, and a
         live worker writes a new record soon. Returns the beat of every remaining worker, in Unix ms.
         """
-        with reports_refusal(self._telemetry, "workers"):
-            await self._redis.hset(self._key, record.name, to_json(record))
+        await self.write(record)
         beats: dict[str, int] = {}
         for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._key)).items():
             try:
@@ -48,17 +47,20 @@ class WorkerRegistry:
                 beats[name.decode("utf-8", "replace")] = beat
         return beats
 
+    async def write(self, record: WorkerRecord) -> None:
+        """Write this worker's record, between two beats."""
+        with reports_refusal(self._telemetry, "workers"):
+            await self._redis.hset(self._key, record.name, to_json(record))
+
     async def names(self) -> set[str]:
         """The names of all workers that have a record."""
         return {name.decode("utf-8", "replace") for name in cast("list[bytes]", await self._redis.hkeys(self._key))}
 
     async def records(self) -> dict[str, WorkerRecord]:
         """All records that can be read, by the worker's name."""
-        records = {}
-        for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._key)).items():
-            with suppress(msgspec.DecodeError, UnicodeDecodeError):
-                records[name.decode("utf-8", "replace")] = msgspec.json.decode(raw, type=WorkerRecord)
-        return records
+        raws = cast("dict[bytes, bytes]", await self._redis.hgetall(self._key))
+        records = {name.decode("utf-8", "replace"): WorkerRecord.read(raw) for name, raw in raws.items()}
+        return {name: record for name, record in records.items() if record is not None}
 
     async def remove(self, name: str) -> None:
         """Remove a worker's record. If Redis refuses that, other workers drop the record as stale."""

@@ -1,7 +1,8 @@
 """The records that are stored in addition to the logs: tombstones, lifecycle entries, dead letters, worker records."""
 
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar, cast
+from contextlib import suppress
+from typing import Any, Self, TypeVar, cast, get_type_hints
 
 import msgspec
 
@@ -109,12 +110,27 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A vLLM server as a worker sees it, in the worker's record.
+
+    `url` has no password. `state` is `starting` (not probed yet), `up` or `away`, `reason` is why the server is away.
+    `requests` are the worker's requests in flight at the server, `limit` is how many it may have there at present.
+    """
+
+    url: str
+    state: str
+    reason: str = ""
+    requests: int = 0
+    limit: float = 0.0
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's record in the hash of workers.
 
     `beat` and `started` are Unix ms. `paused` is the reason why the worker takes no jobs, and is empty while it takes
-    jobs. `queues` are the queues that the worker serves, `version` is that of its package. Early versions wrote
-    neither.
+    jobs. `starting` is whether the worker takes no jobs because it has not probed its vLLM servers yet. `queues` are
+    the queues that the worker serves, `version` is that of its package, `lease` its lease in seconds, `metrics` the
+    address of its metrics. Earlier versions wrote only some of the fields that have a default here.
     """
 
     name: str
@@ -127,6 +143,34 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     paused: str = ""
     queues: tuple[str, ...] = ()
     version: str = ""
+    starting: bool = False
+    lease: float = 0.0
+    host: str = ""
+    pid: int = 0
+    metrics: str = ""
+    servers: tuple[ServerRecord, ...] = ()
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self | None:
+        """Read a record as stored in Redis; None if it is not one.
+
+        A later version may write other values. A field with such a value has its default.
+        """
+        try:
+            values = msgspec.json.decode(raw, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        known = {}
+        for name, kind in _TYPES_OF_WORKER_RECORD.items():
+            with suppress(msgspec.ValidationError, KeyError):
+                known[name] = msgspec.convert(values[name], kind)
+        try:
+            return cls(**known)
+        except TypeError:  # a field without a default is missing
+            return None
+
+
+_TYPES_OF_WORKER_RECORD = get_type_hints(WorkerRecord)
 
 
 def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:

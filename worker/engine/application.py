@@ -50,7 +50,7 @@ from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .admission import Admission
-from .intake import JobIntake
+from .intake import NO_VLLM, JobIntake
 from .job_context import JobServices
 from .job_runner import run_job
 from .line_intake import LineIntake
@@ -62,6 +62,7 @@ from .poison import Quarantine
 from .running_jobs import RunningJobs
 from .slots import Slots
 from .take_over import TakeOver
+from .worker_record import RecordRefresher, server_records
 
 
 class Worker:
@@ -84,7 +85,8 @@ class Worker:
         self._url = url = settings.redis_url.get_secret_value()
         self._shown_redis, self._shown_vllm = redacted_url(url), [redacted_url(server) for server in settings.vllm_urls]
         nonce = secrets.token_hex(8)
-        self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
+        self._host = socket.gethostname()
+        self._name = f"{self._host}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
         self._loop_monitor = LoopMonitor()
@@ -185,6 +187,7 @@ class Worker:
             record=self._record,
             telemetry=telemetry,
         )
+        self._refresher = RecordRefresher(self._registry, self._record)
 
         self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
         self.metrics.observe_readiness(self._why_not_ready)
@@ -292,6 +295,7 @@ class Worker:
                     maintenance.keep_leases(),
                     maintenance.watch_expiry(),
                     maintenance.run_duties(),
+                    self._refresher.run(),
                 )
             ]
             watching = group.create_task(self._servers.monitor())
@@ -308,6 +312,7 @@ class Worker:
                 self._line_intake.stop()
                 self._take_over.stop()
                 maintenance.stop()
+                self._refresher.stop()
                 self._cancels.stop()
                 self._publisher.stop()
                 watching.cancel()
@@ -328,6 +333,10 @@ class Worker:
 
     def _record(self) -> WorkerRecord:
         """The entry of this worker in the hash of workers."""
+        servers, paused = self._servers.servers, self._intake.paused
+        is_starting = paused == NO_VLLM and not all(server.is_known for server in servers)
+        if is_starting or (paused == NO_VLLM and self._servers.is_available):  # the intake notices it in a moment
+            paused = ""
         return WorkerRecord(
             name=self._name,
             beat=self._clock.now(),
@@ -336,9 +345,15 @@ class Worker:
             running=self._running_jobs.with_slot,
             finished=self._running_jobs.finished,
             draining=self._stopping.is_set(),
-            paused=self._intake.paused,
+            paused=paused,
             queues=self._settings.queues,
             version=version(),
+            starting=is_starting,
+            lease=self._settings.lease,
+            host=self._host,
+            pid=os.getpid(),
+            metrics=self._settings.metrics,
+            servers=server_records(servers),
         )
 
     def _why_not_ready(self) -> str:

@@ -2,18 +2,13 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import replace
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from ..broker.job_queue import JobQueue
-from ..broker.queue_depth import waiting_in
-from ..broker.worker_registry import WorkerRegistry
-from ..contract.entries import Object
-from ..contract.keys import GROUP, Keys
-from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
+from ..contract.keys import Keys
 from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
 from ..redisio.clients import COMMAND_TIMEOUT, OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
@@ -26,38 +21,12 @@ from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
+from .findings import Finding, Level
+from .fleet import check_fleet
+from .queues import check_queues
 from .rights import Missing, find_missing
 
-Level: TypeAlias = Literal["ok", "warning", "error"]
-
-_PAUSED_FIXES = {
-    VLLM_FULL: "every vLLM server has as many requests as it can answer now: add servers if jobs wait too long",
-    NO_VLLM: "start a vLLM server that the worker can reach: its log has the reason for each server (vllm_away)",
-    REDIS_FULL: f"Redis has no free memory: {MORE_ROOM}",
-    REDIS_REFUSES: "Redis refused its writes or connections: see its log, and the findings of this check about Redis",
-    REDIS_LOGIN: f"Redis refused its password or user: correct {variable('redis_url')} and restart it",
-    REDIS_AWAY: "Redis did not answer the worker: check the network between them",
-}
-"""How to fix a worker that takes no jobs, by its reason."""
-
 _SEE_SETTINGS = "worker run --help lists all settings with their meaning"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of a check of one subject. `fix` is how to fix it; empty if nothing needs to be fixed.
-
-    An error means that a worker cannot work.
-    """
-
-    level: Level
-    subject: str
-    message: str
-    fix: str = ""
-
-    def as_dict(self) -> Object:
-        """The finding as `--json` prints it, with the published field names."""
-        return {"level": self.level, "subject": self.subject, "text": self.message, "mend": self.fix}
 
 
 async def check(
@@ -227,70 +196,17 @@ async def _check_queues_and_workers(
     redis: Redis, keys: Keys, settings: Settings, *, records_are_fresh: bool
 ) -> AsyncGenerator[Finding]:
     """Report the queues and the workers, as far as the user may read them."""
-    unfinished = 0
-    for queue in settings.queues:
-        try:
-            finding, jobs = await _check_queue(redis, keys, queue, settings.queue_limit)
-        except ResponseError as error:
-            if not is_permission_denied(error):
-                raise
-            continue
-        unfinished += jobs
+    findings, unfinished = await check_queues(redis, keys, settings.queues, settings.queue_limit)
+    for finding in findings:
         yield finding
     try:
-        findings = await _check_workers(redis, keys, settings.lease, unfinished) if records_are_fresh else []
+        findings = await check_fleet(redis, keys, settings.lease, unfinished) if records_are_fresh else []
     except ResponseError as error:
         if not (is_permission_denied(error) or str(error).startswith("WRONGTYPE")):  # _check_rights has reported both
             raise
         return
     for finding in findings:
         yield finding
-
-
-async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tuple[Finding, int]:
-    """A finding about a queue, and how many of its jobs are waiting or running."""
-    subject, key = f"queue {queue}", keys.jobs(queue)
-    if not await redis.exists(key):
-        return Finding("ok", subject, "no job has been added yet"), 0
-    try:
-        groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
-    except ResponseError as error:
-        if not str(error).startswith("WRONGTYPE"):
-            raise
-        return Finding("error", subject, f"the key {key} is not a stream", "choose another WORKER_PREFIX"), 0
-    group = groups.get(GROUP.encode())
-    pending = group["pending"] if group else 0
-    waiting = await waiting_in(redis, key)
-    if limit and waiting >= limit:
-        message = f"it is full: {waiting} jobs wait, and the limit is {limit}"
-        fix = f"start more workers, or raise {variable('queue_limit')}"
-        return Finding("warning", subject, message, fix), waiting + pending
-    return Finding("ok", subject, f"jobs that wait: {waiting}; with a worker: {pending}"), waiting + pending
-
-
-async def _check_workers(redis: Redis, keys: Keys, lease: float, unfinished: int) -> list[Finding]:
-    """Findings about the workers, from their records. The record of a killed worker remains for ten leases."""
-    seconds, _ = await redis.time()
-    findings, alive = [], []
-    for name, record in sorted((await WorkerRegistry(redis, keys).records()).items()):
-        silent = seconds - record.beat // 1000
-        if silent > lease:
-            message = f"it has been silent for {silent} s"
-            findings.append(Finding("warning", f"worker {name}", message, "check whether it still runs"))
-            continue
-        alive.append(record)
-        if record.paused:
-            message = f"it takes no jobs at the moment: {record.paused}"
-            fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have other reasons
-            findings.append(Finding("warning", f"worker {name}", message, fix))
-    slots, running = sum(record.slots for record in alive), sum(record.running for record in alive)
-    if not alive:
-        if unfinished:
-            message = f"no worker runs; jobs to be done: {unfinished}"
-            return [Finding("warning", "workers", message, "start one: worker run"), *findings]
-        return [Finding("ok", "workers", "no worker runs" if findings else "no worker runs yet"), *findings]
-    message = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
-    return [Finding("ok", "workers", message), *findings]
 
 
 async def _check_vllm(pool: ServerPool, server: Server) -> Finding:

@@ -1,0 +1,67 @@
+"""The worker's record: the state of its vLLM servers in it, and its renewal as soon as the state changes."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+from redis.exceptions import RedisError
+
+from ..broker.worker_registry import WorkerRegistry
+from ..contract.records import ServerRecord, WorkerRecord
+from ..settings import redacted_url
+from ..vllm.servers.server import Server
+from .pace import sleep_unless_set
+
+_MAX_SERVERS = 32
+_MAX_TEXT = 200
+"""Limits on the size of a record, since every worker reads those of all others three times a lease."""
+
+
+def server_records(servers: Sequence[Server]) -> tuple[ServerRecord, ...]:
+    """The servers as the record has them, by URL. Of more than 32 servers the first are kept."""
+    records = (
+        ServerRecord(
+            url=redacted_url(server.url)[:_MAX_TEXT],
+            state="away" if server.is_away else "up" if server.is_known else "starting",
+            reason=server.circuit.reason[:_MAX_TEXT] if server.is_away else "",
+            requests=server.in_flight,
+        )
+        for server in servers
+    )
+    return tuple(sorted(records, key=lambda record: record.url)[:_MAX_SERVERS])
+
+
+class RecordRefresher:
+    """Writes this worker's record soon after its state has changed. The heartbeat writes it three times a lease.
+
+    `check_every` is the time between two comparisons with the state that was written last, in seconds.
+    """
+
+    def __init__(
+        self, registry: WorkerRegistry, build: Callable[[], WorkerRecord], *, check_every: float = 0.5
+    ) -> None:
+        self._registry = registry
+        self._build = build
+        self._check_every = check_every
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Write the record after each change of state, until stopped. The heartbeat reports failures."""
+        written = _state(self._build())
+        while await sleep_unless_set(self._stopping, self._check_every):
+            record = self._build()
+            if _state(record) != written:
+                written = _state(record)  # also if the write fails: the heartbeat repeats it
+                with suppress(RedisError, OSError):
+                    await self._registry.write(record)
+
+
+def _state(record: WorkerRecord) -> WorkerRecord:
+    """The record without what changes all the time."""
+    servers = tuple(msgspec.structs.replace(server, requests=0, limit=0.0) for server in record.servers)
+    return msgspec.structs.replace(record, beat=0, running=0, finished=0, servers=servers)
