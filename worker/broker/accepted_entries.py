@@ -21,7 +21,7 @@ class AcceptedEntries:
     def add(self, count: int) -> None:
         """Count entries."""
         self._count += count
-        if self._timer is None:
+        if self._count and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._every, self.report)
 
     def report(self) -> None:

@@ -33,6 +33,7 @@ from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
 from .log_commands import is_id_taken
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
+from .write_stalls import WriteStalls
 
 _HIGH_WATER_BYTES = 1024 * 1024
 """The limit for all logs together. Without it, an overloaded process would only read from vLLM, and not write."""
@@ -64,6 +65,7 @@ class Publisher:
         self._telemetry = telemetry
         self._pace = pace or FlushPace()
         self._accepted = AcceptedEntries(telemetry, self._pace.report_every)
+        self._stalls = WriteStalls(telemetry)
         self._feed = FeedPublisher(self._flush_feed, telemetry, self._pace)
         self._backoff = Backoff("log_write_failed", telemetry)
         self.is_full = False
@@ -82,8 +84,7 @@ class Publisher:
         self._error: Exception | None = None
         self._is_stopping = False
         self._work = asyncio.Event()
-        self._last_flush = 0.0
-        self._last_pause = 0.0
+        self._last_sent = self._last_pause = 0.0
 
     def attach(self, log: LogWriter) -> None:
         """Begin to write a log that this process owns.
@@ -222,6 +223,7 @@ class Publisher:
                     raise self._error
                 while self._must_verify_all or self._to_verify:
                     await self._verify_logs()
+                self._stalls.end(self._logs)
             except (RedisError, OSError) as error:
                 self._error = None
                 if self._is_stopping:
@@ -250,8 +252,8 @@ class Publisher:
         feed, feed_commands = self._feed.drain(self._publish_command)
         commands += feed_commands
         now = time.monotonic()
-        is_busy = entries > self._pace.busy_rate * (now - self._last_flush)
-        self._last_flush = now
+        is_busy = entries > self._pace.busy_rate * (now - self._last_sent)
+        self._last_sent = now
         self._phase = _Phase.IN_FLIGHT
         self._connections.execute(commands, partial(self._on_outcome, batches, feed))
         if is_busy and not self._is_stopping:
@@ -279,11 +281,13 @@ class Publisher:
         if isinstance(outcome, Exception):
             self._error = outcome
         else:
+            self._stalls.on_reply(self._logs, self._last_sent)
             try:
                 self._apply_replies(batches, feed, outcome)
             except Exception as error:  # noqa: BLE001 - `run` raises it
                 self._error = error
             else:
+                self._stalls.end(self._logs)
                 self._backoff.reset()  # not after a verification: without memory, Redis refuses writes but not reads
         if self._queue or self._error or self._must_verify_all or self._to_verify or self._is_stopping:
             self._schedule()
@@ -318,8 +322,7 @@ class Publisher:
         for log, first, entries, _ in unpublished.values():
             # The last entry is enough: a follower that has subscribed since then reads the log up to this entry.
             self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
-        if accepted:
-            self._accepted.add(accepted)
+        self._accepted.add(accepted)
         for log, since in refused.items():
             self._handle_refusal(log, since)
 
@@ -345,6 +348,7 @@ class Publisher:
 
     async def _verify_logs(self) -> None:
         """Read the end of every log, or of those to verify, and compare. Nothing is in flight meanwhile."""
+        self._last_sent = time.monotonic()
         if await self._connections.connect():
             self._must_verify_all = True
         selected = self._logs if self._must_verify_all else self._to_verify & self._logs
@@ -381,14 +385,14 @@ class Publisher:
         was_refused = self._refused.pop(log, 0) == log.attempt
         if was_refused and log.loss is None and not accepted:  # Redis would refuse the same entries again
             log.mark_lost(LogDiverged("Redis has had an entry that is not in the log: somebody deleted it"))
-        if accepted:
-            self._accepted.add(sum(len(entries) for _, _, entries, _ in accepted))
+        self._accepted.add(sum(len(entries) for _, _, entries, _ in accepted))
         for _, first, entries, _ in accepted:
             self._feed.publish_accepted(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """Verify all logs before writing again, since after an error it is unknown which entries Redis has."""
         self._telemetry.emit(WriteFailed())
+        self._stalls.begin(self._logs, self._last_sent)
         self._feed.mute_if_refused(error)
         self._refused.clear()  # the next connection may lead to another server
         await self._backoff.wait(error)

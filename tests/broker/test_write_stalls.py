@@ -1,0 +1,90 @@
+"""Stalls of Redis: which logs count, and for how long."""
+
+import time
+
+from processes import Process, deliver, delta, process
+from proxy import Proxy
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker.broker.log_writer import LogWriter
+from worker.contract.ids import SEAL
+from worker.telemetry.events import Event, ReaderGap
+
+
+class Gaps:
+    """Keeps the gaps, and ignores other events."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, ReaderGap):
+            assert event.cause == "redis"
+            self.seconds.append(event.seconds)
+
+
+async def begun(one: Process, redis: Redis) -> LogWriter:
+    """A log with a delta that Redis has accepted."""
+    log = await one.acquire(await deliver(one, redis))
+    log.append(delta("a"))
+    await log.wait_drained()
+    return log
+
+
+async def interrupted(proxy: Proxy, log: LogWriter) -> None:
+    """Let writes fail until some time after the next entry of the log."""
+    proxy.refuse()
+    await proxy.cut()
+    log.append(delta("b"))
+    sent = time.monotonic()
+
+    async def some_time_later() -> bool:
+        return time.monotonic() > sent + 0.5
+
+    await eventually(some_time_later)
+
+
+async def test_a_write_that_failed_leaves_a_gap_up_to_the_next_accepted_entry(redis_proxy: Proxy, redis: Redis) -> None:
+    gaps = Gaps()
+    async with process(redis_proxy.redis_url, "one", telemetry=gaps) as one:
+        log = await begun(one, redis)
+        began = time.monotonic()
+        await interrupted(redis_proxy, log)
+        await redis_proxy.heal()
+        await log.wait_drained()
+
+        async def emitted() -> bool:
+            return bool(gaps.seconds)
+
+        await eventually(emitted)
+        log.append(delta("c"))
+        await log.wait_drained()
+    (gap,) = gaps.seconds
+    assert 0.5 <= gap <= time.monotonic() - began
+
+
+async def test_a_write_that_was_late_leaves_a_gap(redis_url: str, redis: Redis) -> None:
+    gaps = Gaps()
+    async with process(redis_url, "one", telemetry=gaps) as one:
+        log = await begun(one, redis)
+        await redis.client_pause(1500, all=False)
+        log.append(delta("b"))
+        await log.wait_drained()
+    (gap,) = gaps.seconds
+    assert 1 <= gap < 10
+
+
+async def test_a_log_that_had_not_begun_or_is_lost_has_no_gap(redis_proxy: Proxy, redis: Redis) -> None:
+    gaps = Gaps()
+    async with process(redis_proxy.redis_url, "one", telemetry=gaps) as one:
+        log = await one.acquire(await deliver(one, redis))
+        await interrupted(redis_proxy, log)
+        await redis_proxy.heal()
+        await log.wait_drained()
+        await interrupted(redis_proxy, log)
+        await redis.xadd(log.key, {"type": "cancelled"}, id=str(SEAL))
+        await redis.expire(log.key, 60)
+        await redis_proxy.heal()
+        await log.lost
+    assert gaps.seconds == []
