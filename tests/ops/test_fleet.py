@@ -1,10 +1,12 @@
 """What `worker check` finds about the running workers and about queues that nobody serves."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import StartWorker
+from conftest import StartSimulator, StartWorker
+from prometheus_client.samples import Sample
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -13,8 +15,10 @@ from worker.broker.worker_registry import WorkerRegistry
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
 from worker.contract.records import ServerRecord, WorkerRecord
+from worker.engine.application import Worker
 from worker.ops.checks import check
 from worker.ops.findings import Finding, listed
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.server import Simulator
 
 Record = Callable[..., Coroutine[Any, Any, None]]
@@ -189,6 +193,10 @@ async def test_the_record_of_a_worker_has_its_state_and_no_secret(
     assert b"secret" not in next(iter((await redis.hgetall("chat:workers")).values()))
 
 
+def samples(worker: Worker) -> list[Sample]:
+    return [sample for family in worker.metrics.registry.collect() for sample in family.samples]
+
+
 async def test_a_worker_that_has_just_started_is_not_paused(
     redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
@@ -201,9 +209,25 @@ async def test_a_worker_that_has_just_started_is_not_paused(
         seen.update((one.paused, one.starting) for one in records)
         return any(not one.starting for one in records)
 
-    await start_worker(simulator, lease=60)
+    worker = await start_worker(simulator, lease=60)
     await eventually(takes_jobs)
     assert seen <= {("", True), ("", False)}
+    assert not [sample for sample in samples(worker) if sample.name == "vllm_relay_claims_paused"]
+
+
+async def test_the_record_has_a_pause_and_its_end_long_before_the_next_heartbeat(
+    redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    port, registry = free_port(), WorkerRegistry(redis, Keys())
+    await start_worker(SimpleNamespace(url=f"http://127.0.0.1:{port}"), lease=60)
+
+    async def is_paused(reason: str) -> bool:
+        records = (await registry.records()).values()
+        return [(one.paused, one.starting) for one in records] == [(reason, False)]
+
+    await eventually(lambda: is_paused("no_vllm"))
+    await start_simulator(port=port)
+    await eventually(lambda: is_paused(""))
 
 
 def test_of_many_names_the_first_are_listed() -> None:

@@ -50,7 +50,7 @@ from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .admission import Admission
-from .intake import NO_VLLM, JobIntake
+from .intake import NO_VLLM, STARTING, JobIntake
 from .job_context import JobServices
 from .job_runner import run_job
 from .line_intake import LineIntake
@@ -334,8 +334,7 @@ class Worker:
     def _record(self) -> WorkerRecord:
         """The entry of this worker in the hash of workers."""
         servers, paused = self._servers.servers, self._intake.paused
-        is_starting = paused == NO_VLLM and not all(server.is_known for server in servers)
-        if is_starting or (paused == NO_VLLM and self._servers.is_available):  # the intake notices it in a moment
+        if paused == NO_VLLM and self._servers.is_available:  # the intake notices it in a moment
             paused = ""
         return WorkerRecord(
             name=self._name,
@@ -345,10 +344,10 @@ class Worker:
             running=self._running_jobs.with_slot,
             finished=self._running_jobs.finished,
             draining=self._stopping.is_set(),
-            paused=paused,
+            paused="" if paused == STARTING else paused,
             queues=self._settings.queues,
             version=version(),
-            starting=is_starting,
+            starting=paused == STARTING,
             lease=self._settings.lease,
             host=self._host,
             pid=os.getpid(),
@@ -363,6 +362,8 @@ class Worker:
         if not self._started:
             return "starting: Redis has not answered yet"
         paused = self._intake.paused
+        if paused == STARTING:
+            return "starting: the vLLM servers have not answered yet"
         return "" if paused in ("", "vllm_full") else f"paused: {paused}"
 
     async def _sign_off(self, deadline: float) -> None:

@@ -22,17 +22,19 @@ from .poison import may_be_poison
 from .running_jobs import RunningJobs
 from .slots import Slots
 
+STARTING = "starting"
 NO_VLLM = "no_vllm"
 VLLM_FULL = "vllm_full"
 REDIS_FULL = "redis_full"
 REDIS_REFUSES = "redis_refuses"
 REDIS_LOGIN = "redis_login"
 REDIS_AWAY = "redis_away"
-"""Why no jobs are taken: no vLLM server is available; every server has as many requests as it can answer now; Redis has
-no memory left; Redis refuses writes or connections for another reason; Redis refuses the password or the user; Redis
-does not answer."""
+"""Why no jobs are taken: no vLLM server has accepted requests yet and not all were probed, which is no pause; no server
+is available; every server has as many requests as it can answer now; Redis has no memory left; Redis refuses writes or
+connections for another reason; Redis refuses the password or the user; Redis does not answer."""
 
-_NOT_LOGGED = ("", VLLM_FULL, NO_VLLM, REDIS_AWAY)
+_NO_PAUSE = ("", STARTING)
+_NOT_LOGGED = (*_NO_PAUSE, VLLM_FULL, NO_VLLM, REDIS_AWAY)
 """A full vLLM is no fault. The other two are logged elsewhere."""
 
 _IDLE_FACTOR = 4
@@ -175,7 +177,7 @@ class JobIntake:
     async def reason_to_pause(self) -> str:
         """Why a job that is taken now could not be done; empty if it could. Any worker can take it from the queue."""
         if not self._servers.is_available:
-            return NO_VLLM
+            return NO_VLLM if all(server.is_known for server in self._servers.servers) else STARTING
         try:
             await self._jobs.probe_writable()
         except ResponseError as error:
@@ -277,9 +279,9 @@ class JobIntake:
     def _pause_for(self, reason: str) -> None:
         """Begin a pause for a reason. An empty reason ends the pause."""
         if reason != self.paused:
-            if self.paused:
+            if self.paused not in _NO_PAUSE:
                 self._telemetry.emit(IntakePaused(self.paused, on=False))
-            if reason:
+            if reason not in _NO_PAUSE:
                 self._telemetry.emit(IntakePaused(reason, on=True))
             self.paused = reason
         self._log_pause("" if reason in _NOT_LOGGED else reason)
@@ -300,6 +302,8 @@ class JobIntake:
         """Wait while vLLM is away, or until Redis may accept writes again. A full vLLM is waited for elsewhere."""
         if self.paused == NO_VLLM:
             await self._wait_for_vllm()
+        elif self.paused == STARTING:
+            await self._servers.wait_changed(self._pace.scan_every)
         elif self.paused not in ("", VLLM_FULL):
             await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
 
