@@ -63,6 +63,27 @@ async def test_an_eviction_policy_and_a_missing_append_only_file_are_warnings(
     assert {finding.level for finding in findings} == {"ok"}
 
 
+@pytest.mark.parametrize("mode", ["standalone", "cluster"])
+async def test_a_valkey_is_recognized_with_its_version_and_mode(
+    mode: str, redis_url: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Valkey 9 has `server_mode` in place of `redis_mode`, and states a version of Redis beside its own."""
+    info = Redis.info
+
+    async def info_of_valkey(self: Redis, *sections: str) -> dict[str, object]:
+        reply = dict(await info(self, *sections))
+        reply.pop("redis_mode")
+        return reply | {"redis_version": "7.2.4", "valkey_version": "9.1.2", "server_mode": mode}
+
+    monkeypatch.setattr(Redis, "info", info_of_valkey)
+    first = about(await found(redis_url=redis_url, vllm_urls=simulator.url), "Redis")[0]
+    if mode == "cluster":
+        assert (first.level, first.message) == ("error", "it runs in cluster mode")
+        assert "redis+cluster://" in first.fix
+    else:
+        assert (first.level, first.message) == ("ok", "Valkey 9.1.2 answers")
+
+
 async def test_a_key_of_another_type_in_place_of_a_queue_is_an_error(
     redis: Redis, redis_url: str, simulator: Simulator
 ) -> None:

@@ -115,7 +115,8 @@ async def _read_info(server: Redis) -> dict[str, object]:
 
 
 def _check_version_and_mode(where: str, info: dict[str, object], wanted: str) -> Finding | None:
-    version, mode = str(info.get("redis_version", "7.0")), info.get("redis_mode", wanted)
+    version = str(info.get("redis_version", "7.0"))  # Valkey states here the version with which it is compatible
+    mode = info.get("redis_mode") or info.get("server_mode") or wanted  # Valkey has only the second
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
     if mode != wanted:
@@ -127,7 +128,9 @@ def _check_version_and_mode(where: str, info: dict[str, object], wanted: str) ->
 def _check_storage(where: str, info: dict[str, object]) -> list[Finding]:
     if not info:
         return []
-    findings = [Finding("ok", where, f"version {info.get('redis_version')} answers")]
+    valkey = info.get("valkey_version")
+    version = f"Valkey {valkey}" if valkey else f"version {info.get('redis_version')}"
+    findings = [Finding("ok", where, f"{version} answers")]
     used, limit = int(str(info.get("used_memory", 0))), int(str(info.get("maxmemory", 0)))
     if limit and used >= limit:
         message = f"it is full: {used} of {limit} bytes (maxmemory) are used, and nothing can be written"

@@ -12,6 +12,7 @@ from .urls import parse_redis_url
 
 MORE_ROOM = "give Redis more memory, or shorten WORKER_RETENTION"
 _REPLICA = "this is a replica: set REDIS_URL to its master, or to the sentinels that know it (redis+sentinel://…)"
+_CLUSTER = "this is a cluster: begin REDIS_URL with redis+cluster:// (rediss+cluster:// for TLS)"
 _PLAIN = "this port has no TLS: begin REDIS_URL with redis, not rediss"
 _SECURE = "this port requires TLS: begin REDIS_URL with rediss, not redis"
 _TRUST = (
@@ -53,6 +54,8 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
         "give the user that right (Rights in Redis, deploy/README.md): ACL SETUSER <user> +<command> ~<prefix>:*",
     ),
     (exceptions.RedisError, "DB index", "set REDIS_URL to a database that exists: 0 to 15 by default"),
+    (exceptions.MovedError, "", _CLUSTER),
+    (exceptions.ClusterCrossSlotError, "", _CLUSTER),
     (exceptions.RedisError, "cluster support disabled", "this is no cluster: begin REDIS_URL with redis://"),
     (exceptions.RedisError, "max number of clients", "raise maxclients in Redis, or stop some of its clients"),
     (exceptions.RedisError, "protected mode", "give Redis a password, or bind it to this machine only"),
