@@ -75,16 +75,6 @@ class Maintenance:
                 await backoff.wait(error)
             self._publisher.verify_idle()
 
-    async def watch_expiry(self) -> None:
-        """Stop jobs on time when their lease ends, since a renewal that Redis does not answer takes some seconds."""
-        wait = self._interval
-        due = time.monotonic() + wait
-        while await sleep_unless_set(self._stopping, wait):
-            now, wait = time.monotonic(), self._interval
-            if now - due < self._interval:  # otherwise this process was paused, and a renewal comes first
-                wait = min(wait, self._running_jobs.stop_expired())
-            due = now + wait
-
     async def run_duties(self) -> None:
         """Send the heartbeat, sample the queues and clean up: at once, and then three times a lease until stopped."""
         duties = {
@@ -132,7 +122,7 @@ class Maintenance:
 
         These are jobs of silent workers, and jobs that this process lost. Redis's clock may be set back, or a failover
         may lead to a host whose clock is behind. A job then has no idle time until that clock has reached the time of
-        its delivery, and XAUTOCLAIM does not return the job. A job whose lease is renewed has no idle time only in the
+        its delivery, and no worker takes the job over. A job whose lease is renewed has no idle time only in the
         millisecond of its renewal. So a job without idle time in two inspections in a row is not renewed.
         """
         now, own = time.monotonic(), self._record().name

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -79,7 +79,7 @@ class RunningJobs:
         self._telemetry = telemetry
         self._parking = parking
         self._renewing = asyncio.Lock()
-        """Held while leases are renewed, and while a job is parked: a renewal must not take a parked job back."""
+        """Held while leases are renewed, and while jobs are given up: a renewal must not take such a job back."""
         self._running: dict[tuple[str, str], RunningJob] = {}
         self.finished = 0
         """How many jobs ended here. Jobs that were handed over or otherwise left do not count."""
@@ -192,6 +192,9 @@ class RunningJobs:
     async def renew_all(self) -> bool:
         """Renew every lease, and stop the jobs that another worker has now. Returns whether there was any lease.
 
+        A lease that expires while Redis does not answer stops no job: no other worker takes jobs over then. But a job
+        whose renewal Redis refuses until its lease has expired is stopped.
+
         Raises:
             RedisError: when Redis does not answer, or has refused to renew some leases. The others are renewed.
         """
@@ -200,31 +203,46 @@ class RunningJobs:
             if not jobs:
                 return False
             sent = time.monotonic()
-            replies = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
-        for running, is_ours in zip(jobs, replies, strict=True):
-            if is_ours is True:
-                running.renewed = sent
-        for running, is_ours in zip(jobs, replies, strict=True):
-            if is_ours is False:
-                if await self._jobs.is_outstanding(running.delivery.queue, running.delivery.id):
-                    self._stop_without_lease(running)
-                else:  # the job was deleted: no other worker can get it, so it runs to its end here
-                    running.renewed = sent
+            replies = await self._renew(jobs, sent)
+            refused = [running for running, is_ours in zip(jobs, replies, strict=True) if is_ours is False]
+            if refused and (held := await self._read_leases(refused)):
+                replies += await self._renew(held, time.monotonic())
         if refusal := next((reply for reply in replies if isinstance(reply, Exception)), None):
+            if any(isinstance(reply, Exception) and not is_transient(reply) for reply in replies):
+                self._stop_expired(jobs)
             raise refusal
         return True
 
-    def stop_expired(self) -> float:
-        """Stop the jobs whose lease ended before it could be renewed, since another worker may have them now.
+    async def _renew(self, jobs: Sequence[RunningJob], sent: float) -> list[bool | Exception]:
+        replies = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
+        for running, is_ours in zip(jobs, replies, strict=True):
+            if is_ours is True:
+                running.renewed = sent
+        return replies
 
-        Returns the seconds until the next job may have to stop.
+    async def _read_leases(self, jobs: Sequence[RunningJob]) -> list[RunningJob]:
+        """Find out why leases could not be renewed, and return the jobs that this worker still has.
+
+        Redis may have executed an earlier renewal whose reply was lost: the entry is then too young for the renewal.
         """
+        asked = time.monotonic()
+        held = []
+        for running, idle in zip(jobs, await self._jobs.idle_times([job.delivery for job in jobs]), strict=True):
+            if idle is not None:
+                running.renewed = asked - idle
+                held.append(running)
+            elif await self._jobs.is_outstanding(running.delivery.queue, running.delivery.id):
+                self._stop_without_lease(running)
+            else:  # the job was deleted: no other worker can get it, so it runs to its end here
+                running.renewed = asked
+        return held
+
+    def _stop_expired(self, jobs: Iterable[RunningJob]) -> None:
+        """Stop the jobs whose lease has expired, since another worker may have them now."""
         expired_before = time.monotonic() - self._lease
-        for running in self._running.values():
+        for running in jobs:
             if running.renewed < expired_before:
                 self._stop_without_lease(running)
-        left = [running.renewed - expired_before for running in self._running.values() if not running.stop.done()]
-        return min(left, default=self._lease)
 
     def _stop_without_lease(self, running: RunningJob) -> None:
         if not running.stop.done():
@@ -246,7 +264,7 @@ class RunningJobs:
         if not ended:
             return
         try:
-            async with asyncio.timeout(within / 2):
+            async with asyncio.timeout(within / 2), self._renewing:
                 replies = await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
         except (RedisError, OSError) as error:
             self._telemetry.emit(HandOverFailed(len(ended), type(error).__name__))
