@@ -7,7 +7,9 @@ from typing import TypeAlias, cast
 
 from redis.asyncio import Redis
 
+from worker.broker.abandoned_jobs import AbandonedJobs
 from worker.broker.acquisition import Acquired
+from worker.broker.consumers import HANDED_OVER
 from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.log_writer import LogWriter
@@ -38,6 +40,7 @@ class Process:
         self.commands = command_client(url)
         self.blocking = blocking_client(url, 1)
         self.jobs = JobQueue(self.commands, self.blocking, Keys(), name, lease=10)
+        self.abandoned = AbandonedJobs(self.commands, Keys(), name, lease=10)
         publishing = command_client(url, connections=1)
         self.publisher = Publisher(publishing, telemetry, pace, connection_type=connections)
         self.use(Transactions(self.commands))
@@ -92,7 +95,19 @@ async def deliver(process: Process, redis: Redis) -> Delivery:
 async def stolen(redis: Redis, two: Process, delivery: Delivery) -> Delivery:
     """Let the lease of a job of process `one` run out, and another process claim the job."""
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
-    (taken,) = await two.jobs.claim_expired("default", 1)
+    (taken,) = await claim_expired(two.abandoned)
+    return taken
+
+
+async def claim_expired(abandoned: AbandonedJobs, count: int = 10) -> list[Delivery]:
+    """Take over jobs of all other consumers, and jobs that this one has lost, as a sweep does."""
+    await abandoned.hand_over_lost("default", ())
+    taken: list[Delivery] = []
+    for name in (HANDED_OVER, *abandoned.others(await abandoned.consumers("default"), silent=False)):
+        claimed: list[Delivery] = []
+        while not claimed and (jobs := await abandoned.list_claimable("default", name, count)):
+            claimed = await abandoned.claim("default", name, jobs)
+        taken += claimed
     return taken
 
 

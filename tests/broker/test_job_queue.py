@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
+from processes import claim_expired
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from worker.broker.abandoned_jobs import AbandonedJobs
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.contract.keys import GROUP, Keys
 from worker.redisio.clients import blocking_client, command_client
@@ -27,6 +29,12 @@ class Group:
 
     def consumer(self, name: str, lease: float = LEASE) -> JobQueue:
         return JobQueue(self.commands, self.blocking, Keys(), name, lease, LogReceiver())
+
+    def abandoned(self, name: str, lease: float = LEASE) -> AbandonedJobs:
+        return AbandonedJobs(self.commands, Keys(), name, lease)
+
+    async def claim_expired(self, name: str, count: int, lease: float = LEASE) -> list[Delivery]:
+        return await claim_expired(self.abandoned(name, lease), count)
 
 
 @pytest.fixture
@@ -80,21 +88,21 @@ async def test_fields_that_are_not_utf8_are_delivered_unchanged(group: Group, re
 async def test_only_an_expired_lease_is_claimed(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
     await group.consumer("one").read_new("default", 1, 100)
-    assert await group.consumer("two").claim_expired("default", 10) == []
+    assert await group.claim_expired("two", 10) == []
     await expired(redis, entry)
-    (claimed,) = await group.consumer("two").claim_expired("default", 10)
+    (claimed,) = await group.claim_expired("two", 10)
     assert claimed.id == entry
     assert await owner_of(redis, entry) == b"two"
 
 
 async def test_a_renewal_keeps_the_lease_and_a_late_one_does_not_steal_the_job_back(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
-    one, two = group.consumer("one"), group.consumer("two")
+    one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
     assert await one.renew_leases([(delivery, LEASE / 3)]) == [True]
 
     await expired(redis, entry)
-    assert await two.claim_expired("default", 1)
+    assert await group.claim_expired("two", 1)
     assert await one.renew_leases([(delivery, LEASE * 2)]) == [False], "min-idle 0 would steal it back"
     assert await owner_of(redis, entry) == b"two"
 
@@ -103,10 +111,10 @@ async def test_many_leases_are_renewed_together_and_a_stolen_one_is_found_among_
     group: Group, redis: Redis
 ) -> None:
     ids = await add(redis, 1200)
-    one, two = group.consumer("one", lease=60), group.consumer("two", lease=60)
+    one = group.consumer("one", lease=60)
     deliveries = await one.read_new("default", 1200, 100)
     await expired(redis, ids[700], idle=61_000)
-    assert [claimed.id for claimed in await two.claim_expired("default", 1200)] == [ids[700]]
+    assert [claimed.id for claimed in await group.claim_expired("two", 1200, lease=60)] == [ids[700]]
     leases = [
         (delivery, 31.0 + number % 2 if delivery.id == ids[700] else number % 2)
         for number, delivery in enumerate(deliveries)
@@ -126,11 +134,13 @@ async def test_a_renewal_does_not_count_as_a_delivery(group: Group, redis: Redis
 
 async def test_a_handed_over_job_is_claimed_at_once_without_raising_its_count(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
-    one, two = group.consumer("one"), group.consumer("two")
+    one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
     assert await one.hand_over([(delivery, 0)]) == [True]
-    (claimed,) = await two.claim_expired("default", 1)
-    assert claimed == dataclasses.replace(delivery, redelivered=True)
+    (claimed,) = await group.claim_expired("two", 1)
+    assert claimed.left_for is not None
+    assert 0 <= claimed.left_for < 30, "the time since the hand-over"
+    assert claimed == dataclasses.replace(delivery, redelivered=True, handed_over=True, left_for=claimed.left_for)
     assert (await redis.xpending_range("chat:jobs", GROUP, entry, entry, 1))[0]["times_delivered"] == 1
 
 
@@ -157,52 +167,46 @@ async def test_a_delivery_has_the_count_of_deliveries(group: Group, redis: Redis
     counts = [delivery.count]
     for name in ("two", "three"):
         await expired(redis, entry)
-        counts += [delivery.count for delivery in await group.consumer(name).claim_expired("default", 1)]
+        counts += [delivery.count for delivery in await group.claim_expired(name, 1)]
     assert counts == [1, 2, 3]
 
 
 async def test_a_hand_over_after_a_lost_reply_does_not_raise_the_count_either(group: Group, redis: Redis) -> None:
-    """The owner's XAUTOCLAIM may return a job that it already runs: that raises Redis's count, not the delivery's."""
+    """A claim of a job that already runs here raises Redis's count, not the delivery's."""
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
-    await one.claim_expired("default", 1)
+    await group.claim_expired("one", 1)
     await one.hand_over([(delivery, 0)])
-    (claimed,) = await group.consumer("two").claim_expired("default", 1)
+    (claimed,) = await group.claim_expired("two", 1)
     assert claimed.count == delivery.count == 1
 
 
 async def test_a_job_of_another_worker_is_not_handed_over(group: Group, redis: Redis) -> None:
     (entry,) = await add(redis, 1)
-    one, two = group.consumer("one"), group.consumer("two")
+    one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
-    await two.claim_expired("default", 1)
+    await group.claim_expired("two", 1)
     assert await one.hand_over([(delivery, LEASE * 3)]) == [False]
-    assert await group.consumer("three").claim_expired("default", 1) == []
+    assert await group.claim_expired("three", 1) == []
 
 
 async def test_an_expired_lease_behind_many_live_ones_is_found(group: Group, redis: Redis) -> None:
-    """XAUTOCLAIM scans ten times COUNT entries a call: without the kept cursor it would never get this far."""
     ids = await add(redis, 60)
     await group.consumer("one", lease=30).read_new("default", 60, 100)
     await expired(redis, ids[-1], idle=31_000)
-    two = group.consumer("two", lease=30)
-    found: list[Delivery] = []
-    for _ in range(60):
-        found += await two.claim_expired("default", 1)
-    assert [delivery.id for delivery in found] == [ids[-1]]
+    assert [delivery.id for delivery in await group.claim_expired("two", 1, lease=30)] == [ids[-1]]
 
 
 async def test_jobs_purged_while_pending_do_not_hold_up_the_take_over(group: Group, redis: Redis) -> None:
-    """With one free slot Redis passes over one of them a call; 6.2 returns it as nil, 7.0 in a list of its own."""
+    """Redis 6.2 returns each as nil, and 7.0 leaves it out."""
     ids = await add(redis, 101)
     await group.consumer("dead").read_new("default", 101, 1)
     await redis.xclaim("chat:jobs", GROUP, "dead", 0, list(ids), idle=int(LEASE * 1000) + 1, justid=True)
     await redis.xtrim("chat:jobs", maxlen=1, approximate=False)
-    one = group.consumer("one")
-    assert [delivery.id for delivery in await one.claim_expired("default", 1)] == [ids[-1]]
+    assert [delivery.id for delivery in await group.claim_expired("one", 1)] == [ids[-1]]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1, "the purged jobs are not pending any more"
 
 
@@ -277,10 +281,9 @@ async def test_an_expired_lease_behind_many_live_ones_is_found_at_once_for_a_sin
     group: Group, redis: Redis
 ) -> None:
     ids = await add(redis, 500)
-    owner, taker = group.consumer("one", lease=60), group.consumer("two", lease=60)
-    await owner.read_new("default", 500, 100)
+    await group.consumer("one", lease=60).read_new("default", 500, 100)
     await expired(redis, ids[-1], idle=61_000)
-    assert [delivery.id for delivery in await taker.claim_expired("default", 1)] == [ids[-1]]
+    assert [delivery.id for delivery in await group.claim_expired("two", 1, lease=60)] == [ids[-1]]
 
 
 async def test_only_the_consumer_of_a_dead_worker_is_removed(group: Group, redis: Redis) -> None:
@@ -349,5 +352,5 @@ async def test_a_job_that_was_deleted_while_its_worker_died_is_pending_with_nobo
     await expired(redis, job)
     await expired(redis, kept)
     await redis.xdel("chat:jobs", job)
-    assert [delivery.id for delivery in await group.consumer("one").claim_expired("default", 5)] == [kept]
+    assert [delivery.id for delivery in await group.claim_expired("one", 5)] == [kept]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from conftest import stream
-from processes import FAR, KEY, STONE, Process, delta, process, stolen, texts
+from processes import FAR, KEY, STONE, Process, claim_expired, delta, process, stolen, texts
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -292,7 +292,7 @@ async def test_entries_of_an_earlier_run_in_the_same_process_are_fenced_too(
     """As after a partition: the process gave up a flush that reaches Redis when the same job runs there again."""
     await one.acquire(delivery)
     await redis.xclaim("chat:jobs", "workers", "one", 0, [delivery.id], idle=11_000, justid=True)
-    (again,) = await one.jobs.claim_expired("default", 1)
+    (again,) = await claim_expired(one.abandoned)
     log = await one.acquire(again)
     with pytest.raises(ResponseError, match="equal or smaller"):
         await redis.xadd(KEY, delta("of the former run"), id="1-1")  # type: ignore[arg-type]  # dict is invariant

@@ -13,6 +13,7 @@ from conftest import Entries, stream
 from redis.asyncio import Redis
 from waits import eventually
 
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.contract.ids import SEAL, EntryId
 from worker.contract.keys import GROUP
 from worker.sandbox.simulator.answers import END, encode
@@ -179,7 +180,7 @@ async def _has_one_end_in_the_lifecycle(redis: Redis, request_id: str, ended: En
 
 
 async def begun_by_a_dead_worker(redis: Redis, request_id: str, *log: dict[str, str]) -> str:
-    """Begin the next job as a worker that then died, and let its lease run out. Returns the job's entry id.
+    """Begin the next job as a worker that then died, and end its lease. Returns the job's entry id.
 
     `log` are the entries after `started`.
     """
@@ -191,7 +192,7 @@ async def begun_by_a_dead_worker(redis: Redis, request_id: str, *log: dict[str, 
     for n, fields in enumerate((begun, *log)):
         await redis.xadd(key, fields, id=f"1-{n}")  # type: ignore[arg-type]  # dict is invariant
     await redis.expire(key, 600)
-    await redis.xclaim("chat:jobs", GROUP, "dead", 0, [job], idle=10**8, justid=True)
+    await redis.xclaim("chat:jobs", GROUP, HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, justid=True)
     return job
 
 

@@ -16,12 +16,15 @@ import httpx
 from faults import Fate, Gate, Network, gated
 from redis.exceptions import RedisError
 
+from worker.broker.abandoned_jobs import AbandonedJobs
+from worker.broker.consumers import HANDED_OVER
 from worker.broker.dead_letters import DeadLetterWriter
 from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.lifecycle import LifecycleWriter
 from worker.broker.log_writer import LogLost
 from worker.broker.ownership import LogOwnership
+from worker.broker.parked_jobs import ParkedJob, ParkedJobs
 from worker.broker.publisher import Publisher
 from worker.contract.keys import DEFAULT_QUEUE, GROUP, Keys
 from worker.engine.job_context import JobServices, Stop, Stopped
@@ -85,6 +88,8 @@ class FleetWorker:
         self._commands = command_client(world.url)
         self._blocking = blocking_client(world.url, 1)
         self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE)
+        self._abandoned = AbandonedJobs(self._commands, Keys(), name, LEASE)
+        self._parked = ParkedJobs(self._commands, Keys(), name, LEASE, _now)
         publishing = command_client(world.url, connections=1)
         self._clients = (self._commands, self._blocking, publishing)
         for redis in self._clients:
@@ -125,11 +130,11 @@ class FleetWorker:
         self._fill("claim", partial(self._jobs.read_new, DEFAULT_QUEUE, 1, 1))
 
     async def take_over(self) -> None:
-        """Claim one job whose lease has run out."""
-        self._fill("take over", partial(self._jobs.claim_expired, DEFAULT_QUEUE, 1))
+        """Claim one job that was handed over or whose lease has run out, after a look at the worker's own jobs."""
+        self._fill("take over", self._claim_abandoned)
 
     async def keep(self) -> None:
-        """Renew the leases, verify the logs, stop jobs that could not be renewed in time, and trim."""
+        """Renew the leases, verify the logs, stop jobs that another worker has, and trim."""
         if "keep" not in self._tasks and not self.left:
             self._do("keep", self._keep())
 
@@ -138,6 +143,16 @@ class FleetWorker:
         if not self.left:
             self.left = True
             self._do("leave", self._leave())
+
+    async def park(self) -> None:
+        """Give one running job back to its queue."""
+        running = next(iter(self.running.values()), None)
+        if running is not None and "park" not in self._tasks and not self.left:
+            self._do("park", self._park(running))
+
+    async def take_parked(self) -> None:
+        """Take one parked job."""
+        self._fill("take parked", self._take_parked)
 
     async def run(self) -> None:
         """Do everything that is left to do, without a fault."""
@@ -180,22 +195,47 @@ class FleetWorker:
         finally:
             del self.running[running.delivery.id]
 
+    async def _claim_abandoned(self) -> list[Delivery]:
+        abandoned = self._abandoned
+        await abandoned.hand_over_lost(DEFAULT_QUEUE, set(self.running))
+        others = abandoned.others(await abandoned.consumers(DEFAULT_QUEUE), silent=False)
+        for name in (HANDED_OVER, *others):
+            jobs = await abandoned.list_claimable(DEFAULT_QUEUE, name, 1)
+            if claimed := await abandoned.claim(DEFAULT_QUEUE, name, jobs):
+                return claimed
+        return []
+
+    async def _take_parked(self) -> list[Delivery]:
+        for line in await self._parked.lines(DEFAULT_QUEUE):
+            if taken := await self._parked.take(line, 1):
+                return taken
+        return []
+
     async def _keep(self) -> None:
         jobs, sent = list(self.running.values()), self._world.clock
         try:
             if jobs:
                 kept = await self._jobs.renew_leases([(running.delivery, sent - running.renewed) for running in jobs])
+                refused = [running for running, is_ours in zip(jobs, kept, strict=True) if is_ours is False]
                 for running, is_ours in zip(jobs, kept, strict=True):
-                    if is_ours:
+                    if is_ours is True:
                         running.renewed = sent
-                    elif is_ours is False:
+                idle_times = await self._jobs.idle_times([running.delivery for running in refused])
+                for running, idle in zip(refused, idle_times, strict=True):
+                    if idle is None:
                         self._stop(running, Stop.LEASE_LOST)
+                    else:
+                        running.renewed = self._world.clock - idle
             await self._jobs.trim(DEFAULT_QUEUE)
         finally:
             self._publisher.verify_all()
-            for running in self.running.values():
-                if running.renewed < self._world.clock - LEASE:
-                    self._stop(running, Stop.LEASE_LOST)
+
+    async def _park(self, running: Running) -> None:
+        self._stop(running, Stop.HAND_OVER)
+        await asyncio.gather(self._tasks[running.delivery.id], return_exceptions=True)
+        if running.stop.result() is Stop.HAND_OVER:
+            age = self._world.clock - running.renewed
+            await self._parked.park([ParkedJob(running.delivery, age, "tenant", "model", _now() + 10**9)])
 
     async def _leave(self) -> None:
         jobs = list(self.running.values())

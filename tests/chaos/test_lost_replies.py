@@ -70,7 +70,7 @@ async def test_the_jobs_of_a_take_over_whose_reply_was_lost_come_once_more(
 ) -> None:
     request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
-    order = redis_proxy.drop_reply(rb"^XAUTOCLAIM", reply=rb"messages")
+    order = redis_proxy.drop_reply(rb"^XCLAIM", reply=rb"messages")
     await start_worker(await start_simulator(), lease=1, redis_url=redis_proxy.redis_url)
     assert (await promise_kept(redis, request_id)).attempts > 1
     assert order.done.is_set()

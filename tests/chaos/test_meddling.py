@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Answer, Client, IncompleteLog
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.broker.log_writer import LogWriter
 from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
@@ -34,7 +35,9 @@ async def left_behind(redis: Redis, log: Iterable[tuple[str, dict[str, str]]], d
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
     for where, fields in log:
         await redis.xadd(KEY, {name: job if name == "job" else value for name, value in fields.items()}, id=where)
-    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, retrycount=deliveries, justid=True)
+    await redis.xclaim(
+        "chat:jobs", "workers", HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, retrycount=deliveries, justid=True
+    )
     return job
 
 

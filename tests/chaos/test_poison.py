@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Answer, Client, Failed
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.broker.ownership import LogOwnership
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
@@ -101,7 +102,7 @@ async def begun(client: Client, redis: Redis, *entries: dict[str, str]) -> str:
     for n, fields in enumerate([started, *entries]):
         where = str(SEAL) if fields["type"] in {"error", "done"} else f"1-{n}"
         await redis.xadd(f"chat:tokens:{{{request_id}}}", fields, id=where)  # type: ignore[arg-type]  # invariant
-    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, justid=True)
+    await redis.xclaim("chat:jobs", "workers", HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, justid=True)
     return request_id
 
 
@@ -201,7 +202,9 @@ async def suspected(redis: Redis, *ids: str) -> None:
         for attempt, kind in ((1, "started"), (2, "claimed")):
             claim = {"type": kind, "queue": "default", "job": job, "delivery": attempt, "reason": "takeover"}
             await redis.xadd(f"chat:tokens:{{{request_id}}}", claim, id=f"{attempt}-0")  # type: ignore[arg-type]  # invariant
-        await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, retrycount=2, justid=True)
+        await redis.xclaim(
+            "chat:jobs", "workers", HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, retrycount=2, justid=True
+        )
 
 
 async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
@@ -214,7 +217,7 @@ async def test_a_suspect_that_waits_for_its_turn_is_handed_over_like_the_rest(
 
     async def one_runs() -> bool:
         taken = await redis.xpending_range("chat:jobs", "workers", "-", "+", 9)
-        return len(hanging.served) == 1 and all(line["consumer"] != b"gone" for line in taken)
+        return len(hanging.served) == 1 and all(line["consumer"] != HANDED_OVER.encode() for line in taken)
 
     await eventually(one_runs)
     service.stop()

@@ -57,6 +57,7 @@ from redis.exceptions import ResponseError
 from waits import eventually
 
 from worker.broker.acquisition import Acquired, AlreadyEnded, LeaseLost
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.broker.job_queue import Delivery
 from worker.broker.log_writer import LogDiverged, LogFenced
 from worker.broker.ownership import LogOwnership
@@ -273,7 +274,7 @@ async def test_rule_10_a_burial_seals_first_and_acknowledges_only_once_the_dead_
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
     begun = {"type": "started", "queue": "default", "job": job, "worker": "w", "owner": "gone", "delivery": 1}
     await redis.xadd(KEY, begun, id="1-0")  # type: ignore[arg-type]  # dict is invariant
-    await redis.xclaim("chat:jobs", "workers", "gone", 0, [job], idle=3_600_000, justid=True)
+    await redis.xclaim("chat:jobs", "workers", HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, justid=True)
     await redis.set("chat:dead", "in the way: no letter can be written")
     await start_worker(simulator, lease=0.5, max_deliveries=1)
 

@@ -1,9 +1,9 @@
 """Every order of events that hypothesis generates, on a real Redis: the promise holds after each step.
 
 Up to three workers run the real relay, log and queue code; a canceller, duplicate jobs, crashes, pauses past the
-lease, hand-overs, lost replies, commands that arrive late, a full Redis, broken streams of vLLM and a failover that
-loses the newest entries come between any two of their exchanges with Redis. A worker does nothing but what it is let
-do, so a worker that is paused is one that has no turn.
+lease, hand-overs, parking, lost replies, commands that arrive late, a full Redis, broken streams of vLLM and a failover
+that loses the newest entries come between any two of their exchanges with Redis. A worker does nothing but what it is
+let do, so a worker that is paused is one that has no turn.
 
 A run that fails prints how to repeat it. To search for longer than CI does (here about ten minutes), and from a seed:
 
@@ -89,6 +89,10 @@ class Machine(RuleBasedStateMachine):
         """The workers that have something to do."""
         return [place for place, worker in enumerate(self._workers) if worker.gate.waiting]
 
+    def _parked_jobs(self) -> int:
+        consumers = self._admin.xinfo_consumers(_KEYS.jobs(), GROUP)
+        return sum(consumer["pending"] for consumer in consumers if consumer["name"].startswith(b"waiting:"))
+
     @initialize(length=st.integers(1, 4), by_hand=st.booleans(), steps=steps)
     def begin(self, length: int, by_hand: bool, steps: int) -> None:  # noqa: FBT001 - drawn
         self.enqueue(length, by_hand)
@@ -162,6 +166,20 @@ class Machine(RuleBasedStateMachine):
         place = _one_of(self._busy(), which)
         self._do(self._workers[place].leave())
         self._go_on(place, steps)
+
+    @precondition(lambda self: self._busy())
+    @rule(which=workers, steps=steps)
+    def park(self, which: int, steps: int) -> None:
+        """No server has room for a job: it goes back to its queue."""
+        place = _one_of(self._busy(), which)
+        self._do(self._workers[place].park())
+        self._go_on(place, steps)
+
+    @precondition(lambda self: self._parked_jobs())
+    @rule(which=workers, steps=steps)
+    def take_parked(self, which: int, steps: int) -> None:
+        self._do(self._workers[which].take_parked())
+        self._go_on(which, steps)
 
     @precondition(lambda self: self._waiting())
     @rule(which=workers, steps=steps, place=places)
@@ -286,7 +304,7 @@ class Machine(RuleBasedStateMachine):
                 if self._workers[place].left:
                     await self._replace(place)
                 worker = self._workers[place]
-                for work in (worker.take_over, worker.claim, worker.keep):
+                for work in (worker.take_over, worker.take_parked, worker.claim, worker.keep):
                     await work()
                     await worker.run()
         else:

@@ -176,7 +176,6 @@ def stall_past_the_lease(redis_url: str, lease: float) -> None:
 async def test_a_dead_workers_job_is_found_behind_many_live_ones(
     client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
 ) -> None:
-    """XAUTOCLAIM passes over ten entries for each requested one, and starts from its cursor."""
     await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     for number in range(100):
         await redis.xadd("chat:jobs", {"id": f"live-{number}"})

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from waits import eventually
 
 from worker import Answer, Client
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
 from worker.sandbox.simulator.requests import answer_to
@@ -93,7 +94,7 @@ async def test_a_worker_whose_only_slot_waits_in_a_read_also_takes_over(
     await all_whole(redis, [await client.result(request_id)], ["Who are you?"])
 
 
-@pytest.mark.parametrize("command", ["XREADGROUP", "XAUTOCLAIM"])
+@pytest.mark.parametrize("command", ["XREADGROUP", "XCLAIM"])
 async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     command: str,
     client: Client,
@@ -105,10 +106,10 @@ async def test_jobs_that_arrive_during_the_shutdown_are_handed_over_too(
     simulator = await start_simulator(Options(scenario=Scenario(rate=100)))
     await redis.xgroup_create("chat:jobs", "workers", mkstream=True)
     request_id = await client.enqueue(chat_request())
-    if command == "XAUTOCLAIM":  # a dead worker had the job
+    if command == "XCLAIM":  # a dead worker had the job
         await redis.xreadgroup("workers", "dead", {"chat:jobs": ">"})
         job = (await redis.xpending("chat:jobs", "workers"))["min"]
-        await redis.xclaim("chat:jobs", "workers", "dead", 0, [job], idle=2000 * NEVER, justid=True)
+        await redis.xclaim("chat:jobs", "workers", HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, justid=True)
     held = redis_proxy.hold_reply(command.encode(), reply=b"request")
     first = await start_worker(simulator, lease=NEVER, drain_timeout=600, redis_url=redis_proxy.redis_url)
     await held.done.wait()

@@ -156,7 +156,6 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
             "watch",
             "xack",
             "xadd",
-            "xautoclaim",
             "xclaim",
             "xgroup",
             "xpending",
@@ -247,7 +246,7 @@ RENAMED: list[tuple[str, str, str]] = [
     ("EVAL", "warning", "consumers of dead workers stay in the group: Redis does not know EVAL"),
     ("WATCH", "error", "no job can be done: Redis does not know WATCH"),
     ("EXEC", "error", "no job can be done: Redis does not know EXEC"),
-    ("XAUTOCLAIM", "error", "no job can be done: Redis does not know XAUTOCLAIM"),
+    ("XCLAIM", "error", "no job can be done: Redis does not know XCLAIM"),
 ]
 
 

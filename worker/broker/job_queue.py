@@ -1,12 +1,13 @@
 """The job streams: reading through the consumer group, leases, acknowledgement and trimming.
 
 The lease of a job is the idle time of its entry in the group's pending list. Reading, claiming or renewing the entry
-sets the idle time to zero. When it exceeds the length of a lease, any worker may take the job over.
+sets the idle time to zero. When it exceeds the length of a lease, any worker may take the job over
+(`abandoned_jobs.py`).
 """
 
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from redis.asyncio import Redis
@@ -15,11 +16,8 @@ from redis.exceptions import ResponseError
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
 from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
+from .consumers import HANDED_OVER, HANDED_OVER_IDLE, consumers_of, is_pseudo_consumer
 from .queue_depth import Depth, depth_of
-
-_MAX_SCANS = 64
-"""The most XAUTOCLAIM calls in one `claim_expired`. A call examines ten entries for each requested one: with one free
-slot, one call a second would be too few."""
 
 _NO_LIMIT = 2**31
 
@@ -48,8 +46,8 @@ _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 class Delivery:
     """A job as the group delivered it. `queue` and `id` (of the stream's entry) identify it together.
 
-    `redelivered` is true if another worker had the job before. `count` is how often the group has delivered the job: an
-    XAUTOCLAIM increases the count, even if its reply was lost; a hand-over or a renewal does not.
+    `redelivered` is true if another worker had the job before. `count` is how often the group has delivered the job: a
+    claim increases the count, even if its reply was lost; a hand-over, parking or a renewal does not.
 
     `left_for` is how many seconds the job had no owner at its delivery, where that is known: since the former owner
     handed the job over (`handed_over` is true), or since it last renewed a lease that has expired.
@@ -84,7 +82,6 @@ class JobQueue:
         self._keys = keys
         self._consumer = consumer
         self._lease_ms = int(lease * 1000)
-        self._cursors: dict[str, str] = {}
         self._reported = float("-inf")
         self._telemetry = telemetry
 
@@ -108,44 +105,6 @@ class JobQueue:
             return []
         streams = cast("list[tuple[bytes, list[_Message]]]", reply)
         return [delivery for _, messages in streams for delivery in _deliveries(queue, messages)]
-
-    async def claim_expired(self, queue: str, count: int) -> list[Delivery]:
-        """Take over up to `count` jobs whose lease has expired.
-
-        Jobs that were removed from the stream while pending are skipped. Redis includes them in `count`.
-
-        Each call continues where the last one stopped. If each call started at the front, a few live entries there
-        would hide the expired ones behind them forever.
-        """
-        key, scans, purged = self._keys.jobs(queue), 0, False
-        deliveries: list[Delivery] = []
-        while scans < _MAX_SCANS:
-            try:
-                reply = await self._commands.xautoclaim(
-                    key, GROUP, self._consumer, self._lease_ms, self._cursors.get(queue, "0-0"), count=count
-                )
-            except ResponseError as error:
-                if not await self._recreate_group(queue, error):
-                    raise
-                return []
-            cursor, messages, *dropped = cast("tuple[bytes, list[_Message], list[bytes]]", reply)
-            self._cursors[queue] = cursor.decode()
-            deliveries = _deliveries(queue, messages, redelivered=True)
-            purged = purged or len(deliveries) < len(messages)
-            if deliveries or cursor == b"0-0":
-                break
-            # A reply with only purged jobs is progress too: jobs may follow. Redis 7.0 lists purged jobs separately.
-            scans += not (messages or any(dropped))
-        if purged:
-            await self._acknowledge_purged(queue)
-        pipe = self._commands.pipeline(transaction=False)
-        for delivery in deliveries:
-            pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1)
-        replies = await pipe.execute() if deliveries else []
-        return [
-            replace(delivery, count=int(pending[0]["times_delivered"])) if pending else delivery
-            for delivery, pending in zip(deliveries, replies, strict=True)
-        ]
 
     async def renew_leases(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
         """Renew leases, each given with the seconds since its last renewal.
@@ -180,7 +139,7 @@ class JobQueue:
         Arguments and results are those of `renew_leases`.
         """
         pipe = self._commands.pipeline(transaction=False)
-        for delivery, _ in leases:  # XCLAIM alone would make an acknowledged entry pending again
+        for delivery, _ in leases:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
             pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, self._consumer)
         held = await pipe.execute(raise_on_error=False)
         for (delivery, age), pending in zip(leases, held, strict=True):
@@ -189,17 +148,31 @@ class JobQueue:
             pipe.xclaim(
                 self._keys.jobs(delivery.queue),
                 GROUP,
-                self._consumer,
+                HANDED_OVER,
                 max(0, int(age * 1000) - self._lease_ms // 2),
                 [delivery.id],
-                idle=2 * self._lease_ms,
-                # The next owner's XAUTOCLAIM adds one, which gives the count of this owner's delivery.
+                idle=HANDED_OVER_IDLE,
+                # The claim of the next owner adds one, which gives the count of this owner's delivery.
                 retrycount=delivery.count - 1,
                 justid=True,
             )
         replies = iter(await pipe.execute(raise_on_error=False))
         results = [pending if not pending or isinstance(pending, Exception) else next(replies) for pending in held]
         return [result if isinstance(result, Exception) else bool(result) for result in results]
+
+    async def idle_times(self, deliveries: Sequence[Delivery]) -> list[float | None]:
+        """For each job the seconds for which its entry has been idle with this worker; None if it is not with it."""
+        pipe = self._commands.pipeline(transaction=False)
+        for delivery in deliveries:
+            pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, self._consumer)
+        replies = await pipe.execute(raise_on_error=False) if deliveries else []
+        for reply in replies:
+            if isinstance(reply, Exception) and not str(reply).startswith("NOGROUP"):
+                raise reply
+        return [
+            None if isinstance(reply, Exception) or not reply else reply[0]["time_since_delivered"] / 1000
+            for reply in replies
+        ]
 
     async def is_held(self, delivery: Delivery) -> bool:
         """Whether this job is still pending with this worker."""
@@ -257,12 +230,13 @@ class JobQueue:
                 await cast("Awaitable[object]", self._commands.eval(
                     _REMOVE, 1, key, GROUP, consumer["name"], str(int(idle * 1000))
                 ))  # fmt: skip
-                self._telemetry.emit(ConsumerRemoved(queue, name))
+                if not is_pseudo_consumer(name):
+                    self._telemetry.emit(ConsumerRemoved(queue, name))
 
     async def busy_consumers(self, queue: str) -> list[str]:
-        """The names of all consumers that have pending jobs."""
-        consumers = await self._commands.xinfo_consumers(self._keys.jobs(queue), GROUP)
-        return [consumer["name"].decode("utf-8", "replace") for consumer in consumers if consumer["pending"]]
+        """The names of all workers that have pending jobs."""
+        consumers = await consumers_of(self._commands, self._keys.jobs(queue))
+        return [consumer.name for consumer in consumers if not is_pseudo_consumer(consumer.name)]
 
     async def jobs_without_idle_time(self, queue: str, consumer: str) -> set[str]:
         """The pending jobs of a consumer for which Redis reports no idle time."""
@@ -270,9 +244,9 @@ class JobQueue:
         return {cast("bytes", one["message_id"]).decode() for one in pending if not one["time_since_delivered"]}
 
     async def end_leases(self, queue: str, consumer: str, ids: Collection[str]) -> None:
-        """End the leases of a consumer's jobs, so that XAUTOCLAIM claims them."""
+        """End the leases of a consumer's jobs: hand them over, so that any worker takes them."""
         key = self._keys.jobs(queue)
-        await self._commands.xclaim(key, GROUP, consumer, 0, sorted(ids), idle=2 * self._lease_ms, justid=True)  # type: ignore[arg-type]  # list is invariant
+        await self._commands.xclaim(key, GROUP, HANDED_OVER, 0, sorted(ids), idle=HANDED_OVER_IDLE, justid=True)  # type: ignore[arg-type]  # list is invariant
         self._telemetry.emit(StoppedLeasesEnded(queue, consumer, len(ids)))
 
     async def remove_consumer(self, queues: Iterable[str]) -> None:
@@ -282,17 +256,6 @@ class JobQueue:
             for consumer in await self._commands.xinfo_consumers(key, GROUP):
                 if consumer["name"] == self._consumer.encode() and not consumer["pending"]:
                     await self._commands.xgroup_delconsumer(key, GROUP, self._consumer)
-
-    async def _acknowledge_purged(self, queue: str) -> None:
-        """Acknowledge pending jobs of this worker that are no longer in the stream.
-
-        Redis 7.0 does that itself. On 6.2, workers would claim such a job forever, and it would hold back trimming.
-        """
-        key = self._keys.jobs(queue)
-        for pending in await self._commands.xpending_range(key, GROUP, "-", "+", _NO_LIMIT, self._consumer):
-            job = pending["message_id"]
-            if not await self._commands.xrange(key, job, job):
-                await self._commands.xack(key, GROUP, job)
 
     async def _pending(self, queue: str, job: str, consumer: str | None = None) -> list[dict[str, Any]]:
         """The group's record of a job that was read and not acknowledged; empty if there is no record or no group."""

@@ -1,37 +1,26 @@
-"""Jobs that no worker has, though they are pending: parked jobs, which wait for a vLLM server, and handed-over jobs.
+"""Parked jobs: pending jobs that no worker has, since no vLLM server has room for them.
 
-A worker that cannot continue a job moves the job's entry in the group's pending list to a pseudo-consumer, from which
-any worker takes the entry. Pseudo-consumers are `handed-over`, for jobs that should continue at once, and
-`waiting:<bucket>:<model>`, a line of parked jobs for each model and each bucket of tenants.
+`consumers.py` describes the lines in which they wait, and how their idle times hold their deadlines.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 from zlib import crc32
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from ..contract.keys import GROUP, Keys
+from .claims import claim, list_pending
+from .consumers import DEADLINE_IDLE, LEAST_PARKED, LONGEST_WAIT, WAITING, ConsumerState, consumers_of, is_line
 from .job_queue import Delivery
 
-HANDED_OVER = "handed-over"
-"""The pseudo-consumer of the jobs that workers have handed over."""
+_MOST_ROUNDS = 64
+"""The most claims in a row that get no job. Other workers have got the listed jobs, or they were deleted."""
 
-_WAITING = "waiting:"
 _BUCKETS = 64
 _NO_TENANT = "-"
-
-_NEVER = 10**12
-"""The idle time in ms (31 years) that a parked job has at its deadline. No job with an owner has been idle for long."""
-
-_IS_PARKED = _NEVER // 2
-"""The least idle time of a parked job in ms. So XCLAIM with this idle time takes a job that no worker has taken yet."""
-
-_LONGEST_WAIT = _NEVER // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +46,35 @@ class ParkedJob:
 
 
 def model_of_line(model: str) -> str:
-    """The name by which lines know a model: the model's own name, or a hash of a long or unusual one."""
+    """The name of a model in the names of lines: its own name, or a hash of a long or unusual name."""
     if re.fullmatch(r"(?!#)[!-~]{0,200}", model):
         return model
     return "#" + hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def bucket_of(tenant: str) -> str:
-    """The bucket of a tenant: one of 64, so that the number of lines has a limit."""
+    """The bucket of a tenant: one of 64, which limits the number of lines. `-` if a job names no tenant."""
     return str(crc32(tenant.encode("utf-8", "surrogatepass")) % _BUCKETS) if tenant else _NO_TENANT
 
 
-def is_pseudo_consumer(name: str) -> bool:
-    """Whether a consumer of the group stands for jobs that no worker has. Names of workers have no colon."""
-    return name == HANDED_OVER or name.startswith(_WAITING)
+def line_of(tenant: str, model: str) -> str:
+    """The pseudo-consumer of the parked jobs of a model and a tenant."""
+    return f"{WAITING}{bucket_of(tenant)}:{model_of_line(model)}"
+
+
+def read_line(queue: str, consumer: ConsumerState) -> ParkedLine | None:
+    """The line that a consumer stands for; None if it is no line."""
+    if not is_line(consumer.name):
+        return None
+    bucket, _, model = consumer.name.removeprefix(WAITING).partition(":")
+    return ParkedLine(queue, consumer.name, bucket, model, consumer.pending)
 
 
 class ParkedJobs:
-    """Parks jobs of one worker, and takes parked jobs. `now` returns Redis's time in Unix ms; `lease` is in seconds."""
+    """Parks jobs of one worker, and takes parked jobs.
+
+    `consumer` is the worker's name, `lease` is in seconds, and `now` returns Redis's time in Unix ms.
+    """
 
     def __init__(self, commands: Redis, keys: Keys, consumer: str, lease: float, now: Callable[[], int]) -> None:
         self._commands = commands
@@ -85,31 +85,51 @@ class ParkedJobs:
 
     async def lines(self, queue: str) -> list[ParkedLine]:
         """The lines of a queue that have jobs."""
-        try:
-            consumers = await self._commands.xinfo_consumers(self._keys.jobs(queue), GROUP)
-        except ResponseError as error:
-            if "NOGROUP" not in str(error) and "no such key" not in str(error):
-                raise
-            return []
-        lines = []
-        for consumer in consumers:
-            name = cast("bytes", consumer["name"]).decode("ascii", "replace")
-            if consumer["pending"] and name.startswith(_WAITING) and "\ufffd" not in name:
-                bucket, _, model = name.removeprefix(_WAITING).partition(":")
-                lines.append(ParkedLine(queue, name, bucket, model, consumer["pending"]))
-        return lines
+        consumers = await consumers_of(self._commands, self._keys.jobs(queue))
+        return [line for consumer in consumers if (line := read_line(queue, consumer))]
 
     async def park(self, jobs: Sequence[ParkedJob]) -> list[bool | Exception]:
-        """Give up jobs that must wait for a vLLM server, without raising their delivery counts.
+        """Give up jobs until some worker has room for them, without raising their delivery counts.
 
-        Returns for each whether this worker still had the job, or the error with which Redis refused.
+        Returns for each whether this worker still had the job, or the error with which Redis refused. If the reply is
+        lost, this may be repeated.
         """
-        raise NotImplementedError
+        pipe = self._commands.pipeline(transaction=False)
+        for job in jobs:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
+            key, entry = self._keys.jobs(job.delivery.queue), job.delivery.id
+            pipe.xpending_range(key, GROUP, entry, entry, 1, self._consumer)
+        held = await pipe.execute(raise_on_error=False) if jobs else []
+        for job, pending in zip(jobs, held, strict=True):
+            if not pending or isinstance(pending, Exception):
+                continue
+            pipe.xclaim(
+                self._keys.jobs(job.delivery.queue),
+                GROUP,
+                line_of(job.tenant, job.model),
+                max(0, int(job.age * 1000) - self._lease_ms // 2),
+                [job.delivery.id],
+                idle=DEADLINE_IDLE - min(job.deadline - self._now(), LONGEST_WAIT),
+                # The claim of the next owner adds one, which gives the count of this owner's delivery.
+                retrycount=job.delivery.count - 1,
+                justid=True,
+            )
+        replies = iter(await pipe.execute(raise_on_error=False))
+        results = [pending if not pending or isinstance(pending, Exception) else next(replies) for pending in held]
+        return [result if isinstance(result, Exception) else bool(result) for result in results]
 
     async def take(self, line: ParkedLine, count: int) -> list[Delivery]:
-        """Take up to `count` jobs of a line, the oldest first. Several workers may do so at once."""
-        raise NotImplementedError
+        """Take up to `count` jobs of a line, the oldest first. Of several workers that try, each gets other jobs."""
+        return await self._take(line, count, LEAST_PARKED)
 
     async def take_overdue(self, line: ParkedLine, count: int) -> list[Delivery]:
         """Take up to `count` jobs of a line whose deadline has passed."""
-        raise NotImplementedError
+        return await self._take(line, count, DEADLINE_IDLE)
+
+    async def _take(self, line: ParkedLine, count: int, idle: int) -> list[Delivery]:
+        key = self._keys.jobs(line.queue)
+        for _ in range(_MOST_ROUNDS):
+            jobs = await list_pending(self._commands, key, line.consumer, idle=idle, count=count)
+            claimed = await claim(self._commands, key, line.queue, self._consumer, jobs, idle=LEAST_PARKED)
+            if claimed or not jobs:
+                return [delivery for delivery, _ in claimed]
+        return []

@@ -12,6 +12,7 @@ from functools import partial
 import structlog
 from redis.exceptions import RedisError
 
+from ..broker.abandoned_jobs import AbandonedJobs
 from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
 from ..broker.dead_letters import DeadLetterWriter
@@ -101,6 +102,7 @@ class Worker:
         self._blocking = blocking_client(url, block, timeout=pace.command_timeout)
         self._clock = Clock(self._commands)
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry)
+        abandoned = AbandonedJobs(self._commands, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, telemetry, pace.command_timeout)
         self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
         self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
@@ -175,7 +177,9 @@ class Worker:
             pace=pace,
             telemetry=telemetry,
         )
-        self._take_over = TakeOver(settings, self._jobs, self._intake, pace=pace, telemetry=telemetry)
+        self._take_over = TakeOver(
+            settings, abandoned, self._running_jobs, self._intake, pace=pace, telemetry=telemetry
+        )
         self._maintenance = Maintenance(
             settings,
             jobs=self._jobs,
@@ -293,7 +297,6 @@ class Worker:
                     self._publisher.run(),
                     self._cancels.run(),
                     maintenance.keep_leases(),
-                    maintenance.watch_expiry(),
                     maintenance.run_duties(),
                     self._refresher.run(),
                 )

@@ -22,8 +22,8 @@ _PROGRESS_FACTOR = 2
 def count_failures(history: Iterable[Entry], delivery: Delivery) -> int:
     """How many owners of this job in a row were lost without progress, up to this delivery.
 
-    The failures are counted in the log, because Redis's own delivery count also increases if the reply of an XAUTOCLAIM
-    is lost and no worker runs the job. A claim with the same `delivery` as the claim before it was a hand-over, which
+    The failures are counted in the log, because Redis's own delivery count also increases if the reply of a claim is
+    lost and no worker runs the job. A claim with the same `delivery` as the claim before it was a hand-over, which
     is no failure. A claim with a greater `delivery` is one failure, whatever the difference. An attempt that an owner
     claims for its own retry is no delivery.
 

@@ -1,46 +1,163 @@
 """Take-over: continues the jobs of workers that have died, and jobs that workers have handed over."""
 
 import asyncio
+import random
+import time
+from collections.abc import Callable
 from functools import partial
 
-from ..broker.job_queue import JobQueue
+from redis.exceptions import RedisError
+
+from ..broker.abandoned_jobs import AbandonedJobs
+from ..broker.consumers import HANDED_OVER
+from ..broker.job_queue import Delivery
 from ..redisio.retry import Backoff
 from ..settings import Settings
 from ..telemetry.events import Telemetry
 from .intake import JobIntake
 from .pace import Pace, sleep_unless_set
+from .running_jobs import RunningJobs
 
 _BEFORE_ALL_QUEUES = -1
 """The rank of jobs that other workers have begun."""
+
+_SWEEP_EVERY = 4
+"""Leases between two searches of all consumers, whether they are silent or not."""
+
+_LONGEST_SLOWNESS = 2
+"""Leases for which a Redis that answers slowly counts as an outage. After that it is just slow."""
+
+_MOST_ROUNDS = 64
+"""The most claims in a row that get no job. Other workers have got the listed jobs, or they were deleted."""
+
+
+class OutageHoldOff:
+    """Decides when an outage of Redis is so recent that an expired lease says nothing about its owner. No I/O.
+
+    Owners renew their leases when Redis answers again. Until half a lease after the outage, their jobs must therefore
+    not be taken over. A process that has just started cannot know of an outage, and begins with a hold-off too.
+    """
+
+    def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease = lease
+        self._clock = clock
+        self._until = clock() + lease / 2
+        self._slow_since: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether expired leases must not be taken over now."""
+        return self._clock() < self._until
+
+    def on_failure(self) -> None:
+        """Record that Redis did not answer."""
+        self._until = self._clock() + self._lease / 2
+        self._slow_since = None
+
+    def on_reply(self, took: float) -> None:
+        """Record that Redis has answered after `took` seconds."""
+        now = self._clock()
+        if took <= min(1.0, self._lease / 6):
+            self._slow_since = None
+            return
+        if self._slow_since is None or took > self._lease / 2:
+            self._slow_since = now
+        if now - self._slow_since <= _LONGEST_SLOWNESS * self._lease:
+            self._until = now + self._lease / 2
 
 
 class TakeOver:
     """Searches the queues for jobs that no worker has any more, and starts them through the intake."""
 
     def __init__(
-        self, settings: Settings, jobs: JobQueue, intake: JobIntake, *, pace: Pace, telemetry: Telemetry
+        self,
+        settings: Settings,
+        abandoned: AbandonedJobs,
+        running_jobs: RunningJobs,
+        intake: JobIntake,
+        *,
+        pace: Pace,
+        telemetry: Telemetry,
     ) -> None:
         self._settings = settings
-        self._jobs = jobs
+        self._abandoned = abandoned
+        self._running_jobs = running_jobs
         self._intake = intake
         self._pace = pace
-        self._telemetry = telemetry
+        self._backoff = Backoff("take_over_failed", telemetry, first=self._pause)
+        self._hold_off = OutageHoldOff(settings.lease)
         self._stopping = asyncio.Event()
+
+    @property
+    def _pause(self) -> float:
+        return min(self._pace.scan_every, self._settings.lease / 3)
 
     def stop(self) -> None:
         """Take over no more jobs."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Take over jobs whose lease has expired, until stopped.
+        """Take over jobs that workers have handed over, or whose lease has expired, until stopped.
 
         After a search that finds jobs, the next search follows at once.
         """
-        pause = min(self._pace.scan_every, self._settings.lease / 3)
-        backoff = Backoff("take_over_failed", self._telemetry, first=pause)
+        self._hold_off = OutageHoldOff(self._settings.lease)
+        sweep_at = self._next_sweep()
         found = 0
-        while await sleep_unless_set(self._stopping, 0 if found else pause):
-            found = 0
+        while await sleep_unless_set(self._stopping, 0 if found else self._pause):
+            found, is_sweep = 0, time.monotonic() >= sweep_at and not self._hold_off.holds
             for queue in self._settings.queues:
-                fetch = partial(self._jobs.claim_expired, queue)
-                found += await self._intake.fill_slots(_BEFORE_ALL_QUEUES, backoff, fetch) or 0
+                found += await self._search(queue, is_sweep=is_sweep)
+            if is_sweep and not found:
+                sweep_at = self._next_sweep()
+
+    def _next_sweep(self) -> float:
+        return time.monotonic() + _SWEEP_EVERY * self._settings.lease * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+
+    async def _search(self, queue: str, *, is_sweep: bool) -> int:
+        """Take over jobs of one queue. Returns how many. A sweep looks at all consumers, not only at silent ones."""
+        sent = time.monotonic()
+        try:
+            consumers = await self._abandoned.consumers(queue)
+            self._hold_off.on_reply(time.monotonic() - sent)
+            running = self._running_jobs.ids_in(queue)
+            own = self._abandoned.own(consumers)
+            lost = 0
+            if own is not None and (own.pending > len(running) or is_sweep):
+                lost = await self._abandoned.hand_over_lost(queue, running)
+        except (RedisError, OSError) as error:
+            self._hold_off.on_failure()
+            await self._backoff.wait(error)
+            return 0
+        self._backoff.reset()
+        found = 0
+        if lost or any(consumer.name == HANDED_OVER for consumer in consumers):
+            found += await self._take_from(queue, HANDED_OVER)
+        if not self._hold_off.holds:
+            for name in self._abandoned.others(consumers, silent=not is_sweep):
+                found += await self._take_from(queue, name)
+        return found
+
+    async def _take_from(self, queue: str, consumer: str) -> int:
+        fetch = partial(self._fetch, queue, consumer)
+        return await self._intake.fill_slots(_BEFORE_ALL_QUEUES, self._backoff, fetch) or 0
+
+    async def _fetch(self, queue: str, consumer: str, count: int) -> list[Delivery]:
+        """Claim up to `count` jobs of a consumer.
+
+        They are claimed only after they were listed promptly. In the socket of a Redis that stands still, a claim would
+        otherwise wait for it, and be executed before the owners can renew their leases.
+        """
+        try:
+            for _ in range(_MOST_ROUNDS):
+                sent = time.monotonic()
+                jobs = await self._abandoned.list_claimable(queue, consumer, count)
+                self._hold_off.on_reply(time.monotonic() - sent)
+                if not jobs or (self._hold_off.holds and consumer != HANDED_OVER):
+                    break
+                if claimed := await self._abandoned.claim(queue, consumer, jobs):
+                    return claimed
+        except (RedisError, OSError):
+            self._hold_off.on_failure()
+            raise
+        return []

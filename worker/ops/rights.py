@@ -37,6 +37,7 @@ _NO_RECORD = "neither this check nor the other workers see this worker"
 _NO_LIFECYCLE = "the lifecycle is not written"
 _NO_BURIAL = "jobs that should be buried stay pending until they can be"
 _NO_WRITE_TEST = "jobs are taken while Redis takes no writes"
+_NO_TAKE_OVER = "jobs of dead workers, and jobs that were handed over or wait for a server, are not continued"
 _NO_TIDYING = "consumers of dead workers stay in the group"
 _NO_TRIMMING = "the job streams are not trimmed, and the number of waiting jobs is unknown"
 
@@ -79,12 +80,11 @@ _PROBES = (
     _Probe(_BOTH, "XINFO GROUPS @jobs", _NO_TRIMMING),
     _Probe(_WORKER, f"XGROUP CREATE @jobs {GROUP} none"),
     _Probe(_WORKER, f"XREADGROUP GROUP {GROUP} {_NOBODY} COUNT 1 STREAMS @jobs none"),
-    _Probe(_WORKER, f"XAUTOCLAIM @jobs {GROUP} {_NOBODY} 1000000 none COUNT 1"),
     _Probe(_WORKER, f"XCLAIM @jobs {GROUP} {_NOBODY} 1000000 none"),
     _Probe(_WORKER, f"XPENDING @jobs {GROUP} 0-0 0-0 1"),
     _Probe(_WORKER, f"XACK @jobs {GROUP} 0-0"),
     _Probe(_WORKER, "XTRIM @jobs MINID 0-0", _NO_TRIMMING),
-    _Probe(_WORKER, f"XINFO CONSUMERS @jobs {GROUP}", _NO_TIDYING),
+    _Probe(_WORKER, f"XINFO CONSUMERS @jobs {GROUP}", _NO_TAKE_OVER),
     _Probe(_WORKER, f"XGROUP DELCONSUMER @jobs {GROUP} {_NOBODY}", _NO_TIDYING),
     _Probe(_WORKER, "EVAL return 1 @jobs", _NO_TIDYING),
     _Probe(_WORKER, "XADD @probe NOMKSTREAM 0-0 type check", _NO_WRITE_TEST),
