@@ -98,7 +98,7 @@ class _ServerBatcher:
                 for _, _, answer in batch:
                     if not answer.done():
                         answer.set_exception(error if isinstance(error, Exception) else connection_lost_error())
-                if not isinstance(error, RedisError | OSError):
+                if not isinstance(error, Exception):
                     raise
                 if isinstance(error, RedisTimeoutError):
                     self._batch_size = max(1, self._batch_size // 4)
