@@ -5,6 +5,7 @@ Every connection of the project is made by one of these. This module uses privat
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from redis import exceptions
@@ -119,7 +120,8 @@ class _SilenceLimitParser(_AsyncHiredisParser):
             before, left = left, unsent(transport)
             if not 0 < left < before:
                 return
-            self._extend_limit()
+            with suppress(RuntimeError):  # the limit has expired meanwhile, because the event loop was blocked
+                self._extend_limit()
 
     def _extend_limit(self) -> None:
         connection = self._connection
