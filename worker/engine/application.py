@@ -327,12 +327,16 @@ class Worker:
     async def _drain(self, deadline: float) -> None:
         """Let running jobs end until the deadline (monotonic clock), or until a second signal."""
         at_once = asyncio.ensure_future(self._at_once.wait())
-        while self._running_jobs and not at_once.done() and (left := deadline - time.monotonic()) > 0:
-            self._running_jobs.changed.clear()
-            changed = asyncio.ensure_future(self._running_jobs.changed.wait())
-            await asyncio.wait({changed, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-        at_once.cancel()
+        try:
+            while self._running_jobs and not at_once.done() and (left := deadline - time.monotonic()) > 0:
+                self._running_jobs.changed.clear()
+                changed = asyncio.ensure_future(self._running_jobs.changed.wait())
+                try:
+                    await asyncio.wait({changed, at_once}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+        finally:
+            at_once.cancel()
 
     def _record(self) -> WorkerRecord:
         """The entry of this worker in the hash of workers."""

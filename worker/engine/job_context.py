@@ -170,11 +170,13 @@ class JobContext:
         """
         waiting = asyncio.ensure_future(event)
         events: set[asyncio.Future[Any]] = {waiting, self.stop}
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
+        try:
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise Stopped
+            return waiting.result()
+        finally:
             waiting.cancel()
-            raise Stopped
-        return waiting.result()
 
     async def within_limits(self, work: Coroutine[object, object, _T], log: LogWriter) -> _T:
         """Do work that vLLM may delay, until the log is lost, the job must stop or the deadline passes.
