@@ -1,6 +1,7 @@
 """Fixtures for every test: a real Redis, a simulated vLLM, workers, clients, and checks that nothing is left behind."""
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import cast
 
 import psutil
 import pytest
+from asyncio_reports import UNHANDLED, AsyncioReports
 from hypothesis import HealthCheck, settings
 from processes import Process, deliver, process
 from proxy import Proxy
@@ -53,6 +55,26 @@ def pytest_runtest_teardown() -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     server = _server(config)
     return f"redis-server: {version_of(server)} ({server})" if server else "redis-server: none at hand"
+
+
+@pytest.fixture(scope="session")
+def asyncio_reports() -> AsyncioReports:
+    return AsyncioReports()
+
+
+@pytest.fixture(autouse=True)
+def _asyncio_reports_nothing(request: pytest.FixtureRequest, asyncio_reports: AsyncioReports) -> Iterator[None]:
+    """Fail a test after which asyncio reports an error that nobody handled, or a task that nobody ended.
+
+    asyncio reports some of them only when the garbage collector finds the task. So everything of the test is collected
+    here: by its name this fixture is the first of a test to begin, and so the last to end.
+    """
+    yield
+    cast("pytest.Function", request.node).funcargs.clear()
+    gc.collect()
+    gc.freeze()  # what is left outlives the test: the next collection then takes a fraction of a millisecond
+    reports = asyncio_reports.drain()
+    assert not reports, "asyncio reports:\n" + "\n".join(reports)
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +258,9 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
         worker.terminate()
     for worker in started:
         worker.wait(timeout=20)
+    lines = [line for path in tmp_path.glob("worker-*.log") for line in path.read_text(errors="replace").splitlines()]
+    unhandled = [line for line in lines if any(words in line for words in UNHANDLED)]
+    assert not unhandled, "\n".join(unhandled)
 
 
 @pytest.fixture

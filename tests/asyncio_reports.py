@@ -1,0 +1,25 @@
+"""What asyncio reports of tasks, futures and callbacks whose errors nobody handles."""
+
+import logging
+
+UNHANDLED = ("was never retrieved", "was never awaited", "was destroyed but it is pending", "Exception in callback")
+"""Words of these reports in the log of a process."""
+
+
+class AsyncioReports(logging.Handler):
+    """Collects the errors that event loops of this process log. Each names its coroutine or callback."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._reports: list[str] = []
+        logging.getLogger("asyncio").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler`."""
+        # Without the traceback: this may run inside the parser, which cannot be entered again (see `syntax_tree`).
+        self._reports.append(record.getMessage())
+
+    def drain(self) -> list[str]:
+        """The reports since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
