@@ -36,7 +36,7 @@ async def test_stale_records_are_dropped_and_a_leaving_worker_removes_its_own(
 
 
 @pytest.mark.parametrize(
-    "odd", ["{}", "not JSON", '{"beat": "soon"}', b"\xff", '{"beat": 8000, "of": "a later version"}']
+    "odd", ["{}", "not JSON", "[" * 5000, '{"beat": "soon"}', b"\xff", '{"beat": 8000, "of": "a later version"}']
 )
 async def test_a_record_that_cannot_be_read_does_not_end_the_worker(
     odd: str | bytes, registry: WorkerRegistry, fake: Redis

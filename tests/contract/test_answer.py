@@ -1,5 +1,6 @@
 """An answer put together from the entries of its log, for every course that a log can take."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from worker.contract.answer import Answer
 from worker.contract.entries import (
+    BadEntry,
     Cancelled,
     Claimed,
     Delta,
@@ -20,6 +22,7 @@ from worker.contract.entries import (
     Resumed,
     Started,
     Unknown,
+    parse,
     to_json,
 )
 from worker.contract.ids import QUEUED, SEAL, EntryId
@@ -573,3 +576,45 @@ def test_the_completion_of_an_empty_answer_is_empty() -> None:
     assert stopped["choices"][0]["finish_reason"] is None
     ended: Any = answer(delta(finish_reason="stop")).completion()
     assert ended["choices"][0]["message"]["content"] == ""
+
+
+def nested(kind: str, levels: int) -> str:
+    """A value with this number of levels, as JSON."""
+    return "[" * levels + "]" * levels if kind == "list" else '{"a":' * levels + "1" + "}" * levels
+
+
+@pytest.mark.parametrize("kind", ["list", "object"])
+@pytest.mark.parametrize(
+    ("field", "around"),
+    [
+        ("extra", '{"delta":{"x":%s}}'),
+        ("tool_calls", '[{"index":0,"function":{"x":%s}}]'),
+        ("logprobs", '{"content":%s}'),
+        ("stop_reason", "%s"),
+    ],
+)
+@pytest.mark.parametrize("levels", [130, 300, 330, 500, 900, 1000, 5000])
+def test_an_entry_that_nests_too_deeply_cannot_be_read(levels: int, field: str, around: str, kind: str) -> None:
+    text = around % nested(kind, levels)
+    with pytest.raises(BadEntry, match=rf"field {field} cannot be read: it nests more than 128 levels"):
+        parse("1-1", {"type": "delta", field: text})
+
+
+@pytest.mark.parametrize("kind", ["list", "object"])
+@pytest.mark.parametrize("field", ["extra", "tool_calls", "logprobs"])
+def test_the_pieces_of_an_answer_that_nests_as_deeply_as_may_be_are_joined(field: str, kind: str) -> None:
+    around = {"extra": '{"delta":{"x":%s}}', "tool_calls": '[{"index":0,"function":{"x":%s}}]', "logprobs": '{"c":%s}'}
+    entry = parse("1-1", {"type": "delta", field: around[field] % nested(kind, 124)})
+    answer = Answer([entry, parse("1-2", {"type": "delta", field: around[field] % nested(kind, 124)})])
+
+    def deep_in_another_program(calls: int) -> object:
+        return deep_in_another_program(calls - 1) if calls else answer.completion()
+
+    assert deep_in_another_program(200)
+    assert json.loads(entry.to_json())
+
+
+def test_brackets_in_a_text_are_not_levels() -> None:
+    entry = parse("1-1", {"type": "delta", "extra": json.dumps({"delta": {"x": "[{" * 500}})})
+    assert isinstance(entry, Delta)
+    assert entry.extra == {"delta": {"x": "[{" * 500}}

@@ -39,7 +39,7 @@ class WorkerRegistry:
         for name, raw in cast("dict[bytes, bytes]", await self._redis.hgetall(self._key)).items():
             try:
                 beat = msgspec.json.decode(raw, type=_Beat).beat
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 beat = 0  # not a worker's record: it counts as stale
             if abs(record.beat - beat) > stale_after * 1000:
                 await self._redis.hdel(self._key, name)

@@ -8,12 +8,18 @@ unreadable.
 import json
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeAlias, cast
 
 import msgspec
 
 from .ids import SEAL, EntryId
 from .keys import is_queue_name
+
+_MOST_LEVELS = 128
+"""Levels of nested lists and objects in a field. Python cannot join pieces of more than 300 (`accumulation.py`).
+Workers write at most 100."""
+_TOO_DEEP = f"it nests more than {_MOST_LEVELS} levels of lists and objects"
 
 Reader: TypeAlias = Callable[[str], object]
 """Reads the text of a field. It raises ValueError, MsgspecError or RecursionError for a text that cannot be read."""
@@ -60,23 +66,40 @@ def _time(text: str) -> int:
         return 0
 
 
+def nests_deeper(value: object, levels: int) -> bool:
+    """Whether a decoded JSON value has more than this number of levels of nested lists and objects."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inside = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in inside if isinstance(one, dict | list)]
+    return bool(level)
+
+
 def _json_reader(kind: type | None = None) -> Reader:
     """A reader of a field that is JSON; `kind` is its type, if readers rely on that.
 
     msgspec rejects some JSON that other libraries write. Python's `json` reads it: a number that is too large, NaN and
-    Infinity become null, as JavaScript writes them, and half of a surrogate pair becomes a question mark.
+    Infinity become null, as JavaScript writes them, and half of a surrogate pair becomes a question mark. JSON that is
+    nested too deeply is rejected.
     """
     decode: Callable[[str | bytes], object] = msgspec.json.Decoder(kind or Any).decode
 
     def read(text: str) -> object:
         try:
-            return decode(text)
+            value = decode(text)
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
         except msgspec.DecodeError as error:
             try:
                 value = json.loads(text, parse_float=_number, parse_int=_whole_number, parse_constant=lambda _: None)
+            except RecursionError:
+                raise ValueError(_TOO_DEEP) from None
             except ValueError:
                 raise error from None
-            return decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+            value = decode(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        if text.count("[") + text.count("{") > _MOST_LEVELS and nests_deeper(value, _MOST_LEVELS):
+            raise ValueError(_TOO_DEEP)
+        return value
 
     return read
 

@@ -158,7 +158,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             values = msgspec.json.decode(raw, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         known = {}
         for name, kind in _TYPES_OF_WORKER_RECORD.items():
@@ -184,5 +184,5 @@ def _count(text: str) -> int:
 def _decoded(text: str | bytes, kind: type[_T], otherwise: _T) -> _T:
     try:
         return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return otherwise

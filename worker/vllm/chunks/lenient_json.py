@@ -6,11 +6,11 @@ able to decode the result.
 
 import json
 import re
-from itertools import chain
 from typing import Any
 
 import msgspec
 
+from ...contract.fields import nests_deeper
 from .shapes import RawObject
 
 _decode = msgspec.json.decode
@@ -125,13 +125,7 @@ def _may_have_long_number(data: bytes) -> bool:
 
 def _is_deep(value: Any, data: bytes) -> bool:  # noqa: ANN401
     """Whether a value, decoded from `data`, has too many levels."""
-    if data.count(b"[") + data.count(b"{") <= _MOST_LEVELS:
-        return False
-    level = [value]
-    for _ in range(_MOST_LEVELS):
-        inside = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
-        level = [one for one in inside if isinstance(one, dict | list)]
-    return bool(level)
+    return data.count(b"[") + data.count(b"{") > _MOST_LEVELS and nests_deeper(value, _MOST_LEVELS)
 
 
 def _flattened(value: Any, levels: int) -> Any:  # noqa: ANN401
