@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
 from ..contract.records import WorkerRecord
+from .consumers import consumers_of, is_line
 
 _DEAD_AFTER = 60.0
 """Seconds without a beat after which a worker counts as dead. A worker beats three times a lease, and few leases are
@@ -18,8 +19,8 @@ longer than three minutes."""
 class Depth:
     """The depth of a queue.
 
-    `waiting` is the number of jobs that no worker has read; None if Redis cannot count them. `oldest` is when the
-    oldest pending job was added, in Unix ms; None if no worker has a job.
+    `waiting` is the number of jobs that no worker has read, and of parked jobs; None if Redis cannot count them.
+    `oldest` is when the oldest other pending job was added, in Unix ms; None if there is none.
     """
 
     waiting: int | None
@@ -35,13 +36,22 @@ async def depth_of(redis: Redis, key: str) -> Depth:
     group = _worker_group(await redis.xinfo_groups(key))
     if group is None:
         return Depth(None, None)
-    waiting = await _unread(redis, key, group, await redis.xlen(key))
-    first = (await redis.xpending(key, GROUP))["min"]
-    return Depth(waiting, EntryId.parse(first).attempt if first else None)
+    unread = await _unread(redis, key, group, await redis.xlen(key))
+    consumers = await consumers_of(redis, key)
+    parked = sum(consumer.pending for consumer in consumers if is_line(consumer.name))
+    if not parked:
+        first = (await redis.xpending(key, GROUP))["min"]
+        return Depth(unread, EntryId.parse(first).attempt if first else None)
+    pipe = redis.pipeline(transaction=False)
+    for consumer in consumers:
+        if not is_line(consumer.name):
+            pipe.xpending_range(key, GROUP, "-", "+", 1, consumer.name)
+    firsts = [EntryId.parse(reply[0]["message_id"]) for reply in await pipe.execute() if reply]
+    return Depth(None if unread is None else unread + parked, min(firsts).attempt if firsts else None)
 
 
 async def waiting_in(redis: Redis, key: str) -> int:
-    """The number of jobs of a stream that no worker has read yet.
+    """The number of jobs of a stream that no worker has: jobs that none has read yet, and parked jobs.
 
     If Redis does not know the group's lag (before 7.0, and after an XDEL), the result is the stream's length without
     the pending jobs. That includes the jobs that are done and not yet trimmed.
@@ -60,7 +70,11 @@ async def waiting_in(redis: Redis, key: str) -> int:
     if group is None:
         return int(length)
     unread = await _unread(redis, key, group, int(length))
-    return max(0, int(length) - int(group["pending"])) if unread is None else unread
+    if unread is None:
+        unread = max(0, int(length) - int(group["pending"]))
+    if not group["pending"]:
+        return unread
+    return unread + sum(consumer.pending for consumer in await consumers_of(redis, key) if is_line(consumer.name))
 
 
 async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
