@@ -89,6 +89,12 @@ class Gate:
             if place in self.waiting:
                 self.waiting.remove(place)
 
+    def close(self) -> None:
+        """Let nothing through any more. The exchanges that wait are cancelled."""
+        self.closed = True
+        for place in list(self.waiting):
+            place.cancel()
+
     async def let_through(self, fate: Fate = Fate.FINE, place: int = 0) -> None:
         """Let one of the waiting exchanges through with a fate, and wait until the processes are quiet."""
         if self.waiting:

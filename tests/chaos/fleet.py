@@ -165,7 +165,7 @@ class FleetWorker:
 
     async def die(self) -> None:
         """Kill the process: it sends nothing more. What it has sent before may still arrive."""
-        self.gate.closed = True
+        self.gate.close()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
