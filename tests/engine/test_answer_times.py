@@ -1,11 +1,17 @@
 """The times of an answer: when its first delta, its gaps and the gaps of its interruptions are emitted."""
 
+import asyncio
+import signal
+import time
+from itertools import pairwise
+
 import pytest
-from conftest import StartSimulator, StartWorker, metric
+from conftest import StartProcess, StartSimulator, StartWorker, metric
 from waits import eventually
 
 from worker import Client, State
 from worker.broker.job_queue import Delivery
+from worker.contract.entries import Delta
 from worker.engine.answer_times import AnswerTimes
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.telemetry.events import Event, ReaderGap
@@ -122,3 +128,40 @@ async def test_a_silence_in_the_middle_of_an_answer_is_its_longest_gap_and_a_bro
     assert metric(worker, "gap_seconds_count", cause="vllm") == 1
     assert 1 <= metric(worker, "gap_seconds_sum", cause="vllm") < 10
     assert metric(worker, "first_delta_seconds_count") == 1
+
+
+@pytest.mark.parametrize(("how", "cause"), [(signal.SIGKILL, "takeover"), (signal.SIGTERM, "handover")])
+async def test_the_gap_of_an_answer_that_changed_its_worker_is_the_one_that_a_reader_saw(
+    how: signal.Signals,
+    cause: str,
+    client: Client,
+    start_process: StartProcess,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    """It may be a third of a lease longer: nobody knows when the last delta before it came."""
+    lease = 3
+    paced = await start_simulator(Options(scenario=Scenario(rate=20)))
+    first = start_process(paced, lease=lease, drain_timeout=0)
+    request_id = await client.enqueue(ASK)
+    arrived: list[float] = []
+
+    async def follow() -> None:
+        async for entry in client.follow(request_id):
+            if isinstance(entry, Delta):
+                arrived.append(time.monotonic())  # noqa: PERF401 - as they arrive
+
+    reader = asyncio.create_task(follow())
+
+    async def has_begun() -> bool:
+        return len(arrived) > 3
+
+    await eventually(has_begun)
+    second = await start_worker(paced, lease=lease)
+    first.send_signal(how)
+    await reader
+    seen = max(later - earlier for earlier, later in pairwise(arrived))
+    shown = metric(second, "gap_seconds_sum", cause=cause)
+    assert metric(second, "gap_seconds_count", cause=cause) == 1
+    assert seen - 0.5 <= shown <= seen + lease / 3 + 0.5
+    assert metric(second, "first_delta_seconds_count") == 0, "the first worker has observed it"
