@@ -340,12 +340,14 @@ async def test_a_flood_of_hints_makes_a_worker_read_only_the_logs_that_they_name
 ) -> None:
     silent = await start_simulator(Options(scenario=Scenario(fault="hang")))
     await worker_before(start_worker, redis, silent)
-    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(5)]
+    ids = [
+        await client.enqueue(chat_request(f"question {n}")) for n in range(4)
+    ]  # as many as a new server gets at first
 
     async def reads() -> int:
         return int((await redis.info("commandstats"))["cmdstat_xrevrange"]["calls"])
 
-    await has_requests(silent, times=5)
+    await has_requests(silent, times=4)
     before = await reads()
     pipe = redis.pipeline()
     for n in range(1000):

@@ -6,14 +6,15 @@ import pytest
 
 from worker.engine.pace import Pace
 from worker.engine.tries import FailedTry, Raise, Retry, Tries, after_failure
-from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError
+from worker.vllm.errors import UNAUTHORIZED, NoConnection, UpstreamError, classify
 
 TRIES: dict[str, Any] = {"made": 1, "limit": 3, "next_pause": 0.5}
-PACE = Pace(first_retry=0.25, longest_retry=10.0)
+PACE = Pace(first_retry=0.25, longest_retry=10.0, longest_wait_here=1.0)
 BROKEN = UpstreamError("upstream_truncated", "the stream ended", retryable=True)
 BAD_REQUEST = UpstreamError("invalid_request", "no", status=400, retryable=False)
 NO_MODEL = UpstreamError("model_not_found", "no", status=404, retryable=False, elsewhere=True)
-BUSY = UpstreamError("rate_limited", "later", status=429, retryable=True, retry_after=7.0)
+BUSY = classify(429, "later", retry_after=7.0)
+DRAINING = classify(500, "cannot schedule new futures after shutdown")
 AWAY = NoConnection("upstream_unreachable", "refused", retryable=True)
 KEY_REFUSED = UpstreamError(UNAUTHORIZED, "no", status=401, retryable=True)
 FORBIDDEN = UpstreamError(UNAUTHORIZED, "no", status=403, retryable=True)
@@ -62,6 +63,10 @@ NOT_COUNTED = retry(0.5, 0, 1.0)
             KEY_REFUSED, {"another_model_should_answer": True, "was_allowed": True}, Raise(), id="a 401 with a fallback"
         ),
         pytest.param(BROKEN, {"another_model_should_answer": True}, COUNTED, id="another error with a fallback"),
+        pytest.param(BUSY, {"made": 3}, retry(0.5, 2, 1.0), id="a full server"),
+        pytest.param(BUSY, {"made": 1, "limit": 1}, retry(0.5, 0, 1.0, limit=1), id="a full server at the only try"),
+        pytest.param(DRAINING, {"made": 3}, retry(0.5, 2, 1.0), id="a server that is shutting down"),
+        pytest.param(BUSY, {"another_model_should_answer": True}, Raise(), id="a full server with a fallback"),
     ],
 )  # fmt: skip
 def test_whether_a_request_is_tried_again_and_whether_the_failed_try_counts(
@@ -106,18 +111,29 @@ def test_a_try_that_added_to_the_answer_is_the_first_of_a_new_row_even_if_it_wou
         pytest.param(BROKEN, {"next_pause": 0.25}, 0.25, 0.5, id="the first"),
         pytest.param(BROKEN, {"next_pause": 8.0}, 8.0, 10.0, id="up to the longest"),
         pytest.param(BROKEN, {"next_pause": 16.0}, 10.0, 10.0, id="the longest"),
-        pytest.param(BUSY, {"all_servers_are_busy": True}, 7.5, 1.0, id="every server requests a pause"),
-        pytest.param(BUSY, {}, 0.5, 1.0, id="another server is free"),
-        pytest.param(BROKEN, {"all_servers_are_busy": True}, 0.5, 1.0, id="this server requests no pause"),
+        pytest.param(BROKEN, {"has_room_elsewhere": True}, 0.5, 1.0, id="another server has room"),
     ],
 )
-def test_each_pause_is_twice_as_long_as_the_last_and_longer_if_every_server_requests_a_pause(
+def test_each_pause_is_twice_as_long_as_the_last(
     error: UpstreamError, facts: dict[str, Any], pause: float, next_pause: float
 ) -> None:
     assert decide(error, facts) == retry(pause, 1, next_pause)
 
 
-def test_the_jitter_applies_to_the_pause_between_tries_only() -> None:
-    failed = FailedTry(error=BUSY, tries=Tries(3, 20.0, 1), all_servers_are_busy=True)
+@pytest.mark.parametrize(
+    ("facts", "pause", "next_pause"),
+    [
+        pytest.param({"next_pause": 8.0}, 1.0, 10.0, id="up to the longest wait in the process"),
+        pytest.param({"has_room_elsewhere": True}, 0.0, 1.0, id="none if another server has room"),
+    ],
+)
+def test_the_pause_after_a_full_server_is_short_since_its_limit_states_when_it_has_room(
+    facts: dict[str, Any], pause: float, next_pause: float
+) -> None:
+    assert decide(BUSY, facts) == retry(pause, 0, next_pause)
 
-    assert after_failure(failed, PACE, jitter=0.75) == retry(14.5, 1, 10.0)
+
+def test_the_jitter_is_a_factor_of_the_pause() -> None:
+    failed = FailedTry(error=BROKEN, tries=Tries(3, 20.0, 1))
+
+    assert after_failure(failed, PACE, jitter=0.75) == retry(7.5, 1, 10.0)

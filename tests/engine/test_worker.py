@@ -326,7 +326,7 @@ async def test_a_passing_fault_before_the_first_token_leaves_no_trace(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     await start_worker(await start_simulator())
-    order = {"fault": "503", "times": 2}
+    order = {"fault": "500", "times": 2}
     answer = await client.result(await client.enqueue(chat_request(simulate=order)))
     assert answer.text == answer_to(chat_request()["messages"])
     assert answer.attempt == 1
@@ -346,10 +346,33 @@ async def test_a_stream_that_breaks_is_restarted_visibly_where_resuming_is_off(
     assert Answer(entries).outcome == "done"
 
 
+@pytest.mark.parametrize("fault", ["429", "503"])
+async def test_a_refusal_by_a_full_server_is_no_try(
+    fault: str, client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, tries=1)
+    order = {"fault": fault, "retry_after": 0.01, "times": 5}
+    answer = await client.result(await client.enqueue(chat_request(simulate=order)))
+    assert (answer.outcome, answer.text) == ("done", answer_to(chat_request()["messages"]))
+    assert len(simulator.served) == 6
+
+
+@pytest.mark.parametrize("fault", ["429", "503"])
+async def test_a_job_waits_for_a_full_server_until_its_deadline(
+    fault: str, client: Client, redis: Redis, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    await start_worker(simulator, tries=1)
+    request_id = await client.enqueue(chat_request(simulate={"fault": fault}), timeout=2)
+    answer = await client.result(request_id)
+    assert isinstance(answer.end, Failed)
+    assert answer.end.code == "deadline"
+    assert len(simulator.served) > 1
+    await settled(redis)
+
+
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        ("429", "rate_limited"),
         ("500", "upstream_error"),
         ("refuse", "upstream_unreachable"),
         ("html", "not_a_stream"),
@@ -375,7 +398,7 @@ async def test_a_fault_that_stays_becomes_an_error_with_its_code(
 async def test_every_slot_works_at_once(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    slow = await start_simulator(Options(scenario=Scenario(fault="hang")))
+    slow = await start_simulator(Options(scenario=Scenario(rate=1, tokens=400)))
     await start_worker(slow, slots=8, first_token_timeout=60)
     ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(8)]
 

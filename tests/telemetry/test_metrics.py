@@ -24,6 +24,7 @@ from worker.telemetry.events import (
     QueueMeasured,
     ReaderGap,
     RecordRefused,
+    VllmRefused,
     WriteFailed,
 )
 from worker.telemetry.job_events import (
@@ -80,6 +81,7 @@ COUNTED: list[tuple[list[Event], str]] = [
     ([LeaseWasLost("default", "1-0")], "vllm_relay_lease_lost_total 1.0"),
     ([UnknownFinishReason("eos_token", "")] * 2, 'vllm_relay_unknown_finish_reasons_total{reason="eos_token"} 2.0'),
     ([UnknownFinishReason("two words", "")], 'vllm_relay_unknown_finish_reasons_total{reason="other"} 1.0'),
+    ([VllmRefused("http://a")] * 2, 'vllm_relay_vllm_busy_total{endpoint="http://a"} 2.0'),
     ([WriteFailed()], "vllm_relay_redis_write_failures_total 1.0"),
     ([RecordRefused("feed")], 'vllm_relay_records_refused_total{record="feed"} 1.0'),
     ([IntakePaused("no_vllm", on=True)], 'vllm_relay_claims_paused{reason="no_vllm"} 1.0'),
@@ -121,7 +123,10 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
     metrics = Metrics()
     running = 3
     metrics.observe_worker(7, lambda: running)
-    metrics.observe_server("http://a", up=lambda: True, requests=lambda: 2, silences=lambda: ([4, 6], []))
+    metrics.observe_server(
+        "http://a", up=lambda: True, requests=lambda: 2, limit=lambda: 4.5, silences=lambda: ([4, 6], [])
+    )
+    metrics.emit(VllmRefused("http://a"))
     port = metrics.serve("127.0.0.1", 0)
     running = 4
     async with httpx.AsyncClient(trust_env=False) as http:
@@ -133,6 +138,8 @@ async def test_a_scrape_gets_the_metrics_with_the_version_and_what_is_observed()
         "vllm_relay_jobs_running 4.0",
         'vllm_relay_vllm_up{endpoint="http://a"} 1.0',
         'vllm_relay_vllm_requests{endpoint="http://a"} 2.0',
+        'vllm_relay_vllm_limit{endpoint="http://a"} 4.5',
+        'vllm_relay_vllm_busy_total{endpoint="http://a"} 1.0',
         'vllm_relay_streams_silent{endpoint="http://a",phase="first_token"} 1.0',
         'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="first_token"} 6.0',
         'vllm_relay_longest_silence_seconds{endpoint="http://a",phase="answer"} 0.0',

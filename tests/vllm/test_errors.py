@@ -254,6 +254,46 @@ def test_a_retry_after_date_needs_no_date_header(year: int, seconds: float) -> N
     assert from_body(429, {"error": "busy"}, Retry_After=value, Date="today").retry_after == seconds
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (429, {"error": "slow down"}),
+        (503, {"error": {"message": "The engine is currently busy and cannot accept new requests.", "code": 503}}),
+        (503, "no healthy upstream"),
+        (503, "<html><title>503 Service Temporarily Unavailable</title></html>"),
+        (529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
+        (500, {"error": "Model is overloaded", "error_type": "overloaded"}),
+        (500, {"error": {"message": "The request queue is full."}}),
+        (502, {"error": "server busy, please try again.  maximum pending requests exceeded"}),
+        (500, {"error": {"message": "cannot schedule new futures after shutdown", "code": 500}}),
+    ],
+)
+def test_a_full_server_is_busy(status: int, body: object) -> None:
+    error = from_body(status, body)
+    assert (error.is_busy, error.retryable) == (True, True)
+    assert error.is_draining == ("cannot schedule" in str(error))
+
+
+def test_a_refusal_by_a_full_vllm_may_come_within_a_stream() -> None:
+    """A vLLM 0.32.0 answers 200, and sends an event: more often than a 503 if many requests come at once."""
+    message = "The engine is currently busy and cannot accept new requests. Please try again later."
+    assert from_event({"error": {"message": message, "type": "Service Unavailable", "code": 503}}).is_busy
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": "the model is overloaded with tools"}),
+        (401, {"error": "too many requests with a wrong key"}),
+        (500, {"error": "the engine is dead"}),
+        (502, "<html><title>Bad gateway</title></html>"),
+        (503, {"error": {"message": "Request failed; please retry"}}),
+    ],
+)
+def test_a_server_that_refuses_or_fails_is_not_busy(status: int, body: object) -> None:
+    assert not from_body(status, body).is_busy
+
+
 def test_without_retry_after_there_is_none() -> None:
     assert from_body(503, {"error": "busy"}).retry_after is None
 

@@ -7,7 +7,7 @@ import pytest
 
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
 from worker.vllm.servers.circuit import FAILURES, Caller, ServerRequest
-from worker.vllm.servers.server import BUSY, MISSING, Server, best_server
+from worker.vllm.servers.server import MISSING, Server, best_server
 
 Burden = Callable[[Server, int], None]
 
@@ -77,7 +77,7 @@ def test_refusals_are_not_failures(server: Server, status: int) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [classify(500, "dead"), classify(503, "busy"), truncated("cut"), UpstreamError("gap_timeout", "", retryable=True)],
+    [classify(500, "dead"), classify(504, "slow"), truncated("cut"), UpstreamError("gap_timeout", "", retryable=True)],
 )
 def test_faults_of_the_server_are_failures(server: Server, error: UpstreamError) -> None:
     for count in range(FAILURES):
@@ -116,21 +116,78 @@ def test_a_server_that_is_away_for_another_reason_does_not_refuse_the_key(server
 # Being busy, and what is served
 
 
-def test_a_busy_server_is_passed_over_for_the_time_it_asks(clock: Clock, burden: Burden) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        classify(429, "slow down"),
+        classify(503, "The engine is currently busy and cannot accept new requests."),
+        classify(500, "Model is overloaded"),
+    ],
+)
+def test_a_full_server_is_never_away_and_its_limit_shrinks(
+    server: Server, burden: Burden, error: UpstreamError
+) -> None:
+    burden(server, 4)
+    for _ in range(10 * FAILURES):
+        server.record_failure(begin(server), error)
+    assert not server.is_away
+    assert admits(server)
+    assert (server.limit.value < 4, server.room) == (True, 0)
+
+
+def test_a_server_is_paused_for_the_time_it_asks(clock: Clock) -> None:
     one, other = (Server(url, clock=clock) for url in ("http://a:1", "http://b:1"))
     for server in (one, other):
         server.circuit.on_probe("")
     one.record_failure(begin(one), classify(429, "busy", retry_after=7))
-    burden(other, 50)
+    waits_for_its_reader = Caller(may_exceed_limit=True)
+    assert (one.room, one.has_room_for(Caller()), one.has_room_for(waits_for_its_reader)) == (0, False, False)
     assert best([one, other]) is other
     assert best([one, other], other) is other, "even if it was the last"
     assert best([one]) is one
     clock.now += 7
-    assert best([one, other]) is one
-    one.record_failure(begin(one), classify(429, "busy"))
-    assert best([one, other]) is other
-    clock.now += BUSY
-    assert best([one, other]) is one
+    assert one.room > 0
+    assert best([one, other], other) is one
+
+
+def test_only_an_interrupted_answer_exceeds_the_limit_until_the_server_refuses_it(
+    server: Server, burden: Burden
+) -> None:
+    burden(server, server.room)
+    interrupted = Caller(may_exceed_limit=True)
+    assert (server.room, server.has_room_for(Caller()), server.has_room_for(interrupted)) == (0, False, True)
+    server.record_failure(server.circuit.begin(interrupted), classify(503, "busy"))
+    assert not server.has_room_for(interrupted)
+
+
+def test_a_job_that_failed_at_one_server_waits_for_another_that_is_full(clock: Clock, burden: Burden) -> None:
+    """A server that fails at once always has room."""
+    failing, full = (Server(url, clock=clock) for url in ("http://a:1", "http://b:1"))
+    caller = Caller()
+    for server in (failing, full):
+        server.circuit.on_probe("")
+    failing.record_failure(failing.circuit.begin(caller), classify(500, "no"))
+    burden(full, full.room)
+    assert best_server([failing, full], caller) is full
+    assert best([failing, full]) is failing
+
+
+def test_a_503_lets_a_probe_decide_whether_a_server_is_behind_the_gateway(server: Server) -> None:
+    server.record_failure(begin(server), classify(429, "slow down"))
+    assert not server.circuit.wants_probe
+    server.record_failure(begin(server), classify(503, "no healthy upstream"))
+    assert (server.is_away, server.circuit.wants_probe) == (False, True)
+    server.circuit.on_probe("health_503")
+    assert server.is_away
+
+
+def test_a_half_open_server_has_room_for_one_trial(server: Server) -> None:
+    half_open(server)
+    assert server.room == 1
+    request = begin(server)
+    assert server.room == 0
+    server.circuit.on_end(request)
+    assert server.room == 1
 
 
 def test_a_server_serves_what_it_lists_and_one_that_lists_nothing_may_serve_all(server: Server) -> None:
@@ -232,7 +289,7 @@ def test_a_pause_between_trials_is_for_jobs_that_can_go_elsewhere(clock: Clock) 
     for _ in range(2):
         half_open(resting)
     other.record_failure(begin(other), classify(429, "busy"))
-    assert best([resting, other]) is other
+    assert best([resting, other]) is other, "it has no room now, but works"
     assert resting.circuit.admits(Caller(), last_resort=True)
     half_open(other)
     other.circuit.reserve_trial()

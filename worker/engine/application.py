@@ -127,6 +127,7 @@ class Worker:
             limits=StreamTimeouts(settings.connect_timeout, settings.first_token_timeout, settings.gap_timeout),
             telemetry=telemetry,
             pace=server_pace,
+            most=settings.slots,
         )
 
         services = JobServices(
@@ -206,6 +207,7 @@ class Worker:
             redacted_url(server.url),
             up=lambda: server.is_up,
             requests=lambda: server.in_flight,
+            limit=lambda: server.limit.value,
             silences=server.silences,
         )
 

@@ -16,6 +16,7 @@ from ..contract.history import History, fault_in
 from ..contract.ids import BEFORE_ALL, SEAL
 from ..contract.job import InvalidJob, Job, with_max_tokens
 from ..settings import redacted_url
+from ..telemetry.events import VllmRefused
 from ..telemetry.job_events import (
     AnswerRestarted,
     AnswerResumed,
@@ -193,12 +194,14 @@ class Generation:
                         error.code, error.status, redacted_url(server.url), tried=tries.made, retryable=error.retryable
                     )
                 )
+                if error.is_busy:
+                    self._emit(VllmRefused(redacted_url(server.url)))
                 failed = FailedTry(
                     error=error,
                     tries=tries,
                     another_server_may_answer=self._servers.has_candidate(model, self._caller),
                     another_model_should_answer=self._servers.should_fall_back(model, others, self._caller),
-                    all_servers_are_busy=self._servers.all_busy(model, self._caller),
+                    has_room_elsewhere=self._servers.accepts(model, self._caller),
                     was_allowed=self._was_allowed,
                     was_failed_trial=is_trial and server.circuit in self._caller.failed_at,
                     needs_next_attempt=self._needs_next_attempt,
@@ -214,16 +217,30 @@ class Generation:
                     await self._begin_attempt(error.code)
 
     async def _wait_for_server(self, model: str, others: Sequence[str]) -> None:
-        """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model."""
+        """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model.
+
+        The wait is short if the job may be parked. After it the job goes back to its queue, where it holds no slot and
+        any worker can take it.
+
+        Raises:
+            MustWait: when no server accepts a request. All entries of the log are then written.
+        """
+        # A reader waits for the rest of an interrupted answer.
+        self._caller.may_exceed_limit = self._answer.begun
         if self._servers.accepts(model, self._caller):
             return
         if model not in self._waited_for:
             self._waited_for.add(model)
             self._emit(WaitingForModel(model[:_LONGEST_NAME]))
         self._emit(ModelWaitBegan())
+        longest = self._services.pace.longest_wait_here if self._job.may_park else float("inf")
+        ends_at = time.monotonic() + longest
         try:
             while not self._servers.accepts(model, self._caller):
-                available = self._servers.wait_available(model, others, caller=self._caller)
+                if (left := ends_at - time.monotonic()) <= 0:
+                    await self._job.wait_for(self._log.wait_drained())
+                    raise MustWait(model)
+                available = self._servers.wait_available(model, others, caller=self._caller, within=left)
                 await self._job.within_limits(available, self._log)
         finally:
             self._emit(ModelWaitEnded())
@@ -251,7 +268,7 @@ class Generation:
             plan = await plan_resume(self._servers, server, request, self._answer, self._caller)
         except UpstreamError as error:
             others_remain = self._servers.has_candidate(model_of(request), self._caller)
-            if others_remain if error.elsewhere else (not is_last or never_reached(error)):
+            if others_remain if error.elsewhere else (not is_last or never_reached(error) or error.is_busy):
                 raise
             # The server may still be able to answer from the beginning.
             self._caller.refused_at.clear()

@@ -41,8 +41,8 @@ class FailedTry:
     """Whether a server of the model has not refused the job."""
     another_model_should_answer: bool = False
     """Whether no server of this model may answer the job, and a server accepts a request for one of its fallbacks."""
-    all_servers_are_busy: bool = False
-    """Whether every server that accepts the request has requested a pause."""
+    has_room_elsewhere: bool = False
+    """Whether a server of the model has room for the request now."""
     was_allowed: bool = False
     """Whether a server has begun to answer with this model."""
     was_failed_trial: bool = False
@@ -72,9 +72,12 @@ class Retry:
 def after_failure(failed: FailedTry, pace: Pace, *, jitter: float = 1.0) -> Raise | Retry:
     """How a request continues after a failed try. `jitter` is a factor of the pause between the tries.
 
-    Three kinds of tries do not count, beside those at a server that can never answer while another server may:
+    Four kinds of tries do not count, beside those at a server that can never answer while another server may:
 
     - a try that never reached a server. The job waits for a server, as before its first try.
+    - a try that a server refused because it is full or shutting down. The job waits for room there, or goes to another
+      server that has room. The pause between the tries is then short, because the server's limit states when it has
+      room again.
     - a 401 or 403 after a server has begun to answer with this model: the job's request was allowed.
     - a failed trial request of a half-open circuit. Other jobs failed there too, and this job gets no second trial.
 
@@ -86,17 +89,19 @@ def after_failure(failed: FailedTry, pace: Pace, *, jitter: float = 1.0) -> Rais
     is_forbidden = is_unauthorized and failed.was_allowed
     if failed.has_extended_answer:
         tries = replace(tries, made=1, next_pause=pace.first_retry)
-    elif moves_to_another_server or never_reached(error) or is_forbidden or failed.was_failed_trial:
+    elif moves_to_another_server or never_reached(error) or is_forbidden or failed.was_failed_trial or error.is_busy:
         tries = replace(tries, made=tries.made - 1)
     if tries.are_exhausted or not (error.retryable or moves_to_another_server):
         return Raise()
-    if is_unauthorized and failed.another_model_should_answer:  # else the job waits for a server that accepts the key
+    # Otherwise the job waits for a server that accepts the key, or that has room.
+    if (is_unauthorized or error.is_busy) and failed.another_model_should_answer:
         return Raise()
     if failed.needs_next_attempt and failed.fails_on_interrupt:
         return Raise()
-    pause = min(tries.next_pause, pace.longest_retry) * jitter
-    if error.retry_after and failed.all_servers_are_busy:  # not if another server is free
-        pause += error.retry_after
+    if error.is_busy:
+        pause = 0.0 if failed.has_room_elsewhere else min(tries.next_pause, pace.longest_wait_here) * jitter
+    else:
+        pause = min(tries.next_pause, pace.longest_retry) * jitter
     next_pause = min(2 * tries.next_pause, pace.longest_retry)
     return Retry(pause, replace(tries, next_pause=next_pause), failed.needs_next_attempt)
 

@@ -257,6 +257,14 @@ class VllmBack(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class VllmRefused(Event):
+    """A server refused a request because it is full or shutting down. The request waits, or goes to another server."""
+
+    level = "silent"
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class VllmTriedOut(Event):
     endpoint: str
 

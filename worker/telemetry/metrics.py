@@ -19,7 +19,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 
 from ..version import version
-from .events import EntriesAccepted, Event, IntakePaused, QueueMeasured, ReaderGap, RecordRefused, WriteFailed
+from .events import (
+    EntriesAccepted,
+    Event,
+    IntakePaused,
+    QueueMeasured,
+    ReaderGap,
+    RecordRefused,
+    VllmRefused,
+    WriteFailed,
+)
 from .job_events import (
     AnswerRestarted,
     AnswerResumed,
@@ -118,6 +127,10 @@ class Metrics:
         # vLLM.
         self._vllm_up = self._gauge("vllm_up", "1 while a vLLM server gets requests", "endpoint")
         self._vllm_requests = self._gauge("vllm_requests", "Requests of this worker at a vLLM server", "endpoint")
+        self._vllm_limit = self._gauge(
+            "vllm_limit", "Requests that this worker may have at a vLLM server, learnt from the server", "endpoint"
+        )
+        self._vllm_busy = self._counter("vllm_busy", "Requests that a full vLLM server refused", "endpoint")
         self._silent = self._gauge("streams_silent", "Streams without an event for 5 s", "endpoint", "phase")
         self._silence = self._gauge("longest_silence_seconds", "Longest wait for an event now", "endpoint", "phase")
 
@@ -154,6 +167,8 @@ class Metrics:
                 self._waiting_for_model.dec()
             case JobParked():
                 self._parked.inc()
+            case VllmRefused():
+                self._vllm_busy.labels(event.endpoint).inc()
             case JobBuried():
                 self._buried.inc()
             case LeaseWasLost():
@@ -178,14 +193,22 @@ class Metrics:
         self._why_not_ready = why_not
 
     def observe_server(
-        self, endpoint: str, up: Callable[[], float], requests: Callable[[], float], silences: Silences
+        self,
+        endpoint: str,
+        up: Callable[[], float],
+        requests: Callable[[], float],
+        limit: Callable[[], float],
+        silences: Silences,
     ) -> None:
         """Add a vLLM server. The functions are called at each scrape.
 
-        `up` returns 1 while the server gets requests, else 0. `requests` returns how many it has from this worker.
+        `up` returns 1 while the server gets requests, else 0. `requests` returns how many it has from this worker, and
+        `limit` how many it may have now.
         """
         self._vllm_up.labels(endpoint).set_function(up)
         self._vllm_requests.labels(endpoint).set_function(requests)
+        self._vllm_limit.labels(endpoint).set_function(limit)
+        self._vllm_busy.labels(endpoint)
         for place, phase in enumerate(("first_token", "answer")):
 
             def silent(place: int = place) -> float:

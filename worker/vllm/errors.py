@@ -101,6 +101,23 @@ _NO_VLLM = "check that VLLM_URLS is the URL of a vLLM server"
 _STATUS_OF_A_SITE = frozenset({403, 404, 405, 501})
 """Statuses of a web page that comes from another site, and not from a proxy whose vLLM server is down."""
 _POLICY = frozenset({"content_filter", "content_policy_violation"})
+_BUSY_STATUS = frozenset({429, 503, 529})
+"""Statuses of a server that is full. 529 is Anthropic's."""
+_BUSY_WORDS = re.compile(
+    r"""
+      \b(model|server|engine)\ is\ (currently\ )?(overloaded|busy|at\ capacity)\b  # TGI, vLLM
+    | \bprefill\ token\ backlog\ limit\b                                           # vLLM
+    | \b(request\ )?queue\ is\ full\b | \bmaximum\ queue\ size\b                   # SGLang, Triton
+    | \bserver\ (is\ )?busy\b | \bmaximum\ pending\ requests\b                     # Ollama
+    | \btoo\ many\ (concurrent\ )?requests\b | \bno\ slots?\ available\b           # proxies, llama.cpp
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Matches the messages of servers that are full, with any status of an error that is worth a retry."""
+_DRAINING_WORDS = re.compile(r"\bcannot schedule new futures after (interpreter )?shutdown\b", re.IGNORECASE)
+"""Matches the error of vLLM 0.32.0 between SIGTERM and its end, with status 500. Its `/health` still answers 200."""
+_FAILED_WORDS = re.compile(r"\brequest failed; please retry\b", re.IGNORECASE)
+"""Matches the message of vLLM's RetryableRequestError: the request failed inside a server that is not full (503)."""
 
 
 class UpstreamError(Exception):
@@ -114,6 +131,8 @@ class UpstreamError(Exception):
         elsewhere: whether this server can never answer the request and another may: this one lacks the model, or is
             misconfigured.
         retry_after: how many seconds the server asks the worker to wait, at most 60; None if it does not ask.
+        is_busy: whether the server refused the request because it is full or shutting down, before an answer began.
+        is_draining: whether the server refused the request because it is shutting down. It is busy too.
         words: words for programs that accompany the message, such as the parameter that the server refuses.
         fix: how to fix the error, if that is known.
     """
@@ -137,6 +156,8 @@ class UpstreamError(Exception):
         self.retryable = retryable
         self.elsewhere = elsewhere
         self.retry_after = retry_after
+        self.is_busy = False
+        self.is_draining = False
         self.words = words
         self.fix = fix
 
@@ -183,12 +204,14 @@ def _page_with_status(status: int, page: bytes, headers: Mapping[str, str]) -> U
     """The error for a web page, from a proxy or from a site that is not vLLM. Only the status is used."""
     found = classify(status, "", retry_after=_retry_after(headers))
     is_setup = found.code == "invalid_request" and status not in TOO_LARGE_STATUS
-    return UpstreamError(
+    error = UpstreamError(
         "not_a_stream" if is_setup else found.code,
         f"HTTP {status}: a web page came instead of an answer: {text_of_page(page)}",
         status=status, retryable=found.retryable, elsewhere=found.elsewhere or is_setup or status == 404,
         retry_after=found.retry_after, fix=_NO_VLLM if is_setup or status in _STATUS_OF_A_SITE else "",
     )  # fmt: skip
+    error.is_busy = found.is_busy
+    return error
 
 
 def from_event(error: object) -> UpstreamError:
@@ -226,9 +249,12 @@ def classify(
         code, elsewhere = "invalid_request", status in TOO_LARGE_STATUS
     elif 200 <= status < 300:  # such as 204: an empty body instead of an answer
         code, retryable = "not_a_stream", True
-    return UpstreamError(
+    error = UpstreamError(
         code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=words
     )
+    error.is_draining = retryable and _DRAINING_WORDS.search(message) is not None
+    error.is_busy = error.is_draining or (retryable and _is_full(status, message, words))
+    return error
 
 
 def unreachable(url: str, error: Exception, *, is_probe: bool = False) -> UpstreamError:
@@ -283,6 +309,12 @@ def _is_refused(error: BaseException | None) -> bool:
 
 def _is_context_error(message: str, words: AbstractSet[str]) -> bool:
     return bool(words & _TOO_LONG) or _TOO_LONG_WORDS.search(message) is not None
+
+
+def _is_full(status: int, message: str, words: AbstractSet[str]) -> bool:
+    if status in {401, 403} or _FAILED_WORDS.search(message):
+        return False
+    return status in _BUSY_STATUS or "overloaded_error" in words or _BUSY_WORDS.search(message) is not None
 
 
 def _is_model_error(status: int, message: str, words: AbstractSet[str]) -> bool:

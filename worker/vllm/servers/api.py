@@ -111,6 +111,34 @@ class VllmApi:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise UpstreamError("not_a_stream", f"{url} does not list models: {error}", retryable=False) from None
 
+    async def metrics(self, server: Server, limit: float, most_bytes: int) -> bytes:
+        """The page of metrics of a server.
+
+        Raises:
+            LateAnswer: when the server does not answer within `limit` seconds.
+            UpstreamError: when the server cannot be reached, sends no page, or sends more than `most_bytes`.
+        """
+        url = f"{server.url}/metrics"
+
+        async def send(key: str) -> bytes:
+            headers = {"accept-encoding": "identity", **_authorization(key)}
+            page = bytearray()
+            try:
+                async with asyncio.timeout(limit), self._client.stream("GET", url, headers=headers) as response:
+                    async for piece in response.aiter_bytes():
+                        page += piece
+                        if len(page) > most_bytes:
+                            raise UpstreamError("not_a_stream", f"{url} is too long", retryable=False)
+            except httpx.HTTPError as error:
+                raise unreachable(url, error) from None
+            except TimeoutError:
+                raise LateAnswer(url, limit) from None
+            if response.status_code != httpx.codes.OK:
+                raise from_response(response.status_code, bytes(page), response.headers)
+            return bytes(page)
+
+        return await self._with_key(server, send)
+
     async def _with_key(self, server: Server, send: Callable[[str], Awaitable[_T]]) -> _T:
         """Send a request with the key that the server accepted last and, if refused, with each of the other keys.
 

@@ -4,10 +4,13 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..errors import UpstreamError
 from .pace import ServerPace
 
 FAILURES = 5
 """How many jobs must fail at a server, without a success between them, to open its circuit."""
+DRAINING = "draining"
+"""The reason of the circuit of a server that is shutting down and still ends its open streams."""
 
 
 class CircuitState(enum.Enum):
@@ -33,19 +36,30 @@ class Caller:
             job's later failures there do not count.
         refused_at: the circuits of the servers that will never answer the job, each with its last error. The job sends
             no more requests there.
+        turned_away_by: the circuits of the servers that were full when the job came, each with its last error.
+        may_exceed_limit: whether the job may be sent to a server that has as many requests as its limit allows: its
+            answer was interrupted, and a reader waits for the rest.
     """
 
     is_job: bool = True
     failed_at: "set[Circuit]" = field(default_factory=set)
     refused_at: "dict[Circuit, Exception]" = field(default_factory=dict)
+    turned_away_by: "dict[Circuit, UpstreamError]" = field(default_factory=dict)
+    may_exceed_limit: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class ServerRequest:
-    """One request at a server. `epoch` is how often the circuit had opened before the request was sent."""
+    """One request at a server.
+
+    Attributes:
+        epoch: how often the circuit had opened before the request was sent.
+        sent_at: when it was sent, by the circuit's clock.
+    """
 
     caller: Caller
     epoch: int
+    sent_at: float
     has_first_event: bool = False
     """Whether the server has sent a data event that counts: see `on_first_event`."""
 
@@ -93,6 +107,11 @@ class Circuit:
     The end of a request that was sent before the circuit opened does not count: streams that a dying vLLM left frozen
     end long after the server is back.
 
+    A server that is shutting down (`DRAINING`) ends its open streams and refuses new requests, while its `/health` is
+    good (vLLM 0.32.0 with `--shutdown-timeout`). Its probes are therefore requests of the worker's own. The first one
+    that is answered closes the circuit: the URL may be a load balancer, and only one server behind it was draining.
+    Once the connection is refused, the server is away like any other.
+
     Args:
         clock: monotonic seconds.
         on_change: called with the former state, the new state and the reason.
@@ -127,6 +146,22 @@ class Circuit:
     def _reset_pauses(self) -> None:
         self._probe_pause, self._trial_pause = _Pause(self._pace), _Pause(self._pace)
         self._own_trial_pause = _Pause(self._pace, self._pace.first_pause)
+        self._drain_pause = _Pause(self._pace, self._pace.first_drain_pause)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the server is shutting down."""
+        return self.state is CircuitState.OPEN and self.reason == DRAINING
+
+    @property
+    def wants_drain_trial(self) -> bool:
+        """Whether the worker should send a request of its own to see whether the server is still draining."""
+        return self.is_draining and self._drain_pause.is_over(self._clock())
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a half-open circuit can have a trial now."""
+        return self.state is CircuitState.HALF_OPEN and self._has_no_trial
 
     def admits(self, caller: Caller, *, last_resort: bool = False) -> bool:
         """Whether a job may send a request now. With `last_resort`, no other server can answer the job."""
@@ -151,11 +186,13 @@ class Circuit:
     def wants_probe(self) -> bool:
         """Whether the server should be probed: a request failed, or the server is away or unknown."""
         if self.state is CircuitState.OPEN:
-            return self._probe_pause.is_over(self._clock())
+            return not self.is_draining and self._probe_pause.is_over(self._clock())
         return self.state is CircuitState.UNKNOWN or self._is_suspect or self._late_from is not None
 
     def on_probe(self, trouble: str) -> None:
         """Record the result of a probe: empty if the server answered, else the reason why the server is away."""
+        if self.is_draining:  # the probe was sent before
+            return
         self._is_suspect = False
         late_from, self._late_from = self._late_from, None
         if self.state is CircuitState.OPEN:
@@ -171,6 +208,8 @@ class Circuit:
 
     def on_late_probe(self) -> None:
         """Record that the server did not answer a probe in time."""
+        if self.is_draining:
+            return
         self._is_suspect = False
         if self.state in {CircuitState.UNKNOWN, CircuitState.OPEN}:
             self._reserved_until = 0.0
@@ -184,7 +223,7 @@ class Circuit:
 
     def request_of(self, caller: Caller) -> ServerRequest:
         """A request of a job that is sent now, for the `on_…` methods."""
-        return ServerRequest(caller, self._epoch)
+        return ServerRequest(caller, self._epoch, self._clock())
 
     def begin(self, caller: Caller) -> ServerRequest:
         """Reserve the trial for a request of a job; returns that request."""
@@ -210,7 +249,7 @@ class Circuit:
         if request.epoch == self._epoch:
             self._forget_failures()
             self._reset_pauses()
-            if self.state is CircuitState.HALF_OPEN:
+            if self.state is CircuitState.HALF_OPEN or (self.is_draining and not request.caller.is_job):
                 self._become(CircuitState.CLOSED)
 
     def on_failure(self, request: ServerRequest, reason: str, *, at_once: bool = False) -> None:
@@ -218,6 +257,9 @@ class Circuit:
         caller, is_new = request.caller, self not in request.caller.failed_at
         if not at_once:
             caller.failed_at.add(self)
+        if at_once and self.is_draining:
+            self.reason = reason  # the end of the drain, which is no change of state
+            return
         if request.epoch != self._epoch or self.state is CircuitState.OPEN:
             return
         if at_once:
@@ -237,6 +279,19 @@ class Circuit:
         breaks_again = self._on_probation and request.has_first_event and is_new
         if breaks_again or len(self._broken | self._unanswered) >= FAILURES:
             self._open(reason)
+
+    def on_drain(self, request: ServerRequest) -> None:
+        """Record that the server refused a request because it is shutting down."""
+        if self.is_draining:
+            if not request.caller.is_job:
+                self._drain_pause.begin(self._clock())
+        elif request.epoch == self._epoch and self.state is not CircuitState.OPEN:
+            self._drain_pause.begin(self._clock())
+            self._open(DRAINING)
+
+    def suspect(self) -> None:
+        """Let the next probe decide whether the server is away."""
+        self._is_suspect = self.state in {CircuitState.CLOSED, CircuitState.HALF_OPEN}
 
     def on_end(self, request: ServerRequest) -> None:
         """Record that a request has ended with any result, so that another request may be the trial."""

@@ -26,5 +26,11 @@ class ServerPace:
     first_pause: float = 2.0
     """The pause before the second probe or trial in a row; each further pause is twice as long."""
     longest_pause: float = 30.0
+    first_drain_pause: float = 1.0
+    """The pause before the worker first asks a server that is shutting down; each further pause is twice as long."""
+    load_every: float = 1.0
+    """The time between two readings of the load of a server that has requests."""
+    load_again_after: float = 60.0
+    """The time until the load of a server is read again that does not publish it."""
     frozen_after: float = 2.0
     """The silence after which a stream counts as frozen, once its server refuses connections."""

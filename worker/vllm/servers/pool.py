@@ -1,18 +1,14 @@
 """The pool of vLLM servers: chooses the server for each request, sends requests, and monitors the servers."""
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from contextvars import copy_context
-
-import structlog
+from contextlib import asynccontextmanager
+from functools import partial
 
 from ...contract.entries import Object
-from ...telemetry.events import Receivers, Telemetry, VllmAway, VllmBack, VllmTriedOut
-from ..chunks.parser import ChunkParser
-from ..errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError, without_user
+from ...telemetry.events import Receivers, Telemetry
+from ..errors import MODEL_NOT_FOUND, UNAUTHORIZED, UpstreamError
 from ..http.credentials import ApiKeys
 from ..http.target import base_url
 from ..http.transport import Transport
@@ -20,12 +16,15 @@ from ..stream.chat_stream import ChatStream
 from ..stream.watchdog import StreamTimeouts, StreamWatchdog
 from .api import VllmApi
 from .circuit import Caller, CircuitState, ServerRequest
+from .monitor import ServerMonitor, wait_set
 from .opening import open_stream
 from .pace import ServerPace
 from .probes import Probes
 from .recent import Recent
-from .room import Demand, Demands
-from .server import MISSING, Server, best_server, counts_against_server
+from .reports import CircuitReports
+from .room import Demand, Demands, PlaceQueue, next_opening
+from .server import MISSING, MOST_REQUESTS, Server, best_server, candidates, reason_to_fall_back
+from .trials import send_trial
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -50,6 +49,7 @@ class ServerPool:
         limits: how long a server may be silent.
         telemetry: receives `VllmAway`, `VllmBack`, `VllmTriedOut` and `KeyFileUnreadable`.
         pace: how often the servers are probed.
+        most: the most requests in flight at one server, whatever its limit has learnt.
         transport: makes the connections to the servers.
     """
 
@@ -61,22 +61,37 @@ class ServerPool:
         limits: StreamTimeouts,
         telemetry: Telemetry | None = None,
         pace: ServerPace | None = None,
+        most: int = MOST_REQUESTS,
         transport: Transport | None = None,
     ) -> None:
         self.limits = limits
         """The limits of requests that begin from now on."""
         self._telemetry = telemetry or Receivers()
         self._pace = pace or ServerPace()
-        self.servers = [Server(base_url(url), on_change=self._on_change, pace=self._pace) for url in urls]
+        self.servers = [
+            Server(
+                base_url(url),
+                on_change=self._on_change,
+                on_room=self._on_room,
+                on_models=self._on_models,
+                pace=self._pace,
+                most=most,
+            )
+            for url in urls
+        ]
         self._changed = asyncio.Event()
         """Set, and replaced, when a circuit changes."""
-        self._demands = Demands()
+        self._news = asyncio.Event()
+        """Set, and replaced, when there may be more room, or after a change of a circuit or of a list of models."""
+        self._places = PlaceQueue()
+        self._demands = Demands(self._announce)
         self.generation = 0
         """Grows when a server comes or goes, or when its list of models changes."""
         self._unlisted: Recent[bool] = Recent(time.monotonic, MISSING)
         """Models that no server lists. Requests for them may go to any server."""
         self._missing: Recent[UpstreamError] = Recent(time.monotonic, MISSING)
         """The error of a server that does not have a model, for models that no server lists."""
+        self._reports = CircuitReports(self._telemetry)
         self._api = VllmApi(keys or ApiKeys(), self._telemetry, connect=limits.connect, transport=transport)
         self._probes = Probes(self._api, self.servers, self._pace)
 
@@ -86,19 +101,33 @@ class ServerPool:
 
     @property
     def is_available(self) -> bool:
-        """Whether a server accepts requests for some model, as far as is known."""
-        return self.accepts("")
+        """Whether a server gets requests for some model, as far as is known, even if all servers are full now."""
+        return self._are_known and bool(candidates(self.servers, Caller()))
+
+    @property
+    def _are_known(self) -> bool:
+        """Whether every server was probed once: otherwise the first server to answer would get all waiting jobs."""
+        return all(server.is_known for server in self.servers)
 
     def accepts(self, model: str, caller: Caller | None = None) -> bool:
-        """Whether a server accepts a job's request for this model now, as far as is known; the empty name is any model.
-
-        False until every server was probed once: otherwise the first server to answer would get all waiting jobs.
-        """
-        return all(server.is_known for server in self.servers) and bool(self._accepting(model, caller or Caller()))
+        """Whether a server has room for a job's request for this model now; the empty name is any model."""
+        caller = caller or Caller()
+        fitting = candidates(self.servers_for(model), caller)
+        return self._are_known and any(server.has_room_for(caller) for server in fitting)
 
     def room(self, model: str) -> int:
-        """How many more new jobs of this model can be sent now, less the demand; the empty name is any model."""
-        return 1000 if self.accepts(model) else 0
+        """How many more new jobs of this model can be sent now, less the demand; the empty name is any model.
+
+        If no server lists the model, one job at a time finds out whether a server has it. A job that will end at once,
+        because a server lately did not have the model, always has room.
+        """
+        if not self._are_known:
+            return 0
+        serving = self.servers_for(model)
+        if not serving:
+            is_first = model not in self._demands.by_model and self.total_room() > 0
+            return int(is_first or model in self._missing)
+        return max(0, sum(server.room for server in serving) - self._demands.at(serving))
 
     def total_room(self) -> int:
         """How many more new jobs of any model can be sent to servers now, less the demand."""
@@ -114,27 +143,22 @@ class ServerPool:
 
     async def wait_changed(self, within: float) -> None:
         """Wait until room, a circuit or a list of models may have changed, for at most `within` seconds."""
-        await _wait_for(self._changed, within)
-
-    def all_busy(self, model: str, caller: Caller) -> bool:
-        """Whether every server that accepts the job's requests for this model has requested a pause."""
-        return all(server.is_busy for server in self._accepting(model, caller))
-
-    def all_refuse_keys(self, model: str) -> bool:
-        """Whether every server of this model is away because it refuses all keys of the worker."""
-        serving = self.servers_for(model)
-        return bool(serving) and all(server.refuses_key for server in serving)
+        await wait_set(self._news, next_opening(self.servers, self._pace.probe_every, within))
 
     def should_fall_back(self, model: str, others: Sequence[str], caller: Caller) -> bool:
         """Whether no server of this model may answer the job, and a server accepts a request for one of `others`.
 
-        A server may not answer when it is away, when it has refused the job, or when the job has failed there.
+        A server may not answer when it is away, when it has refused the job, or when the job has failed there. A server
+        that was full when the job came may not answer as long as it is full.
         """
         serving = self.servers_for(model)
         return (
             bool(serving)
             and all(
-                server.is_away or server.circuit in caller.failed_at or server.circuit in caller.refused_at
+                server.is_away
+                or server.circuit in caller.failed_at
+                or server.circuit in caller.refused_at
+                or (server.circuit in caller.turned_away_by and not server.has_room_for(caller))
                 for server in serving
             )
             and any(self.accepts(other, Caller(failed_at=caller.failed_at)) for other in others)
@@ -152,11 +176,12 @@ class ServerPool:
         """Whether a server of this model has not refused the job."""
         return any(server.circuit not in caller.refused_at for server in self.servers_for(model))
 
-    def _accepting(self, model: str, caller: Caller) -> list[Server]:
-        return [server for server in self.servers_for(model) if server.circuit.admits(caller, last_resort=True)]
-
-    async def wait_available(self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None) -> None:
+    async def wait_available(
+        self, model: str, others: Sequence[str] = (), *, caller: Caller | None = None, within: float = float("inf")
+    ) -> None:
         """Wait until a server accepts a job's request for this model. `monitor` must run meanwhile.
+
+        The wait for servers of the model ends after `within` seconds, even if none accepts the request.
 
         If no server lists the model, the lists are fetched again. After that, any server may get the request: adapters
         are loaded at run time, some by the first request, and some servers serve more names than they list. If a server
@@ -166,32 +191,35 @@ class ServerPool:
 
         Raises:
             UpstreamError: the last refusal, when every server of the model has refused the job; `model_not_found`, when
-                a server lately returned that error; `upstream_unreachable` or `unauthorized`, when no server of the
-                model may answer the job (see `should_fall_back`) and a server accepts a request for one of `others`.
+                a server lately returned that error; when no server of the model may answer the job (see
+                `should_fall_back`) and a server accepts a request for one of `others`: `upstream_unreachable`,
+                `unauthorized`, or the error of a server that is full.
         """
         caller = caller or Caller()
+        ends_at = time.monotonic() + within
         while not self.accepts(model, caller):
             changed = self._changed
             serving = self.servers_for(model)
             if serving and not self.has_candidate(model, caller):
                 raise list(caller.refused_at.values())[-1] from None
             if self.should_fall_back(model, others, caller):
-                if self.all_refuse_keys(model):
-                    raise UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
-                raise UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)
+                raise reason_to_fall_back(model, serving, caller)
             doubtful = next((server for server in serving if server.circuit.wants_trial(caller)), None)
             if doubtful is not None:
-                await self._send_trial(doubtful, model)
+                await send_trial(self.stream, self._telemetry, doubtful, model)
             elif serving:
-                await _wait_for(
-                    changed, self._pace.probe_every
-                )  # the end of a trial's reservation does not set the event
+                if (left := ends_at - time.monotonic()) <= 0:
+                    return
+                # The end of a trial's reservation wakes nobody.
+                pause = self._pace.probe_every
+                await self._places.wait(model, caller, next_opening(serving, pause, min(left, pause)))
             elif answer := self._missing.get(model):
                 raise UpstreamError(answer.code, answer.message, status=answer.status, retryable=False)
             elif not await self._probes.fetch_all_models():
-                await _wait_for(changed, self._pace.probe_every)
+                await wait_set(changed, self._pace.probe_every)
             elif not self.servers_for(model):
                 self._unlisted.put(model, True)
+                self._on_models()
 
     def choose(self, model: str, caller: Caller | None = None, *, other_than: Server | None = None) -> Server:
         """The best server for a request (see `best_server`), even if no server accepts the request now.
@@ -202,71 +230,44 @@ class ServerPool:
         server.circuit.reserve_trial()
         return server
 
-    async def _send_trial(self, server: Server, model: str) -> None:
-        """Request one token from a server, in place of jobs that may have failed there by their own fault.
-
-        If all waiting jobs have failed at the server, only this trial shows whether to wait for it or to give up.
-        """
-        self._telemetry.emit(VllmTriedOut(endpoint=without_user(server.url)))
-        server.circuit.reserve_trial()
-        request: Object = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-        parser = ChunkParser()
-
-        def on_events(events: list[bytes]) -> bool:
-            for data in events:
-                parser.parse(data)
-            return parser.done
-
-        try:
-            body = request | ({"model": model} if model else {})
-            async with self.stream(server, body, caller=Caller(is_job=False)) as stream:
-                while await stream.read_into(on_events) and not parser.done:
-                    pass
-                parser.check_complete()
-        except UpstreamError as error:
-            if not counts_against_server(error):  # the server works, but has no chat template, or is busy
-                circuit = server.circuit
-                circuit.on_success(circuit.request_of(Caller(is_job=False)))
-
     async def monitor(self) -> None:
-        """Probe the servers that are away, and fetch the models of the others, until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for server in self.servers:
-                group.create_task(self._monitor_health(server))
-                group.create_task(self._monitor_models(server))
-
-    async def _monitor_health(self, server: Server) -> None:
-        while True:
-            changed = self._changed
-            if server.circuit.wants_probe:
-                await self._probes.probe(server)
-            elif not server.is_away and any(watchdog.is_silent() for watchdog in server.requests):
-                await self._probes.probe_silent(server)
-            await _wait_for(changed, self._pace.probe_every * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
-
-    async def _monitor_models(self, server: Server) -> None:
-        while True:
-            changed = self._changed
-            if server.is_up and time.monotonic() - server.listed_at > self._pace.list_every:
-                await self._probes.fetch_models(server)
-            await _wait_for(changed, self._pace.probe_every * random.uniform(0.75, 1.25))  # noqa: S311 - jitter
+        """Probe the servers that are away, fetch the models and the load of the others, until cancelled."""
+        await ServerMonitor(
+            self._api,
+            self.servers,
+            self._probes,
+            self._pace,
+            send_trial=partial(send_trial, self.stream, self._telemetry),
+            on_room=self._on_room,
+            changed=lambda: self._changed,
+        ).run()
 
     def _on_change(self, server: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
-        self.generation += 1
-        copy_context().run(self._report, server, former, state, reason)
+        if CircuitState.OPEN in (former, state) or former is CircuitState.UNKNOWN:
+            self.generation += 1
+        self._reports.on_change(server, state, reason)
         self._wake()
 
-    def _report(self, server: Server, former: CircuitState, state: CircuitState, reason: str) -> None:
-        """Emit the change of a circuit, in a context of its own, since the change does not belong to one job."""
-        structlog.contextvars.unbind_contextvars("request_id")
-        if state is CircuitState.OPEN:
-            self._telemetry.emit(VllmAway(endpoint=without_user(server.url), reason=reason, fix=server.fix))
-        elif former is CircuitState.OPEN:
-            self._telemetry.emit(VllmBack(endpoint=without_user(server.url)))
-
     def _wake(self) -> None:
+        """Wake everybody who waits for a change of a circuit or of a list of models."""
         self._changed.set()
         self._changed = asyncio.Event()
+        self._places.wake_all()
+        self._announce()
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _on_room(self, server: Server) -> None:
+        """Wake as many waiting jobs as a server has room for."""
+        if self._places:
+            self._places.wake(server, lambda model: server in self.servers_for(model))
+        self._announce()
+
+    def _on_models(self) -> None:
+        self.generation += 1
+        self._wake()
 
     @asynccontextmanager
     async def stream(
@@ -287,11 +288,14 @@ class ServerPool:
         sent = circuit.begin(caller)
 
         def on_first() -> None:
+            server.unanswered.pop(sent, None)
+            server.limit.on_first_event(time.monotonic() - sent.sent_at, server.in_flight)
             circuit.on_first_event(sent)
             if isinstance(model, str):
                 server.record_answer(model)
 
         watchdog = self._watch(server)
+        server.unanswered[sent] = sent.sent_at
         try:
             stream = await open_stream(
                 self._api, server, request, route, limits=self.limits, watchdog=watchdog, on_first=on_first
@@ -308,9 +312,13 @@ class ServerPool:
             error.elsewhere &= route == CHAT  # a server may lack the other routes
             if error.elsewhere:
                 caller.refused_at[circuit] = error
+            if sent not in server.unanswered:  # it failed within its answer, so the server was not full
+                error.is_busy = error.is_draining = False
             server.record_failure(sent, error, refuses_key=refuses_key)
             raise
         finally:
+            if sent not in server.unanswered:
+                server.limit.on_end(time.monotonic() - sent.sent_at)
             self._end(server, sent, watchdog)
 
     async def post(self, server: Server, path: str, body: Object, *, caller: Caller | None = None) -> bytes:
@@ -356,9 +364,10 @@ class ServerPool:
 
     def _end(self, server: Server, sent: ServerRequest, watchdog: StreamWatchdog) -> None:
         server.requests.discard(watchdog)
+        server.unanswered.pop(sent, None)
         server.circuit.on_end(sent)
         if server.circuit.state is CircuitState.HALF_OPEN:
-            self._wake()
+            self._on_room(server)
 
     def _record_missing(self, server: Server, model: str, caller: Caller, answer: UpstreamError) -> None:
         """Record that a server does not have a model. If all servers list other models, all jobs get this error."""
@@ -382,10 +391,3 @@ class ServerPool:
                 error.status = 401
                 return True
         return False
-
-
-async def _wait_for(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event for at most this number of seconds."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()

@@ -14,13 +14,14 @@ from ..errors import (
 )
 from ..stream.watchdog import StreamWatchdog
 from .circuit import FAILURES, Caller, Circuit, CircuitState, ServerRequest
+from .limit import ConcurrencyLimit
 from .pace import ServerPace
 from .recent import Recent
 
 MISSING = 60.0
 """Seconds for which a server's error that it does not have a model is remembered."""
-BUSY = 1.0
-"""Seconds for which other servers are preferred after a 429 without Retry-After."""
+MOST_REQUESTS = 10_000
+"""The limit of a server's limit, if the pool states none."""
 
 
 class Server:
@@ -36,6 +37,9 @@ class Server:
         listed_at: when the server's list was last requested, by the clock.
         fix: how to fix the server's last error, if that is known.
         accepted_key: the API key that the server accepted last; empty before that.
+        answered_model: the model of the last request that the server began to answer; empty before that.
+        limit: how many requests this worker may have in flight at the server.
+        unanswered: when each request without a first event was sent, by the clock; the oldest first.
     """
 
     def __init__(
@@ -44,7 +48,10 @@ class Server:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_change: Callable[["Server", CircuitState, CircuitState, str], None] = lambda *_: None,
+        on_room: Callable[["Server"], None] = lambda _: None,
+        on_models: Callable[[], None] = lambda: None,
         pace: ServerPace | None = None,
+        most: int = MOST_REQUESTS,
     ) -> None:
         self.url = url
         self.circuit = Circuit(clock, lambda *change: on_change(self, *change), pace)
@@ -56,10 +63,14 @@ class Server:
         self.listed_at = float("-inf")
         self.fix = ""
         self.accepted_key = ""
+        self.answered_model = ""
+        self.limit = ConcurrencyLimit(clock, most=most)
+        self.unanswered: dict[ServerRequest, float] = {}
         self.in_flight = 0
         """How many requests of this worker have reserved the server."""
         self._clock = clock
-        self._busy_until = 0.0
+        self._on_room = on_room
+        self._on_models = on_models
         self._deniers: dict[str, set[Caller]] = {}
         """For each listed model, the jobs to which the server replied that it does not have the model."""
 
@@ -75,6 +86,7 @@ class Server:
             yield
         finally:
             self.in_flight -= 1
+            self._on_room(self)
 
     @property
     def is_known(self) -> bool:
@@ -97,9 +109,21 @@ class Server:
         return self.is_away and self.circuit.reason == UNAUTHORIZED
 
     @property
-    def is_busy(self) -> bool:
-        """Whether the server has requested a pause that is not over yet."""
-        return self._clock() < self._busy_until
+    def room(self) -> int:
+        """How many more requests the server can get now. While its circuit is half open, that is one trial."""
+        if self.circuit.state is CircuitState.CLOSED:
+            return self.limit.room(self.in_flight)
+        return int(self.circuit.has_room and self.limit.opens_in() is None)
+
+    def has_room_for(self, caller: Caller) -> bool:
+        """Whether a request of a job can be sent now, if the circuit admits the job.
+
+        A pause after a refusal holds for all jobs, and so does the limit for a job that the server has refused.
+        """
+        may_exceed_limit = caller.may_exceed_limit and self.circuit not in caller.turned_away_by
+        if may_exceed_limit or self.circuit.state is CircuitState.HALF_OPEN:
+            return self.limit.opens_in() is None
+        return self.limit.room(self.in_flight) > 0
 
     def silences(self) -> tuple[list[float], list[float]]:
         """How long the requests are silent, in seconds, before and after their first token. Any thread may call it."""
@@ -116,14 +140,17 @@ class Server:
 
     def record_models(self, names: Iterable[str]) -> None:
         """Record the list of models that the server has sent."""
-        self.models = frozenset(names)
+        former, self.models = self.models, frozenset(names)
         self._deniers.clear()
         for name in self.models:
             self.missing_models.drop(name)
+        if self.models != former:
+            self._on_models()
 
     def record_answer(self, model: str) -> None:
         """Record that the server has begun to answer a request for this model."""
         self._deniers.pop(model, None)
+        self.answered_model = model
         if model and self.models and model not in self.models:
             self.unlisted_models.put(model, True)
 
@@ -142,6 +169,7 @@ class Server:
             if len(deniers) < FAILURES:
                 return
         self.missing_models.put(model, True)
+        self._on_models()
 
     def record_failure(self, request: ServerRequest, error: UpstreamError, *, refuses_key: bool = False) -> None:
         """Record that a request failed. With `refuses_key`, the server refuses all of the worker's keys.
@@ -150,8 +178,15 @@ class Server:
         get nearly all of them. Any other 401 or 403 may concern only the request, and counts like other faults.
         """
         self.fix = error.fix
-        if error.status == 429 or error.retry_after is not None:
-            self._busy_until = self._clock() + (BUSY if error.retry_after is None else error.retry_after)
+        if error.is_draining:
+            self.circuit.on_drain(request)
+            return
+        if error.is_busy:
+            self.limit.on_refused(max(1, self.in_flight), error.retry_after)
+            request.caller.turned_away_by[self.circuit] = error
+            if error.status != 429:  # a gateway without a server behind it answers 503 too: the probe decides
+                self.circuit.suspect()
+            return
         if counts_against_server(error):
             self.circuit.on_failure(request, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
         if isinstance(error, ConnectionRefused):
@@ -164,29 +199,50 @@ def counts_against_server(error: UpstreamError) -> bool:
 
     A refusal of the request (4xx) does not count, nor does a busy server. A misconfiguration, such as a redirect, does.
     """
+    if error.is_busy:
+        return False
     if error.elsewhere:
         return error.code != MODEL_NOT_FOUND and error.status not in TOO_LARGE_STATUS
     return error.code == UNAUTHORIZED or (error.retryable and not 400 <= error.status < 500)
 
 
+def candidates(servers: Sequence[Server], caller: Caller) -> list[Server]:
+    """The servers that may get a job's request now or, if they are full, as soon as one has room.
+
+    Preferred are servers that admit the job to those that admit it as a last resort, and then servers at which the job
+    has not failed. A job that has failed at one server thus waits for another that is full: a server that fails at once
+    always has room.
+    """
+    admitting = [server for server in servers if server.circuit.admits(caller)] or [
+        server for server in servers if server.circuit.admits(caller, last_resort=True)
+    ]
+    return [server for server in admitting if server.circuit not in caller.failed_at] or admitting
+
+
 def best_server(servers: Sequence[Server], caller: Caller, other_than: Server | None = None) -> Server:
     """The best server for a job's request.
 
-    Preferred are, in this order: servers that admit the job, servers that admit it as a last resort, servers that are
-    not away, servers that are not busy, servers at which the job has not failed, servers other than `other_than`, and
-    servers with the fewest requests in flight.
+    Preferred are, in this order: `candidates`, servers that are not away, servers with room, servers at which the job
+    has not failed, servers other than `other_than`, and servers with the fewest requests in flight.
     """
 
     def rank(server: Server) -> tuple[object, ...]:
-        circuit = server.circuit
         return (
-            not circuit.admits(caller),
-            not circuit.admits(caller, last_resort=True),
             server.is_away,
-            server.is_busy,
-            circuit in caller.failed_at,
+            not server.has_room_for(caller),
+            server.circuit in caller.failed_at,
             server is other_than,
             server.in_flight,
         )
 
-    return min(servers, key=rank)
+    return min(candidates(servers, caller) or servers, key=rank)
+
+
+def reason_to_fall_back(model: str, servers: Sequence[Server], caller: Caller) -> UpstreamError:
+    """The error of a job that gives up a model, because none of the model's servers may answer it."""
+    if servers and all(server.refuses_key for server in servers):
+        return UpstreamError(UNAUTHORIZED, f"every server of `{model}` refuses the keys", retryable=True)
+    for server in servers:
+        if server.circuit in caller.turned_away_by:
+            return caller.turned_away_by[server.circuit]
+    return UpstreamError("upstream_unreachable", f"every server of `{model}` is away", retryable=True)

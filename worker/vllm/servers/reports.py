@@ -1,0 +1,43 @@
+"""Reports to telemetry when a vLLM server is away or back, without repetition while a server is draining."""
+
+import time
+from contextvars import copy_context
+
+import structlog
+
+from ...telemetry.events import Telemetry, VllmAway, VllmBack
+from ..errors import without_user
+from .circuit import DRAINING, CircuitState
+from .server import Server
+
+_DRAIN_EVERY = 60.0
+"""Seconds between two reports that a server is draining: behind a load balancer, some requests meet another one."""
+
+
+class CircuitReports:
+    """Emits `VllmAway` and `VllmBack`."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._away = set[Server]()
+        """The servers that were reported as away."""
+        self._drained_at: dict[Server, float] = {}
+
+    def on_change(self, server: Server, state: CircuitState, reason: str) -> None:
+        """Emit the change of a circuit, in a context of its own, since the change does not belong to one job."""
+        copy_context().run(self._emit, server, state, reason)
+
+    def _emit(self, server: Server, state: CircuitState, reason: str) -> None:
+        structlog.contextvars.unbind_contextvars("request_id")
+        if state is not CircuitState.OPEN:
+            if server in self._away:
+                self._away.discard(server)
+                self._telemetry.emit(VllmBack(endpoint=without_user(server.url)))
+            return
+        now = time.monotonic()
+        if reason == DRAINING:
+            if now < self._drained_at.get(server, float("-inf")) + _DRAIN_EVERY:
+                return
+            self._drained_at[server] = now
+        self._away.add(server)
+        self._telemetry.emit(VllmAway(endpoint=without_user(server.url), reason=reason, fix=server.fix))
