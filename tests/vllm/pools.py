@@ -1,6 +1,7 @@
 """Pools of simulated servers, and requests to them."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -36,6 +37,8 @@ class Recorder(Simulator):
         self.authorization: list[str] = []
         self.statuses: dict[str, int] = {}
         self.slow: set[str] = set()
+        self.refuses_with = ""
+        """The message of a 500 to every request for an answer; empty while requests are answered."""
         self.released = asyncio.Event()
 
     async def _handle(self, request: HttpRequest, connection: HttpConnection) -> None:
@@ -43,7 +46,10 @@ class Recorder(Simulator):
         self.authorization.append(request.headers.get("authorization", ""))
         if request.path in self.slow:
             await self.released.wait()
-        if status := self.statuses.get(request.path):
+        if self.refuses_with and request.path == "/v1/chat/completions":
+            body = json.dumps({"error": {"message": self.refuses_with, "code": 500}})
+            await connection.respond(500, "application/json", body.encode())
+        elif status := self.statuses.get(request.path):
             await connection.respond(status, "text/plain", b"no")
         else:
             await super()._handle(request, connection)
