@@ -26,6 +26,7 @@ def server_records(servers: Sequence[Server]) -> tuple[ServerRecord, ...]:
             state="away" if server.is_away else "up" if server.is_known else "starting",
             reason=server.circuit.reason[:_MAX_TEXT] if server.is_away else "",
             requests=server.in_flight,
+            limit=round(server.limit.value, 2),
         )
         for server in servers
     )
