@@ -1,0 +1,109 @@
+"""Jobs at servers that are full, or that are shutting down: they wait, and none of them fails."""
+
+import asyncio
+from typing import Any, Literal
+
+import pytest
+from conftest import StartSimulator, StartWorker
+from waits import eventually
+
+from worker import Client
+from worker.contract.entries import Object
+from worker.sandbox.simulator.options import Options, Scenario
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Simulator
+from worker.vllm.servers.pace import ServerPace
+
+
+def chat_request(content: str, **more: Any) -> Object:  # noqa: ANN401 - fields of a request
+    return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
+
+
+async def have_begun(count: int, *servers: Simulator) -> None:
+    """Wait until so many answers have begun."""
+
+    async def begun() -> bool:
+        return sum(served.chunks > 1 for server in servers for served in server.served) >= count
+
+    await eventually(begun)
+
+
+@pytest.mark.parametrize("status", [200, 429, 503])
+async def test_many_jobs_at_a_small_server_are_all_done_with_hardly_a_refusal(
+    status: Literal[200, 429, 503],
+    client: Client,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+) -> None:
+    options = Options(
+        max_num_seqs=2,
+        max_num_queued_reqs=3,
+        full_status=status,
+        scenario=Scenario(first_token=0.05, tokens=5, rate=50),
+    )
+    server = await start_simulator(options)
+    await start_worker(server, slots=32, tries=1)
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(60)]
+    outcomes = [(await client.result(request_id)).outcome for request_id in ids]
+    assert outcomes == ["done"] * 60
+    assert len(server.served) <= 66
+
+
+async def test_interrupted_answers_continue_at_once_at_a_server_that_has_as_many_requests_as_its_limit(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    slow = Options(scenario=Scenario(rate=5))
+    left = await start_simulator(slow)
+    async with Simulator(slow) as dies:
+        worker = await start_worker(left, dies, slots=8)
+        ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(8)]
+        await have_begun(8, left, dies)
+        for server in worker._servers.servers:
+            server.limit.on_refused(server.in_flight, None)
+            assert server.room == 0
+        assert [len(server.served) for server in (left, dies)] == [4, 4]
+
+    async def continued() -> bool:
+        return len(left.served) == 8
+
+    await eventually(continued)
+    left.change(scenario=Scenario())
+    for request_id in ids:
+        await client.cancel(request_id)
+
+
+async def test_jobs_at_a_draining_server_are_done_there_or_at_another(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
+) -> None:
+    server_pace.first_drain_pause = 0.05
+    options = Options(scenario=Scenario(rate=50))
+    await start_simulator(options)
+    servers = [await start_simulator(options) for _ in range(2)]
+    await start_worker(*servers, slots=8, tries=1)
+    ids = [await client.enqueue(chat_request(f"question {n}")) for n in range(4)]
+    await have_begun(4, *servers)
+    draining = asyncio.create_task(servers[1].drain())
+    ids += [await client.enqueue(chat_request(f"question {n}")) for n in range(4, 20)]
+    for n, request_id in enumerate(ids):
+        answer = await client.result(request_id)
+        assert (answer.outcome, answer.attempt) == ("done", 1)
+        assert answer.text == answer_to(chat_request(f"question {n}")["messages"])
+    await draining
+
+
+async def test_a_lone_draining_server_fails_no_job_and_its_successor_answers(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
+) -> None:
+    server_pace.first_drain_pause = server_pace.probe_every = 0.05
+    options = Options(scenario=Scenario(rate=50))
+    async with Simulator(options) as leaving:
+        await start_worker(leaving, slots=8, tries=1)
+        ids = [await client.enqueue(chat_request("question 0"))]
+        await have_begun(1, leaving)
+        draining = asyncio.create_task(leaving.drain())
+        ids += [await client.enqueue(chat_request(f"question {n}")) for n in range(1, 10)]
+        await draining
+        port = int(leaving.url.rpartition(":")[2])
+    await start_simulator(options, port=port)
+    outcomes = [(await client.result(request_id)).outcome for request_id in ids]
+    assert outcomes == ["done"] * 10
