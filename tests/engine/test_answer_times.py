@@ -11,8 +11,9 @@ from waits import eventually
 
 from worker import Client, State
 from worker.broker.job_queue import Delivery
-from worker.contract.entries import Delta
-from worker.engine.answer_times import AnswerTimes
+from worker.contract.entries import Claimed, Delta, Entry, Started
+from worker.contract.ids import EntryId
+from worker.engine.answer_times import AnswerTimes, FormerTimes, former_times
 from worker.sandbox.simulator.server import Options, Scenario
 from worker.telemetry.events import Event, ReaderGap
 from worker.telemetry.job_events import AnswerStreamEnded, FirstDelta
@@ -46,19 +47,19 @@ def stream(times: AnswerTimes, first: float, last: float, entries: int) -> None:
 
 def test_a_whole_answer_has_a_first_delta_and_the_gaps_of_one_stream() -> None:
     recorder = Recorder()
-    stream(AnswerTimes(recorder, began=10), first=12, last=20, entries=5)
+    stream(AnswerTimes(recorder, 10, FormerTimes(), now_ms=0), first=12, last=20, entries=5)
     assert recorder.events == [FirstDelta(2), AnswerStreamEnded(mean_gap_s=2, longest_gap_s=3)]
 
 
 def test_a_stream_without_a_second_delta_has_no_gap() -> None:
     recorder = Recorder()
-    stream(AnswerTimes(recorder, began=10), first=12, last=12, entries=1)
+    stream(AnswerTimes(recorder, 10, FormerTimes(), now_ms=0), first=12, last=12, entries=1)
     assert recorder.events == [FirstDelta(2)]
 
 
 def test_a_broken_stream_leaves_a_gap_up_to_the_first_delta_after_all_failed_tries() -> None:
     recorder = Recorder()
-    times = AnswerTimes(recorder, began=10)
+    times = AnswerTimes(recorder, 10, FormerTimes(), now_ms=0)
     stream(times, first=12, last=20, entries=5)
     times.awaits_delta = True
     times.on_stream_end(1, watched(26))  # a try that brought nothing but `resumed`
@@ -70,7 +71,7 @@ def test_a_broken_stream_leaves_a_gap_up_to_the_first_delta_after_all_failed_tri
 
 def test_an_answer_that_redis_has_lost_leaves_a_gap_by_redis_and_the_next_one_is_by_vllm_again() -> None:
     recorder = Recorder()
-    times = AnswerTimes(recorder, began=10)
+    times = AnswerTimes(recorder, 10, FormerTimes(), now_ms=0)
     stream(times, first=12, last=20, entries=1)
     times.restart(redis_lost_it=True)
     stream(times, first=21, last=22, entries=1)
@@ -78,22 +79,70 @@ def test_an_answer_that_redis_has_lost_leaves_a_gap_by_redis_and_the_next_one_is
     assert recorder.events[1:] == [ReaderGap("redis", 1), ReaderGap("vllm", 2)]
 
 
+def claimed(time: int, reason: str) -> Claimed:
+    return Claimed(id=EntryId(2, 0), time=time, reason=reason)
+
+
+STARTED = Started(id=EntryId(1, 0), time=1000)
+BEGUN: list[Entry] = [STARTED, Delta(id=EntryId(1, 1), content="a")]
+HANDED_OVER = Delivery("default", "1-0", {}, left_for=0.5, handed_over=True)
+TAKEN_OVER = Delivery("default", "1-0", {}, left_for=15)
+PARKED = Delivery("default", "1-0", {})
+
+
 @pytest.mark.parametrize(
-    ("delivery", "expected"),
+    ("history", "delivery", "expected"),
     [
-        (Delivery("default", "1-0", {}, left_for=0.5, handed_over=True), [ReaderGap("handover", 3.5)]),
-        (Delivery("default", "1-0", {}, left_for=15), [ReaderGap("takeover", 18)]),
-        (Delivery("default", "1-0", {}), []),
+        ([], PARKED, FormerTimes(cause="takeover")),
+        ([STARTED], TAKEN_OVER, FormerTimes(1000, has_begun=False, interrupted=85_000, cause="takeover")),
+        (BEGUN, HANDED_OVER, FormerTimes(1000, has_begun=True, interrupted=99_500, cause="handover")),
+        (BEGUN, TAKEN_OVER, FormerTimes(1000, has_begun=True, interrupted=85_000, cause="takeover")),
+        (BEGUN, PARKED, FormerTimes(1000, has_begun=True, interrupted=0, cause="takeover")),
+        (
+            [*BEGUN, claimed(40_000, "upstream_truncated")],
+            PARKED,
+            FormerTimes(1000, has_begun=True, interrupted=40_000, cause="vllm"),
+        ),
+        (
+            [*BEGUN, claimed(40_000, "gap_timeout")],
+            PARKED,
+            FormerTimes(1000, has_begun=True, interrupted=10_000, cause="vllm"),
+        ),
+        (
+            [*BEGUN, claimed(40_000, "upstream_truncated"), Delta(id=EntryId(2, 1), content="b")],
+            TAKEN_OVER,
+            FormerTimes(1000, has_begun=True, interrupted=85_000, cause="takeover"),
+        ),
+        (  # it went back to its queue here, and Redis refused that
+            [*BEGUN, claimed(90_000, "upstream_truncated")],
+            TAKEN_OVER,
+            FormerTimes(1000, has_begun=True, interrupted=90_000, cause="vllm"),
+        ),
+        (
+            [*BEGUN, claimed(90_000, "takeover")],
+            TAKEN_OVER,
+            FormerTimes(1000, has_begun=True, interrupted=85_000, cause="takeover"),
+        ),
     ],
 )
-def test_a_continued_answer_has_the_gap_that_its_former_owner_left_and_no_second_first_delta(
-    delivery: Delivery, expected: list[Event]
+def test_what_came_before_is_read_from_the_log_and_the_delivery(
+    history: list[Entry], delivery: Delivery, expected: FormerTimes
 ) -> None:
+    assert former_times(history, delivery, delivered=100_000, gap_timeout=30) == expected
+
+
+def test_a_continued_answer_has_the_gap_that_its_former_owner_left_and_no_second_first_delta() -> None:
     recorder = Recorder()
-    times = AnswerTimes(recorder, began=10)
-    times.continue_from(delivery, delivered=9)
-    stream(times, first=12, last=12, entries=1)
-    assert recorder.events == expected
+    former = FormerTimes(1000, has_begun=True, interrupted=98_500, cause="takeover")
+    stream(AnswerTimes(recorder, 10, former, now_ms=100_000), first=12, last=12, entries=1)
+    assert recorder.events == [ReaderGap("takeover", 3.5)]
+
+
+def test_a_job_that_was_started_before_has_its_first_delta_counted_from_then() -> None:
+    recorder = Recorder()
+    former = FormerTimes(90_000, has_begun=False, interrupted=95_000, cause="takeover")
+    stream(AnswerTimes(recorder, 10, former, now_ms=100_000), first=12, last=12, entries=1)
+    assert recorder.events == [FirstDelta(12)]
 
 
 async def test_the_first_delta_is_visible_while_the_answer_still_runs(
@@ -147,8 +196,8 @@ async def test_the_gap_of_an_answer_that_changed_its_worker_is_the_one_that_a_re
     arrived: list[float] = []
 
     async def follow() -> None:
-        async for entry in client.follow(request_id):
-            if isinstance(entry, Delta):
+        async for each in client.follow(request_id):
+            if isinstance(each, Delta):
                 arrived.append(time.monotonic())  # noqa: PERF401 - as they arrive
 
     reader = asyncio.create_task(follow())

@@ -36,7 +36,7 @@ from ..vllm.resume.resumed_chunks import ResumedChunkParser
 from ..vllm.servers.circuit import Caller, CircuitState
 from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
-from .answer_times import AnswerTimes
+from .answer_times import AnswerTimes, former_times
 from .job_context import DeadlinePassed, JobContext, JobServices, MustWait, Stopped
 from .tries import FailedTry, Raise, Tries, after_failure, never_reached
 
@@ -79,9 +79,10 @@ class Generation:
         self._waited_for: set[str] = set()
         """Models whose wait for a server is logged already."""
         self._waited_ms = max(0, services.now() - job.delivery.enqueued)
-        self._times = AnswerTimes(services.telemetry, time.monotonic())
-        if self._answer.begun:
-            self._times.continue_from(job.delivery, self._times.began - (services.now() - job.began) / 1000)
+        former = former_times(
+            history.entries, job.delivery, delivered=job.began, gap_timeout=self._settings.gap_timeout
+        )
+        self._times = AnswerTimes(services.telemetry, time.monotonic(), former, now_ms=services.now())
 
     async def generate(self) -> Terminal:
         """Write all deltas of the answer; returns the terminal entry that must follow them.

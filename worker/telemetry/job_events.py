@@ -177,7 +177,7 @@ class UnknownFinishReason(Event):
 
 @dataclass(frozen=True, slots=True)
 class FirstDelta(Event):
-    """The first delta of a job came, `after_s` seconds after its start in this worker. Emitted once a job."""
+    """The first delta of a job came, `after_s` seconds after its first start by any worker. Emitted once a job."""
 
     level = "silent"
     after_s: float
