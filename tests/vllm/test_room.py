@@ -4,9 +4,9 @@ import asyncio
 from contextlib import ExitStack
 
 import pytest
-from pools import Recorder, quick, serving, until, watching
+from pools import Recorder, quick, request_answer, serving, until, watching
 
-from worker.sandbox.simulator.options import Options
+from worker.sandbox.simulator.options import Options, Scenario
 from worker.vllm.errors import NoConnection, classify
 from worker.vllm.servers.circuit import Caller
 from worker.vllm.servers.pool import ServerPool
@@ -164,3 +164,22 @@ async def test_a_fallback_is_taken_after_a_refusal_and_only_if_it_has_room() -> 
             with at(small, 100):
                 assert not pool.should_fall_back("large", ["small"], caller)
         assert pool.should_fall_back("large", ["small"], caller) is not large.has_room_for(caller)
+
+
+async def test_a_limit_that_grows_wakes_who_waits_for_room() -> None:
+    """The end of an answer may be minutes away."""
+    slow = Options(scenario=Scenario(rate=5, tokens=400))
+    async with Recorder(slow) as server, watching(server.url, pace=quick(load_every=60)) as pool:
+        (pooled,) = pool.servers
+
+        async def answer() -> None:
+            while not pool.accepts(""):
+                await pool.wait_available("", within=60)
+            with pool.choose("").reserve():
+                await request_answer(pool, pooled)
+
+        tasks = [asyncio.create_task(answer()) for _ in range(20)]
+        await until(lambda: pooled.in_flight == 20)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -289,8 +289,11 @@ class ServerPool:
 
         def on_first() -> None:
             server.unanswered.pop(sent, None)
+            room = server.room
             server.limit.on_first_event(time.monotonic() - sent.sent_at, server.in_flight)
             circuit.on_first_event(sent)
+            if server.room > room:
+                self._on_room(server)
             if isinstance(model, str):
                 server.record_answer(model)
 
