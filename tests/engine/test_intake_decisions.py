@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
+from room import FakeServers
 
 from worker.broker.job_queue import Delivery
 from worker.broker.parked_jobs import ParkedJob, ParkedLine, bucket_of, model_of_line
@@ -12,40 +13,12 @@ from worker.engine.admission import Admission
 from worker.engine.lines import KnownLines
 from worker.engine.outline import DAY_MS, JobOutline, line_name, models_of_line, outline_of
 from worker.engine.rotation import LineRotation
-from worker.vllm.servers.circuit import Caller
-from worker.vllm.servers.room import Demand, Demands
 
 
 def delivered(request: object = None, **fields: str | bytes) -> Delivery:
     given = {"id": "a", "request": json.dumps({"model": "m", "messages": []} if request is None else request)} | fields
     raw = {name.encode(): text if isinstance(text, bytes) else text.encode() for name, text in given.items()}
     return Delivery("default", "1000-0", raw)
-
-
-class FakeServers:
-    """Room by model, of servers that share no room. Models without an entry are listed by no server."""
-
-    def __init__(self, **room: int) -> None:
-        self.rooms = room
-        self.generation = 0
-        self.away: set[str] = set()
-        self.demands = Demands()
-
-    def room(self, model: str) -> int:
-        return self.rooms.get(model, 0) - self.demands.by_model[model]
-
-    def total_room(self) -> int:
-        return sum(self.rooms.values()) - sum(self.demands.by_model.values())
-
-    def expect(self, model: str) -> Demand:
-        return Demand(self.demands, model)
-
-    def servers_for(self, model: str) -> Sequence[object]:
-        return [model] if model in self.rooms else []
-
-    def should_fall_back(self, model: str, others: Sequence[str], caller: Caller) -> bool:
-        del caller
-        return model in self.away and any(self.rooms.get(other) for other in others)
 
 
 class Clock:

@@ -72,7 +72,7 @@ class Admission:
 
     def admit_once(self, line: str) -> Demand | None:
         """Keep a place for one job of a line whose models are not known, once for each generation of the pool."""
-        return self._admit_unlisted(line)
+        return self._admit_unlisted(line) if self._servers.total_room() > 0 else None
 
     @property
     def next_end_of_pause(self) -> float:
@@ -99,7 +99,7 @@ class Admission:
 
     def _admit_unlisted(self, model: str) -> Demand | None:
         generation = self._servers.generation
-        if self._servers.total_room() <= 0:
+        if self._servers.room(model) <= 0:
             return None
         if self._tried_at.get(model) == generation and model not in self._served:
             return None

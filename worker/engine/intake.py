@@ -126,10 +126,11 @@ class JobIntake:
             self._note_failure(error)
         if deliveries:
             self._slots.adapt(too_slow=time.monotonic() - sent > self._settings.lease / 3)
-        demands = {}
+        demands: dict[str, Demand] = {}
         for delivery in deliveries:
-            if (outline := self._outline_of(delivery)) is not None:
-                demands[delivery.id] = self._servers.expect(outline.models[0])
+            outline = self._outline_of(delivery)
+            if outline is not None and (demand := self._admission.admit(outline.models)) is not None:
+                demands[delivery.id] = demand
         self._slots.release(count - self._running_jobs.start(deliveries, sent, demands))
         if failure is not None:
             await backoff.wait(failure)
@@ -162,7 +163,6 @@ class JobIntake:
                 waiting.append(JobToPark(delivery, outline, 0.0))
             else:
                 startable.append(delivery)
-                demands[delivery.id] = self._servers.expect(outline.models[0])
         started = self._running_jobs.start(startable, sent, demands)
         self._slots.release(slots - started)
         if waiting:

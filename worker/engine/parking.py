@@ -39,7 +39,7 @@ class Parking:
         self.lines = lines
         self.admission = admission
         self._telemetry = telemetry
-        self._refused_until = float("inf")  # until ParkedJobs parks
+        self._refused_until = float("-inf")
         self._is_refused = False
 
     @property
