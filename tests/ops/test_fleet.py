@@ -133,6 +133,19 @@ async def test_every_reason_for_a_pause_has_a_fix(reason: str, record: Record, f
     assert paused.fix != "see its log"
 
 
+async def test_a_worker_without_a_vllm_has_the_reason_of_each_server(record: Record, find: Find) -> None:
+    refused, away = (
+        ServerRecord(url=f"http://{name}:8000", state="away", reason=reason)
+        for name, reason in (("a", "unauthorized"), ("b", "upstream_unreachable"))
+    )
+    await record("one", lease=15, paused="no_vllm", servers=(refused, away))
+    await record("two", lease=15, paused="no_vllm", servers=(away,))
+    one, two = await find("worker ")
+    assert one.message.endswith("no_vllm (http://a:8000: unauthorized, http://b:8000: upstream_unreachable)")
+    assert "VLLM_API_KEY" in one.fix
+    assert two.fix.startswith("start a vLLM server")
+
+
 async def test_a_queue_with_jobs_that_nobody_serves_is_found(
     record: Record, find: Find, client: Client, redis: Redis
 ) -> None:
@@ -189,6 +202,7 @@ async def test_the_record_of_a_worker_has_its_state_and_no_secret(
     assert written.host
     assert written.pid
     assert written.metrics == "127.0.0.1:0"
+    assert all(server.limit > 0 for server in written.servers)
     assert [server.url for server in written.servers] == [url.replace("user:secret", "***")]
     assert b"secret" not in next(iter((await redis.hgetall("chat:workers")).values()))
 

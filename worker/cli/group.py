@@ -81,6 +81,8 @@ def _map_errors(run: Callable[[], object]) -> object:
         raise UsageProblem(str(error)) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
-        raise click.ClickException(f"Redis returned an error: {redacted_message(error)}: {advice}") from None
+        raise click.ClickException(
+            f"Redis returned an error: {redacted_message(error).rstrip('.')}: {advice}"
+        ) from None
     except (ClientError, OSError) as error:
         raise click.ClickException(str(error) or type(error).__name__) from None

@@ -12,6 +12,7 @@ from ..contract.records import WorkerRecord
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
 from ..redisio.advice import MORE_ROOM
 from ..settings import variable
+from ..vllm.errors import UNAUTHORIZED
 from .findings import Finding, Level, listed
 
 _V = TypeVar("_V", str, float)
@@ -69,6 +70,10 @@ def _check_state(name: str, record: WorkerRecord, now: float) -> list[Finding]:
     subject = f"worker {name}"
     if record.paused:
         fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have other reasons
+        if record.paused == NO_VLLM and (away := _away(record)):
+            refused = any(server.reason == UNAUTHORIZED for server in record.servers)
+            fix = f"correct its {variable('vllm_api_key')}" if refused else fix
+            return [Finding("warning", subject, f"it takes no jobs at the moment: {NO_VLLM} ({away})", fix)]
         level: Level = "ok" if record.paused == VLLM_FULL else "warning"  # a full vLLM is no fault
         return [Finding(level, subject, f"it takes no jobs at the moment: {record.paused}", fix)]
     if record.starting and now - record.started / 1000 > _SLOW_START:
@@ -78,6 +83,11 @@ def _check_state(name: str, record: WorkerRecord, now: float) -> list[Finding]:
     if record.starting:
         return [Finding("ok", subject, "it is starting: it has not probed its vLLM servers yet")]
     return []
+
+
+def _away(record: WorkerRecord) -> str:
+    """Why each of a worker's servers is away; empty if that is not known."""
+    return listed([f"{server.url}: {server.reason}" for server in record.servers if server.reason])
 
 
 def _compare_leases(alive: Mapping[str, WorkerRecord], lease: float) -> list[Finding]:

@@ -6,9 +6,12 @@ from contextvars import copy_context
 import structlog
 
 from ...telemetry.events import Telemetry, VllmAway, VllmBack
-from ..errors import without_user
+from ..errors import UNAUTHORIZED, without_user
 from .circuit import DRAINING, CircuitState
 from .server import Server
+
+_FIXES = {UNAUTHORIZED: "set VLLM_API_KEY to the key that the server was started with"}
+"""How to fix a server that is away, by the reason, if the server's error has no fix."""
 
 _DRAIN_EVERY = 60.0
 """Seconds between two reports that a server is draining: behind a load balancer, some requests meet another one."""
@@ -40,4 +43,6 @@ class CircuitReports:
                 return
             self._drained_at[server] = now
         self._away.add(server)
-        self._telemetry.emit(VllmAway(endpoint=without_user(server.url), reason=reason, fix=server.fix))
+        self._telemetry.emit(
+            VllmAway(endpoint=without_user(server.url), reason=reason, fix=server.fix or _FIXES.get(reason, ""))
+        )
