@@ -51,7 +51,7 @@ from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .admission import Admission
-from .intake import NO_VLLM, STARTING, JobIntake
+from .intake import NO_VLLM, STARTING, VLLM_FULL, JobIntake
 from .job_context import JobServices
 from .job_runner import run_job
 from .line_intake import LineIntake
@@ -373,7 +373,7 @@ class Worker:
         paused = self._intake.paused
         if paused == STARTING:
             return "starting: the vLLM servers have not answered yet"
-        return "" if paused in ("", "vllm_full") else f"paused: {paused}"
+        return "" if paused in ("", VLLM_FULL) else f"paused: {paused}"
 
     async def _sign_off(self, deadline: float) -> None:
         """Remove this worker's record and consumer from Redis, if it answers before the deadline."""
