@@ -44,7 +44,8 @@ async def check_fleet(redis: Redis, keys: Keys, lease: float, unfinished: int) -
     for name, record in sorted((await WorkerRegistry(redis, keys).records()).items()):
         silent = seconds - record.beat // 1000
         if silent > (record.lease or lease):
-            fix = "check whether it still runs, and whether its log has beat_failed: it may not reach Redis"
+            where = f" (process {record.pid} on {record.host})" if record.host else ""
+            fix = f"check whether it still runs{where}; if so, its log has why it does not reach Redis (clock_failed)"
             findings.append(Finding("warning", f"worker {name}", f"it has been silent for {silent} s", fix))
             continue
         alive[name] = record

@@ -1,10 +1,13 @@
 """The checks of the queues: how many jobs wait, and whether a worker serves the queue."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from ..broker.consumers import HANDED_OVER, consumers_of
+from ..broker.parked_jobs import ParkedLine, read_line
 from ..broker.queue_depth import waiting_in
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys, is_queue_name
@@ -100,10 +103,26 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tupl
             raise
         return Finding("error", subject, f"the key {key} is not a stream", f"choose another {variable('prefix')}"), 0
     group = groups.get(GROUP.encode())
-    pending = group["pending"] if group else 0
+    pending = int(group["pending"]) if group else 0
+    consumers = await consumers_of(redis, key) if pending else []
+    lines = [line for consumer in consumers if consumer.pending and (line := read_line(queue, consumer))]
+    handed_over = sum(consumer.pending for consumer in consumers if consumer.name == HANDED_OVER)
+    running = pending - handed_over - sum(line.jobs for line in lines)
     waiting = await waiting_in(redis, key)
     if limit and waiting >= limit:
         message = f"it is full: {waiting} jobs wait, and the limit is {limit}"
         fix = f"start more workers, or raise {variable('queue_limit')}"
-        return Finding("warning", subject, message, fix), waiting + pending
-    return Finding("ok", subject, f"jobs that wait: {waiting}; with a worker: {pending}"), waiting + pending
+        return Finding("warning", subject, message, fix), waiting + handed_over + running
+    message = f"jobs that wait: {waiting}{_parked(lines)}; with a worker: {running}"
+    if handed_over:
+        message += f"; to be continued by another worker: {handed_over}"
+    return Finding("ok", subject, message), waiting + handed_over + running
+
+
+def _parked(lines: Iterable[ParkedLine]) -> str:
+    """How many jobs are parked until a server has room for them, and for which models."""
+    by_model = Counter[str]()
+    for line in lines:
+        by_model[line.model or "any model"] += line.jobs
+    models = listed([f"{model} {jobs}" for model, jobs in by_model.most_common()])
+    return f", of which parked until a server has room: {models}" if models else ""
