@@ -1,4 +1,5 @@
-"""What the search for jobs of other workers costs Redis while many jobs run and some workers are idle.
+"""What the search for jobs of other workers costs Redis while many jobs run and some workers are idle, and how soon
+it finds a job that was handed over.
 
     python tests/chaos/take_over_cost.py --jobs 10000 --workers 4 --lines 0
 
@@ -21,11 +22,13 @@ import click
 from redis.asyncio import Redis
 from waits import eventually
 
+from worker.broker.consumers import HANDED_OVER, HANDED_OVER_IDLE
 from worker.contract.keys import GROUP, Keys
 from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Simulator
 
 _KEY = Keys().jobs()
+_REQUEST = json.dumps({"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]})
 _OWNERS = 20
 _OF_THE_SEARCH = ("xautoclaim", "xpending", "xinfo|consumers", "xinfo")
 
@@ -42,12 +45,27 @@ class Owners:
         for first in range(0, jobs, 1000):
             pipe = self._redis.pipeline(transaction=False)
             for number in range(first, min(jobs, first + 1000)):
-                pipe.xadd(_KEY, {"id": f"job-{number}"})
+                pipe.xadd(_KEY, {"id": f"job-{number}", "request": _REQUEST})
             await pipe.execute()
         for number in range(_OWNERS):
             name = f"owner-{number}"
             (read,) = cast("Any", await self._redis.xreadgroup(GROUP, name, {_KEY: ">"}, count=-(-jobs // _OWNERS)))
             self._ids[name] = [entry.decode() for entry, _ in read[1]]
+
+    async def hand_over_one(self) -> float:
+        """Hand one job over. Returns the seconds until another worker has begun it."""
+        name = next(iter(self._ids))
+        job = self._ids[name].pop()
+        ((_, fields),) = cast("Any", await self._redis.xrange(_KEY, job, job))
+        log = Keys().tokens(fields[b"id"].decode())
+        began = time.monotonic()
+        await self._redis.xclaim(_KEY, GROUP, HANDED_OVER, 0, [job], idle=HANDED_OVER_IDLE, justid=True)
+
+        async def is_begun() -> bool:
+            return await self._redis.xlen(log) > 0
+
+        await eventually(is_begun)
+        return time.monotonic() - began
 
     async def keep(self) -> None:
         while True:
@@ -102,6 +120,7 @@ async def _run(jobs: int, workers: int, lines: int, lease: float, seconds: float
                 began = time.monotonic()
                 await asyncio.sleep(seconds)
                 took, usage = time.monotonic() - began, await _usage(redis)
+                waits = [await owners.hand_over_one() for _ in range(20)]
             finally:
                 keeping.cancel()
                 for process in processes:
@@ -113,6 +132,7 @@ async def _run(jobs: int, workers: int, lines: int, lease: float, seconds: float
         mark = "*" if name in _OF_THE_SEARCH else " "
         print(f"{mark} {name:20}{calls / took:9.1f} calls/s {usec / took / 10_000:8.3f} % of a core")
     share = sum(usec for name, (_, usec) in usage.items() if name in _OF_THE_SEARCH) / took / 10_000
+    print(f"handed-over jobs began after {min(waits):.2f} to {max(waits):.2f} s")
     print(f"* together {share:.3f} %")
 
 

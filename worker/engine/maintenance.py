@@ -66,7 +66,7 @@ class Maintenance:
 
     async def keep_leases(self) -> None:
         """Renew the leases and verify idle logs until stopped. No other duty may delay this, as with a full Redis."""
-        backoff = Backoff("renewal_failed", self._telemetry, most=self._interval / 2)
+        backoff = Backoff("renewal_failed", self._telemetry, most=self._interval / 4)
         while await sleep_unless_set(self._stopping, self._interval):
             try:
                 if await self._running_jobs.renew_all():

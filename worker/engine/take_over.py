@@ -42,21 +42,25 @@ class OutageHoldOff:
         self._lease = lease
         self._clock = clock
         self._until = clock() + lease / 2
+        self._is_away = False
         self._slow_since: float | None = None
 
     @property
     def holds(self) -> bool:
         """Whether expired leases must not be taken over now."""
-        return self._clock() < self._until
+        return self._is_away or self._clock() < self._until
 
     def on_failure(self) -> None:
         """Record that Redis did not answer."""
-        self._until = self._clock() + self._lease / 2
+        self._is_away = True
         self._slow_since = None
 
     def on_reply(self, took: float) -> None:
         """Record that Redis has answered after `took` seconds."""
         now = self._clock()
+        if self._is_away:
+            self._is_away = False
+            self._until = now + self._lease / 2
         if took <= min(1.0, self._lease / 6):
             self._slow_since = None
             return
@@ -84,7 +88,7 @@ class TakeOver:
         self._running_jobs = running_jobs
         self._intake = intake
         self._pace = pace
-        self._backoff = Backoff("take_over_failed", telemetry, first=self._pause)
+        self._backoff = Backoff("take_over_failed", telemetry, first=self._pause, most=2 * self._pause)
         self._hold_off = OutageHoldOff(settings.lease)
         self._stopping = asyncio.Event()
 

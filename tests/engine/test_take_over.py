@@ -1,0 +1,86 @@
+"""What counts as an outage of Redis, after which jobs of silent workers are not taken over for a moment."""
+
+import pytest
+
+from worker.engine.take_over import OutageHoldOff
+
+LEASE = 12.0
+LIMIT = 1.0
+"""The longest round trip that is prompt, with this lease."""
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def hold_off(time: Time) -> OutageHoldOff:
+    """A hold-off of a process that has started long ago."""
+    hold_off = OutageHoldOff(LEASE, time)
+    time.now = 100.0
+    return hold_off
+
+
+def test_a_process_that_has_just_started_holds_off(time: Time) -> None:
+    hold_off = OutageHoldOff(LEASE, time)
+    assert hold_off.holds
+    time.now = LEASE / 2
+    assert not has_held(hold_off)
+
+
+def test_after_an_outage_there_is_half_a_lease_for_the_owners(time: Time, hold_off: OutageHoldOff) -> None:
+    assert not has_held(hold_off)
+    hold_off.on_failure()
+    time.now += 2 * LEASE
+    assert hold_off.holds, "Redis has not answered yet"
+    hold_off.on_reply(0.0)
+    time.now += LEASE / 2 - 0.1
+    hold_off.on_reply(0.0)
+    assert hold_off.holds
+    time.now += 0.2
+    assert not has_held(hold_off)
+
+
+def has_held(hold_off: OutageHoldOff) -> bool:
+    return hold_off.holds
+
+
+@pytest.mark.parametrize(("took", "holds"), [(LIMIT, False), (LIMIT + 0.1, True), (3 * LEASE, True)])
+def test_a_slow_reply_is_an_outage(took: float, holds: bool, hold_off: OutageHoldOff) -> None:  # noqa: FBT001 - drawn
+    hold_off.on_reply(took)
+    assert hold_off.holds is holds
+
+
+def test_with_a_short_lease_a_shorter_wait_is_an_outage(time: Time) -> None:
+    hold_off = OutageHoldOff(0.6, time)
+    time.now = 1.0
+    hold_off.on_reply(0.2)
+    assert hold_off.holds
+
+
+def test_a_redis_that_is_always_slow_does_not_prevent_take_overs_forever(time: Time, hold_off: OutageHoldOff) -> None:
+    began = time.now
+    hold_off.on_reply(2.0)
+    while hold_off.holds:
+        time.now += 2.0
+        hold_off.on_reply(2.0)
+        assert time.now < began + 4 * LEASE
+    assert time.now > began + 2 * LEASE
+
+
+def test_a_long_outage_after_long_slowness_holds_off_too(time: Time, hold_off: OutageHoldOff) -> None:
+    for _ in range(100):
+        time.now += 2.0
+        hold_off.on_reply(2.0)
+    assert not hold_off.holds
+    hold_off.on_reply(20.0)
+    assert hold_off.holds
