@@ -84,7 +84,7 @@ class Publisher:
         self._error: Exception | None = None
         self._is_stopping = False
         self._work = asyncio.Event()
-        self._last_sent = self._last_pause = 0.0
+        self._last_pause = 0.0
 
     def attach(self, log: LogWriter) -> None:
         """Begin to write a log that this process owns.
@@ -252,8 +252,8 @@ class Publisher:
         feed, feed_commands = self._feed.drain(self._publish_command)
         commands += feed_commands
         now = time.monotonic()
-        is_busy = entries > self._pace.busy_rate * (now - self._last_sent)
-        self._last_sent = now
+        is_busy = entries > self._pace.busy_rate * (now - self._stalls.sent)
+        self._stalls.on_sent(now)
         self._phase = _Phase.IN_FLIGHT
         self._connections.execute(commands, partial(self._on_outcome, batches, feed))
         if is_busy and not self._is_stopping:
@@ -281,7 +281,7 @@ class Publisher:
         if isinstance(outcome, Exception):
             self._error = outcome
         else:
-            self._stalls.on_reply(self._logs, self._last_sent)
+            self._stalls.on_reply(self._logs)
             try:
                 self._apply_replies(batches, feed, outcome)
             except Exception as error:  # noqa: BLE001 - `run` raises it
@@ -348,7 +348,7 @@ class Publisher:
 
     async def _verify_logs(self) -> None:
         """Read the end of every log, or of those to verify, and compare. Nothing is in flight meanwhile."""
-        self._last_sent = time.monotonic()
+        self._stalls.on_sent(time.monotonic())
         if await self._connections.connect():
             self._must_verify_all = True
         selected = self._logs if self._must_verify_all else self._to_verify & self._logs
@@ -392,7 +392,7 @@ class Publisher:
     async def _recover(self, error: BaseException) -> None:
         """Verify all logs before writing again, since after an error it is unknown which entries Redis has."""
         self._telemetry.emit(WriteFailed())
-        self._stalls.begin(self._logs, self._last_sent)
+        self._stalls.begin(self._logs)
         self._feed.mute_if_refused(error)
         self._refused.clear()  # the next connection may lead to another server
         await self._backoff.wait(error)
