@@ -11,8 +11,9 @@ from worker.broker.job_queue import Delivery
 from worker.broker.parked_jobs import ParkedJob, ParkedLine, bucket_of, model_of_line
 from worker.engine.admission import Admission
 from worker.engine.lines import KnownLines
-from worker.engine.outline import DAY_MS, JobOutline, line_name, models_of_line, outline_of
+from worker.engine.outline import DAY_MS, JobOutline, line_name, may_be_valid, models_of_line, outline_of
 from worker.engine.rotation import LineRotation
+from worker.settings import load_settings
 
 
 def delivered(request: object = None, **fields: str | bytes) -> Delivery:
@@ -63,6 +64,21 @@ def test_the_outline_of_a_large_request_is_cheap() -> None:
     began = time.process_time()
     assert outline_of(large) is not None
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "valid"),
+    [
+        ({"model": "m", "messages": [{"role": "user", "content": "Hi"}]}, True),
+        ({"model": "m", "messages": []}, False),
+        ({"model": "m", "messages": [{}], "n": 1000}, False),
+        ({"model": "m", "messages": [], "large": "x" * 100_000}, True),
+        ({"model": "m", "messages": [], "large": "x" * 300_000}, False),
+    ],
+)
+def test_a_job_that_is_not_valid_is_recognized_unless_it_takes_long(request_: object, *, valid: bool) -> None:
+    settings = load_settings(redis_url="redis://x", vllm_urls="http://x", max_request_bytes=200_000)
+    assert may_be_valid(delivered(request_), settings) is valid
 
 
 @pytest.mark.parametrize(

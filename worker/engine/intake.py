@@ -15,7 +15,7 @@ from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Teleme
 from ..telemetry.logging import REPEAT_AFTER
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.room import Demand
-from .outline import JobOutline, is_valid, outline_of
+from .outline import JobOutline, may_be_valid, outline_of
 from .pace import Pace, sleep_unless_set
 from .parking import JobToPark, Parking
 from .poison import may_be_poison
@@ -159,7 +159,7 @@ class JobIntake:
             if demand is not None:
                 startable.append(delivery)
                 demands[delivery.id] = demand
-            elif self._parking.is_possible and is_valid(delivery, self._settings):
+            elif self._parking.is_possible and may_be_valid(delivery, self._settings):
                 waiting.append(JobToPark(delivery, outline, 0.0))
             else:
                 startable.append(delivery)

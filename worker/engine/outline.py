@@ -7,11 +7,24 @@ from urllib.parse import quote, unquote
 import msgspec
 
 from ..broker.job_queue import Delivery
-from ..contract.job import MAX_NAME, InvalidJob, check_limits, deadline_and_retention, parse_job, request_id_of
+from ..contract.job import (
+    MAX_NAME,
+    MAX_OTHER_FIELDS_BYTES,
+    InvalidJob,
+    check_limits,
+    deadline_and_retention,
+    parse_job,
+    request_id_of,
+    size_of,
+)
 from ..settings import Settings
 
 DAY_MS = 24 * 3600 * 1000
 """The time from the entry of a job without a deadline to its implied deadline."""
+
+_PARSED_UP_TO = 64 * 1024
+"""The size of a job in bytes up to which its request is parsed before the job is parked. Many large requests would hold
+the event loop up."""
 
 _BETWEEN = "|"
 _PLAIN = "/:@+=,"
@@ -51,8 +64,11 @@ def outline_of(delivery: Delivery) -> JobOutline | None:
     return JobOutline(models, tenant, deadline or delivery.enqueued + DAY_MS)
 
 
-def is_valid(delivery: Delivery, settings: Settings) -> bool:
-    """Whether a job validates. This parses the whole request."""
+def may_be_valid(delivery: Delivery, settings: Settings) -> bool:
+    """Whether a job validates, as far as that is known in little time. A large request is not parsed."""
+    size = size_of(delivery.fields)
+    if _PARSED_UP_TO < size <= settings.max_request_bytes + MAX_OTHER_FIELDS_BYTES:
+        return True
     try:
         job = parse_job(delivery.fields, settings.max_request_bytes)
         check_limits(job.request, max_choices=settings.max_choices, max_tokens=settings.max_tokens)

@@ -80,10 +80,10 @@ class Parking:
         outline = outline_of(delivery)
         if outline is None:
             return ValueError("the job has no outline")
-        self.admission.on_parked(outline.models[0])
         if model in outline.models:
             place = outline.models.index(model)
             outline = JobOutline(outline.models[place:], outline.tenant, outline.deadline)
+        self.admission.on_parked(outline.models[0])
         (result,) = await self.park([JobToPark(delivery, outline, age)])
         return result
 
