@@ -14,9 +14,11 @@ from worker.broker.job_queue import Delivery
 from worker.contract.entries import Claimed, Delta, Entry, Started
 from worker.contract.ids import EntryId
 from worker.engine.answer_times import AnswerTimes, FormerTimes, former_times
-from worker.sandbox.simulator.server import Options, Scenario
+from worker.sandbox.embedded_redis import free_port
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
 from worker.telemetry.events import Event, ReaderGap
 from worker.telemetry.job_events import AnswerStreamEnded, FirstDelta
+from worker.vllm.servers.pace import ServerPace
 from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -214,3 +216,37 @@ async def test_the_gap_of_an_answer_that_changed_its_worker_is_the_one_that_a_re
     assert metric(second, "gap_seconds_count", cause=cause) == 1
     assert seen - 0.5 <= shown <= seen + lease / 3 + 0.5
     assert metric(second, "first_delta_seconds_count") == 0, "the first worker has observed it"
+
+
+async def test_the_gap_of_an_answer_that_waited_in_its_queue_for_a_server_is_the_one_that_a_reader_saw(
+    client: Client, start_worker: StartWorker, start_simulator: StartSimulator, server_pace: ServerPace
+) -> None:
+    server_pace.probe_every = 0.1
+    port = free_port()
+    async with Simulator(Options(scenario=Scenario(rate=20)), port=port) as leaves:
+        worker = await start_worker(leaves)
+        request_id = await client.enqueue(ASK)
+        arrived: list[float] = []
+
+        async def follow() -> None:
+            async for each in client.follow(request_id):
+                if isinstance(each, Delta):
+                    arrived.append(time.monotonic())  # noqa: PERF401 - as they arrive
+
+        reader = asyncio.create_task(follow())
+
+        async def has_begun() -> bool:
+            return len(arrived) > 3
+
+        await eventually(has_begun)
+
+    async def is_parked() -> bool:
+        return metric(worker, "jobs_parked_total") == 1
+
+    await eventually(is_parked)
+    await start_simulator(Options(scenario=Scenario(rate=20)), port)
+    await reader
+    seen = max(later - earlier for earlier, later in pairwise(arrived))
+    assert metric(worker, "gap_seconds_count", cause="vllm") == 1
+    shown = metric(worker, "gap_seconds_sum", cause="vllm")
+    assert seen - 1.5 <= shown <= seen + 0.5
