@@ -381,9 +381,36 @@ async def secure(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[int, Pat
         yield server.sockets[0].getsockname()[1], tmp_path / "ca.pem"
 
 
+@pytest.fixture
+async def unhelpful() -> AsyncIterator[dict[str, int]]:
+    """The ports of a server that never answers and of one that closes every connection."""
+    over = asyncio.Event()
+
+    async def stay_mute(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.close()
+
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with (
+        await asyncio.start_server(stay_mute, "127.0.0.1", 0) as mute,
+        await asyncio.start_server(close, "127.0.0.1", 0) as closing,
+    ):
+        yield {"mute": mute.sockets[0].getsockname()[1], "closing": closing.sockets[0].getsockname()[1]}
+        over.set()
+        await asyncio.sleep(0)
+
+
 WORDS: list[tuple[str, str, str]] = [
     # REDIS_URL, words of the message, and the fix; {plain} and {tls} are ports, {ca} is a file
     ("redis://127.0.0.1:1/0", "Connect call failed", "start Redis there, or set REDIS_URL"),
+    ("redis://127.0.0.1:{mute}/0", "Timeout reading", "Redis accepts connections and is silent"),
+    (
+        "redis://127.0.0.1:{closing}/0",
+        "",
+        "it closes connections at once: check that REDIS_URL",
+    ),
     ("redis://no-such-host.invalid/0", "not known", "check the name of the host in REDIS_URL"),
     ("rediss://127.0.0.1:{plain}/0", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
     ("rediss+cluster://127.0.0.1:{plain}", "Timeout", "this port has no TLS: begin REDIS_URL with redis, not rediss"),
@@ -408,9 +435,10 @@ WORDS: list[tuple[str, str, str]] = [
 
 @pytest.mark.parametrize(("url", "words", "fix"), WORDS)
 async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
-    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator
-) -> None:
-    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1])
+    url: str, words: str, fix: str, redis_url: str, secure: tuple[int, Path], simulator: Simulator,
+    unhelpful: dict[str, int],
+) -> None:  # fmt: skip
+    url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1], **unhelpful)
     (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url, redis_timeout=0.5), "Redis")
     assert finding.level == "error"
     assert words.lower() in finding.message.lower().replace("`", "'")

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from ..broker.job_queue import JobQueue
 from ..contract.keys import Keys
-from ..redisio.advice import MORE_ROOM, advice_on, advice_on_silence
+from ..redisio.advice import MORE_ROOM, advice_on, advice_on_no_answer, advice_on_silence
 from ..redisio.clients import COMMAND_TIMEOUT, OLDEST, command_client
 from ..redisio.cluster import ClusterClient, servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
@@ -96,9 +96,7 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
                 async for finding in findings:
                     yield finding
     except (RedisError, OSError) as error:
-        advice = (
-            advice_on(error) or await advice_on_silence(url) or f"start Redis there, or set {variable('redis_url')}"
-        )
+        advice = advice_on(error) or await advice_on_silence(url) or advice_on_no_answer(error)
         yield Finding("error", where, redacted_message(error), advice)
     finally:
         await redis.aclose()

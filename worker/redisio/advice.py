@@ -72,6 +72,8 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
 )  # fmt: skip
 """The type of an error, words in its message, and the advice. The first row that matches applies."""
 
+_CLOSED = ("Connection lost", "closed by server", "reset by peer", "connection to Redis was lost", "Connection closed")
+
 _PROBE_TIMEOUT = 2.0
 """Seconds that a server has to answer a probe."""
 
@@ -79,6 +81,20 @@ _PROBE_TIMEOUT = 2.0
 def advice_on(error: BaseException) -> str:
     """How to fix an error; empty if no row applies, as for a server that does not answer."""
     return next((advice for kind, words, advice in _ADVICE if isinstance(error, kind) and words in str(error)), "")
+
+
+def advice_on_no_answer(error: BaseException) -> str:
+    """How to fix a Redis that gives no answer, by how it gives none: for an error without other advice."""
+    message = str(error)
+    if isinstance(error, exceptions.TimeoutError) and "connecting" not in message:
+        return (
+            "Redis accepts connections and is silent: look for a slow command (SLOWLOG), swapping or a stopped process"
+        )
+    if isinstance(error, exceptions.TimeoutError):
+        return "check the host and the port in REDIS_URL, and the firewalls on the way"
+    if any(words in message for words in _CLOSED):
+        return "it closes connections at once: check that REDIS_URL is the port of Redis, and the maxclients of Redis"
+    return "start Redis there, or set REDIS_URL"
 
 
 async def advice_on_silence(url: str) -> str:
