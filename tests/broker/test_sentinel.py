@@ -36,7 +36,8 @@ async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology
         await redis.set("k", "v")
         # More at once than there are connections: commands wait for one.
         assert await asyncio.gather(*(redis.get("k") for _ in range(200))) == [b"v"] * 200
-    assert master.client.info("keyspace") == {"db1": {"keys": 1, "expires": 0, "avg_ttl": 0}}
+    keyspace = master.client.info("keyspace")
+    assert {name: database["keys"] for name, database in keyspace.items()} == {"db1": 1}
 
 
 async def test_connection_options_in_the_url_change_nothing_under_sentinel(

@@ -79,3 +79,14 @@ async def test_at_maxclients_redis_refuses_and_is_not_away(
     finally:
         await redis.config_set("maxclients", before)
     await takes_jobs_and_hints(worker, redis, client)
+
+
+async def test_a_right_that_was_taken_back_is_a_pause_until_it_is_granted_again(
+    client: Client, redis: Redis, user_url: str, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    worker = await start_worker(simulator, redis_url=user_url)
+    await takes_jobs_and_hints(worker, redis, client)
+    await redis.acl_setuser(USER, enabled=True, commands=["-xreadgroup"])
+    await paused(worker, REDIS_REFUSES)
+    await redis.acl_setuser(USER, enabled=True, commands=["+xreadgroup"])
+    await takes_jobs_and_hints(worker, redis, client)

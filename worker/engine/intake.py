@@ -8,7 +8,7 @@ from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..broker.job_queue import Delivery, JobQueue
-from ..redisio.errors import is_connection_refused, is_login_refused, is_transient
+from ..redisio.errors import is_connection_refused, is_login_refused, is_permission_denied, is_transient
 from ..redisio.retry import Backoff
 from ..settings import Settings
 from ..telemetry.events import ClaimsPaused, ClaimsResumed, IntakePaused, Telemetry
@@ -43,10 +43,10 @@ _LEAST_IDLE = 0.01
 
 
 def reason_of(error: RedisError | OSError) -> str:
-    """The reason for a pause after an error of Redis; empty for the refusal of a single command."""
+    """The reason for a pause after an error of Redis; empty for any other refusal of a single command."""
     if is_login_refused(error):
         return REDIS_LOGIN
-    if is_connection_refused(error):
+    if is_connection_refused(error) or is_permission_denied(error):
         return REDIS_REFUSES
     return "" if isinstance(error, ResponseError) else REDIS_AWAY
 
