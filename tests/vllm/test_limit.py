@@ -1,6 +1,14 @@
-"""The limit of requests in flight at one server, with a clock of the test."""
+"""The limit of requests in flight at one server: alone with a clock of the test, and in a simulation of servers.
+
+The figures of the simulation depend only on its seeds. The bounds leave room for later changes of the law.
+"""
+
+import random
+from math import inf
+from statistics import fmean
 
 import pytest
+from overload_simulation import GENERATIONS, SERVERS, Simulation, jain, mixed, overload, steady
 
 from worker.vllm.servers.limit import ConcurrencyLimit
 
@@ -19,33 +27,281 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-def test_the_first_request_has_room_at_once(clock: ManualClock) -> None:
-    limit = ConcurrencyLimit(clock)
+@pytest.fixture
+def limit(clock: ManualClock) -> ConcurrencyLimit:
+    return ConcurrencyLimit(clock)
+
+
+def answer(limit: ConcurrencyLimit, clock: ManualClock, in_flight: int, waited: float = 0.1) -> None:
+    """A request is sent and gets its first event, with this number of requests in flight."""
+    clock.now += waited
+    limit.on_first_event(waited, in_flight)
+
+
+def grow(limit: ConcurrencyLimit, clock: ManualClock, to: int) -> None:
+    while limit.value < to:
+        answer(limit, clock, int(limit.value))
+
+
+def test_the_first_request_has_room_at_once(limit: ConcurrencyLimit) -> None:
     assert limit.room(0) >= 1
     assert limit.opens_in() is None
 
 
-def test_a_refusal_leaves_less_than_the_server_holds(clock: ManualClock) -> None:
-    limit = ConcurrencyLimit(clock)
-    limit.on_refused(4, None)
-    assert limit.room(3) == 0
+def test_the_limit_is_never_above_the_slots(clock: ManualClock) -> None:
+    limit = ConcurrencyLimit(clock, most=5)
+    grow(limit, clock, 5)
+    for _ in range(10):
+        answer(limit, clock, 5)
+    assert (limit.value, limit.room(0), limit.room(5)) == (5, 5, 0)
+    assert ConcurrencyLimit(clock, most=1).room(0) == 1
+
+
+def test_a_limit_that_is_not_used_neither_grows_nor_decays(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    grow(limit, clock, 20)
+    before = limit.value
+    for _ in range(100):
+        answer(limit, clock, 3)
+        limit.on_end(1)
+        limit.on_load(3, 0, 3)
+    clock.now += 100_000
+    assert limit.value == before
+
+
+def test_a_burst_of_first_events_is_one_step_of_growth(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    grow(limit, clock, 40)
+    before = limit.value
+    clock.now += 1
+    for _ in range(40):
+        limit.on_first_event(0.1, int(before))
+    assert before < limit.value <= before * 1.3
+
+
+def test_a_refusal_leaves_less_than_the_server_holds(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    grow(limit, clock, 20)
+    limit.on_refused(12, None)
+    assert limit.room(10) == 0
     assert limit.opens_in() is None
 
 
-def test_a_refusal_of_the_only_request_is_followed_by_a_pause(clock: ManualClock) -> None:
-    limit = ConcurrencyLimit(clock)
-    limit.on_refused(1, None)
-    assert limit.value < 1
-    assert limit.room(0) == 0
-    pause = limit.opens_in()
-    assert pause is not None
-    clock.now += pause
-    assert limit.room(0) == 1
-    assert limit.opens_in() is None
+def test_refusals_of_one_burst_reduce_the_limit_once(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    grow(limit, clock, 40)
+    for in_flight in range(30, 20, -1):
+        limit.on_refused(in_flight, None)
+    assert 15 <= limit.value < 20
 
 
-def test_retry_after_is_a_pause(clock: ManualClock) -> None:
-    limit = ConcurrencyLimit(clock)
+def test_a_refusal_of_the_only_request_is_followed_by_a_pause_that_grows_up_to_a_minute(
+    limit: ConcurrencyLimit, clock: ManualClock
+) -> None:
+    pauses = []
+    for _ in range(12):
+        limit.on_refused(1, None)
+        assert limit.room(0) == 0
+        pauses.append(limit.opens_in() or 0)
+        clock.now += pauses[-1]
+        assert (limit.room(0), limit.opens_in()) == (1, None)
+    assert 0 < pauses[0] <= 2
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 60
+
+
+def test_retry_after_is_a_pause_that_an_empty_queue_does_not_end(limit: ConcurrencyLimit) -> None:
     limit.on_refused(4, 7.0)
+    limit.on_load(1, 0, 1)
     assert limit.opens_in() == 7.0
     assert limit.room(0) == 0
+
+
+def test_waiting_requests_reduce_the_limit_to_what_the_server_runs(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    grow(limit, clock, 40)
+    in_flight = int(limit.value)
+    for _ in range(5):  # the requests are still in flight: no excess counts twice
+        limit.on_load(4, in_flight - 4, in_flight)
+    assert 4 <= limit.value <= 6
+
+
+def test_the_limit_never_reaches_zero(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    for _ in range(1000):
+        limit.on_load(4, 100, 1)
+        limit.on_end(30)
+        clock.now += 1
+    assert limit.value >= 0.1
+    clock.now += 60
+    assert limit.room(0) == 1
+
+
+def test_an_empty_queue_at_the_server_ends_the_pause_of_a_duty_cycle(
+    limit: ConcurrencyLimit, clock: ManualClock
+) -> None:
+    limit.on_load(4, 60, 1)
+    for _ in range(5):
+        limit.on_end(2)
+    assert limit.room(0) == 0
+    clock.now += 1
+    limit.on_load(4, 0, 0)
+    assert limit.room(0) == 1
+
+
+CAPACITIES = [(4, 1), (4, 4), (4, 16), (64, 1), (64, 4), (64, 16), (256, 4), (256, 16)]
+ROUNDS = {4: 120, 64: 30, 256: 8}
+
+
+@pytest.mark.parametrize(("runs", "workers"), CAPACITIES)
+@pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind != "refuses beyond 1x, /metrics"])
+def test_goodput_stays_under_overload(kind: str, runs: int, workers: int) -> None:
+    queues, metrics = SERVERS[kind]
+    got = overload(times=20, jobs=runs * ROUNDS[runs], runs=runs, workers=workers, queues=queues, metrics=metrics)
+    assert got.goodput >= 0.9
+    if metrics and queues:
+        assert got.fairness >= (0.9 if runs > 4 and runs > workers else 0.75)
+    if workers < 16 or runs > 16:
+        assert got.later <= 1.1
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_goodput_stays_from_no_overload_to_a_great_one(kind: str, times: float) -> None:
+    queues, metrics = SERVERS[kind]
+    got = overload(times=times, jobs=480, runs=4, queues=queues, metrics=metrics)
+    assert got.goodput >= 0.9
+    assert got.later <= 1.1
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("length", ["0.2 s", "30 s", "mixed"])
+def test_goodput_stays_whatever_the_length_of_answers(kind: str, length: str) -> None:
+    queues, metrics = SERVERS[kind]
+    mean, generation = GENERATIONS[length]
+    for workers in (1, 4):
+        got = overload(
+            times=20, jobs=480, mean=mean, generation=generation,
+            runs=4, queues=queues, metrics=metrics, workers=workers,
+        )  # fmt: skip
+        assert got.goodput >= 0.85
+        assert got.later <= 1.12
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SERVERS if kind.startswith("refuses")])
+@pytest.mark.parametrize("runs", [4, 8, 64])
+def test_the_first_60_jobs_of_a_worker_need_at_most_66_requests(kind: str, runs: int) -> None:
+    queues, metrics = SERVERS[kind]
+    assert overload(times=20, jobs=max(60, 3 * runs), runs=runs, queues=queues, metrics=metrics).first <= 1.1
+
+
+@pytest.mark.parametrize("runs", [4, 64])
+def test_retry_after_costs_little(runs: int) -> None:
+    for queues in (0, 1):
+        got = overload(times=20, jobs=runs * 30, runs=runs, queues=queues, metrics=False, retry_after=1.0)
+        assert got.goodput >= 0.85
+        assert got.later <= 1.1
+
+
+def test_a_worker_that_comes_late_gets_its_share_where_the_load_can_be_read() -> None:
+    fleet = Simulation(runs=64, workers=4, starts=lambda number: 20.0 * number)
+    fleet.enqueue(100_000)
+    fleet.run_for(180)
+    before = [worker.done for worker in fleet.workers]
+    fleet.run_for(60)
+    assert jain([worker.done - old for worker, old in zip(fleet.workers, before, strict=True)]) >= 0.9
+
+
+def test_a_worker_that_comes_late_is_not_starved_by_refusals() -> None:
+    fleet = Simulation(runs=8, queues=1, metrics=False, workers=2, starts=lambda number: 60.0 * number)
+    fleet.enqueue(100_000)
+    fleet.run_for(1200)
+    assert fleet.workers[1].done >= 0.05 * fleet.done
+
+
+@pytest.mark.parametrize(("metrics", "share"), [(True, 0.15), (False, 0.15)])
+def test_a_server_is_shared_with_other_clients(metrics: bool, share: float) -> None:  # noqa: FBT001
+    fleet = Simulation(runs=64, metrics=metrics, workers=4, outsiders=64)
+    fleet.enqueue(100_000)
+    fleet.run_for(100)
+    before = fleet.done
+    assert fleet.utilization(100) >= 0.95
+    ours = (fleet.done - before) * 2.55 / 100 / 64
+    assert share <= ours <= 0.6
+
+
+def test_other_clients_that_fill_a_server_do_not_starve_the_worker() -> None:
+    for metrics in (True, False):
+        fleet = Simulation(runs=16, metrics=metrics, outsiders=100)
+        fleet.enqueue(100_000)
+        fleet.run_for(400)
+        before = fleet.done
+        fleet.run_for(600)
+        assert fleet.done - before >= 5
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_the_limit_follows_a_server_that_shrinks_and_grows(kind: str) -> None:
+    queues, metrics = SERVERS[kind]
+    fleet = Simulation(runs=64, queues=queues, metrics=metrics)
+    fleet.enqueue(100_000)
+    fleet.run_for(30)
+    assert fleet.in_flight == 64
+    fleet.server.resize(4)
+    # Where the requests wait, the server must first answer those that it holds, which takes 40 s.
+    fleet.run_for(130 if queues == inf and not metrics else 50 if queues == inf else 10)
+    assert fleet.in_flight <= 12
+    assert fleet.utilization(50) >= 0.85
+    fleet.server.resize(64)
+    fleet.run_for(50)
+    assert fleet.in_flight >= 58
+    assert fleet.utilization(10) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("prefill", "metrics", "seconds"), [(0.005, False, 0.5), (0.1, False, 3), (0.1, True, 3), (5, True, 20)]
+)
+@pytest.mark.parametrize("jobs", [512, 3000])
+def test_an_idle_server_is_filled_quickly(prefill: float, metrics: bool, seconds: float, jobs: int) -> None:  # noqa: FBT001
+    fleet = Simulation(
+        runs=1024, metrics=metrics, slots=512, prefill=steady(prefill), generation=steady(100),
+    )  # fmt: skip
+    fleet.enqueue(jobs)
+    fleet.time.run(lambda: fleet.in_flight == 512)
+    assert fleet.time.now <= seconds
+
+
+def test_long_prompts_are_no_queue() -> None:
+    def few_long(rng: random.Random) -> float:
+        return 5.0 if rng.random() < 0.2 else 0.05
+
+    for prefill in (steady(5), few_long):
+        fleet = Simulation(runs=128, metrics=False, prefill=prefill, generation=steady(2))
+        fleet.enqueue(100_000)
+        fleet.run_for(120)
+        assert fleet.in_flight == 64
+
+
+def test_prompts_that_become_long_cost_half_of_the_limit_for_a_minute_at_most() -> None:
+    fleet = Simulation(runs=128, metrics=False, generation=steady(2))
+    fleet.enqueue(100_000)
+    fleet.run_for(30)
+    fleet.prefill = steady(5)
+    lowest = inf
+    for _ in range(90):
+        fleet.run_for(1)
+        lowest = min(lowest, fleet.limits)
+    assert lowest >= 30
+    assert fleet.in_flight >= 58
+
+
+def test_few_jobs_wait_for_nothing_at_a_server_without_overload() -> None:
+    fleet = Simulation(runs=64)
+    fleet.enqueue(200, over=400)
+    waits: list[int] = []
+    for _ in range(400):
+        fleet.run_for(1)
+        waits.append(fleet.queued)
+    assert fmean(waits) < 0.02
+    assert fleet.done >= 195
+
+
+def test_mixed_lengths_at_many_workers_keep_a_large_server_busy() -> None:
+    for queues, metrics in SERVERS.values():
+        got = overload(times=20, jobs=64 * 20, generation=mixed, runs=64, workers=16, queues=queues, metrics=metrics)
+        assert got.goodput >= 0.9
+        assert got.later <= 1.12

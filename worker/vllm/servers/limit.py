@@ -1,43 +1,58 @@
-"""The limit of requests that this worker has in flight at one server, learnt from the server. No I/O, injected clock.
+"""The limit of this worker's requests in flight at one server, learnt from what the server does. No I/O.
 
-Three signals reduce the limit:
+**Growth.** Only a limit that is used grows. The first event of a request that was sent after the last growth shows that
+the server has room: the limit grows by a quarter (the slow start of TCP, with less overshoot). A server that lets
+requests wait sends no first event, and so stops the growth. A decrease makes the steps small (additive increase; Chiu
+and Jain 1989). Each request that the server accepts makes them larger, until the limit grows by a quarter again.
 
-- A refusal (429, 503). The limit becomes nine tenths of what the server holds of this worker's requests
-  (multiplicative decrease; Chiu and Jain 1989: with additive increase, clients converge to fair shares).
-- `vllm:num_requests_waiting` above a small target. The excess over the target is shared in proportion: every worker
-  keeps the fraction of its requests that brings the sum of all to the target. This needs no knowledge of the others.
-- Where /metrics cannot be read: a long wait for the first event. By Little's law the mean wait, divided by the mean
-  time of generation, is the ratio of waiting to running requests.
+**Decrease.** Each kind of server has its own signal:
 
-Only the first event of a request that was sent after the last change may raise the limit, and only while the limit is
-used. So an idle worker's limit neither grows nor decays, and a server that lets requests wait in silence stops the
-growth by itself. At first the limit grows by a quarter for each such generation of requests. After a decrease it
-returns at once to the level that the server has proven to accept, and then earns each step beyond it by accepted
-requests. The steps become larger while nothing pushes back, until the growth is as fast as at first.
+- It refuses requests (429, 503). The limit falls to 0.85 of the requests that the server holds for this worker. It
+  returns quickly to that number. About 17 accepted requests then pay for the next step, which may be refused.
+- Its /metrics shows waiting requests, of all clients. Every worker sees the same figure, and gives up the same part of
+  its requests, so that one waiting request remains for each eight running ones. In between, every worker adds the same
+  number. Equal increase and proportional decrease lead to equal shares (Chiu and Jain).
+- It lets requests wait, and its /metrics cannot be read. If the least wait for a first event among eight requests is
+  long, requests wait at the server (CoDel; Nichols and Jacobson 2012). One long prompt does not count. "Long" is twice
+  the least wait that the server has shown (compare TCP Vegas) plus a quarter of the time of generation. The wait, as a
+  part of that time, is the ratio of waiting to running requests (Little's law). If waits are as long after a decrease,
+  they come from long prompts or from other clients, and count less and less.
 
-Below 1, the limit is a duty cycle: pauses follow requests.
+Below 1, the limit is a duty cycle, with pauses between requests. After a refusal of its only request, the worker pauses
+for a time that grows with each refusal, up to a minute. A limit that is not used stays as it is.
+
+Gradient and Vegas alone (Netflix's concurrency-limits) take long prompts for a queue.
 """
 
 from collections.abc import Callable
+from math import inf
 
-_FIRST = 4.0
+_FIRST = 2.0
 """The limit before anything is known."""
 _RAMP = 0.25
 """Growth for each generation of requests while nothing pushes back."""
 _STEP = 1 / 64
-"""Growth for each accepted request beyond the proven level, right after a decrease."""
-_KEEP = 0.9
-"""What a refusal leaves of the requests that the server holds."""
-_LEAST_REFUSED = 1 / 64
-_LEAST_WAITING = 1 / 4
-"""The least limit because of refusals, and because of waiting requests, which may all be those of other clients."""
+"""Growth for each accepted request right after a decrease."""
+_KEEP = 0.85
+"""The part of its requests that the worker keeps after a refusal."""
+_RETURN = 0.2
+"""Growth for each accepted request up to the number of requests that the server held when it refused one."""
+_TARGET = 1 / 8
+"""Waiting requests for each running one that /metrics may show."""
+_LEAST = 0.25
+_LEAST_SHARE = 1 / 32
+"""The least limit, and its least part of the server's running requests: those that wait may be of other clients."""
+_CALM = 4
+"""Readings of /metrics in sequence without a waiting request, after which the limit grows as fast as at first."""
 _LOAD_LASTS = 5.0
-"""Seconds for which the figures of /metrics replace the waits for first events."""
+"""Seconds for which a reading of /metrics replaces the waits for first events."""
 _LONGEST_PAUSE = 60.0
+_PAUSE_AFTER = 4
+"""Pauses of the duty cycle add up to this many times of generation before one is made: fewer, longer pauses."""
 
 
 class ConcurrencyLimit:
-    """How many requests one worker may have in flight at one server.
+    """How many requests one worker may have in flight at one server. Every method takes constant time.
 
     Args:
         clock: monotonic seconds.
@@ -49,84 +64,163 @@ class ConcurrencyLimit:
         """The limit, above 0. Below 1 it is the fraction of time with a request in flight."""
         self._clock = clock
         self._most = float(most)
-        self._proven = 0.0
-        """The requests that the server held when it last refused one more."""
         self._step = _RAMP
-        self._changed_at = float("-inf")
-        self._paused_until = float("-inf")
-        self._loaded_at = float("-inf")
-        self._waiting = 0
-        self._held = 1.0
-        """Mean seconds for which a request is in flight."""
+        self._proven = inf
+        """How many requests the server held when it refused another; infinite if refusals do not show its capacity."""
+        self._grown_at = self._decreased_at = -inf
+        self._paused_until = -inf
+        self._owed = 0.0
+        """When the pause of the duty cycle ends, and the seconds of the next one so far."""
+        self._refused_until = -inf
+        """When the pause after a refusal ends."""
+        self._cautious_until = -inf
+        """Until then the limit does not grow beyond `_proven`, since a refusal with Retry-After costs time."""
+        self._refused_alone = 0
+        """Refusals in sequence of the only request in flight."""
+        self._loaded_at = -inf
+        self._has_queue = False
+        """Whether /metrics has shown that the server lets requests wait before it refuses any."""
+        self._is_full = False
+        self._calm = 0
         self._wait = 0.0
-        self._base: float | None = None
+        self._work = 1.0
+        """Mean seconds until a first event, and from there to the end."""
+        self._queue = _StandingQueue()
 
     def room(self, in_flight: int) -> int:
         """How many more requests may be sent now; 0 in a pause."""
-        if self._clock() < self._paused_until:
-            return 0
-        return max(0, int(max(1.0, self.value)) - in_flight)
+        return 0 if self.opens_in() is not None else max(0, max(1, self._whole) - in_flight)
 
     def opens_in(self) -> float | None:
-        """Seconds until a pause ends, or None if there is no pause."""
-        left = self._paused_until - self._clock()
+        """Seconds until the pause ends, or None if there is none."""
+        left = max(self._paused_until, self._refused_until) - self._clock()
         return left if left > 0 else None
 
     def on_first_event(self, waited: float, in_flight: int) -> None:
         """An answer has begun, `waited` seconds after its request was sent."""
         now = self._clock()
-        if self._base is None or waited < self._base:
-            self._base = waited
-        is_new = now - waited >= self._changed_at
-        if in_flight < int(self.value) or self._waiting > 0 or waited > 2 * self._base + 0.2:
+        sent_at = now - waited
+        self._refused_alone = 0
+        self._wait += (waited - self._wait) / 8
+        is_loaded = now - self._loaded_at < _LOAD_LASTS
+        if is_loaded:
+            is_delayed = self._is_full
+        else:
+            is_delayed = self._queue.is_long(waited, self._work)
+            keep = self._queue.observe(waited, self._work, is_new=sent_at >= self._decreased_at)
+            if keep < 1:
+                self._decrease(self.value * keep)
+        if is_delayed or in_flight < self._whole:
             return
         if self._step >= _RAMP:
-            if is_new:
-                self._set(self.value + max(1.0, self.value * _RAMP))
-        elif self.value < self._proven:
-            self._set(self.value + _RAMP)
-        else:
-            self._set(self.value + self._step)
+            if sent_at >= max(self._grown_at, self._decreased_at):
+                self._grow(max(2.0, self.value * _RAMP))
+        elif self.value < self._proven < inf:
+            self._grow(min(_RETURN, self._proven - self.value))
+        elif now >= self._cautious_until and not (is_loaded and self._has_queue):
+            self._grow(self._step)
             self._step *= 1 + 1 / max(8.0, self.value)
 
     def on_refused(self, in_flight: int, retry_after: float | None) -> None:
-        """The server has refused a request because it is full; `in_flight` counts that request."""
-        held = in_flight - 1
-        if held >= 1:
-            self._proven = held
-            self._decrease(held * _KEEP)
+        """The server is full and has refused a request, which `in_flight` counts; no `on_end` follows."""
+        held = max(0, in_flight - 1)
+        self._has_queue &= self._is_full
+        if not self._has_queue:
+            self._proven = max(1.0, held)
+        self._decrease(held * _KEEP)
+        now, pause = self._clock(), retry_after or 0.0
+        if held:
+            self._cautious_until = now + 10 * pause
         else:
-            self._decrease(max(_LEAST_REFUSED, min(1.0, self.value) / 2))
-            self._pause(self._held * (1 / self.value - 1))
-        if retry_after is not None:
-            self._pause(retry_after)
+            pause = max(pause, min(_LONGEST_PAUSE, self._work * 2.0 ** min(self._refused_alone, 6)))
+            self._refused_alone += 1
+        self._refused_until = max(self._refused_until, now + pause)
 
     def on_end(self, held: float) -> None:
-        """A request has ended, `held` seconds after it was sent."""
-        self._held += (held - self._held) / 8
+        """A request that was not refused has ended, `held` seconds after it was sent."""
+        self._work = max(0.01, self._work + (held - self._wait - self._work) / 8)
         if self.value < 1:
-            self._pause(held * (1 / self.value - 1))
+            self._owed += self._work * (1 / self.value - 1)
+            if self._owed > _PAUSE_AFTER * self._work:
+                self._paused_until = self._clock() + min(_LONGEST_PAUSE, self._owed)
+                self._owed = 0.0
 
     def on_load(self, running: int, waiting: int, in_flight: int) -> None:
-        """The server's /metrics has these running and waiting requests, of all clients."""
+        """The server's /metrics shows these running and waiting requests, of all clients."""
         self._loaded_at = self._clock()
-        self._waiting = waiting
-        target = max(1.0, running / 8)
+        target = max(1.0, running * _TARGET)
+        self._is_full = waiting > target / 2
+        self._calm = 0 if waiting else self._calm + 1
+        self._has_queue |= waiting > 0
+        if not waiting:
+            self._paused_until = -inf
+        is_used, is_draining = in_flight >= self._whole, in_flight > self.value
+        if is_used and self._has_queue and not (is_draining and waiting > target):
+            self._grow(running / 64)
         if waiting > target:
+            self._proven = inf
+            # While the excess of an earlier decrease is still in flight, the figures count that excess again.
+            used = in_flight if is_draining else self.value if is_used else min(self.value, in_flight + 1)
             share = (running + target) / (running + waiting)
-            self._decrease(max(_LEAST_WAITING, in_flight * share))
+            self._decrease(used * share, least=max(_LEAST, running * _LEAST_SHARE))
+        elif is_used and self._has_queue and self._calm >= _CALM:
+            self._step = _RAMP
+        if is_used and not waiting and self._step >= _RAMP:
+            self._grow(max(2.0, self.value / 2))
 
-    def on_unanswered(self, oldest_wait: float, count: int, in_flight: int) -> None:
-        """`count` requests wait for their first event, the oldest for `oldest_wait` seconds; /metrics is unreadable."""
+    @property
+    def _whole(self) -> int:
+        return int(self.value + 0.01)  # 4.999 is 5
 
-    def _set(self, value: float) -> None:
-        self.value = min(self._most, value)
-        self._changed_at = self._clock()
+    def _grow(self, by: float) -> None:
+        self.value = min(self._most, self.value + by)
+        self._grown_at = self._clock()
 
-    def _decrease(self, value: float) -> None:
-        if value < self.value:
-            self._set(value)
-            self._step = _STEP
+    def _decrease(self, value: float, least: float = _LEAST) -> None:
+        self._step = _STEP
+        if max(value, least) < self.value:
+            self.value = max(value, least)
+            self._decreased_at = self._clock()
 
-    def _pause(self, seconds: float) -> None:
-        self._paused_until = max(self._paused_until, self._clock() + min(seconds, _LONGEST_PAUSE))
+
+class _StandingQueue:
+    """Detects that requests wait at a server, from nothing but their waits for first events."""
+
+    _REQUESTS = 8
+    """How many requests are an interval."""
+
+    def __init__(self) -> None:
+        self._base = inf
+        """The least wait of an interval so far: a wait without a queue."""
+        self._count = 0
+        self._least = inf
+        """The least wait of the present interval."""
+        self._before = inf
+        """The wait before the last decrease took effect."""
+
+    def is_long(self, waited: float, work: float) -> bool:
+        """Whether a wait shows a queue; `work` is the mean time of generation in seconds."""
+        return waited > 2 * self._base + work / 4
+
+    def observe(self, waited: float, work: float, *, is_new: bool) -> float:
+        """Record a wait. Returns the part of the limit to keep: 1, or down to a half.
+
+        A request is new if it was sent after the last decrease.
+        """
+        if not is_new:
+            self._before = max(self._before, waited)
+            return 1.0
+        self._least = min(self._least, waited)
+        self._count += 1
+        if self._count < self._REQUESTS:
+            return 1.0
+        least, self._least, self._count = self._least, inf, 0
+        self._base = min(self._base, least)
+        if not self.is_long(least, work):
+            self._before = inf
+        elif least > 0.9 * self._before:  # the decrease did not help
+            self._base += (least - self._base) / 8
+        else:
+            self._before = least
+            return max(0.5, min(1.0, 1.25 / (1 + (least - self._base) / work)))
+        return 1.0

@@ -77,6 +77,3 @@ class LoadReader:
                     self._next_at = time.monotonic() + self._pace.load_again_after
         if load is not None:
             server.limit.on_load(load.running, load.waiting, server.in_flight)
-        elif server.unanswered:
-            oldest = next(iter(server.unanswered.values()))
-            server.limit.on_unanswered(time.monotonic() - oldest, len(server.unanswered), server.in_flight)

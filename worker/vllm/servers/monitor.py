@@ -76,7 +76,8 @@ class ServerMonitor:
         reader = LoadReader(self._api, server, self._pace)
         while True:
             await asyncio.sleep(_jittered(self._pace.load_every))
-            if server.in_flight and not server.is_away:
+            is_used = server.in_flight or server.limit.opens_in() is not None
+            if is_used and not server.is_away:
                 await reader.read()
                 self._on_room(server)
 
