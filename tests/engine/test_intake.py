@@ -336,9 +336,14 @@ async def test_without_the_right_to_park_jobs_wait_in_slots_and_none_is_lost(
     await redis.xgroup_create("chat:jobs", GROUP, id="0", mkstream=True)
     await redis.acl_setuser("default", commands=[f"-{command}"], enabled=True)
     try:
-        full = await add(redis, "a", count=3)
-        free = await add(redis, "b", count=2)
         async with intake(redis_url, FakeServers(a=0, b=2)) as one:
+
+            async def is_refused() -> bool:
+                return not one.parking.is_possible or command == "xclaim"  # which the first park shows
+
+            await eventually(is_refused)
+            full = await add(redis, "a", count=3)
+            free = await add(redis, "b", count=2)
             one.must_wait = lambda request: request in full
             await has_started(one, *full, *free)
             pending = await redis.xpending("chat:jobs", GROUP)

@@ -240,6 +240,8 @@ class JobIntake:
         arrived = time.monotonic()
         slots = self._slots.take_back(lent)
         self._slots.release(lent - slots)
+        if not lent:  # servers may have room by now
+            slots = self._slots.reserve_now(len(deliveries))
         if deliveries:
             # A read may have waited for its first job.
             self._slots.adapt(too_slow=arrived - sent - self._block_ms / 1000 > self._settings.lease / 3)
