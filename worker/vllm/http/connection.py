@@ -4,7 +4,6 @@ Errors are raised as httpx's exceptions.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeAlias, cast
@@ -29,7 +28,7 @@ class ResponseBody(httpx.AsyncByteStream):
 
     def __init__(self, connection: "HttpClientConnection") -> None:
         self._connection = connection
-        self._pieces: deque[bytes] = deque()
+        self._pieces: list[bytes] = []  # mostly empty: an empty deque takes 760 bytes
         self._size = 0
         self._is_over = False
         self._error: Exception | None = None
@@ -45,7 +44,7 @@ class ResponseBody(httpx.AsyncByteStream):
             httpx.TransportError: when the connection breaks before the end.
         """
         while self._pieces:
-            piece = self._pieces.popleft()
+            piece = self._pieces.pop(0)
             self._size -= len(piece)
             if on_data(piece):
                 return True
@@ -173,12 +172,12 @@ class HttpClientConnection(asyncio.Protocol):
         self.on_body = self._pieces.append
         self._parser = parser_for(self)
         self._body = body = ResponseBody(self)
-        self._head = asyncio.get_running_loop().create_future()
+        self._head = head = asyncio.get_running_loop().create_future()
         try:
             self.write(packed)
-            status, headers = await self._head  # the next request may be sent during this wait
+            status, headers = await head  # the next request may be sent during this wait
         except BaseException:
-            self._head.cancel()  # asyncio logs a future whose exception nobody retrieves
+            head.cancel()  # asyncio logs a future whose exception nobody retrieves
             self.abort()
             raise
         return HttpResponse(status, headers, body)
@@ -292,6 +291,7 @@ class HttpClientConnection(asyncio.Protocol):
         self._is_until_close = not names & _FRAMING
         self._is_ambiguous = names >= _FRAMING
         self._head.set_result((status, self._headers))
+        self._head, self._headers = None, []  # the response may last for hours
 
     def on_message_complete(self) -> None:
         if self._body is None or self._parser.get_status_code() < 200:

@@ -6,6 +6,7 @@ connections for each request: with 3,000 open streams, a request costs 7 to 20 m
 
 import asyncio
 import ssl
+from functools import partial
 
 import httpx
 
@@ -23,7 +24,7 @@ class Transport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self) -> None:
-        self._idle: dict[Origin, dict[HttpClientConnection, None]] = {}
+        self._idle: dict[Origin, _IdleConnections] = {}
         self._open: set[HttpClientConnection] = set()
         self._ssl: ssl.SSLContext | None = None
 
@@ -43,8 +44,11 @@ class Transport(httpx.AsyncBaseTransport):
         return await self._send(target.origin, packed, connect_limit)
 
     async def _send(self, origin: Origin, packed: bytes, connect_limit: float | None) -> HttpResponse:
-        if (reused := self._pop_idle(origin)) is None:
-            return await (await self._connect(origin, connect_limit)).request(packed)
+        idle = self._idle.get(origin)
+        if idle is None:
+            idle = self._idle[origin] = _IdleConnections(self._open)
+        if (reused := idle.pop()) is None:
+            return await (await self._connect(origin, idle, connect_limit)).request(packed)
         stale: HttpResponse | httpx.TransportError
         try:
             stale = await reused.request(packed)
@@ -57,7 +61,7 @@ class Transport(httpx.AsyncBaseTransport):
         # The server closed the idle connection, which is only noticed now (RFC 9112, 9.3.1). It may have sent a 408
         # before (RFC 9110, 15.5.9). The request is sent again over a new connection.
         try:
-            connection = await self._connect(origin, connect_limit)
+            connection = await self._connect(origin, idle, connect_limit)
         except httpx.TransportError:
             if isinstance(stale, HttpResponse):
                 return stale
@@ -71,33 +75,16 @@ class Transport(httpx.AsyncBaseTransport):
         for connection in list(self._open):
             connection.abort()
 
-    def _pop_idle(self, origin: Origin) -> HttpClientConnection | None:
-        idle = self._idle.get(origin, {})
-        oldest = asyncio.get_running_loop().time() - _IDLE_LIMIT
-        while idle:
-            connection, _ = idle.popitem()  # the server closes the connection used last after all others
-            if connection.is_open and connection.idle_since > oldest:
-                return connection
-            connection.abort()
-        return None
-
-    async def _connect(self, origin: Origin, limit: float | None) -> HttpClientConnection:
+    async def _connect(self, origin: Origin, idle: "_IdleConnections", limit: float | None) -> HttpClientConnection:
         scheme, host, port = origin
         loop = asyncio.get_running_loop()
-        idle = self._idle.setdefault(origin, {})
-
-        def on_idle(connection: HttpClientConnection) -> None:
-            connection.idle_since = loop.time()
-            idle[connection] = None
-
-        def on_lost(connection: HttpClientConnection) -> None:
-            self._open.discard(connection)
-            idle.pop(connection, None)
-
         try:
             async with asyncio.timeout(limit):
                 _, connection = await loop.create_connection(
-                    lambda: HttpClientConnection(on_idle, on_lost), host, port, ssl=self._ssl_context(scheme)
+                    partial(HttpClientConnection, idle.on_idle, idle.on_lost),
+                    host,
+                    port,
+                    ssl=self._ssl_context(scheme),
                 )
         except TimeoutError as error:
             raise httpx.ConnectTimeout(f"no connection within {limit:g} s") from error
@@ -113,3 +100,29 @@ class Transport(httpx.AsyncBaseTransport):
             except OSError as error:
                 raise httpx.ConnectError(f"the certificates of SSL_CERT_FILE cannot be read: {error}") from error
         return self._ssl if scheme == "https" else None
+
+
+class _IdleConnections:
+    """The idle connections to one server. `opened` has the open connections to all servers."""
+
+    def __init__(self, opened: set[HttpClientConnection]) -> None:
+        self._open = opened
+        self._idle: dict[HttpClientConnection, None] = {}
+
+    def pop(self) -> HttpClientConnection | None:
+        """The connection that was used last and is still open, or None."""
+        oldest = asyncio.get_running_loop().time() - _IDLE_LIMIT
+        while self._idle:
+            connection, _ = self._idle.popitem()  # the server closes the connection used last after all others
+            if connection.is_open and connection.idle_since > oldest:
+                return connection
+            connection.abort()
+        return None
+
+    def on_idle(self, connection: HttpClientConnection) -> None:
+        connection.idle_since = asyncio.get_running_loop().time()
+        self._idle[connection] = None
+
+    def on_lost(self, connection: HttpClientConnection) -> None:
+        self._open.discard(connection)
+        self._idle.pop(connection, None)

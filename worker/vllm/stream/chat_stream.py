@@ -40,7 +40,7 @@ class ChatStream:
     """
 
     __slots__ = (
-        "_answer_started", "_decoder", "_is_new", "_max_event_bytes", "_on_events", "_on_first", "_reopen", "_response",
+        "_answer_started", "_body", "_decoder", "_is_new", "_max_event_bytes", "_on_events", "_on_first", "_reopen",
         "has_output", "watchdog",
     )  # fmt: skip
 
@@ -53,7 +53,7 @@ class ChatStream:
         reopen: Callable[[UpstreamError], Awaitable[HttpResponse | None]] | None = None,
         max_event_bytes: int = MAX_EVENT_BYTES,
     ) -> None:
-        self._response = response
+        self._body = response.body
         self.watchdog = watchdog
         self._on_first = on_first
         self._reopen = reopen
@@ -90,13 +90,13 @@ class ChatStream:
                     response = await self._reopen(error)
                 if response is None:
                     raise
-                await self._response.body.aclose()
-                self._response, self._decoder = response, _Opening(self._start_decoder)
+                await self._body.aclose()
+                self._body, self._decoder = response.body, _Opening(self._start_decoder)
 
     async def _read(self) -> bool:
         try:
             async with self.watchdog:
-                more = await self._response.body.read_into(self._on_data)
+                more = await self._body.read_into(self._on_data)
             return more or self._hand_over(self._decoder.end())
         except TimeoutError:
             self._hand_over(self._decoder.end())  # may raise an error that the server sent
@@ -132,6 +132,7 @@ class ChatStream:
         if self._is_new and self._on_first is not None:
             self._on_first()
         self._is_new = False
+        self._on_first = self._reopen = None  # they hold the request
         if self.has_output is None or self.has_output():
             self._answer_started = True
             self.watchdog.on_answer_start()
@@ -153,11 +154,11 @@ class ChatStream:
 
         with suppress(httpx.HTTPError, TimeoutError, EventTooLarge):
             async with asyncio.timeout(_REST_LIMIT):
-                await self._response.body.read_into(on_data)
+                await self._body.read_into(on_data)
 
     async def aclose(self) -> None:
         """Close the response; a vLLM that is still generating stops at once."""
-        await self._response.body.aclose()
+        await self._body.aclose()
 
 
 async def open_response(
