@@ -41,6 +41,9 @@ _encode = msgspec.json.encode
 _HEAD = frozenset({"response_id", "model", "created"})
 _RICH = frozenset({"logprobs", "tool_calls"})
 _VISIBLE = frozenset({"content", "reasoning", "tool_calls"})
+_NONE: frozenset[int] = frozenset()
+_FIRST = frozenset({0})
+"""The indexes of an answer's choices. The answers share them, since nearly all answers have one choice."""
 _LONGEST_REASON = 100
 _MAX_MODELS = 2
 
@@ -84,9 +87,8 @@ class ChunkParser:
         self._keep_usage = keep_usage
         self._unchecked_prompt = expected_prompt
         self._kept = kept
-        self._seen: set[int] = set()
-        self._with_output: set[int] = set()  # choices of which `has_output` is true
-        self._finished: set[int] = set()
+        self._seen = self._finished = _NONE
+        self._with_output = _NONE  # choices of which `has_output` is true
         self._is_ended_here = False
         self._broken_off = ""
         self._fault: UpstreamError | None = None  # an error that came with text
@@ -135,7 +137,7 @@ class ChunkParser:
         """End the answer before the server does: its only choice has finished."""
         self.done = self._is_ended_here = True
         self.finish_reason = reason
-        self._finished.add(0)
+        self._finished = _with(self._finished, 0)
 
     def check_complete(self, skipped: str = "") -> None:
         """Check the answer at the end of the stream.
@@ -350,12 +352,12 @@ class ChunkParser:
         read_message(delta, fields)
         unread = unread_in(delta)
         if len(fields) > 1 or not TEXT_FIELDS.isdisjoint(unread):
-            self._finished.discard(index)  # text after a finish reason means that the choice continues
+            self._finished -= {index}  # text after a finish reason means that the choice continues
         if unread or len(fields) > 1:
-            self._with_output.add(index)
+            self._with_output = _with(self._with_output, index)
         if index:
             fields["index"] = str(index)
-        self._seen.add(index)
+        self._seen = _with(self._seen, index)
         self._read_finish(choice, index, fields)
         read_tokens(choice, fields)
         extra = unread_in(choice)
@@ -373,10 +375,17 @@ class ChunkParser:
                 if not is_known(reason):
                     self.unknown_reason = reason
                 fields["finish_reason"] = reason
-                self._finished.add(index)
+                self._finished = _with(self._finished, index)
                 self.finish_reason = reason if index == 0 else self.finish_reason or reason
         if (raw := choice.pop("stop_reason", None)) is not None and bytes(raw) != b"null":
             fields["stop_reason"] = bytes(raw).decode()
+
+
+def _with(indexes: frozenset[int], index: int) -> frozenset[int]:
+    """Add the index of a choice."""
+    if index in indexes:
+        return indexes
+    return indexes | {index} if indexes or index else _FIRST
 
 
 def digest_of_prompt(prompt: list[int]) -> str:
