@@ -286,23 +286,13 @@ class ServerPool:
         circuit, model = server.circuit, request.get("model")
         caller = caller or Caller()
         sent = circuit.begin(caller)
-
-        def on_first() -> None:
-            server.unanswered.pop(sent, None)
-            room = server.room
-            server.limit.on_first_event(time.monotonic() - sent.sent_at, server.in_flight)
-            circuit.on_first_event(sent)
-            if server.room > room:
-                self._on_room(server)
-            if isinstance(model, str):
-                server.record_answer(model)
-
         watchdog = self._watch(server)
         server.unanswered[sent] = sent.sent_at
         try:
             stream = await open_stream(
-                self._api, server, request, route, limits=self.limits, watchdog=watchdog, on_first=on_first
-            )
+                self._api, server, request, route, limits=self.limits, watchdog=watchdog,
+                on_first=partial(server.on_first_event, sent, model),
+            )  # fmt: skip
             try:
                 yield stream
             finally:

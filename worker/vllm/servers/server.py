@@ -1,8 +1,7 @@
 """The state of one vLLM server: its models, its load and its circuit. No I/O; the clock is injected."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import (
     MODEL_NOT_FOUND,
@@ -22,6 +21,23 @@ MISSING = 60.0
 """Seconds for which a server's error that it does not have a model is remembered."""
 MOST_REQUESTS = 10_000
 """The limit of a server's limit, if the pool states none."""
+
+
+class Reservation:
+    """The context in which a request is in flight at a server: a class, since a generator takes 400 bytes a stream."""
+
+    __slots__ = ("_on_room", "_server")
+
+    def __init__(self, server: "Server", on_room: Callable[["Server"], None]) -> None:
+        self._server = server
+        self._on_room = on_room
+
+    def __enter__(self) -> None:
+        self._server.in_flight += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._server.in_flight -= 1
+        self._on_room(self._server)
 
 
 class Server:
@@ -74,19 +90,13 @@ class Server:
         self._deniers: dict[str, set[Caller]] = {}
         """For each listed model, the jobs to which the server replied that it does not have the model."""
 
-    @contextmanager
-    def reserve(self) -> Iterator[None]:
-        """Count a request of this worker as in flight at the server, within the context.
+    def reserve(self) -> "Reservation":
+        """Count a request of this worker as in flight at the server, within the context of the result.
 
         Enter the context in the step of the event loop in which the server is chosen. `requests` grows only once the
         request is sent: if the choice relied on it, all jobs that arrive together would choose the same server.
         """
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            self._on_room(self)
+        return Reservation(self, self._on_room)
 
     @property
     def is_known(self) -> bool:
@@ -146,6 +156,17 @@ class Server:
             self.missing_models.drop(name)
         if self.models != former:
             self._on_models()
+
+    def on_first_event(self, sent: ServerRequest, model: object) -> None:
+        """Record the first event of the stream of a request."""
+        self.unanswered.pop(sent, None)
+        room = self.room
+        self.limit.on_first_event(self._clock() - sent.sent_at, self.in_flight)
+        self.circuit.on_first_event(sent)
+        if self.room > room:
+            self._on_room(self)
+        if isinstance(model, str):
+            self.record_answer(model)
 
     def record_answer(self, model: str) -> None:
         """Record that the server has begun to answer a request for this model."""
