@@ -76,7 +76,7 @@ class Generation:
         """Whether this attempt has written a `delta`, `resumed` or `restarted`, which another try must not repeat."""
         self._has_extended_answer = False
         """Whether this attempt has added something visible to an interrupted answer."""
-        self._waited_for: set[str] = set()
+        self._waited_for: tuple[str, ...] = ()
         """Models whose wait for a server is logged already."""
         self._waited_ms = max(0, services.now() - job.delivery.enqueued)
         former = former_times(
@@ -231,7 +231,7 @@ class Generation:
         if self._servers.accepts(model, self._caller):
             return
         if model not in self._waited_for:
-            self._waited_for.add(model)
+            self._waited_for += (model,)
             self._emit(WaitingForModel(model[:_LONGEST_NAME]))
         self._emit(ModelWaitBegan())
         longest = self._services.pace.longest_wait_here if self._job.may_park else float("inf")

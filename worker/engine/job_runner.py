@@ -71,8 +71,8 @@ async def run_job(
     if not job.id:  # without an id there is no log for the error
         await settlement.acknowledge_job()
         return
-    with structlog.contextvars.bound_contextvars(request_id=job.id):
-        await JobRunner(services, job, settlement).run()
+    structlog.contextvars.bind_contextvars(request_id=job.id)  # each job has a task, and thus a context, of its own
+    await JobRunner(services, job, settlement).run()
 
 
 class JobRunner:
