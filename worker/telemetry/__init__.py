@@ -1,1 +1,1 @@
-"""Telemetry of a running worker: events, and their two receivers, metrics and logs. It never holds a prompt."""
+"""Telemetry of a running worker: events, metrics, logs, and whether the process is alive. It never holds a prompt."""
