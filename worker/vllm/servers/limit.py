@@ -221,6 +221,7 @@ class _StandingQueue:
         elif least > 0.9 * self._before:  # the decrease did not help
             self._base += (least - self._base) / 8
         else:
+            most = 0.7 if self._before == inf else 0.5  # eight requests of one burst may be a bad sample
             self._before = least
-            return max(0.5, min(1.0, 1.25 / (1 + (least - self._base) / work)))
+            return max(most, min(1.0, 1.25 / (1 + (least - self._base) / work)))
         return 1.0
