@@ -249,6 +249,20 @@ async def test_a_reader_that_waits_for_new_jobs_does_not_delay_a_line(redis_url:
         await has_started(one, late)
 
 
+async def test_with_few_slots_parked_jobs_come_before_a_flood_of_new_ones(redis_url: str, redis: Redis) -> None:
+    waiting = await add(redis, "a", count=3)
+    servers = FakeServers(a=0, b=1000)
+    async with intake(redis_url, servers, slots=1) as one:
+        await has_parked(redis, 3)
+        flood = await add(redis, "b", count=40)
+        await has_started(one, flood[0])
+        servers.set_room("a", 1000)
+        for done in range(12):
+            await eventually(lambda done=done: started_count(one, done + 1))  # type: ignore[misc]
+            one.finish(one.started[done])
+        await has_started(one, *waiting)
+
+
 async def test_a_flood_of_one_tenant_does_not_hide_the_others(redis_url: str, redis: Redis) -> None:
     flood = await add(redis, count=200, tenant="flood")
     (other,) = await add(redis, tenant="other")

@@ -112,3 +112,49 @@ async def test_closing_ends_every_wait() -> None:
     assert [await task for task in tasks] == [0, 0]
     slots.release(2)
     assert await slots.reserve(0) == 0
+
+
+async def test_parked_jobs_get_slots_that_are_lent_to_a_reader_and_come_before_it() -> None:
+    slots = Slots(4)
+    lent = await slots.reserve(0)
+    slots.lend(lent)
+    assert slots.reserve_now(16) == 4
+    assert slots.reserve_now(16) == 0
+    assert slots.take_back(lent) == 0
+    slots.release(lent)
+    assert slots.reserve_now(16) == 0
+    slots.release(4)
+    assert slots.reserve_now(3) == 3
+
+
+async def test_a_reader_keeps_the_lent_slots_that_nobody_took() -> None:
+    slots = Slots(8)
+    lent = await slots.reserve(0)
+    slots.lend(lent)
+    assert slots.reserve_now(5) == 5
+    assert slots.take_back(lent) == 3
+    slots.release(1)
+
+
+async def test_who_waits_for_slots_may_get_those_that_are_lent_later() -> None:
+    slots = Slots(1)
+    assert await slots.reserve(0) == 1
+    waiting_for_any = asyncio.create_task(slots.reserve(0.5, may_borrow=True))
+    other = reader(slots, 1)
+    await waiting(waiting_for_any, other)
+    slots.lend(1)
+    assert await waiting_for_any == 1
+    await waiting(other)
+    assert slots.take_back(1) == 0
+    slots.release(1)
+    await waiting(other)
+    slots.release(1)
+    assert await other == 1
+
+
+async def test_a_lent_slot_goes_to_nobody_after_the_close() -> None:
+    slots = Slots(2)
+    slots.lend(await slots.reserve(0))
+    slots.close()
+    assert slots.reserve_now(16) == 0
+    assert await slots.reserve(0.5, may_borrow=True) == 0

@@ -22,6 +22,9 @@ from .rotation import LineRotation
 from .running_jobs import RunningJobs
 from .slots import MOST_PER_READ, Slots
 
+_BEFORE_NEW_JOBS = 0.5
+"""What the rank of a queue's lines is less than that of its new jobs."""
+
 
 class LineIntake:
     """Serves the lines of a worker's queues: before new jobs, in the order that `LineRotation` chooses."""
@@ -99,15 +102,28 @@ class LineIntake:
             for task in tasks:
                 task.cancel()
 
+    async def _choose(self) -> dict[ParkedLine, list[Demand]]:
+        """Choose jobs for which there is room, and reserve a slot and a place at a server for each of them."""
+        if not len(self._lines) or self._stopping.is_set() or self._servers.total_room() <= 0:
+            return {}
+        slots = self._slots.reserve_now(MOST_PER_READ)
+        chosen = self._rotation.choose(self._lines.all(), max(1, slots), self._admit)
+        if chosen and not slots:  # new jobs of less important queues wait for a slot too
+            (first,) = chosen
+            rank = self._settings.queues.index(first.queue) - _BEFORE_NEW_JOBS
+            slots = await self._slots.reserve(rank, may_borrow=True)
+            if not slots:  # the intake stops
+                _end_all(chosen)
+                return {}
+            for line, places in self._rotation.choose(self._lines.all(), slots - 1, self._admit).items():
+                chosen.setdefault(line, []).extend(places)
+        self._slots.release(slots - sum(map(len, chosen.values())))
+        return chosen
+
     async def _serve(self) -> bool:
         """Take jobs for which there is room, once. Returns whether any were requested."""
-        if not len(self._lines) or self._stopping.is_set() or self._servers.total_room() <= 0:
-            return False
-        slots = self._slots.reserve_now(MOST_PER_READ)
-        chosen = self._rotation.choose(self._lines.all(), slots, self._admit) if slots else {}
-        count = sum(map(len, chosen.values()))
-        self._slots.release(slots - count)
-        if not count:
+        chosen = await self._choose()
+        if not chosen:
             return False
         is_writable = False
         try:
@@ -168,7 +184,11 @@ class LineIntake:
 
     def _give_back(self, chosen: dict[ParkedLine, list[Demand]]) -> None:
         """Give the places and slots of jobs back that were not taken."""
-        for places in chosen.values():
-            for place in places:
-                place.end()
-            self._slots.release(len(places))
+        _end_all(chosen)
+        self._slots.release(sum(map(len, chosen.values())))
+
+
+def _end_all(chosen: dict[ParkedLine, list[Demand]]) -> None:
+    for places in chosen.values():
+        for place in places:
+            place.end()

@@ -18,20 +18,27 @@ class Slots:
         """Slots of readers that wait for jobs. A parked job may take such a slot."""
         self._grants = 0
         self._is_closed = False
-        self._waiting: dict[int, asyncio.Future[int]] = {}
+        self._waiting: dict[float, asyncio.Future[int]] = {}
+        self._borrowers: set[float] = set()
+        """The ranks of those who wait and may get lent slots."""
         self.most_per_read = MOST_PER_READ
         """The most slots that are granted to one read."""
         self.freed = asyncio.Event()
         """Set when slots become free."""
 
-    async def reserve(self, rank: int) -> int:
-        """Wait for free slots. Returns how many are granted: at least one, or 0 after `close`."""
+    async def reserve(self, rank: float, *, may_borrow: bool = False) -> int:
+        """Wait for free slots, or with `may_borrow` for lent ones.
+
+        Returns how many are granted: at least one, or 0 after `close`.
+        """
         if self._is_closed:
             return 0
         if self._free > 0 and not self._waiting:
             return self._grant()
         waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._waiting[rank] = waiter
+        if may_borrow:
+            self._borrowers.add(rank)
         return await waiter
 
     def reserve_now(self, most: int) -> int:
@@ -43,6 +50,10 @@ class Slots:
     def lend(self, count: int) -> None:
         """Lend reserved slots while a reader waits for jobs, which may not come."""
         self._lent += count
+        for rank in sorted(self._borrowers):
+            if granted := self.reserve_now(MOST_PER_READ):
+                self._borrowers.discard(rank)
+                self._answer(self._waiting.pop(rank), granted)
 
     def take_back(self, count: int) -> int:
         """Take lent slots back. Returns how many of them are still there; jobs beyond that exceed the slots."""
@@ -57,9 +68,8 @@ class Slots:
         while self._free > 0 and self._waiting:
             self._grants += 1
             rank = next(iter(self._waiting)) if self._grants % _LONGEST_WAIT_EVERY == 0 else min(self._waiting)
-            waiter = self._waiting.pop(rank)
-            if not waiter.done():
-                waiter.set_result(self._grant())
+            self._borrowers.discard(rank)
+            self._answer(self._waiting.pop(rank), self._grant())
 
     def adapt(self, *, too_slow: bool) -> None:
         """Grant half as many slots per read after a read that took too long, and twice as many after any other.
@@ -77,6 +87,13 @@ class Slots:
             if not waiter.done():
                 waiter.set_result(0)
         self._waiting.clear()
+        self._borrowers.clear()
+
+    def _answer(self, waiter: "asyncio.Future[int]", granted: int) -> None:
+        if waiter.done():  # it was cancelled
+            self._free += granted
+        else:
+            waiter.set_result(granted)
 
     def _grant(self) -> int:
         # Half of the free slots: a reader that waits at an empty queue leaves slots to the others.
