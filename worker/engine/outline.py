@@ -26,7 +26,9 @@ _PARSED_UP_TO = 64 * 1024
 """The size of a job in bytes up to which its request is parsed before the job is parked. Many large requests would hold
 the event loop up."""
 
-_BETWEEN = "|"
+BETWEEN_MODELS = "|"
+"""Separates the model and the fallbacks in the name of a line."""
+
 _PLAIN = "/:@+=,"
 
 
@@ -79,9 +81,9 @@ def may_be_valid(delivery: Delivery, settings: Settings) -> bool:
 
 def line_name(models: Sequence[str]) -> str:
     """The name of the line in which jobs with this model and these fallbacks wait. It is printable ASCII."""
-    return _BETWEEN.join(quote(model, safe=_PLAIN, errors="surrogatepass") for model in models)
+    return BETWEEN_MODELS.join(quote(model, safe=_PLAIN, errors="surrogatepass") for model in models)
 
 
 def models_of_line(name: str) -> tuple[str, ...]:
     """The model and the fallbacks of the jobs in a line."""
-    return tuple(unquote(model, errors="replace") for model in name.split(_BETWEEN))
+    return tuple(unquote(model, errors="replace") for model in name.split(BETWEEN_MODELS))

@@ -11,6 +11,7 @@ from ..broker.parked_jobs import ParkedLine, read_line
 from ..broker.queue_depth import waiting_in
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys, is_queue_name
+from ..engine.outline import BETWEEN_MODELS
 from ..redisio.cluster import servers_of
 from ..redisio.errors import is_permission_denied
 from ..settings import variable
@@ -123,6 +124,7 @@ def _parked(lines: Iterable[ParkedLine]) -> str:
     """How many jobs are parked until a server has room for them, and for which models."""
     by_model = Counter[str]()
     for line in lines:
-        by_model[line.model or "any model"] += line.jobs
+        model, _, _fallbacks = line.model.partition(BETWEEN_MODELS)
+        by_model[model or "any model"] += line.jobs
     models = listed([f"{model} {jobs}" for model, jobs in by_model.most_common()])
     return f", of which parked until a server has room: {models}" if models else ""
