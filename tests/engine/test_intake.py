@@ -371,6 +371,25 @@ async def test_without_the_right_to_park_jobs_wait_in_slots_and_none_is_lost(
         await redis.acl_setuser("default", commands=[f"+{command}"], enabled=True)
 
 
+async def test_lines_that_this_process_knows_are_served_without_the_right_to_list_them(
+    redis_url: str, redis: Redis
+) -> None:
+    waiting = await add(redis, "a", count=3)
+    async with intake(redis_url, FakeServers(a=0, b=1)) as one:
+        await has_parked(redis, 3)
+        await redis.acl_setuser("default", commands=["-xinfo"], enabled=True)
+        try:
+
+            async def is_refused() -> bool:
+                return not one.parking.is_possible
+
+            await eventually(is_refused)
+            one.servers.set_room("a", 3)
+            await has_started(one, *waiting)
+        finally:
+            await redis.acl_setuser("default", commands=["+xinfo"], enabled=True)
+
+
 async def nothing_pending(redis: Redis) -> bool:
     return not (await redis.xpending("chat:jobs", GROUP))["pending"]
 

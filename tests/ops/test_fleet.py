@@ -177,7 +177,12 @@ async def test_parked_jobs_wait_and_are_counted_by_model(
     for _ in range(6):
         await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
     await redis.xgroup_create("chat:jobs", "workers", id="0")
-    for consumer, count in ((line_of("", "big"), 1), (line_of("t", "big|small"), 1), (line_of("", ""), 1), (HANDED_OVER, 1)):
+    for consumer, count in (
+        (line_of("", "big"), 1),
+        (line_of("t", "big|b"), 1),
+        (line_of("", ""), 1),
+        (HANDED_OVER, 1),
+    ):
         await redis.xreadgroup("workers", consumer, {"chat:jobs": ">"}, count=count)
     await redis.xreadgroup("workers", "a", {"chat:jobs": ">"}, count=1)
     (queue,) = await find("queue")

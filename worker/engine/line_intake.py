@@ -67,12 +67,12 @@ class LineIntake:
         while not self._stopping.is_set():
             now = time.monotonic()
             try:
-                if now >= scan_at:
-                    await self._scan()
+                if now >= scan_at:  # the next times are set first: what fails must not keep the rest from being done
                     scan_at = now + self._pace.scan_every
+                    await self._scan()
                 if now >= overdue_at and len(self._lines):
-                    await self._take_overdue()
                     overdue_at = now + self._pace.overdue_every * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
+                    await self._take_overdue()
                 await self._serve_or_wait(scan_at - time.monotonic())
                 backoff.reset()
             except (RedisError, OSError) as error:
