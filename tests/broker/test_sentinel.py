@@ -31,11 +31,13 @@ def guarded(redis_binary: Path, tmp_path: Path) -> Iterator[tuple[str, list[topo
 
 
 async def test_the_master_is_found_by_its_name(guarded: tuple[str, list[topology.Node]]) -> None:
-    url, (master, *_) = guarded
+    url, (master, _, watcher) = guarded
+    before = watcher.client.info("stats")["total_connections_received"]
     async with command_client(url) as redis:
         await redis.set("k", "v")
         # More at once than there are connections: commands wait for one.
         assert await asyncio.gather(*(redis.get("k") for _ in range(200))) == [b"v"] * 200
+    assert watcher.client.info("stats")["total_connections_received"] < before + 10, "connections share a query"
     keyspace = master.client.info("keyspace")
     assert {name: database["keys"] for name, database in keyspace.items()} == {"db1": 1}
 

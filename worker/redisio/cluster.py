@@ -19,6 +19,8 @@ from redis.exceptions import AskError, ClusterDownError, MasterDownError, ReadOn
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from .shared_call import SharedCall
+
 _Address: TypeAlias = tuple[str, int]
 _Command: TypeAlias = tuple[tuple[str | bytes, ...], Mapping[str, Any]]
 
@@ -68,7 +70,7 @@ class ClusterPool(ConnectionPool):
         self._masters: dict[_Address, Redis] = {}
         self._by_slot: list[Redis | None] = [None] * _SLOTS
         self._stale = True
-        self._refreshing: asyncio.Task[None] | None = None
+        self._share_query = SharedCall(self._query_and_apply)
         self._lent: dict[AbstractConnection, Redis] = {}
         self._drops: list[Callable[[Redis], Awaitable[None]]] = []
 
@@ -122,15 +124,8 @@ class ClusterPool(ConnectionPool):
         self._stale = True
 
     async def _refresh(self) -> None:
-        if not self._stale:
-            return
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._query_and_apply())
-            # A caller may be cancelled during its wait, and asyncio logs an error that nobody retrieves.
-            self._refreshing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        refreshing = self._refreshing
-        await asyncio.wait([refreshing])  # a caller that is cancelled does not cancel the query of the others
-        refreshing.result()
+        if self._stale:
+            await self._share_query()
 
     async def _query_and_apply(self) -> None:
         await self._apply(await self._query_slots())

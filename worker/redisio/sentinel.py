@@ -1,6 +1,7 @@
 """A client for Redis under Sentinel: every new connection is to the master that the sentinels report."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -9,6 +10,7 @@ from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnec
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from .shared_call import SharedCall
 from .urls import RedisUrl
 
 _SENTINEL_TIMEOUT = 1.0
@@ -45,19 +47,26 @@ class _Sentinels(Sentinel):
 
     def __init__(self, nodes: Sequence[tuple[str, int]], logins: Iterable[Mapping[str, Any]], **options: Any) -> None:  # noqa: ANN401 - any option of a connection
         super().__init__([], sentinel_kwargs=options)  # type: ignore[no-untyped-call]
+        self._queries: dict[str, SharedCall[tuple[str, int]]] = {}
         self.sentinels = [Redis(host=host, port=port, **options, **login) for login in logins for host, port in nodes]
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """The address of the master, from the first sentinel that knows it.
 
-        If one sentinel refuses, another may answer, so all of them are queried before this fails.
+        If one sentinel refuses, another may answer, so all of them are queried before this fails. Callers at the same
+        time share one query: after a failover, a client opens all of its connections at once.
 
         Raises:
             MasterNotFoundError: with the last refusal in its message. redis-py's own message quotes its connections.
         """
+        if service_name not in self._queries:
+            self._queries[service_name] = SharedCall(partial(self._query_sentinels, service_name))
+        return await self._queries[service_name]()
+
+    async def _query_sentinels(self, service_name: str) -> tuple[str, int]:
         refused = silent = ""
         has_answer = False
-        for sentinel in list(self.sentinels):  # a concurrent call may reorder them
+        for sentinel in list(self.sentinels):
             try:
                 masters = cast("dict[str, dict[str, Any]]", await sentinel.sentinel_masters())
             except (AuthenticationError, ResponseError) as refusal:
