@@ -72,7 +72,7 @@ async def test_a_valkey_is_recognized_with_its_version_and_mode(
 
     async def info_of_valkey(self: Redis, *sections: str) -> dict[str, object]:
         reply = dict(await info(self, *sections))
-        reply.pop("redis_mode")
+        reply.pop("redis_mode", None)
         return reply | {"redis_version": "7.2.4", "valkey_version": "9.1.2", "server_mode": mode}
 
     monkeypatch.setattr(Redis, "info", info_of_valkey)

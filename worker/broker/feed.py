@@ -23,8 +23,8 @@ FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 """Entries to publish, each with its id: by their log, or by the channel of a log that this process does not write."""
 
 _REFUSED = "feed_refused"
-_NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|' channel$", re.IGNORECASE)
-"""Matches the errors of Redis 6.2 to 8 for a PUBLISH that the user has no right to, or that was renamed."""
+_NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|access a channel|' channel$", re.IGNORECASE)
+"""Matches the errors of Redis 6.2 to 8 and Valkey 9 for a PUBLISH that was renamed or is not allowed."""
 _encode = msgspec.json.encode
 
 
