@@ -172,6 +172,15 @@ def test_a_job_that_failed_at_one_server_waits_for_another_that_is_full(clock: C
     assert best([failing, full]) is failing
 
 
+def test_jobs_that_failed_at_a_server_leave_one_place_to_the_others(server: Server, burden: Burden) -> None:
+    failed = Caller()
+    server.record_failure(server.circuit.begin(failed), classify(401, "not this request"))
+    burden(server, server.room - 2)
+    assert server.has_room_for(failed)
+    burden(server, 1)
+    assert (server.room, server.has_room_for(failed), server.has_room_for(Caller())) == (1, False, True)
+
+
 def test_a_503_lets_a_probe_decide_whether_a_server_is_behind_the_gateway(server: Server) -> None:
     server.record_failure(begin(server), classify(429, "slow down"))
     assert not server.circuit.wants_probe

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from operator import itemgetter
 
 from .circuit import Caller, CircuitState
 from .server import Server
@@ -80,18 +81,22 @@ class PlaceQueue:
                 return
 
     def wake_all(self) -> None:
-        """Wake every job: a circuit or a list of models has changed."""
+        """Wake every job: a circuit or a list of models has changed.
+
+        Jobs that have failed nowhere come first. If a server fails for some jobs only, these would otherwise take its
+        room each time, and then its circuit opens again.
+        """
         waiting, self._waiting = self._waiting, {}
-        for places in waiting.values():
-            for place in places:
-                if not place.done():
-                    place.set_result(None)
+        places = [(bool(caller.failed_at), place) for jobs in waiting.values() for place, caller in jobs.items()]
+        for _, place in sorted(places, key=itemgetter(0)):
+            if not place.done():
+                place.set_result(None)
 
     def _first_of(self, model: str, server: Server, most: int) -> "list[asyncio.Future[None]]":
-        """The first jobs of a model, at most `most`, that the server's circuit admits."""
+        """The first jobs of a model, at most `most`, that the server accepts."""
         first: list[asyncio.Future[None]] = []
         for place, caller in self._waiting[model].items():
-            if server.circuit.admits(caller, last_resort=True):
+            if server.circuit.admits(caller, last_resort=True) and server.has_room_for(caller):
                 first.append(place)
                 if len(first) >= most:
                     break

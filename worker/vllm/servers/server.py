@@ -128,12 +128,14 @@ class Server:
     def has_room_for(self, caller: Caller) -> bool:
         """Whether a request of a job can be sent now, if the circuit admits the job.
 
-        A pause after a refusal holds for all jobs, and so does the limit for a job that the server has refused.
+        A pause after a refusal holds for all jobs, and so does the limit for a job that the server has refused. A job
+        that has failed at the server leaves one place free: otherwise jobs that fail again and again take all places.
         """
         may_exceed_limit = caller.may_exceed_limit and self.circuit not in caller.turned_away_by
         if may_exceed_limit or self.circuit.state is CircuitState.HALF_OPEN:
             return self.limit.opens_in() is None
-        return self.limit.room(self.in_flight) > 0
+        has_failed = self.circuit in caller.failed_at and self.limit.value >= 2
+        return self.limit.room(self.in_flight) > has_failed
 
     def silences(self) -> tuple[list[float], list[float]]:
         """How long the requests are silent, in seconds, before and after their first token. Any thread may call it."""
