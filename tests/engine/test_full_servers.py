@@ -1,14 +1,16 @@
 """Jobs at servers that are full, or that are shutting down: they wait, and none of them fails."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
-from conftest import StartSimulator, StartWorker
+from conftest import StartSimulator, StartWorker, metric
 from waits import eventually
 
 from worker import Client
 from worker.contract.entries import Object
+from worker.engine.pace import Pace
 from worker.sandbox.simulator.options import Options, Scenario
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
@@ -107,3 +109,25 @@ async def test_a_lone_draining_server_fails_no_job_and_its_successor_answers(
     await start_simulator(options, port=port)
     outcomes = [(await client.result(request_id)).outcome for request_id in ids]
     assert outcomes == ["done"] * 10
+
+
+@pytest.mark.parametrize(("fault", "parks"), [("429", 1), ("500", 0)])
+async def test_a_job_that_has_failed_is_not_parked_at_a_full_server_which_would_forget_its_tries(
+    fault: str,
+    parks: int,
+    client: Client,
+    start_worker: StartWorker,
+    start_simulator: StartSimulator,
+    pace: Pace,
+) -> None:
+    server = await start_simulator()
+    worker = await start_worker(server, pace=replace(pace, longest_wait_here=0.05))
+    simulate = {"fault": fault, "times": 1, "then": "429", "retry_after": 0.2}
+    request_id = await client.enqueue(chat_request("Hello", simulate=simulate))
+
+    async def was_refused_often() -> bool:
+        return len(server.served) >= 3
+
+    await eventually(was_refused_often)
+    assert min(1, metric(worker, "jobs_parked_total")) == parks
+    await client.cancel(request_id)

@@ -179,7 +179,7 @@ class Generation:
         tries = Tries(self._settings.tries, pace.first_retry)
         self._caller.refused_at.clear()  # the servers that refused the former model may accept this one
         while True:
-            await self._wait_for_server(model, others)
+            await self._wait_for_server(model, others, has_failed=tries.made > 0)
             server = self._servers.choose(model, self._caller, other_than=server)
             is_trial = server.circuit.state is CircuitState.HALF_OPEN
             tries = tries.with_one_more()
@@ -217,11 +217,12 @@ class Generation:
                 if decision.needs_next_attempt:
                     await self._begin_attempt(error.code)
 
-    async def _wait_for_server(self, model: str, others: Sequence[str]) -> None:
+    async def _wait_for_server(self, model: str, others: Sequence[str], *, has_failed: bool) -> None:
         """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model.
 
         The wait is short if the job may be parked. After it the job goes back to its queue, where it holds no slot and
-        any worker can take it.
+        any worker can take it. Its tries are then forgotten. So a job that `has_failed` is parked only while every
+        server is away: otherwise a bad job would never run out of tries at a server that is full again and again.
 
         Raises:
             MustWait: when no server accepts a request. All entries of the log are then written.
@@ -239,8 +240,10 @@ class Generation:
         try:
             while not self._servers.accepts(model, self._caller):
                 if (left := ends_at - time.monotonic()) <= 0:
-                    await self._job.wait_for(self._log.wait_drained())
-                    raise MustWait(model)
+                    if not has_failed or self._servers.are_away(model):
+                        await self._job.wait_for(self._log.wait_drained())
+                        raise MustWait(model)
+                    left = longest
                 available = self._servers.wait_available(model, others, caller=self._caller, within=left)
                 await self._job.within_limits(available, self._log)
         finally:

@@ -145,6 +145,10 @@ class ServerPool:
         """Wait until room, a circuit or a list of models may have changed, for at most `within` seconds."""
         await wait_set(self._news, next_opening(self.servers, self._pace.probe_every, within))
 
+    def are_away(self, model: str) -> bool:
+        """Whether every server of this model is away."""
+        return all(server.is_away for server in self.servers_for(model))
+
     def should_fall_back(self, model: str, others: Sequence[str], caller: Caller) -> bool:
         """Whether no server of this model may answer the job, and a server accepts a request for one of `others`.
 
