@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 from conftest import StartProcess
@@ -20,6 +21,7 @@ from waits import eventually
 
 from worker import Answer, Client
 from worker.contract.entries import Entry, parse
+from worker.contract.records import WorkerRecord
 
 # Read here, because the suite hides the settings of the person who runs it.
 URLS = [url.rstrip("/").removesuffix("/v1") for url in os.environ.get("VLLM_URLS", "").split(",") if url]
@@ -93,6 +95,21 @@ def held(urls: Iterable[str]) -> Iterator[list[psutil.Process]]:
                 engine.resume()
 
 
+async def learn_limits(client: Client, redis: Redis, name: str, servers: int) -> None:
+    """Let the worker learn that its servers answer all the questions at once: at first it sends few requests."""
+    short = chat_request(name, QUESTIONS[0]) | {"max_tokens": 8}
+
+    async def are_learnt() -> bool:
+        added = [await client.enqueue(short) for _ in range(64)]
+        for request_id in added:
+            await client.result(request_id)
+        records = [msgspec.json.decode(value, type=WorkerRecord) for value in await redis.hvals("chat:workers")]
+        limits = [server.limit for record in records for server in record.servers]
+        return len(limits) == servers and min(limits) >= len(QUESTIONS) * COPIES
+
+    await eventually(are_learnt, within=100)
+
+
 async def under_way(client: Client, redis: Redis, name: str, engine: psutil.Process) -> dict[str, list[str]]:
     """Each question several times; this engine has computed some tokens of each of them, and finished none."""
     repeated = [question for question in QUESTIONS for _ in range(COPIES)]
@@ -152,6 +169,7 @@ def check_all_were_broken(broken: dict[str, list[str]]) -> None:
 async def test_no_answer_shows_the_death_of_a_worker(client: Client, redis: Redis, start_process: StartProcess) -> None:
     name, (one, two) = await model(), [SimpleNamespace(url=url) for url in URLS]
     first = start_process(one, lease=1)
+    await learn_limits(client, redis, name, 1)
     with held(URLS[:1]) as (engine,):
         ids = await under_way(client, redis, name, engine)
         first.kill()
@@ -165,6 +183,7 @@ async def test_no_answer_shows_the_death_of_an_engine(
 ) -> None:
     name = await model()
     start_process(*[SimpleNamespace(url=url) for url in URLS], lease=5)
+    await learn_limits(client, redis, name, 2)
     with held(URLS) as (engine, _):
         ids = await under_way(client, redis, name, engine)
         core = engine_of(URLS[0])
