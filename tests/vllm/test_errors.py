@@ -266,6 +266,9 @@ def test_a_retry_after_date_needs_no_date_header(year: int, seconds: float) -> N
         (500, {"error": {"message": "The request queue is full."}}),
         (502, {"error": "server busy, please try again.  maximum pending requests exceeded"}),
         (500, {"error": {"message": "cannot schedule new futures after shutdown", "code": 500}}),
+        (500, {"error": {"message": "litellm.InternalServerError: cannot schedule new futures after shutdown"}}),
+        (429, {"error": {"message": "Rate limit reached", "code": "rate_limit_exceeded"}}),
+        (503, {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}),
     ],
 )
 def test_a_full_server_is_busy(status: int, body: object) -> None:
@@ -288,6 +291,18 @@ def test_a_refusal_by_a_full_vllm_may_come_within_a_stream() -> None:
         (500, {"error": "the engine is dead"}),
         (502, "<html><title>Bad gateway</title></html>"),
         (503, {"error": {"message": "Request failed; please retry"}}),
+        # The account has no money left: no wait helps.
+        (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": None}}),
+        (429, {"error": {"message": "litellm.RateLimitError: You exceeded your current quota"}}),
+        (429, {"error": {"message": "Your credit balance is too low"}}),
+        # The server behind a proxy has died, perhaps of this request.
+        (503, "upstream connect error or disconnect/reset before headers. reset reason: connection termination"),
+        (503, "upstream connect error or disconnect/reset before headers. reset reason: remote reset"),
+        # The words are those of the request, which the server quotes.
+        (500, {"error": {"message": "unexpected token in 'the server is busy': position 3"}}),
+        (500, {"error": {"message": 'bad template for "cannot schedule new futures after shutdown"'}}),
+        (500, {"error": {"message": f"error in template of: {'Once upon a time. ' * 9} the server is busy"}}),
+        (500, {"error": {"message": "Who wrote: cannot schedule new futures after shutdown? I forgot."}}),
     ],
 )
 def test_a_server_that_refuses_or_fails_is_not_busy(status: int, body: object) -> None:

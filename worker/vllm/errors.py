@@ -114,10 +114,26 @@ _BUSY_WORDS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """Matches the messages of servers that are full, with any status of an error that is worth a retry."""
-_DRAINING_WORDS = re.compile(r"\bcannot schedule new futures after (interpreter )?shutdown\b", re.IGNORECASE)
-"""Matches the error of vLLM 0.32.0 between SIGTERM and its end, with status 500. Its `/health` still answers 200."""
-_FAILED_WORDS = re.compile(r"\brequest failed; please retry\b", re.IGNORECASE)
-"""Matches the message of vLLM's RetryableRequestError: the request failed inside a server that is not full (503)."""
+_DRAINING_WORDS = re.compile(
+    r"([\w.]+: ){0,3}cannot schedule new futures after (interpreter )?shutdown\W*", re.IGNORECASE
+)
+"""Matches the error of vLLM 0.32.0 between SIGTERM and its end, with status 500. Its `/health` still answers 200.
+
+It is the whole message: a message that quotes the request may hold these words too.
+"""
+_NOT_FULL_WORDS = re.compile(
+    r"""
+      \brequest\ failed;\ please\ retry\b              # vLLM's RetryableRequestError: the request failed inside it
+    | \bdisconnect/reset\ before\ headers\b.*(termination|remote\ reset)  # Envoy: the server has died
+    | \bexceeded\ your\ current\ quota\b | \bcredit\ balance\b           # OpenAI, Anthropic: nothing is paid
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Matches the messages of servers with a status of `_BUSY_STATUS` that are not full: a wait alone does not help."""
+_NOT_FULL = frozenset({"insufficient_quota", "billing_error", "billing_hard_limit_reached"})
+_QUOTED = re.compile(r"""'.*'|".*"|`.*`""", re.DOTALL)
+_LONGEST_BUSY_MESSAGE = 200
+"""Characters. A longer message with a status that does not say that the server is full may quote the request."""
 
 
 class UpstreamError(Exception):
@@ -252,7 +268,7 @@ def classify(
     error = UpstreamError(
         code, message, status=status, retryable=retryable, elsewhere=elsewhere, retry_after=retry_after, words=words
     )
-    error.is_draining = retryable and _DRAINING_WORDS.search(message) is not None
+    error.is_draining = retryable and _DRAINING_WORDS.fullmatch(message) is not None
     error.is_busy = error.is_draining or (retryable and _is_full(status, message, words))
     return error
 
@@ -312,9 +328,12 @@ def _is_context_error(message: str, words: AbstractSet[str]) -> bool:
 
 
 def _is_full(status: int, message: str, words: AbstractSet[str]) -> bool:
-    if status in {401, 403} or _FAILED_WORDS.search(message):
+    """Whether a server refused a request because it is full. A wait then helps, without any end but the deadline."""
+    if status in {401, 403} or words & _NOT_FULL or _NOT_FULL_WORDS.search(message):
         return False
-    return status in _BUSY_STATUS or "overloaded_error" in words or _BUSY_WORDS.search(message) is not None
+    if status in _BUSY_STATUS or "overloaded_error" in words:
+        return True
+    return len(message) <= _LONGEST_BUSY_MESSAGE and _BUSY_WORDS.search(_QUOTED.sub("", message)) is not None
 
 
 def _is_model_error(status: int, message: str, words: AbstractSet[str]) -> bool:
