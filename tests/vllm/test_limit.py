@@ -265,6 +265,18 @@ def test_an_idle_server_is_filled_quickly(prefill: float, metrics: bool, seconds
     assert fleet.time.now <= seconds
 
 
+@pytest.mark.parametrize("starts", [0.0, 0.5, 0.9])
+def test_a_fresh_worker_has_64_requests_in_5_s_if_first_tokens_take_a_second(starts: float) -> None:
+    fleet = Simulation(
+        runs=256, slots=256, prefill=steady(1), generation=steady(60), starts=lambda _: starts
+    )  # fmt: skip
+    fleet.enqueue(1000)
+    fleet.time.run(lambda: fleet.in_flight >= 64)
+    assert fleet.time.now - starts <= 5.5
+    fleet.time.run(lambda: fleet.in_flight >= 250)
+    assert fleet.time.now - starts <= 7
+
+
 def test_long_prompts_are_no_queue() -> None:
     def few_long(rng: random.Random) -> float:
         return 5.0 if rng.random() < 0.2 else 0.05

@@ -2,8 +2,10 @@
 
 **Growth.** Only a limit that is used grows. The first event of a request that was sent after the last growth shows that
 the server has room: the limit grows by a quarter (the slow start of TCP, with less overshoot). A server that lets
-requests wait sends no first event, and so stops the growth. A decrease makes the steps small (additive increase; Chiu
-and Jain 1989). Each request that the server accepts makes them larger, until the limit grows by a quarter again.
+requests wait sends no first event, and so stops the growth. First events may take seconds, so a reading of /metrics
+without a waiting request counts too: it adds a half, or at a large server as much again. A decrease makes the steps
+small (additive increase; Chiu and Jain 1989). Each request that the server accepts makes them larger, until the limit
+grows by a quarter again.
 
 **Decrease.** Each kind of server has its own signal:
 
@@ -44,6 +46,8 @@ _LEAST_SHARE = 1 / 32
 """The least limit, and its least part of the server's running requests: those that wait may be of other clients."""
 _CALM = 4
 """Readings of /metrics in sequence without a waiting request, after which the limit grows as fast as at first."""
+_SMALL = 16.0
+"""From here on, a reading of /metrics doubles the limit, until a request has waited. A small server may refuse some."""
 _LOAD_LASTS = 5.0
 """Seconds for which a reading of /metrics replaces the waits for first events."""
 _LONGEST_PAUSE = 60.0
@@ -166,7 +170,8 @@ class ConcurrencyLimit:
         elif is_used and self._has_queue and self._calm >= _CALM:
             self._step = _RAMP
         if is_used and not waiting and self._step >= _RAMP:
-            self._grow(max(2.0, self.value / 2))
+            is_careful = self._has_queue or self.value < _SMALL
+            self._grow(max(2.0, self.value / 2 if is_careful else self.value))
 
     @property
     def _whole(self) -> int:
