@@ -320,3 +320,37 @@ def test_the_choice_is_among_the_servers_that_admit_the_job(clock: Clock, burden
     assert best([away, trial]) is trial
     assert [server.circuit.admits(Caller()) for server in servers] == [False, False, True]
     assert [server.is_away for server in servers] == [True, False, False]
+
+
+def test_a_half_open_server_that_is_full_gets_no_request_beyond_its_limit(
+    server: Server, clock: Clock, burden: Burden
+) -> None:
+    """Its old streams go on. Without the limit, each refusal would let the next request go there at once."""
+    burden(server, 10)
+    for _ in range(FAILURES):
+        server.record_failure(begin(server), truncated("cut"))
+    clock.now += 10
+    server.circuit.on_probe("")
+    caller = Caller()
+    sent = server.circuit.begin(caller)
+    burden(server, 1)
+    server.record_failure(sent, classify(503, "full"))
+    server.circuit.on_end(sent)
+    assert (server.has_room_for(caller), server.has_room_for(Caller()), server.room) == (False, False, 0)
+
+
+@pytest.mark.parametrize("error", [classify(503, "full"), classify(500, "dead"), truncated("cut")])
+def test_a_draining_server_that_gives_another_error_is_not_asked_more_often(
+    server: Server, clock: Clock, error: UpstreamError
+) -> None:
+    server.record_failure(begin(server), classify(500, "cannot schedule new futures after shutdown"))
+    limit = server.limit.value
+    pauses = []
+    for _ in range(4):
+        began = clock.now
+        while not server.circuit.wants_drain_trial:
+            clock.now += 0.5
+        pauses.append(clock.now - began)
+        server.record_failure(server.circuit.begin(Caller(is_job=False)), error)
+    assert pauses == [1, 2, 4, 8]
+    assert (server.circuit.reason, server.limit.value, server.limit.opens_in()) == ("draining", limit, None)

@@ -260,6 +260,8 @@ class Circuit:
         if at_once and self.is_draining:
             self.reason = reason  # the end of the drain, which is no change of state
             return
+        if self.is_draining and not caller.is_job:
+            self._drain_pause.begin(self._clock())
         if request.epoch != self._epoch or self.state is CircuitState.OPEN:
             return
         if at_once:
@@ -289,9 +291,19 @@ class Circuit:
             self._drain_pause.begin(self._clock())
             self._open(DRAINING)
 
-    def suspect(self) -> None:
-        """Let the next probe decide whether the server is away."""
-        self._is_suspect = self.state in {CircuitState.CLOSED, CircuitState.HALF_OPEN}
+    def on_busy(self, request: ServerRequest, *, is_suspect: bool) -> None:
+        """Record that the server refused a request because it is full. That closes a half-open circuit.
+
+        The limit of the server then decides who may send a request; a half-open circuit would admit one after another.
+        If the answer `is_suspect`, the next probe decides whether the server is away.
+        """
+        if self.is_draining:
+            if not request.caller.is_job:
+                self._drain_pause.begin(self._clock())
+            return
+        if self.state is CircuitState.HALF_OPEN and request.epoch == self._epoch:
+            self._become(CircuitState.CLOSED)
+        self._is_suspect |= is_suspect and self.state in {CircuitState.CLOSED, CircuitState.HALF_OPEN}
 
     def on_end(self, request: ServerRequest) -> None:
         """Record that a request has ended with any result, so that another request may be the trial."""

@@ -205,10 +205,11 @@ class Server:
             self.circuit.on_drain(request)
             return
         if error.is_busy:
-            self.limit.on_refused(max(1, self.in_flight), error.retry_after)
+            if not self.circuit.is_draining:
+                self.limit.on_refused(max(1, self.in_flight), error.retry_after)
             request.caller.turned_away_by[self.circuit] = error
-            if error.status != 429:  # a gateway without a server behind it answers 503 too: the probe decides
-                self.circuit.suspect()
+            # A gateway without a server behind it answers 503 too.
+            self.circuit.on_busy(request, is_suspect=error.status != 429)
             return
         if counts_against_server(error):
             self.circuit.on_failure(request, error.code, at_once=isinstance(error, NoConnection) or refuses_key)
