@@ -136,7 +136,7 @@ async def test_a_handed_over_job_is_claimed_at_once_without_raising_its_count(gr
     (entry,) = await add(redis, 1)
     one = group.consumer("one")
     (delivery,) = await one.read_new("default", 1, 100)
-    assert await one.hand_over([(delivery, 0)]) == [True]
+    assert await one.hand_over([delivery]) == [True]
     (claimed,) = await group.claim_expired("two", 1)
     assert claimed.left_for is not None
     assert 0 <= claimed.left_for < 30, "the time since the hand-over"
@@ -149,16 +149,15 @@ async def test_a_hand_over_returns_refusals_and_jobs_that_are_not_ours_any_more(
     one = group.consumer("one")
     first, *others = await one.read_new("default", 3, 100)
     await one.acknowledge(first)
-    leases = [(delivery, 0.0) for delivery in (first, *others)]
     await redis.config_set("min-replicas-to-write", "1")
     try:
-        results = await one.hand_over(leases)
+        results = await one.hand_over([first, *others])
         assert [type(reply) for reply in results] == [bool, *[ResponseError] * 2]
         assert results[0] is False
         assert "NOREPLICAS" in str(results[1])
     finally:
         await redis.config_set("min-replicas-to-write", "0")
-    assert await one.hand_over(leases) == [False, True, True]
+    assert await one.hand_over([first, *others]) == [False, True, True]
 
 
 async def test_a_delivery_has_the_count_of_deliveries(group: Group, redis: Redis) -> None:
@@ -178,7 +177,7 @@ async def test_a_hand_over_after_a_lost_reply_does_not_raise_the_count_either(gr
     (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
     await group.claim_expired("one", 1)
-    await one.hand_over([(delivery, 0)])
+    await one.hand_over([delivery])
     (claimed,) = await group.claim_expired("two", 1)
     assert claimed.count == delivery.count == 1
 
@@ -189,7 +188,7 @@ async def test_a_job_of_another_worker_is_not_handed_over(group: Group, redis: R
     (delivery,) = await one.read_new("default", 1, 100)
     await expired(redis, entry)
     await group.claim_expired("two", 1)
-    assert await one.hand_over([(delivery, LEASE * 3)]) == [False]
+    assert await one.hand_over([delivery]) == [False]
     assert await group.claim_expired("three", 1) == []
 
 
@@ -274,7 +273,7 @@ async def test_no_job_of_a_deleted_queue_is_outstanding_or_held(gone: str, group
     await (redis.delete("chat:jobs") if gone == "stream" else redis.xgroup_destroy("chat:jobs", GROUP))
     assert not await one.is_outstanding("default", entry)
     assert not await one.is_held(delivery)
-    await one.hand_over([(delivery, 0)])
+    await one.hand_over([delivery])
 
 
 async def test_an_expired_lease_behind_many_live_ones_is_found_at_once_for_a_single_slot(

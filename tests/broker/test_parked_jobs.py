@@ -34,8 +34,8 @@ def parked_by(one: Process) -> ParkedJobs:
     return ParkedJobs(one.commands, Keys(), one.name, LEASE, now)
 
 
-def job(delivery: Delivery, *, model: str = "m", tenant: str = "", left: int = 60_000, age: float = 0.0) -> ParkedJob:
-    return ParkedJob(delivery, age, tenant, model, now() + left)
+def job(delivery: Delivery, *, model: str = "m", tenant: str = "", left: int = 60_000) -> ParkedJob:
+    return ParkedJob(delivery, tenant, model, now() + left)
 
 
 async def taken(one: Process, redis: Redis, count: int) -> list[Delivery]:
@@ -135,6 +135,17 @@ async def test_only_a_job_whose_deadline_has_passed_is_overdue(one: Process, par
     assert [delivery.id for delivery in await parked.take(line, 5)] == [first.id, third.id]
 
 
+@pytest.mark.parametrize("deadline", [1, 10**9, 2**53])
+async def test_a_deadline_far_away_from_now_is_in_the_line_too(
+    deadline: int, one: Process, parked: ParkedJobs, redis: Redis
+) -> None:
+    """Redis replaces an idle time that is longer than its clock has run (since 1970) by 0, so no worker would see it."""
+    (delivery,) = await taken(one, redis, 1)
+    await parked.park([ParkedJob(delivery, "", "m", deadline)])
+    line = await the_line(parked)
+    assert [each.id for each in await parked.take(line, 5)] == [delivery.id]
+
+
 async def test_a_job_becomes_overdue_as_time_passes(one: Process, parked: ParkedJobs, redis: Redis) -> None:
     (delivery,) = await taken(one, redis, 1)
     await parked.park([job(delivery, left=300)])
@@ -163,7 +174,7 @@ async def test_a_worker_of_an_earlier_version_takes_parked_and_handed_over_jobs(
     """It searches by XAUTOCLAIM for jobs that were idle for a lease."""
     first, second = await taken(one, redis, 2)
     await parked.park([job(first)])
-    assert await one.jobs.hand_over([(second, 0.0)]) == [True]
+    assert await one.jobs.hand_over([second]) == [True]
     _, messages, *_ = await redis.xautoclaim("chat:jobs", GROUP, "old", int(LEASE * 1000), "0-0", count=10)
     assert [entry.decode() for entry, _ in messages] == [first.id, second.id]
     pending = await redis.xpending_range("chat:jobs", GROUP, "-", "+", 10, "old")
@@ -291,7 +302,7 @@ async def test_empty_lines_are_removed_like_consumers_of_dead_workers(
     await parked.park([job(full, model="full"), job(empty, model="empty")])
     (line,) = [line for line in await parked.lines("default") if line.model == "empty"]
     await parked.take(line, 1)
-    await one.jobs.hand_over([(empty, 0.0)])
+    await one.jobs.hand_over([empty])
     await claim_expired(one.abandoned)
     await one.jobs.remove_stale_consumers("default", {"one"}, idle=0)
     names = {cast("bytes", consumer["name"]).decode() for consumer in await redis.xinfo_consumers("chat:jobs", GROUP)}

@@ -234,8 +234,7 @@ class FleetWorker:
         self._stop(running, Stop.HAND_OVER)
         await asyncio.gather(self._tasks[running.delivery.id], return_exceptions=True)
         if running.stop.result() is Stop.HAND_OVER:
-            age = self._world.clock - running.renewed
-            await self._parked.park([ParkedJob(running.delivery, age, "tenant", "model", _now() + 10**9)])
+            await self._parked.park([ParkedJob(running.delivery, "tenant", "model", _now() + 10**9)])
 
     async def _leave(self) -> None:
         jobs = list(self.running.values())
@@ -244,7 +243,7 @@ class FleetWorker:
         await asyncio.gather(*(self._tasks[running.delivery.id] for running in jobs), return_exceptions=True)
         for running in jobs:
             if running.stop.result() is Stop.HAND_OVER:
-                await self._jobs.hand_over([(running.delivery, self._world.clock - running.renewed)])
+                await self._jobs.hand_over([running.delivery])
 
     def _stop(self, running: Running, reason: Stop) -> None:
         if not running.stop.done():

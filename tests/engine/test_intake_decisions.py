@@ -240,7 +240,7 @@ def test_the_more_important_queue_comes_first_and_the_other_does_not_starve() ->
 
 def parked(tenant: str = "", models: tuple[str, ...] = ("a",), queue: str = "default") -> tuple[ParkedJob, JobOutline]:
     delivery = Delivery(queue, "1-0", {})
-    return ParkedJob(delivery, 0.0, tenant, line_name(models), 5), JobOutline(models, tenant, 5)
+    return ParkedJob(delivery, tenant, line_name(models), 5), JobOutline(models, tenant, 5)
 
 
 def test_a_line_is_known_at_once_when_this_process_parks_a_job() -> None:

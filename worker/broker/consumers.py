@@ -34,7 +34,7 @@ LEAST_PARKED = DEADLINE_IDLE // 2
 """The least idle time of a parked job that was not taken yet."""
 
 LONGEST_WAIT = DEADLINE_IDLE // 4
-"""The longest time in ms (7 years) to its deadline that the idle time of a parked job expresses."""
+"""The longest time in ms (7 years) to or since its deadline that the idle time of a parked job expresses."""
 
 WAITING = "waiting:"
 """The prefix of the pseudo-consumers that are lines of parked jobs."""

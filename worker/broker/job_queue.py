@@ -133,23 +133,23 @@ class JobQueue:
             results |= {(queue, job): kept if isinstance(kept, Exception) else job.encode() in kept for job in ids}
         return [results[delivery.queue, delivery.id] for delivery, _ in leases]
 
-    async def hand_over(self, leases: Sequence[tuple[Delivery, float]]) -> list[bool | Exception]:
+    async def hand_over(self, deliveries: Sequence[Delivery]) -> list[bool | Exception]:
         """Let other workers take over running jobs at once, without raising their delivery counts.
 
-        Arguments and results are those of `renew_leases`.
+        The results are those of `renew_leases`.
         """
         pipe = self._commands.pipeline(transaction=False)
-        for delivery, _ in leases:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
+        for delivery in deliveries:  # a repeated XCLAIM would take the job from a worker that has taken it meanwhile
             pipe.xpending_range(self._keys.jobs(delivery.queue), GROUP, delivery.id, delivery.id, 1, self._consumer)
         held = await pipe.execute(raise_on_error=False)
-        for (delivery, age), pending in zip(leases, held, strict=True):
+        for delivery, pending in zip(deliveries, held, strict=True):
             if not pending or isinstance(pending, Exception):
                 continue
             pipe.xclaim(
                 self._keys.jobs(delivery.queue),
                 GROUP,
                 HANDED_OVER,
-                max(0, int(age * 1000) - self._lease_ms // 2),
+                max(0, pending[0]["time_since_delivered"] - self._lease_ms // 2),
                 [delivery.id],
                 idle=HANDED_OVER_IDLE,
                 # The claim of the next owner adds one, which gives the count of this owner's delivery.

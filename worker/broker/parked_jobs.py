@@ -36,10 +36,9 @@ class ParkedLine:
 
 @dataclass(frozen=True, slots=True)
 class ParkedJob:
-    """A job to park. `age` is the seconds since its last renewal; `deadline` is Unix ms by Redis's clock."""
+    """A job to park. `deadline` is Unix ms by Redis's clock."""
 
     delivery: Delivery
-    age: float
     tenant: str
     model: str
     deadline: int
@@ -106,9 +105,9 @@ class ParkedJobs:
                 self._keys.jobs(job.delivery.queue),
                 GROUP,
                 line_of(job.tenant, job.model),
-                max(0, int(job.age * 1000) - self._lease_ms // 2),
+                max(0, pending[0]["time_since_delivered"] - self._lease_ms // 2),
                 [job.delivery.id],
-                idle=DEADLINE_IDLE - min(job.deadline - self._now(), LONGEST_WAIT),
+                idle=DEADLINE_IDLE - max(-LONGEST_WAIT, min(job.deadline - self._now(), LONGEST_WAIT)),
                 # The claim of the next owner adds one, which gives the count of this owner's delivery.
                 retrycount=job.delivery.count - 1,
                 justid=True,

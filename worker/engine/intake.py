@@ -160,14 +160,13 @@ class JobIntake:
                 startable.append(delivery)
                 demands[delivery.id] = demand
             elif self._parking.is_possible and may_be_valid(delivery, self._settings):
-                waiting.append(JobToPark(delivery, outline, 0.0))
+                waiting.append(JobToPark(delivery, outline))
             else:
                 startable.append(delivery)
         started = self._running_jobs.start(startable, sent, demands)
         self._slots.release(slots - started)
         if waiting:
-            age = time.monotonic() - sent
-            results = await self._parking.park([JobToPark(job.delivery, job.outline, age) for job in waiting])
+            results = await self._parking.park(waiting)
             kept = [job.delivery for job, result in zip(waiting, results, strict=True) if isinstance(result, Exception)]
             late = self._running_jobs.start(kept, sent)
             self._slots.release(-late)

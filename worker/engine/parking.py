@@ -24,11 +24,10 @@ _WHAT = "park_failed"
 
 @dataclass(frozen=True, slots=True)
 class JobToPark:
-    """A job that must wait. `age` is the seconds since its last renewal."""
+    """A job that must wait."""
 
     delivery: Delivery
     outline: JobOutline
-    age: float
 
 
 class Parking:
@@ -57,7 +56,7 @@ class Parking:
     async def park(self, jobs: Sequence[JobToPark]) -> list[bool | Exception]:
         """Park jobs. Returns for each whether this worker still had the job, or the error if it was not parked."""
         parked = [
-            ParkedJob(job.delivery, job.age, job.outline.tenant, line_name(job.outline.models), job.outline.deadline)
+            ParkedJob(job.delivery, job.outline.tenant, line_name(job.outline.models), job.outline.deadline)
             for job in jobs
         ]
         try:
@@ -75,7 +74,7 @@ class Parking:
             self._telemetry.emit(Recovered(_WHAT))
         return results
 
-    async def park_started(self, delivery: Delivery, age: float, model: str) -> bool | Exception:
+    async def park_started(self, delivery: Delivery, model: str) -> bool | Exception:
         """Park a job that was started here and waits for a server of `model`, its own model or one of its fallbacks."""
         outline = outline_of(delivery)
         if outline is None:
@@ -84,7 +83,7 @@ class Parking:
             place = outline.models.index(model)
             outline = JobOutline(outline.models[place:], outline.tenant, outline.deadline)
         self.admission.on_parked(outline.models[0])
-        (result,) = await self.park([JobToPark(delivery, outline, age)])
+        (result,) = await self.park([JobToPark(delivery, outline)])
         return result
 
     def on_ended(self, model: str) -> None:

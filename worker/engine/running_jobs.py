@@ -174,8 +174,7 @@ class RunningJobs:
         backoff = Backoff()
         while not running.stop.done():
             async with self._renewing:
-                age = time.monotonic() - running.renewed
-                result = await parking.park_started(running.delivery, age, model)
+                result = await parking.park_started(running.delivery, model)
             if not isinstance(result, Exception):  # if it is false, another worker has the job
                 return True
             if not is_transient(result):
@@ -259,13 +258,12 @@ class RunningJobs:
             running.stop_for(Stop.HAND_OVER)
         if stopped:
             await asyncio.wait({running.task for running in stopped}, timeout=within / 2)
-        now = time.monotonic()
         ended = [running for running in stopped if running.stop.result() is Stop.HAND_OVER and running.task.done()]
         if not ended:
             return
         try:
             async with asyncio.timeout(within / 2), self._renewing:
-                replies = await self._jobs.hand_over([(running.delivery, now - running.renewed) for running in ended])
+                replies = await self._jobs.hand_over([running.delivery for running in ended])
         except (RedisError, OSError) as error:
             self._telemetry.emit(HandOverFailed(len(ended), type(error).__name__))
             return
