@@ -163,6 +163,19 @@ def test_a_job_of_an_unlisted_model_that_comes_back_waits_for_a_change_of_the_se
     assert admission.admit(["new"]) is None
 
 
+def test_a_job_that_found_full_servers_for_an_unlisted_model_starts_again_when_its_lists_are_forgotten() -> None:
+    clock = Clock()
+    servers = FakeServers(a=5)
+    admission = Admission(servers, clock)
+    assert admission.admit(["new"])
+    servers.rooms["new"] = 0  # the job has fetched the lists: any server may have the model
+    admission.on_parked("new")
+    del servers.rooms["new"]
+    clock.now = 60
+    assert admission.admit(["new"])
+    assert admission.admit(["new"]) is None
+
+
 def test_no_job_of_an_unlisted_model_starts_while_the_servers_are_full() -> None:
     assert Admission(FakeServers(a=0)).admit(["new"]) is None
 
@@ -172,6 +185,12 @@ def test_a_process_remembers_a_bounded_number_of_models() -> None:
     for number in range(3000):
         assert admission.admit([f"new-{number}"])
     assert admission.admit(["new-2999"]) is None
+    for number in range(2000, 3000):
+        admission.on_ended(f"new-{number}")
+    assert admission.admit(["late"])
+    admission.on_ended("late")
+    assert admission.admit(["late"])
+    assert admission.admit(["late"])
     assert admission.admit(["new-0"])
 
 
@@ -271,6 +290,10 @@ def test_the_models_of_a_line_with_a_long_name_are_learnt_from_its_jobs() -> Non
     assert known.models_of(unknown) is None
     known.learn(JobOutline(models, "", 5))
     assert known.models_of(unknown) == models
+    late = ("2000" * 100, "f" * 150)
+    for number in range(2001):
+        known.learn(JobOutline((f"{number}" * 100, "f" * 150), "", 5))
+    assert known.models_of(line(model=model_of_line(line_name(late)))) == late
 
 
 def test_a_queue_is_read_ahead_while_tenants_are_in_use_or_another_queue_has_lines() -> None:
@@ -287,4 +310,6 @@ def test_a_queue_is_read_ahead_while_tenants_are_in_use_or_another_queue_has_lin
     known.replace("default", [line("7", jobs=9999)])
     assert known.reads_ahead("default")
     known.replace("default", [line("7", jobs=10_000)])
+    assert not known.reads_ahead("default")
+    known.replace("default", [line("7", f"model-{number}", jobs=1) for number in range(1000)])
     assert not known.reads_ahead("default")

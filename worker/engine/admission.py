@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..vllm.servers.circuit import Caller
 from ..vllm.servers.room import Demand
@@ -13,6 +13,9 @@ _LONGEST_PAUSE = 2.0
 
 _MOST_MODELS = 1000
 """The most models of which a process remembers that their jobs had to wait: jobs may name any number of models."""
+
+
+_T = TypeVar("_T")
 
 
 class ServerRoom(Protocol):
@@ -50,7 +53,7 @@ class Admission:
         self._servers = servers
         self._clock = clock
         self._pauses: dict[str, _ModelPause] = {}
-        self._served: set[str] = set()
+        self._served: dict[str, None] = {}
         """Models that no server lists, and of which a job has ended here."""
         self._tried_at: dict[str, int] = {}
         """Models that no server lists: the generation of the pool when a job of the model was last started."""
@@ -82,7 +85,9 @@ class Admission:
 
     def on_parked(self, model: str) -> None:
         """Record that a job was started here and found no server."""
-        self._served.discard(model)
+        self._served.pop(model, None)
+        if self._servers.servers_for(model):  # any server may have the model, but all were full
+            self._tried_at.pop(model, None)
         now = self._clock()
         pause = self._pauses.get(model)
         if pause is None:
@@ -94,8 +99,9 @@ class Admission:
     def on_ended(self, model: str) -> None:
         """Record that a job has ended here, so that others of its model may follow."""
         self._pauses.pop(model, None)
-        if model in self._tried_at and len(self._served) < _MOST_MODELS:
-            self._served.add(model)
+        if model in self._tried_at and model not in self._served:
+            _limit(self._served)
+            self._served[model] = None
 
     def _admit_unlisted(self, model: str) -> Demand | None:
         generation = self._servers.generation
@@ -109,7 +115,7 @@ class Admission:
         return self._servers.expect(model)
 
 
-def _limit(known: dict[str, object] | dict[str, int] | dict[str, _ModelPause]) -> None:
+def _limit(known: dict[str, _T]) -> None:
     """Make room for another model: forget the oldest."""
     while len(known) >= _MOST_MODELS:
         known.pop(next(iter(known)))

@@ -11,10 +11,15 @@ from .outline import JobOutline, line_name, models_of_line
 _MOST_AHEAD = 10_000
 """The most parked jobs of a queue up to which the queue is read ahead."""
 
+_MOST_LINES = 1000
+"""The most lines of a queue up to which the queue is read ahead. Each worker lists them twice a second, and jobs may
+name any number of models."""
+
 _TENANTS_LAST = 600.0
 """Seconds since the last job with a tenant for which tenants count as in use."""
 
 _MOST_NAMES = 1000
+"""The most hashes of which a process remembers the models."""
 
 
 class KnownLines:
@@ -64,7 +69,9 @@ class KnownLines:
     def learn(self, outline: JobOutline) -> None:
         """Learn the models of the line in which a job waits, if the line's name does not have them."""
         name = line_name(outline.models)
-        if (known := model_of_line(name)) != name and len(self._models) < _MOST_NAMES:
+        if (known := model_of_line(name)) != name and known not in self._models:
+            while len(self._models) >= _MOST_NAMES:
+                self._models.pop(next(iter(self._models)))
             self._models[known] = outline.models
 
     def models_of(self, line: ParkedLine) -> tuple[str, ...] | None:
@@ -78,7 +85,7 @@ class KnownLines:
         has jobs in lines, would come first.
         """
         lines = [line for line in self._lines.values() if line.queue == queue]
-        if sum(line.jobs for line in lines) >= _MOST_AHEAD:
+        if sum(line.jobs for line in lines) >= _MOST_AHEAD or len(lines) >= _MOST_LINES:
             return False
         seen = self._tenants_seen.get(queue)
         return (
