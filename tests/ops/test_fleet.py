@@ -16,7 +16,7 @@ from worker.broker.parked_jobs import line_of
 from worker.broker.worker_registry import WorkerRegistry
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
-from worker.contract.records import ServerRecord, WorkerRecord
+from worker.contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
 from worker.engine.application import Worker
 from worker.ops.checks import check
 from worker.ops.findings import Finding, listed
@@ -51,6 +51,14 @@ def find(redis_url: str, simulator: Simulator) -> Find:
         return [finding async for finding in check(options) if finding.subject.startswith(subject)]
 
     return found
+
+
+async def test_a_server_that_refuses_everything_is_a_warning(record: Record, find: Find) -> None:
+    server = ServerRecord(url="http://gpu:8000", state="up", reason=REFUSES_ALL)
+    await record("a", lease=15, servers=(server,), paused="vllm_full")
+    warning = (await find("workers at vLLM"))[-1]
+    assert (warning.level, warning.subject) == ("warning", "workers at vLLM http://gpu:8000")
+    assert warning.message.startswith("it has refused every request of a for half a minute")
 
 
 async def test_unequal_leases_are_a_warning(record: Record, find: Find) -> None:

@@ -5,9 +5,12 @@ from contextlib import ExitStack
 
 import pytest
 
+from worker.telemetry.events import Event, Failing, Recovered
 from worker.vllm.errors import NoConnection, UpstreamError, classify, truncated
 from worker.vllm.servers.circuit import FAILURES, Caller, ServerRequest
-from worker.vllm.servers.server import MISSING, Server, best_server
+from worker.vllm.servers.reports import CircuitReports
+from worker.vllm.servers.server import MISSING, REFUSES_ALL_AFTER, Server, best_server
+from worker.vllm.stream.watchdog import StreamTimeouts, StreamWatchdog
 
 Burden = Callable[[Server, int], None]
 
@@ -354,3 +357,39 @@ def test_a_draining_server_that_gives_another_error_is_not_asked_more_often(
         server.record_failure(server.circuit.begin(Caller(is_job=False)), error)
     assert pauses == [1, 2, 4, 8]
     assert (server.circuit.reason, server.limit.value, server.limit.opens_in()) == ("draining", limit, None)
+
+
+def test_a_server_that_refuses_everything_is_noticed_within_half_a_minute(server: Server, clock: Clock) -> None:
+    """Such as a proxy without a server behind it: no job fails there, so nothing else would be seen for a day."""
+    events: list[Event] = []
+
+    class Recording:
+        def emit(self, event: Event) -> None:
+            events.append(event)
+
+    reports = CircuitReports(Recording())
+    for _ in range(4):
+        assert server.refuses_all is None
+        server.record_failure(begin(server), classify(503, "quoted words of the request"))
+        reports.on_request_end(server)
+        assert not events
+        clock.now += REFUSES_ALL_AFTER / 3.9
+    server.record_failure(begin(server), classify(503, "quoted words of the request"))
+    reports.on_request_end(server)
+    (report,) = events
+    assert isinstance(report, Failing)
+    assert report.error == "http://a:1 refuses every request: upstream_unavailable, HTTP status 503"
+    server.on_first_event(begin(server), "m")
+    reports.on_request_end(server)
+    reports.on_request_end(server)
+    assert (server.refuses_all, events[1:]) == (None, [Recovered("vllm_refuses_all")])
+
+
+def test_a_server_that_refuses_beyond_its_answers_refuses_not_everything(server: Server, clock: Clock) -> None:
+    answer = StreamWatchdog(StreamTimeouts())
+    answer.on_answer_start()
+    server.requests.add(answer)
+    for _ in range(10):
+        server.record_failure(begin(server), classify(503, "full"))
+        clock.now += REFUSES_ALL_AFTER
+    assert server.refuses_all is None

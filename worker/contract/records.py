@@ -110,10 +110,15 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+REFUSES_ALL = "refuses_all"
+"""The reason in the record of a server that is up and has refused every request for a while, as a full server does."""
+
+
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A vLLM server as a worker sees it, in the worker's record.
 
-    `url` has no password. `state` is `starting` (not probed yet), `up` or `away`, `reason` is why the server is away.
+    `url` has no password. `state` is `starting` (not probed yet), `up` or `away`, `reason` is why the server is away,
+    or `refuses_all`.
     `requests` are the worker's requests in flight at the server, `limit` is how many it may have there at present.
     """
 

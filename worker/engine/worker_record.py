@@ -8,7 +8,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from ..broker.worker_registry import WorkerRegistry
-from ..contract.records import ServerRecord, WorkerRecord
+from ..contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
 from ..settings import redacted_url
 from ..vllm.servers.server import Server
 from .pace import sleep_unless_set
@@ -24,7 +24,7 @@ def server_records(servers: Sequence[Server]) -> tuple[ServerRecord, ...]:
         ServerRecord(
             url=redacted_url(server.url)[:_MAX_TEXT],
             state="away" if server.is_away else "up" if server.is_known else "starting",
-            reason=server.circuit.reason[:_MAX_TEXT] if server.is_away else "",
+            reason=server.circuit.reason[:_MAX_TEXT] if server.is_away else REFUSES_ALL if server.refuses_all else "",
             requests=server.in_flight,
             limit=round(server.limit.value, 2),
         )

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..contract.records import WorkerRecord
+from ..contract.records import REFUSES_ALL, WorkerRecord
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
 from ..redisio.advice import MORE_ROOM
 from ..settings import variable
@@ -88,7 +88,7 @@ def _check_state(name: str, record: WorkerRecord, now: float) -> list[Finding]:
 
 def _away(record: WorkerRecord) -> str:
     """Why each of a worker's servers is away; empty if that is not known."""
-    return listed([f"{server.url}: {server.reason}" for server in record.servers if server.reason])
+    return listed([f"{server.url}: {server.reason}" for server in record.servers if server.state == "away"])
 
 
 def _compare_leases(alive: Mapping[str, WorkerRecord], lease: float) -> list[Finding]:
@@ -141,6 +141,10 @@ def _compare_servers(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
             findings.append(
                 Finding("warning", subject, f"it is up for {listed(up)}, and away for others ({reasons})", fix)
             )
+        if refused := [name for name, server in there.items() if server.reason == REFUSES_ALL]:
+            message = f"it has refused every request of {listed(refused)} for half a minute (429, 503); their jobs wait"
+            fix = "add servers if other clients fill it; if it is a proxy, see its log: it may have no server behind it"
+            findings.append(Finding("warning", subject, message, fix))
     return findings
 
 

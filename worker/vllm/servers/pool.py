@@ -363,6 +363,7 @@ class ServerPool:
         server.requests.discard(watchdog)
         server.unanswered.pop(sent, None)
         server.circuit.on_end(sent)
+        self._reports.on_request_end(server)
         if server.circuit.state is CircuitState.HALF_OPEN:
             self._on_room(server)
 

@@ -19,6 +19,8 @@ from .recent import Recent
 
 MISSING = 60.0
 """Seconds for which a server's error that it does not have a model is remembered."""
+REFUSES_ALL_AFTER = 25.0
+"""Seconds for which a server must refuse every request to be reported: longer than most bursts of other clients."""
 MOST_REQUESTS = 10_000
 """The limit of a server's limit, if the pool states none."""
 
@@ -55,6 +57,8 @@ class Server:
         accepted_key: the API key that the server accepted last; empty before that.
         answered_model: the model of the last request that the server began to answer; empty before that.
         limit: how many requests this worker may have in flight at the server.
+        refuses_all: the error with which the server has refused every request for a while, as a full server; or None.
+            Jobs wait for a full server, so a proxy that refuses everything would fail no job for a day.
         unanswered: when each request without a first event was sent, by the clock; the oldest first.
     """
 
@@ -81,7 +85,10 @@ class Server:
         self.accepted_key = ""
         self.answered_model = ""
         self.limit = ConcurrencyLimit(clock, most=most)
+        self.refuses_all: UpstreamError | None = None
         self.unanswered: dict[ServerRequest, float] = {}
+        self._refused_since: float | None = None
+        """When the server first refused a request as a full server, since its last answer."""
         self.in_flight = 0
         """How many requests of this worker have reserved the server."""
         self._clock = clock
@@ -162,6 +169,7 @@ class Server:
     def on_first_event(self, sent: ServerRequest, model: object) -> None:
         """Record the first event of the stream of a request."""
         self.unanswered.pop(sent, None)
+        self._refused_since = self.refuses_all = None
         room = self.room
         self.limit.on_first_event(self._clock() - sent.sent_at, self.in_flight)
         self.circuit.on_first_event(sent)
@@ -208,6 +216,7 @@ class Server:
             if not self.circuit.is_draining:
                 self.limit.on_refused(max(1, self.in_flight), error.retry_after)
             request.caller.turned_away_by[self.circuit] = error
+            self._note_refusal(error)
             # A gateway without a server behind it answers 503 too.
             self.circuit.on_busy(request, is_suspect=error.status != 429)
             return
@@ -216,6 +225,14 @@ class Server:
         if isinstance(error, ConnectionRefused):
             for watchdog in self.requests:
                 watchdog.tighten()
+
+    def _note_refusal(self, error: UpstreamError) -> None:
+        if any(watchdog.has_answer for watchdog in self.requests):
+            return
+        if self._refused_since is None:
+            self._refused_since = self._clock()
+        elif self._clock() >= self._refused_since + REFUSES_ALL_AFTER:
+            self.refuses_all = error
 
 
 def counts_against_server(error: UpstreamError) -> bool:
