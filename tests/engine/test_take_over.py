@@ -1,7 +1,16 @@
-"""What counts as an outage of Redis, after which jobs of silent workers are not taken over for a moment."""
+"""Which jobs are taken over, and what counts as an outage of Redis, after which take-overs wait for a moment."""
+
+import asyncio
+import time as clocks
+from typing import Any, cast
 
 import pytest
+from conftest import StartSimulator, StartWorker
+from redis.asyncio import Redis
+from waits import eventually
 
+from worker import Client
+from worker.contract.keys import GROUP
 from worker.engine.take_over import OutageHoldOff
 
 LEASE = 12.0
@@ -84,3 +93,53 @@ def test_a_long_outage_after_long_slowness_holds_off_too(time: Time, hold_off: O
     assert not hold_off.holds
     hold_off.on_reply(20.0)
     assert hold_off.holds
+
+
+CHAT = {"model": "reciter", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+async def read_as(redis: Redis, consumer: str) -> str:
+    reply = cast("Any", await redis.xreadgroup(GROUP, consumer, {"chat:jobs": ">"}, count=1))
+    return cast("bytes", reply[0][1][0][0]).decode()
+
+
+async def test_a_queue_whose_key_has_the_wrong_type_does_not_prevent_take_overs_in_others(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    request_id = await client.enqueue(CHAT)
+    await redis.xgroup_create("chat:jobs", GROUP, id="0")
+    await read_as(redis, "gone")
+    await start_worker(await start_simulator(), lease=2, queues="bad,default")
+    await eventually(lambda: has_key(redis, "chat:workers"))
+    await redis.delete("chat:jobs:bad")
+    await redis.set("chat:jobs:bad", "no stream")
+    try:
+        assert (await asyncio.wait_for(client.result(request_id), 15)).outcome == "done"
+    finally:
+        await redis.delete("chat:jobs:bad")
+
+
+async def has_key(redis: Redis, key: str) -> bool:
+    return bool(await redis.exists(key))
+
+
+async def test_a_job_that_a_worker_of_an_earlier_version_handed_over_continues_soon(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """It is still pending with that worker, which renews the leases of its other jobs."""
+    await redis.xgroup_create("chat:jobs", GROUP, id="0", mkstream=True)
+    request_id, _ = [await client.enqueue(CHAT) for _ in range(2)]
+    handed_over, other = await read_as(redis, "old"), await read_as(redis, "old")
+    await start_worker(await start_simulator(), lease=8)
+    began = clocks.monotonic()
+    await redis.xclaim("chat:jobs", GROUP, "old", 0, [handed_over], idle=16_000, retrycount=0, justid=True)
+
+    async def renew() -> None:
+        while True:
+            await redis.xclaim("chat:jobs", GROUP, "old", 0, [other], justid=True)
+            await asyncio.sleep(0.5)
+
+    renewing = asyncio.create_task(renew())
+    assert (await asyncio.wait_for(client.result(request_id), 20)).outcome == "done"
+    renewing.cancel()
+    assert clocks.monotonic() - began < 8, "half a lease after the start of a worker, and a search"

@@ -42,14 +42,14 @@ class AbandonedJobs:
         """The consumer of this worker."""
         return next((consumer for consumer in consumers if consumer.name == self._consumer), None)
 
-    def others(self, consumers: Collection[ConsumerState], *, silent: bool) -> list[str]:
-        """The names of other workers; with `silent` those that have neither got nor renewed a job for a lease."""
+    def others(self, consumers: Collection[ConsumerState], *, silent: bool, or_named: str = "") -> list[str]:
+        """The names of other workers; with `silent` those that got and renewed no job for a lease, and one more."""
         return [
             consumer.name
             for consumer in consumers
             if consumer.name != self._consumer
             and not is_pseudo_consumer(consumer.name)
-            and (not silent or consumer.idle > self._lease_ms)
+            and (not silent or consumer.idle > self._lease_ms or consumer.name == or_named)
         ]
 
     async def list_claimable(self, queue: str, consumer: str, count: int) -> list[PendingJob]:

@@ -5,7 +5,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -61,10 +61,12 @@ def line_of(tenant: str, model: str) -> str:
     return f"{WAITING}{bucket_of(tenant)}:{model_of_line(model)}"
 
 
-def read_line(queue: str, consumer: ConsumerState) -> ParkedLine | None:
-    """The line that a consumer stands for; None if it is no line."""
-    if not is_line(consumer.name):
-        return None
+def lines_among(queue: str, consumers: Iterable[ConsumerState]) -> list[ParkedLine]:
+    """The lines among the consumers of a queue."""
+    return [_read_line(queue, consumer) for consumer in consumers if is_line(consumer.name)]
+
+
+def _read_line(queue: str, consumer: ConsumerState) -> ParkedLine:
     bucket, _, model = consumer.name.removeprefix(WAITING).partition(":")
     return ParkedLine(queue, consumer.name, bucket, model, consumer.pending)
 
@@ -84,8 +86,7 @@ class ParkedJobs:
 
     async def lines(self, queue: str) -> list[ParkedLine]:
         """The lines of a queue that have jobs."""
-        consumers = await consumers_of(self._commands, self._keys.jobs(queue))
-        return [line for consumer in consumers if (line := read_line(queue, consumer))]
+        return lines_among(queue, await consumers_of(self._commands, self._keys.jobs(queue)))
 
     async def park(self, jobs: Sequence[ParkedJob]) -> list[bool | Exception]:
         """Give up jobs until some worker has room for them, without raising their delivery counts.

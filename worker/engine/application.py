@@ -179,7 +179,7 @@ class Worker:
             telemetry=telemetry,
         )
         self._take_over = TakeOver(
-            settings, abandoned, self._running_jobs, self._intake, pace=pace, telemetry=telemetry
+            settings, abandoned, self._running_jobs, self._intake, parking.lines, pace=pace, telemetry=telemetry
         )
         self._maintenance = Maintenance(
             settings,

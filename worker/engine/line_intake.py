@@ -22,6 +22,9 @@ from .rotation import LineRotation
 from .running_jobs import RunningJobs
 from .slots import MOST_PER_READ, Slots
 
+_LISTED_EVERY = 1.5
+"""Intervals of the search for lines after which the lines of a queue are listed here. The take-over lists them too."""
+
 _BEFORE_NEW_JOBS = 0.5
 """What the rank of a queue's lines is less than that of its new jobs."""
 
@@ -80,7 +83,10 @@ class LineIntake:
                 await backoff.wait(error)
 
     async def _scan(self) -> None:
+        """List the lines of the queues that the take-over has not just listed, as when it waits for a slot."""
         for queue in self._settings.queues:
+            if not self._lines.are_older(queue, _LISTED_EVERY * self._pace.scan_every):
+                continue
             self._lines.replace(queue, await self._parked.lines(queue))
 
     async def _serve_or_wait(self, within: float) -> None:

@@ -28,6 +28,7 @@ class KnownLines:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lines: dict[tuple[str, str], ParkedLine] = {}
+        self._listed_at: dict[str, float] = {}
         self._tenants_seen: dict[str, float] = {}
         self._models: dict[str, tuple[str, ...]] = {}
         """The models of lines whose names are hashes."""
@@ -41,8 +42,13 @@ class KnownLines:
         """All lines with jobs."""
         return list(self._lines.values())
 
+    def are_older(self, queue: str, seconds: float) -> bool:
+        """Whether the lines of a queue were not listed within the last `seconds`."""
+        return self._clock() - self._listed_at.get(queue, float("-inf")) > seconds
+
     def replace(self, queue: str, lines: Iterable[ParkedLine]) -> None:
         """Replace the lines of a queue with those that Redis has listed."""
+        self._listed_at[queue] = self._clock()
         self._lines = {key: line for key, line in self._lines.items() if key[0] != queue}
         self._lines |= {(queue, line.consumer): line for line in lines}
 

@@ -1,28 +1,27 @@
 """Take-over: continues the jobs of workers that have died, and jobs that workers have handed over."""
 
 import asyncio
-import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from ..broker.abandoned_jobs import AbandonedJobs
-from ..broker.consumers import HANDED_OVER
+from ..broker.consumers import HANDED_OVER, ConsumerState, is_pseudo_consumer
 from ..broker.job_queue import Delivery
+from ..broker.parked_jobs import lines_among
+from ..redisio.errors import is_transient
 from ..redisio.retry import Backoff
 from ..settings import Settings
 from ..telemetry.events import Telemetry
 from .intake import JobIntake
+from .lines import KnownLines
 from .pace import Pace, sleep_unless_set
 from .running_jobs import RunningJobs
 
 _BEFORE_ALL_QUEUES = -1
 """The rank of jobs that other workers have begun."""
-
-_SWEEP_EVERY = 4
-"""Leases between two searches of all consumers, whether they are silent or not."""
 
 _LONGEST_SLOWNESS = 2
 """Leases for which a Redis that answers slowly counts as an outage. After that it is just slow."""
@@ -79,6 +78,7 @@ class TakeOver:
         abandoned: AbandonedJobs,
         running_jobs: RunningJobs,
         intake: JobIntake,
+        lines: KnownLines,
         *,
         pace: Pace,
         telemetry: Telemetry,
@@ -87,9 +87,13 @@ class TakeOver:
         self._abandoned = abandoned
         self._running_jobs = running_jobs
         self._intake = intake
+        self._lines = lines
         self._pace = pace
         self._backoff = Backoff("take_over_failed", telemetry, first=self._pause, most=2 * self._pause)
         self._hold_off = OutageHoldOff(settings.lease)
+        self._searches = 0
+        self._last_looked_at: dict[str, str] = {}
+        """For each queue, the consumer that was last looked at though it is not silent."""
         self._stopping = asyncio.Event()
 
     @property
@@ -103,34 +107,34 @@ class TakeOver:
     async def run(self) -> None:
         """Take over jobs that workers have handed over, or whose lease has expired, until stopped.
 
-        After a search that finds jobs, the next search follows at once.
+        After a search that finds jobs, the next search follows at once. Each search looks at one consumer of one queue
+        that is not silent: a live worker may have lost jobs, and workers of earlier versions hand jobs over under
+        their own names.
         """
         self._hold_off = OutageHoldOff(self._settings.lease)
-        sweep_at = self._next_sweep()
-        found = 0
+        queues, found = self._settings.queues, 0
         while await sleep_unless_set(self._stopping, 0 if found else self._pause):
-            found, is_sweep = 0, time.monotonic() >= sweep_at and not self._hold_off.holds
-            for queue in self._settings.queues:
-                found += await self._search(queue, is_sweep=is_sweep)
-            if is_sweep and not found:
-                sweep_at = self._next_sweep()
+            found, self._searches = 0, self._searches + 1
+            for number, queue in enumerate(queues):
+                found += await self._search(queue, looks_at_live=self._searches % len(queues) == number)
 
-    def _next_sweep(self) -> float:
-        return time.monotonic() + _SWEEP_EVERY * self._settings.lease * random.uniform(0.75, 1.25)  # noqa: S311 - jitter
-
-    async def _search(self, queue: str, *, is_sweep: bool) -> int:
-        """Take over jobs of one queue. Returns how many. A sweep looks at all consumers, not only at silent ones."""
+    async def _search(self, queue: str, *, looks_at_live: bool) -> int:
+        """Take over jobs of one queue. Returns how many."""
         sent = time.monotonic()
         try:
             consumers = await self._abandoned.consumers(queue)
             self._hold_off.on_reply(time.monotonic() - sent)
+            self._lines.replace(queue, lines_among(queue, consumers))
+            live = self._next_live(queue, consumers) if looks_at_live else ""
             running = self._running_jobs.ids_in(queue)
             own = self._abandoned.own(consumers)
             lost = 0
-            if own is not None and (own.pending > len(running) or is_sweep):
+            if own is not None and (own.pending > len(running) or own.name == live):
                 lost = await self._abandoned.hand_over_lost(queue, running)
+            if live and not self._hold_off.holds and not await self._abandoned.list_claimable(queue, live, 1):
+                live = ""  # to take its jobs needs a slot
         except (RedisError, OSError) as error:
-            self._hold_off.on_failure()
+            self._note_failure(error)
             await self._backoff.wait(error)
             return 0
         self._backoff.reset()
@@ -138,9 +142,22 @@ class TakeOver:
         if lost or any(consumer.name == HANDED_OVER for consumer in consumers):
             found += await self._take_from(queue, HANDED_OVER)
         if not self._hold_off.holds:
-            for name in self._abandoned.others(consumers, silent=not is_sweep):
+            for name in self._abandoned.others(consumers, silent=True, or_named=live):
                 found += await self._take_from(queue, name)
         return found
+
+    def _next_live(self, queue: str, consumers: Sequence[ConsumerState]) -> str:
+        """The next worker that is looked at, silent or not, in the order of their names; empty if there is none."""
+        names = sorted(consumer.name for consumer in consumers if not is_pseudo_consumer(consumer.name))
+        last = self._last_looked_at.get(queue, "")
+        following = next((name for name in names if name > last), names[0] if names else "")
+        self._last_looked_at[queue] = following
+        return following
+
+    def _note_failure(self, error: RedisError | OSError) -> None:
+        """Record an outage. A refusal that stays, such as of a key of the wrong type, is none."""
+        if is_transient(error) or not isinstance(error, ResponseError):
+            self._hold_off.on_failure()
 
     async def _take_from(self, queue: str, consumer: str) -> int:
         fetch = partial(self._fetch, queue, consumer)
@@ -161,7 +178,7 @@ class TakeOver:
                     break
                 if claimed := await self._abandoned.claim(queue, consumer, jobs):
                     return claimed
-        except (RedisError, OSError):
-            self._hold_off.on_failure()
+        except (RedisError, OSError) as error:
+            self._note_failure(error)
             raise
         return []

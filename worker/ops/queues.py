@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..broker.consumers import HANDED_OVER, consumers_of
-from ..broker.parked_jobs import ParkedLine, read_line
+from ..broker.parked_jobs import ParkedLine, lines_among
 from ..broker.queue_depth import waiting_in
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys, is_queue_name
@@ -106,7 +106,7 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tupl
     group = groups.get(GROUP.encode())
     pending = int(group["pending"]) if group else 0
     consumers = await consumers_of(redis, key) if pending else []
-    lines = [line for consumer in consumers if consumer.pending and (line := read_line(queue, consumer))]
+    lines = lines_among(queue, consumers)
     handed_over = sum(consumer.pending for consumer in consumers if consumer.name == HANDED_OVER)
     running = pending - handed_over - sum(line.jobs for line in lines)
     waiting = await waiting_in(redis, key)
