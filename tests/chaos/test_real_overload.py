@@ -1,0 +1,326 @@
+"""Real vLLM servers that are full, that let requests wait, that freeze and that drain; runs when VLLM_COMMAND is set.
+
+`VLLM_COMMAND` starts a vLLM server in the foreground, with `{port}` for its port; the tests add options. Each answer
+must be the one that the server gives directly and undisturbed, at temperature 0. The last test stops both servers.
+"""
+
+import asyncio
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import StartWorker, metric
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker import Client
+from worker.engine.application import Worker
+
+COMMAND = os.environ.get("VLLM_COMMAND", "")
+pytestmark = [
+    pytest.mark.real_vllm,
+    pytest.mark.skipif(not COMMAND, reason="VLLM_COMMAND does not start a real vLLM"),
+    pytest.mark.timeout(900),
+]
+
+AT_ONCE = 4
+"""How many answers each server generates at once (--max-num-seqs)."""
+ACCEPTED = 8
+"""How many unfinished requests the first server accepts (--max-num-queued-reqs counts the running ones too)."""
+SLOTS = 64
+LIMITS = {"slots": SLOTS, "first_token_timeout": 200, "gap_timeout": 200, "lease": 15, "drain_timeout": 5}
+"""A busy machine makes vLLM slow: no answer is given up for that."""
+REFUSING = ("--max-num-queued-reqs", str(ACCEPTED))
+LENGTHS = (90, 140, 190, 240)
+"""How long the answers are, in tokens: long enough to fill a server, unequal so that their ends are spread."""
+PHASES = ("first_token", "answer")
+
+
+class Vllm:
+    """A vLLM server in processes of its own."""
+
+    def __init__(self, port: int, folder: Path, *options: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / f"vllm-{port}.log"
+        words = [word.format(port=port) for word in shlex.split(COMMAND)]
+        self._words = [*words, "--max-num-seqs", str(AT_ONCE), "--shutdown-timeout", "300", *options]
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(self._words, stdout=output, stderr=output, start_new_session=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server and to its engine."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def drain(self) -> None:
+        """Ask the server to shut down when its open streams have ended."""
+        self.process.terminate()
+
+    async def ready(self) -> None:
+        """Wait until the server answers; it takes a minute or more to start."""
+        async with httpx.AsyncClient() as http:
+
+            async def answers() -> bool:
+                assert self.process.poll() is None, self._log.read_text(errors="replace")[-2000:]
+                with suppress(httpx.HTTPError):
+                    return (await http.get(f"{self.url}/health")).is_success
+                return False
+
+            await eventually(answers, within=600)
+
+    async def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    async def sample(self) -> dict[str, float]:
+        """The server's own metrics, each summed over its labels."""
+        sums: dict[str, float] = {}
+        async with httpx.AsyncClient(timeout=60) as http:
+            page = (await http.get(f"{self.url}/metrics")).text
+        for name, value in re.findall(r"^vllm:(\w+)(?:\{.*\})? (\S+)$", page, re.MULTILINE):
+            sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
+
+
+@pytest.fixture(scope="module")
+def vllms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]]:
+    """Two servers: the first one refuses requests when it is full, the second one lets them wait."""
+    folder = tmp_path_factory.mktemp("vllm")
+    both = Vllm(8120, folder, *REFUSING), Vllm(8121, folder)
+    try:
+        for server in both:
+            asyncio.run(server.ready())
+        yield both
+    finally:
+        for server in both:
+            server.end()
+
+
+@pytest.fixture
+def refusing(vllms: tuple[Vllm, Vllm]) -> Vllm:
+    return vllms[0]
+
+
+@pytest.fixture
+def waiting(vllms: tuple[Vllm, Vllm]) -> Vllm:
+    return vllms[1]
+
+
+async def chat_request(server: Vllm) -> dict[str, Any]:
+    async with httpx.AsyncClient(timeout=60) as http:
+        name = (await http.get(f"{server.url}/v1/models")).json()["data"][0]["id"]
+    return {"model": name, "messages": [{"role": "user", "content": "Tell me a story"}], "temperature": 0}
+
+
+@asynccontextmanager
+async def long_stream(server: Vllm) -> AsyncIterator[None]:
+    """A stream of another client, which the server must end before it can shut down."""
+    request = await chat_request(server) | {"stream": True, "ignore_eos": True, "max_tokens": 3900}
+    async with (
+        httpx.AsyncClient(timeout=200) as http,
+        http.stream("POST", f"{server.url}/v1/chat/completions", json=request) as response,
+    ):
+        assert response.is_success
+        yield
+
+
+class Jobs:
+    """Jobs, and the texts that a server gives directly to the same requests."""
+
+    def __init__(self, client: Client, redis: Redis) -> None:
+        self._client = client
+        self._redis = redis
+        self._texts: dict[int, str] = {}
+        self._jobs: list[tuple[int, str]] = []
+
+    async def enqueue(self, server: Vllm, count: int) -> None:
+        request = await chat_request(server)
+        async with httpx.AsyncClient(timeout=200) as http:
+            for length in set(LENGTHS) - self._texts.keys():
+                reply = await http.post(f"{server.url}/v1/chat/completions", json=request | {"max_tokens": length})
+                self._texts[length] = reply.json()["choices"][0]["message"]["content"]
+        for number in range(count):
+            length = LENGTHS[number % len(LENGTHS)]
+            self._jobs.append((length, await self._client.enqueue(request | {"max_tokens": length})))
+
+    async def in_queue(self) -> int:
+        """How many jobs no server has begun to answer."""
+        return len(self._jobs) - await self.logs_with({b"opened"}, among=6)
+
+    async def ended(self) -> int:
+        return int(await self._redis.exists(*(f"chat:ended:{{{request_id}}}" for _, request_id in self._jobs)))
+
+    async def logs_with(self, types: set[bytes], among: int | None = None) -> int:
+        """How many logs have an entry of one of these types among their first entries."""
+        found = 0
+        for _, request_id in self._jobs:
+            log: Any = await self._redis.xrange(f"chat:tokens:{{{request_id}}}", count=among)
+            found += any(fields.get(b"type") in types for _, fields in log)
+        return found
+
+    async def check(self) -> None:
+        """Wait until all jobs have ended. None failed, and every text is exact."""
+        answers = await asyncio.gather(*(self._client.result(request_id) for _, request_id in self._jobs))
+        assert [answer.error for answer in answers if answer.outcome != "done"] == []
+        assert [answer.text for answer in answers] == [self._texts[length] for length, _ in self._jobs]
+        assert await self.logs_with({b"resumed", b"restarted"}) == 0
+
+
+@pytest.fixture
+def jobs(client: Client, redis: Redis) -> Jobs:
+    return Jobs(client, redis)
+
+
+def refusals(worker: Worker, *servers: Vllm) -> float:
+    return sum(metric(worker, "vllm_busy_total", endpoint=server.url) for server in servers)
+
+
+@asynccontextmanager
+async def watched(server: Vllm) -> AsyncIterator[list[float]]:
+    """The numbers of unfinished requests that the server showed, one after the other."""
+    seen: list[float] = []
+
+    async def watch() -> None:
+        while True:
+            now = await server.sample()
+            seen.append(now["num_requests_running"] + now["num_requests_waiting"])
+            await asyncio.sleep(0.2)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield seen
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def tokens_per_step(server: Vllm, before: dict[str, float]) -> float:
+    """Tokens that a step of the engine generated. Idle places at the server lower them, a slow machine does not."""
+    now = await server.sample()
+    tokens, steps = "generation_tokens_total", "iteration_tokens_total_count"
+    return (now[tokens] - before[tokens]) / (now[steps] - before[steps])
+
+
+def report(figures: str) -> None:
+    """Print figures; `pytest -rP` shows them."""
+    sys.stdout.write(f"{figures}\n")
+
+
+async def test_a_full_vllm_refuses_few_requests_and_no_job_fails(
+    refusing: Vllm, jobs: Jobs, start_worker: StartWorker
+) -> None:
+    await jobs.enqueue(refusing, 60)
+    before = await refusing.sample()
+    worker = await start_worker(vllm_urls=refusing.url, **LIMITS)
+
+    await jobs.check()
+
+    requests = 60 + refusals(worker, refusing)
+    report(f"{requests / 60:.3f} requests per job, {await tokens_per_step(refusing, before):.2f} tokens per step")
+    assert requests <= 1.1 * 60
+    accepted = (await refusing.sample())["request_success_total"] - before["request_success_total"]
+    assert accepted == 60
+
+
+async def test_jobs_wait_in_redis_and_not_in_vllm(waiting: Vllm, jobs: Jobs, start_worker: StartWorker) -> None:
+    figures: dict[int, float] = {}
+    seconds: dict[int, float] = {}
+    for slots in (AT_ONCE, SLOTS):
+        await jobs.enqueue(waiting, 40)
+        before = await waiting.sample()
+        worker = await start_worker(vllm_urls=waiting.url, **LIMITS | {"slots": slots})
+        began = time.monotonic()
+        async with watched(waiting) as unfinished:
+            await jobs.check()
+        seconds[slots] = time.monotonic() - began
+        figures[slots] = await tokens_per_step(waiting, before)
+        report(f"{slots} slots: {seconds[slots]:.1f} s, {figures[slots]:.2f} tokens per step, at vLLM: {unfinished}")
+        assert max(unfinished) <= 5 * AT_ONCE  # all 40, had the limit not been learnt
+        assert refusals(worker, waiting) == 0
+        worker.stop()
+
+    ratios = figures[SLOTS] / figures[AT_ONCE], seconds[AT_ONCE] / seconds[SLOTS]
+    report(f"of those with {AT_ONCE} slots: {ratios[0]:.2f} of the tokens per step, {ratios[1]:.2f} of the goodput")
+    assert figures[SLOTS] >= 0.85 * figures[AT_ONCE]
+
+
+async def test_the_streams_of_a_frozen_vllm_show_as_silent(
+    waiting: Vllm, jobs: Jobs, start_worker: StartWorker
+) -> None:
+    await jobs.enqueue(waiting, AT_ONCE)
+    worker = await start_worker(vllm_urls=waiting.url, **LIMITS)
+
+    async def some_write() -> bool:
+        return await jobs.in_queue() < AT_ONCE
+
+    async def shows() -> bool:
+        return sum(metric(worker, "streams_silent", endpoint=waiting.url, phase=phase) for phase in PHASES) > 0
+
+    await eventually(some_write, within=200)
+    waiting.signal(signal.SIGSTOP)
+    try:
+        await eventually(shows, within=10)
+    finally:
+        waiting.signal(signal.SIGCONT)
+    await jobs.check()
+
+
+async def test_no_job_fails_when_vllms_drain(
+    refusing: Vllm, waiting: Vllm, jobs: Jobs, start_worker: StartWorker
+) -> None:
+    """First one of two, then the only one that is left, which starts again."""
+    await jobs.enqueue(refusing, 40)
+    worker = await start_worker(vllm_urls=f"{refusing.url},{waiting.url}", **LIMITS)
+
+    async def both_work() -> bool:
+        in_use = [metric(worker, "vllm_requests", endpoint=server.url) for server in (refusing, waiting)]
+        return min(in_use) >= 2 and await jobs.ended() >= 4
+
+    async def refuses(server: Vllm, before: float) -> bool:
+        return refusals(worker, server) > before
+
+    async with long_stream(refusing):
+        await eventually(both_work, within=200)
+        before = refusals(worker, refusing)
+        refusing.drain()
+        await eventually(lambda: refuses(refusing, before), within=200)
+        await jobs.check()
+        assert not await refusing.has_ended()
+    await eventually(refusing.has_ended, within=200)
+    report(f"one of two: {refusals(worker, refusing):.0f} and {refusals(worker, waiting):.0f} refusals")
+
+    async def some_more_have_ended() -> bool:
+        return await jobs.ended() >= 44
+
+    await jobs.enqueue(waiting, 20)
+    async with long_stream(waiting):
+        await eventually(some_more_have_ended, within=200)
+        before = refusals(worker, waiting)
+        waiting.drain()
+        await eventually(lambda: refuses(waiting, before), within=200)
+    await eventually(waiting.has_ended, within=200)
+    assert await jobs.in_queue() > 0
+    waiting.start()
+    try:
+        await jobs.check()
+    finally:
+        waiting.end()
+    report(f"the only one: {refusals(worker, waiting):.0f} refusals")
+    assert refusals(worker, refusing, waiting) <= 20
