@@ -67,6 +67,19 @@ async def test_a_parked_job_is_taken_by_another_worker_as_it_was(
     assert await parked.lines("default") == []
 
 
+@pytest.mark.parametrize("tries", [0, 2])
+async def test_a_begun_job_waits_in_another_line_which_keeps_its_tries(
+    tries: int, one: Process, two: Process, parked: ParkedJobs, redis: Redis
+) -> None:
+    fresh, begun = await taken(one, redis, 2)
+    begun = replace(begun, tries=tries)
+    assert await parked.park([job(fresh), job(begun)]) == [True, True]
+    lines = {line.tries: line for line in await parked.lines("default")}
+    assert lines.keys() == {None, tries}
+    assert await parked_by(two).take(lines[tries], 5) == [replace(begun, redelivered=True)]
+    assert await parked_by(two).take(lines[None], 5) == [replace(fresh, redelivered=True)]
+
+
 async def test_the_oldest_jobs_of_a_line_are_taken_first(one: Process, parked: ParkedJobs, redis: Redis) -> None:
     deliveries = await taken(one, redis, 6)
     for delivery in reversed(deliveries):

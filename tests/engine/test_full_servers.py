@@ -6,12 +6,15 @@ from typing import Any, Literal
 
 import pytest
 from conftest import StartSimulator, StartWorker, metric
+from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
 from worker.contract.entries import Object
 from worker.engine.pace import Pace
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.options import Options, Scenario
+from worker.sandbox.simulator.record import Served
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
 from worker.vllm.servers.pace import ServerPace
@@ -109,6 +112,37 @@ async def test_a_lone_draining_server_fails_no_job_and_its_successor_answers(
     await start_simulator(options, port=port)
     outcomes = [(await client.result(request_id)).outcome for request_id in ids]
     assert outcomes == ["done"] * 10
+
+
+@pytest.mark.timeout(60)
+async def test_a_job_that_fails_while_its_only_server_goes_away_each_time_runs_out_of_tries(
+    client: Client, redis: Redis, start_worker: StartWorker, pace: Pace
+) -> None:
+    """Such a job may kill its vLLM server. It is parked while the server is away, and must not forget its tries."""
+    port, requests = free_port(), 0
+    await start_worker(vllm_urls=f"http://127.0.0.1:{port}", tries=2, pace=replace(pace, longest_wait_here=0.05))
+    request_id = await client.enqueue(chat_request("Hello", simulate={"first_token": 5}))
+
+    def of_the_job(server: Simulator) -> list[Served]:
+        return [served for served in server.served if "simulate" in served.request]  # not trials of the worker
+
+    async def is_parked() -> bool:
+        groups = await redis.xinfo_consumers("chat:jobs", "workers")
+        return any(group["pending"] for group in groups if group["name"].startswith(b"waiting:"))
+
+    async def is_parked_or_ended() -> bool:
+        return await is_parked() or bool((await client.status(request_id)).outcome)
+
+    async def is_asked_or_ended() -> bool:
+        return bool(of_the_job(server)) or bool((await client.status(request_id)).outcome)
+
+    while not (await client.status(request_id)).outcome and requests < 4:
+        async with Simulator(port=port) as server:
+            await eventually(is_asked_or_ended)
+            requests += len(of_the_job(server))
+        await eventually(is_parked_or_ended)
+    assert requests in (2, 3), "a failed trial of a server that comes back does not count"
+    assert (await client.result(request_id)).outcome == "error"
 
 
 @pytest.mark.parametrize(("fault", "parks"), [("429", 1), ("500", 0)])

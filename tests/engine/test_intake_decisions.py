@@ -225,6 +225,16 @@ def test_the_tenants_of_a_queue_take_turns() -> None:
     assert order in (["1:a", "2:a", "1:a", "2:a"], ["2:a", "1:a", "2:a", "1:a"])
 
 
+def test_begun_jobs_come_first_whatever_their_queue() -> None:
+    rotation: LineRotation[bool] = LineRotation(["high", "low"])
+    begun = line("!0", queue="low", jobs=12)
+    assert (begun.tries, begun.has_tenant) == (0, False)
+    lines = [line("1", queue="high"), line("2", queue="low"), begun]
+    for _ in range(3):
+        assert counts(rotation.choose(lines, 4, always)) == {"!0:a": 4}
+    assert counts(rotation.choose([line("1", queue="high"), line("!2", jobs=1)], 2, always)) == {"!2:a": 1, "1:a": 1}
+
+
 def test_a_tenant_that_comes_late_is_next() -> None:
     rotation: LineRotation[bool] = LineRotation(["default"])
     rotation.choose([line("1")], 16, always)

@@ -11,8 +11,7 @@ from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
-from worker.broker.consumers import HANDED_OVER
-from worker.broker.parked_jobs import line_of
+from worker.broker.consumers import HANDED_OVER, WAITING
 from worker.broker.worker_registry import WorkerRegistry
 from worker.contract.entries import to_json
 from worker.contract.keys import Keys
@@ -186,9 +185,9 @@ async def test_parked_jobs_wait_and_are_counted_by_model(
         await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
     await redis.xgroup_create("chat:jobs", "workers", id="0")
     for consumer, count in (
-        (line_of("", "big"), 1),
-        (line_of("t", "big|b"), 1),
-        (line_of("", ""), 1),
+        (f"{WAITING}-:big", 1),
+        (f"{WAITING}7:big|b", 1),
+        (f"{WAITING}-:", 1),
         (HANDED_OVER, 1),
     ):
         await redis.xreadgroup("workers", consumer, {"chat:jobs": ">"}, count=count)

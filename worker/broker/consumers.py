@@ -2,7 +2,8 @@
 
 A worker that cannot continue a job moves the job's entry in the group's pending list to a pseudo-consumer, from which
 any worker takes the entry. The pseudo-consumers are `handed-over`, for jobs that should continue at once, and
-`waiting:<bucket>:<model>`, a line of parked jobs for each model and each bucket of tenants.
+`waiting:<bucket>:<model>`, a line of parked jobs for each model and each bucket of tenants. Jobs that were begun before
+they had to wait are in lines of their own: their bucket is `!<n>`, after `n` tries at servers.
 
 The idle times of entries of pseudo-consumers are longer than that of any job with an owner. So XCLAIM with such a
 minimum takes an entry only if no other worker has taken it yet. Workers of earlier versions take these entries as jobs

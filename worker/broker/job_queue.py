@@ -51,6 +51,8 @@ class Delivery:
 
     `left_for` is how many seconds the job had no owner at its delivery, where that is known: since the former owner
     handed the job over (`handed_over` is true), or since it last renewed a lease that has expired.
+
+    `tries` is how many tries at servers former owners made before they parked the job; None if it was not begun.
     """
 
     queue: str
@@ -60,6 +62,7 @@ class Delivery:
     count: int = 1
     left_for: float | None = None
     handed_over: bool = False
+    tries: int | None = None
 
     @property
     def enqueued(self) -> int:

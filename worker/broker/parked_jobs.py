@@ -6,7 +6,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 from redis.asyncio import Redis
@@ -22,6 +22,9 @@ _MOST_ROUNDS = 64
 _BUCKETS = 64
 _NO_TENANT = "-"
 
+_BEGUN = "!"
+"""The first character of the buckets of begun jobs. The number of their tries at servers follows."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParkedLine:
@@ -33,6 +36,22 @@ class ParkedLine:
     model: str
     jobs: int
 
+    @property
+    def is_of_begun_jobs(self) -> bool:
+        """Whether the answers of the jobs have begun, or the jobs have failed at servers."""
+        return self.bucket.startswith(_BEGUN)
+
+    @property
+    def tries(self) -> int | None:
+        """How many tries at servers the jobs have made; None if they were not begun."""
+        tries = self.bucket.removeprefix(_BEGUN)
+        return int(tries) if self.is_of_begun_jobs and tries.isdecimal() else None
+
+    @property
+    def has_tenant(self) -> bool:
+        """Whether the jobs have a tenant, as far as the line shows."""
+        return self.bucket != _NO_TENANT and not self.is_of_begun_jobs
+
 
 @dataclass(frozen=True, slots=True)
 class ParkedJob:
@@ -42,6 +61,17 @@ class ParkedJob:
     tenant: str
     model: str
     deadline: int
+
+    @property
+    def bucket(self) -> str:
+        """The bucket of the job's tenant or, if the job was begun, the bucket of begun jobs with as many tries."""
+        tries = self.delivery.tries
+        return bucket_of(self.tenant) if tries is None else f"{_BEGUN}{tries}"
+
+    @property
+    def line(self) -> str:
+        """The pseudo-consumer in which the job waits."""
+        return f"{WAITING}{self.bucket}:{model_of_line(self.model)}"
 
 
 def model_of_line(model: str) -> str:
@@ -54,11 +84,6 @@ def model_of_line(model: str) -> str:
 def bucket_of(tenant: str) -> str:
     """The bucket of a tenant: one of 64, which limits the number of lines. `-` if a job names no tenant."""
     return str(crc32(tenant.encode("utf-8", "surrogatepass")) % _BUCKETS) if tenant else _NO_TENANT
-
-
-def line_of(tenant: str, model: str) -> str:
-    """The pseudo-consumer of the parked jobs of a model and a tenant."""
-    return f"{WAITING}{bucket_of(tenant)}:{model_of_line(model)}"
 
 
 def lines_among(queue: str, consumers: Iterable[ConsumerState]) -> list[ParkedLine]:
@@ -105,7 +130,7 @@ class ParkedJobs:
             pipe.xclaim(
                 self._keys.jobs(job.delivery.queue),
                 GROUP,
-                line_of(job.tenant, job.model),
+                job.line,
                 max(0, pending[0]["time_since_delivered"] - self._lease_ms // 2),
                 [job.delivery.id],
                 idle=DEADLINE_IDLE - max(-LONGEST_WAIT, min(job.deadline - self._now(), LONGEST_WAIT)),
@@ -131,5 +156,5 @@ class ParkedJobs:
             jobs = await list_pending(self._commands, key, line.consumer, idle=idle, count=count)
             claimed = await claim(self._commands, key, line.queue, self._consumer, jobs, idle=LEAST_PARKED)
             if claimed or not jobs:
-                return [delivery for delivery, _ in claimed]
+                return [replace(delivery, tries=line.tries) for delivery, _ in claimed]
         return []

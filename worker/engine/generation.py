@@ -52,8 +52,8 @@ class Generation:
 
     __slots__ = (
         "_answer", "_caller", "_context", "_emit", "_fault", "_has_extended_answer", "_job", "_log",
-        "_needs_next_attempt", "_parser", "_server", "_servers", "_services", "_settings", "_times", "_waited_for",
-        "_waited_ms", "_was_allowed",
+        "_needs_next_attempt", "_parser", "_server", "_servers", "_services", "_settings", "_times", "_tries_before",
+        "_waited_for", "_waited_ms", "_was_allowed",
     )  # fmt: skip
 
     def __init__(self, services: JobServices, job: JobContext, log: LogWriter, history: History) -> None:
@@ -67,6 +67,11 @@ class Generation:
         """Whether a server has begun to answer with this model. A later 401 or 403 then concerns the key only."""
         self._recall(history)
         self._caller = Caller()
+        self._tries_before = job.delivery.tries or 0
+        """How many tries of the first model count, from before the job was parked."""
+        if job.delivery.tries is not None:  # it may have failed at the servers that do not work now
+            working = CircuitState.CLOSED
+            self._caller.failed_at = {each.circuit for each in self._servers.servers if each.circuit.state != working}
         self._server: Server
         """The server whose stream is read."""
         self._parser: ChunkParser
@@ -176,10 +181,11 @@ class Generation:
             UpstreamError: the error of the last try.
         """
         model, pace, server = model_of(request), self._services.pace, None
-        tries = Tries(self._settings.tries, pace.first_retry)
+        tries = Tries(self._settings.tries, pace.first_retry, made=self._tries_before)
+        self._tries_before = 0
         self._caller.refused_at.clear()  # the servers that refused the former model may accept this one
         while True:
-            await self._wait_for_server(model, others, has_failed=tries.made > 0)
+            await self._wait_for_server(model, others, tried=tries.made)
             server = self._servers.choose(model, self._caller, other_than=server)
             is_trial = server.circuit.state is CircuitState.HALF_OPEN
             tries = tries.with_one_more()
@@ -217,12 +223,12 @@ class Generation:
                 if decision.needs_next_attempt:
                     await self._begin_attempt(error.code)
 
-    async def _wait_for_server(self, model: str, others: Sequence[str], *, has_failed: bool) -> None:
+    async def _wait_for_server(self, model: str, others: Sequence[str], *, tried: int) -> None:
         """Wait until a server accepts a request for this model. A wait is no try, and is logged once for each model.
 
         The wait is short if the job may be parked. After it the job goes back to its queue, where it holds no slot and
-        any worker can take it. Its tries are then forgotten. So a job that `has_failed` is parked only while every
-        server is away: otherwise a bad job would never run out of tries at a server that is full again and again.
+        any worker can take it, before jobs that were not begun. A job that has failed in `tried` tries is parked only
+        while every server is away. It waits here for a full server, and leaves one place there to others.
 
         Raises:
             MustWait: when no server accepts a request. All entries of the log are then written.
@@ -240,9 +246,10 @@ class Generation:
         try:
             while not self._servers.accepts(model, self._caller):
                 if (left := ends_at - time.monotonic()) <= 0:
-                    if not has_failed or self._servers.are_away(model):
+                    if not tried or self._servers.are_away(model):
                         await self._job.wait_for(self._log.wait_drained())
-                        raise MustWait(model)
+                        is_begun = tried or self._answer.begun or self._caller.failed_at
+                        raise MustWait(model, tried if is_begun else None)
                     left = longest
                 available = self._servers.wait_available(model, others, caller=self._caller, within=left)
                 await self._job.within_limits(available, self._log)

@@ -63,11 +63,13 @@ class MustWait(Exception):
 
     Attributes:
         model: the model for which the job waits.
+        tries: how many tries count so far; None if there are none and the answer has not begun.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tries: int | None = None) -> None:
         super().__init__(f"no server has a place for a request for `{model}`")
         self.model = model
+        self.tries = tries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

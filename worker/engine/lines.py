@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ..broker.parked_jobs import ParkedJob, ParkedLine, bucket_of, line_of, model_of_line
+from ..broker.parked_jobs import ParkedJob, ParkedLine, model_of_line
 from .outline import JobOutline, line_name, models_of_line
 
 _MOST_AHEAD = 10_000
@@ -54,10 +54,9 @@ class KnownLines:
 
     def on_parked(self, job: ParkedJob, outline: JobOutline) -> None:
         """Record that this process has parked a job."""
-        queue, bucket, model = job.delivery.queue, bucket_of(job.tenant), model_of_line(job.model)
-        consumer = line_of(job.tenant, job.model)
+        queue, consumer, model = job.delivery.queue, job.line, model_of_line(job.model)
         known = self._lines.get((queue, consumer))
-        self._lines[queue, consumer] = ParkedLine(queue, consumer, bucket, model, 1 + (known.jobs if known else 0))
+        self._lines[queue, consumer] = ParkedLine(queue, consumer, job.bucket, model, 1 + (known.jobs if known else 0))
         self.learn(outline)
         self.grown.set()
 
@@ -96,6 +95,6 @@ class KnownLines:
         seen = self._tenants_seen.get(queue)
         return (
             (seen is not None and self._clock() - seen < _TENANTS_LAST)
-            or any(line.bucket != "-" for line in lines)
+            or any(line.has_tenant for line in lines)
             or len(lines) < len(self._lines)
         )

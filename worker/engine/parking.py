@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redis.exceptions import RedisError, ResponseError
 
@@ -13,6 +13,7 @@ from ..redisio.retry import failing
 from ..telemetry.events import Recovered, Telemetry
 from ..telemetry.job_events import JobParked
 from .admission import Admission
+from .job_context import MustWait
 from .lines import KnownLines
 from .outline import JobOutline, line_name, outline_of
 
@@ -74,16 +75,16 @@ class Parking:
             self._telemetry.emit(Recovered(_WHAT))
         return results
 
-    async def park_started(self, delivery: Delivery, model: str) -> bool | Exception:
-        """Park a job that was started here and waits for a server of `model`, its own model or one of its fallbacks."""
+    async def park_started(self, delivery: Delivery, wait: MustWait) -> bool | Exception:
+        """Park a job that was started here and waits for a server of its model, or of one of its fallbacks."""
         outline = outline_of(delivery)
         if outline is None:
             return ValueError("the job has no outline")
-        if model in outline.models:
-            place = outline.models.index(model)
+        if wait.model in outline.models:
+            place = outline.models.index(wait.model)
             outline = JobOutline(outline.models[place:], outline.tenant, outline.deadline)
         self.admission.on_parked(outline.models[0])
-        (result,) = await self.park([JobToPark(delivery, outline)])
+        (result,) = await self.park([JobToPark(replace(delivery, tries=wait.tries), outline)])
         return result
 
     def on_ended(self, model: str) -> None:

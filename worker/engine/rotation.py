@@ -8,6 +8,9 @@ from ..broker.parked_jobs import ParkedLine
 _LONGEST_WAIT_EVERY = 8
 """One of this many jobs comes from the queue that has waited longest, so that less important queues do not starve."""
 
+_BEGUN = "!"
+"""Stands for the lines of begun jobs of all queues. It is no name of a queue."""
+
 _MOST_BUCKETS = 10_000
 
 _Place = TypeVar("_Place")
@@ -16,7 +19,8 @@ _Place = TypeVar("_Place")
 class LineRotation(Generic[_Place]):
     """Chooses jobs from lines.
 
-    The queues are in order of priority. Within a queue, the bucket of tenants that was served least recently is next;
+    Begun jobs of all queues come first: readers wait for the rest of their answers. Then the queues are in order of
+    priority. Within a queue, the bucket of tenants that was served least recently is next;
     within a bucket, the line that was served least recently.
     """
 
@@ -35,7 +39,7 @@ class LineRotation(Generic[_Place]):
         """
         waiting: dict[str, list[ParkedLine]] = {}
         for line in lines:
-            waiting.setdefault(line.queue, []).append(line)
+            waiting.setdefault(_BEGUN if line.is_of_begun_jobs else line.queue, []).append(line)
         chosen: dict[ParkedLine, list[_Place]] = {}
         full: set[str] = set()
         while sum(map(len, chosen.values())) < most:
@@ -53,7 +57,7 @@ class LineRotation(Generic[_Place]):
         queues = [queue for queue in self._queues if queue in waiting]
         if (self._turn + 1) % _LONGEST_WAIT_EVERY == 0:
             queues.sort(key=lambda queue: self._served.get((queue,), -1))
-        return queues
+        return [_BEGUN, *queues] if _BEGUN in waiting else queues
 
     def _next(
         self,

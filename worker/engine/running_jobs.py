@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -156,14 +156,15 @@ class RunningJobs:
             try:
                 await self._run(delivery, stop, release_slot, demand, may_park=True)
             except MustWait as wait:
-                if await self._park(running, parking, wait.model):
+                if await self._park(running, parking, wait):
                     return False
+                delivery = replace(delivery, tries=wait.tries)
                 await self._run(delivery, stop, release_slot, demand, may_park=False)
         if parking is not None and demand is not None:
             parking.on_ended(demand.model)
         return True
 
-    async def _park(self, running: RunningJob, parking: Parking, model: str) -> bool:
+    async def _park(self, running: RunningJob, parking: Parking, wait: MustWait) -> bool:
         """Give a job back to its queue. Returns false if Redis refuses that.
 
         While Redis does not answer, the job keeps its lease.
@@ -174,7 +175,7 @@ class RunningJobs:
         backoff = Backoff()
         while not running.stop.done():
             async with self._renewing:
-                result = await parking.park_started(running.delivery, model)
+                result = await parking.park_started(running.delivery, wait)
             if not isinstance(result, Exception):  # if it is false, another worker has the job
                 return True
             if not is_transient(result):
