@@ -77,6 +77,25 @@ def test_a_burst_of_first_events_is_one_step_of_growth(limit: ConcurrencyLimit, 
     assert before < limit.value <= before * 1.3
 
 
+def test_without_metrics_long_answers_do_not_hold_the_limit_down(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    """One more request each 10 s shows whether the server has room, even if no answer ends for hours."""
+    limit.on_quiet(40)
+    assert limit.room(40) == 1
+    limit.on_quiet(41)
+    assert limit.room(41) == 0
+    limit.on_first_event(1, 41)
+    clock.now += 9
+    limit.on_quiet(41)
+    assert limit.room(41) == 0
+    clock.now += 1
+    limit.on_quiet(41)
+    assert limit.room(41) == 1
+    limit.on_refused(42, None)
+    clock.now += 60
+    limit.on_quiet(41)
+    assert limit.room(41) == 0, "a server that refuses says itself when it is full"
+
+
 def test_a_refusal_leaves_less_than_the_server_holds(limit: ConcurrencyLimit, clock: ManualClock) -> None:
     grow(limit, clock, 20)
     limit.on_refused(12, None)

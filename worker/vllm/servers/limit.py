@@ -50,6 +50,8 @@ _SMALL = 16.0
 """From here on, a reading of /metrics doubles the limit, until a request has waited. A small server may refuse some."""
 _LOAD_LASTS = 5.0
 """Seconds for which a reading of /metrics replaces the waits for first events."""
+_QUIET = 10.0
+"""Seconds without a request, after which a limit that long answers use up grows by one."""
 _LONGEST_PAUSE = 60.0
 _PAUSE_AFTER = 4
 """Pauses of the duty cycle add up to this many times of generation before one is made: fewer, longer pauses."""
@@ -77,6 +79,8 @@ class ConcurrencyLimit:
         """When the pause of the duty cycle ends, and the seconds of the next one so far."""
         self._refused_until = -inf
         """When the pause after a refusal ends."""
+        self._answered_at = -inf
+        """When the last first event came."""
         self._cautious_until = -inf
         """Until then the limit does not grow beyond `_proven`, since a refusal with Retry-After costs time."""
         self._refused_alone = 0
@@ -104,6 +108,7 @@ class ConcurrencyLimit:
         """An answer has begun, `waited` seconds after its request was sent."""
         now = self._clock()
         sent_at = now - waited
+        self._answered_at = now
         self._refused_alone = 0
         self._wait += (waited - self._wait) / 8
         is_loaded = now - self._loaded_at < _LOAD_LASTS
@@ -172,6 +177,16 @@ class ConcurrencyLimit:
         if is_used and not waiting and self._step >= _RAMP:
             is_careful = self._has_queue or self.value < _SMALL
             self._grow(max(2.0, self.value / 2 if is_careful else self.value))
+
+    def on_quiet(self, in_flight: int) -> None:
+        """The load is not known, and the answers to all requests in flight have begun.
+
+        Nothing waits at the server, as far as is known. Answers may take hours, and without one more request the limit
+        would stay where some slow first events have put it.
+        """
+        quiet_since = max(self._answered_at, self._grown_at, self._decreased_at, self._loaded_at)
+        if in_flight >= self._whole and self._proven == inf and self._clock() - quiet_since >= _QUIET:
+            self._grow(max(0.0, in_flight - self.value) + 1)
 
     @property
     def _whole(self) -> int:

@@ -77,3 +77,5 @@ class LoadReader:
                     self._next_at = time.monotonic() + self._pace.load_again_after
         if load is not None:
             server.limit.on_load(load.running, load.waiting, server.in_flight)
+        elif server.in_flight and not server.unanswered:
+            server.limit.on_quiet(server.in_flight)
