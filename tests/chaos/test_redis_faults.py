@@ -218,11 +218,12 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     start_worker: StartWorker,
     start_simulator: StartSimulator,
 ) -> None:
-    tokens = 5000
+    # With its alternatives a token is two kilobytes and a half. The sockets on the way cannot hold the whole answer:
+    # the kernel lets them grow to 36 MB together (tcp_rmem, tcp_wmem), and they do if the worker reads in bursts.
+    tokens = 20_000
     simulator = await start_simulator(Options(max_model_len=2 * tokens, scenario=Scenario(tokens=tokens)))
     worker = await start_worker(simulator, lease=30, redis_url=redis_proxy.redis_url)
     redis_proxy.up = 0.1
-    # With its alternatives a token is two kilobytes and a half, and the answer more than sockets can hold on the way.
     request_id = await client.enqueue(chat_request(logprobs=True, top_logprobs=20))
 
     chunks = [-1]
@@ -235,7 +236,12 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
     assert not simulator.served[0].finished
     assert waiting(worker) < 3 * HIGH_WATER_BYTES, "no more than one read beyond the mark"
     await redis_proxy.heal()
-    await promise_kept(redis, request_id, answer_to(chat_request()["messages"], tokens=tokens))
+    await has_begun(redis, request_id)
+    await client.cancel(request_id)
+    answer = await client.result(request_id)
+    assert answer.outcome == "cancelled"
+    assert answer.text
+    assert answer_to(chat_request()["messages"], tokens=tokens).startswith(answer.text)
 
 
 def waiting(worker: Worker) -> int:
