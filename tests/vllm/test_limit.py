@@ -110,7 +110,7 @@ def test_refusals_of_one_burst_reduce_the_limit_once(limit: ConcurrencyLimit, cl
     assert 15 <= limit.value < 20
 
 
-def test_a_refusal_of_the_only_request_is_followed_by_a_pause_that_grows_up_to_a_minute(
+def test_a_refusal_of_the_only_request_is_followed_by_a_pause_that_grows_to_sixteen_answers(
     limit: ConcurrencyLimit, clock: ManualClock
 ) -> None:
     pauses = []
@@ -120,9 +120,16 @@ def test_a_refusal_of_the_only_request_is_followed_by_a_pause_that_grows_up_to_a
         pauses.append(limit.opens_in() or 0)
         clock.now += pauses[-1]
         assert (limit.room(0), limit.opens_in()) == (1, None)
-    assert 0 < pauses[0] <= 2
-    assert pauses == sorted(pauses)
-    assert pauses[-1] == 60
+    assert pauses == [1, 2, 4, 8] + [16] * 8
+
+
+def test_a_server_that_names_a_short_pause_is_asked_again_soon(limit: ConcurrencyLimit, clock: ManualClock) -> None:
+    pauses = []
+    for _ in range(3):
+        limit.on_refused(1, 0.01)
+        pauses.append(limit.opens_in() or 0)
+        clock.now += pauses[-1]
+    assert pauses == [1 / 8, 1 / 4, 1 / 2]
 
 
 def test_retry_after_is_a_pause_that_an_empty_queue_does_not_end(limit: ConcurrencyLimit) -> None:

@@ -21,7 +21,7 @@ grows by a quarter again.
   they come from long prompts or from other clients, and count less and less.
 
 Below 1, the limit is a duty cycle, with pauses between requests. After a refusal of its only request, the worker pauses
-for a time that grows with each refusal, up to a minute. A limit that is not used stays as it is.
+for a time that grows with each refusal, up to that of 16 answers. A limit that is not used stays as it is.
 
 Gradient and Vegas alone (Netflix's concurrency-limits) take long prompts for a queue.
 """
@@ -53,6 +53,8 @@ _LOAD_LASTS = 5.0
 _QUIET = 10.0
 """Seconds without a request, after which a limit that long answers use up grows by one."""
 _LONGEST_PAUSE = 60.0
+_DOUBLINGS = 4
+"""How often the pause after the refusal of the only request doubles."""
 _PAUSE_AFTER = 4
 """Pauses of the duty cycle add up to this many times of generation before one is made: fewer, longer pauses."""
 
@@ -141,7 +143,8 @@ class ConcurrencyLimit:
         if held:
             self._cautious_until = now + 10 * pause
         else:
-            pause = max(pause, min(_LONGEST_PAUSE, self._work * 2.0 ** min(self._refused_alone, 6)))
+            first = self._work if retry_after is None else min(self._work, max(retry_after, self._work / 8))
+            pause = max(pause, min(_LONGEST_PAUSE, first * 2.0 ** min(self._refused_alone, _DOUBLINGS)))
             self._refused_alone += 1
         self._refused_until = max(self._refused_until, now + pause)
 
