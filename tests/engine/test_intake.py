@@ -312,6 +312,19 @@ async def test_an_overdue_job_is_taken_though_no_server_has_room(redis_url: str,
         assert await parked(redis) == 1
 
 
+async def test_overdue_jobs_are_found_in_any_number_of_lines(redis_url: str, redis: Redis) -> None:
+    models = [f"m{number}" for number in range(80)]
+    servers = FakeServers(**dict.fromkeys(models, 0), b=1)
+    async with intake(redis_url, servers, slots=100, pace=Pace(scan_every=0.1, overdue_every=0.2)) as one:
+        due = one.clock.now() + 2000
+        ids = [request for model in models for request in await add(redis, model, deadline=str(due))]
+
+        async def all_started() -> bool:
+            return set(ids) <= set(one.started)
+
+        await eventually(all_started)
+
+
 async def test_a_job_that_must_wait_goes_back_and_gives_its_slot_back(redis_url: str, redis: Redis) -> None:
     (waiting,) = await add(redis)
     async with intake(redis_url, FakeServers(a=1), slots=1) as one:

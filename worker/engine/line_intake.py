@@ -25,6 +25,9 @@ from .slots import MOST_PER_READ, Slots
 _LISTED_EVERY = 1.5
 """Intervals of the search for lines after which the lines of a queue are listed here. The take-over lists them too."""
 
+_MOST_SEARCHED = 64
+"""The most lines that one search for overdue jobs looks at: one command for each, and all workers search."""
+
 _BEFORE_NEW_JOBS = 0.5
 """What the rank of a queue's lines is less than that of its new jobs."""
 
@@ -57,6 +60,8 @@ class LineIntake:
         self._pace = pace
         self._telemetry = telemetry
         self._rotation: LineRotation[Demand] = LineRotation(settings.queues)
+        self._searched_to = ("", "")
+        """The last line that was searched for overdue jobs."""
         self._stopping = asyncio.Event()
 
     def stop(self) -> None:
@@ -171,8 +176,14 @@ class LineIntake:
         self._slots.release(len(places) - self._running_jobs.start(deliveries, sent, demands))
 
     async def _take_overdue(self) -> None:
-        """Take the jobs whose deadline has passed, so that their logs are sealed, whether or not a server has room."""
-        for line in self._lines.all():
+        """Take the jobs whose deadline has passed, so that their logs are sealed, whether or not a server has room.
+
+        A search looks at a bounded number of lines, and the next one at those that follow.
+        """
+        lines = sorted(self._lines.all(), key=_place)
+        first = next((number for number, line in enumerate(lines) if _place(line) > self._searched_to), 0)
+        for line in (lines[first:] + lines[:first])[:_MOST_SEARCHED]:
+            self._searched_to = _place(line)
             slots = self._slots.reserve_now(MOST_PER_READ)
             if not slots or self._stopping.is_set():
                 self._slots.release(slots)
@@ -192,6 +203,10 @@ class LineIntake:
         """Give the places and slots of jobs back that were not taken."""
         _end_all(chosen)
         self._slots.release(sum(map(len, chosen.values())))
+
+
+def _place(line: ParkedLine) -> tuple[str, str]:
+    return line.queue, line.consumer
 
 
 def _end_all(chosen: dict[ParkedLine, list[Demand]]) -> None:

@@ -131,8 +131,8 @@ class TakeOver:
             lost = 0
             if own is not None and (own.pending > len(running) or own.name == live):
                 lost = await self._abandoned.hand_over_lost(queue, running)
-            if live and not self._hold_off.holds and not await self._abandoned.list_claimable(queue, live, 1):
-                live = ""  # to take its jobs needs a slot
+            if live and (self._hold_off.holds or not await self._abandoned.list_claimable(queue, live, 1)):
+                self._last_looked_at[queue], live = live, ""
         except (RedisError, OSError) as error:
             self._note_failure(error)
             await self._backoff.wait(error)
@@ -147,12 +147,13 @@ class TakeOver:
         return found
 
     def _next_live(self, queue: str, consumers: Sequence[ConsumerState]) -> str:
-        """The next worker that is looked at, silent or not, in the order of their names; empty if there is none."""
+        """The next worker that is looked at, silent or not; empty if there is none.
+
+        Workers are looked at in the order of their names, each until it has no such jobs.
+        """
         names = sorted(consumer.name for consumer in consumers if not is_pseudo_consumer(consumer.name))
         last = self._last_looked_at.get(queue, "")
-        following = next((name for name in names if name > last), names[0] if names else "")
-        self._last_looked_at[queue] = following
-        return following
+        return next((name for name in names if name > last), names[0] if names else "")
 
     def _note_failure(self, error: RedisError | OSError) -> None:
         """Record an outage. A refusal that stays, such as of a key of the wrong type, is none."""
