@@ -393,3 +393,20 @@ def test_a_server_that_refuses_beyond_its_answers_refuses_not_everything(server:
         server.record_failure(begin(server), classify(503, "full"))
         clock.now += REFUSES_ALL_AFTER
     assert server.refuses_all is None
+
+
+def test_one_draining_server_behind_a_load_balancer_hardly_stops_the_others(server: Server) -> None:
+    """The drain may last ten minutes, and every request may meet it."""
+    drains = classify(500, "cannot schedule new futures after shutdown")
+    server.record_failure(begin(server), drains)
+    assert server.circuit.is_draining
+    server.circuit.on_success(server.circuit.begin(Caller(is_job=False)))
+    for _ in range(20):
+        server.record_failure(begin(server), drains)
+        server.record_failure(begin(server), drains)
+        assert admits(server)
+        server.on_first_event(begin(server), "m")
+    for _ in range(3):
+        assert not server.is_away
+        server.record_failure(begin(server), drains)
+    assert server.circuit.is_draining, "now all of them drain"

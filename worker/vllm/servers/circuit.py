@@ -9,6 +9,8 @@ from .pace import ServerPace
 
 FAILURES = 5
 """How many jobs must fail at a server, without a success between them, to open its circuit."""
+_DRAINS = 3
+"""How many requests in sequence must meet a draining server, to open the circuit of a load balancer."""
 DRAINING = "draining"
 """The reason of the circuit of a server that is shutting down and still ends its open streams."""
 
@@ -109,8 +111,9 @@ class Circuit:
 
     A server that is shutting down (`DRAINING`) ends its open streams and refuses new requests, while its `/health` is
     good (vLLM 0.32.0 with `--shutdown-timeout`). Its probes are therefore requests of the worker's own. The first one
-    that is answered closes the circuit: the URL may be a load balancer, and only one server behind it was draining.
-    Once the connection is refused, the server is away like any other.
+    that is answered closes the circuit: the URL is a load balancer, and only one server behind it was draining. From
+    then on, several requests in sequence must meet a draining server there. Once the connection is refused, the server
+    is away like any other.
 
     Args:
         clock: monotonic seconds.
@@ -139,6 +142,10 @@ class Circuit:
         self._late_from: CircuitState | None = None
         """The state before a late probe; None when the last probe was not late."""
         self._on_probation = False
+        self._is_balancer = False
+        """Whether the URL is that of a load balancer, as a drain has shown."""
+        self._drains = 0
+        """Requests that have met a draining server since the last answer that began."""
         self._epoch = 0
         self._reserved_until = 0.0
         self._reset_pauses()
@@ -239,6 +246,7 @@ class Circuit:
         if request.epoch != self._epoch and self.state is not CircuitState.HALF_OPEN:
             return
         request.has_first_event = True
+        self._drains = 0
         self._unanswered.clear()
         if self.state is not CircuitState.CLOSED and request.caller.is_job:
             self._on_probation = self.state is not CircuitState.UNKNOWN
@@ -249,6 +257,7 @@ class Circuit:
         if request.epoch == self._epoch:
             self._forget_failures()
             self._reset_pauses()
+            self._is_balancer |= self.is_draining and not request.caller.is_job
             if self.state is CircuitState.HALF_OPEN or (self.is_draining and not request.caller.is_job):
                 self._become(CircuitState.CLOSED)
 
@@ -288,6 +297,10 @@ class Circuit:
             if not request.caller.is_job:
                 self._drain_pause.begin(self._clock())
         elif request.epoch == self._epoch and self.state is not CircuitState.OPEN:
+            self._drains += 1
+            if self._is_balancer and self._drains < _DRAINS:
+                return
+            self._drains = 0
             self._drain_pause.begin(self._clock())
             self._open(DRAINING)
 
