@@ -388,11 +388,12 @@ class Odd(Simulator):
     ("path", "status", "body"),
     [
         ("/tokenize", 500, b"broken"),
+        ("/tokenize", 503, b"try again later"),
         ("/tokenize", 200, b'{"tokens": "many"}'),
         ("/tokenize", 200, b'{"tokens": [-1], "max_model_len": 99999999999999999999}'),
         ("/detokenize", 200, b'{"prompt": "\xff"}'),
     ],
-    ids=["failing", "no ids", "absurd numbers", "no UTF-8"],
+    ids=["failing", "refusing", "no ids", "absurd numbers", "no UTF-8"],
 )
 async def test_an_answer_begins_again_where_no_server_tokenizes_the_prompt(
     client: Client, start_worker: StartWorker, path: str, status: int, body: bytes

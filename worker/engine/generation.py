@@ -279,6 +279,7 @@ class Generation:
             plan = await plan_resume(self._servers, server, request, self._answer, self._caller)
         except UpstreamError as error:
             others_remain = self._servers.has_candidate(model_of(request), self._caller)
+            error.is_busy = error.is_draining  # a full vLLM answers queries, and a router may refuse them forever
             if others_remain if error.elsewhere else (not is_last or never_reached(error) or error.is_busy):
                 raise
             # The server may still be able to answer from the beginning.
