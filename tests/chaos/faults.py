@@ -202,6 +202,13 @@ class _Connection(Connection):
         return reply
 
 
+def _report(callback: Callback, task: "asyncio.Task[list[Any]]") -> None:
+    if task.cancelled():  # the process was killed, and somebody in this one waits for the reply
+        callback(RedisConnectionError("killed"))
+    else:
+        report_outcome(callback, task)
+
+
 def gated(gate: Gate) -> type[PipelinedConnection]:
     """The class of pipelined connections whose every exchange waits at a gate."""
     return cast("type[PipelinedConnection]", type("GatedPipelinedConnection", (_PipelinedConnection,), {"gate": gate}))
@@ -221,7 +228,7 @@ class _PipelinedConnection(PipelinedConnection):
 
     def send(self, packed: bytes, count: int, callback: Callback) -> None:
         task = asyncio.ensure_future(self._meet(packed, count))
-        task.add_done_callback(partial(report_outcome, callback))
+        task.add_done_callback(partial(_report, callback))
 
     async def _meet(self, packed: bytes, count: int) -> list[Any]:
         fate = await self.gate.fate()

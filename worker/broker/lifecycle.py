@@ -61,6 +61,7 @@ class LifecycleWriter:
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.wait([self._writing])
+        await self._batcher.aclose()
 
     async def _write_all(self) -> None:
         backoff = Backoff("lifecycle_delayed", self._telemetry)
