@@ -141,6 +141,7 @@ async def test_a_worker_is_alive_before_redis_answers_and_while_it_drains_but_no
     assert await status(http, port, "/readyz") == (503, "draining: the worker takes no more jobs\n")
     assert await health(process) == 0
     process.terminate()  # now
+    await asyncio.to_thread(process.wait, 30)  # the proxy needs this event loop
 
 
 async def test_health_fails_where_no_worker_runs() -> None:
