@@ -19,6 +19,9 @@ class AsyncioReports(logging.Handler):
         """See `logging.Handler`."""
         if record.exc_info and record.exc_info[0] is asyncio.CancelledError:
             return  # before 3.13, `asyncio.start_server` reports a handler that ends with its event loop
+        is_plain_future = "future: <Future " in record.getMessage()
+        if is_plain_future and record.exc_info and isinstance(record.exc_info[1], ConnectionError):
+            return  # asyncio retrieves the end of a connection itself, unless the collector comes first
         # Without the traceback: this may run inside the parser, which cannot be entered again (see `syntax_tree`).
         self._reports.append(record.getMessage())
 
