@@ -233,12 +233,23 @@ async def started_count(process: IntakeProcess, count: int) -> bool:
     return len(process.started) == count
 
 
+async def is_read_again(redis: Redis) -> bool:
+    """Whether a reader waits for new jobs."""
+    return bool((await redis.info("clients"))["blocked_clients"])
+
+
+async def searches_for_lines(redis: Redis) -> int:
+    """How often the lines of parked jobs were listed."""
+    calls = await redis.info("commandstats")
+    return sum(calls[name]["calls"] for name in ("cmdstat_xinfo|consumers", "cmdstat_xinfo") if name in calls)
+
+
 async def test_a_reader_that_waits_for_new_jobs_does_not_delay_a_line(redis_url: str, redis: Redis) -> None:
     (waiting,) = await add(redis, "a")
     servers = FakeServers(a=0, b=1)
     async with intake(redis_url, servers, slots=1, block=4, pace=Pace()) as one:
         await has_parked(redis, 1)
-        await asyncio.sleep(0.2)  # so that the reader waits again, with the only slot
+        await eventually(lambda: is_read_again(redis))  # with the only slot
         servers.set_room("a", 1)
         began = time.monotonic()
         await has_started(one, waiting)
@@ -279,7 +290,12 @@ async def test_without_tenants_a_full_queue_is_not_read_ahead(redis_url: str, re
     await add(redis, count=20)
     async with intake(redis_url, FakeServers(a=1)) as one:
         await eventually(lambda: is_paused(one, VLLM_FULL))
-        await asyncio.sleep(0.5)
+        searches = await searches_for_lines(redis)
+
+        async def looked_again() -> bool:
+            return await searches_for_lines(redis) >= searches + 3
+
+        await eventually(looked_again)
         assert not await parked(redis)
         assert await unread(redis) == 19
 
