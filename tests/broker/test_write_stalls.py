@@ -62,7 +62,7 @@ async def test_a_write_that_failed_leaves_a_gap_up_to_the_next_accepted_entry(re
         log.append(delta("c"))
         await log.wait_drained()
     (gap,) = gaps.seconds
-    assert 0.5 <= gap <= time.monotonic() - began
+    assert 0 < gap <= time.monotonic() - began  # it begins with the first attempt after the entry, which follows a backoff
 
 
 async def test_a_write_that_was_late_leaves_a_gap(redis_url: str, redis: Redis) -> None:
