@@ -62,7 +62,8 @@ async def test_a_write_that_failed_leaves_a_gap_up_to_the_next_accepted_entry(re
         log.append(delta("c"))
         await log.wait_drained()
     (gap,) = gaps.seconds
-    assert 0 < gap <= time.monotonic() - began  # it begins with the first attempt after the entry, which follows a backoff
+    # The gap begins with the first attempt after the entry, which may wait for a backoff.
+    assert 0 < gap <= time.monotonic() - began
 
 
 async def test_a_write_that_was_late_leaves_a_gap(redis_url: str, redis: Redis) -> None:
