@@ -15,6 +15,7 @@ from worker import (
     Expired,
     InvalidJob,
     Lifecycle,
+    Queued,
     State,
     Status,
     SyncClient,
@@ -22,7 +23,8 @@ from worker import (
     UnknownRequest,
 )
 from worker.client.new_job import JobOptions
-from worker.contract.ids import SEAL
+from worker.contract.entries import parse
+from worker.contract.ids import SEAL, EntryId
 from worker.engine.application import Worker
 from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.requests import answer_to
@@ -36,6 +38,16 @@ async def test_the_same_request_with_the_same_id_is_enqueued_once(client: Client
     again = {"messages": ASK["messages"], "model": "reciter"}
     assert await client.enqueue(ASK, id="mine") == await client.enqueue(again, id="mine") == "mine"
     assert await redis.xlen("chat:jobs") == 1
+
+
+async def test_a_log_begins_with_the_place_and_the_time_of_its_job(client: Client, redis: Redis) -> None:
+    request_id = await client.enqueue(ASK, queue="batch")
+    ((job, _),) = await stream(redis, "chat:jobs:batch")
+    ((_, fields),) = await stream(redis, f"chat:tokens:{{{request_id}}}")
+    queued = parse("0-1", fields)
+    assert isinstance(queued, Queued)
+    assert queued.queue == "batch"
+    assert 0 <= EntryId.parse(job).attempt - queued.time < 30_000
 
 
 @pytest.mark.parametrize(

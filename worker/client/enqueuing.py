@@ -53,7 +53,7 @@ class Enqueuer:
                 expire_at = deadline + (job.retention or _RETENTION) * 1000
                 pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
                 if not is_repeated:
-                    queued = Queued(id=QUEUED, digest=request_digest, deadline=deadline)
+                    queued = Queued(id=QUEUED, digest=request_digest, deadline=deadline, queue=queue, time=now)
                     pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
                     pipe.pexpireat(log, expire_at)
                 if not is_cluster:

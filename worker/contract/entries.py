@@ -57,12 +57,17 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Queued(Entry, frozen=True, kw_only=True):
-    """The client has enqueued the request, and no worker has started it. `deadline` is the job's, in Unix ms."""
+    """The client has enqueued the request, and no worker has started it. `deadline` is the job's; times are Unix ms.
+
+    `time` and `queue` are when and where the client enqueued it, for an estimate of how many jobs are before it.
+    """
 
     type: ClassVar[Literal["queued"]] = "queued"
     v: int = 1
     digest: str = ""
     deadline: int = 0
+    queue: str = ""
+    time: int = 0
 
 
 class Started(Entry, frozen=True, kw_only=True):
