@@ -135,7 +135,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     `beat` and `started` are Unix ms. `paused` is the reason why the worker takes no jobs, and is empty while it takes
     jobs. `starting` is whether the worker takes no jobs because it has not probed its vLLM servers yet. `queues` are
     the queues that the worker serves, `version` is that of its package, `lease` its lease in seconds, `metrics` the
-    address of its metrics. Earlier versions wrote only some of the fields that have a default here.
+    address of its metrics, `models` the names of the models that its servers have, as far as they are known, without
+    those that do not fit. Earlier versions wrote only some of the fields that have a default here.
     """
 
     name: str
@@ -154,6 +155,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     metrics: str = ""
     servers: tuple[ServerRecord, ...] = ()
+    models: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, raw: bytes) -> Self | None:

@@ -63,7 +63,7 @@ from .poison import Quarantine
 from .running_jobs import RunningJobs
 from .slots import Slots
 from .take_over import TakeOver
-from .worker_record import RecordRefresher, server_records
+from .worker_record import RecordRefresher, model_names, server_records
 
 
 class Worker:
@@ -362,6 +362,7 @@ class Worker:
             pid=os.getpid(),
             metrics=self._settings.metrics,
             servers=server_records(servers),
+            models=model_names(servers),
         )
 
     def _why_not_ready(self) -> str:

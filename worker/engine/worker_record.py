@@ -8,6 +8,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from ..broker.worker_registry import WorkerRegistry
+from ..contract.job import MAX_NAME
 from ..contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
 from ..settings import redacted_url
 from ..vllm.servers.server import Server
@@ -15,6 +16,8 @@ from .pace import sleep_unless_set
 
 _MAX_SERVERS = 32
 _MAX_TEXT = 200
+_MAX_MODELS = 100
+_MAX_MODELS_TEXT = 4000
 """Limits on the size of a record, since every worker reads those of all others three times a lease."""
 
 
@@ -31,6 +34,20 @@ def server_records(servers: Sequence[Server]) -> tuple[ServerRecord, ...]:
         for server in servers
     )
     return tuple(sorted(records, key=lambda record: record.url)[:_MAX_SERVERS])
+
+
+def model_names(servers: Sequence[Server]) -> tuple[str, ...]:
+    """The models of the servers as the record has them, in order, without duplicates and without those that do not fit.
+
+    A server that is away counts: jobs for its models wait for it.
+    """
+    names: list[str] = []
+    room = _MAX_MODELS_TEXT
+    for name in sorted(frozenset().union(*(server.models for server in servers))):
+        if len(name) <= MAX_NAME and len(name) <= room and len(names) < _MAX_MODELS:
+            names.append(name)
+            room -= len(name)
+    return tuple(names)
 
 
 class RecordRefresher:

@@ -1,0 +1,39 @@
+"""The models in a worker's record: what its servers list, within limits."""
+
+from conftest import StartSimulator, StartWorker
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker.broker.worker_registry import WorkerRegistry
+from worker.contract.keys import Keys
+from worker.engine.worker_record import model_names
+from worker.sandbox.simulator.server import Options
+from worker.vllm.servers.server import Server
+
+
+def server(*models: str) -> Server:
+    it = Server("http://127.0.0.1:1")
+    it.record_models(models)
+    return it
+
+
+def test_the_models_of_all_servers_are_listed_once_and_in_order() -> None:
+    assert model_names([server("b", "a"), server(), server("c", "a")]) == ("a", "b", "c")
+
+
+def test_names_that_do_not_fit_into_the_record_are_left_out() -> None:
+    assert model_names([server("x" * 257, "a")]) == ("a",)
+    assert len(model_names([server(*map(str, range(5000)))])) == 100
+    assert sum(map(len, model_names([server(*(f"{n:0200}" for n in range(90)))]))) <= 4000
+
+
+async def test_a_worker_publishes_the_models_of_its_servers(
+    redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    await start_worker(await start_simulator(Options(model="small")), await start_simulator(Options(model="large")))
+
+    async def shown() -> bool:
+        records = await WorkerRegistry(redis, Keys()).records()
+        return [record.models for record in records.values()] == [("large", "small")]
+
+    await eventually(shown)
