@@ -142,7 +142,7 @@ def test_nothing_says_to_install_the_package_by_its_name(document: Document) -> 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None:
-    tested = {"python", "service", "statuses", "redis-cli", "typescript", "browser"}
+    tested = {"python", "service", "statuses", "edge", "redis-cli", "typescript", "browser"}
     unmarked = [
         example.code
         for example in document.examples
@@ -216,6 +216,44 @@ async def test_the_service_with_statuses_maps_each_error_as_the_table_does(
     await service.client.aclose()
     assert whole.json()["choices"][0]["message"]["content"] == TEXT
     assert [response.status_code for response in (clash, *refused, gone)] == [422, 400, 404, 410]
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_edge_of_the_documents_serves_each_user_his_own_requests(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", redis_url)
+    edge = _module(tmp_path / "edge.py", API.example("edge"))
+    ann, bob = {"X-User": "ann"}, {"X-User": "bob"}
+    body = {"messages": QUESTION}
+    async with (
+        edge.lifespan(edge.app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(edge.app), base_url="http://edge") as http,
+    ):
+        asked = [await http.post("/chat", json=body, headers=ann | {"Idempotency-Key": "one"}) for _ in range(2)]
+        path = f"/chat/{asked[0].json()['id']}"
+        whole = await http.get(f"{path}/events", headers=ann)
+        events = whole.text.split("\n\n")[:-1]
+        ids = [event.split("\n")[0].removeprefix("id: ") for event in events]
+        rest = await http.get(f"{path}/events", headers=ann | {"Last-Event-ID": ids[2]})
+        same = await http.get(f"{path}/events", headers=ann, params={"after": ids[2]})
+        refused = [
+            await http.get(f"{path}/events", headers=bob),
+            await http.delete(path, headers=bob),
+            await http.get(f"{path}none/events", headers=ann),
+            await http.post("/chat", json={}, headers=ann),
+            await http.post("/chat", json=body),
+        ]
+        cancelled = await http.delete(path, headers=ann)
+    assert [response.status_code for response in asked] == [202, 202]
+    assert asked[0].json() == asked[1].json()
+    entries = [json.loads(event.split("\ndata: ")[1]) for event in events]
+    assert "".join(entry.get("content", "") for entry in entries) == TEXT
+    assert whole.text.endswith(rest.text)
+    assert rest.text == same.text
+    assert rest.text.startswith(f"id: {ids[3]}")
+    assert [response.status_code for response in refused] == [404, 404, 404, 400, 422]
+    assert cancelled.json() == {"was": "ended"}
 
 
 @needs_node
