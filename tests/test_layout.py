@@ -15,7 +15,8 @@ import worker
 _ROOT = Path(worker.__file__).parent
 
 _ALL_BUT_CLI = {
-    "contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "client", "ops", "sandbox", "version",
+    "contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "client", "ops", "sandbox", "gateway",
+    "version",
 }  # fmt: skip
 _MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -29,6 +30,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "client": {"contract", "redisio", "broker"},
     "ops": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "version"},
     "sandbox": {"contract", "redisio", "vllm", "settings", "client"},
+    "gateway": {"contract", "redisio", "broker", "client", "telemetry", "settings", "version"},
     "cli": _ALL_BUT_CLI,
     "__main__": {"cli"},
     "__init__": {"contract", "client"},

@@ -3,7 +3,7 @@
 import asyncio
 import enum
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import ParamSpec, Self, TypeVar, Unpack
@@ -11,6 +11,7 @@ from typing import ParamSpec, Self, TypeVar, Unpack
 import msgspec
 
 from ..broker.client_seals import cancel, may_be_overdue
+from ..broker.log_pages import PageSize
 from ..broker.queue_depth import is_served, waiting_in
 from ..contract.answer import Answer
 from ..contract.entries import (
@@ -20,7 +21,7 @@ from ..contract.entries import (
     is_terminal,
     parse_leniently,
 )
-from ..contract.ids import BEFORE_ALL, EntryId
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.clients import command_client
@@ -210,6 +211,23 @@ class Client:
             await follower.pour(into)
         finally:
             await follower.leave()
+
+    async def pages(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[Iterable[AnyEntry]]:
+        """Yield the entries that the log has now, in pages, and end at its present end or at its terminal entry.
+
+        Iterating over a page parses its entries. If entries are missing and the log has not ended, this ends before
+        the hole. Raises the errors of `follow`, also while a page is iterated over.
+        """
+        self._check_usable()
+        place, is_first, size = BEFORE_ALL if after is None else parse_entry_id(after), True, PageSize()
+        while place != SEAL:  # Redis refuses a range that begins after the greatest id
+            page = await self._following.logs.read(check_id(request_id), place, size, is_first=is_first)
+            if page is None:
+                return
+            yield page.entries
+            if not page.is_full or page.is_at_hole:
+                return
+            place, is_first = page.last, False
 
     def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
         self._check_usable()

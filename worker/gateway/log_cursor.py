@@ -1,0 +1,158 @@
+"""One reader's place in one log: it reads the log to its end, joins the tail there, and returns if it falls behind.
+
+`catch_up` runs in the task of the stream. From then on, the tail and the connection drive the cursor in callbacks.
+"""
+
+import asyncio
+from contextlib import aclosing
+from typing import Protocol
+
+from ..client.errors import InvalidArgument
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
+from .protocols.protocol import Encoder, StreamProtocol, without_events
+from .tails import Frame, Tail, Tails
+
+
+class FrameSink(Protocol):
+    """Where a cursor writes its frames."""
+
+    def write(self, frame: Frame) -> bool:
+        """Write a frame. Returns false if it waits for the client; nothing may be written until it has been sent."""
+
+    async def wait_writable(self) -> None:
+        """Wait until a frame can be written."""
+
+    def wake(self) -> None:
+        """Called when the cursor needs the stream's task: to catch up, or because it is over."""
+
+
+class LogCursor:
+    """A reader's place in a log.
+
+    Args:
+        position: the last entry that the reader has. Frames after it are written.
+        skip: how many events after `position` the reader has.
+    """
+
+    __slots__ = ("_protocol", "_request_id", "_sink", "_skip", "_tail", "_tails", "is_over", "next", "position")
+
+    def __init__(
+        self, tails: Tails, request_id: str, protocol: StreamProtocol, sink: FrameSink, *,
+        position: EntryId = BEFORE_ALL, skip: int = 0,
+    ) -> None:  # fmt: skip
+        self.position = position
+        """The last entry of the last frame that was written."""
+        self.next = 0
+        """See `TailReader`."""
+        self.is_over = False
+        """Whether everything up to the end of the stream was written."""
+        self._tails = tails
+        self._request_id = request_id
+        self._protocol = protocol
+        self._sink = sink
+        self._skip = skip
+        self._tail: Tail | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `catch_up` must be called."""
+        return not self.is_over and self._tail is None
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the reader has all entries so far, and no worker has started the job."""
+        return self._tail is not None and self._tail.last.attempt == 0
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the log cannot be followed any longer. Everything before was written."""
+        return self._tail.error if self._tail is not None and self.is_over else None
+
+    @property
+    def last_frame_at(self) -> float:
+        """When the tail last wrote a frame, by the event loop's clock."""
+        return self._tail.last_frame_at if self._tail is not None else 0.0
+
+    async def catch_up(self) -> None:
+        """Write what the log has, and join the tail, which writes the rest.
+
+        Raises the errors of `Client.follow`; and `InvalidArgument` when the stream has less events than are to skip.
+        """
+        encoder = self._protocol.new_encoder()
+        read = self.position if self._protocol.starts_anywhere else BEFORE_ALL
+        while self.is_behind:
+            tail = self._tails.find(self._request_id, self._protocol)
+            if tail is not None and tail.admits(read) and read >= self.position and not self._skip:
+                self._join(tail, read)
+                return
+            read, is_at_end = await self._write_backlog(encoder, read)
+            if read == SEAL or (encoder.is_over and is_at_end):
+                self.is_over = True
+            elif not is_at_end:
+                await self._sink.wait_writable()
+            elif self._skip:
+                raise InvalidArgument(f"the answer has {self._skip} events less than the client has received")
+            elif self._tails.find(self._request_id, self._protocol) is None:
+                self._join(self._tails.start(self._request_id, self._protocol, encoder, read), read)
+
+    def write(self, frame: Frame) -> bool:
+        """See `TailReader`."""
+        self.position = frame.last
+        return self._sink.write(frame)
+
+    def on_tail_over(self) -> None:
+        """See `TailReader`."""
+        self.is_over = True
+        self._sink.wake()
+
+    def on_writable(self) -> None:
+        """Go on after a write that had to wait."""
+        tail = self._tail
+        if tail is not None and not self.is_over and not tail.resume(self):
+            self.leave()
+            self._sink.wake()
+
+    def leave(self) -> None:
+        """Leave the tail."""
+        if self._tail is not None:
+            self._tail.leave(self)
+            self._tail = None
+
+    def _join(self, tail: Tail, read: EntryId) -> None:
+        self._tail = tail
+        tail.join(self, read)
+        self.on_writable()
+
+    async def _write_backlog(self, encoder: Encoder, read: EntryId) -> tuple[EntryId, bool]:
+        """Write the log after the entry `read` in few large frames, until its end or until the client must read.
+
+        Returns the last entry that was encoded, and whether the end was reached. The page is dropped while the client
+        does not read: many such clients would keep a page each.
+        """
+        limit = self._tails.write_bytes
+        pieces: list[bytes] = []
+        size = 0
+        async with self._tails.page_slots, aclosing(self._tails.client.pages(self._request_id, after=read)) as pages:
+            async for page in pages:
+                for entry in page:
+                    piece = encoder.encode(entry)
+                    read = entry.id
+                    if not piece or read <= self.position:
+                        continue
+                    if self._skip:
+                        piece, self._skip = without_events(piece, self._skip)
+                        if not piece:
+                            continue
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size >= limit:
+                        if not self._write_pieces(pieces, read):
+                            return read, False
+                        pieces, size = [], 0
+                        await asyncio.sleep(0)  # entries of other requests are written between
+        return read, not pieces or self._write_pieces(pieces, read)
+
+    def _write_pieces(self, pieces: list[bytes], last: EntryId) -> bool:
+        data = self._protocol.frame(pieces, last)
+        self._tails.meter.add(len(pieces), len(data))
+        return self.write(Frame(last, data, self._protocol.message(data)))

@@ -1,0 +1,1 @@
+"""The protocols in which the gateway streams a log. Each is a pure function from entries to bytes."""
