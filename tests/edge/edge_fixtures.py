@@ -6,15 +6,16 @@ import os
 import shutil
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pytest
+from gateways import RunningGateway, gateway_process
 from nodes import HERE, NotInstalledError, installed_packages
 
-__all__ = ["drivers", "node_packages", "start_client"]
+__all__ = ["drivers", "gateway", "node_packages", "start_client", "start_gateway"]
 
 ClientName = Literal["openai_python", "openai_node", "ai_sdk", "raw_fetch", "event_source"]
 Object: TypeAlias = dict[str, Any]
@@ -77,7 +78,7 @@ class RunningClient:
         return found
 
 
-StartClient = Callable[..., Any]
+StartClient = Callable[..., Awaitable[RunningClient]]
 
 
 @asynccontextmanager
@@ -109,3 +110,22 @@ async def start_client(drivers: Path) -> AsyncIterator[StartClient]:
             return await stack.enter_async_context(_client(drivers, name, order))
 
         yield start
+
+
+StartGateway = Callable[..., Awaitable[RunningGateway]]
+
+
+@pytest.fixture
+async def start_gateway(redis_url: str) -> AsyncIterator[StartGateway]:
+    """Starts gateways as processes, and waits until they are ready. Settings are named as in `GatewaySettings`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(port: int = 0, **settings: object) -> RunningGateway:
+            return await stack.enter_async_context(gateway_process(redis_url, port, **settings))
+
+        yield start
+
+
+@pytest.fixture
+async def gateway(start_gateway: StartGateway) -> RunningGateway:
+    return await start_gateway()

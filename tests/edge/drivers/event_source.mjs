@@ -2,8 +2,8 @@
 import { EventSource } from "eventsource";
 import { order, print } from "./lines.mjs";
 
-const { url } = await order();
-const source = new EventSource(url);
+const { base_url, calls } = await order();
+const source = new EventSource(new URL(calls[0].path, base_url));
 const ends = new Set(["done", "error", "cancelled"]);
 let [text, count] = ["", 0];
 const ids = [];

@@ -1,0 +1,73 @@
+"""Gateways as processes of their own."""
+
+import asyncio
+import secrets
+import signal
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+from command import environment
+from waits import eventually
+
+
+class RunningGateway:
+    """A gateway as a process of its own."""
+
+    def __init__(self, port: int, process: Process) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = process
+
+    async def is_ready(self) -> bool:
+        """Whether it takes requests. Raises AssertionError if the process has ended."""
+        assert self.process.returncode is None, "the gateway ended: its standard error has the reason"
+        async with httpx.AsyncClient() as http:
+            try:
+                return (await http.get(f"{self.url}/readyz")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+    async def end(self, number: signal.Signals) -> int:
+        """Send a signal and wait for the end; returns the exit status."""
+        self.process.send_signal(number)
+        return await self.process.wait()
+
+
+@asynccontextmanager
+async def gateway_process(redis_url: str, port: int = 0, **settings: object) -> AsyncIterator[RunningGateway]:
+    """A gateway that is ready; killed at the end if it still runs. Settings are named as in `GatewaySettings`."""
+    port = port or free_port()
+    given = {"listen": f"127.0.0.1:{port}", "no_auth": "true", "log_format": "json", "drain_delay": 0} | settings
+    variables = {f"GATEWAY_{name.upper()}": str(value) for name, value in given.items()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "worker", "gateway",
+        stdin=DEVNULL, stdout=DEVNULL, env=environment(REDIS_URL=redis_url, **variables),
+    )  # fmt: skip
+    try:
+        gateway = RunningGateway(port, process)
+        await eventually(gateway.is_ready)
+        yield gateway
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens at, below those that the kernel gives to outgoing connections.
+
+    A gateway that starts again can therefore have the same port.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
