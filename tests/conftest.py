@@ -13,7 +13,7 @@ from typing import cast
 import psutil
 import pytest
 from asyncio_reports import UNHANDLED, AsyncioReports
-from edge_fixtures import drivers, gateway, node_packages, start_client, start_gateway  # noqa: F401 - fixtures
+from edge_fixtures import drivers, node_packages, replica, start_client, start_replica  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
 from processes import Process, deliver, process
 from proxy import Proxy

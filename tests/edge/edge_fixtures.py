@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pytest
-from gateways import RunningGateway, gateway_process
 from nodes import HERE, NotInstalledError, installed_packages
+from replicas import Replica, replica_process
 
-__all__ = ["drivers", "gateway", "node_packages", "start_client", "start_gateway"]
+__all__ = ["drivers", "node_packages", "replica", "start_client", "start_replica"]
 
 ClientName = Literal["openai_python", "openai_node", "ai_sdk", "raw_fetch", "event_source"]
 Object: TypeAlias = dict[str, Any]
@@ -112,20 +112,20 @@ async def start_client(drivers: Path) -> AsyncIterator[StartClient]:
         yield start
 
 
-StartGateway = Callable[..., Awaitable[RunningGateway]]
+StartReplica = Callable[..., Awaitable[Replica]]
 
 
 @pytest.fixture
-async def start_gateway(redis_url: str) -> AsyncIterator[StartGateway]:
+async def start_replica(redis_url: str) -> AsyncIterator[StartReplica]:
     """Starts gateways as processes, and waits until they are ready. Settings are named as in `GatewaySettings`."""
     async with AsyncExitStack() as stack:
 
-        async def start(port: int = 0, **settings: object) -> RunningGateway:
-            return await stack.enter_async_context(gateway_process(redis_url, port, **settings))
+        async def start(port: int = 0, **settings: object) -> Replica:
+            return await stack.enter_async_context(replica_process(redis_url, port, **settings))
 
         yield start
 
 
 @pytest.fixture
-async def gateway(start_gateway: StartGateway) -> RunningGateway:
-    return await start_gateway()
+async def replica(start_replica: StartReplica) -> Replica:
+    return await start_replica()

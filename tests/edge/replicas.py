@@ -14,7 +14,7 @@ from command import environment
 from waits import eventually
 
 
-class RunningGateway:
+class Replica:
     """A gateway as a process of its own."""
 
     def __init__(self, port: int, process: Process) -> None:
@@ -38,7 +38,7 @@ class RunningGateway:
 
 
 @asynccontextmanager
-async def gateway_process(redis_url: str, port: int = 0, **settings: object) -> AsyncIterator[RunningGateway]:
+async def replica_process(redis_url: str, port: int = 0, **settings: object) -> AsyncIterator[Replica]:
     """A gateway that is ready; killed at the end if it still runs. Settings are named as in `GatewaySettings`."""
     port = port or free_port()
     given = {"listen": f"127.0.0.1:{port}", "no_auth": "true", "log_format": "json", "drain_delay": 0} | settings
@@ -48,9 +48,9 @@ async def gateway_process(redis_url: str, port: int = 0, **settings: object) -> 
         stdin=DEVNULL, stdout=DEVNULL, env=environment(REDIS_URL=redis_url, **variables),
     )  # fmt: skip
     try:
-        gateway = RunningGateway(port, process)
-        await eventually(gateway.is_ready)
-        yield gateway
+        replica = Replica(port, process)
+        await eventually(replica.is_ready)
+        yield replica
     finally:
         if process.returncode is None:
             process.kill()
