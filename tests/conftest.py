@@ -14,6 +14,7 @@ import psutil
 import pytest
 from asyncio_reports import UNHANDLED, AsyncioReports
 from edge_fixtures import drivers, node_packages, replica, start_client, start_replica  # noqa: F401 - fixtures
+from gateway_fixtures import gateway, http, start_gateway, start_gateway_process  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
 from processes import Process, deliver, process
 from proxy import Proxy
@@ -83,7 +84,7 @@ def _asyncio_reports_nothing(request: pytest.FixtureRequest, asyncio_reports: As
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep the settings of the person who runs the tests away from them."""
     for name in list(os.environ):
-        if name.startswith(("WORKER_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL")):
+        if name.startswith(("WORKER_", "GATEWAY_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 

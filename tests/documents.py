@@ -2,7 +2,7 @@
 
     python tests/documents.py
 
-writes the generated part, the table of settings in deploy/README.md.
+writes the generated parts, the tables of settings in deploy/README.md.
 """
 # ruff: noqa: E402 - what follows the change of sys.path needs it, where the project is not installed
 
@@ -10,20 +10,23 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
 import click
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 
-from worker.settings import Settings, variable
+from worker.gateway.settings import GATEWAY_SOURCE
+from worker.settings import WORKER_SOURCE
+from worker.settings_source import SettingsSource
 
 _FENCE = re.compile(r"^(?:<!-- example: (\S+) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-_SETTINGS = re.compile(r"(<!-- settings -->\n).*?(<!-- end of the settings -->)", re.DOTALL)
+_SETTINGS = re.compile(r"(<!-- (gateway )?settings -->\n).*?(<!-- end of the settings -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +99,11 @@ _OTHERS = (Document.read("CHANGELOG.md"), Document.read("tests/transcripts/READM
 DOCUMENTS = (README, CONTRACT, API, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
 
 
-def settings_table() -> str:
-    """The table of all settings: variable, default and meaning."""
+def settings_table(source: SettingsSource[Any] = WORKER_SOURCE) -> str:
+    """The table of all settings of the worker or the gateway: variable, default and meaning."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
+    fields: dict[str, FieldInfo] = source.kind.model_fields
+    for name, field in fields.items():
         default = field.get_default()
         if isinstance(default, SecretStr):
             default = default.get_secret_value()
@@ -107,14 +111,17 @@ def settings_table() -> str:
         meaning = str(field.description).replace("|", "\\|").replace("<", "\\<")
         if get_origin(field.annotation) is Literal:
             meaning += f": {', '.join(f'`{word}`' for word in get_args(field.annotation))}"
-        rows.append(f"| `{variable(name)}` |{f' `{shown}` ' if shown else ' '}| {meaning} |")
+        rows.append(f"| `{source.variable(name)}` |{f' `{shown}` ' if shown else ' '}| {meaning} |")
     return "\n".join(rows)
 
 
 def with_settings_table(text: str) -> str:
-    """A text with the table of settings between its two comments."""
-    table = settings_table()
-    return _SETTINGS.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text)
+    """A text with the tables of settings, each between its two comments."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}{settings_table(GATEWAY_SOURCE if found[2] else WORKER_SOURCE)}\n{found[3]}"
+
+    return _SETTINGS.sub(table, text)
 
 
 def _anchor(title: str) -> str:
@@ -124,4 +131,4 @@ def _anchor(title: str) -> str:
 
 if __name__ == "__main__":
     DEPLOY.path.write_text(with_settings_table(DEPLOY.text))
-    click.echo(f"the table of settings is written to {DEPLOY}")
+    click.echo(f"the tables of settings are written to {DEPLOY}")

@@ -39,10 +39,11 @@ from worker import Client, SyncClient
 from worker.contract.entries import Cancelled, Claimed, Delta, Done, Failed, Opened, Queued, Restarted, Resumed, Started
 from worker.contract.job import digest
 from worker.contract.keys import Keys
+from worker.gateway.settings import GATEWAY_SOURCE
 from worker.sandbox.embedded_redis import find_servers
 from worker.sandbox.simulator.requests import answer_to
-from worker.settings import Settings, variable
-from worker.telemetry import events, job_events
+from worker.settings import WORKER_SOURCE
+from worker.telemetry import events, gateway_events, job_events
 from worker.telemetry.events import Event, Failing
 from worker.telemetry.logging import name_of
 
@@ -344,14 +345,16 @@ async def test_the_redis_cli_lines_of_the_readme_enqueue_follow_and_cancel(redis
 
 
 def test_the_table_of_settings_is_the_generated_one() -> None:
-    assert settings_table() in DEPLOY.text, "write the table anew: python tests/documents.py"
+    for source in (WORKER_SOURCE, GATEWAY_SOURCE):
+        assert settings_table(source) in DEPLOY.text, "write the tables anew: python tests/documents.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_every_setting_that_is_named_exists(document: Document) -> None:
-    names = set(re.findall(r"`(WORKER_[A-Z_]+)`", document.text))
+    names = set(re.findall(r"`((?:WORKER|GATEWAY)_[A-Z_0-9]+)`", document.text))
     of_kubernetes = {"WORKER_PORT", "WORKER_SERVICE_HOST"}
-    assert names - of_kubernetes <= {variable(field) for field in Settings.model_fields}
+    known = {source.variable(name) for source in (WORKER_SOURCE, GATEWAY_SOURCE) for name in source.kind.model_fields}
+    assert names - of_kubernetes <= known
 
 
 # The contract.
@@ -360,6 +363,8 @@ def test_every_setting_that_is_named_exists(document: Document) -> None:
 def test_every_key_entry_type_and_field_is_described() -> None:
     keys = Keys()
     fixed = [keys.jobs(), keys.lifecycle, keys.dead, keys.workers, keys.cancel]
+    fixed += [keys.asked("<fingerprint>"), keys.unanswered("<fingerprint>")]
+    fixed += [keys.running("<owner>"), keys.waiting("<owner>")]
     for key in [*fixed, keys.tokens("<id>"), keys.ended("<id>"), keys.feed("<id>")]:
         assert f"| `{key}`" in CONTRACT.text
     for kind in (Queued, Started, Claimed, Resumed, Restarted, Opened, Delta, Done, Failed, Cancelled):
@@ -415,7 +420,12 @@ def test_every_job_option_is_described() -> None:
 
 
 def test_every_log_event_is_described() -> None:
-    kinds = [kind for module in (events, job_events) for kind in vars(module).values() if isinstance(kind, type)]
+    kinds = [
+        kind
+        for module in (events, job_events, gateway_events)
+        for kind in vars(module).values()
+        if isinstance(kind, type)
+    ]
     logged = [kind for kind in kinds if issubclass(kind, Event) and kind.level != "silent"]
     names = {name_of(kind) for kind in logged if kind not in (Event, Failing)}
     sources = [

@@ -15,8 +15,8 @@ import worker
 _ROOT = Path(worker.__file__).parent
 
 _ALL_BUT_CLI = {
-    "contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "client", "ops", "sandbox", "gateway",
-    "version",
+    "contract", "redisio", "broker", "vllm", "telemetry", "settings", "settings_source", "engine", "client", "gateway",
+    "ops", "sandbox", "version",
 }  # fmt: skip
 _MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -25,12 +25,13 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "redisio": {"telemetry.events"},
     "broker": {"contract", "redisio", "telemetry.events"},
     "vllm": {"contract", "telemetry.events"},
-    "settings": {"contract", "redisio.urls", "vllm.http.credentials", "vllm.http.target"},
+    "settings_source": set(),
+    "settings": {"contract", "redisio.urls", "settings_source", "vllm.http.credentials", "vllm.http.target"},
     "engine": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "version"},
     "client": {"contract", "redisio", "broker"},
+    "gateway": {"contract", "redisio", "broker", "client", "telemetry", "settings", "settings_source", "version"},
     "ops": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "version"},
     "sandbox": {"contract", "redisio", "vllm", "settings", "client"},
-    "gateway": {"contract", "redisio", "broker", "client", "telemetry", "settings", "version"},
     "cli": _ALL_BUT_CLI,
     "__main__": {"cli"},
     "__init__": {"contract", "client"},

@@ -4,22 +4,20 @@ A variable that is empty counts as not set. The descriptions are the text of `wo
 deploy/README.md.
 """
 
-import os
 import re
-from collections.abc import Collection, Iterable
-from itertools import takewhile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import httpx
-from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from .contract.job import MAX_REQUEST_BYTES
 from .contract.keys import DEFAULT_QUEUE, is_queue_name
 from .redisio.urls import parse_redis_url
+from .settings_source import CheckedSettings, ConfigError, SettingsSource
 from .vllm.http.credentials import ApiKeys, read_keys, validated_key
 from .vllm.http.target import base_url
 
@@ -29,29 +27,18 @@ _OWN_NAMES = {
 }
 _SECRET = frozenset({"redis_url", "vllm_api_key", "vllm_api_key_2"})
 _DAY = 24 * 3600
-_LONG_NAME = 10
-"""Letters, without the prefix."""
+
+__all__ = [
+    "PREFIX", "WORKER_SOURCE", "ConfigError", "Settings", "load_settings", "parse_address", "redacted_url", "variable",
+]  # fmt: skip
 
 Seconds = Annotated[float, Field(gt=0, le=_DAY)]
 
 
-class ConfigError(ValueError):
-    """The settings cannot be used. `problems` has one sentence for each variable that is wrong."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
-class Settings(BaseSettings):
+class Settings(CheckedSettings):
     """All settings of a worker. Durations are seconds."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_ignore_empty=True,  # Docker Compose sets a variable without a value to "": `WORKER_SLOTS: ${SLOTS:-}`
-        extra="ignore",
-        populate_by_name=True,
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX)
 
     redis_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
@@ -142,13 +129,6 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
 
-    _unknown: tuple[str, ...] = ()
-
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """Variables that begin with WORKER_ and are not settings: another program uses them, or they are misspelt."""
-        return self._unknown
-
     @field_validator("vllm_urls", "queues", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -215,47 +195,21 @@ class Settings(BaseSettings):
         return ApiKeys(*(key.get_secret_value() for key in given), file=file)
 
 
-def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
-    """Read the settings. An option that is None counts as not set, so the environment decides.
+WORKER_SOURCE = SettingsSource(Settings, PREFIX, _OWN_NAMES, _SECRET, {"VLLM_URL": "vllm_urls"})
 
-    `only` limits the settings that are read, for a command that needs few of them. The others keep their defaults, even
-    if the environment has bad values for them.
+
+def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:
+    """Read the settings. See `SettingsSource.load`.
 
     Raises:
         ConfigError: when a variable has a bad value or a name that is nearly a setting's. The error lists them all.
     """
-    used = [name for name in Settings.model_fields if name in only or not only]
-    given = {
-        _OWN_NAMES.get(name, name): field.get_default() for name, field in Settings.model_fields.items()
-        if name not in used
-    }  # fmt: skip
-    given |= {_OWN_NAMES.get(name, name): value for name, value in options.items() if value is not None}
-    env_file = Path(".env")
-    try:
-        in_file = dotenv_values(env_file) if env_file.is_file() else {}
-    except UnicodeDecodeError:
-        raise ConfigError([f"{env_file} is not UTF-8: save it as UTF-8"]) from None
-    problems, unknown = [], []
-    for names, where in ((in_file, f" (in {env_file})"), (os.environ, "")):
-        for name in sorted(filter(_is_unknown, names)):
-            near = next((own for own in map(variable, used) if _is_misspelt(name.upper(), own)), "")
-            if near:
-                problems.append(f"{name}{where} is not a setting: did you mean {near}?")
-            else:
-                unknown.append(f"{name}{where}")
-    try:
-        settings = Settings(_env_file=env_file, **given)  # type: ignore[call-arg]  # pydantic checks them
-    except ValidationError as error:
-        raise ConfigError([*problems, *map(_sentence, error.errors())]) from None
-    if problems:
-        raise ConfigError(problems)
-    settings._unknown = tuple(unknown)  # noqa: SLF001 - pydantic has no other way to keep what is not a setting
-    return settings
+    return WORKER_SOURCE.load(only, **options)
 
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    return _OWN_NAMES.get(name, PREFIX + name.upper())
+    return WORKER_SOURCE.variable(name)
 
 
 def redacted_url(url: str) -> str:
@@ -288,42 +242,3 @@ def _is_http(url: str) -> bool:
         return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
     except (ValueError, httpx.InvalidURL):  # a bad port, or a name that no host can have
         return False
-
-
-def _is_unknown(name: str) -> bool:
-    """Whether a variable begins with WORKER_ and is neither a setting nor from Kubernetes, for a service `worker`."""
-    name = name.upper()
-    own = {variable(field) for field in Settings.model_fields}
-    return name.startswith(PREFIX) and name not in own and not re.search(r"_SERVICE_|_PORT(_|$)", name)
-
-
-def _is_misspelt(name: str, own: str) -> bool:
-    """Whether a variable's name is nearly that of a setting's variable. A less similar one may be another program's.
-
-    Nearly means one of these: one letter is missing, added or replaced (two in a long name); two letters are swapped;
-    the name has the prefix WORKER_ and the setting's variable does not.
-    """
-    found, meant = name.removeprefix(PREFIX), own.removeprefix(PREFIX)
-    if found == meant:
-        return True
-    start = _common_length(found, meant)
-    end = _common_length(found[start:][::-1], meant[start:][::-1])
-    rest = [text[start : len(text) - end] for text in (found, meant)]
-    limit = 1 if len(meant) < _LONG_NAME else 2
-    return max(map(len, rest)) <= limit or (len(rest[0]) == len(rest[1]) == 2 and rest[0] == rest[1][::-1])
-
-
-def _common_length(one: str, other: str) -> int:
-    """The number of letters with which both texts begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _sentence(error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
-    # pydantic names the alias where there is one.
-    fields = {variable(name): name for name in Settings.model_fields} | {"VLLM_URL": "vllm_urls"}
-    location = str(error["loc"][0])
-    name = fields.get(location.upper(), location)
-    value = "" if name in _SECRET else f" is {str(error['input'])[:80]!r}:"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    text = f"{variable(name)} {message}" if error["type"] == "value_error" else f"{variable(name)}{value} {message}"
-    return text[:1] + text[1:].replace("Input should", "it should")

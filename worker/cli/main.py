@@ -12,6 +12,7 @@ import click
 from ..version import version
 from .check import check
 from .dead_letters import dead
+from .gateway import gateway, key
 from .group import SectionedGroup
 from .health import health
 from .requests import cancel, enqueue, follow
@@ -21,6 +22,7 @@ from .sandbox import demo, simulate
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
     "Workers": (run, check, health, dead),
+    "Gateway": (gateway, key),
     "Try it": (demo, simulate),
 }
 

@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from ..client.async_client import Client
 from ..client.errors import Unavailable
-from ..settings import Settings, load_settings, redacted_url, variable
+from ..settings import WORKER_SOURCE, load_settings, redacted_url, variable
+from ..settings_source import SettingsSource
 
 _T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., object])
@@ -42,24 +43,30 @@ class Surroundings:
         return click.get_current_context().ensure_object(cls)
 
 
-def settings_options(*names: str) -> Callable[[_F], _F]:
-    """Add an option for each of these settings, or for all. Values stay text, since `load_settings` checks them."""
+def settings_options(*names: str, source: SettingsSource[Any] = WORKER_SOURCE) -> Callable[[_F], _F]:
+    """Add an option for each of these settings, or for all. Values stay text, since `source` checks them."""
+    fields: dict[str, FieldInfo] = source.kind.model_fields
 
     def add(command: _F) -> _F:
-        for name in reversed(names or tuple(Settings.model_fields)):
-            field = Settings.model_fields[name]
+        for name in reversed(names or tuple(fields)):
+            field = fields[name]
             secret = "SecretStr" in repr(field.annotation)
             default = _as_text(field.get_default())
             shown = "" if not default or (secret and not name.endswith("_url")) else f"  [default: {default}]"
-            command = click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                metavar=_metavar(name, field),
-                help=f"{field.description} ({variable(name)}){shown}",
-            )(command)
+            text = f"{field.description} ({source.variable(name)}){shown}"
+            command = _option(name, field, text)(command)
         return command
 
     return add
+
+
+def _option(name: str, field: FieldInfo, text: str) -> Callable[[_F], _F]:
+    option = f"--{name.replace('_', '-')}"
+    if field.annotation is not bool:
+        return click.option(option, name, metavar=_metavar(name, field), help=text)
+    if not name.startswith("no_"):
+        option = f"{option}/--no-{option.removeprefix('--')}"
+    return click.option(option, name, is_flag=True, default=None, help=text)
 
 
 def _as_text(default: object) -> str:

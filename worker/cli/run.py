@@ -20,11 +20,11 @@ def run(**options: object) -> None:
     configure_logging(settings.log_format, settings.log_level)
     if settings.unknown:
         LogReceiver().emit(UnknownSettings(settings.unknown))
-    _relax_garbage_collection()
+    relax_garbage_collection()
     run_async(lambda: Worker(settings).run())
 
 
-def _relax_garbage_collection() -> None:
+def relax_garbage_collection() -> None:
     """Run Python's garbage collector less often, and exclude the objects that exist by now, since they stay.
 
     With 512 streams and 20,000 tokens a second, the collector's pauses were most of the added latency: its median was

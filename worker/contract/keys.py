@@ -71,3 +71,25 @@ class Keys:
     def probe(self) -> str:
         """A stream that never exists: an XADD NOMKSTREAM to it shows whether Redis accepts writes."""
         return f"{self.prefix}:probe"
+
+    # Keys of the gateway. All have an expiry; without them it would only limit and remember less.
+
+    def asked(self, fingerprint: str) -> str:
+        """The young requests of a gateway with one owner and body, which a retry may attach to: id and Unix ms."""
+        return f"{self.prefix}:gateway:asked:{{{fingerprint}}}"
+
+    def unanswered(self, fingerprint: str) -> str:
+        """Those of them of which no byte was sent, which a browser's hidden re-send may attach to."""
+        return f"{self.prefix}:gateway:unanswered:{{{fingerprint}}}"
+
+    def running(self, owner: str) -> str:
+        """The requests of an owner (a hash) that have not been seen to end: id and Unix ms of the start."""
+        return f"{self.prefix}:gateway:running:{{{owner}}}"
+
+    def waiting(self, owner: str) -> str:
+        """Those of them that have not been seen to start."""
+        return f"{self.prefix}:gateway:waiting:{{{owner}}}"
+
+    def rate(self, owner: str, minute: int) -> str:
+        """The number of requests of an owner (a hash) in a minute since 1970."""
+        return f"{self.prefix}:gateway:rate:{{{owner}}}:{minute}"

@@ -1,0 +1,240 @@
+"""The bounds on connections: how long and how large a head may be, how many there may be, and what is malformed.
+
+This is uvicorn's protocol for HTTP/1.1 with httptools, which has none of these bounds. It uses private parts of uvicorn
+0.54: its attributes, and what its `RequestResponseCycle` does with them.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from .envelope import OVERLOADED
+from .outlets import ABORT
+from .problems import Problem
+
+_LARGEST_HEAD = 64 * 1024
+"""Bytes of a request line and its headers."""
+
+_MOST_PIPELINED = 16
+_DISCARDED = 16 * 1024 * 1024
+"""Bytes of a refused body that are read and thrown away, so that the client reads the response. Then it is cut off."""
+
+_HALF_CLOSED = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods whose client may close its half of the connection before the response."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The bounds of a process. Durations are seconds."""
+
+    header_timeout: float = 10.0
+    body_timeout: float = 60.0
+    max_connections: int = 10_000
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, config: Config, server_state: ServerState, bounds: Bounds) -> None:
+        super().__init__(config, server_state, {})
+        self._bounds = bounds
+        self._timer: asyncio.TimerHandle | None = None
+        """Ends the connection if the head, or then the body, does not arrive in time."""
+        self._head_size = 0
+        self._in_head = False
+        """Whether a request has begun whose head is not complete."""
+        self._in_body = False
+        """Whether a head is complete and its body is not."""
+        self._discarded = 0
+        self._close_after_body = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(cast("asyncio.Transport", transport))  # uvloop's derive from another class
+        most = self._bounds.max_connections
+        if len(self.connections) > most + max(64, most // 10):  # too many even to say so to each
+            self.transport.abort()
+            return
+        self._start_timer(self._bounds.header_timeout)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            if self._should_upgrade():
+                self._stop_timer()
+                self.handle_websocket_upgrade()
+                return
+        except httptools.HttpParserError:
+            self.send_400_response("")
+            return
+        if self.transport.is_closing():
+            return
+        if self._in_body or self._responding is not None:
+            if len(self.pipeline) > _MOST_PIPELINED:
+                self.transport.abort()
+            return
+        if self._in_head:
+            self._head_size += len(data)
+            if self._head_size > _LARGEST_HEAD:
+                self._refuse(Problem(431, "headers_too_large", f"the headers have more than {_LARGEST_HEAD} bytes"))
+                return
+        self._start_timer(self._bounds.header_timeout)
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn closes always
+        """See `asyncio.Protocol`. Returns whether the connection stays open for the rest of the response.
+
+        A client that leaves sends the same as one that has said all and waits. So a response that has begun ends here.
+        """
+        cycle = self._responding
+        if cycle is None or cycle.response_started or self._in_body or self._in_head:
+            return False
+        cycle.keep_alive = False
+        if self.scope["method"] in _HALF_CLOSED:
+            return True
+        self._refuse(
+            Problem(400, "connection_closed", "the client closed its half of the connection before the response")
+        )
+        return False
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
+        """Refuse what is no HTTP, or has two meanings."""
+        self._refuse(Problem(400, "malformed_http", "this is no valid HTTP/1.1 request"))
+
+    # Callbacks of the parser.
+
+    def on_message_begin(self) -> None:
+        """See httptools."""
+        super().on_message_begin()
+        self._in_head = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See httptools. Fields after the body are ignored: they could pass for headers that a proxy has checked."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """See httptools.
+
+        Raises:
+            ValueError: when the head has two meanings; httptools raises an `HttpParserError` from it.
+        """
+        self._check_head()
+        self._in_head, self._in_body, self._head_size, self._discarded = False, True, 0, 0
+        self._stop_timer()
+        cast("dict[str, object]", self.scope)[ABORT] = self.transport.abort
+        if len(self.connections) > self._bounds.max_connections:
+            cast("dict[str, object]", self.scope)[OVERLOADED] = True
+        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            if not self._should_upgrade():
+                self.cycle.keep_alive = False  # the parser takes what follows for the other protocol
+            return
+        self._start_timer(self._bounds.body_timeout)
+        # A connection that is closed while a refused body arrives is reset, and the client never reads the response.
+        self._close_after_body = not self.cycle.keep_alive
+        self.cycle.keep_alive = True
+
+    def on_body(self, body: bytes) -> None:
+        """See httptools."""
+        if self.cycle.response_complete:
+            self._discarded += len(body)
+            if self._discarded > _DISCARDED:
+                self.transport.abort()
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        self._in_body = False
+        self._stop_timer()
+        if self._close_after_body:
+            self._close_after_body = False
+            self.cycle.keep_alive = False
+            if self.cycle.response_complete:
+                self.transport.close()
+                return
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn: the response is written. The rest of a refused body still has its time."""
+        super().on_response_complete()
+        if self._in_body:
+            self._unset_keepalive_if_required()
+
+    @property
+    def _responding(self) -> RequestResponseCycle | None:
+        """The latest request, while its response is not complete."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first one
+        return None if cycle is None or cycle.response_complete else cycle
+
+    def _check_head(self) -> None:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise ValueError("a request of HTTP/1.1 has one Host")
+        names = {name for name, _ in self.headers}
+        if b"transfer-encoding" in names and (b"content-length" in names or self.parser.get_http_version() != "1.1"):
+            raise ValueError("the length of the body has two meanings")
+
+    def _refuse(self, problem: Problem) -> None:
+        """Write a response and close. Where a response has begun, its connection is cut."""
+        self._stop_timer()
+        if (cycle := self._responding) is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.abort()
+                return
+        head = [
+            STATUS_LINE[problem.status],
+            b"content-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\n",
+            b"content-length: %d\r\n\r\n" % len(problem.body),
+        ]
+        self.transport.write(b"".join([*head, problem.body]))
+        self.transport.close()
+
+    def _start_timer(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(seconds, self._on_too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _on_too_slow(self) -> None:
+        # Without a response: a browser would send the request again after a 408, and take half a head for an answer.
+        self._timer = None
+        self.transport.abort()
+
+
+def protocol_config(app: Any, **options: Any) -> Config:  # noqa: ANN401 - uvicorn's
+    """The configuration that uvicorn's protocols read, with everything off that is ours."""
+    config = Config(
+        app,
+        interface="asgi3",
+        http=BoundedProtocol,
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        headers=[("Referrer-Policy", "no-referrer"), ("X-Content-Type-Options", "nosniff")],
+        **options,
+    )
+    config.load()
+    return config

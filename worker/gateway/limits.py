@@ -1,0 +1,165 @@
+"""The limits of API keys, counted in Redis so that all replicas share them: in flight, queued, requests a minute.
+
+A tenant's requests that have not been seen to end are a sorted set. Those that have not been seen to start are another.
+The replica that sees a start or an end removes the id. At a limit, the state of the oldest ids is read, because a
+request may have ended while nobody followed it.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
+
+from redis.asyncio import Redis
+
+from ..client.async_client import Client, State
+from ..client.errors import MappedRetry
+from ..contract.keys import Keys
+from .access import Requester
+from .ids import owner_hash
+from .problems import RETRY_AFTER, Problem
+
+_EXPIRE_MS = 25 * 3600 * 1000
+"""How long an id is remembered that nobody sees end: longer than a job's default deadline."""
+
+_LOOKED_AT = 32
+"""How many of the oldest ids are looked at when a limit is reached."""
+
+_FULL_FOR = 0.25
+"""Seconds for which a full tenant is refused without another look at its oldest requests."""
+
+# One script, because between two commands other replicas would admit requests as well. KEYS: running, waiting, rate.
+# ARGV: id, now (Unix ms), expiry (ms), and the limits in flight, queued, a minute; 0 is none.
+_ADMIT = """
+local id, now, keep = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local most, most_waiting, most_a_minute = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+if most_a_minute > 0 then
+  local count = redis.call('INCR', KEYS[3])
+  redis.call('EXPIRE', KEYS[3], 120)
+  if count > most_a_minute then return 'rate' end
+end
+if id == '' then return '' end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - keep)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - keep)
+if redis.call('ZSCORE', KEYS[1], id) then return '' end
+if most > 0 and redis.call('ZCARD', KEYS[1]) >= most then return 'running' end
+if most_waiting > 0 and redis.call('ZCARD', KEYS[2]) >= most_waiting then return 'waiting' end
+redis.call('ZADD', KEYS[1], now, id)
+redis.call('PEXPIRE', KEYS[1], keep)
+if most_waiting > 0 then
+  redis.call('ZADD', KEYS[2], now, id)
+  redis.call('PEXPIRE', KEYS[2], keep)
+end
+return ''
+"""
+
+_REFUSALS = {
+    "rate": "this key has made as many requests in this minute as it may: try again in the next one",
+    "running": "as many requests of this key wait or run as may: try again when one has ended",
+    "waiting": "as many requests of this key wait as may: try again when one has started",
+}
+
+
+class Limits:
+    """Counts the requests of all callers.
+
+    Every method raises a `ClientError` if Redis does not answer or refuses; the client then gets status 503 or 500.
+    """
+
+    def __init__(
+        self, redis: Redis, keys: Keys, client: Client, patience: float, now: Callable[[], float] = time.time
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._client = client
+        self._retry = MappedRetry(patience)
+        self._now = now
+        self._full_until: dict[tuple[str, str], float] = {}
+
+    async def admit(self, caller: Requester, request_id: str) -> None:
+        """Count a new request, or refuse it. A request that is counted already is admitted again.
+
+        Raises:
+            Problem: when a limit of the caller's key is reached (429).
+        """
+        verdict = await self._try(caller, request_id)
+        if verdict in ("running", "waiting") and await self._forget_old(caller.owner, verdict):
+            verdict = await self._try(caller, request_id, is_counted=True)
+        if verdict:
+            raise self._refusal(verdict)
+
+    async def count(self, caller: Requester) -> None:
+        """Count a request that starts no job, such as a read, against the requests a minute.
+
+        Raises:
+            Problem: when there are too many in this minute (429).
+        """
+        if caller.key is not None and caller.key.requests_per_minute is not None and await self._try(caller, ""):
+            raise self._refusal("rate")
+
+    async def started(self, owner: str, request_id: str) -> None:
+        """A request has left its queue."""
+        await self._retry(self._remove, self._keys.waiting(owner_hash(owner)), [request_id])
+
+    async def ended(self, owner: str, request_id: str) -> None:
+        """A request has ended, or was not added after all."""
+        await self._retry(self._remove, self._keys.running(owner_hash(owner)), [request_id])
+        await self._retry(self._remove, self._keys.waiting(owner_hash(owner)), [request_id])
+
+    async def running(self, owner: str, most: int = 1000) -> list[str]:
+        """The requests of an owner that have not been seen to end, the newest first."""
+        key = self._keys.running(owner_hash(owner))
+
+        async def read() -> list[str]:
+            return [found.decode() for found in cast("list[bytes]", await self._redis.zrevrange(key, 0, most - 1))]
+
+        return await self._retry(read)
+
+    async def _try(self, caller: Requester, request_id: str, *, is_counted: bool = False) -> str:
+        """Count a request if no limit is reached; returns the limit that is, or empty."""
+        key, owner = caller.key, owner_hash(caller.owner)
+        a_minute = 0 if is_counted or key is None else key.requests_per_minute or 0
+        names = [
+            self._keys.running(owner), self._keys.waiting(owner), self._keys.rate(owner, int(self._now()) // 60)
+        ]  # fmt: skip
+        limits = (0, 0) if key is None else (key.in_flight or 0, key.queued or 0)
+        arguments = [request_id, int(self._now() * 1000), _EXPIRE_MS, *limits, a_minute]
+
+        async def evaluate() -> bytes:
+            return await cast("Awaitable[bytes]", self._redis.eval(_ADMIT, len(names), *names, *map(str, arguments)))
+
+        return (await self._retry(evaluate)).decode()
+
+    async def _forget_old(self, owner: str, which: str) -> bool:
+        """Remove the oldest ids that have ended or, if `which` is `waiting`, have started.
+
+        Returns whether there were any.
+        """
+        now = self._now()
+        if self._full_until.get((owner, which), -math.inf) > now:
+            return False
+        hashed = owner_hash(owner)
+        key = self._keys.running(hashed) if which == "running" else self._keys.waiting(hashed)
+
+        async def read() -> list[str]:
+            return [found.decode() for found in cast("list[bytes]", await self._redis.zrange(key, 0, _LOOKED_AT - 1))]
+
+        ids = await self._retry(read)
+        found = await asyncio.gather(*map(self._client.status, ids))
+        # A request that is being added has no log yet: it is unknown, and counts.
+        gone = {State.ENDED, State.EXPIRED} if which == "running" else {State.ENDED, State.EXPIRED, State.RUNNING}
+        over = [request_id for request_id, status in zip(ids, found, strict=True) if status.state in gone]
+        if not over:
+            self._full_until = {place: until for place, until in self._full_until.items() if until > now}
+            self._full_until[owner, which] = now + _FULL_FOR
+            return False
+        await self._retry(self._remove, key, over)
+        return True
+
+    async def _remove(self, key: str, ids: Sequence[str]) -> None:
+        await self._redis.zrem(key, *ids)
+
+    def _refusal(self, limit: str) -> Problem:
+        seconds = math.ceil(60 - self._now() % 60) if limit == "rate" else RETRY_AFTER
+        return Problem(429, "rate_limit_exceeded", _REFUSALS[limit], headers={"Retry-After": str(seconds)})

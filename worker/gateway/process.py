@@ -1,0 +1,171 @@
+"""One gateway process, from its start to a clean end."""
+
+import asyncio
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from redis.exceptions import RedisError
+
+from ..client.async_client import Client
+from ..contract.keys import Keys
+from ..redisio.clients import command_client
+from ..redisio.retry import Backoff
+from ..redisio.urls import database_of
+from ..settings import parse_address, redacted_url
+from ..settings_source import ConfigError
+from ..telemetry.events import Receivers
+from ..telemetry.gateway_events import GatewayDraining, GatewayStarted, GatewayStopped
+from ..telemetry.logging import LogReceiver
+from ..version import version
+from .access import Access
+from .application import ROOMS, Room, build_application
+from .connections import Bounds
+from .delivery_meter import DeliveryMeter
+from .keys import KeyRing
+from .limits import Limits
+from .listener import HttpListener, bind
+from .open_streams import OpenStreams, StreamPace
+from .services import Services
+from .settings import GatewaySettings
+from .tails import Tails
+from .tokens import ReadTokens
+
+_LAST_STEPS = 2.0
+"""Seconds after the drain for ended streams to leave: their last bytes are written, and close frames are exchanged."""
+
+_PING_EVERY = 1.0
+
+
+def bind_listener(settings: GatewaySettings) -> socket.socket:
+    """The socket at which the gateway listens.
+
+    Raises:
+        ConfigError: when the address is in use, or does not belong to this machine.
+    """
+    try:
+        return bind(*parse_address(settings.listen), settings.write_timeout)
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise ConfigError([f"GATEWAY_LISTEN is {settings.listen!r}, and cannot be served: {why}"]) from None
+
+
+class Gateway:
+    """One gateway process. `rooms` are the routes; a test may give its own.
+
+    Raises:
+        ConfigError: when the address cannot be served, or the API keys cannot be read.
+    """
+
+    def __init__(
+        self, settings: GatewaySettings, *, listening: socket.socket | None = None, rooms: tuple[Room, ...] = ROOMS
+    ) -> None:
+        self._settings = settings
+        url = settings.redis_url.get_secret_value()
+        self._shown_redis = redacted_url(url)
+        self._telemetry = telemetry = Receivers(LogReceiver())
+        keys = Keys(settings.prefix, database_of(url))
+        given = settings.keys.get_secret_value()
+        file = Path(settings.keys_file) if settings.keys_file else None
+        ring = None if settings.no_auth else KeyRing(file=file, text=given, telemetry=telemetry)
+        secrets = (settings.token_secret.get_secret_value(), settings.token_secret_2.get_secret_value())
+        self._redis = command_client(url, timeout=min(5.0, settings.patience))
+        self._client = Client(
+            url, prefix=settings.prefix, patience=settings.patience, queue_limit=settings.queue_limit
+        )  # fmt: skip
+        self._streams = OpenStreams(
+            Tails(self._client, DeliveryMeter(telemetry)),
+            pace=StreamPace(heartbeat=settings.heartbeat, write_timeout=settings.write_timeout),
+            telemetry=telemetry,
+        )
+        self._stopping = asyncio.Event()
+        self._at_once = asyncio.Event()
+        self.services = Services(
+            settings=settings,
+            client=self._client,
+            redis=self._redis,
+            keys=keys,
+            access=Access(ring, ReadTokens(*secrets, lifetime=settings.token_lifetime)),
+            limits=Limits(self._redis, keys, self._client, settings.patience),
+            streams=self._streams,
+            telemetry=telemetry,
+            at_end=[self._streams.end_all],
+            is_stopping=self._stopping.is_set,
+        )
+        self._redis_answers = False
+        app = build_application(self.services, self._why_not_ready, rooms)
+        bounds = Bounds(settings.header_timeout, settings.body_timeout, settings.max_connections)
+        self._listener = HttpListener(app, listening or bind_listener(settings), bounds, settings.keep_alive_timeout)
+        self.port = self._listener.port
+
+    async def run(self, *, handle_signals: bool = True) -> None:
+        """Serve until SIGTERM or SIGINT, then drain and return. A second SIGINT, or SIGTERM, ends at once."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
+        for signum in signals:
+            loop.add_signal_handler(signum, self.stop)
+        watching = asyncio.create_task(self._watch_redis())
+        try:
+            await self._listener.start()
+            host = parse_address(self._settings.listen)[0]
+            self._telemetry.emit(GatewayStarted(version(), f"{host}:{self.port}", self._shown_redis))
+            await self._stopping.wait()
+            await self._drain()
+        finally:
+            for signum in signals:
+                loop.remove_signal_handler(signum)
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+            await self._streams.aclose()
+            await self._client.aclose()
+            await self._redis.aclose()
+
+    def stop(self) -> None:
+        """Drain, and then end. A second call ends at once."""
+        if self._stopping.is_set():
+            self._at_once.set()
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        self._telemetry.emit(GatewayDraining(self._listener.connections))
+        # Load balancers see that the process is not ready, and send nothing more.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._at_once.wait(), self._settings.drain_delay)
+        self._listener.close()
+        within = 0.0 if self._at_once.is_set() else self._settings.drain_timeout
+        for end in self.services.at_end:
+            end(within)
+        finishing = asyncio.create_task(self._listener.finish(within + _LAST_STEPS))
+        at_once = asyncio.create_task(self._at_once.wait())
+        await asyncio.wait({finishing, at_once}, return_when=asyncio.FIRST_COMPLETED)
+        if not finishing.done():
+            for end in self.services.at_end:
+                end(0.0)
+            finishing.cancel()
+            await asyncio.wait({finishing})
+            cut = await self._listener.finish(_LAST_STEPS)
+        else:
+            cut = finishing.result()
+        at_once.cancel()
+        self._telemetry.emit(GatewayStopped(cut))
+
+    async def _watch_redis(self) -> None:
+        """Ping Redis for `/readyz`. The process serves while Redis is away: it answers with 503."""
+        backoff = Backoff("redis_unavailable", self._telemetry)
+        while True:
+            try:
+                await self._redis.ping()
+            except (RedisError, OSError) as error:
+                self._redis_answers = False
+                await backoff.wait(error)
+            else:
+                self._redis_answers = True
+                backoff.reset()
+                await asyncio.sleep(_PING_EVERY)
+
+    def _why_not_ready(self) -> str:
+        if self._stopping.is_set():
+            return "draining: another replica takes new requests"
+        return "" if self._redis_answers else "Redis does not answer"
