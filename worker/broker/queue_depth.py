@@ -1,4 +1,4 @@
-"""Measures a queue: its waiting jobs, the time of its oldest pending job, and whether a live worker serves it."""
+"""Measures a queue: its waiting jobs and their times, its oldest pending job, and whether a live worker serves it."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +25,19 @@ class Depth:
 
     waiting: int | None
     oldest: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """The waiting jobs of a queue: how many no worker has read (`unread`), and how many are `parked`.
+
+    `first` and `last` are when the first and the last unread job were added, in Unix ms. They are 0 if none is unread.
+    """
+
+    unread: int = 0
+    parked: int = 0
+    first: int = 0
+    last: int = 0
 
 
 async def depth_of(redis: Redis, key: str) -> Depth:
@@ -75,6 +88,35 @@ async def waiting_in(redis: Redis, key: str) -> int:
     if not group["pending"]:
         return unread
     return unread + sum(consumer.pending for consumer in await consumers_of(redis, key) if is_line(consumer.name))
+
+
+async def backlog_of(redis: Redis, key: str) -> Backlog:
+    """The backlog of the queue in a job stream; an empty one if there is no stream.
+
+    Where Redis does not know the group's lag, `unread` is as approximate as in `waiting_in`.
+
+    Raises:
+        RedisError: when Redis returns an error.
+    """
+    if not await redis.exists(key):
+        return Backlog()
+    pipe = redis.pipeline(transaction=False)
+    pipe.xlen(key)
+    pipe.xinfo_groups(key)
+    pipe.xrevrange(key, count=1)
+    length, groups, newest = await pipe.execute()
+    group = _worker_group(groups)
+    start = f"({group['last-delivered-id'].decode()}" if group else "-"
+    oldest = await redis.xrange(key, min=start, count=1)
+    parked = 0
+    if group and group["pending"]:
+        parked = sum(consumer.pending for consumer in await consumers_of(redis, key) if is_line(consumer.name))
+    if not oldest or not newest:
+        return Backlog(parked=parked)
+    lag = group.get("lag") if group else length
+    unread = int(length) - int(group["pending"]) if lag is None and group else min(int(lag or 1), int(length))
+    first, last = (EntryId.parse(cast("bytes", entries[0][0])).attempt for entries in (oldest, newest))
+    return Backlog(max(1, unread), parked, first, max(first, last))
 
 
 async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
