@@ -4,20 +4,18 @@
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Protocol
 
 from ..client.errors import InvalidArgument
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
-from .protocols.protocol import Encoder, StreamProtocol, without_events
-from .tails import Frame, Tail, Tails
+from .protocols.protocol import Encoder, Frame, StreamProtocol, without_events
+from .tails import Tail, Tails
 
 
-class FrameSink(Protocol):
-    """Where a cursor writes its frames."""
-
-    def write(self, frame: Frame) -> bool:
-        """Write a frame. Returns false if it waits for the client; nothing may be written until it has been sent."""
+class CursorOwner(Protocol):
+    """The stream that a cursor writes to."""
 
     async def wait_writable(self) -> None:
         """Wait until a frame can be written."""
@@ -30,26 +28,40 @@ class LogCursor:
     """A reader's place in a log.
 
     Args:
+        write: see `TailReader`.
         position: the last entry that the reader has. Frames after it are written.
         skip: how many events after `position` the reader has.
     """
 
-    __slots__ = ("_protocol", "_request_id", "_sink", "_skip", "_tail", "_tails", "is_over", "next", "position")
+    __slots__ = (
+        "_owner",
+        "_protocol",
+        "_request_id",
+        "_skip",
+        "_tail",
+        "_tails",
+        "is_over",
+        "next",
+        "position",
+        "write",
+    )
 
     def __init__(
-        self, tails: Tails, request_id: str, protocol: StreamProtocol, sink: FrameSink, *,
-        position: EntryId = BEFORE_ALL, skip: int = 0,
+        self, tails: Tails, request_id: str, protocol: StreamProtocol, owner: CursorOwner,
+        write: Callable[[Frame], bool], *, position: EntryId = BEFORE_ALL, skip: int = 0,
     ) -> None:  # fmt: skip
         self.position = position
-        """The last entry of the last frame that was written."""
+        """See `TailReader`."""
         self.next = 0
+        """See `TailReader`."""
+        self.write = write
         """See `TailReader`."""
         self.is_over = False
         """Whether everything up to the end of the stream was written."""
         self._tails = tails
         self._request_id = request_id
         self._protocol = protocol
-        self._sink = sink
+        self._owner = owner
         self._skip = skip
         self._tail: Tail | None = None
 
@@ -89,28 +101,23 @@ class LogCursor:
             if read == SEAL or (encoder.is_over and is_at_end):
                 self.is_over = True
             elif not is_at_end:
-                await self._sink.wait_writable()
+                await self._owner.wait_writable()
             elif self._skip:
                 raise InvalidArgument(f"the answer has {self._skip} events less than the client has received")
             elif self._tails.find(self._request_id, self._protocol) is None:
                 self._join(self._tails.start(self._request_id, self._protocol, encoder, read), read)
 
-    def write(self, frame: Frame) -> bool:
-        """See `TailReader`."""
-        self.position = frame.last
-        return self._sink.write(frame)
-
     def on_tail_over(self) -> None:
         """See `TailReader`."""
         self.is_over = True
-        self._sink.wake()
+        self._owner.wake()
 
     def on_writable(self) -> None:
         """Go on after a write that had to wait."""
         tail = self._tail
         if tail is not None and not self.is_over and not tail.resume(self):
             self.leave()
-            self._sink.wake()
+            self._owner.wake()
 
     def leave(self) -> None:
         """Leave the tail."""
@@ -155,4 +162,5 @@ class LogCursor:
     def _write_pieces(self, pieces: list[bytes], last: EntryId) -> bool:
         data = self._protocol.frame(pieces, last)
         self._tails.meter.add(len(pieces), len(data))
+        self.position = last
         return self.write(Frame(last, data, self._protocol.message(data)))

@@ -43,10 +43,9 @@ class ClientStream(ABC):
 
     __slots__ = ("_catch_ups", "_streams", "_waiter", "end", "has_position", "outlet", "protocol", "scope")
 
-    outlet: Outlet
-
-    def __init__(self, streams: "OpenStreams", protocol: StreamProtocol) -> None:
+    def __init__(self, streams: "OpenStreams", protocol: StreamProtocol, outlet: Outlet) -> None:
         self.protocol = protocol
+        self.outlet = outlet
         self.end: StreamEnd = "done"
         self.has_position = False
         """Whether the client knows its place in the queue."""
@@ -98,12 +97,12 @@ class ClientStream(ABC):
         await self._waiter
 
     async def wait_writable(self) -> None:
-        """Wait until a frame can be written. See `FrameSink`."""
+        """Wait until a frame can be written. See `CursorOwner`."""
         while self.outlet.blocked_at and not self.outlet.is_gone:
             await self.wait()
 
     def wake(self) -> None:
-        """Let the stream's task go on. See `FrameSink`."""
+        """Let the stream's task go on. See `CursorOwner`."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -9,17 +9,28 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, TypeAlias, cast
 
-from .protocols.protocol import Message
+from ..contract.ids import BEFORE_ALL
+from .protocols.protocol import Frame, Message
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+Connection: TypeAlias = tuple[Scope, Receive, Send]
+"""What ASGI gives for one connection."""
 
 ABORT = "vllm_relay.abort"
 """The key of a scope under which the server offers to destroy the connection: a function without arguments."""
 
 RAW_SEND = "vllm_relay.raw_send"
 """The key of a scope with the server's own `send`: frames bypass the middleware."""
+
+DEFERRED = "vllm_relay.deferred"
+"""The key of a scope with a list: the outermost application calls what is in it once everything inside has returned.
+
+A stream that has begun does not need the middleware and the router around it, whose suspended coroutines take as much
+memory as the rest of an idle stream.
+"""
 
 _Stepped: TypeAlias = Coroutine["asyncio.Future[Any] | None", None, Any]
 
@@ -57,22 +68,24 @@ class Outlet:
 
         A client that has left gets nothing, which is no error.
         """
+        return self.write_frame(Frame(BEFORE_ALL, b"", message))
+
+    def write_frame(self, frame: Frame) -> bool:
+        """Send a frame of a log as `write` does. This runs for each entry and reader, so nothing is called for it."""
         if self.is_gone:
             return True
         if self.blocked_at:
-            self._held.append(message)
+            self._held.append(frame.message)
             return False
-        coroutine = self._send(message)
+        coroutine = self._send(frame.message)
         try:
             waits_for = coroutine.send(None)
         except StopIteration:
             return True
-        except OSError:  # a WebSocket that is closed
+        except OSError:
             self._leave()
             return True
-        self.blocked_at = self._loop.time()
-        self._resume_after(waits_for, coroutine, self._continue_write)
-        return False
+        return self._wait(waits_for, coroutine)
 
     def abort(self) -> None:
         """Destroy the connection. What was not sent yet is dropped, if the server offers `ABORT`."""
@@ -82,6 +95,11 @@ class Outlet:
     def stop(self) -> None:
         """Call `on_change` no more."""
         self._on_change = _do_nothing
+
+    def _wait(self, waits_for: "asyncio.Future[Any] | None", coroutine: _Stepped) -> bool:
+        self.blocked_at = self._loop.time()
+        self._resume_after(waits_for, coroutine, self._continue_write)
+        return False
 
     def _continue_write(self, coroutine: _Stepped) -> None:
         try:

@@ -4,16 +4,16 @@ The head is sent at once. Then come the log so far in few large writes, each new
 and comments as heartbeats. A stream ends as its protocol needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from ..client.errors import ClientError
 from ..contract.ids import BEFORE_ALL, EntryId
 from .log_cursor import LogCursor
 from .open_streams import ClientStream, OpenStreams
-from .outlets import RAW_SEND, Outlet, Receive, Scope, Send
+from .outlets import DEFERRED, RAW_SEND, Connection, Outlet, Receive, Scope, Send
 from .problems import Problem, problem_of
 from .protocols.protocol import StreamProtocol
-from .tails import Frame
 
 EVENT_STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -49,9 +49,13 @@ class StreamResponse:
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
             return
-        stream = LogStream(self._streams, self._request_id, self._protocol, self._position, self._skip)
-        stream.outlet = Outlet(scope, receive, scope.get(RAW_SEND, send), stream.on_change)
-        await self._streams.run(stream)
+        connection = scope, receive, scope.get(RAW_SEND, send)
+        stream = LogStream(self._streams, self._request_id, self._protocol, connection, self._position, self._skip)
+        deferred: list[Callable[[], Awaitable[None]]] | None = scope.get(DEFERRED)
+        if deferred is None:
+            await self._streams.run(stream)
+        else:
+            deferred.append(partial(self._streams.run, stream))
 
 
 class LogStream(ClientStream):
@@ -60,11 +64,14 @@ class LogStream(ClientStream):
     __slots__ = ("_cursor", "_request_id")
 
     def __init__(
-        self, streams: OpenStreams, request_id: str, protocol: StreamProtocol, position: EntryId, skip: int = 0
-    ) -> None:
-        super().__init__(streams, protocol)
+        self, streams: OpenStreams, request_id: str, protocol: StreamProtocol, connection: Connection,
+        position: EntryId, skip: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(streams, protocol, Outlet(*connection, self.on_change))
         self._request_id = request_id
-        self._cursor = LogCursor(streams.tails, request_id, protocol, self, position=position, skip=skip)
+        self._cursor = LogCursor(
+            streams.tails, request_id, protocol, self, self.outlet.write_frame, position=position, skip=skip
+        )
 
     @property
     def waiting_request(self) -> str:
@@ -73,10 +80,6 @@ class LogStream(ClientStream):
     @property
     def last_sent_at(self) -> float:
         return max(self.outlet.sent_at, self._cursor.last_frame_at)
-
-    def write(self, frame: Frame) -> bool:
-        """See `FrameSink`."""
-        return self.outlet.write(frame.message)
 
     def on_change(self) -> None:
         """Handle a write that has finished, or a client that has left."""

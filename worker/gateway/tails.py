@@ -6,8 +6,7 @@ a place in the window, not a queue: one that does not read falls out of the wind
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from ..client.async_client import Client
 from ..contract.entries import AnyEntry
 from ..contract.ids import BEFORE_ALL, EntryId
 from .delivery_meter import DeliveryMeter
-from .protocols.protocol import Encoder, Message, StreamProtocol
+from .protocols.protocol import Encoder, Frame, StreamProtocol
 
 WINDOW_BYTES = 256 * 1024
 """The most bytes of frames that a tail keeps. One frame may be larger."""
@@ -24,24 +23,20 @@ _READERS = 16
 """How many streams read their logs at the same time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """What one entry, or several in a row, add to the wire."""
-
-    last: EntryId
-    data: bytes
-    message: Message
-    entries: int = 1
-
-
 class TailReader(Protocol):
     """A reader of a tail. Its methods return at once and never raise."""
 
     next: int
     """The number of the next frame to deliver, while the reader is behind the tail's end."""
+    position: EntryId
+    """The last entry that was written, while the reader is behind the tail's end."""
 
-    def write(self, frame: Frame) -> bool:
-        """Write a frame. Returns false if the reader must wait for its client, and so falls behind."""
+    @property
+    def write(self) -> Callable[[Frame], bool]:
+        """Writes a frame. Returns false if the reader must wait for its client, and so falls behind.
+
+        An attribute, and not a method, because it is called for each entry and reader.
+        """
 
     def on_tail_over(self) -> None:
         """Called when the log has ended, or can no longer be followed. See `Tail.error`."""
@@ -105,6 +100,7 @@ class Tail:
                 return False
             for frame in self._frames_from(reader.next):
                 reader.next += frame.entries
+                reader.position = frame.last
                 self._tails.meter.add(frame.entries, len(frame.data))
                 if not reader.write(frame):
                     return True
@@ -193,7 +189,7 @@ class Tail:
         if blocked:
             self._live = tuple(reader for reader in live if reader not in blocked)
             for reader in blocked:
-                reader.next = self.end
+                reader.next, reader.position = self.end, frame.last
         self.last_frame_at = self._time()
         self._tails.meter.add(len(live), len(live) * len(frame.data))
 

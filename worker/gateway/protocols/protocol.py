@@ -16,6 +16,16 @@ Message: TypeAlias = dict[str, Any]
 """A message of ASGI. Nobody changes one after its creation, since the streams of a request share it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What one entry, or several in a row, add to the wire."""
+
+    last: EntryId
+    data: bytes
+    message: Message
+    entries: int = 1
+
+
 class StreamProblem(Protocol):
     """An error as the API reports it."""
 
