@@ -27,6 +27,7 @@ assert {first} is {second}
 assert Unavailable is Other
 assert {second}.client.async_client.Client is Client
 assert importlib.import_module("{second}.contract") is importlib.import_module("{first}.contract")
+assert importlib.import_module("{second}.http") is importlib.import_module("{first}.http")
 assert {second}.contract.entries.__spec__.name == {second}.contract.entries.__name__
 assert importlib.util.find_spec("{second}.nothing") is None
 try:

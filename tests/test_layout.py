@@ -31,6 +31,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "client": {"contract", "redisio", "broker"},
     "gateway": {"contract", "redisio", "broker", "client", "telemetry", "settings", "settings_source", "version"},
     "ops": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "version"},
+    "http": set(),
     "sandbox": {"contract", "redisio", "vllm", "settings", "client"},
     "cli": _ALL_BUT_CLI,
     "__main__": {"cli"},
