@@ -16,11 +16,12 @@ from .envelope import Envelope
 from .problems import Problem, problem_of
 from .responses import problem_response
 from .services import Services
+from .static import routes as static_routes
 
 Room = Callable[[Services], Sequence[BaseRoute]]
 """Returns the routes of a room."""
 
-ROOMS: tuple[Room, ...] = ()
+ROOMS: tuple[Room, ...] = (static_routes,)
 
 _EXPOSED = (
     "Location", "X-Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "X-Workflow-Run-Id",
