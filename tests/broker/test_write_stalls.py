@@ -10,16 +10,18 @@ from waits import eventually
 
 from worker.broker.log_writer import LogWriter
 from worker.contract.ids import SEAL
-from worker.telemetry.events import Event, ReaderGap
+from worker.telemetry.events import Event, ReaderGap, WriteFailed
 
 
 class Gaps:
-    """Keeps the gaps, and ignores other events."""
+    """Keeps the gaps, counts the writes that failed, and ignores other events."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.failures = 0
 
     def emit(self, event: Event) -> None:
+        self.failures += isinstance(event, WriteFailed)
         if isinstance(event, ReaderGap):
             assert event.cause == "redis"
             self.seconds.append(event.seconds)
@@ -33,15 +35,21 @@ async def begun(one: Process, redis: Redis) -> LogWriter:
     return log
 
 
-async def interrupted(proxy: Proxy, log: LogWriter) -> None:
-    """Let writes fail until some time after the next entry of the log."""
+async def interrupted(proxy: Proxy, log: LogWriter, gaps: Gaps) -> None:
+    """Let writes fail until some time after the first failure with the next entry of the log."""
     proxy.refuse()
     await proxy.cut()
     log.append(delta("b"))
-    sent = time.monotonic()
+    before = gaps.failures
+
+    async def has_failed() -> bool:
+        return gaps.failures > before
+
+    await eventually(has_failed)
+    failed = time.monotonic()
 
     async def some_time_later() -> bool:
-        return time.monotonic() > sent + 0.5
+        return time.monotonic() > failed + 0.5
 
     await eventually(some_time_later)
 
@@ -49,9 +57,9 @@ async def interrupted(proxy: Proxy, log: LogWriter) -> None:
 async def test_a_write_that_failed_leaves_a_gap_up_to_the_next_accepted_entry(redis_proxy: Proxy, redis: Redis) -> None:
     gaps = Gaps()
     async with process(redis_proxy.redis_url, "one", telemetry=gaps) as one:
-        log = await begun(one, redis)
         began = time.monotonic()
-        await interrupted(redis_proxy, log)
+        log = await begun(one, redis)
+        await interrupted(redis_proxy, log, gaps)
         await redis_proxy.heal()
         await log.wait_drained()
 
@@ -95,10 +103,10 @@ async def test_a_log_that_had_not_begun_or_is_lost_has_no_gap(redis_proxy: Proxy
     gaps = Gaps()
     async with process(redis_proxy.redis_url, "one", telemetry=gaps) as one:
         log = await one.acquire(await deliver(one, redis))
-        await interrupted(redis_proxy, log)
+        await interrupted(redis_proxy, log, gaps)
         await redis_proxy.heal()
         await log.wait_drained()
-        await interrupted(redis_proxy, log)
+        await interrupted(redis_proxy, log, gaps)
         await redis.xadd(log.key, {"type": "cancelled"}, id=str(SEAL))
         await redis.expire(log.key, 60)
         await redis_proxy.heal()

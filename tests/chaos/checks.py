@@ -106,8 +106,13 @@ async def promise_kept(
     """
 
     async def settled() -> bool:
-        # In this order: before the job has ended there may be no group, as after a FLUSHALL.
-        return await redis.exists(f"chat:ended:{{{request_id}}}") == 1 and not await pending(redis)
+        # In this order: before the job has ended there may be no group, as after a FLUSHALL. A job that somebody
+        # removed from the group is not pending, though its worker still settles it.
+        return (
+            await redis.exists(f"chat:ended:{{{request_id}}}") == 1
+            and not await pending(redis)
+            and bool(await _ends_in_the_lifecycle(redis, request_id))
+        )
 
     await eventually(settled, within)
     ended = read(await log_of(redis, request_id))
@@ -169,9 +174,13 @@ def _is_in_order(log: list[LogEntry]) -> None:
         assert entry.type not in {"restarted", "resumed"} or entry.id.n == 1, entry
 
 
-async def _has_one_end_in_the_lifecycle(redis: Redis, request_id: str, ended: EndedLog) -> None:
+async def _ends_in_the_lifecycle(redis: Redis, request_id: str) -> list[dict[bytes, bytes]]:
     entries = [fields for _, fields in await stream(redis, "chat:lifecycle")]
-    ends = [fields for fields in entries if (fields[b"id"], fields[b"type"]) == (request_id.encode(), b"finished")]
+    return [fields for fields in entries if (fields[b"id"], fields[b"type"]) == (request_id.encode(), b"finished")]
+
+
+async def _has_one_end_in_the_lifecycle(redis: Redis, request_id: str, ended: EndedLog) -> None:
+    ends = await _ends_in_the_lifecycle(redis, request_id)
     assert len({end[b"attempt"] for end in ends}) == 1, "one end, apart from repeated entries"
     assert {end[b"outcome"] for end in ends} == {ended.end.type.encode()}
     if "usage" in ended.end.fields:

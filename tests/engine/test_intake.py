@@ -215,7 +215,7 @@ async def test_jobs_of_a_full_model_do_not_stop_those_of_another(redis_url: str,
 async def test_a_line_is_served_at_once_when_room_appears_and_before_new_jobs(redis_url: str, redis: Redis) -> None:
     waiting = await add(redis, "a", count=5)
     servers = FakeServers(a=0, b=1)
-    async with intake(redis_url, servers, pace=Pace(scan_every=30)) as one:
+    async with intake(redis_url, servers, pace=Pace(scan_every=120)) as one:
         await has_parked(redis, 5)
         await add(redis, "b")
         await eventually(lambda: started_count(one, 1))  # the servers are full now, and new jobs stay unread
@@ -223,7 +223,7 @@ async def test_a_line_is_served_at_once_when_room_appears_and_before_new_jobs(re
         servers.set_room("a", 5)
         began = time.monotonic()
         await has_started(one, *waiting)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         assert one.started[1:] == waiting
         servers.set_room("a", 3)
         await has_started(one, *late)
@@ -247,13 +247,13 @@ async def searches_for_lines(redis: Redis) -> int:
 async def test_a_reader_that_waits_for_new_jobs_does_not_delay_a_line(redis_url: str, redis: Redis) -> None:
     (waiting,) = await add(redis, "a")
     servers = FakeServers(a=0, b=1)
-    async with intake(redis_url, servers, slots=1, block=4, pace=Pace()) as one:
+    async with intake(redis_url, servers, slots=1, block=40, pace=Pace()) as one:
         await has_parked(redis, 1)
         await eventually(lambda: is_read_again(redis))  # with the only slot
         servers.set_room("a", 1)
         began = time.monotonic()
         await has_started(one, waiting)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20
         (late,) = await add(redis, "b")
         await has_parked(redis, 1)  # the reader has no slot for it any more
         one.finish(waiting)
@@ -278,7 +278,12 @@ async def test_a_flood_of_one_tenant_does_not_hide_the_others(redis_url: str, re
     flood = await add(redis, count=200, tenant="flood")
     (other,) = await add(redis, tenant="other")
     async with intake(redis_url, FakeServers(a=1)) as one:
-        await has_parked(redis, 200)
+
+        async def all_are_known() -> bool:
+            """The process knows of parked jobs a moment after they are parked."""
+            return sum(isinstance(event, JobParked) for event in one.events) == 200
+
+        await eventually(all_are_known)
         assert one.started == flood[:1]
         for done in range(2):
             one.finish(one.started[done])
