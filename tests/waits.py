@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 30.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 60.0) -> None:
     """Wait until a condition holds.
 
-    The limit is only for a test that would otherwise hang: on a busy machine a process took 10 s to start.
+    The limit is only for a test that would otherwise hang: on a busy machine a process took 30 s to start.
     """
     async with asyncio.timeout(within):
         while not await condition():  # noqa: ASYNC110 - the condition is about another process

@@ -74,6 +74,10 @@ def chat_request(content: str, **more: Any) -> Object:  # noqa: ANN401
     return {"model": "reciter", "messages": [{"role": "user", "content": content}], **more}
 
 
+PATIENT: dict[str, object] = {"lease": 20, "first_token_timeout": 60, "gap_timeout": 60}
+"""On a busy machine no timeout of the worker may end an answer: these tests count the requests."""
+
+
 async def ended(client: Client, *ids: str) -> list[Answer]:
     return list(await asyncio.gather(*map(client.result, ids)))
 
@@ -89,7 +93,7 @@ async def test_a_good_job_behind_bad_ones_is_sent_to_vllm_at_once(
     """No pause delays the good job, and vLLM gets its request once."""
     async with Picky(way) as one, Picky(way) as other:
         picky = [one, other][:servers]
-        await start_worker(*picky)
+        await start_worker(*picky, **PATIENT)
         ids = []
         for n in range(bad):  # one after another, so that each meets the circuit state that the former left
             ids.append(await client.enqueue(chat_request(f"bad {n}")))
@@ -111,7 +115,7 @@ async def _asked(servers: list[Picky], question: str) -> bool:
 async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_worker: StartWorker, way: str) -> None:
     """Half of all jobs are bad."""
     async with Picky(way) as picky:
-        await start_worker(picky, slots=16)
+        await start_worker(picky, slots=16, **PATIENT)
         ids = [await client.enqueue(chat_request(f"{'good' if n % 2 else 'bad'} {n}")) for n in range(80)]
         outcomes = [answer.outcome for answer in await ended(client, *ids)]
         assert outcomes == ["error", "done"] * 40
@@ -121,7 +125,7 @@ async def test_bad_jobs_among_good_ones_do_not_harm_them(client: Client, start_w
 async def test_bad_jobs_that_fill_every_slot_end_by_themselves(client: Client, start_worker: StartWorker) -> None:
     """No other job is left for a trial, so the worker tries the server with a request of its own."""
     async with Picky() as picky:
-        await start_worker(picky, slots=FAILURES + 2)
+        await start_worker(picky, slots=FAILURES + 2, **PATIENT)
         ids = [await client.enqueue(chat_request(f"bad {n}")) for n in range(4 * FAILURES)]
         (good,) = await ended(client, await client.enqueue(chat_request("good")))
         assert good.outcome == "done"

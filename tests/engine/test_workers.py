@@ -81,7 +81,7 @@ async def test_a_worker_that_stops_lets_its_jobs_end(
             process.terminate()
     assert Answer(entries).outcome == "done"
     assert Answer(entries).attempt == 1
-    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
     assert await redis.hgetall("chat:workers") == {}
     assert await redis.xinfo_consumers("chat:jobs", "workers") == []
 
@@ -99,7 +99,7 @@ async def test_jobs_that_do_not_end_in_time_are_handed_over_at_once(
         if isinstance(entry, Delta) and entry.id == (1, 5):
             start_process(simulator, lease=60)
             first.terminate()
-    assert await asyncio.to_thread(first.wait, 10) == 0
+    assert await asyncio.to_thread(first.wait, 60) == 0
     assert Answer(entries).text == expected("Tell me a story")
     assert Answer(entries).attempt == 2
     await eventually(lambda: nothing_pending(redis))
@@ -125,7 +125,7 @@ async def test_a_worker_that_waits_for_redis_ends_on_a_signal(start_process: Sta
 
     await eventually(waits)
     process.terminate()
-    assert await asyncio.to_thread(process.wait, 10) == 0
+    assert await asyncio.to_thread(process.wait, 60) == 0
 
 
 async def test_a_read_waits_for_less_than_half_a_lease(
@@ -160,7 +160,7 @@ async def test_jobs_that_wait_for_memory_in_redis_are_handed_over_too(
     try:
         await eventually(answered)
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 10) == 0
+        assert await asyncio.to_thread(process.wait, 60) == 0
         (line,) = await redis.xpending_range("chat:jobs", "workers", "-", "+", 10)
         assert int(line["time_since_delivered"]) > 60_000
     finally:
