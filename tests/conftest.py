@@ -36,6 +36,9 @@ from worker.vllm.servers.pace import ServerPace
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+# Tests start some two hundred Python processes. Without compiled files, each would compile the package for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 _MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers")
 
 
@@ -285,7 +288,7 @@ def start_process(redis_url: str, tmp_path: Path) -> Iterator[StartProcess]:
     for worker in started:
         worker.terminate()
     for worker in started:
-        worker.wait(timeout=20)
+        worker.wait(timeout=60)
     lines = [line for path in tmp_path.glob("worker-*.log") for line in path.read_text(errors="replace").splitlines()]
     unhandled = [line for line in lines if any(words in line for words in UNHANDLED)]
     assert not unhandled, "\n".join(unhandled)
