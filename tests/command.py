@@ -12,7 +12,7 @@ from pathlib import Path
 import worker
 
 _SOURCE = str(Path(worker.__file__).parents[1])
-_TOO_LONG = 30.0
+_TOO_LONG = 60.0
 
 
 @dataclass(frozen=True)

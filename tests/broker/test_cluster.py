@@ -150,9 +150,9 @@ async def test_the_feed_is_sharded_from_redis_7_on_and_at_every_master_before(
                 feed.ssubscribe(channel)
             else:
                 feed.subscribe(channel)
-            assert feed.get_message(timeout=5)
+            assert feed.get_message(timeout=60)
             await client.result(await client.enqueue(chat_request("Who are you?"), id=request_id))
-            received = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=5))["data"])
+            received = json.loads(cast("dict[str, bytes]", feed.get_message(timeout=60))["data"])
             assert received[0][1]["type"] == "started"
 
 
@@ -429,7 +429,7 @@ async def test_a_paused_master_of_the_lifecycle_holds_up_neither_answers_nor_slo
         )
         if leaves:
             first.stop()
-            await eventually(handed_over, within=20)
+            await eventually(handed_over)
     finally:
         stands.process.send_signal(signal.SIGCONT)
     if leaves:

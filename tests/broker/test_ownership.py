@@ -154,7 +154,7 @@ async def test_a_failover_that_lost_entries_makes_a_new_attempt_necessary(
         pipe.pexpireat(KEY, FAR)
         await pipe.execute()
     one.publisher.verify_all()
-    assert isinstance(await asyncio.wait_for(log.lost, 5), LogDiverged)
+    assert isinstance(await asyncio.wait_for(log.lost, 60), LogDiverged)
     await one.owner.next_attempt(log, delivery, "diverged")
     log.append(delta("again"))
     await log.wait_drained()

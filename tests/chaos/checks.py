@@ -77,7 +77,7 @@ async def has_begun(redis: Redis, request_id: str, deltas: int = 5, attempt: int
         entries = await log_of(redis, request_id)
         return sum(entry.type == "delta" and entry.id.attempt == attempt for entry in entries) >= deltas
 
-    await eventually(begun, within=30)
+    await eventually(begun)
 
 
 async def pending(redis: Redis) -> list[tuple[str, str]]:

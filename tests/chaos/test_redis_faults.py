@@ -55,7 +55,7 @@ class Durable:
                 return bool(await self.client.ping())
             return False
 
-        await eventually(answers, within=30)
+        await eventually(answers)
 
     def kill(self) -> None:
         assert self._process is not None
@@ -232,7 +232,7 @@ async def test_a_slow_redis_slows_vllm_down_and_memory_is_bounded(
         chunks.append(simulator.served[0].chunks if simulator.served else -1)
         return waiting(worker) > HIGH_WATER_BYTES and len(chunks) > 20 and chunks[-20] == chunks[-1] > 0
 
-    await eventually(paused, within=30)
+    await eventually(paused)
     assert not simulator.served[0].finished
     assert waiting(worker) < 3 * HIGH_WATER_BYTES, "no more than one read beyond the mark"
     await redis_proxy.heal()

@@ -269,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         """Every entry that the feed has published is in the log."""
         self._feed.ping()
         followers = {_KEYS.feed(follower.id).encode(): follower for follower in self._followers}
-        while (message := self._feed.get_message(timeout=5)) is None or message["type"] != "pong":
+        while (message := self._feed.get_message(timeout=60)) is None or message["type"] != "pong":
             if message is None or (follower := followers[message["channel"]]).lost_its_log:
                 continue
             for entry_id, fields in json.loads(message["data"]):

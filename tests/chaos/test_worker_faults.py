@@ -55,7 +55,7 @@ async def test_a_worker_that_is_killed_before_it_sends_a_command(
     held = redis_proxy.hold(before)
     process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
     request_id = await client.enqueue(chat_request())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await held.met.wait()
     process.kill()
     await redis_proxy.cut()  # the held command must not arrive later
@@ -82,7 +82,7 @@ async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_d
     try:
         seal = redis_proxy.hold(rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-")
         await start_worker(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await seal.met.wait()
         if wakes == "after the end":
             seal.release()

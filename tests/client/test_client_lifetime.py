@@ -141,7 +141,7 @@ def test_a_call_in_another_thread_raises_unavailable_when_the_blocking_client_is
         wait([waiting], timeout=0.1)
         client.close()
         with pytest.raises(Unavailable, match="the client is closed"):
-            waiting.result(timeout=10)
+            waiting.result(timeout=60)
 
 
 def test_a_generator_that_was_not_finished_does_not_hinder_closing(redis_url: str) -> None:
@@ -193,6 +193,6 @@ else:
 async def test_an_interpreter_ends_with_a_blocking_client_in_any_state(more: str, printed: str, redis_url: str) -> None:
     program = PROGRAM.format(url=redis_url) + more
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, env=environment(), stdout=PIPE)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         out, _ = await process.communicate()
     assert (process.returncode, out.decode()) == (0, printed)

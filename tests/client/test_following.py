@@ -425,7 +425,7 @@ async def test_entries_that_come_while_a_follower_does_not_wait_are_ready_at_onc
         return bool(follower.machine.ready)
 
     await eventually(is_ready)
-    assert await asyncio.wait_for(next_entries(follower), 10) == [delta(1, 2)]
+    assert await asyncio.wait_for(next_entries(follower), 60) == [delta(1, 2)]
     await follower.leave()
     await log.append(END)
 
@@ -447,7 +447,7 @@ async def test_a_follower_is_idle_after_an_entry_that_came_while_it_waited(
     await log.append(delta(1, 2))
     assert await waiting
     assert list(follower.drain()) == [delta(1, 2)]
-    assert not await asyncio.wait_for(follower.wait_ready_within(0.5), 10)
+    assert not await asyncio.wait_for(follower.wait_ready_within(0.5), 60)
     await follower.leave()
     await log.append(END)
 

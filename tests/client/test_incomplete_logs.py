@@ -286,7 +286,7 @@ async def test_the_seal_ends_a_log_also_where_its_id_is_the_next_one(
 
     await eventually(waits)
     await log.append(END)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await reader.task
     assert reader.seen == [END]
 

@@ -106,7 +106,7 @@ async def test_a_seal_has_the_usage_of_every_entry_before_it_or_no_usage(
     key = "chat:tokens:{r}"
     await redis.xadd(key, {"type": "opened", "model": "reciter", "prompt_tokens": "7"}, id="1-1")
     await redis.xadd(key, {"type": "delta", "content": "a", "token_ids": "[1]"}, id="1-2")
-    async with Client(redis_proxy.redis_url) as client, asyncio.timeout(10):
+    async with Client(redis_proxy.redis_url) as client, asyncio.timeout(60):
         seal = redis_proxy.hold(SEALING)
         cancel = asyncio.create_task(client.cancel("r"))
         for n in range(too_late):

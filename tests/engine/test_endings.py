@@ -101,7 +101,7 @@ async def test_an_answer_whose_events_end_in_one_line_end_is_read_while_it_flows
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         await start_worker(vllm_urls=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", tries=1)
         request_id = await client.enqueue(REQUEST)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             async for entry in client.follow(request_id):
                 if getattr(entry, "content", ""):
                     shown.set()

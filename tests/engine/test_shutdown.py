@@ -145,7 +145,7 @@ async def test_a_worker_ends_though_redis_does_not_answer_its_last_commands(
         stop_at_once(worker)
         await handing_over.met.wait()
         redis_proxy.half_open()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await running
     failed = [entry["event"] for entry in logs if entry["event"].endswith("_failed")]
     assert failed == ["hand_over_failed", "leave_failed"]

@@ -178,7 +178,7 @@ async def test_a_worker_ends_soon_though_redis_does_not_answer(
     async def begun() -> bool:
         return len(simulator.served) == 10
 
-    await eventually(begun, within=30)
+    await eventually(begun)
     assert redis_server.process is not None
     redis_server.process.send_signal(signal.SIGSTOP)
     try:

@@ -135,9 +135,9 @@ def test_redis_and_its_folder_are_gone_when_their_user_is_killed() -> None:
         pid, folder = user.stdout.readline().split()
         server = psutil.Process(int(pid))
         user.kill()
-    psutil.wait_procs([server], timeout=10)
+    psutil.wait_procs([server], timeout=60)
     assert not server.is_running()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while Path(folder).exists():
         assert time.monotonic() < end, "the folder is still there"
         time.sleep(0.01)

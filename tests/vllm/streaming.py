@@ -116,7 +116,7 @@ async def error_of_server(*pieces: bytes, limits: StreamTimeouts = PATIENT, **se
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110, a record has no event to wait for
             await asyncio.sleep(0.001)
 
