@@ -125,14 +125,19 @@ async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
     Raises:
         RedisError: when Redis returns an error.
     """
+    records = await live_records(redis, keys)
+    return any(not record.queues or queue in record.queues for record in records)
+
+
+async def live_records(redis: Redis, keys: Keys) -> list[WorkerRecord]:
+    """The records of the workers that live, by Redis's clock.
+
+    Raises:
+        RedisError: when Redis returns an error.
+    """
     seconds, _ = await redis.time()
-    for raw in cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values():
-        record = WorkerRecord.read(raw)
-        if record is None or abs(seconds - record.beat / 1000) >= _DEAD_AFTER:
-            continue
-        if not record.queues or queue in record.queues:
-            return True
-    return False
+    records = map(WorkerRecord.read, cast("dict[bytes, bytes]", await redis.hgetall(keys.workers)).values())
+    return [record for record in records if record and abs(seconds - record.beat / 1000) < _DEAD_AFTER]
 
 
 async def _unread(redis: Redis, key: str, group: dict[str, Any], length: int) -> int | None:
