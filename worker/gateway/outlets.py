@@ -70,6 +70,14 @@ class Outlet:
         """
         return self.write_frame(Frame(BEFORE_ALL, b"", message))
 
+    def write_by(self, send: Send, message: Message) -> bool:
+        """Send a message as `write` does, by another `send`: the head of a response goes through the middleware."""
+        own, self._send = self._send, cast("Callable[[Message], _Stepped]", send)
+        try:
+            return self.write(message)
+        finally:
+            self._send = own
+
     def write_frame(self, frame: Frame) -> bool:
         """Send a frame of a log as `write` does. This runs for each entry and reader, so nothing is called for it."""
         if self.is_gone:

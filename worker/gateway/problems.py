@@ -41,6 +41,7 @@ _STATUS_OF_CODE = {
     "not_a_stream": 502,
     "upstream_unavailable": 503, "upstream_unreachable": 503, "interrupted": 503,
     "first_token_timeout": 504, "gap_timeout": 504, "deadline": 504,
+    "cancelled": 499,
     "buried": 500, "internal": 500,
 }  # fmt: skip
 """The status for the code of an entry `error`."""

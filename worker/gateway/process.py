@@ -27,6 +27,7 @@ from .keys import KeyRing
 from .limits import Limits
 from .listener import HttpListener, bind
 from .open_streams import OpenStreams, StreamPace
+from .queue_positions import QueuePositions
 from .services import Services
 from .settings import GatewaySettings
 from .tails import Tails
@@ -76,6 +77,7 @@ class Gateway:
         )  # fmt: skip
         self._streams = OpenStreams(
             Tails(self._client, DeliveryMeter(telemetry)),
+            position=QueuePositions(self._redis, keys).position,
             pace=StreamPace(heartbeat=settings.heartbeat, write_timeout=settings.write_timeout),
             telemetry=telemetry,
         )

@@ -1,0 +1,218 @@
+"""`POST /v1/chat/completions`: a chat completion through the queue, for unchanged clients of OpenAI's API."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+
+from ..client.async_client import State
+from ..client.new_job import JobOptions
+from ..contract.entries import Object
+from ..telemetry.stream_events import StreamEnd
+from .access import Requester
+from .answers import AnswerPace, WholeAnswer
+from .body import JsonObject, body_limit, read_json
+from .chat_stream import ChunkStream
+from .ids import id_of_key, new_id
+from .job_options import take_job_options
+from .leaving import Leaving
+from .noted_calls import NotedCall
+from .outlets import DEFERRED, Receive, Scope, Send
+from .problems import Problem
+from .protocols.chat_chunks import ChatChunks
+from .repeats import Presence, Repeats, fingerprint
+from .services import Services
+
+_LONGEST_KEY = 255
+"""Characters of an idempotency key, as in other APIs."""
+_MOST_EVENTS = 2**53
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCall:
+    """A request as its client makes it. `skip` is how many events of the stream the client has."""
+
+    caller: Requester
+    request: Object
+    options: JobOptions
+    streams: bool
+    key: str
+    skip: int
+    is_retry: bool
+    cancels: bool
+    """Whether the job is cancelled if the client leaves, and nobody else follows it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """By what a repetition is recognized; empty if an idempotency key does it."""
+        return "" if self.key else fingerprint(self.caller, self.request, dict(self.options))
+
+
+class ChatCompletions:
+    """Answers chat completions."""
+
+    def __init__(self, services: Services, *, pace: AnswerPace | None = None) -> None:
+        self._services = services
+        self._pace = pace or AnswerPace()
+        settings, client = services.settings, services.client
+        presence = Presence(services.redis, services.keys)
+        self._repeats = Repeats(services.redis, services.keys, client, presence, settings.patience)
+        self._leaving = Leaving(client, self._repeats, services.limits, after=settings.leave_after)
+        self._open: dict[ChunkStream | WholeAnswer, None] = {}
+        self._ends_at = float("inf")
+        """When the process ends what is open, by the event loop's clock."""
+        services.at_end.append(self._end_all)
+
+    async def respond(self, request: Request) -> "ChatResponse":
+        """Begin, or find, what a request is about; returns the response to it.
+
+        Raises:
+            Problem: when the caller may not, or the request is malformed.
+            InvalidJob, ClientError: when no job can be added.
+        """
+        caller = self._services.access.caller(request)
+        body = await read_json(request, body_limit(self._services.settings, caller))
+        call = read_call(body, request, caller, self._services)
+        return ChatResponse(self, call, await self._find_or_add(call))
+
+    async def _find_or_add(self, call: ChatCall) -> str:
+        """The id of the request that a call repeats, or of a new one."""
+        services, owner = self._services, call.caller.owner
+        request_id = id_of_key(owner, call.key) if call.key else new_id(owner)
+        if call.key:
+            known = (await services.client.status(request_id)).state is not State.UNKNOWN
+            if call.skip and not known:
+                raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
+        else:
+            repeated = await self._repeats.attach(call.fingerprint, is_retry=call.is_retry)
+            if repeated is not None:
+                await services.limits.count(call.caller)
+                return repeated
+            known = False
+        await (services.limits.count(call.caller) if known else services.limits.admit(call.caller, request_id))
+        try:
+            options: JobOptions = {**call.options, "id": request_id}
+            return await services.client.enqueue(call.request, **options)
+        except Exception:
+            if not known:
+                await services.limits.ended(owner, request_id)
+            raise
+
+    async def run(self, call: ChatCall, request_id: str, connection: tuple[Scope, Receive, Send]) -> None:
+        """Send the response to a call, up to its end, and then see to its request."""
+        noted = NotedCall(self._repeats, call.fingerprint, request_id)
+        headers = {"X-Request-Id": request_id}
+        protocol = ChatChunks.of(call.request)
+        response: ChunkStream | WholeAnswer
+        end: StreamEnd = "shutdown"
+        if call.streams:
+            response = ChunkStream(
+                self._services.streams, request_id, protocol, noted, connection,
+                headers=headers, skip=call.skip, grace=self._services.settings.grace,
+            )  # fmt: skip
+        else:
+            response = WholeAnswer(self._services.client, request_id, protocol, noted, headers=headers, pace=self._pace)
+        self._open[response] = None
+        if self._ends_at <= asyncio.get_running_loop().time():
+            response.end_now()
+        try:
+            if isinstance(response, ChunkStream):
+                await self._services.streams.run(response)
+            else:
+                await response.send(*connection)
+            end = response.end
+        finally:
+            del self._open[response]
+            if end in {"left", "stalled", "problem"} and call.cancels:
+                self._leaving.on_left(call.caller.owner, request_id, call.fingerprint)
+            await noted.end(is_whole=False)
+        if end == "done":
+            await self._services.limits.ended(call.caller.owner, request_id)
+
+    def _end_all(self, within: float) -> None:
+        """Let open responses end within so many seconds. No client that leaves from now on ends its job."""
+        self._leaving.stop()
+        loop = asyncio.get_running_loop()
+        self._ends_at = loop.time() + within
+        loop.call_later(within, self._end_open)
+
+    def _end_open(self) -> None:
+        for response in list(self._open):
+            response.end_now()
+
+
+class ChatResponse:
+    """The response to one chat completion, as ASGI."""
+
+    def __init__(self, completions: ChatCompletions, call: ChatCall, request_id: str) -> None:
+        self._completions = completions
+        self._call = call
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        run = partial(self._completions.run, self._call, self._request_id, (scope, receive, send))
+        deferred = scope.get(DEFERRED)
+        if deferred is None:
+            await run()
+        else:
+            deferred.append(run)
+
+
+def read_call(body: JsonObject, request: Request, caller: Requester, services: Services) -> ChatCall:
+    """Read what a client wants from its body and headers.
+
+    Raises:
+        Problem: when a field or a header is malformed (400), or the caller may not use an option (403).
+    """
+    headers = request.headers
+    options = take_job_options(body, headers, caller, services.settings)
+    streams = body.get("stream")
+    if streams is not None and not isinstance(streams, bool):
+        raise _invalid("stream", "is no boolean")
+    if not isinstance(body.get("model", ""), str | None):
+        raise _invalid("model", "is no text")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise _invalid("messages", "is no list of objects")
+    key = headers.get("idempotency-key", "").strip()
+    if len(key) > _LONGEST_KEY:
+        raise _invalid("Idempotency-Key", f"has more than {_LONGEST_KEY} characters")
+    skip = _number(headers.get("relay-after", "0"), "Relay-After")
+    if skip and not (key and streams):
+        raise _invalid("Relay-After", "needs an Idempotency-Key and a stream")
+    leaves = headers.get("relay-on-disconnect", "continue" if key else "cancel")
+    if leaves not in {"continue", "cancel"}:
+        raise _invalid("Relay-On-Disconnect", "is neither cancel nor continue")
+    return ChatCall(
+        caller=caller,
+        request=body,  # type: ignore[arg-type]  # JSON, as it was decoded
+        options=options,
+        streams=bool(streams),
+        key=key,
+        skip=skip,
+        is_retry=_is_retry(headers.get("x-stainless-retry-count", "")),
+        cancels=leaves == "cancel",
+    )
+
+
+def _is_retry(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and text.strip("0") != ""
+
+
+def _number(text: str, name: str) -> int:
+    text = text.strip()
+    if not (text.isascii() and text.isdecimal() and len(text) < 17 and int(text) <= _MOST_EVENTS):
+        raise _invalid(name, "is no number of events")
+    return int(text)
+
+
+def _invalid(name: str, what: str) -> Problem:
+    return Problem(400, "invalid_request", f"{name} {what}", param=name)
+
+
+def routes(services: Services) -> Sequence[BaseRoute]:
+    """The route of chat completions."""
+    return [Route("/v1/chat/completions", ChatCompletions(services).respond, methods=["POST"])]

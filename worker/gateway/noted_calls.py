@@ -1,0 +1,76 @@
+"""Keeps what Redis knows of one request for its repetitions up to date, from its first follower here to its last."""
+
+import asyncio
+from contextlib import suppress
+
+from redis.exceptions import RedisError
+
+from .repeats import Repeats
+
+_FAILURES = (RedisError, OSError)
+"""What is suppressed: without the note of a request, a repetition costs a second job, which is no failure."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+"""Seconds between two looks whether the feed has a subscriber."""
+
+
+class NotedCall:
+    """The note of one request. Without a fingerprint there is none: an idempotency key names the answer."""
+
+    __slots__ = ("_fingerprint", "_has_byte", "_is_noted", "_is_over", "_repeats", "_request_id", "_task")
+
+    def __init__(self, repeats: Repeats, fingerprint: str, request_id: str) -> None:
+        self._repeats = repeats
+        self._fingerprint = fingerprint
+        self._request_id = request_id
+        self._has_byte = self._is_noted = self._is_over = False
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Note the request once its feed has a subscriber. Call this when the follower starts.
+
+        Before that, identical requests would attach, which arrive at the same time.
+        """
+        if self._fingerprint:
+            self._task = asyncio.create_task(self._note_once_followed())
+
+    def on_first_byte(self) -> None:
+        """Note that the response begins."""
+        if self._fingerprint and not self._has_byte:
+            self._has_byte = True
+            if self._is_noted:
+                self._task = asyncio.create_task(self._note_answered())
+
+    async def end(self, *, is_whole: bool) -> None:
+        """End. Only the first call counts.
+
+        If the client gets the whole response, nobody may attach any more: call this before the follower leaves.
+        Otherwise the request stays known, because its client may repeat it.
+        """
+        if self._is_over or not self._fingerprint:
+            return
+        self._is_over = True
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        with suppress(*_FAILURES):
+            if is_whole and self._is_noted:
+                await self._repeats.forget(self._fingerprint, self._request_id)
+            elif not is_whole and not self._is_noted:
+                await self._repeats.note(self._fingerprint, self._request_id, is_answered=self._has_byte)
+
+    async def _note_once_followed(self) -> None:
+        pause = _FIRST_PAUSE
+        with suppress(*_FAILURES):
+            while not self._is_over:
+                if await self._repeats.presence.is_followed(self._request_id):
+                    had_byte = self._has_byte
+                    await self._repeats.note(self._fingerprint, self._request_id, is_answered=had_byte)
+                    self._is_noted = True
+                    if self._has_byte and not had_byte:
+                        await self._note_answered()
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _note_answered(self) -> None:
+        with suppress(*_FAILURES):
+            await self._repeats.note_answered(self._fingerprint, self._request_id)

@@ -1,0 +1,153 @@
+"""Nothing is asked twice: a request that was sent again gets the answer that the first one began.
+
+An `Idempotency-Key` names the answer, so it needs nothing of this. Most clients send none. What they send again is told
+from a new request by three things:
+
+- An SDK counts its tries in `x-stainless-retry-count`.
+- A browser sends a POST again, unnoticed, if its connection closes before the first byte of the response. So a
+  repetition without a count concerns only a request for which no byte was sent.
+- In both cases nobody follows the first request any more. Identical requests at the same time are all followed.
+
+Redis has two sets for each fingerprint (of the owner, the API key and the body): the young requests, and those of them
+for which no byte was sent. A gateway adds a request once its own subscription to the feed is confirmed, and removes it
+before that subscription ends. Whoever attaches removes the request from both sets first, so only one does.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from redis.asyncio import Redis
+
+from ..client.async_client import Client, State
+from ..client.errors import ClientError, MappedRetry
+from ..contract.canonical import canonical_json
+from ..contract.keys import Keys
+from ..redisio.cluster import ClusterClient, server_of
+from .access import Requester
+
+_YOUNG = 15 * 60
+"""Seconds for which the retry of an SDK attaches: longer than the 10 minutes after which the SDKs give up a try."""
+_UNANSWERED = 60
+"""Seconds for which a browser's repetition attaches. A response without a byte for longer is rare: see `answers.py`."""
+_CANDIDATES = 32
+"""How many requests with one fingerprint are looked at."""
+_LOOK_AGAIN = 0.1
+"""Seconds until the second look, if all are followed: a browser repeats a request before its former connection is
+closed here."""
+
+
+def fingerprint(caller: Requester, request: Mapping[str, object], options: Mapping[str, object]) -> str:
+    """The hash by which a repetition is recognized: of who asks, the request and the options of its job."""
+    who = canonical_json([caller.owner, caller.name])
+    return hashlib.sha256(who + canonical_json([request, options])).hexdigest()[:40]
+
+
+class Presence:
+    """Whether somebody follows a request, in any process."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+
+    async def followed(self, request_ids: Iterable[str]) -> dict[str, bool]:
+        """Whether each request has a follower: a subscriber of its feed. Followers that only read logs do not count.
+
+        Raises:
+            RedisError: when Redis returns an error. A cluster before Redis 7 has no such command.
+        """
+        channels = {self._keys.feed(request_id): request_id for request_id in request_ids}
+        if not channels:
+            return {}
+        counts: dict[str, bool] = {}
+        if isinstance(self._redis, ClusterClient):
+            for name, request_id in channels.items():
+                server = await server_of(self._redis, name)
+                ((_, count),) = await server.pubsub_shardnumsub(name)
+                counts[request_id] = bool(count)
+            return counts
+        for channel, count in cast("list[tuple[bytes, int]]", await self._redis.pubsub_numsub(*channels)):
+            counts[channels[channel.decode()]] = bool(count)
+        return counts
+
+    async def is_followed(self, request_id: str) -> bool:
+        """Whether a request has a follower. Raises the errors of `followed`."""
+        return (await self.followed([request_id]))[request_id]
+
+
+class Repeats:
+    """Finds the request that another one repeats."""
+
+    def __init__(self, redis: Redis, keys: Keys, client: Client, presence: Presence, patience: float) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._client = client
+        self.presence = presence
+        self._retry = MappedRetry(patience)
+
+    async def attach(self, fingerprint: str, *, is_retry: bool) -> str | None:
+        """Find the request that this one repeats, and claim it; returns its id, or None for a new request.
+
+        Args:
+            fingerprint: see `fingerprint`.
+            is_retry: whether an SDK states that this is a retry.
+
+        Raises:
+            ClientError: when Redis does not answer.
+        """
+        sets = [(self._keys.asked(fingerprint), _YOUNG), (self._keys.unanswered(fingerprint), _UNANSWERED)]
+        (key, window), (other, _) = sets if is_retry else reversed(sets)
+        if not (found := await self._retry(self._candidates, key, window)):
+            return None
+        if (claimed := await self._claim(key, other, found)) is not None:
+            return claimed
+        await asyncio.sleep(_LOOK_AGAIN)
+        return await self._claim(key, other, await self._retry(self._candidates, key, window))
+
+    async def note(self, fingerprint: str, request_id: str, *, is_answered: bool) -> None:
+        """Make a request known to those that repeat it. This gateway must be subscribed to its feed."""
+        now = int(time.time() * 1000)
+        pipe = self._redis.pipeline(transaction=False)
+        sets = [(self._keys.asked(fingerprint), _YOUNG)]
+        if not is_answered:
+            sets.append((self._keys.unanswered(fingerprint), _UNANSWERED))
+        for key, window in sets:
+            pipe.zremrangebyscore(key, "-inf", now - window * 1000)
+            pipe.zadd(key, {request_id: now})
+            pipe.expire(key, window)
+        await pipe.execute()
+
+    async def note_answered(self, fingerprint: str, request_id: str) -> None:
+        """Note that the first byte of the response is sent."""
+        await self._redis.zrem(self._keys.unanswered(fingerprint), request_id)
+
+    async def forget(self, fingerprint: str, request_id: str) -> bool:
+        """Let nobody attach to a request any more. Returns whether somebody could until now."""
+        return await self._remove(self._keys.asked(fingerprint), self._keys.unanswered(fingerprint), request_id)
+
+    async def _candidates(self, key: str, window: int) -> list[str]:
+        since = int((time.time() - window) * 1000)
+        found = await self._redis.zrevrangebyscore(key, "+inf", since, start=0, num=_CANDIDATES)
+        return [request_id.decode() for request_id in cast("list[bytes]", found)]
+
+    async def _claim(self, key: str, other: str, request_ids: list[str]) -> str | None:
+        """Remove the first request that nobody follows from both sets; returns its id."""
+        try:
+            followed = await self._retry(self.presence.followed, request_ids)
+        except ClientError:
+            return None  # nobody knows who follows what: a second job is better than somebody else's answer
+        for request_id in request_ids:
+            if followed[request_id] or not await self._retry(self._remove, key, other, request_id):
+                continue
+            status = await self._client.status(request_id)
+            if status.state not in (State.UNKNOWN, State.EXPIRED) and status.outcome != "cancelled":
+                return request_id
+        return None
+
+    async def _remove(self, key: str, other: str, request_id: str) -> bool:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zrem(key, request_id)
+        pipe.zrem(other, request_id)
+        return bool((await pipe.execute())[0])
