@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from ..client.errors import ClientError
 from ..contract.job import InvalidJob
-from . import chat, models
+from . import chat, models, native
 from .envelope import Envelope
 from .problems import Problem, problem_of
 from .responses import problem_response
@@ -22,7 +22,7 @@ from .static import routes as static_routes
 Room = Callable[[Services], Sequence[BaseRoute]]
 """Returns the routes of a room."""
 
-ROOMS: tuple[Room, ...] = (chat.routes, models.routes, static_routes)
+ROOMS: tuple[Room, ...] = (chat.routes, models.routes, native.routes, static_routes)
 
 _EXPOSED = (
     "Location", "X-Request-Id", "Retry-After", "Retry-After-Ms", "X-Should-Retry", "X-Workflow-Run-Id",

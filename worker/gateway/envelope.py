@@ -6,6 +6,7 @@ It is pure ASGI. Streams bypass it: they write their head by `send`, and everyth
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..telemetry.events import Telemetry
 from ..telemetry.gateway_events import RequestServed
 from .access import SUBPROTOCOL
-from .outlets import RAW_SEND
+from .outlets import DEFERRED, RAW_SEND
 from .problems import Problem, unavailable
 from .responses import problem_response
 
@@ -44,6 +45,7 @@ class Envelope:
         if scope["type"] == "lifespan":
             return
         scope[RAW_SEND] = send
+        scope[DEFERRED] = deferred = list[Callable[[], Awaitable[None]]]()
         began, status = time.monotonic(), 0
 
         async def observed(message: Message) -> None:
@@ -56,6 +58,8 @@ class Envelope:
 
         try:
             await self._respond(scope, receive, observed)
+            while deferred:  # a stream goes on without the coroutines of the middleware and the router in memory
+                await deferred.pop()()
         except asyncio.CancelledError:
             raise
         except BaseException:

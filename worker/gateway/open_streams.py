@@ -4,13 +4,14 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from ..client.errors import ClientError
 from ..telemetry.events import NO_TELEMETRY, Telemetry
 from ..telemetry.stream_events import CaughtUp, FollowerDropped, StreamClosed, StreamEnd, StreamOpened
 from .log_cursor import LogCursor
-from .outlets import Outlet
+from .outlets import DEFERRED, Outlet, Scope
 from .problems import Problem
 from .protocols.protocol import Message, StreamProtocol
 from .tails import Tails
@@ -41,12 +42,14 @@ class StreamPace:
 class ClientStream(ABC):
     """One open stream. Its task sleeps while entries are written live."""
 
-    __slots__ = ("_catch_ups", "_streams", "_waiter", "end", "has_position", "outlet", "protocol", "scope")
+    __slots__ = ("_catch_ups", "_streams", "_waiter", "end", "has_position", "outlet", "problem", "protocol", "scope")
 
     def __init__(self, streams: "OpenStreams", protocol: StreamProtocol, outlet: Outlet) -> None:
         self.protocol = protocol
         self.outlet = outlet
         self.end: StreamEnd = "done"
+        self.problem: Problem | None = None
+        """The problem that has ended the stream early."""
         self.has_position = False
         """Whether the client knows its place in the queue."""
         self.scope: asyncio.Timeout | None = None
@@ -132,7 +135,7 @@ class OpenStreams:
         self.telemetry = telemetry
         self.is_ending = False
         """Whether the process stops: a stream that begins now ends at once."""
-        self._position = position
+        self.position = position
         self._pace = pace or StreamPace()
         self._streams: dict[ClientStream, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -142,6 +145,14 @@ class OpenStreams:
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    async def start(self, stream: ClientStream, scope: Scope) -> None:
+        """Run a stream up to its end, here or where the outermost application has no middleware in memory."""
+        deferred: list[Callable[[], Awaitable[None]]] | None = scope.get(DEFERRED)
+        if deferred is None:
+            await self.run(stream)
+        else:
+            deferred.append(partial(self.run, stream))
 
     async def run(self, stream: ClientStream) -> None:
         """Run a stream up to its end. The head of its response was sent."""
@@ -196,7 +207,7 @@ class OpenStreams:
                 if self.is_ending:
                     stream.stop("shutdown")
                 stream.outlet.watch()
-                problem = await stream.follow()
+                stream.problem = await stream.follow()
         except TimeoutError:
             if not scope.expired():
                 raise
@@ -204,10 +215,10 @@ class OpenStreams:
         finally:
             stream.scope = None
             stream.leave()
-        if problem is None:
+        if stream.problem is None:
             return b""
         stream.end = "problem"
-        return stream.protocol.failed(problem)
+        return stream.protocol.failed(stream.problem)
 
     def _check(self, streams: list[ClientStream] | None = None) -> None:
         """Drop the clients that read nothing, and send heartbeats."""
@@ -245,7 +256,7 @@ class OpenStreams:
     async def _tell_positions(self, streams: list[ClientStream]) -> None:
         for stream in streams:
             try:
-                position = await self._position(stream.waiting_request)
+                position = await self.position(stream.waiting_request)
             except ClientError:
                 position = None
             if stream.waiting_request:  # it may have been started meanwhile

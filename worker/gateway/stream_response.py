@@ -4,14 +4,13 @@ The head is sent at once. Then come the log so far in few large writes, each new
 and comments as heartbeats. A stream ends as its protocol needs it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 from ..client.errors import ClientError
 from ..contract.ids import BEFORE_ALL, EntryId
 from .log_cursor import LogCursor
 from .open_streams import ClientStream, OpenStreams
-from .outlets import DEFERRED, RAW_SEND, Connection, Outlet, Receive, Scope, Send
+from .outlets import RAW_SEND, Connection, Outlet, Receive, Scope, Send
 from .problems import Problem, problem_of
 from .protocols.protocol import StreamProtocol
 
@@ -51,11 +50,7 @@ class StreamResponse:
             return
         connection = scope, receive, scope.get(RAW_SEND, send)
         stream = LogStream(self._streams, self._request_id, self._protocol, connection, self._position, self._skip)
-        deferred: list[Callable[[], Awaitable[None]]] | None = scope.get(DEFERRED)
-        if deferred is None:
-            await self._streams.run(stream)
-        else:
-            deferred.append(partial(self._streams.run, stream))
+        await self._streams.start(stream, scope)
 
 
 class LogStream(ClientStream):

@@ -100,8 +100,8 @@ class NativeMessages(StreamProtocol):
     def message(self, frame: bytes) -> Message:
         return {"type": "websocket.send", "text": frame.decode()}
 
-    def failed(self, problem: StreamProblem) -> bytes:
-        return _encode(error_object(problem))
+    def failed(self, problem: StreamProblem) -> bytes:  # noqa: ARG002 - the close code and its reason report it
+        return b""
 
 
 def named_event(name: str, cursor: EntryId, problem: StreamProblem) -> bytes:

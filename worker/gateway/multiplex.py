@@ -1,0 +1,179 @@
+"""The event stream of many requests over one connection, because a browser has only six connections to a host.
+
+An event is `[{"request": id, "entries": [entry, …]}]`. Its id is a cursor with the place in every log:
+`<request>:<entry id>` or `<request>:end`, separated by commas.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import ClassVar
+
+import msgspec
+
+from ..client.errors import ClientError
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
+from .event_cursors import parse_cursor
+from .log_cursor import LogCursor
+from .open_streams import ClientStream, OpenStreams
+from .outlets import Connection, Outlet
+from .problems import Problem, problem_of
+from .protocols.native import NativeEvents, NativeMessages, error_object
+from .protocols.protocol import Frame
+
+MOST_REQUESTS = 64
+"""The most requests that one connection follows at a time."""
+
+_REFRESH = 2.0
+"""Seconds after which a connection that follows all requests of its caller looks for new ones."""
+
+_ENDED_KEPT = 256
+"""The most ended requests in a cursor."""
+
+_OWN_ID = re.compile(r"[0-9a-f]{48}")
+_END = "end"
+
+ListRunning = Callable[[], Awaitable[Sequence[str]]]
+"""Returns the ids of the caller's running requests."""
+
+
+def short_id(request_id: str) -> str:
+    """The name of a request in a cursor: enough of a random id, and the whole of every other."""
+    return request_id[:12] if _OWN_ID.fullmatch(request_id) else request_id
+
+
+def parse_cursors(text: str) -> dict[str, EntryId]:
+    """Read the place in each log from a cursor; a log that is not named begins at its start.
+
+    Raises:
+        Problem: when the text is no cursor (400).
+    """
+    if text in {"", "0", "-1", "0-0"}:
+        return {}
+    places: dict[str, EntryId] = {}
+    for part in text.split(","):
+        name, colon, place = part.rpartition(":")
+        if not colon or not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", name, re.ASCII):
+            raise Problem(400, "invalid_cursor", "the cursor is not one of this stream", param="after")
+        places[name] = SEAL if place == _END else parse_cursor(place)
+    return places
+
+
+class _ManyEvents(NativeEvents):
+    """The events of many logs."""
+
+    name: ClassVar[str] = "multiplexed"
+
+
+class RequestsStream(ClientStream):
+    """The open stream of many logs.
+
+    Args:
+        places: where to begin in each log, by the short ids.
+        list_running: returns further requests to follow, from time to time. Without it, the stream ends with the last
+            of `request_ids`.
+    """
+
+    __slots__ = ("_cursors", "_list_running", "_places")
+
+    def __init__(
+        self, streams: OpenStreams, connection: Connection, request_ids: Sequence[str], places: Mapping[str, EntryId],
+        list_running: ListRunning | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(streams, _ManyEvents(), Outlet(*connection, self.on_change))
+        self._places = dict(places)
+        """Where the reader is in each log, by the short ids."""
+        self._cursors: dict[str, LogCursor] = {}
+        self._list_running = list_running
+        self._add(request_ids)
+
+    @property
+    def last_sent_at(self) -> float:
+        return max(self.outlet.sent_at, *(cursor.last_frame_at for cursor in self._cursors.values()), 0.0)
+
+    @property
+    def waiting_request(self) -> str:
+        return ""
+
+    def on_change(self) -> None:
+        """Handle a write that has finished, or a client that has left."""
+        if self.outlet.is_gone:
+            self.stop("left")
+        else:
+            for cursor in list(self._cursors.values()):
+                cursor.on_writable()
+        self.wake()
+
+    async def follow(self) -> Problem | None:
+        refresh = asyncio.create_task(self._refresh(self._list_running)) if self._list_running else None
+        try:
+            while self._cursors or refresh:
+                for request_id, cursor in list(self._cursors.items()):
+                    if cursor.is_behind:
+                        await self._catch_up(request_id, cursor)
+                    if cursor.is_over:
+                        await self._end(request_id, cursor.error)
+                is_idle = not any(cursor.is_behind or cursor.is_over for cursor in self._cursors.values())
+                if is_idle and (self._cursors or refresh):
+                    await self.wait()
+        finally:
+            if refresh is not None:
+                refresh.cancel()
+        return None
+
+    def leave(self) -> None:
+        for cursor in self._cursors.values():
+            cursor.leave()
+
+    def _add(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            place = self._places.get(short_id(request_id), BEFORE_ALL)
+            if request_id in self._cursors or place == SEAL or len(self._cursors) >= MOST_REQUESTS:
+                continue
+            self._cursors[request_id] = LogCursor(
+                self._streams.tails, request_id, NativeMessages(), self, self._writer(request_id), position=place
+            )
+
+    def _writer(self, request_id: str) -> Callable[[Frame], bool]:
+        begin = b'data: [{"request":%b,"entries":' % msgspec.json.encode(request_id)
+        name, places = short_id(request_id), self._places
+
+        def write(frame: Frame) -> bool:
+            places[name] = frame.last
+            data = b"id: %b\n%b%b}]\n\n" % (self._cursor(), begin, frame.data)
+            return self.outlet.write(self.protocol.message(data))
+
+        return write
+
+    def _cursor(self) -> bytes:
+        return ",".join([f"{name}:{_END if place == SEAL else place}" for name, place in self._places.items()]).encode()
+
+    async def _catch_up(self, request_id: str, cursor: LogCursor) -> None:
+        try:
+            await self.catch_up(cursor)
+        except ClientError as error:
+            await self._end(request_id, error)
+
+    async def _end(self, request_id: str, error: Exception | None) -> None:
+        """Forget a log that has ended. An error is reported in an event, and the others go on."""
+        self._cursors.pop(request_id).leave()
+        ended = [name for name, place in self._places.items() if place == SEAL]
+        for name in ended[:-_ENDED_KEPT]:
+            del self._places[name]
+        if error is not None:
+            self._places[short_id(request_id)] = SEAL
+            problem = problem_of(error)
+            data = msgspec.json.encode({"request": request_id, **error_object(problem)})
+            event = b"event: %b\nid: %b\ndata: %b\n\n" % (
+                b"gone" if problem.status in {404, 410} else b"problem", self._cursor(), data,
+            )  # fmt: skip
+            await self.send(self.protocol.message(event))
+
+    async def _refresh(self, list_running: ListRunning) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH)
+            try:
+                self._add(await list_running())
+            except (ClientError, Problem):
+                continue
+            self.wake()

@@ -1,0 +1,240 @@
+"""The routes of the native API: start a request, read its state, follow one or many, and cancel."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+
+from ..client.async_client import State
+from ..client.errors import ClientError
+from ..contract.entries import Object
+from ..contract.ids import SEAL, EntryId
+from ..contract.job import InvalidJob
+from .access import Requester
+from .body import body_limit, read_json
+from .event_cursors import cursor_text, parse_cursor
+from .ids import id_of_key, new_id
+from .job_options import take_job_options
+from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
+from .outlets import RAW_SEND, Receive, Scope, Send
+from .problems import Problem, not_found, problem_of
+from .protocols.native import NativeEvents, named_event
+from .request_state import RequestState
+from .responses import is_event_source, json_response, problem_response
+from .services import Services
+from .stream_response import EVENT_STREAM_HEADERS, StreamResponse, response_start
+from .websocket import RequestWebSocket
+
+_LONGEST_WAIT = 60.0
+
+
+def routes(services: Services) -> Sequence[BaseRoute]:
+    """The routes of the native API."""
+    api = _NativeApi(services)
+    return [
+        Route("/requests", api.start, methods=["POST"]),
+        Route("/requests", api.list_running, methods=["GET"]),
+        Route("/requests/{id}", api.state, methods=["GET"]),
+        Route("/requests/{id}", api.cancel, methods=["DELETE"]),
+        Route("/requests/{id}/events", api.events, methods=["GET"]),
+        WebSocketRoute("/requests/{id}/ws", RequestWebSocket(services)),
+        Route("/events", api.many_events, methods=["GET"]),
+    ]
+
+
+class _NativeApi:
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._ending = asyncio.Event()
+        services.at_end.append(lambda _: self._ending.set())
+
+    async def start(self, request: Request) -> Response:
+        """POST /requests: add a job; 202 with its id, its URLs and a read token."""
+        services = self._services
+        caller = services.access.caller(request)
+        body = await read_json(request, body_limit(services.settings, caller))
+        options = take_job_options(body, request.headers, caller, services.settings)
+        key = request.headers.get("idempotency-key")
+        request_id = id_of_key(caller.owner, key) if key else new_id(caller.owner)
+        options["id"] = request_id
+        await services.limits.admit(caller, request_id)
+        try:
+            await services.client.enqueue(body, **options)
+        except (ClientError, InvalidJob):
+            if not key:
+                await services.limits.ended(caller.owner, request_id)
+            raise
+        path = f"/requests/{request_id}"
+        token = services.access.tokens.token_for(request_id)
+        query = f"?token={token}" if token else ""
+        shown: Object = {
+            "id": request_id,
+            "urls": {"state": path, "events": f"{path}/events{query}", "websocket": f"{path}/ws{query}"},
+            "token": token,
+        }
+        return json_response(shown, 202, {"Location": path, "X-Request-Id": request_id})
+
+    async def list_running(self, request: Request) -> Response:
+        """GET /requests: the caller's requests that wait or run, the newest first."""
+        caller = self._services.access.caller(request)
+        await self._services.limits.count(caller)
+        running = await self._running(caller)
+        return json_response({"requests": [{"id": found, "state": state.value} for found, state in running]})
+
+    async def state(self, request: Request) -> Response:
+        """GET /requests/{id}: the state, the text so far and the usage; with `?wait=` after the end, or so long."""
+        services, request_id = self._services, request.path_params["id"]
+        caller = await self._reader(request, request_id)
+        wait = _parse_wait(request.query_params.get("wait", "0"))
+        state = RequestState(services.client, request_id, services.streams.position)
+        await state.read()
+        if wait and not state.has_ended and not self._ending.is_set():
+            await self._wait(state, wait)
+        if state.has_ended and caller is not None:
+            with contextlib.suppress(ClientError):
+                await services.limits.ended(caller.owner, request_id)
+        return json_response(await state.as_dict(), headers={"X-Request-Id": request_id})
+
+    async def cancel(self, request: Request) -> Response:
+        """DELETE /requests/{id}: cancel a request. One that has ended stays as it is."""
+        services, request_id = self._services, request.path_params["id"]
+        caller = services.access.owner_of(request, request_id)
+        before = await services.client.cancel(request_id, must_exist=True)
+        await services.limits.ended(caller.owner, request_id)
+        is_cancelled = before.state in {State.QUEUED, State.RUNNING}
+        return json_response(
+            {"id": request_id, "state": State.ENDED.value if is_cancelled else before.state.value,
+             "outcome": "cancelled" if is_cancelled else before.outcome}
+        )  # fmt: skip
+
+    async def events(self, request: Request) -> "Response | StreamResponse":
+        """GET /requests/{id}/events: follow a request by server-sent events."""
+        services, request_id = self._services, request.path_params["id"]
+        await self._reader(request, request_id)
+        try:
+            position = parse_cursor(cursor_text(request))
+            if position == SEAL:
+                return Response(status_code=204)  # closes an EventSource that comes back after the end
+            await services.client.open(request_id, after=position)
+        except (Problem, ClientError) as error:
+            return _in_band(request, problem_of(error))
+        return StreamResponse(services.streams, request_id, NativeEvents(), position=position)
+
+    async def many_events(self, request: Request) -> "Response | RequestsResponse":
+        """GET /events: follow the requests `ids`, or all of the caller's that run, over one connection."""
+        given = request.query_params.get("ids")
+        ids = list(dict.fromkeys(filter(None, (given or "").split(","))))
+        if len(ids) > MOST_REQUESTS:
+            raise Problem(
+                400, "too_many_requests", f"one connection follows at most {MOST_REQUESTS} requests", param="ids"
+            )
+        caller = None
+        if given is None:
+            caller = self._services.access.caller(request)
+            await self._services.limits.count(caller)
+        elif not ids:
+            raise Problem(
+                400, "invalid_request", "ids is empty: give ids of requests, separated by commas", param="ids"
+            )
+        for request_id in ids:
+            await self._reader(request, request_id)
+        try:
+            places = parse_cursors(cursor_text(request))
+        except Problem as problem:
+            return _in_band(request, problem)
+        if ids and all(places.get(short_id(request_id)) == SEAL for request_id in ids):
+            return Response(status_code=204)
+        for request_id in ids:
+            if places.get(short_id(request_id)) != SEAL:
+                await self._check_known(request_id)
+        if caller is not None:
+            ids = [found for found, _ in await self._running(caller)]
+        return RequestsResponse(self, ids, places, caller)
+
+    async def running_ids(self, caller: Requester) -> Sequence[str]:
+        """The ids of a caller's requests that have not been seen to end."""
+        return await self._services.limits.running(caller.owner, MOST_REQUESTS)
+
+    @property
+    def services(self) -> Services:
+        """See `Services`."""
+        return self._services
+
+    async def _reader(self, request: Request, request_id: str) -> Requester | None:
+        caller = self._services.access.reader(request, request_id)
+        if caller is not None:
+            await self._services.limits.count(caller)
+        return caller
+
+    async def _check_known(self, request_id: str) -> None:
+        if (await self._services.client.status(request_id)).state is State.UNKNOWN:
+            raise not_found()
+
+    async def _running(self, caller: Requester) -> list[tuple[str, State]]:
+        """The caller's requests that wait or run, the newest first. Those that have ended are forgotten."""
+        ids = await self.running_ids(caller)
+        states = await asyncio.gather(*map(self._services.client.status, ids))
+        found = list[tuple[str, State]]()
+        for request_id, status in zip(ids, states, strict=True):
+            if status.state in {State.QUEUED, State.RUNNING}:
+                found.append((request_id, status.state))
+            elif status.state is not State.UNKNOWN:  # an unknown one is being added
+                await self._services.limits.ended(caller.owner, request_id)
+        return found
+
+    async def _wait(self, state: RequestState, seconds: float) -> None:
+        """Wait for the end of a request, but not beyond the end of this process."""
+        reading, ending = asyncio.create_task(state.wait(seconds)), asyncio.create_task(self._ending.wait())
+        try:
+            await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                reading.result()
+        finally:
+            for task in (reading, ending):
+                task.cancel()
+            await asyncio.gather(reading, ending, return_exceptions=True)
+
+
+class RequestsResponse:
+    """The response that streams many logs."""
+
+    def __init__(
+        self, api: _NativeApi, ids: Sequence[str], places: dict[str, EntryId], caller: Requester | None
+    ) -> None:
+        self._api = api
+        self._ids = ids
+        self._places = places
+        self._caller = caller
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await send(response_start(EVENT_STREAM_HEADERS))
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.body", "body": b""})
+            return
+        caller, api = self._caller, self._api
+        streams = api.services.streams
+        list_running = None if caller is None else lambda: api.running_ids(caller)
+        connection = scope, receive, scope.get(RAW_SEND, send)
+        await streams.start(RequestsStream(streams, connection, self._ids, self._places, list_running), scope)
+
+
+def _in_band(request: Request, problem: Problem) -> Response:
+    """A problem for the reader of a stream. An EventSource gets an event, after which its next try gets 204."""
+    if not is_event_source(request.scope) or problem.status in {404, 429, 503}:
+        return problem_response(request.scope, problem)
+    event = named_event("gone" if problem.status == 410 else "problem", SEAL, problem)
+    return Response(event, headers=EVENT_STREAM_HEADERS)
+
+
+def _parse_wait(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _LONGEST_WAIT:
+        raise Problem(400, "invalid_request", f"wait must be a number of seconds up to {_LONGEST_WAIT:g}", param="wait")
+    return seconds
