@@ -123,7 +123,7 @@ class SimulatedWorker:
     def __init__(self, fleet: "Simulation", slots: int, start: float) -> None:
         self._fleet = fleet
         self._time = fleet.time
-        self.limit = ConcurrencyLimit(fleet.time, most=slots)
+        self.limit = ConcurrencyLimit(fleet.time, most=slots, jitter=lambda: fleet.rng.uniform(0.75, 1.25))
         self.in_flight = self.requests = self.refusals = self.done = 0
         self.waits: list[float] = []
         """Seconds from each request to its first event."""
