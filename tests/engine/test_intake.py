@@ -165,6 +165,15 @@ async def has_parked(redis: Redis, count: int, key: str = "chat:jobs") -> None:
     await eventually(all_parked)
 
 
+async def knows_parked(process: IntakeProcess, count: int) -> None:
+    """Wait until a process has parked so many jobs and knows of them, a moment after Redis has them in their lines."""
+
+    async def all_are_known() -> bool:
+        return sum(isinstance(event, JobParked) for event in process.events) >= count
+
+    await eventually(all_are_known)
+
+
 async def has_started(process: IntakeProcess, *requests: str) -> None:
     async def all_started() -> bool:
         return set(requests) <= set(process.started)
@@ -278,12 +287,7 @@ async def test_a_flood_of_one_tenant_does_not_hide_the_others(redis_url: str, re
     flood = await add(redis, count=200, tenant="flood")
     (other,) = await add(redis, tenant="other")
     async with intake(redis_url, FakeServers(a=1)) as one:
-
-        async def all_are_known() -> bool:
-            """The process knows of parked jobs a moment after they are parked."""
-            return sum(isinstance(event, JobParked) for event in one.events) == 200
-
-        await eventually(all_are_known)
+        await knows_parked(one, 200)
         assert one.started == flood[:1]
         for done in range(2):
             one.finish(one.started[done])
@@ -314,6 +318,7 @@ async def test_a_new_job_of_a_more_important_queue_comes_before_parked_jobs(redi
         await has_started(one, other)
         urgent = await add(redis, "a", queue="high", count=3)
         await has_parked(redis, 3, "chat:jobs:high")
+        await knows_parked(one, 23)
         for done in range(4):
             servers.set_room("a", 1)
             await eventually(lambda done=done: started_count(one, done + 2))  # type: ignore[misc]

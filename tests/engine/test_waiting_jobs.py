@@ -137,7 +137,7 @@ async def test_parked_jobs_stay_parked_at_a_shutdown_and_go_to_another_worker(
 async def test_a_tenant_with_one_job_does_not_wait_behind_the_flood_of_another(
     client: Client, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
-    server = await start_simulator(Options(max_num_seqs=2, scenario=Scenario(tokens=5, rate=100)))
+    server = await start_simulator(Options(max_num_seqs=2, scenario=Scenario(tokens=5, rate=20)))
     flood = [await client.enqueue(chat_request(f"question {n}"), tenant="flood") for n in range(60)]
     other = await client.enqueue(chat_request("hello"), tenant="other")
     await start_worker(server)
