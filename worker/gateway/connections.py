@@ -24,6 +24,9 @@ _MOST_PIPELINED = 16
 _DISCARDED = 16 * 1024 * 1024
 """Bytes of a refused body that are read and thrown away, so that the client reads the response. Then it is cut off."""
 
+_LINGER = 5.0
+"""Seconds for which a refused client may go on to send before its connection is cut."""
+
 _HALF_CLOSED = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods whose client may close its half of the connection before the response."""
 
@@ -52,6 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether a head is complete and its body is not."""
         self._discarded = 0
         self._close_after_body = False
+        self._is_refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -70,6 +74,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         self._unset_keepalive_if_required()
+        if self._is_refused:
+            self._discard(data)
+            return
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -99,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
         A client that leaves sends the same as one that has said all and waits. So a response that has begun ends here.
         """
         cycle = self._responding
-        if cycle is None or cycle.response_started or self._in_body or self._in_head:
+        if self._is_refused or cycle is None or cycle.response_started or self._in_body or self._in_head:
             return False
         cycle.keep_alive = False
         if self.scope["method"] in _HALF_CLOSED:
@@ -111,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
         """Refuse what is no HTTP, or has two meanings."""
-        self._refuse(Problem(400, "malformed_http", "this is no valid HTTP/1.1 request"))
+        self._refuse(Problem(400, "malformed_http", "this is no valid HTTP request"))
 
     # Callbacks of the parser.
 
@@ -150,9 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """See httptools."""
         if self.cycle.response_complete:
-            self._discarded += len(body)
-            if self._discarded > _DISCARDED:
-                self.transport.abort()
+            self._discard(body)
             return
         super().on_body(body)
 
@@ -173,6 +178,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._in_body:
             self._unset_keepalive_if_required()
+        elif self._in_head:
+            self._start_timer(self._bounds.header_timeout)
 
     @property
     def _responding(self) -> RequestResponseCycle | None:
@@ -189,8 +196,13 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("the length of the body has two meanings")
 
     def _refuse(self, problem: Problem) -> None:
-        """Write a response and close. Where a response has begun, its connection is cut."""
+        """Write a response and close. Where a response has begun, its connection is cut.
+
+        The connection is reset if it is closed while the client still sends, and the client then never reads the
+        response. So only our half is closed, and the client has a moment to close its own.
+        """
         self._stop_timer()
+        self._is_refused = True
         if (cycle := self._responding) is not None:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -203,7 +215,16 @@ class BoundedProtocol(HttpToolsProtocol):
             b"content-length: %d\r\n\r\n" % len(problem.body),
         ]
         self.transport.write(b"".join([*head, problem.body]))
-        self.transport.close()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self._start_timer(_LINGER)
+        else:
+            self.transport.close()
+
+    def _discard(self, data: bytes) -> None:
+        self._discarded += len(data)
+        if self._discarded > _DISCARDED:
+            self.transport.abort()
 
     def _start_timer(self, seconds: float) -> None:
         if self._timer is None:

@@ -7,7 +7,6 @@ It is pure ASGI. Streams bypass it: they write their head by `send`, and everyth
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
@@ -19,6 +18,7 @@ from .access import SUBPROTOCOL
 from .outlets import DEFERRED, RAW_SEND
 from .problems import Problem, unavailable
 from .responses import problem_response
+from .tasks import end_tasks
 
 OVERLOADED = "vllm_relay.overloaded"
 """Set in the scope by the connection when there are too many."""
@@ -58,7 +58,9 @@ class Envelope:
 
         try:
             await self._respond(scope, receive, observed)
-            while deferred:  # a stream goes on without the coroutines of the middleware and the router in memory
+            while (
+                deferred and scope.get("method") != "HEAD"
+            ):  # a stream goes on without the coroutines of the middleware and the router in memory
                 await deferred.pop()()
         except asyncio.CancelledError:
             raise
@@ -122,11 +124,10 @@ class Envelope:
         is_sent = asyncio.ensure_future(sent.wait())
         try:
             await asyncio.wait({app, is_sent}, return_when=asyncio.FIRST_COMPLETED)
+            if app.done():
+                app.result()  # raises what the application raised
         finally:
-            is_sent.cancel()
-            app.cancel()
-            with suppress(asyncio.CancelledError):
-                await app
+            await end_tasks([app, is_sent])
 
 
 async def refuse_websocket(scope: Scope, receive: Receive, send: Send, problem: Problem) -> None:
@@ -141,10 +142,13 @@ async def refuse_websocket(scope: Scope, receive: Receive, send: Send, problem: 
 
 def _is_same(origin: str, host: str) -> bool:
     """Whether a page comes from the gateway itself. A proxy may end the TLS, so the scheme is not compared."""
-    return bool(host) and urlsplit(origin).netloc.lower() == host.lower()
+    return bool(host) and origin.lower().partition("://")[2] == host.lower()
 
 
 def _is_local(host: str) -> bool:
     """Whether a `Host` names this machine. A page that lets its own name lead to 127.0.0.1 sends that name."""
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # as for an address in brackets that is none
+        return False
     return name in {"localhost", "::1"} or (name.startswith("127.") and name.replace(".", "").isdecimal())

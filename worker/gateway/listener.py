@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 from uvicorn.server import ServerState
 
 from .connections import BoundedProtocol, Bounds, protocol_config
+from .tasks import end_tasks
 
 _LARGEST_MESSAGE = 64 * 1024
 """Bytes of a WebSocket message that a client may send."""
@@ -87,9 +88,7 @@ class HttpListener:
         for connection in left:
             if (transport := connection.transport) is not None:
                 transport.abort()
-        for task in list(self._state.tasks):
-            task.cancel()
-        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+        await end_tasks(self._state.tasks)
         if self._dating is not None:
             self._dating.cancel()
         return len(left)

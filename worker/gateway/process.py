@@ -31,6 +31,7 @@ from .queue_positions import QueuePositions
 from .services import Services
 from .settings import GatewaySettings
 from .tails import Tails
+from .tasks import end_tasks
 from .tokens import ReadTokens
 
 _LAST_STEPS = 2.0
@@ -101,6 +102,11 @@ class Gateway:
         self._listener = HttpListener(app, listening or bind_listener(settings), bounds, settings.keep_alive_timeout)
         self.port = self._listener.port
 
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return self._listener.connections
+
     async def run(self, *, handle_signals: bool = True) -> None:
         """Serve until SIGTERM or SIGINT, then drain and return. A second SIGINT, or SIGTERM, ends at once."""
         loop = asyncio.get_running_loop()
@@ -117,9 +123,7 @@ class Gateway:
         finally:
             for signum in signals:
                 loop.remove_signal_handler(signum)
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+            await end_tasks([watching])
             await self._streams.aclose()
             await self._client.aclose()
             await self._redis.aclose()
@@ -145,12 +149,11 @@ class Gateway:
         if not finishing.done():
             for end in self.services.at_end:
                 end(0.0)
-            finishing.cancel()
-            await asyncio.wait({finishing})
+            await end_tasks([finishing])
             cut = await self._listener.finish(_LAST_STEPS)
         else:
             cut = finishing.result()
-        at_once.cancel()
+        await end_tasks([at_once])
         self._telemetry.emit(GatewayStopped(cut))
 
     async def _watch_redis(self) -> None:
