@@ -103,7 +103,7 @@ async def claim_expired(abandoned: AbandonedJobs, count: int = 10) -> list[Deliv
     """Take over jobs of all other consumers, and jobs that this one has lost, as a sweep does."""
     await abandoned.hand_over_lost("default", ())
     taken: list[Delivery] = []
-    for name in (HANDED_OVER, *abandoned.others(await abandoned.consumers("default"), silent=False)):
+    for name in (HANDED_OVER, *abandoned.others(await abandoned.consumers("default"))):
         claimed: list[Delivery] = []
         while not claimed and (jobs := await abandoned.list_claimable("default", name, count)):
             claimed = await abandoned.claim("default", name, jobs)

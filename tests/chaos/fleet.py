@@ -198,7 +198,7 @@ class FleetWorker:
     async def _claim_abandoned(self) -> list[Delivery]:
         abandoned = self._abandoned
         await abandoned.hand_over_lost(DEFAULT_QUEUE, set(self.running))
-        others = abandoned.others(await abandoned.consumers(DEFAULT_QUEUE), silent=False)
+        others = abandoned.others(await abandoned.consumers(DEFAULT_QUEUE))
         for name in (HANDED_OVER, *others):
             jobs = await abandoned.list_claimable(DEFAULT_QUEUE, name, 1)
             if claimed := await abandoned.claim(DEFAULT_QUEUE, name, jobs):

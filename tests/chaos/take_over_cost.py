@@ -3,7 +3,8 @@ it finds a job that was handed over.
 
     python tests/chaos/take_over_cost.py --jobs 10000 --workers 4 --lines 0
 
-The jobs belong to consumers that renew their leases. The idle workers are processes with a simulated vLLM.
+The jobs belong to consumers that renew their leases. The idle workers are processes with a simulated vLLM, and with
+another server that is away, for which the jobs in the lines wait.
 """
 # ruff: noqa: E402, T201 - where the project is not installed, the imports below need the changed sys.path
 
@@ -28,9 +29,13 @@ from worker.sandbox.embedded_redis import start_redis
 from worker.sandbox.simulator.server import Simulator
 
 _KEY = Keys().jobs()
-_REQUEST = json.dumps({"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]})
+_AWAY = "http://127.0.0.1:1"
 _OWNERS = 20
 _OF_THE_SEARCH = ("xautoclaim", "xpending", "xinfo|consumers", "xinfo")
+
+
+def _request(model: str) -> str:
+    return json.dumps({"model": model, "messages": [{"role": "user", "content": "Who are you?"}]})
 
 
 class Owners:
@@ -45,7 +50,7 @@ class Owners:
         for first in range(0, jobs, 1000):
             pipe = self._redis.pipeline(transaction=False)
             for number in range(first, min(jobs, first + 1000)):
-                pipe.xadd(_KEY, {"id": f"job-{number}", "request": _REQUEST})
+                pipe.xadd(_KEY, {"id": f"job-{number}", "request": _request("reciter")})
             await pipe.execute()
         for number in range(_OWNERS):
             name = f"owner-{number}"
@@ -80,16 +85,16 @@ class Owners:
 
 async def _make_lines(redis: Redis, lines: int) -> None:
     for number in range(lines):
-        job = cast("bytes", await redis.xadd(_KEY, {"id": f"parked-{number}"}))
+        model = f"another-model-{number // 64}"
+        job = cast("bytes", await redis.xadd(_KEY, {"id": f"parked-{number}", "request": _request(model)}))
         await redis.xreadgroup(GROUP, "owner-0", {_KEY: ">"})
         await redis.xclaim(
-            _KEY, GROUP, f"waiting:{number % 64}:another-model-{number // 64}", 0, [job], idle=10**12 - 86_400_000,
-            justid=True,
+            _KEY, GROUP, f"waiting:{number % 64}:{model}", 0, [job], idle=10**12 - 86_400_000, justid=True
         )  # fmt: skip
 
 
 def _start_worker(url: str, vllm: str, lease: float) -> "subprocess.Popen[bytes]":
-    own = {"REDIS_URL": url, "VLLM_URLS": vllm, "WORKER_LEASE": str(lease), "WORKER_DRAIN_TIMEOUT": "0.1"}
+    own = {"REDIS_URL": url, "VLLM_URLS": f"{vllm},{_AWAY}", "WORKER_LEASE": str(lease), "WORKER_DRAIN_TIMEOUT": "0.1"}
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-m", "worker", "run"]
     return subprocess.Popen(command, env=os.environ | own | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL)

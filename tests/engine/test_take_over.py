@@ -1,4 +1,6 @@
-"""Which jobs are taken over, and what counts as an outage of Redis, after which take-overs wait for a moment."""
+"""Which jobs are taken over, when idle times are read for that, and what counts as an outage of Redis, after which
+take-overs wait for a moment.
+"""
 
 import asyncio
 import time as clocks
@@ -11,7 +13,8 @@ from waits import eventually
 
 from worker import Client
 from worker.contract.keys import GROUP
-from worker.engine.take_over import OutageHoldOff
+from worker.engine.pace import Pace
+from worker.engine.take_over import OutageHoldOff, SilenceForecast
 
 LEASE = 12.0
 LIMIT = 1.0
@@ -95,6 +98,57 @@ def test_a_long_outage_after_long_slowness_holds_off_too(time: Time, hold_off: O
     assert hold_off.holds
 
 
+@pytest.fixture
+def forecast(time: Time) -> SilenceForecast:
+    """A forecast whose process has listed workers before."""
+    forecast = SilenceForecast(LEASE, time)
+    forecast.on_listed([], time.now)
+    return forecast
+
+
+def is_due(forecast: SilenceForecast) -> bool:
+    return forecast.may_be_silent
+
+
+def test_a_process_that_has_just_started_reads_the_idle_times_if_workers_have_jobs(time: Time) -> None:
+    forecast = SilenceForecast(LEASE, time)
+    forecast.on_listed([], time.now)
+    assert not is_due(forecast)
+    forecast = SilenceForecast(LEASE, time)
+    forecast.on_listed(["one"], time.now)
+    assert is_due(forecast)
+
+
+def test_idle_times_are_read_when_the_lease_of_the_most_idle_worker_may_have_passed(
+    time: Time, forecast: SilenceForecast
+) -> None:
+    forecast.on_listed(["one", "two"], time.now)
+    assert forecast.on_read({"one": 5.0, "two": 1.0, "idle": 99.0}, time.now) == set()
+    time.now += LEASE - 5.0
+    assert not is_due(forecast)
+    time.now += 0.1
+    assert is_due(forecast)
+    assert forecast.on_read({"one": 0.1, "two": 8.1}, time.now) == set(), "one has renewed"
+    assert not is_due(forecast)
+    time.now += LEASE - 8.0
+    assert is_due(forecast)
+    assert forecast.on_read({"one": 4.1, "two": LEASE + 0.1}, time.now) == {"two"}
+    assert is_due(forecast), "until another worker has the jobs of the silent one"
+    forecast.on_listed(["one"], time.now)
+    assert not is_due(forecast)
+
+
+def test_a_worker_that_has_jobs_again_cannot_be_silent_for_a_lease(time: Time, forecast: SilenceForecast) -> None:
+    time.now += 100.0
+    forecast.on_listed([], time.now)
+    time.now += 1.0
+    forecast.on_listed(["one"], time.now)
+    time.now += LEASE - 1.0
+    assert not is_due(forecast), "it got the jobs after the list without it"
+    time.now += 0.1
+    assert is_due(forecast)
+
+
 CHAT = {"model": "reciter", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -121,6 +175,37 @@ async def test_a_queue_whose_key_has_the_wrong_type_does_not_prevent_take_overs_
 
 async def has_key(redis: Redis, key: str) -> bool:
     return bool(await redis.exists(key))
+
+
+async def test_a_search_rarely_reads_the_idle_times_of_workers_that_renew_their_leases(
+    client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
+) -> None:
+    """With many lines of parked jobs, XINFO CONSUMERS is the most expensive command of an idle worker."""
+    await redis.xgroup_create("chat:jobs", GROUP, id="0", mkstream=True)
+    await client.enqueue(CHAT)
+    job = await read_as(redis, "other")
+    read = await calls_of(redis, "xinfo|consumers", "xinfo")
+    await start_worker(await start_simulator(), lease=4, pace=Pace(scan_every=0.05))
+
+    async def has_read() -> bool:
+        await redis.xclaim("chat:jobs", GROUP, "other", 0, [job], justid=True)
+        return await calls_of(redis, "xinfo|consumers", "xinfo") > read
+
+    await eventually(has_read)
+    read, searched = await calls_of(redis, "xinfo|consumers", "xinfo"), await calls_of(redis, "xpending")
+
+    async def has_searched() -> bool:
+        await redis.xclaim("chat:jobs", GROUP, "other", 0, [job], justid=True)
+        return await calls_of(redis, "xpending") >= searched + 40
+
+    await eventually(has_searched)
+    assert await calls_of(redis, "xinfo|consumers", "xinfo") <= read + 10
+
+
+async def calls_of(redis: Redis, *commands: str) -> int:
+    """The calls of a command. Redis before 7.0 does not count subcommands on their own."""
+    stats = await redis.info("commandstats")
+    return sum(stats[name]["calls"] for name in (f"cmdstat_{command}" for command in commands) if name in stats)
 
 
 async def test_a_job_that_a_worker_of_an_earlier_version_handed_over_continues_soon(

@@ -17,6 +17,7 @@ from .consumers import (
     LEAST_HANDED_OVER,
     ConsumerState,
     consumers_of,
+    idle_times,
     is_pseudo_consumer,
 )
 from .job_queue import Delivery
@@ -42,15 +43,17 @@ class AbandonedJobs:
         """The consumer of this worker."""
         return next((consumer for consumer in consumers if consumer.name == self._consumer), None)
 
-    def others(self, consumers: Collection[ConsumerState], *, silent: bool, or_named: str = "") -> list[str]:
-        """The names of other workers; with `silent` those that got and renewed no job for a lease, and one more."""
+    def others(self, consumers: Collection[ConsumerState]) -> list[str]:
+        """The names of other workers."""
         return [
             consumer.name
             for consumer in consumers
-            if consumer.name != self._consumer
-            and not is_pseudo_consumer(consumer.name)
-            and (not silent or consumer.idle > self._lease_ms or consumer.name == or_named)
+            if consumer.name != self._consumer and not is_pseudo_consumer(consumer.name)
         ]
+
+    async def idle_times(self, queue: str) -> dict[str, float]:
+        """The seconds since each consumer of a queue last got or renewed a job."""
+        return {name: ms / 1000 for name, ms in (await idle_times(self._commands, self._keys.jobs(queue))).items()}
 
     async def list_claimable(self, queue: str, consumer: str, count: int) -> list[PendingJob]:
         """Up to `count` jobs of a consumer that may be claimed: handed-over ones, or those with an expired lease."""

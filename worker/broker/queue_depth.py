@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
 from ..contract.records import WorkerRecord
-from .consumers import consumers_of, is_line
+from .consumers import consumers_by_xinfo, consumers_of, is_line
 
 _DEAD_AFTER = 60.0
 """Seconds without a beat after which a worker counts as dead. A worker beats three times a lease, and few leases are
@@ -87,7 +87,7 @@ async def waiting_in(redis: Redis, key: str) -> int:
         unread = max(0, int(length) - int(group["pending"]))
     if not group["pending"]:
         return unread
-    return unread + sum(consumer.pending for consumer in await consumers_of(redis, key) if is_line(consumer.name))
+    return unread + sum(consumer.pending for consumer in await consumers_by_xinfo(redis, key) if is_line(consumer.name))
 
 
 async def backlog_of(redis: Redis, key: str) -> Backlog:
@@ -110,7 +110,7 @@ async def backlog_of(redis: Redis, key: str) -> Backlog:
     oldest = await redis.xrange(key, min=start, count=1)
     parked = 0
     if group and group["pending"]:
-        parked = sum(consumer.pending for consumer in await consumers_of(redis, key) if is_line(consumer.name))
+        parked = sum(consumer.pending for consumer in await consumers_by_xinfo(redis, key) if is_line(consumer.name))
     if not oldest or not newest:
         return Backlog(parked=parked)
     lag = group.get("lag") if group else length

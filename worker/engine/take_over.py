@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from redis.exceptions import RedisError, ResponseError
@@ -69,6 +70,39 @@ class OutageHoldOff:
             self._until = now + self._lease / 2
 
 
+class SilenceForecast:
+    """Decides when the idle times of a queue's workers must be read, because some may be silent. No I/O.
+
+    An idle time begins again when the worker gets or renews a job, and only then. So a worker cannot become silent
+    before the rest of the lease has passed since its idle time was read. A worker without a known idle time has got
+    its jobs since the previous list of the workers that have jobs.
+    """
+
+    def __init__(self, lease: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease = lease
+        self._clock = clock
+        self._listed_at = float("-inf")
+        self._idle_since: dict[str, float] = {}
+        """When the idle time of each worker that has jobs began, at the earliest."""
+
+    def on_listed(self, workers: Iterable[str], sent: float) -> None:
+        """Record which workers have jobs. The list was requested at `sent`, by the clock."""
+        self._idle_since = {name: self._idle_since.get(name, self._listed_at) for name in workers}
+        self._listed_at = sent
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Whether a worker that has jobs may have been idle for a lease."""
+        return self._clock() - min(self._idle_since.values(), default=float("inf")) > self._lease
+
+    def on_read(self, idle: Mapping[str, float], sent: float) -> set[str]:
+        """Record idle times in seconds, which were requested at `sent`. Returns the workers that are silent."""
+        self._idle_since = {
+            name: sent - idle[name] if name in idle else since for name, since in self._idle_since.items()
+        }
+        return {name for name in self._idle_since if idle.get(name, 0) > self._lease}
+
+
 class TakeOver:
     """Searches the queues for jobs that no worker has any more, and starts them through the intake."""
 
@@ -91,6 +125,8 @@ class TakeOver:
         self._pace = pace
         self._backoff = Backoff("take_over_failed", telemetry, first=self._pause, most=2 * self._pause)
         self._hold_off = OutageHoldOff(settings.lease)
+        self._forecasts: defaultdict[str, SilenceForecast] = defaultdict(partial(SilenceForecast, settings.lease))
+        """The forecast for each queue."""
         self._searches = 0
         self._last_looked_at: dict[str, str] = {}
         """For each queue, the consumer that was last looked at though it is not silent."""
@@ -125,6 +161,8 @@ class TakeOver:
             consumers = await self._abandoned.consumers(queue)
             self._hold_off.on_reply(time.monotonic() - sent)
             self._lines.replace(queue, lines_among(queue, consumers))
+            others = self._abandoned.others(consumers)
+            self._forecasts[queue].on_listed(others, sent)
             live = self._next_live(queue, consumers) if looks_at_live else ""
             running = self._running_jobs.ids_in(queue)
             own = self._abandoned.own(consumers)
@@ -133,6 +171,7 @@ class TakeOver:
                 lost = await self._abandoned.hand_over_lost(queue, running)
             if live and (self._hold_off.holds or not await self._abandoned.list_claimable(queue, live, 1)):
                 self._last_looked_at[queue], live = live, ""
+            silent = set[str]() if self._hold_off.holds else await self._silent_in(queue)
         except (RedisError, OSError) as error:
             self._note_failure(error)
             await self._backoff.wait(error)
@@ -142,9 +181,15 @@ class TakeOver:
         if lost or any(consumer.name == HANDED_OVER for consumer in consumers):
             found += await self._take_from(queue, HANDED_OVER)
         if not self._hold_off.holds:
-            for name in self._abandoned.others(consumers, silent=True, or_named=live):
-                found += await self._take_from(queue, name)
+            for name in others:
+                if name in silent or name == live:
+                    found += await self._take_from(queue, name)
         return found
+
+    async def _silent_in(self, queue: str) -> set[str]:
+        """The workers that have jobs of a queue, and got and renewed none for a lease."""
+        forecast, sent = self._forecasts[queue], time.monotonic()
+        return forecast.on_read(await self._abandoned.idle_times(queue), sent) if forecast.may_be_silent else set()
 
     def _next_live(self, queue: str, consumers: Sequence[ConsumerState]) -> str:
         """The next worker that is looked at, silent or not; empty if there is none.

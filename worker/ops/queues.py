@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from ..broker.consumers import HANDED_OVER, consumers_of
+from ..broker.consumers import HANDED_OVER, consumers_by_xinfo
 from ..broker.parked_jobs import ParkedLine, lines_among
 from ..broker.queue_depth import waiting_in
 from ..broker.worker_registry import WorkerRegistry
@@ -105,7 +105,7 @@ async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tupl
         return Finding("error", subject, f"the key {key} is not a stream", f"choose another {variable('prefix')}"), 0
     group = groups.get(GROUP.encode())
     pending = int(group["pending"]) if group else 0
-    consumers = await consumers_of(redis, key) if pending else []
+    consumers = await consumers_by_xinfo(redis, key) if pending else []
     lines = lines_among(queue, consumers)
     handed_over = sum(consumer.pending for consumer in consumers if consumer.name == HANDED_OVER)
     running = pending - handed_over - sum(line.jobs for line in lines)
