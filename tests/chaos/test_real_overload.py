@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,13 @@ def vllms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm
     finally:
         for server in both:
             server.end()
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    """A client that does not give up when a busy machine pauses this process or Redis for seconds."""
+    async with Client(redis_url, patience=200) as client:
+        yield client
 
 
 @pytest.fixture
@@ -264,29 +271,57 @@ async def test_jobs_wait_in_redis_and_not_in_vllm(waiting: Vllm, jobs: Jobs, sta
     assert figures[SLOTS] >= 0.85 * figures[AT_ONCE]
 
 
+async def running_time_until(condition: Callable[[], Awaitable[bool]]) -> float:
+    """Wait until a condition holds. Returns the seconds, without those for which a busy machine paused this process."""
+    seconds, last = 0.0, time.monotonic()
+    while not await condition():
+        await asyncio.sleep(0.01)
+        now = time.monotonic()
+        seconds, last = seconds + min(now - last, 0.1), now
+    return seconds
+
+
 async def test_the_stream_of_a_frozen_vllm_shows_as_silent(
     waiting: Vllm, client: Client, redis: Redis, start_worker: StartWorker
 ) -> None:
-    """The answer is long: a fast machine would send a short one before it is frozen."""
-    request_id = await client.enqueue(await chat_request(waiting) | {"ignore_eos": True, "max_tokens": 3000})
+    """The server is frozen within an answer.
+
+    A busy machine may pause this process for seconds. The server then sends its whole answer before it is frozen, and
+    no stream is silent: the next answer is tried.
+    """
+    request = await chat_request(waiting) | {"ignore_eos": True, "max_tokens": 3000}
     worker = await start_worker(vllm_urls=waiting.url, **LIMITS)
 
-    async def has_text() -> bool:
-        return bool(await redis.xlen(f"chat:tokens:{{{request_id}}}") > AT_ONCE)
+    def sum_of(name: str) -> float:
+        return sum(metric(worker, name, endpoint=waiting.url, phase=phase) for phase in PHASES)
 
-    async def shows() -> bool:
-        return sum(metric(worker, "streams_silent", endpoint=waiting.url, phase=phase) for phase in PHASES) == 1
+    for _ in range(20):
+        request_id = await client.enqueue(request)
+        log, tombstone = f"chat:tokens:{{{request_id}}}", f"chat:ended:{{{request_id}}}"
 
-    await eventually(has_text, within=200)
-    waiting.signal(signal.SIGSTOP)
-    try:
-        await eventually(shows, within=10)
-    finally:
-        silences = [metric(worker, "longest_silence_seconds", endpoint=waiting.url, phase=phase) for phase in PHASES]
-        report(f"silences: {silences}, entries: {await redis.xlen(f'chat:tokens:{{{request_id}}}')}")
-        waiting.signal(signal.SIGCONT)
-    answer = await client.result(request_id)
-    assert (answer.outcome, answer.attempt, answer.usage and answer.usage["completion_tokens"]) == ("done", 1, 3000)
+        async def has_text(log: str = log) -> bool:
+            return bool(await redis.xlen(log) > AT_ONCE)
+
+        async def shows_or_has_ended(tombstone: str = tombstone) -> bool:
+            return sum_of("streams_silent") == 1 or bool(await redis.exists(tombstone))
+
+        await eventually(has_text, within=200)
+        waiting.signal(signal.SIGSTOP)
+        try:
+            seconds = await running_time_until(shows_or_has_ended)
+            silence, is_silent = sum_of("longest_silence_seconds"), not await redis.exists(tombstone)
+        finally:
+            waiting.signal(signal.SIGCONT)
+        report(f"after {seconds:.1f} s: silence {silence:.1f} s, entries {await redis.xlen(log)}")
+        answer = await client.result(request_id)
+        assert (answer.outcome, answer.attempt) == ("done", 1)
+        assert answer.usage is not None
+        assert answer.usage["completion_tokens"] == 3000
+        if is_silent:
+            assert seconds <= 10
+            assert silence >= 5
+            return
+    pytest.fail("every answer had been sent before the server was frozen")
 
 
 async def test_no_job_fails_when_vllms_drain(

@@ -6,7 +6,7 @@ afterwards. Each answer must be the one that the server gives directly and undis
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,13 @@ SOME = 5
 """Entries of a log that has some tokens: after queued, started and opened."""
 
 Parts = tuple[str, str, str, list[tuple[str, str]]]
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    """A client that does not give up when a busy machine pauses this process or Redis for seconds."""
+    async with Client(redis_url, patience=200) as client:
+        yield client
 
 
 async def model() -> str:
