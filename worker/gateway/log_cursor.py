@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Protocol
 
-from ..client.errors import InvalidArgument
+from ..client.errors import ClientError, InvalidArgument
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .protocols.protocol import Encoder, Frame, StreamProtocol, without_events
 from .tails import Tail, Tails
@@ -139,24 +139,32 @@ class LogCursor:
         limit = self._tails.write_bytes
         pieces: list[bytes] = []
         size = 0
-        async with self._tails.page_slots, aclosing(self._tails.client.pages(self._request_id, after=read)) as pages:
-            async for page in pages:
-                for entry in page:
-                    piece = encoder.encode(entry)
-                    read = entry.id
-                    if not piece or read <= self.position:
-                        continue
-                    if self._skip:
-                        piece, self._skip = without_events(piece, self._skip)
-                        if not piece:
+        try:
+            async with (
+                self._tails.page_slots,
+                aclosing(self._tails.client.pages(self._request_id, after=read)) as pages,
+            ):
+                async for page in pages:
+                    for entry in page:
+                        piece = encoder.encode(entry)
+                        read = entry.id
+                        if not piece or read <= self.position:
                             continue
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size >= limit:
-                        if not self._write_pieces(pieces, read):
-                            return read, False
-                        pieces, size = [], 0
-                        await asyncio.sleep(0)  # entries of other requests are written between
+                        if self._skip:
+                            piece, self._skip = without_events(piece, self._skip)
+                            if not piece:
+                                continue
+                        pieces.append(piece)
+                        size += len(piece)
+                        if size >= limit:
+                            if not self._write_pieces(pieces, read):
+                                return read, False
+                            pieces, size = [], 0
+                            await asyncio.sleep(0)  # entries of other requests are written between
+        except ClientError:
+            if pieces:  # what comes before the fault is good
+                self._write_pieces(pieces, read)
+            raise
         return read, not pieces or self._write_pieces(pieces, read)
 
     def _write_pieces(self, pieces: list[bytes], last: EntryId) -> bool:
