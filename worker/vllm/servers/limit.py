@@ -185,7 +185,8 @@ class ConcurrencyLimit:
         if retry_after is not None:
             self._refused_until = max(self._refused_until, now + retry_after)
         if held:
-            self._offered_until = now + min(_LONGEST_PAUSE, _OFFER * self._work)
+            if self._knows_work:
+                self._offered_until = now + min(_LONGEST_PAUSE, _OFFER * self._work)
             self._cautious_until = now + 10 * (retry_after or 0.0)
         else:
             first = self._work if retry_after is None else min(self._work, max(retry_after, self._work / 8))
