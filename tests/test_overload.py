@@ -133,18 +133,23 @@ async def test_goodput_stays_when_jobs_arrive_faster_than_they_can_be_answered(
     assert ideal / (ended - began) >= 0.9
 
 
-@pytest.mark.parametrize(("at_once", "jobs"), [(2, 30), (16, 150)])
+@pytest.mark.parametrize(("at_once", "jobs", "least"), [(2, 30, 0.85), (16, 150, 0.8)])
 async def test_the_size_of_a_server_is_learnt(
-    client: Client, redis: Redis, start_server: StartServer, start_worker: StartWorker, at_once: int, jobs: int
-) -> None:
-    """A server without a queue refuses each request beyond those that it answers."""
+    client: Client, redis: Redis, start_server: StartServer, start_worker: StartWorker,
+    at_once: int, jobs: int, least: float,
+) -> None:  # fmt: skip
+    """A server without a queue refuses each request beyond those that it answers.
+
+    So it is idle after each answer until the next request comes. Of the nine rounds of the larger server, the first
+    ones find out its size. Over a longer time, the simulation in `tests/vllm/test_limit.py` shows 0.9.
+    """
     server = await start_server(Options(max_num_seqs=at_once, max_num_queued_reqs=at_once, scenario=ANSWER))
     await start_worker(server, **LIMITS)
 
     await all_done(client, redis, await enqueue(client, jobs))
 
     assert len(server.served) <= 1.1 * jobs + 4  # the worker begins with four requests
-    assert busy_share(server, at_once) >= 0.8
+    assert busy_share(server, at_once) >= least
 
 
 async def test_several_workers_share_a_server_without_knowing_of_each_other(
@@ -155,9 +160,10 @@ async def test_several_workers_share_a_server_without_knowing_of_each_other(
     for _ in range(4):
         await start_worker(server, **LIMITS)
 
-    await all_done(client, redis, await enqueue(client, 2 * JOBS))
+    await all_done(client, redis, await enqueue(client, 3 * JOBS))
 
-    assert len(server.served) <= 1.1 * 2 * JOBS + 16  # each worker begins with four requests
+    # Each worker must be refused to learn of the others, some of them twice: 4 to 10 times in sum.
+    assert len(server.served) <= 1.1 * 3 * JOBS
     assert busy_share(server) >= 0.9
 
 
@@ -174,7 +180,7 @@ async def test_servers_of_different_size_get_shares_that_follow_their_sizes(
     await all_done(client, redis, await enqueue(client, 2 * JOBS))
 
     assert busy_share(small, 2) >= 0.9
-    assert busy_share(large, 6) >= 0.85
+    assert busy_share(large, 6) >= 0.9
 
 
 async def test_a_server_that_shrinks_and_grows_stays_busy(
@@ -196,7 +202,7 @@ async def test_a_server_that_shrinks_and_grows_stays_busy(
     assert await share(1.5) >= 0.9
     resize(8)
     await eventually(lambda: runs(server, 8))
-    assert await share(0.5) >= 0.75
+    assert await share(0.5) >= 0.9
 
     await all_done(client, redis, ids)
 
