@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 
 from ..client.async_client import State
+from ..client.errors import ClientError
 from ..client.new_job import JobOptions
 from ..contract.entries import Object
 from ..telemetry.stream_events import StreamEnd
@@ -87,18 +90,21 @@ class ChatCompletions:
             if call.skip and not known:
                 raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
         else:
-            repeated = await self._repeats.attach(call.fingerprint, is_retry=call.is_retry)
+            repeated = await self._repeats.attach(call.fingerprint, request_id, is_retry=call.is_retry)
             if repeated is not None:
                 await services.limits.count(call.caller)
                 return repeated
             known = False
-        await (services.limits.count(call.caller) if known else services.limits.admit(call.caller, request_id))
         try:
+            await (services.limits.count(call.caller) if known else services.limits.admit(call.caller, request_id))
             options: JobOptions = {**call.options, "id": request_id}
             return await services.client.enqueue(call.request, **options)
         except Exception:
             if not known:
-                await services.limits.ended(owner, request_id)
+                with suppress(ClientError, RedisError, OSError):
+                    await services.limits.ended(owner, request_id)
+                    if call.fingerprint:
+                        await self._repeats.forget(call.fingerprint, request_id)
             raise
 
     async def run(self, call: ChatCall, request_id: str, connection: tuple[Scope, Receive, Send]) -> None:

@@ -52,9 +52,9 @@ class NotedCall:
         if self._task is not None:
             await asyncio.wait([self._task])
         with suppress(*_FAILURES):
-            if is_whole and self._is_noted:
+            if is_whole:
                 await self._repeats.forget(self._fingerprint, self._request_id)
-            elif not is_whole and not self._is_noted:
+            elif not self._is_noted:
                 await self._repeats.note(self._fingerprint, self._request_id, is_answered=self._has_byte)
 
     async def _note_once_followed(self) -> None:
@@ -65,7 +65,7 @@ class NotedCall:
                     had_byte = self._has_byte
                     await self._repeats.note(self._fingerprint, self._request_id, is_answered=had_byte)
                     self._is_noted = True
-                    if self._has_byte and not had_byte:
+                    if self._has_byte != had_byte:
                         await self._note_answered()
                     return
                 await asyncio.sleep(pause)

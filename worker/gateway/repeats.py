@@ -10,7 +10,9 @@ from a new request by three things:
 
 Redis has two sets for each fingerprint (of the owner, the API key and the body): the young requests, and those of them
 for which no byte was sent. A gateway adds a request once its own subscription to the feed is confirmed, and removes it
-before that subscription ends. Whoever attaches removes the request from both sets first, so only one does.
+before that subscription ends. Whoever attaches removes the request from both sets first, so only one does. Until a
+gateway follows a new or attached request, the sets have it with a mark: nobody may attach yet, and who repeats it looks
+again soon.
 """
 
 import asyncio
@@ -20,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from ..client.async_client import Client, State
 from ..client.errors import ClientError, MappedRetry
@@ -32,6 +35,8 @@ _YOUNG = 15 * 60
 """Seconds for which the retry of an SDK attaches: longer than the 10 minutes after which the SDKs give up a try."""
 _UNANSWERED = 60
 """Seconds for which a browser's repetition attaches. A response without a byte for longer is rare: see `answers.py`."""
+_PENDING = "~"
+"""The mark before the id of a request that no gateway follows yet, and soon one will."""
 _CANDIDATES = 32
 """How many requests with one fingerprint are looked at."""
 _LOOK_AGAIN = 0.1
@@ -87,36 +92,35 @@ class Repeats:
         self.presence = presence
         self._retry = MappedRetry(patience)
 
-    async def attach(self, fingerprint: str, *, is_retry: bool) -> str | None:
+    async def attach(self, fingerprint: str, new_id: str, *, is_retry: bool) -> str | None:
         """Find the request that this one repeats, and claim it; returns its id, or None for a new request.
 
         Args:
             fingerprint: see `fingerprint`.
+            new_id: the id of the request if it is new. It is marked as one that soon has a follower.
             is_retry: whether an SDK states that this is a retry.
 
         Raises:
             ClientError: when Redis does not answer.
         """
-        sets = [(self._keys.asked(fingerprint), _YOUNG), (self._keys.unanswered(fingerprint), _UNANSWERED)]
-        (key, window), (other, _) = sets if is_retry else reversed(sets)
-        if not (found := await self._retry(self._candidates, key, window)):
-            return None
-        if (claimed := await self._claim(key, other, found)) is not None:
-            return claimed
-        await asyncio.sleep(_LOOK_AGAIN)
-        return await self._claim(key, other, await self._retry(self._candidates, key, window))
+        claimed = None
+        found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
+        if found:
+            claimed = await self._claim(fingerprint, found, is_retry=is_retry)
+            if claimed is None:
+                await asyncio.sleep(_LOOK_AGAIN)
+                found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
+                claimed = await self._claim(fingerprint, found, is_retry=is_retry)
+        if claimed is not None:
+            await self._retry(self.forget, fingerprint, new_id)
+        return claimed
 
     async def note(self, fingerprint: str, request_id: str, *, is_answered: bool) -> None:
-        """Make a request known to those that repeat it. This gateway must be subscribed to its feed."""
-        now = int(time.time() * 1000)
-        pipe = self._redis.pipeline(transaction=False)
-        sets = [(self._keys.asked(fingerprint), _YOUNG)]
-        if not is_answered:
-            sets.append((self._keys.unanswered(fingerprint), _UNANSWERED))
-        for key, window in sets:
-            pipe.zremrangebyscore(key, "-inf", now - window * 1000)
-            pipe.zadd(key, {request_id: now})
-            pipe.expire(key, window)
+        """Make a request known to those that repeat it. It has a follower, or will have none."""
+        pipe = self._redis.pipeline()
+        self._add(pipe, fingerprint, request_id, is_answered=is_answered)
+        pipe.zrem(self._keys.asked(fingerprint), _PENDING + request_id)
+        pipe.zrem(self._keys.unanswered(fingerprint), _PENDING + request_id)
         await pipe.execute()
 
     async def note_answered(self, fingerprint: str, request_id: str) -> None:
@@ -125,29 +129,53 @@ class Repeats:
 
     async def forget(self, fingerprint: str, request_id: str) -> bool:
         """Let nobody attach to a request any more. Returns whether somebody could until now."""
-        return await self._remove(self._keys.asked(fingerprint), self._keys.unanswered(fingerprint), request_id)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zrem(self._keys.asked(fingerprint), request_id)
+        for key in (self._keys.asked(fingerprint), self._keys.unanswered(fingerprint)):
+            pipe.zrem(key, request_id, _PENDING + request_id)
+        return bool((await pipe.execute())[0])
 
-    async def _candidates(self, key: str, window: int) -> list[str]:
+    async def _look(self, fingerprint: str, new_id: str, *, is_retry: bool) -> list[str]:
+        """Mark a new request, and return the requests that it may repeat, the newest first."""
+        key, window = self._keys.unanswered(fingerprint), _UNANSWERED
+        if is_retry:
+            key, window = self._keys.asked(fingerprint), _YOUNG
+        pipe = self._redis.pipeline(transaction=False)
         since = int((time.time() - window) * 1000)
-        found = await self._redis.zrevrangebyscore(key, "+inf", since, start=0, num=_CANDIDATES)
-        return [request_id.decode() for request_id in cast("list[bytes]", found)]
+        pipe.zrevrangebyscore(key, "+inf", since, start=0, num=_CANDIDATES)
+        self._add(pipe, fingerprint, _PENDING + new_id, is_answered=False)
+        found = [member.decode() for member in cast("list[bytes]", (await pipe.execute())[0])]
+        return [member for member in found if member != _PENDING + new_id]
 
-    async def _claim(self, key: str, other: str, request_ids: list[str]) -> str | None:
-        """Remove the first request that nobody follows from both sets; returns its id."""
+    async def _claim(self, fingerprint: str, members: list[str], *, is_retry: bool) -> str | None:
+        """Claim the first request that nobody follows; returns its id."""
+        request_ids = [member for member in members if not member.startswith(_PENDING)]
         try:
             followed = await self._retry(self.presence.followed, request_ids)
         except ClientError:
             return None  # nobody knows who follows what: a second job is better than somebody else's answer
         for request_id in request_ids:
-            if followed[request_id] or not await self._retry(self._remove, key, other, request_id):
+            if followed[request_id] or not await self._retry(self._mark, fingerprint, request_id, is_retry=is_retry):
                 continue
             status = await self._client.status(request_id)
             if status.state not in (State.UNKNOWN, State.EXPIRED) and status.outcome != "cancelled":
                 return request_id
+            await self._retry(self.forget, fingerprint, request_id)
         return None
 
-    async def _remove(self, key: str, other: str, request_id: str) -> bool:
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.zrem(key, request_id)
-        pipe.zrem(other, request_id)
+    async def _mark(self, fingerprint: str, request_id: str, *, is_retry: bool) -> bool:
+        """Replace a request by its mark. Returns false if somebody else did."""
+        sets = [self._keys.unanswered(fingerprint), self._keys.asked(fingerprint)]
+        pipe = self._redis.pipeline()
+        for key in reversed(sets) if is_retry else sets:
+            pipe.zrem(key, request_id)
+        self._add(pipe, fingerprint, _PENDING + request_id, is_answered=False)
         return bool((await pipe.execute())[0])
+
+    def _add(self, pipe: Pipeline, fingerprint: str, member: str, *, is_answered: bool) -> None:
+        now = int(time.time() * 1000)
+        sets = [(self._keys.asked(fingerprint), _YOUNG), (self._keys.unanswered(fingerprint), _UNANSWERED)]
+        for key, window in sets[:1] if is_answered else sets:
+            pipe.zremrangebyscore(key, "-inf", now - window * 1000)
+            pipe.zadd(key, {member: now})
+            pipe.expire(key, window)

@@ -1,0 +1,291 @@
+"""A request that is sent again costs no second job, and one that is new is never taken for a repetition."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+import httpx
+import pytest
+from conftest import StartSimulator, StartWorker
+from gateway_fixtures import KEY_A, KEY_B, KEYS, Served, StartGateway
+from openai import APIConnectionError, AsyncOpenAI
+from proxy import Proxy
+from raw_posts import RawPost
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+
+ASK: list[Any] = [{"role": "user", "content": "Who are you?"}]
+TEXT = answer_to(ASK)
+BODY = {"model": "reciter", "messages": ASK, "stream": True}
+WHOLE = BODY | {"stream": False}
+EITHER_WAY = pytest.mark.parametrize("body", [BODY, WHOLE], ids=["stream", "whole"])
+CUTS = pytest.mark.parametrize("cut", [RawPost.close, RawPost.reset], ids=["FIN", "RST"])
+NOTED = "chat:gateway:unanswered:*"
+
+
+async def jobs(redis: Redis) -> int:
+    return int(await redis.xlen("chat:jobs"))
+
+
+async def wait_noted(redis: Redis, count: int = 1) -> None:
+    """Wait until so many requests are known to those that repeat them, and one at least is followed."""
+
+    async def are_noted() -> bool:
+        sets = [cast("list[bytes]", await redis.zrange(key, 0, -1)) async for key in redis.scan_iter(NOTED)]
+        ids = [member.decode() for members in sets for member in members if not member.startswith(b"~")]
+        counts = await redis.pubsub_numsub(*(f"chat:feed:{{{request_id}}}" for request_id in ids)) if ids else []
+        return len(ids) >= count and any(number for _, number in counts)
+
+    await eventually(are_noted)
+
+
+@pytest.fixture
+async def patient(start_gateway: StartGateway) -> Served:
+    """A gateway that sends no byte before the first entry of an answer."""
+    return await start_gateway(grace=30)
+
+
+@EITHER_WAY
+@CUTS
+@pytest.mark.parametrize("reuse", [False, True], ids=["fresh", "reused"])
+async def test_a_hidden_repetition_attaches_to_the_first_job(
+    body: dict[str, Any], cut: Callable[[RawPost], None], patient: Served, redis: Redis, start_worker: StartWorker,
+    simulator: Simulator, *, reuse: bool,
+) -> None:  # fmt: skip
+    """As a browser does: at once, without a count, up to three requests."""
+    for _ in range(2):
+        post = await RawPost.send(patient.port, body, reuse=reuse)
+        await wait_noted(redis)
+        cut(post)
+    post = await RawPost.send(patient.port, body)
+    await wait_noted(redis)
+    await start_worker(simulator)
+    assert await post.read_head() == 200
+    assert await jobs(redis) == 1
+    post.close()
+
+
+@EITHER_WAY
+async def test_a_retry_of_openais_client_attaches_to_the_first_job(
+    body: dict[str, Any], patient: Served, redis: Redis, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    async with Proxy.before(patient.url) as proxy, client_of(proxy.url, max_retries=2) as ai:
+        calling = asyncio.create_task(ai.chat.completions.create(**body))
+        await wait_noted(redis)
+        await proxy.cut()
+
+        async def is_tried_again() -> bool:
+            return proxy.accepted == 2
+
+        await eventually(is_tried_again)
+        await start_worker(simulator)
+        assert await text_of(await calling) == TEXT
+    assert len(simulator.served) == 1
+
+
+def client_of(url: str, **options: Any) -> AsyncOpenAI:  # noqa: ANN401 - of the client
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", **options)
+
+
+async def text_of(answer: Any) -> str:  # noqa: ANN401 - a stream or a completion
+    if hasattr(answer, "choices"):
+        return str(answer.choices[0].message.content)
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+
+@pytest.mark.parametrize("chunks", [0, 1], ids=["after the head", "after a chunk"])
+async def test_a_stream_that_was_cut_is_no_second_job_of_openais_client(
+    chunks: int, start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    simulator = await start_simulator(
+        Options(scenario=Scenario(first_token=0.0 if chunks else 60.0, rate=1, tokens=500))
+    )
+    await start_worker(simulator, first_token_timeout=100)
+    gateway = await start_gateway(grace=0.1)
+    async with Proxy.before(gateway.url) as proxy, client_of(proxy.url, max_retries=2) as ai:
+        stream = await ai.chat.completions.create(**BODY)  # type: ignore[call-overload]  # a dict for all arguments
+        for _ in range(chunks):
+            await anext(stream)
+
+        async def asked() -> bool:
+            return bool(simulator.served)
+
+        await eventually(asked)
+        await proxy.cut()
+        with pytest.raises((httpx.TransportError, APIConnectionError)):
+            async for _ in stream:
+                pass
+        assert proxy.accepted == 1
+    assert len(simulator.served) == 1
+
+
+async def test_regenerate_after_a_stop_is_a_new_answer(
+    gateway: Served, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=5, tokens=500))))
+    first = await RawPost.send(gateway.port, BODY)
+    assert await first.read_head() == 200
+    await first.read_event()
+    first.close()
+    second = await RawPost.send(gateway.port, BODY)
+    assert await second.read_head() == 200
+    assert first.request_id != second.request_id
+    second.close()
+
+
+async def test_a_retry_attaches_though_bytes_were_sent(
+    gateway: Served, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    """The client has not got them: it repeats nothing once it has a head."""
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=5, tokens=500))))
+    first = await RawPost.send(gateway.port, BODY)
+    assert await first.read_head() == 200
+    await first.read_event()
+    first.reset()
+
+    async def attaches() -> bool:
+        second = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
+        await second.read_head()
+        second.close()
+        return second.request_id == first.request_id
+
+    await eventually(attaches)
+
+
+async def test_a_retry_does_not_attach_to_an_answer_that_somebody_has_got(
+    gateway: Served, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    await start_worker(simulator)
+    for _ in range(3):
+        post = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
+        await post.read_head()
+        await post.read_events()
+        post.close()
+    assert len(simulator.served) == 3
+
+
+async def test_a_retry_after_a_refusal_is_a_new_job(
+    patient: Served, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    simulator = await start_simulator(Options(scenario=Scenario(fault="500")))
+    await start_worker(simulator, tries=1)
+    ids = []
+    for count in range(2):
+        post = await RawPost.send(patient.port, BODY, x_stainless_retry_count=str(count))
+        assert await post.read_head() == 502
+        ids.append(post.request_id)
+        post.close()
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.timeout(180)
+async def test_identical_requests_at_once_are_as_many_jobs(
+    start_gateway: StartGateway, redis: Redis, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    replicas = [await start_gateway(grace=30), await start_gateway(grace=30)]
+    posts = await asyncio.gather(*(RawPost.send(replicas[n % 2].port, BODY) for n in range(200)))
+
+    async def are_added() -> bool:
+        return await jobs(redis) == len(posts)
+
+    await eventually(are_added, within=90)
+    await start_worker(simulator, slots=200)
+    assert set(await asyncio.gather(*(post.read_head() for post in posts))) == {200}
+    assert len({post.request_id for post in posts}) == len(posts)
+    for events in await asyncio.gather(*(post.read_events() for post in posts)):
+        assert events[-1] == "[DONE]"
+    for post in posts:
+        post.close()
+    assert await jobs(redis) <= len(posts)
+
+
+async def test_identical_requests_that_follow_each_other_fast_are_as_many_jobs(
+    gateway: Served, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    """An answer may be complete before its request is noted, and the next request must not attach to it."""
+    await start_worker(simulator)
+
+    async def ask() -> str:
+        post = await RawPost.send(gateway.port, BODY | {"max_tokens": 1})
+        await post.read_head()
+        await post.read_events()
+        post.close()
+        return post.request_id
+
+    ids = [request_id for _ in range(10) for request_id in await asyncio.gather(*(ask() for _ in range(5)))]
+    assert len(set(ids)) == 50
+
+
+async def test_requests_that_differ_in_who_asks_or_in_options_do_not_meet(
+    start_gateway: StartGateway, redis: Redis
+) -> None:
+    gateway = await start_gateway(grace=30, keys=KEYS)
+    with_option = BODY | {"relay": {"queue": "default", "timeout": 9}}
+    asked: list[tuple[dict[str, Any], str]]
+    asked = [(BODY, KEY_A), (BODY, KEY_B), (BODY | {"seed": 1}, KEY_A), (with_option, KEY_A)]
+    for number, (body, key) in enumerate(asked, 1):
+        post = await RawPost.send(gateway.port, body, Authorization=f"Bearer {key}")
+        await wait_noted(redis, number)
+        post.reset()
+    assert await jobs(redis) == len(asked)
+
+
+Post = Callable[..., Awaitable[httpx.Response]]
+
+
+@pytest.fixture
+def post(http: httpx.AsyncClient) -> Post:
+    """Posts a chat completion with an idempotency key."""
+
+    async def send(gateway: Served, key: str, body: dict[str, Any] = WHOLE, **headers: str) -> httpx.Response:
+        own = {"Idempotency-Key": key} | {name.replace("_", "-"): value for name, value in headers.items()}
+        return await http.post(f"{gateway.url}/v1/chat/completions", json=body, headers=own)
+
+    return send
+
+
+async def test_an_idempotency_key_names_one_answer(
+    start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    await start_worker(simulator)
+    replicas = [await start_gateway(), await start_gateway()]
+    answers = await asyncio.gather(*(post(replicas[n % 2], "k") for n in range(6)))
+    answers.append(await post(replicas[0], "k"))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 1
+    assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {TEXT}
+    conflict = await post(replicas[1], "k", WHOLE | {"seed": 1})
+    assert (conflict.status_code, conflict.json()["error"]["code"]) == (422, "idempotency_conflict")
+    assert len(simulator.served) == 1
+
+
+async def test_two_tenants_with_the_same_key_never_meet(
+    start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    await start_worker(simulator)
+    gateway = await start_gateway(keys=KEYS)
+    bodies = [WHOLE, WHOLE | {"seed": 1}]  # a conflict would show that the other's request is seen
+    answers = [
+        await post(gateway, "k", body, Authorization=f"Bearer {key}")
+        for key, body in zip((KEY_A, KEY_B), bodies, strict=True)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 2
+    assert len(simulator.served) == 2
+
+
+async def test_a_repetition_goes_on_after_any_event(
+    start_gateway: StartGateway, post: Post, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    await start_worker(simulator)
+    replicas = [await start_gateway(), await start_gateway()]
+    body = BODY | {"stream_options": {"include_usage": True}, "n": 2, "max_tokens": 8}
+    whole = [event for event in (await post(replicas[0], "k", body)).text.split("\n\n") if event.startswith("data")]
+    assert whole[-1] == "data: [DONE]"
+    for have in range(len(whole) + 1):
+        rest = await post(replicas[have % 2], "k", body, Relay_After=str(have))
+        assert [event for event in rest.text.split("\n\n") if event.startswith("data")] == whole[have:]
+    assert len(simulator.served) == 1
