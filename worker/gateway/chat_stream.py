@@ -28,7 +28,7 @@ class ChunkStream(LogStream):
         grace: seconds for which the head waits for the first event.
     """
 
-    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_scope", "_send", "_timer", "problem")
+    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_scope", "_send", "_timer")
 
     def __init__(
         self, streams: OpenStreams, request_id: str, protocol: ChatChunks, noted: NotedCall,
@@ -37,7 +37,6 @@ class ChunkStream(LogStream):
         scope, receive, send = connection
         raw_send = scope.get(RAW_SEND, send)
         super().__init__(streams, request_id, protocol, (scope, receive, raw_send), BEFORE_ALL, skip)
-        self.problem: Problem | None = None
         self._headers = headers
         self._noted = noted
         self._grace = 0.0 if skip else grace
