@@ -19,7 +19,7 @@ __all__ = ["drivers", "node_packages", "replica", "start_client", "start_replica
 
 ClientName = Literal["openai_python", "openai_node", "ai_sdk", "raw_fetch", "event_source"]
 Object: TypeAlias = dict[str, Any]
-_PATIENCE = 50.0
+_PATIENCE = 120.0
 """Seconds for a line of a client: Node alone may need many to start on a busy machine."""
 
 

@@ -41,7 +41,7 @@ class Replica:
 async def replica_process(redis_url: str, port: int = 0, **settings: object) -> AsyncIterator[Replica]:
     """A gateway that is ready; killed at the end if it still runs. Settings are named as in `GatewaySettings`."""
     port = port or free_port()
-    given = {"listen": f"127.0.0.1:{port}", "no_auth": "true", "log_format": "json", "drain_delay": 0} | settings
+    given = {"listen": f"127.0.0.1:{port}", "no_auth": "true", "log_level": "warning", "drain_delay": 0} | settings
     variables = {f"GATEWAY_{name.upper()}": str(value) for name, value in given.items()}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "worker", "gateway",
@@ -49,7 +49,7 @@ async def replica_process(redis_url: str, port: int = 0, **settings: object) -> 
     )  # fmt: skip
     try:
         replica = Replica(port, process)
-        await eventually(replica.is_ready)
+        await eventually(replica.is_ready, within=100)
         yield replica
     finally:
         if process.returncode is None:

@@ -1,0 +1,62 @@
+"""The openai clients repeat a request that got no response. The repetition costs no second job."""
+
+import pytest
+from conftest import StartSimulator, StartWorker
+from edge_fixtures import ClientName, RunningClient, StartClient, StartReplica
+from proxy import Proxy
+from redis.asyncio import Redis
+from waits import eventually
+
+from worker.sandbox.simulator.requests import answer_to
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+
+pytestmark = pytest.mark.timeout(240)  # each test starts several processes, and most of them Node
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+CLIENTS = pytest.mark.parametrize("client", ["openai_python", "openai_node"])
+
+
+@CLIENTS
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_a_retry_attaches_to_the_first_job(
+    client: ClientName, start_client: StartClient, start_replica: StartReplica, redis: Redis,
+    start_simulator: StartSimulator, start_worker: StartWorker, *, stream: bool,
+) -> None:  # fmt: skip
+    simulator = await start_simulator(Options(scenario=Scenario(first_token=3.0)))
+    await start_worker(simulator, first_token_timeout=60)
+    replica = await start_replica(grace=30)  # no byte is sent before the first token
+    call = {"body": {"model": "reciter", "messages": QUESTION, "stream": stream}}
+    async with Proxy.before(replica.url) as proxy:
+        reader = await start_client(client, proxy.url, call, retries=2)
+        await _asked(simulator)
+        await proxy.cut()
+        text = await _text(reader)
+        assert proxy.accepted == 2
+    assert text == answer_to(QUESTION)
+    assert await redis.xlen("chat:lifecycle") == 2, "one job began and ended"
+    assert len(simulator.served) == 1
+
+
+@CLIENTS
+async def test_the_same_question_again_is_a_second_job(
+    client: ClientName, start_client: StartClient, start_replica: StartReplica, simulator: Simulator,
+    start_worker: StartWorker,
+) -> None:  # fmt: skip
+    await start_worker(simulator)
+    replica = await start_replica()
+    call = {"body": {"model": "reciter", "messages": QUESTION, "stream": True}}
+    results = await (await start_client(client, replica.url, call, call, retries=2)).results()
+    assert [result["choices"][0]["content"] for result in results] == [answer_to(QUESTION)] * 2
+    assert len(simulator.served) == 2
+
+
+async def _asked(simulator: Simulator) -> None:
+    async def asked() -> bool:
+        return bool(simulator.served)
+
+    await eventually(asked)
+
+
+async def _text(reader: RunningClient) -> str:
+    (result,) = await reader.results()
+    assert "error" not in result, result
+    return str(result["choices"][0]["content"])
