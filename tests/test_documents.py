@@ -24,6 +24,7 @@ from documents import (
     CONTRIBUTING,
     DEPLOY,
     DOCUMENTS,
+    GATEWAY,
     README,
     ROOT,
     Document,
@@ -53,7 +54,6 @@ DONE_AFTER = 120.0
 """Seconds that an example may take: the compiler of TypeScript needs many on a busy machine."""
 NODE_MODULES = os.path.realpath(os.environ.get("NODE_MODULES", ""))
 
-needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 needs_packages = pytest.mark.skipif(
     not (shutil.which("node") and "NODE_MODULES" in os.environ),
     reason="needs node and NODE_MODULES (CONTRIBUTING.md)",
@@ -143,7 +143,8 @@ def test_nothing_says_to_install_the_package_by_its_name(document: Document) -> 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None:
-    tested = {"python", "service", "statuses", "edge", "redis-cli", "typescript", "browser"}
+    tested = {"python", "statuses", "edge", "redis-cli", "typescript"}
+    tested |= {"openai", "follow"}  # in tests/edge/test_examples.py
     unmarked = [
         example.code
         for example in document.examples
@@ -157,8 +158,9 @@ def test_every_python_example_imports_the_name_of_its_own(example: Example) -> N
     imported = {
         node.module for node in ast.walk(syntax_tree(example.code)) if isinstance(node, ast.ImportFrom) and node.module
     }
-    assert "vllm_relay" in imported
-    assert "worker" not in {name.partition(".")[0] for name in imported}
+    packages = {name.partition(".")[0] for name in imported}
+    assert "vllm_relay" in packages
+    assert "worker" not in packages
 
 
 @pytest.mark.usefixtures("worker")
@@ -170,31 +172,6 @@ async def test_every_python_example_prints_the_answer(example: Example, redis_ur
     if example.name == "python":
         assert TEXT in printed
         assert "done" in printed
-
-
-@pytest.mark.usefixtures("worker")
-async def test_the_service_sends_entries_and_goes_on_after_the_last_event_id(
-    redis_url: str, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REDIS_URL", redis_url)
-    service = _module(tmp_path / "service.py", README.example("service"))
-    request_id = await client.enqueue({"messages": QUESTION})
-    await client.result(request_id)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(service.app), base_url="http://relay") as http:
-        whole = await http.get(f"/events/{request_id}")
-        events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in whole.text.split("\n\n")[:-1]]
-        rest = await http.get(f"/events/{request_id}", headers={"Last-Event-ID": events[2]["id"]})
-        unknown = await http.get("/events/none")
-        malformed = await http.get(f"/events/{request_id}", headers={"Last-Event-ID": "yesterday"})
-    await service.client.aclose()
-    assert whole.headers["content-type"].startswith("text/event-stream")
-    entries = [json.loads(event["data"]) for event in events]
-    assert [event["id"] for event in events] == [entry["id"] for entry in entries]
-    assert "".join(entry.get("content", "") for entry in entries) == TEXT
-    assert whole.text.endswith(rest.text)
-    assert rest.text.startswith(f"id: {events[3]['id']}")
-    assert (unknown.status_code, malformed.status_code) == (404, 400)
-    assert "none" in unknown.text
 
 
 @pytest.mark.usefixtures("worker")
@@ -242,6 +219,7 @@ async def test_the_edge_of_the_documents_serves_each_user_his_own_requests(
             await http.get(f"{path}/events", headers=bob),
             await http.delete(path, headers=bob),
             await http.get(f"{path}none/events", headers=ann),
+            await http.get(f"{path}/events", headers=ann | {"Last-Event-ID": "yesterday"}),
             await http.post("/chat", json={}, headers=ann),
             await http.post("/chat", json=body),
         ]
@@ -253,25 +231,8 @@ async def test_the_edge_of_the_documents_serves_each_user_his_own_requests(
     assert whole.text.endswith(rest.text)
     assert rest.text == same.text
     assert rest.text.startswith(f"id: {ids[3]}")
-    assert [response.status_code for response in refused] == [404, 404, 404, 400, 422]
+    assert [response.status_code for response in refused] == [404, 404, 404, 400, 400, 422]
     assert cancelled.json() == {"was": "ended"}
-
-
-@needs_node
-@pytest.mark.usefixtures("worker")
-async def test_the_page_shows_the_answer_and_closes_its_source(client: Client, tmp_path: Path) -> None:
-    request_id = await client.enqueue({"messages": QUESTION})
-    entries = [entry.to_json() async for entry in client.follow(request_id)]
-    script = tmp_path / "page.mjs"
-    script.write_text(f"""
-        globalThis.id = "1";
-        globalThis.answer = {{ textContent: "", append(text) {{ this.textContent += text; }} }};
-        globalThis.EventSource = class {{ close() {{ this.closed = true; }} }};
-        {README.example("browser")}
-        for (const data of {json.dumps(entries)}) source.onmessage({{ data }});
-        console.log(JSON.stringify([answer.textContent, source.closed]));
-    """)
-    assert json.loads(await run("node", script)) == [TEXT, True]
 
 
 @needs_packages
@@ -454,6 +415,13 @@ def test_every_command_that_is_shown_exists_with_its_options(document: Document)
     for name, rest in shown:
         options = {option for parameter in main.commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", rest)) <= options, f"worker {name}{rest}"
+
+
+def test_every_route_of_the_gateway_is_described() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "worker/gateway").glob("*.py"))
+    routes = {route.replace(":path", "") for route in re.findall(r'Route\(\s*"([^"]+)"', source)}
+    assert "/requests/{id}/events" in routes
+    assert routes == {cell.split()[-1] for cell in GATEWAY.first_cells if re.match("(GET|POST|DELETE) /", cell)}
 
 
 # Figures and commands.
