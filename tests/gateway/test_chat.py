@@ -1,7 +1,8 @@
 """Chat completions through the gateway, by the stock client of OpenAI."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -12,9 +13,13 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 from openai_reading import without_nothing
 from redis.asyncio import Redis
+from starlette.routing import BaseRoute, Route
 from waits import eventually
 
 from worker import Client
+from worker.gateway.answers import AnswerPace
+from worker.gateway.chat import ChatCompletions
+from worker.gateway.services import Services
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -42,6 +47,7 @@ CALLS: dict[str, Object] = {
     "stop": {"stop": ["an AI"]},
     "length": {"max_tokens": 3},
 }
+KINDS = ("asked", "unanswered")
 _VARYING = {"id", "created", "prompt_text"}
 
 
@@ -274,3 +280,98 @@ async def test_a_full_queue_is_a_429_that_leaves_nothing_behind(
     assert await redis.xlen("chat:jobs") == 1
     assert not [key async for key in redis.scan_iter("chat:gateway:running*")]
     await client.cancel(waiting)
+
+
+def whole_room(pace: AnswerPace) -> Callable[[Services], Sequence[BaseRoute]]:
+    """The route of chat completions, with other times for answers that are not streamed."""
+
+    def routes(services: Services) -> Sequence[BaseRoute]:
+        completions = ChatCompletions(services, pace=pace)
+        return [Route("/v1/chat/completions", completions.respond, methods=["POST"])]
+
+    return routes
+
+
+async def test_a_whole_answer_that_takes_long_begins_with_spaces(
+    start_gateway: StartGateway, http: httpx.AsyncClient, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    gateway = await start_gateway(rooms=(whole_room(AnswerPace(grace=0.05, keep_alive=0.05)),))
+    async with http.stream("POST", f"{gateway.url}/v1/chat/completions", json=BODY) as response:
+        pieces = response.aiter_raw()
+        assert [await anext(pieces) for _ in range(3)] == [b" "] * 3
+        await start_worker(simulator)
+        body = b"".join([piece async for piece in pieces])
+    assert json.loads(body)["choices"][0]["message"]["content"] == TEXT
+
+
+async def test_a_whole_answer_that_fails_after_spaces_is_a_broken_connection_and_then_a_status(
+    start_gateway: StartGateway, redis: Redis, simulator: Simulator, start_worker: StartWorker
+) -> None:
+    """Clients do not look for an error in a body with status 200."""
+    gateway = await start_gateway(rooms=(whole_room(AnswerPace(grace=0.05, keep_alive=0.05)),))
+    async with openai(gateway.url, max_retries=1) as ai:
+        asking = asyncio.create_task(ai.chat.completions.create(**BODY | {"temperature": -3}))
+
+        async def has_a_byte() -> bool:
+            asked, unanswered = [[key async for key in redis.scan_iter(f"chat:gateway:{kind}:*")] for kind in KINDS]
+            return bool(asked) and not unanswered
+
+        await eventually(has_a_byte)
+        await start_worker(simulator)
+        with pytest.raises(APIStatusError) as caught:
+            await asking
+    assert caught.value.status_code == 400
+    assert len(simulator.served) == 1
+
+
+async def test_a_failure_under_an_idempotency_key_is_not_repeated(
+    start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    """The key would get the same failure again. Without a key, the SDK's retry is a new job."""
+    simulator = await start_simulator(Options(model="broken", scenario=Scenario(fault="500")))
+    await start_worker(simulator, tries=1)
+    gateway = await start_gateway(grace=30)
+    async with openai(gateway.url, max_retries=1) as ai:
+        for streams in (True, False):
+            call = BODY | {"model": "broken", "stream": streams}
+            error = await refusal(ai.chat.completions.create(**call, extra_headers={"Idempotency-Key": f"{streams}"}))
+            assert error.response.headers["x-should-retry"] == "false"
+    assert len(simulator.served) == 2
+
+
+@pytest.mark.parametrize("drain", [30.0, 0.0], ids=["in time", "too late"])
+async def test_a_gateway_that_stops_lets_answers_end_within_its_time(
+    drain: float, start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    await start_worker(await start_simulator(Options(scenario=Scenario(rate=20, tokens=30))))
+    gateway = await start_gateway(drain_timeout=drain)
+    async with openai(gateway.url) as ai:
+        answer = await ai.chat.completions.create(**BODY, stream=True)
+        chunks = [await anext(answer)]
+        gateway.gateway.stop()
+        if drain:
+            chunks += [chunk async for chunk in answer]
+            assert chunks[-1].choices[0].finish_reason == "stop"
+            return
+        with pytest.raises(APIError) as caught:
+            async for _ in answer:
+                pass
+    assert caught.value.code == "interrupted"
+
+
+async def test_a_gateway_that_stops_before_an_answer_begins_says_so_with_a_status(
+    start_gateway: StartGateway, redis: Redis, client: Client, http: httpx.AsyncClient
+) -> None:
+    gateway = await start_gateway(grace=30, drain_timeout=0)
+    url = f"{gateway.url}/v1/chat/completions"
+    asking = [asyncio.create_task(http.post(url, json=BODY | {"stream": streams})) for streams in (True, False)]
+
+    async def wait() -> bool:
+        return int(await redis.xlen("chat:jobs")) == 2
+
+    await eventually(wait)
+    gateway.gateway.stop()
+    for response in await asyncio.gather(*asking):
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "interrupted")
+        assert "x-should-retry" not in response.headers
+        await client.cancel(response.headers["x-request-id"])

@@ -152,13 +152,14 @@ async def _follow_for_ever(client: Client, request_id: str) -> None:
 
 @pytest.mark.usefixtures("worker")
 async def test_an_answer_to_which_a_retry_attaches_in_time_goes_on(
-    start_gateway: StartGateway, client: Client, simulator: Simulator
+    start_gateway: StartGateway, redis: Redis, client: Client, simulator: Simulator
 ) -> None:
-    gateway = await start_gateway(leave_after=1.0)
+    gateway = await start_gateway(leave_after=3.0)
     first = await RawPost.send(gateway.port, BODY)
     assert await first.read_head() == 200
     await asked(simulator)
     first.reset()
+    await wait_followed(redis, first.request_id, 0)
     retry = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
     assert await retry.read_head() == 200
     assert retry.request_id == first.request_id

@@ -15,10 +15,11 @@ from ..client.errors import ClientError
 from ..contract.answer import Answer
 from ..contract.entries import Cancelled, Done, Failed, Object, to_json
 from ..telemetry.stream_events import StreamEnd
+from .chat_stream import problem_of_end
 from .noted_calls import NotedCall
 from .outlets import ABORT, Receive, Scope, Send
-from .problems import Problem, problem_of, problem_of_code
-from .protocols.chat_chunks import INTERRUPTED, ChatChunks
+from .problems import Problem, problem_of
+from .protocols.chat_chunks import INTERRUPTED, STOPPING, ChatChunks
 from .responses import problem_response
 from .stream_response import response_start
 
@@ -74,7 +75,7 @@ class WholeAnswer:
                 self.end = "left"
             elif stopping.done():
                 self.end = "shutdown"
-                problem = problem_of_code(INTERRUPTED, "the gateway stops, and the answer goes on: repeat the request")
+                problem = problem_of_end(INTERRUPTED, STOPPING, has_key=False)
                 await self._refuse(problem, scope, send)
         finally:
             for wait in waits:
@@ -94,9 +95,9 @@ class WholeAnswer:
             self.end = "problem"
             return problem_of(error)
         if isinstance(answer.end, Failed):
-            return problem_of_code(answer.end.code, answer.end.message)
+            return problem_of_end(answer.end.code, answer.end.message, has_key=self._noted.has_key)
         if isinstance(answer.end, Cancelled):
-            return problem_of_code("cancelled", "the request was cancelled")
+            return problem_of_end("cancelled", "the request was cancelled", has_key=self._noted.has_key)
         return answer
 
     async def _respond(self, result: object, scope: Scope, send: Send) -> None:

@@ -1,10 +1,11 @@
 """`POST /v1/chat/completions`: a chat completion through the queue, for unchanged clients of OpenAI's API."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from redis.exceptions import RedisError
 from starlette.requests import Request
@@ -36,22 +37,20 @@ _MOST_EVENTS = 2**53
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatCall:
-    """A request as its client makes it. `skip` is how many events of the stream the client has."""
+    """What the response to a request depends on. It lives as long as the response, so it has no body.
 
-    caller: Requester
-    request: Object
-    options: JobOptions
+    `skip` is how many events of the stream the client has. `cancels` is whether the job is cancelled if the client
+    leaves, and nobody else follows it. `fingerprint` is empty if the idempotency key `key` names the answer.
+    """
+
+    owner: str
+    protocol: ChatChunks
     streams: bool
     key: str
     skip: int
     is_retry: bool
     cancels: bool
-    """Whether the job is cancelled if the client leaves, and nobody else follows it."""
-
-    @property
-    def fingerprint(self) -> str:
-        """By what a repetition is recognized; empty if an idempotency key does it."""
-        return "" if self.key else fingerprint(self.caller, self.request, dict(self.options))
+    fingerprint: str
 
 
 class ChatCompletions:
@@ -78,31 +77,32 @@ class ChatCompletions:
         """
         caller = self._services.access.caller(request)
         body = await read_json(request, body_limit(self._services.settings, caller))
-        call = read_call(body, request, caller, self._services)
-        return ChatResponse(self, call, await self._find_or_add(call))
+        options = take_job_options(body, request.headers, caller, self._services.settings)
+        call = read_call(body, options, request.headers, caller)
+        return ChatResponse(self, call, await self._find_or_add(call, body, options, caller))
 
-    async def _find_or_add(self, call: ChatCall) -> str:
-        """The id of the request that a call repeats, or of a new one."""
-        services, owner = self._services, call.caller.owner
-        request_id = id_of_key(owner, call.key) if call.key else new_id(owner)
+    async def _find_or_add(self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester) -> str:
+        """Return the id of the request that a call repeats, or of a new one, whose job is then added."""
+        services = self._services
+        request_id = id_of_key(call.owner, call.key) if call.key else new_id(call.owner)
+        is_known = False
         if call.key:
-            known = (await services.client.status(request_id)).state is not State.UNKNOWN
-            if call.skip and not known:
+            is_known = (await services.client.status(request_id)).state is not State.UNKNOWN
+            if call.skip and not is_known:
                 raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
         else:
             repeated = await self._repeats.attach(call.fingerprint, request_id, is_retry=call.is_retry)
             if repeated is not None:
-                await services.limits.count(call.caller)
+                await services.limits.count(caller)
                 return repeated
-            known = False
         try:
-            await (services.limits.count(call.caller) if known else services.limits.admit(call.caller, request_id))
-            options: JobOptions = {**call.options, "id": request_id}
-            return await services.client.enqueue(call.request, **options)
+            await (services.limits.count(caller) if is_known else services.limits.admit(caller, request_id))
+            with_id: JobOptions = {**options, "id": request_id}
+            return await services.client.enqueue(body, **with_id)
         except Exception:
-            if not known:
+            if not is_known:
                 with suppress(ClientError, RedisError, OSError):
-                    await services.limits.ended(owner, request_id)
+                    await services.limits.ended(call.owner, request_id)
                     if call.fingerprint:
                         await self._repeats.forget(call.fingerprint, request_id)
             raise
@@ -111,16 +111,17 @@ class ChatCompletions:
         """Send the response to a call, up to its end, and then see to its request."""
         noted = NotedCall(self._repeats, call.fingerprint, request_id)
         headers = {"X-Request-Id": request_id}
-        protocol = ChatChunks.of(call.request)
         response: ChunkStream | WholeAnswer
         end: StreamEnd = "shutdown"
         if call.streams:
             response = ChunkStream(
-                self._services.streams, request_id, protocol, noted, connection,
+                self._services.streams, request_id, call.protocol, noted, connection,
                 headers=headers, skip=call.skip, grace=self._services.settings.grace,
             )  # fmt: skip
         else:
-            response = WholeAnswer(self._services.client, request_id, protocol, noted, headers=headers, pace=self._pace)
+            response = WholeAnswer(
+                self._services.client, request_id, call.protocol, noted, headers=headers, pace=self._pace
+            )
         self._open[response] = None
         if self._ends_at <= asyncio.get_running_loop().time():
             response.end_now()
@@ -133,10 +134,11 @@ class ChatCompletions:
         finally:
             del self._open[response]
             if end in {"left", "stalled", "problem"} and call.cancels:
-                self._leaving.on_left(call.caller.owner, request_id, call.fingerprint)
+                self._leaving.on_left(call.owner, request_id, call.fingerprint)
             await noted.end(is_whole=False)
         if end == "done":
-            await self._services.limits.ended(call.caller.owner, request_id)
+            with suppress(ClientError):  # the limits look for ended requests by themselves
+                await self._services.limits.ended(call.owner, request_id)
 
     def _end_all(self, within: float) -> None:
         """Let open responses end within so many seconds. No client that leaves from now on ends its job."""
@@ -167,14 +169,12 @@ class ChatResponse:
             deferred.append(run)
 
 
-def read_call(body: JsonObject, request: Request, caller: Requester, services: Services) -> ChatCall:
+def read_call(body: JsonObject, options: JobOptions, headers: Mapping[str, str], caller: Requester) -> ChatCall:
     """Read what a client wants from its body and headers.
 
     Raises:
-        Problem: when a field or a header is malformed (400), or the caller may not use an option (403).
+        Problem: when a field or a header is malformed (400).
     """
-    headers = request.headers
-    options = take_job_options(body, headers, caller, services.settings)
     streams = body.get("stream")
     if streams is not None and not isinstance(streams, bool):
         raise _invalid("stream", "is no boolean")
@@ -193,14 +193,14 @@ def read_call(body: JsonObject, request: Request, caller: Requester, services: S
     if leaves not in {"continue", "cancel"}:
         raise _invalid("Relay-On-Disconnect", "is neither cancel nor continue")
     return ChatCall(
-        caller=caller,
-        request=body,  # type: ignore[arg-type]  # JSON, as it was decoded
-        options=options,
+        owner=caller.owner,
+        protocol=ChatChunks.of(cast("Object", body)),
         streams=bool(streams),
         key=key,
         skip=skip,
         is_retry=_is_retry(headers.get("x-stainless-retry-count", "")),
         cancels=leaves == "cancel",
+        fingerprint="" if key else fingerprint(caller, body, options),
     )
 
 

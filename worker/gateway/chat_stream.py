@@ -13,7 +13,7 @@ from .noted_calls import NotedCall
 from .open_streams import OpenStreams
 from .outlets import RAW_SEND, Receive, Scope, Send
 from .problems import Problem, problem_of_code
-from .protocols.chat_chunks import ChatChunks, error_in
+from .protocols.chat_chunks import INTERRUPTED, ChatChunks, error_in
 from .protocols.protocol import Frame
 from .responses import problem_response
 from .stream_response import EVENT_STREAM_HEADERS, LogStream, response_start
@@ -89,7 +89,7 @@ class ChunkStream(LogStream):
             self._begin()
             await super().finish(last)
             return
-        problem = self.problem or problem_of_code(*(refusal or ("internal", "")))
+        problem = self.problem or problem_of_end(*(refusal or ("internal", "")), has_key=self._noted.has_key)
         problem.headers.update(self._headers)
         response = problem_response(self._scope, problem)
         await response(self._scope, _receive_nothing, self._send)
@@ -110,6 +110,17 @@ class ChunkStream(LogStream):
         self.outlet.write_by(self._send, response_start(EVENT_STREAM_HEADERS | dict(self._headers)))
         self._send = self._scope = None  # they hold the middleware in memory
         self._noted.on_first_byte()
+
+
+def problem_of_end(code: str, message: str, *, has_key: bool) -> Problem:
+    """The problem for an answer that has failed before anything of it was sent.
+
+    With an idempotency key a repetition gets the same failure, so SDKs are told not to repeat the request.
+    """
+    problem = problem_of_code(code, message)
+    if has_key and code != INTERRUPTED:
+        problem.headers["X-Should-Retry"] = "false"
+    return problem
 
 
 async def _receive_nothing() -> dict[str, object]:

@@ -25,6 +25,11 @@ class NotedCall:
         self._has_byte = self._is_noted = self._is_over = False
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def has_key(self) -> bool:
+        """Whether an idempotency key names the answer, so that every repetition gets this one."""
+        return not self._fingerprint
+
     def begin(self) -> None:
         """Note the request once its feed has a subscriber. Call this when the follower starts.
 

@@ -32,6 +32,8 @@ RESTARTED = "stream_restarted"
 INTERRUPTED = "interrupted"
 """The code of the error that ends the stream of a gateway which must stop. The answer goes on: a client that repeats
 its request with `Relay-After` gets the rest."""
+STOPPING = "the gateway stops, and the answer goes on: repeat the request"
+"""The message of this error."""
 
 _DONE = b"data: [DONE]\n\n"
 _MOST_ROLES = 128
@@ -70,7 +72,7 @@ class ChatChunks(StreamProtocol):
         return ChunkEncoder(self)
 
     def interrupted(self) -> bytes:
-        return error_event("the gateway stops, and the answer goes on: repeat the request", "server_error", INTERRUPTED)
+        return error_event(STOPPING, "server_error", INTERRUPTED)
 
     def failed(self, problem: StreamProblem) -> bytes:
         return error_event(problem.message, problem.type, problem.code)
