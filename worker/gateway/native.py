@@ -85,7 +85,10 @@ class _NativeApi:
         return json_response({"requests": [{"id": found, "state": state.value} for found, state in running]})
 
     async def state(self, request: Request) -> Response:
-        """GET /requests/{id}: the state, the text so far and the usage; with `?wait=` after the end, or so long."""
+        """GET /requests/{id}: the state, the text so far, the usage, and a read token for the bearer of a key.
+
+        With `?wait=` it comes after the end, or after so many seconds.
+        """
         services, request_id = self._services, request.path_params["id"]
         caller = await self._reader(request, request_id)
         wait = _parse_wait(request.query_params.get("wait", "0"))
@@ -96,7 +99,10 @@ class _NativeApi:
         if state.has_ended and caller is not None:
             with contextlib.suppress(ClientError):
                 await services.limits.ended(caller.owner, request_id)
-        return json_response(await state.as_dict(), headers={"X-Request-Id": request_id})
+        shown = await state.as_dict()
+        if caller is not None and (token := services.access.tokens.token_for(request_id)):
+            shown["token"] = token  # a page that has a key needs one for its EventSource
+        return json_response(shown, headers={"X-Request-Id": request_id})
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /requests/{id}: cancel a request. One that has ended stays as it is."""
