@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -285,3 +286,28 @@ def test_the_demo_checks_only_the_settings_that_it_uses() -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: VLLM_URLS holds 'nowhere'")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.timeout(180)
+async def test_with_web_the_page_follows_the_answers_until_the_demo_is_stopped() -> None:
+    async with started("demo", "--web") as process:
+        line = await line_with(process.stdout, "open this page")
+        url, _, ids = line.rpartition(" ")[2].strip().partition("#")
+        async with httpx.AsyncClient(timeout=60) as http:
+            assert "<title>vllm-relay</title>" in (await http.get(url)).text
+            followed = await http.get(f"{url}events?ids={ids}")
+        batches = [batch for data in re.findall(r"data: (.*)\n", followed.text) for batch in json.loads(data)]
+        assert sum(entry["type"] == "done" for batch in batches for entry in batch["entries"]) == 3
+        await line_with(process.stdout, "The page is yours until Ctrl-C")
+        of_demo = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        ended = await rest(process)
+    assert ended.status == 130
+    assert not [child for child in of_demo if child.is_running()]
+
+
+def test_without_the_libraries_of_the_gateway_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "worker.gateway.process", None)
+    ended = CliRunner().invoke(main, ["demo", "--web"])
+    assert ended.exit_code == 1
+    assert "install the extra `gateway`" in ended.stderr

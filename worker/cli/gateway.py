@@ -15,12 +15,9 @@ from .run import relax_garbage_collection
 def gateway(**options: object) -> None:
     """Serve HTTP: OpenAI chat completions, server-sent events and WebSocket, until SIGTERM. It keeps no state."""
     settings = load_gateway_settings(**options)
-    try:
-        from ..gateway.process import Gateway  # noqa: PLC0415 - only with the extra `gateway`
-    except ImportError as error:
-        raise click.ClickException(
-            f"{error.name} is missing: install the extra `gateway`, with pip install '.[gateway]'"
-        ) from None
+    check_gateway_extra()
+    from ..gateway.process import Gateway  # noqa: PLC0415 - only with the extra `gateway`
+
     configure_logging(settings.log_format, settings.log_level)
     if settings.unknown:
         LogReceiver().emit(UnknownSettings(settings.unknown))
@@ -30,6 +27,20 @@ def gateway(**options: object) -> None:
         await Gateway(settings).run()
 
     run_async(serve)
+
+
+def check_gateway_extra() -> None:
+    """Check that the libraries of the gateway are installed.
+
+    Raises:
+        ClickException: when they are not.
+    """
+    try:
+        from ..gateway.process import Gateway  # noqa: F401, PLC0415 - only with the extra `gateway`
+    except ImportError as error:
+        raise click.ClickException(
+            f"{error.name} is missing: install the extra `gateway`, with pip install '.[gateway]'"
+        ) from None
 
 
 @click.command(epilog="Example: worker key chat-app --tenant acme >> keys.toml")

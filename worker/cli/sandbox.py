@@ -7,6 +7,7 @@ import click
 import msgspec
 
 from ..contract.entries import Object, to_json
+from .gateway import check_gateway_extra
 from .group import Interrupted
 from .options import json_option, run_async, until_stopped
 
@@ -17,9 +18,12 @@ from .options import json_option, run_async, until_stopped
 )
 @click.option("--redis-url", help="Use this Redis instead of an embedded one.")
 @click.option("--vllm-url", help="Use this vLLM instead of a simulated one.")
+@click.option("--web", is_flag=True, help="Show the answers on a web page too. The demo then serves it until Ctrl-C.")
 @json_option
-def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
+def demo(redis_url: str | None, vllm_url: str | None, web: bool, as_json: bool) -> None:
     """See it work: three answers are followed live, a worker is killed in the middle, and its answer continues."""
+    if web:
+        check_gateway_extra()
     try:
         from ..sandbox.demo import run_demo  # noqa: PLC0415 - of the extra `demo`
         from ..sandbox.demo_workers import DemoFailed  # noqa: PLC0415
@@ -32,7 +36,7 @@ def demo(redis_url: str | None, vllm_url: str | None, as_json: bool) -> None:
             click.echo(to_json(data) if as_json else line)
 
     try:
-        run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url)))
+        run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url, web=web)))
     except KeyboardInterrupt:
         raise Interrupted("interrupted: every process that the demo started has ended") from None
     except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:

@@ -24,10 +24,13 @@ from ..client.async_client import Client
 from ..client.errors import Unavailable
 from ..contract.answer import Answer
 from ..contract.entries import Claimed, Delta, Entry, Idle, Object, Restarted, Resumed
+from ..contract.keys import Keys
+from ..redisio.urls import database_of
 from ..settings import Settings, load_settings, redacted_url, variable
 from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
+from .demo_web import DemoGateway, start_gateway, wait_until_opened
 from .demo_workers import LEASE, DemoFailed, DemoWorkers, start_workers
 from .embedded_redis import start_redis
 from .simulator.server import Options, Scenario, Simulator
@@ -116,15 +119,21 @@ class DemoFollower:
 
 
 async def run_demo(
-    report: Report, redis_url: str | None = None, vllm_url: str | None = None, *, servers: "list[Path] | None" = None
+    report: Report,
+    redis_url: str | None = None,
+    vllm_url: str | None = None,
+    *,
+    servers: "list[Path] | None" = None,
+    web: bool = False,
 ) -> None:
-    """Run the demo to its end.
+    """Run the demo to its end. With `web` it then serves the page until it is cancelled.
 
     Args:
         report: receives each line.
         redis_url: the Redis to use instead of an embedded one.
         vllm_url: the vLLM to use instead of a simulated one.
         servers: the redis-server binaries to choose the embedded Redis from; by default those of this machine.
+        web: whether to start a gateway, whose page shows the answers. The demo begins when somebody has opened it.
 
     Raises:
         DemoFailed: when a server does not answer, an answer is incomplete, followers of one request received different
@@ -150,41 +159,59 @@ async def run_demo(
         timed(f"Redis: {what}", {"redis": what})
         async with _vllm(vllm_url) as (url, what):
             timed(f"vLLM: {what}", {"vllm": what})
-            model = await _model_of(url)
+            demo = _Demo(redis_url, prefix, await _model_of(url), timed, simulated=vllm_url is None)
             try:
+                gateway = stack.enter_context(start_gateway(redis_url, prefix)) if web else None
+                if gateway is not None:
+                    await demo.open_page(gateway)
                 with start_workers(redis_url, url, prefix) as workers:
                     timed("two workers start, and three prompts wait for them", {"workers": 2})
                     usual, name = Settings.model_fields["lease"].default, variable("lease")
                     line = f"their lease is {LEASE} s, so that a takeover is quick; by default, {name} is {usual:g} s"
                     timed(line, {"lease": LEASE, "default_lease": usual})
-                    demo = _Demo(redis_url, prefix, model, workers, timed, simulated=vllm_url is None)
                     async with asyncio.timeout(_TIME_LIMIT):
-                        await demo.run()
+                        await demo.run(workers)
+                    if gateway is not None:
+                        report(f"\nThe page is yours until Ctrl-C: {gateway.url}", {"page": gateway.url})
+                        await asyncio.Event().wait()
             finally:  # after the end of the workers, which would create their group again
                 await _delete_keys(redis_url, prefix)
     _report_commands(report)
 
 
 class _Demo:
-    """The demo's steps, with running servers and workers."""
+    """The demo's steps, with running servers."""
 
-    def __init__(
-        self, redis_url: str, prefix: str, model: str, workers: DemoWorkers, report: Report, *, simulated: bool
-    ) -> None:
+    def __init__(self, redis_url: str, prefix: str, model: str, report: Report, *, simulated: bool) -> None:
         self._redis_url = redis_url
         self._prefix = prefix
         self._model = model
-        self._workers = workers
         self._report = report
         self._simulated = simulated
+        self._request_ids: dict[str, str] = {}
+        """The id of each question's request."""
         self._followers: list[DemoFollower] = []
         self._first_text = asyncio.Event()
         self._disturbed: DemoFollower | None = None
         """A follower of the answer whose worker was killed."""
 
-    async def run(self) -> None:
+    async def open_page(self, gateway: DemoGateway) -> None:
+        """Report the URL of a page that shows the answers, and wait until somebody has opened it."""
+        await gateway.wait_ready()
+        async with Client(self._redis_url, prefix=self._prefix) as client:
+            await self._enqueue(client)
+        page = gateway.page(list(self._request_ids.values()))
+        self._report(f"open this page, the answers wait for it: {page}", {"page": page})
+        keys = Keys(self._prefix, database_of(self._redis_url))
+        if not await wait_until_opened(self._redis_url, keys, self._request_ids[STORY]):
+            self._report("nobody has opened the page: the demo begins", {"opened": False})
+
+    async def run(self, workers: DemoWorkers) -> None:
+        self._workers = workers
         async with Client(self._redis_url, prefix=self._prefix) as client, asyncio.TaskGroup() as group:
             watch = group.create_task(self._workers.watch())
+            if not self._request_ids:
+                await self._enqueue(client)
             await self._follow(client, group)
             self._sum_up()
             await self._compare_with_undisturbed(client)
@@ -194,11 +221,15 @@ class _Demo:
         messages: Object = {"role": "user", "content": question}
         return {"model": self._model, "messages": [messages], "max_tokens": 400, "temperature": 0}
 
+    async def _enqueue(self, client: Client) -> None:
+        for question in QUESTIONS:
+            self._request_ids[question] = await client.enqueue(self._request(question))
+            self._report(f"prompt: {question}", {"prompt": question, "id": self._request_ids[question]})
+
     async def _follow(self, client: Client, group: asyncio.TaskGroup) -> None:
-        """Enqueue the prompts, follow the answers to their end, and meanwhile kill the worker of the longest one."""
-        for number, question in enumerate(QUESTIONS):  # the first one's followers have names of their own
-            request_id = await client.enqueue(self._request(question))
-            self._report(f"prompt: {question}", {"prompt": question, "id": request_id})
+        """Follow the answers to their end, and meanwhile kill the worker of the longest one."""
+        for number, (question, request_id) in enumerate(self._request_ids.items()):
+            # The first one's followers have names of their own.
             names = ("websocket", "logger") if question == STORY else (f"reader {number}",)
             self._followers += [self._follower(name, request_id, question) for name in names]
         readers = [group.create_task(follower.follow(client)) for follower in self._followers]
