@@ -6,7 +6,7 @@ from ..contract.entries import to_json
 from ..gateway.settings import GATEWAY_SOURCE, load_gateway_settings
 from ..telemetry.events import UnknownSettings
 from ..telemetry.logging import LogReceiver, configure_logging
-from .options import run_async, settings_options
+from .options import exit_status, run_async, settings_options
 from .run import relax_garbage_collection
 
 
@@ -16,17 +16,13 @@ def gateway(**options: object) -> None:
     """Serve HTTP: OpenAI chat completions, server-sent events and WebSocket, until SIGTERM. It keeps no state."""
     settings = load_gateway_settings(**options)
     check_gateway_extra()
-    from ..gateway.process import Gateway  # noqa: PLC0415 - only with the extra `gateway`
+    from ..gateway.serving import serve  # noqa: PLC0415 - only with the extra `gateway`
 
     configure_logging(settings.log_format, settings.log_level)
     if settings.unknown:
         LogReceiver().emit(UnknownSettings(settings.unknown))
     relax_garbage_collection()
-
-    async def serve() -> None:
-        await Gateway(settings).run()
-
-    run_async(serve)
+    exit_status(serve(settings, run_async) == 0)
 
 
 def check_gateway_extra() -> None:

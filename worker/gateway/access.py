@@ -18,6 +18,9 @@ from .tokens import ReadTokens, is_read_token
 SUBPROTOCOL = "vllm-relay.v1"
 """The subprotocol that the gateway speaks over WebSocket, and echoes."""
 
+KEY_NAME = "vllm_relay.key"
+"""The key of a scope with the name of the API key, for the log."""
+
 _BEARER = "bearer."
 _LONGEST = 512
 """Characters of a key or token that is looked at."""
@@ -76,6 +79,7 @@ class Access:
         for text in given:
             key = self._keys.find(text)
             if key is not None:
+                connection.scope[KEY_NAME] = key.name
                 return Requester(key.owner, key, sees_all=key.all)
         if any(map(is_read_token, given)):
             raise _unauthorized("a read token only reads its request: this needs an API key")

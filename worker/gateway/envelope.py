@@ -13,12 +13,14 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..telemetry.events import Telemetry
-from ..telemetry.gateway_events import RequestServed
-from .access import SUBPROTOCOL
+from ..telemetry.gateway_events import ProbeServed, RequestServed
+from .access import KEY_NAME, SUBPROTOCOL
 from .outlets import DEFERRED, RAW_SEND
 from .problems import Problem, unavailable
 from .responses import problem_response
 from .tasks import end_tasks
+
+_PROBES = frozenset({"/healthz", "/readyz"})
 
 OVERLOADED = "vllm_relay.overloaded"
 """Set in the scope by the connection when there are too many."""
@@ -68,13 +70,15 @@ class Envelope:
             status = status or 500
             raise
         finally:
+            kind = ProbeServed if scope["path"] in _PROBES and status in (200, 503) else RequestServed
             self._telemetry.emit(
-                RequestServed(
+                kind(
                     method=scope.get("method", "GET"),
                     route=getattr(scope.get("route"), "path", "other"),
                     path=scope["path"][:200],
                     status=status or 499,
                     seconds=round(time.monotonic() - began, 6),
+                    key=scope.get(KEY_NAME, ""),
                 )
             )
 

@@ -15,9 +15,13 @@ from ..redisio.retry import Backoff
 from ..redisio.urls import database_of
 from ..settings import parse_address, redacted_url
 from ..settings_source import ConfigError
-from ..telemetry.events import Receivers
-from ..telemetry.gateway_events import GatewayDraining, GatewayStarted, GatewayStopped
+from ..telemetry.events import NO_TELEMETRY, HeartbeatRefused, MetricsServed, Receivers, Telemetry
+from ..telemetry.gateway_events import GatewayDraining, GatewayStarted, GatewayStopped, RequestServed
+from ..telemetry.gateway_metrics import GatewayMetrics
+from ..telemetry.heartbeat import HeartbeatFile
 from ..telemetry.logging import LogReceiver
+from ..telemetry.loop_monitor import LoopMonitor
+from ..telemetry.server_log import forward_server_log
 from ..version import version
 from .access import Access
 from .application import ROOMS, Room, build_application
@@ -34,7 +38,7 @@ from .tails import Tails
 from .tasks import end_tasks
 from .tokens import ReadTokens
 
-_LAST_STEPS = 2.0
+LAST_STEPS = 2.0
 """Seconds after the drain for ended streams to leave: their last bytes are written, and close frames are exchanged."""
 
 _PING_EVERY = 1.0
@@ -53,24 +57,55 @@ def bind_listener(settings: GatewaySettings) -> socket.socket:
         raise ConfigError([f"GATEWAY_LISTEN is {settings.listen!r}, and cannot be served: {why}"]) from None
 
 
+def key_ring(settings: GatewaySettings, telemetry: Telemetry = NO_TELEMETRY) -> KeyRing | None:
+    """The API keys; None without authentication.
+
+    Raises:
+        ConfigError: when they cannot be read.
+    """
+    if settings.no_auth:
+        return None
+    file = Path(settings.keys_file) if settings.keys_file else None
+    return KeyRing(file=file, text=settings.keys.get_secret_value(), telemetry=telemetry)
+
+
 class Gateway:
-    """One gateway process. `rooms` are the routes; a test may give its own.
+    """One gateway process.
+
+    Args:
+        settings: the settings.
+        listening: the socket at which it listens, if another process has opened it.
+        parent: a file descriptor that ends with the parent process: this process then drains and ends.
+        rooms: the routes; a test may give its own.
 
     Raises:
         ConfigError: when the address cannot be served, or the API keys cannot be read.
     """
 
     def __init__(
-        self, settings: GatewaySettings, *, listening: socket.socket | None = None, rooms: tuple[Room, ...] = ROOMS
+        self,
+        settings: GatewaySettings,
+        *,
+        listening: socket.socket | None = None,
+        parent: int | None = None,
+        rooms: tuple[Room, ...] = ROOMS,
     ) -> None:
         self._settings = settings
         url = settings.redis_url.get_secret_value()
         self._shown_redis = redacted_url(url)
-        self._telemetry = telemetry = Receivers(LogReceiver())
+        self._parent = parent
+        self._loop_monitor = LoopMonitor()
+        self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
+        self.metrics = GatewayMetrics(
+            self._loop_monitor,
+            connections=lambda: self.connections,
+            redis_answers=lambda: self._redis_answers,
+            why_not_ready=self._why_not_ready,
+        )
+        log = LogReceiver(omit=() if settings.access_log else (RequestServed,))
+        self._telemetry = telemetry = Receivers(self.metrics, log)
         keys = Keys(settings.prefix, database_of(url))
-        given = settings.keys.get_secret_value()
-        file = Path(settings.keys_file) if settings.keys_file else None
-        ring = None if settings.no_auth else KeyRing(file=file, text=given, telemetry=telemetry)
+        ring = key_ring(settings, telemetry)
         secrets = (settings.token_secret.get_secret_value(), settings.token_secret_2.get_secret_value())
         self._redis = command_client(url, timeout=min(5.0, settings.patience))
         self._client = Client(
@@ -113,8 +148,11 @@ class Gateway:
         signals = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
         for signum in signals:
             loop.add_signal_handler(signum, self.stop)
+        if self._parent is not None:
+            loop.add_reader(self._parent, self._on_parent_gone)
         watching = asyncio.create_task(self._watch_redis())
         try:
+            self._start_monitoring()
             await self._listener.start()
             host = parse_address(self._settings.listen)[0]
             self._telemetry.emit(GatewayStarted(version(), f"{host}:{self.port}", self._shown_redis))
@@ -127,12 +165,37 @@ class Gateway:
             await self._streams.aclose()
             await self._client.aclose()
             await self._redis.aclose()
+            await self.metrics.aclose()
+            self._heartbeat.stop()
+            self._loop_monitor.stop()
 
     def stop(self) -> None:
         """Drain, and then end. A second call ends at once."""
         if self._stopping.is_set():
             self._at_once.set()
         self._stopping.set()
+
+    def _on_parent_gone(self) -> None:
+        assert self._parent is not None  # noqa: S101 - else nobody calls this
+        asyncio.get_running_loop().remove_reader(self._parent)
+        self._stopping.set()
+
+    def _start_monitoring(self) -> None:
+        forward_server_log(self._telemetry)
+        self._loop_monitor.start()
+        try:
+            self._heartbeat.start()
+        except OSError as error:
+            self._telemetry.emit(HeartbeatRefused(str(error)))
+        address = self._settings.metrics
+        if not address:
+            return
+        try:
+            port = self.metrics.serve(*parse_address(address))
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise ConfigError([f"GATEWAY_METRICS is {address!r}, and cannot be served: {why}"]) from None
+        self._telemetry.emit(MetricsServed(port))
 
     async def _drain(self) -> None:
         self._telemetry.emit(GatewayDraining(self._listener.connections))
@@ -143,14 +206,14 @@ class Gateway:
         within = 0.0 if self._at_once.is_set() else self._settings.drain_timeout
         for end in self.services.at_end:
             end(within)
-        finishing = asyncio.create_task(self._listener.finish(within + _LAST_STEPS))
+        finishing = asyncio.create_task(self._listener.finish(within + LAST_STEPS))
         at_once = asyncio.create_task(self._at_once.wait())
         await asyncio.wait({finishing, at_once}, return_when=asyncio.FIRST_COMPLETED)
         if not finishing.done():
             for end in self.services.at_end:
                 end(0.0)
             await end_tasks([finishing])
-            cut = await self._listener.finish(_LAST_STEPS)
+            cut = await self._listener.finish(LAST_STEPS)
         else:
             cut = finishing.result()
         await end_tasks([at_once])

@@ -53,3 +53,19 @@ class RequestServed(Event):
     status: int
     seconds: float
     key: str = ""
+    """The name of the API key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeServed(RequestServed):
+    """A probe has got its response: they come every few seconds."""
+
+    level = "silent"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpServerFault(Event):
+    """The HTTP server reports an error that has no exception."""
+
+    level = "error"
+    error: str

@@ -29,10 +29,12 @@ class LogReceiver:
     """Writes events to the log.
 
     A failure that lasts is logged at first, then every `repeat_after` seconds, and once when it is over. A field that
-    has its default value is omitted. An error that is an exception is logged with its traceback.
+    has its default value is omitted. An error that is an exception is logged with its traceback. Events of the classes
+    in `omit` are not logged.
     """
 
-    def __init__(self, *, repeat_after: float = REPEAT_AFTER) -> None:
+    def __init__(self, *, repeat_after: float = REPEAT_AFTER, omit: tuple[type[Event], ...] = ()) -> None:
+        self._omit = omit
         self._logger = structlog.get_logger()
         self._repeat_after = repeat_after
         self._failing: dict[str, float] = {}
@@ -40,7 +42,7 @@ class LogReceiver:
 
     def emit(self, event: Event) -> None:
         """Log an event, unless its level is silent."""
-        if event.level == "silent":
+        if event.level == "silent" or isinstance(event, self._omit):
             return
         if isinstance(event, Failing):
             now = time.monotonic()

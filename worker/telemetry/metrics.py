@@ -13,10 +13,9 @@ before iterating. While the loop is stuck, all gauges are NaN, because nobody up
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics_core import Metric
+from prometheus_client import Counter, Gauge, Histogram
 
 from ..version import version
 from .events import (
@@ -44,6 +43,7 @@ from .job_events import (
     ModelWaitEnded,
     UnknownFinishReason,
 )
+from .live_registry import NAMESPACE, LiveRegistry
 from .loop_monitor import STUCK_AFTER, LoopMonitor
 from .monitoring_server import MonitoringServer
 
@@ -57,10 +57,6 @@ prefills of other requests hold a stream up for a second or two."""
 _WORD = re.compile(r"[A-Za-z_]{1,40}")
 _MAX_REASONS = 20
 _MAX_CODES = 50
-_PREFIX = "vllm_relay"
-_TRUE_WHEN_STUCK = frozenset({"build_info", "slots", "loop_delay_seconds"})
-"""Gauges that do not depend on the event loop."""
-
 # Histogram buckets in seconds: those of vLLM 0.32 (vllm/v1/metrics/buckets.py), so that both can be compared.
 _WAITS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -78,7 +74,7 @@ class Metrics:
 
     def __init__(self, loop: LoopMonitor | None = None) -> None:
         self._loop = loop or LoopMonitor()
-        self.registry = _LiveRegistry(self._loop)
+        self.registry = LiveRegistry(self._loop)
         self._server: MonitoringServer | None = None
         self._why_not_ready: Callable[[], str] = lambda: ""
         self._gauge("build_info", "1, with the version of this worker", "version").labels(version() or "unknown").set(1)
@@ -242,29 +238,13 @@ class Metrics:
         return self._why_not_healthy() or self._why_not_ready()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace=_PREFIX, registry=self.registry)
+        return Counter(name, text, labels, namespace=NAMESPACE, registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace=_PREFIX, registry=self.registry)
+        return Gauge(name, text, labels, namespace=NAMESPACE, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace=_PREFIX, registry=self.registry, buckets=buckets)
-
-
-class _LiveRegistry(CollectorRegistry):
-    """A registry whose gauges are NaN while the event loop is stuck, except those that are still true."""
-
-    def __init__(self, loop: LoopMonitor) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def collect(self) -> Iterable[Metric]:
-        """See `CollectorRegistry.collect`."""
-        is_stuck = self._loop.is_stuck()
-        for metric in super().collect():
-            if is_stuck and metric.type == "gauge" and metric.name.removeprefix(f"{_PREFIX}_") not in _TRUE_WHEN_STUCK:
-                metric.samples = [sample._replace(value=math.nan) for sample in metric.samples]
-            yield metric
+        return Histogram(name, text, labels, namespace=NAMESPACE, registry=self.registry, buckets=buckets)
 
 
 def _bounded(word: str, seen: set[str], limit: int) -> str:
