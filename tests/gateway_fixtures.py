@@ -50,6 +50,9 @@ class Served:
         return self.gateway.port
 
 
+_ENDED_AFTER = 20.0
+"""Seconds. A gateway that has not ended then hangs: where, is printed."""
+
 StartGateway = Callable[..., Awaitable[Served]]
 
 
@@ -72,7 +75,11 @@ async def start_gateway(redis_url: str) -> AsyncIterator[StartGateway]:
     yield start
     for gateway, _ in started:
         gateway.stop()
-    await asyncio.gather(*(task for _, task in started))
+    tasks = [task for _, task in started]
+    _, hung = await asyncio.wait(tasks, timeout=_ENDED_AFTER) if tasks else (None, None)
+    for task in hung or ():
+        task.print_stack()
+    await asyncio.gather(*tasks)
 
 
 @pytest.fixture

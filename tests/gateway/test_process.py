@@ -28,8 +28,9 @@ async def waiting_request(url: str, **headers: str) -> str:
 
 @asynccontextmanager
 async def open_stream(port: int, request_id: str) -> AsyncIterator[EventReader]:
-    stream = await EventReader.open(port, f"/requests/{request_id}/events", Host="localhost")
+    stream = await EventReader.open(port, f"/requests/{request_id}/events")
     try:
+        assert stream.status == 200
         yield stream
     finally:
         stream.close()
@@ -167,7 +168,8 @@ async def test_processes_share_an_address_and_end_together(start_gateway_process
     gateway = await start_gateway_process(workers=2, drain_timeout=60)
     await _has_children(gateway, 2)
     request_id = await waiting_request(gateway.url)
-    streams = [await EventReader.open(gateway.port, f"/requests/{request_id}/events", Host="x") for _ in range(8)]
+    streams = [await EventReader.open(gateway.port, f"/requests/{request_id}/events") for _ in range(8)]
+    assert {stream.status for stream in streams} == {200}
     children = children_of(gateway)
     gateway.process.terminate()
     assert all([await ends_cleanly(stream) for stream in streams])

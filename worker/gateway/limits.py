@@ -35,7 +35,7 @@ _ADMIT = """
 local id, now, keep = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most, most_waiting, most_a_minute = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 if most_a_minute > 0 then
-  local count = redis.call('INCR', KEYS[3])
+  local count = redis.call('INCRBY', KEYS[3], 1)
   redis.call('EXPIRE', KEYS[3], 120)
   if count > most_a_minute then return 'rate' end
 end

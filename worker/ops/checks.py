@@ -169,10 +169,16 @@ async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: 
     others = [missing for missing in of_worker if missing.name not in names]
     for without in dict.fromkeys(missing.without for missing in others):
         yield _missing_rights("warning", where, without, [one for one in others if one.without == without])
-    of_client = {missing.name: missing for missing in found} if not of_worker else {}
+    if of_worker:
+        return
+    of_client = {missing.name: missing for missing in found if "client" in missing.roles}
     if of_client:
         message = "the user has the rights of a worker; a client (enqueue, follow, cancel, dead) needs more"
         yield Finding("ok", where, f"{message}: {' '.join(of_client)}")
+    of_gateway = {missing.name: missing for missing in found if missing.name not in of_client}
+    if of_gateway:
+        message = "the rights of a gateway are those of clients, and"
+        yield Finding("ok", where, f"{message}: {' '.join(of_gateway)}")
 
 
 def _missing_rights(level: Level, where: str, consequence: str, found: list[Missing]) -> Finding:

@@ -1,4 +1,4 @@
-"""The rights in Redis that a worker and a client need, and which of them a user lacks.
+"""The rights in Redis that a worker, a client and a gateway need, and which of them a user lacks.
 
 Redis checks a user's rights before it checks a command's arguments. So each command is sent once in a form that has no
 effect: with an id that no entry can have, or to a key that never exists. Other replies are ignored.
@@ -16,9 +16,10 @@ from ..contract.keys import GROUP, Keys
 from ..redisio.errors import is_permission_denied, is_unknown_command
 from ..redisio.pipelined import PipelinedConnection, pack
 
-Role: TypeAlias = Literal["worker", "client"]
+Role: TypeAlias = Literal["worker", "client", "gateway"]
 _WORKER: frozenset[Role] = frozenset(("worker",))
-_CLIENT: frozenset[Role] = frozenset(("client",))
+_CLIENT: frozenset[Role] = frozenset(("client", "gateway"))  # a gateway is a client
+_GATEWAY: frozenset[Role] = frozenset(("gateway",))
 _BOTH = _WORKER | _CLIENT
 
 _NOBODY = ".check"
@@ -27,6 +28,7 @@ _NOBODY = ".check"
 _KEY_PATTERNS = {
     "@jobs": "jobs*", "@tokens": "tokens:*", "@ended": "ended:*", "@lifecycle": "lifecycle", "@dead": "dead",
     "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
+    "@gateway": "gateway:*",
 }  # fmt: skip
 """The patterns of keys and channels for the placeholders in probes, without the prefix, in the form of ACL SETUSER."""
 
@@ -104,6 +106,19 @@ _PROBES = (
     _Probe(_BOTH, "SPUBLISH @feed []", _NO_FEED, "cluster"),
     _Probe(_WORKER, "COMMAND INFO SPUBLISH", _NO_FEED, "cluster"),
     _Probe(_WORKER, "WAIT 0 0", where="replicas"),
+    _Probe(_GATEWAY, "EVAL return 1 @gateway"),
+    _Probe(_GATEWAY, "INCRBY @gateway none"),
+    _Probe(_GATEWAY, "ZADD @gateway XX 1 none"),
+    _Probe(_GATEWAY, "ZREM @gateway none"),
+    _Probe(_GATEWAY, "ZCARD @gateway"),
+    _Probe(_GATEWAY, "ZSCORE @gateway none"),
+    _Probe(_GATEWAY, "ZRANGE @gateway 0 0"),
+    _Probe(_GATEWAY, "ZREVRANGE @gateway 0 0"),
+    _Probe(_GATEWAY, "ZREVRANGEBYSCORE @gateway 0 0"),
+    _Probe(_GATEWAY, "ZREMRANGEBYSCORE @gateway 0 0"),
+    _Probe(_GATEWAY, "EXPIRE @gateway 1"),
+    _Probe(_GATEWAY, "PEXPIRE @gateway 1"),
+    _Probe(_GATEWAY, "PUBSUB NUMSUB"),
     # Commands that change the state of the connection come last.
     _Probe(_BOTH, "WATCH @tokens"),
     _Probe(_BOTH, "UNWATCH"),
@@ -161,7 +176,7 @@ async def find_missing(
 
 
 def commands_of(role: Role, where: Literal["", "cluster"] = "") -> list[str]:
-    """The commands that a worker or a client uses, in the form of ACL SETUSER without the +.
+    """The commands that a worker, a client or a gateway uses, in the form of ACL SETUSER without the +.
 
     With `where`, only the commands that it uses only in a cluster.
     """
@@ -189,6 +204,8 @@ def _resolved(word: str, keys: Keys, queue: str) -> str:
     match word:
         case "@jobs":
             return keys.jobs(queue)
+        case "@gateway":
+            return keys.running(_NOBODY)
         case "@tokens" | "@ended" | "@feed":
             return str(getattr(keys, word[1:])(_NOBODY))
         case _:
