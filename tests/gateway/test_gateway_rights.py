@@ -45,7 +45,7 @@ async def test_with_the_documented_rights_nothing_is_refused(
         return await http.post(f"{served.url}/requests", json={"messages": MESSAGES}, headers=headers)
 
     ids = [(await post()).json()["id"] for _ in range(3)]
-    assert (await post()).status_code == 429, "at the limit the state of the oldest is read"
+    assert (await post()).status_code == 429, "at the limit the state of others is read"
     waits = ids[0]
     assert (await http.get(f"{served.url}/requests/{waits}", headers=headers)).json()["state"] == "queued"
     assert (await http.get(f"{served.url}/requests", headers=headers)).status_code == 200
@@ -55,7 +55,7 @@ async def test_with_the_documented_rights_nothing_is_refused(
         async with asyncio.timeout(60):
             assert (await events.entries())[-1]["type"] == "done"
     await asyncio.sleep(0.3)  # so long a full tenant is refused without another look
-    answer = {"model": "sim", "messages": MESSAGES}
+    answer = {"model": "reciter", "messages": MESSAGES}
     for more in ({}, {"stream": True}):
         for retry in ("0", "1"):
             response = await http.post(

@@ -1,12 +1,13 @@
 """The limits of API keys, counted in Redis so that all replicas share them: in flight, queued, requests a minute.
 
 A tenant's requests that have not been seen to end are a sorted set. Those that have not been seen to start are another.
-The replica that sees a start or an end removes the id. At a limit, the state of the oldest ids is read, because a
+The replica that sees a start or an end removes the id. At a limit, the state of some ids is read, because a
 request may have ended while nobody followed it.
 """
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
@@ -23,11 +24,17 @@ from .problems import RETRY_AFTER, Problem
 _EXPIRE_MS = 25 * 3600 * 1000
 """How long an id is remembered that nobody sees end: longer than a job's default deadline."""
 
-_LOOKED_AT = 32
-"""How many of the oldest ids are looked at when a limit is reached."""
+_LOOKED_AT = 64
+"""How many ids are looked at when a limit is reached."""
+
+_MOST = 10_000
+"""How many ids are read to choose from."""
+
+_ADDED_WITHIN = 120.0
+"""Seconds after which a request that was counted is in its queue, or was not added."""
 
 _FULL_FOR = 0.25
-"""Seconds for which a full tenant is refused without another look at its oldest requests."""
+"""Seconds for which a full tenant is refused without another look at its requests."""
 
 # One script, because between two commands other replicas would admit requests as well. KEYS: running, waiting, rate.
 # ARGV: id, now (Unix ms), expiry (ms), and the limits in flight, queued, a minute; 0 is none.
@@ -84,8 +91,9 @@ class Limits:
             Problem: when a limit of the caller's key is reached (429).
         """
         verdict = await self._try(caller, request_id)
-        if verdict in ("running", "waiting") and await self._forget_old(caller.owner, verdict):
-            verdict = await self._try(caller, request_id, is_counted=True)
+        for _ in range(2):  # each of the two limits may be reached by requests that no longer count
+            if verdict in ("running", "waiting") and await self._forget_old(caller.owner, verdict):
+                verdict = await self._try(caller, request_id, is_counted=True)
         if verdict:
             raise self._refusal(verdict)
 
@@ -132,7 +140,7 @@ class Limits:
         return (await self._retry(evaluate)).decode()
 
     async def _forget_old(self, owner: str, which: str) -> bool:
-        """Remove the oldest ids that have ended or, if `which` is `waiting`, have started.
+        """Remove some ids that have ended or, if `which` is `waiting`, have started.
 
         Returns whether there were any.
         """
@@ -142,14 +150,21 @@ class Limits:
         hashed = owner_hash(owner)
         key = self._keys.running(hashed) if which == "running" else self._keys.waiting(hashed)
 
-        async def read() -> list[str]:
-            return [found.decode() for found in cast("list[bytes]", await self._redis.zrange(key, 0, _LOOKED_AT - 1))]
+        async def read() -> dict[str, float]:
+            found = await self._redis.zrange(key, 0, _MOST - 1, withscores=True)
+            return {request_id.decode(): score for request_id, score in cast("list[tuple[bytes, float]]", found)}
 
-        ids = await self._retry(read)
+        known = await self._retry(read)
+        ids = random.sample(list(known), min(_LOOKED_AT, len(known)))  # the oldest may all be long answers
         found = await asyncio.gather(*map(self._client.status, ids))
-        # A request that is being added has no log yet: it is unknown, and counts.
         gone = {State.ENDED, State.EXPIRED} if which == "running" else {State.ENDED, State.EXPIRED, State.RUNNING}
-        over = [request_id for request_id, status in zip(ids, found, strict=True) if status.state in gone]
+        # A request that is being added has no log yet. If it has none later, the process that counted it has died.
+        young = (now - _ADDED_WITHIN) * 1000
+        over = [
+            request_id
+            for request_id, status in zip(ids, found, strict=True)
+            if status.state in gone or (status.state is State.UNKNOWN and known[request_id] < young)
+        ]
         if not over:
             self._full_until = {place: until for place, until in self._full_until.items() if until > now}
             self._full_until[owner, which] = now + _FULL_FOR
