@@ -173,7 +173,9 @@ async def _measure(followers: int, requests: int, tokens: int, rate: float) -> D
         simulator = await stack.enter_async_context(Simulator(Options(scenario=Scenario(tokens=tokens, rate=rate))))
         worker = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "worker", "run",
-            env=environment(REDIS_URL=redis.url, VLLM_URLS=simulator.url, WORKER_SLOTS=str(requests), WORKER_LOG_LEVEL="error"),
+            env=environment(
+                REDIS_URL=redis.url, VLLM_URLS=simulator.url, WORKER_SLOTS=str(requests), WORKER_LOG_LEVEL="error"
+            ),
         )  # fmt: skip
         stack.push_async_callback(worker.wait)
         stack.callback(worker.terminate)
