@@ -248,7 +248,7 @@ async def test_more_connections_than_may_be_are_refused_in_a_way_that_clients_un
     in_band = await http.get(f"{served.url}/endless", headers={"Accept": "text/event-stream"})
     assert in_band.status_code == 200, "an EventSource would close for ever"
     assert in_band.text.startswith("retry: ")
-    assert "\nevent: problem\ndata: {" in in_band.text
+    assert "\nevent: busy\ndata: {" in in_band.text
     for _, writer in silent:
         writer.close()
 

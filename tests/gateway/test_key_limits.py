@@ -87,7 +87,7 @@ async def test_requests_a_minute_are_limited_and_reads_count(
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
     in_band = await http.get(f"{served.url}/read/{request_id}", headers=headers | {"Accept": "text/event-stream"})
     assert in_band.status_code == 200
-    assert in_band.text.startswith("retry: 5000\nevent: problem\ndata: {")
+    assert in_band.text.startswith("retry: 5000\nevent: busy\ndata: {")
     served.gateway.services.limits._now = lambda: 1_000_000_081.0
     assert (await http.get(f"{served.url}/read/{request_id}", headers=headers)).status_code == 200
 

@@ -29,7 +29,7 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
     """
     if problem.status in (429, 503) and is_event_source(scope):
         pause = int(problem.headers.get("Retry-After", RETRY_AFTER))
-        content = b"retry: %d\nevent: problem\ndata: %s\n\n" % (pause * 1000, problem.body)
+        content = b"retry: %d\nevent: busy\ndata: %s\n\n" % (pause * 1000, problem.body)
         return Response(content, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
     headers = {"Cache-Control": "no-store", **problem.headers}
     return Response(problem.body, problem.status, headers, media_type="application/json")
