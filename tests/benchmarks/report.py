@@ -18,6 +18,7 @@ from worker.sandbox.embedded_redis import find_servers, version_of
 
 BRIDGES = ("straightforward", "node", "ours", "floor")
 READERS = ("each", "shared", "follow", "pour")
+EDGE = ("xread", "gateway", "raw")
 _GROSS = 2.0
 _HOT = (
     ("highest_rate", "highest rate at p99 ≤ 5 ms, deltas/s", 0),
@@ -54,6 +55,18 @@ _READING = (
         )
     ),
     ("stray", "entries out of order", 0),
+)
+_EDGE = (
+    ("edge_us", "CPU per delivered event at 10,000/s, µs", 1),
+    ("edge_kib", "memory per idle stream, KiB", 1),
+    ("edge_connections", "connections to Redis", 0),
+    ("edge_p50", "XADD to the follower's socket at 20,000/s, p50, ms", 2),
+    ("edge_p99", "p99, ms", 2),
+    ("edge_late_ms", "10,000 tokens opened late, ms", 0),
+    ("edge_late_frames", "frames of them", 0),
+    ("edge_ttft_direct", "time to first token of the server itself, p50, ms", 2),
+    ("edge_ttft_relayed", "through gateway, queue and worker, p50, ms", 2),
+    ("edge_ttft_added", "which adds, ms", 2),
 )
 
 
@@ -140,6 +153,14 @@ TARGETS = (
             Target(f"latency of {logs:,} followed by pour, p99, ms", f"read_p99_{logs}", 2, whose="pour"),
         )
     ),
+    Target("CPU per delivered event, against a raw socket", "edge_us", 1.4, ("raw",), whose="gateway"),
+    Target("CPU per delivered event, against XREADs", "edge_us", 0.6, ("xread",), whose="gateway"),
+    Target("memory per idle stream, KiB", "edge_kib", 12, whose="gateway"),
+    Target("XADD to the follower's socket at 20,000/s, p99, ms", "edge_p99", 3, whose="gateway"),
+    Target("connections to Redis", "edge_connections", 10, whose="gateway"),
+    Target("10,000 tokens opened late, ms", "edge_late_ms", 100, whose="gateway"),
+    Target("10,000 tokens opened late, frames", "edge_late_frames", 20, whose="gateway"),
+    Target("time to first token that the gateway adds, p50, ms", "edge_ttft_added", 3, whose="gateway"),
 )  # fmt: skip
 
 
@@ -157,7 +178,7 @@ class Report(msgspec.Struct, kw_only=True):
         self.medians = {
             name: {
                 figure: median([figures.get(name, {}).get(figure) for figures in self.rounds])
-                for figure, _, _ in _HOT + _READING
+                for figure, _, _ in _HOT + _READING + _EDGE
             }
             for name in self.bridges
         }
@@ -176,6 +197,7 @@ class Report(msgspec.Struct, kw_only=True):
             f"{self.machine.line}; medians of {len(self.rounds)} rounds", "",
             *kinds, "",
             *self._figures(BRIDGES, _HOT), *self._figures(READERS, _READING),
+            *self._figures(EDGE, _EDGE),
             *([*_table(["figure of ours", "measured", "to reach", "reached"], ratios), ""] if ratios else []),
             *(f"- {note}" for note in self.notes),
         ])  # fmt: skip

@@ -18,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import click
 import msgspec
 from bridge import Bridge, NotInstalled, floor, node, ours, straightforward
+from edge import SERVERS, edge
 from measure import many_files
 from plot import svg
 from reading import FOLLOWERS, reading
@@ -42,7 +43,8 @@ def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: R
     done: list[dict[str, Figures]] = []
     kinds = {bridge.name: bridge.what for bridge in bridges}
     readers = FOLLOWERS.values() if "reading" in parts else ()
-    kinds |= {follower.name: follower.what for follower in readers}
+    servers = SERVERS.values() if "edge" in parts else ()
+    kinds |= {way.name: way.what for way in (*readers, *servers)}
     for number in range(1, rounds + 1):
         run.show(f"round {number} of {rounds}")
         figures: dict[str, Figures] = {name: {} for name in kinds}
@@ -54,6 +56,9 @@ def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: R
         for follower in readers:
             run.show(f" {follower.name}, reading")
             figures[follower.name] = _tried(run, reading, follower)
+        for server in servers:
+            run.show(f" {server.name}, edge")
+            figures[server.name] = _tried(run, edge, server)
         done.append(figures)
     return Report(machine=this_machine(), bridges=kinds, rounds=done, notes=run.notes)
 
@@ -84,11 +89,14 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.5), default=2.5, show_default=True, help="Of each steady window.")
 @click.option(
-    "--only", multiple=True, type=click.Choice([*_PARTS, "reading"]), help="Parts to run; all if it is left out."
+    "--only",
+    multiple=True,
+    type=click.Choice([*_PARTS, "reading", "edge"]),
+    help="Parts to run; all if it is left out.",
 )
 @click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Bridges to compare; all if it is left out.")
 @click.option(
-    "--quick", is_flag=True, help="Run for about a minute; exit with 1 if a ratio is below half of its target."
+    "--quick", is_flag=True, help="Run for a minute or two; exit with 1 if a ratio is below half of its target."
 )
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians, as SVG, into this file.")
@@ -96,7 +104,7 @@ def main(
     rounds: int, seconds: float, only: tuple[str, ...], bridges: tuple[str, ...], quick: bool, as_json: Path | None,
     plot: Path | None,
 ) -> None:  # fmt: skip
-    """Compare the worker with other bridges between vLLM and Redis, and ways to read with each other."""
+    """Compare the worker with other bridges between vLLM and Redis, and ways to read and to serve with each other."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise a Redis would be left behind
     many_files()
     run = Run(
@@ -104,7 +112,7 @@ def main(
         show=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
-        parts = ("hot",) if quick else only or (*_PARTS, "reading")
+        parts = only or (("hot", "edge") if quick else (*_PARTS, "reading", "edge"))
         names = bridges or (_QUICK if quick else BRIDGES)
         chosen = _bridges(names if set(parts) & set(_PARTS) else (), Path(folder), run)
         report = compare(chosen, parts, 1 if quick else rounds, run)

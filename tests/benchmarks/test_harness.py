@@ -19,6 +19,7 @@ import pytest
 from board import Count
 from bridge import Bridge, floor, ours, straightforward
 from chunks import TOKEN_IDS, WORDS, Stream
+from edge import SERVERS, EdgeRig
 from ladder import FINENESS, Highest, Verdict, ladder
 from measure import TICKS, cpu_of_others, kept_apart, median, percentile, undisturbed
 from plot import svg
@@ -229,6 +230,21 @@ def test_a_second_of_each_way_to_read(name: str) -> None:
         assert after.read > before.read
         assert after.follower > before.follower
         assert rig.board[Count.STRAY] == 0
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_second_of_each_server_of_events(name: str) -> None:
+    with ExitStack() as stack:
+        rig = EdgeRig(stack, SERVERS[name], 4)
+        rig.follow(8)
+        before = rig.look()
+        rig.pace(400)
+        deadline = time.monotonic() + 30
+        while (after := rig.look()).events - before.events < 40:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert after.cpu > before.cpu
+        assert after.latencies
 
 
 def test_what_the_rest_of_the_machine_does_is_counted() -> None:
