@@ -308,7 +308,7 @@ async def test_a_whole_answer_that_fails_after_spaces_is_a_broken_connection_and
     start_gateway: StartGateway, redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
     """Clients do not look for an error in a body with status 200."""
-    gateway = await start_gateway(rooms=(whole_room(AnswerPace(grace=0.05, keep_alive=0.05)),))
+    gateway = await start_gateway(rooms=(whole_room(AnswerPace(grace=2.0, keep_alive=0.05)),))
     async with openai(gateway.url, max_retries=1) as ai:
         asking = asyncio.create_task(ai.chat.completions.create(**BODY | {"temperature": -3}))
 

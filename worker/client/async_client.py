@@ -229,6 +229,14 @@ class Client:
                 return
             place, is_first = page.last, False
 
+    def expect(self, request_id: str) -> Callable[[], None]:
+        """Prepare to follow a request that is about to be enqueued, so that its first entries arrive without delay.
+
+        Returns a function that ends this. Call it once the request is followed.
+        """
+        self._check_usable()
+        return self._following.expect(check_id(request_id))
+
     def _follower(self, request_id: str, after: str | EntryId | None, wait: float) -> Follower:
         self._check_usable()
         return self._following.follow(

@@ -6,7 +6,7 @@ fails after that ends with a broken connection, and a client that repeats the re
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class WholeAnswer:
 
     def __init__(
         self, client: Client, request_id: str, options: ChatChunks, noted: NotedCall, *,
-        headers: Mapping[str, str], pace: AnswerPace,
+        pace: AnswerPace,
     ) -> None:  # fmt: skip
         self.end: StreamEnd = "done"
         self.has_begun = False
@@ -49,7 +49,7 @@ class WholeAnswer:
         self._request_id = request_id
         self._options = options
         self._noted = noted
-        self._headers = dict(headers)
+        self._headers = {"X-Request-Id": request_id}
         self._pace = pace
         self._stopping = asyncio.Event()
 

@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: a chat completion through the queue, for unchanged clients of OpenAI's API."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -79,10 +79,16 @@ class ChatCompletions:
         body = await read_json(request, body_limit(self._services.settings, caller))
         options = take_job_options(body, request.headers, caller, self._services.settings)
         call = read_call(body, options, request.headers, caller)
-        return ChatResponse(self, call, await self._find_or_add(call, body, options, caller))
+        request_id, release = await self._find_or_add(call, body, options, caller)
+        return ChatResponse(self, call, request_id, release)
 
-    async def _find_or_add(self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester) -> str:
-        """Return the id of the request that a call repeats, or of a new one, whose job is then added."""
+    async def _find_or_add(
+        self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester
+    ) -> tuple[str, Callable[[], None]]:
+        """Return the id of the request that a call repeats, or of a new one, whose job is then added.
+
+        The function ends the subscription to the feed of a new one. Call it once the request is followed.
+        """
         services = self._services
         request_id = id_of_key(call.owner, call.key) if call.key else new_id(call.owner)
         is_known = False
@@ -94,12 +100,14 @@ class ChatCompletions:
             repeated = await self._repeats.attach(call.fingerprint, request_id, is_retry=call.is_retry)
             if repeated is not None:
                 await services.limits.count(caller)
-                return repeated
+                return repeated, _do_nothing
+        release = _do_nothing if is_known else services.client.expect(request_id)
         try:
             await (services.limits.count(caller) if is_known else services.limits.admit(caller, request_id))
             with_id: JobOptions = {**options, "id": request_id}
-            return await services.client.enqueue(body, **with_id)
-        except Exception:
+            return await services.client.enqueue(body, **with_id), release
+        except BaseException:
+            release()
             if not is_known:
                 with suppress(ClientError, RedisError, OSError):
                     await services.limits.ended(call.owner, request_id)
@@ -107,21 +115,20 @@ class ChatCompletions:
                         await self._repeats.forget(call.fingerprint, request_id)
             raise
 
-    async def run(self, call: ChatCall, request_id: str, connection: tuple[Scope, Receive, Send]) -> None:
+    async def run(
+        self, call: ChatCall, request_id: str, release: Callable[[], None], connection: tuple[Scope, Receive, Send]
+    ) -> None:
         """Send the response to a call, up to its end, and then see to its request."""
-        noted = NotedCall(self._repeats, call.fingerprint, request_id)
-        headers = {"X-Request-Id": request_id}
+        noted = NotedCall(self._repeats, self._services.limits, call.owner, call.fingerprint, request_id)
         response: ChunkStream | WholeAnswer
         end: StreamEnd = "shutdown"
         if call.streams:
             response = ChunkStream(
                 self._services.streams, request_id, call.protocol, noted, connection,
-                headers=headers, skip=call.skip, grace=self._services.settings.grace,
+                skip=call.skip, grace=self._services.settings.grace, release=release,
             )  # fmt: skip
         else:
-            response = WholeAnswer(
-                self._services.client, request_id, call.protocol, noted, headers=headers, pace=self._pace
-            )
+            response = WholeAnswer(self._services.client, request_id, call.protocol, noted, pace=self._pace)
         self._open[response] = None
         if self._ends_at <= asyncio.get_running_loop().time():
             response.end_now()
@@ -132,13 +139,11 @@ class ChatCompletions:
                 await response.send(*connection)
             end = response.end
         finally:
+            release()
             del self._open[response]
             if end in {"left", "stalled", "problem"} and call.cancels:
                 self._leaving.on_left(call.owner, request_id, call.fingerprint)
             await noted.end(is_whole=False)
-        if end == "done":
-            with suppress(ClientError):  # the limits look for ended requests by themselves
-                await self._services.limits.ended(call.owner, request_id)
 
     def _end_all(self, within: float) -> None:
         """Let open responses end within so many seconds. No client that leaves from now on ends its job."""
@@ -155,13 +160,13 @@ class ChatCompletions:
 class ChatResponse:
     """The response to one chat completion, as ASGI."""
 
-    def __init__(self, completions: ChatCompletions, call: ChatCall, request_id: str) -> None:
-        self._completions = completions
-        self._call = call
-        self._request_id = request_id
+    def __init__(
+        self, completions: ChatCompletions, call: ChatCall, request_id: str, release: Callable[[], None]
+    ) -> None:
+        self._run = partial(completions.run, call, request_id, release)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        run = partial(self._completions.run, self._call, self._request_id, (scope, receive, send))
+        run = partial(self._run, (scope, receive, send))
         deferred = scope.get(DEFERRED)
         if deferred is None:
             await run()
@@ -217,6 +222,10 @@ def _number(text: str, name: str) -> int:
 
 def _invalid(name: str, what: str) -> Problem:
     return Problem(400, "invalid_request", f"{name} {what}", param=name)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def routes(services: Services) -> Sequence[BaseRoute]:

@@ -5,7 +5,7 @@ a browser does not repeat the request by itself. When the process stops, the str
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from ..contract.ids import BEFORE_ALL
 from ..telemetry.stream_events import StreamEnd
@@ -23,22 +23,24 @@ class ChunkStream(LogStream):
     """The stream of one chat completion.
 
     Args:
-        headers: of the response, whatever its status.
         skip: how many events the client has. If it has some, the head is sent at once.
         grace: seconds for which the head waits for the first event.
+        release: called once the request is followed.
     """
 
-    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_scope", "_send", "_timer")
+    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_release", "_scope", "_send", "_timer")
 
     def __init__(
         self, streams: OpenStreams, request_id: str, protocol: ChatChunks, noted: NotedCall,
-        connection: tuple[Scope, Receive, Send], *, headers: Mapping[str, str], skip: int, grace: float,
+        connection: tuple[Scope, Receive, Send], *, skip: int, grace: float,
+        release: Callable[[], None],
     ) -> None:  # fmt: skip
         scope, receive, send = connection
         raw_send = scope.get(RAW_SEND, send)
         super().__init__(streams, request_id, protocol, (scope, receive, raw_send), BEFORE_ALL, skip)
-        self._headers = headers
+        self._headers = {"X-Request-Id": request_id}
         self._noted = noted
+        self._release = release
         self._grace = 0.0 if skip else grace
         self._scope: Scope | None = scope
         self._send: Send | None = send
@@ -107,9 +109,10 @@ class ChunkStream(LogStream):
             return
         self._has_begun = True
         self._cursor.write = self.outlet.write_frame
-        self.outlet.write_by(self._send, response_start(EVENT_STREAM_HEADERS | dict(self._headers)))
+        self.outlet.write_by(self._send, response_start(EVENT_STREAM_HEADERS | self._headers))
         self._send = self._scope = None  # they hold the middleware in memory
         self._noted.on_first_byte()
+        self._release()
 
 
 def problem_of_end(code: str, message: str, *, has_key: bool) -> Problem:

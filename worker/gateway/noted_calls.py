@@ -1,14 +1,16 @@
-"""Keeps what Redis knows of one request for its repetitions up to date, from its first follower here to its last."""
+"""Keeps what Redis knows of one answered request up to date: for its repetitions, and for the limits of its owner."""
 
 import asyncio
 from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from ..client.errors import ClientError
+from .limits import Limits
 from .repeats import Repeats
 
-_FAILURES = (RedisError, OSError)
-"""What is suppressed: without the note of a request, a repetition costs a second job, which is no failure."""
+_FAILURES = (RedisError, OSError, ClientError)
+"""What is suppressed: a repetition then costs a second job, and the limits look for ended requests by themselves."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 """Seconds between two looks whether the feed has a subscriber."""
 
@@ -16,10 +18,22 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 class NotedCall:
     """The note of one request. Without a fingerprint there is none: an idempotency key names the answer."""
 
-    __slots__ = ("_fingerprint", "_has_byte", "_is_noted", "_is_over", "_repeats", "_request_id", "_task")
+    __slots__ = (
+        "_fingerprint",
+        "_has_byte",
+        "_is_noted",
+        "_is_over",
+        "_limits",
+        "_owner",
+        "_repeats",
+        "_request_id",
+        "_task",
+    )
 
-    def __init__(self, repeats: Repeats, fingerprint: str, request_id: str) -> None:
+    def __init__(self, repeats: Repeats, limits: Limits, owner: str, fingerprint: str, request_id: str) -> None:
         self._repeats = repeats
+        self._limits = limits
+        self._owner = owner
         self._fingerprint = fingerprint
         self._request_id = request_id
         self._has_byte = self._is_noted = self._is_over = False
@@ -51,16 +65,18 @@ class NotedCall:
         If the client gets the whole response, nobody may attach any more: call this before the follower leaves.
         Otherwise the request stays known, because its client may repeat it.
         """
-        if self._is_over or not self._fingerprint:
+        if self._is_over:
             return
         self._is_over = True
         if self._task is not None:
             await asyncio.wait([self._task])
         with suppress(*_FAILURES):
-            if is_whole:
+            if self._fingerprint and is_whole:
                 await self._repeats.forget(self._fingerprint, self._request_id)
-            elif not self._is_noted:
+            elif self._fingerprint and not self._is_noted:
                 await self._repeats.note(self._fingerprint, self._request_id, is_answered=self._has_byte)
+            if is_whole:
+                await self._limits.ended(self._owner, self._request_id)
 
     async def _note_once_followed(self) -> None:
         pause = _FIRST_PAUSE

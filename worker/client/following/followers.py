@@ -1,14 +1,15 @@
 """The requests that one client follows, each with its followers and one subscription, and their shared timers."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
 from redis.asyncio import Redis
 
 from ...contract.entries import BadEntry
 from ...contract.feed import read_message
-from ...contract.ids import EntryId
+from ...contract.ids import BEFORE_ALL, EntryId
 from ...contract.keys import Keys
 from ...redisio.clients import blocking_client, command_client
 from ...redisio.subscriptions import Subscriptions
@@ -61,6 +62,17 @@ class Followers:
         if self._tick is None:
             self._tick = asyncio.get_running_loop().call_later(self.timings.tick, self._on_tick)
         return Follower(self.logs, self.requests[request_id], after, wait)
+
+    def expect(self, request_id: str) -> Callable[[], None]:
+        """Subscribe to the feed of a request that is about to be enqueued. Returns a function that ends this.
+
+        The first entries of a log are published to whoever is subscribed then. A follower that subscribes later gets
+        the next ones only by reading the log, until the publisher has noticed it.
+        """
+        follower = self.follow(request_id, BEFORE_ALL)
+        request = self.requests[request_id]
+        request.subscribe()
+        return partial(request.leave, follower)
 
     def reread_until_noticed(self, request: "RequestFollowers") -> None:
         """Let the followers of a request read the log repeatedly until publishers have noticed its subscription."""
