@@ -103,10 +103,10 @@ async def start_client(drivers: Path) -> AsyncIterator[StartClient]:
 
         async def start(
             name: ClientName, base_url: str, *calls: Object, retries: int = 0, headers: Object | None = None,
-            api_key: str = "none",
+            api_key: str = "none", client_js: str = "",
         ) -> RunningClient:  # fmt: skip
             order = {"base_url": f"{base_url}/v1", "api_key": api_key, "retries": retries, "headers": headers or {}}
-            order |= {"calls": calls}
+            order |= {"calls": calls, "client_js": client_js}
             return await stack.enter_async_context(_client(drivers, name, order))
 
         yield start

@@ -1,5 +1,6 @@
 """The page in Chromium and Firefox, with a gateway as a process, a worker, and the simulated vLLM."""
 
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -208,3 +209,29 @@ async def test_a_long_answer_that_is_opened_late_comes_in_few_frames(
     )
     assert counted[0] <= 20
     await client.cancel(request_id)
+
+
+@with_worker
+async def test_a_fetch_of_the_browser_survives_a_killed_gateway(
+    browser: Browser, start_replica: StartReplica, client: Client
+) -> None:
+    """`/client.js`, imported as a module, and the browser's own fetch."""
+    replica = await start_replica()
+    tab = await browser.open(f"{replica.url}/healthz")
+    body = {"model": "reciter", "messages": [{"role": "user", "content": STORY}], "stream": True}
+    await tab.evaluate(
+        "import('/client.js').then(async ({ resumingFetch }) => { window.text = '';"
+        f"const init = {{ method: 'POST', body: JSON.stringify({json.dumps(body)}) }};"
+        "const response = await resumingFetch('/v1/chat/completions', init);"
+        "window.requestId = response.headers.get('x-request-id');"
+        "const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();"
+        "(async () => { for (let read; (read = await reader.read()), !read.done; ) window.text += read.value;"
+        "})().then(() => window.isOver = true, (error) => window.isOver = String(error)); return true; })"
+    )
+    await tab.wait("window.text.split('data:').length > 5")
+    await replica.end(signal.SIGKILL)
+    await start_replica(port=replica.port)
+    assert await tab.wait("window.isOver") is True
+    frames = [line[6:] for line in (await tab.evaluate("window.text")).splitlines() if line.startswith("data: {")]
+    text = "".join(json.loads(frame)["choices"][0]["delta"].get("content", "") for frame in frames)
+    assert text == await text_of(client, await tab.evaluate("window.requestId"))

@@ -2,8 +2,10 @@
 import OpenAI from "openai";
 import { add, order, print, seen } from "./lines.mjs";
 
-const { base_url, api_key, retries, headers, calls } = await order();
-const client = new OpenAI({ baseURL: base_url, apiKey: api_key, maxRetries: retries, defaultHeaders: headers });
+const { base_url, api_key, retries, headers, calls, client_js } = await order();
+// Node reads a file named .js as CommonJS, so it is imported from its text.
+const { resumingFetch: fetch } = client_js ? await import(`data:text/javascript,${encodeURIComponent(client_js)}`) : {};
+const client = new OpenAI({ baseURL: base_url, apiKey: api_key, maxRetries: retries, defaultHeaders: headers, fetch });
 
 function whole(completion) {
   const choices = completion.choices.map(({ message, finish_reason, logprobs }) => ({

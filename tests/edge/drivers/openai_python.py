@@ -5,7 +5,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import httpx
 from openai import APIError, OpenAI
+
+from worker.http import ResumingTransport
 
 Object = dict[str, Any]
 
@@ -77,6 +80,7 @@ def main() -> None:
         api_key=order["api_key"],
         max_retries=order["retries"],
         default_headers=order["headers"],
+        http_client=httpx.Client(transport=ResumingTransport()) if order.get("client_js") else None,  # type: ignore[arg-type]
     )
     own = {"model", "messages", "stream"}
     for call in order["calls"]:
