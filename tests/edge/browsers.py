@@ -169,7 +169,9 @@ class Chromium(Browser):
     async def open(self, url: str) -> Tab:
         target = (await self.wire.call("Target.createTarget", {"url": url}))["targetId"]
         session = await self.wire.call("Target.attachToTarget", {"targetId": target, "flatten": True})
-        return ChromiumTab(self.wire, target, session["sessionId"])
+        tab = ChromiumTab(self.wire, target, session["sessionId"])
+        await tab.wait("location.href !== 'about:blank' && document.readyState !== 'loading'")
+        return tab
 
 
 class FirefoxTab(Tab):
