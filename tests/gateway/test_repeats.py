@@ -1,6 +1,7 @@
 """A request that is sent again costs no second job, and one that is new is never taken for a repetition."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from raw_posts import RawPost
 from redis.asyncio import Redis
 from waits import eventually
 
+from worker import Client
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -296,4 +298,28 @@ async def test_a_repetition_goes_on_after_any_event(
     for have in range(len(whole) + 1):
         rest = await post(replicas[have % 2], "k", body, Relay_After=str(have))
         assert [event for event in rest.text.split("\n\n") if event.startswith("data")] == whole[have:]
+    assert len(simulator.served) == 1
+
+
+async def test_a_stream_that_is_cut_again_and_again_goes_on_live_through_two_replicas(
+    start_gateway: StartGateway, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
+) -> None:
+    simulator = await start_simulator(Options(scenario=Scenario(rate=50, tokens=60)))
+    await start_worker(simulator)
+    ports = [(await start_gateway()).port, (await start_gateway()).port]
+    events: list[str] = []
+    ids = set[str]()
+    while not events or events[-1] != "[DONE]":
+        post = await RawPost.send(ports[len(events) % 2], BODY, idempotency_key="k", relay_after=str(len(events)))
+        assert await post.read_head() == 200
+        ids.add(post.request_id)
+        for _ in range(7):
+            events.append(await post.read_event())
+            if events[-1] == "[DONE]":
+                break
+        post.reset()
+    (request_id,) = ids
+    chunks = [json.loads(event) for event in events[:-1]]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == (await client.result(request_id)).text
     assert len(simulator.served) == 1

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Self
 
 from redis.asyncio import Redis
@@ -72,7 +71,7 @@ class Followers:
         follower = self.follow(request_id, BEFORE_ALL)
         request = self.requests[request_id]
         request.subscribe()
-        return partial(request.leave, follower)
+        return Expectation(request, follower)
 
     def reread_until_noticed(self, request: "RequestFollowers") -> None:
         """Let the followers of a request read the log repeatedly until publishers have noticed its subscription."""
@@ -185,3 +184,18 @@ class RequestFollowers:
     def _await_notice(self) -> None:
         self.noticed_at = asyncio.get_running_loop().time() + self._client_followers.timings.noticed_after
         self._client_followers.reread_until_noticed(self)
+
+
+class Expectation:
+    """Holds the subscription of a request that is about to be enqueued. The first call ends that."""
+
+    __slots__ = ("_follower", "_request")
+
+    def __init__(self, request: RequestFollowers, follower: Follower) -> None:
+        self._request = request
+        self._follower: Follower | None = follower
+
+    def __call__(self) -> None:
+        if self._follower is not None:
+            self._request.leave(self._follower)
+            self._follower = None
