@@ -45,6 +45,9 @@ from .following.followers import Followers
 from .new_job import JobOptions, new_job
 from .timings import Timings
 
+_FIRST_OF_PAGES = 16
+"""The entries of the first page of `Client.pages`, whose size is not known: a caller may read many logs at a time."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -219,7 +222,7 @@ class Client:
         the hole. Raises the errors of `follow`, also while a page is iterated over.
         """
         self._check_usable()
-        place, is_first, size = BEFORE_ALL if after is None else parse_entry_id(after), True, PageSize()
+        place, is_first, size = BEFORE_ALL if after is None else parse_entry_id(after), True, PageSize(_FIRST_OF_PAGES)
         while place != SEAL:  # Redis refuses a range that begins after the greatest id
             page = await self._following.logs.read(check_id(request_id), place, size, is_first=is_first)
             if page is None:

@@ -11,7 +11,7 @@ from ..contract.ids import BEFORE_ALL
 from ..telemetry.stream_events import StreamEnd
 from .noted_calls import NotedCall
 from .open_streams import OpenStreams
-from .outlets import RAW_SEND, Receive, Scope, Send
+from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
 from .problems import Problem, problem_of_code
 from .protocols.chat_chunks import INTERRUPTED, ChatChunks, error_in
 from .protocols.protocol import Frame
@@ -110,6 +110,8 @@ class ChunkStream(LogStream):
         self._has_begun = True
         self._cursor.write = self.outlet.write_frame
         self.outlet.write_by(self._send, response_start(EVENT_STREAM_HEADERS | self._headers))
+        if self._scope is not None:
+            forget_request(self._scope)
         self._send = self._scope = None  # they hold the middleware in memory
         self._noted.on_first_byte()
         self._release()

@@ -14,11 +14,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from .envelope import OVERLOADED
-from .outlets import ABORT
+from .outlets import ABORT, WIRE, Wire
 from .problems import Problem
 
 _LARGEST_HEAD = 64 * 1024
 """Bytes of a request line and its headers."""
+
+_WRITE_BUFFER = 16 * 1024
+"""Bytes in a connection's write buffer above which nothing more is written until the client reads."""
 
 _MOST_PIPELINED = 16
 _DISCARDED = 16 * 1024 * 1024
@@ -60,6 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(cast("asyncio.Transport", transport))  # uvloop's derive from another class
+        # Of a client that does not read, this much is in memory and one frame more.
+        self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         most = self._bounds.max_connections
         if len(self.connections) > most + max(64, most // 10):  # too many even to say so to each
             self.transport.abort()
@@ -142,6 +147,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._in_body, self._head_size, self._discarded = False, True, 0, 0
         self._stop_timer()
         cast("dict[str, object]", self.scope)[ABORT] = self.transport.abort
+        cast("dict[str, object]", self.scope)[WIRE] = Wire(self.transport, self.flow)
         if len(self.connections) > self._bounds.max_connections:
             cast("dict[str, object]", self.scope)[OVERLOADED] = True
         super().on_headers_complete()

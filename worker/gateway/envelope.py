@@ -60,9 +60,8 @@ class Envelope:
 
         try:
             await self._respond(scope, receive, observed)
-            while (
-                deferred and scope.get("method") != "HEAD"
-            ):  # a stream goes on without the coroutines of the middleware and the router in memory
+            if deferred and scope.get("method") != "HEAD":
+                # A stream goes on without the coroutines of the middleware and the router in memory.
                 await deferred.pop()()
         except asyncio.CancelledError:
             raise

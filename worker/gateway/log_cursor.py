@@ -92,16 +92,17 @@ class LogCursor:
         """
         encoder = self._protocol.new_encoder()
         read = self.position if self._protocol.starts_anywhere else BEFORE_ALL
+        pieces: list[bytes] = []
         while self.is_behind:
             tail = self._tails.find(self._request_id, self._protocol)
-            if tail is not None and tail.admits(read) and read >= self.position and not self._skip:
+            if tail is not None and tail.admits(read) and read >= self.position and not (self._skip or pieces):
                 self._join(tail, read)
                 return
-            read, is_at_end = await self._write_backlog(encoder, read)
-            if read == SEAL or (encoder.is_over and is_at_end):
-                self.is_over = True
-            elif not is_at_end:
+            read, is_at_end = await self._write_backlog(encoder, read, pieces)
+            if not is_at_end:
                 await self._owner.wait_writable()
+            elif read == SEAL or encoder.is_over:
+                self.is_over = True
             elif self._skip:
                 raise InvalidArgument(f"the answer has {self._skip} events less than the client has received")
             elif self._tails.find(self._request_id, self._protocol) is None:
@@ -130,15 +131,14 @@ class LogCursor:
         tail.join(self, read)
         self.on_writable()
 
-    async def _write_backlog(self, encoder: Encoder, read: EntryId) -> tuple[EntryId, bool]:
+    async def _write_backlog(self, encoder: Encoder, read: EntryId, pieces: list[bytes]) -> tuple[EntryId, bool]:
         """Write the log after the entry `read` in few large frames, until its end or until the client must read.
 
         Returns the last entry that was encoded, and whether the end was reached. The page is dropped while the client
-        does not read: many such clients would keep a page each.
+        does not read, since many such clients would keep a page each. `pieces` are encoded entries up to `read` that
+        are not written yet.
         """
-        limit = self._tails.write_bytes
-        pieces: list[bytes] = []
-        size = 0
+        limit, last, size = self._tails.write_bytes, read, sum(map(len, pieces))
         try:
             async with (
                 self._tails.page_slots,
@@ -154,21 +154,25 @@ class LogCursor:
                             piece, self._skip = without_events(piece, self._skip)
                             if not piece:
                                 continue
+                        is_full = bool(pieces) and size + len(piece) > limit
+                        is_sent = not is_full or self._write_pieces(pieces, last)
                         pieces.append(piece)
-                        size += len(piece)
-                        if size >= limit:
-                            if not self._write_pieces(pieces, read):
-                                return read, False
-                            pieces, size = [], 0
+                        last, size = read, len(piece) if is_full else size + len(piece)
+                        if not is_sent:
+                            return read, False
+                        if is_full:
                             await asyncio.sleep(0)  # entries of other requests are written between
         except ClientError:
-            if pieces:  # what comes before the fault is good
-                self._write_pieces(pieces, read)
+            self._write_pieces(pieces, last)  # what comes before the fault is good
             raise
-        return read, not pieces or self._write_pieces(pieces, read)
+        return read, self._write_pieces(pieces, last)
 
     def _write_pieces(self, pieces: list[bytes], last: EntryId) -> bool:
+        """Write encoded entries, and forget them. Returns whether more can be written."""
+        if not pieces:
+            return True
         data = self._protocol.frame(pieces, last)
         self._tails.meter.add(len(pieces), len(data))
+        pieces.clear()
         self.position = last
-        return self.write(Frame(last, data, self._protocol.message(data)))
+        return self.write(self._protocol.new_frame(data, last))

@@ -19,7 +19,7 @@ from .event_cursors import cursor_text, parse_cursor
 from .ids import id_of_key, new_id
 from .job_options import take_job_options
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
-from .outlets import RAW_SEND, Receive, Scope, Send
+from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
 from .problems import Problem, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
 from .request_state import RequestState
@@ -225,6 +225,7 @@ class RequestsResponse:
         streams = api.services.streams
         list_running = None if caller is None else lambda: api.running_ids(caller)
         connection = scope, receive, scope.get(RAW_SEND, send)
+        forget_request(scope)
         await streams.start(RequestsStream(streams, connection, self._ids, self._places, list_running), scope)
 
 

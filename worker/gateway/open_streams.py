@@ -3,6 +3,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -94,10 +95,10 @@ class ClientStream(ABC):
             CaughtUp(self.protocol.name, "slow" if self._catch_ups > 1 else "opened", time() - began)
         )
 
-    async def wait(self) -> None:
-        """Wait until `wake` is called."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+    def wait(self) -> "asyncio.Future[None]":
+        """Return what waits until `wake` is called. It is no coroutine, which an idle stream would keep in memory."""
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     async def wait_writable(self) -> None:
         """Wait until a frame can be written. See `CursorOwner`."""
@@ -164,15 +165,13 @@ class OpenStreams:
         try:
             last = await self._follow(stream)
             if stream.end == "stalled":
-                self.telemetry.emit(FollowerDropped(name))
-                stream.outlet.abort()
+                await self._drop(stream)
             elif not stream.outlet.is_gone:
                 async with asyncio.timeout(self._finish_within):
                     await stream.finish(last)
         except TimeoutError:
             stream.end = "stalled"
-            self.telemetry.emit(FollowerDropped(name))
-            stream.outlet.abort()
+            await self._drop(stream)
         finally:
             stream.outlet.stop()
             del self._streams[stream]
@@ -197,6 +196,14 @@ class OpenStreams:
         if self._telling is not None:
             self._telling.cancel()
             await asyncio.gather(self._telling, return_exceptions=True)
+
+    async def _drop(self, stream: ClientStream) -> None:
+        """Destroy a connection whose client reads nothing."""
+        self.telemetry.emit(FollowerDropped(stream.protocol.name))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):  # uvicorn logs an error if the response ends before the connection
+                while stream.outlet.abort() and not stream.outlet.is_gone:
+                    await stream.wait()
 
     async def _follow(self, stream: ClientStream) -> bytes:
         """Follow; returns what ends the stream."""

@@ -7,7 +7,7 @@ be plain ASGI, and not Starlette's BaseHTTPMiddleware, which needs a task.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 from ..contract.ids import BEFORE_ALL
 from .protocols.protocol import Frame, Message
@@ -20,10 +20,13 @@ Connection: TypeAlias = tuple[Scope, Receive, Send]
 """What ASGI gives for one connection."""
 
 ABORT = "vllm_relay.abort"
-"""The key of a scope under which the server offers to destroy the connection: a function without arguments."""
+"""The key of a scope with the server's function that destroys the connection, if the server offers one."""
 
 RAW_SEND = "vllm_relay.raw_send"
 """The key of a scope with the server's own `send`: frames bypass the middleware."""
+
+WIRE = "vllm_relay.wire"
+"""The key of a scope with a `Wire`, if frames may go around the server's `send`."""
 
 DEFERRED = "vllm_relay.deferred"
 """The key of a scope with a list: the outermost application calls what is in it once everything inside has returned.
@@ -35,6 +38,39 @@ memory as the rest of an idle stream.
 _Stepped: TypeAlias = Coroutine["asyncio.Future[Any] | None", None, Any]
 
 
+_KEPT = frozenset({"type", "method", "path", "http_version", "client", "route"})
+
+
+def forget_request(scope: Scope) -> None:
+    """Drop what a scope holds of a request whose response has begun: a browser's headers alone take 3 KiB.
+
+    What the server and the access log need stays, and all that the gateway has put there.
+    """
+    kept = {name: value for name, value in scope.items() if name in _KEPT or name.startswith("vllm_relay.")}
+    headers = scope.get("headers")
+    if isinstance(headers, list):
+        headers.clear()  # the server has the same list
+    scope.clear()
+    scope.update(kept)
+
+
+class Flow(Protocol):
+    """Whether a transport takes no more for now."""
+
+    write_paused: bool
+
+
+class Wire(NamedTuple):
+    """The connection itself, whose response is chunked. A write to it is cheaper than a call of the server's `send`."""
+
+    transport: asyncio.WriteTransport
+    flow: Flow
+
+
+_NOTHING: Message = {"type": "http.response.body", "body": b"", "more_body": True}
+"""A message that writes nothing. The server sends it once the client has read enough."""
+
+
 class Outlet:
     """Sends frames over one connection, and notices when the client leaves.
 
@@ -42,7 +78,18 @@ class Outlet:
         on_change: called when a blocked write has finished, or when the client has left.
     """
 
-    __slots__ = ("_abort", "_held", "_loop", "_on_change", "_receive", "_send", "blocked_at", "is_gone", "sent_at")
+    __slots__ = (
+        "_abort",
+        "_held",
+        "_loop",
+        "_on_change",
+        "_receive",
+        "_send",
+        "_wire",
+        "blocked_at",
+        "is_gone",
+        "sent_at",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, on_change: Callable[[], object]) -> None:
         self._receive = receive
@@ -50,6 +97,7 @@ class Outlet:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._abort: Callable[[], object] | None = scope.get(ABORT)
+        self._wire: Wire | None = scope.get(WIRE)
         self._held: list[Message] = []
         """Messages to send after the one that waits."""
         self.is_gone = False
@@ -85,7 +133,16 @@ class Outlet:
         if self.blocked_at:
             self._held.append(frame.message)
             return False
-        coroutine = self._send(frame.message)
+        message = frame.message
+        if frame.chunk and (wire := self._wire) is not None and not wire[1].write_paused:
+            transport, flow = wire
+            if transport.is_closing():
+                return True
+            transport.write(frame.chunk)
+            if not flow.write_paused:
+                return True
+            message = _NOTHING
+        coroutine = self._send(message)
         try:
             waits_for = coroutine.send(None)
         except StopIteration:
@@ -95,10 +152,11 @@ class Outlet:
             return True
         return self._wait(waits_for, coroutine)
 
-    def abort(self) -> None:
-        """Destroy the connection. What was not sent yet is dropped, if the server offers `ABORT`."""
+    def abort(self) -> bool:
+        """Destroy the connection, and drop what was not sent yet. Returns whether the server offers this."""
         if self._abort is not None:
             self._abort()
+        return self._abort is not None
 
     def stop(self) -> None:
         """Call `on_change` no more."""

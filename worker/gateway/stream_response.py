@@ -10,7 +10,7 @@ from ..client.errors import ClientError
 from ..contract.ids import BEFORE_ALL, EntryId
 from .log_cursor import LogCursor
 from .open_streams import ClientStream, OpenStreams
-from .outlets import RAW_SEND, Connection, Outlet, Receive, Scope, Send
+from .outlets import RAW_SEND, Connection, Outlet, Receive, Scope, Send, forget_request
 from .problems import Problem, problem_of
 from .protocols.protocol import StreamProtocol
 
@@ -49,6 +49,7 @@ class StreamResponse:
             await send({"type": "http.response.body", "body": b""})
             return
         connection = scope, receive, scope.get(RAW_SEND, send)
+        forget_request(scope)
         stream = LogStream(self._streams, self._request_id, self._protocol, connection, self._position, self._skip)
         await self._streams.start(stream, scope)
 

@@ -19,7 +19,7 @@ from .protocols.protocol import Encoder, Frame, StreamProtocol
 WINDOW_BYTES = 256 * 1024
 """The most bytes of frames that a tail keeps. One frame may be larger."""
 
-_READERS = 16
+_READERS = 8
 """How many streams read their logs at the same time."""
 
 
@@ -139,7 +139,7 @@ class Tail:
 
     def _joined(self, group: list[Frame]) -> Frame:
         data = b"".join([frame.data for frame in group])
-        return Frame(group[-1].last, data, self.protocol.message(data), len(group))
+        return self.protocol.new_frame(data, group[-1].last, len(group))
 
     def _number_after(self, position: EntryId) -> int:
         """The number of the first frame after an entry."""
@@ -170,13 +170,13 @@ class Tail:
         self.last = last = entry.id
         if piece:
             data = self.protocol.frame((piece,), last)
-            frame = Frame(last, data, self.protocol.message(data))
+            frame = self.protocol.new_frame(data, last)
             self._window.append(frame)
-            self._size += len(data)
+            self._size += len(data) + len(frame.chunk)
             while self._size > WINDOW_BYTES and len(self._window) > 1:
                 dropped = self._window.popleft()
                 self.begin, self.first = dropped.last, self.first + 1
-                self._size -= len(dropped.data)
+                self._size -= len(dropped.data) + len(dropped.chunk)
             self._write(frame)
         if self._ahead:
             self._admit()

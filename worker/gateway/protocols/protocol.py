@@ -24,6 +24,8 @@ class Frame:
     data: bytes
     message: Message
     entries: int = 1
+    chunk: bytes = b""
+    """The frame as a chunk of HTTP/1.1, for connections that are written to directly; empty if there is none."""
 
 
 class StreamProblem(Protocol):
@@ -69,6 +71,11 @@ class StreamProtocol(ABC):
     def frame(self, pieces: Sequence[bytes], last: EntryId) -> bytes:  # noqa: ARG002 - native frames name the last entry
         """Return the frame of one or several results of the encoder, none of them empty. `last` is the last entry."""
         return b"".join(pieces)
+
+    def new_frame(self, data: bytes, last: EntryId, entries: int = 1) -> Frame:
+        """Return a frame for all readers."""
+        chunk = b"%x\r\n%b\r\n" % (len(data), data) if self.joins_writes else b""
+        return Frame(last, data, self.message(data), entries, chunk)
 
     def message(self, frame: bytes) -> Message:
         """Return the message of ASGI that sends a frame."""
