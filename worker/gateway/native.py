@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from ..client.async_client import State
-from ..client.errors import ClientError
+from ..client.errors import ClientError, MappedRetry
 from ..contract.entries import Object
 from ..contract.ids import SEAL, EntryId
 from ..contract.job import InvalidJob
@@ -24,6 +24,7 @@ from .problems import Problem, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
 from .request_state import RequestState
 from .responses import is_event_source, json_response, problem_response
+from .running import started_requests
 from .services import Services
 from .stream_response import EVENT_STREAM_HEADERS, StreamResponse, response_start
 from .websocket import RequestWebSocket
@@ -78,10 +79,21 @@ class _NativeApi:
         return json_response(shown, 202, {"Location": path, "X-Request-Id": request_id})
 
     async def list_running(self, request: Request) -> Response:
-        """GET /requests: the caller's requests that wait or run, the newest first."""
-        caller = self._services.access.caller(request)
-        await self._services.limits.count(caller)
+        """GET /requests: the caller's requests that wait or run, the newest first; for operators, all that run."""
+        services = self._services
+        caller = services.access.caller(request)
+        await services.limits.count(caller)
         running = await self._running(caller)
+        if caller.sees_all:
+            started = await MappedRetry(services.settings.patience)(started_requests, services.redis, services.keys)
+            known = dict(running)
+            others = [found for found in started if found not in known][:MOST_REQUESTS]
+            states = await asyncio.gather(*map(services.client.status, others))
+            running += [
+                (found, status.state)
+                for found, status in zip(others, states, strict=True)
+                if status.state is State.RUNNING
+            ]
         return json_response({"requests": [{"id": found, "state": state.value} for found, state in running]})
 
     async def state(self, request: Request) -> Response:
