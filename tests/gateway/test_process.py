@@ -150,6 +150,14 @@ async def test_a_client_that_reads_nothing_does_not_hold_up_the_end(
         assert await gateway.ended() == 0
 
 
+async def test_a_gateway_may_open_as_many_connections_as_the_system_lets_it(
+    start_gateway_process: StartGatewayProcess,
+) -> None:
+    gateway = await start_gateway_process()
+    soft, hard = psutil.Process(gateway.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard
+
+
 # Several processes
 
 

@@ -1,5 +1,6 @@
 """Serves with one process or several, as the settings say."""
 
+import resource
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,6 +24,7 @@ def serve(settings: GatewaySettings, run_async: RunAsync) -> int:
     Raises:
         ConfigError: when an address cannot be served, or the API keys cannot be read.
     """
+    _raise_file_limit()
     if settings.workers == 1:
 
         async def run_alone() -> None:
@@ -45,6 +47,15 @@ def serve(settings: GatewaySettings, run_async: RunAsync) -> int:
 
     limit = settings.drain_delay + settings.drain_timeout + LAST_STEPS + _SPARE
     return Supervisor(settings.workers, run_child, listening, Receivers(LogReceiver()), limit).run()
+
+
+def _raise_file_limit() -> None:
+    """Let the process open as many files as it may: a connection is one, and the usual limit is 1,024."""
+    try:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):
+        return
 
 
 def metrics_address(address: str, number: int) -> str:

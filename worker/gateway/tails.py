@@ -166,6 +166,7 @@ class Tail:
             reader.on_tail_over()
 
     def _add(self, entry: AnyEntry) -> None:
+        arrived_at = self._time()
         piece = self._encoder.encode(entry)
         self.last = last = entry.id
         if piece:
@@ -177,13 +178,13 @@ class Tail:
                 dropped = self._window.popleft()
                 self.begin, self.first = dropped.last, self.first + 1
                 self._size -= len(dropped.data) + len(dropped.chunk)
-            self._write(frame)
+            self._write(frame, arrived_at)
         if self._ahead:
             self._admit()
         if self._encoder.is_over:
             raise _StreamOver
 
-    def _write(self, frame: Frame) -> None:
+    def _write(self, frame: Frame, arrived_at: float) -> None:
         live = self._live
         blocked = [reader for reader in live if not reader.write(frame)]
         if blocked:
@@ -191,7 +192,8 @@ class Tail:
             for reader in blocked:
                 reader.next, reader.position = self.end, frame.last
         self.last_frame_at = self._time()
-        self._tails.meter.add(len(live), len(live) * len(frame.data))
+        if live:
+            self._tails.meter.add(len(live), len(live) * len(frame.data), self.last_frame_at - arrived_at)
 
     def _admit(self) -> None:
         """Let readers that were ahead of the tail go on with it once the tail has reached them."""
