@@ -213,10 +213,10 @@ class Tails:
 
     Args:
         client: follows the logs.
-        write_bytes: the most bytes of a frame that joins several.
+        write_bytes: the most bytes of a frame that joins several. 10,000 tokens are then less than 20 frames.
     """
 
-    def __init__(self, client: Client, meter: DeliveryMeter, *, write_bytes: int = 64 * 1024) -> None:
+    def __init__(self, client: Client, meter: DeliveryMeter, *, write_bytes: int = 40 * 1024) -> None:
         self.client = client
         self.meter = meter
         self.write_bytes = write_bytes
