@@ -82,10 +82,13 @@ async def test_a_hidden_repetition_attaches_to_the_first_job(
 
 
 @EITHER_WAY
+@pytest.mark.parametrize("reuse", [False, True], ids=["fresh", "reused"])
 async def test_a_retry_of_openais_client_attaches_to_the_first_job(
-    body: dict[str, Any], patient: Served, redis: Redis, simulator: Simulator, start_worker: StartWorker
+    body: dict[str, Any], patient: Served, redis: Redis, simulator: Simulator, start_worker: StartWorker, *, reuse: bool
 ) -> None:
     async with Proxy.before(patient.url) as proxy, client_of(proxy.url, max_retries=2) as ai:
+        if reuse:
+            await ai.models.list()
         calling = asyncio.create_task(ai.chat.completions.create(**body))
         await wait_noted(redis)
         await proxy.cut()
@@ -195,6 +198,7 @@ async def test_a_retry_after_a_refusal_is_a_new_job(
 async def test_identical_requests_at_once_are_as_many_jobs(
     start_gateway: StartGateway, redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
+    """A thousand are too many for a test. They were a thousand jobs too."""
     replicas = [await start_gateway(grace=30), await start_gateway(grace=30)]
     posts = await asyncio.gather(*(RawPost.send(replicas[n % 2].port, BODY) for n in range(200)))
 

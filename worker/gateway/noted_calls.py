@@ -13,6 +13,8 @@ _FAILURES = (RedisError, OSError, ClientError)
 """What is suppressed: a repetition then costs a second job, and the limits look for ended requests by themselves."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 """Seconds between two looks whether the feed has a subscriber."""
+_LOOKS = 60
+"""How many looks there are. After these, Redis refuses the subscription, and the log is polled."""
 
 
 class NotedCall:
@@ -81,7 +83,9 @@ class NotedCall:
     async def _note_once_followed(self) -> None:
         pause = _FIRST_PAUSE
         with suppress(*_FAILURES):
-            while not self._is_over:
+            for _ in range(_LOOKS):
+                if self._is_over:
+                    return
                 if await self._repeats.presence.is_followed(self._request_id):
                     had_byte = self._has_byte
                     await self._repeats.note(self._fingerprint, self._request_id, is_answered=had_byte)
