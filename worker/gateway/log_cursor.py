@@ -159,6 +159,9 @@ class LogCursor:
                         pieces.append(piece)
                         last, size = read, len(piece) if is_full else size + len(piece)
                         if not is_sent:
+                            if self._protocol.starts_anywhere:  # the entry is encoded again
+                                pieces.clear()
+                                read = self.position
                             return read, False
                         if is_full:
                             await asyncio.sleep(0)  # entries of other requests are written between

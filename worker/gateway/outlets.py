@@ -7,6 +7,7 @@ be plain ASGI, and not Starlette's BaseHTTPMiddleware, which needs a task.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 from ..contract.ids import BEFORE_ALL
@@ -80,12 +81,13 @@ class Outlet:
 
     __slots__ = (
         "_abort",
+        "_flow",
         "_held",
         "_loop",
         "_on_change",
         "_receive",
         "_send",
-        "_wire",
+        "_write_chunk",
         "blocked_at",
         "is_gone",
         "sent_at",
@@ -97,7 +99,9 @@ class Outlet:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._abort: Callable[[], object] | None = scope.get(ABORT)
-        self._wire: Wire | None = scope.get(WIRE)
+        wire: Wire | None = scope.get(WIRE)
+        self._flow = wire.flow if wire is not None else None
+        self._write_chunk: Callable[[bytes], object] = wire.transport.write if wire is not None else _do_nothing
         self._held: list[Message] = []
         """Messages to send after the one that waits."""
         self.is_gone = False
@@ -134,12 +138,12 @@ class Outlet:
             self._held.append(frame.message)
             return False
         message = frame.message
-        if frame.chunk and (wire := self._wire) is not None and not wire[1].write_paused:
-            transport, flow = wire
-            if transport.is_closing():
+        if frame.chunk and self._flow is not None:
+            try:
+                self._write_chunk(frame.chunk)
+            except RuntimeError:  # uvloop's transport is closed, and `receive` will report it
                 return True
-            transport.write(frame.chunk)
-            if not flow.write_paused:
+            if not self._flow.write_paused:
                 return True
             message = _NOTHING
         coroutine = self._send(message)
@@ -167,7 +171,7 @@ class Outlet:
         self._resume_after(waits_for, coroutine, self._continue_write)
         return False
 
-    def _continue_write(self, coroutine: _Stepped) -> None:
+    def _continue_write(self, coroutine: _Stepped, _waited_for: object = None) -> None:
         try:
             waits_for = coroutine.send(None)
         except StopIteration:
@@ -182,7 +186,7 @@ class Outlet:
         else:
             self._resume_after(waits_for, coroutine, self._continue_write)
 
-    def _read(self, coroutine: _Stepped) -> None:
+    def _read(self, coroutine: _Stepped, _waited_for: object = None) -> None:
         while True:
             try:
                 waits_for = coroutine.send(None)
@@ -201,14 +205,14 @@ class Outlet:
         self._on_change()
 
     def _resume_after(
-        self, waits_for: "asyncio.Future[Any] | None", coroutine: _Stepped, step: Callable[[_Stepped], None]
+        self, waits_for: "asyncio.Future[Any] | None", coroutine: _Stepped, step: Callable[..., None]
     ) -> None:
         if waits_for is None:
             self._loop.call_soon(step, coroutine)
             return
         waits_for._asyncio_future_blocking = False  # noqa: SLF001 - tells the future, as a task does, that it is awaited
-        waits_for.add_done_callback(lambda _: step(coroutine))
+        waits_for.add_done_callback(partial(step, coroutine))
 
 
-def _do_nothing() -> None:
+def _do_nothing(*_: object) -> None:
     pass
