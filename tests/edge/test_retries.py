@@ -30,7 +30,7 @@ async def test_a_retry_attaches_to_the_first_job(
         await _asked(simulator)
         await proxy.cut()
         text = await _text(reader)
-        assert proxy.accepted == 2
+        assert proxy.accepted >= 2
     assert text == answer_to(QUESTION)
     assert await redis.xlen("chat:lifecycle") == 2, "one job began and ended"
     assert len(simulator.served) == 1
