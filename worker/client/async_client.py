@@ -45,9 +45,6 @@ from .following.followers import Followers
 from .new_job import JobOptions, new_job
 from .timings import Timings
 
-_FIRST_OF_PAGES = 16
-"""The entries of the first page of `Client.pages`, whose size is not known: a caller may read many logs at a time."""
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -215,14 +212,19 @@ class Client:
         finally:
             await follower.leave()
 
-    async def pages(self, request_id: str, *, after: str | EntryId | None = None) -> AsyncGenerator[Iterable[AnyEntry]]:
+    async def pages(
+        self, request_id: str, *, after: str | EntryId | None = None, first: int = 16
+    ) -> AsyncGenerator[Iterable[AnyEntry]]:
         """Yield the entries that the log has now, in pages, and end at its present end or at its terminal entry.
 
         Iterating over a page parses its entries. If entries are missing and the log has not ended, this ends before
         the hole. Raises the errors of `follow`, also while a page is iterated over.
+
+        The first page has `first` entries at most, since their size is not known, and a caller may read many logs at a
+        time. Later pages have about 256 KiB.
         """
         self._check_usable()
-        place, is_first, size = BEFORE_ALL if after is None else parse_entry_id(after), True, PageSize(_FIRST_OF_PAGES)
+        place, is_first, size = BEFORE_ALL if after is None else parse_entry_id(after), True, PageSize(first)
         while place != SEAL:  # Redis refuses a range that begins after the greatest id
             page = await self._following.logs.read(check_id(request_id), place, size, is_first=is_first)
             if page is None:

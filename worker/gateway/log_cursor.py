@@ -13,6 +13,9 @@ from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .protocols.protocol import Encoder, Frame, StreamProtocol, without_events
 from .tails import Tail, Tails
 
+_FIRST_PAGE, _LARGEST_PAGE = 16, 1000
+"""The entries of the first page of a log, and of one after a pause."""
+
 
 class CursorOwner(Protocol):
     """The stream that a cursor writes to."""
@@ -35,6 +38,7 @@ class LogCursor:
 
     __slots__ = (
         "_owner",
+        "_page",
         "_protocol",
         "_request_id",
         "_skip",
@@ -63,6 +67,8 @@ class LogCursor:
         self._protocol = protocol
         self._owner = owner
         self._skip = skip
+        self._page = 0
+        """How many entries the last frame of the backlog had: the next page has as many."""
         self._tail: Tail | None = None
 
     @property
@@ -139,10 +145,11 @@ class LogCursor:
         are not written yet.
         """
         limit, last, size = self._tails.write_bytes, read, sum(map(len, pieces))
+        first = max(_FIRST_PAGE, self._page)
         try:
             async with (
                 self._tails.page_slots,
-                aclosing(self._tails.client.pages(self._request_id, after=read)) as pages,
+                aclosing(self._tails.client.pages(self._request_id, after=read, first=first)) as pages,
             ):
                 async for page in pages:
                     for entry in page:
@@ -176,6 +183,7 @@ class LogCursor:
             return True
         data = self._protocol.frame(pieces, last)
         self._tails.meter.add(len(pieces), len(data))
+        self._page = min(len(pieces), _LARGEST_PAGE)
         pieces.clear()
         self.position = last
         return self.write(self._protocol.new_frame(data, last))
