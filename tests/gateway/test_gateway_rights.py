@@ -14,6 +14,7 @@ from serving import EventReader
 from worker.gateway.keys import hash_of
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
+from worker.telemetry.logging import configure_logging
 
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 KEYS = (
@@ -28,6 +29,24 @@ async def user_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
     await redis.acl_log_reset()
     yield redis_url.replace("//", "//gateway:PASSWORD@")
     await redis.acl_deluser("gateway")
+
+
+async def test_a_missing_right_is_a_500_without_its_reason_which_is_in_the_log(
+    redis: Redis,
+    user_url: str,
+    http: httpx.AsyncClient,
+    start_gateway: StartGateway,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    await redis.execute_command("ACL SETUSER", "gateway", "-eval")  # type: ignore[no-untyped-call]
+    served = await start_gateway(redis_url=user_url)
+    configure_logging("json", "warning")
+    response = await http.post(f"{served.url}/requests", json={"messages": MESSAGES})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert "eval" not in response.text
+    logged = capfd.readouterr().err
+    assert "request_failed" in logged
+    assert "eval" in logged
 
 
 async def test_with_the_documented_rights_nothing_is_refused(

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from ..client.errors import ClientError
 from ..contract.job import InvalidJob
+from ..telemetry.events import Failing, Telemetry
 from . import chat, models, native
 from .envelope import Envelope
 from .problems import Problem, problem_of
@@ -57,6 +58,7 @@ def build_application(services: Services, why_not_ready: Callable[[], str], room
             Exception: _on_error,
         },
     )
+    app.state.telemetry = services.telemetry
     app.router.redirect_slashes = False
     with_cors = CORSMiddleware(
         app,
@@ -72,7 +74,11 @@ def build_application(services: Services, why_not_ready: Callable[[], str], room
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return problem_response(request.scope, problem_of(error))
+    problem = problem_of(error)
+    if problem.status == 500 and isinstance(error, ClientError):  # the client gets no reason: it names what is ours
+        telemetry: Telemetry = request.app.state.telemetry
+        telemetry.emit(Failing("request_failed", str(error)))
+    return problem_response(request.scope, problem)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..telemetry.events import Telemetry
 from ..telemetry.gateway_events import ProbeServed, RequestServed
 from .access import KEY_NAME, SUBPROTOCOL
-from .outlets import DEFERRED, RAW_SEND
+from .outlets import DEFERRED, RAW_SEND, WIRE
 from .problems import Problem, unavailable
 from .responses import problem_response
 from .tasks import end_tasks
@@ -123,6 +123,7 @@ class Envelope:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         scope[RAW_SEND] = head_only
+        scope.pop(WIRE, None)
         app = asyncio.ensure_future(self._app(scope, receive, head_only))
         is_sent = asyncio.ensure_future(sent.wait())
         try:
