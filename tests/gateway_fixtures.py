@@ -50,6 +50,9 @@ class Served:
         return self.gateway.port
 
 
+_PATIENCE = 60
+"""Seconds without an answer of Redis, which a busy machine delays. A test of an outage sets its own."""
+
 _ENDED_AFTER = 20.0
 """Seconds. A gateway that has not ended then hangs: where, is printed."""
 
@@ -65,7 +68,12 @@ async def start_gateway(redis_url: str) -> AsyncIterator[StartGateway]:
     started: list[tuple[Gateway, asyncio.Task[None]]] = []
 
     async def start(*, keys: str = "", **settings: object) -> Served:
-        given: dict[str, object] = {"redis_url": redis_url, "listen": "127.0.0.1:0", "drain_delay": 0}
+        given: dict[str, object] = {
+            "redis_url": redis_url,
+            "listen": "127.0.0.1:0",
+            "drain_delay": 0,
+            "patience": _PATIENCE,
+        }
         given |= {"keys": keys, "token_secret": SECRET} if keys or "keys_file" in settings else {"no_auth": True}
         rooms = {"rooms": settings.pop("rooms")} if "rooms" in settings else {}
         gateway = Gateway(load_gateway_settings(**given | {"drain_timeout": 2} | settings), **rooms)  # type: ignore[arg-type]
@@ -143,6 +151,7 @@ def start_gateway_process(redis_url: str, tmp_path: Path) -> Iterator[StartGatew
     async def start(*, ready: bool = True, keys: str = "", port: int = 0, **settings: object) -> GatewayProcess:
         port = port or free_port()
         given: dict[str, object] = {"listen": f"127.0.0.1:{port}", "drain_delay": 0, "drain_timeout": 2}
+        given["patience"] = _PATIENCE
         given |= {"keys": keys, "token_secret": SECRET} if keys else {"no_auth": True}
         given |= {"log_format": "json"} | settings
         redis = str(given.pop("redis_url", redis_url))
