@@ -36,7 +36,7 @@ class StreamPace:
     """The silence after which a stream gets a comment."""
     write_timeout: float = 30.0
     """The time after which a client that reads nothing loses its connection."""
-    tick: float = 0.25
+    tick: float = 1.0
     """The time between two checks of all streams."""
 
 
