@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -108,7 +109,12 @@ def _imports_in(line: ast.AST, package: tuple[str, ...], known: Collection[str])
 
 
 _PATHS = {_name_of(path): path for path in sorted(_ROOT.rglob("*.py")) if "_alias" not in path.parts}
-_MODULES = {name: _read_module(path, _PATHS) for name, path in _PATHS.items()}
+
+
+@cache
+def _modules() -> dict[str, _Module]:
+    """The modules by name. They are parsed once, and only in a process that runs these tests."""
+    return {name: _read_module(path, _PATHS) for name, path in _PATHS.items()}
 
 
 def _loaded_with(name: str) -> set[str]:
@@ -117,7 +123,7 @@ def _loaded_with(name: str) -> set[str]:
     while unread:
         if (module := unread.pop()) not in reached:
             reached.add(module)
-            unread += _MODULES[module].imports
+            unread += _modules()[module].imports
     return reached
 
 
@@ -134,7 +140,7 @@ def _definitions(modules: Iterable[_Module], *kinds: type[ast.stmt]) -> dict[str
 def test_packages_import_only_what_is_below_them() -> None:
     forbidden = [
         f"{module.name} imports {name}"
-        for module in _MODULES.values()
+        for module in _modules().values()
         for name in sorted(module.imports)
         if not {name, name.partition(".")[0]} & (_MAY_IMPORT[module.part] | {module.part})
     ]
@@ -142,7 +148,7 @@ def test_packages_import_only_what_is_below_them() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    imports = {module.name: module.imports for module in _MODULES.values()}
+    imports = {module.name: module.imports for module in _modules().values()}
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
@@ -152,19 +158,19 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def test_imports_inside_the_package_are_relative() -> None:
     """The package has two import names, `worker` and `vllm_relay`: an absolute import would load a second copy."""
     makes_the_names = {"__init__", "import_names"}
-    absolute = {module.name for module in _MODULES.values() if module.libraries & {"worker", "vllm_relay"}}
+    absolute = {module.name for module in _modules().values() if module.libraries & {"worker", "vllm_relay"}}
     assert not absolute - makes_the_names
 
 
 def test_the_contract_does_no_io() -> None:
-    in_contract = [module for module in _MODULES.values() if module.part == "contract"]
+    in_contract = [module for module in _modules().values() if module.part == "contract"]
     assert in_contract
     assert not [module.name for module in in_contract if module.libraries & _IO_LIBRARIES]
 
 
 def test_only_telemetry_counts_and_logs() -> None:
     """Other packages emit events. Of structlog they use the context of a log line, such as the request's id, alone."""
-    others = [module for module in _MODULES.values() if module.part != "telemetry"]
+    others = [module for module in _modules().values() if module.part != "telemetry"]
     assert not [module.name for module in others if module.libraries & {"prometheus_client", "logging"}]
     used = {
         (module.name, node.attr)
@@ -177,27 +183,27 @@ def test_only_telemetry_counts_and_logs() -> None:
 
 def test_a_client_loads_nothing_of_the_worker_process() -> None:
     of_the_process = {"engine", "vllm", "telemetry", "settings", "ops", "cli", "sandbox"}
-    clients = [module.name for module in _MODULES.values() if module.part == "client"]
+    clients = [module.name for module in _modules().values() if module.part == "client"]
     loaded = {name for client in clients for name in _loaded_with(client)} - {"telemetry.events"}
     assert clients
     assert not [name for name in loaded if name.partition(".")[0] in of_the_process]
 
 
 def test_no_module_has_more_than_400_lines() -> None:
-    assert not {module.name for module in _MODULES.values() if module.lines > 400}
+    assert not {module.name for module in _modules().values() if module.lines > 400}
 
 
 def test_no_two_classes_share_a_name() -> None:
-    assert not _definitions(_MODULES.values(), ast.ClassDef)
+    assert not _definitions(_modules().values(), ast.ClassDef)
 
 
 def test_no_two_functions_of_the_command_line_share_a_name() -> None:
-    of_cli = [module for module in _MODULES.values() if module.part == "cli"]
+    of_cli = [module for module in _modules().values() if module.part == "cli"]
     assert not _definitions(of_cli, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def test_every_module_says_what_it_is_for() -> None:
-    assert not [module.name for module in _MODULES.values() if not ast.get_docstring(module.tree)]
+    assert not [module.name for module in _modules().values() if not ast.get_docstring(module.tree)]
 
 
 def test_no_test_replaces_a_private_name_of_the_package() -> None:
