@@ -1,13 +1,14 @@
 """An answer put together from the entries of its log, for every course that a log can take."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contract.answer import Answer
+from worker.contract.answer import Answer, Choice
 from worker.contract.entries import (
     BadEntry,
     Cancelled,
@@ -618,3 +619,45 @@ def test_brackets_in_a_text_are_not_levels() -> None:
     entry = parse("1-1", {"type": "delta", "extra": json.dumps({"delta": {"x": "[{" * 500}})})
     assert isinstance(entry, Delta)
     assert entry.extra == {"delta": {"x": "[{" * 500}}
+
+
+def seconds_to_read(make: Any, size: int) -> float:  # noqa: ANN401
+    """The processor time that it takes to assemble an answer of so many deltas, in the fastest of three tries."""
+    whole = answer(OPENED, *(make(n) for n in range(2, size + 2)))
+    tries = []
+    for _ in range(3):
+        began = time.thread_time()
+        whole.completion()
+        tries.append(time.thread_time() - began)
+    return min(tries)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: delta(n, content="x" * 4_000),
+        lambda n: delta(n, reasoning="x" * 4_000),
+        lambda n: delta(n, extra={"delta": {"refusal": "x" * 4_000}}),
+        lambda n: delta(n, tool_calls=[{"index": 0, "function": {"name": "f", "arguments": "x" * 4_000}}]),
+    ],
+)
+def test_the_time_to_assemble_an_answer_grows_no_faster_than_its_text(make: Any) -> None:  # noqa: ANN401
+    short, long = seconds_to_read(make, 250), seconds_to_read(make, 4_000)
+    assert long < 16 * short * 3 + 0.05, f"{long:.3f} s for 16 times the text that took {short:.4f} s"
+
+
+def test_a_choice_made_at_once_equals_one_made_delta_by_delta() -> None:
+    deltas = [
+        delta(2, content="a", reasoning="r", tool_calls=[{"index": 0, "id": "c", "function": {"name": "f"}}]),
+        delta(3, tool_calls=[{"index": 0, "function": {"arguments": '{"a"'}}], logprobs={"content": [{"token": "a"}]}),
+        delta(4, tool_calls=[{"index": 0, "function": {"arguments": ": 1"}}], extra={"delta": {"refusal": "n"}}),
+        delta(5, content="b", tool_calls=[{"index": 0, "function": {"arguments": "}"}}], token_ids=[1]),
+        delta(6, extra={"delta": {"refusal": "o", "parts": [{"index": 0, "text": "x"}]}}, finish_reason="stop"),
+        delta(7, extra={"delta": {"refusal": "!", "parts": [{"index": 0, "text": "y"}]}}),
+    ]
+    one_by_one = Choice()
+    for piece in deltas:
+        one_by_one.add(piece)
+    assert Choice.of(0, deltas) == one_by_one
+    assert one_by_one.tool_calls[0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    assert (one_by_one.refusal, one_by_one.extra["delta"]["parts"]) == ("no!", [{"index": 0, "text": "xy"}])  # type: ignore[index,call-overload]

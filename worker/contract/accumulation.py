@@ -3,7 +3,11 @@
 Strings are joined, lists are extended, objects are accumulated field by field, and a number replaces the one before. A
 piece that is null or empty, or of another type than the value so far, changes nothing. The whole value is changed in
 place, since an answer may have many pieces. A piece is never changed, since it belongs to an entry.
+
+Text stays in pieces until `join_pieces`, since a copy of the whole text for each piece would take quadratic time.
 """
+
+from typing import cast
 
 from .entries import JSON, Object
 
@@ -11,6 +15,31 @@ _NAMING = frozenset({"id", "index", "type", "format"})
 """Fields that identify what a piece belongs to. Servers repeat them in each piece, so the first value stays."""
 
 _EMPTY: tuple[JSON, ...] = (None, "", [], {})
+
+
+class _Pieces:
+    """Text that is not joined yet. It stands in a value as if it were JSON."""
+
+    __slots__ = ("texts",)
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+
+
+def join_pieces(value: JSON) -> JSON:
+    """Join the text in a value, in place; returns the value. Before this, only the functions here can read it."""
+    whole: object = value
+    if isinstance(whole, _Pieces):
+        return "".join(whole.texts)
+    if isinstance(value, dict):
+        for name, part in value.items():
+            if isinstance(part, dict | list | _Pieces):
+                value[name] = join_pieces(part)
+    elif isinstance(value, list):
+        for at, part in enumerate(value):
+            if isinstance(part, dict | list | _Pieces):
+                value[at] = join_pieces(part)
+    return value
 
 
 def accumulate(whole: Object, piece: Object) -> Object:
@@ -22,14 +51,20 @@ def accumulate(whole: Object, piece: Object) -> Object:
 
 def accumulate_value(whole: JSON, piece: JSON, name: str = "") -> JSON:
     """Add the next piece of a value, which is None before the first; returns the value. `name` is its field's name."""
+    text: object = whole
+    if isinstance(text, _Pieces):
+        if isinstance(piece, str):
+            text.texts.append(piece)
+        return whole
     if whole in _EMPTY:
         return whole if piece is None else _first(piece)
     if piece in _EMPTY or name in _NAMING:
         return whole
     match whole, piece:
         case str(), str():
-            # Servers send the name of a function in pieces, or repeat the whole name.
-            return whole if name == "name" and whole == piece else whole + piece
+            if name == "name":  # servers send the name of a function in pieces, or repeat the whole name
+                return whole if whole == piece else whole + piece
+            return cast("JSON", _Pieces(whole, piece))
         case list(), list():
             _extend(whole, piece)
             return whole

@@ -5,7 +5,7 @@ from typing import Self, cast
 
 import msgspec
 
-from .accumulation import accumulate_value, add_tool_call
+from .accumulation import accumulate_value, add_tool_call, join_pieces
 from .entries import (
     JSON,
     TEXT_FIELDS,
@@ -43,10 +43,26 @@ class Choice(msgspec.Struct):
     token_ids: list[int] = msgspec.field(default_factory=list)
     extra: Object = msgspec.field(default_factory=dict)
 
+    @classmethod
+    def of(cls, index: int, deltas: Iterable[Delta]) -> Self:
+        """Make a choice from all of its deltas. The time is linear: `add` copies the whole text for each delta."""
+        choice, content, reasoning = cls(index=index), list[str](), list[str]()
+        for delta in deltas:
+            content.append(delta.content)
+            reasoning.append(delta.reasoning)
+            choice._add_fields(delta)
+        choice.content, choice.reasoning = "".join(content), "".join(reasoning)
+        choice._join()
+        return choice
+
     def add(self, delta: Delta) -> None:
         """Add the next delta of this choice."""
         self.content += delta.content
         self.reasoning += delta.reasoning
+        self._add_fields(delta)
+        self._join()
+
+    def _add_fields(self, delta: Delta) -> None:
         self.finish_reason = delta.finish_reason or self.finish_reason
         self.stop_reason = self.stop_reason if delta.stop_reason is None else delta.stop_reason
         self.token_ids += delta.token_ids
@@ -55,6 +71,12 @@ class Choice(msgspec.Struct):
             add_tool_call(self.tool_calls, piece)
         for name, value in delta.extra.items():
             self.extra[name] = _accumulate_extra(name, self.extra.get(name), value)
+
+    def _join(self) -> None:
+        """Join the text that `_add_fields` has left in pieces."""
+        self.logprobs = join_pieces(self.logprobs)
+        join_pieces(cast("JSON", self.tool_calls))
+        join_pieces(self.extra)
 
     @property
     def refusal(self) -> str:
@@ -149,10 +171,10 @@ class Answer:
     @property
     def choices(self) -> list[Choice]:
         """The choices in the order of their index. Each access builds them again."""
-        choices: dict[int, Choice] = {}
+        deltas: dict[int, list[Delta]] = {}
         for delta in self._deltas:
-            choices.setdefault(delta.index, Choice(index=delta.index)).add(delta)
-        return [choices[index] for index in sorted(choices)]
+            deltas.setdefault(delta.index, []).append(delta)
+        return [Choice.of(index, deltas[index]) for index in sorted(deltas)]
 
     @property
     def text(self) -> str:
@@ -181,7 +203,8 @@ class Answer:
     @property
     def finish_reason(self) -> str:
         """The finish reason of the first choice that has one."""
-        return next((choice.finish_reason for choice in self.choices if choice.finish_reason), "")
+        reasons = {delta.index: delta.finish_reason for delta in self._deltas if delta.finish_reason}
+        return reasons[min(reasons)] if reasons else ""
 
     def finished(self, n: int) -> bool:
         """Whether `n` choices have their finish reason, so that nothing is left to generate."""
