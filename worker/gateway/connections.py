@@ -13,6 +13,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from .connection_parts import LeanEvent, LeanFlowControl, LeanPipeline
 from .envelope import OVERLOADED
 from .outlets import ABORT, WIRE, Wire
 from .problems import Problem
@@ -46,8 +47,21 @@ class Bounds:
 class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
+    # Python stores up to 30 attributes of an instance without a dict, and uvicorn's are 28. A dict takes 1 KiB more.
+    __slots__ = (
+        "_bounds",
+        "_close_after_body",
+        "_discarded",
+        "_head_size",
+        "_in_body",
+        "_in_head",
+        "_is_refused",
+        "_timer",
+    )
+
     def __init__(self, config: Config, server_state: ServerState, bounds: Bounds) -> None:
         super().__init__(config, server_state, {})
+        self.pipeline = cast("Any", LeanPipeline())
         self._bounds = bounds
         self._timer: asyncio.TimerHandle | None = None
         """Ends the connection if the head, or then the body, does not arrive in time."""
@@ -63,6 +77,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
         super().connection_made(cast("asyncio.Transport", transport))  # uvloop's derive from another class
+        self.flow = cast("Any", LeanFlowControl(self.transport))
         # Of a client that does not read, this much is in memory and one frame more.
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         most = self._bounds.max_connections
@@ -155,6 +170,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if not self._should_upgrade():
                 self.cycle.keep_alive = False  # the parser takes what follows for the other protocol
             return
+        self.cycle.message_event = cast("Any", LeanEvent())  # nobody waits yet: the cycle's task has not begun
         self._start_timer(self._bounds.body_timeout)
         # A connection that is closed while a refused body arrives is reset, and the client never reads the response.
         self._close_after_body = not self.cycle.keep_alive
