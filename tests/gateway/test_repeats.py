@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import httpx
@@ -16,6 +17,11 @@ from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
+from worker.contract.keys import Keys
+from worker.gateway.ids import new_id
+from worker.gateway.limits import Limits
+from worker.gateway.noted_calls import NotedCall
+from worker.gateway.repeats import Presence, Repeats
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -42,6 +48,16 @@ async def wait_noted(redis: Redis, count: int = 1) -> None:
         return len(ids) >= count and any(number for _, number in counts)
 
     await eventually(are_noted)
+
+
+@asynccontextmanager
+async def paused_writes(redis: Redis) -> AsyncIterator[None]:
+    """Redis answers no command that writes meanwhile."""
+    await redis.client_pause(60_000, all=False)
+    try:
+        yield
+    finally:
+        await redis.client_unpause()
 
 
 async def wait_left(redis: Redis) -> None:
@@ -214,6 +230,66 @@ async def test_identical_requests_at_once_are_as_many_jobs(
     for post in posts:
         post.close()
     assert await jobs(redis) <= len(posts)
+
+
+async def test_an_answer_that_is_complete_before_its_stream_begins_is_followed_until_nobody_may_attach(
+    patient: Served, redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
+) -> None:
+    """The stream reads its log late, and Redis delays the note that a byte was sent."""
+    page_slots = patient.gateway.services.streams.tails.page_slots
+    taken = 0
+    while not page_slots.locked():
+        await page_slots.acquire()
+        taken += 1
+    first = await RawPost.send(patient.port, BODY)
+    await wait_noted(redis)
+    await start_worker(await start_simulator())
+    (noted,) = [key async for key in redis.scan_iter(NOTED)]
+    (member,) = cast("list[bytes]", await redis.zrange(noted, 0, -1))
+    await client.result(member.decode())
+    async with paused_writes(redis):
+        for _ in range(taken):
+            page_slots.release()
+        assert await first.read_head() == 200
+        assert (await first.read_events())[-1] == "[DONE]"
+        first.close()
+        for _ in range(20):
+            assert await redis.zcard(noted) == 1
+            assert await Presence(redis, Keys()).is_followed(member.decode())
+    second = await RawPost.send(patient.port, BODY)
+    assert await second.read_head() == 200
+    assert second.request_id != first.request_id
+    second.close()
+
+
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "cut"])
+async def test_a_request_is_followed_until_redis_knows_that_nobody_may_attach(
+    redis: Redis, client: Client, *, is_whole: bool
+) -> None:
+    """Redis delays the notes, and the caller that waits for them is cancelled."""
+    keys, request_id = Keys(), new_id("")
+    presence = Presence(redis, keys)
+    repeats = Repeats(redis, keys, client, presence, patience=60)
+    limits = Limits(redis, keys, client, patience=60)
+    noted = NotedCall(repeats, limits, "", "print", request_id, client.expect(request_id))
+    noted.begin()
+    await wait_noted(redis)
+    async with paused_writes(redis):
+        noted.on_first_byte()
+        noted.on_joined()
+        ending = asyncio.create_task(noted.end(is_whole=is_whole))
+        for _ in range(20):
+            assert await presence.is_followed(request_id)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+        assert await presence.is_followed(request_id)
+
+    async def is_free() -> bool:
+        return not await presence.is_followed(request_id)
+
+    await eventually(is_free)
+    assert await redis.zrange(keys.unanswered("print"), 0, -1) == []
+    assert await redis.zcard(keys.asked("print")) == (0 if is_whole else 1)
 
 
 async def test_identical_requests_that_follow_each_other_fast_are_as_many_jobs(

@@ -87,7 +87,7 @@ class ChatCompletions:
     ) -> tuple[str, Callable[[], None]]:
         """Return the id of the request that a call repeats, or of a new one, whose job is then added.
 
-        The function ends the subscription to the feed of a new one. Call it once the request is followed.
+        The function ends the subscription to the feed by which others see that the request is followed.
         """
         services = self._services
         request_id = id_of_key(call.owner, call.key) if call.key else new_id(call.owner)
@@ -100,7 +100,7 @@ class ChatCompletions:
             repeated = await self._repeats.attach(call.fingerprint, request_id, is_retry=call.is_retry)
             if repeated is not None:
                 await services.limits.count(caller)
-                return repeated, _do_nothing
+                return repeated, services.client.expect(repeated)
         release = _do_nothing if is_known else services.client.expect(request_id)
         try:
             await (services.limits.count(caller) if is_known else services.limits.admit(caller, request_id))
@@ -119,13 +119,13 @@ class ChatCompletions:
         self, call: ChatCall, request_id: str, release: Callable[[], None], connection: tuple[Scope, Receive, Send]
     ) -> None:
         """Send the response to a call, up to its end, and then see to its request."""
-        noted = NotedCall(self._repeats, self._services.limits, call.owner, call.fingerprint, request_id)
+        noted = NotedCall(self._repeats, self._services.limits, call.owner, call.fingerprint, request_id, release)
         response: ChunkStream | WholeAnswer
         end: StreamEnd = "shutdown"
         if call.streams:
             response = ChunkStream(
                 self._services.streams, request_id, call.protocol, noted, connection,
-                skip=call.skip, grace=self._services.settings.grace, release=release,
+                skip=call.skip, grace=self._services.settings.grace,
             )  # fmt: skip
         else:
             response = WholeAnswer(self._services.client, request_id, call.protocol, noted, pace=self._pace)
@@ -139,7 +139,6 @@ class ChatCompletions:
                 await response.send(*connection)
             end = response.end
         finally:
-            release()
             del self._open[response]
             if end in {"left", "stalled", "problem"} and call.cancels:
                 self._leaving.on_left(call.owner, request_id, call.fingerprint)

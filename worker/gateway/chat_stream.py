@@ -5,10 +5,10 @@ a browser does not repeat the request by itself. When the process stops, the str
 """
 
 import asyncio
-from collections.abc import Callable
 
 from ..contract.ids import BEFORE_ALL
 from ..telemetry.stream_events import StreamEnd
+from .log_cursor import LogCursor
 from .noted_calls import NotedCall
 from .open_streams import OpenStreams
 from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
@@ -25,22 +25,19 @@ class ChunkStream(LogStream):
     Args:
         skip: how many events the client has. If it has some, the head is sent at once.
         grace: seconds for which the head waits for the first event.
-        release: called once the request is followed.
     """
 
-    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_release", "_scope", "_send", "_timer")
+    __slots__ = ("_grace", "_has_begun", "_headers", "_noted", "_refusal", "_scope", "_send", "_timer")
 
     def __init__(
         self, streams: OpenStreams, request_id: str, protocol: ChatChunks, noted: NotedCall,
         connection: tuple[Scope, Receive, Send], *, skip: int, grace: float,
-        release: Callable[[], None],
     ) -> None:  # fmt: skip
         scope, receive, send = connection
         raw_send = scope.get(RAW_SEND, send)
         super().__init__(streams, request_id, protocol, (scope, receive, raw_send), BEFORE_ALL, skip)
         self._headers = {"X-Request-Id": request_id}
         self._noted = noted
-        self._release = release
         self._grace = 0.0 if skip else grace
         self._scope: Scope | None = scope
         self._send: Send | None = send
@@ -70,6 +67,11 @@ class ChunkStream(LogStream):
             # Before the follower leaves: identical requests would attach to one that nobody follows.
             await self._noted.end(is_whole=True)
         return self.problem
+
+    async def catch_up(self, cursor: LogCursor) -> None:
+        await super().catch_up(cursor)
+        if not (cursor.is_over or cursor.is_behind):
+            self._noted.on_joined()
 
     def stop(self, end: StreamEnd) -> None:
         # An answer cannot be continued by a client of OpenAI, so it may go on until `end_now`.
@@ -114,7 +116,6 @@ class ChunkStream(LogStream):
             forget_request(self._scope)
         self._send = self._scope = None  # they hold the middleware in memory
         self._noted.on_first_byte()
-        self._release()
 
 
 def problem_of_end(code: str, message: str, *, has_key: bool) -> Problem:
