@@ -11,10 +11,12 @@ from gateway_fixtures import KEY_A, KEY_ALL, KEY_B, KEYS, Served, StartGateway
 from redis.asyncio import Redis
 from serving import EventReader, as_json, entries_of
 from waits import eventually
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 from written_log import END, START, WrittenLog, delta
 
 from worker import Client
-from worker.contract.entries import Cancelled, Failed, Object, Started
+from worker.contract.entries import Cancelled, Failed, Object, Restarted, Started
 from worker.contract.ids import SEAL, EntryId
 from worker.gateway.ids import new_id
 
@@ -209,6 +211,39 @@ async def test_a_bad_cursor_is_refused(gateway: Served, http: httpx.AsyncClient,
     assert in_band.text.startswith(f"event: problem\nid: {SEAL}\ndata: ")
     many = await http.get(f"{gateway.url}/events?ids={log.id}&after={log.id}:{cursor}")
     assert many.status_code == 400
+
+
+async def test_a_cursor_that_a_running_log_never_had_is_refused(
+    gateway: Served, http: httpx.AsyncClient, log: WrittenLog
+) -> None:
+    await log.write(START, delta(1, 1))
+    for path in (f"/requests/{log.id}/events?after=3-0", f"/events?ids={log.id}&after={log.id}:3-0"):
+        refused = await http.get(gateway.url + path)
+        assert refused.status_code == 400
+        assert error_of(refused)["code"] == "invalid_cursor"
+        in_band = await http.get(gateway.url + path, headers=EVENT_SOURCE)
+        assert in_band.text.startswith("event: problem\n")
+    async with connect(f"ws://127.0.0.1:{gateway.port}/requests/{log.id}/ws?after=3-0", proxy=None) as websocket:
+        with pytest.raises(ConnectionClosed) as closed:
+            await websocket.recv()
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 4400
+
+
+@pytest.mark.parametrize("cursor", ["1-7", "2-0"])
+async def test_a_cursor_that_a_failover_has_lost_goes_on_after_the_repair(
+    gateway: Served, log: WrittenLog, cursor: str
+) -> None:
+    """The last entries, and the attempt that has begun in them, may be missing on the new master."""
+    await log.write(START, delta(1, 1))
+    paths = (f"/requests/{log.id}/events?after={cursor}", f"/events?ids={log.id}&after={log.id}:{cursor}")
+    readers = [await EventReader.open(gateway.port, path) for path in paths]
+    await log.append(Restarted(id=EntryId(3, 0)))
+    for reader in readers:
+        async for _, _, data in reader.events():
+            assert '"type":"restarted"' in data
+            break
+        reader.close()
 
 
 async def test_after_the_end_an_event_source_is_told_to_stay_away(

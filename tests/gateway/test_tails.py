@@ -13,8 +13,8 @@ from waits import eventually
 from written_log import END, START, WrittenLog, delta
 
 from worker import Client
-from worker.client.errors import Expired, InvalidArgument
-from worker.contract.entries import Delta
+from worker.client.errors import Expired, IncompleteLog, InvalidArgument
+from worker.contract.entries import Delta, Restarted
 from worker.contract.ids import BEFORE_ALL, EntryId
 from worker.gateway.delivery_meter import DeliveryMeter
 from worker.gateway.log_cursor import LogCursor
@@ -206,6 +206,59 @@ async def test_a_log_that_disappears_ends_its_readers(tails: Tails, log: Written
     await redis.delete(log.key)
     with pytest.raises(Expired):
         await reader.task
+
+
+async def joined(reader: Collector) -> None:
+    """Wait until a reader has joined a tail, and so reads the log no more."""
+
+    async def is_joined() -> bool:
+        return not reader.cursor.is_behind
+
+    await eventually(is_joined)
+
+
+async def test_a_reader_with_a_cursor_that_the_log_never_had_disturbs_nobody(tails: Tails, log: WrittenLog) -> None:
+    """Whether it comes first and starts a tail, or joins one, it learns at the end that its entry is missing."""
+    await log.write(START, delta(1, 1))
+    strange = [Collector(tails, log, NativeMessages(), position=EntryId(9, 0))]
+    await joined(strange[0])
+    readers = [Collector(tails, log, NativeMessages()) for _ in range(2)]
+    for reader in readers:
+        await joined(reader)
+    strange.append(Collector(tails, log, NativeMessages(), position=EntryId(1, 50)))
+    await joined(strange[1])
+    await log.append(delta(1, 2), END)
+    for reader in readers:
+        await reader.task
+        assert reader.entries == as_dicts(log)
+    for reader in strange:
+        with pytest.raises(IncompleteLog):
+            await reader.task
+        assert reader.entries == []
+
+
+async def test_readers_go_on_after_a_failover_has_lost_the_end_of_the_log(
+    tails: Tails, log: WrittenLog, redis: Redis
+) -> None:
+    """The tail begins after the log's new end: a reader that comes now finds no place in it."""
+    await log.write(START, *(delta(1, n) for n in range(1, 6)))
+    early = Collector(tails, log, NativeMessages())
+    await early.has(6)
+    await joined(early)
+    await redis.delete(log.key)
+    kept = WrittenLog(redis, log.id)
+    await kept.write(START, delta(1, 1), delta(1, 2))
+    late = Collector(tails, log, NativeMessages())
+    ahead = Collector(tails, log, NativeMessages(), position=EntryId(1, 4))
+    for reader in (late, ahead):
+        await joined(reader)
+    await kept.append(Restarted(id=EntryId(2, 0)), delta(2, 1), END)
+    await asyncio.gather(early.task, late.task, ahead.task)
+    assert late.entries == as_dicts(kept)
+    assert early.entries == as_dicts(log) + as_dicts(kept)[3:]
+    assert ahead.entries == as_dicts(kept)[3:]
+    await tails.aclose()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("tail of")]
 
 
 async def join_at_random(

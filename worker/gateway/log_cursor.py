@@ -44,6 +44,7 @@ class LogCursor:
         "_skip",
         "_tail",
         "_tails",
+        "error",
         "is_over",
         "next",
         "position",
@@ -62,6 +63,8 @@ class LogCursor:
         """See `TailReader`."""
         self.is_over = False
         """Whether everything up to the end of the stream was written."""
+        self.error: Exception | None = None
+        """Why the log cannot be followed any longer. Everything before was written."""
         self._tails = tails
         self._request_id = request_id
         self._protocol = protocol
@@ -82,11 +85,6 @@ class LogCursor:
         return self._tail is not None and self._tail.last.attempt == 0
 
     @property
-    def error(self) -> Exception | None:
-        """Why the log cannot be followed any longer. Everything before was written."""
-        return self._tail.error if self._tail is not None and self.is_over else None
-
-    @property
     def last_frame_at(self) -> float:
         """When the tail last wrote a frame, by the event loop's clock."""
         return self._tail.last_frame_at if self._tail is not None else 0.0
@@ -104,6 +102,7 @@ class LogCursor:
             if tail is not None and tail.admits(read) and read >= self.position and not (self._skip or pieces):
                 self._join(tail, read)
                 return
+            refusing, before = None if self._skip or pieces else tail, read
             read, is_at_end = await self._write_backlog(encoder, read, pieces)
             if not is_at_end:
                 await self._owner.wait_writable()
@@ -111,12 +110,16 @@ class LogCursor:
                 self.is_over = True
             elif self._skip:
                 raise InvalidArgument(f"the answer has {self._skip} events less than the client has received")
-            elif self._tails.find(self._request_id, self._protocol) is None:
+            elif (found := self._tails.find(self._request_id, self._protocol)) is None or (
+                found is refusing and read == before
+            ):
+                # The second case: the tail does not admit the end of the log, since a failover has lost what came
+                # before its window, or since its first reader had a cursor that the log never had.
                 self._join(self._tails.start(self._request_id, self._protocol, encoder, read), read)
 
-    def on_tail_over(self) -> None:
+    def on_tail_over(self, error: Exception | None) -> None:
         """See `TailReader`."""
-        self.is_over = True
+        self.is_over, self.error = True, error
         self._owner.wake()
 
     def on_writable(self) -> None:

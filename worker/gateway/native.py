@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,11 +11,11 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from ..client.async_client import State
 from ..client.errors import ClientError, MappedRetry
 from ..contract.entries import Object
-from ..contract.ids import SEAL, EntryId
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from ..contract.job import InvalidJob
 from .access import Requester
 from .body import body_limit, read_json
-from .event_cursors import cursor_text, parse_cursor
+from .event_cursors import check_place, cursor_text, parse_cursor
 from .ids import id_of_key, new_id
 from .job_options import take_job_options
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
@@ -137,39 +137,26 @@ class _NativeApi:
             if position == SEAL:
                 return Response(status_code=204)  # closes an EventSource that comes back after the end
             await services.client.open(request_id, after=position)
+            await check_place(services, request_id, position)
         except (Problem, ClientError) as error:
             return _in_band(request, problem_of(error))
         return StreamResponse(services.streams, request_id, NativeEvents(), position=position)
 
     async def many_events(self, request: Request) -> "Response | RequestsResponse":
         """GET /events: follow the requests `ids`, or all of the caller's that run, over one connection."""
-        given = request.query_params.get("ids")
-        ids = list(dict.fromkeys(filter(None, (given or "").split(","))))
-        if len(ids) > MOST_REQUESTS:
-            raise Problem(
-                400, "too_many_requests", f"one connection follows at most {MOST_REQUESTS} requests", param="ids"
-            )
-        caller = None
-        if given is None:
-            caller = self._services.access.caller(request)
+        given = _given_ids(request)
+        caller = self._services.access.caller(request) if given is None else None
+        if caller is not None:
             await self._services.limits.count(caller)
-        elif not ids:
-            raise Problem(
-                400, "invalid_request", "ids is empty: give ids of requests, separated by commas", param="ids"
-            )
-        for request_id in ids:
+        for request_id in given or ():
             await self._reader(request, request_id)
         try:
             places = parse_cursors(cursor_text(request))
+            if given and all(places.get(short_id(request_id)) == SEAL for request_id in given):
+                return Response(status_code=204)
+            ids = await self._ids_to_follow(given or (), caller, places)
         except Problem as problem:
             return _in_band(request, problem)
-        if ids and all(places.get(short_id(request_id)) == SEAL for request_id in ids):
-            return Response(status_code=204)
-        for request_id in ids:
-            if places.get(short_id(request_id)) != SEAL:
-                await self._check_known(request_id)
-        if caller is not None:
-            ids = [found for found, _ in await self._running(caller)]
         return RequestsResponse(self, ids, places, caller)
 
     async def running_ids(self, caller: Requester) -> Sequence[str]:
@@ -187,9 +174,18 @@ class _NativeApi:
             await self._services.limits.count(caller)
         return caller
 
-    async def _check_known(self, request_id: str) -> None:
-        if (await self._services.client.status(request_id)).state is State.UNKNOWN:
-            raise not_found()
+    async def _ids_to_follow(
+        self, given: Sequence[str], caller: Requester | None, places: Mapping[str, EntryId]
+    ) -> Sequence[str]:
+        """The given requests, or the caller's that run. Each of them is known, and may have its place."""
+        for request_id in given:
+            is_ended = places.get(short_id(request_id)) == SEAL
+            if not is_ended and (await self._services.client.status(request_id)).state is State.UNKNOWN:
+                raise not_found()
+        ids = given if caller is None else [found for found, _ in await self._running(caller)]
+        for request_id in ids:
+            await check_place(self._services, request_id, places.get(short_id(request_id), BEFORE_ALL))
+        return ids
 
     async def _running(self, caller: Requester) -> list[tuple[str, State]]:
         """The caller's requests that wait or run, the newest first. Those that have ended are forgotten."""
@@ -220,7 +216,7 @@ class RequestsResponse:
     """The response that streams many logs."""
 
     def __init__(
-        self, api: _NativeApi, ids: Sequence[str], places: dict[str, EntryId], caller: Requester | None
+        self, api: _NativeApi, ids: Sequence[str], places: Mapping[str, EntryId], caller: Requester | None
     ) -> None:
         self._api = api
         self._ids = ids
@@ -247,6 +243,19 @@ def _in_band(request: Request, problem: Problem) -> Response:
         return problem_response(request.scope, problem)
     event = named_event("gone" if problem.status == 410 else "problem", SEAL, problem)
     return Response(event, headers=EVENT_STREAM_HEADERS)
+
+
+def _given_ids(request: Request) -> Sequence[str] | None:
+    """The ids that `?ids=` has; None without it."""
+    text = request.query_params.get("ids")
+    if text is None:
+        return None
+    ids = list(dict.fromkeys(filter(None, text.split(","))))
+    if len(ids) > MOST_REQUESTS:
+        raise Problem(400, "too_many_requests", f"one connection follows at most {MOST_REQUESTS} requests", param="ids")
+    if not ids:
+        raise Problem(400, "invalid_request", "ids is empty: give ids of requests, separated by commas", param="ids")
+    return ids
 
 
 def _parse_wait(text: str) -> float:

@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Protocol
 
 from ..client.async_client import Client
+from ..client.errors import IncompleteLog
 from ..contract.entries import AnyEntry
-from ..contract.ids import BEFORE_ALL, EntryId
+from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .delivery_meter import DeliveryMeter
 from .protocols.protocol import Encoder, Frame, StreamProtocol
 
@@ -38,8 +39,8 @@ class TailReader(Protocol):
         An attribute, and not a method, because it is called for each entry and reader.
         """
 
-    def on_tail_over(self) -> None:
-        """Called when the log has ended, or can no longer be followed. See `Tail.error`."""
+    def on_tail_over(self, error: Exception | None) -> None:
+        """Called when the log has ended, or when the reader cannot follow it any longer, which is an error."""
 
 
 class Tail:
@@ -68,7 +69,7 @@ class Tail:
         self._live: tuple[TailReader, ...] = ()
         """The readers that have every frame. Each change makes a new tuple, so that one can be iterated over."""
         self._ahead: list[tuple[EntryId, TailReader]] = []
-        """Readers that have read more of the log than the tail has received yet."""
+        """Readers that have more of the log than the tail has received yet, or more than the log still has."""
         self._readers: dict[TailReader, None] = {}
         self._time = asyncio.get_running_loop().time
         self.pump = asyncio.create_task(self._follow(after), name=f"tail of {request_id}")
@@ -105,7 +106,7 @@ class Tail:
                 if not reader.write(frame):
                     return True
         if self.is_over:
-            reader.on_tail_over()
+            reader.on_tail_over(self.error)
         elif reader not in self._live:
             self._live = (*self._live, reader)
         return True
@@ -160,13 +161,15 @@ class Tail:
         self.is_over = True
         self._tails.remove(self)
         for reader in self._live:
-            reader.on_tail_over()
+            reader.on_tail_over(self.error)
         for _, reader in self._ahead:
             reader.next = self.end
-            reader.on_tail_over()
+            reader.on_tail_over(self.error)
 
     def _add(self, entry: AnyEntry) -> None:
         arrived_at = self._time()
+        if entry.id == SEAL and self._ahead:
+            self._refuse_ahead()
         piece = self._encoder.encode(entry)
         self.last = last = entry.id
         if piece:
@@ -203,6 +206,13 @@ class Tail:
             reader.next = self._number_after(position)  # a failover may have lost entries that the reader has
             self.resume(reader)
 
+    def _refuse_ahead(self) -> None:
+        """End the readers whose entry the log does not have: every entry before the seal has arrived."""
+        ahead, self._ahead = self._ahead, []
+        for position, reader in ahead:
+            reader.next = self.end
+            reader.on_tail_over(IncompleteLog(self.request_id, position, is_cursor=True))
+
 
 class _StreamOver(Exception):
     """The stream has ended before its log."""
@@ -223,6 +233,7 @@ class Tails:
         self.page_slots = asyncio.Semaphore(_READERS)
         """Bounds how many pages of logs are in memory at once."""
         self._tails: dict[tuple[str, StreamProtocol], Tail] = {}
+        self._open: set[Tail] = set()
         self._ending: set[asyncio.Task[None]] = set()
 
     def find(self, request_id: str, protocol: StreamProtocol) -> Tail | None:
@@ -230,12 +241,17 @@ class Tails:
         return self._tails.get((request_id, protocol))
 
     def start(self, request_id: str, protocol: StreamProtocol, encoder: Encoder, after: EntryId) -> Tail:
-        """Start a tail after an entry. The encoder has encoded everything up to this entry."""
+        """Start a tail after an entry. The encoder has encoded everything up to this entry.
+
+        Later readers join this tail. One that was there before goes on until its last reader leaves.
+        """
         tail = self._tails[request_id, protocol] = Tail(self, request_id, protocol, encoder, after)
+        self._open.add(tail)
         return tail
 
     def remove(self, tail: Tail) -> None:
         """Forget a tail that is over, and stop following its log."""
+        self._open.discard(tail)
         key = tail.request_id, tail.protocol
         if self._tails.get(key) is tail:
             del self._tails[key]
@@ -246,6 +262,6 @@ class Tails:
 
     async def aclose(self) -> None:
         """Stop following every log."""
-        for tail in list(self._tails.values()):
+        for tail in list(self._open):
             self.remove(tail)
         await asyncio.gather(*self._ending, return_exceptions=True)

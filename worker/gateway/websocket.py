@@ -6,7 +6,7 @@ from ..client.errors import ClientError
 from ..contract.ids import SEAL
 from .access import SUBPROTOCOL
 from .envelope import refuse_websocket
-from .event_cursors import parse_cursor
+from .event_cursors import check_place, parse_cursor
 from .outlets import RAW_SEND, Receive, Scope, Send
 from .problems import Problem, problem_of
 from .protocols.native import NativeMessages
@@ -50,6 +50,7 @@ class RequestWebSocket:
             position = parse_cursor(connection.query_params.get("after", ""))
             if position != SEAL:
                 await services.client.open(request_id, after=position)
+                await check_place(services, request_id, position)
         except (Problem, ClientError) as error:
             await refuse_websocket(scope, receive, send, problem_of(error))
             return
