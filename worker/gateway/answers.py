@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from ..client.async_client import Client
 from ..client.errors import ClientError
 from ..contract.answer import Answer
-from ..contract.entries import Cancelled, Done, Failed, Object, to_json
+from ..contract.entries import Cancelled, Done, Failed, Object
 from ..telemetry.stream_events import StreamEnd
 from .chat_stream import problem_of_end
+from .held_answers import SMALL, HeldAnswer, HeldAnswers, size_of
+from .large_json import json_pieces, send_pieces
 from .noted_calls import NotedCall
 from .outlets import ABORT, Receive, Scope, Send
-from .problems import Problem, problem_of
+from .problems import Problem, problem_of, unavailable
 from .protocols.chat_chunks import INTERRUPTED, STOPPING, ChatChunks
 from .responses import problem_response
 from .stream_response import response_start
@@ -40,8 +42,8 @@ class WholeAnswer:
     """The response with one answer. `end` is why it ended, once `send` has returned."""
 
     def __init__(
-        self, client: Client, request_id: str, options: ChatChunks, noted: NotedCall, *,
-        pace: AnswerPace,
+        self, client: Client, request_id: str, options: ChatChunks, noted: NotedCall, held: HeldAnswers, *,
+        pace: AnswerPace, write_timeout: float,
     ) -> None:  # fmt: skip
         self.end: StreamEnd = "done"
         self.has_begun = False
@@ -50,7 +52,9 @@ class WholeAnswer:
         self._options = options
         self._noted = noted
         self._headers = {"X-Request-Id": request_id}
+        self._held = held
         self._pace = pace
+        self._write_timeout = write_timeout
         self._stopping = asyncio.Event()
 
     def end_now(self) -> None:
@@ -59,8 +63,12 @@ class WholeAnswer:
 
     async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait for the answer, and send it."""
+        with self._held.hold() as held:
+            await self._send(held, scope, receive, send)
+
+    async def _send(self, held: HeldAnswer, scope: Scope, receive: Receive, send: Send) -> None:
         waits: list[asyncio.Task[object]] = [
-            asyncio.create_task(_run(self._answer())),
+            asyncio.create_task(_run(self._body(held))),
             asyncio.create_task(_run(_wait_left(receive))),
             asyncio.create_task(_run(self._stopping.wait())),
         ]
@@ -82,31 +90,53 @@ class WholeAnswer:
                 wait.cancel()
             await asyncio.wait(waits)
 
-    async def _answer(self) -> Answer | Problem:
-        answer = Answer()
+    async def _body(self, held: HeldAnswer) -> Object | Problem:
         try:
             self._noted.begin()
-            async with aclosing(self._client.follow(self._request_id)) as entries:
-                async for entry in entries:
-                    answer.add(entry)
-                # Before the follower leaves: identical requests would attach to one that nobody follows.
-                await self._noted.end(is_whole=not self.has_begun or isinstance(answer.end, Done))
-        except ClientError as error:
+            answer = await self._follow()
+            if isinstance(answer.end, Done) and answer.opened is None:
+                answer = await self._read(held)
+        except (ClientError, Problem) as error:
             self.end = "problem"
             return problem_of(error)
         if isinstance(answer.end, Failed):
             return problem_of_end(answer.end.code, answer.end.message, has_key=self._noted.has_key)
         if isinstance(answer.end, Cancelled):
             return problem_of_end("cancelled", "the request was cancelled", has_key=self._noted.has_key)
+        if held.is_large:  # the steps of a thread take turns with the event loop
+            return await asyncio.to_thread(completion, answer, self._options)
+        return completion(answer, self._options)
+
+    async def _follow(self) -> Answer:
+        """Wait for the end. Of a large answer only the end is kept: it is read once it is complete."""
+        answer, size = Answer(), 0
+        async with aclosing(self._client.follow(self._request_id)) as entries:
+            async for entry in entries:
+                size += size_of(entry)
+                if size > SMALL:
+                    answer = Answer()
+                answer.add(entry)
+            # Before the follower leaves: identical requests would attach to one that nobody follows.
+            await self._noted.end(is_whole=not self.has_begun or isinstance(answer.end, Done))
+        return answer
+
+    async def _read(self, held: HeldAnswer) -> Answer:
+        answer = Answer()
+        async for page in self._client.pages(self._request_id):
+            for entry in page:
+                answer.add(entry)
+                await held.add(entry)
+        if answer.end is None:
+            raise unavailable()
         return answer
 
     async def _respond(self, result: object, scope: Scope, send: Send) -> None:
         if isinstance(result, Problem):
             await self._refuse(result, scope, send)
-        elif isinstance(result, Answer):
-            await self._begin(send)
-            body = to_json(completion(result, self._options)).encode()
-            await send({"type": "http.response.body", "body": body, "more_body": False})
+            return
+        await self._begin(send)
+        if not await send_pieces(json_pieces(result), scope, send, self._write_timeout):
+            self.end = "stalled"
 
     async def _refuse(self, problem: Problem, scope: Scope, send: Send) -> None:
         if self.has_begun:

@@ -128,7 +128,11 @@ class ChatCompletions:
                 skip=call.skip, grace=self._services.settings.grace,
             )  # fmt: skip
         else:
-            response = WholeAnswer(self._services.client, request_id, call.protocol, noted, pace=self._pace)
+            services = self._services
+            response = WholeAnswer(
+                services.client, request_id, call.protocol, noted, services.held,
+                pace=self._pace, write_timeout=services.settings.write_timeout,
+            )  # fmt: skip
         self._open[response] = None
         if self._ends_at <= asyncio.get_running_loop().time():
             response.end_now()

@@ -18,6 +18,7 @@ from .body import body_limit, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
 from .ids import id_of_key, new_id
 from .job_options import take_job_options
+from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
 from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
 from .problems import Problem, not_found, problem_of
@@ -96,7 +97,7 @@ class _NativeApi:
             ]
         return json_response({"requests": [{"id": found, "state": state.value} for found, state in running]})
 
-    async def state(self, request: Request) -> Response:
+    async def state(self, request: Request) -> "LargeJson":
         """GET /requests/{id}: the state, the text so far, the usage, and a read token for the bearer of a key.
 
         With `?wait=` it comes after the end, or after so many seconds.
@@ -104,17 +105,21 @@ class _NativeApi:
         services, request_id = self._services, request.path_params["id"]
         caller = await self._reader(request, request_id)
         wait = _parse_wait(request.query_params.get("wait", "0"))
-        state = RequestState(services.client, request_id, services.streams.position)
-        await state.read()
-        if wait and not state.has_ended and not self._ending.is_set():
-            await self._wait(state, wait)
-        if state.has_ended and caller is not None:
-            with contextlib.suppress(ClientError):
-                await services.limits.ended(caller.owner, request_id)
-        shown = await state.as_dict()
-        if caller is not None and (token := services.access.tokens.token_for(request_id)):
-            shown["token"] = token  # a page that has a key needs one for its EventSource
-        return json_response(shown, headers={"X-Request-Id": request_id})
+        timeout = services.settings.write_timeout
+        with contextlib.ExitStack() as stack:
+            held = stack.enter_context(services.held.hold(timeout))
+            state = RequestState(services.client, request_id, services.streams.position, held)
+            if wait and not self._ending.is_set():
+                await self._wait(state, wait)
+            await state.read()
+            if state.has_ended and caller is not None:
+                with contextlib.suppress(ClientError):
+                    await services.limits.ended(caller.owner, request_id)
+            shown = await state.as_dict()
+            if caller is not None and (token := services.access.tokens.token_for(request_id)):
+                shown["token"] = token  # a page that has a key needs one for its EventSource
+            on_end = stack.pop_all().close
+        return LargeJson(shown, {"X-Request-Id": request_id}, write_timeout=timeout, on_end=on_end)
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /requests/{id}: cancel a request. One that has ended stays as it is."""

@@ -9,6 +9,7 @@ from ..client.async_client import Client
 from ..contract.keys import Keys
 from ..telemetry.events import Telemetry
 from .access import Access
+from .held_answers import HeldAnswers
 from .limits import Limits
 from .open_streams import OpenStreams
 from .settings import GatewaySettings
@@ -35,5 +36,7 @@ class Services:
 
     `streams.end_all` is the first.
     """
+    held: HeldAnswers = field(default_factory=HeldAnswers)
+    """The bound on answers that are sent as a whole."""
     is_stopping: Callable[[], bool] = lambda: False
     """Whether SIGTERM has come. Streams that begin now still get all that they can."""
