@@ -198,6 +198,8 @@ BAD: dict[str, tuple[Any, dict[str, str], int]] = {
     "stream_options as list": (BODY | {"stream_options": []}, {}, 400),
     "a field of the worker": (BODY | {"kv_transfer_params": {}}, {}, 400),
     "relay as list": (BODY | {"relay": [1]}, {}, 400),
+    "relay as empty list": (BODY | {"relay": []}, {}, 400),
+    "tenant with a line break": (BODY | {"relay": {"tenant": "x\ny"}}, {}, 400),
     "unknown option": (BODY | {"relay": {"priority": 1}}, {}, 400),
     "id as option": (BODY | {"relay": {"id": "mine"}}, {}, 400),
     "timeout as text": (BODY | {"relay": {"timeout": "soon"}}, {}, 400),

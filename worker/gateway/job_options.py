@@ -31,7 +31,9 @@ def take_job_options(
     Raises:
         Problem: when an option is unknown or malformed (400), or the caller may not use it (403).
     """
-    given = body.pop(FIELD, None) or {}
+    given = body.pop(FIELD, None)
+    if given is None:
+        given = {}
     if not isinstance(given, dict):
         raise _invalid("must be an object")
     if unknown := sorted(given.keys() - _OPTIONS):
@@ -42,6 +44,8 @@ def take_job_options(
         raise _invalid("holds a queue that is no text")
     caller.check_queue(queue)
     tenant = options.get("tenant")
+    if isinstance(tenant, str) and not tenant.isprintable():  # logs and metrics show it
+        raise _invalid("holds a tenant with characters that cannot be printed")
     if tenant is not None and caller.key is not None and not caller.sees_all and tenant != caller.tenant:
         raise Problem(403, "tenant_not_allowed", "this key may not name another tenant", param=FIELD)
     if tenant is None and caller.tenant:
