@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -18,7 +19,7 @@ from waits import eventually
 
 from worker import Client
 from worker.contract.keys import Keys
-from worker.gateway.ids import new_id
+from worker.gateway.ids import new_id, owner_hash
 from worker.gateway.limits import Limits
 from worker.gateway.noted_calls import NotedCall
 from worker.gateway.repeats import Presence, Repeats
@@ -194,6 +195,29 @@ async def test_a_retry_does_not_attach_to_an_answer_that_somebody_has_got(
         await post.read_events()
         post.close()
     assert len(simulator.served) == 3
+
+
+@pytest.mark.parametrize("retry", ["0", "1"], ids=["hidden", "counted"])
+async def test_a_repetition_that_a_limit_refused_attaches_later(
+    start_gateway: StartGateway, redis: Redis, retry: str
+) -> None:
+    a_minute = KEYS.replace('name = "a"', 'name = "a"\nrequests_per_minute = 1')
+    limited, gateway = [await start_gateway(grace=30, keys=keys) for keys in (a_minute, KEYS)]
+    headers: dict[str, Any] = {"Authorization": f"Bearer {KEY_A}", "x_stainless_retry_count": retry}
+    first = await RawPost.send(gateway.port, BODY, **headers)
+    await wait_noted(redis)
+    first.reset()
+    await wait_left(redis)
+    minute = int(time.time()) // 60
+    for now in (minute, minute + 1):
+        await redis.set(Keys().rate(owner_hash("key:a"), now), 1, ex=120)
+    refused = await RawPost.send(limited.port, BODY, **headers)
+    assert await refused.read_head() == 429
+    refused.close()
+    third = await RawPost.send(gateway.port, BODY, **headers)
+    await wait_noted(redis)
+    assert await jobs(redis) == 1
+    third.reset()
 
 
 async def test_a_retry_after_a_refusal_is_a_new_job(

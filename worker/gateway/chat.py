@@ -97,9 +97,10 @@ class ChatCompletions:
             if call.skip and not is_known:
                 raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
         else:
-            repeated = await self._repeats.attach(call.fingerprint, request_id, is_retry=call.is_retry)
+            repeated = await self._repeats.attach(
+                call.fingerprint, request_id, is_retry=call.is_retry, count=partial(services.limits.count, caller)
+            )
             if repeated is not None:
-                await services.limits.count(caller)
                 return repeated, services.client.expect(repeated)
         release = _do_nothing if is_known else services.client.expect(request_id)
         try:

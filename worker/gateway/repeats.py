@@ -18,7 +18,7 @@ again soon.
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import cast
 
 from redis.asyncio import Redis
@@ -92,13 +92,16 @@ class Repeats:
         self.presence = presence
         self._retry = MappedRetry(patience)
 
-    async def attach(self, fingerprint: str, new_id: str, *, is_retry: bool) -> str | None:
+    async def attach(
+        self, fingerprint: str, new_id: str, *, is_retry: bool, count: Callable[[], Awaitable[object]]
+    ) -> str | None:
         """Find the request that this one repeats, and claim it; returns its id, or None for a new request.
 
         Args:
             fingerprint: see `fingerprint`.
             new_id: the id of the request if it is new. It is marked as one that soon has a follower.
             is_retry: whether an SDK states that this is a retry.
+            count: counts a repetition, or raises. The next repetition may then attach.
 
         Raises:
             ClientError: when Redis does not answer.
@@ -113,6 +116,11 @@ class Repeats:
                 claimed = await self._claim(fingerprint, found, is_retry=is_retry)
         if claimed is not None:
             await self._retry(self.forget, fingerprint, new_id)
+            try:
+                await count()
+            except BaseException:
+                await self._retry(self.note, fingerprint, claimed, is_answered=is_retry)
+                raise
         return claimed
 
     async def note(self, fingerprint: str, request_id: str, *, is_answered: bool) -> None:
