@@ -223,6 +223,8 @@ async def test_a_cursor_that_a_running_log_never_had_is_refused(
         assert error_of(refused)["code"] == "invalid_cursor"
         in_band = await http.get(gateway.url + path, headers=EVENT_SOURCE)
         assert in_band.text.startswith("event: problem\n")
+        again = await http.get(gateway.url + path, headers=EVENT_SOURCE | {"Last-Event-ID": str(SEAL)})
+        assert again.status_code == 204
     async with connect(f"ws://127.0.0.1:{gateway.port}/requests/{log.id}/ws?after=3-0", proxy=None) as websocket:
         with pytest.raises(ConnectionClosed) as closed:
             await websocket.recv()

@@ -93,4 +93,12 @@ def test_a_log_that_is_gone_closes_an_event_source_at_its_next_try() -> None:
     """The event has the seal's id, with which the next request is answered with 204."""
     gone = NativeEvents().failed(Problem(410, "gone", "the log has expired")).decode().split("\n")
     assert gone[:2] == ["event: gone", f"id: {SEAL}"]
-    assert NativeEvents().failed(Problem(503, "unavailable", "later")).startswith(b"event: problem\n")
+    problem = NativeEvents().failed(Problem(500, "internal", "no")).decode().split("\n")
+    assert problem[:2] == ["event: problem", f"id: {SEAL}"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_after_a_temporary_problem_an_event_source_goes_on_from_where_it_is(status: int) -> None:
+    busy = NativeEvents().failed(Problem(status, "unavailable", "later"))
+    assert b"event: busy\ndata: {" in busy
+    assert b"id:" not in busy

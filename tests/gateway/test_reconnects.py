@@ -6,11 +6,12 @@ from typing import TypeAlias
 import pytest
 from example_logs import LOGS
 from gateway_fixtures import Served, StartGateway
+from proxy import Proxy
 from redis.asyncio import Redis
 from serving import EventReader, as_json, entries_of
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
-from written_log import WrittenLog
+from written_log import END, START, WrittenLog, delta
 
 from worker.contract.entries import AnyEntry, Object, Unknown
 
@@ -85,3 +86,27 @@ async def test_a_live_reader_that_is_cut_after_every_entry_gets_each_once(
         after = str(found["id"])
         await rest.aclose()
     assert got == [as_json(entry.as_dict()) for entry in entries]
+
+
+@pytest.mark.parametrize("path", ["/requests/r/events", "/events?ids=r"])
+async def test_an_outage_longer_than_the_patience_ends_no_event_source_for_ever(
+    redis_proxy: Proxy, start_gateway: StartGateway, log: WrittenLog, path: str
+) -> None:
+    """The stream ends without an id, so its reader comes back to the place where it is."""
+    await log.write(START, delta(1, 1))
+    gateway = await start_gateway(redis_url=redis_proxy.redis_url, patience=1)
+    reader = await EventReader.open(gateway.port, path)
+    events = reader.events()
+    cursor, _, _ = await anext(events)
+    redis_proxy.refuse()
+    await redis_proxy.cut()
+    assert [(event_id, name) async for event_id, name, _ in events] == [("", "busy")]
+    assert reader.is_whole
+    await redis_proxy.heal()
+    await log.append(delta(1, 2), END)
+    again = await EventReader.open(gateway.port, path, Last_Event_ID=cursor)
+    assert again.status == 200
+    text = (await again.body()).decode()
+    assert '"id":"1-2"' in text
+    assert '"type":"done"' in text
+    assert '"id":"1-1"' not in text

@@ -109,10 +109,13 @@ class RequestsStream(ClientStream):
         try:
             while self._cursors or refresh:
                 for request_id, cursor in list(self._cursors.items()):
-                    if cursor.is_behind:
-                        await self._catch_up(request_id, cursor)
-                    if cursor.is_over:
-                        await self._end(request_id, cursor.error)
+                    error: Exception | None = await self._catch_up(cursor) if cursor.is_behind else None
+                    if error is None and cursor.is_over:
+                        error = cursor.error
+                    if error is not None and problem_of(error).is_temporary:
+                        return problem_of(error)  # the client comes back, to the same place in every log
+                    if error is not None or cursor.is_over:
+                        await self._end(request_id, error)
                 is_idle = not any(cursor.is_behind or cursor.is_over for cursor in self._cursors.values())
                 if is_idle and (self._cursors or refresh):
                     await self.wait()
@@ -148,11 +151,12 @@ class RequestsStream(ClientStream):
     def _cursor(self) -> bytes:
         return ",".join([f"{name}:{_END if place == SEAL else place}" for name, place in self._places.items()]).encode()
 
-    async def _catch_up(self, request_id: str, cursor: LogCursor) -> None:
+    async def _catch_up(self, cursor: LogCursor) -> ClientError | None:
         try:
             await self.catch_up(cursor)
         except ClientError as error:
-            await self._end(request_id, error)
+            return error
+        return None
 
     async def _end(self, request_id: str, error: Exception | None) -> None:
         """Forget a log that has ended. An error is reported in an event, and the others go on."""

@@ -156,6 +156,8 @@ class _NativeApi:
         for request_id in given or ():
             await self._reader(request, request_id)
         try:
+            if cursor_text(request) == str(SEAL):
+                return Response(status_code=204)  # an EventSource comes back after a refusal in the stream
             places = parse_cursors(cursor_text(request))
             if given and all(places.get(short_id(request_id)) == SEAL for request_id in given):
                 return Response(status_code=204)
@@ -244,7 +246,7 @@ class RequestsResponse:
 
 def _in_band(request: Request, problem: Problem) -> Response:
     """A problem for the reader of a stream. An EventSource gets an event, after which its next try gets 204."""
-    if not is_event_source(request.scope) or problem.status in {404, 429, 503}:
+    if not is_event_source(request.scope) or problem.status == 404 or problem.is_temporary:
         return problem_response(request.scope, problem)
     event = named_event("gone" if problem.status == 410 else "problem", SEAL, problem)
     return Response(event, headers=EVENT_STREAM_HEADERS)

@@ -84,6 +84,11 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     @property
+    def is_temporary(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status in (429, 503)
+
+    @property
     def error(self) -> dict[str, str | None]:
         """The error object: what stands under `error` in a body and in an event."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}

@@ -27,7 +27,7 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
 
     An EventSource gets a temporary one as an event, and connects again after the pause that the response asks for.
     """
-    if problem.status in (429, 503) and is_event_source(scope):
+    if problem.is_temporary and is_event_source(scope):
         pause = int(problem.headers.get("Retry-After", RETRY_AFTER))
         content = b"retry: %d\nevent: busy\ndata: %s\n\n" % (pause * 1000, problem.body)
         return Response(content, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")

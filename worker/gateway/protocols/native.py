@@ -79,6 +79,8 @@ class NativeEvents(StreamProtocol):
         return b"retry: 1000\n\n"
 
     def failed(self, problem: StreamProblem) -> bytes:
+        if problem.is_temporary:  # no id, so the reader comes back to the place where it is
+            return self.interrupted() + b"event: busy\ndata: %b\n\n" % _encode(error_object(problem))
         # The id is the seal's, so the next connection of an EventSource is answered with 204, which closes it.
         return named_event("gone" if problem.status in {404, 410} else "problem", SEAL, problem)
 
