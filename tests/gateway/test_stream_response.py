@@ -211,6 +211,29 @@ async def test_a_websocket_that_is_refused_gets_a_close_code(
     assert closed.value.rcvd.code == code
 
 
+async def test_every_message_of_a_websocket_is_an_array_of_entries(
+    start_gateway: StartGateway, log: WrittenLog
+) -> None:
+    """Also in the silence in which an event stream gets comments."""
+    gateway = await start_gateway(heartbeat=0.1)
+    await log.write(Queued(id=QUEUED))
+    events = await EventReader.open(gateway.port, f"/requests/{log.id}/events")
+    async with connect(f"ws://127.0.0.1:{gateway.port}/requests/{log.id}/ws", proxy=None) as websocket:
+        messages = [await websocket.recv()]
+        reading = asyncio.create_task(events.entries())
+
+        async def is_silent() -> bool:
+            return len(events.comments) > 2
+
+        await eventually(is_silent)
+        await log.append(START, END)
+        with pytest.raises(ConnectionClosed):  # noqa: PT012 - the messages end with the connection
+            while True:
+                messages.append(await websocket.recv())
+        assert len(await reading) == 3
+    assert [entry["type"] for message in messages for entry in entries_of(message)] == ["queued", "started", "done"]
+
+
 async def test_a_websocket_is_told_to_come_back_after_a_restart(start_gateway: StartGateway, log: WrittenLog) -> None:
     gateway = await start_gateway()
     await log.write(START)

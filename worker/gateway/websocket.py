@@ -22,6 +22,10 @@ class WebSocketStream(LogStream):
 
     __slots__ = ()
 
+    @property
+    def waiting_request(self) -> str:
+        return ""  # no message has a place in a queue: `GET /requests/{id}` has it
+
     async def finish(self, last: bytes) -> None:
         """See `ClientStream`. The server waits for the client's close frame before it ends the connection."""
         if last:

@@ -102,6 +102,9 @@ class NativeMessages(StreamProtocol):
     def message(self, frame: bytes) -> Message:
         return {"type": "websocket.send", "text": frame.decode()}
 
+    def heartbeat(self, text: str) -> bytes:  # noqa: ARG002 - see below
+        return b""  # every message is an array of entries; the server's pings keep the connection open
+
     def failed(self, problem: StreamProblem) -> bytes:  # noqa: ARG002 - the close code and its reason report it
         return b""
 

@@ -84,7 +84,10 @@ class StreamProtocol(ABC):
         return {"type": "http.response.body", "body": frame, "more_body": True}
 
     def heartbeat(self, text: str) -> bytes:
-        """Return a comment, which keeps proxies from closing the connection. Readers ignore it."""
+        """Return a comment, which keeps proxies from closing the connection; b"" if something else does.
+
+        Readers ignore it.
+        """
         return b": %b\n\n" % text.encode()
 
     def interrupted(self) -> bytes:
