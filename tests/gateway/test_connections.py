@@ -138,6 +138,18 @@ async def test_a_head_that_is_too_large_is_refused(served: Served) -> None:
     assert (status, error["code"]) == (431, "headers_too_large")
 
 
+async def test_a_head_that_is_too_large_is_refused_also_if_it_arrives_at_once(served: Served) -> None:
+    status, error = parts(await exchange(served.port, GET + b"X: " + b"y" * 70_000 + b"\r\n\r\n"))
+    assert (status, error["code"]) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("method", [b"POST", b"GET"])
+async def test_a_handshake_of_a_websocket_with_a_body_is_refused(served: Served, method: bytes) -> None:
+    head = method + b" /requests/abc/ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    status, error = parts(await exchange(served.port, head + b"Content-Length: 3\r\n\r\nabc"))
+    assert (status, error["code"]) == (400, "malformed_http")
+
+
 async def test_200_silent_connections_end_by_themselves_and_stop_nobody(
     served: Served, http: httpx.AsyncClient
 ) -> None:

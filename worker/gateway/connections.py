@@ -66,6 +66,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         """Ends the connection if the head, or then the body, does not arrive in time."""
         self._head_size = 0
+        self._fields_size = 0
+        self._is_head_large = False
         self._in_head = False
         """Whether a request has begun whose head is not complete."""
         self._in_body = False
@@ -101,8 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             if self._should_upgrade():
-                self._stop_timer()
-                self.handle_websocket_upgrade()
+                self._upgrade()
                 return
         except httptools.HttpParserError:
             self.send_400_response("")
@@ -116,7 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_size += len(data)
             if self._head_size > _LARGEST_HEAD:
-                self._refuse(Problem(431, "headers_too_large", f"the headers have more than {_LARGEST_HEAD} bytes"))
+                self._refuse_head()
                 return
         self._start_timer(self._bounds.header_timeout)
 
@@ -138,18 +139,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
         """Refuse what is no HTTP, or has two meanings."""
-        self._refuse(Problem(400, "malformed_http", "this is no valid HTTP request"))
+        if self._is_head_large:
+            self._refuse_head()
+        else:
+            self._refuse(Problem(400, "malformed_http", "the request must be valid HTTP"))
 
     # Callbacks of the parser.
 
     def on_message_begin(self) -> None:
         """See httptools."""
         super().on_message_begin()
+        self._fields_size = 0
         self._in_head = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """See httptools. Fields after the body are ignored: they could pass for headers that a proxy has checked."""
         if self._in_head:
+            self._fields_size += len(name) + len(value)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -159,6 +165,9 @@ class BoundedProtocol(HttpToolsProtocol):
             ValueError: when the head has two meanings; httptools raises an `HttpParserError` from it.
         """
         self._check_head()
+        if len(self.url) + self._fields_size > _LARGEST_HEAD:  # a head may arrive in one piece
+            self._is_head_large = True
+            raise ValueError("the head is too large")
         self._in_head, self._in_body, self._head_size, self._discarded = False, True, 0, 0
         self._stop_timer()
         cast("dict[str, object]", self.scope)[ABORT] = self.transport.abort
@@ -216,6 +225,17 @@ class BoundedProtocol(HttpToolsProtocol):
         names = {name for name, _ in self.headers}
         if b"transfer-encoding" in names and (b"content-length" in names or self.parser.get_http_version() != "1.1"):
             raise ValueError("the length of the body has two meanings")
+
+    def _upgrade(self) -> None:
+        self._stop_timer()
+        lengths = {name for name, value in self.headers if value != b"0"} & {b"content-length", b"transfer-encoding"}
+        if self.scope["method"] == "GET" and not lengths:
+            self.handle_websocket_upgrade()
+        else:  # the server of WebSockets would wait in silence for the rest of such a request
+            self.send_400_response("")
+
+    def _refuse_head(self) -> None:
+        self._refuse(Problem(431, "headers_too_large", f"the headers have more than {_LARGEST_HEAD} bytes"))
 
     def _refuse(self, problem: Problem) -> None:
         """Write a response and close. Where a response has begun, its connection is cut.
