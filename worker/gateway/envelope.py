@@ -74,7 +74,7 @@ class Envelope:
                 kind(
                     method=scope.get("method", "GET"),
                     route=getattr(scope.get("route"), "path", "other"),
-                    path=scope["path"][:200],
+                    path=scope["path"].partition("?")[0][:200],  # a client may encode the ? before a token
                     status=status or 499,
                     seconds=round(time.monotonic() - began, 6),
                     key=scope.get(KEY_NAME, ""),
