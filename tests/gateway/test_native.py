@@ -127,6 +127,11 @@ async def test_bad_options_are_refused_and_nothing_is_queued(
     assert (await http.get(f"{gateway.url}/requests")).json()["requests"] == []
 
 
+async def test_an_idempotency_key_has_255_characters_at_most(gateway: Served, http: httpx.AsyncClient) -> None:
+    response = await http.post(f"{gateway.url}/requests", json=BODY, headers={"Idempotency-Key": "k" * 256})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
 async def test_the_same_idempotency_key_is_one_job(gateway: Served, http: httpx.AsyncClient, redis: Redis) -> None:
     headers = {"Idempotency-Key": "k"}
     first, second = [await http.post(f"{gateway.url}/requests", json=BODY, headers=headers) for _ in range(2)]

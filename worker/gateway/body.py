@@ -54,7 +54,7 @@ async def read_json(request: Request, limit: int) -> JsonObject:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         where = str(error).partition("(")[2].rstrip(")")  # such as `byte 17`: the rest may quote the body
-        raise Problem(400, "invalid_json", f"the body is no valid JSON{f' ({where})' if where else ''}") from None
+        raise Problem(400, "invalid_json", f"the body must be valid JSON{f' ({where})' if where else ''}") from None
     except RecursionError:
         raise Problem(400, "invalid_json", "the JSON of the body is nested too deeply") from None
     if not isinstance(found, dict):

@@ -21,7 +21,7 @@ from .answers import AnswerPace, WholeAnswer
 from .body import JsonObject, body_limit, read_json
 from .chat_stream import ChunkStream
 from .ids import id_of_key, new_id
-from .job_options import take_job_options
+from .job_options import read_idempotency_key, take_job_options
 from .leaving import Leaving
 from .noted_calls import NotedCall
 from .outlets import DEFERRED, Receive, Scope, Send
@@ -30,8 +30,6 @@ from .protocols.chat_chunks import ChatChunks
 from .repeats import Presence, Repeats, fingerprint
 from .services import Services
 
-_LONGEST_KEY = 255
-"""Characters of an idempotency key, as in other APIs."""
 _MOST_EVENTS = 2**53
 
 
@@ -186,21 +184,19 @@ def read_call(body: JsonObject, options: JobOptions, headers: Mapping[str, str],
     """
     streams = body.get("stream")
     if streams is not None and not isinstance(streams, bool):
-        raise _invalid("stream", "is no boolean")
+        raise _invalid("stream", "must be true or false")
     if not isinstance(body.get("model", ""), str | None):
-        raise _invalid("model", "is no text")
+        raise _invalid("model", "must be text")
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise _invalid("messages", "is no list of objects")
-    key = headers.get("idempotency-key", "").strip()
-    if len(key) > _LONGEST_KEY:
-        raise _invalid("Idempotency-Key", f"has more than {_LONGEST_KEY} characters")
+        raise _invalid("messages", "must be a list of objects")
+    key = read_idempotency_key(headers)
     skip = _number(headers.get("relay-after", "0"), "Relay-After")
     if skip and not (key and streams):
         raise _invalid("Relay-After", "needs an Idempotency-Key and a stream")
     leaves = headers.get("relay-on-disconnect", "continue" if key else "cancel")
     if leaves not in {"continue", "cancel"}:
-        raise _invalid("Relay-On-Disconnect", "is neither cancel nor continue")
+        raise _invalid("Relay-On-Disconnect", "must be cancel or continue")
     return ChatCall(
         owner=caller.owner,
         protocol=ChatChunks.of(cast("Object", body)),
@@ -220,7 +216,7 @@ def _is_retry(text: str) -> bool:
 def _number(text: str, name: str) -> int:
     text = text.strip()
     if not (text.isascii() and text.isdecimal() and len(text) < 17 and int(text) <= _MOST_EVENTS):
-        raise _invalid(name, "is no number of events")
+        raise _invalid(name, "must be a number of events")
     return int(text)
 
 

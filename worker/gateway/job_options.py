@@ -18,6 +18,9 @@ _HEADERS = {
     "timeout": "relay-timeout",
     "retention": "relay-retention",
 }
+_LONGEST_KEY = 255
+"""Characters of an idempotency key, as in other APIs."""
+
 _OPTIONS = frozenset({*_HEADERS, "tenant", "retry_of"})
 
 
@@ -41,11 +44,11 @@ def take_job_options(
     options: JsonObject = {name: _read(name, text) for name, field in _HEADERS.items() if (text := headers.get(field))}
     options |= {name: value for name, value in given.items() if value is not None}
     if not isinstance(queue := options.setdefault("queue", settings.queue), str):
-        raise _invalid("holds a queue that is no text")
+        raise _invalid("must hold its queue as text")
     caller.check_queue(queue)
     tenant = options.get("tenant")
     if isinstance(tenant, str) and not tenant.isprintable():  # logs and metrics show it
-        raise _invalid("holds a tenant with characters that cannot be printed")
+        raise _invalid("must hold its tenant without control characters")
     if tenant is not None and caller.key is not None and not caller.sees_all and tenant != caller.tenant:
         raise Problem(403, "tenant_not_allowed", "this key may not name another tenant", param=FIELD)
     if tenant is None and caller.tenant:
@@ -53,6 +56,19 @@ def take_job_options(
     if traceparent := headers.get("traceparent"):
         options["traceparent"] = traceparent
     return cast("JobOptions", options)
+
+
+def read_idempotency_key(headers: Mapping[str, str]) -> str:
+    """Return the `Idempotency-Key` of a request; empty without one.
+
+    Raises:
+        Problem: when it is too long (400).
+    """
+    key = headers.get("idempotency-key", "").strip()
+    if len(key) > _LONGEST_KEY:
+        what = f"Idempotency-Key must have at most {_LONGEST_KEY} characters"
+        raise Problem(400, "invalid_request", what, param="Idempotency-Key")
+    return key
 
 
 def _read(name: str, text: str) -> object:

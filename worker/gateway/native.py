@@ -17,7 +17,7 @@ from .access import Requester
 from .body import body_limit, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
 from .ids import id_of_key, new_id
-from .job_options import take_job_options
+from .job_options import read_idempotency_key, take_job_options
 from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
 from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
@@ -59,7 +59,7 @@ class _NativeApi:
         caller = services.access.caller(request)
         body = await read_json(request, body_limit(services.settings, caller))
         options = take_job_options(body, request.headers, caller, services.settings)
-        key = request.headers.get("idempotency-key")
+        key = read_idempotency_key(request.headers)
         request_id = id_of_key(caller.owner, key) if key else new_id(caller.owner)
         options["id"] = request_id
         await services.limits.admit(caller, request_id)
