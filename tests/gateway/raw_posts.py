@@ -9,7 +9,7 @@ from typing import Any
 
 
 class RawPost:
-    """A POST of a chat completion, over a connection of its own or one that has served another request."""
+    """A POST, of a chat completion by default, over a connection of its own or one that has served another request."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -17,13 +17,21 @@ class RawPost:
         self.head = ""
 
     @classmethod
-    async def send(cls, port: int, body: Any, *, reuse: bool = False, **headers: Any) -> "RawPost":  # noqa: ANN401 - JSON
+    async def send(  # JSON and headers of any type
+        cls,
+        port: int,
+        body: Any,  # noqa: ANN401
+        *,
+        reuse: bool = False,
+        path: str = "/v1/chat/completions",
+        **headers: Any,  # noqa: ANN401
+    ) -> "RawPost":
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         if reuse:
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             await reader.readuntil(b"ok\n")
         content = json.dumps(body).encode()
-        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(content)}"]
+        lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(content)}"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode() + content)
         return cls(reader, writer)

@@ -333,6 +333,56 @@ async def test_identical_requests_that_follow_each_other_fast_are_as_many_jobs(
     assert len(set(ids)) == 50
 
 
+@CUTS
+async def test_a_hidden_repetition_of_a_native_request_gets_the_id_of_the_first(
+    cut: Callable[[RawPost], None], gateway: Served, redis: Redis
+) -> None:
+    """The connection closes before the response, whose job Redis adds late."""
+
+    async def is_asked() -> bool:
+        return any(client["cmd"] in {"eval", "zremrangebyscore"} for client in await redis.client_list())
+
+    async def is_added() -> bool:
+        return await jobs(redis) == 1
+
+    async with paused_writes(redis):
+        first = await RawPost.send(gateway.port, BODY, path="/requests")
+        await eventually(is_asked)
+        cut(first)
+        for _ in range(50):  # the gateway, in this event loop, notices that the client has left
+            await redis.ping()
+    await eventually(is_added)
+    await wait_left(redis)
+    second = await RawPost.send(gateway.port, BODY, path="/requests")
+    assert await second.read_head() == 202
+    assert await jobs(redis) == 1
+    assert await redis.exists(Keys().tokens(second.request_id))
+    third = await RawPost.send(gateway.port, BODY, path="/requests")
+    assert await third.read_head() == 202
+    assert third.request_id != second.request_id
+    for post in (second, third):
+        post.close()
+
+
+async def test_identical_native_requests_are_as_many_jobs(start_gateway: StartGateway, redis: Redis) -> None:
+    replicas = [await start_gateway(), await start_gateway()]
+    chat = await RawPost.send(replicas[0].port, BODY)
+    await wait_noted(redis)
+    chat.reset()
+    await wait_left(redis)
+
+    async def ask(number: int) -> str:
+        post = await RawPost.send(replicas[number % 2].port, BODY, path="/requests")
+        assert await post.read_head() == 202
+        post.close()
+        return post.request_id
+
+    ids = await asyncio.gather(*(ask(number) for number in range(60)))
+    ids += [await ask(number) for number in range(10)]
+    assert len(set(ids)) == 70
+    assert await jobs(redis) == 71
+
+
 async def test_requests_that_differ_in_who_asks_or_in_options_do_not_meet(
     start_gateway: StartGateway, redis: Redis
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,7 +13,6 @@ from ..client.async_client import State
 from ..client.errors import ClientError, MappedRetry
 from ..contract.entries import Object
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
-from ..contract.job import InvalidJob
 from .access import Requester
 from .body import body_limit, read_json
 from .event_cursors import check_place, cursor_text, parse_cursor
@@ -20,9 +20,11 @@ from .ids import id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
 from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
+from .noted_calls import NotedCall
 from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
 from .problems import Problem, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
+from .repeats import Presence, Repeats, fingerprint
 from .request_state import RequestState
 from .responses import is_event_source, json_response, problem_response
 from .running import started_requests
@@ -50,25 +52,44 @@ def routes(services: Services) -> Sequence[BaseRoute]:
 class _NativeApi:
     def __init__(self, services: Services) -> None:
         self._services = services
+        presence = Presence(services.redis, services.keys)
+        self._repeats = Repeats(services.redis, services.keys, services.client, presence, services.settings.patience)
         self._ending = asyncio.Event()
         services.at_end.append(lambda _: self._ending.set())
 
-    async def start(self, request: Request) -> Response:
-        """POST /requests: add a job; 202 with its id, its URLs and a read token."""
+    async def start(self, request: Request) -> "Response | StartedResponse":
+        """POST /requests: add a job; 202 with its id, its URLs and a read token.
+
+        Without an idempotency key, a browser may send the request again, unnoticed: see `repeats.py`.
+        """
         services = self._services
         caller = services.access.caller(request)
         body = await read_json(request, body_limit(services.settings, caller))
         options = take_job_options(body, request.headers, caller, services.settings)
         key = read_idempotency_key(request.headers)
-        request_id = id_of_key(caller.owner, key) if key else new_id(caller.owner)
-        options["id"] = request_id
-        await services.limits.admit(caller, request_id)
-        try:
+        if key:
+            options["id"] = request_id = id_of_key(caller.owner, key)
+            await services.limits.admit(caller, request_id)
             await services.client.enqueue(body, **options)
-        except (ClientError, InvalidJob):
-            if not key:
-                await services.limits.ended(caller.owner, request_id)
+            return self._started(request_id)
+        print_, new = fingerprint(caller, body, {**options, "route": "/requests"}), new_id(caller.owner)
+        count = partial(services.limits.count, caller)
+        repeated = await self._repeats.attach(print_, new, is_retry=False, count=count)
+        options["id"] = request_id = repeated or new
+        release = services.client.expect(request_id)
+        noted = NotedCall(self._repeats, services.limits, caller.owner, print_, request_id, release)
+        noted.begin()
+        try:
+            if repeated is None:
+                await services.limits.admit(caller, request_id)
+                await services.client.enqueue(body, **options)
+        except BaseException:
+            await noted.end(is_whole=True)
             raise
+        return StartedResponse(request, self._started(request_id), noted)
+
+    def _started(self, request_id: str) -> Response:
+        services = self._services
         path = f"/requests/{request_id}"
         token = services.access.tokens.token_for(request_id)
         query = f"?token={token}" if token else ""
@@ -217,6 +238,23 @@ class _NativeApi:
             for task in (reading, ending):
                 task.cancel()
             await asyncio.gather(reading, ending, return_exceptions=True)
+
+
+class StartedResponse:
+    """The response to a request that was started. A repetition attaches if the client left before this response."""
+
+    def __init__(self, request: Request, response: Response, noted: NotedCall) -> None:
+        self._request = request
+        self._response = response
+        self._noted = noted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        has_left = await self._request.is_disconnected()
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            await self._noted.end(is_whole=not has_left, has_ended=False)
 
 
 class RequestsResponse:

@@ -83,18 +83,19 @@ class NotedCall:
         self._is_joined = True
         self._release_early()
 
-    async def end(self, *, is_whole: bool) -> None:
+    async def end(self, *, is_whole: bool, has_ended: bool = True) -> None:
         """End. Only the first call counts, and it takes effect even if the caller is cancelled meanwhile.
 
         If the client gets the whole response, nobody may attach any more: call this before the follower leaves.
-        Otherwise the request stays known, because its client may repeat it.
+        Otherwise the request stays known, because its client may repeat it. `has_ended` is whether the request has
+        ended if the response is whole.
         """
         if self._ending is None:
             self._is_over = True
-            self._ending = asyncio.create_task(self._end(is_whole=is_whole))
+            self._ending = asyncio.create_task(self._end(is_whole=is_whole, has_ended=has_ended))
         await asyncio.shield(self._ending)
 
-    async def _end(self, *, is_whole: bool) -> None:
+    async def _end(self, *, is_whole: bool, has_ended: bool) -> None:
         if self._task is not None:
             await asyncio.wait([self._task])
         try:
@@ -105,7 +106,7 @@ class NotedCall:
                     await self._note()
         finally:
             self._release()
-        if is_whole:
+        if is_whole and has_ended:
             with suppress(*_FAILURES):
                 await self._limits.ended(self._owner, self._request_id)
 
