@@ -343,6 +343,19 @@ async def test_all_running_requests_are_followed_over_one_connection(
     reader.close()
 
 
+async def test_a_cursor_names_no_request_that_is_not_followed(gateway: Served, http: httpx.AsyncClient) -> None:
+    """Requests that ended while the reader was away stay in no cursor, which every event has."""
+    for _ in range(12):
+        await http.post(f"{gateway.url}/requests", json=BODY)
+    cursor = ",".join(f"{number:012x}:1-5" for number in range(200))
+    reader = await EventReader.open(gateway.port, "/events", Last_Event_ID=cursor)
+    events = reader.events()
+    for number in range(1, 13):
+        cursor, _, _ = await anext(events)
+        assert len(cursor.split(",")) == number
+    reader.close()
+
+
 @pytest.mark.parametrize("path", ["/events?ids=", "/events?ids=" + ",".join(map(str, range(65)))])
 async def test_a_bad_list_of_requests_is_refused(gateway: Served, http: httpx.AsyncClient, path: str) -> None:
     response = await http.get(gateway.url + path)

@@ -6,6 +6,7 @@ An event is `[{"request": id, "entries": [entry, …]}]`. Its id is a cursor wit
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -28,7 +29,14 @@ _REFRESH = 2.0
 """Seconds after which a connection that follows all requests of its caller looks for new ones."""
 
 _ENDED_KEPT = 256
-"""The most ended requests in a cursor."""
+"""The most ended requests that a connection knows, so that it does not follow them again."""
+
+_ENDED_NAMED = 8
+"""The most ended requests in the cursor of a connection that follows all requests of its caller.
+
+A caller that comes back follows those that run, so the cursor needs no ended ones. The latest few stay, since a request
+may look as if it runs for a moment.
+"""
 
 _OWN_ID = re.compile(r"[0-9a-f]{48}")
 _END = "end"
@@ -74,7 +82,7 @@ class RequestsStream(ClientStream):
             of `request_ids`.
     """
 
-    __slots__ = ("_cursors", "_list_running", "_places")
+    __slots__ = ("_cursors", "_ended", "_followed", "_list_running", "_places")
 
     def __init__(
         self, streams: OpenStreams, connection: Connection, request_ids: Sequence[str], places: Mapping[str, EntryId],
@@ -84,6 +92,10 @@ class RequestsStream(ClientStream):
         self._places = dict(places)
         """Where the reader is in each log, by the short ids."""
         self._cursors: dict[str, LogCursor] = {}
+        self._followed: dict[str, str] = {}
+        """The places in the logs that are followed, as the cursor has them, by the short ids."""
+        self._ended: deque[str] = deque(maxlen=MOST_REQUESTS if list_running is None else _ENDED_NAMED)
+        """The ended requests in the cursor."""
         self._list_running = list_running
         self._add(request_ids)
 
@@ -131,25 +143,31 @@ class RequestsStream(ClientStream):
     def _add(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             place = self._places.get(short_id(request_id), BEFORE_ALL)
+            if place == SEAL and self._list_running is None:
+                self._ended.append(f"{short_id(request_id)}:{_END}")
             if request_id in self._cursors or place == SEAL or len(self._cursors) >= MOST_REQUESTS:
                 continue
+            if place != BEFORE_ALL:
+                self._followed[short_id(request_id)] = f"{short_id(request_id)}:{place}"
             self._cursors[request_id] = LogCursor(
                 self._streams.tails, request_id, NativeMessages(), self, self._writer(request_id), position=place
             )
 
     def _writer(self, request_id: str) -> Callable[[Frame], bool]:
         begin = b'data: [{"request":%b,"entries":' % msgspec.json.encode(request_id)
-        name, places = short_id(request_id), self._places
+        name, places, followed = short_id(request_id), self._places, self._followed
 
         def write(frame: Frame) -> bool:
             places[name] = frame.last
+            followed[name] = f"{name}:{_END if frame.last == SEAL else frame.last}"
             data = b"id: %b\n%b%b}]\n\n" % (self._cursor(), begin, frame.data)
             return self.outlet.write(self.protocol.message(data))
 
         return write
 
     def _cursor(self) -> bytes:
-        return ",".join([f"{name}:{_END if place == SEAL else place}" for name, place in self._places.items()]).encode()
+        """The cursor after the last frame. Each frame has it, so it must not grow with what was followed before."""
+        return ",".join([*self._ended, *self._followed.values()]).encode()
 
     async def _catch_up(self, cursor: LogCursor) -> ClientError | None:
         try:
@@ -161,6 +179,8 @@ class RequestsStream(ClientStream):
     async def _end(self, request_id: str, error: Exception | None) -> None:
         """Forget a log that has ended. An error is reported in an event, and the others go on."""
         self._cursors.pop(request_id).leave()
+        self._followed.pop(short_id(request_id), None)
+        self._ended.append(f"{short_id(request_id)}:{_END}")
         ended = [name for name, place in self._places.items() if place == SEAL]
         for name in ended[:-_ENDED_KEPT]:
             del self._places[name]
