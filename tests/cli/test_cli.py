@@ -519,7 +519,7 @@ async def test_the_help_lists_every_command_and_where_to_begin() -> None:
     for name in HELP:
         assert f"\n  {name} " in helped.out
     sections = re.findall(r"^(\w.*):$", helped.out, re.MULTILINE)
-    assert sections == ["Options", "Requests", "Workers", "Try it"]
+    assert sections == ["Options", "Requests", "Workers", "Gateway", "Try it"]
     assert "..." not in helped.out.partition("Options:")[2], "every line is whole"
     assert "worker demo" in helped.out
     assert long.out.startswith("vllm-relay ")

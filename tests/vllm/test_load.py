@@ -76,9 +76,9 @@ async def test_requests_that_wait_in_a_server_shrink_its_limit() -> None:
 
 
 async def test_a_server_without_requests_is_not_queried() -> None:
-    async with serving("reciter", pace=quick(load_every=0.01)) as ((server,), pool):
-        probes = len(server.asked) + 10
-        await until(lambda: len(server.asked) >= probes)
+    async with serving("reciter", pace=quick(load_every=0.01, list_every=0.01)) as ((server,), pool):
+        lists = len(server.asked) + 10
+        await until(lambda: len(server.asked) >= lists)
         assert "/metrics" not in server.asked
         assert await request_answer(pool)
 

@@ -13,7 +13,10 @@ from .run import relax_garbage_collection
 @click.command(epilog="Example: worker gateway --no-auth --listen 127.0.0.1:8080")
 @settings_options(source=GATEWAY_SOURCE)
 def gateway(**options: object) -> None:
-    """Serve HTTP: OpenAI chat completions, server-sent events and WebSocket, until SIGTERM. It keeps no state."""
+    """Run a gateway: chat completions and streams over HTTP.
+
+    It serves OpenAI clients, server-sent events and WebSockets until SIGTERM, and keeps no state.
+    """
     settings = load_gateway_settings(**options)
     check_gateway_extra()
     from ..gateway.serving import serve  # noqa: PLC0415 - only with the extra `gateway`
@@ -58,9 +61,10 @@ def key(
     requests_per_minute: int | None,
     max_body_bytes: int | None,
 ) -> None:
-    """Make an API key for the gateway: its lines for the file of keys on standard output, the key on standard error.
+    """Make an API key for the gateway.
 
-    Only the hash is in the file. The key itself cannot be shown again.
+    Its lines for the file of keys go to standard output, and the key itself to standard error. Only the hash is in the
+    file, so the key cannot be shown again.
     """
     from ..gateway.keys import hash_of, new_key, parse_keys  # noqa: PLC0415 - the other commands need no keys
 
