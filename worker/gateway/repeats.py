@@ -10,8 +10,8 @@ from a new request by three things:
 
 Redis has two sets for each fingerprint (of the owner, the API key and the body): the young requests, and those of them
 for which no byte was sent. A gateway adds a request once its own subscription to the feed is confirmed, and removes it
-before that subscription ends. Whoever attaches removes the request from both sets first, so only one does. Until a
-gateway follows a new or attached request, the sets have it with a mark: nobody may attach yet, and who repeats it looks
+before that subscription ends. A call that attaches first removes the request from both sets, so only one does. Until a
+gateway follows a new or attached request, the sets have it with a mark: nobody may attach yet, and a repetition looks
 again soon.
 """
 

@@ -65,7 +65,7 @@ class Followers:
     def expect(self, request_id: str) -> Callable[[], None]:
         """Subscribe to the feed of a request that is about to be enqueued. Returns a function that ends this.
 
-        The first entries of a log are published to whoever is subscribed then. A follower that subscribes later gets
+        The first entries of a log are published to the subscribers of that moment. One that subscribes later gets
         the next ones only by reading the log, until the publisher has noticed it.
         """
         follower = self.follow(request_id, BEFORE_ALL)
