@@ -34,6 +34,21 @@ class Endless:
             self.left += 1
 
 
+def _slow_routes() -> Sequence[BaseRoute]:
+    """`/slow` answers once `/release` is called."""
+    released = asyncio.Event()
+
+    async def slow(_request: Request) -> Response:
+        await released.wait()
+        return json_response({})
+
+    async def release(_request: Request) -> Response:
+        released.set()
+        return json_response({})
+
+    return [Route("/slow", slow), Route("/release", release)]
+
+
 def plain_room(services: Services) -> Sequence[BaseRoute]:
     """What every room does: it authenticates, reads bodies, and refuses."""
 
@@ -61,10 +76,6 @@ def plain_room(services: Services) -> Sequence[BaseRoute]:
     async def fail(_request: Request) -> Response:
         raise ZeroDivisionError("a secret prompt")
 
-    async def slow(_request: Request) -> Response:
-        await asyncio.sleep(0.2)
-        return json_response({})
-
     async def socket(websocket: WebSocket) -> None:
         try:
             services.access.reader(websocket, websocket.path_params["id"])
@@ -82,7 +93,7 @@ def plain_room(services: Services) -> Sequence[BaseRoute]:
         Route("/read/{id}", read),
         Route("/read/{id}", cancel, methods=["DELETE"]),
         Route("/fail", fail),
-        Route("/slow", slow),
+        *_slow_routes(),
         Route("/endless", endless),
         WebSocketRoute("/socket/{id}", socket),
     ]
