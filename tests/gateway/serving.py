@@ -81,7 +81,7 @@ class EventReader:
 
     @classmethod
     async def open(cls, port: int, path: str, method: str = "GET", **headers: str) -> "EventReader":
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
         writer.write("\r\n".join([*lines, "", ""]).encode())

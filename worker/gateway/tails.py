@@ -96,6 +96,8 @@ class Tail:
         """Write what a reader lacks, as far as its client takes it. Returns false if it is before the window."""
         if reader.next < 0:  # it is ahead, and gets the frames from where it is
             return True
+        if reader in self._live:  # it lacks nothing: its connection waited because of another log, or of a heartbeat
+            return True
         while reader.next < self.end:
             if reader.next < self.first:
                 return False
