@@ -286,7 +286,7 @@ def _key_of(args: tuple[Any, ...]) -> str | bytes | None:
     """The first key of a command. For PUBLISH it is the channel, which has the same braces and master as its log."""
     if args[0] in ("XREAD", "XREADGROUP"):
         args = args[args.index(b"STREAMS") :]
-    elif args[0] == "EVAL":
+    elif args[0] in ("EVAL", "EVALSHA"):
         args = args[2:]  # the script comes first, then the number of keys
     key = args[1] if len(args) > 1 else None
     return key if isinstance(key, str | bytes) else None
