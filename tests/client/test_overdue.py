@@ -13,6 +13,7 @@ from waits import eventually
 from written_log import connect, let_deadline_pass, user_without_channels
 
 from worker import Client, Entry, Failed, Idle, Queued, Refused, State, Status
+from worker.broker.client_seals import may_be_overdue
 from worker.client.following.followers import Followers
 from worker.client.timings import Timings
 from worker.contract.ids import BEFORE_ALL, SEAL
@@ -60,6 +61,29 @@ async def test_a_follower_ends_what_nobody_took_before_its_deadline(
     assert 0 < await redis.ttl(LOG) <= 61
     assert b'"outcome":"error"' in (await redis.get(ENDED) or b"")
     assert await redis.ttl(ENDED) > 3600
+
+
+async def test_one_tick_after_the_deadline_is_enough(client: Client, redis_url: str, redis: Redis) -> None:
+    """No silence of the feed is too long before: a reader learns soon that nobody takes the job."""
+    await client.enqueue(ASK, id="r", timeout=0.1)
+    await let_deadline_pass(redis, "r", 2)
+    async with aclosing(connect(redis_url, Timings(tick=1000.0))) as followers:
+        follower, seen = followers.follow("r", BEFORE_ALL), list[Entry]()
+        pouring = asyncio.create_task(follower.pour(seen.append))
+
+        async def listens() -> bool:
+            return follower.is_waiting and followers.requests["r"].feed.is_noticed
+
+        await eventually(listens)
+
+        async def is_overdue() -> bool:
+            return may_be_overdue(follower.machine.queued)
+
+        await eventually(is_overdue)
+        follower.on_tick()
+        await pouring
+        assert [type(entry) for entry in seen] == [Queued, Failed]
+        await follower.leave()
 
 
 async def test_status_ends_an_overdue_request(client: Client, redis: Redis) -> None:

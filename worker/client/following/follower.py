@@ -8,7 +8,7 @@ from typing import Protocol
 from ...broker.client_seals import may_be_overdue
 from ...broker.log_pages import PageSize
 from ...contract.entries import AnyEntry
-from ...contract.ids import BEFORE_ALL, EntryId
+from ...contract.ids import BEFORE_ALL, QUEUED, EntryId
 from ..errors import Expired, IncompleteLog, Refused, UnknownRequest
 from ..log_reader import LogReader
 from .idle_clock import IdleClock
@@ -187,8 +187,11 @@ class Follower:
 
     def on_tick(self) -> None:
         """Handle a tick, at which silence is counted."""
-        if self.machine.on_tick(waits=self.is_waiting, feed=self._request.feed):
+        machine = self.machine
+        if machine.on_tick(waits=self.is_waiting, feed=self._request.feed):
             self._wake()
+        elif self.is_waiting and machine.end == QUEUED and may_be_overdue(machine.queued):
+            self.look_up()  # a reader of a job that nobody takes gets its end soon, and not after a long silence
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
