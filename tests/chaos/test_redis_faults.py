@@ -1,17 +1,15 @@
 """A Redis that dies, forgets, is full, slow or silent: streams wait, and go on where they were."""
 
 import asyncio
-import subprocess
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from checks import chat_request, expected, has_begun, log_of, pending, promise_kept
 from conftest import StartSimulator, StartWorker
+from durable_redis import Durable
 from proxy import Proxy
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 from waits import eventually
 
 from worker import Client, Entry
@@ -20,7 +18,7 @@ from worker.broker.publisher import Publisher
 from worker.contract.ids import SEAL
 from worker.engine.application import Worker
 from worker.engine.pace import Pace
-from worker.sandbox.embedded_redis import EmbeddedRedis, free_port
+from worker.sandbox.embedded_redis import EmbeddedRedis
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -31,36 +29,6 @@ IMPATIENT = Pace(longest_block=0.1, command_timeout=0.3)
 async def paced(start_simulator: StartSimulator) -> Simulator:
     """A vLLM whose answers take about a second."""
     return await start_simulator(Options(scenario=Scenario(rate=40)))
-
-
-class Durable:
-    """A Redis that writes to disk before it answers, and can be killed and restarted."""
-
-    def __init__(self, binary: Path, folder: Path) -> None:
-        self._port = free_port()
-        self._command = [
-            *(str(binary), "--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
-            *("--appendonly", "yes", "--appendfsync", "always"),
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.url = f"redis://127.0.0.1:{self._port}/0"
-        self.client = Redis.from_url(self.url, protocol=2)
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    async def ready(self) -> None:
-        async def answers() -> bool:
-            with suppress(RedisError):
-                return bool(await self.client.ping())
-            return False
-
-        await eventually(answers)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
 
 
 @pytest.fixture
