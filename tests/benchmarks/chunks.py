@@ -5,6 +5,7 @@ The texts go round a list of words, so that a reader knows which text the n-th d
 """
 
 import json
+from functools import cache
 from typing import Any
 
 MODEL = "bench"
@@ -53,6 +54,17 @@ class Stream:
     def chunk(self, part: tuple[bytes, bytes]) -> bytes:
         """An HTTP chunk with one event."""
         return b"".join((part[0], self.head, part[1]))
+
+
+def whole_answer(number: int, tokens: int) -> bytes:
+    """All of a response with so many tokens."""
+    return _whole(tokens).replace(Stream(0).head, Stream(number).head)
+
+
+@cache
+def _whole(tokens: int) -> bytes:
+    stream = Stream(0)
+    return b"".join([stream.opening, *map(stream.token, range(tokens)), stream.ending])
 
 
 def _encoded(choices: list[Any], **rest: object) -> tuple[bytes, bytes]:

@@ -4,7 +4,8 @@
 
 It prints its port. On standard input it reads the commands `pace <tokens/s> <tokens in a write>` and `end`, which ends
 all streams. The process ends with its input. Tokens go to the streams in turn, each at its own time of a fixed
-schedule. Bytes that the kernel does not accept wait, as they would in vLLM.
+schedule. Bytes that the kernel does not accept wait, as they would in vLLM. A request that names the number of its
+tokens gets all of them in one write.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 from board import Board, Count
-from chunks import MODELS, Stream
+from chunks import MODELS, Stream, whole_answer
 
 _LATE = 5_000_000
 _TICK = 1_000_000
@@ -29,7 +30,7 @@ right after the other."""
 _MOST_UNSENT = 1 << 16
 _PR_SET_TIMERSLACK = 29
 
-_NUMBER = re.compile(rb"stream (\d+)")
+_NUMBER = re.compile(rb"stream (\d+)(?: of (\d+) tokens)?")
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -82,7 +83,7 @@ class Load:
             if now >= look:
                 if not self._serve(0 if due < now + _TICK else 0.001 if due < now + 4 * _TICK else 0.003):
                     return
-                look = time.monotonic_ns() + _TICK
+                look = time.monotonic_ns() + (_TICK if self._streams else 0)
             elif due > now:
                 time.sleep(max(min(due, look) - now, _SHORTEST_SLEEP) / 1e9)
             else:
@@ -204,7 +205,9 @@ class Load:
             return
         connection.received = body[length:]
         number = _NUMBER.search(body)
-        if head.startswith(b"POST /v1/chat/completions ") and number:
+        if head.startswith(b"POST /v1/chat/completions ") and number and number[2]:
+            self._put(connection, whole_answer(int(number[1]), int(number[2])))
+        elif head.startswith(b"POST /v1/chat/completions ") and number:
             connection.number = int(number[1])
             connection.tokens = 0
             connection.stream = Stream(connection.number)

@@ -56,6 +56,21 @@ _READING = (
     ),
     ("stray", "entries out of order", 0),
 )
+_SHORT = (
+    ("short_rate_1", "jobs of 1 token, all at once, jobs/s", 0),
+    ("short_us_1", "CPU per job, µs", 0),
+    ("short_redis_us_1", "Redis CPU per job, µs", 0),
+    ("short_rate_10", "jobs of 10 tokens, jobs/s", 0),
+    ("short_us_10", "CPU per job, µs", 0),
+    ("short_redis_us_10", "Redis CPU per job, µs", 0),
+    ("short_sent", "Redis commands per job, sent", 1),
+    ("short_commands", "Redis commands per job, with those that scripts call", 1),
+    ("short_rate_50", "jobs of 50 tokens, jobs/s", 0),
+    ("short_us_50", "CPU per job, µs", 0),
+    ("short_redis_us_50", "Redis CPU per job, µs", 0),
+    ("short_p50", "XADD of a job to its first delta at 50 jobs/s, p50, ms", 2),
+    ("short_p99", "p99, ms", 2),
+)
 _EDGE = (
     ("edge_us", "CPU per delivered event at 10,000/s, µs", 1),
     ("edge_kib", "memory per idle stream, KiB", 1),
@@ -103,6 +118,8 @@ class Target:
     of: str = ""
     at_least: bool = False
     whose: str = "ours"
+    by_time: bool = False
+    """Whether other programs on the machine can spoil even the ratio."""
 
     def measured(self, rounds: Sequence[dict[str, Figures]]) -> float | None:
         """The median over the rounds."""
@@ -124,9 +141,9 @@ class Target:
         return value >= self.reach if self.at_least else value <= self.reach
 
     def gross(self, value: float) -> bool:
-        """Whether it is a ratio that misses its target by more than a factor of two."""
+        """Whether it is a ratio, not of time alone, that misses its target by more than a factor of two."""
         bound = self.reach / _GROSS if self.at_least else self.reach * _GROSS
-        return self.is_ratio and (value < bound if self.at_least else value > bound)
+        return self.is_ratio and not self.by_time and (value < bound if self.at_least else value > bound)
 
 
 _PLAIN, _NODE, _FLOOR = ("straightforward",), ("node",), ("floor",)
@@ -142,6 +159,11 @@ TARGETS = (
     Target("Redis memory per delta, bytes", "redis_bytes", 45),
     Target("memory per open stream, KiB", "memory_kib", 25),
     Target("CPU per delta, 3,000 streams against 512", "cpu_us_streams_3000", 1.5, of="cpu_us_streams_512"),
+    Target("CPU per job of 10 tokens, against node", "short_us_10", 1.2, _NODE),
+    Target("Redis CPU per job of 10 tokens, against node", "short_redis_us_10", 2.5, _NODE),
+    Target("Redis commands per job of 10 tokens, sent", "short_sent", 20),
+    Target("jobs/s of 10 tokens, against node", "short_rate_10", 0.8, _NODE, at_least=True, by_time=True),
+    Target("XADD of a job to its first delta, p50, against node", "short_p50", 1.2, _NODE, by_time=True),
     *(
         target
         for logs in (100, 1000, 5000)
@@ -178,7 +200,7 @@ class Report(msgspec.Struct, kw_only=True):
         self.medians = {
             name: {
                 figure: median([figures.get(name, {}).get(figure) for figures in self.rounds])
-                for figure, _, _ in _HOT + _READING + _EDGE
+                for figure, _, _ in _HOT + _SHORT + _READING + _EDGE
             }
             for name in self.bridges
         }
@@ -196,8 +218,8 @@ class Report(msgspec.Struct, kw_only=True):
         return "\n".join([
             f"{self.machine.line}; medians of {len(self.rounds)} rounds", "",
             *kinds, "",
-            *self._figures(BRIDGES, _HOT), *self._figures(READERS, _READING),
-            *self._figures(EDGE, _EDGE),
+            *self._figures(BRIDGES, _HOT), *self._figures(BRIDGES, _SHORT),
+            *self._figures(READERS, _READING), *self._figures(EDGE, _EDGE),
             *([*_table(["figure of ours", "measured", "to reach", "reached"], ratios), ""] if ratios else []),
             *(f"- {note}" for note in self.notes),
         ])  # fmt: skip

@@ -107,6 +107,8 @@ class Rig:
         self._rate = 0.0
         self._enqueued = 0
         self._stack = ExitStack()
+        self.others: list[int] = []
+        """The processes around the bridge, which come before everything else on the machine."""
 
     @property
     def name(self) -> str:
@@ -117,6 +119,11 @@ class Rig:
     def bridge_pid(self) -> int:
         """The bridge's process id."""
         return self._process.pid
+
+    @property
+    def redis_pid(self) -> int:
+        """The process id of its Redis."""
+        return self._redis_process.pid
 
     @property
     def opened(self) -> int:
@@ -141,7 +148,7 @@ class Rig:
         assert server.process is not None, "fakeredis measures nothing"
         self._redis_process = server.process
         self.redis = self._stack.enter_context(Redis.from_url(server.url, protocol=2))
-        port = int(server.url.rpartition(":")[2].partition("/")[0])
+        self.redis_port = port = int(server.url.rpartition(":")[2].partition("/")[0])
         board = str(place / "board")
         self._load = self._stack.enter_context(helper("load.py", board))
         assert self._load.stdout is not None
@@ -151,7 +158,7 @@ class Rig:
         self._reader = self._stack.enter_context(helper("reader.py", board, str(port), *which))
         self._log = place / "bridge.log"
         self._process = self._stack.enter_context(self._bridge.running(vllm, port, self._log))
-        self._others = [process.pid for process in (self._load, self._reader, self._redis_process)]
+        self.others = [process.pid for process in (self._load, self._reader, self._redis_process)]
 
     def open(self, count: int) -> None:
         """Open so many more streams."""
@@ -176,7 +183,7 @@ class Rig:
         generator for some minutes and elsewhere for others, and the cost of waking it comes and goes with that: more
         than half of the CPU of the floor. This process, which queries Redis and reads /proc, runs on another core too.
         """
-        pid, others = self.bridge_pid, self._others
+        pid, others = self.bridge_pid, self.others
         with kept_apart([pid], [*others, os.getpid()]), undisturbed(pid, others):
             yield
 
@@ -188,7 +195,7 @@ class Rig:
     def window(self, seconds: float) -> Window:
         """Watch the load for some seconds."""
         first = self.board[Count.READ]
-        ours = {os.getpid(), self.bridge_pid, *self._others}
+        ours = {os.getpid(), self.bridge_pid, *self.others}
         others = cpu_of_others(ours)  # outside of the window at both ends, since it takes 10 ms
         before = self._sample()
         time.sleep(seconds)
@@ -253,7 +260,7 @@ class Rig:
 
     def cpu_now(self) -> int:
         """CPU that the bridge has used, in nanoseconds."""
-        self._check()
+        self.check()
         return cpu_of(self.bridge_pid)
 
     def memory_now(self) -> int:
@@ -269,7 +276,7 @@ class Rig:
         return used / max(1, entries)
 
     def _sample(self) -> "_Moment":
-        self._check()
+        self.check()
         processes = (self._load, self._reader, self._redis_process, self._process)
         for _ in range(_SAMPLE_TRIES):
             began = time.monotonic_ns()
@@ -290,12 +297,12 @@ class Rig:
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _PATIENCE
         while not condition():
-            self._check()
+            self.check()
             if time.monotonic() > deadline:
                 raise RigFailed(f"{self._bridge.name}: not within {_PATIENCE:g} s: {what}{self._output()}")
             time.sleep(0.01)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raise an error if a process has ended."""
         for name, process in (("load", self._load), ("reader", self._reader), (self._bridge.name, self._process)):
             if process.poll() is not None:

@@ -25,17 +25,21 @@ from reading import FOLLOWERS, reading
 from report import BRIDGES, Report, this_machine
 from rig import RigFailed
 from scenarios import Figures, Run, growth, hot_path, long_logs, open_streams
+from short import short
 
 _T = TypeVar("_T")
-_QUICK = ("straightforward", "ours", "floor")
+_TAKE_JOBS = ("straightforward", "node", "ours")
 _PARTS: dict[str, tuple[Callable[[Bridge, Run], Figures], tuple[str, ...]]] = {
     "hot": (hot_path, BRIDGES),
     "redis": (long_logs, BRIDGES),
-    "open": (open_streams, ("straightforward", "node", "ours")),
+    "open": (open_streams, _TAKE_JOBS),
     "growth": (growth, ("ours", "floor")),
 }
 """The parts of the benchmark, and the bridges of each. The floor takes no jobs. Growth is measured for ours and the
 floor alone."""
+
+_OTHERS = ("short", "reading", "edge")
+"""The parts that compare in a way of their own."""
 
 
 def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: Run) -> Report:
@@ -53,6 +57,11 @@ def compare(bridges: Sequence[Bridge], parts: Sequence[str], rounds: int, run: R
                 if part in parts and bridge.name in whose:
                     run.show(f" {bridge.name}, {part}")
                     figures[bridge.name] |= _tried(run, do, bridge)
+        if "short" in parts:
+            run.show(" short")
+            takers = [bridge for bridge in bridges if bridge.name in _TAKE_JOBS]
+            for name, found in short(takers, run).items():
+                figures[name] |= found
         for follower in readers:
             run.show(f" {follower.name}, reading")
             figures[follower.name] = _tried(run, reading, follower)
@@ -91,7 +100,7 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
 @click.option(
     "--only",
     multiple=True,
-    type=click.Choice([*_PARTS, "reading", "edge"]),
+    type=click.Choice([*_PARTS, *_OTHERS]),
     help="Parts to run; all if it is left out.",
 )
 @click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Bridges to compare; all if it is left out.")
@@ -112,9 +121,9 @@ def main(
         show=lambda line: click.echo(line, err=True),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
-        parts = only or (("hot", "edge") if quick else (*_PARTS, "reading", "edge"))
-        names = bridges or (_QUICK if quick else BRIDGES)
-        chosen = _bridges(names if set(parts) & set(_PARTS) else (), Path(folder), run)
+        parts = only or (("hot", "short", "edge") if quick else (*_PARTS, *_OTHERS))
+        has_bridges = {"short", *_PARTS} & set(parts)
+        chosen = _bridges((bridges or BRIDGES) if has_bridges else (), Path(folder), run)
         report = compare(chosen, parts, 1 if quick else rounds, run)
     if as_json:
         as_json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
