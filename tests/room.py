@@ -17,6 +17,7 @@ class FakeServers:
         self.away: set[str] = set()
         self.demands = Demands()
         self.is_available = True
+        self.servers: tuple[()] = ()
         self._changed = asyncio.Event()
 
     def set_room(self, model: str, room: int) -> None:

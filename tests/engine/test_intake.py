@@ -18,7 +18,7 @@ from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.parked_jobs import ParkedJobs
 from worker.contract.keys import GROUP, Keys
 from worker.engine.admission import Admission
-from worker.engine.intake import VLLM_FULL, JobIntake
+from worker.engine.intake import NO_VLLM, REDIS_FULL, VLLM_FULL, JobIntake
 from worker.engine.job_context import MustWait, Stop, Stopped
 from worker.engine.line_intake import LineIntake
 from worker.engine.lines import KnownLines
@@ -205,6 +205,53 @@ async def test_no_more_jobs_are_read_than_the_servers_have_room_for(redis_url: s
 
 async def is_paused(process: IntakeProcess, reason: str) -> bool:
     return process.intake.paused == reason
+
+
+SELDOM_PROBED = Pace(scan_every=0.1, recheck_writes_after=1000)
+
+
+async def probes(redis: Redis) -> int:
+    """How often XADD was called: by `add`, and by an intake that probes whether Redis accepts writes."""
+    return int((await redis.info("commandstats"))["cmdstat_xadd"]["calls"])
+
+
+async def test_redis_is_not_probed_for_each_read(redis_url: str, redis: Redis) -> None:
+    ids = await add(redis, count=10)
+    before = await probes(redis)
+    async with intake(redis_url, FakeServers(a=1), pace=SELDOM_PROBED) as one:
+        for number in range(10):
+            await has_started(one, ids[number])
+            one.finish(ids[number])
+        assert await probes(redis) == before + 1
+
+
+async def test_redis_is_probed_before_the_first_read_after_a_pause(redis_url: str, redis: Redis) -> None:
+    (job,) = await add(redis)
+    servers = FakeServers(a=2)
+    async with intake(redis_url, servers, pace=SELDOM_PROBED) as one:
+        await has_started(one, job)
+        servers.is_available = False
+        await eventually(lambda: is_paused(one, NO_VLLM))
+        await add(redis)
+        await redis.config_set("maxmemory", "1")
+        try:
+            servers.is_available = True
+            await eventually(lambda: is_paused(one, REDIS_FULL))
+            assert await unread(redis) == 1
+        finally:
+            await redis.config_set("maxmemory", "0")
+
+
+async def test_redis_is_probed_after_an_error(redis: Redis, redis_proxy: Proxy) -> None:
+    (job,) = await add(redis)
+    async with intake(redis_proxy.redis_url, FakeServers(a=2), pace=SELDOM_PROBED) as one:
+        await has_started(one, job)
+        await redis.config_set("maxmemory", "1")
+        try:
+            redis_proxy.cut_before(rb"^XREADGROUP")
+            await eventually(lambda: is_paused(one, REDIS_FULL))
+        finally:
+            await redis.config_set("maxmemory", "0")
 
 
 async def test_jobs_of_a_full_model_do_not_stop_those_of_another(redis_url: str, redis: Redis) -> None:

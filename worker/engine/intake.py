@@ -84,6 +84,8 @@ class JobIntake:
         self._logged_pause = ""
         self._logged_at: dict[str, float] = {}
         """When each reason was last logged, by the monotonic clock in seconds."""
+        self._probe_at = 0.0
+        """From when on the next read of jobs probes whether Redis accepts writes (monotonic clock)."""
 
     def stop(self) -> None:
         """Take no more jobs."""
@@ -176,14 +178,24 @@ class JobIntake:
     async def reason_to_pause(self) -> str:
         """Why a job that is taken now could not be done; empty if it could. Any worker can take it from the queue."""
         if not self._servers.is_available:
+            self._probe_at = 0.0
             return NO_VLLM if all(server.is_known for server in self._servers.servers) else STARTING
+        return await self._refusal_of_writes() or (VLLM_FULL if self._is_full else "")
+
+    async def _refusal_of_writes(self) -> str:
+        """Why Redis refuses writes; empty if it accepts them. After a success, it is not probed again for a moment."""
+        now = time.monotonic()
+        if now < self._probe_at:
+            return ""
+        self._probe_at = 0.0
         try:
             await self._jobs.probe_writable()
         except ResponseError as error:
             if is_transient(error):
                 return REDIS_FULL if isinstance(error, OutOfMemoryError) else REDIS_REFUSES
             # A missing right to the probed key alone is no reason. Other missing rights are reported by their commands.
-        return VLLM_FULL if self._is_full else ""
+        self._probe_at = now + self._pace.recheck_writes_after
+        return ""
 
     @property
     def _is_full(self) -> bool:
@@ -272,6 +284,7 @@ class JobIntake:
             self._pause_for("")
 
     def _note_failure(self, error: RedisError | OSError) -> None:
+        self._probe_at = 0.0
         if reason := reason_of(error):
             self._pause_for(reason)
         if isinstance(error, RedisTimeoutError):

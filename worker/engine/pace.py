@@ -22,7 +22,7 @@ class Pace:
     overdue_every: float = 3.0
     """The time between two searches for parked jobs whose deadline has passed."""
     recheck_writes_after: float = 0.5
-    """The time until a Redis that refuses writes is tried again."""
+    """The time after which it is probed again whether Redis accepts writes."""
     first_retry: float = 0.25
     """The pause between the first and the second try of a request at vLLM; each further pause is twice as long."""
     longest_retry: float = 10.0
