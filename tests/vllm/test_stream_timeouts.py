@@ -62,7 +62,7 @@ async def test_a_watchdog_can_be_tightened_after_its_timeout() -> None:
     watchdog = StreamWatchdog(SHORT_FIRST)
 
     async def tightened_at_the_end() -> None:
-        async with watchdog:
+        with watchdog:
             try:
                 await asyncio.Event().wait()
             finally:

@@ -98,6 +98,9 @@ class LogWriter:
     _next: int = field(init=False, default=1)
     _accepted: int = field(init=False, default=0)
     _waiting: tuple[asyncio.Future[None], ...] = field(init=False, default=())
+    """Those who wait for room."""
+    _draining: tuple[asyncio.Future[None], ...] = field(init=False, default=())
+    """Those who wait until nothing is pending."""
 
     def __post_init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
@@ -168,7 +171,7 @@ class LogWriter:
         self._accepted = first + len(entries) - 1
         if self._deltas_left >= 0:
             self._note_progress(entries)
-        if self._waiting and (not pending or self._bytes < HIGH_WATER_BYTES):
+        if (self._waiting and self._bytes < HIGH_WATER_BYTES) or (self._draining and not pending):
             self.wake_waiters()
         return True
 
@@ -224,7 +227,9 @@ class LogWriter:
     async def wait_for_room(self) -> None:
         """Wait until there is room for more entries, or the log is lost."""
         while self.is_full:
-            await self._changed()
+            waiter = self.lost.get_loop().create_future()
+            self._waiting += (waiter,)
+            await waiter
 
     async def wait_drained(self) -> None:
         """Wait until Redis has accepted all entries.
@@ -232,15 +237,15 @@ class LogWriter:
         Raises:
             LogLost: when the log is lost.
         """
-        while self._pending:
-            await self._changed()
-        if self.loss is not None:
-            raise self.loss
+        await self.drained()
 
-    async def _changed(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiting += (waiter,)
-        await waiter
+    def drained(self) -> asyncio.Future[None]:
+        """A future that is done once Redis has accepted all entries. Its exception is LogLost when the log is lost."""
+        drained = self.lost.get_loop().create_future()
+        self._draining += (drained,)
+        if not self._pending:
+            self.wake_waiters()
+        return drained
 
     def discard_pending(self) -> None:
         """Drop the entries that Redis has not accepted."""
@@ -251,11 +256,20 @@ class LogWriter:
         self.sink.release_bytes(size)
 
     def wake_waiters(self) -> None:
-        """Wake `wait_for_room` and `wait_drained`, which then check again."""
+        """Wake `wait_for_room`, which then checks again, and `wait_drained` if nothing is pending."""
         waiting, self._waiting = self._waiting, ()
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
+        if not self._pending:
+            draining, self._draining = self._draining, ()
+            for drained in draining:
+                if drained.done():  # nobody waits any more
+                    continue
+                if self.loss is None:
+                    drained.set_result(None)
+                else:
+                    drained.set_exception(self.loss)
 
 
 def loss_from_tail(tail: EntryId | None, attempt: int, accepted: EntryId) -> LogLost | None:

@@ -131,7 +131,7 @@ class Generation:
         """Continue under the next attempt of the log, from the answer as Redis holds it."""
         job, ownership = self._job, self._services.ownership
         if not isinstance(self._log.loss, LogDiverged | LogGone):
-            await job.wait_for(self._log.wait_drained())
+            await job.wait_for(self._log.drained())
         await job.retry(ownership.next_attempt, self._log, job.delivery, reason)
         entries = await job.retry(ownership.read_entries, job.id)
         self._recall(History(entries, fault_in(entries)))
@@ -247,7 +247,7 @@ class Generation:
             while not self._servers.accepts(model, self._caller):
                 if (left := ends_at - time.monotonic()) <= 0:
                     if not tried or self._servers.are_away(model):
-                        await self._job.wait_for(self._log.wait_drained())
+                        await self._job.wait_for(self._log.drained())
                         is_begun = tried or self._answer.begun or self._caller.failed_at
                         raise MustWait(model, tried if is_begun else None)
                     left = longest

@@ -2,8 +2,7 @@
 
 import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +30,7 @@ from ..redisio.retry import Outage, RetryUntilAvailable
 from ..settings import Settings
 from ..telemetry.events import Telemetry
 from ..vllm.errors import UpstreamError
+from ..vllm.interrupt import TaskInterrupt
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.room import Demand
 from .outline import DAY_MS
@@ -163,22 +163,23 @@ class JobContext:
         """When a log that is never sealed expires, in Unix ms."""
         return max(self.deadline, now) + self.retention * 1000
 
-    async def wait_for(self, event: Awaitable[_T]) -> _T:
+    async def wait_for(self, event: "asyncio.Future[_T]") -> _T:
         """Wait for an event that Redis delays while it is full or does not answer.
 
         Raises:
-            Stopped: when the job must stop before the event.
-            Exception: the error of the awaitable.
+            Stopped: when the job must stop before the event. The future then has this exception.
+            Exception: the error of the future.
         """
-        waiting = asyncio.ensure_future(event)
-        events: set[asyncio.Future[Any]] = {waiting, self.stop}
+
+        def end(_: object) -> None:
+            if not event.done():
+                event.set_exception(Stopped())
+
+        self.stop.add_done_callback(end)
         try:
-            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise Stopped
-            return waiting.result()
+            return await event
         finally:
-            waiting.cancel()
+            self.stop.remove_done_callback(end)
 
     async def within_limits(self, work: Coroutine[object, object, _T], log: LogWriter) -> _T:
         """Do work that vLLM may delay, until the log is lost, the job must stop or the deadline passes.
@@ -194,25 +195,22 @@ class JobContext:
             work.close()  # before its first step, so that vLLM gets no useless request
             self._check(log)
             raise DeadlinePassed
-        timeout = asyncio.timeout(left)  # cheaper than a task to wait for
-
-        def interrupt(_: object) -> None:
-            with suppress(RuntimeError):  # the timeout has ended or expired already
-                timeout.reschedule(0)
-
+        wait = TaskInterrupt()  # cheaper than a task to wait for
+        timer = self.stop.get_loop().call_later(left, wait.interrupt)
         try:
-            async with timeout:
+            with wait:
                 for limit in limits:
-                    limit.add_done_callback(interrupt)
+                    limit.add_done_callback(wait.interrupt)
                 result = await work
         except (TimeoutError, UpstreamError):
             self._check(log)
-            if timeout.expired():
+            if wait.has_come:
                 raise DeadlinePassed from None
             raise
         finally:
+            timer.cancel()
             for limit in limits:
-                limit.remove_done_callback(interrupt)
+                limit.remove_done_callback(wait.interrupt)
         self._check(log)
         return result
 

@@ -46,7 +46,7 @@ class Settlement:
             Stopped: when the job must stop before.
         """
         job = self._job
-        await job.wait_for(log.wait_drained())
+        await job.wait_for(log.drained())
         if isinstance(end, Failed):  # vLLM sends the usage only at the end of an answer
             so_far = Answer(await job.retry(self._ownership.read_entries, job.id))
             end = msgspec.structs.replace(end, usage=so_far.usage, model=so_far.model)

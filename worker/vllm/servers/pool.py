@@ -331,7 +331,7 @@ class ServerPool:
         sent = server.circuit.begin(caller)
         watchdog = self._watch(server)
         try:
-            async with watchdog:
+            with watchdog:
                 return await self._api.post(server, path, body)
         except TimeoutError:
             raise watchdog.timeout_error() from None

@@ -95,7 +95,7 @@ class ChatStream:
 
     async def _read(self) -> bool:
         try:
-            async with self.watchdog:
+            with self.watchdog:
                 more = await self._body.read_into(self._on_data)
             return more or self._hand_over(self._decoder.end())
         except TimeoutError:
@@ -170,7 +170,7 @@ async def open_response(
         UpstreamError: when there is no connection, or the status is not that of a stream.
     """
     try:
-        async with watchdog:
+        with watchdog:
             response = await transport.post(target, to_json(body).encode(), limits.connect)
     except TimeoutError:
         raise watchdog.timeout_error() from None

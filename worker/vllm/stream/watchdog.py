@@ -7,6 +7,7 @@ from types import TracebackType
 
 from ..error_bodies import excerpt
 from ..errors import UpstreamError, truncated
+from ..interrupt import TaskInterrupt
 
 _FROZEN_AFTER = 2.0
 
@@ -45,8 +46,7 @@ class StreamWatchdog:
     """
 
     __slots__ = (
-        "_frozen_after", "_gap_limit_applies", "_limits", "_since", "_tightened_at", "_timeout", "_timer",
-        "longest_gap",
+        "_frozen_after", "_gap_limit_applies", "_limits", "_since", "_tightened_at", "_timer", "_wait", "longest_gap",
     )  # fmt: skip
 
     def __init__(
@@ -59,25 +59,24 @@ class StreamWatchdog:
         self._gap_limit_applies = False
         self._tightened_at: float | None = None
         self.longest_gap = 0.0
-        self._timeout: asyncio.Timeout | None = None
+        self._wait = TaskInterrupt()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def __aenter__(self) -> None:
+    def __enter__(self) -> None:
         if self._gap_limit_applies:
             self._since = monotonic()  # the server could not send while the worker did not read
-        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._wait.__enter__()
         self._check()
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        timeout, timer, self._timeout, self._timer = self._timeout, self._timer, None, None
+        timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
         if self._gap_limit_applies:
             self.longest_gap = max(self.longest_gap, monotonic() - self._since)
-        if timeout is not None:
-            await timeout.__aexit__(kind, error, traceback)
+        self._wait.__exit__(kind, error, traceback)
 
     def on_event(self) -> None:
         """Restart the count of silence. It runs for every event, so it sets no timer: a timer checks when it fires."""
@@ -89,9 +88,7 @@ class StreamWatchdog:
     def on_answer_start(self) -> None:
         """Apply the gap limit from now on."""
         self._since = monotonic()
-        if not self._gap_limit_applies:
-            self._gap_limit_applies = True
-            self._recheck()
+        self._gap_limit_applies = True
 
     def restart(self) -> None:
         """Start again: the request is sent again in another form, and the events so far were no answer."""
@@ -143,11 +140,13 @@ class StreamWatchdog:
         return min(due, max(self._since, self._tightened_at) + self._frozen_after)
 
     def _check(self) -> None:
-        due = self._due()
-        if due > monotonic():
-            self._timer = asyncio.get_running_loop().call_at(due, self._check)
-        elif self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(due)
+        now, due = monotonic(), self._due()
+        if due > now:
+            # After the start of the answer, the gap limit ends no sooner: it needs no other timer.
+            within = min(due - now, self._limits.gap)
+            self._timer = asyncio.get_running_loop().call_later(within, self._check)
+        else:
+            self._wait.interrupt()
 
     def _recheck(self) -> None:
         if self._timer is not None:
