@@ -49,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     # Python stores up to 30 attributes of an instance without a dict, and uvicorn's are 28. A dict takes 1 KiB more.
     __slots__ = (
+        "_active",
         "_bounds",
         "_close_after_body",
         "_discarded",
@@ -63,6 +64,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, {})
         self.pipeline = cast("Any", LeanPipeline())
         self._bounds = bounds
+        self._active: RequestResponseCycle | None = None
+        """The request that is being answered. uvicorn knows only the latest: others may wait behind this one."""
         self._timer: asyncio.TimerHandle | None = None
         """Ends the connection if the head, or then the body, does not arrive in time."""
         self._head_size = 0
@@ -91,6 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._stop_timer()
+        self._leave_active()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -112,7 +116,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_body or self._responding is not None:
             if len(self.pipeline) > _MOST_PIPELINED:
-                self.transport.abort()
+                message = f"at most {_MOST_PIPELINED} requests may wait on a connection: wait for the responses"
+                self._refuse(Problem(400, "too_many_pipelined", message))
             return
         if self._in_head:
             self._head_size += len(data)
@@ -127,7 +132,7 @@ class BoundedProtocol(HttpToolsProtocol):
         A client that leaves sends the same as one that has said all and waits. So a response that has begun ends here.
         """
         cycle = self._responding
-        if self._is_refused or cycle is None or cycle.response_started or self._in_body or self._in_head:
+        if self._is_refused or cycle is None or self._has_begun or self._in_body or self._in_head:
             return False
         cycle.keep_alive = False
         if self.scope["method"] in _HALF_CLOSED:
@@ -212,6 +217,23 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._in_head:
             self._start_timer(self._bounds.header_timeout)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401 - uvicorn's
+        """See uvicorn: a request begins to be answered."""
+        self._active = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _leave_active(self) -> None:
+        """Let the request that is being answered know that its client gets nothing more."""
+        if self._active is not None and not self._active.response_complete:
+            self._active.disconnected = True
+            self._active.message_event.set()
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a part of a response was sent."""
+        active = self._active
+        return active is not None and active.response_started and not active.response_complete
+
     @property
     def _responding(self) -> RequestResponseCycle | None:
         """The latest request, while its response is not complete."""
@@ -245,17 +267,17 @@ class BoundedProtocol(HttpToolsProtocol):
         """
         self._stop_timer()
         self._is_refused = True
-        if (cycle := self._responding) is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if cycle.response_started:
-                self.transport.abort()
-                return
+        self.pipeline.clear()
+        self._leave_active()
+        if self._has_begun:
+            self.transport.abort()
+            return
         head = [
             STATUS_LINE[problem.status],
             b"content-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\n",
             b"content-length: %d\r\n\r\n" % len(problem.body),
         ]
+        self.flow.resume_reading()  # else the client's close is not noticed
         self.transport.write(b"".join([*head, problem.body]))
         if self.transport.can_write_eof():
             self.transport.write_eof()
