@@ -19,9 +19,9 @@ from worker.contract.entries import Done, Failed
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
 from worker.contract.records import Tombstone
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.pipelined import PipelinedConnection
-from worker.redisio.transactions import Transactions
 from worker.telemetry.events import Telemetry
 from worker.telemetry.logging import LogReceiver
 
@@ -43,13 +43,13 @@ class Process:
         self.abandoned = AbandonedJobs(self.commands, Keys(), name, lease=10)
         publishing = command_client(url, connections=1)
         self.publisher = Publisher(publishing, telemetry, pace, connection_type=connections)
-        self.use(Transactions(self.commands))
+        self.use(CommandBatcher(self.commands))
 
-    def use(self, transactions: Transactions) -> None:
-        """Use these connections for the ownership of logs from now on."""
-        self.transactions = transactions
+    def use(self, batcher: CommandBatcher) -> None:
+        """Use this batcher for the ownership of logs from now on."""
+        self.batcher = batcher
         self.owner = LogOwnership(
-            transactions, Keys(), self.jobs, self.publisher, worker=self.name, nonce=f"nonce-{self.name}", now=lambda: 1
+            batcher, Keys(), self.jobs, self.publisher, worker=self.name, nonce=f"nonce-{self.name}", now=lambda: 1
         )
 
     async def claim(self) -> Delivery:

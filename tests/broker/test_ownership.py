@@ -306,7 +306,7 @@ async def test_waiting_for_replicas_leaves_connections_to_the_leases(
 ) -> None:
     for_ever = Replicas(1, wait=60)
     owner = LogOwnership(
-        one.transactions, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=for_ever
+        one.batcher, Keys(), one.jobs, one.publisher, worker="one", nonce="n", now=lambda: 1, replicas=for_ever
     )
     logs = [f"r{number}" for number in range(100)]
     for request_id in logs:

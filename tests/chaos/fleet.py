@@ -31,10 +31,10 @@ from worker.engine.job_context import JobServices, Stop, Stopped
 from worker.engine.job_runner import run_job
 from worker.engine.pace import Pace
 from worker.engine.poison import Quarantine
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import blocking_client, command_client
 from worker.redisio.errors import is_transient
 from worker.redisio.retry import Outage
-from worker.redisio.transactions import Transactions
 from worker.settings import load_settings
 from worker.telemetry.events import Receivers
 from worker.vllm.http.connection import HttpResponse, ResponseBody
@@ -96,7 +96,7 @@ class FleetWorker:
             self.gate.guard(redis)
         connection_type = gated(self.gate)
         self._publisher = Publisher(publishing, pace=FlushPace(feed_delay=0.0), connection_type=connection_type)
-        transactions = Transactions(self._commands, connection_type)
+        batcher = CommandBatcher(self._commands, connection_type)
         self._lifecycle = LifecycleWriter(self._commands, Keys(), connection_type=connection_type)
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts(), transport=_Vllm(self.gate))
         self._upstream.servers[0].circuit.on_probe("")
@@ -105,7 +105,7 @@ class FleetWorker:
             keys=Keys(),
             jobs=self._jobs,
             ownership=LogOwnership(
-                transactions, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
+                batcher, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
             lifecycle=self._lifecycle,
             dead_letters=DeadLetterWriter(self._commands, Keys()),

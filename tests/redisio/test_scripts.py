@@ -16,9 +16,8 @@ from worker.redisio.errors import is_transient
 from worker.redisio.scripts import Script
 
 APPEND = Script("""
-local added, failed = try('XADD', KEYS[1], ARGV[1], 'a', ARGV[2])
-if failed then return added end
-try('EXPIRE', KEYS[1], 60)
+local added = call('XADD', KEYS[1], ARGV[1], 'a', ARGV[2])
+call('EXPIRE', KEYS[1], 60)
 return {added, (try('GET', KEYS[1]))}
 """)
 

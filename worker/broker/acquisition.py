@@ -16,13 +16,15 @@ class Acquired:
     """The process owns the log and may write to it. `history` holds the entries of earlier attempts.
 
     `unreadable` is why the history cannot be read; the history is then empty. `fault` is why an answer cannot continue
-    from the history. Both are empty if there is no such problem.
+    from the history. Both are empty if there is no such problem. `is_start_recorded` is whether the lifecycle has the
+    record of the start.
     """
 
     log: LogWriter
     history: list[Entry]
     unreadable: str = ""
     fault: str = ""
+    is_start_recorded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,9 @@ def was_written_by(entry: Entry | None, owner: str, delivery: Delivery, count: i
     )  # fmt: skip
 
 
-def acquired(log: LogWriter, raw: list[RawEntry], greatest: EntryId | None = None) -> Acquired:
+def acquired(
+    log: LogWriter, raw: list[RawEntry], greatest: EntryId | None = None, *, is_start_recorded: bool = False
+) -> Acquired:
     """The result for an acquired log with these entries.
 
     `greatest` is the greatest id that the log ever had before this attempt, if that is known.
@@ -84,10 +88,10 @@ def acquired(log: LogWriter, raw: list[RawEntry], greatest: EntryId | None = Non
         entries = [parse(*entry) for entry in raw]
     except BadEntry as error:
         log.entries_before = sum(EntryId.parse(entry_id).attempt < log.attempt for entry_id, _ in raw)
-        return Acquired(log, [], f"the log cannot be read: {error}")
+        return Acquired(log, [], f"the log cannot be read: {error}", is_start_recorded=is_start_recorded)
     history: list[Entry] = [entry for entry in entries if entry.id.attempt < log.attempt]
     log.entries_before = len(history)
     last = history[-1].id if history else BEFORE_ALL
     if greatest is not None and last < greatest:
         return Acquired(log, history, fault=f"entries are missing after {last}")
-    return Acquired(log, history, fault=fault_in(history))
+    return Acquired(log, history, fault=fault_in(history), is_start_recorded=is_start_recorded)

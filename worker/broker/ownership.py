@@ -1,21 +1,26 @@
 """Ownership of logs: a process acquires a request's log, continues it under a later attempt, seals and finalizes it.
 
-Every decision is based on the log itself, under a WATCH if two keys must agree. Each method may therefore be repeated
-after a lost reply: it finds the entries that were written and continues from them. Each raises LogRefused if the log's
-key holds another type.
+Every decision is based on the log itself. What must not change between decision and write is compared and written by
+one script. Each method may therefore be repeated after a lost reply: it finds the entries that were written and
+continues from them. Each raises LogRefused if the log's key holds another type.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 
-from redis.exceptions import ResponseError, WatchError
+from redis.exceptions import ResponseError
 
 from ..contract.entries import TAKEOVER, Claimed, Entry, Started, Terminal, parse, parse_leniently, to_fields, to_json
-from ..contract.ids import QUEUED, SEAL, EntryId
+from ..contract.ids import SEAL, EntryId
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
-from ..redisio.transactions import Transaction, Transactions
+from ..redisio.batching import CommandBatcher
+from ..redisio.cluster import ClusterClient
+from ..redisio.pipelined import pack
+from ..redisio.scripts import Script
 from .acquisition import (
+    Acquired,
     AcquireResult,
     AlreadyEnded,
     DuplicateJob,
@@ -28,22 +33,8 @@ from .acquisition import (
 )
 from .cluster_publisher import AnyPublisher
 from .job_queue import Delivery, JobQueue
-from .log_commands import (
-    command,
-    entry_at,
-    expire,
-    expire_at,
-    first_of,
-    greatest_id,
-    has_ended,
-    id_of,
-    is_id_taken,
-    is_trimmed,
-    read_last,
-    watch_end,
-    xadd,
-)
 from .log_pages import RawEntry, read_raw_entries
+from .log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED, LogState, is_id_taken, raw_entry
 from .log_writer import LogDiverged, LogFenced, LogOver, LogRefused, LogWriter, loss_from_tail, refusal_from
 from .replicas import Replicas
 
@@ -58,10 +49,11 @@ class LogOwnership:
     """
 
     def __init__(
-        self, transactions: Transactions, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str,
+        self, batcher: CommandBatcher, keys: Keys, jobs: JobQueue, publisher: AnyPublisher, *, worker: str,
         nonce: str, now: Callable[[], int], replicas: Replicas | None = None,
     ) -> None:  # fmt: skip
-        self._transactions = transactions
+        self._batcher = batcher
+        self._is_cluster = isinstance(batcher.redis, ClusterClient)
         self._keys = keys
         self._jobs = jobs
         self._publisher = publisher
@@ -72,62 +64,44 @@ class LogOwnership:
 
     async def acquire(
         self, request_id: str, delivery: Delivery, expires: int, digest: str = "",
-        matches_digest: Callable[[str], bool] = lambda _: True,
+        matches_digest: Callable[[str], bool] = lambda _: True, started_record: Sequence[str] = (),
     ) -> AcquireResult:  # fmt: skip
         """Acquire the log of a delivered job, or find out why this process must not own it.
 
         `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's.
         `matches_digest` decides whether a stored digest belongs to the same request: that digest may be empty, or from
-        an earlier version.
+        an earlier version. `started_record` is the lifecycle's record of a first attempt, as the words of an XADD after
+        the key. It is written in the same step, but not in a cluster, where the lifecycle is in another slot:
+        `Acquired.is_start_recorded` is whether it was written.
 
         Raises:
             LogExhausted: when no attempt can follow.
         """
-        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
         while True:
-            try:
-                async with self._transaction(key) as transaction:
-                    last, is_over = await watch_end(transaction, key, ended)
-                    tail = id_of(last)
-                    if tail == SEAL or is_over:
-                        is_reused = await self._is_reused(transaction, request_id, delivery, matches_digest)
-                        return IdReused() if is_reused else AlreadyEnded()
-                    is_started = (tail is None or tail.attempt == 0) and await self._start(
-                        transaction, request_id, delivery, expires, digest
-                    )
-            except WatchError:
-                continue
-            # The connection is returned before another is requested. Callers that each hold a connection and wait for a
-            # second one would wait forever.
-            if is_started:
-                log = self._writer(request_id, 1)
-                if last is None:
-                    return acquired(log, [])
-                # If the last entry was `queued`, it was the only one.
-                return acquired(log, [last] if tail == QUEUED else await self._read(key))
-            if (result := await self._take_over(request_id, delivery, matches_digest)) is not None:
+            state = await self._begin(request_id, delivery, expires, digest, started_record)
+            result = state if isinstance(state, Acquired) else await self._take_over(
+                request_id, delivery, matches_digest, state
+            )  # fmt: skip
+            if result is not None:
                 return result
 
     async def _take_over(
-        self, request_id: str, delivery: Delivery, matches_digest: Callable[[str], bool]
+        self, request_id: str, delivery: Delivery, matches_digest: Callable[[str], bool], state: LogState
     ) -> AcquireResult | None:
-        """Acquire a log that was started, or find out why not; None if the log changed meanwhile.
+        """Acquire a log that was begun, or find out why not; None if the log changed meanwhile.
 
         The decision uses the greatest id that the log ever had, because entries may have been deleted.
         """
-        key = self._keys.tokens(request_id)
-        async with self._transaction(key) as transaction:
-            greatest = await greatest_id(transaction, key)
-            if greatest is None:
-                return None
-            if greatest == SEAL:
-                if await entry_at(transaction, key, SEAL):
-                    return None
-                raise LogRefused(_NO_END)
-            holder = await entry_at(transaction, key, EntryId(greatest.attempt, 0))
-            is_same_job = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
-            if not is_same_job and await self._is_reused(transaction, request_id, delivery, matches_digest):
-                return IdReused()
+        key, greatest, holder = self._keys.tokens(request_id), state.greatest, state.holder
+        if state.has_ended:
+            return IdReused() if _is_reused(state, delivery, matches_digest) else AlreadyEnded()
+        if greatest is None:
+            return None
+        if greatest == SEAL:
+            raise LogRefused(_NO_END)
+        is_same_job = isinstance(holder, Started | Claimed) and job_of(holder) == job_of(delivery)
+        if not is_same_job and _is_reused(state, delivery, matches_digest):
+            return IdReused()
         # This process has begun the attempt already if the reply was lost, or if the log could not be read afterwards.
         # After an earlier delivery to this process it begins another: entries of that run may still be on the way to
         # Redis.
@@ -137,19 +111,9 @@ class LogOwnership:
         if (obstacle := await self._obstacle(holder, delivery)) is not None:
             return obstacle
         attempt = attempt_number_after(greatest.attempt)
-        if not await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count):
+        if await self._claim(request_id, attempt, delivery, TAKEOVER, delivery.count) is None:
             return None
         return acquired(self._writer(request_id, attempt), await self._read(key), greatest)
-
-    async def _is_reused(
-        self, transaction: Transaction, request_id: str, delivery: Delivery, matches_digest: Callable[[str], bool]
-    ) -> bool:
-        """Whether a log, or the tombstone of an expired log, belongs to another job and another request."""
-        first = await entry_at(transaction, self._keys.tokens(request_id), EntryId(1, 0))
-        if isinstance(first, Started):
-            return job_of(first) != job_of(delivery) and not matches_digest(first.digest)
-        (tombstone,) = await transaction.query(command("GET", self._keys.ended(request_id)))
-        return tombstone is not None and not matches_digest(Tombstone.read(tombstone).digest)
 
     async def _obstacle(self, holder: Entry | None, delivery: Delivery) -> DuplicateJob | LeaseLost | None:
         """Why this process must not take over a log from its holder; None when it may."""
@@ -163,24 +127,17 @@ class LogOwnership:
         """Recreate this process's log that is gone though the request has not ended, as after a failover.
 
         The new log begins with `1-0`. The owner then continues under a later attempt than it had, so that a reader of
-        the lost log sees that the new entries are new. An existing log is not changed.
+        the lost log sees that the new entries are new. A log that has, or had, an attempt is not changed.
 
         Raises:
             LogOver: when the request has ended: its log was deleted or has expired.
             LogFenced: when this process no longer has the job.
         """
-        ended = self._keys.ended(log.request_id)
-        while await self._jobs.is_held(delivery):
-            async with self._transaction(log.key) as transaction:
-                last, is_over = await watch_end(transaction, log.key, ended)
-                if last is not None:
-                    return
-                if is_over:
-                    raise LogOver("the request has ended")
-                with suppress(WatchError):
-                    await self._start(transaction, log.request_id, delivery, expires, digest)
-                    return
-        raise LogFenced("Redis does not hold the log as it was, and this worker no longer has the job")
+        if not await self._jobs.is_held(delivery):
+            raise LogFenced("Redis does not hold the log as it was, and this worker no longer has the job")
+        state = await self._begin(log.request_id, delivery, expires, digest)
+        if isinstance(state, LogState) and state.last is None and state.tombstone is not None:
+            raise LogOver("the request has ended")
 
     async def next_attempt(self, log: LogWriter, delivery: Delivery, reason: str) -> None:
         """Continue this process's log under its next attempt.
@@ -190,20 +147,17 @@ class LogOwnership:
             LogLost: when this process no longer owns the log.
         """
         attempt = attempt_number_after(log.attempt)
-        if not await self._claim(log.request_id, attempt, delivery, reason):
-            async with self._transaction(log.key) as transaction:
-                (reply,) = await transaction.query(read_last(log.key))
-                first = await entry_at(transaction, log.key, EntryId(attempt, 0))
-                greatest = await greatest_id(transaction, log.key)
-            lost = loss_from_tail(id_of(first_of(reply)), attempt, EntryId(attempt, 0))
-            if isinstance(lost, LogDiverged) and greatest is not None and greatest >= (attempt, 0):
-                lost = LogRefused(_NO_END) if greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
+        length = await self._claim(log.request_id, attempt, delivery, reason)
+        if length is None:
+            state = await self._look(log.request_id)
+            lost = loss_from_tail(state.tail, attempt, EntryId(attempt, 0))
+            if isinstance(lost, LogDiverged) and state.greatest is not None and state.greatest >= (attempt, 0):
+                lost = LogRefused(_NO_END) if state.greatest == SEAL else LogFenced(f"attempt {attempt} had begun")
             if lost is not None:
                 raise lost
-            if not was_written_by(first, self._nonce, delivery, 0):
+            if not was_written_by(state.holder, self._nonce, delivery, 0):
                 raise LogFenced(f"attempt {attempt} has begun")
-        async with self._transaction(log.key) as transaction:
-            (length,) = await transaction.query(command("XLEN", log.key))
+            length = state.length
         log.begin_attempt(attempt, length - 1)
 
     async def seal(
@@ -211,8 +165,7 @@ class LogOwnership:
     ) -> Entry:
         """Write the terminal entry with expiry and tombstone in one step; returns the terminal entry of the log.
 
-        The seal's id is greater than that of any attempt, so the seal needs a fence of its own: the log is watched
-        while its last entry is compared with the last one of this owner. `retention` and `remember` are seconds.
+        The log's last entry is compared with the last one of this owner. `retention` and `remember` are seconds.
 
         The number of entries is compared too. A log from which entries were deleted, or that was renamed away and back
         while another was begun in its place, must not be sealed as a complete answer. A log that was trimmed at its
@@ -222,31 +175,22 @@ class LogOwnership:
             LogLost: when this process no longer owns the log.
         """
         await log.wait_drained()
-        ended = self._keys.ended(log.request_id)
+        last, length = log.accepted, log.length
         while True:
-            async with self._transaction(log.key) as transaction:
-                reply, length = await transaction.watch([log.key], read_last(log.key), command("XLEN", log.key))
-                last = first_of(reply)
-                if last and id_of(last) == SEAL:
-                    return parse_leniently(*last)
-                lost = loss_from_tail(id_of(last), log.attempt, log.accepted)
-                if lost is not None:
-                    raise lost
-                if length != log.length and not await is_trimmed(transaction, log, length):
-                    raise LogDiverged(f"Redis holds {length} entries of the log, and has acknowledged {log.length}")
-                try:
-                    await transaction.execute(
-                        xadd(log.key, SEAL, to_fields(end), create=False),
-                        expire(log.key, retention),
-                        command("SET", ended, to_json(tombstone), "EX", str(remember)),
-                    )
-                except WatchError:
-                    continue  # the log was cancelled or touched meanwhile, or only the reply was lost
-                except ResponseError as error:
-                    if not is_id_taken(error):
-                        raise
-                    raise LogRefused(_NO_END) from error
-            return parse(str(SEAL), to_fields(end))
+            state = await self._seal(
+                SEAL_LOG, log.request_id, end, str(last), str(length), str(retention), to_json(tombstone), str(remember)
+            )
+            if state is None:
+                return parse(str(SEAL), to_fields(end))
+            if state.last and state.tail == SEAL:
+                return state.last
+            if (lost := loss_from_tail(state.tail, log.attempt, log.accepted)) is not None:
+                raise lost
+            if state.greatest == SEAL:
+                raise LogRefused(_NO_END)
+            if state.length != log.length and not _is_trimmed(state, log):
+                raise LogDiverged(f"Redis holds {state.length} entries of the log, and has acknowledged {log.length}")
+            last, length = state.tail or last, state.length
 
     async def seal_unowned(self, request_id: str, delivery: Delivery, end: Terminal, expires: int) -> bool:
         """Seal the log of a job that this process cannot run, with any contents.
@@ -255,29 +199,14 @@ class LogOwnership:
         job of the request is not done, or another worker has this job. `expires` is Unix ms; settlement adds the
         tombstone.
         """
-        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
-        while True:
-            async with self._transaction(key) as transaction:
-                last, is_over = await watch_end(transaction, key, ended)
-                tail = id_of(last)
-                if tail == SEAL or is_over:
-                    return True
-                holder = await entry_at(transaction, key, EntryId(tail.attempt, 0)) if tail else None
-            if await self._obstacle(holder, delivery) is not None:
+        state: LogState | None = await self._look(request_id)
+        while state is not None and not state.has_ended:
+            if state.greatest == SEAL:
+                raise LogRefused(_NO_END)
+            if await self._obstacle(state.holder, delivery) is not None:
                 return False
-            async with self._transaction(key) as transaction:
-                last, is_over = await watch_end(transaction, key, ended)
-                if id_of(last) != tail or is_over:
-                    continue
-                try:
-                    await transaction.execute(xadd(key, SEAL, to_fields(end), create=True), expire_at(key, expires))
-                except WatchError:
-                    continue
-                except ResponseError as error:
-                    if not is_id_taken(error):
-                        raise
-                    raise LogRefused(_NO_END) from error
-            return True
+            state = await self._seal(SEAL_UNOWNED, request_id, end, str(state.tail or ""), str(expires))
+        return True
 
     async def finalize(self, request_id: str, tombstone: Tombstone, *, retention: int, remember: int) -> bool:
         """Check before the acknowledgement that the request has its end, and add a missing expiry and tombstone.
@@ -288,20 +217,13 @@ class LogOwnership:
         Raises:
             TooFewReplicas: when too few replicas have the end.
         """
-        key, ended = self._keys.tokens(request_id), self._keys.ended(request_id)
-        while True:
-            async with self._transaction(key) as transaction:
-                if not has_ended(await transaction.watch([key], read_last(key), command("EXISTS", ended))):
-                    return False
-                add_tombstone = command("SET", ended, to_json(tombstone), "EX", str(remember), "NX")
-                try:
-                    await transaction.execute(expire(key, retention), add_tombstone)
-                except WatchError:
-                    continue  # somebody else set the expiry meanwhile
-            if not self._replicas.count:
-                return True
-            async with self._replicas.slot(), self._transaction(key) as transaction:
-                return await self._replicas.have_end(transaction, key, ended, retention)
+        keys = self._log_keys(request_id)
+        arguments = str(retention), to_json(tombstone), str(remember)
+        with _raises_log_refused():
+            has_ended = await FINALIZE.run(self._batcher, keys, arguments)
+            if has_ended and self._replicas.count:
+                has_ended = await self._replicas.run(FINALIZE, self._batcher.redis, keys, arguments)
+        return bool(has_ended)
 
     async def read_entries(self, request_id: str) -> list[Entry]:
         """The whole log. An entry that cannot be read is returned as `Unknown`."""
@@ -313,54 +235,67 @@ class LogOwnership:
 
     async def _read(self, key: str) -> list[RawEntry]:
         with _raises_log_refused():
-            return await read_raw_entries(self._transactions.redis, key)
+            return await read_raw_entries(self._batcher.redis, key)
 
-    @asynccontextmanager
-    async def _transaction(self, key: str) -> AsyncIterator[Transaction]:
-        """A connection to the server of a log's key, for that log and its tombstone."""
+    async def _look(self, request_id: str) -> LogState:
         with _raises_log_refused():
-            async with self._transactions.begin(key) as transaction:
-                yield transaction
+            _, *state = await LOOK.run(self._batcher, self._log_keys(request_id), ())
+        return LogState.read(*state)
 
-    async def _start(
-        self, transaction: Transaction, request_id: str, delivery: Delivery, expires: int, digest: str
-    ) -> bool:
-        """Write `1-0` into a log that has no attempt. Returns false if it had one whose entries were deleted.
+    async def _seal(self, script: Script, request_id: str, end: Terminal, *arguments: str) -> LogState | None:
+        """Write a terminal entry by a script. Returns the log's state if the script did not write it."""
+        words = chain(arguments, *to_fields(end).items())
+        with _raises_log_refused():
+            has_written, *state = await script.run(self._batcher, self._log_keys(request_id), words)
+        return None if has_written else LogState.read(*state)
 
-        Raises:
-            WatchError: when the log or its tombstone was touched meanwhile.
-        """
+    def _log_keys(self, request_id: str) -> tuple[str, str]:
+        return self._keys.tokens(request_id), self._keys.ended(request_id)
+
+    async def _begin(
+        self, request_id: str, delivery: Delivery, expires: int, digest: str, started_record: Sequence[str] = ()
+    ) -> Acquired | LogState:
+        """Write `1-0` into a log that has, and had, no attempt, unless the request has ended. Else return its state."""
         started = Started(
             id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), digest=digest, delivery=delivery.count,
         )  # fmt: skip
+        fields = to_fields(started)
         key = self._keys.tokens(request_id)
-        try:
-            await transaction.execute(xadd(key, started.id, to_fields(started), create=True), expire_at(key, expires))
-        except ResponseError as error:
-            if not is_id_taken(error):
-                raise
-            return False
+        is_recorded = bool(started_record) and not self._is_cluster
+        keys = [*self._log_keys(request_id), *([self._keys.lifecycle] if is_recorded else [])]
+        with _raises_log_refused():
+            words = str(expires), str(2 * len(fields)), *chain(*fields.items()), *started_record
+            has_begun, *reply = await BEGIN.run(self._batcher, keys, words)
+        if not has_begun:
+            return LogState.read(*reply)
         self._publish(request_id, started)
-        return True
+        is_recorded, before = reply
+        # `queued` alone comes before, unless another client wrote the log.
+        history = [raw_entry(entry) for entry in before] if len(before) < 2 else await self._read(key)
+        return acquired(self._writer(request_id, 1), history, is_start_recorded=bool(is_recorded))
 
-    async def _claim(self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0) -> bool:
-        """Write `<attempt>-0`, which fences every earlier attempt. Returns false if Redis refused it."""
+    async def _claim(
+        self, request_id: str, attempt: int, delivery: Delivery, reason: str, count: int = 0
+    ) -> int | None:
+        """Write `<attempt>-0`, which fences every earlier attempt. Returns the log's length; None if Redis refused."""
         claimed = Claimed(
             id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
         key = self._keys.tokens(request_id)
+        add = _packed("XADD", key, "NOMKSTREAM", str(claimed.id), *chain(*to_fields(claimed).items()))
         try:
-            async with self._transaction(key) as transaction:
-                (written,) = await transaction.query(xadd(key, claimed.id, to_fields(claimed), create=False))
+            with _raises_log_refused():
+                written, length = await self._batcher.execute(key, add + _packed("XLEN", key), 2)
         except ResponseError as error:
             if is_id_taken(error):
-                return False
+                return None
             raise
-        if written is not None:
-            self._publish(request_id, claimed)
-        return written is not None
+        if written is None:
+            return None
+        self._publish(request_id, claimed)
+        return int(length)
 
     def _publish(self, request_id: str, entry: Entry) -> None:
         self._publisher.publish(self._keys.feed(request_id), [(str(entry.id), to_fields(entry))])
@@ -376,3 +311,20 @@ def _raises_log_refused() -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
+
+
+def _packed(*words: str) -> bytes:
+    return pack(*[word.encode() for word in words])
+
+
+def _is_reused(state: LogState, delivery: Delivery, matches_digest: Callable[[str], bool]) -> bool:
+    """Whether a log, or the tombstone of an expired log, belongs to another job and another request."""
+    if isinstance(state.started, Started):
+        return job_of(state.started) != job_of(delivery) and not matches_digest(state.started.digest)
+    return state.tombstone is not None and not matches_digest(state.tombstone.digest)
+
+
+def _is_trimmed(state: LogState, log: LogWriter) -> bool:
+    """Whether a log lacks entries only at its front. Only its current attempt is checked."""
+    first = state.first.id if state.first else None
+    return first is not None and first.attempt == log.attempt and state.length == log.accepted.n - first.n + 1

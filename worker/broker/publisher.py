@@ -31,7 +31,7 @@ from ..telemetry.events import NO_TELEMETRY, Telemetry, WriteFailed
 from .accepted_entries import AcceptedEntries
 from .feed import FeedBatch, FeedPublisher, trial
 from .flush_pace import FlushPace
-from .log_commands import is_id_taken
+from .log_scripts import is_id_taken
 from .log_writer import AppendBatch, LogDiverged, LogGone, LogWriter, refusal_from, refused_logs
 from .write_stalls import WriteStalls
 

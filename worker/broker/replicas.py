@@ -1,12 +1,15 @@
 """Waits until replicas of Redis have the end of a log, before its job is acknowledged."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
+from redis.asyncio import Redis
+
+from ..redisio.cluster import server_of
 from ..redisio.errors import TooFewReplicas
-from ..redisio.transactions import Transaction
-from .log_commands import command, expire, has_ended, read_last
+from ..redisio.scripts import Script
 
 _MAX_WAITING = 8
 """How many connections may wait for replicas at once. The others stay free, as for the renewal of leases."""
@@ -24,25 +27,26 @@ class Replicas:
         self._wait = wait
         self._slots = asyncio.Semaphore(_MAX_WAITING)
 
-    async def have_end(self, transaction: Transaction, key: str, ended: str, retention: int) -> bool:
-        """Wait until enough replicas have the end of a log. False if the log has no end. `retention` is seconds.
+    async def run(self, script: Script, redis: Redis, keys: Sequence[str], arguments: Sequence[str]) -> Any:  # noqa: ANN401 - the script's own reply
+        """Run a script that writes, and wait until enough replicas have what it wrote and all that was there before.
 
-        WAIT counts the replicas that have the last write of its own connection, which is the EXPIRE. A replica that has
-        the EXPIRE also has the seal, which was written earlier.
+        WAIT counts the replicas that have the last write of its own connection, so both go out in one write. The script
+        goes out with its source: a pipeline could not send it after Redis has replied that it does not know it.
 
         Raises:
-            TooFewReplicas: when too few replicas have the end in time.
+            TooFewReplicas: when too few replicas have it in time.
         """
-        if not has_ended(await transaction.query(read_last(key), command("EXISTS", ended))):
-            return False
-        wait_ms = str(int(self._wait * 1000))
-        _, there = await transaction.query(expire(key, retention), command("WAIT", str(self.count), wait_ms))
+        async with self._slot():
+            pipe = (await server_of(redis, keys[0])).pipeline(transaction=False)
+            pipe.eval(script.source, len(keys), *keys, *arguments)
+            pipe.execute_command("WAIT", self.count, int(self._wait * 1000))
+            reply, there = await pipe.execute()
         if there < self.count:
             raise TooFewReplicas(f"{there} of {self.count} replicas have the end of a log: its job is kept")
-        return True
+        return reply
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def _slot(self) -> AsyncIterator[None]:
         """One of the few slots for waiting. The wait for a slot is limited too, so that a caller can be stopped.
 
         Raises:

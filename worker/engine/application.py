@@ -24,11 +24,11 @@ from ..broker.replicas import Replicas
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
 from ..contract.records import WorkerRecord
+from ..redisio.batching import CommandBatcher
 from ..redisio.clients import blocking_client, command_client
 from ..redisio.clock import Clock
 from ..redisio.errors import is_transient
 from ..redisio.retry import Outage, RetryUntilAvailable
-from ..redisio.transactions import Transactions
 from ..redisio.urls import database_of
 from ..settings import ConfigError, Settings, parse_address, redacted_url, variable
 from ..telemetry.events import (
@@ -108,8 +108,9 @@ class Worker:
         self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)
         dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
+        self._batcher = CommandBatcher(self._commands)
         ownership = LogOwnership(
-            Transactions(self._commands),
+            self._batcher,
             keys,
             self._jobs,
             self._publisher,
@@ -393,6 +394,7 @@ class Worker:
         await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()
+        await self._batcher.aclose()
         await self._commands.aclose()
         await self._blocking.aclose()
         self._telemetry.emit(WorkerStopped(self._running_jobs.finished))

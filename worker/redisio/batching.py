@@ -25,11 +25,11 @@ _Call: TypeAlias = tuple[bytes, int, asyncio.Future[list[Any]]]
 class CommandBatcher:
     """Sends the commands of many callers, on one connection to each server from a client's pool.
 
-    The client may be used for other commands as well.
+    `redis` is the client, which may be used for other commands as well.
     """
 
     def __init__(self, redis: Redis, connection_type: type[PipelinedConnection] = PipelinedConnection) -> None:
-        self._redis = redis
+        self.redis = redis
         self._connection_type = connection_type
         self._servers: dict[Redis, _ServerBatcher] = {}
         on_master_removed(redis, self._drop)
@@ -40,7 +40,7 @@ class CommandBatcher:
         Raises:
             RedisError: when they cannot be sent, are not answered, or one of them is refused.
         """
-        redis = await server_of(self._redis, key)
+        redis = await server_of(self.redis, key)
         server = self._servers.get(redis)
         if server is None:
             server = self._servers[redis] = _ServerBatcher(redis, self._connection_type)
@@ -51,7 +51,7 @@ class CommandBatcher:
                     raise reply
         except (RedisError, OSError) as error:
             if is_transient(error):
-                forget_masters(self._redis)
+                forget_masters(self.redis)
             raise
         return replies
 

@@ -3,9 +3,9 @@
 A script takes one round trip, and no connection of its own as a WATCH does. A Redis that forbids scripts cannot be
 used.
 
-Each script begins with `try`. It is `redis.pcall` that also returns whether the command failed. A script returns the
-error of a command in place of raising it, because Redis rewrites raised errors. The errors that `try` returns have the
-kind first, as those of a command have: Redis 6.2 puts `@user_script` before it, and both 6.2 and 7.0 name no kind
+A script has two functions for commands. `call` ends the script with the command's error if the command fails. `try`
+returns the reply or the error, and whether the command failed. The kind of an error comes first in it, as in the error
+of a command. With `redis.call` it would not: Redis 6.2 puts `@user_script` before it, and 6.2 and 7.0 name no kind
 where the user lacks a right.
 
 With full memory Redis refuses the first command of a script that needs memory, and no later one. So a script begins
@@ -23,7 +23,7 @@ from redis.exceptions import NoScriptError
 from .batching import CommandBatcher
 from .pipelined import pack
 
-_TRY = """
+_BEGIN = """
 local function try(...)
   local reply = redis.pcall(...)
   local failed = type(reply) == 'table' and reply.err ~= nil
@@ -33,6 +33,18 @@ local function try(...)
   end
   return reply, failed
 end
+local function call(...)
+  local reply, failed = try(...)
+  if failed then error({reply}) end  -- in a table, since `pcall` of Redis 7.0 makes a text of an error
+  return reply
+end
+local done, reply = pcall(function()
+"""
+
+_END = """
+end)
+if done then return reply end
+return type(reply) == 'table' and reply[1] or error(reply)
 """
 
 
@@ -44,8 +56,8 @@ class Script:
     """
 
     def __init__(self, source: str) -> None:
-        self._source = _TRY + source
-        self._sha = hashlib.sha1(self._source.encode(), usedforsecurity=False).hexdigest()
+        self.source = _BEGIN + source + _END
+        self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
     async def run(self, batcher: CommandBatcher, keys: Sequence[str], arguments: Iterable[str]) -> Any:  # noqa: ANN401 - the script's own reply
         """Run the script together with the commands of other callers, and return its reply.
@@ -57,7 +69,7 @@ class Script:
         try:
             (reply,) = await batcher.execute(keys[0], pack(b"EVALSHA", self._sha.encode(), *words), 1)
         except NoScriptError:
-            (reply,) = await batcher.execute(keys[0], pack(b"EVAL", self._source.encode(), *words), 1)
+            (reply,) = await batcher.execute(keys[0], pack(b"EVAL", self.source.encode(), *words), 1)
         return reply
 
     async def run_on(self, redis: Redis, keys: Sequence[str], arguments: Iterable[str]) -> Any:  # noqa: ANN401 - as above
@@ -66,4 +78,4 @@ class Script:
         try:
             return await redis.execute_command("EVALSHA", self._sha, *words)  # type: ignore[no-untyped-call]
         except NoScriptError:
-            return await redis.execute_command("EVAL", self._source, *words)  # type: ignore[no-untyped-call]
+            return await redis.execute_command("EVAL", self.source, *words)  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from worker.broker.log_commands import is_id_taken
+from worker.broker.log_scripts import is_id_taken
 from worker.contract.ids import SEAL
 
 KEY = "chat:tokens:{r}"
