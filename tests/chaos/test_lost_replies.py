@@ -9,15 +9,13 @@ from redis.asyncio import Redis
 from worker import Client
 from worker.sandbox.simulator.server import Options, Scenario
 
-STARTED = rb"^MULTI\nXADD \S+ 1-0 "
+STARTED = rb"^EVALSHA .* type started "
 DELTAS = rb"^MULTI\nXADD \S+ NOMKSTREAM 1-\d+ type delta"
-SEAL = rb"^MULTI\nXADD \S+ NOMKSTREAM 18446744073709551615-"
-CONFIRM = rb"^MULTI\nEXPIRE chat:tokens"
+SEAL = rb"^EVALSHA .* type (done|error) "
+CONFIRM = rb"^EVALSHA \S+ 2 chat:tokens:\S+ chat:ended:\S+ \d+ \{\S+ \d+$"
 LIFECYCLE = rb"^XADD chat:lifecycle .* finished"
 FEED = rb"^MULTI\nPUBLISH"
 ACK = rb"^XACK"
-LOOK = rb"^XREVRANGE chat:tokens"
-WATCH = rb"^WATCH"
 
 
 def break_at(proxy: Proxy, how: str, command: bytes, times: int = 1) -> Order:
@@ -29,8 +27,8 @@ def break_at(proxy: Proxy, how: str, command: bytes, times: int = 1) -> Order:
 @pytest.mark.parametrize("how", ["reply lost", "not sent"])
 @pytest.mark.parametrize(
     "command",
-    [STARTED, DELTAS, SEAL, CONFIRM, LIFECYCLE, FEED, ACK, LOOK, WATCH],
-    ids=["started", "deltas", "seal", "confirm", "lifecycle", "feed", "ack", "look", "watch"],
+    [STARTED, DELTAS, SEAL, CONFIRM, LIFECYCLE, FEED, ACK],
+    ids=["started", "deltas", "seal", "confirm", "lifecycle", "feed", "ack"],
 )
 async def test_a_command_that_is_cut_off_twice_changes_no_result(
     command: bytes,
