@@ -48,6 +48,16 @@ def test_an_event_becomes_a_line(event: Event, line: dict[str, object], capsys: 
     assert found == line
 
 
+@pytest.mark.parametrize("name", ["modèle", "a\x9b2Jb", "a\u2028b", "\ud800", 'a"\n\x1b[2Jb'])
+def test_names_from_outside_are_escaped_in_a_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json")
+    LogReceiver().emit(KeyFileUnreadable(name))
+    line = capsys.readouterr().err
+    assert line.removesuffix("\n").isascii()
+    assert line.removesuffix("\n").isprintable()
+    assert json.loads(line)["error"] == name
+
+
 def test_a_silent_event_is_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("json")
     LogReceiver().emit(EntriesAccepted(1))
