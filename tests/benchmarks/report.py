@@ -62,6 +62,7 @@ _SHORT = (
     ("short_redis_us_1", "Redis CPU per job, µs", 0),
     ("short_rate_10", "jobs of 10 tokens, jobs/s", 0),
     ("short_us_10", "CPU per job, µs", 0),
+    ("short_us_first", "CPU per job among the first, µs", 0),
     ("short_redis_us_10", "Redis CPU per job, µs", 0),
     ("short_sent", "Redis commands per job, sent", 1),
     ("short_commands", "Redis commands per job, with those that scripts call", 1),

@@ -22,16 +22,19 @@ from rig import Rig, RigFailed, helper
 from scenarios import Figures, Run
 from short_client import Connection, packed_job
 
-TOKENS = (1, 10, 50)
-JOBS, JOBS_QUICK = 3000, 1000
-SLOW, USUAL = 50, 10
-"""Jobs a second while latency is measured, and tokens of each of them."""
+USUAL = 10
+TOKENS = (USUAL, 1, 50)
+JOBS, JOBS_QUICK = 3000, 500
+SLOW = 50
+"""Jobs a second while latency is measured."""
 _WINDOWS = 3
+"""Those that count. One more comes first, in which a bridge opens its connections and compiles its code."""
 _WARM_UP = 1.0
 _WARM_UP_JOBS = 50
+_PATIENCE = 60.0
 _COUNTED = 500
 """Jobs whose commands are counted."""
-_LIMIT, _LIMIT_QUICK = 10.0, 4.0
+_LIMIT, _LIMIT_QUICK = 10.0, 3.0
 """Seconds after which a bridge counts as one that does not keep up."""
 _POLL, _POLL_LAST = 0.02, 0.002
 """Seconds between two looks at the queue: more would cost Redis a part of what is measured."""
@@ -79,20 +82,28 @@ class ShortJobs:
 
     def _warm_up(self) -> None:
         """No window then has what a bridge loads, compiles or connects at its first jobs."""
-        if not self.burst(1, USUAL).complete:
-            raise RigFailed(f"{self.rig.name} does not answer a job")
         until = time.monotonic() + _WARM_UP
         while time.monotonic() < until:
-            self.burst(_WARM_UP_JOBS, USUAL)
+            if self._run(_WARM_UP_JOBS, USUAL, _PATIENCE)[0] < _WARM_UP_JOBS:
+                raise RigFailed(f"{self.rig.name} does not answer its first jobs")
 
     def burst(self, jobs: int, tokens: int, limit: float = _LIMIT) -> Burst:
         """Enqueue so many jobs at once, and wait until all are acknowledged, for `limit` seconds at most.
 
         The CPU includes what Redis spends on the enqueuing, and what follows the last acknowledgement.
         """
+        before = self._cpu()
+        done, seconds = self._run(jobs, tokens, limit)
+        time.sleep(_TRAILING)
+        cpu, redis_cpu = ((after - old) / 1e3 / max(1, done) for old, after in zip(before, self._cpu(), strict=True))
+        if done == jobs:
+            self._check_logs(range(self._sent, self._sent - jobs, -max(1, jobs // _CHECKED)), tokens)
+        return Burst(done / seconds, cpu, redis_cpu, done == jobs)
+
+    def _run(self, jobs: int, tokens: int, limit: float) -> tuple[int, float]:
+        """How many of the jobs were acknowledged, and within how many seconds."""
         first, self._sent = self._sent, self._sent + jobs
         data = b"".join(packed_job(self._milliseconds, number, tokens) for number in range(first + 1, self._sent + 1))
-        before = self._cpu()
         began = time.monotonic()
         self._enqueuing.sendall(data)
         done = 0
@@ -101,12 +112,8 @@ class ShortJobs:
             self.rig.check()
             done = self._acknowledged() - first
         seconds = time.monotonic() - began
-        time.sleep(_TRAILING)
-        cpu, redis_cpu = ((after - old) / 1e3 / max(1, done) for old, after in zip(before, self._cpu(), strict=True))
         self._drop_replies()
-        if done == jobs:
-            self._check_logs(range(first + 1, self._sent + 1, max(1, jobs // _CHECKED)), tokens)
-        return Burst(done / seconds, cpu, redis_cpu, done == jobs)
+        return done, seconds
 
     def _cpu(self) -> tuple[int, int]:
         return self.rig.cpu_now(), cpu_of(self.rig.redis_pid)
@@ -160,6 +167,7 @@ class ShortJobs:
         own = self.rig.redis.client_info()["addr"].encode()
         with socket.create_connection(("127.0.0.1", self.rig.redis_port)) as monitor:
             monitor.sendall(b"MONITOR\r\n")
+            monitor.recv(1024)  # it begins with this reply
             monitor.settimeout(_TRAILING)
             self.burst(jobs, tokens)
             shown = bytearray()
@@ -216,22 +224,27 @@ class Contestant:
             self._run.note(str(error))
             self.close()
 
-    def burst(self, jobs: int, tokens: int, limit: float) -> None:
+    def burst(self, jobs: int, tokens: int, limit: float, *, counts: bool) -> None:
         """Measure so many jobs that come at once."""
         if tokens not in self._beyond:
-            self.window(lambda running: self._burst(running, jobs, tokens, limit))
+            self.window(lambda running: self._burst(running, jobs, tokens, limit, counts=counts))
 
-    def _burst(self, running: ShortJobs, jobs: int, tokens: int, limit: float) -> None:
+    def _burst(self, running: ShortJobs, jobs: int, tokens: int, limit: float, *, counts: bool) -> None:
         burst = running.burst(jobs, tokens, limit)
         self._show(
             f"{tokens:2} tokens: {burst.rate:,.0f} jobs/s, {burst.cpu:.0f} µs and {burst.redis_cpu:.0f} µs in Redis"
         )
-        self._values[f"short_rate_{tokens}"].append(burst.rate)
-        self._values[f"short_us_{tokens}"].append(burst.cpu)
-        self._values[f"short_redis_us_{tokens}"].append(burst.redis_cpu)
+        names = [f"short_{name}_{tokens}" for name in ("rate", "us", "redis_us")]
+        if burst.complete and not counts and tokens == USUAL:
+            self._values["short_us_first"].append(burst.cpu)
+        if burst.complete and counts:
+            for name, value in zip(names, (burst.rate, burst.cpu, burst.redis_cpu), strict=True):
+                self._values[name].append(value)
         if not burst.complete:
             self._beyond.add(tokens)
-            del self._values[f"short_us_{tokens}"], self._values[f"short_redis_us_{tokens}"]
+            for name in names:
+                self._values.pop(name, None)
+            self._values[names[0]] = [burst.rate]
             done = f"{burst.rate:,.0f}/s in {limit:g} s"
             self._run.note(f"{self._bridge.name} did not keep up with {jobs:,} jobs of {tokens} tokens at once: {done}")
             self.close()  # the next window starts it anew, without the jobs that it has left
@@ -268,13 +281,13 @@ def short(bridges: Sequence[Bridge], run: Run) -> dict[str, Figures]:
     contestants = {bridge.name: Contestant(bridge, run) for bridge in bridges}
     everyone = contestants.values()
     try:
-        for tokens in TOKENS:
-            for _, each in itertools.product(range(_WINDOWS), everyone):
-                each.burst(jobs, tokens, limit)
         for _, each in itertools.product(range(_WINDOWS), everyone):
             each.first_deltas(round(SLOW * seconds))
         for each in everyone:
             each.commands()
+        for tokens in TOKENS:
+            for window, each in itertools.product(range(1 + _WINDOWS), everyone):
+                each.burst(jobs, tokens, limit, counts=window > 0)
     finally:
         for each in everyone:
             each.close()

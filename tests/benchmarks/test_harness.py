@@ -15,10 +15,11 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import msgspec
+import psutil
 import pytest
 from board import Count
 from bridge import Bridge, floor, ours, straightforward
-from chunks import TOKEN_IDS, WORDS, Stream
+from chunks import TOKEN_IDS, WORDS, Stream, whole_answer
 from edge import SERVERS, EdgeRig
 from ladder import FINENESS, Highest, Verdict, ladder
 from measure import TICKS, cpu_of_others, kept_apart, median, percentile, undisturbed
@@ -26,7 +27,8 @@ from plot import svg
 from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
 from rig import Rig, RigFailed
-from scenarios import Figures
+from scenarios import Figures, Run
+from short import Contestant, ShortJobs
 
 from worker.vllm.chunks.parser import ChunkParser
 from worker.vllm.stream.sse import SSEDecoder
@@ -77,6 +79,12 @@ def test_the_worker_finds_the_words_and_token_ids_in_the_load() -> None:
     texts = [(fields["content"], json.loads(fields["token_ids"])) for fields in entries if "content" in fields]
     assert texts == [(WORDS[n % len(WORDS)], [TOKEN_IDS[n % len(WORDS)]]) for n in range(200)]
     parser.check_complete()
+
+
+def test_an_answer_in_one_write_has_the_bytes_of_one_in_many() -> None:
+    stream = Stream(7)
+    assert whole_answer(7, 12) == b"".join([stream.opening, *map(stream.token, range(12)), stream.ending])
+    assert whole_answer(8, 12) != whole_answer(7, 12)
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -190,6 +198,68 @@ def _second(bridge: Bridge) -> None:
         assert rig.board[Count.READ] > 50
 
 
+@pytest.mark.parametrize("name", ["ours", "straightforward"])
+def test_some_short_jobs_of_each_bridge(name: str, tmp_path: Path) -> None:
+    with ShortJobs(_BRIDGES[name](tmp_path)) as jobs:
+        burst = jobs.burst(20, 3)
+        assert burst.complete
+        assert burst.rate > 0
+        assert burst.cpu > 0
+        assert burst.redis_cpu > 0
+        latencies = jobs.first_deltas(5)
+        assert len(latencies) == 5
+        assert min(latencies) > 0
+        sent, _ = jobs.commands(10, 3)
+        assert sent["xadd"] >= 10 * (1 + 3 + 1)  # the job, its tokens and their end
+        assert sent["xinfo"] == 0
+
+
+_TINY = """
+import sys
+from redis import Redis
+redis, words = Redis(port=int(sys.argv[1]), protocol=2), sys.argv[3:]
+adds = [f"redis.call('XADD', KEYS[1], '*', 'type', 'delta', 'content', '{word}')" for word in words]
+script = " ".join([*adds, "redis.call('XACK', 'chat:jobs', 'workers', ARGV[1])"])
+redis.xgroup_create("chat:jobs", "workers", "0", mkstream=True)
+for _ in range(int(sys.argv[2])):
+    ((_, ((job, fields),)),) = redis.xreadgroup("workers", "one", {"chat:jobs": ">"}, count=1, block=0)
+    redis.eval(script, 1, b"chat:tokens:{%b}" % fields[b"id"], job)
+sys.stdin.read()
+"""
+
+
+def tiny_bridge(answered: int, words: list[str]) -> Bridge:
+    """A bridge that knows all answers, and writes each in one script. It stops after so many jobs."""
+    return Bridge("tiny", "", lambda _vllm, redis: [sys.executable, "-c", _TINY, str(redis), str(answered), *words])
+
+
+def test_commands_that_a_script_calls_are_not_among_those_that_were_sent() -> None:
+    with ShortJobs(tiny_bridge(10**6, WORDS[:10])) as jobs:
+        sent, called = jobs.commands(4, 10)
+    assert (sent["xadd"], sent["eval"]) == (4, 4)
+    assert called == {"xadd": 40, "xack": 4}
+
+
+def test_a_bridge_that_loses_text_fails() -> None:
+    with ShortJobs(tiny_bridge(10**6, WORDS[:9])) as jobs, pytest.raises(RigFailed, match="the log of job"):
+        jobs.burst(5, 10)
+
+
+def test_a_bridge_that_falls_behind_has_a_rate_and_a_note_only() -> None:
+    run = Run(seconds=1.0, rung_seconds=1.0, show=lambda _: None)
+    contestant = Contestant(tiny_bridge(2000, WORDS[:10]), run)
+    try:
+        contestant.burst(2000, 10, 1.0, counts=True)
+        contestant.burst(2000, 10, 1.0, counts=True)
+    finally:
+        contestant.close()
+    assert list(contestant.figures) == ["short_rate_10"]
+    (note,) = run.notes
+    assert "tiny did not keep up" in note
+    running = (set(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+    assert not [words for words in running if {_TINY, "2000"} <= words]
+
+
 def test_who_measures_is_not_on_the_core_of_the_bridge(tmp_path: Path) -> None:
     cores = os.sched_getaffinity(0)
     with Rig(floor(tmp_path), streams=1) as rig:
@@ -290,12 +360,21 @@ def test_processes_come_before_all_else_for_a_while_only_where_that_is_allowed()
         subprocess.Popen(wait, stdin=subprocess.PIPE) as other,
     ):
         before = os.getpriority(os.PRIO_PROCESS, one.pid)
+        session = _session()
         with undisturbed(one.pid, [other.pid]):
             if may_come_first(one.pid):
                 assert os.sched_getscheduler(other.pid) == os.SCHED_FIFO
                 assert os.getpriority(os.PRIO_PROCESS, one.pid) < before
+                assert session is None or _session() != session
         assert os.sched_getscheduler(other.pid) == os.SCHED_OTHER
         assert os.getpriority(os.PRIO_PROCESS, one.pid) == before
+        assert _session() == session
+
+
+def _session() -> str | None:
+    """The autogroup and the niceness of this session; None where the kernel has none."""
+    file = Path("/proc/self/autogroup")
+    return file.read_text() if file.exists() else None
 
 
 def test_the_plot_has_a_bar_for_each_bridge() -> None:
