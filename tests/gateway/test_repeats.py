@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -96,6 +97,80 @@ async def test_a_hidden_repetition_attaches_to_the_first_job(
     assert await post.read_head() == 200
     assert await jobs(redis) == 1
     post.close()
+
+
+async def looks(redis: Redis) -> int:
+    """How often a request has looked for those that it may repeat."""
+    stats = cast("dict[str, dict[str, int]]", await redis.info("commandstats"))
+    return stats.get("cmdstat_zrevrangebyscore", {"calls": 0})["calls"]
+
+
+@EITHER_WAY
+@CUTS
+@pytest.mark.parametrize("late", [b"^MULTI.*ZADD", b"^UNSUBSCRIBE"], ids=["note", "unsubscription"])
+async def test_a_hidden_repetition_waits_until_redis_knows_that_a_connection_here_is_lost(
+    body: dict[str, Any], cut: Callable[[RawPost], None], late: bytes, start_gateway: StartGateway,
+    redis_proxy: Proxy, redis: Redis, simulator: Simulator, start_worker: StartWorker,
+) -> None:  # fmt: skip
+    """On a busy machine, that takes longer than a browser, which repeats its request within milliseconds."""
+    gateway = await start_gateway(grace=30, redis_url=redis_proxy.redis_url)
+    before = await looks(redis)
+    order = redis_proxy.hold(late)
+    first = await RawPost.send(gateway.port, body, reuse=True)
+    await (wait_noted(redis) if late == b"^UNSUBSCRIBE" else order.met.wait())
+    cut(first)
+    second = await RawPost.send(gateway.port, body)
+
+    async def has_looked() -> bool:
+        assert await jobs(redis) <= 1
+        return await looks(redis) >= before + 12
+
+    await eventually(has_looked)
+    order.release()
+    await start_worker(simulator)
+    assert await second.read_head() == 200
+    assert await jobs(redis) == 1
+    second.close()
+
+
+async def test_a_hidden_repetition_that_is_read_together_with_the_loss_of_the_connection_attaches(
+    patient: Served, redis: Redis
+) -> None:
+    """The gateway, in the event loop of this test, finds both in one step."""
+    content = json.dumps(BODY).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(content),
+        content,
+    )
+    before = await looks(redis)
+    connections = [socket.create_connection(("127.0.0.1", patient.port)) for _ in range(10)]
+    for number, connection in enumerate(connections):
+        connection.sendall(request)
+        if number:
+            connections[number - 1].close()
+
+        async def has_looked(count: int = number + 1) -> bool:
+            return await looks(redis) >= before + count
+
+        await eventually(has_looked)
+        await wait_noted(redis)
+    assert await jobs(redis) == 1
+    connections[-1].close()
+
+
+async def test_a_request_is_not_delayed_by_an_identical_one_whose_connection_here_is_open(
+    patient: Served, redis: Redis
+) -> None:
+    """A second look would take time, and is not needed."""
+    before = await looks(redis)
+    posts = []
+    for number in range(1, 4):
+        posts.append(await RawPost.send(patient.port, BODY))
+        await wait_noted(redis, number)
+    assert await jobs(redis) == len(posts)
+    assert await looks(redis) == before + len(posts)
+    for post in posts:
+        post.close()
 
 
 @EITHER_WAY

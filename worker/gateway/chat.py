@@ -24,7 +24,7 @@ from .ids import id_of_key, new_id
 from .job_options import read_idempotency_key, take_job_options
 from .leaving import Leaving
 from .noted_calls import NotedCall
-from .outlets import DEFERRED, Receive, Scope, Send
+from .outlets import DEFERRED, WIRE, Receive, Scope, Send, Wire
 from .problems import Problem
 from .protocols.chat_chunks import ChatChunks
 from .repeats import Presence, Repeats, fingerprint
@@ -77,11 +77,11 @@ class ChatCompletions:
         body = await read_json(request, body_limit(self._services.settings, caller))
         options = take_job_options(body, request.headers, caller, self._services.settings)
         call = read_call(body, options, request.headers, caller)
-        request_id, release = await self._find_or_add(call, body, options, caller)
+        request_id, release = await self._find_or_add(call, body, options, caller, request.scope.get(WIRE))
         return ChatResponse(self, call, request_id, release)
 
     async def _find_or_add(
-        self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester
+        self, call: ChatCall, body: JsonObject, options: JobOptions, caller: Requester, wire: Wire | None
     ) -> tuple[str, Callable[[], None]]:
         """Return the id of the request that a call repeats, or of a new one, whose job is then added.
 
@@ -96,11 +96,12 @@ class ChatCompletions:
                 raise Problem(410, "gone", "there is no answer with this Idempotency-Key to continue")
         else:
             repeated = await self._repeats.attach(
-                call.fingerprint, request_id, is_retry=call.is_retry, count=partial(services.limits.count, caller)
-            )
+                call.fingerprint, request_id, wire,
+                is_retry=call.is_retry, count=partial(services.limits.count, caller),
+            )  # fmt: skip
             if repeated is not None:
-                return repeated, services.client.expect(repeated)
-        release = _do_nothing if is_known else services.client.expect(request_id)
+                return repeated, self._repeats.expect(repeated, wire)
+        release = _do_nothing if is_known else self._repeats.expect(request_id, wire)
         try:
             await (services.limits.count(caller) if is_known else services.limits.admit(caller, request_id))
             with_id: JobOptions = {**options, "id": request_id}

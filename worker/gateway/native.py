@@ -21,7 +21,7 @@ from .job_options import read_idempotency_key, take_job_options
 from .large_json import LargeJson
 from .multiplex import MOST_REQUESTS, RequestsStream, parse_cursors, short_id
 from .noted_calls import NotedCall
-from .outlets import RAW_SEND, Receive, Scope, Send, forget_request
+from .outlets import RAW_SEND, WIRE, Receive, Scope, Send, forget_request
 from .problems import Problem, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
 from .repeats import Presence, Repeats, fingerprint
@@ -74,9 +74,10 @@ class _NativeApi:
             return self._started(request_id)
         print_, new = fingerprint(caller, body, {**options, "route": "/requests"}), new_id(caller.owner)
         count = partial(services.limits.count, caller)
-        repeated = await self._repeats.attach(print_, new, is_retry=False, count=count)
+        wire = request.scope.get(WIRE)
+        repeated = await self._repeats.attach(print_, new, wire, is_retry=False, count=count)
         options["id"] = request_id = repeated or new
-        release = services.client.expect(request_id)
+        release = self._repeats.expect(request_id, wire)
         noted = NotedCall(self._repeats, services.limits, caller.owner, print_, request_id, release)
         noted.begin()
         try:
