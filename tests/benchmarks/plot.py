@@ -10,6 +10,7 @@ _PANELS = (
     ("cpu_us_20000", "CPU per delta at 20,000/s, µs: less is better"),
     ("cpu_us_coalesced", "CPU per delta, 20 in a write, µs: less is better"),
     ("p99_5000", "added latency at 5,000/s, p99, ms: less is better"),
+    ("short_us_10", "CPU per job of 10 tokens in one write, µs: less is better"),
 )
 _COLOURS = {"straightforward": "#9aa5b1", "node": "#7b9e6b", "ours": "#d9622b", "floor": "#5b7db1"}
 _WIDTH, _LEFT, _BAR, _ROW, _HEAD = 720, 120, 460, 22, 34
@@ -17,17 +18,18 @@ _WIDTH, _LEFT, _BAR, _ROW, _HEAD = 720, 120, 460, 22, 34
 
 def svg(report: Report) -> str:
     """Bars of each figure, one below the other, drawn for light and dark pages alike."""
-    names = [name for name in BRIDGES if name in report.bridges]
-    panels = [(figure, title) for figure, title in _PANELS if any(report.medians[name][figure] for name in names)]
-    panel_height = _HEAD + _ROW * len(names) + 12
-    height = panel_height * len(panels) + 30
+    lines: list[str] = []
+    top = 0
+    for figure, title in _PANELS:
+        names = [name for name in BRIDGES if any(figure in each.get(name, {}) for each in report.rounds)]
+        if any(report.medians[name][figure] for name in names):
+            lines += _panel(report, names, figure, title, top)
+            top += _HEAD + _ROW * len(names) + 12
+    height = top + 30
     size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     font = 'font-family="system-ui, sans-serif" font-size="13" fill="#7a828c"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>']
-    for number, (figure, title) in enumerate(panels):
-        lines += _panel(report, names, figure, title, number * panel_height)
-    lines.append(f'<text x="0" y="{height - 8}" font-size="11">{escape(report.machine.line)}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+    machine = f'<text x="0" y="{height - 8}" font-size="11">{escape(report.machine.line)}</text>'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>', *lines, machine, "</svg>", ""])
 
 
 def _panel(report: Report, names: list[str], figure: str, title: str, top: int) -> Iterator[str]:

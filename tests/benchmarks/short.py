@@ -242,9 +242,7 @@ class Contestant:
                 self._values[name].append(value)
         if not burst.complete:
             self._beyond.add(tokens)
-            for name in names:
-                self._values.pop(name, None)
-            self._values[names[0]] = [burst.rate]
+            self._values |= {name: [] for name in names} | {names[0]: [burst.rate]}
             done = f"{burst.rate:,.0f}/s in {limit:g} s"
             self._run.note(f"{self._bridge.name} did not keep up with {jobs:,} jobs of {tokens} tokens at once: {done}")
             self.close()  # the next window starts it anew, without the jobs that it has left
