@@ -238,14 +238,16 @@ async def test_repeating_a_call_adds_the_job_that_it_did_not_add(
     with monkeypatch.context() as patch:
         patch.setattr("worker.client.enqueuing.Enqueuer.add_to_queue", die)
         with pytest.raises(Died):
-            await client.enqueue(chat_request("Who are you?"), id="once")
+            await client.enqueue(chat_request("Who are you?"), id="once", timeout=60)
     assert await client.status("once") == Status(State.QUEUED)
     assert await redis.xlen("chat:jobs") == 0
     with pytest.raises(Conflict):
         await client.enqueue(chat_request("Another question"), id="once")
 
     for _ in range(3):  # each call may or may not have added the job
-        await client.enqueue(chat_request("Who are you?"), id="once")
+        await client.enqueue(chat_request("Who are you?"), id="once", timeout=60)
+    ((_, queued),) = await stream(redis, "chat:tokens:{once}")
+    assert {job[b"deadline"] for _, job in await stream(redis, "chat:jobs")} == {queued[b"deadline"]}
     await start_worker(simulator, redis_url=cluster_url)
     whole([entry async for entry in client.follow("once")], "Who are you?")
     await settled(redis)

@@ -24,6 +24,7 @@ from ..contract.entries import (
 from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..contract.records import Lifecycle, Tombstone
+from ..redisio.batching import CommandBatcher
 from ..redisio.clients import command_client
 from ..redisio.urls import database_of
 from .enqueuing import Enqueuer
@@ -92,7 +93,8 @@ class Client:
         try:
             self._keys = Keys(prefix, database_of(url))
             self._redis = command_client(url)
-            self._enqueuer = Enqueuer(self._redis, self._keys)
+            self._commands = CommandBatcher(self._redis)
+            self._enqueuer = Enqueuer(self._redis, self._commands, self._keys)
             self._following = Followers.connect(url, self._keys, self._retry, Timings())
         except ValueError as error:
             raise InvalidArgument(f"the URL of Redis {error}") from None
@@ -112,7 +114,7 @@ class Client:
         try:
             await self._following.aclose()
         finally:
-            await self._redis.aclose()
+            await self._close_commands()
 
     async def ping(self) -> None:
         """Send Redis one PING, without retries.
@@ -334,7 +336,11 @@ class Client:
             return await self._retry(call_unless_closed)
         finally:
             if self._is_closed:  # the operation may have connected again while the client was closed
-                await self._redis.aclose()
+                await self._close_commands()
+
+    async def _close_commands(self) -> None:
+        await self._commands.aclose()
+        await self._redis.aclose()
 
     def _check_usable(self) -> None:
         if self._is_closed:

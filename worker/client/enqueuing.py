@@ -1,33 +1,62 @@
 """Adds a job to its queue once. The same step begins the log, by which a repeated call is recognized."""
 
+from itertools import chain
 from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
-from redis.exceptions import WatchError
 
-from ..broker.client_seals import redis_time_ms
-from ..broker.log_pages import RawEntry
-from ..contract.entries import Cancelled, Queued, Started, parse_leniently, to_fields
-from ..contract.ids import QUEUED
+from ..contract.entries import Cancelled, Queued, Started, parse_leniently
 from ..contract.job import Job, digest, is_digest_of
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
+from ..redisio.batching import CommandBatcher
 from ..redisio.cluster import ClusterClient
-from ..redisio.errors import is_lost_connection
+from ..redisio.scripts import Script
 from .errors import Conflict
 
 _DAY = 24 * 3600
 _RETENTION = 3600
 """Seconds that a log is kept after its end if the job has no `retention`: the default of WORKER_RETENTION."""
 
+# KEYS: the log, the tombstone and, if the same server has it, the job stream. ARGV: the ms until the deadline, the ms
+# for which the log is kept after it, the name of the job's field for it or nothing, the digest, the queue, and the
+# job's other fields. Returns the deadline; or, of a request that is known, the first entries and the tombstone.
+# The job is written first: a job without `queued` is complete, while `queued` alone would pass for an enqueued job.
+_ADD = Script("""
+local known, failed = try('XRANGE', KEYS[1], '-', '+', 'COUNT', 2)
+if failed then return known end
+local tombstone, failed = try('GET', KEYS[2])
+if failed then return tombstone end
+if #known > 0 or tombstone then return {known, tombstone} end
+local time, failed = try('TIME')
+if failed then return time end
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function text(ms) return string.format('%.0f', ms) end  -- tostring would round it to 14 digits
+local deadline = text(now + ARGV[1])
+local job = {unpack(ARGV, 6)}
+if ARGV[3] ~= '' then
+  table.insert(job, ARGV[3])
+  table.insert(job, deadline)
+end
+if KEYS[3] then
+  local reply, failed = try('XADD', KEYS[3], '*', unpack(job))
+  if failed then return reply end
+end
+local reply, failed = try('XADD', KEYS[1], '0-1', 'type', 'queued', 'v', '1', 'digest', ARGV[4], 'deadline', deadline,
+  'queue', ARGV[5], 'time', text(now))
+if failed then return reply end
+reply, failed = try('PEXPIREAT', KEYS[1], text(deadline + ARGV[2]))
+return failed and reply or deadline
+""")
+
 
 class Enqueuer:
     """Adds jobs to queues."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
+    def __init__(self, redis: Redis, commands: CommandBatcher, keys: Keys) -> None:
         self._redis = redis
+        self._commands = commands
         self._keys = keys
 
     async def add(self, job: Job, queue: str, within: float | None) -> None:
@@ -37,36 +66,31 @@ class Enqueuer:
             Conflict: when the id belongs to another request.
             RedisError: when Redis returns an error. Repeating this after a lost reply is safe.
         """
-        log, ended = self._keys.tokens(job.id), self._keys.ended(job.id)
-        request_digest = digest(job.request, job.fallbacks)
-        is_cluster = isinstance(self._redis, ClusterClient)
-        while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(log, ended)
-                is_repeated = await self._is_repeated(pipe, job)
-                if is_repeated and not (is_cluster and await self._is_only_queued(pipe, log)):
-                    return
-                now = await redis_time_ms(pipe)
-                if within is not None:
-                    job = msgspec.structs.replace(job, deadline=now + int(within * 1000))
-                deadline = job.deadline or now + _DAY * 1000
-                expire_at = deadline + (job.retention or _RETENTION) * 1000
-                pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-                if not is_repeated:
-                    queued = Queued(id=QUEUED, digest=request_digest, deadline=deadline, queue=queue, time=now)
-                    pipe.xadd(log, to_fields(queued), id=str(QUEUED))  # type: ignore[arg-type]  # dict is invariant
-                    pipe.pexpireat(log, expire_at)
-                if not is_cluster:
-                    pipe.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
-                try:
-                    await pipe.execute()
-                except WatchError as error:
-                    if is_lost_connection(error):  # this may happen each time, so the caller decides how often to retry
-                        raise
-                    continue
-            if is_cluster:
-                await self.add_to_queue(job, queue)
-            return
+        in_cluster = isinstance(self._redis, ClusterClient)
+        keys = [self._keys.tokens(job.id), self._keys.ended(job.id)]
+        if not in_cluster:
+            keys.append(self._keys.jobs(queue))
+        arguments = [
+            str(int((_DAY if within is None else within) * 1000)),
+            str((job.retention or _RETENTION) * 1000),
+            "" if within is None else "deadline",
+            digest(job.request, job.fallbacks),
+            queue,
+            *chain.from_iterable(job.to_fields().items()),
+        ]
+        reply = await _ADD.run(self._commands, keys, arguments)
+        if isinstance(reply, list):
+            first_entries, tombstone = [*reply, None][:2]
+            queued = _check_same(job, first_entries, tombstone)
+            if not in_cluster or queued is None:
+                return
+            deadline = queued.deadline
+        else:
+            deadline = int(reply)
+        if in_cluster:
+            if within is not None:
+                job = msgspec.structs.replace(job, deadline=deadline or None)
+            await self.add_to_queue(job, queue)
 
     async def add_to_queue(self, job: Job, queue: str) -> None:
         """Add the job in a separate step, since log and job stream are in different slots of a cluster.
@@ -77,34 +101,30 @@ class Enqueuer:
         """
         await self._redis.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
 
-    async def _is_only_queued(self, pipe: Pipeline, log: str) -> bool:
-        """Whether a log holds only `queued`."""
-        ((entry_id, _),) = cast("list[RawEntry]", await pipe.xrevrange(log, count=1)) or [(b"", {})]
-        return entry_id == str(QUEUED).encode()
 
-    async def _is_repeated(self, pipe: Pipeline, job: Job) -> bool:
-        """Whether the same request was enqueued before, read on the connection that watches its keys.
+def _check_same(job: Job, first_entries: list[tuple[bytes, list[bytes]]], tombstone: bytes | None) -> Queued | None:
+    """Check that the request of a log, or else of a tombstone, is the job's. Returns `queued` if the log has only that.
 
-        Raises:
-            Conflict: when the id belongs to another request.
-        """
-        raw = cast("list[RawEntry]", await pipe.xrange(self._keys.tokens(job.id), count=2))
-        first_entries = [parse_leniently(*entry) for entry in raw]  # `queued` and `started`, if the log has both
-        tombstone = await pipe.get(self._keys.ended(job.id))
-        if not first_entries and tombstone is None:
-            return False
-        if not first_entries:
-            known = msgspec.json.decode(cast("bytes", tombstone), type=Tombstone).digest
-        else:  # `queued` of another client may have no digest
-            digests = [entry.digest for entry in first_entries if isinstance(entry, Queued | Started)]
-            known = next(filter(None, digests), "")
-        if first_entries and isinstance(first_entries[0], Cancelled):
-            raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another id")
-        if not known and first_entries and isinstance(first_entries[-1], Queued):
-            raise Conflict(
-                f"the id {job.id} is enqueued, and its client omitted the digest that shows whether it is the same "
-                "request: choose another id"
-            )
-        if not is_digest_of(known, job.request, job.fallbacks):
-            raise Conflict(f"the id {job.id} belongs to another request: omit the id, or choose another")
-        return True
+    Raises:
+        Conflict: when the id belongs to another request.
+    """
+    entries = [
+        parse_leniently(entry_id, dict(zip(fields[::2], fields[1::2], strict=True)))
+        for entry_id, fields in first_entries
+    ]  # `queued` and `started`, if the log has both
+    if not entries:
+        known = msgspec.json.decode(cast("bytes", tombstone), type=Tombstone).digest
+    else:  # `queued` of another client may have no digest
+        digests = [entry.digest for entry in entries if isinstance(entry, Queued | Started)]
+        known = next(filter(None, digests), "")
+    if entries and isinstance(entries[0], Cancelled):
+        raise Conflict(f"the id {job.id} was cancelled before it was enqueued: choose another id")
+    if not known and entries and isinstance(entries[-1], Queued):
+        raise Conflict(
+            f"the id {job.id} is enqueued, and its client omitted the digest that shows whether it is the same "
+            "request: choose another id"
+        )
+    if not is_digest_of(known, job.request, job.fallbacks):
+        raise Conflict(f"the id {job.id} belongs to another request: omit the id, or choose another")
+    last = entries[-1] if entries else None
+    return last if isinstance(last, Queued) else None

@@ -72,6 +72,8 @@ _PROBES = (
     _Probe(_BOTH, "EXISTS @tokens"),
     _Probe(_BOTH, "EXPIRE @tokens 1"),
     _Probe(_BOTH, "PEXPIREAT @tokens 1"),
+    _Probe(_BOTH, "EVALSHA none 1 @tokens"),
+    _Probe(_CLIENT, "EVAL return 1 @tokens"),
     _Probe(_BOTH, "EXISTS @ended"),
     _Probe(_BOTH, "SET @ended check XX EX 1"),
     _Probe(_BOTH, "GET @ended"),

@@ -131,4 +131,5 @@ class _ServerBatcher:
         if self._sending is not None:
             await asyncio.wait([self._sending])
         if self._connection is not None:
-            await self._connection.close()
+            connection, self._connection = self._connection, None
+            await connection.close()
