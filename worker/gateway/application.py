@@ -8,13 +8,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..client.errors import ClientError
 from ..contract.job import InvalidJob
 from ..telemetry.events import Failing, Telemetry
 from . import chat, models, native
-from .envelope import Envelope
+from .envelope import Envelope, refuse_websocket
 from .problems import Problem, problem_of
 from .responses import problem_response
 from .services import Services
@@ -31,6 +31,7 @@ _EXPOSED = (
 """Headers of a response that pages of other origins may read."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
+_MESSAGES = {404: "there is nothing at this path", 405: "this path does not take this method"}
 
 
 def build_application(services: Services, why_not_ready: Callable[[], str], rooms: Sequence[Room] = ROOMS) -> ASGIApp:
@@ -60,6 +61,7 @@ def build_application(services: Services, why_not_ready: Callable[[], str], room
     )
     app.state.telemetry = services.telemetry
     app.router.redirect_slashes = False
+    app.router.default = _find_nothing
     with_cors = CORSMiddleware(
         app,
         allow_origins=settings.cors_origins,
@@ -73,6 +75,14 @@ def build_application(services: Services, why_not_ready: Callable[[], str], room
     )  # fmt: skip
 
 
+async def _find_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """Where no route is. Starlette refuses a WebSocket with a status, of which browsers see nothing."""
+    if scope["type"] == "websocket":
+        await refuse_websocket(scope, receive, send, Problem(404, "not_found", _MESSAGES[404]))
+        return
+    raise HTTPException(404)
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     problem = problem_of(error)
     if problem.status == 500 and isinstance(error, ClientError):  # the client gets no reason: it names what is ours
@@ -83,10 +93,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - Starlette's types do not say it
-    message = {404: "there is nothing at this path", 405: "this path does not take this method"}
     code = error.status_code
     problem = Problem(
-        code, _CODES.get(code, "invalid_request"), message.get(code, str(error.detail)), headers=error.headers
+        code, _CODES.get(code, "invalid_request"), _MESSAGES.get(code, str(error.detail)), headers=error.headers
     )
     return problem_response(request.scope, problem)
 

@@ -10,13 +10,15 @@ from typing import Any, cast
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from .connection_parts import LeanEvent, LeanFlowControl, LeanPipeline
 from .envelope import OVERLOADED
 from .outlets import ABORT, WIRE, Wire
 from .problems import Problem
+from .responses import raw_response
+from .websocket_connections import WebSocketConnection
 
 _LARGEST_HEAD = 64 * 1024
 """Bytes of a request line and its headers."""
@@ -272,13 +274,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._has_begun:
             self.transport.abort()
             return
-        head = [
-            STATUS_LINE[problem.status],
-            b"content-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\n",
-            b"content-length: %d\r\n\r\n" % len(problem.body),
-        ]
         self.flow.resume_reading()  # else the client's close is not noticed
-        self.transport.write(b"".join([*head, problem.body]))
+        self.transport.write(raw_response(problem))
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self._start_timer(_LINGER)
@@ -311,7 +308,7 @@ def protocol_config(app: Any, **options: Any) -> Config:  # noqa: ANN401 - uvico
         app,
         interface="asgi3",
         http=BoundedProtocol,
-        ws="websockets-sansio",
+        ws=WebSocketConnection,
         ws_per_message_deflate=False,
         lifespan="off",
         log_config=None,

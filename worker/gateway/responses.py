@@ -1,5 +1,7 @@
 """Responses that every route may need: an error as JSON, or as an event for an EventSource."""
 
+from http import HTTPStatus
+
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -33,3 +35,13 @@ def problem_response(scope: Scope, problem: Problem) -> Response:
         return Response(content, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
     headers = {"Cache-Control": "no-store", **problem.headers}
     return Response(problem.body, problem.status, headers, media_type="application/json")
+
+
+def raw_response(problem: Problem) -> bytes:
+    """A problem as the bytes of a response, for a connection that has no application yet and then closes."""
+    head = [
+        b"HTTP/1.1 %d %b\r\n" % (problem.status, HTTPStatus(problem.status).phrase.encode()),
+        b"content-type: application/json\r\ncache-control: no-store\r\nconnection: close\r\n",
+        b"content-length: %d\r\n\r\n" % len(problem.body),
+    ]
+    return b"".join([*head, problem.body])
