@@ -122,8 +122,9 @@ def main(
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="vllm-relay-bench-") as folder:
         parts = only or (("hot", "short", "edge") if quick else (*_PARTS, *_OTHERS))
-        has_bridges = {"short", *_PARTS} & set(parts)
-        chosen = _bridges((bridges or BRIDGES) if has_bridges else (), Path(folder), run)
+        needed = {name for part, (_, whose) in _PARTS.items() if part in parts for name in whose}
+        needed |= set(_TAKE_JOBS) if "short" in parts else set()
+        chosen = _bridges([name for name in bridges or BRIDGES if name in needed], Path(folder), run)
         report = compare(chosen, parts, 1 if quick else rounds, run)
     if as_json:
         as_json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
