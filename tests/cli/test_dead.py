@@ -160,7 +160,7 @@ async def test_two_workers_that_bury_a_job_at_once_leave_one_letter(
 ) -> None:
     job = Delivery("default", "1-0", {b"id": b"no/id"})
     async with command_client(redis_proxy.redis_url) as first, command_client(redis_url) as second:
-        writing = redis_proxy.hold(rb"XADD chat:dead ")
+        writing = redis_proxy.hold(rb"^EVALSHA \S+ 1 chat:dead ")
         paused = asyncio.create_task(DeadLetterWriter(first, Keys()).bury(job, "why", 7, 9999))
         await writing.met.wait()
         await DeadLetterWriter(second, Keys()).bury(replace(job, redelivered=True), "why", 7, 9999)

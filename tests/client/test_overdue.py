@@ -102,7 +102,7 @@ async def test_a_worker_that_starts_in_the_same_moment_keeps_the_job(redis: Redi
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
         await let_deadline_pass(redis, "r")
-        sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
+        sealing = redis_proxy.hold(rb"^EVALSHA .* type error ")
         looks = asyncio.create_task(until_it_is_sealed(client))
         await sealing.met.wait()
         await redis.xadd(LOG, {"type": "started"}, id="1-0")
@@ -118,7 +118,7 @@ async def test_idle_comes_after_the_entries_that_were_read_while_the_end_is_bein
     async with Client(redis_proxy.redis_url) as client:
         await client.enqueue(ASK, id="r", timeout=0.01)
         await let_deadline_pass(redis, "r")
-        sealing = redis_proxy.hold(rb"XADD \S+ 18446744073709551615-")
+        sealing = redis_proxy.hold(rb"^EVALSHA .* type error ")
         async with aclosing(client.follow("r", idle=0.02)) as entries:
             await wait_idle_after_queued(entries, times=2)
             sealing.release()

@@ -5,15 +5,11 @@ worker that gets the job later finds the seal, repeats any step that is missing,
 Clients import this module, so it must not import the worker process.
 """
 
-import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
-from redis.exceptions import NoPermissionError, ResponseError, WatchError
 
 from ..contract.answer import Answer
 from ..contract.entries import (
@@ -32,8 +28,9 @@ from ..contract.ids import SEAL
 from ..contract.keys import Keys
 from ..contract.records import Tombstone
 from ..redisio.cluster import ClusterClient
-from ..redisio.errors import is_lost_connection, redacted_message
+from ..redisio.scripts import Script
 from .log_pages import RawEntry, read_raw_entries
+from .log_scripts import LOG_FUNCTIONS
 
 GRACE = 5.0
 """Seconds after its deadline until a client ends a request that no worker has started: a live worker does it first."""
@@ -42,44 +39,77 @@ _RETENTION, _REMEMBER = 3600, 24 * 3600
 """Seconds that a log without an expiry, and a tombstone, are kept."""
 
 USAGE_TRIES = 4
-"""How often `seal_cancelled` counts the usage of a log that is still written, before it omits the usage."""
+"""How often `cancel` counts the usage of a log that is still written, before it omits the usage."""
 
-_EXHAUSTED = re.compile("(ERR )?The stream has exhausted the last possible ID")
-"""The error of Redis 6.2 and 7 for a stream that has the greatest id already. redis-py removes `ERR `."""
+_ANY, _SEALED = "*", 1
 
-_NO_MULTI = "EXEC without MULTI"
-"""The error for a user who has no right to MULTI: Redis has then executed each command by itself."""
+_SEAL = f"""{LOG_FUNCTIONS}
+local function check(...)
+  local reply, failed = try(...)
+  if failed and not reply.err:find('not an integer', 1, true) then error({{reply}}) end
+end
+if ARGV[1] ~= '{_ANY}' and last_id() ~= ARGV[1] then return 0 end
+check('SET', KEYS[2], '', 'EX', '')
+check('EXPIRE', KEYS[1], '')
+"""
+"""The beginning of the scripts that seal. ARGV[1] is the id that the last entry must have, or `*`.
+
+`check` tries a command with an argument that no Redis accepts: a user without the right to it seals nothing. Otherwise
+the log would be sealed and kept without an expiry, and a repeated call would take it for ended.
+"""
+
+_CANCEL = Script(f"""{_SEAL}
+if not add('{SEAL}', unpack(ARGV, 5)) then return 2 end
+call('EXPIRE', KEYS[1], ARGV[2])
+call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4], 'NX')
+return 1
+""")
+"""Seals a log, or begins it with the seal. Returns 1; 0 if its last entry is another; 2 if it has, or had, a seal.
+
+ARGV: see `_SEAL`; seconds until the log expires; the tombstone, and seconds until that expires; the words of the seal.
+"""
+
+_END_OVERDUE = Script(f"""{_SEAL}
+if call('EXISTS', KEYS[2]) == 1 then return 0 end
+local left = call('TTL', KEYS[1])
+if not add('{SEAL}', unpack(ARGV, 5)) then return 0 end
+call('SET', KEYS[2], ARGV[3], 'EX', math.max(ARGV[4], left))
+if left < 0 then call('EXPIRE', KEYS[1], ARGV[2]) end
+return 1
+""")
+"""Seals a log that has no tombstone, as `_CANCEL` does, but keeps the log's expiry. Returns whether it did."""
 
 _MESSAGE = "the deadline of the job passed before a worker took it: none serves its queue, or all were busy"
 
 
 async def cancel(redis: Redis, keys: Keys, request_id: str) -> bool:
-    """Seal a log as cancelled. Returns false if the log had a seal.
+    """Seal a log as cancelled, or begin it with the seal. Returns false if the log had a seal.
+
+    The seal holds the usage of the whole log, or none. The script compares the log's last entry, because an entry
+    between count and seal would be missing in the usage. If entries are added faster than the usage is counted, the
+    seal has no usage, so that the cancel does not wait.
 
     Raises:
         RedisError: when Redis returns an error. A caller that repeats this after a lost reply finds the seal.
     """
     key, now = keys.tokens(request_id), await redis_time_ms(redis)
-
-    def add_expiry_and_tombstone(pipe: Pipeline, first: Entry | None) -> None:
+    log = [parse_leniently(*entry) for entry in await read_raw_entries(redis, key)]
+    tries_left = USAGE_TRIES
+    while not (log and is_terminal(log[-1])):  # Redis refuses a range that begins after the greatest id
+        so_far, first = Answer(log), log[0] if log else None
+        last = str(log[-1].id) if log else ""
+        seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if tries_left else {}, model=so_far.model))
         digest = first.digest if isinstance(first, Queued | Started) else ""
         tombstone = Tombstone(outcome=Cancelled.type, time=now, digest=digest)
-        pipe.expire(key, _RETENTION)
-        pipe.set(keys.ended(request_id), to_json(tombstone), ex=_REMEMBER, nx=True)
-
-    sealed = await seal_cancelled(redis, key, add_expiry_and_tombstone)
-    if sealed is None:
-        return False
-    pipe = redis.pipeline(transaction=False)
-    if not sealed.is_complete:
-        add_expiry_and_tombstone(pipe, sealed.first)
-    required = len(pipe.command_stack)
-    _publish(redis, pipe, keys, request_id, sealed.fields)
-    replies = await pipe.execute(raise_on_error=False)  # a user may lack the right to publish, which is only for speed
-    for reply in replies[:required]:
-        if isinstance(reply, Exception):
-            raise reply
-    return True
+        outcome = await _run(_CANCEL, redis, keys, request_id, last if tries_left else _ANY, tombstone, seal)
+        if outcome:
+            if outcome == _SEALED:
+                await _publish(redis, keys, request_id, seal)
+            return outcome == _SEALED
+        tries_left -= 1  # an entry was added meanwhile
+        unread = await redis.xrange(key, min=f"({last}" if last else "-")
+        log += [parse_leniently(*entry) for entry in cast("list[RawEntry]", unread)]
+    return False
 
 
 def may_be_overdue(entry: Entry | None) -> bool:
@@ -90,36 +120,21 @@ def may_be_overdue(entry: Entry | None) -> bool:
 async def end_overdue(redis: Redis, keys: Keys, request_id: str) -> bool:
     """Seal a log as failed if it holds only `queued` and Redis's clock is past the deadline. Returns whether it did.
 
-    The log is read and written in one step, under a WATCH: a worker that starts meanwhile keeps the job and its log.
+    A worker that starts meanwhile keeps the job and its log.
 
     Raises:
         RedisError: when Redis returns an error. A caller that repeats this after a lost reply finds the seal. A user
             with the right to read and not to write gets the error only if there is something to seal.
     """
-    key, ended = keys.tokens(request_id), keys.ended(request_id)
-    if await _read_overdue(redis, key) is None:
+    overdue = await _read_overdue(redis, keys.tokens(request_id))
+    if overdue is None:
         return False
-    async with redis.pipeline() as pipe:
-        await pipe.watch(key, ended)
-        overdue = await _read_overdue(pipe, key)
-        if overdue is None or await pipe.exists(ended):
-            return False
-        last, now = overdue
-        left = int(await pipe.ttl(key))
-        seal = to_fields(Failed(id=SEAL, code="deadline", message=_MESSAGE))
-        tombstone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
-        pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-        pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
-        pipe.set(ended, to_json(tombstone), ex=max(_REMEMBER, left))
-        if left < 0:
-            pipe.expire(key, _RETENTION)
-        try:
-            await pipe.execute()
-        except WatchError:  # a worker started or ended the request meanwhile
-            return False
-    pipe = redis.pipeline(transaction=False)
-    _publish(redis, pipe, keys, request_id, seal)
-    await pipe.execute(raise_on_error=False)
+    last, now = overdue
+    seal = to_fields(Failed(id=SEAL, code="deadline", message=_MESSAGE))
+    tombstone = Tombstone(outcome=Failed.type, time=now, digest=last.digest)
+    if await _run(_END_OVERDUE, redis, keys, request_id, str(last.id), tombstone, seal) != _SEALED:
+        return False  # a worker started or ended the request meanwhile
+    await _publish(redis, keys, request_id, seal)
     return True
 
 
@@ -140,93 +155,20 @@ def _is_overdue(queued: Queued, now: int) -> bool:
     return bool(queued.deadline) and now >= queued.deadline + GRACE * 1000
 
 
-def _publish(redis: Redis, pipe: Pipeline, keys: Keys, request_id: str, seal: Fields) -> None:
-    """Add the commands that notify workers and followers of a seal."""
+async def _run(
+    script: Script, redis: Redis, keys: Keys, request_id: str, last: str, tombstone: Tombstone, seal: Fields
+) -> int:
+    both = keys.tokens(request_id), keys.ended(request_id)
+    words = last, str(_RETENTION), to_json(tombstone), str(_REMEMBER), *chain(*seal.items())
+    return cast("int", await script.run_on(redis, both, words))
+
+
+async def _publish(redis: Redis, keys: Keys, request_id: str, seal: Fields) -> None:
+    """Notify workers and followers of a seal. A user may lack the right to publish, which is only for speed."""
+    pipe = redis.pipeline(transaction=False)
     pipe.publish(keys.cancel, request_id)
     message = keys.feed(request_id), to_json([[str(SEAL), seal]])
     pipe.publish(*message)
     if isinstance(redis, ClusterClient):  # the feed is sharded there, with Redis 7
         pipe.execute_command("SPUBLISH", *message)
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A seal that was written.
-
-    `first` is the log's first entry, or None if the seal began the log. `fields` are the seal's. `is_complete` is
-    whether Redis executed the accompanying commands with the seal.
-    """
-
-    first: Entry | None
-    fields: Fields
-    is_complete: bool
-
-
-def _add_nothing(_pipe: Pipeline, _first: Entry | None) -> None:
-    """Add no accompanying command."""
-
-
-async def seal_cancelled(
-    redis: Redis, key: str, add: Callable[[Pipeline, Entry | None], None] = _add_nothing
-) -> Sealed | None:
-    """Seal a log as cancelled, or begin it with the seal. Returns None if the log had a seal.
-
-    `add` gets the log's first entry and adds the accompanying commands. Redis executes seal and commands together, or
-    none of them if the user lacks a right to one. Only the seal is written if entries come too fast, or if the user
-    has no right to MULTI.
-
-    The seal holds the usage of the whole log, or none. The log is watched while its usage is counted, because an entry
-    between count and seal would be missing in the usage. If entries are added faster than the usage is counted, the
-    seal has no usage, so that the cancel does not wait.
-
-    Raises:
-        RedisError: when Redis returns an error, except for a log that is sealed. Repeating this after a lost reply is
-            safe.
-    """
-    log = [parse_leniently(*entry) for entry in await read_raw_entries(redis, key)]
-    if log and is_terminal(log[-1]):  # Redis refuses a range that begins after the greatest id
-        return None
-    tries_left = USAGE_TRIES
-    while True:
-        async with redis.pipeline() as pipe:
-            await pipe.watch(key)
-            unread = await pipe.xrange(key, min=f"({log[-1].id}" if log else "-")
-            log += [parse_leniently(*entry) for entry in cast("list[RawEntry]", unread)]
-            so_far = Answer(log)
-            if so_far.end:
-                return None
-            if not tries_left:
-                await pipe.unwatch()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves it without types
-            seal = to_fields(Cancelled(id=SEAL, usage=so_far.usage if tries_left else {}, model=so_far.model))
-            pipe.multi()  # type: ignore[no-untyped-call]  # and this one
-            pipe.xadd(key, seal, id=str(SEAL))  # type: ignore[arg-type]  # dict is invariant
-            first = log[0] if log else None
-            if tries_left:  # otherwise the log may have another seal by now, with its own expiry and tombstone
-                add(pipe, first)
-            try:
-                await pipe.execute()
-            except WatchError as error:
-                if is_lost_connection(error):
-                    raise
-                tries_left -= 1  # an entry was added meanwhile
-                continue
-            except ResponseError as error:
-                return Sealed(first, seal, is_complete=False) if await _was_written(redis, key, seal, error) else None
-            return Sealed(first, seal, is_complete=bool(tries_left))
-
-
-async def _was_written(redis: Redis, key: str, seal: Fields, error: ResponseError) -> bool:
-    """Whether a seal was written in spite of an error; false if the log had another seal.
-
-    Raises:
-        ResponseError: when the log has no seal.
-    """
-    message = redacted_message(error)
-    if _EXHAUSTED.match(message):
-        return False
-    if _NO_MULTI not in message:
-        raise error
-    end = cast("list[RawEntry]", await redis.xrevrange(key, count=1))
-    if not end or end[0][0] != str(SEAL).encode():
-        raise NoPermissionError("this user has no permissions to run the 'multi' command") from error
-    return {name.decode(): value.decode() for name, value in end[0][1].items()} == seal
+    await pipe.execute(raise_on_error=False)

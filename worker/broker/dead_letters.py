@@ -4,18 +4,18 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias, cast
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import WatchError
 
 from ..contract.entries import Fields, to_json
 from ..contract.ids import EntryId, is_request_id
 from ..contract.job import FIELDS, InvalidJob, Job, RawFields, parse_job, size_of
 from ..contract.keys import Keys
 from ..contract.records import DeadLetter
-from ..redisio.errors import is_lost_connection
+from ..redisio.scripts import Script
 from ..telemetry.events import NO_TELEMETRY, Telemetry
 from .job_queue import Delivery
 from .refusals import reports_refusal
@@ -28,6 +28,22 @@ _TRUNCATED_LENGTH = 1024
 _PAGE = 16
 """Letters in one reply: a letter may hold megabytes."""
 _NO_LIMIT = 2**31
+
+_BURY = Script(f"""
+local newer = call('XREVRANGE', KEYS[1], '+', ARGV[1], 'COUNT', 1)
+if newer[1] then return 0 end
+call('XADD', KEYS[1], 'MAXLEN', '~', {_MAX_LETTERS}, '*', unpack(ARGV, 2))
+return 1
+""")
+"""Adds a letter unless there are letters from an id on. ARGV: this id, as XRANGE takes it, and the letter's words."""
+
+_REPLACE = Script("""
+if not call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1] then return '' end
+local added = call('XADD', KEYS[1], '*', unpack(ARGV, 2))
+call('XDEL', KEYS[1], ARGV[1])
+return added
+""")
+"""Replaces a letter if it is there. ARGV: its id, and the words of the new one. Returns the new id, or nothing."""
 
 _RawLetter: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
@@ -68,21 +84,13 @@ class DeadLetterWriter:
 
         Returns None if the job has its letter, else the id from which there are new letters to search.
         """
-        async with self._redis.pipeline() as pipe:
-            await pipe.watch(self._key)
-            newest = cast("list[_RawLetter]", await pipe.xrevrange(self._key, min=since, count=count) or [])
-            named = (letter.queue.encode(), letter.job.encode())
-            if any((fields.get(b"queue"), fields.get(b"job")) == named for _, fields in newest):
-                return None
-            pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-            pipe.xadd(self._key, letter.to_fields(), maxlen=_MAX_LETTERS)  # type: ignore[arg-type]  # dict is invariant
-            try:
-                await pipe.execute()
-            except WatchError as error:
-                if is_lost_connection(error):
-                    raise
-                return f"({newest[0][0].decode()}" if newest else since
-        return None
+        newest = cast("list[_RawLetter]", await self._redis.xrevrange(self._key, min=since, count=count) or [])
+        named = (letter.queue.encode(), letter.job.encode())
+        if any((fields.get(b"queue"), fields.get(b"job")) == named for _, fields in newest):
+            return None
+        searched = f"({newest[0][0].decode()}" if newest else since
+        is_added = await _BURY.run_on(self._redis, [self._key], (searched, *chain(*letter.to_fields().items())))
+        return None if is_added else searched
 
     async def drop_older(self, before: int) -> None:
         """Drop the letters that were written before a time in Unix ms: they hold prompts."""
@@ -207,19 +215,8 @@ class DeadLetters:
         The copy is a new entry of the stream. Returns its id, or an empty string if the old letter is gone.
         """
         after = msgspec.structs.replace(stored.letter, retried_as=request_id)
-        while True:
-            async with self._redis.pipeline() as pipe:
-                await pipe.watch(self._key)
-                if not await pipe.xrange(self._key, stored.id, stored.id):
-                    return ""  # somebody else replaced or dropped it meanwhile
-                pipe.multi()  # type: ignore[no-untyped-call]  # redis-py 8.1 leaves this one without types
-                pipe.xadd(self._key, after.to_fields())  # type: ignore[arg-type]  # dict is invariant
-                pipe.xdel(self._key, stored.id)
-                try:
-                    added, _ = await pipe.execute()
-                except WatchError:
-                    continue  # another letter was added meanwhile
-                return cast("bytes", added).decode()
+        words = chain(*after.to_fields().items())
+        return cast("bytes", await _REPLACE.run_on(self._redis, [self._key], (stored.id, *words))).decode()
 
 
 def _stored(raw: _RawLetter) -> StoredLetter:

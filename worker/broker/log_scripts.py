@@ -17,7 +17,7 @@ from ..redisio.errors import redacted_message
 from ..redisio.scripts import Script
 from .log_pages import RawEntry
 
-_LOOK = """
+LOG_FUNCTIONS = """
 local function last_id()
   local last = call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
   return last and last[1] or ''
@@ -40,12 +40,16 @@ local function add(...)
   return false
 end
 """
-"""`look` returns 0 and the arguments of `LogState.read`. `add` returns false if the id, or a greater one, is taken."""
+"""Functions for scripts on a log: KEYS[1], and its tombstone: KEYS[2].
 
-LOOK = Script(_LOOK + "return look()")
+`last_id` is the id of the last entry, or empty. `look` returns 0 and the arguments of `LogState.read`. `add` returns
+false if the log has, or had, an entry with that id or a greater one.
+"""
+
+LOOK = Script(LOG_FUNCTIONS + "return look()")
 """Returns the state of a log."""
 
-BEGIN = Script(f"""{_LOOK}
+BEGIN = Script(f"""{LOG_FUNCTIONS}
 local count = tonumber(ARGV[2])
 if call('GET', KEYS[2]) or not add('1-0', unpack(ARGV, 3, 2 + count)) then return look() end
 call('PEXPIREAT', KEYS[1], ARGV[1])
@@ -60,7 +64,7 @@ and the words of the lifecycle's XADD. If the lifecycle refuses its record, the 
 Returns 1, whether the lifecycle has the record, and the first two of the entries before `1-0`.
 """
 
-SEAL_UNOWNED = Script(f"""{_LOOK}
+SEAL_UNOWNED = Script(f"""{LOG_FUNCTIONS}
 if call('GET', KEYS[2]) or last_id() ~= ARGV[1] or not add('{SEAL}', unpack(ARGV, 3)) then return look() end
 call('PEXPIREAT', KEYS[1], ARGV[2])
 return {{1}}
@@ -71,7 +75,7 @@ ARGV: the id that the log's last entry must have, empty if the log must have non
 words of the seal.
 """
 
-SEAL_OWNED = f"""{_LOOK}
+SEAL_OWNED = f"""{LOG_FUNCTIONS}
 if last_id() ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return look() end
 if not add('NOMKSTREAM', '{SEAL}', unpack(ARGV, 6)) then return look() end
 call('EXPIRE', KEYS[1], ARGV[3])
