@@ -145,6 +145,8 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
     *[
         ([f"-{name}"], "error", f"{NOTHING}+{name}", f"ACL SETUSER <user> +{name}")
         for name in (
+            "eval",
+            "evalsha",
             "exec",
             "exists",
             "expire",
@@ -152,8 +154,6 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
             "pexpireat",
             "set",
             "time",
-            "unwatch",
-            "watch",
             "xack",
             "xadd",
             "xclaim",
@@ -164,14 +164,13 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
             "xrevrange",
         )
     ],
-    (["-watch", "-xadd"], "error", f"{NOTHING}+xadd +watch", "ACL SETUSER <user> +xadd +watch"),
+    (["-exec", "-xadd"], "error", f"{NOTHING}+xadd +exec", "ACL SETUSER <user> +xadd +exec"),
     (["-publish"], "warning", "the feed is silent", "ACL SETUSER <user> +publish"),
     (["-subscribe"], "warning", "a cancel takes effect within two thirds of a lease", "ACL SETUSER <user> +subscribe"),
     (["-hset"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hset"),
     (["-hgetall"], "warning", "neither this check nor the other workers see", "ACL SETUSER <user> +hgetall"),
     (["-xtrim"], "warning", "the job streams are not trimmed", "ACL SETUSER <user> +xtrim"),
     (["-xlen"], "error", f"{NOTHING}+xlen", "ACL SETUSER <user> +xlen"),
-    (["-eval"], "warning", "consumers of dead workers stay", "ACL SETUSER <user> +eval"),
     (["-info"], "warning", "version, memory and storage of Redis are not checked", "ACL SETUSER <user> +info"),
     (["resetchannels"], "warning", "the feed is silent", "ACL SETUSER <user> &chat:feed:*"),
     (["resetkeys"], "error", f"{NOTHING}~chat:tokens:* ~chat:ended:* ~chat:jobs*", "ACL SETUSER <user> ~chat:tokens:*"),
@@ -243,8 +242,7 @@ RENAMED: list[tuple[str, str, str]] = [
     ("TYPE", "ok", ""),
     ("INFO", "warning", "version, memory and storage of Redis are not checked: Redis does not know INFO"),
     ("HSET", "warning", "neither this check nor the other workers see this worker: Redis does not know HSET"),
-    ("EVAL", "warning", "consumers of dead workers stay in the group: Redis does not know EVAL"),
-    ("WATCH", "error", "no job can be done: Redis does not know WATCH"),
+    ("EVALSHA", "error", "no job can be done: Redis does not know EVALSHA"),
     ("EXEC", "error", "no job can be done: Redis does not know EXEC"),
     ("XCLAIM", "error", "no job can be done: Redis does not know XCLAIM"),
 ]
