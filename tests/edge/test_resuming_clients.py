@@ -1,4 +1,4 @@
-"""openai for Node over `resumingFetch`, and for Python over `ResumingTransport`, while their gateway is killed."""
+"""Clients over `resumingFetch` (Node) and `ResumingTransport` (Python), while their gateway is killed."""
 
 import signal
 from typing import Any
@@ -23,7 +23,7 @@ async def simulator(start_simulator: StartSimulator) -> Simulator:
     return await start_simulator(Options(scenario=Scenario(rate=12.0)))
 
 
-@pytest.mark.parametrize("name", ["openai_node", "openai_python"])
+@pytest.mark.parametrize("name", ["openai_node", "openai_python", "ai_sdk"])
 @pytest.mark.parametrize("signals", [("KILL", "TERM", "KILL"), ("TERM", "KILL", "TERM")], ids="-".join)
 async def test_an_answer_is_whole_though_its_gateway_is_killed_after_1_5_and_50_chunks(
     name: ClientName,
@@ -42,9 +42,13 @@ async def test_an_answer_is_whole_though_its_gateway_is_killed_after_1_5_and_50_
         await replica.end(signal.Signals[f"SIG{signum}"])
         replica = await start_replica(port=replica.port, **settings)
     (result,) = await client.results()
-    (choice,) = result["choices"]
-    assert choice["content"] == answer_to(MESSAGES)
-    assert choice["finish_reason"] == "stop"
-    assert result["usage"]["completion_tokens"] > 200
+    if name == "ai_sdk":
+        text, finish_reason, tokens = result["text"], result["finish_reason"], result["usage"]["outputTokens"]
+    else:
+        (choice,) = result["choices"]
+        text, finish_reason = choice["content"], choice["finish_reason"]
+        tokens = result["usage"]["completion_tokens"]
+    assert (text, finish_reason) == (answer_to(MESSAGES), "stop")
+    assert tokens > 200
     generated = [served for served in simulator.served if served.route.endswith("/completions")]
     assert len(generated) == 1, "the answer was generated once"

@@ -108,7 +108,7 @@ class Messages(Native):
 
     async def read_once(self) -> None:
         url = f"ws://127.0.0.1:{self._gateway.port}/requests/{self._id}/ws?after={self.cursor}"
-        async with connect(url, proxy=None, additional_headers=AUTH) as socket:
+        async with connect(url, proxy=None, additional_headers=AUTH, open_timeout=60) as socket:
             try:
                 while True:
                     self.entries += entries_of(await socket.recv())

@@ -4,7 +4,9 @@ import { generateText, jsonSchema, streamText, tool } from "ai";
 import { order, print, seen } from "./lines.mjs";
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
-const { base_url, api_key, retries, headers, calls } = await order();
+const { base_url, api_key, retries, headers, calls, client_js } = await order();
+// Node reads a file named .js as CommonJS, so it is imported from its text.
+const { resumingFetch: fetch } = client_js ? await import(`data:text/javascript,${encodeURIComponent(client_js)}`) : {};
 
 // A body of OpenAI's API as the arguments of AI SDK, which builds such a body from them again.
 function asked({ model, messages, tools, tool_choice, stream, stream_options, ...rest }) {
@@ -13,6 +15,7 @@ function asked({ model, messages, tools, tool_choice, stream, stream_options, ..
     baseURL: base_url,
     apiKey: api_key,
     headers,
+    fetch,
     includeUsage: Boolean(stream_options?.include_usage),
     transformRequestBody: (body) => ({ ...body, ...rest }),
   });
