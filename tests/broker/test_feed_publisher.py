@@ -49,6 +49,24 @@ async def test_a_listener_receives_every_entry_and_also_the_last_before_a_silenc
                 assert (await received(feed, f"1-{n}"))[-15:] == [f"1-{m}" for m in range(n - 14, n + 1)]
 
 
+async def test_only_the_first_entries_are_published_without_another_flush(redis_url: str, redis: Redis) -> None:
+    async with process(redis_url, "one", pace=FlushPace(feed_delay=3600)) as one:
+        log = await own_log(one, redis)
+        async with redis.pubsub() as feed:
+            await feed.subscribe("chat:feed:{r}")
+            assert (await feed.get_message(timeout=60) or {})["type"] == "subscribe"
+            log.append(delta("1"))
+            assert "1-1" in await received(feed, "1-1")
+            log.append(delta("2"))
+            assert await received(feed, "1-2") == ["1-2"]
+            log.append(delta("3"))
+            await log.wait_drained()
+            before = await published(redis)
+            log.append(delta("4"))
+            assert await received(feed, "1-3") == ["1-3"]
+            assert await published(redis) == before + 1
+
+
 async def test_a_log_without_listeners_is_published_only_now_and_then(redis_url: str, redis: Redis) -> None:
     async with process(redis_url, "one", pace=FlushPace(feed_idle_for=math.inf)) as one:
         log = await own_log(one, redis)

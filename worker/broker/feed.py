@@ -1,7 +1,8 @@
 """The publishing end of the feed: a pub/sub copy of the entries that Redis has accepted, for logs that have listeners.
 
-The copy is sent with the publisher's next flush, or soon afterwards in a flush of its own. The feed is for speed only:
-if Redis refuses it, nothing more is published, and followers read the logs.
+The copy is sent with the publisher's next flush, or soon afterwards in a flush of its own. The first entries of an
+attempt do not wait for another flush, because a reader waits for the first token. The feed is for speed only: if Redis
+refuses it, nothing more is published, and followers read the logs.
 """
 
 import asyncio
@@ -25,6 +26,8 @@ FeedBatch: TypeAlias = dict[LogWriter | str, list[tuple[str, Fields]]]
 _REFUSED = "feed_refused"
 _NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|access a channel|' channel$", re.IGNORECASE)
 """Matches the errors of Redis 6.2 to 8 and Valkey 9 for a PUBLISH that was renamed or is not allowed."""
+_FIRST = 2
+"""The `n` of the last entry that is published without a delay: mostly 1 is `opened` and 2 the first delta."""
 _encode = msgspec.json.encode
 
 
@@ -35,6 +38,8 @@ class FeedPublisher:
         self.pending: FeedBatch = {}
         self.is_muted = False
         """Whether Redis refuses the feed, so that nothing is collected."""
+        self.is_urgent = False
+        """Whether the pending entries have the first ones of an attempt, and somebody may wait for these."""
         self._on_due = on_due
         self._telemetry = telemetry
         self._pace = pace
@@ -51,6 +56,7 @@ class FeedPublisher:
         if not self.is_muted:
             with_ids = [(f"{log.attempt}-{n}", fields) for n, fields in enumerate(entries, first)]
             self.pending.setdefault(log, []).extend(with_ids)
+            self.is_urgent |= 0 < first <= _FIRST and not log.feed_idle_until
             self.schedule()
 
     def schedule(self) -> None:
@@ -66,7 +72,7 @@ class FeedPublisher:
 
     def drain(self, publish: bytes) -> tuple[FeedBatch, list[Command]]:
         """Remove and return all pending entries, with the commands that publish them (PUBLISH or SPUBLISH)."""
-        batch, self.pending = self.pending, {}
+        batch, self.pending, self.is_urgent = self.pending, {}, False
         commands: list[Command] = []
         for target, entries in batch.items():
             channel = target if isinstance(target, str) else target.feed
@@ -83,7 +89,7 @@ class FeedPublisher:
         """Stop publishing if Redis refuses the feed, which would block the log entries in the same MULTI."""
         message = redacted_message(error)
         if isinstance(error, ResponseError) and _NAMES_THE_FEED.search(message):
-            self.is_muted = True
+            self.is_muted, self.is_urgent = True, False
             self.pending.clear()
             self._telemetry.emit(RecordRefused("feed"))
             self._telemetry.emit(Failing(_REFUSED, message))

@@ -289,7 +289,8 @@ class Publisher:
             else:
                 self._stalls.end(self._logs)
                 self._backoff.reset()  # not after a verification: without memory, Redis refuses writes but not reads
-        if self._queue or self._error or self._must_verify_all or self._to_verify or self._is_stopping:
+        must_run = self._error or self._must_verify_all or self._to_verify or self._is_stopping
+        if self._queue or self._feed.is_urgent or must_run:
             self._schedule()
         else:
             self._phase = _Phase.IDLE
