@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 from conftest import stream
+from faults import Fate, finish, gate_before, let_through
 from processes import FAR, KEY, STONE, Process, claim_expired, delta, process, stolen, texts
 from proxy import Proxy
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 from waits import eventually
 
 from worker.broker.acquisition import Acquired, AlreadyEnded, DuplicateJob, LeaseLost
@@ -234,6 +235,79 @@ async def test_a_job_that_ended_or_is_with_another_worker_is_not_sealed_as_burie
     await two.acquire(await stolen(redis, two, delivery))
     assert not await one.owner.seal_unowned("r", delivery, END, FAR)
     assert await texts(redis) == ["1-0:started", "2-0:claimed"]
+
+
+@pytest.mark.parametrize("meanwhile", ["another worker begins it", "it ends"])
+async def test_a_log_that_changes_after_the_decision_to_bury_it_is_not_sealed_as_it_was(
+    meanwhile: str, redis_url: str, one: Process, two: Process, delivery: Delivery, redis: Redis
+) -> None:
+    gate = await gate_before(one, redis_url)
+    sealing = asyncio.ensure_future(one.owner.seal_unowned("r", delivery, END, FAR))
+    await let_through(gate, *[Fate.FINE] * 4)  # two connections, a look at the log, and one at the lease
+    if meanwhile == "it ends":
+        await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    else:
+        await two.acquire(await stolen(redis, two, delivery))
+    await finish(gate, sealing)
+    assert sealing.result() == (meanwhile == "it ends")
+    assert [text for text in await texts(redis) if "error" in text] == []
+
+
+RECORD = ("MAXLEN", "~", "100", "*", "type", "started", "id", "r")
+
+
+async def test_the_record_of_the_start_is_written_with_the_start(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    for is_first in (True, False):  # the second time as after a lost reply
+        taken = await one.owner.acquire("r", delivery, FAR, started_record=RECORD)
+        assert isinstance(taken, Acquired)
+        assert taken.is_start_recorded == is_first
+    assert [fields for _, fields in await stream(redis, "chat:lifecycle")] == [{b"type": b"started", b"id": b"r"}]
+
+
+async def test_a_refused_record_of_the_start_does_not_keep_the_log_from_being_begun(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await redis.set("chat:lifecycle", "in the way")
+    taken = await one.owner.acquire("r", delivery, FAR, started_record=RECORD)
+    assert isinstance(taken, Acquired)
+    assert not taken.is_start_recorded
+    assert await texts(redis) == ["1-0:started"]
+
+
+async def test_a_request_that_has_ended_gets_no_record_of_a_start(
+    one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    await redis.set("chat:ended:{r}", '{"outcome":"done","time":1}', ex=60)
+    assert isinstance(await one.owner.acquire("r", delivery, FAR, started_record=RECORD), AlreadyEnded)
+    assert not await redis.exists("chat:lifecycle")
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+async def test_the_entries_before_the_start_are_the_history(
+    before: int, one: Process, delivery: Delivery, redis: Redis
+) -> None:
+    for n in range(1, before + 1):
+        await redis.xadd(KEY, {"type": "queued", "digest": str(n)}, id=f"0-{n}")
+    taken = await one.owner.acquire("r", delivery, FAR)
+    assert isinstance(taken, Acquired)
+    assert [str(entry.id) for entry in taken.history] == [f"0-{n}" for n in range(1, before + 1)]
+    assert await one.seal(taken.log) == "done", "the number of entries agrees"
+
+
+async def test_full_memory_begins_and_seals_nothing(one: Process, delivery: Delivery, redis: Redis) -> None:
+    log = None
+    for _ in range(2):
+        await redis.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(OutOfMemoryError):
+                await (one.seal(log) if log else one.owner.acquire("r", delivery, FAR, started_record=RECORD))
+        finally:
+            await redis.config_set("maxmemory", 0)
+        assert await texts(redis) == (["1-0:started"] if log else [])
+        assert not await redis.exists("chat:lifecycle", "chat:ended:{r}")
+        log = log or await one.acquire(delivery)
 
 
 async def test_finalizing_adds_the_expiry_and_tombstone_that_a_foreign_cancel_lacks(one: Process, redis: Redis) -> None:

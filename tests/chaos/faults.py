@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
+from processes import Process
 from redis import Redis as BlockingRedis
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, report_outcome
 
 _T = TypeVar("_T")
@@ -270,3 +272,26 @@ def late(connection: AbstractConnection, packed: list[bytes]) -> Late:
     taken = connection._reader, connection._writer, packed
     connection._reader = connection._writer = None
     return taken
+
+
+async def gate_before(one: Process, redis_url: str) -> Gate:
+    """Make the commands of this process wait to be let through from now on."""
+    gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
+    gate.guard(one.commands)
+    one.use(CommandBatcher(one.commands, gated(gate)))
+    await one.commands.connection_pool.disconnect()
+    one.commands.connection_pool.reset()  # type: ignore[no-untyped-call]  # redis-py 8.1
+    return gate
+
+
+async def let_through(gate: Gate, *fates: Fate) -> None:
+    for fate in fates:
+        await gate.network.calm()
+        assert gate.waiting
+        await gate.let_through(fate)
+
+
+async def finish(gate: Gate, task: "asyncio.Future[Any]") -> None:
+    while not task.done():
+        await gate.let_through()
+    gate.network.admin.close()

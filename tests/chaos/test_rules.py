@@ -45,13 +45,11 @@ The rules by their numbers:
 
 import asyncio
 import json
-from typing import Any
 
 import pytest
 from conftest import StartWorker, stream
-from faults import Fate, Gate, Network, gated
+from faults import Fate, finish, gate_before, let_through
 from processes import FAR, KEY, Process, delta, process, stolen, texts
-from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from waits import eventually
@@ -65,7 +63,6 @@ from worker.contract.answer import Answer
 from worker.contract.entries import parse
 from worker.contract.ids import SEAL
 from worker.contract.keys import Keys
-from worker.redisio.batching import CommandBatcher
 from worker.redisio.pipelined import Callback, PipelinedConnection
 from worker.redisio.retry import RetryUntilAvailable
 from worker.sandbox.simulator.server import Simulator
@@ -75,29 +72,6 @@ from worker.sandbox.simulator.server import Simulator
 async def delivery(one: Process, redis: Redis) -> Delivery:
     await redis.xadd("chat:jobs", {"id": "r"})
     return await one.claim()
-
-
-async def gate_before(one: Process, redis_url: str) -> Gate:
-    """Make the commands of this process wait to be let through from now on."""
-    gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
-    gate.guard(one.commands)
-    one.use(CommandBatcher(one.commands, gated(gate)))
-    await one.commands.connection_pool.disconnect()
-    one.commands.connection_pool.reset()  # type: ignore[no-untyped-call]  # redis-py 8.1
-    return gate
-
-
-async def let_through(gate: Gate, *fates: Fate) -> None:
-    for fate in fates:
-        await gate.network.calm()
-        assert gate.waiting
-        await gate.let_through(fate)
-
-
-async def finish(gate: Gate, task: "asyncio.Future[Any]") -> None:
-    while not task.done():
-        await gate.let_through()
-    gate.network.admin.close()
 
 
 async def test_after_the_seal_redis_refuses_every_id(one: Process, delivery: Delivery, redis: Redis) -> None:

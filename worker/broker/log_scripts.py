@@ -77,7 +77,7 @@ words of the seal.
 
 SEAL_OWNED = f"""{LOG_FUNCTIONS}
 if last_id() ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return look() end
-if not add('NOMKSTREAM', '{SEAL}', unpack(ARGV, 6)) then return look() end
+if not add('{SEAL}', unpack(ARGV, 6)) then return look() end
 call('EXPIRE', KEYS[1], ARGV[3])
 call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
 """
