@@ -155,6 +155,81 @@ async def test_a_reader_that_does_not_read_goes_on_within_the_window(tails: Tail
     assert slow.entries == other.entries == as_dicts(log)
 
 
+class DirectCollector(Collector):
+    """A collector whose client is written to directly, in chunks."""
+
+    def __init__(self, tails: Tails, log: WrittenLog) -> None:
+        super().__init__(tails, log, NativeMessages())
+        self.is_closed = False
+        self.cursor.direct = self._write_chunk
+
+    def _write_chunk(self, chunk: bytes) -> None:
+        if self.is_closed:
+            raise RuntimeError("the handler is closed")
+        size, _, rest = chunk.partition(b"\r\n")
+        if not self._write(Frame(self.cursor.position, rest[: int(size, 16)])):
+            self.cursor.on_blocked()
+
+
+async def test_readers_that_are_written_to_directly_get_the_same(tails: Tails, log: WrittenLog) -> None:
+    await log.write(START)
+    readers = [DirectCollector(tails, log), Collector(tails, log, NativeMessages()), DirectCollector(tails, log)]
+    for reader in readers:
+        await joined(reader)
+    await log.append(*(delta(1, n) for n in range(1, 20)), END)
+    await asyncio.gather(*(reader.task for reader in readers))
+    assert all(reader.entries == as_dicts(log) for reader in readers)
+
+
+async def test_a_direct_reader_that_does_not_read_gets_nothing_more_and_goes_on(tails: Tails, log: WrittenLog) -> None:
+    await log.write(START)
+    slow, other = DirectCollector(tails, log), DirectCollector(tails, log)
+    await joined(slow)
+    await joined(other)
+    slow.is_blocked = True
+    await log.append(*(delta(1, n) for n in range(1, 20)))
+    await other.has(20)
+    assert len(slow.entries) == 2
+    slow.read_again()
+    assert slow.entries == other.entries
+    await log.append(delta(1, 20), END)
+    await asyncio.gather(slow.task, other.task)
+    assert slow.entries == other.entries == as_dicts(log)
+
+
+async def test_a_closed_connection_keeps_no_entry_from_the_others(tails: Tails, log: WrittenLog) -> None:
+    await log.write(START)
+    closed, *others = readers = [DirectCollector(tails, log) for _ in range(3)]
+    for reader in readers:
+        await joined(reader)
+    closed.is_closed = True
+    await log.append(delta(1, 1), END)
+    await asyncio.gather(*(reader.task for reader in others))
+    assert all(reader.entries == as_dicts(log) for reader in others)
+    assert len(closed.entries) == 1
+
+
+async def test_a_reader_that_begins_to_be_written_to_directly_gets_each_entry_once(
+    tails: Tails, log: WrittenLog
+) -> None:
+    """A chat completion does so with its first entry, in the step in which the tail writes this entry."""
+    await log.write(START)
+    reader = DirectCollector(tails, log)
+    reader.cursor.direct = None
+    plain = reader.cursor.write
+
+    def write_first(frame: Frame) -> bool:
+        if frame.last == EntryId(1, 1):
+            reader.cursor.write_by(plain, reader._write_chunk)
+        return plain(frame)
+
+    reader.cursor.write = write_first
+    await joined(reader)
+    await log.append(*(delta(1, n) for n in range(1, 10)), END)
+    await reader.task
+    assert reader.entries == as_dicts(log)
+
+
 async def test_a_reader_that_falls_out_of_the_window_reads_the_log_again(tails: Tails, log: WrittenLog) -> None:
     await log.write(START)
     slow, other = Collector(tails, log, NativeMessages()), Collector(tails, log, NativeMessages())

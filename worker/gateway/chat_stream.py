@@ -44,7 +44,7 @@ class ChunkStream(LogStream):
         self._has_begun = False
         self._refusal: tuple[str, str] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._cursor.write = self._write_first
+        self._cursor.write, self._cursor.direct = self._write_first, None
 
     @property
     def has_begun(self) -> bool:
@@ -110,7 +110,7 @@ class ChunkStream(LogStream):
         if self._has_begun or self._send is None:
             return
         self._has_begun = True
-        self._cursor.write = self.outlet.write_frame
+        self._cursor.write_by(self.outlet.write_frame, self.outlet.direct)
         self.outlet.write_by(self._send, response_start(EVENT_STREAM_HEADERS | self._headers))
         if self._scope is not None:
             forget_request(self._scope)

@@ -1,6 +1,7 @@
 """Parts of a connection. They replace larger ones, so that idle streams take less memory."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 
@@ -42,13 +43,15 @@ class LeanEvent:
 class LeanFlowControl:
     """uvicorn's `FlowControl`, with a `LeanEvent` and without a dict."""
 
-    __slots__ = ("_transport", "_writable", "read_paused", "write_paused")
+    __slots__ = ("_transport", "_writable", "on_pause", "read_paused", "write_paused")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._writable = LeanEvent(is_set=True)
         self.read_paused = False
         self.write_paused = False
+        self.on_pause: Callable[[], object] | None = None
+        """Called in the step in which the transport's write buffer becomes full."""
 
     def drain(self) -> "asyncio.Future[None]":
         """Return a future that is done once the transport takes more."""
@@ -70,6 +73,8 @@ class LeanFlowControl:
         """Called by the transport when its write buffer is full."""
         self.write_paused = True
         self._writable.clear()
+        if self.on_pause is not None:
+            self.on_pause()
 
     def resume_writing(self) -> None:
         """Called by the transport when its write buffer is no longer full."""

@@ -178,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head, self._in_body, self._head_size, self._discarded = False, True, 0, 0
         self._stop_timer()
         cast("dict[str, object]", self.scope)[ABORT] = self.transport.abort
-        cast("dict[str, object]", self.scope)[WIRE] = Wire(self.transport, self.flow)
+        cast("dict[str, object]", self.scope)[WIRE] = Wire(self.transport, cast("Any", self.flow))
         if len(self.connections) > self._bounds.max_connections:
             cast("dict[str, object]", self.scope)[OVERLOADED] = True
         super().on_headers_complete()

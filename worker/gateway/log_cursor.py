@@ -44,6 +44,7 @@ class LogCursor:
         "_skip",
         "_tail",
         "_tails",
+        "direct",
         "error",
         "is_over",
         "next",
@@ -60,6 +61,8 @@ class LogCursor:
         self.next = 0
         """See `TailReader`."""
         self.write = write
+        """See `TailReader`."""
+        self.direct: Callable[[bytes], object] | None = None
         """See `TailReader`."""
         self.is_over = False
         """Whether everything up to the end of the stream was written."""
@@ -121,6 +124,17 @@ class LogCursor:
         """See `TailReader`."""
         self.is_over, self.error = True, error
         self._owner.wake()
+
+    def write_by(self, write: Callable[[Frame], bool], direct: Callable[[bytes], object] | None) -> None:
+        """Write by other functions from now on."""
+        self.write, self.direct = write, direct
+        if self._tail is not None:
+            self._tail.refresh()
+
+    def on_blocked(self) -> None:
+        """Write nothing until `on_writable` is called, because the client must read."""
+        if self._tail is not None:
+            self._tail.block(self)
 
     def on_writable(self) -> None:
         """Go on after a write that had to wait."""
@@ -189,4 +203,4 @@ class LogCursor:
         self._page = min(len(pieces), _LARGEST_PAGE)
         pieces.clear()
         self.position = last
-        return self.write(self._protocol.new_frame(data, last))
+        return self.write(Frame(last, data))

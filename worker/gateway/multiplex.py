@@ -88,7 +88,8 @@ class RequestsStream(ClientStream):
         self, streams: OpenStreams, connection: Connection, request_ids: Sequence[str], places: Mapping[str, EntryId],
         list_running: ListRunning | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(streams, _ManyEvents(), Outlet(*connection, self.on_change))
+        protocol = _ManyEvents()
+        super().__init__(streams, protocol, Outlet(*connection, protocol, self.on_change))
         self._places = dict(places)
         """Where the reader is in each log, by the short ids."""
         self._cursors: dict[str, LogCursor] = {}
@@ -108,10 +109,10 @@ class RequestsStream(ClientStream):
         return ""
 
     def on_change(self) -> None:
-        """Handle a write that has finished, or a client that has left."""
+        """See `Outlet`. A cursor notices by itself that its client must read, when it writes."""
         if self.outlet.is_gone:
             self.stop("left")
-        else:
+        elif not self.outlet.blocked_at:
             for cursor in list(self._cursors.values()):
                 cursor.on_writable()
         self.wake()

@@ -8,10 +8,10 @@ be plain ASGI, and not Starlette's BaseHTTPMiddleware, which needs a task.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
-from ..contract.ids import BEFORE_ALL
-from .protocols.protocol import Frame, Message
+from .connection_parts import LeanFlowControl
+from .protocols.protocol import Frame, Message, StreamProtocol
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,28 +55,18 @@ def forget_request(scope: Scope) -> None:
     scope.update(kept)
 
 
-class Flow(Protocol):
-    """Whether a transport takes no more for now."""
-
-    write_paused: bool
-
-
 class Wire(NamedTuple):
     """The connection itself, whose response is chunked. A write to it is cheaper than a call of the server's `send`."""
 
     transport: asyncio.WriteTransport
-    flow: Flow
-
-
-_NOTHING: Message = {"type": "http.response.body", "body": b"", "more_body": True}
-"""A message that writes nothing. The server sends it once the client has read enough."""
+    flow: LeanFlowControl
 
 
 class Outlet:
     """Sends frames over one connection, and notices when the client leaves.
 
     Args:
-        on_change: called when a blocked write has finished, or when the client has left.
+        on_change: called when the client must read before more is written, when it has, and when it has left.
     """
 
     __slots__ = (
@@ -85,15 +75,19 @@ class Outlet:
         "_held",
         "_loop",
         "_on_change",
+        "_protocol",
         "_receive",
         "_send",
-        "_write_chunk",
         "blocked_at",
+        "direct",
         "is_gone",
         "sent_at",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, on_change: Callable[[], object]) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, protocol: StreamProtocol, on_change: Callable[[], object]
+    ) -> None:
+        self._protocol = protocol
         self._receive = receive
         self._send = cast("Callable[[Message], _Stepped]", send)
         self._on_change = on_change
@@ -101,7 +95,9 @@ class Outlet:
         self._abort: Callable[[], object] | None = scope.get(ABORT)
         wire: Wire | None = scope.get(WIRE)
         self._flow = wire.flow if wire is not None else None
-        self._write_chunk: Callable[[bytes], object] = wire.transport.write if wire is not None else _do_nothing
+        self.direct: Callable[[bytes], object] | None = wire.transport.write if wire is not None else None
+        """Writes the chunk of a frame around the server's `send`, if that is possible. Call it only while writes do not
+        block. It raises `RuntimeError` if the connection is closed, which `receive` will report."""
         self._held: list[Message] = []
         """Messages to send after the one that waits."""
         self.is_gone = False
@@ -112,7 +108,11 @@ class Outlet:
         """When this stream was last written to, except for live frames; by the event loop's clock."""
 
     def watch(self) -> None:
-        """Begin to notice when the client leaves."""
+        """Begin to notice when the client leaves, and when it must read before more is written."""
+        if self._flow is not None:
+            self._flow.on_pause = self._on_pause
+            if self._flow.write_paused:
+                self._on_pause()
         self._read(cast("_Stepped", self._receive()))
 
     def write(self, message: Message) -> bool:
@@ -120,7 +120,22 @@ class Outlet:
 
         A client that has left gets nothing, which is no error.
         """
-        return self.write_frame(Frame(BEFORE_ALL, b"", message))
+        if self.is_gone:
+            return True
+        if self.blocked_at:
+            self._held.append(message)
+            return False
+        coroutine = self._send(message)
+        try:
+            waits_for = coroutine.send(None)
+        except StopIteration:
+            return not self.blocked_at
+        except OSError:
+            self._leave()
+            return True
+        self.blocked_at = self._loop.time()
+        self._resume_after(waits_for, coroutine, self._continue_write)
+        return False
 
     def write_by(self, send: Send, message: Message) -> bool:
         """Send a message as `write` does, by another `send`: the head of a response goes through the middleware."""
@@ -131,30 +146,16 @@ class Outlet:
             self._send = own
 
     def write_frame(self, frame: Frame) -> bool:
-        """Send a frame of a log as `write` does. This runs for each entry and reader, so nothing is called for it."""
-        if self.is_gone:
-            return True
-        if self.blocked_at:
-            self._held.append(frame.message)
-            return False
-        message = frame.message
-        if frame.chunk and self._flow is not None:
-            try:
-                self._write_chunk(frame.chunk)
-            except RuntimeError:  # uvloop's transport is closed, and `receive` will report it
-                return True
-            if not self._flow.write_paused:
-                return True
-            message = _NOTHING
-        coroutine = self._send(message)
+        """Send a frame of a log as `write` does."""
+        if self.direct is None or self.is_gone or self.blocked_at:
+            if frame.message is None:
+                frame.message = self._protocol.message(frame.data)
+            return self.write(frame.message)
         try:
-            waits_for = coroutine.send(None)
-        except StopIteration:
+            self.direct(frame.chunk)
+        except RuntimeError:
             return True
-        except OSError:
-            self._leave()
-            return True
-        return self._wait(waits_for, coroutine)
+        return not self.blocked_at
 
     def abort(self) -> bool:
         """Destroy the connection, and drop what was not sent yet. Returns whether the server offers this."""
@@ -165,21 +166,27 @@ class Outlet:
     def stop(self) -> None:
         """Call `on_change` no more."""
         self._on_change = _do_nothing
+        if self._flow is not None and self._flow.on_pause == self._on_pause:  # the next response may have begun
+            self._flow.on_pause = None
 
-    def _wait(self, waits_for: "asyncio.Future[Any] | None", coroutine: _Stepped) -> bool:
-        self.blocked_at = self._loop.time()
-        self._resume_after(waits_for, coroutine, self._continue_write)
-        return False
+    def _on_pause(self) -> None:
+        if self._flow is not None and not self.blocked_at:
+            self.blocked_at = self._loop.time()
+            self._flow.drain().add_done_callback(self._on_writable)
+            self._on_change()
+
+    def _on_writable(self, _drained: object = None) -> None:
+        self.blocked_at = 0.0
+        self.sent_at = self._loop.time()
+        held, self._held = self._held, []
+        if [self.write(message) for message in held].count(False) == 0:  # `all` would stop at the first
+            self._on_change()
 
     def _continue_write(self, coroutine: _Stepped, _waited_for: object = None) -> None:
         try:
             waits_for = coroutine.send(None)
         except StopIteration:
-            self.blocked_at = 0.0
-            self.sent_at = self._loop.time()
-            held, self._held = self._held, []
-            if [self.write(message) for message in held].count(False) == 0:  # `all` would stop at the first
-                self._on_change()
+            self._on_writable()
         except OSError:
             self.blocked_at = 0.0
             self._leave()

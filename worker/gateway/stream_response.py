@@ -63,11 +63,12 @@ class LogStream(ClientStream):
         self, streams: OpenStreams, request_id: str, protocol: StreamProtocol, connection: Connection,
         position: EntryId, skip: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(streams, protocol, Outlet(*connection, self.on_change))
+        super().__init__(streams, protocol, Outlet(*connection, protocol, self.on_change))
         self._request_id = request_id
         self._cursor = LogCursor(
             streams.tails, request_id, protocol, self, self.outlet.write_frame, position=position, skip=skip
         )
+        self._cursor.direct = self.outlet.direct
 
     @property
     def waiting_request(self) -> str:
@@ -78,9 +79,11 @@ class LogStream(ClientStream):
         return max(self.outlet.sent_at, self._cursor.last_frame_at)
 
     def on_change(self) -> None:
-        """Handle a write that has finished, or a client that has left."""
+        """See `Outlet`."""
         if self.outlet.is_gone:
             self.stop("left")
+        elif self.outlet.blocked_at:
+            self._cursor.on_blocked()
         else:
             self._cursor.on_writable()
         self.wake()

@@ -6,7 +6,7 @@ a place in the window, not a queue: one that does not read falls out of the wind
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from ..contract.ids import BEFORE_ALL, SEAL, EntryId
 from .delivery_meter import DeliveryMeter
 from .protocols.protocol import Encoder, Frame, StreamProtocol
 
-WINDOW_BYTES = 256 * 1024
+WINDOW_BYTES = 128 * 1024
 """The most bytes of frames that a tail keeps. One frame may be larger."""
 
 _READERS = 8
@@ -32,12 +32,16 @@ class TailReader(Protocol):
     position: EntryId
     """The last entry that was written, while the reader is behind the tail's end."""
 
+    direct: Callable[[bytes], object] | None
+    """Writes a chunk of HTTP, if this is possible, without any other code of ours for each entry and reader.
+
+    If the client must read first, `block` is called in the step of the write. It raises `RuntimeError` if the
+    connection is closed, which the reader notices by itself.
+    """
+
     @property
     def write(self) -> Callable[[Frame], bool]:
-        """Writes a frame. Returns false if the reader must wait for its client, and so falls behind.
-
-        An attribute, and not a method, because it is called for each entry and reader.
-        """
+        """Writes a frame. Returns false if the reader must wait for its client, and so falls behind."""
 
     def on_tail_over(self, error: Exception | None) -> None:
         """Called when the log has ended, or when the reader cannot follow it any longer, which is an error."""
@@ -68,6 +72,10 @@ class Tail:
         self._size = 0
         self._live: tuple[TailReader, ...] = ()
         """The readers that have every frame. Each change makes a new tuple, so that one can be iterated over."""
+        self._direct: tuple[Callable[[bytes], object], ...] = ()
+        """The functions of these readers that write directly."""
+        self._others: tuple[TailReader, ...] = ()
+        """The rest of these readers."""
         self._ahead: list[tuple[EntryId, TailReader]] = []
         """Readers that have more of the log than the tail has received yet, or more than the log still has."""
         self._readers: dict[TailReader, None] = {}
@@ -110,14 +118,24 @@ class Tail:
         if self.is_over:
             reader.on_tail_over(self.error)
         elif reader not in self._live:
-            self._live = (*self._live, reader)
+            self._set_live((*self._live, reader))
         return True
+
+    def block(self, reader: TailReader) -> None:
+        """Write to a reader no more before the next call of `resume`. It has got the last frame."""
+        if reader in self._live:
+            self._set_live(other for other in self._live if other is not reader)
+            reader.next, reader.position = self.end, self.last
+
+    def refresh(self) -> None:
+        """Use the functions that the readers have now."""
+        self._set_live(self._live)
 
     def leave(self, reader: TailReader) -> None:
         """Remove a reader. The last one ends the tail."""
         if self._readers.pop(reader, self) is self:
             return
-        self._live = tuple(other for other in self._live if other is not reader)
+        self._set_live(other for other in self._live if other is not reader)
         self._ahead = [(position, other) for position, other in self._ahead if other is not reader]
         if not self._readers and not self.is_over:
             self.is_over = True
@@ -142,7 +160,12 @@ class Tail:
 
     def _joined(self, group: list[Frame]) -> Frame:
         data = b"".join([frame.data for frame in group])
-        return self.protocol.new_frame(data, group[-1].last, len(group))
+        return Frame(group[-1].last, data, len(group))
+
+    def _set_live(self, readers: Iterable[TailReader]) -> None:
+        self._live = live = tuple(readers)
+        self._direct = tuple([reader.direct for reader in live if reader.direct is not None])
+        self._others = tuple([reader for reader in live if reader.direct is None])
 
     def _number_after(self, position: EntryId) -> int:
         """The number of the first frame after an entry."""
@@ -175,14 +198,13 @@ class Tail:
         piece = self._encoder.encode(entry)
         self.last = last = entry.id
         if piece:
-            data = self.protocol.frame((piece,), last)
-            frame = self.protocol.new_frame(data, last)
+            frame = Frame(last, self.protocol.frame((piece,), last))
             self._window.append(frame)
-            self._size += len(data) + len(frame.chunk)
+            self._size += len(frame.data)
             while self._size > WINDOW_BYTES and len(self._window) > 1:
                 dropped = self._window.popleft()
                 self.begin, self.first = dropped.last, self.first + 1
-                self._size -= len(dropped.data) + len(dropped.chunk)
+                self._size -= len(dropped.data)
             self._write(frame, arrived_at)
         if self._ahead:
             self._admit()
@@ -190,15 +212,20 @@ class Tail:
             raise _StreamOver
 
     def _write(self, frame: Frame, arrived_at: float) -> None:
-        live = self._live
-        blocked = [reader for reader in live if not reader.write(frame)]
-        if blocked:
-            self._live = tuple(reader for reader in live if reader not in blocked)
-            for reader in blocked:
-                reader.next, reader.position = self.end, frame.last
+        direct, others = self._direct, self._others  # a write may change both
+        if direct:
+            chunk = frame.chunk
+            for write in direct:
+                try:
+                    write(chunk)
+                except RuntimeError:  # uvloop's transport is closed
+                    continue
+        for reader in others:
+            if not reader.write(frame):
+                self.block(reader)
         self.last_frame_at = self._time()
-        if live:
-            self._tails.meter.add(len(live), len(live) * len(frame.data), self.last_frame_at - arrived_at)
+        if readers := len(direct) + len(others):
+            self._tails.meter.add(readers, readers * len(frame.data), self.last_frame_at - arrived_at)
 
     def _admit(self) -> None:
         """Let readers that were ahead of the tail go on with it once the tail has reached them."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+import msgspec
+
 from ...contract.entries import AnyEntry
 from ...contract.ids import EntryId
 
@@ -16,16 +18,22 @@ Message: TypeAlias = dict[str, Any]
 """A message of ASGI. Nobody changes one after its creation, since the streams of a request share it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """What one entry, or several in a row, add to the wire."""
+class Frame(msgspec.Struct, gc=False):
+    """What one entry, or several in a row, add to the wire.
+
+    It is a struct that the garbage collector ignores, since tails keep hundreds of thousands of them.
+    """
 
     last: EntryId
     data: bytes
-    message: Message
     entries: int = 1
-    chunk: bytes = b""
-    """The frame as a chunk of HTTP/1.1, for connections that are written to directly; empty if there is none."""
+    message: Message | None = None
+    """The message of ASGI that sends the frame, once a connection has needed one. All others share it."""
+
+    @property
+    def chunk(self) -> bytes:
+        """The frame as a chunk of HTTP/1.1, for connections that are written to directly."""
+        return b"%x\r\n%b\r\n" % (len(self.data), self.data)
 
 
 class StreamProblem(Protocol):
@@ -64,7 +72,8 @@ class StreamProtocol(ABC):
     """Whether encoding may begin after any entry. Otherwise it begins with the log, and a reader that comes back skips
     what it has."""
     joins_writes: ClassVar[bool] = True
-    """Whether frames that follow each other may be written at once, since the wire is a stream of bytes."""
+    """Whether frames that follow each other may be written at once, since the wire is a stream of bytes: the body of a
+    response. A connection may then be written to directly."""
 
     @abstractmethod
     def new_encoder(self) -> Encoder:
@@ -73,11 +82,6 @@ class StreamProtocol(ABC):
     def frame(self, pieces: Sequence[bytes], last: EntryId) -> bytes:  # noqa: ARG002 - native frames name the last entry
         """Return the frame of one or several results of the encoder, none of them empty. `last` is the last entry."""
         return b"".join(pieces)
-
-    def new_frame(self, data: bytes, last: EntryId, entries: int = 1) -> Frame:
-        """Return a frame for all readers."""
-        chunk = b"%x\r\n%b\r\n" % (len(data), data) if self.joins_writes else b""
-        return Frame(last, data, self.message(data), entries, chunk)
 
     def message(self, frame: bytes) -> Message:
         """Return the message of ASGI that sends a frame."""
