@@ -11,7 +11,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import command_client
-from worker.redisio.pipelined import pack
+from worker.redisio.pipelined import Callback, PipelinedConnection, pack
 
 
 async def test_each_caller_gets_its_own_replies_on_one_connection(redis: Redis, redis_url: str) -> None:
@@ -75,6 +75,40 @@ async def test_closing_fails_the_callers_that_wait(redis_proxy: Proxy) -> None:
         await batcher.aclose()
         with pytest.raises(RedisConnectionError):
             await calls
+
+
+async def test_closing_while_it_connects_fails_the_callers_that_wait(redis_proxy: Proxy) -> None:
+    async with command_client(redis_proxy.redis_url, connections=1) as client:
+        batcher = CommandBatcher(client)
+        calls = [asyncio.ensure_future(batcher.execute("k", pack(b"ECHO", b"x"), 1)) for _ in range(2)]
+        await asyncio.sleep(0)  # the callers begin, and the batch is sent in the step after that
+        await asyncio.sleep(0)
+        await batcher.aclose()
+        assert all(
+            isinstance(answer, RedisConnectionError) for answer in await asyncio.gather(*calls, return_exceptions=True)
+        )
+        assert redis_proxy.accepted == 1
+
+
+async def test_callers_that_were_just_answered_share_the_next_batch(redis_url: str) -> None:
+    """The commands of all jobs that are at the same step are one write."""
+    writes: list[int] = []
+
+    class Counted(PipelinedConnection):
+        def send(self, packed: bytes, count: int, callback: Callback) -> None:
+            writes.append(count)
+            super().send(packed, count, callback)
+
+    async with command_client(redis_url, connections=1) as client:
+        batcher = CommandBatcher(client, Counted)
+
+        async def call_twice() -> None:
+            for _ in range(2):
+                await batcher.execute("k", pack(b"PING"), 1)
+
+        await asyncio.gather(*(call_twice() for _ in range(3)))
+        assert writes == [3, 3]
+        await batcher.aclose()
 
 
 async def test_commands_of_cancelled_callers_are_not_sent(redis_proxy: Proxy) -> None:
