@@ -37,12 +37,15 @@ async def test_a_former_owner_cannot_write_after_a_take_over(
     assert await texts(redis) == ["1-0:started", "1-1:kept", "2-0:claimed", "2-1:new"]
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
 async def test_a_former_owner_cannot_seal_the_log_of_the_new_owner(
-    one: Process, two: Process, delivery: Delivery, redis: Redis
+    *, trimmed: bool, one: Process, two: Process, delivery: Delivery, redis: Redis
 ) -> None:
     """The seal's id is greater than that of any attempt: only a fence of its own stops a former owner."""
     old = await one.acquire(delivery)
     await two.acquire(await stolen(redis, two, delivery))
+    if trimmed:  # the log has as many entries as the former owner wrote
+        await redis.xtrim(KEY, maxlen=1, approximate=False)
     with pytest.raises(LogFenced):
         await one.seal(old)
     assert (await texts(redis))[-1] == "2-0:claimed"

@@ -11,7 +11,7 @@ from conftest import StartWorker
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ExecAbortError, RedisError, ResponseError, WatchError
+from redis.exceptions import ExecAbortError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from structlog.testing import capture_logs
 from waits import eventually
@@ -99,18 +99,6 @@ async def test_a_connection_that_goes_while_it_is_written_to_is_a_lost_connectio
                 await done[how]()
         assert is_transient(loss.value)
         assert await commands.ping()
-
-
-async def test_a_connection_lost_after_a_watch_is_transient(redis_url: str, redis: Redis) -> None:
-    """redis-py raises a WatchError, at the next command already and not only at EXEC."""
-    commands = command_client(redis_url)
-    async with commands.pipeline() as pipe:
-        await pipe.watch("k")
-        await redis.client_kill_filter(_type="normal", skipme=True)
-        with pytest.raises(WatchError) as loss:
-            await pipe.get("k")
-    assert is_transient(loss.value)
-    await commands.aclose()
 
 
 async def test_an_outage_that_all_jobs_meet_is_logged_once_and_so_is_its_end() -> None:

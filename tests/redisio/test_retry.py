@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError, WatchError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 
 from worker.redisio.errors import is_permission_denied, is_transient
 from worker.redisio.retry import Backoff, Outage, RetryUntilAvailable
@@ -107,15 +107,6 @@ async def test_an_outage_soon_after_another_is_reported_if_it_lasts() -> None:
     await retry(Flaky(5), "a", second=2)  # the first four pauses take 0.37 s or more
     assert 1 <= recorder.events[2:].count(REFUSED) < 5
     assert recorder.events[-1] == RECOVERED
-
-
-async def test_a_conflict_with_another_write_is_no_outage() -> None:
-    recorder = Recorder()
-    retry = RetryUntilAvailable(outage=Outage(recorder))
-    assert await retry(Flaky(2, WatchError("a watched key changed")), "a", second=2) == ("a", 2)
-    assert recorder.events == []
-    await retry(Flaky(1, WatchError("A ConnectionError occurred on while watching one or more keys")), "a", second=2)
-    assert [type(event) for event in recorder.events] == [Failing, Recovered]
 
 
 async def test_mixed_up_tls_is_probed_once_and_advised_with_every_failure() -> None:

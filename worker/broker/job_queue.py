@@ -36,8 +36,7 @@ for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   end
 end
 """
-"""Removes an idle consumer. Check and deletion are one step, so that no job is lost that the consumer gets in between.
-A WATCH is not enough: on Redis 6.2 and 7.0, XREADGROUP and XCLAIM do not touch the key."""
+"""Removes an idle consumer. Check and deletion are one step: a job that the consumer gets in between would be lost."""
 
 _Message: TypeAlias = tuple[bytes | None, dict[bytes, bytes] | None]
 

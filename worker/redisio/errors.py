@@ -22,7 +22,6 @@ _TRANSIENT = (
     exceptions.TryAgainError,
     exceptions.ClusterDownError,
     exceptions.MasterDownError,
-    exceptions.WatchError,  # redis-py also raises it for a connection that is lost after a WATCH
     exceptions.ExecAbortError,  # Redis refused EXEC itself, for a reason that arose after MULTI
     OSError,
 )
@@ -66,14 +65,6 @@ def is_connection_refused(error: BaseException) -> bool:
 def is_unknown_command(error: BaseException) -> bool:
     """Whether Redis does not know a command, because an operator renamed or disabled it."""
     return isinstance(error, exceptions.ResponseError) and redacted_message(error).startswith("unknown command")
-
-
-def is_lost_connection(error: exceptions.WatchError) -> bool:
-    """Whether a WatchError means that the connection was lost, and not that a watched key changed.
-
-    redis-py 8.1 raises the same class for both.
-    """
-    return "while watching" in str(error)
 
 
 def redacted_message(error: BaseException) -> str:

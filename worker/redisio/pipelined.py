@@ -16,7 +16,7 @@ import hiredis
 from redis._parsers.base import BaseParser
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseError, TryAgainError, WatchError
+from redis.exceptions import AskError, InvalidResponse, RedisError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -209,7 +209,6 @@ class PipelinedConnection(DirectConnection):
 
         Raises:
             RedisError: the reason why Redis refused a MULTI; it may have executed others.
-            WatchError: when a watched key changed.
         """
         parts = [part for commands in groups for part in (_MULTI, *[packed for packed, _ in commands], _EXEC)]
         counts = [sum([count for _, count in commands]) + 2 for commands in groups]
@@ -328,8 +327,6 @@ def _result_of_exec(replies: list[Any]) -> Outcome:
     executed = replies[-1]
     if isinstance(executed, list):
         return executed
-    if executed is None:
-        return WatchError("a watched key changed")
     refusal = next((reply for reply in replies if isinstance(reply, RedisError)), None)
     return refusal or ResponseError(f"EXEC answered {executed!r}")
 

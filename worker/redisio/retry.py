@@ -10,11 +10,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
-from redis.exceptions import WatchError
-
 from ..telemetry.events import Failing, Recovered, Telemetry
 from .advice import advice_on, advice_on_silence
-from .errors import is_lost_connection, is_transient, redacted_message
+from .errors import is_transient, redacted_message
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -85,9 +83,7 @@ class Outage:
         self._retried += 1
 
     def report(self, error: BaseException, advice: str = "") -> None:
-        """Report the failure of a try. A conflict with another client's write is no outage."""
-        if isinstance(error, WatchError) and not is_lost_connection(error):
-            return
+        """Report the failure of a try."""
         if not self._is_reported:
             now = time.monotonic()
             if now - self._reported_at <= self._quiet_for:

@@ -1,7 +1,6 @@
 """Lua scripts, which Redis executes as one step: what a script reads cannot change before the script writes.
 
-A script takes one round trip, and no connection of its own as a WATCH does. A Redis that forbids scripts cannot be
-used.
+A script takes one round trip on a connection that all callers share. A Redis that forbids scripts cannot be used.
 
 A script has two functions for commands. `call` ends the script with the command's error if the command fails. `try`
 returns the reply or the error, and whether the command failed. The kind of an error comes first in it, as in the error
