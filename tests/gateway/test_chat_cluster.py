@@ -1,6 +1,7 @@
 """Repetitions, leaving and places in the queue on a Redis cluster, where the feed has sharded channels."""
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from worker import Client, State
 from worker.contract.keys import Keys
 from worker.gateway.queue_positions import QueuePositions
 from worker.gateway.repeats import Presence
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import command_client
 
 BODY: dict[str, Any] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}], "stream": True}
@@ -46,8 +48,9 @@ async def test_a_repetition_attaches_and_who_left_is_cancelled(
     cluster_url: str, redis: Redis, start_gateway: StartGateway
 ) -> None:
     gateway = await start_gateway(redis_url=cluster_url, leave_after=3.0)
-    presence = Presence(redis, Keys())
-    async with Client(cluster_url) as client:
+    commands = CommandBatcher(redis)
+    presence = Presence(commands, Keys())
+    async with Client(cluster_url) as client, aclosing(commands):
         first = await RawPost.send(gateway.port, BODY)
         assert await first.read_head() == 200
         second = await RawPost.send(gateway.port, BODY)

@@ -39,7 +39,7 @@ async def test_a_missing_right_is_a_500_without_its_reason_which_is_in_the_log(
     start_gateway: StartGateway,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    await redis.execute_command("ACL SETUSER", "gateway", "-eval")  # type: ignore[no-untyped-call]
+    await redis.execute_command("ACL SETUSER", "gateway", "-evalsha")  # type: ignore[no-untyped-call]
     served = await start_gateway(redis_url=user_url)
     configure_logging("json", "warning")
     response = await http.post(f"{served.url}/requests", json={"messages": MESSAGES})

@@ -24,6 +24,7 @@ from worker.gateway.ids import new_id, owner_hash
 from worker.gateway.limits import Limits
 from worker.gateway.noted_calls import NotedCall
 from worker.gateway.repeats import Presence, Repeats
+from worker.redisio.batching import CommandBatcher
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
@@ -50,6 +51,21 @@ async def wait_noted(redis: Redis, count: int = 1) -> None:
         return len(ids) >= count and any(number for _, number in counts)
 
     await eventually(are_noted)
+
+
+@pytest.fixture
+async def commands(redis: Redis) -> AsyncIterator[CommandBatcher]:
+    commands = CommandBatcher(redis)
+    yield commands
+    await commands.aclose()
+
+
+@pytest.fixture
+async def presence(redis: Redis) -> AsyncIterator[Presence]:
+    """Reads from a connection of its own, on which no paused write is before it."""
+    own = CommandBatcher(redis)
+    yield Presence(own, Keys())
+    await own.aclose()
 
 
 @asynccontextmanager
@@ -107,17 +123,16 @@ async def looks(redis: Redis) -> int:
 
 @EITHER_WAY
 @CUTS
-@pytest.mark.parametrize("late", [b"^MULTI.*ZADD", b"^UNSUBSCRIBE"], ids=["note", "unsubscription"])
 async def test_a_hidden_repetition_waits_until_redis_knows_that_a_connection_here_is_lost(
-    body: dict[str, Any], cut: Callable[[RawPost], None], late: bytes, start_gateway: StartGateway,
-    redis_proxy: Proxy, redis: Redis, simulator: Simulator, start_worker: StartWorker,
+    body: dict[str, Any], cut: Callable[[RawPost], None], start_gateway: StartGateway, redis_proxy: Proxy,
+    redis: Redis, simulator: Simulator, start_worker: StartWorker,
 ) -> None:  # fmt: skip
     """On a busy machine, that takes longer than a browser, which repeats its request within milliseconds."""
     gateway = await start_gateway(grace=30, redis_url=redis_proxy.redis_url)
     before = await looks(redis)
-    order = redis_proxy.hold(late)
+    order = redis_proxy.hold(b"^UNSUBSCRIBE")
     first = await RawPost.send(gateway.port, body, reuse=True)
-    await (wait_noted(redis) if late == b"^UNSUBSCRIBE" else order.met.wait())
+    await wait_noted(redis)
     cut(first)
     second = await RawPost.send(gateway.port, body)
 
@@ -332,8 +347,9 @@ async def test_identical_requests_at_once_are_as_many_jobs(
 
 
 async def test_an_answer_that_is_complete_before_its_stream_begins_is_followed_until_nobody_may_attach(
-    patient: Served, redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker, client: Client
-) -> None:
+    patient: Served, redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker, client: Client,
+    presence: Presence,
+) -> None:  # fmt: skip
     """The stream reads its log late, and Redis delays the note that a byte was sent."""
     page_slots = patient.gateway.services.streams.tails.page_slots
     taken = 0
@@ -354,7 +370,7 @@ async def test_an_answer_that_is_complete_before_its_stream_begins_is_followed_u
         first.close()
         for _ in range(20):
             assert await redis.zcard(noted) == 1
-            assert await Presence(redis, Keys()).is_followed(member.decode())
+            assert await presence.is_followed(member.decode())
     second = await RawPost.send(patient.port, BODY)
     assert await second.read_head() == 200
     assert second.request_id != first.request_id
@@ -363,13 +379,12 @@ async def test_an_answer_that_is_complete_before_its_stream_begins_is_followed_u
 
 @pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "cut"])
 async def test_a_request_is_followed_until_redis_knows_that_nobody_may_attach(
-    redis: Redis, client: Client, *, is_whole: bool
+    redis: Redis, client: Client, commands: CommandBatcher, presence: Presence, *, is_whole: bool
 ) -> None:
     """Redis delays the notes, and the caller that waits for them is cancelled."""
     keys, request_id = Keys(), new_id("")
-    presence = Presence(redis, keys)
-    repeats = Repeats(redis, keys, client, presence, patience=60)
-    limits = Limits(redis, keys, client, patience=60)
+    repeats = Repeats(commands, keys, client, patience=60)
+    limits = Limits(commands, keys, client, patience=60)
     noted = NotedCall(repeats, limits, "", "print", request_id, client.expect(request_id))
     noted.begin()
     await wait_noted(redis)

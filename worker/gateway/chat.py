@@ -27,7 +27,7 @@ from .noted_calls import NotedCall
 from .outlets import DEFERRED, WIRE, Receive, Scope, Send, Wire
 from .problems import Problem
 from .protocols.chat_chunks import ChatChunks
-from .repeats import Presence, Repeats, fingerprint
+from .repeats import Repeats, fingerprint
 from .services import Services
 
 _MOST_EVENTS = 2**53
@@ -58,8 +58,7 @@ class ChatCompletions:
         self._services = services
         self._pace = pace or AnswerPace()
         settings, client = services.settings, services.client
-        presence = Presence(services.redis, services.keys)
-        self._repeats = Repeats(services.redis, services.keys, client, presence, settings.patience)
+        self._repeats = Repeats(services.commands, services.keys, client, settings.patience)
         self._leaving = Leaving(client, self._repeats, services.limits, after=settings.leave_after)
         self._open: dict[ChunkStream | WholeAnswer, None] = {}
         self._ends_at = float("inf")

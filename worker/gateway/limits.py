@@ -9,14 +9,15 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
-
-from redis.asyncio import Redis
 
 from ..client.async_client import Client, State
 from ..client.errors import MappedRetry
 from ..contract.keys import Keys
+from ..redisio.batching import CommandBatcher
+from ..redisio.pipelined import pack
+from ..redisio.scripts import Script
 from .access import Requester
 from .ids import owner_hash
 from .problems import RETRY_AFTER, Problem
@@ -38,7 +39,7 @@ _FULL_FOR = 0.25
 
 # One script, because between two commands other replicas would admit requests as well. KEYS: running, waiting, rate.
 # ARGV: id, now (Unix ms), expiry (ms), and the limits in flight, queued, a minute; 0 is none.
-_ADMIT = """
+_ADMIT = Script("""
 local id, now, keep = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local most, most_waiting, most_a_minute = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 if most_a_minute > 0 then
@@ -59,7 +60,7 @@ if most_waiting > 0 then
   redis.call('PEXPIRE', KEYS[2], keep)
 end
 return ''
-"""
+""")
 
 _REFUSALS = {
     "rate": "this key has made as many requests in this minute as it may: try again in the next one",
@@ -75,9 +76,11 @@ class Limits:
     """
 
     def __init__(
-        self, redis: Redis, keys: Keys, client: Client, patience: float, now: Callable[[], float] = time.time
-    ) -> None:
-        self._redis = redis
+        self, commands: CommandBatcher, keys: Keys, client: Client, patience: float,
+        now: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._redis = commands.redis
+        self._commands = commands
         self._keys = keys
         self._client = client
         self._retry = MappedRetry(patience)
@@ -108,12 +111,12 @@ class Limits:
 
     async def started(self, owner: str, request_id: str) -> None:
         """A request has left its queue."""
-        await self._retry(self._remove, self._keys.waiting(owner_hash(owner)), [request_id])
+        await self._retry(self._remove, [self._keys.waiting(owner_hash(owner))], [request_id])
 
     async def ended(self, owner: str, request_id: str) -> None:
         """A request has ended, or was not added after all."""
-        await self._retry(self._remove, self._keys.running(owner_hash(owner)), [request_id])
-        await self._retry(self._remove, self._keys.waiting(owner_hash(owner)), [request_id])
+        hashed = owner_hash(owner)
+        await self._retry(self._remove, [self._keys.running(hashed), self._keys.waiting(hashed)], [request_id])
 
     async def running(self, owner: str, most: int = 1000) -> list[str]:
         """The requests of an owner that have not been seen to end, the newest first."""
@@ -133,11 +136,8 @@ class Limits:
         ]  # fmt: skip
         limits = (0, 0) if key is None else (key.in_flight or 0, key.queued or 0)
         arguments = [request_id, int(self._now() * 1000), _EXPIRE_MS, *limits, a_minute]
-
-        async def evaluate() -> bytes:
-            return await cast("Awaitable[bytes]", self._redis.eval(_ADMIT, len(names), *names, *map(str, arguments)))
-
-        return (await self._retry(evaluate)).decode()
+        verdict: bytes = await self._retry(_ADMIT.run, self._commands, names, list(map(str, arguments)))
+        return verdict.decode()
 
     async def _forget_old(self, owner: str, which: str) -> bool:
         """Remove some ids that have ended or, if `which` is `waiting`, have started.
@@ -169,11 +169,14 @@ class Limits:
             self._full_until = {place: until for place, until in self._full_until.items() if until > now}
             self._full_until[owner, which] = now + _FULL_FOR
             return False
-        await self._retry(self._remove, key, over)
+        await self._retry(self._remove, [key], over)
         return True
 
-    async def _remove(self, key: str, ids: Sequence[str]) -> None:
-        await self._redis.zrem(key, *ids)
+    async def _remove(self, keys: Sequence[str], ids: Sequence[str]) -> None:
+        """Remove ids from sets of one owner, which share a slot of a cluster."""
+        words = [request_id.encode() for request_id in ids]
+        packed = [pack(b"ZREM", key.encode(), *words) for key in keys]
+        await self._commands.execute(keys[0], b"".join(packed), len(packed))
 
     def _refusal(self, limit: str) -> Problem:
         seconds = math.ceil(60 - self._now() % 60) if limit == "rate" else RETRY_AFTER

@@ -24,7 +24,7 @@ from .noted_calls import NotedCall
 from .outlets import RAW_SEND, WIRE, Receive, Scope, Send, forget_request
 from .problems import Problem, not_found, problem_of
 from .protocols.native import NativeEvents, named_event
-from .repeats import Presence, Repeats, fingerprint
+from .repeats import Repeats, fingerprint
 from .request_state import RequestState
 from .responses import is_event_source, json_response, problem_response
 from .running import started_requests
@@ -52,8 +52,7 @@ def routes(services: Services) -> Sequence[BaseRoute]:
 class _NativeApi:
     def __init__(self, services: Services) -> None:
         self._services = services
-        presence = Presence(services.redis, services.keys)
-        self._repeats = Repeats(services.redis, services.keys, services.client, presence, services.settings.patience)
+        self._repeats = Repeats(services.commands, services.keys, services.client, services.settings.patience)
         self._ending = asyncio.Event()
         services.at_end.append(lambda _: self._ending.set())
 

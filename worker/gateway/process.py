@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 
 from ..client.async_client import Client
 from ..contract.keys import Keys
+from ..redisio.batching import CommandBatcher
 from ..redisio.clients import command_client
 from ..redisio.retry import Backoff
 from ..redisio.urls import database_of
@@ -108,6 +109,7 @@ class Gateway:
         ring = key_ring(settings, telemetry)
         secrets = (settings.token_secret.get_secret_value(), settings.token_secret_2.get_secret_value())
         self._redis = command_client(url, timeout=min(5.0, settings.patience))
+        self._commands = CommandBatcher(self._redis)
         self._client = Client(
             url, prefix=settings.prefix, patience=settings.patience, queue_limit=settings.queue_limit
         )  # fmt: skip
@@ -123,9 +125,10 @@ class Gateway:
             settings=settings,
             client=self._client,
             redis=self._redis,
+            commands=self._commands,
             keys=keys,
             access=Access(ring, ReadTokens(*secrets, lifetime=settings.token_lifetime)),
-            limits=Limits(self._redis, keys, self._client, settings.patience),
+            limits=Limits(self._commands, keys, self._client, settings.patience),
             streams=self._streams,
             telemetry=telemetry,
             at_end=[self._streams.end_all],
@@ -164,6 +167,7 @@ class Gateway:
             await end_tasks([watching])
             await self._streams.aclose()
             await self._client.aclose()
+            await self._commands.aclose()
             await self._redis.aclose()
             await self.metrics.aclose()
             self._heartbeat.stop()

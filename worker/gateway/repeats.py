@@ -26,16 +26,15 @@ import hashlib
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import cast
-
-from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
+from typing import Any, TypeAlias
 
 from ..client.async_client import Client, State
 from ..client.errors import ClientError, MappedRetry
 from ..contract.canonical import canonical_json
 from ..contract.keys import Keys
-from ..redisio.cluster import ClusterClient, server_of
+from ..redisio.batching import CommandBatcher
+from ..redisio.cluster import ClusterClient
+from ..redisio.pipelined import pack
 from .access import Requester
 from .outlets import Wire
 
@@ -58,6 +57,8 @@ _LOST_FOR = 10.0
 _ESTABLISHED = 1
 """The state of a TCP connection that neither end has closed (Linux, `tcp_states.h`)."""
 
+_Command: TypeAlias = tuple[str | int, ...]
+
 
 def fingerprint(caller: Requester, request: Mapping[str, object], options: Mapping[str, object]) -> str:
     """The hash by which a repetition is recognized: of who asks, the request and the options of its job."""
@@ -68,8 +69,8 @@ def fingerprint(caller: Requester, request: Mapping[str, object], options: Mappi
 class Presence:
     """Whether somebody follows a request, in any process."""
 
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis = redis
+    def __init__(self, commands: CommandBatcher, keys: Keys) -> None:
+        self._commands = commands
         self._keys = keys
 
     async def followed(self, request_ids: Iterable[str]) -> dict[str, bool]:
@@ -79,18 +80,18 @@ class Presence:
             RedisError: when Redis returns an error. A cluster before Redis 7 has no such command.
         """
         channels = {self._keys.feed(request_id): request_id for request_id in request_ids}
-        if not channels:
-            return {}
-        counts: dict[str, bool] = {}
-        if isinstance(self._redis, ClusterClient):
-            for name, request_id in channels.items():
-                server = await server_of(self._redis, name)
-                ((_, count),) = await server.pubsub_shardnumsub(name)
-                counts[request_id] = bool(count)
-            return counts
-        for channel, count in cast("list[tuple[bytes, int]]", await self._redis.pubsub_numsub(*channels)):
-            counts[channels[channel.decode()]] = bool(count)
-        return counts
+        if isinstance(self._commands.redis, ClusterClient):
+            replies = [await self._counts(b"SHARDNUMSUB", name) for name in channels]
+            counts = [word for reply in replies for word in reply]
+        else:
+            counts = await self._counts(b"NUMSUB", *channels) if channels else []
+        return {request_id: bool(count) for request_id, count in zip(channels.values(), counts[1::2], strict=True)}
+
+    async def _counts(self, command: bytes, *channels: str) -> list[Any]:
+        """The subscribers of channels, each after the name of its channel."""
+        packed = pack(b"PUBSUB", command, *[name.encode() for name in channels])
+        (counts,) = await self._commands.execute(channels[0], packed, 1)
+        return list(counts)
 
     async def is_followed(self, request_id: str) -> bool:
         """Whether a request has a follower. Raises the errors of `followed`."""
@@ -100,11 +101,11 @@ class Presence:
 class Repeats:
     """Finds the request that another one repeats."""
 
-    def __init__(self, redis: Redis, keys: Keys, client: Client, presence: Presence, patience: float) -> None:
-        self._redis = redis
+    def __init__(self, commands: CommandBatcher, keys: Keys, client: Client, patience: float) -> None:
+        self._commands = commands
         self._keys = keys
         self._client = client
-        self.presence = presence
+        self.presence = Presence(commands, keys)
         self._retry = MappedRetry(patience)
         self._wires: dict[str, Wire] = {}
         """The connections of this process whose clients wait for the first byte of a request."""
@@ -164,23 +165,29 @@ class Repeats:
 
     async def note(self, fingerprint: str, request_id: str, *, is_answered: bool) -> None:
         """Make a request known to those that repeat it. It has a follower, or will have none."""
-        pipe = self._redis.pipeline()
-        self._add(pipe, fingerprint, request_id, is_answered=is_answered)
-        pipe.zrem(self._keys.asked(fingerprint), _PENDING + request_id)
-        pipe.zrem(self._keys.unanswered(fingerprint), _PENDING + request_id)
-        await pipe.execute()
+        pending = _PENDING + request_id
+        await self._run(
+            fingerprint,
+            ("MULTI",),
+            *self._adding(fingerprint, request_id, is_answered=is_answered),
+            *(("ZREM", key, pending) for key in self._sets(fingerprint)),
+            ("EXEC",),
+        )
 
     async def note_answered(self, fingerprint: str, request_id: str) -> None:
         """Note that the first byte of the response is sent."""
-        await self._redis.zrem(self._keys.unanswered(fingerprint), request_id)
+        await self._run(fingerprint, ("ZREM", self._keys.unanswered(fingerprint), request_id))
 
     async def forget(self, fingerprint: str, request_id: str) -> bool:
         """Let nobody attach to a request any more. Returns whether somebody could until now."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.zrem(self._keys.asked(fingerprint), request_id)
-        for key in (self._keys.asked(fingerprint), self._keys.unanswered(fingerprint)):
-            pipe.zrem(key, request_id, _PENDING + request_id)
-        return bool((await pipe.execute())[0])
+        asked, unanswered = self._sets(fingerprint)
+        was_known, *_ = await self._run(
+            fingerprint,
+            ("ZREM", asked, request_id),
+            ("ZREM", asked, _PENDING + request_id),
+            ("ZREM", unanswered, request_id, _PENDING + request_id),
+        )
+        return bool(was_known)
 
     async def _find(self, fingerprint: str, new_id: str, *, is_retry: bool) -> str | None:
         """Claim a request that this one repeats; returns its id. Looks again while the client of one may be lost."""
@@ -217,12 +224,13 @@ class Repeats:
         key, window = self._keys.unanswered(fingerprint), _UNANSWERED
         if is_retry:
             key, window = self._keys.asked(fingerprint), _YOUNG
-        pipe = self._redis.pipeline(transaction=False)
         since = int((time.time() - window) * 1000)
-        pipe.zrevrangebyscore(key, "+inf", since, start=0, num=_CANDIDATES)
-        self._add(pipe, fingerprint, _PENDING + new_id, is_answered=False)
-        found = [member.decode() for member in cast("list[bytes]", (await pipe.execute())[0])]
-        return [member for member in found if member != _PENDING + new_id]
+        found, *_ = await self._run(
+            fingerprint,
+            ("ZREVRANGEBYSCORE", key, "+inf", since, "LIMIT", 0, _CANDIDATES),
+            *self._adding(fingerprint, _PENDING + new_id, is_answered=False),
+        )
+        return [member.decode() for member in found if member.decode() != _PENDING + new_id]
 
     async def _claim(self, fingerprint: str, members: list[str], *, is_retry: bool) -> str | None:
         """Claim the first request that nobody follows; returns its id."""
@@ -246,17 +254,36 @@ class Repeats:
 
     async def _mark(self, fingerprint: str, request_id: str, *, is_retry: bool) -> bool:
         """Replace a request by its mark. Returns false if somebody else did."""
-        sets = [self._keys.unanswered(fingerprint), self._keys.asked(fingerprint)]
-        pipe = self._redis.pipeline()
-        for key in reversed(sets) if is_retry else sets:
-            pipe.zrem(key, request_id)
-        self._add(pipe, fingerprint, _PENDING + request_id, is_answered=False)
-        return bool((await pipe.execute())[0])
+        sets = self._sets(fingerprint)
+        *_, executed = await self._run(
+            fingerprint,
+            ("MULTI",),
+            *(("ZREM", key, request_id) for key in (sets if is_retry else reversed(sets))),
+            *self._adding(fingerprint, _PENDING + request_id, is_answered=False),
+            ("EXEC",),
+        )
+        return bool(executed[0])
 
-    def _add(self, pipe: Pipeline, fingerprint: str, member: str, *, is_answered: bool) -> None:
+    def _sets(self, fingerprint: str) -> tuple[str, str]:
+        """The keys of the young requests, and of those for which no byte was sent."""
+        return self._keys.asked(fingerprint), self._keys.unanswered(fingerprint)
+
+    def _adding(self, fingerprint: str, member: str, *, is_answered: bool) -> list[_Command]:
         now = int(time.time() * 1000)
-        sets = [(self._keys.asked(fingerprint), _YOUNG), (self._keys.unanswered(fingerprint), _UNANSWERED)]
-        for key, window in sets[:1] if is_answered else sets:
-            pipe.zremrangebyscore(key, "-inf", now - window * 1000)
-            pipe.zadd(key, {member: now})
-            pipe.expire(key, window)
+        commands = list[_Command]()
+        for key, window in list(zip(self._sets(fingerprint), (_YOUNG, _UNANSWERED), strict=True))[: 2 - is_answered]:
+            commands += [
+                ("ZREMRANGEBYSCORE", key, "-inf", now - window * 1000),
+                ("ZADD", key, now, member),
+                ("EXPIRE", key, window),
+            ]
+        return commands
+
+    async def _run(self, fingerprint: str, *commands: _Command) -> list[Any]:
+        """Send commands about one fingerprint, whose sets share a slot of a cluster, and return their replies.
+
+        Raises:
+            RedisError: when Redis does not answer, or refuses one of them.
+        """
+        packed = b"".join([pack(*[str(word).encode() for word in command]) for command in commands])
+        return await self._commands.execute(self._keys.asked(fingerprint), packed, len(commands))

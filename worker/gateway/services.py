@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 
 from ..client.async_client import Client
 from ..contract.keys import Keys
+from ..redisio.batching import CommandBatcher
 from ..telemetry.events import Telemetry
 from .access import Access
 from .held_answers import HeldAnswers
@@ -26,6 +27,8 @@ class Services:
     client: Client
     redis: Redis
     """For commands of the gateway's own. Wrap them in `MappedRetry`, so that an outage becomes status 503."""
+    commands: CommandBatcher
+    """For those of `redis` that are sent for each request. They share one connection."""
     keys: Keys
     access: Access
     limits: Limits
