@@ -53,6 +53,7 @@ class Bridge:
                 stderr=output,
                 env=environment,
                 cwd=log.parent,
+                start_new_session=True,  # `undisturbed` prefers whole sessions
             )
         try:
             yield process

@@ -75,32 +75,34 @@ def undisturbed(measured: int, others: Iterable[int]) -> Iterator[None]:
     changes.
     """
     others = list(others)
-    session = _session_niceness()
+    session = session_niceness(measured)
     _prefer(measured, _FIRST)
-    _prefer_session(_FIRST)
+    _prefer_session(measured, _FIRST)
     _schedule(os.SCHED_FIFO, 1, others)
     try:
         yield
     finally:
         _prefer(measured, os.getpriority(os.PRIO_PROCESS, 0))
-        _prefer_session(session)
+        _prefer_session(measured, session)
         _schedule(os.SCHED_OTHER, 0, others)
 
 
-def _session_niceness() -> int:
-    """The niceness of this session, to which every bridge belongs; 0 where the kernel has none.
+def session_niceness(pid: int) -> int:
+    """The niceness of the session of a process; 0 if the process has ended, or where the kernel has no autogroups."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2])
+    return 0
+
+
+def _prefer_session(pid: int, niceness: int) -> None:
+    """Set the niceness of the session of a process, if it is not this one's too.
 
     With autogroups (see sched(7)), Linux divides a core between sessions first. The niceness of a process then counts
     among those of its own session only.
     """
-    with suppress(OSError):
-        return int(Path("/proc/self/autogroup").read_text().rpartition(" ")[2])
-    return 0
-
-
-def _prefer_session(niceness: int) -> None:
-    with suppress(OSError):  # this is not allowed, or the kernel has no sessions
-        Path("/proc/self/autogroup").write_text(str(niceness))
+    with suppress(OSError):  # it has ended, this is not allowed, or the kernel has no autogroups
+        if os.getsid(pid) != os.getsid(0):
+            Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 def _prefer(pid: int, niceness: int) -> None:

@@ -22,7 +22,7 @@ from bridge import Bridge, floor, ours, straightforward
 from chunks import TOKEN_IDS, WORDS, Stream, whole_answer
 from edge import SERVERS, EdgeRig
 from ladder import FINENESS, Highest, Verdict, ladder
-from measure import TICKS, cpu_of_others, kept_apart, median, percentile, undisturbed
+from measure import TICKS, cpu_of_others, kept_apart, median, percentile, session_niceness, undisturbed
 from plot import svg
 from reading import FOLLOWERS, Reading
 from report import TARGETS, Report, Target, this_machine
@@ -359,25 +359,25 @@ def may_come_first(pid: int) -> bool:
 def test_processes_come_before_all_else_for_a_while_only_where_that_is_allowed() -> None:
     wait = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with (
-        subprocess.Popen(wait, stdin=subprocess.PIPE) as one,
+        subprocess.Popen(wait, stdin=subprocess.PIPE, start_new_session=True) as one,
         subprocess.Popen(wait, stdin=subprocess.PIPE) as other,
     ):
-        before = os.getpriority(os.PRIO_PROCESS, one.pid)
-        session = _session()
+        before, session = os.getpriority(os.PRIO_PROCESS, one.pid), session_niceness(one.pid)
         with undisturbed(one.pid, [other.pid]):
             if may_come_first(one.pid):
                 assert os.sched_getscheduler(other.pid) == os.SCHED_FIFO
                 assert os.getpriority(os.PRIO_PROCESS, one.pid) < before
-                assert session is None or _session() != session
+                if Path("/proc/self/autogroup").exists():
+                    assert session_niceness(one.pid) < session
         assert os.sched_getscheduler(other.pid) == os.SCHED_OTHER
         assert os.getpriority(os.PRIO_PROCESS, one.pid) == before
-        assert _session() == session
+        assert session_niceness(one.pid) == session
 
 
-def _session() -> str | None:
-    """The autogroup and the niceness of this session; None where the kernel has none."""
-    file = Path("/proc/self/autogroup")
-    return file.read_text() if file.exists() else None
+def test_a_process_that_comes_first_does_not_take_this_session_with_it() -> None:
+    session = session_niceness(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as one, undisturbed(one.pid, []):
+        assert session_niceness(os.getpid()) == session
 
 
 def test_the_plot_has_a_bar_for_each_bridge_that_was_measured() -> None:
