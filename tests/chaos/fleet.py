@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from worker.broker.abandoned_jobs import AbandonedJobs
 from worker.broker.consumers import HANDED_OVER
 from worker.broker.dead_letters import DeadLetterWriter
+from worker.broker.endings import JobEnder
 from worker.broker.flush_pace import FlushPace
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.lifecycle import LifecycleWriter
@@ -87,17 +88,17 @@ class FleetWorker:
         self._world = world
         self._commands = command_client(world.url)
         self._blocking = blocking_client(world.url, 1)
-        self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE)
+        connection_type = gated(self.gate)
+        self._batcher = batcher = CommandBatcher(self._commands, connection_type)
+        self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE, batcher=batcher)
         self._abandoned = AbandonedJobs(self._commands, Keys(), name, LEASE)
         self._parked = ParkedJobs(self._commands, Keys(), name, LEASE, _now)
         publishing = command_client(world.url, connections=1)
         self._clients = (self._commands, self._blocking, publishing)
         for redis in self._clients:
             self.gate.guard(redis)
-        connection_type = gated(self.gate)
         self._publisher = Publisher(publishing, pace=FlushPace(feed_delay=0.0), connection_type=connection_type)
-        batcher = CommandBatcher(self._commands, connection_type)
-        self._lifecycle = LifecycleWriter(self._commands, Keys(), connection_type=connection_type)
+        self._lifecycle = LifecycleWriter(batcher, Keys())
         self._upstream = ServerPool(["http://vllm"], limits=StreamTimeouts(), transport=_Vllm(self.gate))
         self._upstream.servers[0].circuit.on_probe("")
         self._services = JobServices(
@@ -108,6 +109,7 @@ class FleetWorker:
                 batcher, Keys(), self._jobs, self._publisher, worker="w", nonce=name, now=_now
             ),
             lifecycle=self._lifecycle,
+            ender=JobEnder(batcher, Keys(), self._lifecycle, self._publisher),
             dead_letters=DeadLetterWriter(self._commands, Keys()),
             publisher=self._publisher,
             servers=self._upstream,
@@ -171,6 +173,7 @@ class FleetWorker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._lifecycle.aclose()
+        await self._batcher.aclose()
         for redis in self._clients:
             await redis.aclose()
         await self._upstream.aclose()

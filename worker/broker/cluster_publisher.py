@@ -202,7 +202,7 @@ class _MasterPublisher(Publisher):
             await self._cluster_publisher.reassign(self)
             if not self.logs:
                 self._must_verify_all, self._to_verify, self._is_stopping = False, set(), True
-                self._feed.pending.clear()
+                self.feed.pending.clear()
                 return
         await super()._verify_logs()
 

@@ -28,7 +28,7 @@ _NAMES_THE_FEED = re.compile("['`]s?publish['`]|one of the channels|access a cha
 """Matches the errors of Redis 6.2 to 8 and Valkey 9 for a PUBLISH that was renamed or is not allowed."""
 _FIRST = 2
 """The `n` of the last entry that is published without a delay: mostly 1 is `opened` and 2 the first delta."""
-_encode = msgspec.json.encode
+encode = msgspec.json.encode
 
 
 class FeedPublisher:
@@ -59,6 +59,12 @@ class FeedPublisher:
             self.is_urgent |= 0 < first <= _FIRST and not log.feed_idle_until
             self.schedule()
 
+    def take_unpublished(self, log: LogWriter) -> list[tuple[str, Fields]] | None:
+        """Remove and return the pending entries of a log, for a caller that publishes them; None if Redis refuses."""
+        if self.is_muted:
+            return None
+        return self.pending.pop(log.feed, []) + self.pending.pop(log, [])
+
     def schedule(self) -> None:
         """Call `on_due` after the delay, unless a flush has published the pending entries by then."""
         if not self._is_scheduled:
@@ -76,7 +82,7 @@ class FeedPublisher:
         commands: list[Command] = []
         for target, entries in batch.items():
             channel = target if isinstance(target, str) else target.feed
-            commands.append((channel, pack(publish, channel.encode(), _encode(entries)), 1))
+            commands.append((channel, pack(publish, channel.encode(), encode(entries)), 1))
         return batch, commands
 
     def note_listeners(self, batch: FeedBatch, counts: list[Any], now: float) -> None:

@@ -15,6 +15,8 @@ from redis.exceptions import ResponseError
 
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
+from ..redisio.batching import CommandBatcher
+from ..redisio.pipelined import pack
 from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
 from .consumers import HANDED_OVER, HANDED_OVER_IDLE, consumers_of, is_pseudo_consumer
 from .queue_depth import Depth, depth_of
@@ -72,14 +74,16 @@ class Delivery:
 class JobQueue:
     """One worker's access to the job streams. `consumer` is unique to the process; `lease` is in seconds.
 
-    `blocking` is the client for reads that wait, `commands` the client for all other commands.
+    `blocking` is the client for reads that wait, `commands` the client for all other commands. `batcher` sends the
+    acknowledgements.
     """
 
     def __init__(
         self, commands: Redis, blocking: Redis, keys: Keys, consumer: str, lease: float,
-        telemetry: Telemetry = NO_TELEMETRY,
+        telemetry: Telemetry = NO_TELEMETRY, batcher: CommandBatcher | None = None,
     ) -> None:  # fmt: skip
         self._commands = commands
+        self._batcher = batcher or CommandBatcher(commands)
         self._blocking = blocking
         self._keys = keys
         self._consumer = consumer
@@ -194,7 +198,8 @@ class JobQueue:
 
     async def acknowledge(self, delivery: Delivery) -> None:
         """Remove a finished job from the group's pending list."""
-        await self._commands.xack(self._keys.jobs(delivery.queue), GROUP, delivery.id)
+        key = self._keys.jobs(delivery.queue)
+        await self._batcher.execute(key, pack(b"XACK", key.encode(), GROUP.encode(), delivery.id.encode()), 1)
 
     async def trim(self, queue: str) -> None:
         """Remove the jobs that are done from the stream, never a pending or unread job.

@@ -8,14 +8,13 @@ import asyncio
 from collections import deque
 from itertools import chain, islice
 
-from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from ..contract.keys import Keys
 from ..contract.records import Lifecycle
 from ..redisio.batching import CommandBatcher
 from ..redisio.errors import is_transient
-from ..redisio.pipelined import PipelinedConnection, pack
+from ..redisio.pipelined import pack
 from ..redisio.retry import Backoff, failing
 from ..telemetry.events import NO_TELEMETRY, RecordRefused, Recovered, Telemetry
 
@@ -32,23 +31,26 @@ class LifecycleWriter:
     """
 
     def __init__(
-        self, redis: Redis, keys: Keys, telemetry: Telemetry = NO_TELEMETRY, length: int = 100_000,
-        *, connection_type: type[PipelinedConnection] = PipelinedConnection,
-    ) -> None:  # fmt: skip
-        self._batcher = CommandBatcher(redis, connection_type)
+        self, batcher: CommandBatcher, keys: Keys, telemetry: Telemetry = NO_TELEMETRY, length: int = 100_000
+    ) -> None:
+        self._batcher = batcher
         self._key = keys.lifecycle
         self._telemetry = telemetry
-        self._command = ("XADD", self._key, "MAXLEN", "~", str(length), "*")
+        self._length = str(length)
         self._waiting: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._is_closed = False
+
+    def words(self, record: Lifecycle) -> tuple[str, ...]:
+        """The words of the XADD that writes a record."""
+        return (self._key, "MAXLEN", "~", self._length, "*", *chain(*record.to_fields().items()))
 
     def write(self, record: Lifecycle) -> "asyncio.Future[None]":
         """Add a record. The future is done once Redis has the record, and stays open while Redis is unavailable.
 
         A record that Redis refuses is dropped and reported, so that the job can end.
         """
-        words = (*self._command, *chain(*record.to_fields().items()))
+        words = ("XADD", *self.words(record))
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((pack(*[word.encode() for word in words]), written))
         if self._writing is None or self._writing.done():
@@ -61,7 +63,6 @@ class LifecycleWriter:
         if self._writing is not None:
             self._writing.cancel()
             await asyncio.wait([self._writing])
-        await self._batcher.aclose()
 
     async def _write_all(self) -> None:
         backoff = Backoff("lifecycle_delayed", self._telemetry)

@@ -53,13 +53,14 @@ BEGIN = Script(f"""{LOG_FUNCTIONS}
 local count = tonumber(ARGV[2])
 if call('GET', KEYS[2]) or not add('1-0', unpack(ARGV, 3, 2 + count)) then return look() end
 call('PEXPIREAT', KEYS[1], ARGV[1])
-local refused = not KEYS[3] or select(2, try('XADD', KEYS[3], unpack(ARGV, 3 + count)))
+local refused = not ARGV[3 + count] or select(2, try('XADD', unpack(ARGV, 3 + count)))
 return {{1, refused and 0 or 1, call('XRANGE', KEYS[1], '-', '(1-0', 'COUNT', 2)}}
 """)
 """Writes `1-0` into a log that has, and had, no attempt, unless the request has a tombstone.
 
-KEYS[3], if given, is the lifecycle. ARGV: when the log expires (Unix ms), the number of words of `1-0`, these words,
-and the words of the lifecycle's XADD. If the lifecycle refuses its record, the log is begun all the same.
+ARGV: when the log expires (Unix ms), the number of words of `1-0`, these words, and perhaps the words of the XADD to
+the lifecycle. If the lifecycle refuses its record, the log is begun all the same. With the lifecycle in KEYS, Redis
+would refuse the whole call to a user who has no right to that key.
 
 Returns 1, whether the lifecycle has the record, and the first two of the entries before `1-0`.
 """

@@ -70,9 +70,9 @@ class LogOwnership:
 
         `expires` (Unix ms) is when a log that is never sealed expires. `digest` is the request's.
         `matches_digest` decides whether a stored digest belongs to the same request: that digest may be empty, or from
-        an earlier version. `started_record` is the lifecycle's record of a first attempt, as the words of an XADD after
-        the key. It is written in the same step, but not in a cluster, where the lifecycle is in another slot:
-        `Acquired.is_start_recorded` is whether it was written.
+        an earlier version. `started_record` is the lifecycle's record of a first attempt, as the words of an XADD.
+        `Acquired.is_start_recorded` is whether it was written in the same step. In a cluster it never is, since the
+        lifecycle is in another slot.
 
         Raises:
             LogExhausted: when no attempt can follow.
@@ -262,11 +262,10 @@ class LogOwnership:
         )  # fmt: skip
         fields = to_fields(started)
         key = self._keys.tokens(request_id)
-        is_recorded = bool(started_record) and not self._is_cluster
-        keys = [*self._log_keys(request_id), *([self._keys.lifecycle] if is_recorded else [])]
+        record = () if self._is_cluster else started_record
         with _raises_log_refused():
-            words = str(expires), str(2 * len(fields)), *chain(*fields.items()), *started_record
-            has_begun, *reply = await BEGIN.run(self._batcher, keys, words)
+            words = str(expires), str(2 * len(fields)), *chain(*fields.items()), *record
+            has_begun, *reply = await BEGIN.run(self._batcher, self._log_keys(request_id), words)
         if not has_begun:
             return LogState.read(*reply)
         self._publish(request_id, started)

@@ -66,7 +66,7 @@ class Publisher:
         self._pace = pace or FlushPace()
         self._accepted = AcceptedEntries(telemetry, self._pace.report_every)
         self._stalls = WriteStalls(telemetry)
-        self._feed = FeedPublisher(self._flush_feed, telemetry, self._pace)
+        self.feed = FeedPublisher(self._flush_feed, telemetry, self._pace)
         self._backoff = Backoff("log_write_failed", telemetry)
         self.is_full = False
         self.pending_bytes = 0
@@ -124,7 +124,7 @@ class Publisher:
         """Forget a log that another publisher continues. The log keeps its pending entries."""
         self.dequeue(log)
         self.release_bytes(log.pending_bytes)
-        self._feed.pending.pop(log, None)
+        self.feed.pending.pop(log, None)
         self._remove(log)
 
     def enqueue(self, batch: AppendBatch) -> None:
@@ -150,7 +150,7 @@ class Publisher:
 
     def publish(self, channel: str, entries: Iterable[tuple[str, Fields]]) -> None:
         """Publish entries that Redis has accepted to the feed, each with its id. The feed may lose them."""
-        self._feed.publish(channel, entries)
+        self.feed.publish(channel, entries)
 
     def _flush_feed(self) -> None:
         if self._phase is _Phase.IDLE:
@@ -172,15 +172,14 @@ class Publisher:
             if log.accepted_at_check == accepted:
                 self._to_verify.add(log)
             log.accepted_at_check = accepted
-        if self._feed.is_muted:
+        if self.feed.is_muted:
             self._to_verify.update(islice(self._logs, 1))  # a verification also tries whether Redis accepts the feed
         self._to_verify_when_attached.clear()
         self._wake()
 
     def verify(self, request_id: str) -> None:
         """Read the end of one request's log soon, or as soon as the log is attached."""
-        log = self._by_request.get(request_id)
-        if log is not None:
+        if log := self._by_request.get(request_id):
             self._verify_soon(log)
         else:
             self._to_verify_when_attached.add(request_id)
@@ -231,13 +230,13 @@ class Publisher:
                 await self._recover(error)
                 self._proceed()
                 continue
-            if self._is_stopping and not (self._queue or self._feed.pending):
+            if self._is_stopping and not (self._queue or self.feed.pending):
                 return
             self._flush()
 
     def _flush(self) -> None:
         """Write what is enqueued, up to the limit, and publish to the feed."""
-        if not (self._queue or self._feed.pending):
+        if not (self._queue or self.feed.pending):
             self._phase = _Phase.IDLE
             return
         commands: list[Command] = []
@@ -249,7 +248,7 @@ class Publisher:
                 batches = batches[: len(commands)]
                 break
         self._queue = self._queue[len(batches) :]
-        feed, feed_commands = self._feed.drain(self._publish_command)
+        feed, feed_commands = self.feed.drain(self._publish_command)
         commands += feed_commands
         now = time.monotonic()
         is_busy = entries > self._pace.busy_rate * (now - self._stalls.sent)
@@ -290,12 +289,12 @@ class Publisher:
                 self._stalls.end(self._logs)
                 self._backoff.reset()  # not after a verification: without memory, Redis refuses writes but not reads
         must_run = self._error or self._must_verify_all or self._to_verify or self._is_stopping
-        if self._queue or self._feed.is_urgent or must_run:
+        if self._queue or self.feed.is_urgent or must_run:
             self._schedule()
         else:
             self._phase = _Phase.IDLE
-            if self._feed.pending:
-                self._feed.schedule()
+            if self.feed.pending:
+                self.feed.schedule()
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -308,7 +307,7 @@ class Publisher:
         entry_replies = replies[: len(replies) - len(feed)]
         # Note the listeners first: a follower that listened when this was written needs these entries from the feed.
         if self.has_shards or not self._in_cluster:  # else each node counts only its own listeners
-            self._feed.note_listeners(feed, replies[len(entry_replies) :], now)
+            self.feed.note_listeners(feed, replies[len(entry_replies) :], now)
         refused = {} if {*map(type, entry_replies)} <= {bytes} else refused_logs(batches, entry_replies)
         unpublished: dict[LogWriter, AppendBatch] = {}
         accepted = 0
@@ -317,12 +316,12 @@ class Publisher:
             if log not in refused and log.accept(batch):
                 accepted += len(batch[2])
                 if not log.feed_idle_until:
-                    self._feed.publish_accepted(log, batch[1], batch[2])
+                    self.feed.publish_accepted(log, batch[1], batch[2])
                 elif now >= log.feed_idle_until:
                     unpublished[log] = batch
         for log, first, entries, _ in unpublished.values():
             # The last entry is enough: a follower that has subscribed since then reads the log up to this entry.
-            self._feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
+            self.feed.publish_accepted(log, first + len(entries) - 1, entries[-1:])
         self._accepted.add(accepted)
         for log, since in refused.items():
             self._handle_refusal(log, since)
@@ -358,11 +357,11 @@ class Publisher:
         commands: list[Command] = [
             (log.key, pack(b"XREVRANGE", log.key.encode(), b"+", b"-", b"COUNT", b"1"), 1) for log, _ in logs
         ]
-        if is_trial := bool(self._feed.is_muted and logs):
+        if is_trial := bool(self.feed.is_muted and logs):
             commands.append(trial(logs[0][0], self._publish_command))
         replies = await self._connections.query(commands)
         if is_trial and not isinstance(replies.pop(), RedisError):
-            self._feed.unmute()
+            self.feed.unmute()
         verified = {log for log, _ in logs}
         self._queue = [batch for batch in self._queue if batch[0] not in verified]
         for (log, attempt), reply in zip(logs, replies, strict=True):
@@ -388,13 +387,13 @@ class Publisher:
             log.mark_lost(LogDiverged("Redis has had an entry that is not in the log: somebody deleted it"))
         self._accepted.add(sum(len(entries) for _, _, entries, _ in accepted))
         for _, first, entries, _ in accepted:
-            self._feed.publish_accepted(log, first, entries)
+            self.feed.publish_accepted(log, first, entries)
 
     async def _recover(self, error: BaseException) -> None:
         """Verify all logs before writing again, since after an error it is unknown which entries Redis has."""
         self._telemetry.emit(WriteFailed())
         self._stalls.begin(self._logs)
-        self._feed.mute_if_refused(error)
+        self.feed.mute_if_refused(error)
         self._refused.clear()  # the next connection may lead to another server
         await self._backoff.wait(error)
         await self._connections.close()

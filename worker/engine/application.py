@@ -16,6 +16,7 @@ from ..broker.abandoned_jobs import AbandonedJobs
 from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
 from ..broker.dead_letters import DeadLetterWriter
+from ..broker.endings import JobEnder
 from ..broker.job_queue import JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.ownership import LogOwnership
@@ -101,16 +102,16 @@ class Worker:
         self._commands = command_client(url, timeout=pace.command_timeout)
         self._blocking = blocking_client(url, block, timeout=pace.command_timeout)
         self._clock = Clock(self._commands)
-        self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry)
+        self._batcher = batcher = CommandBatcher(self._commands)
+        self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry, batcher)
         abandoned = AbandonedJobs(self._commands, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, telemetry, pace.command_timeout)
         self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
-        self._lifecycle = LifecycleWriter(self._commands, keys, telemetry, settings.lifecycle_length)
+        self._lifecycle = LifecycleWriter(batcher, keys, telemetry, settings.lifecycle_length)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)
         dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
-        self._batcher = CommandBatcher(self._commands)
         ownership = LogOwnership(
-            self._batcher,
+            batcher,
             keys,
             self._jobs,
             self._publisher,
@@ -137,6 +138,7 @@ class Worker:
             jobs=self._jobs,
             ownership=ownership,
             lifecycle=self._lifecycle,
+            ender=JobEnder(batcher, keys, self._lifecycle, self._publisher, settings.wait_replicas),
             dead_letters=dead_letters,
             publisher=self._publisher,
             servers=self._servers,
@@ -314,9 +316,7 @@ class Worker:
                 deadline = time.monotonic() + self._pace.last_steps
                 await self._running_jobs.hand_over_all(self._pace.last_steps)
             finally:  # also when a part has failed: redis-py may lose the cancellation of the others
-                intake.stop()
-                self._line_intake.stop()
-                self._take_over.stop()
+                self.stop()
                 maintenance.stop()
                 self._refresher.stop()
                 self._cancels.stop()

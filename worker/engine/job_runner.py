@@ -154,9 +154,14 @@ class JobRunner:
                 return
 
     async def _acquire(self) -> AcquireResult:
-        job = self._job
-        expire_at = job.expires_at(self._services.now())
-        return await self._ownership.acquire(job.id, job.delivery, expire_at, job.digest, job.may_have_digest)
+        job, services = self._job, self._services
+        expire_at = job.expires_at(services.now())
+        # The record has fields of the job. A job that must not be read yet is recorded after it was read.
+        is_read = job.parsed is not UNREAD
+        record = services.lifecycle.words(self._settlement.start_record(1)) if is_read else ()
+        return await self._ownership.acquire(
+            job.id, job.delivery, expire_at, job.digest, job.may_have_digest, started_record=record
+        )
 
     async def _run_as_owner(self, acquired: Acquired) -> None:
         """Answer, seal and settle, as long as this process owns the log."""
@@ -193,7 +198,8 @@ class JobRunner:
         burial, generation, losses = self._reason_to_bury(acquired), None, 0
         if not burial:
             job.parse()
-            self._settlement.record_start(log.attempt)
+            if not acquired.is_start_recorded:
+                self._settlement.record_start(log.attempt)
             generation = Generation(self._services, job, log, History(acquired.history, acquired.fault))
         while True:
             try:
@@ -204,7 +210,7 @@ class JobRunner:
                     else:
                         await generation.restart(_DIVERGED)
                 end = await generation.generate() if generation else _buried(burial, log.attempt)
-                await self._settlement.settle(await self._settlement.seal_log(log, end))
+                await self._settlement.end(log, end)
             except LogOver:
                 raise
             except (LogDiverged, LogGone) as loss:

@@ -1,8 +1,9 @@
 """The end of a job: seal, expiry and tombstone, feed, dead letter, lifecycle, acknowledgement, in this order.
 
-After a crash between two steps, the next worker that gets the job finds the seal and does the remaining steps. The
-acknowledgement comes last, because no worker gets the job after it. No step delays an earlier one: readers get the end
-of the answer while a dead letter or a lifecycle record still waits for Redis, and a job that waits releases its slot.
+An ordinary job ends by one script (`endings.py`), every other job step by step. After a crash between two steps, the
+next worker that gets the job finds the seal and does the remaining steps. The acknowledgement comes last, because no
+worker gets the job after it. No step delays an earlier one: readers get the end of the answer while a dead letter or a
+lifecycle record still waits for Redis, and a job that waits releases its slot.
 """
 
 import asyncio
@@ -33,12 +34,47 @@ class Settlement:
         self._services = services
         self._job = job
         self._ownership = services.ownership
+        self._start_written: asyncio.Future[None] | None = None
+
+    def start_record(self, attempt: int) -> Lifecycle:
+        """The `started` record of the lifecycle."""
+        return self._lifecycle_record("started", Answer([Started(id=EntryId(attempt, 0))]))
 
     def record_start(self, attempt: int) -> None:
         """Add a `started` record to the lifecycle. Only the `finished` record waits for it."""
-        self._record_lifecycle("started", Answer([Started(id=EntryId(attempt, 0))]))
+        self._start_written = self._services.lifecycle.write(self.start_record(attempt))
 
-    async def seal_log(self, log: LogWriter, end: Terminal) -> Answer:
+    async def end(self, log: LogWriter, end: Terminal) -> None:
+        """Write the terminal entry and do all steps after it.
+
+        Raises:
+            LogLost: when this process no longer owns the log, or the seal is lost.
+            Stopped: when the job must stop before.
+        """
+        await self._job.wait_for(log.drained())
+        if not await self._end_in_one_step(log, end):
+            await self.settle(await self._seal_log(log, end))
+
+    async def _end_in_one_step(self, log: LogWriter, end: Terminal) -> bool:
+        """End a job with an answer, unless its usage must be counted, or its `started` record waits for Redis.
+
+        Returns false if the steps must be done one by one.
+        """
+        job = self._job
+        if not (isinstance(end, Done) and end.usage and isinstance(job.parsed, Job)):
+            return False
+        if self._start_written is not None and not self._start_written.done():
+            return False
+        answer = Answer([end])
+        record, tombstone = self._lifecycle_record("finished", answer), self._tombstone(end.type)
+        is_done = await self._services.ender.end(
+            log, job.delivery, end, record, tombstone, retention=job.retention, remember=job.remember
+        )
+        if is_done:
+            self._report(answer)
+        return is_done
+
+    async def _seal_log(self, log: LogWriter, end: Terminal) -> Answer:
         """Write the terminal entry. Returns the answer with the log's terminal entry, which another may have written.
 
         Raises:
@@ -46,7 +82,6 @@ class Settlement:
             Stopped: when the job must stop before.
         """
         job = self._job
-        await job.wait_for(log.drained())
         if isinstance(end, Failed):  # vLLM sends the usage only at the end of an answer
             so_far = Answer(await job.retry(self._ownership.read_entries, job.id))
             end = msgspec.structs.replace(end, usage=so_far.usage, model=so_far.model)
@@ -86,7 +121,7 @@ class Settlement:
             raise LogDiverged("the seal no longer exists")
         with self._slot_released_soon():
             if end is not None:
-                finished = self._record_lifecycle("finished", answer)
+                finished = services.lifecycle.write(self._lifecycle_record("finished", answer))
                 services.publisher.publish(services.keys.feed(job.id), [(str(SEAL), to_fields(end))])
                 if reason := _dead_letter_reason(job, answer):
                     await self._write_dead_letter(reason, BURIED)
@@ -94,7 +129,11 @@ class Settlement:
             await self.acknowledge_job()
         if _is_of_another_job(answer, job.delivery):  # its own worker counts it and reports the outcome
             services.telemetry.emit(DuplicateFound(job.delivery.queue, job.delivery.id))
-            return
+        else:
+            self._report(answer)
+
+    def _report(self, answer: Answer) -> None:
+        services, job, end = self._services, self._job, answer.end
         services.telemetry.emit(
             JobFinished(
                 outcome=answer.outcome,
@@ -131,10 +170,9 @@ class Settlement:
         await retry(services.dead_letters.bury, delivery, reason, services.now(), most)
         services.telemetry.emit(JobBuried(delivery.queue, delivery.id, code))
 
-    def _record_lifecycle(self, kind: str, answer: Answer) -> "asyncio.Future[None]":
-        """Add a record to the lifecycle. The future is done once Redis has this record and all earlier ones."""
+    def _lifecycle_record(self, kind: str, answer: Answer) -> Lifecycle:
         job = self._job
-        record = Lifecycle(
+        return Lifecycle(
             type=kind,
             id=job.id,
             job=job.delivery.id,
@@ -148,7 +186,6 @@ class Settlement:
             usage=answer.usage,
             timings=answer.end.timings if answer.end else {},
         )
-        return self._services.lifecycle.write(record)
 
     def _tombstone(self, outcome: str) -> Tombstone:
         return Tombstone(outcome=outcome, time=self._services.now(), digest=self._job.digest)
