@@ -99,6 +99,8 @@ class Gate:
 
     async def let_through(self, fate: Fate = Fate.FINE, place: int = 0) -> None:
         """Let one of the waiting exchanges through with a fate, and wait until the processes are quiet."""
+        for cancelled in [place for place in self.waiting if place.done()]:  # a job that was just stopped
+            self.waiting.remove(cancelled)
         if self.waiting:
             chosen = self.waiting[place % len(self.waiting)]
             self.waiting.remove(chosen)
