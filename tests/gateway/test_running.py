@@ -4,6 +4,8 @@ import httpx
 import pytest
 from conftest import StartSimulator
 from gateway_fixtures import KEY_A, KEY_ALL, KEYS, StartGateway
+from raw_posts import RawPost
+from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
@@ -40,3 +42,22 @@ async def test_an_operator_sees_what_runs_for_all_services_and_others_see_their_
     for request_id in (of_a, of_a_service):
         await client.cancel(request_id)
     assert await running(KEY_ALL) == set()
+
+
+async def test_a_request_that_is_not_added_is_not_counted(
+    start_gateway: StartGateway, http: httpx.AsyncClient, redis: Redis
+) -> None:
+    """Without limits, a request is counted while it is added."""
+    gateway = await start_gateway()
+    await redis.set("chat:jobs", "of another program", ex=60)
+    response = await http.post(f"{gateway.url}/v1/chat/completions", json=REQUEST)
+    assert response.status_code == 500
+    assert [key async for key in redis.scan_iter("chat:gateway:running:*")] == []
+    await redis.delete("chat:jobs")
+    added = await RawPost.send(gateway.port, {**REQUEST, "stream": True})
+
+    async def is_counted() -> bool:
+        return [await redis.zcard(key) async for key in redis.scan_iter("chat:gateway:running:*")] == [1]
+
+    await eventually(is_counted)
+    added.close()

@@ -102,9 +102,12 @@ class ChatCompletions:
                 return repeated, self._repeats.expect(repeated, wire)
         release = _do_nothing if is_known else self._repeats.expect(request_id, wire)
         try:
-            await (services.limits.count(caller) if is_known else services.limits.admit(caller, request_id))
             with_id: JobOptions = {**options, "id": request_id}
-            return await services.client.enqueue(body, **with_id), release
+            adding = partial(services.client.enqueue, body, **with_id)
+            if is_known:
+                await services.limits.count(caller)
+                return await adding(), release
+            return await services.limits.admit_to(caller, request_id, adding), release
         except BaseException:
             release()
             if not is_known:

@@ -9,8 +9,8 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar, cast
 
 from ..client.async_client import Client, State
 from ..client.errors import MappedRetry
@@ -21,6 +21,8 @@ from ..redisio.scripts import Script
 from .access import Requester
 from .ids import owner_hash
 from .problems import RETRY_AFTER, Problem
+
+_T = TypeVar("_T")
 
 _EXPIRE_MS = 25 * 3600 * 1000
 """How long an id is remembered that nobody sees end: longer than a job's default deadline."""
@@ -99,6 +101,24 @@ class Limits:
                 verdict = await self._try(caller, request_id, is_counted=True)
         if verdict:
             raise self._refusal(verdict)
+
+    async def admit_to(self, caller: Requester, request_id: str, add: Callable[[], Awaitable[_T]]) -> _T:
+        """Count a new request, and add it by `add` unless a limit refuses it; returns what `add` returns.
+
+        Without a limit both are done at the same time, which saves a round trip before the first token.
+
+        Raises:
+            Problem: when a limit of the caller's key is reached (429).
+        """
+        key = caller.key
+        if key is not None and (key.in_flight, key.queued, key.requests_per_minute) != (None, None, None):
+            await self.admit(caller, request_id)
+            return await add()
+        counting = asyncio.ensure_future(self.admit(caller, request_id))
+        try:
+            return await add()
+        finally:
+            await counting  # a caller whose request was not added then removes it
 
     async def count(self, caller: Requester) -> None:
         """Count a request that starts no job, such as a read, against the requests a minute.
