@@ -148,6 +148,36 @@ async def test_a_hidden_repetition_waits_until_redis_knows_that_a_connection_her
     second.close()
 
 
+@EITHER_WAY
+async def test_hidden_repetitions_whose_connections_are_lost_too_are_no_jobs(
+    body: dict[str, Any], start_gateway: StartGateway, redis_proxy: Proxy, redis: Redis
+) -> None:
+    """The last one attaches to the first request. The lost ones between must not be new requests because of that."""
+    gateway = await start_gateway(grace=30, redis_url=redis_proxy.redis_url)
+    order = redis_proxy.hold(b"^UNSUBSCRIBE")
+    post = await RawPost.send(gateway.port, body)
+    await wait_noted(redis)
+    for _ in range(10):
+        before = await looks(redis)
+        post.close()
+        post = await RawPost.send(gateway.port, body)
+
+        async def has_looked(before: int = before) -> bool:
+            return await looks(redis) > before + 1
+
+        await eventually(has_looked)
+    order.release()
+
+    async def are_decided() -> bool:
+        keys = [key async for key in redis.scan_iter("chat:gateway:asked:*")]
+        members = [member for key in keys for member in cast("list[bytes]", await redis.zrange(key, 0, -1))]
+        return not any(member.startswith(b"~") for member in members)
+
+    await eventually(are_decided)
+    assert await jobs(redis) == 1
+    post.close()
+
+
 async def test_a_hidden_repetition_that_is_read_together_with_the_loss_of_the_connection_attaches(
     patient: Served, redis: Redis
 ) -> None:

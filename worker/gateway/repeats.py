@@ -28,6 +28,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+from starlette.requests import ClientDisconnect
+
 from ..client.async_client import Client, State
 from ..client.errors import ClientError, MappedRetry
 from ..contract.canonical import canonical_json
@@ -127,6 +129,7 @@ class Repeats:
 
         Raises:
             ClientError: when Redis does not answer.
+            ClientDisconnect: when the client has left, and the request is not the only one of its kind.
         """
         if wire is not None:
             self._wires[new_id] = wire
@@ -194,6 +197,10 @@ class Repeats:
         found = await self._retry(self._look, fingerprint, new_id, is_retry=is_retry)
         ids, looks, pause = {member.removeprefix(_PENDING) for member in found}, 1, _FIRST_PAUSE
         while found:
+            if self._is_open(new_id) is False:
+                # The client has left, or its next repetition may have claimed the request already: no job is needed.
+                await self._retry(self.forget, fingerprint, new_id)
+                raise ClientDisconnect
             claimed = await self._claim(fingerprint, found, is_retry=is_retry)
             if claimed is not None:
                 return claimed
