@@ -13,7 +13,7 @@ from typing import cast
 import psutil
 import pytest
 from asyncio_reports import UNHANDLED, AsyncioReports
-from edge_fixtures import drivers, node_packages, replica, start_client, start_replica  # noqa: F401 - fixtures
+from edge_fixtures import browser, drivers, node_packages, replica, start_client, start_replica  # noqa: F401 - fixtures
 from gateway_fixtures import gateway, http, start_gateway, start_gateway_process  # noqa: F401 - fixtures
 from hypothesis import HealthCheck, settings
 from processes import Process, deliver, process

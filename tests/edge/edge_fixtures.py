@@ -9,13 +9,14 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import pytest
+from browsers import Browser, BrowserName, run_browser, why_missing
 from nodes import HERE, NotInstalledError, installed_packages
 from replicas import Replica, replica_process
 
-__all__ = ["drivers", "node_packages", "replica", "start_client", "start_replica"]
+__all__ = ["browser", "drivers", "node_packages", "replica", "start_client", "start_replica"]
 
 ClientName = Literal["openai_python", "openai_node", "ai_sdk", "raw_fetch", "event_source"]
 Object: TypeAlias = dict[str, Any]
@@ -129,3 +130,16 @@ async def start_replica(redis_url: str) -> AsyncIterator[StartReplica]:
 @pytest.fixture
 async def replica(start_replica: StartReplica) -> Replica:
     return await start_replica()
+
+
+@pytest.fixture(params=["chromium", "firefox"])
+async def browser(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Browser]:
+    name = cast("BrowserName", request.param)
+    if reason := why_missing(name):
+        if name == "chromium" and os.environ.get("EDGE_REQUIRED"):
+            pytest.fail(f"EDGE_REQUIRED is set, and {reason}")
+        pytest.skip(reason)
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    async with run_browser(name, profile) as browser:
+        yield browser

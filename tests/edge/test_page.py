@@ -1,14 +1,10 @@
 """The page in Chromium and Firefox, with a gateway as a process, a worker, and the simulated vLLM."""
 
 import json
-import os
 import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import cast
 
 import pytest
-from browsers import Browser, BrowserName, Tab, run_browser, why_missing
+from browsers import Browser, Tab
 from edge_fixtures import StartReplica
 from replicas import Replica
 
@@ -26,19 +22,6 @@ STATE = "document.querySelector('article:last-child')?.className"
 NOTE = "document.querySelector('article:last-child .note')?.textContent"
 KEY = "sk-relay-test-0123456789abcdef0123456789abcdef"
 ID = "location.hash.slice(1)"
-
-
-@pytest.fixture(params=["chromium", "firefox"])
-async def browser(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Browser]:
-    name = cast("BrowserName", request.param)
-    if reason := why_missing(name):
-        if name == "chromium" and os.environ.get("EDGE_REQUIRED"):
-            pytest.fail(f"EDGE_REQUIRED is set, and {reason}")
-        pytest.skip(reason)
-    profile = tmp_path / "profile"
-    profile.mkdir()
-    async with run_browser(name, profile) as browser:
-        yield browser
 
 
 @pytest.fixture
