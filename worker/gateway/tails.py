@@ -192,7 +192,7 @@ class Tail:
             reader.on_tail_over(self.error)
 
     def _add(self, entry: AnyEntry) -> None:
-        arrived_at = self._time()
+        self._tails.meter.note_arrival()
         if entry.id == SEAL and self._ahead:
             self._refuse_ahead()
         piece = self._encoder.encode(entry)
@@ -205,13 +205,13 @@ class Tail:
                 dropped = self._window.popleft()
                 self.begin, self.first = dropped.last, self.first + 1
                 self._size -= len(dropped.data)
-            self._write(frame, arrived_at)
+            self._write(frame)
         if self._ahead:
             self._admit()
         if self._encoder.is_over:
             raise _StreamOver
 
-    def _write(self, frame: Frame, arrived_at: float) -> None:
+    def _write(self, frame: Frame) -> None:
         direct, others = self._direct, self._others  # a write may change both
         if direct:
             chunk = frame.chunk
@@ -225,7 +225,7 @@ class Tail:
                 self.block(reader)
         self.last_frame_at = self._time()
         if readers := len(direct) + len(others):
-            self._tails.meter.add(readers, readers * len(frame.data), self.last_frame_at - arrived_at)
+            self._tails.meter.add_live(readers, len(frame.data))
 
     def _admit(self) -> None:
         """Let readers that were ahead of the tail go on with it once the tail has reached them."""

@@ -63,7 +63,7 @@ class GatewayMetrics:
         self._bytes = self._counter("gateway_bytes_delivered", "Bytes of these entries")
         self._delay = self._histogram(
             "gateway_delivery_seconds",
-            "From the arrival of an entry to the last write of its frame, of a sample",
+            "From the arrival of an entry in this process to the last write of its frame, of a sample",
             _DELAYS,
         )
 

@@ -44,9 +44,10 @@ class CaughtUp(Event):
 
 @dataclass(frozen=True, slots=True)
 class EntriesDelivered(Event):
-    """Entries were written to the readers of this process; emitted at most four times a second.
+    """Entries were written to the readers of this process; emitted about once a second.
 
-    `delays` are seconds from the arrival of an entry to its last write in the same step, for a sample of the entries.
+    `delays` are seconds from the arrival of a live entry in this process to the last write of its frame, for a sample
+    of them. When Redis has accepted an entry is not known: neither its id nor the feed has a time.
     """
 
     level = "silent"
