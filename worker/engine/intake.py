@@ -257,6 +257,8 @@ class JobIntake:
             # A read may have waited for its first job.
             self._slots.adapt(too_slow=arrived - sent - self._block_ms / 1000 > self._settings.lease / 3)
         started = await self.start_or_park(deliveries, sent, slots)
+        if started:
+            await asyncio.sleep(0)  # these jobs send their first commands before the next read takes its time
         if failure is not None:
             await backoff.wait(failure)
             return
