@@ -201,7 +201,12 @@ class Repeats:
                 # The client has left, or its next repetition may have claimed the request already: no job is needed.
                 await self._retry(self.forget, fingerprint, new_id)
                 raise ClientDisconnect
-            claimed = await self._claim(fingerprint, found, is_retry=is_retry)
+            waiting = [member for member in found if not member.startswith(_PENDING)]
+            try:
+                followed = await self._retry(self.presence.followed, waiting)
+            except ClientError:
+                return None  # nobody knows who follows what: a second job is better than somebody else's answer
+            claimed = await self._claim(fingerprint, followed, is_retry=is_retry)
             if claimed is not None:
                 return claimed
             are_open = {self._is_open(member.removeprefix(_PENDING)) for member in found}
@@ -239,16 +244,11 @@ class Repeats:
         )
         return [member.decode() for member in found if member.decode() != _PENDING + new_id]
 
-    async def _claim(self, fingerprint: str, members: list[str], *, is_retry: bool) -> str | None:
+    async def _claim(self, fingerprint: str, followed: Mapping[str, bool], *, is_retry: bool) -> str | None:
         """Claim the first request that nobody follows; returns its id."""
-        request_ids = [member for member in members if not member.startswith(_PENDING)]
-        try:
-            followed = await self._retry(self.presence.followed, request_ids)
-        except ClientError:
-            return None  # nobody knows who follows what: a second job is better than somebody else's answer
-        for request_id in request_ids:
+        for request_id, is_followed in followed.items():
             if (
-                followed[request_id]
+                is_followed
                 or self._is_open(request_id)
                 or not await self._retry(self._mark, fingerprint, request_id, is_retry=is_retry)
             ):
