@@ -1,6 +1,7 @@
 """A cluster of Redis 6.2, which cannot count followers: what the gateway promises there, and no more."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from waits import eventually
 from worker import Client, State
 from worker.contract.keys import Keys
 from worker.gateway.repeats import Presence
+from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import command_client
 from worker.sandbox.embedded_redis import find_servers, version_of
 
@@ -113,5 +115,6 @@ async def test_who_left_is_not_cancelled(post: StartPost, cluster_url: str, monk
 
 
 async def test_followers_cannot_be_counted(redis: Redis) -> None:
-    with pytest.raises(RedisError):
-        await Presence(redis, Keys()).is_followed("r")
+    async with aclosing(CommandBatcher(redis)) as commands:
+        with pytest.raises(RedisError):
+            await Presence(commands, Keys()).is_followed("r")

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -241,12 +241,12 @@ REQUESTS: list[tuple[str, str]] = [
 async def check_refused(gateway: GatewayProcess, request_id: str) -> None:
     """New requests are refused in the shape of OpenAI's errors, with the time after which to try again."""
 
-    async def send(method: str, path: str) -> httpx.Response:
+    def send(http: httpx.AsyncClient, method: str, path: str) -> Awaitable[httpx.Response]:
         body = BODY | {"stream": path.endswith("stream")} if method == "POST" else None
-        async with httpx.AsyncClient(timeout=60) as http:
-            return await http.request(method, gateway.url + path.replace("{id}", request_id), json=body, headers=AUTH)
+        return http.request(method, gateway.url + path.replace("{id}", request_id), json=body, headers=AUTH)
 
-    responses = await asyncio.gather(*(send(*request) for request in REQUESTS))
+    async with httpx.AsyncClient(timeout=60) as http:
+        responses = await asyncio.gather(*(send(http, *request) for request in REQUESTS))
     for request, response in zip(REQUESTS, responses, strict=True):
         assert (request, response.status_code) == (request, 503)
         assert int(response.headers["retry-after"]) > 0
@@ -258,7 +258,7 @@ async def check_refused(gateway: GatewayProcess, request_id: str) -> None:
 async def test_streams_end_with_an_error_that_clients_see_if_redis_stays_away(
     durable: Durable, start_gateway_process: StartGatewayProcess
 ) -> None:
-    gateway = await start_gateway_process(redis_url=durable.url, keys=KEYS, patience=0.5)
+    gateway = await start_gateway_process(redis_url=durable.url, keys=KEYS, patience=0.5, header_timeout=60)
     async with streaming(gateway) as streams:
         durable.kill()
 
