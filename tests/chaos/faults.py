@@ -19,6 +19,7 @@ from redis.asyncio.connection import AbstractConnection, Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from worker.broker.log_scripts import BEGIN, FINALIZE, LOOK, SEAL_LOG, SEAL_UNOWNED
 from worker.redisio.batching import CommandBatcher
 from worker.redisio.pipelined import Callback, Outcome, PipelinedConnection, report_outcome
 
@@ -277,8 +278,13 @@ def late(connection: AbstractConnection, packed: list[bytes]) -> Late:
 
 
 async def gate_before(one: Process, redis_url: str) -> Gate:
-    """Make the commands of this process wait to be let through from now on."""
+    """Make the commands of this process wait to be let through from now on.
+
+    Redis knows the scripts: one that it does not know takes an exchange more.
+    """
     gate = Gate(Network(BlockingRedis.from_url(redis_url, protocol=2)))
+    for script in (BEGIN, LOOK, SEAL_LOG, SEAL_UNOWNED, FINALIZE):
+        gate.network.admin.script_load(script.source)
     gate.guard(one.commands)
     one.use(CommandBatcher(one.commands, gated(gate)))
     await one.commands.connection_pool.disconnect()
