@@ -76,15 +76,13 @@ ARGV: the id that the log's last entry must have, empty if the log must have non
 words of the seal.
 """
 
-SEAL_OWNED = f"""{LOG_FUNCTIONS}
+SEAL_LOG = Script(f"""{LOG_FUNCTIONS}
 if last_id() ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return look() end
 if not add('{SEAL}', unpack(ARGV, 6)) then return look() end
 call('EXPIRE', KEYS[1], ARGV[3])
 call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5])
-"""
-"""The text of `SEAL_LOG` up to its last line: more steps may follow the seal."""
-
-SEAL_LOG = Script(SEAL_OWNED + "return {1}")
+return {{1}}
+""")
 """Seals its owner's log. The seal needs this fence of its own, because its id is greater than that of any attempt.
 
 ARGV: the id of the last entry and the number of entries that the log must have; seconds until it expires; the
