@@ -38,7 +38,7 @@ The rules by their numbers:
 | 10 | burial seals first | below | the letter comes first: while it cannot be written, the log has no end |
 | 10 | … and acknowledges last | below | the acknowledgement comes before the letter: nobody writes the letter |
 | 10 | … with one letter | test_poison: a_worker_that_finds_a_job_sealed_… | no letter is searched for: there are two |
-| 10 | … also of two at once | test_dead: two_workers_that_bury_… | the letters are not watched: there are two |
+| 10 | … also of two at once | test_dead: two_workers_that_bury_… | newer letters are not looked for: there are two |
 | 10 | a deploy is not a failure | test_poison: deploys_bury_no_job | each claim counts: the job is buried |
 | 11 | the feed after the reply | the_feed_never_carries_a_refused_entry | published with the XADD: it has `refused` |
 """

@@ -13,10 +13,11 @@ from waits import eventually
 from written_log import connect, let_deadline_pass, user_without_channels
 
 from worker import Client, Entry, Failed, Idle, Queued, Refused, State, Status
-from worker.broker.client_seals import may_be_overdue
+from worker.broker.client_seals import end_overdue, may_be_overdue
 from worker.client.following.followers import Followers
 from worker.client.timings import Timings
 from worker.contract.ids import BEFORE_ALL, SEAL
+from worker.contract.keys import Keys
 from worker.sandbox.simulator.server import Simulator
 
 ASK: dict[str, object] = {"messages": [{"role": "user", "content": "Who are you?"}]}
@@ -61,6 +62,21 @@ async def test_a_follower_ends_what_nobody_took_before_its_deadline(
     assert 0 < await redis.ttl(LOG) <= 61
     assert b'"outcome":"error"' in (await redis.get(ENDED) or b"")
     assert await redis.ttl(ENDED) > 3600
+
+
+async def test_a_request_with_a_tombstone_is_not_ended_again(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.01)
+    await let_deadline_pass(redis, "r")
+    await redis.set(ENDED, '{"outcome":"done","time":1}', ex=60)
+    assert not await end_overdue(redis, Keys(), "r")
+    assert not await has_sealed(redis)
+
+
+async def test_the_tombstone_outlives_a_log_that_is_kept_for_days(client: Client, redis: Redis) -> None:
+    await client.enqueue(ASK, id="r", timeout=0.01, retention=3 * 24 * 3600)
+    await let_deadline_pass(redis, "r")
+    assert await end_overdue(redis, Keys(), "r")
+    assert await redis.ttl(ENDED) >= await redis.ttl(LOG) - 1 > 2 * 24 * 3600
 
 
 async def test_one_tick_after_the_deadline_is_enough(client: Client, redis_url: str, redis: Redis) -> None:
