@@ -47,7 +47,7 @@ async def test_an_operator_sees_what_runs_for_all_services_and_others_see_their_
 async def test_a_request_that_is_not_added_is_not_counted(
     start_gateway: StartGateway, http: httpx.AsyncClient, redis: Redis
 ) -> None:
-    """Without limits, a request is counted while it is added."""
+    """Without limits, a request is counted once it is added."""
     gateway = await start_gateway()
     await redis.set("chat:jobs", "of another program", ex=60)
     response = await http.post(f"{gateway.url}/v1/chat/completions", json=REQUEST)

@@ -105,7 +105,7 @@ class Limits:
     async def admit_to(self, caller: Requester, request_id: str, add: Callable[[], Awaitable[_T]]) -> _T:
         """Count a new request, and add it by `add` unless a limit refuses it; returns what `add` returns.
 
-        Without a limit both are done at the same time, which saves a round trip before the first token.
+        Without a limit the count refuses nothing, so it comes second, when a worker may have the job already.
 
         Raises:
             Problem: when a limit of the caller's key is reached (429).
@@ -114,11 +114,9 @@ class Limits:
         if key is not None and (key.in_flight, key.queued, key.requests_per_minute) != (None, None, None):
             await self.admit(caller, request_id)
             return await add()
-        counting = asyncio.ensure_future(self.admit(caller, request_id))
-        try:
-            return await add()
-        finally:
-            await counting  # a caller whose request was not added then removes it
+        added = await add()
+        await self.admit(caller, request_id)
+        return added
 
     async def count(self, caller: Requester) -> None:
         """Count a request that starts no job, such as a read, against the requests a minute.
