@@ -258,7 +258,10 @@ class JobIntake:
             self._slots.adapt(too_slow=arrived - sent - self._block_ms / 1000 > self._settings.lease / 3)
         started = await self.start_or_park(deliveries, sent, slots)
         if started:
-            await asyncio.sleep(0)  # these jobs send their first commands before the next read takes its time
+            # These jobs send their first commands before the next read takes its time: they run in the next step of the
+            # event loop, and uvloop writes at the end of that step.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         if failure is not None:
             await backoff.wait(failure)
             return
