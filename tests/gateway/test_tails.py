@@ -106,6 +106,22 @@ def big(n: int) -> Delta:
     return Delta(id=EntryId(1, n), content=f"{n} " + "x" * 10_000)
 
 
+async def test_a_reader_that_lacks_nothing_gets_nothing_when_its_connection_takes_more(
+    tails: Tails, log: WrittenLog
+) -> None:
+    """The connection had to wait because of a heartbeat."""
+    await log.write(START)
+    reader = Collector(tails, log, NativeMessages())
+    await reader.has(1)
+    for n in range(1, 4):
+        await log.append(delta(1, n))
+        await reader.has(1 + n)
+    reader.read_again()
+    await log.append(END)
+    await reader.task
+    assert reader.entries == as_dicts(log)
+
+
 async def test_readers_of_one_request_share_its_tail(tails: Tails, log: WrittenLog, events: Events) -> None:
     await log.write(START, delta(1, 1))
     readers = [Collector(tails, log, NativeMessages()) for _ in range(5)]
