@@ -21,7 +21,9 @@ from recordings import (
 
 from worker.contract.answer import Answer
 from worker.contract.entries import Delta, Fields, Opened
+from worker.vllm.chunks.lenient_json import ChunkDecoder
 from worker.vllm.chunks.parser import ChunkParser
+from worker.vllm.chunks.shapes import RawObject
 from worker.vllm.errors import UpstreamError
 
 _CHARACTERS = st.sampled_from('ab {}"\\/\n\r\0\x7f\u0085\u2028\ufeffé世🙂')
@@ -155,7 +157,10 @@ class Thorough(ChunkParser):
     def _plain(self, chunk: object) -> list[Fields]:
         raise msgspec.ValidationError(repr(chunk))
 
-    _rich = _plain
+    def _rich(self, data: bytes) -> list[Fields]:
+        raise msgspec.ValidationError(repr(data))
+
+    _end_of_answer = _rich
 
 
 def test_logprobs_and_tool_calls_are_checked_in_chunks_that_are_nearly_plain() -> None:
@@ -196,6 +201,26 @@ def test_the_fast_path_gives_the_entries_of_the_slow_path_for_recorded_answers(n
     assert parser.is_complete
 
 
+@pytest.mark.parametrize("name", ["usage", "long"])
+def test_only_the_opening_and_the_first_text_of_a_plain_answer_take_the_slow_path(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow: list[bytes] = []
+    decode = ChunkDecoder.decode
+
+    def noted(decoder: ChunkDecoder, data: bytes) -> RawObject:
+        slow.append(data)
+        return decode(decoder, data)
+
+    monkeypatch.setattr(ChunkDecoder, "decode", noted)
+    answer = payloads(recorded(name))
+    parser = parser_for(name)
+    for data in answer:
+        parser.parse(data)
+    assert parser.usage
+    assert slow == answer[:2]
+
+
 _PLAINLY = st.fixed_dictionaries(
     {
         "delta": st.fixed_dictionaries(
@@ -220,9 +245,10 @@ _NEARLY_PLAIN = st.fixed_dictionaries(
     {
         "id": st.sampled_from(["a", "a", "b", None]), "model": st.just("m"),
         "created": st.sampled_from([1, 1, "1", 2, 1.5]),
-        "choices": st.lists(_PLAINLY, min_size=1, max_size=2),
+        "choices": st.lists(_PLAINLY, max_size=2),
     },
-    optional={"usage": st.none() | st.just({"a": 1}), "object": st.just("chunk"), "odd": _JSON,
+    optional={"usage": st.none() | st.just({"a": 1}) | _JSON, "odd": _JSON,
+              "object": st.sampled_from(["chunk", "chat.completion.chunk", "chat.completion.chunk", "error"]),
               "system_fingerprint": st.sampled_from([None, "", "f", "f", "g", 1])},
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from worker.contract.answer import Answer
 from worker.contract.entries import JSON, Delta, Opened, Resumed, parse
 from worker.contract.ids import EntryId
-from worker.vllm.chunks.parser import digest_of_prompt
+from worker.vllm.chunks.shapes import digest_of_prompt
 from worker.vllm.errors import CannotResume
 from worker.vllm.resume.plan import KeptAnswer, ResumePlan, keep_answer, why_not_resumable
 from worker.vllm.resume.resume import plan_resume

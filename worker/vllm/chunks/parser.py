@@ -5,7 +5,7 @@ The shapes are those of vLLM 0.32.0 and of other OpenAI-compatible servers: choi
 null content, an empty finish_reason, `reasoning_content` for `reasoning`, and everything that `shapes` reads.
 """
 
-import hashlib
+from contextlib import suppress
 
 import msgspec
 from msgspec import Raw
@@ -17,12 +17,13 @@ from .error_chunks import error_instead_of, error_within, unreadable
 from .extra_fields import ExtraFields
 from .finish_reasons import is_fault, is_known
 from .lenient_json import ChunkDecoder
-from .plain import PlainChunk, RichChunk, decode_plain, decode_rich, rich_fields
+from .plain import PlainChunk, decode_plain, last_fields, rich_fields, usage_after_last
 from .shapes import (
     NULL,
     RawObject,
     as_text,
     delta_of,
+    digest_of_prompt,
     has_value,
     ids_of,
     lift_fields,
@@ -174,9 +175,12 @@ class ChunkParser:
             return []
         if self._plain_model:
             try:
-                return self._rich(decode_rich(data)) if self._is_rich else self._plain(decode_plain(data))
+                return self._rich(data) if self._is_rich else self._plain(decode_plain(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 pass  # the chunk has other fields, or is malformed: take the slow path
+        if self._plain_model or 0 in self._finished:
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                return self._end_of_answer(data)
         try:
             return self._entries(self._decoder.decode(data))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -205,22 +209,29 @@ class ChunkParser:
         self._has_delta = True
         return [fields]
 
-    def _rich(self, chunk: RichChunk) -> list[Fields]:
-        """The entry of a rich chunk.
-
-        Raises:
-            ValidationError: as `_plain` and `rich_fields` do.
-            DecodeError: as `rich_fields` does.
-        """
-        if chunk.model != self._plain_model or (
-            chunk.system_fingerprint and chunk.system_fingerprint != self._fingerprint
-        ):
-            raise msgspec.ValidationError("another model or fingerprint")
-        fields = rich_fields(chunk)
+    def _rich(self, data: bytes) -> list[Fields]:
+        """The entry of a rich chunk. Raises what `rich_fields` raises."""
+        fields = rich_fields(data, self._plain_model, self._fingerprint)
         if len(fields) == 1:
             return []
         self._has_delta = True
         return [fields]
+
+    def _end_of_answer(self, data: bytes) -> list[Fields]:
+        """The entry of the plain chunk that ends the choice; or none for the usage, which comes after that.
+
+        Raises:
+            MsgspecError: for any other chunk.
+        """
+        if self._plain_model:
+            fields = last_fields(data, self._plain_model, self._fingerprint)
+            self._plain_model, self.finish_reason = "", fields["finish_reason"]
+            self._finished, self._has_delta = _with(self._finished, 0), True
+            return [fields]
+        chunk = usage_after_last(data, self._head["model"] if self._head.keys() >= _HEAD else "")
+        self._read_usage(chunk, of_choices=False)
+        self._extra.add_unknown(chunk)
+        return []
 
     def _entries(self, chunk: RawObject) -> list[Fields]:
         self._plain_model = ""
@@ -386,8 +397,3 @@ def _with(indexes: frozenset[int], index: int) -> frozenset[int]:
     if index in indexes:
         return indexes
     return indexes | {index} if indexes or index else _FIRST
-
-
-def digest_of_prompt(prompt: list[int]) -> str:
-    """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
-    return hashlib.sha256(_encode(prompt)).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""The fast path: decodes the chunks of the two shapes that vLLM nearly always sends, at a fraction of the cost. No I/O.
+"""The fast path: decodes the chunks of the shapes that vLLM nearly always sends, at a fraction of the cost. No I/O.
 
 The decoders raise MsgspecError or UnicodeDecodeError for a chunk with other fields; the parser then takes the slow
 path.
 
-`RichChunk` could decode plain chunks too. `PlainChunk` exists for speed: the checks of undecoded parts make each chunk
+`_RichChunk` could decode plain chunks too. `PlainChunk` exists for speed: the checks of undecoded parts make each chunk
 a fifth slower, and there is one chunk a token. Fields of both shapes are inherited, which costs nothing.
 """
 
@@ -17,17 +17,25 @@ from .lenient_json import is_readable
 from .shapes import NULL, RawObject, has_value, read_tool_calls
 
 
-class _FastChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _AnyChoice(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     index: Literal[0]
-    finish_reason: None = None
     stop_reason: None = None
     token_ids: list[int] | None = None
 
 
-class _FastChunk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _FastChoice(_AnyChoice, forbid_unknown_fields=True, kw_only=True):
+    finish_reason: None = None
+
+
+class _AnyChunk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     id: str
     model: str
     created: int
+
+
+class _FastChunk(_AnyChunk, forbid_unknown_fields=True, kw_only=True):
+    """What the chunks with a choice have."""
+
     object: str = ""
     usage: None = None
     system_fingerprint: str | None = None
@@ -60,25 +68,83 @@ class _RichChoice(_FastChoice, forbid_unknown_fields=True, kw_only=True):
     logprobs: Raw = NULL
 
 
-class RichChunk(_FastChunk, forbid_unknown_fields=True, kw_only=True):
+class _RichChunk(_FastChunk, forbid_unknown_fields=True, kw_only=True):
     """A plain chunk that may also have logprobs and pieces of tool calls, which stay the JSON of the server."""
 
     choices: tuple[_RichChoice]
 
 
+class _LastChoice(_AnyChoice, forbid_unknown_fields=True, kw_only=True):
+    delta: _PlainDelta
+    logprobs: None = None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class _LastChunk(_FastChunk, forbid_unknown_fields=True, kw_only=True):
+    """A plain chunk that ends its choice."""
+
+    choices: tuple[_LastChoice]
+
+
+class _UsageChunk(_AnyChunk, forbid_unknown_fields=True, kw_only=True):
+    """The chunk after the last choice. Its object shows that it is no error."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: tuple[()]
+    usage: Raw
+    system_fingerprint: Raw = NULL
+
+
 _decode = msgspec.json.decode
 _encode = msgspec.json.encode
 decode_plain = msgspec.json.Decoder(PlainChunk).decode
-decode_rich = msgspec.json.Decoder(RichChunk).decode
+_decode_rich = msgspec.json.Decoder(_RichChunk).decode
+_decode_last = msgspec.json.Decoder(_LastChunk).decode
+_decode_usage = msgspec.json.Decoder(_UsageChunk).decode
 
 
-def rich_fields(chunk: RichChunk) -> Fields:
-    """The fields of a chunk's `delta` entry.
+def last_fields(data: bytes, model: str, fingerprint: str) -> Fields:
+    """The fields of the `delta` entry of the plain chunk that ends the only choice.
 
     Raises:
-        ValidationError: when a part cannot be published unchanged.
+        ValidationError: for any other chunk, and when the model or the fingerprint differs.
+    """
+    chunk = _decode_last(data)
+    _check_head(chunk, model, fingerprint)
+    (choice,) = chunk.choices
+    fields: Fields = {"type": "delta"}
+    if choice.delta.content:
+        fields["content"] = choice.delta.content
+    if choice.delta.reasoning:
+        fields["reasoning"] = choice.delta.reasoning
+    fields["finish_reason"] = choice.finish_reason
+    if choice.token_ids:
+        fields["token_ids"] = _encode(choice.token_ids).decode()
+    return fields
+
+
+def usage_after_last(data: bytes, model: str) -> RawObject:
+    """The usage in the chunk after the last choice, and the other field that this chunk may have.
+
+    Raises:
+        ValidationError: for any other chunk, and when the model differs.
         DecodeError: when a part is not JSON.
     """
+    chunk = _decode_usage(data)
+    if chunk.model != model:
+        raise msgspec.ValidationError("another model")
+    return {"usage": _checked(chunk.usage), "system_fingerprint": _checked(chunk.system_fingerprint)}
+
+
+def rich_fields(data: bytes, model: str, fingerprint: str) -> Fields:
+    """The fields of the `delta` entry of a rich chunk.
+
+    Raises:
+        ValidationError: when a part cannot be published unchanged, and when the model or the fingerprint differs.
+        DecodeError: when a part is not JSON.
+    """
+    chunk = _decode_rich(data)
+    _check_head(chunk, model, fingerprint)
     (choice,) = chunk.choices
     delta, fields = choice.delta, Fields(type="delta")
     if delta.content:
@@ -95,6 +161,11 @@ def rich_fields(chunk: RichChunk) -> Fields:
     if choice.token_ids:
         fields["token_ids"] = _encode(choice.token_ids).decode()
     return fields
+
+
+def _check_head(chunk: _FastChunk, model: str, fingerprint: str) -> None:
+    if chunk.model != model or (chunk.system_fingerprint and chunk.system_fingerprint != fingerprint):
+        raise msgspec.ValidationError("another model or fingerprint")
 
 
 def _checked(part: Raw) -> Raw:

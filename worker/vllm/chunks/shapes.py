@@ -3,6 +3,7 @@
 Each function removes the fields that it reads from the choice. The remaining fields are published unchanged in `extra`.
 """
 
+import hashlib
 from typing import TypeAlias
 
 import msgspec
@@ -128,6 +129,11 @@ def ids_of(raw: Raw) -> list[int] | None:
         return _decode_ids(raw)
     except msgspec.ValidationError:
         return None
+
+
+def digest_of_prompt(prompt: list[int]) -> str:
+    """The first 16 hex digits of SHA-256 over a prompt's token ids as compact JSON."""
+    return hashlib.sha256(_encode(prompt)).hexdigest()[:16]
 
 
 def read_index(choice: RawObject) -> int:

@@ -9,7 +9,7 @@ import msgspec
 
 from ...contract.answer import Answer
 from ...contract.entries import Object
-from ..chunks.parser import digest_of_prompt
+from ..chunks.shapes import digest_of_prompt
 from ..errors import CannotResume, UpstreamError
 from ..servers.circuit import Caller
 from ..servers.pool import ServerPool
