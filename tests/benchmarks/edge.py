@@ -1,6 +1,6 @@
 """The HTTP side: what a delivered event costs in the gateway, and how long its way takes.
 
-The same followers read the same logs from each server in turn. The floor makes its bytes up and reads no Redis.
+As many followers read the same logs from each server. The floor makes its bytes up and reads no Redis.
 """
 
 import http.client
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import psutil
-from measure import TICKS, cpu_of, cpu_of_others, kept_apart, percentile, resident
+from measure import TICKS, cpu_of, cpu_of_others, kept_apart, median, percentile, resident, undisturbed
 from redis import Redis
 from rig import ELSE, RigFailed, helper
 from scenarios import FAST, TRIES, Figures, Run
@@ -35,6 +35,10 @@ _OPENINGS = 7
 _CALLS, _CALLS_QUICK = 200, 60
 _WARM = 20
 _SETTLED = 1.0
+_PAIRS = 5
+"""Windows of the gateway and of the raw socket while CPU is compared. They alternate: what a core gives changes within
+seconds where other programs run."""
+_PAIR_SECONDS = 1.0
 _PATIENCE = 60.0
 _ROOT = Path(__file__).parents[2]
 _Process: TypeAlias = "subprocess.Popen[bytes]"
@@ -79,7 +83,7 @@ def _program(*arguments: str, **environment: str) -> Iterator[_Process]:
     command = [sys.executable, "-m", "worker", *arguments]
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(_ROOT)} | environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -185,70 +189,92 @@ class EdgeRig:
         tell(self._paced, f"pace {events / OF_A_LOG}")
         time.sleep(_SETTLED)
 
-    def window(self, run: Run, what: str) -> _Window:
-        """The first window in which the machine does nothing else, or the last of some tries."""
+    def steady(self, events: float, seconds: float) -> _Window:
+        """A window at so many events a second. Before and after it nothing is delivered."""
+        with undisturbed(self.server.process.pid, self._others):
+            self.pace(events)
+            self.look()
+            before = self.look()
+            time.sleep(seconds)
+            after = self.look()
+        tell(self._paced, "pace 0")
+        rate = (after.events - before.events) * 1e9 / (after.time - before.time)
+        cpu = (after.cpu - before.cpu) / (after.cpu_time - before.cpu_time)
+        return _Window(rate, cpu * 1e6 / max(1.0, rate), [each / 1e6 for each in after.latencies])
+
+    def fair(self, events: float, run: Run, what: str) -> _Window:
+        """The first such window in which the machine does nothing else, or the last of some tries."""
         tries = 0
         while True:
             ours = {*self._others, *self.server.pids}
-            others = cpu_of_others(ours)
-            self.look()
-            before = self.look()
-            time.sleep(run.seconds)
-            after = self.look()
-            seconds = (after.time - before.time) / 1e9
-            is_disturbed = (cpu_of_others(ours) - others).total() > ELSE * TICKS * seconds
+            others, began = cpu_of_others(ours), time.monotonic()
+            window = self.steady(events, run.seconds)
+            spent = (cpu_of_others(ours) - others).total() / TICKS / (time.monotonic() - began)
             tries += 1
-            if is_disturbed and run.climbs and tries < TRIES:
-                continue
-            if is_disturbed:
+            if spent <= ELSE:
+                return window
+            if tries == TRIES or not run.climbs:
                 run.note(f"{what}: the machine did something else, which is in the latency")
-            events = max(1, after.events - before.events)
-            cpu_us = (after.cpu - before.cpu) / 1e3 / events
-            return _Window(events / seconds, cpu_us, [each / 1e6 for each in after.latencies])
+                return window
 
     def look(self) -> "EdgeCounts":
         """The counts so far."""
         assert self._reader is not None
+        cpu, cpu_time = self.server.cpu, time.monotonic_ns()
         counts = json.loads(tell(self._reader, "look"))
-        return EdgeCounts(time.monotonic_ns(), self.server.cpu, counts["events"], counts["latencies"])
+        return EdgeCounts(cpu_time, cpu, counts["time"], counts["events"], counts["latencies"])
 
 
 @dataclass(frozen=True)
 class EdgeCounts:
-    """Counts at a moment; times are in nanoseconds."""
+    """Counts at two moments; times are in nanoseconds."""
 
-    time: int
+    cpu_time: int
     cpu: int
     """Of the server."""
+    time: int
     events: int
     """That all followers have."""
     latencies: list[int]
     """Of a sample of the events since the look before."""
 
 
-def edge(server: EdgeServer, run: Run) -> Figures:
-    """CPU for a delivered event of one server; of the gateway all other figures too."""
-    logs = LOGS if run.climbs else LOGS_QUICK
-    followers = logs * OF_A_LOG
-    figures: Figures = {}
-    with ExitStack() as stack:
-        rig = EdgeRig(stack, server, logs)
-        rig.follow(followers)
-        figures["edge_kib"] = (rig.server.memory - rig.idle) / 1024 / followers
-        if server.reads_redis:
-            figures["edge_connections"] = float(rig.server_connections)
-        rig.pace(STEADY)
-        window = rig.window(run, f"{server.name} at {STEADY:,}/s")
-        figures["edge_us"], figures["edge_rate"] = window.cpu_us, window.rate
-        run.show(f"  {window.rate:,.0f} events/s, {window.cpu_us:.1f} µs each, {figures['edge_kib']:.1f} KiB a stream")
-        if server.name != "xread":
-            rig.pace(FAST)
-            window = rig.window(run, f"{server.name} at {FAST:,}/s")
-            figures |= {f"edge_p{part}": percentile(window.latencies, part) for part in (50, 99)}
-            run.show(f"  {window.rate:,.0f} events/s, p99 {figures['edge_p99']:.2f} ms")
-    if server.name == "gateway":
-        figures |= opened_late(run) | first_token(run)
+def edge(run: Run) -> dict[str, Figures]:
+    """CPU for a delivered event of each server; of the gateway all other figures too."""
+    figures: dict[str, Figures] = {name: {} for name in SERVERS}
+    for names in (("xread",), ("gateway", "raw")):
+        try:
+            with ExitStack() as stack:
+                _delivered(stack, run, {name: figures[name] for name in names})
+        except RigFailed as error:
+            run.note(str(error))
+    figures["gateway"] |= opened_late(run) | first_token(run)
     return figures
+
+
+def _delivered(stack: ExitStack, run: Run, figures: dict[str, Figures]) -> None:
+    """The figures of delivered events of some servers, whose windows alternate."""
+    logs = LOGS if run.climbs else LOGS_QUICK
+    rigs = {name: EdgeRig(stack, SERVERS[name], logs) for name in figures}
+    for name, rig in rigs.items():
+        rig.follow(logs * OF_A_LOG)
+        figures[name]["edge_kib"] = (rig.server.memory - rig.idle) / 1024 / (logs * OF_A_LOG)
+        if SERVERS[name].reads_redis:
+            figures[name]["edge_connections"] = float(rig.server_connections)
+    rounds = [{name: rig.steady(STEADY, _PAIR_SECONDS) for name, rig in rigs.items()} for _ in range(_PAIRS)]
+    for name in rigs:
+        figures[name]["edge_us"] = median([each[name].cpu_us for each in rounds])
+        figures[name]["edge_rate"] = median([each[name].rate for each in rounds])
+        if "raw" in rigs:
+            ratios = [each[name].cpu_us / each["raw"].cpu_us for each in rounds]
+            figures[name]["edge_ratio"] = median(ratios)
+            run.show(f"  {name}: {', '.join(f'{ratio:.2f}' for ratio in ratios)} of raw's CPU")
+        run.show(f"  {name}: {figures[name]['edge_rate']:,.0f} events/s, {figures[name]['edge_us']:.1f} µs each")
+    for name, rig in rigs.items():
+        if name != "xread":
+            window = rig.fair(FAST, run, f"{name} at {FAST:,}/s")
+            figures[name] |= {f"edge_p{part}": percentile(window.latencies, part) for part in (50, 99)}
+            run.show(f"  {name}: {window.rate:,.0f} events/s, p99 {figures[name]['edge_p99']:.2f} ms")
 
 
 def opened_late(run: Run) -> Figures:

@@ -48,6 +48,7 @@ async def serve(logs: int) -> None:
     server = await loop.create_server(lambda: FloorFollower(followers), "127.0.0.1", 0, backlog=4096)
     ended = asyncio.Event()
     rate, began, written, due_before = 0.0, 0, 0, 0
+    timer: asyncio.TimerHandle | None = None
 
     def read() -> None:
         nonlocal rate, began, due_before
@@ -59,10 +60,13 @@ async def serve(logs: int) -> None:
         rate, began, due_before = float(line.split()[1]), time.monotonic_ns(), written
         gc.collect()
         gc.freeze()
+        if timer is not None:
+            timer.cancel()
+        write()
         print("did", flush=True)  # noqa: T201 - the process that started this one waits for it
 
     def write() -> None:
-        nonlocal written
+        nonlocal written, timer
         now = time.monotonic_ns()
         upto = int((now - began) * rate / 1e9) + due_before
         for delta in range(written, upto):
@@ -71,10 +75,9 @@ async def serve(logs: int) -> None:
             for transport in followers[log]:
                 transport.write(frame)
         written = max(upto, written)
-        loop.call_later(_TICK, write)
+        timer = loop.call_later(_TICK, write) if rate else None
 
     loop.add_reader(0, read)
-    write()
     print(server.sockets[0].getsockname()[1], flush=True)  # noqa: T201 - the process that started this one waits for it
     await ended.wait()
 

@@ -3,8 +3,8 @@
     edge_reader.py <port of the server> <followers> <logs>
 
 It prints a line when every follower has its head. Then each line that it reads is answered with the counts so far as
-JSON: `events`, and the latencies in nanoseconds of a sample of the events since the line before. It ends with its
-standard input.
+JSON: the `time`, the `events`, and the latencies of a sample of the events since the line before, in nanoseconds. It
+ends with its standard input.
 """
 
 import gc
@@ -72,7 +72,8 @@ class SocketFollowers:
             self._latencies.append(now - int(stamp[1]))
 
     def _tell(self) -> None:
-        print(json.dumps({"events": self._events, "latencies": self._latencies}), flush=True)  # noqa: T201 - the answer
+        counts = {"time": time.monotonic_ns(), "events": self._events, "latencies": self._latencies}
+        print(json.dumps(counts), flush=True)  # noqa: T201 - the answer
         self._latencies = []
 
 

@@ -57,7 +57,7 @@ class StampingWriter:
                 time.sleep((look - now) / 1e9)
                 continue
             look = max(look + _TICK, now)
-            if poll.poll(0) and not self._read_commands():
+            if poll.poll(0 if self._rate else None) and not self._read_commands():
                 return
             self._write(int((now - self._began) * self._rate / 1e9) + self._due_before)
 

@@ -333,7 +333,9 @@ def helper(script: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
     """A process of ours that ends with its standard input."""
     command = [sys.executable, str(_HERE / script), *arguments]
     environment = os.environ | {"PYTHONPATH": str(_HERE.parents[1])}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
