@@ -104,9 +104,7 @@ def _bridges(names: Sequence[str], folder: Path, run: Run) -> list[Bridge]:
     help="Parts to run; all if it is left out.",
 )
 @click.option("--bridges", multiple=True, type=click.Choice(BRIDGES), help="Bridges to compare; all if it is left out.")
-@click.option(
-    "--quick", is_flag=True, help="Run for a minute or two; exit with 1 if a ratio is below half of its target."
-)
+@click.option("--quick", is_flag=True, help="Run for a few minutes; exit with 1 if a ratio misses its target by half.")
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the medians, as SVG, into this file.")
 def main(

@@ -320,6 +320,21 @@ def test_a_second_of_each_server_of_events(name: str) -> None:
         assert after.latencies
 
 
+def test_servers_whose_windows_alternate_leave_each_other_alone() -> None:
+    with ExitStack() as stack:
+        rigs = [EdgeRig(stack, SERVERS[name], 4) for name in ("gateway", "raw")]
+        for rig in rigs:
+            rig.follow(8)
+        for rig in rigs:
+            window = rig.steady(2000, 1.0)
+            assert window.rate > 0
+            assert window.cpu_us > 0
+        raw = psutil.Process(rigs[1].server.process.pid)
+        before = raw.num_ctx_switches().voluntary
+        rigs[0].steady(2000, 1.0)
+        assert raw.num_ctx_switches().voluntary - before < 100  # while it is measured, it wakes 1,400 times a second
+
+
 def test_what_the_rest_of_the_machine_does_is_counted() -> None:
     burn = "import sys, time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\nsys.stdin.read()"
     ours = {os.getpid()}
