@@ -29,7 +29,7 @@ SLOW = 50
 """Jobs a second while latency is measured."""
 _WINDOWS = 3
 """Those that count. One more comes first, in which a bridge opens its connections and compiles its code."""
-_WARM_UP = 1.0
+_WARM_UP = 2.0
 _WARM_UP_JOBS = 50
 _PATIENCE = 60.0
 _COUNTED = 500
