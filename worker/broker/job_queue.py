@@ -66,7 +66,7 @@ class Delivery:
     @property
     def enqueued(self) -> int:
         """When the job was added, in Unix ms by Redis's clock."""
-        return EntryId.parse(self.id).attempt  # the first part of the entry's id
+        return int(self.id.partition("-")[0])
 
 
 class JobQueue:

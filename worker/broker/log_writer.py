@@ -103,8 +103,8 @@ class LogWriter:
     """Those who wait until nothing is pending."""
 
     def __post_init__(self) -> None:
-        self.lost = asyncio.get_running_loop().create_future()
-        self.progress = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.lost, self.progress = loop.create_future(), loop.create_future()
         self._packed_key = f"${len(self.key.encode())}\r\n{self.key}\r\n$10\r\nNOMKSTREAM\r\n$"
 
     def append(self, fields: Fields) -> None:
