@@ -6,9 +6,9 @@ a place in the window, not a queue: one that does not read falls out of the wind
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from ..client.async_client import Client
 from ..client.errors import IncompleteLog
@@ -47,6 +47,10 @@ class TailReader(Protocol):
         """Called when the log has ended, or when the reader cannot follow it any longer, which is an error."""
 
 
+_Writers: TypeAlias = tuple[list[Callable[[bytes], object]], list[TailReader]]
+"""The functions of the readers that are written to directly, and the other readers. Nobody changes the lists."""
+
+
 class Tail:
     """The newest frames of one log in one protocol, and their readers. It ends with its last reader."""
 
@@ -70,12 +74,10 @@ class Tail:
         self._encoder = encoder
         self._window: deque[Frame] = deque()
         self._size = 0
-        self._live: tuple[TailReader, ...] = ()
-        """The readers that have every frame. Each change makes a new tuple, so that one can be iterated over."""
-        self._direct: tuple[Callable[[bytes], object], ...] = ()
-        """The functions of these readers that write directly."""
-        self._others: tuple[TailReader, ...] = ()
-        """The rest of these readers."""
+        self._live: dict[TailReader, None] = {}
+        """The readers that have every frame."""
+        self._writers: _Writers | None = None
+        """What to write a frame with. Made for the next frame after a change, so that many may join between two."""
         self._ahead: list[tuple[EntryId, TailReader]] = []
         """Readers that have more of the log than the tail has received yet, or more than the log still has."""
         self._readers: dict[TailReader, None] = {}
@@ -117,25 +119,27 @@ class Tail:
                     return True
         if self.is_over:
             reader.on_tail_over(self.error)
-        elif reader not in self._live:
-            self._set_live((*self._live, reader))
+        else:
+            self._live[reader] = None
+            self._writers = None
         return True
 
     def block(self, reader: TailReader) -> None:
         """Write to a reader no more before the next call of `resume`. It has got the last frame."""
-        if reader in self._live:
-            self._set_live(other for other in self._live if other is not reader)
+        if self._live.pop(reader, self) is None:
+            self._writers = None
             reader.next, reader.position = self.end, self.last
 
     def refresh(self) -> None:
         """Use the functions that the readers have now."""
-        self._set_live(self._live)
+        self._writers = None
 
     def leave(self, reader: TailReader) -> None:
         """Remove a reader. The last one ends the tail."""
         if self._readers.pop(reader, self) is self:
             return
-        self._set_live(other for other in self._live if other is not reader)
+        self._live.pop(reader, None)
+        self._writers = None
         self._ahead = [(position, other) for position, other in self._ahead if other is not reader]
         if not self._readers and not self.is_over:
             self.is_over = True
@@ -162,10 +166,10 @@ class Tail:
         data = b"".join([frame.data for frame in group])
         return Frame(group[-1].last, data, len(group))
 
-    def _set_live(self, readers: Iterable[TailReader]) -> None:
-        self._live = live = tuple(readers)
-        self._direct = tuple([reader.direct for reader in live if reader.direct is not None])
-        self._others = tuple([reader for reader in live if reader.direct is None])
+    def _new_writers(self) -> _Writers:
+        direct = [reader.direct for reader in self._live if reader.direct is not None]
+        self._writers = writers = direct, [reader for reader in self._live if reader.direct is None]
+        return writers
 
     def _number_after(self, position: EntryId) -> int:
         """The number of the first frame after an entry."""
@@ -212,7 +216,7 @@ class Tail:
             raise _StreamOver
 
     def _write(self, frame: Frame) -> None:
-        direct, others = self._direct, self._others  # a write may change both
+        direct, others = self._writers or self._new_writers()  # a write may change them
         if direct:
             chunk = frame.chunk
             for write in direct:
