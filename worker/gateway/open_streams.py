@@ -262,8 +262,11 @@ class OpenStreams:
 
     async def _tell_positions(self, streams: list[ClientStream]) -> None:
         for stream in streams:
+            request_id = stream.waiting_request
+            if not request_id:  # it was started since the check
+                continue
             try:
-                position = await self.position(stream.waiting_request)
+                position = await self.position(request_id)
             except ClientError:
                 position = None
             if stream.waiting_request:  # it may have been started meanwhile
