@@ -336,6 +336,7 @@ async def test_readers_go_on_after_a_failover_has_lost_the_end_of_the_log(
     early = Collector(tails, log, NativeMessages())
     await early.has(6)
     await joined(early)
+    await eventually(lambda: _subscribers(log, 1))  # the tail has found the log
     await redis.delete(log.key)
     kept = WrittenLog(redis, log.id)
     await kept.write(START, delta(1, 1), delta(1, 2))
