@@ -32,7 +32,7 @@ from ..redisio.scripts import Script
 from .log_pages import RawEntry, read_raw_entries
 from .log_scripts import LOG_FUNCTIONS
 
-GRACE = 5.0
+GRACE = 1.0
 """Seconds after its deadline until a client ends a request that no worker has started: a live worker does it first."""
 
 _RETENTION, _REMEMBER = 3600, 24 * 3600
