@@ -16,6 +16,8 @@ The rules by their numbers:
 | 1 | the seal has a fence | a_former_owner_cannot_seal_… | the last entry is not compared: the former owner seals |
 | 1 | … in one step with the seal | below | two scripts, one that looks and one that seals: the former owner seals |
 | 1 | … and counts the entries | test_meddling: a_log_that_is_meddled_with_… | `done`, though text is missing |
+| 1 | … when a script ends the job | test_one_step_end: a_take_over_… | no last id: the former owner seals it |
+| 1 | … and counts the entries then too | test_one_step_end: a_log_that_lost_… | `done`, though text is missing |
 | 1 | … which is found after a lost reply | below | no seal is searched for: `LogSealed`, though it is ours |
 | 2 | after the last finish_reason only seal | below | the history is not consulted: the answer comes again |
 | 3 | `resumed` names what is kept | below, for the reader | nothing is dropped: token ids 2 and 4 are there |

@@ -150,9 +150,18 @@ async def test_finished_waits_for_a_started_that_redis_does_not_have_yet(
     client: Client, redis: Redis, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
 ) -> None:
     """The record of a later attempt is written beside the answer."""
-    order = redis_proxy.cut_before(rb"^XADD chat:lifecycle \S+ \S+ \S+ \S+ type started", times=8)
+    former = await start_worker(simulator)
+    await promise_kept(redis, await client.enqueue(chat_request()))  # Redis knows the scripts now
+    former.stop()
+
+    async def has_left() -> bool:
+        return not await redis.hlen("chat:workers")
+
+    await eventually(has_left)
+    await redis.delete("chat:lifecycle")
     request_id = await client.enqueue(chat_request())
     await begun_by_a_dead_worker(redis, request_id, {"type": "delta", "content": "The river"})
+    order = redis_proxy.cut_before(rb"^XADD chat:lifecycle \S+ \S+ \S+ \S+ type started", times=8)
     await start_worker(simulator, redis_url=redis_proxy.redis_url)
     await promise_kept(redis, request_id)
     assert order.done.is_set()
