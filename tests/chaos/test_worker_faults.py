@@ -32,19 +32,25 @@ async def slow(start_simulator: StartSimulator) -> Simulator:
     return await start_simulator(Options(scenario=Scenario(rate=10)))
 
 
+RUN = ["-m", "worker", "run"]
+STEPWISE = [str(Path(__file__).with_name("stepwise_worker.py"))]
+
+
 @pytest.mark.parametrize(
-    "before",
+    ("before", "program"),
     [
-        rb"^MULTI\nXADD \S+ NOMKSTREAM 1-[1-9]",
-        rb"^EVALSHA .* type done ",
-        rb"^XADD chat:lifecycle .* finished",
-        rb"^MULTI\nPUBLISH .*18446744073709551615-",
-        rb"^XACK",
+        (rb"^MULTI\nXADD \S+ NOMKSTREAM 1-[1-9]", RUN),
+        (rb"^EVALSHA .* type done .* XACK ", RUN),
+        (rb"^EVALSHA .* type done ", STEPWISE),
+        (rb"^XADD chat:lifecycle .* finished", STEPWISE),
+        (rb"^MULTI\nPUBLISH .*18446744073709551615-", STEPWISE),
+        (rb"^XACK", STEPWISE),
     ],
-    ids=["mid-stream", "seal", "lifecycle", "feed", "acknowledgement"],
+    ids=["mid-stream", "end", "seal", "lifecycle", "feed", "acknowledgement"],
 )
 async def test_a_worker_that_is_killed_before_it_sends_a_command(
     before: bytes,
+    program: list[str],
     client: Client,
     redis: Redis,
     redis_proxy: Proxy,
@@ -53,7 +59,7 @@ async def test_a_worker_that_is_killed_before_it_sends_a_command(
     simulator: Simulator,
 ) -> None:
     held = redis_proxy.hold(before)
-    process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url)
+    process = start_process(simulator, lease=LEASE, redis_url=redis_proxy.redis_url, program=program)
     request_id = await client.enqueue(chat_request())
     async with asyncio.timeout(60):
         await held.met.wait()
