@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncIterator
 from typing import cast
 
@@ -353,3 +354,26 @@ async def test_a_job_that_was_deleted_while_its_worker_died_is_pending_with_nobo
     await redis.xdel("chat:jobs", job)
     assert [delivery.id for delivery in await group.claim_expired("one", 5)] == [kept]
     assert (await redis.xpending("chat:jobs", GROUP))["pending"] == 1
+
+
+async def test_the_memory_of_redis_is_measured(group: Group, redis: Redis) -> None:
+    await redis.config_set("maxmemory", 300_000_000)
+    try:
+        used, limit = await group.consumer("a").memory()
+    finally:
+        await redis.config_set("maxmemory", 0)
+    assert 0 < used < limit == 300_000_000
+    assert (await group.consumer("a").memory())[1] == 0
+
+
+async def test_without_the_right_to_info_the_memory_is_unknown(redis: Redis, redis_url: str) -> None:
+    await redis.acl_setuser(
+        "blind", enabled=True, passwords="+pw", keys=["*"], commands=["-info"], categories=["+@all"]
+    )
+    group = Group(redis_url.replace("//", "//blind:pw@"))
+    try:
+        assert all(math.isnan(value) for value in await group.consumer("a").memory())
+    finally:
+        await group.commands.aclose()
+        await group.blocking.aclose()
+        await redis.acl_deluser("blind")

@@ -14,7 +14,11 @@ from worker.telemetry.stream_events import CaughtUp, EntriesDelivered, FollowerD
 
 def new_metrics(why_not_ready: str = "") -> GatewayMetrics:
     return GatewayMetrics(
-        LoopMonitor(), connections=lambda: 7, redis_answers=lambda: True, why_not_ready=lambda: why_not_ready
+        LoopMonitor(),
+        connections=lambda: 7,
+        redis_answers=lambda: True,
+        queue_served=lambda: 1,
+        why_not_ready=lambda: why_not_ready,
     )
 
 
@@ -41,6 +45,8 @@ SERVED = RequestServed(method="GET", route="/requests/{id}", path="/requests/x",
         ([EntriesDelivered(5, 700, (0.001, 0.002))], "delivery_seconds_count", {}, 2),
         ([], "connections", {}, 7),
         ([], "redis_up", {}, 1),
+        ([], "queue_served", {}, 1),
+        ([], "followers_dropped_total", {"protocol": "chat"}, 0),
     ],
 )
 def test_an_event_is_counted(events: list[Event], name: str, labels: dict[str, str], value: float) -> None:

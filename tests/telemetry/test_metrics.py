@@ -24,6 +24,7 @@ from worker.telemetry.events import (
     QueueMeasured,
     ReaderGap,
     RecordRefused,
+    RedisMeasured,
     VllmRefused,
     WriteFailed,
 )
@@ -87,6 +88,10 @@ COUNTED: list[tuple[list[Event], str]] = [
     ([IntakePaused("no_vllm", on=True)], 'vllm_relay_claims_paused{reason="no_vllm"} 1.0'),
     ([IntakePaused("no_vllm", on=True), IntakePaused("no_vllm", on=False)],
      'vllm_relay_claims_paused{reason="no_vllm"} 0.0'),
+    ([RedisMeasured(500, 1000)], "vllm_relay_redis_memory_bytes 500.0"),
+    ([RedisMeasured(500, 1000)], "vllm_relay_redis_memory_limit_bytes 1000.0"),
+    ([], "vllm_relay_redis_memory_bytes NaN"),
+    ([], 'vllm_relay_gap_seconds_count{cause="takeover"} 0.0'),
     ([QueueMeasured("default", 3, None)], 'vllm_relay_queue_waiting{queue="default"} 3.0'),
     ([QueueMeasured("default", 3, None)], 'vllm_relay_oldest_pending_seconds{queue="default"} 0.0'),
     ([QueueMeasured("default", None, 1.5)], 'vllm_relay_queue_waiting{queue="default"} NaN'),

@@ -5,6 +5,7 @@ sets the idle time to zero. When it exceeds the length of a lease, any worker ma
 (`abandoned_jobs.py`).
 """
 
+import math
 import time
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from redis.exceptions import ResponseError
 from ..contract.ids import EntryId
 from ..contract.keys import GROUP, Keys
 from ..redisio.batching import CommandBatcher
+from ..redisio.cluster import servers_of
+from ..redisio.errors import is_permission_denied
 from ..redisio.pipelined import pack
 from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
 from .consumers import HANDED_OVER, HANDED_OVER_IDLE, consumers_of, is_pseudo_consumer
@@ -230,6 +233,22 @@ class JobQueue:
             RedisError: the error that Redis returns for a write, such as an OutOfMemoryError.
         """
         await self._commands.xadd(self._keys.probe, {"type": "probe"}, nomkstream=True, maxlen=1, approximate=False)
+
+    async def memory(self) -> tuple[float, float]:
+        """The used memory and the maxmemory of Redis in bytes: in a cluster, of the master that is the fullest.
+
+        Without the right to INFO both are NaN.
+        """
+        measured = []
+        for server in await servers_of(self._commands):
+            try:
+                info = await server.info("memory")
+            except ResponseError as error:
+                if not is_permission_denied(error):
+                    raise
+                return math.nan, math.nan
+            measured.append((float(info["used_memory"]), float(info.get("maxmemory", 0))))
+        return max(measured, key=lambda memory: memory[0] / (memory[1] or math.inf))
 
     async def depth(self, queue: str) -> Depth:
         """The number of waiting jobs and the time of the oldest pending job."""

@@ -15,7 +15,7 @@ from ..contract.records import WorkerRecord
 from ..redisio.clock import Clock
 from ..redisio.retry import Backoff
 from ..settings import Settings
-from ..telemetry.events import QueueMeasured, Telemetry
+from ..telemetry.events import QueueMeasured, RedisMeasured, Telemetry
 from .pace import sleep_unless_set
 from .running_jobs import RunningJobs
 
@@ -80,7 +80,7 @@ class Maintenance:
         duties = {
             Backoff("clock_failed", self._telemetry): self._clock.sync,
             Backoff("trim_failed", self._telemetry): self._trim,
-            Backoff("measure_failed", self._telemetry): self._sample_queues,
+            Backoff("measure_failed", self._telemetry): self._sample,
             Backoff("beat_failed", self._telemetry): self._send_heartbeat,
             Backoff("expire_failed", self._telemetry): self._end_stopped_leases,
             Backoff("forget_failed", self._telemetry): self._drop_old_dead_letters,
@@ -96,6 +96,7 @@ class Maintenance:
                     if is_away:
                         for queue in self._settings.queues:
                             self._telemetry.emit(QueueMeasured(queue, None, math.nan))
+                        self._telemetry.emit(RedisMeasured(math.nan, math.nan))
                     await backoff.wait(error)
                     if is_away:
                         break  # a Redis that only refuses this duty, as when it is full, may accept the next
@@ -107,7 +108,8 @@ class Maintenance:
             await self._jobs.trim(queue)
             self._running_jobs.to_trim.discard(queue)
 
-    async def _sample_queues(self) -> None:
+    async def _sample(self) -> None:
+        self._telemetry.emit(RedisMeasured(*await self._jobs.memory()))
         for queue in self._settings.queues:
             depth = await self._jobs.depth(queue)
             oldest = None if depth.oldest is None else max(0, self._clock.now() - depth.oldest) / 1000

@@ -1,13 +1,16 @@
 """One gateway process, from its start to a clean end."""
 
 import asyncio
+import math
 import signal
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
+from ..broker.queue_depth import is_served
 from ..client.async_client import Client
 from ..contract.keys import Keys
 from ..redisio.batching import CommandBatcher
@@ -43,6 +46,7 @@ LAST_STEPS = 2.0
 """Seconds after the drain for ended streams to leave: their last bytes are written, and close frames are exchanged."""
 
 _PING_EVERY = 1.0
+_MEASURE_EVERY = 5.0
 
 
 def bind_listener(settings: GatewaySettings) -> socket.socket:
@@ -101,11 +105,12 @@ class Gateway:
             self._loop_monitor,
             connections=lambda: self.connections,
             redis_answers=lambda: self._redis_answers,
+            queue_served=lambda: self._queue_served,
             why_not_ready=self._why_not_ready,
         )
         log = LogReceiver(omit=() if settings.access_log else (RequestServed,))
         self._telemetry = telemetry = Receivers(self.metrics, log)
-        keys = Keys(settings.prefix, database_of(url))
+        self._keys = keys = Keys(settings.prefix, database_of(url))
         ring = key_ring(settings, telemetry)
         secrets = (settings.token_secret.get_secret_value(), settings.token_secret_2.get_secret_value())
         self._redis = command_client(url, timeout=min(5.0, settings.patience))
@@ -134,7 +139,7 @@ class Gateway:
             at_end=[self._streams.end_all],
             is_stopping=self._stopping.is_set,
         )
-        self._redis_answers = False
+        self._redis_answers, self._queue_served = False, math.nan
         app = build_application(self.services, self._why_not_ready, rooms)
         bounds = Bounds(settings.header_timeout, settings.body_timeout, settings.max_connections)
         self._listener = HttpListener(app, listening or bind_listener(settings), bounds, settings.keep_alive_timeout)
@@ -224,18 +229,30 @@ class Gateway:
         self._telemetry.emit(GatewayStopped(cut))
 
     async def _watch_redis(self) -> None:
-        """Ping Redis for `/readyz`. The process serves while Redis is away: it answers with 503."""
+        """Ping Redis for `/readyz`, and look for workers. While Redis is away the process serves, with status 503."""
         backoff = Backoff("redis_unavailable", self._telemetry)
+        measured_at = -math.inf
         while True:
             try:
                 await self._redis.ping()
+                if time.monotonic() - measured_at >= _MEASURE_EVERY:
+                    self._queue_served = await self._measure_queue()
+                    measured_at = time.monotonic()
             except (RedisError, OSError) as error:
-                self._redis_answers = False
+                self._redis_answers, self._queue_served = False, math.nan
+                measured_at = -math.inf
                 await backoff.wait(error)
             else:
                 self._redis_answers = True
                 backoff.reset()
                 await asyncio.sleep(_PING_EVERY)
+
+    async def _measure_queue(self) -> float:
+        """1 while a worker serves the queue of requests that name none, else 0; NaN without the rights to find out."""
+        try:
+            return await is_served(self._redis, self._keys, self._settings.queue)
+        except ResponseError:
+            return math.nan
 
     def _why_not_ready(self) -> str:
         if self._stopping.is_set():

@@ -164,6 +164,15 @@ class QueueMeasured(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RedisMeasured(Event):
+    """The memory of Redis in bytes. `limit` is its maxmemory, or 0. NaN where it is not known."""
+
+    level = "silent"
+    used: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRecreated(Event):
     """A queue's consumer group was missing, and this worker has created it again."""
 

@@ -29,6 +29,7 @@ class GatewayMetrics:
         loop: tells whether the event loop runs.
         connections: returns the number of open connections.
         redis_answers: returns whether Redis answers.
+        queue_served: returns whether a worker serves the gateway's queue; NaN while that is not known.
         why_not_ready: returns what `/readyz` answers with; empty while the process is ready.
     """
 
@@ -38,6 +39,7 @@ class GatewayMetrics:
         *,
         connections: Callable[[], float],
         redis_answers: Callable[[], bool],
+        queue_served: Callable[[], float],
         why_not_ready: Callable[[], str],
     ) -> None:
         self._loop = loop
@@ -51,6 +53,7 @@ class GatewayMetrics:
         delay.set_function(loop.delay)
         self._gauge("gateway_connections", "Open connections").set_function(connections)
         self._gauge("gateway_redis_up", "1 while Redis answers").set_function(redis_answers)
+        self._gauge("gateway_queue_served", "1 while a worker serves GATEWAY_QUEUE").set_function(queue_served)
         self._requests = self._counter("gateway_requests", "Requests that were answered", "route", "status")
         self._durations = self._histogram(
             "gateway_request_seconds", "From the head of a request to the end of its response", _DURATIONS, "route"
@@ -58,6 +61,8 @@ class GatewayMetrics:
         self._streams = self._gauge("gateway_streams", "Open streams", "protocol")
         self._ended = self._counter("gateway_streams_ended", "Streams that have ended", "protocol", "end")
         self._dropped = self._counter("gateway_followers_dropped", "Streams whose client read nothing", "protocol")
+        for protocol in ("chat", "native", "websocket"):  # a series that begins with its first drop shows no increase
+            self._dropped.labels(protocol)
         self._catch_ups = self._counter("gateway_catch_ups", "Reads of a log by a stream", "protocol", "reason")
         self._entries = self._counter("gateway_entries_delivered", "Entries that were written to clients")
         self._bytes = self._counter("gateway_bytes_delivered", "Bytes of these entries")

@@ -14,7 +14,7 @@ import asyncio
 import math
 import re
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -22,10 +22,12 @@ from ..version import version
 from .events import (
     EntriesAccepted,
     Event,
+    GapCause,
     IntakePaused,
     QueueMeasured,
     ReaderGap,
     RecordRefused,
+    RedisMeasured,
     VllmRefused,
     WriteFailed,
 )
@@ -110,6 +112,8 @@ class Metrics:
             "gap_seconds", "From an answer's last delta before an interruption to its first after it", _DURATIONS,
             "cause",
         )  # fmt: skip
+        for cause in get_args(GapCause):  # a series that begins with its first gap shows no increase for it
+            self._reader_gap.labels(cause)
         # Attempts at an answer.
         self._attempts = self._counter("attempts", "Attempts at an answer, by what began them", "reason")
         self._interrupted = self._counter("interrupted", "Answers that broke off, by how they continued", "how")
@@ -124,6 +128,10 @@ class Metrics:
         self._paused = self._gauge("claims_paused", "1 while the worker takes no jobs, by reason", "reason")
         self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job that a worker has", "queue")
         self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
+        self._memory = self._gauge("redis_memory_bytes", "Used memory of Redis; in a cluster, of its fullest master")
+        self._memory_limit = self._gauge("redis_memory_limit_bytes", "Its maxmemory; 0 is no limit")
+        self._memory.set(math.nan)  # unknown until measured
+        self._memory_limit.set(math.nan)
         # vLLM.
         self._vllm_up = self._gauge("vllm_up", "1 while a vLLM server gets requests", "endpoint")
         self._vllm_requests = self._gauge("vllm_requests", "Requests of this worker at a vLLM server", "endpoint")
@@ -179,6 +187,9 @@ class Metrics:
                 self._refused.labels(event.record).inc()
             case IntakePaused():
                 self._paused.labels(event.reason).set(event.on)
+            case RedisMeasured():
+                self._memory.set(event.used)
+                self._memory_limit.set(event.limit)
             case QueueMeasured():
                 self._waiting.labels(event.queue).set(math.nan if event.waiting is None else event.waiting)
                 self._oldest.labels(event.queue).set(event.oldest_s or 0)
