@@ -196,7 +196,6 @@ async def test_deploys_bury_no_job(
 
 async def suspected(redis: Redis, *ids: str) -> None:
     """Two workers have had these jobs, one after the other, and are gone without a delta."""
-    await redis.xgroup_create("chat:jobs", "workers", id="0", mkstream=True)
     await redis.xreadgroup("workers", "gone", {"chat:jobs": ">"})
     for request_id, (job, _) in zip(ids, await stream(redis, "chat:jobs"), strict=True):
         for attempt, kind in ((1, "started"), (2, "claimed")):

@@ -26,9 +26,31 @@ async def test_a_job_is_added_by_one_command(client: Client, redis: Redis) -> No
     for _ in range(3):
         await client.enqueue(ASK)
     calls = {name: of["calls"] for name, of in (await redis.info("commandstats")).items() if name != "cmdstat_config"}
-    in_script = {"xrange": 3, "get": 3, "time": 3, "xadd": 6, "pexpireat": 3}
+    in_script = {"xrange": 3, "get": 3, "time": 3, "exists": 3, "xadd": 6, "pexpireat": 3}
     assert calls.pop("cmdstat_config|resetstat", 1) == 1
     assert calls == {"cmdstat_evalsha": 3} | {f"cmdstat_{name}": count for name, count in in_script.items()}
+
+
+async def test_a_new_job_stream_has_the_group_that_an_autoscaler_reads(client: Client, redis: Redis) -> None:
+    for _ in range(2):
+        await client.enqueue(ASK, queue="batch")
+    (group,) = await redis.xinfo_groups("chat:jobs:batch")
+    assert (group["name"], group["pending"], group["last-delivered-id"]) == (b"workers", 0, b"0-0")
+    assert await redis.xlen("chat:jobs:batch") == 2
+
+
+async def test_a_client_without_the_right_to_create_a_group_adds_its_job(redis: Redis, redis_url: str) -> None:
+    await redis.acl_setuser(
+        "limited", enabled=True, passwords=["+secret"], keys=["*"], channels=["*"], commands=["+@all", "-xgroup"]
+    )
+    try:
+        async with Client(redis_url.replace("redis://", "redis://limited:secret@")) as limited:
+            await limited.enqueue(ASK, id="r")
+    finally:
+        await redis.acl_deluser("limited")
+    assert await redis.xlen("chat:jobs") == 1
+    assert await redis.exists(LOG)
+    assert await redis.xinfo_groups("chat:jobs") == []
 
 
 @pytest.mark.parametrize("seconds", [0.001, 1.5, YEAR])

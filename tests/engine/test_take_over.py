@@ -161,7 +161,6 @@ async def test_a_queue_whose_key_has_the_wrong_type_does_not_prevent_take_overs_
     client: Client, redis: Redis, start_worker: StartWorker, start_simulator: StartSimulator
 ) -> None:
     request_id = await client.enqueue(CHAT)
-    await redis.xgroup_create("chat:jobs", GROUP, id="0")
     await read_as(redis, "gone")
     await start_worker(await start_simulator(), lease=2, queues="bad,default")
     await eventually(lambda: has_key(redis, "chat:workers"))

@@ -183,7 +183,6 @@ async def test_parked_jobs_wait_and_are_counted_by_model(
     await record("a", lease=15)
     for _ in range(6):
         await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]})
-    await redis.xgroup_create("chat:jobs", "workers", id="0")
     for consumer, count in (
         (f"{WAITING}-:big", 1),
         (f"{WAITING}7:big|b", 1),

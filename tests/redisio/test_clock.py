@@ -45,7 +45,6 @@ async def test_a_dead_workers_job_is_taken_though_redis_shows_no_idle_time(
     redis: Redis, client: Client, start_worker: StartWorker, simulator: Simulator, *, shown: bool
 ) -> None:
     await client.enqueue({"messages": [{"role": "user", "content": "Who are you?"}]}, id="r")
-    await redis.xgroup_create("chat:jobs", GROUP, id="0")
     reply = await redis.xreadgroup(GROUP, "dead", {"chat:jobs": ">"})
     ((_, ((job, _),)),) = cast("list[tuple[bytes, list[tuple[bytes, object]]]]", reply)
     await deliver_in_an_hour(redis, "chat:jobs", "dead", job)

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from ..contract.entries import Cancelled, Queued, Started, parse_leniently
 from ..contract.job import Job, digest, is_digest_of
-from ..contract.keys import Keys
+from ..contract.keys import GROUP, Keys
 from ..contract.records import Tombstone
 from ..redisio.batching import CommandBatcher
 from ..redisio.cluster import ClusterClient
@@ -20,9 +20,12 @@ _RETENTION = 3600
 """Seconds that a log is kept after its end if the job has no `retention`: the default of WORKER_RETENTION."""
 
 # KEYS: the log, the tombstone and, if the same server has it, the job stream. ARGV: the ms until the deadline, the ms
-# for which the log is kept after it, the name of the job's field for it or nothing, the digest, the queue, and the
-# job's other fields. Returns the deadline; or, of a request that is known, the first entries and the tombstone.
+# for which the log is kept after it, the name of the job's field for it or nothing, the digest, the queue, the group,
+# and the job's other fields. Returns the deadline; or, of a request that is known, the first entries and the tombstone.
 # The job is written first: a job without `queued` is complete, while `queued` alone would pass for an enqueued job.
+# A new job stream gets the workers' group, so that an autoscaler finds the queue before the first worker has started.
+# The group comes last: with full memory Redis refuses only the first command of a script that needs memory. Without the
+# group the job is complete as well, since workers create it, so an error of XGROUP is ignored.
 _ADD = Script("""
 local known, failed = try('XRANGE', KEYS[1], '-', '+', 'COUNT', 2)
 if failed then return known end
@@ -34,12 +37,14 @@ if failed then return time end
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function text(ms) return string.format('%.0f', ms) end  -- tostring would round it to 14 digits
 local deadline = text(now + ARGV[1])
-local job = {unpack(ARGV, 6)}
+local job = {unpack(ARGV, 7)}
 if ARGV[3] ~= '' then
   table.insert(job, ARGV[3])
   table.insert(job, deadline)
 end
+local is_new = false
 if KEYS[3] then
+  is_new = call('EXISTS', KEYS[3]) == 0
   local reply, failed = try('XADD', KEYS[3], '*', unpack(job))
   if failed then return reply end
 end
@@ -47,7 +52,16 @@ local reply, failed = try('XADD', KEYS[1], '0-1', 'type', 'queued', 'v', '1', 'd
   'queue', ARGV[5], 'time', text(now))
 if failed then return reply end
 reply, failed = try('PEXPIREAT', KEYS[1], text(deadline + ARGV[2]))
+if is_new then try('XGROUP', 'CREATE', KEYS[3], ARGV[6], '0') end
 return failed and reply or deadline
+""")
+
+# The same for the job alone. KEYS: the job stream. ARGV: the group, and the job's fields.
+_ADD_TO_QUEUE = Script("""
+local is_new = call('EXISTS', KEYS[1]) == 0
+local id = call('XADD', KEYS[1], '*', unpack(ARGV, 2))
+if is_new then try('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0') end
+return id
 """)
 
 
@@ -76,6 +90,7 @@ class Enqueuer:
             "" if within is None else "deadline",
             digest(job.request, job.fallbacks),
             queue,
+            GROUP,
             *chain.from_iterable(job.to_fields().items()),
         ]
         reply = await _ADD.run(self._commands, keys, arguments)
@@ -99,7 +114,8 @@ class Enqueuer:
         adds the job. It cannot know whether the job is in the stream already, so the job may be there twice: workers
         acknowledge the second one without running it. Without another call, the log expires with the deadline.
         """
-        await self._redis.xadd(self._keys.jobs(queue), job.to_fields())  # type: ignore[arg-type]  # dict is invariant
+        fields = chain.from_iterable(job.to_fields().items())
+        await _ADD_TO_QUEUE.run(self._commands, [self._keys.jobs(queue)], [GROUP, *fields])
 
 
 def _check_same(job: Job, first_entries: list[tuple[bytes, list[bytes]]], tombstone: bytes | None) -> Queued | None:

@@ -41,6 +41,7 @@ _NO_BURIAL = "jobs that should be buried stay pending until they can be"
 _NO_WRITE_TEST = "jobs are taken while Redis takes no writes"
 _NO_TAKE_OVER = "jobs of dead workers, and jobs that were handed over or wait for a server, are not continued"
 _NO_TIDYING = "consumers of dead workers stay in the group"
+_NO_GROUP = "autoscalers do not find a new queue before a worker has started"
 _NO_TRIMMING = "the job streams are not trimmed, and the number of waiting jobs is unknown"
 
 
@@ -83,6 +84,7 @@ _PROBES = (
     _Probe(_BOTH, "XLEN @jobs", _NO_TRIMMING),
     _Probe(_BOTH, "XINFO GROUPS @jobs", _NO_TRIMMING),
     _Probe(_WORKER, f"XGROUP CREATE @jobs {GROUP} none"),
+    _Probe(_CLIENT, f"XGROUP CREATE @jobs {GROUP} none", _NO_GROUP),
     _Probe(_WORKER, f"XREADGROUP GROUP {GROUP} {_NOBODY} COUNT 1 STREAMS @jobs none"),
     _Probe(_WORKER, f"XCLAIM @jobs {GROUP} {_NOBODY} 1000000 none"),
     _Probe(_WORKER, f"XPENDING @jobs {GROUP} 0-0 0-0 1"),
