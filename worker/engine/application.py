@@ -46,6 +46,7 @@ from ..telemetry.heartbeat import HeartbeatFile
 from ..telemetry.logging import LogReceiver
 from ..telemetry.loop_monitor import LoopMonitor
 from ..telemetry.metrics import Metrics
+from ..telemetry.systemd import SystemdNotifier
 from ..version import version
 from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
@@ -93,6 +94,7 @@ class Worker:
 
         self._loop_monitor = LoopMonitor()
         self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
+        self._systemd = SystemdNotifier()
         self.metrics = Metrics(self._loop_monitor)
         self._telemetry = telemetry = Receivers(self.metrics, LogReceiver())
         self._outage = Outage(telemetry)
@@ -202,8 +204,7 @@ class Worker:
         for server in self._servers.servers:
             self._measure_at_scrape(server)
         self._started = 0
-        self._stopping = asyncio.Event()
-        self._at_once = asyncio.Event()
+        self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
 
     def _measure_at_scrape(self, server: Server) -> None:
         self.metrics.observe_server(
@@ -228,6 +229,7 @@ class Worker:
                 loop.add_signal_handler(signum, self.stop)
             try:
                 self._start_monitoring()
+                self._systemd.ready()  # before Redis answers: a restart would not help, and systemd limits a start
                 if await self._prepare():
                     deadline = await self._work()
                     await self._sign_off(deadline)
@@ -241,6 +243,7 @@ class Worker:
         if self._stopping.is_set():
             self._at_once.set()
         self._stopping.set()
+        self._systemd.stopping()
         self._intake.stop()
         self._line_intake.stop()
         self._take_over.stop()
@@ -251,8 +254,7 @@ class Worker:
             self._heartbeat.start()
         except OSError as error:
             self._telemetry.emit(HeartbeatRefused(str(error)))
-        address = self._settings.metrics
-        if not address:
+        if not (address := self._settings.metrics):
             return
         try:
             port = self.metrics.serve(*parse_address(address))
@@ -278,10 +280,8 @@ class Worker:
         finally:
             stopping.cancel()
         self._started = self._clock.now()
-        settings = self._settings
-        self._telemetry.emit(
-            WorkerStarted(version(), settings.queues, settings.slots, self._shown_redis, self._shown_vllm)
-        )
+        queues, slots = self._settings.queues, self._settings.slots
+        self._telemetry.emit(WorkerStarted(version(), queues, slots, self._shown_redis, self._shown_vllm))
         return True
 
     async def _work(self) -> float:

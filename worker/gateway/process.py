@@ -26,6 +26,7 @@ from ..telemetry.heartbeat import HeartbeatFile
 from ..telemetry.logging import LogReceiver
 from ..telemetry.loop_monitor import LoopMonitor
 from ..telemetry.server_log import forward_server_log
+from ..telemetry.systemd import SystemdNotifier
 from ..version import version
 from .access import Access
 from .application import ROOMS, Room, build_application
@@ -101,6 +102,7 @@ class Gateway:
         self._parent = parent
         self._loop_monitor = LoopMonitor()
         self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
+        self._systemd = SystemdNotifier()
         self.metrics = GatewayMetrics(
             self._loop_monitor,
             connections=lambda: self.connections,
@@ -164,7 +166,9 @@ class Gateway:
             await self._listener.start()
             host = parse_address(self._settings.listen)[0]
             self._telemetry.emit(GatewayStarted(version(), f"{host}:{self.port}", self._shown_redis))
+            self._systemd.ready()
             await self._stopping.wait()
+            self._systemd.stopping()
             await self._drain()
         finally:
             for signum in signals:
