@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 import topology
-from acl import ROLES, acl
+from acl import PASSWORD, acl
 from conftest import StartSimulator, StartWorker
 from redis.exceptions import ConnectionError as RedisConnectionError
 from topology import MEDDLING, chat_request, expected, settled, whole
@@ -88,9 +88,10 @@ async def test_the_documented_rights_suffice_under_sentinel(
     guarded: tuple[str, list[topology.Node]], start_worker: StartWorker, simulator: Simulator
 ) -> None:
     url, (master, *_) = guarded
-    for role in ROLES:
+    roles = "worker", "client"
+    for role in roles:
         master.execute("ACL", "SETUSER", *acl(role), "+role", "+select")  # the URL names database 1
-    urls = {role: url.replace("://", f"://{role}:PASSWORD@") for role in ROLES}
+    urls = {role: url.replace("://", f"://{role}:{PASSWORD}@") for role in roles}
     await start_worker(simulator, redis_url=urls["worker"])
     async with Client(urls["client"]) as client:
         answer = await client.result(await client.enqueue(chat_request("Who are you?")))

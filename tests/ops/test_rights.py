@@ -1,25 +1,18 @@
 """A Redis user without some rights: what works all the same, and what the check reports."""
 
-import asyncio
-import json
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import cast
 
 import pytest
-from acl import ROLES, acl
-from click.testing import CliRunner
+from acl import PASSWORD, acl
 from conftest import StartWorker
 from redis.asyncio import Redis
 from redis.exceptions import ExecAbortError
-from waits import eventually
 
-from worker import Claimed, Client, Delta, Entry
-from worker.cli.main import main
+from worker import Client
 from worker.ops.checks import check
 from worker.ops.findings import Finding
-from worker.ops.rights import Role, commands_of
 from worker.redisio.clients import command_client
 from worker.redisio.errors import is_permission_denied, is_transient
 from worker.sandbox.embedded_redis import EmbeddedRedis, start_redis
@@ -61,82 +54,22 @@ async def change(redis: Redis, *words: str) -> None:
 
 
 @pytest.fixture
-async def users(redis: Redis, redis_url: str) -> AsyncIterator[dict[Role, str]]:
-    """The URLs of the users that deploy/README.md defines for workers and clients."""
-    for role in ROLES:
-        await change(redis, *acl(role))
-    await redis.acl_log_reset()
-    yield {role: redis_url.replace("//", f"//{role}:PASSWORD@") for role in ROLES}
-    await redis.acl_deluser(*ROLES)
+async def worker_url(redis: Redis, redis_url: str) -> AsyncIterator[str]:
+    """The URL of the user `worker` of deploy/redis/users.acl."""
+    await change(redis, *acl("worker"))
+    yield redis_url.replace("//", f"//worker:{PASSWORD}@")
+    await redis.acl_deluser("worker")
 
 
 async def findings(url: str, simulator: Simulator, **settings: object) -> list[Finding]:
     return [it async for it in check({"redis_url": url, "vllm_urls": simulator.url, **settings})]
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_the_documented_rights_are_those_that_the_check_tries(role: Role) -> None:
-    rights = [f"+{command}" for command in commands_of(role)]
-    assert acl(role)[acl(role).index("-@all") + 1 :] == rights
-
-
-async def test_with_the_documented_rights_nothing_is_refused(
-    redis: Redis, users: dict[Role, str], start_worker: StartWorker, simulator: Simulator
-) -> None:
-    """Run jobs of every kind from start to end, and everything that goes on beside them."""
-    first = await start_worker(simulator, redis_url=users["worker"], lease=1)
-    async with Client(users["client"], queue_limit=100) as client:
-        for request in (REQUEST, REQUEST | {"simulate": {"fault": "cut", "after": 3, "times": 1}}):
-            request_id = await client.enqueue(request)
-            assert (await client.result(request_id)).text == answer_to(REQUEST["messages"])
-            assert await client.enqueue(request, id=request_id) == request_id
-            job = {"id": request_id, "request": json.dumps(request)}
-            await redis.xadd("chat:jobs", job)  # type: ignore[arg-type]  # dict is invariant
-        await redis.xadd("chat:jobs", {"id": "bad", "request": "{}"})
-        stays = await client.enqueue(REQUEST | {"simulate": {"fault": "stall", "after": 3}})
-        await reached(client, stays, Delta)
-        second = await start_worker(simulator, redis_url=users["worker"], lease=1)
-        first.stop()
-        first.stop()  # at once: the other worker takes the job over
-        await reached(client, stays, Claimed)
-        await client.cancel(stays)
-        assert (await client.result(stays)).outcome == "cancelled"
-
-    async def acknowledged() -> bool:
-        (group,) = await redis.xinfo_groups("chat:jobs")
-        return not group["pending"] and group["last-delivered-id"] == (await newest(redis, "chat:jobs"))
-
-    async def left() -> bool:
-        return not await redis.hlen("chat:workers")
-
-    await eventually(acknowledged)
-    second.stop()
-    await eventually(left)
-    command = CliRunner(env={"REDIS_URL": users["client"]})
-    for words in (["dead", "list"], ["dead", "drop", "--all", "--yes"]):
-        assert (await asyncio.to_thread(command.invoke, main, words)).exit_code == 0
-    refused = {str(entry["object"]) for entry in await redis.acl_log()}
-    assert {each for each in refused if not each.startswith("client")} == set()  # how redis-py introduces itself
-
-
-async def test_with_the_documented_rights_the_check_finds_nothing(users: dict[Role, str], simulator: Simulator) -> None:
-    found = await findings(users["worker"], simulator)
+async def test_with_the_documented_rights_the_check_finds_nothing(worker_url: str, simulator: Simulator) -> None:
+    found = await findings(worker_url, simulator)
     assert [it.message for it in found if it.level != "ok"] == [
         "the append-only file is off: a restart of Redis loses waiting jobs and logs"
     ]
-
-
-async def reached(client: Client, request_id: str, kind: type[Entry]) -> None:
-    """Follow a request up to an entry of a type."""
-    async with aclosing(client.follow(request_id)) as entries:
-        async for entry in entries:
-            if isinstance(entry, kind):
-                return
-    raise AssertionError(f"{request_id} has ended")
-
-
-async def newest(redis: Redis, key: str) -> bytes:
-    return bytes((await redis.xinfo_stream(key))["last-generated-id"])
 
 
 NOTHING = "no job can be done: the user lacks the rights "
@@ -203,10 +136,10 @@ RIGHTS: list[tuple[list[str], str, str, str]] = [
 
 @pytest.mark.parametrize(("changed", "level", "begins", "fix"), RIGHTS, ids=[" ".join(row[0]) for row in RIGHTS])
 async def test_a_missing_right_is_found_with_the_command_that_gives_it(
-    changed: list[str], level: str, begins: str, fix: str, redis: Redis, users: dict[Role, str], simulator: Simulator
+    changed: list[str], level: str, begins: str, fix: str, redis: Redis, worker_url: str, simulator: Simulator
 ) -> None:
     await change(redis, "worker", *changed)
-    found = [it for it in await findings(users["worker"], simulator) if "append-only" not in it.message]
+    found = [it for it in await findings(worker_url, simulator) if "append-only" not in it.message]
     finding = next(it for it in found if it.level != "ok")
     assert finding.level == level
     assert finding.message.startswith(begins)
@@ -215,20 +148,13 @@ async def test_a_missing_right_is_found_with_the_command_that_gives_it(
     assert [it for it in found if it.subject.startswith("vLLM")]
 
 
-async def test_rights_that_only_a_client_needs_are_no_error(users: dict[Role, str], simulator: Simulator) -> None:
-    (finding,) = [it for it in await findings(users["worker"], simulator) if "a client" in it.message]
-    assert (finding.level, finding.fix) == ("ok", "")
-    assert finding.message.endswith(": +xread +xdel +unsubscribe")
-
-
-async def test_the_check_changes_nothing(redis: Redis, users: dict[Role, str], simulator: Simulator) -> None:
+async def test_the_check_changes_nothing(redis: Redis, worker_url: str, simulator: Simulator) -> None:
     for key in ("chat:jobs", "chat:lifecycle", "chat:dead"):
         await redis.xadd(key, {"id": "r"})
     await redis.xgroup_create("chat:jobs", "workers", id="0")
     await redis.hset("chat:workers", "w", "{}")
     before = await everything(redis)
-    await findings(users["worker"], simulator)
-    await findings(users["client"], simulator)
+    await findings(worker_url, simulator)
     assert await everything(redis) == before
 
 
@@ -279,10 +205,10 @@ async def test_a_key_of_another_type_in_place_of_a_side_record_is_a_warning(
 
 
 async def test_a_transaction_refused_for_a_missing_right_is_not_a_transient_error(
-    redis: Redis, users: dict[Role, str]
+    redis: Redis, worker_url: str
 ) -> None:
     await change(redis, "worker", "-exec")
-    async with command_client(users["worker"]) as worker, worker.client() as connection:
+    async with command_client(worker_url) as worker, worker.client() as connection:
         await connection.execute_command("MULTI")  # type: ignore[no-untyped-call]
         with pytest.raises(ExecAbortError) as refusal:
             await connection.execute_command("EXEC")  # type: ignore[no-untyped-call]

@@ -26,6 +26,7 @@ from .fleet import check_fleet
 from .queues import check_queues
 from .rights import Missing, find_missing
 
+_ALL_RIGHTS = "the line `worker` of deploy/redis/users.acl has all"
 _SEE_SETTINGS = "worker run --help lists all settings with their meaning"
 
 
@@ -161,24 +162,13 @@ async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: 
     for server in servers:
         missing = await find_missing(server, keys, settings.queues, cluster=kind == "cluster", replicas=replicas)
         found |= dict.fromkeys(missing)
-    of_worker = [missing for missing in found if "worker" in missing.roles]
-    needed = [missing for missing in of_worker if not missing.without]
+    needed = [missing for missing in found if not missing.without]
     if needed:
         yield _missing_rights("error", where, "no job can be done", needed)
     names = {missing.name for missing in needed}
-    others = [missing for missing in of_worker if missing.name not in names]
+    others = [missing for missing in found if missing.name not in names]
     for without in dict.fromkeys(missing.without for missing in others):
         yield _missing_rights("warning", where, without, [one for one in others if one.without == without])
-    if of_worker:
-        return
-    of_client = {missing.name: missing for missing in found if "client" in missing.roles}
-    if of_client:
-        message = "the user has the rights of a worker; a client (enqueue, follow, cancel, dead) needs more"
-        yield Finding("ok", where, f"{message}: {' '.join(of_client)}")
-    of_gateway = {missing.name: missing for missing in found if missing.name not in of_client}
-    if of_gateway:
-        message = "the rights of a gateway are those of clients, and"
-        yield Finding("ok", where, f"{message}: {' '.join(of_gateway)}")
 
 
 def _missing_rights(level: Level, where: str, consequence: str, found: list[Missing]) -> Finding:
@@ -189,7 +179,7 @@ def _missing_rights(level: Level, where: str, consequence: str, found: list[Miss
     causes, fixes = [], []
     if rights:
         causes.append(f"the user lacks the rights {' '.join(rights)}")
-        fixes.append(f"ACL SETUSER <user> {' '.join(rights)}")
+        fixes.append(f"ACL SETUSER <user> {' '.join(rights)} ({_ALL_RIGHTS})")
     if commands:
         causes.append(f"Redis does not know {', '.join(commands)}: renamed or disabled")
         fixes.append("restore the names of the commands (rename-command in Redis's configuration)")

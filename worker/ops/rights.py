@@ -1,4 +1,4 @@
-"""The rights in Redis that a worker, a client and a gateway need, and which of them a user lacks.
+"""The rights in Redis that a worker needs, and which of them a user lacks: those of `worker` in deploy/redis/users.acl.
 
 Redis checks a user's rights before it checks a command's arguments. So each command is sent once in a form that has no
 effect: with an id that no entry can have, or to a key that never exists. Other replies are ignored.
@@ -7,7 +7,7 @@ effect: with an id that no entry can have, or to a key that never exists. Other 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -16,21 +16,17 @@ from ..contract.keys import GROUP, Keys
 from ..redisio.errors import is_permission_denied, is_unknown_command
 from ..redisio.pipelined import PipelinedConnection, pack
 
-Role: TypeAlias = Literal["worker", "client", "gateway"]
-_WORKER: frozenset[Role] = frozenset(("worker",))
-_CLIENT: frozenset[Role] = frozenset(("client", "gateway"))  # a gateway is a client
-_GATEWAY: frozenset[Role] = frozenset(("gateway",))
-_BOTH = _WORKER | _CLIENT
-
 _NOBODY = ".check"
 """A placeholder for a request id. Request ids have no dot, so its log and its tombstone never exist."""
 
 _KEY_PATTERNS = {
     "@jobs": "jobs*", "@tokens": "tokens:*", "@ended": "ended:*", "@lifecycle": "lifecycle", "@dead": "dead",
     "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
-    "@gateway": "gateway:*",
 }  # fmt: skip
 """The patterns of keys and channels for the placeholders in probes, without the prefix, in the form of ACL SETUSER."""
+
+_CONTAINERS = frozenset(("COMMAND", "XGROUP", "XINFO"))
+"""Commands of which a user may have the right to a single subcommand."""
 
 # The consequences of missing rights.
 _NO_FEED = "the feed is silent, and followers read the logs instead"
@@ -41,7 +37,6 @@ _NO_BURIAL = "jobs that should be buried stay pending until they can be"
 _NO_WRITE_TEST = "jobs are taken while Redis takes no writes"
 _NO_TAKE_OVER = "jobs of dead workers, and jobs that were handed over or wait for a server, are not continued"
 _NO_TIDYING = "consumers of dead workers stay in the group"
-_NO_GROUP = "autoscalers do not find a new queue before a worker has started"
 _NO_TRIMMING = "the job streams are not trimmed, and the number of waiting jobs is unknown"
 
 
@@ -52,7 +47,6 @@ class _Probe:
     `without` is the consequence if a worker lacks the right; empty if no job can be done without the right.
     """
 
-    roles: frozenset[Role]
     words: str
     without: str = ""
     where: Literal["", "cluster", "replicas"] = ""
@@ -60,75 +54,52 @@ class _Probe:
 
 
 _PROBES = (
-    _Probe(_BOTH, "TIME"),
-    _Probe(_CLIENT, "PING"),
-    _Probe(_WORKER, "PING", _NO_HINTS),
-    _Probe(_WORKER, "INFO server", "version, memory and storage of Redis are not checked"),
-    _Probe(_BOTH, "EVALSHA none 1 @tokens"),
-    _Probe(_BOTH, "EVAL return 1 @tokens"),
-    _Probe(_BOTH, "XADD @tokens 0-0 type check"),
-    _Probe(_BOTH, "XRANGE @tokens 0-0 0-0"),
-    _Probe(_BOTH, "XREVRANGE @tokens 0-0 0-0"),
-    _Probe(_CLIENT, "XREAD COUNT 1 STREAMS @tokens 0-0"),
-    _Probe(_WORKER, "XLEN @tokens"),
-    _Probe(_WORKER, "XINFO STREAM @tokens"),
-    _Probe(_BOTH, "EXISTS @tokens"),
-    _Probe(_BOTH, "EXPIRE @tokens 1"),
-    _Probe(_BOTH, "PEXPIREAT @tokens 1"),
-    _Probe(_BOTH, "EXISTS @ended"),
-    _Probe(_BOTH, "SET @ended check XX EX 1"),
-    _Probe(_BOTH, "GET @ended"),
-    _Probe(_CLIENT, "XADD @jobs 0-0 type check"),
-    _Probe(_BOTH, "EXISTS @jobs"),
-    _Probe(_BOTH, "XRANGE @jobs 0-0 0-0"),
-    _Probe(_BOTH, "XLEN @jobs", _NO_TRIMMING),
-    _Probe(_BOTH, "XINFO GROUPS @jobs", _NO_TRIMMING),
-    _Probe(_WORKER, f"XGROUP CREATE @jobs {GROUP} none"),
-    _Probe(_CLIENT, f"XGROUP CREATE @jobs {GROUP} none", _NO_GROUP),
-    _Probe(_WORKER, f"XREADGROUP GROUP {GROUP} {_NOBODY} COUNT 1 STREAMS @jobs none"),
-    _Probe(_WORKER, f"XCLAIM @jobs {GROUP} {_NOBODY} 1000000 none"),
-    _Probe(_WORKER, f"XPENDING @jobs {GROUP} 0-0 0-0 1"),
-    _Probe(_WORKER, f"XACK @jobs {GROUP} 0-0"),
-    _Probe(_WORKER, "XTRIM @jobs MINID 0-0", _NO_TRIMMING),
-    _Probe(_WORKER, f"XINFO CONSUMERS @jobs {GROUP}", _NO_TAKE_OVER),
-    _Probe(_WORKER, f"XGROUP DELCONSUMER @jobs {GROUP} {_NOBODY}", _NO_TIDYING),
-    _Probe(_WORKER, "XADD @probe NOMKSTREAM 0-0 type check", _NO_WRITE_TEST),
-    _Probe(_WORKER, "XADD @lifecycle 0-0 type check", _NO_LIFECYCLE),
-    _Probe(_WORKER, "XLEN @lifecycle", _NO_LIFECYCLE),  # finds a key of another type
-    _Probe(_WORKER, "XADD @dead 0-0 type check", _NO_BURIAL),
-    _Probe(_WORKER, "XTRIM @dead MINID 0-0", _NO_BURIAL),
-    _Probe(_BOTH, "XREVRANGE @dead 0-0 0-0", _NO_BURIAL),
-    _Probe(_CLIENT, "XRANGE @dead 0-0 0-0"),
-    _Probe(_CLIENT, "XDEL @dead 0-0"),
-    _Probe(_WORKER, f"HSET @workers {_NOBODY} 1 {_NOBODY}", _NO_RECORD),  # the second field has no value
-    _Probe(_WORKER, f"HDEL @workers {_NOBODY}", _NO_RECORD),
-    _Probe(_BOTH, "HGETALL @workers", _NO_RECORD),
-    _Probe(_WORKER, "HKEYS @workers", _NO_RECORD),
-    _Probe(_BOTH, "PUBLISH @feed []", _NO_FEED),
-    _Probe(_CLIENT, f"PUBLISH @cancel {_NOBODY}"),
-    _Probe(_BOTH, "SPUBLISH @feed []", _NO_FEED, "cluster"),
-    _Probe(_WORKER, "COMMAND INFO SPUBLISH", _NO_FEED, "cluster"),
-    _Probe(_WORKER, "WAIT 0 0", where="replicas"),
-    _Probe(_GATEWAY, "INCRBY @gateway none"),
-    _Probe(_GATEWAY, "ZADD @gateway XX 1 none"),
-    _Probe(_GATEWAY, "ZREM @gateway none"),
-    _Probe(_GATEWAY, "ZCARD @gateway"),
-    _Probe(_GATEWAY, "ZSCORE @gateway none"),
-    _Probe(_GATEWAY, "ZRANGE @gateway 0 0"),
-    _Probe(_GATEWAY, "ZREVRANGE @gateway 0 0"),
-    _Probe(_GATEWAY, "ZREVRANGEBYSCORE @gateway 0 0"),
-    _Probe(_GATEWAY, "ZREMRANGEBYSCORE @gateway 0 0"),
-    _Probe(_GATEWAY, "EXPIRE @gateway 1"),
-    _Probe(_GATEWAY, "PEXPIRE @gateway 1"),
-    _Probe(_GATEWAY, "PUBSUB NUMSUB"),
+    _Probe("TIME"),
+    _Probe("PING", _NO_HINTS),
+    _Probe("INFO server", "version, memory and storage of Redis are not checked"),
+    _Probe("EVALSHA none 1 @tokens"),
+    _Probe("EVAL return 1 @tokens"),
+    _Probe("XADD @tokens 0-0 type check"),
+    _Probe("XRANGE @tokens 0-0 0-0"),
+    _Probe("XREVRANGE @tokens 0-0 0-0"),
+    _Probe("XLEN @tokens"),
+    _Probe("XINFO STREAM @tokens"),
+    _Probe("EXISTS @tokens"),
+    _Probe("EXPIRE @tokens 1"),
+    _Probe("PEXPIREAT @tokens 1"),
+    _Probe("EXISTS @ended"),
+    _Probe("SET @ended check XX EX 1"),
+    _Probe("GET @ended"),
+    _Probe("EXISTS @jobs"),
+    _Probe("XRANGE @jobs 0-0 0-0"),
+    _Probe("XLEN @jobs", _NO_TRIMMING),
+    _Probe("XINFO GROUPS @jobs", _NO_TRIMMING),
+    _Probe(f"XGROUP CREATE @jobs {GROUP} none"),
+    _Probe(f"XREADGROUP GROUP {GROUP} {_NOBODY} COUNT 1 STREAMS @jobs none"),
+    _Probe(f"XCLAIM @jobs {GROUP} {_NOBODY} 1000000 none"),
+    _Probe(f"XPENDING @jobs {GROUP} 0-0 0-0 1"),
+    _Probe(f"XACK @jobs {GROUP} 0-0"),
+    _Probe("XTRIM @jobs MINID 0-0", _NO_TRIMMING),
+    _Probe(f"XINFO CONSUMERS @jobs {GROUP}", _NO_TAKE_OVER),
+    _Probe(f"XGROUP DELCONSUMER @jobs {GROUP} {_NOBODY}", _NO_TIDYING),
+    _Probe("XADD @probe NOMKSTREAM 0-0 type check", _NO_WRITE_TEST),
+    _Probe("XADD @lifecycle 0-0 type check", _NO_LIFECYCLE),
+    _Probe("XLEN @lifecycle", _NO_LIFECYCLE),  # finds a key of another type
+    _Probe("XADD @dead 0-0 type check", _NO_BURIAL),
+    _Probe("XTRIM @dead MINID 0-0", _NO_BURIAL),
+    _Probe("XREVRANGE @dead 0-0 0-0", _NO_BURIAL),
+    _Probe(f"HSET @workers {_NOBODY} 1 {_NOBODY}", _NO_RECORD),  # the second field has no value
+    _Probe(f"HDEL @workers {_NOBODY}", _NO_RECORD),
+    _Probe("HGETALL @workers", _NO_RECORD),
+    _Probe("HKEYS @workers", _NO_RECORD),
+    _Probe("PUBLISH @feed []", _NO_FEED),
+    _Probe("SPUBLISH @feed []", _NO_FEED, "cluster"),
+    _Probe("COMMAND INFO SPUBLISH", _NO_FEED, "cluster"),
+    _Probe("WAIT 0 0", where="replicas"),
     # Commands that change the state of the connection come last.
-    _Probe(_WORKER | _GATEWAY, "MULTI"),
-    _Probe(_WORKER | _GATEWAY, "EXEC"),
-    _Probe(_WORKER, "SUBSCRIBE @cancel", _NO_HINTS),
-    _Probe(_CLIENT, "SUBSCRIBE @feed"),
-    _Probe(_CLIENT, "UNSUBSCRIBE @feed"),
-    _Probe(_CLIENT, "SSUBSCRIBE @feed", where="cluster"),
-    _Probe(_CLIENT, "SUNSUBSCRIBE @feed", where="cluster"),
+    _Probe("MULTI"),
+    _Probe("EXEC"),
+    _Probe("SUBSCRIBE @cancel", _NO_HINTS),
 )
 
 
@@ -142,7 +113,6 @@ class Missing:
 
     kind: Literal["right", "command", "key"]
     name: str
-    roles: frozenset[Role]
     without: str = ""
 
 
@@ -175,27 +145,19 @@ async def find_missing(
     return list(dict.fromkeys(filter(None, found)))
 
 
-def commands_of(role: Role, where: Literal["", "cluster"] = "") -> list[str]:
-    """The commands that a worker, a client or a gateway uses, in the form of ACL SETUSER without the +.
-
-    With `where`, only the commands that it uses only in a cluster.
-    """
-    own = [probe for probe in _PROBES if role in probe.roles and (probe.where == "cluster") == (where == "cluster")]
-    return sorted({probe.words.split()[0].lower() for probe in own})
-
-
 def _missing_by(probe: _Probe, refusal: ResponseError, keys: Keys) -> Missing | None:
     command, *rest = probe.words.split()
     word = next((word for word in rest if word in _KEY_PATTERNS), "")
     pattern = f"{keys.prefix}:{_KEY_PATTERNS[word]}" if word else ""
     if is_unknown_command(refusal):  # the feed of a cluster is sharded only from Redis 7 on
-        return None if probe.where == "cluster" else Missing("command", command, probe.roles, probe.without)
+        return None if probe.where == "cluster" else Missing("command", command, probe.without)
     if is_permission_denied(refusal):
         if found := re.search(r"access (?:one of the|an?|the) (key|channel)", str(refusal)):
-            return Missing("right", f"{'~' if found[1] == 'key' else '&'}{pattern}", probe.roles, probe.without)
-        return Missing("right", f"+{command.lower()}", probe.roles, probe.without)
+            return Missing("right", f"{'~' if found[1] == 'key' else '&'}{pattern}", probe.without)
+        name = f"{command}|{rest[0]}" if command in _CONTAINERS else command
+        return Missing("right", f"+{name.lower()}", probe.without)
     if str(refusal).startswith("WRONGTYPE") and word in ("@lifecycle", "@dead", "@workers"):
-        return Missing("key", pattern, probe.roles, probe.without)
+        return Missing("key", pattern, probe.without)
     return None
 
 
@@ -204,8 +166,6 @@ def _resolved(word: str, keys: Keys, queue: str) -> str:
     match word:
         case "@jobs":
             return keys.jobs(queue)
-        case "@gateway":
-            return keys.running(_NOBODY)
         case "@tokens" | "@ended" | "@feed":
             return str(getattr(keys, word[1:])(_NOBODY))
         case _:

@@ -51,7 +51,7 @@ _ADVICE: tuple[tuple[type[Exception], str, str], ...] = (
     ),
     (
         exceptions.NoPermissionError, "",
-        "give the user that right (Rights in Redis, deploy/README.md): ACL SETUSER <user> +<command> ~<prefix>:*",
+        "give the user the rights of its line in deploy/redis/users.acl: ACL SETUSER <user> +<command> ~<prefix>:*",
     ),
     (exceptions.RedisError, "DB index", "set REDIS_URL to a database that exists: 0 to 15 by default"),
     (exceptions.MovedError, "", _CLUSTER),
