@@ -1,0 +1,27 @@
+"""The files of `deploy/` as data, for tests."""
+
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+KUBERNETES = sorted(set((DEPLOY / "kubernetes").glob("*.yaml")) - {DEPLOY / "kubernetes/kustomization.yaml"})
+
+Document: TypeAlias = dict[str, Any]
+
+
+def documents(path: Path) -> list[Document]:
+    """All documents of a YAML file."""
+    return cast("list[Document]", list(yaml.safe_load_all(path.read_text())))
+
+
+def resource(kind: str, name: str) -> Document:
+    """A resource of the Kubernetes manifests."""
+    (found,) = [
+        each
+        for path in KUBERNETES
+        for each in documents(path)
+        if each["kind"] == kind and each["metadata"]["name"] == name
+    ]
+    return found
