@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker.settings import PREFIX, ConfigError, Settings, load_settings, redacted_url, variable
+from worker.gateway.settings import GATEWAY_SOURCE
+from worker.settings import PREFIX, WORKER_SOURCE, ConfigError, Settings, load_settings, redacted_url, variable
+from worker.settings_source import SettingsSource
 
 NO_REDIS_URL = (
     "must be a URL such as redis://127.0.0.1:6379/0, rediss://… or unix:///path, "
@@ -393,3 +395,114 @@ def test_an_error_about_a_secret_does_not_contain_it(monkeypatch: pytest.MonkeyP
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert redacted_url(url) == shown
+
+
+# Secrets in files
+
+
+SECRET = "hunter2-0123456789-0123456789-0123456789"
+SOURCES: list[tuple[SettingsSource[Any], str, str, dict[str, str]]] = [
+    (WORKER_SOURCE, "redis_url", f"redis://:{SECRET}@h/1", {}),
+    (GATEWAY_SOURCE, "redis_url", f"redis://:{SECRET}@h/1", {"GATEWAY_NO_AUTH": "1"}),
+    (GATEWAY_SOURCE, "token_secret", SECRET, {"GATEWAY_KEYS_FILE": "/dev/null"}),
+    (GATEWAY_SOURCE, "token_secret_2", SECRET, {"GATEWAY_NO_AUTH": "1"}),
+]
+in_files = pytest.mark.parametrize(
+    ("source", "name", "secret", "others"), SOURCES, ids=[f"{row[0].prefix}{row[1]}" for row in SOURCES]
+)
+
+
+def set_file(
+    monkeypatch: pytest.MonkeyPatch, source: SettingsSource[Any], name: str, others: dict[str, str], path: Path
+) -> str:
+    """Set the variable for the file of a secret, and others; returns the name of that variable."""
+    file = source.variable(f"{name}_file")
+    for variable_name, value in {**others, file: str(path)}.items():
+        monkeypatch.setenv(variable_name, value)
+    return file
+
+
+@in_files
+def test_a_secret_may_be_in_a_file_that_ends_in_a_newline(
+    source: SettingsSource[Any], name: str, secret: str, others: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    file = tmp_path / "secret"
+    file.write_text(f"{secret}\n")
+    set_file(monkeypatch, source, name, others, file)
+    settings = source.load()
+    assert getattr(settings, name).get_secret_value() == secret
+    assert SECRET not in repr(settings)
+
+
+@in_files
+def test_a_file_without_a_usable_secret_is_an_error_that_does_not_show_it(
+    source: SettingsSource[Any], name: str, secret: str, others: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    file = tmp_path / "secret"
+    variable_name = set_file(monkeypatch, source, name, others, file)
+    invalid = f"http://:{SECRET}@h" if name == "redis_url" else SECRET[:20]
+    for content, words in (
+        (None, "names a file that cannot be read: No such file or directory"),
+        (b" \n", "names a file that is empty"),
+        (secret.encode() + b"\xff", "names a file that is not UTF-8, or is no path"),
+        (invalid.encode(), NO_REDIS_URL if name == "redis_url" else "is too short"),
+    ):
+        if content is not None:
+            file.write_bytes(content)
+        (problem,) = problems_with(source)
+        assert problem.startswith(f"{variable_name} {words}")
+        assert "hunter2" not in problem
+    file.unlink()
+    file.mkdir()
+    assert problems_with(source) == [f"{variable_name} names a file that cannot be read: Is a directory"]
+
+
+@in_files
+def test_a_secret_in_place_of_its_files_path_is_not_shown(
+    source: SettingsSource[Any], name: str, secret: str, others: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_file(monkeypatch, source, name, others, Path(secret))
+    (problem,) = problems_with(source)
+    assert "hunter2" not in problem
+
+
+@in_files
+def test_a_secret_and_its_file_exclude_each_other(
+    source: SettingsSource[Any], name: str, secret: str, others: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    file = tmp_path / "secret"
+    file.write_text(secret)
+    variable_name = set_file(monkeypatch, source, name, others, file)
+    monkeypatch.setenv(source.variable(name), secret)
+    assert problems_with(source) == [f"{source.variable(name)} and {variable_name} are both set: remove one of them"]
+
+
+def problems_with(source: SettingsSource[Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        source.load()
+    return list(caught.value.problems)
+
+
+def test_an_option_takes_the_place_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL_FILE", "/nowhere")
+    assert load_settings(redis_url="redis://option").redis_url.get_secret_value() == "redis://option"
+
+
+def test_a_command_with_few_settings_reads_the_files_of_these_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text("redis://file")
+    monkeypatch.setenv("REDIS_URL_FILE", str(file))
+    assert load_settings(("redis_url",)).redis_url.get_secret_value() == "redis://file"
+    file.unlink()
+    assert load_settings(("prefix",)).redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
+
+
+def test_the_keys_of_a_gateway_are_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"KEYS": "[[keys]]", "KEYS_FILE": "/dev/null", "TOKEN_SECRET": SECRET}.items():
+        monkeypatch.setenv(f"GATEWAY_{name}", value)
+    assert problems_with(GATEWAY_SOURCE) == ["GATEWAY_KEYS and GATEWAY_KEYS_FILE are both set: remove one of them"]

@@ -23,7 +23,8 @@ from .vllm.http.target import base_url
 
 PREFIX = "WORKER_"
 _OWN_NAMES = {
-    name: name.upper() for name in ("redis_url", "vllm_urls", "vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
+    name: name.upper()
+    for name in ("redis_url", "redis_url_file", "vllm_urls", "vllm_api_key", "vllm_api_key_2", "vllm_api_key_file")
 }
 _SECRET = frozenset({"redis_url", "vllm_api_key", "vllm_api_key_2"})
 _DAY = 24 * 3600
@@ -47,6 +48,11 @@ class Settings(CheckedSettings):
             "URL of Redis: redis://, rediss:// (TLS), unix://, redis+sentinel://host,host2/<master name> or "
             "redis+cluster://host,host2. Logs and errors never show its password"
         ),
+    )
+    redis_url_file: str = Field(
+        "",
+        validation_alias="REDIS_URL_FILE",
+        description="File that contains the URL of Redis, in place of REDIS_URL. It is read at the start",
     )
     vllm_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         ("http://127.0.0.1:8000",),
@@ -195,7 +201,7 @@ class Settings(CheckedSettings):
         return ApiKeys(*(key.get_secret_value() for key in given), file=file)
 
 
-WORKER_SOURCE = SettingsSource(Settings, PREFIX, _OWN_NAMES, _SECRET, {"VLLM_URL": "vllm_urls"})
+WORKER_SOURCE = SettingsSource(Settings, PREFIX, _OWN_NAMES, _SECRET, {"VLLM_URL": "vllm_urls"}, ("redis_url",))
 
 
 def load_settings(only: Collection[str] = (), /, **options: object) -> Settings:

@@ -55,6 +55,7 @@ class SettingsSource(Generic[_S]):
         own_names: the variables of settings that have no prefix.
         secret: settings whose value no error shows.
         aliases: further variables, and the settings that they mean.
+        files: secret settings that may be in a file, whose path is the setting of the same name with `_file`.
     """
 
     def __init__(
@@ -64,12 +65,14 @@ class SettingsSource(Generic[_S]):
         own_names: Mapping[str, str],
         secret: Collection[str],
         aliases: Mapping[str, str] | None = None,
+        files: Collection[str] = (),
     ) -> None:
         self.kind = kind
         self.prefix = prefix
         self._own_names = own_names
         self._secret = secret
         self._aliases = aliases or {}
+        self._files = files
 
     def load(self, only: Collection[str] = (), /, **options: object) -> _S:
         """Read the settings. An option that is None counts as not set, so the environment decides.
@@ -81,7 +84,7 @@ class SettingsSource(Generic[_S]):
             ConfigError: when a variable has a bad value or a name that is nearly a setting's. The error lists them all.
         """
         fields = self.kind.model_fields
-        used = [name for name in fields if name in only or not only]
+        used = [name for name in fields if name in only or name.removesuffix("_file") in only or not only]
         given = {
             self._own_names.get(name, name): field.get_default() for name, field in fields.items() if name not in used
         }
@@ -91,7 +94,9 @@ class SettingsSource(Generic[_S]):
             in_file = dotenv_values(env_file) if env_file.is_file() else {}
         except UnicodeDecodeError:
             raise ConfigError([f"{env_file} is not UTF-8: save it as UTF-8"]) from None
-        problems, unknown = [], []
+        from_files, problems = self._read_files(used, options, {**in_file, **os.environ})
+        given |= {self._own_names.get(name, name): secret for name, secret in from_files.items()}
+        unknown = []
         for names, where in ((in_file, f" (in {env_file})"), (os.environ, "")):
             for name in sorted(filter(self._is_unknown, names)):
                 near = next((own for own in map(self.variable, used) if self._is_misspelt(name.upper(), own)), "")
@@ -102,7 +107,9 @@ class SettingsSource(Generic[_S]):
         try:
             settings = self.kind(_env_file=env_file, **given)  # type: ignore[call-arg]  # pydantic checks them
         except ValidationError as error:
-            raise ConfigError([*problems, *map(self._sentence, error.errors())]) from None
+            # An error without a location is about several settings. It may follow from a problem that is listed.
+            errors = [each for each in error.errors() if each["loc"] or not problems]
+            raise ConfigError([*problems, *(self._sentence(each, from_files) for each in errors)]) from None
         if problems:
             raise ConfigError(problems)
         settings._unknown = tuple(unknown)  # noqa: SLF001 - pydantic has no other way to keep what is not a setting
@@ -111,6 +118,35 @@ class SettingsSource(Generic[_S]):
     def variable(self, name: str) -> str:
         """The environment variable of a setting."""
         return self._own_names.get(name, self.prefix + name.upper())
+
+    def _read_files(
+        self, used: Collection[str], options: Mapping[str, object], variables: Mapping[str, str | None]
+    ) -> tuple[dict[str, str], list[str]]:
+        """The secrets in files, and the problems with these. An option for a secret takes the place of its file."""
+        variables = {name.upper(): value for name, value in variables.items() if value}
+        secrets, problems = {}, []
+        for name in self._files:
+            own, own_file = self.variable(name), self.variable(f"{name}_file")
+            path = options.get(f"{name}_file") or variables.get(own_file)
+            if name not in used or not path or options.get(name) is not None:
+                continue
+            if own in variables:
+                problems.append(f"{own} and {own_file} are both set: remove one of them")
+                continue
+            try:
+                secret = Path(str(path)).read_text("utf-8").strip()
+            except OSError as error:  # the message must not contain the path: it may be the secret, by mistake
+                problems.append(
+                    f"{own_file} names a file that cannot be read: {error.strerror or type(error).__name__}"
+                )
+            except ValueError:
+                problems.append(f"{own_file} names a file that is not UTF-8, or is no path")
+            else:
+                if secret:
+                    secrets[name] = secret
+                else:
+                    problems.append(f"{own_file} names a file that is empty")
+        return secrets, problems
 
     def _is_unknown(self, name: str) -> bool:
         """Whether a variable has the prefix, and is neither a setting nor from Kubernetes (a service of that name)."""
@@ -133,7 +169,7 @@ class SettingsSource(Generic[_S]):
         limit = 1 if len(meant) < _LONG_NAME else 2
         return max(map(len, rest)) <= limit or (len(rest[0]) == len(rest[1]) == 2 and rest[0] == rest[1][::-1])
 
-    def _sentence(self, error: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
+    def _sentence(self, error: Any, from_files: Collection[str]) -> str:  # noqa: ANN401 - pydantic's ErrorDetails is private
         # pydantic names the alias where there is one.
         fields = {self.variable(name): name for name in self.kind.model_fields} | dict(self._aliases)
         message = str(error["msg"]).removeprefix("Value error, ")
@@ -142,7 +178,7 @@ class SettingsSource(Generic[_S]):
         location = str(error["loc"][0])
         name = fields.get(location.upper(), location)
         value = "" if name in self._secret else f" is {str(error['input'])[:80]!r}:"
-        own = self.variable(name)
+        own = self.variable(f"{name}_file" if name in from_files else name)
         text = f"{own} {message}" if error["type"] == "value_error" else f"{own}{value} {message}"
         return text[:1] + text[1:].replace("Input should", "it should")
 

@@ -19,7 +19,7 @@ from ..settings import parse_address
 from ..settings_source import CheckedSettings, ConfigError, SettingsSource
 
 PREFIX = "GATEWAY_"
-_OWN_NAMES = {"redis_url": "REDIS_URL", "prefix": "WORKER_PREFIX"}
+_OWN_NAMES = {"redis_url": "REDIS_URL", "redis_url_file": "REDIS_URL_FILE", "prefix": "WORKER_PREFIX"}
 _SECRET = frozenset({"redis_url", "keys", "token_secret", "token_secret_2"})
 _DAY = 24 * 3600
 _SHORTEST_SECRET = 32
@@ -37,6 +37,11 @@ class GatewaySettings(CheckedSettings):
         validation_alias="REDIS_URL",
         description="URL of the workers' Redis, in the forms that `worker run` takes",
     )
+    redis_url_file: str = Field(
+        "",
+        validation_alias="REDIS_URL_FILE",
+        description="File that contains the URL of Redis, in place of REDIS_URL. It is read at the start",
+    )
     prefix: str = Field(
         "chat",
         validation_alias="WORKER_PREFIX",
@@ -53,8 +58,14 @@ class GatewaySettings(CheckedSettings):
     token_secret: SecretStr = Field(
         SecretStr(""), description="Secret that signs the read tokens of requests, at least 32 characters"
     )
+    token_secret_file: str = Field(
+        "", description="File that contains this secret, in place of GATEWAY_TOKEN_SECRET. It is read at the start"
+    )
     token_secret_2: SecretStr = Field(
         SecretStr(""), description="Second secret, whose read tokens are valid too: for the rotation of secrets"
+    )
+    token_secret_2_file: str = Field(
+        "", description="File that contains the second secret, in place of GATEWAY_TOKEN_SECRET_2"
     )
     token_lifetime: int = Field(3600, ge=1, le=30 * _DAY, description="Seconds for which a read token is valid")
     no_auth: bool = Field(
@@ -189,6 +200,8 @@ class GatewaySettings(CheckedSettings):
                 f"to 127.0.0.1:{parse_address(self.listen)[1]}, or set GATEWAY_KEYS_FILE in place of GATEWAY_NO_AUTH"
             )
         has_keys = bool(self.keys_file or self.keys.get_secret_value())
+        if self.keys_file and self.keys.get_secret_value():
+            raise ValueError("GATEWAY_KEYS and GATEWAY_KEYS_FILE are both set: remove one of them")
         if self.no_auth and has_keys:
             raise ValueError("GATEWAY_NO_AUTH and API keys exclude each other: remove one of them")
         if not self.no_auth and not has_keys:
@@ -198,8 +211,8 @@ class GatewaySettings(CheckedSettings):
             )
         if has_keys and not self.token_secret.get_secret_value():
             raise ValueError(
-                "GATEWAY_TOKEN_SECRET is empty, and read tokens need it: set it to the output of "
-                "`openssl rand -hex 32`, the same for all replicas"
+                "GATEWAY_TOKEN_SECRET is empty, and read tokens need it: set it, or the content of the file that "
+                "GATEWAY_TOKEN_SECRET_FILE names, to the output of `openssl rand -hex 32`, the same for all replicas"
             )
         return self
 
@@ -215,7 +228,9 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-GATEWAY_SOURCE = SettingsSource(GatewaySettings, PREFIX, _OWN_NAMES, _SECRET)
+GATEWAY_SOURCE = SettingsSource(
+    GatewaySettings, PREFIX, _OWN_NAMES, _SECRET, files=("redis_url", "token_secret", "token_secret_2")
+)
 
 
 def load_gateway_settings(only: Collection[str] = (), /, **options: object) -> GatewaySettings:
