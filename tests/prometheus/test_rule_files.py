@@ -23,7 +23,7 @@ def promtool(*arguments: object, stdin: str = "") -> str:
     """The standard output of a run that succeeds."""
     program = find_program("promtool")
     done = subprocess.run(
-        [program, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=120, check=False
+        [program, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=170, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
