@@ -14,6 +14,7 @@ from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Simulator
 
 END = rb"^EVALSHA .* type done .* XACK "
+SEAL = rb"^EVALSHA (?!.* XACK ).* type done "
 
 
 async def types(redis: Redis, request_id: str) -> list[str]:
@@ -133,6 +134,26 @@ async def test_a_job_whose_end_lacks_a_right_waits_for_it(
     assert await pending(redis) == 1
     await redis.acl_setuser("limited", enabled=True, commands=[f"+{command}" for command in commands])
     await promise_kept(redis, request_id)
+
+
+async def test_a_job_that_must_stop_tries_no_single_step_after_its_script_has_failed(
+    client: Client, redis_proxy: Proxy, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    """Before a silent Redis, each step would delay the end of the process by a timeout."""
+    end, seal = redis_proxy.hold(END), redis_proxy.hold(SEAL)
+    worker = await start_worker(simulator, redis_url=redis_proxy.redis_url, drain_timeout=0)
+    await client.enqueue(chat_request(simulate={"rate": 1}))
+    await client.enqueue(chat_request())
+    await end.met.wait()
+    worker.stop()
+
+    async def are_running(count: int) -> bool:
+        return metric(worker, "jobs_running") == count
+
+    await eventually(lambda: are_running(1))  # the other one has left its answer
+    await redis_proxy.cut()
+    await eventually(lambda: are_running(0))
+    assert not seal.met.is_set()
 
 
 async def test_a_feed_that_is_refused_ends_no_job_late(

@@ -21,7 +21,7 @@ from ..contract.job import INVALID, MAX_OTHER_FIELDS_BYTES, InvalidJob, Job
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.retry import RetryUntilAvailable
 from ..telemetry.job_events import DuplicateFound, JobBuried, JobFinished
-from .job_context import UNREAD, JobContext, JobServices
+from .job_context import UNREAD, JobContext, JobServices, Stopped
 
 _SLOT_RELEASED_AFTER = 0.2
 """Seconds that the steps after the seal may take before the job releases its slot."""
@@ -59,6 +59,9 @@ class Settlement:
         """End a job with an answer, unless its usage must be counted, or its `started` record waits for Redis.
 
         Returns false if the steps must be done one by one.
+
+        Raises:
+            Stopped: when the script has failed and the job must stop.
         """
         job = self._job
         if not (isinstance(end, Done) and end.usage and isinstance(job.parsed, Job)):
@@ -72,6 +75,8 @@ class Settlement:
         )
         if is_done:
             self._report(answer)
+        elif job.stop.done():  # Redis may be silent: another try would delay the end of the process
+            raise Stopped
         return is_done
 
     async def _seal_log(self, log: LogWriter, end: Terminal) -> Answer:
