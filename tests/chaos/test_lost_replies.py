@@ -11,8 +11,8 @@ from worker.sandbox.simulator.server import Options, Scenario
 
 STARTED = rb"^EVALSHA .* type started "
 DELTAS = rb"^MULTI\nXADD \S+ NOMKSTREAM 1-\d+ type delta"
-END = rb"^EVALSHA .* type done .* XACK "
-SEAL = rb"^EVALSHA (?!.* XACK ).* type (done|error) "
+END = rb"^EVALSHA .* type done .* type finished "
+SEAL = rb"^EVALSHA (?!.* type finished ).* type (done|error) "
 CONFIRM = rb"^EVALSHA \S+ 2 chat:tokens:\S+ chat:ended:\S+ \d+ \{\S+ \d+$"
 LIFECYCLE = rb"^XADD chat:lifecycle .* finished"
 FEED = rb"^MULTI\nPUBLISH"

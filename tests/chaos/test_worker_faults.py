@@ -40,7 +40,7 @@ STEPWISE = [str(Path(__file__).with_name("stepwise_worker.py"))]
     ("before", "program"),
     [
         (rb"^MULTI\nXADD \S+ NOMKSTREAM 1-[1-9]", RUN),
-        (rb"^EVALSHA .* type done .* XACK ", RUN),
+        (rb"^EVALSHA .* type done .* type finished ", RUN),
         (rb"^EVALSHA .* type done ", STEPWISE),
         (rb"^XADD chat:lifecycle .* finished", STEPWISE),
         (rb"^MULTI\nPUBLISH .*18446744073709551615-", STEPWISE),

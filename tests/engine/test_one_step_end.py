@@ -13,8 +13,8 @@ from worker import Client
 from worker.engine.application import Worker
 from worker.sandbox.simulator.server import Simulator
 
-END = rb"^EVALSHA .* type done .* XACK "
-SEAL = rb"^EVALSHA (?!.* XACK ).* type done "
+END = rb"^EVALSHA .* type done .* type finished "
+SEAL = rb"^EVALSHA (?!.* type finished ).* type done "
 
 
 async def types(redis: Redis, request_id: str) -> list[str]:

@@ -17,23 +17,27 @@ from .lifecycle import LifecycleWriter
 from .log_writer import LogWriter
 from .publisher import Publisher
 
-_END = Script("""
+_END = Script(f"""
 local last = call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if not last or last[1] ~= ARGV[1] or call('XLEN', KEYS[1]) ~= tonumber(ARGV[2]) then return 0 end
-local first = 3
-while ARGV[first] do
-  local next = first + 1 + ARGV[first]
-  call(unpack(ARGV, first + 1, next - 1))
-  first = next
-end
+local record = 12 + ARGV[11]
+call('XADD', KEYS[1], 'NOMKSTREAM', '{SEAL}', unpack(ARGV, 12, record - 1))
+call('EXPIRE', KEYS[1], ARGV[3])
+call('SET', ARGV[4], ARGV[5], 'EX', ARGV[6])
+call('XADD', unpack(ARGV, record))
+if ARGV[8] ~= '' then call('PUBLISH', ARGV[7], ARGV[8]) end
+call('XACK', ARGV[9], '{GROUP}', ARGV[10])
 return 1
 """)
-"""Executes commands, up to the first that Redis refuses, if the log ends as its owner knows it: the seal's fence.
+"""Ends a job, up to the first command that Redis refuses, if the log ends as its owner knows it: the seal's fence.
 
-KEYS is the log. ARGV: the id of the last entry and the number of entries that the log must have; then each command as
-the number of its words, and the words. Returns 1 when all were executed, 0 when none was.
+KEYS is the log. ARGV: the id of the last entry and the number of entries that the log must have; seconds until it
+expires; the tombstone's key, the tombstone, and seconds until that expires; the feed's channel and the message to it,
+empty for none; the job's stream and id; the number of words of the seal, and these; the words of the XADD to the
+lifecycle. Returns 1 when all commands were executed, 0 when none was.
 
-The keys of the commands are no KEYS: Redis would refuse the whole call to a user who has no right to the lifecycle.
+The other keys are no KEYS: Redis would refuse the whole call to a user who has no right to the lifecycle. Each argument
+costs Redis time, so ARGV has no words that the script knows.
 """
 
 
@@ -69,19 +73,16 @@ class JobEnder:
             return False
         seal = to_fields(end)
         ended, jobs = self._keys.ended(log.request_id), self._keys.jobs(delivery.queue)
-        commands: list[tuple[str, ...]] = [
-            ("XADD", log.key, "NOMKSTREAM", str(SEAL), *chain(*seal.items())),
-            ("EXPIRE", log.key, str(retention)),
-            ("SET", ended, to_json(tombstone), "EX", str(remember)),
-            ("XADD", *self._lifecycle.words(record)),
-        ]
         unpublished = self._feed.take_unpublished(log)
-        if unpublished is not None:
-            commands.append(("PUBLISH", log.feed, encode([*unpublished, (str(SEAL), seal)]).decode()))
-        commands.append(("XACK", jobs, GROUP, delivery.id))
-        arguments = [str(log.accepted), str(log.length)]
-        for words in commands:
-            arguments += str(len(words)), *words
+        message = "" if unpublished is None else encode([*unpublished, (str(SEAL), seal)]).decode()
+        arguments = (
+            *(str(log.accepted), str(log.length), str(retention)),
+            *(ended, to_json(tombstone), str(remember)),
+            *(log.feed, message),
+            *(jobs, delivery.id),
+            *(str(2 * len(seal)), *chain(*seal.items())),
+            *self._lifecycle.words(record),
+        )
         try:
             if await _END.run(self._batcher, [log.key], arguments):
                 return True
