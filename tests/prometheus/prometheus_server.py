@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -79,20 +79,28 @@ class Prometheus:
             if alert["state"] == "firing"
         }
 
-    async def until_fired(self, *names: str) -> None:
-        """Wait until each of these alerts has fired, not necessarily at the same time."""
+    async def until_fired(
+        self, *names: str, meanwhile: Callable[[], Awaitable[object]] | None = None
+    ) -> dict[str, str]:
+        """Wait until each of these alerts has fired, not necessarily at the same time; returns all summaries.
+
+        `meanwhile` is called about twice a second until then: it keeps the fault going.
+        """
         seen: dict[str, str] = {}
 
         async def have_fired() -> bool:
             seen.update(await self.firing())
-            await asyncio.sleep(0.2)  # as Prometheus itself looks only once a second
+            if meanwhile is not None:
+                await meanwhile()
+            await asyncio.sleep(0.4)  # Prometheus itself looks only once a second
             return set(names) <= set(seen)
 
         try:
             await eventually(have_fired, within=_PATIENCE)
         except TimeoutError:
             pytest.fail(f"{set(names) - set(seen)} did not fire, {seen} did")
-        assert not [text for text in seen.values() if "error" in text and "template" in text]
+        assert not [text for text in seen.values() if "error expanding template" in text]
+        return seen
 
     async def until_scraped(self, *jobs: str) -> None:
         """Wait until each target of these jobs has been scraped."""

@@ -1,0 +1,320 @@
+"""Each alert is fired by its real fault, in a real Prometheus; a healthy system raises none.
+
+Prometheus scrapes real workers and gateways. Windows and `for` are a thirtieth of the shipped ones.
+"""
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import pytest
+from conftest import StartProcess, StartSimulator
+from edge_fixtures import StartReplica
+from prometheus_server import ALERTS, FASTER, faster_rules, prometheus
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+from replicas import free_port, replica_process
+from waits import eventually
+
+from worker import Client
+from worker.contract.entries import Started, to_fields
+from worker.contract.ids import EntryId
+from worker.contract.keys import Keys
+from worker.sandbox.embedded_redis import start_redis
+from worker.sandbox.simulator.server import Options, Scenario, Simulator
+
+WORKER, GATEWAY = "vllm-relay-worker", "vllm-relay-gateway"
+pytestmark = pytest.mark.timeout(400)
+BLOCKING = str(Path(__file__).parents[1] / "telemetry/blocking_worker.py")
+
+
+def ask(**fields: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "Who are you?"}], **fields}
+
+
+def at(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
+async def fill(redis: Redis) -> None:
+    while True:
+        await redis.rpush("rest", b"x" * 50_000)
+
+
+@asynccontextmanager
+async def kept_busy(client: Client, **fields: object) -> AsyncIterator[None]:
+    """Five requests a second, until the block ends."""
+
+    async def add() -> None:
+        while True:
+            await client.enqueue(ask(**fields))
+            await asyncio.sleep(0.2)
+
+    adding = asyncio.create_task(add())
+    try:
+        yield
+    finally:
+        adding.cancel()
+        with suppress(asyncio.CancelledError):
+            await adding
+
+
+def test_the_fast_rules_differ_from_the_shipped_ones_in_durations_alone() -> None:
+    shipped, fast = ALERTS.read_text().splitlines(), faster_rules().splitlines()
+    changed = [line for line, other in zip(shipped, fast, strict=True) if line != other]
+    assert all("[" in line or " for: " in line for line in changed)
+    assert sum(" for: " in line for line in changed) == sum(" for: " in line for line in shipped)
+    assert FASTER == 30
+    assert "[10000ms]" in faster_rules()
+
+
+async def test_a_healthy_system_raises_no_alert(
+    tmp_path: Path, start_process: StartProcess, start_replica: StartReplica, simulator: Simulator, client: Client
+) -> None:
+    one, two, edge = free_port(), free_port(), free_port()
+    for port in (one, two):
+        start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    replica = await start_replica(metrics=at(edge))
+    async with (
+        prometheus(tmp_path, {WORKER: [one, two], GATEWAY: [edge]}) as server,
+        kept_busy(client),
+        httpx.AsyncClient(base_url=replica.url, timeout=60) as http,
+    ):
+
+        async def watched_for_a_minute() -> bool:
+            answer = await http.post("/v1/chat/completions", json=ask(model="reciter", stream=True))
+            assert answer.status_code == 200
+            found = await server.query(f'min(count_over_time(up{{job=~"{WORKER}|{GATEWAY}"}}[1h]))')
+            return bool(found) and float(found[0]["value"][1]) >= 60
+
+        await eventually(watched_for_a_minute, within=170)
+        assert not await server.query('count_over_time(ALERTS{alertstate="firing"}[1h])')
+        rules = await server.rules()
+        assert rules
+        assert all(rule["health"] == "ok" for rule in rules)
+        answers = await server.query("sum(vllm_relay_first_delta_seconds_count)")
+        assert float(answers[0]["value"][1]) > 50
+
+
+async def test_a_killed_worker_leaves_its_queue_without_one(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client
+) -> None:
+    port = free_port()
+    worker: Popen[bytes] = start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server:
+        await eventually(lambda: server.query("vllm_relay_queue_waiting"))
+        worker.kill()
+        await server.until_fired("ProcessIsAway", "QueueLostItsWorkers")
+
+
+async def test_a_gateway_with_a_queue_that_nobody_serves(
+    tmp_path: Path, start_process: StartProcess, start_replica: StartReplica, simulator: Simulator, client: Client
+) -> None:
+    start_process(simulator)
+    await eventually(client.is_served)
+    wrong, right = free_port(), free_port()
+    await start_replica(metrics=at(wrong), queue="misspelled")
+    await start_replica(metrics=at(right))
+    async with prometheus(tmp_path, {GATEWAY: [wrong], "vllm-relay-right": [right]}) as server:
+        seen = await server.until_fired("GatewayQueueIsUnserved")
+        assert GATEWAY in seen["GatewayQueueIsUnserved"]
+        served = await server.query("vllm_relay_gateway_queue_served == 1")
+        assert [sample["metric"]["job"] for sample in served] == ["vllm-relay-right"]
+
+
+async def test_a_server_that_ends(tmp_path: Path, start_process: StartProcess, client: Client) -> None:
+    port = free_port()
+    async with Simulator() as simulator:
+        start_process(simulator, metrics=at(port))
+        await client.result(await client.enqueue(ask()))
+    async with prometheus(tmp_path, {WORKER: [port]}) as server, kept_busy(client):
+        await server.until_fired("ServerIsAway", "WorkerTakesNoJobs")
+
+
+async def test_a_server_that_stalls_in_the_middle_of_answers(
+    tmp_path: Path, start_process: StartProcess, start_simulator: StartSimulator, client: Client
+) -> None:
+    simulator = await start_simulator(Options(scenario=Scenario(tokens=20, fault="stall", after=5, times=1)))
+    port = free_port()
+    start_process(simulator, metrics=at(port), gap_timeout=33, on_interrupt="resume")
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server:
+        await client.enqueue(ask())
+        await server.until_fired("ServerIsSilent", "ReadersWaitedLong")
+
+
+async def test_a_server_that_sends_a_token_every_six_seconds(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client
+) -> None:
+    port = free_port()
+    start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    async with (
+        prometheus(tmp_path, {WORKER: [port]}) as server,
+        kept_busy(client, simulate={"tokens": 3, "rate": 1 / 6}),
+    ):
+        await server.until_fired("AnswersStall")
+
+
+async def test_a_server_that_begins_its_answers_late(
+    tmp_path: Path, start_process: StartProcess, start_simulator: StartSimulator, client: Client
+) -> None:
+    simulator = await start_simulator(Options(scenario=Scenario(tokens=5, first_token=25)))
+    port = free_port()
+    start_process(simulator, metrics=at(port), slots=20)
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server, kept_busy(client):
+        await server.until_fired("NoAnswerBegins", "FirstDeltaBudgetBurnsFast", "FirstDeltaBudgetBurnsSlowly")
+
+
+async def test_jobs_that_fail(
+    tmp_path: Path, start_process: StartProcess, start_simulator: StartSimulator, client: Client
+) -> None:
+    simulator = await start_simulator(Options(rejects=frozenset({"logit_bias"})))
+    port = free_port()
+    start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server, kept_busy(client, logit_bias={"1": 1}):
+        await server.until_fired("JobsFail")
+
+
+async def test_a_dead_letter(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client, redis: Redis
+) -> None:
+    port = free_port()
+    start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server:
+        await redis.xadd("chat:jobs", {"id": "bad", "request": "no JSON"})
+        await server.until_fired("JobsAreBuried")
+
+
+async def test_a_queue_that_grows_and_jobs_that_wait_long(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client, redis: Redis
+) -> None:
+    if int((await redis.info("server"))["redis_version"].split(".")[0]) < 7:
+        pytest.skip("Redis 6.2 does not count waiting jobs")
+    port = free_port()
+    start_process(simulator, metrics=at(port), slots=1)
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server:
+        for _ in range(150):
+            await client.enqueue(ask(simulate={"tokens": 4, "rate": 2}))
+        async with kept_busy(client, simulate={"tokens": 4, "rate": 2}):
+            await server.until_fired("QueueGrows", "JobsWaitLong")
+
+
+async def test_a_worker_that_stood_still_has_lost_its_leases(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client
+) -> None:
+    one, two = free_port(), free_port()
+    first: Popen[bytes] = start_process(simulator, metrics=at(one))
+    async with prometheus(tmp_path, {WORKER: [one]}) as server:
+        request_id = await client.enqueue(ask(simulate={"tokens": 300, "rate": 10}))
+        await eventually(lambda: server.query("vllm_relay_jobs_running > 0"))
+        first.send_signal(signal.SIGSTOP)
+        try:
+            start_process(simulator, metrics=at(two))
+
+            async def taken_over() -> bool:
+                async with httpx.AsyncClient() as http:
+                    with suppress(httpx.TransportError):
+                        return "vllm_relay_jobs_running 1.0" in (await http.get(f"http://{at(two)}/metrics")).text
+                    return False
+
+            await eventually(taken_over)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        await server.until_fired("LeasesAreLost")
+        await client.cancel(request_id)
+
+
+async def test_a_blocked_event_loop(
+    tmp_path: Path, start_process: StartProcess, simulator: Simulator, client: Client
+) -> None:
+    port = free_port()
+    worker: Popen[bytes] = start_process(simulator, program=[BLOCKING, "20"], metrics=at(port))
+    await eventually(client.is_served)
+    async with prometheus(tmp_path, {WORKER: [port]}) as server:
+        worker.send_signal(signal.SIGUSR1)
+        await server.until_fired("EventLoopIsStuck")
+
+
+async def test_a_redis_that_fills(
+    tmp_path: Path, redis_binary: Path, start_process: StartProcess, simulator: Simulator
+) -> None:
+    port = free_port()
+    with start_redis(redis_binary, "--maxmemory", "100mb", "--maxmemory-policy", "noeviction") as own:
+        worker: Popen[bytes] = start_process(simulator, redis_url=own.url, metrics=at(port))
+        async with Client(own.url) as client, Redis.from_url(own.url, protocol=2) as redis:
+            await eventually(client.is_served)
+            await redis.setrange("ballast", 55_000_000, "x")
+            async with prometheus(tmp_path, {WORKER: [port]}) as server:
+                await server.until_fired(
+                    "RedisIsFullInFourHours", meanwhile=lambda: redis.append("more", b"x" * 50_000)
+                )
+                with pytest.raises(OutOfMemoryError):
+                    await fill(redis)
+                await server.until_fired("RedisIsNearlyFull")
+        worker.terminate()
+        assert await asyncio.to_thread(worker.wait, 60) == 0
+
+
+async def test_a_redis_that_ends(
+    tmp_path: Path,
+    redis_binary: Path,
+    start_process: StartProcess,
+    simulator: Simulator,
+) -> None:
+    port, edge = free_port(), free_port()
+    with start_redis(redis_binary) as own:
+        start_process(simulator, redis_url=own.url, metrics=at(port))
+        async with Client(own.url) as client:
+            await eventually(client.is_served)
+        async with (
+            replica_process(own.url, metrics=at(edge), patience=1) as replica,
+            prometheus(tmp_path, {WORKER: [port], GATEWAY: [edge]}) as server,
+            httpx.AsyncClient(base_url=replica.url, timeout=60) as http,
+        ):
+            assert own.process is not None
+            own.process.kill()
+
+            async def request() -> None:
+                assert (await http.post("/requests", json=ask())).status_code == 503
+
+            await server.until_fired(
+                "WorkerTakesNoJobs", "GatewayLosesRedis", "GatewayRefusesRequests", meanwhile=request
+            )
+
+
+async def test_clients_that_read_nothing(
+    tmp_path: Path, start_replica: StartReplica, client: Client, redis: Redis
+) -> None:
+    edge = free_port()
+    replica = await start_replica(metrics=at(edge), write_timeout=1)
+    request_id = await client.enqueue(ask())
+    key = Keys().tokens(request_id)
+    pipe = redis.pipeline(transaction=False)
+    started = Started(id=EntryId(1, 0), queue="default", job="1-1", worker="w", owner="o", time=1)
+    pipe.xadd(key, to_fields(started), id="1-0")  # type: ignore[arg-type]  # dict is invariant
+    for n in range(10_000):
+        pipe.xadd(key, {"type": "delta", "content": "x" * 500}, id=f"1-{n + 1}")
+    pipe.expire(key, 600)
+    await pipe.execute()
+    async with prometheus(tmp_path, {GATEWAY: [edge]}) as server:
+        with ExitStack() as clients:
+
+            async def connect() -> None:
+                client = clients.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", replica.port))
+                client.sendall(f"GET /requests/{request_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+            await server.until_fired("GatewayDropsStreams", meanwhile=connect)
