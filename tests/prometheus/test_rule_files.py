@@ -17,6 +17,7 @@ from worker.sandbox.simulator.server import Simulator
 
 ALERTS = ROOT / "deploy/alerts.yaml"
 SITUATIONS = Path(__file__).with_name("alerts_test.yaml")
+FAULTS = Path(__file__).with_name("test_faults.py")
 
 
 def promtool(*arguments: object, stdin: str = "") -> str:
@@ -42,8 +43,9 @@ def test_each_alert_fires_in_its_situation_alone() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_each_alert_has_a_situation(name: str) -> None:
+def test_each_alert_has_a_situation_and_a_real_fault(name: str) -> None:
     assert f'alertname="{name}"' in SITUATIONS.read_text()
+    assert f'"{name}"' in FAULTS.read_text()
 
 
 async def test_the_pages_of_metrics_are_valid(
