@@ -90,7 +90,9 @@ class FleetWorker:
         self._blocking = blocking_client(world.url, 1)
         connection_type = gated(self.gate)
         self._batcher = batcher = CommandBatcher(self._commands, connection_type)
-        self._jobs = JobQueue(self._commands, self._blocking, Keys(), name, LEASE, batcher=batcher)
+        self._jobs = JobQueue(
+            self._commands, self._blocking, Keys(), name, LEASE, batcher=batcher, connection_type=connection_type
+        )
         self._abandoned = AbandonedJobs(self._commands, Keys(), name, LEASE)
         self._parked = ParkedJobs(self._commands, Keys(), name, LEASE, _now)
         publishing = command_client(world.url, connections=1)

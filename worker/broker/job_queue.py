@@ -19,7 +19,7 @@ from ..contract.keys import GROUP, Keys
 from ..redisio.batching import CommandBatcher
 from ..redisio.cluster import servers_of
 from ..redisio.errors import is_permission_denied
-from ..redisio.pipelined import pack
+from ..redisio.pipelined import PipelinedConnection, pack
 from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
 from .consumers import HANDED_OVER, HANDED_OVER_IDLE, consumers_of, is_pseudo_consumer
 from .queue_depth import Depth, depth_of
@@ -76,12 +76,13 @@ class JobQueue:
     """One worker's access to the job streams. `consumer` is unique to the process; `lease` is in seconds.
 
     `blocking` is the client for reads that wait, `commands` the client for all other commands. `batcher` sends the
-    acknowledgements.
+    acknowledgements. `connection_type` is the class of the connections that wait for new jobs.
     """
 
     def __init__(
         self, commands: Redis, blocking: Redis, keys: Keys, consumer: str, lease: float,
         telemetry: Telemetry = NO_TELEMETRY, batcher: CommandBatcher | None = None,
+        connection_type: type[PipelinedConnection] = PipelinedConnection,
     ) -> None:  # fmt: skip
         self._commands = commands
         self._batcher = batcher or CommandBatcher(commands)
@@ -89,6 +90,7 @@ class JobQueue:
         self._keys = keys
         self._consumer = consumer
         self._lease_ms = int(lease * 1000)
+        self._connection_type = connection_type
         self._readers: dict[str, CommandBatcher] = {}
         """A connection for each queue, on which its reads wait: a tenth of the time of redis-py's command."""
         self._reported = float("-inf")
@@ -108,7 +110,7 @@ class JobQueue:
         limits = (b"COUNT", b"%d" % count, b"BLOCK", b"%d" % block_ms)
         command = pack(b"XREADGROUP", b"GROUP", GROUP.encode(), self._consumer.encode(), *limits, b"STREAMS", key, b">")
         if queue not in self._readers:
-            self._readers[queue] = CommandBatcher(self._blocking)
+            self._readers[queue] = CommandBatcher(self._blocking, self._connection_type)
         try:
             (reply,) = await self._readers[queue].execute(self._keys.jobs(queue), command, 1)
         except ResponseError as error:
