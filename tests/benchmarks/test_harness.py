@@ -245,7 +245,8 @@ def test_a_bridge_that_loses_text_fails() -> None:
         jobs.burst(5, 10)
 
 
-def test_a_bridge_that_falls_behind_has_a_rate_and_a_note_only() -> None:
+def test_a_bridge_that_falls_behind_has_a_rate_and_a_note_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("short._WARM_UP", 0)  # else it may answer all of its jobs before the first window
     run = Run(seconds=1.0, rung_seconds=1.0, show=lambda _: None)
     contestant = Contestant(tiny_bridge(2000, WORDS[:10]), run)
     try:

@@ -142,7 +142,7 @@ async def test_a_job_that_meets_an_error_of_the_worker_at_each_take_over_is_ende
     simulator: Simulator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def fault(*_: object) -> None:
+    async def fault(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(LogOwnership, "acquire", fault)

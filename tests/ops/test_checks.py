@@ -439,7 +439,9 @@ async def test_trouble_on_the_way_to_redis_is_found_with_its_fix(
     unhelpful: dict[str, int],
 ) -> None:  # fmt: skip
     url = url.format(plain=urlsplit(redis_url).port, tls=secure[0], ca=secure[1], **unhelpful)
-    (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url, redis_timeout=0.5), "Redis")
+    # Only where Redis never answers is the limit part of the case: a TLS handshake may take long on a busy machine.
+    limit = 0.5 if words in {"", "Timeout", "Timeout reading"} else 60
+    (finding,) = about(await found(redis_url=url, vllm_urls=simulator.url, redis_timeout=limit), "Redis")
     assert finding.level == "error"
     assert words.lower() in finding.message.lower().replace("`", "'")
     assert finding.fix.startswith(fix)
