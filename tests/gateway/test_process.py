@@ -83,9 +83,12 @@ async def test_metrics_count_requests_and_streams(start_gateway: StartGateway, h
     async def is_open() -> bool:
         return sample("streams", protocol="native") == 1
 
+    async def is_counted() -> bool:  # once the note of the request is in Redis, a moment after its response
+        return sample("requests_total", route="/requests", status="202") == 1
+
     async with open_stream(gateway.port, request_id):
         await eventually(is_open)
-        assert sample("requests_total", route="/requests", status="202") == 1
+        await eventually(is_counted)
         assert sample("connections") >= 1
 
     async def has_ended() -> bool:
@@ -95,7 +98,11 @@ async def test_metrics_count_requests_and_streams(start_gateway: StartGateway, h
     assert sample("streams_ended_total", protocol="native", end="left") == 1
     for path in ("/nowhere", f"/requests/{'x' * 40}"):
         await http.get(f"{gateway.url}{path}")
-    assert sample("requests_total", route="other", status="404") == 1, "a path that a client chooses is no label"
+
+    async def has_no_label_of_the_path() -> bool:
+        return sample("requests_total", route="other", status="404") == 1
+
+    await eventually(has_no_label_of_the_path)
 
     async def redis_is_up() -> bool:
         return sample("redis_up") == 1
