@@ -307,13 +307,18 @@ async def test_a_retry_attaches_though_bytes_were_sent(
 
 
 async def test_a_retry_does_not_attach_to_an_answer_that_somebody_has_got(
-    gateway: Served, simulator: Simulator, start_worker: StartWorker
+    gateway: Served, redis: Redis, simulator: Simulator, start_worker: StartWorker
 ) -> None:
     await start_worker(simulator)
+
+    async def nobody_may_attach() -> bool:
+        return not [key async for key in redis.scan_iter("chat:gateway:asked:*")]
+
     for _ in range(3):
         post = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
         await post.read_head()
         await post.read_events()
+        await eventually(nobody_may_attach)
         post.close()
     assert len(simulator.served) == 3
 
