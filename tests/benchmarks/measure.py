@@ -88,9 +88,13 @@ def undisturbed(measured: int, others: Iterable[int]) -> Iterator[None]:
 
 
 def session_niceness(pid: int) -> int:
-    """The niceness of the session of a process; 0 if the process has ended, or where the kernel has no autogroups."""
+    """The niceness of the session of a process; 0 if it has ended, or if it is in no autogroup.
+
+    The file is missing in a kernel without autogroups, and empty for a process whose session is as old as the kernel,
+    such as those of a container whose first process made no session.
+    """
     with suppress(OSError):
-        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2])
+        return int(Path(f"/proc/{pid}/autogroup").read_text().rpartition(" ")[2] or 0)
     return 0
 
 

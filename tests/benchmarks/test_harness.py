@@ -383,11 +383,23 @@ def test_processes_come_before_all_else_for_a_while_only_where_that_is_allowed()
             if may_come_first(one.pid):
                 assert os.sched_getscheduler(other.pid) == os.SCHED_FIFO
                 assert os.getpriority(os.PRIO_PROCESS, one.pid) < before
-                if Path("/proc/self/autogroup").exists():
+                if in_an_autogroup(one.pid):
                     assert session_niceness(one.pid) < session
         assert os.sched_getscheduler(other.pid) == os.SCHED_OTHER
         assert os.getpriority(os.PRIO_PROCESS, one.pid) == before
         assert session_niceness(one.pid) == session
+
+
+def in_an_autogroup(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/autogroup").read_text() != ""
+    except OSError:
+        return False
+
+
+def test_a_process_outside_of_autogroups_has_no_niceness_of_its_session() -> None:
+    """The kernel's own threads are in no autogroup; in some containers no process is."""
+    assert session_niceness(2) == 0
 
 
 def test_a_process_that_comes_first_does_not_take_this_session_with_it() -> None:
