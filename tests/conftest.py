@@ -39,7 +39,7 @@ settings.load_profile("suite")
 # Tests start some two hundred Python processes. Without compiled files, each would compile the package for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-_MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers")
+_MAY_STAY = (b"chat:jobs", b"chat:dead", b"chat:lifecycle", b"chat:workers", b"chat:control", b"chat:queues")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

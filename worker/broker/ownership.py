@@ -44,8 +44,9 @@ _NO_END = "its end was deleted, and Redis takes no other"
 class LogOwnership:
     """Acquires, continues, seals and finalizes the logs of requests for this process.
 
-    `nonce` distinguishes the process from every other one, including an earlier one of the same worker name. `replicas`
-    must have the end of a log before its job is acknowledged. `now` returns Redis's time in Unix ms.
+    `worker` is the worker's name. `nonce` distinguishes the process from every other one, including an earlier one of
+    the same worker name. `replicas` must have the end of a log before its job is acknowledged. `now` returns Redis's
+    time in Unix ms.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class LogOwnership:
         self._keys = keys
         self._jobs = jobs
         self._publisher = publisher
-        self._worker = worker
+        self.worker = worker
         self._nonce = nonce
         self._now = now
         self._replicas = replicas or Replicas()
@@ -257,7 +258,7 @@ class LogOwnership:
     ) -> Acquired | LogState:
         """Write `1-0` into a log that has, and had, no attempt, unless the request has ended. Else return its state."""
         started = Started(
-            id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
+            id=EntryId(1, 0), queue=delivery.queue, job=delivery.id, worker=self.worker, owner=self._nonce,
             time=self._now(), digest=digest, delivery=delivery.count,
         )  # fmt: skip
         fields = to_fields(started)
@@ -279,7 +280,7 @@ class LogOwnership:
     ) -> int | None:
         """Write `<attempt>-0`, which fences every earlier attempt. Returns the log's length; None if Redis refused."""
         claimed = Claimed(
-            id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self._worker, owner=self._nonce,
+            id=EntryId(attempt, 0), queue=delivery.queue, job=delivery.id, worker=self.worker, owner=self._nonce,
             time=self._now(), reason=reason, delivery=count,
         )  # fmt: skip
         key = self._keys.tokens(request_id)

@@ -15,6 +15,11 @@ def is_queue_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
 
 
+PAUSE = "pause:"
+DRAIN = "drain:"
+"""What the fields of the control hash begin with, before the name of a queue or of a worker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """The keys of one installation. Installations that share a Redis have different prefixes or databases."""
@@ -66,6 +71,20 @@ class Keys:
     def workers(self) -> str:
         """The hash with one field for each live worker."""
         return f"{self.prefix}:workers"
+
+    @property
+    def control(self) -> str:
+        """The hash of what operators ask of the workers, and the pub/sub channel of hints that it has changed.
+
+        A field is `pause:<queue>` or `drain:<worker>`, its value a `ControlEntry`. All databases share the channel: a
+        hint only means that the hash should be read.
+        """
+        return f"{self.prefix}:control"
+
+    @property
+    def queues(self) -> str:
+        """The set of the names of all queues that a producer or a worker has used."""
+        return f"{self.prefix}:queues"
 
     @property
     def probe(self) -> str:

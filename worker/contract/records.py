@@ -28,7 +28,8 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of the lifecycle stream: a request has `started` or `finished`.
 
     An entry may come more than once: deduplicate by `type`, `id` and `attempt`. `time` is Unix ms, `timings` are in
-    milliseconds. `line` is the entry's own id; it is empty in an entry that was not read from Redis.
+    milliseconds. `worker` is the name of the worker that started the request. `line` is the entry's own id; it is empty
+    in an entry that was not read from Redis.
     """
 
     line: str = ""
@@ -38,6 +39,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     queue: str
     attempt: int
     time: int
+    worker: str = ""
     outcome: str = ""
     model: str = ""
     tenant: str = ""
@@ -54,7 +56,7 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     def read(cls, line: str, raw: Mapping[bytes, bytes]) -> Self:
         """Read an entry as stored in the stream. Fields that are missing or cannot be read are empty."""
         texts = _texts(raw)
-        named = ("type", "id", "job", "queue", "outcome", "model", "tenant", "retry_of")
+        named = ("type", "id", "job", "queue", "worker", "outcome", "model", "tenant", "retry_of")
         return cls(
             line=line,
             attempt=_count(texts.get("attempt", "")),
@@ -114,6 +116,34 @@ REFUSES_ALL = "refuses_all"
 """The reason in the record of a server that is up and has refused every request for a while, as a full server does."""
 
 
+class ControlEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator asked of the workers: the value of a field in the control hash.
+
+    `by` is who asked (`user@host`), `why` the reason or empty, `since` and `until` are Unix ms. An `until` of 0 is no
+    end.
+    """
+
+    by: str = ""
+    why: str = ""
+    since: int = 0
+    until: int = 0
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """Read an entry as stored in Redis. Whatever cannot be read has its default: the field itself is the order."""
+        known = _known_values(raw, _TYPES_OF_CONTROL_ENTRY)
+        texts = {name: known[name][:_MAX_TEXT] for name in ("by", "why") if name in known}
+        return cls(**known | texts)
+
+    def has_ended(self, now: int) -> bool:
+        """Whether the entry no longer holds at a time in Unix ms of Redis's clock."""
+        return 0 < self.until <= now
+
+
+_MAX_TEXT = 500
+"""Characters of a text that a control entry keeps: every worker reads all entries three times a lease."""
+
+
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A vLLM server as a worker sees it, in the worker's record.
 
@@ -136,7 +166,14 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     jobs. `starting` is whether the worker takes no jobs because it has not probed its vLLM servers yet. `queues` are
     the queues that the worker serves, `version` is that of its package, `lease` its lease in seconds, `metrics` the
     address of its metrics, `models` the names of the models that its servers have, as far as they are known, without
-    those that do not fit. Earlier versions wrote only some of the fields that have a default here.
+    those that do not fit. `paused_queues` are those of `queues` that an operator paused, as far as this worker knows.
+
+    `finished`, `failed`, `cancelled` and `tokens` count since the start: jobs that ended here, those of them with the
+    outcome `error`, those that were cancelled, and deltas that Redis accepted. `finished_per_s` and `tokens_per_s` are
+    their rates over the latest two beats, so the rates of all live workers add up to that of the installation.
+    `silence` is for how many seconds the most silent stream has had no event from vLLM; 0 without streams.
+
+    Earlier versions wrote only some of the fields that have a default here.
     """
 
     name: str
@@ -156,6 +193,13 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: str = ""
     servers: tuple[ServerRecord, ...] = ()
     models: tuple[str, ...] = ()
+    paused_queues: tuple[str, ...] = ()
+    failed: int = 0
+    cancelled: int = 0
+    tokens: int = 0
+    finished_per_s: float = 0.0
+    tokens_per_s: float = 0.0
+    silence: float = 0.0
 
     @classmethod
     def read(cls, raw: bytes) -> Self | None:
@@ -164,20 +208,23 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
         A later version may write other values. A field with such a value has its default.
         """
         try:
-            values = msgspec.json.decode(raw, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
-        known = {}
-        for name, kind in _TYPES_OF_WORKER_RECORD.items():
-            with suppress(msgspec.ValidationError, KeyError):
-                known[name] = msgspec.convert(values[name], kind)
-        try:
-            return cls(**known)
+            return cls(**_known_values(raw, _TYPES_OF_WORKER_RECORD))
         except TypeError:  # a field without a default is missing
             return None
 
 
 _TYPES_OF_WORKER_RECORD = get_type_hints(WorkerRecord)
+_TYPES_OF_CONTROL_ENTRY = get_type_hints(ControlEntry)
+
+
+def _known_values(raw: bytes, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON object that have these types, by name. A text that is no such object has none."""
+    values = _decoded(raw, dict[str, Any], {})
+    known = {}
+    for name, kind in kinds.items():
+        with suppress(msgspec.ValidationError, KeyError):
+            known[name] = msgspec.convert(values[name], kind)
+    return known
 
 
 def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -191,5 +238,5 @@ def _count(text: str) -> int:
 def _decoded(text: str | bytes, kind: type[_T], otherwise: _T) -> _T:
     try:
         return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return otherwise

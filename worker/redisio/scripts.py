@@ -73,7 +73,7 @@ class Script:
             (reply,) = await batcher.execute(keys[0], pack(b"EVAL", self.source.encode(), *words), 1)
         return reply
 
-    async def run_on(self, redis: Redis, keys: Sequence[str], arguments: Iterable[str]) -> Any:  # noqa: ANN401 - as above
+    async def run_on(self, redis: Redis, keys: Sequence[str], arguments: Iterable[str | bytes]) -> Any:  # noqa: ANN401 - as above
         """Run the script as `run` does, by a command of its own on a client's connection."""
         words = [str(len(keys)), *keys, *arguments]
         try:
