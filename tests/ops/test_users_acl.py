@@ -41,11 +41,11 @@ SELDOM_USED = {
     "worker": {"+exists", "+info", "+ping"},
     "reader": {"+time"},
     "gateway": {"+ping", "+xread"},
-    "operator": {"+ping"},
+    "operator": {"+memory|usage", "+ping", "+pttl"},
 }
 """Rights for what the test does not wait for: the search for the end of a job that was added twice, the INFO of
-`worker check`, a PING on a silent subscription, the clock of Redis when a deadline seems to have passed, and reads of
-the log while there is no feed."""
+`worker check`, a PING on a silent subscription, the clock of Redis when a deadline seems to have passed, reads of
+the log while there is no feed, and the forecast of memory from more requests than the test has."""
 
 
 def is_old(redis_binary: Path) -> bool:

@@ -23,6 +23,7 @@ from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .findings import Finding, Level
 from .fleet import check_fleet
+from .memory_forecast import check_memory
 from .queues import check_queues
 from .rights import Missing, find_missing
 
@@ -93,6 +94,8 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
             yield finding
         if not any(finding.level == "error" for finding in rights):  # else Redis would refuse the commands that follow
             fresh = not (is_full or refusal)  # while Redis refuses writes, no worker can renew its record
+            for finding in await check_memory(redis, keys, where):
+                yield finding
             async with aclosing(_check_queues_and_workers(redis, keys, settings, records_are_fresh=fresh)) as findings:
                 async for finding in findings:
                     yield finding
