@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.contract.ids import BEFORE_ALL, QUEUED, SEAL, EntryId, follows, is_request_id, new_request_id
+from worker.contract.ids import (
+    BEFORE_ALL,
+    QUEUED,
+    SEAL,
+    EntryId,
+    follows,
+    is_request_id,
+    is_traceparent,
+    new_request_id,
+)
 from worker.contract.keys import DEFAULT_QUEUE, Keys
 
 _NUMBER = st.integers(0, 2**64 - 1)
@@ -85,3 +94,25 @@ def test_the_ids_of_two_entries_show_whether_one_is_missing_between_them(
     before: str, entry: str, *, is_next: bool
 ) -> None:
     assert follows(EntryId.parse(entry), EntryId.parse(before)) is is_next
+
+
+_TRACE, _SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    "text", [f"00-{_TRACE}-{_SPAN}-00", f"00-{_TRACE}-{_SPAN}-01", f"cc-{_TRACE}-{_SPAN}-01-later"]
+)
+def test_a_traceparent_of_this_and_of_later_versions_is_valid(text: str) -> None:
+    assert is_traceparent(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "00", f"00-{_TRACE}-{_SPAN}", f"00-{_TRACE}-{_SPAN}-01-later", f"ff-{_TRACE}-{_SPAN}-01",
+        f"00-{_TRACE.upper()}-{_SPAN}-01", f"00-{'0' * 32}-{_SPAN}-01", f"00-{_TRACE}-{'0' * 16}-01",
+        f"00-{_TRACE}-{_SPAN}-01\n", f"cc-{_TRACE}-{_SPAN}-01-a\r\nx-evil: 1", f"00-{_TRACE}-{_SPAN}-1",
+    ],
+)  # fmt: skip
+def test_a_malformed_traceparent_is_recognized(text: str) -> None:
+    assert not is_traceparent(text)

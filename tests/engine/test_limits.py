@@ -115,7 +115,9 @@ async def test_a_job_chooses_neither_a_url_nor_a_header(
     }  # fmt: skip
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in wanted.items()}
     request = json.dumps(ASK | wanted | {"model": "reciter"})
-    await redis.xadd("chat:jobs", texts | {"id": "sly", "request": request, "tenant": "a\r\nx-evil: 1"})  # type: ignore[arg-type]  # invariant
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nx-evil: 1"
+    texts |= {"id": "sly", "request": request, "tenant": "a\r\nx-evil: 1", "traceparent": trace}
+    await redis.xadd("chat:jobs", texts)  # type: ignore[arg-type]  # invariant
     worker = Worker(load_settings(redis_url=redis_url, vllm_urls=wire.url, vllm_api_key="own"))
     working = asyncio.create_task(worker.run())
 
@@ -135,3 +137,13 @@ async def test_a_job_chooses_neither_a_url_nor_a_header(
             b"host", b"accept", b"accept-encoding", b"connection", b"user-agent", b"authorization", b"content-length",
             b"content-type",
         }  # fmt: skip
+
+
+async def test_the_trace_of_a_job_continues_at_vllm(
+    client: Client, start_worker: StartWorker, simulator: Simulator
+) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    await start_worker(simulator)
+    await client.result(await client.enqueue(ASK, traceparent=trace))
+    await client.result(await client.enqueue(ASK))
+    assert [served.traceparent for served in simulator.served] == [trace, ""]

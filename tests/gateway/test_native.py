@@ -94,14 +94,17 @@ async def test_a_bad_wait_is_refused(gateway: Served, http: httpx.AsyncClient, l
 async def test_options_of_the_job_are_taken_from_the_body_or_from_headers(
     gateway: Served, http: httpx.AsyncClient, redis: Redis
 ) -> None:
-    await http.post(f"{gateway.url}/requests", json=BODY | {"relay": {"queue": "bulk", "retention": 60, "tenant": "t"}})
-    headers = {"Relay-Queue": "bulk", "Relay-Timeout": "30", "Relay-Fallbacks": "m1, m2"}
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    relay = {"queue": "bulk", "retention": 60, "tenant": "t"}
+    await http.post(f"{gateway.url}/requests", json=BODY | {"relay": relay}, headers={"traceparent": "00-" + "1" * 300})
+    headers = {"Relay-Queue": "bulk", "Relay-Timeout": "30", "Relay-Fallbacks": "m1, m2", "traceparent": trace}
     await http.post(f"{gateway.url}/requests", json=BODY, headers=headers)
     jobs = [fields for _, fields in await stream(redis, "chat:jobs:bulk")]
     assert b"relay" not in msgspec.json.decode(jobs[0][b"request"])
     assert (jobs[0][b"retention"], jobs[0][b"tenant"]) == (b"60", b"t")
     assert msgspec.json.decode(jobs[1][b"fallbacks"]) == ["m1", "m2"]
     assert int(jobs[1][b"deadline"]) > 0
+    assert (jobs[0].get(b"traceparent"), jobs[1][b"traceparent"]) == (None, trace.encode())
 
 
 @pytest.mark.parametrize(

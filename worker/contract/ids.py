@@ -1,4 +1,4 @@
-"""The ids of log entries, `<attempt>-<n>`, ordered as in Redis, and the ids of requests."""
+"""The ids of log entries, `<attempt>-<n>`, ordered as in Redis, the ids of requests, and those of traces."""
 
 import re
 import uuid
@@ -8,6 +8,7 @@ VERSION = 1
 """The version of the wire contract that this package supports."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]+)?")
 _LAST = 2**64 - 1
 _new = tuple.__new__
 """Creates an `EntryId` in half the time that a call of the class takes: every token has an id."""
@@ -67,6 +68,11 @@ def follows(entry: EntryId, before: EntryId) -> bool:
 def is_request_id(text: object) -> bool:
     """Whether a value is a valid request id: text of 1 to 128 characters of `A-Za-z0-9_-`."""
     return isinstance(text, str) and _REQUEST_ID.fullmatch(text) is not None
+
+
+def is_traceparent(text: str) -> bool:
+    """Whether a text is a valid `traceparent` of W3C trace context. Versions after 00 may add fields at the end."""
+    return _TRACEPARENT.fullmatch(text) is not None and (len(text) == 55 or not text.startswith("00"))
 
 
 def new_request_id() -> str:

@@ -66,7 +66,7 @@ class Generation:
         self._was_allowed = False
         """Whether a server has begun to answer with this model. A later 401 or 403 then concerns the key only."""
         self._recall(history)
-        self._caller = Caller()
+        self._caller = Caller(traceparent=job.traceparent)
         self._tries_before = job.delivery.tries or 0
         """How many tries of the first model count, from before the job was parked."""
         if job.delivery.tries is not None:  # it may have failed at the servers that do not work now

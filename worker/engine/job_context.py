@@ -13,6 +13,7 @@ from ..broker.job_queue import Delivery, JobQueue
 from ..broker.lifecycle import LifecycleWriter
 from ..broker.log_writer import LogWriter
 from ..broker.ownership import LogOwnership
+from ..contract.ids import is_traceparent
 from ..contract.job import (
     InvalidJob,
     Job,
@@ -98,7 +99,8 @@ class JobContext:
 
     `id` is the request's id; empty if the job has no valid id. `parsed` is the job, an `InvalidJob` if it does not
     validate, or `UNREAD`. `release_slot` lets another job start before this job has ended. `demand` counts against the
-    room at the servers until the job has reserved a server. `may_park` is whether the job may go back to its queue to
+    room at the servers until the job has reserved a server. `traceparent` is the trace context of the job's requests to
+    vLLM, empty for none. `may_park` is whether the job may go back to its queue to
     wait for a server. `retry` retries until Redis answers or the job must stop.
     """
 
@@ -121,7 +123,7 @@ class JobContext:
         self.retry = RetryUntilAvailable(stop=stop, waits_for=_may_pass, outage=services.outage)
         self._now = services.now
         self.began = self._now()
-        self.id = self._digest = ""
+        self.id = self._digest = self.traceparent = ""
         self.parsed: Job | InvalidJob = UNREAD
         deadline = retention = None
         try:
@@ -148,6 +150,7 @@ class JobContext:
             self.parsed = problem
         else:
             self.parsed = job
+            self.traceparent = job.traceparent if is_traceparent(job.traceparent) else ""
 
     @property
     def digest(self) -> str:

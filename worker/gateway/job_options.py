@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import cast
 
 from ..client.new_job import JobOptions
+from ..contract.ids import is_traceparent
+from ..contract.job import MAX_NAME
 from .access import Requester
 from .body import JsonObject
 from .problems import Problem
@@ -29,7 +31,8 @@ def take_job_options(
 ) -> JobOptions:
     """Take the options out of a body, and read those of the headers. What the body states goes first.
 
-    The header `Relay-Fallbacks` separates models by commas. `traceparent` is the header of W3C trace context.
+    The header `Relay-Fallbacks` separates models by commas. `traceparent` is the header of W3C trace context, and
+    is ignored if it is malformed: tracing breaks no request.
 
     Raises:
         Problem: when an option is unknown or malformed (400), or the caller may not use it (403).
@@ -53,7 +56,8 @@ def take_job_options(
         raise Problem(403, "tenant_not_allowed", "this key may not name another tenant", param=FIELD)
     if tenant is None and caller.tenant:
         options["tenant"] = caller.tenant
-    if traceparent := headers.get("traceparent"):
+    traceparent = headers.get("traceparent", "")
+    if len(traceparent) <= MAX_NAME and is_traceparent(traceparent):
         options["traceparent"] = traceparent
     return cast("JobOptions", options)
 

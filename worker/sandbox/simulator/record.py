@@ -18,6 +18,8 @@ class Served(msgspec.Struct, kw_only=True):
     """The path of the request."""
     request: Json
     """The body; empty if it was not a JSON object."""
+    traceparent: str = ""
+    """The header of W3C trace context."""
     status: int | None = None
     """The HTTP status; None until it is sent."""
     fault: str | None = None

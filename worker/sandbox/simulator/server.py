@@ -160,7 +160,10 @@ class Simulator:
 
     async def _complete(self, request: HttpRequest, connection: HttpConnection) -> None:
         self._count += 1
-        served = Served(order=self._count, route=request.path, request={}, started=self._clock.now())
+        served = Served(
+            order=self._count, route=request.path, request={}, started=self._clock.now(),
+            traceparent=request.headers.get("traceparent", ""),
+        )  # fmt: skip
         self.served.append(served)
         try:
             served.request = parse_json(request.body)

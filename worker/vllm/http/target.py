@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, TypeAlias
 
 import httpx
@@ -39,6 +39,10 @@ class Target:
             request = next(httpx.BasicAuth(user, password).auth_flow(request))
         del request.headers["content-length"]
         return cls(url, origin_of(request.url), head_of(request))
+
+    def with_header(self, name: str, value: str) -> Self:
+        """The same target with a further header. The value must hold no line end."""
+        return replace(self, head=b"%b%b: %b\r\n" % (self.head, name.encode(), value.encode()))
 
 
 def base_url(url: str) -> str:

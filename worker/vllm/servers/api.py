@@ -52,17 +52,31 @@ class VllmApi:
         await self._client.aclose()
 
     async def open(
-        self, server: Server, route: str, body: Object, limits: StreamTimeouts, watchdog: StreamWatchdog
+        self,
+        server: Server,
+        route: str,
+        body: Object,
+        limits: StreamTimeouts,
+        watchdog: StreamWatchdog,
+        *,
+        traceparent: str = "",
     ) -> HttpResponse:
         """Post a completion request; returns the response, which the caller must close.
+
+        `traceparent` is a valid header of W3C trace context. vLLM's span of the request becomes its child.
 
         Raises:
             UpstreamError: when the server sends no response with a stream.
         """
         url = server.url + route
-        return await self._with_key(
-            server, lambda key: open_response(self._transport, self._target(url, key), body, limits, watchdog)
-        )
+
+        async def send(key: str) -> HttpResponse:
+            target = self._target(url, key)
+            if traceparent:
+                target = target.with_header("traceparent", traceparent)
+            return await open_response(self._transport, target, body, limits, watchdog)
+
+        return await self._with_key(server, send)
 
     async def post(self, server: Server, path: str, body: Object) -> bytes:
         """Post a short query; returns the body of the response.

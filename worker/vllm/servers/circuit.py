@@ -41,6 +41,7 @@ class Caller:
         turned_away_by: the circuits of the servers that were full when the job came, each with its last error.
         may_exceed_limit: whether the job may be sent to a server that has as many requests as its limit allows: its
             answer was interrupted, and a reader waits for the rest.
+        traceparent: the header of W3C trace context for the job's requests; empty for none.
     """
 
     is_job: bool = True
@@ -48,6 +49,7 @@ class Caller:
     refused_at: "dict[Circuit, Exception]" = field(default_factory=dict)
     turned_away_by: "dict[Circuit, UpstreamError]" = field(default_factory=dict)
     may_exceed_limit: bool = False
+    traceparent: str = ""
 
 
 @dataclass(slots=True, eq=False)

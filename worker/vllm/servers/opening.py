@@ -53,6 +53,7 @@ async def open_stream(
     limits: StreamTimeouts,
     watchdog: StreamWatchdog,
     on_first: Callable[[], None],
+    traceparent: str = "",
 ) -> ChatStream:
     """Open the stream of a request without the added fields that the server refuses, before or within the stream.
 
@@ -73,7 +74,8 @@ async def open_stream(
     async def post() -> HttpResponse:
         while True:
             try:
-                return await api.open(server, route, body_for(request, without), limits, watchdog)
+                body = body_for(request, without)
+                return await api.open(server, route, body, limits, watchdog, traceparent=traceparent)
             except UpstreamError as error:
                 if not omit_refused(error):
                     raise

@@ -295,7 +295,7 @@ class ServerPool:
         try:
             stream = await open_stream(
                 self._api, server, request, route, limits=self.limits, watchdog=watchdog,
-                on_first=partial(server.on_first_event, sent, model),
+                on_first=partial(server.on_first_event, sent, model), traceparent=caller.traceparent,
             )  # fmt: skip
             try:
                 yield stream
