@@ -19,6 +19,8 @@ _FIRST = -20
 """The niceness with which a process gets all of a core that others want too."""
 TICKS = os.sysconf("SC_CLK_TCK")
 """In a second."""
+_CORES = sorted(os.sched_getaffinity(0))
+"""Read once: `kept_apart` changes those of this process."""
 
 
 def cpu_of(pid: int) -> int:
@@ -48,15 +50,16 @@ def kept_apart(measured: Collection[int], others: Collection[int]) -> Iterator[N
     """Meanwhile run the measured processes on the last core of the machine, and these others on the rest.
 
     Where a few cores are busy, the processes push each other from one to another, and wait for one while another is
-    idle.
+    idle. Several of these contexts may be open at a time. All measured processes then share the last core, so that what
+    it costs to wake a reader of another core is the same for all of them.
     """
-    *rest, last = cores = sorted(os.sched_getaffinity(0))
+    *rest, last = _CORES
     try:
         _keep_to([last], *measured)
         _keep_to(rest or [last], *others)
         yield
     finally:
-        _keep_to(cores, *measured, *others)
+        _keep_to(_CORES, *measured, *others)
 
 
 def _keep_to(cores: Iterable[int], *pids: int) -> None:

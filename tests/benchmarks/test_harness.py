@@ -360,6 +360,9 @@ def test_a_process_is_kept_apart_for_a_while_only() -> None:
         with kept_apart([one.pid], [other.pid]):
             assert len(os.sched_getaffinity(one.pid)) == 1
             assert len(cores) == 1 or not os.sched_getaffinity(one.pid) & os.sched_getaffinity(other.pid)
+        with kept_apart([one.pid], [os.getpid()]), kept_apart([other.pid], [os.getpid()]):
+            assert os.sched_getaffinity(one.pid) == os.sched_getaffinity(other.pid)
+            assert len(cores) == 1 or not os.sched_getaffinity(one.pid) & os.sched_getaffinity(0)
         assert os.sched_getaffinity(one.pid) == os.sched_getaffinity(other.pid) == cores
 
 
