@@ -31,26 +31,11 @@ from ..redisio.clock import Clock
 from ..redisio.errors import is_transient
 from ..redisio.retry import Outage, RetryUntilAvailable
 from ..redisio.urls import database_of
-from ..settings import ConfigError, Settings, parse_address, redacted_url, variable
-from ..telemetry.events import (
-    HeartbeatRefused,
-    LeaveFailed,
-    MetricsServed,
-    Receivers,
-    WorkerDraining,
-    WorkerStarted,
-    WorkerStarting,
-    WorkerStopped,
-)
-from ..telemetry.heartbeat import HeartbeatFile
-from ..telemetry.logging import LogReceiver
-from ..telemetry.loop_monitor import LoopMonitor
-from ..telemetry.metrics import Metrics
-from ..telemetry.systemd import SystemdNotifier
+from ..settings import Settings, redacted_url
+from ..telemetry.events import LeaveFailed, WorkerDraining, WorkerStarted, WorkerStarting, WorkerStopped
 from ..version import version
 from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
-from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .admission import Admission
 from .intake import NO_VLLM, STARTING, VLLM_FULL, JobIntake
@@ -59,6 +44,7 @@ from .job_runner import run_job
 from .line_intake import LineIntake
 from .lines import KnownLines
 from .maintenance import Maintenance
+from .monitoring import Monitoring
 from .pace import Pace
 from .parking import Parking
 from .poison import Quarantine
@@ -92,11 +78,9 @@ class Worker:
         self._name = f"{self._host}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
-        self._loop_monitor = LoopMonitor()
-        self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
-        self._systemd = SystemdNotifier()
-        self.metrics = Metrics(self._loop_monitor)
-        self._telemetry = telemetry = Receivers(self.metrics, LogReceiver())
+        self._monitoring = Monitoring(settings)
+        self.metrics = self._monitoring.metrics
+        self._telemetry = telemetry = self._monitoring.telemetry
         self._outage = Outage(telemetry)
 
         # The lease begins with the sending of the read. After a wait of half a lease, the renewal would be refused.
@@ -201,19 +185,9 @@ class Worker:
 
         self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
         self.metrics.observe_readiness(self._why_not_ready)
-        for server in self._servers.servers:
-            self._measure_at_scrape(server)
+        self._monitoring.observe_servers(self._servers.servers)
         self._started = 0
         self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
-
-    def _measure_at_scrape(self, server: Server) -> None:
-        self.metrics.observe_server(
-            redacted_url(server.url),
-            up=lambda: server.is_up,
-            requests=lambda: server.in_flight,
-            limit=lambda: server.limit.value,
-            silences=server.silences,
-        )
 
     async def run(self) -> None:
         """Work until SIGTERM or SIGINT; then let jobs end for `drain_timeout`, hand over the rest, and return.
@@ -228,8 +202,9 @@ class Worker:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(signum, self.stop)
             try:
-                self._start_monitoring()
-                self._systemd.ready()  # before Redis answers: a restart would not help, and systemd limits a start
+                self._monitoring.start()
+                # Before Redis answers: a restart would not help, and systemd limits a start.
+                self._monitoring.systemd.ready()
                 if await self._prepare():
                     deadline = await self._work()
                     await self._sign_off(deadline)
@@ -243,25 +218,10 @@ class Worker:
         if self._stopping.is_set():
             self._at_once.set()
         self._stopping.set()
-        self._systemd.stopping()
+        self._monitoring.systemd.stopping()
         self._intake.stop()
         self._line_intake.stop()
         self._take_over.stop()
-
-    def _start_monitoring(self) -> None:
-        self._loop_monitor.start()
-        try:
-            self._heartbeat.start()
-        except OSError as error:
-            self._telemetry.emit(HeartbeatRefused(str(error)))
-        if not (address := self._settings.metrics):
-            return
-        try:
-            port = self.metrics.serve(*parse_address(address))
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise ConfigError([f"{variable('metrics')} is {address!r}, and cannot be served: {why}"]) from None
-        self._telemetry.emit(MetricsServed(port))
 
     async def _prepare(self) -> bool:
         """Wait for Redis and create the consumer groups. False when stopped before Redis has answered."""
@@ -388,9 +348,7 @@ class Worker:
 
     async def _close(self) -> None:
         self._running_jobs.cancel()
-        await self.metrics.aclose()
-        self._heartbeat.stop()
-        self._loop_monitor.stop()
+        await self._monitoring.aclose()
         await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()

@@ -1,0 +1,69 @@
+"""What a worker process shows of itself: events as metrics and log lines, its heartbeat, and its state to systemd."""
+
+from collections.abc import Iterable
+
+from ..settings import ConfigError, Settings, parse_address, redacted_url, variable
+from ..telemetry.events import HeartbeatRefused, MetricsServed, Receivers
+from ..telemetry.heartbeat import HeartbeatFile
+from ..telemetry.logging import LogReceiver
+from ..telemetry.loop_monitor import LoopMonitor
+from ..telemetry.metrics import Metrics
+from ..telemetry.systemd import SystemdNotifier
+from ..vllm.servers.server import Server
+
+
+class Monitoring:
+    """The receivers of a process's events, and what probes and scrapers see.
+
+    Attributes:
+        telemetry: receives the events of all parts of the process.
+        systemd: reports the start and the end to systemd.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loop_monitor = LoopMonitor()
+        self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
+        self.systemd = SystemdNotifier()
+        self.metrics = Metrics(self._loop_monitor)
+        self.telemetry = Receivers(self.metrics, LogReceiver())
+
+    def observe_servers(self, servers: Iterable[Server]) -> None:
+        """Show the state of vLLM servers at each scrape."""
+        for server in servers:
+            self._observe_server(server)
+
+    def _observe_server(self, server: Server) -> None:
+        self.metrics.observe_server(
+            redacted_url(server.url),
+            up=lambda: server.is_up,
+            requests=lambda: server.in_flight,
+            limit=lambda: server.limit.value,
+            silences=server.silences,
+        )
+
+    def start(self) -> None:
+        """Begin to tick and to serve metrics.
+
+        Raises:
+            ConfigError: when the metrics cannot be served.
+        """
+        self._loop_monitor.start()
+        try:
+            self._heartbeat.start()
+        except OSError as error:
+            self.telemetry.emit(HeartbeatRefused(str(error)))
+        if not (address := self._settings.metrics):
+            return
+        try:
+            port = self.metrics.serve(*parse_address(address))
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise ConfigError([f"{variable('metrics')} is {address!r}, and cannot be served: {why}"]) from None
+        self.telemetry.emit(MetricsServed(port))
+
+    async def aclose(self) -> None:
+        """Stop serving metrics, and remove the heartbeat."""
+        await self.metrics.aclose()
+        self._heartbeat.stop()
+        self._loop_monitor.stop()
