@@ -104,7 +104,7 @@ async def test_every_queue_is_listed_with_its_jobs_and_a_lack_of_workers(
     findings = await found(redis_url=redis_url, vllm_urls=simulator.url, queues="high,default")
     assert [finding.message for finding in about(findings, "queue")] == [
         "jobs that wait: 2; with a worker: 1",
-        "no job has been added yet",
+        "no job waits or runs",
     ]
     (workers,) = about(findings, "workers")
     assert (workers.level, workers.fix) == ("warning", "start one: worker run")

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -44,6 +44,17 @@ call('XDEL', KEYS[1], ARGV[1])
 return added
 """)
 """Replaces a letter if it is there. ARGV: its id, and the words of the new one. Returns the new id, or nothing."""
+
+_NEWEST = Script("""
+local newest = call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+if not newest then return {0} end
+local fields = newest[2]
+for at = 1, #fields, 2 do
+  if fields[at] == 'reason' then return {call('XLEN', KEYS[1]), newest[1], fields[at + 1]} end
+end
+return {call('XLEN', KEYS[1]), newest[1], ''}
+""")
+"""Returns the number of letters and, if there are any, the id and the reason of the newest: no prompt leaves Redis."""
 
 _RawLetter: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
@@ -189,6 +200,14 @@ class DeadLetters:
             found += [one for one in stored if wanted.matches(one.letter)]
             last = f"({stored[-1].id}"
         return found[:limit][::-1]
+
+    async def count_and_newest(self) -> tuple[int, int, str]:
+        """How many letters there are, when the newest was written (Unix ms), and its reason; zeros if there is none."""
+        count, *newest = cast("list[Any]", await _NEWEST.run_on(self._redis, [self._key], ()))
+        if not newest:
+            return 0, 0, ""
+        entry_id, reason = newest
+        return int(count), EntryId.parse(entry_id).attempt, reason.decode("utf-8", "replace")
 
     async def oldest_first(self, wanted: LetterFilter) -> AsyncIterator[StoredLetter]:
         """All letters that match, from oldest to newest."""

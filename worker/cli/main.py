@@ -18,10 +18,11 @@ from .health import health
 from .requests import cancel, enqueue, follow
 from .run import run
 from .sandbox import demo, simulate
+from .status import status
 
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
-    "Workers": (run, check, health, dead),
+    "Workers": (run, status, check, health, dead),
     "Gateway": (gateway, key),
     "Try it": (demo, simulate),
 }

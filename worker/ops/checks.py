@@ -1,18 +1,19 @@
 """The checks of `worker check`: settings, Redis, workers and vLLM servers, each with a fix for what is wrong."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from ..broker.job_queue import JobQueue
+from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..redisio.advice import MORE_ROOM, advice_on, advice_on_no_answer, advice_on_silence
-from ..redisio.clients import COMMAND_TIMEOUT, OLDEST, command_client
+from ..contract.records import WorkerRecord
+from ..redisio.advice import advice_on, advice_on_no_answer, advice_on_silence
+from ..redisio.clients import COMMAND_TIMEOUT, command_client
 from ..redisio.cluster import ClusterClient, servers_of
-from ..redisio.errors import is_permission_denied, redacted_message
+from ..redisio.errors import redacted_message
 from ..redisio.urls import database_of, parse_redis_url
 from ..settings import ConfigError, Settings, load_settings, redacted_url, variable
 from ..vllm.errors import UpstreamError
@@ -21,11 +22,12 @@ from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
 from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
-from .findings import Finding, Level
-from .fleet import check_fleet
+from .findings import Finding, Level, listed
+from .fleet import fleet_findings
 from .memory_forecast import check_memory
-from .queues import check_queues
+from .queues import find_queues, queue_findings, read_queues, served_queues
 from .rights import Missing, find_missing
+from .storage import is_full, read_info, redis_state, storage_findings, version_or_mode_finding, write_finding
 
 _ALL_RIGHTS = "the line `worker` of deploy/redis/users.acl has all"
 _SEE_SETTINGS = "worker run --help lists all settings with their meaning"
@@ -76,24 +78,25 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
     keys = Keys(settings.prefix, database_of(url))
     try:
         is_cluster = isinstance(redis, ClusterClient)
-        servers, is_full = await servers_of(redis), False
+        servers, full = await servers_of(redis), False
         for number, server in enumerate(servers, 1):
             name = f"{where}, master {number} of {len(servers)}" if is_cluster else where
-            info = await _read_info(server)
-            if wrong := _check_version_and_mode(name, info, "cluster" if is_cluster else "standalone"):
+            info = await read_info(server)
+            if wrong := version_or_mode_finding(name, info, "cluster" if is_cluster else "standalone"):
                 yield wrong
                 return
-            for finding in _check_storage(name, info):
-                is_full |= finding.level == "error"
+            state = redis_state(name, info)
+            full |= is_full(state)
+            for finding in storage_findings(state, info):
                 yield finding
-        refusal = None if is_full else await _check_writes(redis, where, keys, settings.lease)
+        refusal = None if full else await write_finding(redis, where, keys)
         if refusal:
             yield refusal
         rights = [finding async for finding in _check_rights(servers, where, keys, settings)]
         for finding in rights:
             yield finding
         if not any(finding.level == "error" for finding in rights):  # else Redis would refuse the commands that follow
-            fresh = not (is_full or refusal)  # while Redis refuses writes, no worker can renew its record
+            fresh = not (full or refusal)  # while Redis refuses writes, no worker can renew its record
             for finding in await check_memory(redis, keys, where):
                 yield finding
             async with aclosing(_check_queues_and_workers(redis, keys, settings, records_are_fresh=fresh)) as findings:
@@ -104,58 +107,6 @@ async def _check_redis(settings: Settings, redis_timeout: float) -> AsyncGenerat
         yield Finding("error", where, redacted_message(error), advice)
     finally:
         await redis.aclose()
-
-
-async def _read_info(server: Redis) -> dict[str, object]:
-    """INFO of a server; empty if the user has no right to INFO, which `_check_rights` reports."""
-    try:
-        return dict(await server.info())
-    except ResponseError as error:
-        if is_permission_denied(error):
-            return {}
-        raise
-
-
-def _check_version_and_mode(where: str, info: dict[str, object], wanted: str) -> Finding | None:
-    version = str(info.get("redis_version", "7.0"))  # Valkey states here the version with which it is compatible
-    mode = info.get("redis_mode") or info.get("server_mode") or wanted  # Valkey has only the second
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return Finding("error", where, f"version {version} is too old", "use Redis 6.2 or later")
-    if mode != wanted:
-        fix = f"set {variable('redis_url')} to a URL that begins with redis+{mode}://"
-        return Finding("error", where, f"it runs in {mode} mode", fix)
-    return None
-
-
-def _check_storage(where: str, info: dict[str, object]) -> list[Finding]:
-    if not info:
-        return []
-    valkey = info.get("valkey_version")
-    version = f"Valkey {valkey}" if valkey else f"version {info.get('redis_version')}"
-    findings = [Finding("ok", where, f"{version} answers")]
-    used, limit = int(str(info.get("used_memory", 0))), int(str(info.get("maxmemory", 0)))
-    if limit and used >= limit:
-        message = f"it is full: {used} of {limit} bytes (maxmemory) are used, and nothing can be written"
-        findings.append(Finding("error", where, message, MORE_ROOM))
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction":
-        message = f"maxmemory-policy is {policy}: Redis may drop a log that is being written"
-        findings.append(Finding("warning", where, message, "set maxmemory-policy to noeviction"))
-    if not info.get("aof_enabled") and info.get("role") == "master":
-        message = "the append-only file is off: a restart of Redis loses waiting jobs and logs"
-        findings.append(Finding("warning", where, message, "set appendonly to yes"))
-    return findings
-
-
-async def _check_writes(redis: Redis, where: str, keys: Keys, lease: float) -> Finding | None:
-    """Try a write. Redis may refuse only writes, as on a replica, with a full disk, or with too few replicas."""
-    try:
-        await JobQueue(redis, redis, keys, "check", lease).probe_writable()
-    except ResponseError as error:
-        if is_permission_denied(error):
-            return None
-        return Finding("error", where, f"it refuses writes: {redacted_message(error)}", advice_on(error))
-    return None
 
 
 async def _check_rights(servers: list[Redis], where: str, keys: Keys, settings: Settings) -> AsyncGenerator[Finding]:
@@ -196,17 +147,25 @@ async def _check_queues_and_workers(
     redis: Redis, keys: Keys, settings: Settings, *, records_are_fresh: bool
 ) -> AsyncGenerator[Finding]:
     """Report the queues and the workers, as far as the user may read them."""
-    findings, unfinished = await check_queues(redis, keys, settings.queues, settings.queue_limit)
-    for finding in findings:
+    seconds, microseconds = await redis.time()
+    now = seconds + microseconds / 1e6
+    records: dict[str, WorkerRecord] | None = None
+    with suppress(ResponseError):  # _check_rights has reported it
+        records = await WorkerRegistry(redis, keys).records()
+    served = served_queues(records.values()) if records else None
+    found = await find_queues(redis, keys)
+    own = list(settings.queues)
+    others = sorted({*(found or ()), *(served or ())} - set(own))
+    states, _ = await read_queues(redis, keys, [*own, *others], served, int(now * 1000))
+    for finding in queue_findings(states, own, limit=settings.queue_limit):
         yield finding
-    try:
-        findings = await check_fleet(redis, keys, settings.lease, unfinished) if records_are_fresh else []
-    except ResponseError as error:
-        if not (is_permission_denied(error) or str(error).startswith("WRONGTYPE")):  # _check_rights has reported both
-            raise
-        return
-    for finding in findings:
-        yield finding
+    if found is None and own:
+        message = f"queues other than {listed(own)} were not searched for: the user has no right to +scan"
+        yield Finding("ok", "queues", message)
+    if records is not None and records_are_fresh:
+        unfinished = sum(state.unfinished for state in states)
+        for finding in fleet_findings(records, now, lease=settings.lease, unfinished=unfinished):
+            yield finding
 
 
 async def _check_vllm(pool: ServerPool, server: Server) -> Finding:

@@ -1,76 +1,44 @@
-"""The checks of the queues: how many jobs wait, and whether a worker serves the queue."""
+"""The queues: their jobs, whether a worker serves them, and the findings about that."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from ..broker.consumers import HANDED_OVER, consumers_by_xinfo
-from ..broker.parked_jobs import ParkedLine, lines_among
-from ..broker.queue_depth import waiting_in
-from ..broker.worker_registry import WorkerRegistry
+from ..broker.parked_jobs import lines_among
+from ..broker.queue_depth import backlog_of
+from ..contract.ids import EntryId
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys, is_queue_name
+from ..contract.records import WorkerRecord
 from ..engine.outline import BETWEEN_MODELS
 from ..redisio.cluster import servers_of
-from ..redisio.errors import is_permission_denied
+from ..redisio.errors import is_permission_denied, redacted_message
 from ..settings import variable
 from .findings import Finding, listed
+from .survey_types import QueueState
 
 _KEYS_A_STEP = 1000
 """How many keys of Redis a step of the search for queues visits. It takes a few milliseconds of Redis's time."""
 
+_NOT_A_NAME = "no worker can serve it: a queue's name has 1 to 64 characters of A-Za-z0-9_-"
 
-async def check_queues(redis: Redis, keys: Keys, served_here: Iterable[str], limit: int) -> tuple[list[Finding], int]:
-    """Findings about the queues of the settings and every other queue in Redis, and the number of jobs to be done.
 
-    Queues that the user may not read are left out.
+def served_queues(records: Iterable[WorkerRecord]) -> Counter[str] | None:
+    """How many workers serve each queue, by their records; None if that is not known.
 
-    Raises:
-        RedisError: when Redis does not answer.
+    It is not known if a worker of an early version has no list in its record.
     """
-    own, findings, unfinished = list(served_here), list[Finding](), 0
-    served = await _served_queues(redis, keys)
-    found = await _find_queues(redis, keys)
-    others = sorted({*(found or ()), *(served or ())} - set(own))
-    for queue in [*own, *others]:
-        try:
-            finding, jobs = await _check_queue(redis, keys, queue, limit)
-        except ResponseError as error:
-            if not is_permission_denied(error):
-                raise
-            continue
-        unfinished += jobs
-        if not is_queue_name(queue):
-            message = f"no worker can serve it: a queue's name has 1 to 64 characters of A-Za-z0-9_-; {finding.message}"
-            finding = Finding("warning", f"queue {queue!r:.80}", message, "correct the name where jobs are added")
-        elif jobs and served and queue not in served and finding.level == "ok":
-            message = f"no worker serves it; {finding.message}"
-            fix = f"start a worker with it in {variable('queues')}, or correct the name where jobs are added"
-            finding = Finding("warning", finding.subject, message, fix)
-        if queue in own or jobs or finding.level != "ok":
-            findings.append(finding)
-    if found is None and own:
-        message = f"queues other than {listed(own)} were not searched for: the user has no right to +scan"
-        findings.append(Finding("ok", "queues", message))
-    return findings, unfinished
+    counts = Counter[str]()
+    for record in records:
+        if not record.queues:
+            return None
+        counts.update(record.queues)
+    return counts
 
 
-async def _served_queues(redis: Redis, keys: Keys) -> set[str] | None:
-    """The queues that the workers' records name; None if that is not known.
-
-    It is not known without a record, if a worker of an early version has none, or if the user may not read the records.
-    """
-    try:
-        records = (await WorkerRegistry(redis, keys).records()).values()
-    except ResponseError:  # _check_rights has reported it
-        return None
-    if not all(record.queues for record in records):
-        return None
-    return {queue for record in records for queue in record.queues} or None
-
-
-async def _find_queues(redis: Redis, keys: Keys) -> set[str] | None:
+async def find_queues(redis: Redis, keys: Keys) -> set[str] | None:
     """The queues whose stream exists in Redis; None if the user has no right to search."""
     default = keys.jobs()
     found = set()
@@ -92,39 +60,97 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{character}" if character in "*?[]\\^-" else character for character in text)
 
 
-async def _check_queue(redis: Redis, keys: Keys, queue: str, limit: int) -> tuple[Finding, int]:
-    """A finding about a queue, and how many of its jobs are waiting or running."""
-    subject, key = f"queue {queue}", keys.jobs(queue)
-    if not await redis.exists(key):
-        return Finding("ok", subject, "no job has been added yet"), 0
-    try:
-        groups = {group["name"]: group for group in await redis.xinfo_groups(key)}
-    except ResponseError as error:
-        if not str(error).startswith("WRONGTYPE"):
-            raise
-        return Finding("error", subject, f"the key {key} is not a stream", f"choose another {variable('prefix')}"), 0
-    group = groups.get(GROUP.encode())
-    pending = int(group["pending"]) if group else 0
-    consumers = await consumers_by_xinfo(redis, key) if pending else []
-    lines = lines_among(queue, consumers)
-    handed_over = sum(consumer.pending for consumer in consumers if consumer.name == HANDED_OVER)
-    running = pending - handed_over - sum(line.jobs for line in lines)
-    waiting = await waiting_in(redis, key)
-    if limit and waiting >= limit:
-        message = f"it is full: {waiting} jobs wait, and the limit is {limit}"
-        fix = f"start more workers, or raise {variable('queue_limit')}"
-        return Finding("warning", subject, message, fix), waiting + handed_over + running
-    message = f"jobs that wait: {waiting}{_parked(lines)}; with a worker: {running}"
-    if handed_over:
-        message += f"; to be continued by another worker: {handed_over}"
-    return Finding("ok", subject, message), waiting + handed_over + running
+async def read_queues(
+    redis: Redis, keys: Keys, names: Iterable[str], served: Mapping[str, int] | None, now: int
+) -> tuple[list[QueueState], list[str]]:
+    """The states of queues, and the names of those that the user may not read.
+
+    `served` is how many workers serve each queue, None if that is not known; `now` is Unix ms by Redis's clock.
+
+    Raises:
+        RedisError: when Redis does not answer.
+    """
+    states, unread = list[QueueState](), list[str]()
+    for name in names:
+        workers = None if served is None else served.get(name, 0)
+        try:
+            states.append(await _read_queue(redis, keys, name, workers, now))
+        except ResponseError as error:
+            if is_permission_denied(error):
+                unread.append(name)
+            elif redacted_message(error).startswith("WRONGTYPE"):
+                problem = f"the key {keys.jobs(name)} is not a stream"
+                states.append(QueueState(name=name, workers=workers, problem=problem))
+            else:
+                raise
+    return states, unread
 
 
-def _parked(lines: Iterable[ParkedLine]) -> str:
-    """How many jobs are parked until a server has room for them, and for which models."""
-    by_model = Counter[str]()
+async def _read_queue(redis: Redis, keys: Keys, name: str, workers: int | None, now: int) -> QueueState:
+    key = keys.jobs(name)
+    backlog = await backlog_of(redis, key)
+    consumers = await consumers_by_xinfo(redis, key)
+    lines = lines_among(name, consumers)
+    parked = Counter[str]()
     for line in lines:
         model, _, _fallbacks = line.model.partition(BETWEEN_MODELS)
-        by_model[model or "any model"] += line.jobs
-    models = listed([f"{model} {jobs}" for model, jobs in by_model.most_common()])
-    return f", of which parked until a server has room: {models}" if models else ""
+        parked[model] += line.jobs
+    handed_over = sum(consumer.pending for consumer in consumers if consumer.name == HANDED_OVER)
+    pending = sum(consumer.pending for consumer in consumers)
+    firsts = [backlog.first] if backlog.first else []
+    pipe = redis.pipeline(transaction=False)
+    for line in lines:
+        pipe.xpending_range(key, GROUP, "-", "+", 1, line.consumer)
+    if lines:
+        replies = [reply for reply in await pipe.execute() if reply]
+        firsts += [EntryId.parse(reply[0]["message_id"]).attempt for reply in replies]
+    return QueueState(
+        name=name,
+        waiting=backlog.unread + parked.total(),
+        oldest=max(0, now - min(firsts)) / 1000 if firsts else None,
+        parked=dict(parked.most_common()),
+        running=pending - handed_over - parked.total(),
+        handed_over=handed_over,
+        workers=workers,
+        problem="" if is_queue_name(name) else _NOT_A_NAME,
+    )
+
+
+def queue_findings(
+    states: Iterable[QueueState], own: Collection[str] = (), *, limit: int = 0, workers_run: bool = True
+) -> list[Finding]:
+    """Findings about queues: those of `own`, and others that have jobs or a problem.
+
+    `limit` is the number of waiting jobs from which producers are refused; 0 for none. If no worker runs, that is a
+    finding of its own.
+    """
+    findings = []
+    for state in states:
+        subject = f"queue {state.name}" if is_queue_name(state.name) else f"queue {state.name!r:.80}"
+        jobs = _jobs_of(state)
+        if state.problem == _NOT_A_NAME:
+            message, fix = f"{state.problem}; {jobs}", "correct the name where jobs are added"
+            findings.append(Finding("warning", subject, message, fix, "queue_unserved"))
+        elif state.problem:
+            findings.append(Finding("error", subject, state.problem, f"choose another {variable('prefix')}"))
+        elif workers_run and state.workers == 0 and state.unfinished:
+            fix = f"start a worker with it in {variable('queues')}, or correct the name where jobs are added"
+            findings.append(Finding("warning", subject, f"no worker serves it; {jobs}", fix, "queue_unserved"))
+        elif limit and state.waiting >= limit:
+            message = f"it is full: {state.waiting} jobs wait, and the limit is {limit}"
+            fix = f"start more workers, or raise {variable('queue_limit')}"
+            findings.append(Finding("warning", subject, message, fix, "queue_full"))
+        elif state.name in own or state.unfinished:
+            findings.append(Finding("ok", subject, jobs))
+    return findings
+
+
+def _jobs_of(state: QueueState) -> str:
+    if not state.unfinished:
+        return "no job waits or runs"
+    message = f"jobs that wait: {state.waiting}"
+    if state.parked:
+        models = listed([f"{model or 'any model'} {jobs}" for model, jobs in state.parked.items()])
+        message += f", of which parked until a server has room: {models}"
+    message += f"; with a worker: {state.running}"
+    return f"{message}; to be continued by another worker: {state.handed_over}" if state.handed_over else message

@@ -1,0 +1,53 @@
+"""The command `worker status`: what is wrong, and queues, workers, servers, memory and dead letters in one picture."""
+
+import asyncio
+
+import click
+
+from ..contract.entries import to_json
+from ..contract.keys import Keys
+from ..settings import load_settings
+from .options import CLIENT_OPTIONS, exit_status, json_option, run_async, settings_options
+
+_EVERY = 2.0
+"""Seconds between two pictures of `--watch`."""
+_TIMEOUT = 2.0
+"""Seconds that Redis has for each reply."""
+
+
+@click.command(epilog="Example: worker status --watch")
+@click.option("--watch", is_flag=True, help="Show a new picture every 2 s, until Ctrl-C.")
+@json_option
+@settings_options(*CLIENT_OPTIONS)
+def status(watch: bool, as_json: bool, **options: object) -> None:
+    """Show what is wrong, queues, workers, servers, memory and dead letters.
+
+    Exit status 1 if jobs wait in a queue that no worker serves, or if Redis does not answer.
+    """
+    from ..ops.survey import Surveyor  # noqa: PLC0415 - clients need not load it
+    from ..redisio.clients import command_client  # noqa: PLC0415
+    from ..redisio.urls import database_of  # noqa: PLC0415
+    from .status_view import lines_of  # noqa: PLC0415
+
+    settings = load_settings(options, **options)
+    url = settings.redis_url.get_secret_value()
+
+    async def show() -> bool:
+        redis = command_client(url, timeout=_TIMEOUT)
+        try:
+            surveyor = Surveyor(redis, Keys(settings.prefix, database_of(url)), url, lease=settings.lease)
+            while True:
+                survey = await surveyor.survey()
+                if as_json:
+                    click.echo(to_json(survey.as_dict()))
+                else:
+                    if watch:
+                        click.clear()
+                    click.echo("\n".join(lines_of(survey)))
+                if not watch:
+                    return survey.serves_all
+                await asyncio.sleep(_EVERY)
+        finally:
+            await redis.aclose()
+
+    exit_status(run_async(show))

@@ -1,0 +1,81 @@
+"""The vLLM servers as the workers' records have them, and the findings about them."""
+
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from ..contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
+from ..settings import variable
+from .findings import Finding, grouped, listed
+from .survey_types import ServerState, StateOfServer
+
+_THIS_HOST = ("localhost", "127.0.0.1", "::1", "host.docker.internal")
+
+
+def _seen_by(alive: Mapping[str, WorkerRecord]) -> dict[str, dict[str, ServerRecord]]:
+    """The servers as each worker sees them, for workers that have a list in their records."""
+    return {
+        name: {_place(server.url, record.host): server for server in record.servers}
+        for name, record in alive.items()
+        if record.servers
+    }
+
+
+def _place(url: str, host: str) -> str:
+    """The URL of a server, with the worker's host if the URL means that host."""
+    return f"{url} of {host}" if urlsplit(url).hostname in _THIS_HOST else url
+
+
+def server_states(alive: Mapping[str, WorkerRecord]) -> list[ServerState]:
+    """The states of all servers of the live workers, by URL."""
+    seen = _seen_by(alive)
+    states = []
+    for url in sorted({url for servers in seen.values() for url in servers}):
+        there = [servers[url] for servers in seen.values() if url in servers]
+        states.append(
+            ServerState(
+                url=url,
+                state=_state_of(there),
+                reason=next((server.reason for server in there if server.reason), ""),
+                requests=sum(server.requests for server in there),
+                limit=round(sum(server.limit for server in there), 2),
+                workers=len(there),
+            )
+        )
+    return states
+
+
+def _state_of(there: list[ServerRecord]) -> StateOfServer:
+    states = {server.state for server in there}
+    if "away" in states:
+        return "partly" if "up" in states else "away"
+    if "up" not in states:
+        return "starting"
+    return "full" if any(server.reason == REFUSES_ALL for server in there) else "up"
+
+
+def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
+    """What the workers see of each vLLM server: their requests and limits there, and where they do not agree."""
+    seen = _seen_by(alive)
+    findings = []
+    for state in server_states(alive):
+        url = state.url
+        there = {name: servers[url] for name, servers in seen.items() if url in servers}
+        subject = f"workers at vLLM {url}"
+        message = f"requests of theirs: {state.requests}"
+        if state.limit:
+            message += f"; their limits, learnt from the server: {state.limit:.0f}"
+        if without := [name for name in seen if name not in there]:
+            message += f"; not in {variable('vllm_urls')} of {listed(without)}"
+        findings.append(Finding("ok", subject, message))
+        if state.state == "partly":
+            up = [name for name, server in there.items() if server.state == "up"]
+            away = {name: server.reason or "away" for name, server in there.items() if server.state == "away"}
+            reasons = "; ".join(f"{reason}: {listed(names)}" for reason, names in sorted(grouped(away).items()))
+            message = f"it is up for {listed(up)}, and away for others ({reasons})"
+            fix = "check the network and the keys of the workers for which it is away"
+            findings.append(Finding("warning", subject, message, fix, "vllm_away"))
+        if refused := [name for name, server in there.items() if server.reason == REFUSES_ALL]:
+            message = f"it has refused every request of {listed(refused)} for half a minute (429, 503); their jobs wait"
+            fix = "add servers if other clients fill it; if it is a proxy, see its log: it may have no server behind it"
+            findings.append(Finding("warning", subject, message, fix, "vllm_full"))
+    return findings
