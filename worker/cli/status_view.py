@@ -6,9 +6,9 @@ from itertools import chain
 import click
 
 from ..ops.survey_types import QueueState, RedisState, Survey, WorkerState
+from ..ops.units import duration, size
 
 _WIDTH = 80
-_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def lines_of(survey: Survey) -> list[str]:
@@ -92,19 +92,3 @@ def _shortened(text: str, width: int) -> str:
         return text
     end = (width - 1) // 2
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
-
-
-def duration(seconds: float) -> str:
-    """A duration in the largest unit that fits: `8 s`, `3 min`, `5 h`, `2 d`."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def size(count: float) -> str:
-    """A number of bytes: `512 B`, `1.2 GB`."""
-    unit = 0
-    while count >= 1000 and unit < len(_UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.0f} {_UNITS[unit]}" if not unit else f"{count:.1f} {_UNITS[unit]}"
