@@ -26,7 +26,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "redisio": {"telemetry.events"},
     "broker": {"contract", "redisio", "telemetry.events"},
     "vllm": {"contract", "telemetry.events"},
-    "settings_source": set(),
+    "settings_source": {"redisio.environment"},
     "settings": {"contract", "redisio.urls", "settings_source", "vllm.http.credentials", "vllm.http.target"},
     "engine": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "version"},
     "client": {"contract", "redisio", "broker"},

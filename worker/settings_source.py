@@ -14,6 +14,8 @@ from dotenv import dotenv_values
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from .redisio.environment import both_set, read_secret
+
 _LONG_NAME = 10
 """Letters, without the prefix."""
 
@@ -131,21 +133,12 @@ class SettingsSource(Generic[_S]):
             if name not in used or not path or options.get(name) is not None:
                 continue
             if own in variables:
-                problems.append(f"{own} and {own_file} are both set: remove one of them")
+                problems.append(both_set(own, own_file))
                 continue
             try:
-                secret = Path(str(path)).read_text("utf-8").strip()
-            except OSError as error:  # the message must not contain the path: it may be the secret, by mistake
-                problems.append(
-                    f"{own_file} names a file that cannot be read: {error.strerror or type(error).__name__}"
-                )
-            except ValueError:
-                problems.append(f"{own_file} names a file that is not UTF-8, or is no path")
-            else:
-                if secret:
-                    secrets[name] = secret
-                else:
-                    problems.append(f"{own_file} names a file that is empty")
+                secrets[name] = read_secret(str(path))
+            except ValueError as error:
+                problems.append(f"{own_file} {error}")
         return secrets, problems
 
     def _is_unknown(self, name: str) -> bool:

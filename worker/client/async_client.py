@@ -2,7 +2,6 @@
 
 import asyncio
 import enum
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..contract.records import Lifecycle, Tombstone
 from ..redisio.batching import CommandBatcher
 from ..redisio.clients import command_client
+from ..redisio.environment import url_from_environment
 from ..redisio.urls import database_of
 from .enqueuing import Enqueuer
 from .errors import (
@@ -74,7 +74,8 @@ class Client:
     A method may raise other errors of `worker.client.errors` than it lists. Each is a `ClientError`.
 
     Args:
-        redis_url: the workers' Redis. Without it, REDIS_URL of the environment, or else redis://127.0.0.1:6379/0.
+        redis_url: the workers' Redis. Without it, REDIS_URL of the environment, or the content of the file that
+            REDIS_URL_FILE names, or else redis://127.0.0.1:6379/0.
         prefix: the workers' prefix.
         patience: seconds without an answer of Redis until `Unavailable` is raised.
         queue_limit: how many jobs may wait in a queue; 0 for no limit. The limit is soft: concurrent callers may exceed
@@ -84,7 +85,10 @@ class Client:
     def __init__(
         self, redis_url: str | None = None, *, prefix: str = "chat", patience: float = 30.0, queue_limit: int = 0
     ) -> None:
-        url = redis_url or os.environ.get("REDIS_URL") or "redis://127.0.0.1:6379/0"
+        try:
+            url = redis_url or url_from_environment()
+        except ValueError as error:
+            raise InvalidArgument(str(error)) from None
         self._loop: asyncio.AbstractEventLoop | None = None
         """The event loop of the first call: the connections belong to it."""
         self._is_closed = False
