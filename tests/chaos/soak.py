@@ -28,6 +28,7 @@ from redis.exceptions import RedisError
 from soak_checker import SEAL, Evidence, Tally, Violation, check, is_own_trial
 from soak_jobs import Plan, plan
 from soak_processes import Chaos, Processes
+from soak_versions import VersionedClients
 
 from worker import Client
 from worker.contract.keys import GROUP, Keys
@@ -114,6 +115,8 @@ class Soak:
         self._kinds: Counter[str] = Counter()
         self._redis = command_client(processes.redis_url)
         self._client = Client(processes.redis_url, patience=60)
+        is_mixed = len(set(processes.trees)) > 1
+        self._mixed = VersionedClients(processes.redis_url, processes.trees, processes.folder) if is_mixed else None
         self._began = 0.0
         self._finished: list[dict[str, str]] = []
         self._cursors = {_KEYS.lifecycle: "0", _KEYS.dead: "0"}
@@ -138,6 +141,8 @@ class Soak:
                 seconds = time.monotonic() - began
                 click.echo(f"{first + len(plans):7} jobs, {seconds:5.0f} s, {wrong} violations", err=True)
         await self._client.aclose()
+        if self._mixed:
+            await self._mixed.aclose()
         info = cast("dict[str, Any]", await self._execute("INFO", "server"))
         await self._redis.aclose()
         tally = self._tally
@@ -170,6 +175,8 @@ class Soak:
             if len(self._tally.violations) > before:
                 (self._processes.folder / f"{made.id}.json").write_bytes(msgspec.json.encode((made, evidence[made.id])))
         await self._check_keys()
+        for wrong in await self._mixed.wrong(plans, _STUCK_AFTER) if self._mixed else ():
+            self._violated("reader", wrong)
         for failure in self._processes.failures():
             self._violated("process", failure)
         await self._delete(plans)
@@ -199,7 +206,7 @@ class Soak:
     async def _add(self, made: Plan, turn: asyncio.Semaphore) -> None:
         async with turn:
             if made.by_client:
-                await self._client.enqueue(made.request, id=made.id)
+                await (self._mixed or self._client).enqueue(made.request, id=made.id)
                 return
             request = made.raw or msgspec.json.encode(made.request)
             for _ in range(made.copies):
@@ -318,11 +325,11 @@ def _job(letter: dict[str, str]) -> dict[str, str]:
 
 async def soak(
     *, jobs: int, workers: int, seed: int, simulators: int = 2, pause: float = 0.6, harms: int = 40,
-    redis_server: Path | None = None, folder: Path, progress: bool = False,
+    redis_server: Path | None = None, beside: Path | None = None, folder: Path, progress: bool = False,
 ) -> Report:  # fmt: skip
     """Run a soak: `harms` faults for each thousand jobs, with a mean time of `pause` seconds between two."""
     server = redis_server or find_servers()[0]
-    processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server)
+    processes = Processes(folder, workers=workers, simulators=simulators, redis_server=server, beside=beside)
     run = Soak(processes, jobs=jobs, seed=seed, pause=pause, harms=harms, progress=progress)
 
     def end() -> None:
@@ -353,6 +360,11 @@ async def soak(
     "--redis-server",
     type=click.Path(path_type=Path),
     help="The redis-server to run. [default: the first that is installed]",
+)
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path, exists=True, resolve_path=True),
+    help="The folder of another version of the repository. Every second worker, and every second client, runs it.",
 )
 @click.option("--keep", is_flag=True, help="Keep the folder with the output of the processes, as after a violation.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

@@ -16,10 +16,10 @@ from redis.exceptions import RedisError
 from worker.sandbox.embedded_redis import free_port
 from worker.settings import Settings
 
-__all__ = ["LEASE", "Chaos", "Processes"]
+__all__ = ["LEASE", "ROOT", "Chaos", "Processes"]
 
 LEASE = 2.0  # with 1 s, workers on a busy machine lose their leases all the time, and few jobs end
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 _SETTINGS: dict[str, object] = {
     "slots": 64,
     "lease": LEASE,
@@ -35,10 +35,16 @@ _SETTINGS: dict[str, object] = {
 
 
 class Processes:
-    """All processes, until `stop` ends them. Their output goes to files in `folder`."""
+    """All processes, until `stop` ends them. Their output goes to files in `folder`.
 
-    def __init__(self, folder: Path, *, workers: int, simulators: int, redis_server: Path) -> None:
+    `beside` is the folder of another version of the package, which every second worker runs.
+    """
+
+    def __init__(
+        self, folder: Path, *, workers: int, simulators: int, redis_server: Path, beside: Path | None = None
+    ) -> None:
         self.folder = folder
+        self.trees = [ROOT, beside or ROOT]
         self.records = [folder / f"simulator-{number}.jsonl" for number in range(simulators)]
         self._redis_server = redis_server
         self._redis_port = free_port()
@@ -55,7 +61,7 @@ class Processes:
         rest = {key: value for key, value in os.environ.items() if not key.startswith(("WORKER_", "VLLM_", "REDIS_"))}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                command, env=rest | environment | {"PYTHONPATH": str(_ROOT)}, stdout=log, stderr=log, cwd=self.folder
+                command, env=rest | {"PYTHONPATH": str(ROOT)} | environment, stdout=log, stderr=log, cwd=self.folder
             )
 
     def _start_redis(self) -> "subprocess.Popen[bytes]":
@@ -78,7 +84,7 @@ class Processes:
         urls = ",".join(f"http://127.0.0.1:{port}" for port in self._ports)
         return self._start(
             f"worker-{self._number}", sys.executable, "-m", "worker", "run",
-            **settings, REDIS_URL=self.redis_url, VLLM_URLS=urls,
+            **settings, REDIS_URL=self.redis_url, VLLM_URLS=urls, PYTHONPATH=str(self.trees[self._number % 2]),
         )  # fmt: skip
 
     def restart_redis(self) -> None:
