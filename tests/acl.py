@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from documents import DEPLOY, ROOT
 
@@ -54,12 +55,14 @@ def file_with_passwords(folder: Path, *, is_old: bool) -> tuple[Path, dict[str, 
 
     The administrator then needs none. For Redis 6.2 (`is_old`) the file has the change that deploy/README.md states.
     """
-    source = folder / FILE.relative_to(ROOT)
-    source.parent.mkdir(parents=True)
-    shutil.copy(FILE, source)
+    for source in FILE.parent.iterdir():
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, copy)
     command = ["bash", "-euo", "pipefail", "-c", DEPLOY.example("passwords")]
-    result = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    written = folder / FILE.name
-    text = re.sub(rf"^user {ADMIN} on #\w+", f"user {ADMIN} on nopass", written.read_text())
-    written.write_text(text.replace("%R~", "~") if is_old else text)
-    return written, dict(line.split() for line in result.stderr.splitlines())
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    urls = [urlsplit(file.read_text()) for file in (folder / "secrets").glob("redis-url-*")]
+    text = re.sub(rf"^user {ADMIN} on #\w+", f"user {ADMIN} on nopass", (folder / "secrets" / FILE.name).read_text())
+    changed = folder / FILE.name
+    changed.write_text(text.replace("%R~", "~") if is_old else text)
+    return changed, {str(url.username): str(url.password) for url in urls}
