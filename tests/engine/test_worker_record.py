@@ -1,4 +1,6 @@
-"""The models in a worker's record: what its servers list, within limits."""
+"""A worker's record: the models that its servers list, within limits, and how often it is renewed."""
+
+from itertools import pairwise
 
 from conftest import StartSimulator, StartWorker
 from redis.asyncio import Redis
@@ -37,3 +39,18 @@ async def test_a_worker_publishes_the_models_of_its_servers(
         return [record.models for record in records.values()] == [("large", "small")]
 
     await eventually(shown)
+
+
+async def test_an_idle_worker_renews_its_record_six_times_a_lease(
+    redis: Redis, start_simulator: StartSimulator, start_worker: StartWorker
+) -> None:
+    await start_worker(await start_simulator(), lease=6)
+    beats = set[int]()
+
+    async def renewed() -> bool:
+        beats.update(record.beat for record in (await WorkerRegistry(redis, Keys()).records()).values())
+        return len(beats) >= 5
+
+    await eventually(renewed)
+    gaps = [later - earlier for earlier, later in pairwise(sorted(beats))]
+    assert min(gaps[2:]) < 2000  # the heartbeat alone comes every 2 s

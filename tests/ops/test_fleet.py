@@ -79,9 +79,9 @@ async def test_a_lease_other_than_that_of_the_workers_is_a_warning(record: Recor
     assert lease.fix.startswith("set WORKER_LEASE to 60")
 
 
-async def test_a_worker_is_silent_after_its_own_lease(record: Record, find: Find, redis: Redis) -> None:
+async def test_a_worker_is_silent_after_half_of_its_own_lease(record: Record, find: Find, redis: Redis) -> None:
     now = (await redis.time())[0] * 1000
-    await record("long", lease=60, beat=now - 30_000)
+    await record("long", lease=60, beat=now - 20_000)
     await record("short", lease=6, beat=now - 10_000)
     assert [finding.subject for finding in await find("worker ")] == ["worker short"]
 

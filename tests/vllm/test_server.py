@@ -410,3 +410,41 @@ def test_one_draining_server_behind_a_load_balancer_hardly_stops_the_others(serv
         assert not server.is_away
         server.record_failure(begin(server), drains)
     assert server.circuit.is_draining, "now all of them drain"
+
+
+class SilentStream(StreamWatchdog):
+    """A request that has had no event for some seconds."""
+
+    def __init__(self, seconds: float, *, has_begun: bool) -> None:
+        super().__init__(StreamTimeouts())
+        self._seconds = seconds
+        if has_begun:
+            self.on_answer_start()
+
+    def silence(self) -> float:
+        return self._seconds
+
+
+@pytest.mark.parametrize(
+    ("begun", "unbegun", "quiet_for", "silent"),
+    [
+        ([6], [], 60, True),
+        ([4], [], 60, False),
+        ([6, 0.1], [], 60, False),
+        ([6], [0.1], 60, True),  # a frozen server also accepts requests
+        ([], [9, 1], 60, True),
+        ([], [7], 60, False),
+        ([6], [], 1, False),  # another answer has just ended
+        ([], [], 60, False),
+    ],
+)
+def test_a_server_is_silent_once_no_request_has_had_an_event_for_a_while(
+    server: Server, clock: Clock, begun: list[float], unbegun: list[float], quiet_for: float, *, silent: bool
+) -> None:
+    for seconds in begun:
+        server.requests.add(SilentStream(seconds, has_begun=True))
+    for seconds in unbegun:
+        server.requests.add(SilentStream(seconds, has_begun=False))
+    server.note_activity()
+    clock.now += quiet_for
+    assert server.is_silent is silent

@@ -115,6 +115,9 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
 REFUSES_ALL = "refuses_all"
 """The reason in the record of a server that is up and has refused every request for a while, as a full server does."""
 
+SILENT = "silent"
+"""The reason in the record of a server that is up, has requests, and has sent no event of any of them for a while."""
+
 
 class ControlEntry(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator asked of the workers: the value of a field in the control hash.
@@ -148,7 +151,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """A vLLM server as a worker sees it, in the worker's record.
 
     `url` has no password. `state` is `starting` (not probed yet), `up` or `away`, `reason` is why the server is away,
-    or `refuses_all`.
+    or `refuses_all` or `silent`.
     `requests` are the worker's requests in flight at the server, `limit` is how many it may have there at present.
     """
 

@@ -181,7 +181,7 @@ class Worker:
             record=self._record,
             telemetry=telemetry,
         )
-        self._refresher = RecordRefresher(self._registry, self._record)
+        self._refresher = RecordRefresher(self._registry, self._record, lease=settings.lease)
 
         self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
         self.metrics.observe_readiness(self._why_not_ready)

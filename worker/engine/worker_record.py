@@ -1,6 +1,7 @@
 """The worker's record: the state of its vLLM servers in it, and its renewal as soon as the state changes."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -9,7 +10,7 @@ from redis.exceptions import RedisError
 
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.job import MAX_NAME
-from ..contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
+from ..contract.records import REFUSES_ALL, SILENT, ServerRecord, WorkerRecord
 from ..settings import redacted_url
 from ..vllm.servers.server import Server
 from .pace import sleep_unless_set
@@ -27,13 +28,21 @@ def server_records(servers: Sequence[Server]) -> tuple[ServerRecord, ...]:
         ServerRecord(
             url=redacted_url(server.url)[:_MAX_TEXT],
             state="away" if server.is_away else "up" if server.is_known else "starting",
-            reason=server.circuit.reason[:_MAX_TEXT] if server.is_away else REFUSES_ALL if server.refuses_all else "",
+            reason=_reason_of(server),
             requests=server.in_flight,
             limit=round(server.limit.value, 2),
         )
         for server in servers
     )
     return tuple(sorted(records, key=lambda record: record.url)[:_MAX_SERVERS])
+
+
+def _reason_of(server: Server) -> str:
+    if server.is_away:
+        return server.circuit.reason[:_MAX_TEXT]
+    if server.refuses_all:
+        return REFUSES_ALL
+    return SILENT if server.is_silent else ""
 
 
 def model_names(servers: Sequence[Server]) -> tuple[str, ...]:
@@ -51,16 +60,24 @@ def model_names(servers: Sequence[Server]) -> tuple[str, ...]:
 
 
 class RecordRefresher:
-    """Writes this worker's record soon after its state has changed. The heartbeat writes it three times a lease.
+    """Writes this worker's record soon after its state has changed, and six times a lease.
 
-    `check_every` is the time between two comparisons with the state that was written last, in seconds.
+    So a worker whose record is half a lease old has missed three renewals. The heartbeat writes the record too, but
+    other duties may delay the heartbeat. `check_every` is the time between two comparisons with the state that was
+    written last, in seconds.
     """
 
     def __init__(
-        self, registry: WorkerRegistry, build: Callable[[], WorkerRecord], *, check_every: float = 0.5
+        self,
+        registry: WorkerRegistry,
+        build: Callable[[], WorkerRecord],
+        *,
+        lease: float,
+        check_every: float = 0.5,
     ) -> None:
         self._registry = registry
         self._build = build
+        self._renew_every = lease / 6
         self._check_every = check_every
         self._stopping = asyncio.Event()
 
@@ -69,12 +86,12 @@ class RecordRefresher:
         self._stopping.set()
 
     async def run(self) -> None:
-        """Write the record after each change of state, until stopped. The heartbeat reports failures."""
-        written = _state(self._build())
-        while await sleep_unless_set(self._stopping, self._check_every):
+        """Write the record after each change of state, and regularly, until stopped. The heartbeat reports failures."""
+        written, written_at = _state(self._build()), time.monotonic()
+        while await sleep_unless_set(self._stopping, min(self._check_every, self._renew_every)):
             record = self._build()
-            if _state(record) != written:
-                written = _state(record)  # also if the write fails: the heartbeat repeats it
+            if _state(record) != written or time.monotonic() - written_at >= self._renew_every:
+                written, written_at = _state(record), time.monotonic()  # also if the write fails: it is repeated soon
                 with suppress(RedisError, OSError):
                     await self._registry.write(record)
 

@@ -30,6 +30,8 @@ _PAUSE_FAULTS = {
 }
 """The fault that such a worker has, by its reason."""
 
+_LEAST_SILENCE = 5.0
+
 _SLOW_START = 60
 """Seconds after which a worker that has not probed its servers is a warning."""
 
@@ -40,8 +42,13 @@ def silence_of(record: WorkerRecord, now: float) -> float:
 
 
 def is_silent(record: WorkerRecord, now: float, lease: float) -> bool:
-    """Whether a worker has not renewed its record for a lease. `lease` is that of a record without one, in seconds."""
-    return silence_of(record, now) > (record.lease or lease)
+    """Whether a worker has not renewed its record for half a lease, in which it does so three times.
+
+    A pause of the machine ends a short lease without a fault of the worker: `_LEAST_SILENCE` is allowed, up to a whole
+    lease. `lease` is that of a record without one, in seconds.
+    """
+    own = record.lease or lease
+    return silence_of(record, now) > min(own, max(own / 2, _LEAST_SILENCE))
 
 
 def worker_states(records: Mapping[str, WorkerRecord], now: float, lease: float) -> list[WorkerState]:

@@ -21,6 +21,10 @@ MISSING = 60.0
 """Seconds for which a server's error that it does not have a model is remembered."""
 REFUSES_ALL_AFTER = 25.0
 """Seconds for which a server must refuse every request to be reported: longer than most bursts of other clients."""
+SILENT_AFTER = 5.0
+"""Seconds without any event after which a server with open answers is reported as silent: longer than most prefills."""
+SILENT_BEFORE_ANSWERS = 8.0
+"""The same, while the server has not begun any of its answers."""
 MOST_REQUESTS = 10_000
 """The limit of a server's limit, if the pool states none."""
 
@@ -39,6 +43,7 @@ class Reservation:
 
     def __exit__(self, *_: object) -> None:
         self._server.in_flight -= 1
+        self._server.note_activity()
         self._on_room(self._server)
 
 
@@ -92,6 +97,8 @@ class Server:
         self.in_flight = 0
         """How many requests of this worker have reserved the server."""
         self._clock = clock
+        self._active_at = clock()
+        """When an answer last began or ended."""
         self._on_room = on_room
         self._on_models = on_models
         self._deniers: dict[str, set[Caller]] = {}
@@ -151,6 +158,19 @@ class Server:
             (after if watchdog.has_answer else before).append(watchdog.silence())
         return before, after
 
+    def note_activity(self) -> None:
+        """Note that an answer has begun or ended."""
+        self._active_at = self._clock()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the server has sent no event of any request for a while, as a frozen server does."""
+        before, after = self.silences()
+        if not before and not after:
+            return False
+        shortest = min(min(after) if after else max(before), self._clock() - self._active_at)
+        return shortest > (SILENT_AFTER if after else SILENT_BEFORE_ANSWERS)
+
     def serves(self, model: str) -> bool:
         """Whether a request for this model may go to the server, as far as is known; the empty name is any model."""
         if not model or model in self.models:
@@ -169,6 +189,7 @@ class Server:
     def on_first_event(self, sent: ServerRequest, model: object) -> None:
         """Record the first event of the stream of a request."""
         self.unanswered.pop(sent, None)
+        self.note_activity()
         self._refused_since = self.refuses_all = None
         room = self.room
         self.limit.on_first_event(self._clock() - sent.sent_at, self.in_flight)
