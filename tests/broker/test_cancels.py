@@ -41,7 +41,9 @@ class Recorder:
 @asynccontextmanager
 async def listening(url: str, recorder: Recorder) -> AsyncIterator[None]:
     async with blocking_client(url, 1.0) as redis:
-        listener = CancelListener(redis, "chat:cancel", recorder, recorder, retry_refused_after=0.02)
+        listener = CancelListener(
+            redis, "chat:cancel", "chat:feed:worker:one", recorder, recorder, retry_refused_after=0.02
+        )
         running = asyncio.create_task(listener.run())
         yield
         listener.stop()

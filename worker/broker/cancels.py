@@ -5,6 +5,7 @@ workers read the end of every log three times a lease. A lost hint only delays a
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from redis.asyncio import Redis
@@ -24,8 +25,30 @@ class LogVerifier(Protocol):
         """Read the end of every log soon."""
 
 
+class _Presence:
+    """The subscription by which others see that this process has a connection. See `Keys.presence`."""
+
+    is_subscribed = False
+
+    def __init__(self, on_refused: Callable[[], None]) -> None:
+        self._on_refused = on_refused
+
+    def on_message(self, payload: bytes) -> None:
+        """Do nothing: nobody publishes there."""
+
+    def on_subscribed(self) -> None:
+        self.is_subscribed = True
+
+    def on_interrupted(self) -> None:
+        self.is_subscribed = False
+
+    def on_refused(self, _: Exception) -> None:
+        self.is_subscribed = False
+        self._on_refused()
+
+
 class CancelListener:
-    """The process's subscription to the channel of cancel hints.
+    """The process's subscription to the channel of cancel hints, and to its own channel of presence.
 
     A refusal is not final: an operator may give the user the right to the channel, or restore a password that was
     changed. So the subscription is requested again every `retry_refused_after` seconds. The same refusal is reported
@@ -36,6 +59,7 @@ class CancelListener:
         self,
         redis: Redis,
         channel: str,
+        presence: str,
         publisher: LogVerifier,
         telemetry: Telemetry,
         *,
@@ -45,15 +69,24 @@ class CancelListener:
             redis, sharded=False, retry_refused_after=retry_refused_after, what="cancel_hints_lost", telemetry=telemetry
         )
         self._channel = channel
+        self._presence_channel = presence
+        # A refusal of this channel would end the hints as well, so it is not requested again.
+        self._presence = _Presence(lambda: self._subscriptions.unsubscribe(presence))
         self._publisher = publisher
         self._telemetry = telemetry
         self._stopping = asyncio.Event()
         self._refusal = ""
         """The error with which Redis refused the subscription, if it did."""
 
+    @property
+    def shows_presence(self) -> bool:
+        """Whether the process is subscribed to its channel of presence."""
+        return self._presence.is_subscribed
+
     async def run(self) -> None:
         """Listen until `stop` is called."""
         self._subscriptions.subscribe(self._channel, self)
+        self._subscriptions.subscribe(self._presence_channel, self._presence)
         try:
             await self._stopping.wait()
         finally:

@@ -57,6 +57,14 @@ class Keys:
         """
         return f"{self.prefix}:cancel"
 
+    def presence(self, worker: str) -> str:
+        """The pub/sub channel to which only this worker subscribes. It shows that its connection to Redis is open.
+
+        Nothing is published there. The name begins as those of the feeds, so that no user needs another right; it is no
+        feed, since its end has no braces.
+        """
+        return f"{self.prefix}:feed:worker:{worker}"
+
     @property
     def lifecycle(self) -> str:
         """The capped stream of the starts and ends of all requests."""

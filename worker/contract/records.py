@@ -174,7 +174,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     `finished`, `failed`, `cancelled` and `tokens` count since the start: jobs that ended here, those of them with the
     outcome `error`, those that were cancelled, and deltas that Redis accepted. `finished_per_s` and `tokens_per_s` are
     their rates over the latest two beats, so the rates of all live workers add up to that of the installation.
-    `silence` is for how many seconds the most silent stream has had no event from vLLM; 0 without streams.
+    `silence` is for how many seconds the most silent stream has had no event from vLLM; 0 without streams. `presence`
+    is whether the worker is subscribed to its channel of presence (`Keys.presence`).
 
     Earlier versions wrote only some of the fields that have a default here.
     """
@@ -197,6 +198,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     servers: tuple[ServerRecord, ...] = ()
     models: tuple[str, ...] = ()
     paused_queues: tuple[str, ...] = ()
+    presence: bool = False
     failed: int = 0
     cancelled: int = 0
     tokens: int = 0

@@ -92,7 +92,9 @@ class Worker:
         self._jobs = JobQueue(self._commands, self._blocking, keys, self._name, settings.lease, telemetry, batcher)
         abandoned = AbandonedJobs(self._commands, keys, self._name, settings.lease)
         self._publisher = open_publisher(url, telemetry, pace.command_timeout)
-        self._cancels = CancelListener(self._blocking, keys.cancel, self._publisher, telemetry)
+        self._cancels = CancelListener(
+            self._blocking, keys.cancel, keys.presence(self._name), self._publisher, telemetry
+        )
         self._lifecycle = LifecycleWriter(batcher, keys, telemetry, settings.lifecycle_length)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)
         dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
@@ -318,6 +320,7 @@ class Worker:
             queues=self._settings.queues,
             version=version(),
             starting=paused == STARTING,
+            presence=self._cancels.shows_presence,
             lease=self._settings.lease,
             host=self._host,
             pid=os.getpid(),
