@@ -105,7 +105,15 @@ class Settings(CheckedSettings):
         7 * _DAY, ge=1, le=365 * _DAY, description="Seconds that dead letters, which hold prompts, are kept"
     )
     lifecycle_length: int = Field(
-        100_000, ge=1, le=1_000_000_000, description="Number of lifecycle entries that are kept, two for each request"
+        100_000,
+        ge=1,
+        le=1_000_000_000,
+        description="Number of lifecycle entries that are kept, two for each request. Consumer groups keep more",
+    )
+    lifecycle_max_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Redis memory of the lifecycle beyond which the oldest entries are lost to groups that are behind",
     )
     wait_replicas: int = Field(
         0, ge=0, le=100, description="Number of Redis replicas that must have the end of a log before its job is done"

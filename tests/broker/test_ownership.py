@@ -256,7 +256,7 @@ async def test_a_log_that_changes_after_the_decision_to_bury_it_is_not_sealed_as
     assert [text for text in await texts(redis) if "error" in text] == []
 
 
-RECORD = ("chat:lifecycle", "MAXLEN", "~", "100", "*", "type", "started", "id", "r")
+RECORD = ("chat:lifecycle", "*", "type", "started", "id", "r")
 
 
 async def test_the_record_of_the_start_is_written_with_the_start(

@@ -34,6 +34,7 @@ def of_leases(lease: float, leases: RunningJobs, publisher: object) -> Maintenan
         jobs=absent,
         running_jobs=leases,
         registry=absent,
+        lifecycle=absent,
         dead_letters=absent,
         publisher=cast("Publisher", publisher),
         clock=absent,

@@ -20,7 +20,9 @@ from redis_usage import Command, RedisUsage
 from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
+from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.cli.main import main
+from worker.contract.keys import Keys
 from worker.contract.records import DeadLetter
 from worker.gateway.keys import hash_of
 from worker.ops.checks import check
@@ -104,6 +106,7 @@ async def test_every_user_does_all_its_work_and_needs_every_right(
     await admin.script_flush()  # so that the producer, too, needs EVAL
     await use_workers_and_clients(urls, admin, start_worker, simulator)
     await operate(urls["operator"], admin, simulator)
+    await trim_the_lifecycle(urls["worker"], admin)
     async with Redis.from_url(urls["scaler"], protocol=2) as scaler:
         for words in SCALING:
             await scaler.execute_command(*words.split())  # type: ignore[no-untyped-call]  # so in redis-py 8.1
@@ -244,6 +247,14 @@ async def use_workers_and_clients(
     await eventually(is_settled)
     second.stop()
     await eventually(has_left)
+
+
+async def trim_the_lifecycle(url: str, admin: Redis) -> None:
+    """Remove records that a group has not read, as a worker does when the lifecycle is too large."""
+    await admin.xgroup_create("chat:lifecycle", "behind", "0")
+    async with Redis.from_url(url, protocol=2) as redis:
+        await LifecycleTrimmer(redis, Keys(), length=0, max_bytes=1).trim()
+    assert await admin.hget(Keys().lifecycle_losses, "behind")
 
 
 async def operate(url: str, admin: Redis, simulator: Simulator) -> None:

@@ -22,6 +22,7 @@ from ..redisio.errors import is_permission_denied
 from ..redisio.pipelined import PipelinedConnection, pack
 from ..telemetry.events import NO_TELEMETRY, ConsumerRemoved, GroupRecreated, StoppedLeasesEnded, Telemetry
 from .consumers import HANDED_OVER, HANDED_OVER_IDLE, consumers_of, is_pseudo_consumer
+from .group_progress import acknowledged_below
 from .queue_depth import Depth, depth_of
 
 _NO_LIMIT = 2**31
@@ -216,14 +217,11 @@ class JobQueue:
     async def trim(self, queue: str) -> None:
         """Remove the jobs that are done from the stream, never a pending or unread job.
 
-        The last delivered id is read before the oldest pending id. In the other order, a job that is delivered in
-        between would count as neither and be trimmed. XDEL is never used: it hides the lag that autoscalers read.
+        XDEL is never used: it hides the lag that autoscalers read.
         """
         key = self._keys.jobs(queue)
         for group in await self._groups(key):
-            delivered = EntryId.parse(group["last-delivered-id"])
-            oldest = (await self._commands.xpending(key, GROUP))["min"]
-            below = min(delivered, EntryId.parse(oldest)) if oldest else delivered
+            below = await acknowledged_below(self._commands, key, group)
             await self._commands.xtrim(key, minid=str(below), approximate=False)
 
     async def probe_writable(self) -> None:

@@ -25,25 +25,19 @@ _REFUSED = "lifecycle_refused"
 
 
 class LifecycleWriter:
-    """Writes the records of a process in order, each at least once.
+    """Writes the records of a process in order, each at least once. `LifecycleTrimmer` removes old ones."""
 
-    `length` is the approximate number of records that the stream keeps.
-    """
-
-    def __init__(
-        self, batcher: CommandBatcher, keys: Keys, telemetry: Telemetry = NO_TELEMETRY, length: int = 100_000
-    ) -> None:
+    def __init__(self, batcher: CommandBatcher, keys: Keys, telemetry: Telemetry = NO_TELEMETRY) -> None:
         self._batcher = batcher
         self._key = keys.lifecycle
         self._telemetry = telemetry
-        self._length = str(length)
         self._waiting: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
         self._is_closed = False
 
     def words(self, record: Lifecycle) -> tuple[str, ...]:
         """The words of the XADD that writes a record."""
-        return (self._key, "MAXLEN", "~", self._length, "*", *chain(*record.to_fields().items()))
+        return (self._key, "*", *chain(*record.to_fields().items()))
 
     def write(self, record: Lifecycle) -> "asyncio.Future[None]":
         """Add a record. The future is done once Redis has the record, and stays open while Redis is unavailable.

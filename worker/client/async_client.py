@@ -265,7 +265,7 @@ class Client:
         """Yield the starts and ends of all requests: every stored record, and then each new one.
 
         The iterator does not end. To continue later, pass the `line` of the last record as `after`; a time in Unix ms
-        works too. Each record comes at least once. Beyond WORKER_LIFECYCLE_LENGTH, the oldest are dropped.
+        works too. Each record comes at least once. The oldest go once there are WORKER_LIFECYCLE_LENGTH later ones.
 
         Raises:
             Unavailable: when Redis does not answer.

@@ -67,8 +67,13 @@ class Keys:
 
     @property
     def lifecycle(self) -> str:
-        """The capped stream of the starts and ends of all requests."""
+        """The stream of the starts and ends of all requests. Workers remove its oldest records."""
         return f"{self.prefix}:lifecycle"
+
+    @property
+    def lifecycle_losses(self) -> str:
+        """The hash of the number of records that each group of the lifecycle has lost, in the lifecycle's slot."""
+        return f"{self.prefix}:lost:{{{self.lifecycle}}}"
 
     @property
     def dead(self) -> str:

@@ -28,8 +28,8 @@ class Lifecycle(msgspec.Struct, frozen=True, kw_only=True):
     """An entry of the lifecycle stream: a request has `started` or `finished`.
 
     An entry may come more than once: deduplicate by `type`, `id` and `attempt`. `time` is Unix ms, `timings` are in
-    milliseconds. `worker` is the name of the worker that started the request. `line` is the entry's own id; it is empty
-    in an entry that was not read from Redis.
+    milliseconds. `worker` is the name of the worker that started or ended the request. `line` is the entry's own id; it
+    is empty in an entry that was not read from Redis.
     """
 
     line: str = ""

@@ -19,6 +19,7 @@ from ..broker.dead_letters import DeadLetterWriter
 from ..broker.endings import JobEnder
 from ..broker.job_queue import JobQueue
 from ..broker.lifecycle import LifecycleWriter
+from ..broker.lifecycle_retention import LifecycleTrimmer
 from ..broker.ownership import LogOwnership
 from ..broker.parked_jobs import ParkedJobs
 from ..broker.replicas import Replicas
@@ -95,7 +96,7 @@ class Worker:
         self._cancels = CancelListener(
             self._blocking, keys.cancel, keys.presence(self._name), self._publisher, telemetry
         )
-        self._lifecycle = LifecycleWriter(batcher, keys, telemetry, settings.lifecycle_length)
+        self._lifecycle = LifecycleWriter(batcher, keys, telemetry)
         self._registry = WorkerRegistry(self._commands, keys, telemetry)
         dead_letters = DeadLetterWriter(self._commands, keys, telemetry)
         ownership = LogOwnership(
@@ -177,6 +178,9 @@ class Worker:
             jobs=self._jobs,
             running_jobs=self._running_jobs,
             registry=self._registry,
+            lifecycle=LifecycleTrimmer(
+                self._commands, keys, length=settings.lifecycle_length, max_bytes=settings.lifecycle_max_bytes
+            ),
             dead_letters=dead_letters,
             publisher=self._publisher,
             clock=self._clock,

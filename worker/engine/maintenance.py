@@ -10,6 +10,7 @@ from redis.exceptions import RedisError, ResponseError
 from ..broker.cluster_publisher import AnyPublisher
 from ..broker.dead_letters import DeadLetterWriter
 from ..broker.job_queue import JobQueue
+from ..broker.lifecycle_retention import LifecycleTrimmer
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.records import WorkerRecord
 from ..redisio.clock import Clock
@@ -36,6 +37,7 @@ class Maintenance:
         jobs: JobQueue,
         running_jobs: RunningJobs,
         registry: WorkerRegistry,
+        lifecycle: LifecycleTrimmer,
         dead_letters: DeadLetterWriter,
         publisher: AnyPublisher,
         clock: Clock,
@@ -46,6 +48,7 @@ class Maintenance:
         self._jobs = jobs
         self._running_jobs = running_jobs
         self._registry = registry
+        self._lifecycle = lifecycle
         self._dead_letters = dead_letters
         self._publisher = publisher
         self._clock = clock
@@ -80,6 +83,7 @@ class Maintenance:
         duties = {
             Backoff("clock_failed", self._telemetry): self._clock.sync,
             Backoff("trim_failed", self._telemetry): self._trim,
+            Backoff("lifecycle_trim_failed", self._telemetry): self._lifecycle.trim,
             Backoff("measure_failed", self._telemetry): self._sample,
             Backoff("beat_failed", self._telemetry): self._send_heartbeat,
             Backoff("expire_failed", self._telemetry): self._end_stopped_leases,

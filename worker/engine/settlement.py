@@ -184,7 +184,7 @@ class Settlement:
             queue=job.delivery.queue,
             attempt=answer.attempt,
             time=self._services.now(),
-            worker=self._ownership.worker if kind == "started" else "",
+            worker=self._ownership.worker,
             tenant=job.parsed.tenant if isinstance(job.parsed, Job) else "",
             retry_of=job.parsed.retry_of if isinstance(job.parsed, Job) else "",
             outcome=answer.outcome,

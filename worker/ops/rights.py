@@ -21,11 +21,11 @@ _NOBODY = ".check"
 
 _KEY_PATTERNS = {
     "@jobs": "jobs*", "@tokens": "tokens:*", "@ended": "ended:*", "@lifecycle": "lifecycle", "@dead": "dead",
-    "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
+    "@lifecycle_losses": "lost:*", "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
 }  # fmt: skip
 """The patterns of keys and channels for the placeholders in probes, without the prefix, in the form of ACL SETUSER."""
 
-_CONTAINERS = frozenset(("COMMAND", "XGROUP", "XINFO"))
+_CONTAINERS = frozenset(("COMMAND", "MEMORY", "XGROUP", "XINFO"))
 """Commands of which a user may have the right to a single subcommand."""
 
 # The consequences of missing rights.
@@ -33,6 +33,8 @@ _NO_FEED = "the feed is silent, and followers read the logs instead"
 _NO_HINTS = "a cancel takes effect within two thirds of a lease, not at once"
 _NO_RECORD = "neither this check nor the other workers see this worker"
 _NO_LIFECYCLE = "the lifecycle is not written"
+_NO_BYTES = "the memory of the lifecycle is only estimated"
+_NO_LOSSES = "nobody knows how many entries of the lifecycle a group has lost"
 _NO_BURIAL = "jobs that should be buried stay pending until they can be"
 _NO_WRITE_TEST = "jobs are taken while Redis takes no writes"
 _NO_TAKE_OVER = "jobs of dead workers, and jobs that were handed over or wait for a server, are not continued"
@@ -85,6 +87,8 @@ _PROBES = (
     _Probe("XADD @probe NOMKSTREAM 0-0 type check", _NO_WRITE_TEST),
     _Probe("XADD @lifecycle 0-0 type check", _NO_LIFECYCLE),
     _Probe("XLEN @lifecycle", _NO_LIFECYCLE),  # finds a key of another type
+    _Probe("MEMORY USAGE @lifecycle", _NO_BYTES),
+    _Probe(f"HINCRBY @lifecycle_losses {_NOBODY} none", _NO_LOSSES),
     _Probe("XADD @dead 0-0 type check", _NO_BURIAL),
     _Probe("XTRIM @dead MINID 0-0", _NO_BURIAL),
     _Probe("XREVRANGE @dead 0-0 0-0", _NO_BURIAL),
