@@ -5,7 +5,8 @@
 set -eu
 folder=${1:?the folder for the files} address=${2:?the host and port of Redis}
 users=$(dirname "$0")/users.acl
-mkdir -p -m 700 "$folder"
+mkdir -p "$folder"
+chmod 700 "$folder"
 if [ -e "$folder/users.acl" ]; then
   echo "$folder/users.acl exists: to change a password, see deploy/secrets.md" >&2
   exit 1

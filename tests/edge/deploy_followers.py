@@ -32,6 +32,7 @@ from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
 _ENDS = {"done", "error", "cancelled"}
 _PATIENCE = 120.0
+_TREE = click.Path(path_type=Path, exists=True, resolve_path=True)
 
 
 class Follower(asyncio.Protocol):
@@ -167,7 +168,9 @@ async def deploy_under_followers(
     return deploy
 
 
-async def _measure(followers: int, requests: int, tokens: int, rate: float) -> Deploy:
+async def _measure(
+    followers: int, requests: int, tokens: int, rate: float, first_tree: Path | None, second_tree: Path | None
+) -> Deploy:
     async with AsyncExitStack() as stack:
         redis = stack.enter_context(start_redis())
         simulator = await stack.enter_async_context(Simulator(Options(scenario=Scenario(tokens=tokens, rate=rate))))
@@ -179,8 +182,10 @@ async def _measure(followers: int, requests: int, tokens: int, rate: float) -> D
         )  # fmt: skip
         stack.push_async_callback(worker.wait)
         stack.callback(worker.terminate)
-        first = await stack.enter_async_context(replica_process(redis.url, drain_delay=1, access_log="false"))
-        second = await stack.enter_async_context(replica_process(redis.url, access_log="false"))
+        first = await stack.enter_async_context(
+            replica_process(redis.url, 0, first_tree, drain_delay=1, access_log="false")
+        )
+        second = await stack.enter_async_context(replica_process(redis.url, 0, second_tree, access_log="false"))
         client = await stack.enter_async_context(Client(redis.url))
         ids = [
             await client.enqueue({"messages": [{"role": "user", "content": f"Tell me {number}"}]})
@@ -195,11 +200,15 @@ async def _measure(followers: int, requests: int, tokens: int, rate: float) -> D
 @click.option("--requests", default=200, show_default=True)
 @click.option("--tokens", default=150, show_default=True, help="Of each answer.")
 @click.option("--rate", default=5.0, show_default=True, help="Tokens a second of each answer.")
-def main(followers: int, requests: int, tokens: int, rate: float) -> None:
+@click.option("--first", "first_tree", type=_TREE, help="Folder of another version, which the first gateway runs.")
+@click.option("--second", "second_tree", type=_TREE, help="Folder of another version, which the second gateway runs.")
+def main(
+    followers: int, requests: int, tokens: int, rate: float, first_tree: Path | None, second_tree: Path | None
+) -> None:
     """Replace a gateway under followers, and print what they noticed."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    deploy = uvloop.run(_measure(followers, requests, tokens, rate))
+    deploy = uvloop.run(_measure(followers, requests, tokens, rate, first_tree, second_tree))
     entries = sum(len(follower.ids) for follower in deploy.followers)
     click.echo(
         f"{followers:,} followers of {requests:,} requests, {entries:,} entries: {len(deploy.errors):,} errors; "

@@ -8,6 +8,7 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 from command import environment
@@ -38,11 +39,17 @@ class Replica:
 
 
 @asynccontextmanager
-async def replica_process(redis_url: str, port: int = 0, **settings: object) -> AsyncIterator[Replica]:
-    """A gateway that is ready; killed at the end if it still runs. Settings are named as in `GatewaySettings`."""
+async def replica_process(
+    redis_url: str, port: int = 0, tree: Path | None = None, /, **settings: object
+) -> AsyncIterator[Replica]:
+    """A gateway that is ready; killed at the end if it still runs. Settings are named as in `GatewaySettings`.
+
+    `tree` is the folder of another version of the repository, which the gateway runs.
+    """
     port = port or free_port()
     given = {"listen": f"127.0.0.1:{port}", "no_auth": "true", "log_level": "warning", "drain_delay": 0} | settings
     variables = {f"GATEWAY_{name.upper()}": str(value) for name, value in given.items()}
+    variables |= {"PYTHONPATH": str(tree)} if tree else {}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "worker", "gateway",
         stdin=DEVNULL, stdout=DEVNULL, env=environment(REDIS_URL=redis_url, **variables),
