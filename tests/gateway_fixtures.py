@@ -2,13 +2,11 @@
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import httpx
 import pytest
@@ -17,6 +15,7 @@ from waits import eventually
 from worker.gateway.keys import hash_of
 from worker.gateway.process import Gateway
 from worker.gateway.settings import load_gateway_settings
+from worker.sandbox.embedded_redis import free_port
 
 SECRET = "0123456789abcdef0123456789abcdef"
 KEY_A, KEY_B, KEY_ALL = "vr_key-of-a", "vr_key-of-b", "vr_key-of-the-operator"
@@ -131,13 +130,6 @@ class GatewayProcess:
 
 
 StartGatewayProcess = Callable[..., Awaitable[GatewayProcess]]
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return cast("int", sock.getsockname()[1])
 
 
 @pytest.fixture

@@ -139,6 +139,11 @@ def test_either_name_runs_as_a_program(installed: str) -> None:
         assert run(installed, "-m", name, "--version").startswith("vllm-relay")
 
 
+def test_the_shipped_alerts_are_found(installed: str) -> None:
+    script = "from vllm_relay.sandbox.prometheus import find_alerts; print(find_alerts().read_text(), end='')"
+    assert run(installed, "-c", script) == (ROOT / "deploy/alerts.yaml").read_text()
+
+
 def test_the_public_names_are_the_same() -> None:
     assert vllm_relay.__all__ == worker.__all__
     assert all(getattr(vllm_relay, name) is getattr(worker, name) for name in worker.__all__)

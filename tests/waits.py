@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], within: float = 60.0) -> None:
-    """Wait until a condition holds.
+async def eventually(condition: Callable[[], Awaitable[object]], within: float = 60.0, every: float = 0.01) -> None:
+    """Wait until a condition holds, which is queried `every` so many seconds.
 
     The limit is only for a test that would otherwise hang: on a busy machine a process took 30 s to start.
     """
     async with asyncio.timeout(within):
         while not await condition():  # noqa: ASYNC110 - the condition is about another process
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(every)

@@ -1,9 +1,7 @@
 """Gateways as processes of their own."""
 
 import asyncio
-import secrets
 import signal
-import socket
 import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator
@@ -13,6 +11,8 @@ from pathlib import Path
 import httpx
 from command import environment
 from waits import eventually
+
+from worker.sandbox.embedded_redis import free_port
 
 
 class Replica:
@@ -62,19 +62,3 @@ async def replica_process(
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens at, below those that the kernel gives to outgoing connections.
-
-    A gateway that starts again can therefore have the same port.
-    """
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

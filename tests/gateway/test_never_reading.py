@@ -7,7 +7,7 @@ import socket
 import httpx
 import psutil
 import pytest
-from gateway_fixtures import StartGatewayProcess, free_port
+from gateway_fixtures import StartGatewayProcess
 from redis.asyncio import Redis
 from serving import EventReader
 from waits import eventually
@@ -16,6 +16,7 @@ from worker import Client
 from worker.contract.entries import Opened, Started, to_fields
 from worker.contract.ids import EntryId
 from worker.contract.keys import Keys
+from worker.sandbox.embedded_redis import free_port
 
 COUNT = 200
 PIECE = 500

@@ -11,10 +11,12 @@ from contextlib import asynccontextmanager
 import httpx
 import psutil
 import pytest
-from gateway_fixtures import KEY_A, KEYS, GatewayProcess, Served, StartGateway, StartGatewayProcess, free_port
+from gateway_fixtures import KEY_A, KEYS, GatewayProcess, Served, StartGateway, StartGatewayProcess
 from proxy import Proxy
 from serving import EventReader
 from waits import eventually
+
+from worker.sandbox.embedded_redis import free_port
 
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 

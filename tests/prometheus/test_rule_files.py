@@ -10,9 +10,9 @@ from conftest import StartProcess
 from documents import ROOT
 from edge_fixtures import StartReplica
 from prometheus_server import find_program
-from replicas import free_port
 
 from worker import Client
+from worker.sandbox.embedded_redis import free_port
 from worker.sandbox.simulator.server import Simulator
 
 ALERTS = ROOT / "deploy/alerts.yaml"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import StartProcess
-from gateway_fixtures import StartGatewayProcess, free_port
+from gateway_fixtures import StartGatewayProcess
 from waits import eventually
 
+from worker.sandbox.embedded_redis import free_port
 from worker.telemetry.systemd import SystemdNotifier
 
 BLOCKING = [str(Path(__file__).with_name("blocking_worker.py")), "8"]

@@ -16,4 +16,5 @@ class WheelLayout(BuildHookInterface):  # type: ignore[type-arg]
         for path in package.iterdir():
             if path.name not in {"_alias", "__pycache__"}:
                 files[str(path)] = f"vllm_relay/{path.name}"
+        files[str(Path(self.root, "deploy/alerts.yaml"))] = "vllm_relay/sandbox/alerts.yaml"  # for `worker drill`
         build_data["force_include"] |= files

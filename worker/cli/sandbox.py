@@ -26,8 +26,8 @@ def demo(redis_url: str | None, vllm_url: str | None, web: bool, as_json: bool) 
         check_gateway_extra()
     try:
         from ..sandbox.demo import run_demo  # noqa: PLC0415 - of the extra `demo`
-        from ..sandbox.demo_workers import DemoFailed  # noqa: PLC0415
         from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415
+        from ..sandbox.programs import SandboxFailed  # noqa: PLC0415
     except ModuleNotFoundError as error:
         _fail_without_extra(error)
 
@@ -39,7 +39,7 @@ def demo(redis_url: str | None, vllm_url: str | None, web: bool, as_json: bool) 
         run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url, web=web)))
     except KeyboardInterrupt:
         raise Interrupted("interrupted: every process that the demo started has ended") from None
-    except (DemoFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
+    except (SandboxFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):
             cause = cause.exceptions[0]

@@ -9,12 +9,10 @@ import secrets
 import shlex
 import shutil
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import click
 from redis.asyncio import Redis
@@ -31,12 +29,10 @@ from ..vllm.errors import UpstreamError
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
 from .demo_web import DemoGateway, start_gateway, wait_until_opened
-from .demo_workers import LEASE, DemoFailed, DemoWorkers, start_workers
+from .demo_workers import LEASE, DemoWorkers, start_workers
 from .embedded_redis import start_redis
+from .programs import Report, SandboxFailed, timed
 from .simulator.server import Options, Scenario, Simulator
-
-Report: TypeAlias = Callable[[str | None, Object], None]
-"""Receives a line for a person, and the same as JSON. The line is None if another line has the same text."""
 
 STORY = "Tell me a long story"
 QUESTIONS = (STORY, "你是谁?", "Who are you?")
@@ -136,19 +132,14 @@ async def run_demo(
         web: whether to start a gateway, whose page shows the answers. The demo begins when somebody has opened it.
 
     Raises:
-        DemoFailed: when a server does not answer, an answer is incomplete, followers of one request received different
-            entries, or the text differs from that of an undisturbed run.
+        SandboxFailed: when a server does not answer, an answer is incomplete, followers of one request received
+            different entries, or the text differs from that of an undisturbed run.
         ConfigError: when a URL is malformed.
     """
     given = {name: url for name, url in (("redis_url", redis_url), ("vllm_urls", vllm_url)) if url is not None}
     load_settings([*_KEYS, *given], **given)
     prefix = f"demo-{secrets.token_hex(3)}"
-    began = time.monotonic()
-
-    def timed(line: str | None, data: Object) -> None:
-        at = time.monotonic() - began
-        report(None if line is None else f"{at:6.2f} s  {line}", {"at": round(at, 3), **data})
-
+    report_timed = timed(report)
     with ExitStack() as stack:
         if redis_url is None:
             embedded = stack.enter_context(start_redis(servers=servers))
@@ -156,19 +147,19 @@ async def run_demo(
         else:
             what = redacted_url(redis_url)
             await _check_redis(redis_url)
-        timed(f"Redis: {what}", {"redis": what})
+        report_timed(f"Redis: {what}", {"redis": what})
         async with _vllm(vllm_url) as (url, what):
-            timed(f"vLLM: {what}", {"vllm": what})
-            demo = _Demo(redis_url, prefix, await _model_of(url), timed, simulated=vllm_url is None)
+            report_timed(f"vLLM: {what}", {"vllm": what})
+            demo = _Demo(redis_url, prefix, await _model_of(url), report_timed, simulated=vllm_url is None)
             try:
                 gateway = stack.enter_context(start_gateway(redis_url, prefix)) if web else None
                 if gateway is not None:
                     await demo.open_page(gateway)
                 with start_workers(redis_url, url, prefix) as workers:
-                    timed("two workers start, and three prompts wait for them", {"workers": 2})
+                    report_timed("two workers start, and three prompts wait for them", {"workers": 2})
                     usual, name = Settings.model_fields["lease"].default, variable("lease")
                     line = f"their lease is {LEASE} s, so that a takeover is quick; by default, {name} is {usual:g} s"
-                    timed(line, {"lease": LEASE, "default_lease": usual})
+                    report_timed(line, {"lease": LEASE, "default_lease": usual})
                     async with asyncio.timeout(_TIME_LIMIT):
                         await demo.run(workers)
                     if gateway is not None:
@@ -291,11 +282,11 @@ class _Demo:
             follower.answer.error or "no end" for follower in self._followers if follower.answer.outcome != "done"
         ]
         if failed:
-            raise DemoFailed(f"not every answer is complete: {failed[0]}")
+            raise SandboxFailed(f"not every answer is complete: {failed[0]}")
         stories = [follower for follower in self._followers if follower.question == STORY]
         seen = [[entry.as_dict() for entry in follower.entries] for follower in stories]
         if any(entries != seen[0] for entries in seen):
-            raise DemoFailed("the followers of one request did not see the same entries")
+            raise SandboxFailed("the followers of one request did not see the same entries")
         self._report(f"all {len(seen)} followers of the story saw the same {len(seen[0])} entries", {"same": True})
 
     async def _compare_with_undisturbed(self, client: Client) -> None:
@@ -307,14 +298,14 @@ class _Demo:
             request["simulate"] = {"rate": 0, "first_token": 0}  # the same tokens, without the pauses
         again = Answer([entry async for entry in client.follow(await client.enqueue(request))])
         if again.outcome != "done":
-            raise DemoFailed(f"the undisturbed run failed: {again.error or 'no end'}")
+            raise SandboxFailed(f"the undisturbed run failed: {again.error or 'no end'}")
         equal = again.text == text
         data: Object = {"equals_undisturbed": equal, "characters": len(text)}
         if equal:
             line = f"the text equals that of an undisturbed run, all {len(text)} characters"
             self._report(click.style(line, fg="green", bold=True), data)
         elif self._simulated:
-            raise DemoFailed("the text differs from that of an undisturbed run")
+            raise SandboxFailed("the text differs from that of an undisturbed run")
         else:
             at = next((at for at, (one, other) in enumerate(zip(text, again.text)) if one != other), "its end")  # noqa: B905 - the texts may have different lengths
             line = (
@@ -338,7 +329,7 @@ async def _check_redis(url: str) -> None:
         try:
             await client.ping()
         except (Unavailable, RedisError) as error:
-            raise DemoFailed(f"{redacted_url(url)} cannot be used: {error}") from None
+            raise SandboxFailed(f"{redacted_url(url)} cannot be used: {error}") from None
 
 
 async def _model_of(url: str) -> str:
@@ -346,7 +337,7 @@ async def _model_of(url: str) -> str:
     try:
         return (await pool.list_models(pool.servers[0]))[0]
     except (UpstreamError, IndexError) as error:
-        raise DemoFailed(f"{redacted_url(url)} does not list the model that it serves: {error}") from None
+        raise SandboxFailed(f"{redacted_url(url)} does not list the model that it serves: {error}") from None
     finally:
         await pool.aclose()
 

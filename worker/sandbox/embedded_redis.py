@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -101,10 +102,19 @@ def start_redis(
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 on which nothing listens, below those that the kernel gives to outgoing connections.
+
+    A server that ends and starts again can therefore have the same port.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _start(binary: Path, options: tuple[str, ...], guard: OrphanGuard) -> "tuple[subprocess.Popen[bytes], int]":
