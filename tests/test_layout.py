@@ -17,7 +17,7 @@ _ROOT = Path(worker.__file__).parent
 
 _ALL_BUT_CLI = {
     "contract", "redisio", "broker", "vllm", "telemetry", "settings", "settings_source", "engine", "client", "gateway",
-    "ops", "sandbox", "version",
+    "ops", "sandbox", "top", "version",
 }  # fmt: skip
 _MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
@@ -34,6 +34,7 @@ _MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"contract", "redisio", "broker", "vllm", "telemetry", "settings", "engine", "version"},
     "http": set(),
     "sandbox": {"contract", "redisio", "vllm", "settings", "client"},
+    "top": {"contract", "redisio", "broker", "client", "settings", "ops"},
     "cli": _ALL_BUT_CLI,
     "__main__": {"cli"},
     "__init__": {"contract", "client"},
@@ -179,6 +180,12 @@ def test_only_telemetry_counts_and_logs() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "structlog"
     }
     assert not [where for where, name in used if name != "contextvars"]
+
+
+def test_only_top_draws_on_the_terminal() -> None:
+    """Its libraries are those of the extra `top`, and no other command needs them."""
+    others = [module for module in _modules().values() if module.part != "top"]
+    assert not [module.name for module in others if module.libraries & {"textual", "rich"}]
 
 
 def test_a_client_loads_nothing_of_the_worker_process() -> None:

@@ -1,10 +1,9 @@
 """The running requests as an operator sees them: which there are, how far they are, and what is not known."""
 
-from collections.abc import Iterator
-from itertools import count
 from typing import cast
 
 from conftest import StartSimulator, StartWorker, stream
+from pending_jobs import append, pend
 from redis.asyncio import Redis
 from waits import eventually
 
@@ -15,32 +14,6 @@ from worker.ops.running import RunningPicture, RunningRequest, RunningRequests, 
 from worker.sandbox.simulator.server import Options, Scenario
 
 STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 4000}
-
-_numbers: Iterator[int] = count()
-
-
-async def _pend(redis: Redis, consumer: str, *, started: bool = True) -> str:
-    """Add a job and deliver it to a consumer, as a worker that starts it does. Returns the request id."""
-    request_id = f"request-{next(_numbers)}"
-    job = cast("bytes", await redis.xadd("chat:jobs", {"id": request_id, "request": "{}"})).decode()
-    await redis.xreadgroup(GROUP, consumer, {"chat:jobs": ">"}, count=1)
-    if started:
-        await _record(redis, "started", request_id, job)
-    return request_id
-
-
-async def _record(redis: Redis, kind: str, request_id: str, job: str) -> None:
-    seconds, _ = await redis.time()
-    await redis.xadd(
-        "chat:lifecycle",
-        {"type": kind, "id": request_id, "job": job, "queue": "default", "attempt": "1", "time": str(seconds * 1000)},
-    )
-
-
-async def _append(redis: Redis, request_id: str, *ids: str) -> None:
-    for entry_id in ids:
-        await redis.xadd(f"chat:tokens:{{{request_id}}}", {"type": "delta", "content": "secret"}, id=entry_id)
-    await redis.expire(f"chat:tokens:{{{request_id}}}", 60)
 
 
 async def _picture(redis: Redis, *queues: str) -> RunningPicture:
@@ -84,8 +57,8 @@ async def test_a_running_request_is_listed_with_its_worker_and_its_progress(
 
 async def test_a_log_that_does_not_grow_is_silent_for_as_long_as_it_was_watched(redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
-    request_id = await _pend(redis, "one")
-    await _append(redis, request_id, "1-0", "1-1", "2-0", "2-1", "2-2")
+    request_id = await pend(redis, "one")
+    await append(redis, request_id, "1-0", "1-1", "2-0", "2-1", "2-2")
     running = RunningRequests(redis, Keys())
     (first,) = (await running.read(["default"])).requests
     assert (first.tokens, first.rate, first.silence, first.attempt) == (2, None, 0, 2)
@@ -93,10 +66,10 @@ async def test_a_log_that_does_not_grow_is_silent_for_as_long_as_it_was_watched(
     assert (second.tokens, second.rate, second.has_grown) == (2, 0, False)
     assert second.silence is not None
     assert second.silence > 0
-    await _append(redis, request_id, "2-3")
+    await append(redis, request_id, "2-3")
     (third,) = (await running.read(["default"])).requests
     assert (third.tokens, third.silence, third.has_grown) == (3, 0, True)
-    await _append(redis, request_id, "18446744073709551615-18446744073709551615")
+    await append(redis, request_id, "18446744073709551615-18446744073709551615")
     (fourth,) = (await running.read(["default"])).requests
     assert (fourth.has_ended, fourth.attempt) == (True, 0)
     await running.aclose()
@@ -104,8 +77,8 @@ async def test_a_log_that_does_not_grow_is_silent_for_as_long_as_it_was_watched(
 
 async def test_jobs_that_wait_for_a_worker_do_not_run(redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
-    handed_over = await _pend(redis, HANDED_OVER)
-    await _pend(redis, f"{WAITING}0:reciter")
+    handed_over = await pend(redis, HANDED_OVER)
+    await pend(redis, f"{WAITING}0:reciter")
     await redis.xadd("chat:jobs", {"id": "unread", "request": "{}"})
     picture = await _picture(redis, "default", "nobody-used-this-queue")
     assert [(one.request_id, one.worker) for one in picture.requests] == [(handed_over, HANDED_OVER)]
@@ -114,7 +87,7 @@ async def test_jobs_that_wait_for_a_worker_do_not_run(redis: Redis) -> None:
 
 async def test_a_job_whose_start_is_not_in_the_lifecycle_is_listed_without_a_request(redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
-    await _pend(redis, "one", started=False)
+    await pend(redis, "one", started=False)
     ((entry_id, _),) = await stream(redis, "chat:jobs")
     (request,) = (await _picture(redis)).requests
     assert (request.job, request.request_id, request.has_started) == (entry_id.decode(), "", False)
@@ -123,13 +96,13 @@ async def test_a_job_whose_start_is_not_in_the_lifecycle_is_listed_without_a_req
 
 async def test_the_start_of_an_old_request_is_found_behind_many_later_records(redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
-    old = await _pend(redis, "one")
+    old = await pend(redis, "one")
     pipe = redis.pipeline(transaction=False)
     for number in range(60):
         kind = ("started", "finished")[number % 2]
         pipe.xadd("chat:lifecycle", {"type": kind, "id": f"r{number}", "job": f"{number}-1", "queue": "default"})
     await pipe.execute()
-    young = await _pend(redis, "one")
+    young = await pend(redis, "one")
     running = RunningRequests(redis, Keys(), page=5)
     first = await running.read(["default"])
     assert [request.request_id for request in first.requests] == ["", young], "a picture reads a bounded part"
@@ -139,15 +112,15 @@ async def test_the_start_of_an_old_request_is_found_behind_many_later_records(re
         return [request.request_id for request in picture.requests] == [old, young]
 
     await eventually(both_are_known)
-    later = await _pend(redis, "two")
+    later = await pend(redis, "two")
     assert [one.request_id for one in (await running.read(["default"])).requests] == [old, young, later]
     await running.aclose()
 
 
 async def test_of_more_requests_than_the_limit_the_oldest_of_each_worker_are_listed(redis: Redis) -> None:
     await redis.xgroup_create("chat:jobs", GROUP, mkstream=True)
-    many = [await _pend(redis, "busy") for _ in range(10)]
-    few = [await _pend(redis, "idle") for _ in range(2)]
+    many = [await pend(redis, "busy") for _ in range(10)]
+    few = [await pend(redis, "idle") for _ in range(2)]
     running = RunningRequests(redis, Keys(), limit=6)
     picture = await running.read(["default"])
     await running.aclose()

@@ -19,10 +19,11 @@ from .requests import cancel, enqueue, follow
 from .run import run
 from .sandbox import demo, simulate
 from .status import status
+from .top import top
 
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
-    "Workers": (run, status, check, health, dead),
+    "Workers": (run, status, top, check, health, dead),
     "Gateway": (gateway, key),
     "Try it": (demo, simulate),
 }

@@ -1,0 +1,1 @@
+"""The terminal application `worker top`. It needs the extra `top`; no other package imports textual."""

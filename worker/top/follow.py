@@ -1,0 +1,116 @@
+"""The screen with a request's answer, as it arrives. Only this screen shows content, when a person asks for it."""
+
+from contextlib import aclosing
+from typing import ClassVar
+
+from rich.text import Text
+from textual import work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from ..client.async_client import Client
+from ..client.errors import ClientError
+from ..contract.answer import Answer
+from ..contract.entries import to_json, transcript_of
+from .columns import printable
+
+_LONGEST = 50_000
+"""The most characters of an answer that are shown: its last ones."""
+
+_PAUSE = 0.1
+"""Seconds between two paintings of an answer that arrives."""
+
+
+class FollowScreen(Screen[None]):
+    """Follows a request from its start. A leaving reader does not end the request."""
+
+    DEFAULT_CSS = """
+    FollowScreen > #state { height: 1; background: $primary; padding: 0 1; text-style: bold; }
+    FollowScreen > VerticalScroll { padding: 0 1; scrollbar-size: 1 1; }
+    FollowScreen > VerticalScroll > Static { width: 1fr; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,f", "leave", "Back"),
+        Binding("end", "to_end", "To the end"),
+    ]
+
+    def __init__(self, client: Client, request_id: str) -> None:
+        super().__init__()
+        self._client = client
+        self._request_id = request_id
+        self._answer = Answer()
+        self._problem = ""
+        self._painted = False
+
+    def compose(self) -> ComposeResult:
+        """See `Screen`, also below."""
+        yield Static(id="state")
+        with VerticalScroll():
+            yield Static(id="text")
+        yield Footer(compact=True, show_command_palette=False)
+
+    def on_mount(self) -> None:
+        self.query_one(VerticalScroll).anchor()
+        self._paint()
+        self._follow()
+        self.set_interval(_PAUSE, self._paint_news)
+
+    @work
+    async def _follow(self) -> None:
+        try:
+            async with aclosing(self._client.follow(self._request_id)) as entries:
+                async for entry in entries:
+                    self._answer.add(entry)
+                    self._painted = False
+        except ClientError as error:
+            self._problem = str(error)
+            self._painted = False
+
+    def _paint_news(self) -> None:
+        if not self._painted:
+            self._paint()
+
+    def _paint(self) -> None:
+        self._painted = True
+        self.query_one("#state", Static).update(Text(f"{self._request_id}  {self._state()}", no_wrap=True))
+        self.query_one("#text", Static).update(text_of(self._answer))
+
+    def _state(self) -> str:
+        answer = self._answer
+        if self._problem:
+            return self._problem
+        if answer.outcome:
+            return answer.error or answer.outcome
+        if answer.started is None:
+            return "waits for a worker"
+        attempt = f", attempt {answer.attempt}" if answer.attempt > 1 else ""
+        return f"runs at {answer.started.worker}{attempt}"
+
+    def action_leave(self) -> None:
+        """Go back to the tables."""
+        self.dismiss()
+
+    def action_to_end(self) -> None:
+        """Show the end of the answer, and from then on what arrives."""
+        self.query_one(VerticalScroll).anchor()
+
+
+def text_of(answer: Answer) -> Text:
+    """The first choice of an answer: reasoning is dim. Tool calls follow once the answer is complete."""
+    pieces: list[tuple[str, str]] = []
+    left = _LONGEST
+    for delta in reversed(answer.deltas):
+        if delta.index:
+            continue
+        pieces.append((f"{delta.text}{delta.refusal}{transcript_of(delta.extra)}", ""))
+        pieces.append((delta.reasoning, "dim"))
+        left -= sum(len(piece) for piece, _ in pieces[-2:])
+        if left < 0:
+            pieces.append(("… (what came before is not shown)\n", "dim"))
+            break
+    calls = [call for choice in answer.choices[:1] for call in choice.tool_calls] if answer.end else []
+    pieces[:0] = [(f"\n{to_json(call)}", "") for call in reversed(calls)]
+    return Text.assemble(*[(printable(piece), style) for piece, style in reversed(pieces)])
