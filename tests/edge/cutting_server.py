@@ -2,6 +2,8 @@
 
 import asyncio
 import mimetypes
+import socket
+import struct
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -92,8 +94,10 @@ class CuttingServer:
         post = SeenPost(is_reused, int(fields.get("x-stainless-retry-count", "0")))
         post.is_cut, self._left = self._left > 0, max(0, self._left - 1)
         self.posts.append(post)
-        # The gateway then closes its connection at the end of the response, which needs not be found in its bytes.
-        request = head.replace(b"keep-alive", b"close") + body
+        if not post.is_cut:
+            # The gateway then closes its connection at the end of the response, which needs not be found in its bytes.
+            head = head.replace(b"keep-alive", b"close")
+        request = head + body
         passing = asyncio.create_task(self._pass_on(request, writer, is_cut=post.is_cut))
         leaving = asyncio.create_task(reader.read(1))
         try:
@@ -130,9 +134,16 @@ class CuttingServer:
                 client.write(await reader.readuntil(b"data: ") + await reader.readuntil(b"\n\n"))
             if is_cut:
                 await client.drain()
+                reset_at_close(writer)
                 return
             while piece := await reader.read(65536):
                 client.write(piece)
                 await client.drain()
         finally:
             writer.transport.abort()
+
+
+def reset_at_close(writer: StreamWriter) -> None:
+    """Let the other end see a cut: a connection whose bytes nobody may read any more is reset."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -150,16 +150,17 @@ async def test_a_stream_that_is_cut_is_an_error_and_one_job(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text(
-    open_page: OpenPage, start_replica: StartReplica
+async def test_a_whole_answer_that_is_cut_after_its_head_is_no_empty_text_and_one_job(
+    open_page: OpenPage, start_replica: StartReplica, simulator: Simulator
 ) -> None:
     replica = await start_replica()
-    for number, client in enumerate(CLIENTS):
+    for number, client in enumerate(CLIENTS, 1):
         page = await open_page(replica.port)
         page.server.cut_next("after the head", 1)
         await page.start(client, seed=number, stream=False)
         (result,) = await page.results()
         assert result["error"] or result["text"] == TEXT
+        assert len(simulator.served) == number
 
 
 @pytest.mark.usefixtures("worker")

@@ -12,6 +12,7 @@ from gateway_fixtures import KEY_B, KEYS, Served, StartGateway
 from openai import APIError, APIStatusError, AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 from openai_reading import without_nothing
+from raw_posts import RawPost
 from redis.asyncio import Redis
 from starlette.routing import BaseRoute, Route
 from waits import eventually
@@ -304,6 +305,23 @@ async def test_a_whole_answer_that_takes_long_begins_with_spaces(
         await start_worker(simulator)
         body = b"".join([piece async for piece in pieces])
     assert json.loads(body)["choices"][0]["message"]["content"] == TEXT
+
+
+@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "closed"])
+async def test_a_retry_attaches_to_a_whole_answer_whose_connection_was_reset_after_its_head(
+    start_gateway: StartGateway, simulator: Simulator, start_worker: StartWorker, *, is_cut: bool
+) -> None:
+    """A client that has read everything closes without a reset, and a retry is then of another request."""
+    await start_worker(simulator)
+    gateway = await start_gateway(rooms=(whole_room(AnswerPace(receipt=2.0)),))
+    first = await RawPost.send(gateway.port, BODY)
+    assert await first.read_head() == 200
+    (first.reset if is_cut else first.close)()
+    second = await RawPost.send(gateway.port, BODY, x_stainless_retry_count="1")
+    assert await second.read_head() == 200
+    assert (second.request_id == first.request_id) is is_cut
+    second.close()
+    assert len(simulator.served) == (1 if is_cut else 2)
 
 
 async def test_a_whole_answer_that_fails_after_spaces_is_a_broken_connection_and_then_a_status(

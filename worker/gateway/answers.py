@@ -36,6 +36,8 @@ class AnswerPace:
     """The time after which the first space is sent."""
     keep_alive: float = 12.0
     """The time between two spaces."""
+    receipt: float = 0.5
+    """The time after a complete answer in which a connection that was cut on the way is reset."""
 
 
 class WholeAnswer:
@@ -116,8 +118,10 @@ class WholeAnswer:
                 if size > SMALL:
                     answer = Answer()
                 answer.add(entry)
-            # Before the follower leaves: identical requests would attach to one that nobody follows.
-            await self._noted.end(is_whole=not self.has_begun or isinstance(answer.end, Done))
+            if isinstance(answer.end, Done):
+                await self._noted.on_done()
+            else:  # before the follower leaves: identical requests would attach to one that nobody follows
+                await self._noted.end(is_whole=not self.has_begun)
         return answer
 
     async def _read(self, held: HeldAnswer) -> Answer:

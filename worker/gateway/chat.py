@@ -29,6 +29,7 @@ from .problems import Problem
 from .protocols.chat_chunks import ChatChunks
 from .repeats import Repeats, fingerprint
 from .services import Services
+from .tcp_state import is_acknowledged
 
 _MOST_EVENTS = 2**53
 
@@ -61,6 +62,7 @@ class ChatCompletions:
         self._repeats = Repeats(services.commands, services.keys, client, settings.patience)
         self._leaving = Leaving(client, self._repeats, services.limits, after=settings.leave_after)
         self._open: dict[ChunkStream | WholeAnswer, None] = {}
+        self._is_ending = asyncio.Event()
         self._ends_at = float("inf")
         """When the process ends what is open, by the event loop's clock."""
         services.at_end.append(self._end_all)
@@ -148,11 +150,37 @@ class ChatCompletions:
             del self._open[response]
             if end in {"left", "stalled", "problem"} and call.cancels:
                 self._leaving.on_left(call.owner, request_id, call.fingerprint)
-            await noted.end(is_whole=False)
+            if isinstance(response, WholeAnswer) and end == "done":
+                await self._confirm(noted, connection[0])
+            else:
+                await noted.end(is_whole=False)
+
+    async def _confirm(self, noted: NotedCall, scope: Scope) -> None:
+        """Let nobody attach to a whole answer any more once its client has it. Nobody who is answered waits for this.
+
+        The client's kernel has it once it has acknowledged all. If the client could not read it, or something between
+        was cut, the connection is then reset.
+        """
+        wire, deferred = scope.get(WIRE), scope.get(DEFERRED)
+        if noted.is_over or noted.has_key or wire is None or deferred is None:
+            await noted.end(is_whole=True, has_ended=False)
+            return
+
+        async def confirm() -> None:
+            while not (wire.transport.is_closing() or self._is_ending.is_set()):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._pace.receipt):
+                        await self._is_ending.wait()
+                if wire.transport.is_closing() or is_acknowledged(wire.transport):
+                    break
+            await noted.end(is_whole=not wire.flow.is_broken, has_ended=False)
+
+        deferred.append(confirm)
 
     def _end_all(self, within: float) -> None:
         """Let open responses end within so many seconds. No client that leaves from now on ends its job."""
         self._leaving.stop()
+        self._is_ending.set()
         loop = asyncio.get_running_loop()
         self._ends_at = loop.time() + within
         loop.call_later(within, self._end_open)

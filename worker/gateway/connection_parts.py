@@ -43,13 +43,15 @@ class LeanEvent:
 class LeanFlowControl:
     """uvicorn's `FlowControl`, with a `LeanEvent` and without a dict."""
 
-    __slots__ = ("_transport", "_writable", "on_pause", "read_paused", "write_paused")
+    __slots__ = ("_transport", "_writable", "is_broken", "on_pause", "read_paused", "write_paused")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._writable = LeanEvent(is_set=True)
         self.read_paused = False
         self.write_paused = False
+        self.is_broken = False
+        """Whether the connection was lost before the other end had everything."""
         self.on_pause: Callable[[], object] | None = None
         """Called in the step in which the transport's write buffer becomes full."""
 

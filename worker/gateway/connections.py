@@ -96,6 +96,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._stop_timer()
+        if exc is not None or self._responding is not None:
+            cast("LeanFlowControl", self.flow).is_broken = True
         self._leave_active()
         super().connection_lost(exc)
 

@@ -60,7 +60,9 @@ class Envelope:
 
         try:
             await self._respond(scope, receive, observed)
-            if deferred and scope.get("method") != "HEAD":
+            if scope.get("method") == "HEAD":
+                deferred.clear()
+            elif deferred:
                 # A stream goes on without the coroutines of the middleware and the router in memory.
                 await deferred.pop()()
         except asyncio.CancelledError:
@@ -80,6 +82,8 @@ class Envelope:
                     key=scope.get(KEY_NAME, ""),
                 )
             )
+        while deferred:
+            await deferred.pop()()
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -62,6 +62,11 @@ class NotedCall:
         """Whether an idempotency key names the answer, so that every repetition gets this one."""
         return not self._fingerprint
 
+    @property
+    def is_over(self) -> bool:
+        """Whether `end` was called."""
+        return self._is_over
+
     def begin(self) -> None:
         """Note the request once its feed has a subscriber. Call this when the follower starts.
 
@@ -83,12 +88,17 @@ class NotedCall:
         self._is_joined = True
         self._release_early()
 
+    async def on_done(self) -> None:
+        """The request has ended, and does not count against the limits any more. Others may still have to attach."""
+        with suppress(*_FAILURES):
+            await self._limits.ended(self._owner, self._request_id)
+
     async def end(self, *, is_whole: bool, has_ended: bool = True) -> None:
         """End. Only the first call counts, and it takes effect even if the caller is cancelled meanwhile.
 
         If the client gets the whole response, nobody may attach any more: call this before the follower leaves.
         Otherwise the request stays known, because its client may repeat it. `has_ended` is whether the request has
-        ended if the response is whole.
+        ended if the response is whole, and `on_done` was not called.
         """
         if self._ending is None:
             self._is_over = True
@@ -107,8 +117,7 @@ class NotedCall:
         finally:
             self._release()
         if is_whole and has_ended:
-            with suppress(*_FAILURES):
-                await self._limits.ended(self._owner, self._request_id)
+            await self.on_done()
 
     async def _note_once_followed(self) -> None:
         pause = _FIRST_PAUSE

@@ -33,7 +33,7 @@ DEFERRED = "vllm_relay.deferred"
 """The key of a scope with a list: the outermost application calls what is in it once everything inside has returned.
 
 A stream that has begun does not need the middleware and the router around it, whose suspended coroutines take as much
-memory as the rest of an idle stream.
+memory as the rest of an idle stream. What is added meanwhile is called once the request is counted and logged.
 """
 
 _Stepped: TypeAlias = Coroutine["asyncio.Future[Any] | None", None, Any]

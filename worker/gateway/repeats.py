@@ -23,7 +23,6 @@ the first one. So a call that finds requests and may attach to none looks again.
 
 import asyncio
 import hashlib
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -39,6 +38,7 @@ from ..redisio.cluster import ClusterClient
 from ..redisio.pipelined import pack
 from .access import Requester
 from .outlets import Wire
+from .tcp_state import is_established
 
 _YOUNG = 15 * 60
 """Seconds for which the retry of an SDK attaches: longer than the 10 minutes after which the SDKs give up a try."""
@@ -56,8 +56,6 @@ _LOOKS_LOST = 100
 """How many looks there are while a connection of this process is lost and Redis does not know it. They take 10 s."""
 _LOST_FOR = 10.0
 """Seconds for which a lost connection is remembered after the subscription to the feed was ended."""
-_ESTABLISHED = 1
-"""The state of a TCP connection that neither end has closed (Linux, `tcp_states.h`)."""
 
 _Command: TypeAlias = tuple[str | int, ...]
 
@@ -224,12 +222,7 @@ class Repeats:
         The kernel is asked, because the event loop may not have read the end of the connection yet.
         """
         wire = self._wires.get(request_id)
-        if wire is None or not hasattr(socket, "TCP_INFO"):
-            return None
-        if wire.transport.is_closing():
-            return False
-        connection = wire.transport.get_extra_info("socket")
-        return bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED)
+        return None if wire is None else is_established(wire.transport)
 
     async def _look(self, fingerprint: str, new_id: str, *, is_retry: bool) -> list[str]:
         """Mark a new request, and return the requests that it may repeat, the newest first."""
