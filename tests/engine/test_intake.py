@@ -17,6 +17,7 @@ from waits import eventually
 from worker.broker.job_queue import Delivery, JobQueue
 from worker.broker.parked_jobs import ParkedJobs
 from worker.contract.keys import GROUP, Keys
+from worker.contract.records import ControlEntry
 from worker.engine.admission import Admission
 from worker.engine.intake import NO_VLLM, REDIS_FULL, VLLM_FULL, JobIntake
 from worker.engine.job_context import MustWait, Stop, Stopped
@@ -25,6 +26,7 @@ from worker.engine.lines import KnownLines
 from worker.engine.outline import outline_of
 from worker.engine.pace import Pace
 from worker.engine.parking import Parking
+from worker.engine.queue_pauses import QueuePauses
 from worker.engine.running_jobs import RunningJobs
 from worker.engine.slots import Slots
 from worker.redisio.clients import blocking_client, command_client
@@ -71,13 +73,14 @@ class IntakeProcess:
         self.running = RunningJobs(
             self.jobs, self._run, lambda: self.slots.release(1), lease=10, telemetry=self, parking=self.parking
         )
+        self.pauses = QueuePauses(settings.queues, self.clock.now, self)
         self.intake = JobIntake(
             settings, self.jobs, pool, self.running, self.slots,
-            parking=self.parking, block=block, pace=pace, telemetry=self,
+            parking=self.parking, pauses=self.pauses, block=block, pace=pace, telemetry=self,
         )  # fmt: skip
         self.line_intake = LineIntake(
             settings, parked, pool, self.running, self.slots, self.intake,
-            parking=self.parking, pace=pace, telemetry=self,
+            parking=self.parking, pauses=self.pauses, pace=pace, telemetry=self,
         )  # fmt: skip
         self.queues = settings.queues
         self.started: list[str] = []
@@ -86,6 +89,8 @@ class IntakeProcess:
         self.parks: Counter[str] = Counter()
         self.events: list[Event] = []
         self.must_wait: Callable[[str], bool] = lambda _: False
+        self.tries: int | None = None
+        """The tries at servers of jobs that must wait: with a number, they have begun."""
         self._ends: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -117,7 +122,7 @@ class IntakeProcess:
             self.parks[request] += 1
             outline = outline_of(delivery)
             assert outline is not None
-            raise MustWait(outline.models[0])
+            raise MustWait(outline.models[0], self.tries)
         end = self._ends[request] = asyncio.Event()
         ended: asyncio.Future[object] = asyncio.ensure_future(end.wait())
         if demand is not None:  # the place is used for as long as the job runs
@@ -586,3 +591,50 @@ async def test_a_full_vllm_is_a_reason_that_comes_and_goes(redis_url: str, redis
         await eventually(lambda: is_paused(one, ""))
         changes = [(event.reason, event.on) for event in one.events if isinstance(event, IntakePaused)]
         assert changes == [(VLLM_FULL, True), (VLLM_FULL, False)]
+
+
+async def test_of_a_paused_queue_only_jobs_that_have_begun_are_taken(redis_url: str, redis: Redis) -> None:
+    (fresh,) = await add(redis, "a")
+    servers = FakeServers(a=0, b=9)
+    async with intake(redis_url, servers) as one:
+        await has_parked(redis, 1)
+
+        def fill(_request: str) -> bool:
+            servers.set_room("b", 0)
+            return True
+
+        one.must_wait, one.tries = fill, 1
+        (begun,) = await add(redis, "b")
+        await has_parked(redis, 2)
+        one.pauses.replace({"default": ControlEntry(by="ops")})
+
+        async def is_in_effect() -> bool:
+            return one.pauses.in_effect == ("default",)
+
+        await eventually(is_in_effect)
+        late = await add(redis, "b", count=2)
+        one.must_wait = lambda _: False
+        servers.set_room("a", 5)
+        servers.set_room("b", 5)
+        await eventually(lambda: started_count(one, 2))
+        assert one.started == [begun, begun]
+        assert (await parked(redis), await unread(redis)) == (1, 2)
+        one.pauses.replace({})
+        await has_started(one, fresh, *late)
+
+
+async def test_a_pause_is_in_effect_only_after_the_reads_in_flight(redis_url: str, redis: Redis) -> None:
+    async with intake(redis_url, FakeServers(a=9), block=40) as one:
+        await eventually(lambda: is_read_again(redis))
+        one.pauses.replace({"default": ControlEntry(by="ops")})
+        assert one.pauses.is_paused("default")
+        assert not one.pauses.in_effect
+        (job,) = await add(redis)  # the read gets it
+        await has_started(one, job)
+
+        async def is_in_effect() -> bool:
+            return one.pauses.in_effect == ("default",)
+
+        await eventually(is_in_effect)
+        await add(redis)
+        assert await unread(redis) == 1

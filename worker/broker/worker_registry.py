@@ -1,5 +1,6 @@
 """The hash of worker records: each worker keeps its own record up to date, and drops the records of dead workers."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import cast
 
@@ -26,6 +27,7 @@ class WorkerRegistry:
     def __init__(self, redis: Redis, keys: Keys, telemetry: Telemetry = NO_TELEMETRY) -> None:
         self._redis = redis
         self._key = keys.workers
+        self._queues = keys.queues
         self._telemetry = telemetry
 
     async def beat(self, record: WorkerRecord, stale_after: float) -> dict[str, int]:
@@ -51,6 +53,10 @@ class WorkerRegistry:
         """Write this worker's record, between two beats."""
         with reports_refusal(self._telemetry, "workers"):
             await self._redis.hset(self._key, record.name, to_json(record))
+
+    async def add_queues(self, queues: Iterable[str]) -> None:
+        """Add a worker's queues to the set of all queues in use."""
+        await self._redis.sadd(self._queues, *queues)
 
     async def names(self) -> set[str]:
         """The names of all workers that have a record."""

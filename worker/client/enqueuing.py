@@ -1,10 +1,12 @@
 """Adds a job to its queue once. The same step begins the log, by which a repeated call is recognized."""
 
+from contextlib import suppress
 from itertools import chain
 from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from ..contract.entries import Cancelled, Queued, Started, parse_leniently
 from ..contract.job import Job, digest, is_digest_of
@@ -21,11 +23,13 @@ _RETENTION = 3600
 
 # KEYS: the log, the tombstone and, if the same server has it, the job stream. ARGV: the ms until the deadline, the ms
 # for which the log is kept after it, the name of the job's field for it or nothing, the digest, the queue, the group,
-# and the job's other fields. Returns the deadline; or, of a request that is known, the first entries and the tombstone.
+# the set of queues, and the job's other fields. Returns the deadline; or, of a request that is known, the first entries
+# and the tombstone.
 # The job is written first: a job without `queued` is complete, while `queued` alone would pass for an enqueued job.
 # A new job stream gets the workers' group, so that an autoscaler finds the queue before the first worker has started.
 # The group comes last: with full memory Redis refuses only the first command of a script that needs memory. Without the
-# group the job is complete as well, since workers create it, so an error of XGROUP is ignored.
+# group the job is complete as well, since workers create it, so an error of XGROUP is ignored. So is an error of SADD:
+# the set of queues is for operators. It is none of KEYS, where a user without a right to it could not add jobs at all.
 _ADD = Script("""
 local known, failed = try('XRANGE', KEYS[1], '-', '+', 'COUNT', 2)
 if failed then return known end
@@ -37,7 +41,7 @@ if failed then return time end
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function text(ms) return string.format('%.0f', ms) end  -- tostring would round it to 14 digits
 local deadline = text(now + ARGV[1])
-local job = {unpack(ARGV, 7)}
+local job = {unpack(ARGV, 8)}
 if ARGV[3] ~= '' then
   table.insert(job, ARGV[3])
   table.insert(job, deadline)
@@ -53,6 +57,7 @@ local reply, failed = try('XADD', KEYS[1], '0-1', 'type', 'queued', 'v', '1', 'd
 if failed then return reply end
 reply, failed = try('PEXPIREAT', KEYS[1], text(deadline + ARGV[2]))
 if is_new then try('XGROUP', 'CREATE', KEYS[3], ARGV[6], '0') end
+if KEYS[3] then try('SADD', ARGV[7], ARGV[5]) end
 return failed and reply or deadline
 """)
 
@@ -72,6 +77,8 @@ class Enqueuer:
         self._redis = redis
         self._commands = commands
         self._keys = keys
+        self._named: set[str] = set()
+        """Queues that were added to the set of queues."""
 
     async def add(self, job: Job, queue: str, within: float | None) -> None:
         """Add a job, unless the same request was added before. `within` is seconds until its deadline.
@@ -91,6 +98,7 @@ class Enqueuer:
             digest(job.request, job.fallbacks),
             queue,
             GROUP,
+            self._keys.queues,
             *chain.from_iterable(job.to_fields().items()),
         ]
         reply = await _ADD.run(self._commands, keys, arguments)
@@ -106,6 +114,7 @@ class Enqueuer:
             if within is not None:
                 job = msgspec.structs.replace(job, deadline=deadline or None)
             await self.add_to_queue(job, queue)
+            await self._name_queue(queue)
 
     async def add_to_queue(self, job: Job, queue: str) -> None:
         """Add the job in a separate step, since log and job stream are in different slots of a cluster.
@@ -116,6 +125,13 @@ class Enqueuer:
         """
         fields = chain.from_iterable(job.to_fields().items())
         await _ADD_TO_QUEUE.run(self._commands, [self._keys.jobs(queue)], [GROUP, *fields])
+
+    async def _name_queue(self, queue: str) -> None:
+        """Add a queue to the set of queues, which a cluster keeps in a slot of its own. Done once for each queue."""
+        if queue not in self._named:
+            self._named.add(queue)
+            with suppress(RedisError, OSError):  # the set is for operators, and workers add their queues too
+                await self._redis.sadd(self._keys.queues, queue)
 
 
 def _check_same(job: Job, first_entries: list[tuple[bytes, list[bytes]]], tombstone: bytes | None) -> Queued | None:

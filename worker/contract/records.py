@@ -172,10 +172,11 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     those that do not fit. `paused_queues` are those of `queues` that an operator paused, as far as this worker knows.
 
     `finished`, `failed`, `cancelled` and `tokens` count since the start: jobs that ended here, those of them with the
-    outcome `error`, those that were cancelled, and deltas that Redis accepted. `finished_per_s` and `tokens_per_s` are
-    their rates over the latest two beats, so the rates of all live workers add up to that of the installation.
-    `silence` is for how many seconds the most silent stream has had no event from vLLM; 0 without streams. `presence`
-    is whether the worker is subscribed to its channel of presence (`Keys.presence`).
+    outcome `error`, those that were cancelled, and log entries that Redis accepted, nearly all of them with one token.
+    `finished_per_s` and `tokens_per_s` are their rates over the latest two to three beats, so the rates of all live
+    workers add up to that of the installation. `silence` is for how many seconds the most silent stream has had no
+    event from vLLM; 0 without streams. `presence` is whether the worker is subscribed to its channel of presence
+    (`Keys.presence`).
 
     Earlier versions wrote only some of the fields that have a default here.
     """

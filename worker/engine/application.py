@@ -7,14 +7,16 @@ import secrets
 import signal
 import socket
 import time
+from contextlib import suppress
 from functools import partial
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from ..broker.abandoned_jobs import AbandonedJobs
 from ..broker.cancels import CancelListener
 from ..broker.cluster_publisher import open_publisher
+from ..broker.control import Control
 from ..broker.dead_letters import DeadLetterWriter
 from ..broker.endings import JobEnder
 from ..broker.job_queue import JobQueue
@@ -25,7 +27,6 @@ from ..broker.parked_jobs import ParkedJobs
 from ..broker.replicas import Replicas
 from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..contract.records import WorkerRecord
 from ..redisio.batching import CommandBatcher
 from ..redisio.clients import blocking_client, command_client
 from ..redisio.clock import Clock
@@ -39,7 +40,8 @@ from ..vllm.servers.pace import ServerPace
 from ..vllm.servers.pool import ServerPool
 from ..vllm.stream.watchdog import StreamTimeouts
 from .admission import Admission
-from .intake import NO_VLLM, STARTING, VLLM_FULL, JobIntake
+from .control_watch import ControlWatch
+from .intake import JobIntake
 from .job_context import JobServices
 from .job_runner import run_job
 from .line_intake import LineIntake
@@ -49,10 +51,12 @@ from .monitoring import Monitoring
 from .pace import Pace
 from .parking import Parking
 from .poison import Quarantine
+from .process_state import ProcessState
+from .queue_pauses import QueuePauses
 from .running_jobs import RunningJobs
 from .slots import Slots
 from .take_over import TakeOver
-from .worker_record import RecordRefresher, model_names, server_records
+from .worker_record import RecordRefresher
 
 
 class Worker:
@@ -75,8 +79,7 @@ class Worker:
         self._url = url = settings.redis_url.get_secret_value()
         self._shown_redis, self._shown_vllm = redacted_url(url), [redacted_url(server) for server in settings.vllm_urls]
         nonce = secrets.token_hex(8)
-        self._host = socket.gethostname()
-        self._name = f"{self._host}-{os.getpid()}-{nonce[:6]}"
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
         self._monitoring = Monitoring(settings)
@@ -140,6 +143,7 @@ class Worker:
         slots = Slots(settings.slots)
         parked = ParkedJobs(self._commands, keys, self._name, settings.lease, self._clock.now)
         parking = Parking(parked, KnownLines(), Admission(self._servers), telemetry)
+        pauses = QueuePauses(settings.queues, self._clock.now, telemetry)
         self._running_jobs = RunningJobs(
             self._jobs,
             partial(run_job, services),
@@ -155,6 +159,7 @@ class Worker:
             self._running_jobs,
             slots,
             parking=parking,
+            pauses=pauses,
             block=block,
             pace=pace,
             telemetry=telemetry,
@@ -167,11 +172,23 @@ class Worker:
             slots,
             self._intake,
             parking=parking,
+            pauses=pauses,
             pace=pace,
             telemetry=telemetry,
         )
         self._take_over = TakeOver(
             settings, abandoned, self._running_jobs, self._intake, parking.lines, pace=pace, telemetry=telemetry
+        )
+        self._state = ProcessState(
+            settings,
+            name=self._name,
+            servers=self._servers,
+            intake=self._intake,
+            running_jobs=self._running_jobs,
+            tally=self._monitoring.tally,
+            pauses=pauses,
+            cancels=self._cancels,
+            now=self._clock.now,
         )
         self._maintenance = Maintenance(
             settings,
@@ -184,15 +201,25 @@ class Worker:
             dead_letters=dead_letters,
             publisher=self._publisher,
             clock=self._clock,
-            record=self._record,
+            record=self._state.record,
             telemetry=telemetry,
         )
-        self._refresher = RecordRefresher(self._registry, self._record, lease=settings.lease)
+        self._refresher = RecordRefresher(self._registry, self._state.record, lease=settings.lease)
+        self._control = ControlWatch(
+            Control(self._commands, keys, self._clock.now),
+            self._registry,
+            (self._blocking, keys.control),
+            pauses,
+            record=self._state.record,
+            drain=self.stop,
+            interval=settings.lease / 3,
+            telemetry=telemetry,
+        )
 
         self.metrics.observe_worker(settings.slots, lambda: self._running_jobs.with_slot)
-        self.metrics.observe_readiness(self._why_not_ready)
+        self.metrics.observe_readiness(self._state.why_not_ready)
+        self.metrics.observe_pauses(settings.queues, pauses.is_paused)
         self._monitoring.observe_servers(self._servers.servers)
-        self._started = 0
         self._stopping, self._at_once = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
@@ -224,6 +251,7 @@ class Worker:
         if self._stopping.is_set():
             self._at_once.set()
         self._stopping.set()
+        self._state.is_draining = True
         self._monitoring.systemd.stopping()
         self._intake.stop()
         self._line_intake.stop()
@@ -239,13 +267,15 @@ class Worker:
                 await until_available(self._clock.sync)
                 for queue in self._settings.queues:
                     await until_available(self._jobs.ensure_group, queue)
+                with suppress(ResponseError):  # reported when the watch reads it again
+                    await until_available(self._control.read)
         except Exception as error:
             if stopping.done() and is_transient(error):
                 return False
             raise
         finally:
             stopping.cancel()
-        self._started = self._clock.now()
+        self._state.started = self._clock.now()
         queues, slots = self._settings.queues, self._settings.slots
         self._telemetry.emit(WorkerStarted(version(), queues, slots, self._shown_redis, self._shown_vllm))
         return True
@@ -270,6 +300,7 @@ class Worker:
                     maintenance.keep_leases(),
                     maintenance.run_duties(),
                     self._refresher.run(),
+                    self._control.run(),
                 )
             ]
             watching = group.create_task(self._servers.monitor())
@@ -285,6 +316,7 @@ class Worker:
                 self.stop()
                 maintenance.stop()
                 self._refresher.stop()
+                self._control.stop()
                 self._cancels.stop()
                 self._publisher.stop()
                 watching.cancel()
@@ -307,48 +339,12 @@ class Worker:
         finally:
             at_once.cancel()
 
-    def _record(self) -> WorkerRecord:
-        """The entry of this worker in the hash of workers."""
-        servers, paused = self._servers.servers, self._intake.paused
-        if paused == NO_VLLM and self._servers.is_available:  # the intake notices it in a moment
-            paused = ""
-        return WorkerRecord(
-            name=self._name,
-            beat=self._clock.now(),
-            started=self._started,
-            slots=self._settings.slots,
-            running=self._running_jobs.with_slot,
-            finished=self._running_jobs.finished,
-            draining=self._stopping.is_set(),
-            paused="" if paused == STARTING else paused,
-            queues=self._settings.queues,
-            version=version(),
-            starting=paused == STARTING,
-            presence=self._cancels.shows_presence,
-            lease=self._settings.lease,
-            host=self._host,
-            pid=os.getpid(),
-            metrics=self._settings.metrics,
-            servers=server_records(servers),
-            models=model_names(servers),
-        )
-
-    def _why_not_ready(self) -> str:
-        """Why the worker takes no jobs; empty while it does, or would with a free slot. Any thread may call it."""
-        if self._stopping.is_set():
-            return "draining: the worker takes no more jobs"
-        if not self._started:
-            return "starting: Redis has not answered yet"
-        paused = self._intake.paused
-        if paused == STARTING:
-            return "starting: the vLLM servers have not answered yet"
-        return "" if paused in ("", VLLM_FULL) else f"paused: {paused}"
-
     async def _sign_off(self, deadline: float) -> None:
         """Remove this worker's record and consumer from Redis, if it answers before the deadline."""
         try:
             async with asyncio.timeout(max(0, deadline - time.monotonic())):
                 await self._registry.remove(self._name)
+                await self._control.sign_off()
                 await self._jobs.remove_consumer(self._settings.queues)
         except (RedisError, OSError) as error:
             self._telemetry.emit(LeaveFailed(type(error).__name__))

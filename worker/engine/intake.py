@@ -19,6 +19,7 @@ from .outline import JobOutline, may_be_valid, outline_of
 from .pace import Pace, sleep_unless_set
 from .parking import JobToPark, Parking
 from .poison import may_be_poison
+from .queue_pauses import QueuePauses
 from .running_jobs import RunningJobs
 from .slots import Slots
 
@@ -63,6 +64,7 @@ class JobIntake:
         slots: Slots,
         *,
         parking: Parking,
+        pauses: QueuePauses,
         block: float,
         pace: Pace,
         telemetry: Telemetry,
@@ -75,6 +77,7 @@ class JobIntake:
         self._parking = parking
         self._lines = parking.lines
         self._admission = parking.admission
+        self._pauses = pauses
         self._block_ms = int(block * 1000)
         self._pace = pace
         self._telemetry = telemetry
@@ -99,7 +102,9 @@ class JobIntake:
         """
         backoff = Backoff("claim_failed", self._telemetry)
         while not self._stopping.is_set():
-            if not self._is_full:
+            if self._pauses.is_paused(queue):
+                await self._pauses.wait_resumed(queue, self._stopping)
+            elif not self._is_full:
                 await self._read_new(rank, queue, backoff)
             elif self._parking.is_possible and self._lines.reads_ahead(queue):
                 await self._read_ahead(queue, backoff)
@@ -214,11 +219,12 @@ class JobIntake:
             self._note_failure(error)
             await backoff.wait(error)
             return
-        wanted = 0 if self.paused else min(count, self._servers.total_room())
+        wanted = 0 if self.paused or self._pauses.is_paused(queue) else min(count, self._servers.total_room())
         self._slots.release(count - wanted)
         if wanted > 0:
             self._slots.lend(wanted)
-            await self._read(queue, backoff, wanted, lent=wanted)
+            with self._pauses.claiming(queue):
+                await self._read(queue, backoff, wanted, lent=wanted)
         else:
             backoff.reset()
             await self._wait_out_pause()
@@ -232,8 +238,9 @@ class JobIntake:
             await backoff.wait(error)
             return
         self._pause_for(reason)
-        if reason == VLLM_FULL:
-            await self._read(queue, backoff, self._slots.most_per_read, lent=0)
+        if reason == VLLM_FULL and not self._pauses.is_paused(queue):
+            with self._pauses.claiming(queue):
+                await self._read(queue, backoff, self._slots.most_per_read, lent=0)
             await sleep_unless_set(self._stopping, self._pace.read_ahead_every)
         else:
             backoff.reset()

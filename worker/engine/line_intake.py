@@ -18,6 +18,7 @@ from .intake import VLLM_FULL, JobIntake
 from .outline import outline_of
 from .pace import Pace, sleep_unless_set
 from .parking import Parking
+from .queue_pauses import QueuePauses
 from .rotation import LineRotation
 from .running_jobs import RunningJobs
 from .slots import MOST_PER_READ, Slots
@@ -45,6 +46,7 @@ class LineIntake:
         intake: JobIntake,
         *,
         parking: Parking,
+        pauses: QueuePauses,
         pace: Pace,
         telemetry: Telemetry,
     ) -> None:
@@ -57,6 +59,7 @@ class LineIntake:
         self._parking = parking
         self._lines = parking.lines
         self._admission = parking.admission
+        self._pauses = pauses
         self._pace = pace
         self._telemetry = telemetry
         self._rotation: LineRotation[Demand] = LineRotation(settings.queues)
@@ -115,10 +118,11 @@ class LineIntake:
 
     async def _choose(self) -> dict[ParkedLine, list[Demand]]:
         """Choose jobs for which there is room, and reserve a slot and a place at a server for each of them."""
-        if not len(self._lines) or self._stopping.is_set() or self._servers.total_room() <= 0:
+        lines = self._unpaused_lines()
+        if not lines or self._stopping.is_set() or self._servers.total_room() <= 0:
             return {}
         slots = self._slots.reserve_now(MOST_PER_READ)
-        chosen = self._rotation.choose(self._lines.all(), max(1, slots), self._admit)
+        chosen = self._rotation.choose(lines, max(1, slots), self._admit)
         if chosen and not slots:  # new jobs of less important queues wait for a slot too
             (first,) = chosen
             rank = self._settings.queues.index(first.queue) - _BEFORE_NEW_JOBS
@@ -126,7 +130,7 @@ class LineIntake:
             if not slots:  # the intake stops
                 _end_all(chosen)
                 return {}
-            for line, places in self._rotation.choose(self._lines.all(), slots - 1, self._admit).items():
+            for line, places in self._rotation.choose(self._unpaused_lines(), slots - 1, self._admit).items():
                 chosen.setdefault(line, []).extend(places)
         self._slots.release(slots - sum(map(len, chosen.values())))
         return chosen
@@ -145,6 +149,13 @@ class LineIntake:
         if not is_writable:
             await sleep_unless_set(self._stopping, self._pace.recheck_writes_after)
             return True
+        for line in [line for line in chosen if self._is_paused(line)]:  # since they were chosen
+            self._give_back({line: chosen.pop(line)})
+        with self._pauses.claiming(*(line.queue for line in chosen if not line.is_of_begun_jobs)):
+            await self._take(chosen)
+        return True
+
+    async def _take(self, chosen: dict[ParkedLine, list[Demand]]) -> None:
         sent = time.monotonic()
         taking = [self._parked.take(line, len(places)) for line, places in chosen.items()]
         replies = await asyncio.gather(*taking, return_exceptions=True)
@@ -158,7 +169,13 @@ class LineIntake:
                 await self._start(line, reply, places, sent)
         if failure is not None:
             raise failure
-        return True
+
+    def _is_paused(self, line: ParkedLine) -> bool:
+        """Whether no job of a line may be taken, since an operator has paused its queue. Begun jobs continue."""
+        return self._pauses.is_paused(line.queue) and not line.is_of_begun_jobs
+
+    def _unpaused_lines(self) -> list[ParkedLine]:
+        return [line for line in self._lines.all() if not self._is_paused(line)]
 
     async def _start(self, line: ParkedLine, deliveries: Sequence[Delivery], places: list[Demand], sent: float) -> None:
         """Start the jobs that were taken from a line. If the line's models were not known, the jobs have them."""
@@ -180,20 +197,21 @@ class LineIntake:
 
         A search looks at a bounded number of lines, and the next one at those that follow.
         """
-        lines = sorted(self._lines.all(), key=_place)
+        lines = sorted(self._unpaused_lines(), key=_place)
         first = next((number for number, line in enumerate(lines) if _place(line) > self._searched_to), 0)
         for line in (lines[first:] + lines[:first])[:_MOST_SEARCHED]:
             self._searched_to = _place(line)
             slots = self._slots.reserve_now(MOST_PER_READ)
-            if not slots or self._stopping.is_set():
+            if not slots or self._stopping.is_set() or self._is_paused(line):
                 self._slots.release(slots)
                 return
             deliveries: list[Delivery] = []
             sent = time.monotonic()
-            try:
-                deliveries = await self._parked.take_overdue(line, slots)
-            finally:
-                self._slots.release(slots - self._running_jobs.start(deliveries, sent))
+            with self._pauses.claiming(line.queue):
+                try:
+                    deliveries = await self._parked.take_overdue(line, slots)
+                finally:
+                    self._slots.release(slots - self._running_jobs.start(deliveries, sent))
 
     def _admit(self, line: ParkedLine) -> Demand | None:
         models = self._lines.models_of(line)

@@ -86,6 +86,7 @@ class Maintenance:
             Backoff("lifecycle_trim_failed", self._telemetry): self._lifecycle.trim,
             Backoff("measure_failed", self._telemetry): self._sample,
             Backoff("beat_failed", self._telemetry): self._send_heartbeat,
+            Backoff("queues_failed", self._telemetry): self._add_queues,
             Backoff("expire_failed", self._telemetry): self._end_stopped_leases,
             Backoff("forget_failed", self._telemetry): self._drop_old_dead_letters,
             Backoff("sweep_failed", self._telemetry): self._remove_stale_consumers,
@@ -122,6 +123,9 @@ class Maintenance:
     async def _send_heartbeat(self) -> None:
         stale_after = _STALE_AFTER * self._settings.lease
         self._heartbeats = await self._registry.beat(self._record(), stale_after=stale_after)
+
+    async def _add_queues(self) -> None:
+        await self._registry.add_queues(self._settings.queues)
 
     async def _end_stopped_leases(self) -> None:
         """End leases that no worker renews though Redis reports no idle time for them.

@@ -10,6 +10,7 @@ from ..telemetry.loop_monitor import LoopMonitor
 from ..telemetry.metrics import Metrics
 from ..telemetry.systemd import SystemdNotifier
 from ..vllm.servers.server import Server
+from .tally import Tally
 
 
 class Monitoring:
@@ -17,6 +18,7 @@ class Monitoring:
 
     Attributes:
         telemetry: receives the events of all parts of the process.
+        tally: counts events for the worker's record.
         systemd: reports the start and the end to systemd.
     """
 
@@ -26,7 +28,8 @@ class Monitoring:
         self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
         self.systemd = SystemdNotifier()
         self.metrics = Metrics(self._loop_monitor)
-        self.telemetry = Receivers(self.metrics, LogReceiver())
+        self.tally = Tally(settings.lease / 3)
+        self.telemetry = Receivers(self.metrics, LogReceiver(), self.tally)
 
     def observe_servers(self, servers: Iterable[Server]) -> None:
         """Show the state of vLLM servers at each scrape."""

@@ -99,4 +99,16 @@ class RecordRefresher:
 def _state(record: WorkerRecord) -> WorkerRecord:
     """The record without what changes all the time."""
     servers = tuple(msgspec.structs.replace(server, requests=0, limit=0.0) for server in record.servers)
-    return msgspec.structs.replace(record, beat=0, running=0, finished=0, servers=servers)
+    return msgspec.structs.replace(
+        record,
+        beat=0,
+        running=0,
+        finished=0,
+        failed=0,
+        cancelled=0,
+        tokens=0,
+        finished_per_s=0.0,
+        tokens_per_s=0.0,
+        silence=0.0,
+        servers=servers,
+    )

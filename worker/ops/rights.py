@@ -21,7 +21,8 @@ _NOBODY = ".check"
 
 _KEY_PATTERNS = {
     "@jobs": "jobs*", "@tokens": "tokens:*", "@ended": "ended:*", "@lifecycle": "lifecycle", "@dead": "dead",
-    "@lifecycle_losses": "lost:*", "@workers": "workers", "@probe": "probe", "@feed": "feed:*", "@cancel": "cancel",
+    "@lifecycle_losses": "lost:*", "@workers": "workers", "@control": "control", "@queues": "queues", "@probe": "probe",
+    "@feed": "feed:*", "@cancel": "cancel",
 }  # fmt: skip
 """The patterns of keys and channels for the placeholders in probes, without the prefix, in the form of ACL SETUSER."""
 
@@ -32,6 +33,9 @@ _CONTAINERS = frozenset(("COMMAND", "MEMORY", "XGROUP", "XINFO"))
 _NO_FEED = "the feed is silent, and followers read the logs instead"
 _NO_HINTS = "a cancel takes effect within two thirds of a lease, not at once"
 _NO_RECORD = "neither this check nor the other workers see this worker"
+_NO_CONTROL = "pauses of queues and drains have no effect on this worker"
+_NO_CONTROL_HINTS = "pauses of queues and drains take effect with the next heartbeat, not at once"
+_NO_QUEUE_NAMES = "the queues of this worker are not in the set of queues in use"
 _NO_LIFECYCLE = "the lifecycle is not written"
 _NO_BYTES = "the memory of the lifecycle is only estimated"
 _NO_LOSSES = "nobody knows how many entries of the lifecycle a group has lost"
@@ -96,14 +100,20 @@ _PROBES = (
     _Probe(f"HDEL @workers {_NOBODY}", _NO_RECORD),
     _Probe("HGETALL @workers", _NO_RECORD),
     _Probe("HKEYS @workers", _NO_RECORD),
+    _Probe("HGETALL @control", _NO_CONTROL),
+    _Probe(f"HGET @control {_NOBODY}", "pauses that have ended stay in Redis"),
+    _Probe(f"HDEL @control {_NOBODY}", "drains that were done and pauses that have ended stay in Redis"),
     _Probe("PUBLISH @feed []", _NO_FEED),
     _Probe("SPUBLISH @feed []", _NO_FEED, "cluster"),
     _Probe("COMMAND INFO SPUBLISH", _NO_FEED, "cluster"),
     _Probe("WAIT 0 0", where="replicas"),
     # Commands that change the state of the connection come last.
     _Probe("MULTI"),
+    _Probe(f"SADD @queues {_NOBODY}", _NO_QUEUE_NAMES),
+    _Probe("EXISTS"),  # with too few arguments, so that EXEC executes nothing
     _Probe("EXEC"),
     _Probe("SUBSCRIBE @cancel", _NO_HINTS),
+    _Probe("SUBSCRIBE @control", _NO_CONTROL_HINTS),
 )
 
 
@@ -160,7 +170,7 @@ def _missing_by(probe: _Probe, refusal: ResponseError, keys: Keys) -> Missing | 
             return Missing("right", f"{'~' if found[1] == 'key' else '&'}{pattern}", probe.without)
         name = f"{command}|{rest[0]}" if command in _CONTAINERS else command
         return Missing("right", f"+{name.lower()}", probe.without)
-    if str(refusal).startswith("WRONGTYPE") and word in ("@lifecycle", "@dead", "@workers"):
+    if str(refusal).startswith("WRONGTYPE") and word in ("@lifecycle", "@dead", "@workers", "@control"):
         return Missing("key", pattern, probe.without)
     return None
 

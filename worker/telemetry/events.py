@@ -150,6 +150,34 @@ class ClaimsResumed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePaused(Event):
+    """An operator has paused a queue of this worker. `until` is Unix ms; 0 is no end."""
+
+    level = "warning"
+    queue: str
+    by: str = ""
+    why: str = ""
+    until: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueResumed(Event):
+    """The pause of a queue is over."""
+
+    level = "warning"
+    queue: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested(Event):
+    """An operator asks this worker to drain."""
+
+    level = "warning"
+    by: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class QueueMeasured(Event):
     """The length of a queue. `waiting` is None where Redis cannot count waiting jobs.
 
@@ -244,6 +272,13 @@ class RecordRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class CancelHintsRefused(Event):
+    level = "warning"
+    channel: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class ControlHintsRefused(Event):
     level = "warning"
     channel: str
     error: str

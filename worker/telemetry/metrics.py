@@ -13,7 +13,8 @@ before iterating. While the loop is stuck, all gauges are NaN, because nobody up
 import asyncio
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar, cast, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -126,6 +127,7 @@ class Metrics:
         self._write_failures = self._counter("redis_write_failures", "Writes and reads of logs that failed")
         self._refused = self._counter("records_refused", "Records beside the logs that Redis refused", "record")
         self._paused = self._gauge("claims_paused", "1 while the worker takes no jobs, by reason", "reason")
+        self._queue_paused = self._gauge("queue_paused", "1 while an operator has paused a queue", "queue")
         self._oldest = self._gauge("oldest_pending_seconds", "Age of the oldest job that a worker has", "queue")
         self._waiting = self._gauge("queue_waiting", "Jobs that no worker has taken; from Redis 7 on", "queue")
         self._memory = self._gauge("redis_memory_bytes", "Used memory of Redis; in a cluster, of its fullest master")
@@ -198,6 +200,11 @@ class Metrics:
         """Set the number of slots. `running` returns the number of running jobs, and is called at each scrape."""
         self._slots.set(slots)
         self._running.set_function(running)
+
+    def observe_pauses(self, queues: Iterable[str], is_paused: Callable[[str], bool]) -> None:
+        """Add the queues that the worker serves. `is_paused` is called at each scrape."""
+        for queue in queues:
+            self._queue_paused.labels(queue).set_function(partial(is_paused, queue))
 
     def observe_readiness(self, why_not: Callable[[], str]) -> None:
         """Set the function that returns why the worker takes no jobs; empty while it does. `/readyz` calls it."""
