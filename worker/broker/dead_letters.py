@@ -46,15 +46,18 @@ return added
 """Replaces a letter if it is there. ARGV: its id, and the words of the new one. Returns the new id, or nothing."""
 
 _NEWEST = Script("""
-local newest = call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-if not newest then return {0} end
-local fields = newest[2]
-for at = 1, #fields, 2 do
-  if fields[at] == 'reason' then return {call('XLEN', KEYS[1]), newest[1], fields[at + 1]} end
+local found = {call('XLEN', KEYS[1])}
+for _, letter in ipairs(call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', ARGV[1])) do
+  local fields, reason = letter[2], ''
+  for at = 1, #fields, 2 do
+    if fields[at] == 'reason' then reason = fields[at + 1] end
+  end
+  table.insert(found, letter[1])
+  table.insert(found, reason)
 end
-return {call('XLEN', KEYS[1]), newest[1], ''}
+return found
 """)
-"""Returns the number of letters and, if there are any, the id and the reason of the newest: no prompt leaves Redis."""
+"""Returns the number of letters, and the ids and reasons of the newest ARGV[1]: no prompt leaves Redis."""
 
 _RawLetter: TypeAlias = tuple[bytes, Mapping[bytes, bytes]]
 
@@ -201,13 +204,13 @@ class DeadLetters:
             last = f"({stored[-1].id}"
         return found[:limit][::-1]
 
-    async def count_and_newest(self) -> tuple[int, int, str]:
-        """How many letters there are, when the newest was written (Unix ms), and its reason; zeros if there is none."""
-        count, *newest = cast("list[Any]", await _NEWEST.run_on(self._redis, [self._key], ()))
-        if not newest:
-            return 0, 0, ""
-        entry_id, reason = newest
-        return int(count), EntryId.parse(entry_id).attempt, reason.decode("utf-8", "replace")
+    async def count_and_newest(self, limit: int) -> tuple[int, list[tuple[int, str]]]:
+        """How many letters there are, and the times (Unix ms) and reasons of the newest ones, the newest first."""
+        count, *found = cast("list[Any]", await _NEWEST.run_on(self._redis, [self._key], [str(limit)]))
+        times = [EntryId.parse(entry_id).attempt for entry_id in found[::2]]
+        return int(count), [
+            (time, reason.decode("utf-8", "replace")) for time, reason in zip(times, found[1::2], strict=True)
+        ]
 
     async def oldest_first(self, wanted: LetterFilter) -> AsyncIterator[StoredLetter]:
         """All letters that match, from oldest to newest."""

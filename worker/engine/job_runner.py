@@ -40,7 +40,7 @@ from ..telemetry.job_events import (
 from ..vllm.servers.room import Demand
 from .generation import Generation
 from .job_context import UNREAD, JobContext, JobServices, MustWait, Stop, Stopped
-from .poison import QuarantineTurn, count_failures, needs_quarantine, progress_goal
+from .poison import WITHOUT_PROGRESS, QuarantineTurn, count_failures, needs_quarantine, progress_goal
 from .settlement import Settlement
 
 _DIVERGED = "diverged"
@@ -225,7 +225,7 @@ class JobRunner:
         """Why a job must not run; empty if it may."""
         failed = count_failures(acquired.history, self._job.delivery)
         if failed >= self._max_deliveries:
-            return f"the job was delivered {failed} times without progress: its workers died or were cut off"
+            return f"the job was delivered {failed} times {WITHOUT_PROGRESS}"
         return acquired.unreadable
 
     async def _recreate_log(self, log: LogWriter) -> None:

@@ -15,6 +15,12 @@ from ..contract.entries import TAKEOVER, Claimed, Entry, Restarted, Started
 _QUARANTINE_FROM = 2
 """The number of failures from which a job runs in quarantine."""
 
+SUSPECT_FROM = _QUARANTINE_FROM + 1
+"""The number of deliveries from which a job may be poison, if nothing else is known of it."""
+
+WITHOUT_PROGRESS = "without progress: its workers died or were cut off"
+"""The end of the reason for which a poison job is buried."""
+
 _PROGRESS_FACTOR = 2
 """An answer that begins again has made progress once it is this many times as long as the longest one before."""
 

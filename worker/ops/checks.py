@@ -1,15 +1,13 @@
 """The checks of `worker check`: settings, Redis, workers and vLLM servers, each with a fix for what is wrong."""
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..contract.records import WorkerRecord
 from ..redisio.advice import advice_on, advice_on_no_answer, advice_on_silence
 from ..redisio.clients import COMMAND_TIMEOUT, command_client
 from ..redisio.cluster import ClusterClient, servers_of
@@ -25,7 +23,8 @@ from ..vllm.stream.watchdog import StreamTimeouts
 from .findings import Finding, Level, listed
 from .fleet import fleet_findings
 from .memory_forecast import check_memory
-from .queues import find_queues, queue_findings, read_queues, served_queues
+from .queues import queue_findings
+from .reading import read_installation
 from .rights import Missing, find_missing
 from .storage import is_full, read_info, redis_state, storage_findings, version_or_mode_finding, write_finding
 
@@ -147,24 +146,27 @@ async def _check_queues_and_workers(
     redis: Redis, keys: Keys, settings: Settings, *, records_are_fresh: bool
 ) -> AsyncGenerator[Finding]:
     """Report the queues and the workers, as far as the user may read them."""
-    seconds, microseconds = await redis.time()
-    now = seconds + microseconds / 1e6
-    records: dict[str, WorkerRecord] | None = None
-    with suppress(ResponseError):  # _check_rights has reported it
-        records = await WorkerRegistry(redis, keys).records()
-    served = served_queues(records.values()) if records else None
-    found = await find_queues(redis, keys)
     own = list(settings.queues)
-    others = sorted({*(found or ()), *(served or ())} - set(own))
-    states, _ = await read_queues(redis, keys, [*own, *others], served, int(now * 1000))
-    for finding in queue_findings(states, own, limit=settings.queue_limit):
+    reading = await read_installation(redis, keys, settings.lease, own)
+    for finding in queue_findings(
+        reading.queues,
+        own,
+        limit=settings.queue_limit,
+        workers_run=bool(reading.alive),
+        full=reading.full_queues,
+    ):
         yield finding
-    if found is None and own:
+    if reading.searched is None and own:
         message = f"queues other than {listed(own)} were not searched for: the user has no right to +scan"
         yield Finding("ok", "queues", message)
-    if records is not None and records_are_fresh:
-        unfinished = sum(state.unfinished for state in states)
-        for finding in fleet_findings(records, now, lease=settings.lease, unfinished=unfinished):
+    if reading.records is not None and records_are_fresh:  # else _check_rights has reported it
+        for finding in fleet_findings(
+            reading.records,
+            reading.now,
+            lease=settings.lease,
+            unfinished=sum(state.unfinished for state in reading.queues),
+            connected=reading.connected,
+        ):
             yield finding
 
 

@@ -7,7 +7,7 @@ from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_
 from ..redisio.advice import MORE_ROOM
 from ..settings import variable
 from ..vllm.errors import UNAUTHORIZED
-from .findings import Finding, Level, grouped, listed
+from .findings import Fault, Finding, Level, grouped, listed
 from .servers import server_findings
 from .survey_types import StateOfWorker, WorkerState
 
@@ -21,12 +21,13 @@ _PAUSED_FIXES = {
 }
 """How to fix a worker that takes no jobs, by its reason."""
 
-_PAUSE_FAULTS = {
+_PAUSE_FAULTS: Mapping[str, Fault] = {
     NO_VLLM: "vllm_away",
     REDIS_FULL: "redis_full",
     REDIS_REFUSES: "redis_refuses",
     REDIS_LOGIN: "redis_login",
     REDIS_AWAY: "redis_away",
+    VLLM_FULL: "",  # no fault while no job waits long
 }
 """The fault that such a worker has, by its reason."""
 
@@ -85,25 +86,29 @@ def _state_of(record: WorkerRecord) -> StateOfWorker:
 
 
 def fleet_findings(
-    records: Mapping[str, WorkerRecord], now: float, *, lease: float, unfinished: int, compare_lease: bool = True
+    records: Mapping[str, WorkerRecord],
+    now: float,
+    *,
+    lease: float,
+    unfinished: int,
+    connected: Mapping[str, bool],
+    compare_lease: bool = True,
 ) -> list[Finding]:
     """Findings about the workers, by their records.
 
     `now` is in seconds by Redis's clock, `lease` is that of the settings, and `unfinished` the number of jobs to be
-    done. With `compare_lease`, the lease of the workers is compared with it. The record of a killed worker remains for
-    ten leases.
+    done. `connected` is whether silent workers are connected to Redis, as far as that is known. With `compare_lease`,
+    the lease of the workers is compared with that of the settings. The record of a killed worker remains for ten
+    leases.
     """
     findings: list[Finding] = []
     alive: dict[str, WorkerRecord] = {}
     for name, record in sorted(records.items()):
         if is_silent(record, now, lease):
-            where = f" (process {record.pid} on {record.host})" if record.host else ""
-            fix = f"check whether it still runs{where}; if so, its log has why it does not reach Redis (clock_failed)"
-            message = f"it has been silent for {silence_of(record, now):.0f} s"
-            findings.append(Finding("warning", f"worker {name}", message, fix, "worker_silent", record.beat))
-            continue
-        alive[name] = record
-        findings += _check_state(name, record, now)
+            findings.append(_silent_finding(record, now, is_connected=connected.get(name)))
+        else:
+            alive[name] = record
+            findings += _check_state(name, record, now)
     slots = sum(record.slots for record in alive.values())
     running = sum(record.running for record in alive.values())
     if not alive:
@@ -121,20 +126,34 @@ def fleet_findings(
     ]
 
 
+def _silent_finding(record: WorkerRecord, now: float, *, is_connected: bool | None) -> Finding:
+    """The finding about a silent worker. The kernel closes the connections of a killed process, not of a stopped one.
+
+    `is_connected` is None if that is not known.
+    """
+    process = f"process {record.pid} on {record.host}" if record.host else "its process"
+    message = f"it has been silent for {silence_of(record, now):.0f} s"
+    fault: Fault = "worker_silent"
+    fix = f"check whether it still runs ({process}); if so, its log has why it does not reach Redis (clock_failed)"
+    if is_connected:
+        fault, message = "worker_blocked", f"{message}, and its connection to Redis is open: it is stopped or stuck"
+        fix = f"look at {process}, and kill it if it does not continue: other workers take over its jobs"
+    elif is_connected is not None:
+        fault, message = "worker_dead", f"{message}, and its connection to Redis is closed: it was killed or cut off"
+        fix = f"find out why {process} has ended, and start it again: other workers take over its jobs"
+    return Finding("warning", f"worker {record.name}", message, fix, fault, record.beat)
+
+
 def _check_state(name: str, record: WorkerRecord, now: float) -> list[Finding]:
     subject = f"worker {name}"
     if record.paused:
         fix = _PAUSED_FIXES.get(record.paused, "see its log")  # a later version may have other reasons
-        if record.paused == NO_VLLM and (away := _away(record)):
+        if record.paused == NO_VLLM and (away := _away(record)):  # the findings about the servers name the fault
             refused = any(server.reason == UNAUTHORIZED for server in record.servers)
             fix = f"correct its {variable('vllm_api_key')}" if refused else fix
-            message, fault = (
-                f"it takes no jobs at the moment: {NO_VLLM} ({away})",
-                "vllm_login" if refused else "vllm_away",
-            )
-            return [Finding("warning", subject, message, fix, fault)]
+            return [Finding("warning", subject, f"it takes no jobs at the moment: {NO_VLLM} ({away})", fix)]
         level: Level = "ok" if record.paused == VLLM_FULL else "warning"  # a full vLLM is no fault
-        fault = "" if level == "ok" else _PAUSE_FAULTS.get(record.paused, "worker_paused")
+        fault = _PAUSE_FAULTS.get(record.paused, "worker_silent")
         return [Finding(level, subject, f"it takes no jobs at the moment: {record.paused}", fix, fault)]
     if record.starting and now - record.started / 1000 > _SLOW_START:
         slow = [server.url for server in record.servers if server.state == "starting"]

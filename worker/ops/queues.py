@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -11,16 +12,21 @@ from ..broker.parked_jobs import lines_among
 from ..broker.queue_depth import backlog_of
 from ..contract.ids import EntryId
 from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys, is_queue_name
-from ..contract.records import WorkerRecord
+from ..contract.records import ControlEntry, WorkerRecord
 from ..engine.outline import BETWEEN_MODELS
 from ..redisio.cluster import servers_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from ..settings import variable
 from .findings import Finding, listed
 from .survey_types import QueueState
+from .suspects import find_suspects, poison_findings
+from .units import duration
 
 _KEYS_A_STEP = 1000
 """How many keys of Redis a step of the search for queues visits. It takes a few milliseconds of Redis's time."""
+
+_LONG_WAIT = 5.0
+"""Seconds that a job waits at least until full servers are a fault: short bursts fill them too."""
 
 _NOT_A_NAME = "no worker can serve it: a queue's name has 1 to 64 characters of A-Za-z0-9_-"
 
@@ -61,11 +67,17 @@ def _escaped(text: str) -> str:
 
 
 async def read_queues(
-    redis: Redis, keys: Keys, names: Iterable[str], served: Mapping[str, int] | None, now: int
+    redis: Redis,
+    keys: Keys,
+    names: Iterable[str],
+    served: Mapping[str, int] | None,
+    pauses: Mapping[str, ControlEntry],
+    now: int,
 ) -> tuple[list[QueueState], list[str]]:
     """The states of queues, and the names of those that the user may not read.
 
-    `served` is how many workers serve each queue, None if that is not known; `now` is Unix ms by Redis's clock.
+    `served` is how many workers serve each queue, None if that is not known. `pauses` are the paused queues, and `now`
+    is Unix ms by Redis's clock.
 
     Raises:
         RedisError: when Redis does not answer.
@@ -74,7 +86,8 @@ async def read_queues(
     for name in names:
         workers = None if served is None else served.get(name, 0)
         try:
-            states.append(await _read_queue(redis, keys, name, workers, now))
+            state = await _read_queue(redis, keys, name, now)
+            states.append(msgspec.structs.replace(state, workers=workers, pause=pauses.get(name)))
         except ResponseError as error:
             if is_permission_denied(error):
                 unread.append(name)
@@ -86,7 +99,7 @@ async def read_queues(
     return states, unread
 
 
-async def _read_queue(redis: Redis, keys: Keys, name: str, workers: int | None, now: int) -> QueueState:
+async def _read_queue(redis: Redis, keys: Keys, name: str, now: int) -> QueueState:
     key = keys.jobs(name)
     backlog = await backlog_of(redis, key)
     consumers = await consumers_by_xinfo(redis, key)
@@ -111,18 +124,23 @@ async def _read_queue(redis: Redis, keys: Keys, name: str, workers: int | None, 
         parked=dict(parked.most_common()),
         running=pending - handed_over - parked.total(),
         handed_over=handed_over,
-        workers=workers,
+        suspects=tuple(await find_suspects(redis, key)) if pending else (),
         problem="" if is_queue_name(name) else _NOT_A_NAME,
     )
 
 
 def queue_findings(
-    states: Iterable[QueueState], own: Collection[str] = (), *, limit: int = 0, workers_run: bool = True
+    states: Iterable[QueueState],
+    own: Collection[str] = (),
+    *,
+    limit: int = 0,
+    workers_run: bool = True,
+    full: Collection[str] = (),
 ) -> list[Finding]:
     """Findings about queues: those of `own`, and others that have jobs or a problem.
 
     `limit` is the number of waiting jobs from which producers are refused; 0 for none. If no worker runs, that is a
-    finding of its own.
+    finding of its own. `full` are the queues of which no worker takes jobs, since all vLLM servers are full.
     """
     findings = []
     for state in states:
@@ -133,6 +151,8 @@ def queue_findings(
             findings.append(Finding("warning", subject, message, fix, "queue_unserved"))
         elif state.problem:
             findings.append(Finding("error", subject, state.problem, f"choose another {variable('prefix')}"))
+        elif state.pause is not None:
+            findings.append(_pause_finding(state, state.pause, jobs))
         elif workers_run and state.workers == 0 and state.unfinished:
             fix = f"start a worker with it in {variable('queues')}, or correct the name where jobs are added"
             findings.append(Finding("warning", subject, f"no worker serves it; {jobs}", fix, "queue_unserved"))
@@ -140,9 +160,22 @@ def queue_findings(
             message = f"it is full: {state.waiting} jobs wait, and the limit is {limit}"
             fix = f"start more workers, or raise {variable('queue_limit')}"
             findings.append(Finding("warning", subject, message, fix, "queue_full"))
+        elif (state.parked or state.name in full) and state.oldest is not None and state.oldest > _LONG_WAIT:
+            message = f"the vLLM servers are full: its oldest waiting job is {duration(state.oldest)} old; {jobs}"
+            fix = "add servers or workers, or wait: the jobs start as soon as a server has room"
+            findings.append(Finding("warning", subject, message, fix, "vllm_full"))
         elif state.name in own or state.unfinished:
             findings.append(Finding("ok", subject, jobs))
+        findings += poison_findings(state.name, state.suspects)
     return findings
+
+
+def _pause_finding(state: QueueState, pause: ControlEntry, jobs: str) -> Finding:
+    by = f" by {pause.by}" if pause.by else ""
+    why = f" ({pause.why})" if pause.why else ""
+    message = f"it is paused{by}{why}, {'with an end' if pause.until else 'without an end'}; {jobs}"
+    fix = f"worker resume {state.name} lets workers take its jobs again"
+    return Finding("warning", f"queue {state.name}", message, fix, "queue_paused", pause.since)
 
 
 def _jobs_of(state: QueueState) -> str:

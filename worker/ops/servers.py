@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from ..contract.records import REFUSES_ALL, ServerRecord, WorkerRecord
+from ..contract.records import REFUSES_ALL, SILENT, ServerRecord, WorkerRecord
 from ..settings import variable
-from .findings import Finding, grouped, listed
+from ..vllm.errors import UNAUTHORIZED
+from .findings import Fault, Finding, grouped, listed
 from .survey_types import ServerState, StateOfServer
 
 _THIS_HOST = ("localhost", "127.0.0.1", "::1", "host.docker.internal")
@@ -50,7 +51,10 @@ def _state_of(there: list[ServerRecord]) -> StateOfServer:
         return "partly" if "up" in states else "away"
     if "up" not in states:
         return "starting"
-    return "full" if any(server.reason == REFUSES_ALL for server in there) else "up"
+    if any(server.reason == REFUSES_ALL for server in there):
+        return "full"
+    busy = [server for server in there if server.requests]
+    return "silent" if busy and all(server.reason == SILENT for server in busy) else "up"
 
 
 def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
@@ -67,13 +71,26 @@ def server_findings(alive: Mapping[str, WorkerRecord]) -> list[Finding]:
         if without := [name for name in seen if name not in there]:
             message += f"; not in {variable('vllm_urls')} of {listed(without)}"
         findings.append(Finding("ok", subject, message))
+        refusing = [name for name, server in there.items() if server.reason == UNAUTHORIZED]
+        if state.state == "away":
+            message = f"it is away for all workers that have it ({state.reason or 'no reason is known'})"
+            fix = "start it, or look at its log and at the network; requests go to other servers, or wait"
+            if refusing:
+                fix = f"correct {variable('vllm_api_key')} of {listed(refusing)}: the server refuses the keys"
+            fault: Fault = "vllm_login" if refusing else "vllm_away"
+            findings.append(Finding("warning", subject, message, fix, fault))
+        if state.state == "silent":
+            message = f"it has {state.requests} requests and has sent nothing for some seconds: it may be frozen"
+            fix = "look at its log and its GPU, and restart it if it stays so: the answers continue elsewhere"
+            findings.append(Finding("warning", subject, message, fix, "vllm_silent"))
         if state.state == "partly":
             up = [name for name, server in there.items() if server.state == "up"]
             away = {name: server.reason or "away" for name, server in there.items() if server.state == "away"}
             reasons = "; ".join(f"{reason}: {listed(names)}" for reason, names in sorted(grouped(away).items()))
             message = f"it is up for {listed(up)}, and away for others ({reasons})"
             fix = "check the network and the keys of the workers for which it is away"
-            findings.append(Finding("warning", subject, message, fix, "vllm_away"))
+            fault = "vllm_login" if refusing else "vllm_away"
+            findings.append(Finding("warning", subject, message, fix, fault))
         if refused := [name for name, server in there.items() if server.reason == REFUSES_ALL]:
             message = f"it has refused every request of {listed(refused)} for half a minute (429, 503); their jobs wait"
             fix = "add servers if other clients fill it; if it is a proxy, see its log: it may have no server behind it"

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -14,6 +15,13 @@ from ..redisio.errors import is_permission_denied, redacted_message
 from ..settings import variable
 from .findings import Finding
 from .survey_types import RedisState
+from .units import size
+
+_REFUSALS_READ = 32
+_REFUSED_LATELY = 30.0
+"""Seconds for which a refused login is a fault. A worker tries again every two seconds at the latest."""
+
+_NEARLY_FULL = 0.9
 
 _FORECAST_FROM = 10.0
 """Seconds between two readings of the memory that are compared at least: one job more is no trend."""
@@ -69,6 +77,9 @@ def storage_findings(state: RedisState, info: Mapping[str, object]) -> list[Find
     if is_full(state):
         message = f"it is full: {state.used} of {state.limit} bytes (maxmemory) are used, and nothing can be written"
         findings.append(Finding("error", where, message, MORE_ROOM, "redis_full"))
+    elif state.limit and state.used >= _NEARLY_FULL * state.limit:
+        message = f"it is nearly full: {size(state.used)} of {size(state.limit)} (maxmemory) are used"
+        findings.append(Finding("warning", where, message, MORE_ROOM, "redis_full"))
     policy = str(info.get("maxmemory_policy", "noeviction"))
     if policy != "noeviction":
         message = f"maxmemory-policy is {policy}: Redis may drop a log that is being written"
@@ -92,6 +103,25 @@ async def write_finding(redis: Redis, where: str, keys: Keys) -> Finding | None:
         message = f"it refuses writes: {redacted_message(error)}"
         return Finding("error", where, message, advice_on(error), "redis_refuses")
     return None
+
+
+async def login_findings(server: Redis, where: str) -> list[Finding]:
+    """Findings about clients whose password or user a server has refused lately, by its ACL LOG.
+
+    Raises:
+        ResponseError: when the user has no right to ACL LOG.
+    """
+    refused: dict[tuple[str, str], None] = {}
+    for entry in cast("list[dict[str, Any]]", await server.acl_log(_REFUSALS_READ)):
+        if entry["reason"] == "auth" and float(entry["age-seconds"]) < _REFUSED_LATELY:
+            refused[entry["username"], str(entry["client-info"]["addr"]).rpartition(":")[0]] = None
+    fix = f"correct the password in {variable('redis_url')} of that process, or set it for the user: ACL SETUSER"
+    return [
+        Finding(
+            "warning", where, f"it refused the password of user `{user}` to a client of {client}", fix, "redis_login"
+        )
+        for user, client in refused
+    ]
 
 
 class MemoryTrend:

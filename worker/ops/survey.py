@@ -1,28 +1,38 @@
 """Takes the picture of an installation that `worker status` shows, by reading Redis."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..broker.dead_letters import DeadLetters
-from ..broker.worker_registry import WorkerRegistry
 from ..contract.keys import Keys
-from ..contract.records import WorkerRecord
 from ..redisio.advice import advice_on, advice_on_no_answer, advice_on_silence
 from ..redisio.cluster import ClusterClient, servers_of
-from ..redisio.errors import is_permission_denied, redacted_message
+from ..redisio.errors import is_login_refused, is_permission_denied, redacted_message
 from ..settings import redacted_url
-from .findings import Finding
-from .fleet import fleet_findings, is_silent, worker_states
-from .queues import find_queues, queue_findings, read_queues, served_queues
+from .findings import Fault, Finding, faults_among
+from .fleet import fleet_findings, worker_states
+from .queues import queue_findings
+from .reading import read_installation
 from .servers import server_states
-from .storage import MemoryTrend, is_full, read_info, redis_state, storage_findings, write_finding
+from .storage import (
+    MemoryTrend,
+    is_full,
+    login_findings,
+    read_info,
+    redis_state,
+    storage_findings,
+    write_finding,
+)
 from .survey_types import DeadLetterState, RedisState, Survey
+from .suspects import buried_poison_finding
 
-_LEVELS = {"error": 0, "warning": 1, "ok": 2}
+_SEARCH_EVERY = 60.0
+"""Seconds between two searches of all keys for queues."""
+_LETTERS_READ = 16
 
 
 class Surveyor:
@@ -38,7 +48,8 @@ class Surveyor:
         self._where = f"Redis {redacted_url(url)}"
         self._lease = lease
         self._trends: dict[str, MemoryTrend] = {}
-        self._found: set[str] | None = None
+        self._searched: set[str] | None = None
+        self._searched_at = time.monotonic()
 
     async def survey(self) -> Survey:
         """Take a picture. If Redis does not answer, the picture has only that fault."""
@@ -46,49 +57,47 @@ class Surveyor:
             return await self._read()
         except (RedisError, OSError) as error:
             fix = advice_on(error) or await advice_on_silence(self._url) or advice_on_no_answer(error)
-            return Survey(faults=(Finding("error", self._where, redacted_message(error), fix, "redis_away"),))
+            return Survey(faults=(Finding("error", self._where, redacted_message(error), fix, _fault_of(error)),))
 
     async def _read(self) -> Survey:
-        redis, keys = self._redis, self._keys
-        unread: list[str] = []
-        seconds, microseconds = await redis.time()
-        now = seconds + microseconds / 1e6
-        storage, findings = await self._read_storage(now, unread)
-        records: dict[str, WorkerRecord] = {}
-        with _noted_if_denied(unread, "workers"):
-            records = await WorkerRegistry(redis, keys).records()
-        alive = {name: record for name, record in records.items() if not is_silent(record, now, self._lease)}
-        served = served_queues(alive.values()) if "workers" not in unread else None
-        if self._found is None:
-            self._found = await find_queues(redis, keys)
-            if self._found is None:
-                unread.append("queues that no worker serves (+scan)")
-        names = sorted({*(self._found or ()), *(served or ())})
-        queues, denied = await read_queues(redis, keys, names, served, int(now * 1000))
-        unread += [f"queue {name}" for name in denied]
-        findings += queue_findings(queues, workers_run=bool(alive))
-        if not any(finding.level == "error" for finding in findings):  # else no worker can renew its record
-            unfinished = sum(queue.unfinished for queue in queues)
-            findings += fleet_findings(records, now, lease=self._lease, unfinished=unfinished, compare_lease=False)
+        storage, findings, denied = await self._read_storage()
+        if time.monotonic() - self._searched_at > _SEARCH_EVERY:
+            self._searched, self._searched_at = None, time.monotonic()
+        reading = await read_installation(self._redis, self._keys, self._lease, searched=self._searched)
+        self._searched = reading.searched
+        now = reading.now
+        takes_writes = not any(finding.level == "error" for finding in findings)
+        findings += queue_findings(reading.queues, workers_run=bool(reading.alive), full=reading.full_queues)
+        if takes_writes:  # else no worker can renew its record
+            findings += fleet_findings(
+                reading.records or {},
+                now,
+                lease=self._lease,
+                unfinished=sum(queue.unfinished for queue in reading.queues),
+                connected=reading.connected,
+                compare_lease=False,
+            )
         letters = DeadLetterState()
-        with _noted_if_denied(unread, "dead letters"):
-            count, newest, reason = await DeadLetters(redis, keys).count_and_newest()
-            age = max(0.0, now - newest / 1000) if count else None
-            letters = DeadLetterState(count=count, newest=age, reason=reason)
-        faults = [finding for finding in findings if finding.fault]
+        with reading.noted_if_denied("dead letters"):
+            count, newest = await DeadLetters(self._redis, self._keys).count_and_newest(_LETTERS_READ)
+            findings += buried_poison_finding(newest, now)
+            if newest:
+                written, reason = newest[0]
+                letters = DeadLetterState(count=count, newest=max(0.0, now - written / 1000), reason=reason)
         return Survey(
             time=int(now * 1000),
-            faults=tuple(sorted(faults, key=lambda fault: _LEVELS[fault.level])),
-            queues=tuple(queues),
-            workers=tuple(worker_states(records, now, self._lease)),
-            servers=tuple(server_states(alive)),
+            faults=tuple(faults_among(findings)),
+            queues=tuple(reading.queues),
+            workers=tuple(worker_states(reading.records or {}, now, self._lease)),
+            servers=tuple(server_states(reading.alive)),
             redis=tuple(storage),
             dead_letters=letters,
-            unread=tuple(unread),
+            unread=(*denied, *dict.fromkeys(reading.unread)),
         )
 
-    async def _read_storage(self, now: float, unread: list[str]) -> tuple[list[RedisState], list[Finding]]:
-        states, findings = list[RedisState](), list[Finding]()
+    async def _read_storage(self) -> tuple[list[RedisState], list[Finding], list[str]]:
+        """The states of Redis's servers, the findings about them, and what the user may not read of them."""
+        states, findings, unread = list[RedisState](), list[Finding](), list[str]()
         servers = await servers_of(self._redis)
         for number, server in enumerate(servers, 1):
             is_cluster = isinstance(self._redis, ClusterClient)
@@ -97,20 +106,23 @@ class Surveyor:
             state = redis_state(name, info)
             findings += storage_findings(state, info)
             trend = self._trends.setdefault(name, MemoryTrend())
-            states.append(msgspec.structs.replace(state, full_in=trend.full_in(now, state)))
+            states.append(msgspec.structs.replace(state, full_in=trend.full_in(time.monotonic(), state)))
             if not info:
-                unread.append("memory (+info)")
+                unread.append("memory of Redis (+info)")
+            try:
+                findings += await login_findings(server, name)
+            except ResponseError as error:
+                if not is_permission_denied(error):
+                    raise
+                unread.append("refused logins (+acl|log)")
         if not any(map(is_full, states)) and (refusal := await write_finding(self._redis, self._where, self._keys)):
             findings.append(refusal)
-        return states, findings
+        return states, findings, list(dict.fromkeys(unread))
 
 
-@contextmanager
-def _noted_if_denied(unread: list[str], what: str) -> Iterator[None]:
-    """Add `what` to the parts that the user may not read, if Redis denies it or another type is stored there."""
-    try:
-        yield
-    except ResponseError as error:
-        if not (is_permission_denied(error) or redacted_message(error).startswith("WRONGTYPE")):
-            raise
-        unread.append(what)
+def _fault_of(error: RedisError | OSError) -> Fault:
+    """The name of the fault of a Redis that does not answer, or refuses this command's user."""
+    if is_login_refused(error):
+        return "redis_login"
+    is_silent = isinstance(error, RedisTimeoutError) and "connecting" not in str(error)
+    return "redis_silent" if is_silent else "redis_away"

@@ -15,6 +15,18 @@ StateOfWorker: TypeAlias = Literal["working", "paused", "starting", "draining", 
 StateOfServer: TypeAlias = Literal["up", "full", "silent", "partly", "away", "starting"]
 
 
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+    """A running job that may kill its workers: its entry's id, its request id (empty if it has none), its worker.
+
+    `deliveries` is how often it was delivered to a worker.
+    """
+
+    job: str
+    request: str
+    worker: str
+    deliveries: int
+
+
 class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     """A queue.
 
@@ -22,7 +34,8 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     empty name is any model). `oldest` is the age of the oldest waiting job in seconds, None if none waits. `running`
     are the jobs with a worker, `handed_over` those that another worker continues in a moment. `workers` is how many
     live workers serve the queue, None if that is not known. `pause` is by whom and since when the queue is paused; None
-    if it is not. `problem` is why no worker can serve the queue.
+    if it is not. `suspects` are running jobs that may kill their workers. `problem` is why no worker can serve the
+    queue.
     """
 
     name: str
@@ -33,6 +46,7 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     handed_over: int = 0
     workers: int | None = None
     pause: ControlEntry | None = None
+    suspects: tuple[Suspect, ...] = ()
     problem: str = ""
 
     @property

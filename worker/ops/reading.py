@@ -1,0 +1,96 @@
+"""Reads the workers and the queues of an installation, for `worker check` and `worker status`."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from ..broker.control import NO_CONTROL, Control
+from ..broker.worker_registry import WorkerRegistry
+from ..contract.keys import Keys
+from ..contract.records import WorkerRecord
+from ..engine.intake import VLLM_FULL
+from ..redisio.cluster import server_of
+from ..redisio.errors import is_permission_denied, redacted_message
+from .fleet import is_silent
+from .queues import find_queues, read_queues, served_queues
+from .survey_types import QueueState
+
+
+@dataclass(slots=True)
+class Reading:
+    """The workers and the queues at one time.
+
+    `now` is in seconds by Redis's clock. `records` are those of all workers; None if the user may not read them.
+    `alive` are the records that are renewed. `connected` has, for silent workers, whether their connection to Redis is
+    open, as far as that is known. `searched` are the queues that a search of all keys has found; None if the user may
+    not search. `unread` are the parts that the user may not read.
+    """
+
+    now: float
+    records: dict[str, WorkerRecord] | None = None
+    alive: dict[str, WorkerRecord] = field(default_factory=dict)
+    connected: dict[str, bool] = field(default_factory=dict)
+    queues: list[QueueState] = field(default_factory=list)
+    searched: set[str] | None = None
+    unread: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def noted_if_denied(self, what: str) -> Iterator[None]:
+        """Add `what` to the unread parts if Redis denies it, or if data of another type is stored there."""
+        try:
+            yield
+        except ResponseError as error:
+            if not (is_permission_denied(error) or redacted_message(error).startswith("WRONGTYPE")):
+                raise
+            self.unread.append(what)
+
+    @property
+    def full_queues(self) -> set[str]:
+        """The queues of which no live worker takes jobs, since all vLLM servers are full."""
+        taken = {queue for record in self.alive.values() if record.paused != VLLM_FULL for queue in record.queues}
+        return {queue for record in self.alive.values() for queue in record.queues} - taken
+
+
+async def read_installation(
+    redis: Redis, keys: Keys, lease: float, own: Collection[str] = (), searched: set[str] | None = None
+) -> Reading:
+    """Read the workers and the queues: first those of `own`, then all others.
+
+    `lease` is that of workers whose record has none, in seconds. All keys are searched for queues, unless `searched` is
+    the result of an earlier search.
+
+    Raises:
+        RedisError: when Redis does not answer.
+    """
+    seconds, microseconds = await redis.time()
+    reading = Reading(seconds + microseconds / 1e6)
+    with reading.noted_if_denied("workers"):
+        reading.records = await WorkerRegistry(redis, keys).records()
+    records = reading.records or {}
+    reading.alive = {name: record for name, record in records.items() if not is_silent(record, reading.now, lease)}
+    for name in records.keys() - reading.alive.keys():
+        if records[name].presence:
+            with reading.noted_if_denied("connections of workers (+pubsub|numsub)"):
+                channel = keys.presence(name)
+                ((_, subscribers),) = await (await server_of(redis, channel)).pubsub_numsub(channel)
+                reading.connected[name] = bool(subscribers)
+    used: list[str] = []
+    with reading.noted_if_denied("names of used queues"):
+        used = [name.decode("utf-8", "replace") for name in cast("set[bytes]", await redis.smembers(keys.queues))]
+    reading.searched = await find_queues(redis, keys) if searched is None else searched
+    if reading.searched is None:
+        reading.unread.append("queues that nobody has used through a client (+scan)")
+    control = NO_CONTROL
+    with reading.noted_if_denied("pauses"):
+        control = await Control(redis, keys, lambda: int(reading.now * 1000)).read()
+    served = None if "workers" in reading.unread else served_queues(reading.alive.values())
+    others = sorted({*(reading.searched or ()), *used, *(served or ()), *control.pauses} - set(own))
+    reading.queues, denied = await read_queues(
+        redis, keys, [*own, *others], served, control.pauses, int(reading.now * 1000)
+    )
+    reading.unread += [f"queue {name}" for name in denied]
+    return reading
