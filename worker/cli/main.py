@@ -17,7 +17,7 @@ from .group import SectionedGroup
 from .health import health
 from .requests import cancel, enqueue, follow
 from .run import run
-from .sandbox import demo, simulate
+from .sandbox import demo, drill, simulate
 from .status import status
 from .top import top
 
@@ -25,7 +25,7 @@ _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
     "Workers": (run, status, top, check, health, dead),
     "Gateway": (gateway, key),
-    "Try it": (demo, simulate),
+    "Try it": (demo, drill, simulate),
 }
 
 

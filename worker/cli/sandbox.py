@@ -1,7 +1,8 @@
-"""The commands to try the project without vLLM or Redis: `worker demo` and `worker simulate`."""
+"""The commands to try the project without vLLM or Redis: `worker demo`, `worker drill` and `worker simulate`."""
 
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import click
 import msgspec
@@ -9,7 +10,9 @@ import msgspec
 from ..contract.entries import Object, to_json
 from .gateway import check_gateway_extra
 from .group import Interrupted
-from .options import json_option, run_async, until_stopped
+from .options import exit_status, json_option, run_async, until_stopped
+
+_T = TypeVar("_T")
 
 
 @click.command(
@@ -26,26 +29,28 @@ def demo(redis_url: str | None, vllm_url: str | None, web: bool, as_json: bool) 
         check_gateway_extra()
     try:
         from ..sandbox.demo import run_demo  # noqa: PLC0415 - of the extra `demo`
-        from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415
-        from ..sandbox.programs import SandboxFailed  # noqa: PLC0415
     except ModuleNotFoundError as error:
         _fail_without_extra(error)
+    _play(lambda: run_demo(_print_as(as_json), redis_url, vllm_url, web=web))
 
-    def report(line: str | None, data: Object) -> None:
-        if as_json or line is not None:
-            click.echo(to_json(data) if as_json else line)
 
+@click.command(
+    short_help="Break a sandbox in four ways, and see what readers and alerts notice.",
+    epilog="Example: worker drill --json",
+)
+@json_option
+def drill(as_json: bool) -> None:
+    """Break a sandbox of its own in four ways under running streams, and show what readers saw and which alerts fired.
+
+    A worker is killed, a vLLM freezes, Redis stalls, and Redis has no memory left, one after the other. It takes
+    about 90 s. Alerts need the program `prometheus`. Exit status 1 if a reader got a wrong text or an error, or if a
+    fault did not fire its alert.
+    """
     try:
-        run_async(lambda: until_stopped(run_demo(report, redis_url, vllm_url, web=web)))
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted: every process that the demo started has ended") from None
-    except (SandboxFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
-        cause: Exception = error
-        while isinstance(cause, ExceptionGroup):
-            cause = cause.exceptions[0]
-        if isinstance(cause, BrokenPipeError):
-            raise cause from None
-        raise click.ClickException(str(cause) or "the demo took too long") from error
+        from ..sandbox.drill import run_drill  # noqa: PLC0415 - of the extra `demo`
+    except ModuleNotFoundError as error:
+        _fail_without_extra(error)
+    exit_status(_play(lambda: run_drill(_print_as(as_json))))
 
 
 @click.command(
@@ -100,6 +105,35 @@ def simulate(host: str, port: int, model: str, api_key: str | None, **scenario: 
 
     with suppress(KeyboardInterrupt):  # users end this command with Ctrl-C
         run_async(lambda: until_stopped(serve_forever(options, host=host, port=port, ready=ready)))
+
+
+def _print_as(as_json: bool) -> "Callable[[str | None, Object], None]":
+    """A receiver of lines that prints each for a person, or as JSON."""
+
+    def report(line: str | None, data: Object) -> None:
+        if as_json or line is not None:
+            click.echo(to_json(data) if as_json else line)
+
+    return report
+
+
+def _play(make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run the demo or the drill until its end, Ctrl-C or SIGTERM. Raises ClickException when it fails."""
+    from ..sandbox.embedded_redis import NoRedis  # noqa: PLC0415 - commands for production need not load it
+    from ..sandbox.programs import SandboxFailed  # noqa: PLC0415
+
+    name = click.get_current_context().info_name
+    try:
+        return run_async(lambda: until_stopped(make()))
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted: every process that the {name} started has ended") from None
+    except (SandboxFailed, NoRedis, TimeoutError, ExceptionGroup) as error:
+        cause: Exception = error
+        while isinstance(cause, ExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, BrokenPipeError):
+            raise cause from None
+        raise click.ClickException(str(cause) or f"the {name} took too long") from error
 
 
 def _fail_without_extra(error: ModuleNotFoundError) -> NoReturn:
