@@ -87,7 +87,7 @@ def _asyncio_reports_nothing(request: pytest.FixtureRequest, asyncio_reports: As
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep the settings of the person who runs the tests away from them."""
     for name in list(os.environ):
-        if name.startswith(("WORKER_", "GATEWAY_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL")):
+        if name.startswith(("WORKER_", "GATEWAY_", "VLLM_URL", "VLLM_API_KEY", "REDIS_URL", "OTEL_")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 

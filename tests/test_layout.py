@@ -172,7 +172,9 @@ def test_the_contract_does_no_io() -> None:
 def test_only_telemetry_counts_and_logs() -> None:
     """Other packages emit events. Of structlog they use the context of a log line, such as the request's id, alone."""
     others = [module for module in _modules().values() if module.part != "telemetry"]
-    assert not [module.name for module in others if module.libraries & {"prometheus_client", "logging"}]
+    assert not [
+        module.name for module in others if module.libraries & {"prometheus_client", "opentelemetry", "logging"}
+    ]
     used = {
         (module.name, node.attr)
         for module in others

@@ -65,7 +65,7 @@ class WriteStalls:
                 del self._stalled[log]
             elif log.accepted != accepted:
                 del self._stalled[log]
-                self._telemetry.emit(ReaderGap("redis", now - since))
+                self._telemetry.emit(ReaderGap("redis", now - since, log.request_id))
 
     def _look(self) -> None:
         if not self._in_flight:

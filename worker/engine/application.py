@@ -82,7 +82,7 @@ class Worker:
         self._name = f"{socket.gethostname()}-{os.getpid()}-{nonce[:6]}"
         keys = Keys(settings.prefix, database_of(url))
 
-        self._monitoring = Monitoring(settings)
+        self._monitoring = Monitoring(settings, self._name)
         self.metrics = self._monitoring.metrics
         self._telemetry = telemetry = self._monitoring.telemetry
         self._outage = Outage(telemetry)
@@ -139,6 +139,7 @@ class Worker:
             outage=self._outage,
             now=self._clock.now,
             pace=pace,
+            traces=self._monitoring.traces,
         )
         slots = Slots(settings.slots)
         parked = ParkedJobs(self._commands, keys, self._name, settings.lease, self._clock.now)
@@ -351,11 +352,11 @@ class Worker:
 
     async def _close(self) -> None:
         self._running_jobs.cancel()
-        await self._monitoring.aclose()
         await self._servers.aclose()
         await self._publisher.aclose()
         await self._lifecycle.aclose()
         await self._batcher.aclose()
         await self._commands.aclose()
         await self._blocking.aclose()
+        await self._monitoring.aclose()
         self._telemetry.emit(WorkerStopped(self._running_jobs.finished))

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextvars import Context, copy_context
-from typing import TypedDict, cast
+from typing import cast
 
 from redis.exceptions import RedisError
 
@@ -25,6 +25,7 @@ from ..telemetry.job_events import (
     ModelGivenUp,
     ModelWaitBegan,
     ModelWaitEnded,
+    RequestSent,
     UnknownFinishReason,
     UpstreamFailed,
     WaitingForModel,
@@ -38,6 +39,7 @@ from ..vllm.servers.pool import CHAT
 from ..vllm.servers.server import Server
 from .answer_times import AnswerTimes, former_times
 from .job_context import DeadlinePassed, JobContext, JobServices, MustWait, Stopped
+from .request_fields import choices_of, model_of, parser_options
 from .tries import FailedTry, Raise, Tries, after_failure, never_reached
 
 _LONGEST_NAME = 200
@@ -136,7 +138,7 @@ class Generation:
         entries = await job.retry(ownership.read_entries, job.id)
         self._recall(History(entries, fault_in(entries)))
         self._needs_next_attempt = self._has_extended_answer = False
-        self._emit(AttemptBegun(reason))
+        self._emit(AttemptBegun(reason, self._log.attempt))
 
     def _recall(self, history: History) -> None:
         """Set the answer so far from the entries of earlier attempts."""
@@ -265,7 +267,7 @@ class Generation:
                 return await self._resume(server, request, is_last=is_last)
             except CannotResume as reason:
                 self._begin_answer_again(str(reason))
-        return await self._read_stream(server, request, ChunkParser(**_parser_options(request)))
+        return await self._read_stream(server, request, ChunkParser(**parser_options(request)))
 
     async def _resume(self, server: Server, request: Object, *, is_last: bool) -> Done:
         """Let a server continue the answer, with the first of the plan's requests that it accepts.
@@ -289,7 +291,7 @@ class Generation:
             return self._done("length", self._answer.usage, self._answer.model)
         refusal = ""
         for route, body in plan.requests:
-            parser = ResumedChunkParser(plan, **_parser_options(request))
+            parser = ResumedChunkParser(plan, **parser_options(request))
             try:
                 return await self._read_stream(server, body, parser, route)
             except CannotResume as reason:
@@ -303,6 +305,7 @@ class Generation:
     async def _read_stream(self, server: Server, body: Object, parser: ChunkParser, route: str = CHAT) -> Done:
         """Read one stream into the log. Per token only `_on_events` runs: no await and no task."""
         self._server, self._parser, self._context = server, parser, copy_context()
+        self._emit(RequestSent(redacted_url(server.url)))
         async with self._servers.stream(server, body, route, caller=self._caller) as stream:
             stream.has_output = lambda: parser.has_output
             self._times.awaits_delta = True
@@ -339,7 +342,7 @@ class Generation:
         """Update what is known of this attempt: its first delta, and whether it has written or added to the answer."""
         parser, times = self._parser, self._times
         if times.awaits_delta and parser.has_delta:
-            times.on_first_delta(time.monotonic(), self._log.appended)
+            self._context.run(times.on_first_delta, time.monotonic(), self._log.appended)
             self._was_allowed = True
         if not parser.needs_next_attempt:
             return
@@ -370,31 +373,3 @@ class Generation:
         if first_delta is not None:
             timings["first_delta_ms"] = round((first_delta - began) * 1000)
         return timings
-
-
-def choices_of(request: Object) -> int:
-    """The number of choices (`n`) of a request."""
-    n = request.get("n")
-    return n if isinstance(n, int) else 1
-
-
-def model_of(request: Object) -> str:
-    """The model of a request; empty if the server chooses the model."""
-    model = request.get("model")
-    return model if isinstance(model, str) else ""
-
-
-class _ParserOptions(TypedDict):
-    n: int
-    keep_prompt_ids: bool
-    keep_usage: bool
-
-
-def _parser_options(request: Object) -> _ParserOptions:
-    """The options of the parser that depend on the request."""
-    options = request.get("stream_options")
-    return {
-        "n": choices_of(request),
-        "keep_prompt_ids": bool(request.get("return_token_ids")),
-        "keep_usage": isinstance(options, dict) and bool(options.get("continuous_usage_stats")),
-    }

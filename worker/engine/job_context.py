@@ -31,6 +31,7 @@ from ..redisio.errors import is_permission_denied, is_transient
 from ..redisio.retry import Outage, RetryUntilAvailable
 from ..settings import Settings
 from ..telemetry.events import Telemetry
+from ..telemetry.traces import Traces
 from ..vllm.errors import UpstreamError
 from ..vllm.interrupt import TaskInterrupt
 from ..vllm.servers.pool import ServerPool
@@ -92,6 +93,7 @@ class JobServices:
     outage: Outage
     now: Callable[[], int]
     pace: Pace
+    traces: Traces | None = None
 
 
 class JobContext:

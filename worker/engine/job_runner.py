@@ -25,6 +25,7 @@ from ..broker.log_writer import (
 from ..contract.entries import BURIED, Failed
 from ..contract.history import History
 from ..contract.ids import SEAL
+from ..contract.job import Job
 from ..telemetry.job_events import (
     AttemptBegun,
     DuplicateFound,
@@ -37,6 +38,7 @@ from ..telemetry.job_events import (
     LogDisappeared,
     LogDivergence,
 )
+from ..telemetry.traces import TracedRun
 from ..vllm.servers.room import Demand
 from .generation import Generation
 from .job_context import UNREAD, JobContext, JobServices, MustWait, Stop, Stopped
@@ -166,15 +168,19 @@ class JobRunner:
     async def _run_as_owner(self, acquired: Acquired) -> None:
         """Answer, seal and settle, as long as this process owns the log."""
         job, log = self._job, acquired.log
+        burial = self._reason_to_bury(acquired)
+        if not burial:
+            job.parse()
+            self._start_trace(log.attempt)
         if log.attempt == 1:
             self._emit(JobStarted(max(0, self._services.now() - job.delivery.enqueued) / 1000))
-            self._emit(AttemptBegun("started"))
+            self._emit(AttemptBegun("started", 1))
         else:
-            self._emit(AttemptBegun("takeover"))
+            self._emit(AttemptBegun("takeover", log.attempt))
             self._emit(JobTakenOver(log.attempt, job.delivery.count))
         self._services.publisher.attach(log)
         try:
-            await self._answer_and_settle(acquired)
+            await self._answer_and_settle(acquired, burial)
         except LogSealed:
             await self._settlement.settle_existing_end()
         except LogOver:
@@ -187,7 +193,7 @@ class JobRunner:
         finally:
             self._services.publisher.detach(log)
 
-    async def _answer_and_settle(self, acquired: Acquired) -> None:
+    async def _answer_and_settle(self, acquired: Acquired, burial: str) -> None:
         """Write the end of an acquired log: an answer, or the reason of a burial. Raises no LogDiverged.
 
         A log that was deleted, or of which Redis has lost entries, continues under the next attempt. That attempt may
@@ -195,9 +201,8 @@ class JobRunner:
         otherwise vLLM would generate the answer forever.
         """
         job, log = self._job, acquired.log
-        burial, generation, losses = self._reason_to_bury(acquired), None, 0
+        generation, losses = None, 0
         if not burial:
-            job.parse()
             if not acquired.is_start_recorded:
                 self._settlement.record_start(log.attempt)
             generation = Generation(self._services, job, log, History(acquired.history, acquired.fault))
@@ -220,6 +225,23 @@ class JobRunner:
                     generation, burial = None, f"its log was deleted or lost entries {losses} times while it ran"
             else:
                 return
+
+    def _start_trace(self, attempt: int) -> None:
+        """Start the span of the job. The trace of its requests to vLLM continues below the span."""
+        job, traces = self._job, self._services.traces
+        if traces is None:
+            return
+        job.traceparent = traces.start(
+            TracedRun(
+                request_id=job.id,
+                queue=job.delivery.queue,
+                job=job.delivery.id,
+                attempt=attempt,
+                waited_s=max(0, job.began - job.delivery.enqueued) / 1000,
+                traceparent=job.traceparent,
+                request=job.parsed.request if isinstance(job.parsed, Job) else {},
+            )
+        )
 
     def _reason_to_bury(self, acquired: Acquired) -> str:
         """Why a job must not run; empty if it may."""

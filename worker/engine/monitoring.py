@@ -9,6 +9,7 @@ from ..telemetry.logging import LogReceiver
 from ..telemetry.loop_monitor import LoopMonitor
 from ..telemetry.metrics import Metrics
 from ..telemetry.systemd import SystemdNotifier
+from ..telemetry.trace_environment import open_traces
 from ..vllm.servers.server import Server
 from .tally import Tally
 
@@ -20,16 +21,20 @@ class Monitoring:
         telemetry: receives the events of all parts of the process.
         tally: counts events for the worker's record.
         systemd: reports the start and the end to systemd.
+        traces: makes spans of jobs; None if the process exports no traces.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, worker: str) -> None:
+        """`worker` is the name of the worker."""
         self._settings = settings
         self._loop_monitor = LoopMonitor()
         self._heartbeat = HeartbeatFile(lambda: self._loop_monitor.last_tick)
         self.systemd = SystemdNotifier()
         self.metrics = Metrics(self._loop_monitor)
         self.tally = Tally(settings.lease / 3)
-        self.telemetry = Receivers(self.metrics, LogReceiver(), self.tally)
+        log = LogReceiver()
+        self.traces = open_traces(worker, log)
+        self.telemetry = Receivers(self.metrics, log, self.tally, *([self.traces] if self.traces else []))
 
     def observe_servers(self, servers: Iterable[Server]) -> None:
         """Show the state of vLLM servers at each scrape."""
@@ -46,12 +51,14 @@ class Monitoring:
         )
 
     def start(self) -> None:
-        """Begin to tick and to serve metrics.
+        """Begin to tick, to export traces and to serve metrics.
 
         Raises:
             ConfigError: when the metrics cannot be served.
         """
         self._loop_monitor.start()
+        if self.traces is not None:
+            self.traces.start_export(self.telemetry)
         try:
             self._heartbeat.start()
         except OSError as error:
@@ -66,7 +73,9 @@ class Monitoring:
         self.telemetry.emit(MetricsServed(port))
 
     async def aclose(self) -> None:
-        """Stop serving metrics, and remove the heartbeat."""
+        """Export the last spans, stop serving metrics, and remove the heartbeat."""
+        if self.traces is not None:
+            await self.traces.aclose()
         await self.metrics.aclose()
         self._heartbeat.stop()
         self._loop_monitor.stop()

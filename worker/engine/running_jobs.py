@@ -13,7 +13,7 @@ from ..broker.job_queue import Delivery, JobQueue
 from ..redisio.errors import is_transient, redacted_message
 from ..redisio.retry import Backoff
 from ..telemetry.events import HandOverFailed, JobsHandedOver, Telemetry
-from ..telemetry.job_events import JobBrokenOff, JobFailed, JobLeft, LeaseWasLost
+from ..telemetry.job_events import JobBrokenOff, JobFailed, JobLeft, JobRunEnded, LeaseWasLost
 from ..vllm.servers.room import Demand
 from .job_context import MustWait, Stop, Stopped
 from .parking import Parking
@@ -134,6 +134,7 @@ class RunningJobs:
         except Exception as error:  # noqa: BLE001 - see above
             self._telemetry.emit(JobFailed(queue, job, error))
         finally:
+            self._telemetry.emit(JobRunEnded())
             running = self._running.pop((queue, job))
             if running.demand is not None:
                 running.demand.end()

@@ -148,6 +148,8 @@ class Settlement:
                 model=answer.model,
                 tokens=answer.usage.get("completion_tokens"),
                 seconds=(services.now() - job.began) / 1000,
+                prompt_tokens=answer.usage.get("prompt_tokens"),
+                finish_reason=answer.finish_reason,
             )
         )
 

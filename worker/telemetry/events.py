@@ -100,6 +100,19 @@ class MetricsServed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class TracesExported(Event):
+    """The worker exports traces to the endpoint that the environment states."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracesOff(Event):
+    """The environment asks for traces, and the worker cannot export them."""
+
+    level = "warning"
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class HeartbeatRefused(Event):
     """No heartbeat file can be written, so `worker health` does not find this worker. The worker tries again."""
 
@@ -239,11 +252,15 @@ class HandOverFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class ReaderGap(Event):
-    """An answer that had begun was interrupted, and a reader waited for its next delta for `seconds`."""
+    """An answer that had begun was interrupted, and a reader waited for its next delta for `seconds`.
+
+    `request_id` is empty if the event is emitted in the job's own task.
+    """
 
     level = "silent"
     cause: GapCause
     seconds: float
+    request_id: str = ""
 
 
 # Writing to Redis.

@@ -22,6 +22,22 @@ class AttemptBegun(Event):
 
     level = "silent"
     reason: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSent(Event):
+    """A request for the answer is sent to a server."""
+
+    level = "silent"
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobRunEnded(Event):
+    """The worker leaves a job: it has ended, or another worker continues it. The last event of a run."""
+
+    level = "silent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +217,8 @@ class JobFinished(Event):
     model: str
     tokens: int | None
     seconds: float
+    prompt_tokens: int | None = None
+    finish_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
