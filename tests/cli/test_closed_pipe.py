@@ -58,6 +58,7 @@ def test_check_closes_its_connections_however_many_lines_are_read(
         ("follow", "ended"), ("follow", "ended", "--json"),
         ("cancel", "unknown"), ("cancel", "unknown", "--json"),
         ("dead", "list"), ("dead", "list", "--json"),
+        ("log",),
         ("demo",),
     ],
     ids=" ".join,
@@ -69,6 +70,7 @@ async def test_no_command_reports_a_closed_pipe(
     """Notes on standard error may stand there, but nothing about the pipe."""
     server = await start_simulator()
     await redis.xadd("chat:dead", BURIED)  # type: ignore[arg-type]
+    await redis.xadd("chat:lifecycle", {"type": "finished", "id": "r"})
     if "ended" in arguments or "--follow" in arguments:
         await start_worker(server)
         await client.enqueue({"messages": [{"role": "user", "content": "Hi"}]}, id="ended")

@@ -20,6 +20,7 @@ from redis_usage import Command, RedisUsage
 from waits import eventually
 
 from worker import Claimed, Client, Delta, Entry
+from worker.broker.lifecycle_group import LifecycleGroup
 from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.cli.main import main
 from worker.contract.keys import Keys
@@ -108,6 +109,7 @@ async def test_every_user_does_all_its_work_and_needs_every_right(
     await use_workers_and_clients(urls, admin, start_worker, simulator)
     await operate(urls["operator"], admin, simulator)
     await trim_the_lifecycle(urls["worker"], admin)
+    await read_the_lifecycle(urls["logger"], admin)
     async with Redis.from_url(urls["scaler"], protocol=2) as scaler:
         for words in SCALING:
             await scaler.execute_command(*words.split())  # type: ignore[no-untyped-call]  # so in redis-py 8.1
@@ -262,6 +264,24 @@ async def trim_the_lifecycle(url: str, admin: Redis) -> None:
     async with Redis.from_url(url, protocol=2) as redis:
         await LifecycleTrimmer(redis, Keys(), length=0, max_bytes=1).trim()
     assert await admin.hget(Keys().lifecycle_losses, "behind")
+
+
+async def read_the_lifecycle(url: str, admin: Redis) -> None:
+    """Read as consumers of a group do that end with records which they have not acknowledged, and report a loss."""
+    await admin.xadd("chat:lifecycle", {"type": "finished"})
+    async with Client(url) as client, Redis.from_url(url, protocol=2) as redis:
+        await client.ping()
+        one, two, three = (LifecycleGroup(redis, Keys(), "log", name) for name in ("one", "two", "three"))
+        assert not await one.read(0.01), "it creates the group"
+        assert len(await one.read(1)) == 1
+        await one.leave()
+        (record,) = await two.read(1)
+        await admin.xtrim("chat:lifecycle", maxlen=0)
+        await two.leave()
+        await two.acknowledge([record])
+        assert not await three.read(0.01)
+        assert three.lost == 1
+        await three.losses_reported()
 
 
 async def operate(url: str, admin: Redis, simulator: Simulator) -> None:

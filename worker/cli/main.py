@@ -15,6 +15,7 @@ from .dead_letters import dead
 from .gateway import gateway, key
 from .group import SectionedGroup
 from .health import health
+from .lifecycle_log import log
 from .requests import cancel, enqueue, follow
 from .run import run
 from .sandbox import demo, drill, simulate
@@ -23,7 +24,7 @@ from .top import top
 
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
-    "Workers": (run, status, top, check, health, dead),
+    "Workers": (run, status, top, check, log, health, dead),
     "Gateway": (gateway, key),
     "Try it": (demo, drill, simulate),
 }

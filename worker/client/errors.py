@@ -3,6 +3,7 @@
 `mapped` is the only place that maps errors of Redis, and of the data in it, to these.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
@@ -119,10 +120,13 @@ def mapped(error: Exception) -> ClientError:
 
 
 class MappedRetry:
-    """Retries operations until Redis answers, for at most `patience` seconds. Errors are mapped to a `ClientError`."""
+    """Retries operations until Redis answers, for at most `patience` seconds. Errors are mapped to a `ClientError`.
 
-    def __init__(self, patience: float) -> None:
-        self._retry = RetryUntilAvailable(limit=patience)
+    Once `stop` is done, nothing is retried.
+    """
+
+    def __init__(self, patience: float, stop: "asyncio.Future[None] | None" = None) -> None:
+        self._retry = RetryUntilAvailable(limit=patience, stop=stop)
 
     async def __call__(self, operation: Callable[_P, Awaitable[_T]], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call an operation until it succeeds, and return its result. The operation must be safe to repeat.
