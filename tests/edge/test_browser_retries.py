@@ -120,7 +120,7 @@ async def _wait_decided(redis: Redis, count: int) -> None:
         keys = [key async for key in redis.scan_iter("chat:gateway:asked:*")]
         members = [member for key in keys for member in cast("list[bytes]", await redis.zrange(key, 0, -1))]
         is_marked = any(member.startswith(b"~") for member in members)
-        return not is_marked and len(await redis.pubsub_channels("chat:feed:*")) == count
+        return not is_marked and len(await redis.pubsub_channels("chat:feed:{*")) == count
 
     await eventually(are_decided)
 

@@ -83,7 +83,7 @@ async def wait_left(redis: Redis) -> None:
     """Wait until nobody follows a request."""
 
     async def is_left() -> bool:
-        channels = await redis.pubsub_channels("chat:feed:*")
+        channels = await redis.pubsub_channels("chat:feed:{*")
         return not channels
 
     await eventually(is_left)
