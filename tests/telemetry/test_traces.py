@@ -19,7 +19,7 @@ from raw_server import sending
 from waits import eventually
 
 from worker import Client
-from worker.sandbox.simulator.server import Options, Scenario, Simulator
+from worker.sandbox.simulator.server import Options, Scenario
 from worker.telemetry.events import Event, Failing, ReaderGap, Recovered, TracesExported, TracesOff
 from worker.telemetry.job_events import (
     AnswerResumed,
@@ -279,28 +279,3 @@ async def test_a_stream_that_breaks_is_one_span_with_two_attempts_and_vllms_span
     for body in traced.bodies:
         assert SECRET.encode() not in body
         assert text[:20] not in body
-
-
-async def test_each_of_many_jobs_on_shared_connections_has_its_own_events(
-    client: Client, simulator: Simulator, start_worker: StartWorker, traced: Collector
-) -> None:
-    await start_worker(simulator)
-    ids = []
-    for round_ in range(3):  # later jobs use the connections that earlier ones opened
-        asked = [
-            await client.enqueue({"model": "reciter", "messages": [{"role": "user", "content": f"{round_} {one}"}]})
-            for one in range(4)
-        ]
-        await asyncio.gather(*map(client.result, asked))
-        ids += asked
-
-    async def arrived() -> bool:
-        return len(traced.spans) == len(ids)
-
-    await eventually(arrived)
-    assert len({span.trace for span in traced.spans}) == len(ids)
-    for request_id in ids:
-        (span,) = traced.of(request_id)
-        assert [name for name, _ in span.events] == ["attempt", "request_sent"]
-        assert 0 < float(str(span.attributes["gen_ai.response.time_to_first_chunk"])) < 60
-    assert {served.traceparent[3:52] for served in simulator.served} == {f"{s.trace}-{s.span}" for s in traced.spans}
