@@ -77,25 +77,28 @@ def _rank(value: SortValue) -> tuple[float, str]:
 
 
 def widths(columns: Sequence[Column[T]], rows: Sequence[Row[T]], available: int) -> list[int]:
-    """The width of each column, so that all and the gaps between them fit; 0 for a column that is left out."""
-    wanted = [
+    """The width of each column, so that all and the gaps between them fit; 0 for a column that is left out.
+
+    Texts are shortened first, the longest of them most. Columns are left out if that does not suffice.
+    """
+    longest = [
         max([cell_len(column.label) + 1, *[cell_len(row.cells[number].text) for row in rows]])
         for number, column in enumerate(columns)
     ]
+    shown = list(range(len(columns)))
     while True:
-        shown = [number for number, width in enumerate(wanted) if width]
-        over = sum(wanted) + gap(available) * (len(shown) - 1) - available
-        if over <= 0:
-            return wanted
-        spare = {number: wanted[number] - columns[number].least for number in shown if columns[number].least}
-        shrinkable = [number for number, cells in spare.items() if cells > 0]
-        if shrinkable:
-            wanted[max(shrinkable, key=wanted.__getitem__)] -= 1
-            continue
+        found = {number: longest[number] for number in shown}
+        over = sum(found.values()) + gap(available) * (len(shown) - 1) - available
+        while over > 0:
+            longer = [number for number in shown if 0 < columns[number].least < found[number]]
+            if not longer:
+                break
+            found[max(longer, key=found.__getitem__)] -= 1
+            over -= 1
         droppable = [number for number in shown if columns[number].drop]
-        if not droppable:
-            return wanted
-        wanted[max(droppable, key=lambda number: columns[number].drop)] = 0
+        if over <= 0 or not droppable:
+            return [found.get(number, 0) for number in range(len(columns))]
+        shown.remove(max(droppable, key=lambda number: columns[number].drop))
 
 
 def gap(available: int) -> int:

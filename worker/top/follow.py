@@ -28,13 +28,14 @@ class FollowScreen(Screen[None]):
     """Follows a request from its start. A leaving reader does not end the request."""
 
     DEFAULT_CSS = """
-    FollowScreen > #state { height: 1; background: $primary; padding: 0 1; text-style: bold; }
-    FollowScreen > VerticalScroll { padding: 0 1; scrollbar-size: 1 1; }
+    FollowScreen > #state {
+        height: 1; background: $primary; text-style: bold; text-wrap: nowrap; text-overflow: ellipsis;
+    }
+    FollowScreen > VerticalScroll { scrollbar-size: 1 1; }
     FollowScreen > VerticalScroll > Static { width: 1fr; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,f", "leave", "Back"),
-        Binding("end", "to_end", "To the end"),
     ]
 
     def __init__(self, client: Client, request_id: str) -> None:
@@ -53,7 +54,6 @@ class FollowScreen(Screen[None]):
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
-        self.query_one(VerticalScroll).anchor()
         self._paint()
         self._follow()
         self.set_interval(_PAUSE, self._paint_news)
@@ -74,8 +74,12 @@ class FollowScreen(Screen[None]):
             self._paint()
 
     def _paint(self) -> None:
+        """Show the answer so far. A reader at its end stays there; one who has scrolled back stays at that place."""
         self._painted = True
-        self.query_one("#state", Static).update(Text(f"{self._request_id}  {self._state()}", no_wrap=True))
+        box = self.query_one(VerticalScroll)
+        if box.scroll_offset.y >= box.max_scroll_y:
+            self.call_after_refresh(box.scroll_end, animate=False)
+        self.query_one("#state", Static).update(Text(printable(f"{self._request_id}  {self._state()}")))
         self.query_one("#text", Static).update(text_of(self._answer))
 
     def _state(self) -> str:
@@ -92,10 +96,6 @@ class FollowScreen(Screen[None]):
     def action_leave(self) -> None:
         """Go back to the tables."""
         self.dismiss()
-
-    def action_to_end(self) -> None:
-        """Show the end of the answer, and from then on what arrives."""
-        self.query_one(VerticalScroll).anchor()
 
 
 def text_of(answer: Answer) -> Text:

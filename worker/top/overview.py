@@ -83,7 +83,7 @@ class Overview(Screen[None]):
         self._taken = 0.0
         """When it was taken, in Unix seconds of this machine."""
         self._away_since = 0.0
-        """Since when Redis has not answered, likewise; 0 while it answers."""
+        """When Redis last answered, likewise, or was first queried; 0 while it answers."""
         self._faults: list[Finding] = []
         self._refresh_now = asyncio.Event()
         self._filtered: LiveTable[Any] | None = None
@@ -140,7 +140,7 @@ class Overview(Screen[None]):
             self._line("redis").update(Text(printable(storage_line(survey))))
             self._line("faults").update(faults_text(self._faults, time.time(), 2 if self.size.height < TALL else 6))
         elif not self._away_since:
-            self._away_since = time.time()
+            self._away_since = self._taken or time.time()
         self.set_class(not picture.redis_answers, "away")
         self._paint_head()
 
