@@ -117,7 +117,7 @@ async def test_a_request_is_cancelled_only_after_a_yes(redis: Redis, redis_url: 
         await until_listed(pilot, "ends")
 
 
-async def test_the_queue_of_a_row_is_paused(redis: Redis, redis_url: str) -> None:
+async def test_the_queue_of_a_row_is_paused_and_resumed(redis: Redis, redis_url: str) -> None:
     await make_queue(redis)
     request_id = await begin(redis)
     async with shown(redis_url) as pilot:
@@ -126,11 +126,16 @@ async def test_the_queue_of_a_row_is_paused(redis: Redis, redis_url: str) -> Non
         await pilot.press("y")
 
         async def is_paused() -> bool:
-            return list(await control(redis)) == ["pause:default"]
+            return list(await control(redis)) == ["pause:default"] and "paused" in rows(pilot, "queues")[0]
 
         await eventually(is_paused)
         assert "@" in str((await control(redis))["pause:default"]["by"])
-    await redis.delete("chat:control")
+        await pilot.press("p")
+
+        async def is_resumed() -> bool:
+            return not await control(redis) and "paused" not in rows(pilot, "queues")[0]
+
+        await eventually(is_resumed)
 
 
 async def test_the_worker_of_a_row_is_drained(redis: Redis, redis_url: str) -> None:
