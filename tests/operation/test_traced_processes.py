@@ -49,7 +49,8 @@ async def test_a_job_that_changes_its_worker_twice_stays_in_one_trace(
     assert [(span.trace, span.parent) for span in (left, completed)] == [(TRACE, PARENT)] * 2
     assert [span.attributes["vllm_relay.outcome"] for span in (left, completed)] == ["hand_over", "done"]
     assert completed.attributes["vllm_relay.attempt"] == 3
-    assert [name for name, _ in completed.events] == ["attempt", "request_sent", "gap", "resumed"]
+    assert [name for name, _ in completed.events[:2]] == ["attempt", "request_sent"]
+    assert {name for name, _ in completed.events[2:]} == {"gap", "resumed"}  # `resumed` may come before the first delta
     assert completed.attributes_of("gap")[0]["vllm_relay.cause"] == "takeover"
     # The span of the worker that was killed is lost, and its request to vLLM names the span in the same trace.
     assert [traceparent[:36] for traceparent in sent] == [f"00-{TRACE}-"] * 3

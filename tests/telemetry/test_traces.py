@@ -269,9 +269,9 @@ async def test_a_stream_that_breaks_is_one_span_with_two_attempts_and_vllms_span
     (span,) = traced.of(request_id)
     assert (span.trace, span.parent, span.name) == (TRACE, PARENT, "chat reciter")
     assert [served.traceparent for served in (*broken.served, *well.served)] == [f"00-{TRACE}-{span.span}-01"] * 2
-    assert [name for name, _ in span.events] == [
-        "attempt", "request_sent", "request_failed", "attempt", "request_sent", "gap", "resumed",
-    ]  # fmt: skip
+    began = ["attempt", "request_sent"]
+    assert [name for name, _ in span.events[:5]] == [*began, "request_failed", *began]
+    assert {name for name, _ in span.events[5:]} == {"gap", "resumed"}  # `resumed` may come before the first delta
     assert span.attributes["gen_ai.usage.output_tokens"] == answer.usage["completion_tokens"]
     assert span.attributes["gen_ai.usage.input_tokens"] == answer.usage["prompt_tokens"]
     assert span.resource["service.name"] == "relay-eu"
