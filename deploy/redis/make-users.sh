@@ -1,7 +1,7 @@
 #!/bin/sh
 # Gives each user of users.acl a random password: make-users.sh FOLDER HOST:PORT
 # Writes FOLDER/users.acl, which Redis loads (aclfile), and FOLDER/redis-url-<user>, for REDIS_URL_FILE of a process.
-# Only its owner may enter the folder. In it, everybody may read: containers run as other users.
+# Only its owner may enter the folder. The files in it can be read by all: containers run as other users.
 set -eu
 folder=${1:?the folder for the files} address=${2:?the host and port of Redis}
 users=$(dirname "$0")/users.acl
@@ -17,4 +17,4 @@ while read -r user name on _ rules; do
   echo "redis://$name:$password@$address/0" > "$folder/redis-url-$name"
   echo "$user $name $on #$hash $rules"
 done < "$users" > "$folder/users.acl"
-chmod 444 "$folder"/users.acl "$folder"/redis-url-*
+chmod 644 "$folder"/users.acl "$folder"/redis-url-*
