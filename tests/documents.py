@@ -94,13 +94,14 @@ API = Document.read("worker/client/README.md")
 GATEWAY = Document.read("worker/gateway/README.md")
 DEPLOY = Document.read("deploy/README.md")
 SECRETS = Document.read("deploy/secrets.md")
-UPGRADE = Document.read("deploy/upgrade.md")
-BACKUP = Document.read("deploy/backup.md")
 BENCHMARKS = Document.read("tests/benchmarks/README.md")
 CHAOS = Document.read("tests/chaos/README.md")
 CONTRIBUTING = Document.read("CONTRIBUTING.md")
-_OTHERS = (Document.read("CHANGELOG.md"), Document.read("tests/transcripts/README.md"))
-DOCUMENTS = (README, CONTRACT, API, GATEWAY, DEPLOY, SECRETS, UPGRADE, BACKUP, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
+_OTHERS = (
+    SECRETS,
+    *map(Document.read, ("deploy/upgrade.md", "deploy/backup.md", "CHANGELOG.md", "tests/transcripts/README.md")),
+)
+DOCUMENTS = (README, CONTRACT, API, GATEWAY, DEPLOY, BENCHMARKS, CHAOS, CONTRIBUTING, *_OTHERS)
 
 
 def settings_table(source: SettingsSource[Any] = WORKER_SOURCE) -> str:
