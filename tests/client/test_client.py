@@ -103,6 +103,14 @@ async def test_a_log_without_a_digest_is_followed_and_its_job_is_run(
     assert await redis.xlen("chat:jobs") <= 1
 
 
+async def test_an_id_whose_log_was_emptied_gets_no_second_job(client: Client, redis: Redis) -> None:
+    await enqueue_by_hand(redis, "mine")
+    await redis.xdel("chat:tokens:{mine}", "0-1")
+    with pytest.raises(Conflict, match="its entries were deleted"):
+        await client.enqueue(ASK, id="mine")
+    assert await redis.xlen("chat:jobs") == 1
+
+
 @pytest.mark.usefixtures("worker")
 async def test_an_id_cannot_be_used_again_after_its_log_has_expired(client: Client, redis: Redis) -> None:
     request_id = await client.enqueue(ASK)

@@ -71,6 +71,9 @@ class Native:
 class Events(Native):
     """Server-sent events, read as an EventSource does."""
 
+    ends = True
+    """Whether the stream ends with its requests."""
+
     @property
     def path(self) -> str:
         return f"/requests/{self._id}/events"
@@ -88,6 +91,9 @@ class Events(Native):
                 self.interruptions.append(name)
             else:
                 self.take(data)
+            if self.is_over and not self.ends:
+                reader.close()
+                return
         assert reader.is_whole
 
 
@@ -100,7 +106,18 @@ class ManyEvents(Events):
 
     def take(self, data: str) -> None:
         for part in entries_of(data):
-            self.entries += cast("list[Object]", part["entries"])
+            if part["request"] == self._id:
+                self.entries += cast("list[Object]", part["entries"])
+
+
+class OwnEvents(ManyEvents):
+    """The event stream of all requests of the caller. It goes on for requests to come."""
+
+    ends = False
+
+    @property
+    def path(self) -> str:
+        return "/events"
 
 
 class Messages(Native):
@@ -162,7 +179,7 @@ class Streams:
         async with httpx.AsyncClient() as http:
             post = await http.post(f"{self.gateway.url}/requests", json=BODY, headers=AUTH)
         request_id = post.json()["id"]
-        self.natives = [kind(self.gateway, request_id) for kind in (Events, ManyEvents, Messages)]
+        self.natives = [kind(self.gateway, request_id) for kind in (Events, ManyEvents, OwnEvents, Messages)]
         for native in self.natives:
             group.create_task(native.follow())
 
@@ -216,8 +233,8 @@ async def test_streams_outlive_a_redis_that_comes_back_in_time(
         durable.kill()
         assert not any(native.is_over for native in streams.natives)
         durable.start()
-    assert [native.text for native in streams.natives] == [TEXT] * 3
-    assert [native.interruptions for native in streams.natives] == [[]] * 3
+    assert [native.text for native in streams.natives] == [TEXT] * 4
+    assert not [native.interruptions for native in streams.natives if native.interruptions]
     assert (streams.chat.text, streams.chat.error, streams.chat.is_whole) == (TEXT, "", True)
     await check_all_works(gateway)
     check_log(gateway)
@@ -268,8 +285,8 @@ async def test_streams_end_with_an_error_that_clients_see_if_redis_stays_away(
         await eventually(are_interrupted)
         await check_refused(gateway, streams.chat.request_id)
         durable.start()
-    assert [native.text for native in streams.natives] == [TEXT] * 3
-    assert [set(native.interruptions) for native in streams.natives] == [{"busy"}, {"busy"}, {"1013"}]
+    assert [native.text for native in streams.natives] == [TEXT] * 4
+    assert [set(native.interruptions) for native in streams.natives] == [{"busy"}] * 3 + [{"1013"}]
     assert TEXT.startswith(streams.chat.text)
     assert (streams.chat.error, streams.chat.is_whole) == ("unavailable", True)
     await check_all_works(gateway)

@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 from itertools import chain
-from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -24,7 +23,7 @@ _RETENTION = 3600
 # KEYS: the log, the tombstone and, if the same server has it, the job stream. ARGV: the ms until the deadline, the ms
 # for which the log is kept after it, the name of the job's field for it or nothing, the digest, the queue, the group,
 # the set of queues, and the job's other fields. Returns the deadline; or, of a request that is known, the first entries
-# and the tombstone.
+# and the tombstone. A log whose entries were deleted has neither, and would refuse `queued` once the job was added.
 # The job is written first: a job without `queued` is complete, while `queued` alone would pass for an enqueued job.
 # A new job stream gets the workers' group, so that an autoscaler finds the queue before the first worker has started.
 # The group comes last: with full memory Redis refuses only the first command of a script that needs memory. Without the
@@ -35,7 +34,7 @@ local known, failed = try('XRANGE', KEYS[1], '-', '+', 'COUNT', 2)
 if failed then return known end
 local tombstone, failed = try('GET', KEYS[2])
 if failed then return tombstone end
-if #known > 0 or tombstone then return {known, tombstone} end
+if #known > 0 or tombstone or call('EXISTS', KEYS[1]) == 1 then return {known, tombstone} end
 local time, failed = try('TIME')
 if failed then return time end
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -145,7 +144,9 @@ def _check_same(job: Job, first_entries: list[tuple[bytes, list[bytes]]], tombst
         for entry_id, fields in first_entries
     ]  # `queued` and `started`, if the log has both
     if not entries:
-        known = msgspec.json.decode(cast("bytes", tombstone), type=Tombstone).digest
+        if tombstone is None:
+            raise Conflict(f"the log of the id {job.id} exists, but its entries were deleted: choose another id")
+        known = msgspec.json.decode(tombstone, type=Tombstone).digest
     else:  # `queued` of another client may have no digest
         digests = [entry.digest for entry in entries if isinstance(entry, Queued | Started)]
         known = next(filter(None, digests), "")
