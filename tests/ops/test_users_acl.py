@@ -30,6 +30,7 @@ from worker.ops.checks import check
 from worker.sandbox.embedded_redis import start_redis, version_of
 from worker.sandbox.simulator.requests import answer_to
 from worker.sandbox.simulator.server import Simulator
+from worker.top.installation import Installation
 
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
 REQUEST = {"messages": MESSAGES}
@@ -44,12 +45,12 @@ SELDOM_USED = {
     "worker": {"+exists", "+info", "+ping"},
     "reader": {"+time"},
     "gateway": {"+ping", "+xread"},
-    "operator": {"+acl|log", "+memory|usage", "+ping", "+pttl", "+pubsub|numsub"},
+    "operator": {"+acl|log", "+memory|usage", "+ping", "+pttl", "+pubsub|numsub", "+unsubscribe", "+xread"},
 }
 """Rights for what the test does not wait for: the search for the end of a job that was added twice, the INFO of
 `worker check`, a PING on a silent subscription, the clock of Redis when a deadline seems to have passed, reads of
-the log while there is no feed, the forecast of memory from more requests than the test has, and the connections of
-workers that are silent. MONITOR does not show ACL LOG."""
+the log while there is no feed, the end of a subscription, the forecast of memory from more requests than the test has,
+and the connections of workers that are silent. MONITOR does not show ACL LOG."""
 
 
 def is_old(redis_binary: Path) -> bool:
@@ -296,6 +297,12 @@ async def operate(url: str, admin: Redis, simulator: Simulator) -> None:
     assert (await run("check")).count("warning") == 1  # the append-only file is off
     assert "not readable" not in await run("status")
     await run("cancel", "never")
+    async with Installation(url, "chat", lease=15) as installation:
+        assert (await installation.read()).unreadable is None
+        await installation.pause("default")
+        await installation.resume("default")
+        async with aclosing(installation.client.follow("never")) as entries:
+            assert [entry.type async for entry in entries] == ["cancelled"]
     job = {"request": json.dumps(REQUEST)}
     fields = DeadLetter(reason="for a retry", queue="default", job="1-0", time=1, fields=job).to_fields()
     letter = cast("bytes", await admin.xadd("chat:dead", fields)).decode()  # type: ignore[arg-type]  # dict is invariant
