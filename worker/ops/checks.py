@@ -162,6 +162,7 @@ async def _check_queues_and_workers(
     if reading.records is not None and records_are_fresh:  # else _check_rights has reported it
         for finding in fleet_findings(
             reading.records,
+            reading.alive,
             reading.now,
             lease=settings.lease,
             unfinished=sum(state.unfinished for state in reading.queues),

@@ -1,6 +1,6 @@
 """The checks of the running workers, by their records: silent, paused or starting ones, and what differs among them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..contract.records import WorkerRecord
 from ..engine.intake import NO_VLLM, REDIS_AWAY, REDIS_FULL, REDIS_LOGIN, REDIS_REFUSES, VLLM_FULL
@@ -42,22 +42,24 @@ def silence_of(record: WorkerRecord, now: float) -> float:
     return now - record.beat / 1000
 
 
-def is_silent(record: WorkerRecord, now: float, lease: float) -> bool:
+def is_silent(record: WorkerRecord, now: float, lease: float, *, is_connected: bool | None = None) -> bool:
     """Whether a worker has not renewed its record for half a lease, in which it does so three times.
 
-    A pause of the machine ends a short lease without a fault of the worker: `_LEAST_SILENCE` is allowed, up to a whole
-    lease. `lease` is that of a record without one, in seconds.
+    A quarter suffices if its connection to Redis is closed; `is_connected` is None if that is not known. A pause of the
+    machine ends a short lease without a fault of the worker: `_LEAST_SILENCE` is allowed, up to a whole lease. `lease`
+    is that of a record without one, in seconds.
     """
     own = record.lease or lease
-    return silence_of(record, now) > min(own, max(own / 2, _LEAST_SILENCE))
+    part = 4 if is_connected is False else 2
+    return silence_of(record, now) > min(own, max(own / part, _LEAST_SILENCE * 2 / part))
 
 
-def worker_states(records: Mapping[str, WorkerRecord], now: float, lease: float) -> list[WorkerState]:
-    """The states of the workers, by name. See `fleet_findings`."""
+def worker_states(records: Mapping[str, WorkerRecord], alive: Collection[str], now: float) -> list[WorkerState]:
+    """The states of the workers, by name. `alive` are the names of those that renew their records."""
     return [
         WorkerState(
             name=name,
-            state="silent" if is_silent(record, now, lease) else _state_of(record),
+            state=_state_of(record) if name in alive else "silent",
             reason=record.paused,
             queues=record.queues,
             running=record.running,
@@ -87,28 +89,26 @@ def _state_of(record: WorkerRecord) -> StateOfWorker:
 
 def fleet_findings(
     records: Mapping[str, WorkerRecord],
+    alive: Mapping[str, WorkerRecord],
     now: float,
     *,
     lease: float,
     unfinished: int,
     connected: Mapping[str, bool],
-    compare_lease: bool = True,
 ) -> list[Finding]:
     """Findings about the workers, by their records.
 
-    `now` is in seconds by Redis's clock, `lease` is that of the settings, and `unfinished` the number of jobs to be
-    done. `connected` is whether silent workers are connected to Redis, as far as that is known. With `compare_lease`,
-    the lease of the workers is compared with that of the settings. The record of a killed worker remains for ten
-    leases.
+    `alive` are those that renew their records, and `connected` is whether the others are connected to Redis, as far as
+    that is known. `now` is in seconds by Redis's clock. `lease` is that of the settings; 0 if it is not to be compared
+    with that of the workers. `unfinished` is the number of jobs to be done. The record of a killed worker remains for
+    ten leases.
     """
     findings: list[Finding] = []
-    alive: dict[str, WorkerRecord] = {}
     for name, record in sorted(records.items()):
-        if is_silent(record, now, lease):
-            findings.append(_silent_finding(record, now, is_connected=connected.get(name)))
-        else:
-            alive[name] = record
+        if name in alive:
             findings += _check_state(name, record, now)
+        else:
+            findings.append(_silent_finding(record, now, is_connected=connected.get(name)))
     slots = sum(record.slots for record in alive.values())
     running = sum(record.running for record in alive.values())
     if not alive:
@@ -119,7 +119,7 @@ def fleet_findings(
     message = f"alive: {len(alive)}; of their {slots} slots in use: {running}"
     return [
         Finding("ok", "workers", message),
-        *_compare_leases(alive, lease if compare_lease else 0),
+        *_compare_leases(alive, lease),
         *_compare_versions(alive),
         *server_findings(alive),
         *findings,

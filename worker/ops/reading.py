@@ -71,13 +71,14 @@ async def read_installation(
     with reading.noted_if_denied("workers"):
         reading.records = await WorkerRegistry(redis, keys).records()
     records = reading.records or {}
-    reading.alive = {name: record for name, record in records.items() if not is_silent(record, reading.now, lease)}
-    for name in records.keys() - reading.alive.keys():
-        if records[name].presence:
+    for name, record in sorted(records.items()):
+        if record.presence and is_silent(record, reading.now, lease, is_connected=False):
             with reading.noted_if_denied("connections of workers (+pubsub|numsub)"):
                 channel = keys.presence(name)
                 ((_, subscribers),) = await (await server_of(redis, channel)).pubsub_numsub(channel)
                 reading.connected[name] = bool(subscribers)
+        if not is_silent(record, reading.now, lease, is_connected=reading.connected.get(name)):
+            reading.alive[name] = record
     used: list[str] = []
     with reading.noted_if_denied("names of used queues"):
         used = [name.decode("utf-8", "replace") for name in cast("set[bytes]", await redis.smembers(keys.queues))]

@@ -30,8 +30,9 @@ from .storage import (
 from .survey_types import DeadLetterState, RedisState, Survey
 from .suspects import buried_poison_finding
 
-_SEARCH_EVERY = 60.0
-"""Seconds between two searches of all keys for queues."""
+_SEARCH_EVERY = 5.0
+_SEARCH_SHARE = 20
+"""The time between two searches of all keys for queues: these seconds, or as many times the duration of a search."""
 _LETTERS_READ = 16
 
 
@@ -49,7 +50,8 @@ class Surveyor:
         self._lease = lease
         self._trends: dict[str, MemoryTrend] = {}
         self._searched: set[str] | None = None
-        self._searched_at = time.monotonic()
+        self._search_at = 0.0
+        """When all keys are searched for queues again (monotonic clock)."""
 
     async def survey(self) -> Survey:
         """Take a picture. If Redis does not answer, the picture has only that fault."""
@@ -61,21 +63,27 @@ class Surveyor:
 
     async def _read(self) -> Survey:
         storage, findings, denied = await self._read_storage()
-        if time.monotonic() - self._searched_at > _SEARCH_EVERY:
-            self._searched, self._searched_at = None, time.monotonic()
-        reading = await read_installation(self._redis, self._keys, self._lease, searched=self._searched)
-        self._searched = reading.searched
+        began = time.monotonic()
+        searches = began >= self._search_at
+        searched = None if searches else self._searched
+        reading = await read_installation(self._redis, self._keys, self._lease, searched=searched)
+        if searches:
+            ended = time.monotonic()
+            self._searched, self._search_at = (
+                reading.searched,
+                ended + max(_SEARCH_EVERY, _SEARCH_SHARE * (ended - began)),
+            )
         now = reading.now
         takes_writes = not any(finding.level == "error" for finding in findings)
         findings += queue_findings(reading.queues, workers_run=bool(reading.alive), full=reading.full_queues)
         if takes_writes:  # else no worker can renew its record
             findings += fleet_findings(
                 reading.records or {},
+                reading.alive,
                 now,
-                lease=self._lease,
+                lease=0,
                 unfinished=sum(queue.unfinished for queue in reading.queues),
                 connected=reading.connected,
-                compare_lease=False,
             )
         letters = DeadLetterState()
         with reading.noted_if_denied("dead letters"):
@@ -88,7 +96,7 @@ class Surveyor:
             time=int(now * 1000),
             faults=tuple(faults_among(findings)),
             queues=tuple(reading.queues),
-            workers=tuple(worker_states(reading.records or {}, now, self._lease)),
+            workers=tuple(worker_states(reading.records or {}, reading.alive, now)),
             servers=tuple(server_states(reading.alive)),
             redis=tuple(storage),
             dead_letters=letters,
