@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import psutil
+from edge_browser import opened_in_chromium
 from measure import TICKS, cpu_of, cpu_of_others, kept_apart, median, percentile, resident, undisturbed
 from redis import Redis
 from rig import ELSE, RigFailed, helper
@@ -283,12 +284,13 @@ def opened_late(run: Run) -> Figures:
         rig = EdgeRig(stack, SERVERS["gateway"], 1)
         tell(rig.writer, f"long late {LATE}")
         found = [_read_events(rig.server.port, "late") for _ in range(_OPENINGS)]
+        in_browser = opened_in_chromium(run, rig.server.port, "late", LATE)
     times, events, deltas = zip(*found, strict=True)
     if set(deltas) != {LATE}:
         raise RigFailed(f"a late reader got {deltas} of {LATE:,} tokens")
     figures: Figures = {"edge_late_ms": percentile(times, 50), "edge_late_frames": float(events[0])}
     run.show(f"  {LATE:,} tokens opened late: {figures['edge_late_ms']:.0f} ms, {events[0]} frames")
-    return figures
+    return figures | in_browser
 
 
 def first_token(run: Run) -> Figures:

@@ -80,6 +80,8 @@ _EDGE = (
     ("edge_p99", "p99, ms", 2),
     ("edge_late_ms", "10,000 tokens opened late, ms", 0),
     ("edge_late_frames", "frames of them", 0),
+    ("edge_browser_ms", "the same in Chromium, ms", 0),
+    ("edge_browser_frames", "frames of them there", 0),
     ("edge_ttft_direct", "time to first token of the server itself, p50, ms", 2),
     ("edge_ttft_relayed", "through gateway, queue and worker, p50, ms", 2),
     ("edge_ttft_added", "which adds, ms", 2),
@@ -185,6 +187,8 @@ TARGETS = (
     Target("connections to Redis", "edge_connections", 10, whose="gateway"),
     Target("10,000 tokens opened late, ms", "edge_late_ms", 100, whose="gateway"),
     Target("10,000 tokens opened late, frames", "edge_late_frames", 20, whose="gateway"),
+    Target("10,000 tokens opened late in Chromium, ms", "edge_browser_ms", 100, whose="gateway"),
+    Target("10,000 tokens opened late in Chromium, frames", "edge_browser_frames", 20, whose="gateway"),
     Target("time to first token that the gateway adds, p50, ms", "edge_ttft_added", 3, whose="gateway"),
 )  # fmt: skip
 

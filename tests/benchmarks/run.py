@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(folder) for folder in (_HERE.parents[1], _HERE, _HERE.parent, _HERE.parent / "edge")]
 
 import click
 import msgspec
