@@ -23,8 +23,9 @@ from worker import Claimed, Client, Delta, Entry
 from worker.broker.lifecycle_group import LifecycleGroup
 from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.cli.main import main
+from worker.contract.entries import to_json
 from worker.contract.keys import Keys
-from worker.contract.records import DeadLetter
+from worker.contract.records import DeadLetter, WorkerRecord
 from worker.gateway.keys import hash_of
 from worker.ops.checks import check
 from worker.sandbox.embedded_redis import start_redis, version_of
@@ -303,6 +304,12 @@ async def operate(url: str, admin: Redis, simulator: Simulator) -> None:
         await installation.resume("default")
         async with aclosing(installation.client.follow("never")) as entries:
             assert [entry.type async for entry in entries] == ["cancelled"]
+    await run("pause", "none", "--for", "1h")
+    await run("resume", "none")
+    record = WorkerRecord(name="w", beat=1, started=1, slots=1, running=0, finished=0, queues=("default",))
+    await admin.hset("chat:workers", "w", to_json(record))
+    await run("drain", "w")
+    await admin.delete("chat:workers", "chat:control")
     job = {"request": json.dumps(REQUEST)}
     fields = DeadLetter(reason="for a retry", queue="default", job="1-0", time=1, fields=job).to_fields()
     letter = cast("bytes", await admin.xadd("chat:dead", fields)).decode()  # type: ignore[arg-type]  # dict is invariant

@@ -20,11 +20,12 @@ from .requests import cancel, enqueue, follow
 from .run import run
 from .sandbox import demo, drill, simulate
 from .status import status
+from .steering import drain, pause, resume
 from .top import top
 
 _SECTIONS = {
     "Requests": (enqueue, follow, cancel),
-    "Workers": (run, status, top, check, log, health, dead),
+    "Workers": (run, status, top, pause, resume, drain, check, log, health, dead),
     "Gateway": (gateway, key),
     "Try it": (demo, drill, simulate),
 }

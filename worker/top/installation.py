@@ -1,23 +1,20 @@
 """What `worker top` reads of an installation, and what its keys do there."""
 
-import getpass
-import socket
 from dataclasses import dataclass, field
 from typing import Self
 
 from redis.exceptions import RedisError
 
 from ..broker.client_seals import cancel
-from ..broker.control import Control
 from ..client.async_client import Client
 from ..contract.keys import Keys
 from ..ops.findings import Finding
 from ..ops.running import RunningPicture, RunningRequests
+from ..ops.steering import Steering
 from ..ops.survey import Surveyor
 from ..ops.survey_types import Survey
 from ..redisio.advice import advice_on
 from ..redisio.clients import command_client
-from ..redisio.clock import Clock
 from ..redisio.errors import redacted_message
 from ..redisio.urls import database_of
 
@@ -48,9 +45,7 @@ class Installation:
         self._redis = command_client(url, timeout=_TIMEOUT)
         self._surveyor = Surveyor(self._redis, self._keys, url, lease=lease)
         self._running = RunningRequests(self._redis, self._keys)
-        self._clock = Clock(self._redis)
-        self._control = Control(self._redis, self._keys, self._clock.now)
-        self._by = f"{getpass.getuser()}@{socket.gethostname()}"
+        self._steering = Steering(self._redis, self._keys, lease=lease)
         self.client = Client(url, prefix=prefix, patience=_TIMEOUT)
 
     async def __aenter__(self) -> Self:
@@ -80,15 +75,12 @@ class Installation:
 
     async def pause(self, queue: str) -> None:
         """Let no worker take jobs of a queue until it is resumed."""
-        await self._clock.sync()
-        await self._control.pause(queue, by=self._by)
+        await self._steering.pause(queue)
 
     async def resume(self, queue: str) -> None:
         """End the pause of a queue."""
-        await self._clock.sync()
-        await self._control.resume(queue)
+        await self._steering.resume(queue)
 
     async def drain(self, worker: str) -> None:
         """Let a worker hand its jobs over and end."""
-        await self._clock.sync()
-        await self._control.drain(worker, by=self._by)
+        await self._steering.drain(worker)
