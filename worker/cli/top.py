@@ -5,7 +5,7 @@ import sys
 import click
 
 from ..settings import load_settings
-from .options import CLIENT_OPTIONS, exit_status, run_async, settings_options
+from .options import CLIENT_OPTIONS, exit_status, run_async, settings_options, until_stopped
 from .status import status
 
 
@@ -36,4 +36,4 @@ def top(**options: object) -> None:
             await app.run_async()
         return not app.return_code
 
-    exit_status(run_async(show))
+    exit_status(run_async(lambda: until_stopped(show())))
