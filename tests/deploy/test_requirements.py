@@ -20,6 +20,6 @@ def test_the_image_has_a_version_of_each_dependency_that_the_package_allows() ->
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     locked = {line.partition("==")[0]: line.partition("==")[2].split()[0] for line in LOCKED}
-    for text in [*project["dependencies"], *extras["gateway"], *extras["otel"]]:
+    for text in [*project["dependencies"], *extras["gateway"], *extras["otel"], *extras["top"]]:
         wanted = Requirement(text)
         assert locked[wanted.name] in wanted.specifier, text
