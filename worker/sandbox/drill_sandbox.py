@@ -23,9 +23,10 @@ GAP_TIMEOUT = 15
 ServerIsSilent fires, and fewer than by default, so that the drill is short."""
 _JOB = "vllm-relay-worker"
 _MEMORY = 64_000_000
-_BALLAST = "ballast"
-_BLOCKS = (1_000_000, 10_000, 100)
-"""Bytes of the pieces that fill Redis. It refuses a large piece while there is room for a small one."""
+_BALLAST = ("ballast", "more ballast")
+_PIECES = (1000, 10)
+"""Bytes of the pieces that fill the rest of Redis, which refuses a large one while there is room for a small one. The
+buffer for a piece of a megabyte would itself count as used memory, until Redis shrinks it."""
 _SETTINGS = {
     "WORKER_LEASE": str(LEASE),
     "WORKER_GAP_TIMEOUT": str(GAP_TIMEOUT),
@@ -120,21 +121,24 @@ class DrillSandbox:
     async def fill_redis(self) -> AsyncIterator[None]:
         """Fill the memory of Redis up to `maxmemory`, and keep it full."""
         async with Redis.from_url(self.redis_url, protocol=2) as redis:
-            filling = asyncio.create_task(_keep_full(redis))
+            free = _MEMORY - int((await redis.info("memory"))["used_memory"])
+            filling = asyncio.create_task(_keep_full(redis, free))
             try:
                 yield
             finally:
                 filling.cancel()
                 await asyncio.wait([filling])
-                await redis.delete(_BALLAST)
+                await redis.delete(*_BALLAST)
 
 
-async def _keep_full(redis: Redis) -> None:
+async def _keep_full(redis: Redis, free: int) -> None:
+    block, pieces = _BALLAST
+    await redis.setrange(block, free * 9 // 10, "x")
     while True:
-        for size in _BLOCKS:
+        for size in _PIECES:
             with suppress(OutOfMemoryError):
                 while True:
-                    await redis.rpush(_BALLAST, bytes(size))
+                    await redis.append(pieces, bytes(size))
         await asyncio.sleep(0.05)
 
 
