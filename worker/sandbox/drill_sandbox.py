@@ -122,22 +122,23 @@ class DrillSandbox:
         """Fill the memory of Redis up to `maxmemory`, and keep it full."""
         async with Redis.from_url(self.redis_url, protocol=2) as redis:
             free = _MEMORY - int((await redis.info("memory"))["used_memory"])
-            filling = asyncio.create_task(_keep_full(redis, free))
+            is_over = asyncio.Event()
+            filling = asyncio.create_task(_keep_full(redis, free, is_over))
             try:
                 yield
             finally:
-                filling.cancel()
-                await asyncio.wait([filling])
+                is_over.set()
+                await filling
                 await redis.delete(*_BALLAST)
 
 
-async def _keep_full(redis: Redis, free: int) -> None:
+async def _keep_full(redis: Redis, free: int, is_over: asyncio.Event) -> None:
     block, pieces = _BALLAST
     await redis.setrange(block, free * 9 // 10, "x")
-    while True:
+    while not is_over.is_set():
         for size in _PIECES:
             with suppress(OutOfMemoryError):
-                while True:
+                while not is_over.is_set():
                     await redis.append(pieces, bytes(size))
         await asyncio.sleep(0.05)
 
