@@ -6,6 +6,7 @@ Prometheus scrapes real workers and gateways. Windows and `for` are a thirtieth 
 import asyncio
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -15,13 +16,15 @@ import httpx
 import pytest
 from conftest import StartProcess, StartSimulator
 from edge_fixtures import StartReplica
-from prometheus_server import prometheus, until_fired
+from healthy import GATEWAY, WORKER, watch_healthy_system
+from prometheus_server import find_program, prometheus, until_fired
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 from replicas import replica_process
 from waits import eventually
 
 from worker import Client
+from worker.broker.control import Control
 from worker.contract.entries import Started, to_fields
 from worker.contract.ids import EntryId
 from worker.contract.keys import Keys
@@ -29,7 +32,6 @@ from worker.sandbox.embedded_redis import free_port, start_redis
 from worker.sandbox.prometheus import FASTER, faster_rules, find_alerts
 from worker.sandbox.simulator.server import Options, Scenario, Simulator
 
-WORKER, GATEWAY = "vllm-relay-worker", "vllm-relay-gateway"
 pytestmark = pytest.mark.timeout(400)
 BLOCKING = str(Path(__file__).parents[1] / "telemetry/blocking_worker.py")
 
@@ -76,33 +78,8 @@ def test_the_fast_rules_differ_from_the_shipped_ones_in_durations_alone() -> Non
     assert "[10000ms]" in faster_rules()
 
 
-async def test_a_healthy_system_raises_no_alert(
-    start_process: StartProcess, start_replica: StartReplica, simulator: Simulator, client: Client
-) -> None:
-    one, two, edge = free_port(), free_port(), free_port()
-    for port in (one, two):
-        start_process(simulator, metrics=at(port))
-    await eventually(client.is_served)
-    replica = await start_replica(metrics=at(edge))
-    async with (
-        prometheus({WORKER: [one, two], GATEWAY: [edge]}) as server,
-        kept_busy(client),
-        httpx.AsyncClient(base_url=replica.url, timeout=60) as http,
-    ):
-
-        async def watched_for_a_minute() -> bool:
-            answer = await http.post("/v1/chat/completions", json=ask(model="reciter", stream=True))
-            assert answer.status_code == 200
-            found = await server.query(f'min(count_over_time(up{{job=~"{WORKER}|{GATEWAY}"}}[1h]))')
-            return bool(found) and float(found[0]["value"][1]) >= 60
-
-        await eventually(watched_for_a_minute, within=170)
-        assert not await server.query('count_over_time(ALERTS{alertstate="firing"}[1h])')
-        rules = await server.rules()
-        assert rules
-        assert all(rule["health"] == "ok" for rule in rules)
-        answers = await server.query("sum(vllm_relay_first_delta_seconds_count)")
-        assert float(answers[0]["value"][1]) > 50
+async def test_a_healthy_system_raises_no_alert() -> None:
+    assert await watch_healthy_system(find_program("prometheus"), 60, lambda _: None) == []
 
 
 async def test_a_killed_worker_leaves_its_queue_without_one(
@@ -208,6 +185,20 @@ async def test_a_queue_that_grows_and_jobs_that_wait_long(
             await client.enqueue(ask(simulate={"tokens": 4, "rate": 2}))
         async with kept_busy(client, simulate={"tokens": 4, "rate": 2}):
             await until_fired(server, "QueueGrows", "JobsWaitLong")
+
+
+async def test_a_queue_whose_pause_was_forgotten(
+    start_process: StartProcess, simulator: Simulator, client: Client, redis: Redis
+) -> None:
+    port = free_port()
+    start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    control = Control(redis, Keys(), lambda: round(time.time() * 1000))
+    await control.pause("default", by="operator@host")
+    async with prometheus({WORKER: [port]}) as server:
+        await until_fired(server, "QueueStaysPaused")
+        assert await control.resume("default")
+        await eventually(lambda: server.query("vllm_relay_queue_paused == 0"))
 
 
 async def test_a_worker_that_stood_still_has_lost_its_leases(

@@ -49,7 +49,7 @@ class Prometheus:
     """A Prometheus that scrapes and evaluates once a second."""
 
     def __init__(
-        self, programs: Programs, program: str, targets: Mapping[str, Sequence[int]], rules: str | None = None
+        self, programs: Programs, program: str, targets: Mapping[str, Sequence[int]], rules: Sequence[str] = ()
     ) -> None:
         """Start the binary `program`.
 
@@ -57,16 +57,17 @@ class Prometheus:
             programs: ends the process.
             program: the path of Prometheus.
             targets: the ports to scrape, by the name of their scrape job.
-            rules: the alerts; by default the shipped ones, faster.
+            rules: files of alerts; by default the shipped ones, faster.
         """
-        (programs.folder / "alerts.yaml").write_text(faster_rules() if rules is None else rules)
+        for number, text in enumerate(rules or [faster_rules()]):
+            (programs.folder / f"rules-{number}.yaml").write_text(text)
         jobs = "".join(
             f"  - {{job_name: {job}, static_configs: [{{targets: {[f'127.0.0.1:{port}' for port in ports]}}}]}}\n"
             for job, ports in targets.items()
         )
         (programs.folder / "prometheus.yml").write_text(
             "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n"
-            f"rule_files: [alerts.yaml]\nscrape_configs:\n{jobs}"
+            f"rule_files: [rules-*.yaml]\nscrape_configs:\n{jobs}"
         )
         port = free_port()
         self._process = programs.start([
