@@ -109,6 +109,18 @@ async def test_a_gateway_with_a_queue_that_nobody_serves(
         assert [sample["metric"]["job"] for sample in served] == ["vllm-relay-right"]
 
 
+async def test_a_paused_queue_that_is_forgotten(
+    start_process: StartProcess, simulator: Simulator, client: Client, redis: Redis
+) -> None:
+    port = free_port()
+    start_process(simulator, metrics=at(port))
+    await eventually(client.is_served)
+    async with prometheus({WORKER: [port]}) as server:
+        await redis.hset("chat:control", "pause:default", '{"by": "somebody"}')
+        seen = await until_fired(server, "QueuePausedLong")
+        assert "worker resume default" in seen["QueuePausedLong"]
+
+
 async def test_a_server_that_ends(start_process: StartProcess, client: Client) -> None:
     port = free_port()
     async with Simulator() as simulator:
