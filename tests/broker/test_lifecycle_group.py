@@ -2,26 +2,19 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from typing import Any, cast
 
 import pytest
+from lifecycle_records import KEY, LOSSES, MIB, abandon, pending, write_records
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError  # noqa: A004 - so in redis-py
 
-from worker.broker.lifecycle import LifecycleWriter
 from worker.broker.lifecycle_group import LifecycleGroup
 from worker.broker.lifecycle_retention import LifecycleTrimmer
 from worker.contract.keys import Keys
-from worker.contract.records import Lifecycle
-from worker.redisio.batching import CommandBatcher
 from worker.redisio.clients import blocking_client
 
-KEY = Keys().lifecycle
-LOSSES = Keys().lifecycle_losses
 GROUP = "log"
-
-MIB = 1024 * 1024
 
 Join = Callable[..., LifecycleGroup]
 
@@ -39,19 +32,6 @@ async def join(redis_url: str) -> AsyncIterator[Join]:
         yield make
 
 
-async def fill(redis: Redis, number: int, first: int = 0) -> list[str]:
-    """Write the ends of requests; returns their ids."""
-    batcher = CommandBatcher(redis)
-    writer = LifecycleWriter(batcher, Keys())
-    ids = [f"request-{n}" for n in range(first, first + number)]
-    written = [
-        writer.write(Lifecycle(type="finished", id=one, job="5-0", queue="default", attempt=1, time=9)) for one in ids
-    ]
-    await written[-1]
-    await batcher.aclose()
-    return ids
-
-
 async def drain(*groups: LifecycleGroup) -> list[str]:
     """Read and acknowledge in turn until nothing is left."""
     got: list[str] = []
@@ -65,10 +45,6 @@ async def drain(*groups: LifecycleGroup) -> list[str]:
             return got
 
 
-async def pending(redis: Redis) -> int:
-    return int(cast("Any", await redis.xpending(KEY, GROUP))["pending"])
-
-
 async def consumers(redis: Redis) -> set[str]:
     return {consumer["name"].decode() for consumer in await redis.xinfo_consumers(KEY, GROUP)}
 
@@ -76,18 +52,18 @@ async def consumers(redis: Redis) -> set[str]:
 async def test_consumers_share_the_records_and_a_healthy_group_loses_none(redis: Redis, join: Join) -> None:
     one, two = join("one"), join("two")
     assert not await one.read(0.01), "it has created the group"
-    ids = await fill(redis, 10_000)
+    ids = await write_records(redis, 10_000)
     await LifecycleTrimmer(redis, Keys(), length=1, max_bytes=100_000_000).trim()
     got = await drain(one, two)
     assert sorted(got) == sorted(ids)
-    assert not await pending(redis)
+    assert not await pending(redis, GROUP)
     assert (one.lost, two.lost) == (0, 0)
 
 
 async def test_records_of_a_consumer_that_leaves_go_to_the_others_at_once(redis: Redis, join: Join) -> None:
     one, two = join("one"), join("two")
     await one.read(0.01)
-    ids = await fill(redis, 150)
+    ids = await write_records(redis, 150)
     records = await one.read(1)
     await one.acknowledge(records[:30])
     await one.leave()
@@ -97,26 +73,25 @@ async def test_records_of_a_consumer_that_leaves_go_to_the_others_at_once(redis:
 async def test_records_of_a_consumer_that_died_come_again_after_a_while(redis: Redis, join: Join) -> None:
     one, two = join("one"), join("two")
     await one.read(0.01)
-    ids = await fill(redis, 100)
+    ids = await write_records(redis, 100)
     assert len(await one.read(1)) == 100
     assert not await drain(two), "it may be alive"
-    for entry in await redis.xpending_range(KEY, GROUP, "-", "+", 100):  # as if half a minute had passed
-        await redis.xclaim(KEY, GROUP, "one", 0, [entry["message_id"]], idle=31_000, justid=True)
+    await abandon(redis, GROUP)
     assert await drain(join("three")) == ids
-    assert not await pending(redis)
+    assert not await pending(redis, GROUP)
 
 
 async def test_records_whose_delivery_was_not_seen_are_read_again(redis: Redis, join: Join, redis_proxy: Proxy) -> None:
     one = join("one", redis_proxy.redis_url)
     await one.read(0.01)
-    ids = await fill(redis, 250)
+    ids = await write_records(redis, 250)
     order = redis_proxy.drop_reply(rb"^XREADGROUP .* >$")
     with pytest.raises(ConnectionError):
         await one.read(1)
     assert order.done.is_set()
-    assert await pending(redis) == 100
+    assert await pending(redis, GROUP) == 100
     assert await drain(one) == ids
-    assert not await pending(redis)
+    assert not await pending(redis, GROUP)
 
 
 async def test_what_a_group_reads_and_what_it_loses_is_all_there_was(redis: Redis, join: Join) -> None:
@@ -124,7 +99,7 @@ async def test_what_a_group_reads_and_what_it_loses_is_all_there_was(redis: Redi
     trimmer = LifecycleTrimmer(redis, Keys(), length=1, max_bytes=MIB)
     one, two = join("one"), join("two")
     await one.read(0.01)
-    ids = await fill(redis, 20_000)
+    ids = await write_records(redis, 20_000)
     await one.acknowledge(await one.read(1))
     await one.read(1)
     await trimmer.trim()
@@ -141,7 +116,7 @@ async def test_what_a_group_reads_and_what_it_loses_is_all_there_was(redis: Redi
 async def test_pending_records_that_somebody_else_removes_are_lost(redis: Redis, join: Join) -> None:
     one, two = join("one"), join("two")
     await one.read(0.01)
-    ids = await fill(redis, 100)
+    ids = await write_records(redis, 100)
     await one.read(1)
     await redis.xtrim(KEY, maxlen=40, approximate=False)
     await one.leave()
@@ -154,11 +129,11 @@ async def test_a_group_that_somebody_removes_is_created_again_and_begins_with_th
 ) -> None:
     one = join("one")
     await one.read(0.01)
-    ids = await fill(redis, 10)
+    ids = await write_records(redis, 10)
     assert await drain(one) == ids
     await redis.hset(LOSSES, GROUP, "5")
     await redis.delete(KEY)
-    ids = await fill(redis, 10, first=10)
+    ids = await write_records(redis, 10, first=10)
     assert not await one.read(0.01)
     assert await drain(one) == ids
     assert not await redis.exists(LOSSES), "the losses of the former group"
@@ -167,7 +142,7 @@ async def test_a_group_that_somebody_removes_is_created_again_and_begins_with_th
 async def test_consumers_that_ended_are_removed_but_never_with_pending_records(redis: Redis, join: Join) -> None:
     one, two, three = join("one"), join("two"), join("three")
     await one.read(0.01)
-    await fill(redis, 150)
+    await write_records(redis, 150)
     await one.acknowledge(await one.read(1))
     await two.read(1)
     await one.leave()
