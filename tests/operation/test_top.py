@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
-from conftest import stream
+from conftest import StartProcess, StartSimulator
 from durable_redis import Durable
 from pending_jobs import append, pend
 from redis.asyncio import Redis
@@ -14,12 +14,16 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 from waits import eventually
 
-from worker.contract.ids import SEAL
+from worker import Client
+from worker.client.async_client import State
 from worker.contract.keys import GROUP
+from worker.sandbox.simulator.server import Options, Scenario
 from worker.top.app import TopApp
 from worker.top.installation import Installation
 from worker.top.screens import Question
 from worker.top.table import LiveTable
+
+STORY = {"model": "reciter", "messages": [{"role": "user", "content": "Tell me a story"}], "max_tokens": 4000}
 
 TopPilot = Pilot[None]
 
@@ -99,22 +103,33 @@ async def test_running_requests_are_listed_filtered_and_sorted(redis: Redis, red
         assert "secret" not in "\n".join([*rows(pilot), text(pilot, "selection")])
 
 
-async def test_a_request_is_cancelled_only_after_a_yes(redis: Redis, redis_url: str) -> None:
-    await make_queue(redis)
-    request_id = await begin(redis)
+async def test_a_request_is_cancelled_and_its_worker_drained_only_after_a_yes(
+    redis: Redis, redis_url: str, client: Client, start_process: StartProcess, start_simulator: StartSimulator
+) -> None:
+    """A worker process runs two requests that do not end by themselves."""
+    worker = start_process(await start_simulator(Options(scenario=Scenario(rate=10))), drain_timeout=0)
+    first, second = [await client.enqueue(STORY, id=f"story-{number}") for number in range(2)]
     async with shown(redis_url) as pilot:
-        await until_listed(pilot, request_id)
-        assert request_id in (await until_asked(pilot, "c")).question
+        await until_listed(pilot, first, second)
+        assert first in (await until_asked(pilot, "c")).question
         await pilot.press("n")
-        assert not await redis.exists(f"chat:ended:{{{request_id}}}")
+        assert (await client.status(first)).state is State.RUNNING
         await until_asked(pilot, "c")
         await pilot.press("y")
+        assert (await client.result(first)).outcome == "cancelled"
+        await until_listed(pilot, second)
+        (name,) = cast("list[bytes]", await redis.hkeys("chat:workers"))
+        question = await until_asked(pilot, "d")
+        assert name.decode() in question.question
+        assert "no other worker serves default" in question.consequence
+        await pilot.press("y")
 
-        async def has_ended() -> bool:
-            return (await stream(redis, f"chat:tokens:{{{request_id}}}"))[-1][0] == str(SEAL).encode()
+        async def has_left() -> bool:
+            return worker.poll() == 0
 
-        await eventually(has_ended)
-        await until_listed(pilot, "ends")
+        await eventually(has_left)
+        await until_listed(pilot, "handed-over")
+    await client.cancel(second)
 
 
 async def test_the_queue_of_a_row_is_paused_and_resumed(redis: Redis, redis_url: str) -> None:
@@ -136,21 +151,6 @@ async def test_the_queue_of_a_row_is_paused_and_resumed(redis: Redis, redis_url:
             return not await control(redis) and "paused" not in rows(pilot, "queues")[0]
 
         await eventually(is_resumed)
-
-
-async def test_the_worker_of_a_row_is_drained(redis: Redis, redis_url: str) -> None:
-    await make_queue(redis)
-    request_id = await begin(redis, consumer="pod-a")
-    async with shown(redis_url) as pilot:
-        await until_listed(pilot, request_id)
-        assert "pod-a" in (await until_asked(pilot, "d")).question
-        await pilot.press("y")
-
-        async def is_to_drain() -> bool:
-            return list(await control(redis)) == ["drain:pod-a"]
-
-        await eventually(is_to_drain)
-    await redis.delete("chat:control")
 
 
 async def test_only_the_screen_of_a_request_shows_its_answer(redis: Redis, redis_url: str) -> None:

@@ -300,8 +300,6 @@ async def operate(url: str, admin: Redis, simulator: Simulator) -> None:
     await run("cancel", "never")
     async with Installation(url, "chat", lease=15) as installation:
         assert (await installation.read()).unreadable is None
-        await installation.pause("default")
-        await installation.resume("default")
         async with aclosing(installation.client.follow("never")) as entries:
             assert [entry.type async for entry in entries] == ["cancelled"]
     await run("pause", "none", "--for", "1h")

@@ -45,7 +45,7 @@ class Installation:
         self._redis = command_client(url, timeout=_TIMEOUT)
         self._surveyor = Surveyor(self._redis, self._keys, url, lease=lease)
         self._running = RunningRequests(self._redis, self._keys)
-        self._steering = Steering(self._redis, self._keys, lease=lease)
+        self.steering = Steering(self._redis, self._keys, lease=lease)
         self.client = Client(url, prefix=prefix, patience=_TIMEOUT)
 
     async def __aenter__(self) -> Self:
@@ -67,20 +67,10 @@ class Installation:
             problem = Finding("error", "the running requests", redacted_message(error), advice_on(error) or "")
             return Picture(survey, unreadable=problem)
 
-    # Each of these raises RedisError or OSError when Redis refuses it or does not answer.
-
     async def cancel(self, request_id: str) -> bool:
-        """Cancel a request. Returns false if it had ended before."""
+        """Cancel a request. Returns false if it had ended before.
+
+        Raises:
+            RedisError: when Redis refuses that or does not answer.
+        """
         return await cancel(self._redis, self._keys, request_id)
-
-    async def pause(self, queue: str) -> None:
-        """Let no worker take jobs of a queue until it is resumed."""
-        await self._steering.pause(queue)
-
-    async def resume(self, queue: str) -> None:
-        """End the pause of a queue."""
-        await self._steering.resume(queue)
-
-    async def drain(self, worker: str) -> None:
-        """Let a worker hand its jobs over and end."""
-        await self._steering.drain(worker)

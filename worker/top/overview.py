@@ -208,12 +208,16 @@ class Overview(Screen[None]):
         request = self._current.selected
         if not isinstance(request, RunningRequest) or not request.request_id:
             self._advise("select a running request first, one whose id is known")
-            return
-        request_id = request.request_id
-        if await self._confirm(
-            f"Cancel request {request_id}?", "Its readers keep the text so far, and see that it was cancelled."
+        elif await self._confirm(
+            f"Cancel request {request.request_id}?",
+            "Its readers keep the text so far, and see that it was cancelled.",
         ):
-            await self._do(self._installation.cancel(request_id), f"cancelled: {request_id}")
+            await self._do(self._cancel(request.request_id))
+
+    async def _cancel(self, request_id: str) -> str:
+        if await self._installation.cancel(request_id):
+            return f"request {request_id} is cancelled"
+        return f"request {request_id} had ended before"
 
     @work
     async def action_pause(self) -> None:
@@ -222,12 +226,24 @@ class Overview(Screen[None]):
         if not queue:
             self._advise("select a queue first, or a running request of it")
         elif any(one.name == queue and one.pause for one in self._table("queues").subjects):
-            await self._do(self._installation.resume(queue), f"resumed: queue {queue}")
+            await self._do(self._resume(queue))
         elif await self._confirm(
             f"Pause queue {queue}?",
-            "No worker takes new jobs of it until it is resumed. What runs goes on, and new jobs wait.",
+            "Until it is resumed no worker takes a job of it, and new jobs wait. Running requests go on.",
         ):
-            await self._do(self._installation.pause(queue), f"paused: queue {queue}")
+            await self._do(self._pause(queue))
+
+    async def _pause(self, queue: str) -> str:
+        await self._installation.steering.pause(queue)
+        self._refresh_now.set()
+        unconfirmed = await self._installation.steering.wait_in_effect(queue)
+        if unconfirmed:
+            return f"queue {queue} is paused; workers that have not confirmed that: {', '.join(sorted(unconfirmed))}"
+        return f"queue {queue} is paused: no job of it starts"
+
+    async def _resume(self, queue: str) -> str:
+        await self._installation.steering.resume(queue)
+        return f"queue {queue} is resumed"
 
     @work
     async def action_drain(self) -> None:
@@ -235,11 +251,18 @@ class Overview(Screen[None]):
         worker = row.name if isinstance(row, WorkerState) else row.worker if isinstance(row, RunningRequest) else ""
         if not worker or is_pseudo_consumer(worker):
             self._advise("select a worker first, or a running request of it")
-        elif await self._confirm(
-            f"Drain worker {worker}?",
-            "It takes no more jobs, hands over what does not end in time, and ends. Nothing is lost.",
-        ):
-            await self._do(self._installation.drain(worker), f"drains: worker {worker}")
+        elif await self._confirm(f"Drain worker {worker}?", self._consequence_of_drain(worker)):
+            await self._do(self._drain(worker))
+
+    def _consequence_of_drain(self, worker: str) -> str:
+        queues = {queue for one in self._table("workers").subjects if one.name == worker for queue in one.queues}
+        alone = sorted(one.name for one in self._table("queues").subjects if one.name in queues and one.workers == 1)
+        text = "Other workers continue its jobs, and its process ends."
+        return f"{text} But no other worker serves {', '.join(alone)}." if alone else text
+
+    async def _drain(self, worker: str) -> str:
+        await self._installation.steering.drain(worker)
+        return f"worker {worker} was asked to drain"
 
     def action_follow(self) -> None:
         row = self._current.selected
@@ -260,19 +283,19 @@ class Overview(Screen[None]):
         self.notify(text, severity="warning", markup=False)
 
     async def _confirm(self, question: str, consequence: str) -> bool:
-        return await self.app.push_screen_wait(Question(printable(question), consequence))
+        return await self.app.push_screen_wait(Question(printable(question), printable(consequence)))
 
-    async def _do(self, action: Awaitable[object], done: str) -> None:
-        """Do something to the installation, and say how that went."""
+    async def _do(self, action: Awaitable[str]) -> None:
+        """Do something to the installation, and show what it returns, or why it failed."""
         try:
-            await action
+            done = await action
         except (RedisError, OSError) as error:
             advice = advice_on(error)
             text = f"{redacted_message(error)}{f' → {advice}' if advice else ''}"
             self.notify(printable(text), title="it was not done", severity="error", markup=False, timeout=15)
         else:
             self.notify(printable(done), markup=False)
-            self._refresh_now.set()
+        self._refresh_now.set()
 
 
 def _clock(seconds: float) -> str:

@@ -30,13 +30,13 @@ class Question(ModalScreen[bool]):
     def __init__(self, question: str, consequence: str) -> None:
         super().__init__()
         self.question = question
-        self._consequence = consequence
+        self.consequence = consequence
 
     def compose(self) -> ComposeResult:
         """See `Screen`."""
         with Vertical():
             yield Static(Text(self.question, style="bold"))
-            yield Static(Text(f"\n{self._consequence}\n"))
+            yield Static(Text(f"\n{self.consequence}\n"))
             yield Static(Text("y  yes      n  no", style="bold"))
 
     def action_answer(self, answer: bool) -> None:  # noqa: FBT001 - textual's
