@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import product
 from typing import Any, Self
 
 import pytest
@@ -270,3 +271,16 @@ async def test_a_closed_connection_has_no_unsent_bytes(redis_proxy: Proxy) -> No
     writer.transport.abort()
     await asyncio.sleep(0)  # the loop closes it in its next step
     assert unsent(writer.transport) == 0
+
+
+async def test_a_cancel_is_not_lost_at_any_step_of_a_command(redis_url: str) -> None:
+    async with command_client(redis_url) as redis:
+        await redis.set("key", "no list", ex=60)
+        for command, steps in product((redis.get, redis.llen), range(1, 20)):
+            task = asyncio.ensure_future(command("key"))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            is_cancelled = task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert task.cancelled() == is_cancelled, steps
+            await redis.ping()

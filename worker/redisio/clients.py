@@ -67,9 +67,15 @@ class _NoRetry(Retry):
 
     uvloop 0.22 raises a RuntimeError for a connection that is lost during a write, and redis-py 8.1 does not map the
     error, which once ended a worker. This class maps it to the error of a lost connection.
+
+    redis-py sends in an `asyncio.wait_for`, which on Python 3.11 ignores a cancel that arrives once the send is done.
+    The task then went on, and who waited for its end waited in vain. This class raises the cancel after the command.
     """
 
     async def call_with_retry(self, do: Callable[[], Awaitable[_T]], *args: Any, **options: Any) -> _T:  # noqa: ANN401 - redis-py's
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
+
         async def mapped() -> _T:
             try:
                 return await do()
@@ -77,6 +83,9 @@ class _NoRetry(Retry):
                 if "closed" not in str(error):
                     raise
                 raise exceptions.ConnectionError("Connection closed while it was written to.") from error
+            finally:
+                if task and task.cancelling() > cancels:
+                    raise asyncio.CancelledError
 
         return await super().call_with_retry(mapped, *args, **options)
 
