@@ -144,7 +144,7 @@ def test_nothing_says_to_install_the_package_by_its_name(document: Document) -> 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
 def test_every_example_of_a_program_is_run_by_a_test(document: Document) -> None:
     tested = {"python", "statuses", "edge", "redis-cli", "typescript"}
-    tested |= {"openai", "follow"}  # in tests/edge/test_examples.py
+    tested |= {"openai", "follow", "sdks"}  # in tests/edge/test_examples.py
     unmarked = [
         example.code
         for example in document.examples

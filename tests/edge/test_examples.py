@@ -5,6 +5,7 @@ import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
+import httpx
 import pytest
 from documents import GATEWAY
 from replicas import Replica
@@ -36,6 +37,16 @@ async def test_the_example_for_openai_prints_the_answer(replica: Replica, tmp_pa
     assert "http://127.0.0.1:8080" in code
     (tmp_path / "example.py").write_text(code.replace("http://127.0.0.1:8080", replica.url))
     assert await printed_by(sys.executable, "example.py", cwd=tmp_path) == answer_to(QUESTION)
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_example_for_sdks_prints_the_answer_of_each(
+    replica: Replica, http: httpx.AsyncClient, drivers: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "node_modules").symlink_to(drivers / "node_modules")
+    (tmp_path / "client.mjs").write_bytes((await http.get(f"{replica.url}/client.js")).content)
+    (tmp_path / "example.mjs").write_text(GATEWAY.example("sdks").replace("http://127.0.0.1:8080", replica.url))
+    assert await printed_by("node", "example.mjs", cwd=tmp_path) == 2 * answer_to(QUESTION)
 
 
 @pytest.mark.usefixtures("worker")
