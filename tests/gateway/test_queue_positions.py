@@ -9,9 +9,9 @@ from redis.asyncio import Redis
 from waits import eventually
 
 from worker import Client
-from worker.broker.queue_depth import Backlog
+from worker.broker.queue_depth import Backlog, jobs_before
 from worker.contract.keys import Keys
-from worker.gateway.queue_positions import QueuePositions, jobs_before
+from worker.gateway.queue_positions import QueuePositions
 from worker.sandbox.simulator.server import Options, Scenario
 
 ASK: dict[str, object] = {"model": "reciter", "messages": [{"role": "user", "content": "Who are you?"}]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from command import started
+from command import run, started
 from redis.asyncio import Redis
 
 from worker import Client
@@ -96,6 +96,11 @@ class Installation:
         old.terminate()
         self.start_worker()
         await asyncio.to_thread(old.wait, _EXIT_TIMEOUT)
+
+
+async def read_status(url: str) -> dict[str, Any]:
+    """What `worker status --json` prints."""
+    return cast("dict[str, Any]", json.loads((await run("status", "--json", REDIS_URL=url)).out))
 
 
 class Watch:

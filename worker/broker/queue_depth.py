@@ -119,6 +119,18 @@ async def backlog_of(redis: Redis, key: str) -> Backlog:
     return Backlog(max(1, unread), parked, first, max(first, last))
 
 
+def jobs_before(added: int, backlog: Backlog) -> int:
+    """Estimate how many waiting jobs are before the one that was added at a time, in Unix ms.
+
+    A job that is older than every unread one is parked, or is about to start. Any of the parked jobs may be before it.
+    """
+    if not backlog.unread or added < backlog.first:
+        return max(0, backlog.parked - 1)
+    span = backlog.last - backlog.first
+    share = min(1.0, (added - backlog.first) / span) if span else 1.0
+    return backlog.parked + round((backlog.unread - 1) * share)
+
+
 async def is_served(redis: Redis, keys: Keys, queue: str) -> bool:
     """Whether a live worker serves a queue. A worker without a list of queues in its record counts as one.
 

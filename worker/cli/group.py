@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import click
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..client.errors import ClientError
 from ..contract.entries import to_json
 from ..contract.job import InvalidJob
-from ..redisio.advice import advice_on
+from ..redisio.advice import advice_on, advice_on_no_answer
 from ..redisio.errors import redacted_message
 from ..settings import ConfigError, variable
 
@@ -79,6 +81,11 @@ def _map_errors(run: Callable[[], object]) -> object:
         raise
     except (ConfigError, InvalidJob) as error:
         raise UsageProblem(str(error)) from None
+    except (RedisConnectionError, RedisTimeoutError) as error:
+        advice = advice_on(error) or advice_on_no_answer(error)
+        raise click.ClickException(
+            f"Redis does not answer: {redacted_message(error).rstrip('.')}: {advice} ({variable('redis_url')})"
+        ) from None
     except RedisError as error:
         advice = advice_on(error) or f"see {variable('redis_url')}"
         raise click.ClickException(

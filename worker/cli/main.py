@@ -12,6 +12,7 @@ import click
 from ..version import version
 from .check import check
 from .dead_letters import dead
+from .explain import explain
 from .gateway import gateway, key
 from .group import SectionedGroup
 from .health import health
@@ -24,7 +25,7 @@ from .steering import drain, pause, resume
 from .top import top
 
 _SECTIONS = {
-    "Requests": (enqueue, follow, cancel),
+    "Requests": (enqueue, follow, cancel, explain),
     "Workers": (run, status, top, pause, resume, drain, check, log, health, dead),
     "Gateway": (gateway, key),
     "Try it": (demo, drill, simulate),

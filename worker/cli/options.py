@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from ..client.async_client import Client
 from ..client.errors import Unavailable
+from ..contract.ids import is_request_id
 from ..settings import WORKER_SOURCE, load_settings, redacted_url, variable
 from ..settings_source import SettingsSource
 
@@ -22,6 +23,15 @@ _F = TypeVar("_F", bound=Callable[..., object])
 CLIENT_OPTIONS = ("redis_url", "prefix")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+
+
+def _check_request_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not is_request_id(value):
+        raise click.BadParameter("a request id is 1 to 128 characters of A-Za-z0-9_-")
+    return value
+
+
+request_id_argument = click.argument("request_id", metavar="ID", callback=_check_request_id)
 
 
 def _stdin_is_terminal() -> bool:

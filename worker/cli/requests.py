@@ -11,16 +11,18 @@ from ..client.async_client import Client, State
 from ..client.errors import ClientError, Unavailable
 from ..client.new_job import JobOptions, new_job
 from ..contract.entries import Idle, Object, to_json
-from ..contract.ids import SEAL, EntryId, is_request_id
+from ..contract.ids import SEAL, EntryId
 from .group import Interrupted
-from .options import CLIENT_OPTIONS, exit_status, json_option, open_client, run_async, settings_options
+from .options import (
+    CLIENT_OPTIONS,
+    exit_status,
+    json_option,
+    open_client,
+    request_id_argument,
+    run_async,
+    settings_options,
+)
 from .printer import Printer
-
-
-def _check_request_id(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
-    if not is_request_id(value):
-        raise click.BadParameter("a request id is 1 to 128 characters of A-Za-z0-9_-")
-    return value
 
 
 def _check_after(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> EntryId | None:
@@ -28,9 +30,6 @@ def _check_after(_ctx: click.Context, _parameter: click.Parameter, value: str | 
         return None if value is None else EntryId.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
-
-
-_request_id = click.argument("request_id", metavar="ID", callback=_check_request_id)
 
 
 @click.command(epilog="Example: worker enqueue 'Who are you?' --model reciter --follow")
@@ -80,7 +79,7 @@ def enqueue(
 
 
 @click.command(epilog="Example: worker follow 3f0c… --json")
-@_request_id
+@request_id_argument
 @click.option("--after", metavar="ENTRY", callback=_check_after, help="Continue after this entry id, such as 1-5.")
 @json_option
 @settings_options(*CLIENT_OPTIONS)
@@ -95,7 +94,7 @@ def follow(request_id: str, after: EntryId | None, as_json: bool, **settings: ob
 
 
 @click.command(epilog="Example: worker cancel 3f0c…")
-@_request_id
+@request_id_argument
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def cancel(request_id: str, as_json: bool, **settings: object) -> None:

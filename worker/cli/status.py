@@ -1,6 +1,10 @@
 """The command `worker status`: what is wrong, and queues, workers, servers, memory and dead letters in one picture."""
 
 import asyncio
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import click
 
@@ -20,7 +24,9 @@ _TIMEOUT = 2.0
 @json_option
 @settings_options(*CLIENT_OPTIONS)
 def status(watch: bool, as_json: bool, **options: object) -> None:
-    """Show what is wrong, queues, workers, servers, memory and dead letters.
+    """Show what is wrong, and the state of all parts.
+
+    The parts are queues, workers, vLLM servers, Redis and dead letters.
 
     Exit status 1 if jobs wait in a queue that no worker serves, or if Redis does not answer.
     """
@@ -40,9 +46,9 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
                 survey = await surveyor.survey()
                 if as_json:
                     click.echo(to_json(survey.as_dict()))
+                elif watch:
+                    _redraw([f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", *lines_of(survey)])
                 else:
-                    if watch:
-                        click.clear()
                     click.echo("\n".join(lines_of(survey)))
                 if not watch:
                     return survey.serves_all
@@ -51,3 +57,12 @@ def status(watch: bool, as_json: bool, **options: object) -> None:
             await redis.aclose()
 
     exit_status(run_async(show))
+
+
+def _redraw(lines: Sequence[str]) -> None:
+    """Show lines in place of the former ones on a terminal, else below them."""
+    if sys.stdout.isatty():
+        shown = lines[: shutil.get_terminal_size().lines - 1]  # a longer picture would scroll
+        click.echo("\x1b[H" + "".join(line + "\x1b[K\n" for line in shown) + "\x1b[J", nl=False)
+    else:
+        click.echo("\n".join([*lines, ""]))

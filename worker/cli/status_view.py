@@ -1,63 +1,74 @@
 """Draws a survey as lines of at most 80 columns, for a terminal or a file."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from itertools import chain
 
 import click
 
-from ..ops.survey_types import QueueState, RedisState, Survey, WorkerState
+from ..ops.findings import Finding
+from ..ops.survey_types import QueueState, RedisState, ServerState, Survey, WorkerState
 from ..ops.units import duration, size
 
 _WIDTH = 80
+_LEAST_NAME = 20
 
 
 def lines_of(survey: Survey) -> list[str]:
     """The lines: the faults first, then a table for each part."""
-    return list(
-        chain(
-            _faults(survey),
-            _table(("QUEUE", "WAITING", "OLDEST", "RUNNING", "WORKERS", "PAUSED"), map(_queue, survey.queues)),
-            _table(
-                ("WORKER", "STATE", "RUNNING", "DONE/S", "FAILED", "TOKENS/S", "SILENT", "VERSION", "QUEUES"),
-                map(_worker, survey.workers),
-            ),
-            _table(
-                ("SERVER", "STATE", "RUNNING"),
-                [(one.url, one.state, f"{one.requests}/{one.limit:.0f}") for one in survey.servers],
-            ),
-            _table(("REDIS", "MEMORY", "FULL IN"), map(_redis, survey.redis)),
-            _dead_letters(survey),
-            [f"not readable for this user: {', '.join(survey.unread)}"] if survey.unread else [],
-        )
+    tables = (
+        _table(("QUEUE", "WAITING", "OLDEST", "RUNNING", "DONE/S", "FAILED", "WORKERS"), map(_queue, survey.queues)),
+        _table(("WORKER", "STATE", "RUNNING", "TOKENS/S", "SILENT", "VERSION", "QUEUES"), map(_worker, survey.workers)),
+        _table(("SERVER", "STATE", "RUNNING"), map(_server, survey.servers)),
+        _table(("REDIS", "MEMORY", "FULL IN"), map(_redis, survey.redis)),
     )
+    lines = [*_faults(survey), *chain.from_iterable(tables)]
+    if survey.redis:  # else nothing could be read
+        lines += ["", _dead_letters(survey)]
+    if survey.unread:
+        lines += ["", *_wrapped(f"not readable for this user: {', '.join(survey.unread)}", "")]
+    return lines
 
 
 def _faults(survey: Survey) -> list[str]:
     if not survey.faults:
         return [click.style("no fault is known", fg="green")]
-    lines = []
-    for fault in survey.faults:
-        mark = click.style(
-            "error  " if fault.level == "error" else "warning", fg="red" if fault.level == "error" else "yellow"
-        )
-        since = f" (for {duration(survey.time / 1000 - fault.since / 1000)})" if fault.since else ""
-        lines.append(f"{mark} {fault.subject}: {fault.message}{since}")
-        if fault.fix:
-            lines.append(f"        → {fault.fix}")
-    return lines
+    return list(chain.from_iterable(map(_fault, survey.faults)))
+
+
+def _fault(fault: Finding) -> list[str]:
+    since = datetime.fromtimestamp(fault.since / 1000, UTC).strftime(", since %H:%M:%S UTC") if fault.since else ""
+    first, *rest = _wrapped(f"{fault.level:<7} {fault.subject}: {fault.message}{since}", " " * 8)
+    first = click.style(first[:7], fg="red" if fault.level == "error" else "yellow") + first[7:]
+    return [first, *rest, *(_wrapped(f"        → {fault.fix}", " " * 10) if fault.fix else [])]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent=indent, break_on_hyphens=False, drop_whitespace=True)
 
 
 def _queue(queue: QueueState) -> tuple[str, ...]:
     oldest = "-" if queue.oldest is None else duration(queue.oldest)
-    workers = "-" if queue.workers is None else str(queue.workers)
-    return queue.name, str(queue.waiting), oldest, str(queue.running), workers, "yes" if queue.pause else "no"
+    workers = "paused" if queue.pause else "-" if queue.workers is None else str(queue.workers)
+    return (
+        queue.name,
+        str(queue.waiting),
+        oldest,
+        str(queue.running),
+        f"{queue.done_per_s:.1f}",
+        str(queue.failed),
+        workers,
+    )
 
 
 def _worker(worker: WorkerState) -> tuple[str, ...]:
-    state = f"{worker.state}: {worker.reason}" if worker.reason else worker.state
-    running = f"{worker.running}/{worker.slots}"
-    rates = f"{worker.done_per_s:.1f}", str(worker.failed), f"{worker.tokens_per_s:.0f}", duration(worker.silence)
-    return worker.name, state, running, *rates, worker.version, ",".join(worker.queues)
+    rates = f"{worker.running}/{worker.slots}", f"{worker.tokens_per_s:.0f}", duration(worker.silence)
+    return worker.name, worker.reason or worker.state, *rates, worker.version, ",".join(worker.queues)
+
+
+def _server(server: ServerState) -> tuple[str, ...]:
+    return server.url, server.state, f"{server.requests}/{server.limit:.0f}"
 
 
 def _redis(redis: RedisState) -> tuple[str, ...]:
@@ -65,23 +76,26 @@ def _redis(redis: RedisState) -> tuple[str, ...]:
     return redis.name, f"{size(redis.used)} of {limit}", "unknown" if redis.full_in is None else duration(redis.full_in)
 
 
-def _dead_letters(survey: Survey) -> list[str]:
+def _dead_letters(survey: Survey) -> str:
     letters = survey.dead_letters
     if letters.newest is None:
-        return ["", "dead letters: none"]
-    return ["", f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {letters.reason}"[:_WIDTH]]
+        return "dead letters: none"
+    return _cut(f"dead letters: {letters.count}; newest {duration(letters.newest)} ago: {letters.reason}", _WIDTH)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table. The first column is shortened until the table fits."""
-    found = list(rows)
-    if not found:
+    """A table. Its last column is cut, and the names in its first one are shortened, until it fits."""
+    found = [head, *rows]
+    if len(found) == 1:
         return []
-    widths = [max(len(row[column]) for row in [head, *found]) for column in range(len(head))]
-    widths[0] = max(8, min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)))
+    widths = [max(len(row[column]) for row in found) for column in range(len(head))]
+    between = 2 * (len(head) - 1)
+    excess = sum(widths) + between - _WIDTH
+    widths[0] -= (cut := max(0, min(excess, widths[0] - _LEAST_NAME)))
+    widths[-1] = max(len(head[-1]), widths[-1] - max(0, excess - cut))
     lines = []
-    for row in [head, *found]:
-        cells = [_shortened(row[0], widths[0]), *row[1:]]
+    for row in found:
+        cells = [_shortened(row[0], widths[0]), *row[1:-1], _cut(row[-1], widths[-1])]
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()[:_WIDTH])
     return ["", click.style(lines[0], bold=True), *lines[1:]]
 
@@ -92,3 +106,7 @@ def _shortened(text: str, width: int) -> str:
         return text
     end = (width - 1) // 2
     return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

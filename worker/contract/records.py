@@ -162,6 +162,13 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     limit: float = 0.0
 
 
+class QueueCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker has done of one queue: the jobs that end in a second lately, and those that failed so far."""
+
+    finished_per_s: float = 0.0
+    failed: int = 0
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's record in the hash of workers.
 
@@ -205,6 +212,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     finished_per_s: float = 0.0
     tokens_per_s: float = 0.0
+    by_queue: dict[str, QueueCounts] = {}
     silence: float = 0.0
 
     @classmethod

@@ -82,6 +82,7 @@ class ProcessState:
             tokens=self._tally.entries,
             finished_per_s=finished_per_s,
             tokens_per_s=entries_per_s,
+            by_queue=self._tally.by_queue(),
             silence=round(max(silences, default=0.0), 1),
         )
 

@@ -109,6 +109,7 @@ def _state(record: WorkerRecord) -> WorkerRecord:
         tokens=0,
         finished_per_s=0.0,
         tokens_per_s=0.0,
+        by_queue={},
         silence=0.0,
         servers=servers,
     )

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from ..broker.log_pages import RawEntry
-from ..broker.queue_depth import Backlog, backlog_of
+from ..broker.queue_depth import Backlog, backlog_of, jobs_before
 from ..contract.entries import Queued, parse_leniently
 from ..contract.keys import DEFAULT_QUEUE, Keys
 from ..redisio.shared_call import SharedCall
@@ -68,15 +68,3 @@ class QueuePositions:
         backlog = await backlog_of(self._redis, self._keys.jobs(queue))
         self._backlogs[queue] = (self._clock(), backlog)
         return backlog
-
-
-def jobs_before(added: int, backlog: Backlog) -> int:
-    """Estimate how many waiting jobs are before the one that was added at a time, in Unix ms.
-
-    A job that is older than every unread one is parked, or is about to start. Any of the parked jobs may be before it.
-    """
-    if not backlog.unread or added < backlog.first:
-        return max(0, backlog.parked - 1)
-    span = backlog.last - backlog.first
-    share = min(1.0, (added - backlog.first) / span) if span else 1.0
-    return backlog.parked + round((backlog.unread - 1) * share)

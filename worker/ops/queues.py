@@ -70,24 +70,34 @@ async def read_queues(
     redis: Redis,
     keys: Keys,
     names: Iterable[str],
-    served: Mapping[str, int] | None,
+    alive: Collection[WorkerRecord] | None,
     pauses: Mapping[str, ControlEntry],
     now: int,
 ) -> tuple[list[QueueState], list[str]]:
     """The states of queues, and the names of those that the user may not read.
 
-    `served` is how many workers serve each queue, None if that is not known. `pauses` are the paused queues, and `now`
-    is Unix ms by Redis's clock.
+    `alive` are the records of the live workers, None if the user may not read them. `pauses` are the paused queues, and
+    `now` is Unix ms by Redis's clock.
 
     Raises:
         RedisError: when Redis does not answer.
     """
     states, unread = list[QueueState](), list[str]()
+    served = None if alive is None else served_queues(alive)
     for name in names:
         workers = None if served is None else served.get(name, 0)
         try:
             state = await _read_queue(redis, keys, name, now)
-            states.append(msgspec.structs.replace(state, workers=workers, pause=pauses.get(name)))
+            counts = [record.by_queue[name] for record in alive or () if name in record.by_queue]
+            states.append(
+                msgspec.structs.replace(
+                    state,
+                    workers=workers,
+                    done_per_s=round(sum(one.finished_per_s for one in counts), 3),
+                    failed=sum(one.failed for one in counts),
+                    pause=pauses.get(name),
+                )
+            )
         except ResponseError as error:
             if is_permission_denied(error):
                 unread.append(name)

@@ -16,7 +16,7 @@ from ..engine.intake import VLLM_FULL
 from ..redisio.cluster import server_of
 from ..redisio.errors import is_permission_denied, redacted_message
 from .fleet import is_silent
-from .queues import find_queues, read_queues, served_queues
+from .queues import find_queues, read_queues
 from .survey_types import QueueState
 
 
@@ -88,10 +88,10 @@ async def read_installation(
     control = NO_CONTROL
     with reading.noted_if_denied("pauses"):
         control = await Control(redis, keys, lambda: int(reading.now * 1000)).read()
-    served = None if "workers" in reading.unread else served_queues(reading.alive.values())
-    others = sorted({*(reading.searched or ()), *used, *(served or ()), *control.pauses} - set(own))
-    reading.queues, denied = await read_queues(
-        redis, keys, [*own, *others], served, control.pauses, int(reading.now * 1000)
-    )
+    alive = None if "workers" in reading.unread else reading.alive.values()
+    served = {queue for record in reading.alive.values() for queue in record.queues}
+    others = sorted({*(reading.searched or ()), *used, *served, *control.pauses} - set(own))
+    now = int(reading.now * 1000)
+    reading.queues, denied = await read_queues(redis, keys, [*own, *others], alive, control.pauses, now)
     reading.unread += [f"queue {name}" for name in denied]
     return reading

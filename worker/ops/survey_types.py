@@ -33,7 +33,8 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     `waiting` are the jobs that no worker has. Of these, the ones in `parked` wait for room at a server, by model (the
     empty name is any model). `oldest` is the age of the oldest waiting job in seconds, None if none waits. `running`
     are the jobs with a worker, `handed_over` those that another worker continues in a moment. `workers` is how many
-    live workers serve the queue, None if that is not known. `pause` is by whom and since when the queue is paused; None
+    live workers serve the queue, None if that is not known. `done_per_s` are the jobs that end in a second, `failed`
+    those that failed since the live workers started. `pause` is by whom and since when the queue is paused; None
     if it is not. `suspects` are running jobs that may kill their workers. `problem` is why no worker can serve the
     queue.
     """
@@ -45,6 +46,8 @@ class QueueState(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     handed_over: int = 0
     workers: int | None = None
+    done_per_s: float = 0.0
+    failed: int = 0
     pause: ControlEntry | None = None
     suspects: tuple[Suspect, ...] = ()
     problem: str = ""

@@ -1,0 +1,230 @@
+"""The story of one request, from its log, its tombstone, its queue and its dead letter, without any content."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from ..broker.consumers import HANDED_OVER, ConsumerState, is_line
+from ..broker.dead_letters import DeadLetters
+from ..broker.parked_jobs import lines_among
+from ..broker.queue_depth import backlog_of, jobs_before
+from ..contract.entries import (
+    AnyEntry,
+    Claimed,
+    Delta,
+    Failed,
+    Object,
+    Opened,
+    Queued,
+    Restarted,
+    Resumed,
+    Started,
+    Terminal,
+    Usage,
+    parse_leniently,
+)
+from ..contract.ids import SEAL
+from ..contract.keys import DEFAULT_QUEUE, GROUP, Keys
+from ..contract.records import Tombstone
+from ..engine.outline import BETWEEN_MODELS
+from ..redisio.errors import is_permission_denied
+from ..redisio.scripts import Script
+
+State: TypeAlias = Literal["unknown", "waiting", "running", "ended", "expired"]
+
+_PAGE = 1000
+_SEARCHED_FOR = 2000
+"""Milliseconds after the `queued` entry in which the job was added to its queue: the script adds both at once."""
+
+_FIND_JOB = Script("""
+for _, job in ipairs(call('XRANGE', KEYS[1], ARGV[2], ARGV[3], 'COUNT', 1000)) do
+  for field = 1, #job[2], 2 do
+    if job[2][field] == 'id' and job[2][field + 1] == ARGV[1] then return job[1] end
+  end
+end
+return ''
+""")
+"""The id of the job of a request among the jobs that were added in a time, without its prompt."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt at a request: who made it, why, and what it wrote.
+
+    `began` is Unix ms. `delivery` is how often the job had been delivered by then; 0 if that is not known. `reason` is
+    empty for the first attempt. `kept` is the id up to which a resumed attempt kept the former text; `restarted` is
+    whether it made the former text void. `model` is that of vLLM's answer, empty before that.
+    """
+
+    number: int
+    worker: str = ""
+    began: int = 0
+    reason: str = ""
+    delivery: int = 0
+    kept: str = ""
+    restarted: bool = False
+    model: str = ""
+    deltas: int = 0
+
+
+class Story(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a request. Times are Unix ms, 0 if they are not known; what ends with `_for` is seconds.
+
+    `waits` is what a waiting request waits for, `before` how many jobs are about before it (None if that is not known).
+    `outcome`, `code`, `finish_reason`, `usage` and `timings` are those of its end. `buried` is the reason of its dead
+    letter, and `letter` the letter's id.
+    """
+
+    id: str
+    state: State = "unknown"
+    queue: str = ""
+    job: str = ""
+    queued: int = 0
+    deadline: int = 0
+    started: int = 0
+    ended: int = 0
+    waits: str = ""
+    before: int | None = None
+    attempts: tuple[Attempt, ...] = ()
+    outcome: str = ""
+    code: str = ""
+    finish_reason: str = ""
+    usage: Usage = msgspec.field(default_factory=Usage)
+    timings: Object = msgspec.field(default_factory=dict)
+    buried: str = ""
+    letter: str = ""
+    log_for: float | None = None
+    tombstone_for: float | None = None
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds from the job's addition to its start; None if one of them is not known."""
+        return max(0, self.started - self.queued) / 1000 if self.started and self.queued else None
+
+
+async def explain(redis: Redis, keys: Keys, request_id: str) -> Story:
+    """Tell what is known of a request.
+
+    Raises:
+        RedisError: when Redis does not answer, or denies the right to read the log.
+    """
+    pipe = redis.pipeline(transaction=False)
+    pipe.get(keys.ended(request_id))
+    pipe.pttl(keys.ended(request_id))
+    pipe.pttl(keys.tokens(request_id))
+    stone, stone_for, log_for = await pipe.execute()
+    tombstone = Tombstone.read(stone) if stone is not None else None
+    story = await _read_log(redis, keys, request_id)
+    story = msgspec.structs.replace(
+        story,
+        tombstone_for=stone_for / 1000 if stone_for >= 0 else None,
+        log_for=log_for / 1000 if log_for >= 0 else None,
+        ended=tombstone.time if tombstone else 0,
+    )
+    if story.state == "unknown" and tombstone is not None:
+        return msgspec.structs.replace(story, state="expired", outcome=tombstone.outcome)
+    if story.state in {"waiting", "running"}:
+        return await _locate(redis, keys, story)
+    if story.code == "buried" and story.job:
+        letter, reason = await DeadLetters(redis, keys).find(story.queue, story.job)
+        return msgspec.structs.replace(story, letter=letter, buried=reason)
+    return story
+
+
+async def _read_log(redis: Redis, keys: Keys, request_id: str) -> Story:
+    attempts: list[Attempt] = []
+    story = Story(id=request_id)
+    async for entry in _entries(redis, keys.tokens(request_id)):
+        match entry:
+            case Queued():
+                queue = entry.queue or DEFAULT_QUEUE
+                story = msgspec.structs.replace(
+                    story, state="waiting", queue=queue, queued=entry.time, deadline=entry.deadline
+                )
+            case Started() | Claimed():
+                is_first = isinstance(entry, Started)
+                queued = story.queued or int(entry.job.partition("-")[0] or 0)
+                story = msgspec.structs.replace(
+                    story,
+                    state="running",
+                    queue=entry.queue,
+                    job=entry.job,
+                    queued=queued,
+                    started=entry.time if is_first else story.started,
+                )
+                attempts.append(
+                    Attempt(
+                        number=entry.id.attempt,
+                        worker=entry.worker,
+                        began=entry.time,
+                        reason="" if isinstance(entry, Started) else entry.reason,
+                        delivery=entry.delivery,
+                    )
+                )
+            case Terminal():
+                story = msgspec.structs.replace(
+                    story,
+                    state="ended",
+                    outcome=entry.type,
+                    code=entry.code if isinstance(entry, Failed) else "",
+                    finish_reason=entry.finish_reason,
+                    usage=entry.usage,
+                    timings=entry.timings,
+                )
+            case _ if attempts:
+                attempts[-1] = _extended(attempts[-1], entry)
+    return msgspec.structs.replace(story, attempts=tuple(attempts))
+
+
+def _extended(attempt: Attempt, entry: AnyEntry) -> Attempt:
+    match entry:
+        case Delta():
+            return msgspec.structs.replace(attempt, deltas=attempt.deltas + 1)
+        case Opened():
+            return msgspec.structs.replace(attempt, model=entry.model)
+        case Resumed():
+            return msgspec.structs.replace(attempt, kept=entry.after)
+        case Restarted():
+            return msgspec.structs.replace(attempt, restarted=True)
+        case _:
+            return attempt
+
+
+async def _entries(redis: Redis, key: str) -> AsyncIterator[AnyEntry]:
+    after = "-"
+    while page := cast("Sequence[tuple[bytes, dict[bytes, bytes]]]", await redis.xrange(key, after, count=_PAGE)):
+        for entry_id, fields in page:
+            yield (entry := parse_leniently(entry_id, fields))
+            if entry.id == SEAL:  # no id is greater, so Redis would refuse the next page
+                return
+        after = f"({page[-1][0].decode()}"
+
+
+async def _locate(redis: Redis, keys: Keys, story: Story) -> Story:
+    """Find where the job of an unfinished request is: unread, parked, handed over, or with a worker."""
+    key, job = keys.jobs(story.queue), story.job
+    try:
+        if not job and story.queued:
+            window = [str(story.queued - 1), str(story.queued + _SEARCHED_FOR)]
+            job = cast("bytes", await _FIND_JOB.run_on(redis, [key], [story.id, *window])).decode()
+        pending = cast("list[dict[str, Any]]", await redis.xpending_range(key, GROUP, job, job, 1) if job else [])
+    except ResponseError as error:
+        if not (is_permission_denied(error) or str(error).startswith("NOGROUP")):
+            raise
+        return msgspec.structs.replace(story, job=job)
+    consumer = pending[0]["consumer"].decode("utf-8", "replace") if pending else ""
+    waits, before = "", None
+    if is_line(consumer):
+        (line,) = lines_among(story.queue, [ConsumerState(consumer, 1)])
+        model, _, _ = line.model.partition(BETWEEN_MODELS)
+        waits = f"room at a vLLM server for {model or 'any model'}: the job is parked"
+    elif consumer == HANDED_OVER:
+        waits = "another worker, which continues the job in a moment"
+    elif story.state == "waiting" and consumer:
+        waits = f"its first entry by worker {consumer}, which has taken the job"
+    elif story.state == "waiting":
+        waits = "a worker that takes the job"
+        before = jobs_before(story.queued, await backlog_of(redis, key)) if story.queued else None
+    return msgspec.structs.replace(story, job=job, waits=waits, before=before)
