@@ -96,7 +96,7 @@ async def test_records_whose_delivery_was_not_seen_are_read_again(redis: Redis, 
 
 async def test_what_a_group_reads_and_what_it_loses_is_all_there_was(redis: Redis, join: Join) -> None:
     """Of three pages, the first is acknowledged, the second is pending and removed, and the third only partly kept."""
-    trimmer = LifecycleTrimmer(redis, Keys(), length=1, max_bytes=MIB)
+    trimmer = LifecycleTrimmer(redis, Keys(), length=1, max_bytes=MIB // 2)
     one, two = join("one"), join("two")
     await one.read(0.01)
     ids = await write_records(redis, 20_000)

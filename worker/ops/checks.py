@@ -22,6 +22,7 @@ from ..vllm.servers.server import Server
 from ..vllm.stream.watchdog import StreamTimeouts
 from .findings import Finding, Level, listed
 from .fleet import fleet_findings
+from .lifecycle_groups import lifecycle_findings
 from .memory_forecast import check_memory
 from .queues import queue_findings
 from .reading import read_installation
@@ -169,6 +170,11 @@ async def _check_queues_and_workers(
             connected=reading.connected,
         ):
             yield finding
+    found: list[Finding] = []
+    with reading.noted_if_denied("groups of the lifecycle"):
+        found = await lifecycle_findings(redis, keys, reading.now)
+    for finding in found:
+        yield finding
 
 
 async def _check_vllm(pool: ServerPool, server: Server) -> Finding:

@@ -15,6 +15,7 @@ from ..redisio.errors import is_login_refused, is_permission_denied, redacted_me
 from ..settings import redacted_url
 from .findings import Fault, Finding, faults_among
 from .fleet import fleet_findings, worker_states
+from .lifecycle_groups import lifecycle_findings
 from .queues import queue_findings
 from .reading import read_installation
 from .servers import server_states
@@ -92,6 +93,8 @@ class Surveyor:
             if newest:
                 written, reason = newest[0]
                 letters = DeadLetterState(count=count, newest=max(0.0, now - written / 1000), reason=reason)
+        with reading.noted_if_denied("groups of the lifecycle"):
+            findings += await lifecycle_findings(self._redis, self._keys, now)
         return Survey(
             time=int(now * 1000),
             faults=tuple(faults_among(findings)),
