@@ -4,8 +4,9 @@ A script takes one round trip on a connection that all callers share. A Redis th
 
 A script has two functions for commands. `call` ends the script with the command's error if the command fails. `try`
 returns the reply or the error, and whether the command failed. The kind of an error comes first in it, as in the error
-of a command. With `redis.call` it would not: Redis 6.2 puts `@user_script` before it, and 6.2 and 7.0 name neither the
-kind nor the command where the user lacks a right.
+of a command. With `redis.call` it would not: Redis 6.2 puts `@user_script` before it. Where the user lacks a right, no
+version names the kind: 6.2 and 7.0 begin with "The user executing the script", Redis 8 and Valkey with "ACL failure in
+script".
 
 With full memory Redis refuses the first command of a script that needs memory, and no later one. So a script begins
 its writes with such a command.
@@ -29,6 +30,7 @@ local function try(...)
   if failed then
     local text = tostring(reply.err):gsub('^@user_script: %d+: %-?', '')
     local denied = text:find('The user executing the script', 1, true)
+      or text:find('ACL failure in script', 1, true)
     local name = string.lower((...))
     reply = {err = denied and "NOPERM this user has no permissions to run the '" .. name .. "' command" or text}
   end
